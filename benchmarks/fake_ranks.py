@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import fsdp
+from lorasc_fx.parallel import fsdp
 
 __all__ = ["RESULTS", "Sent", "fake_ranks", "first_rows", "sharded", "step", "table", "write_files"]
 

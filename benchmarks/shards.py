@@ -130,7 +130,7 @@ def _rank(rank: int, ranks: int, size: Size, base: str, files: str, folder: str)
     before, found = _anonymous(), {}
     with _most(before, found, "materialize"):
         cascade = lx.adapt(model, args=(x,), spec=spec, base=base)
-        lx.integrations.fsdp.shard(cascade)
+        lx.parallel.fsdp.shard(cascade)
         lx.materialize(cascade, files)
     found["held"] = _anonymous() - before
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))

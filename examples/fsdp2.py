@@ -44,7 +44,7 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
     spec = lx.CascadeSpec(rank=4, train=("head.*",), pace=0.7, noise=lx.Noise(0.1))
     cascade = lx.adapt(model, args=(points[:2].to(device),), spec=spec)
     whole = sum(parameter.numel() for parameter in cascade.parameters())
-    lx.integrations.fsdp.shard(cascade)
+    lx.parallel.fsdp.shard(cascade)
     here = sum(parameter.to_local().numel() for parameter in cascade.parameters())  # type: ignore[operator]
     if rank == 0:
         print(f"{here} of {whole} numbers are on this process")
@@ -63,7 +63,7 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
         if rank == 0:
             print(f"stage {stage.index} of {stage.count}: loss {loss.item():.3f} on {count} processes")
 
-    state = lx.integrations.fsdp.folded_state_dict(cascade)  # whole on rank 0, one weight at a time
+    state = lx.parallel.fsdp.folded_state_dict(cascade)  # whole on rank 0, one weight at a time
     if rank == 0:
         model = Mixer()
         model.load_state_dict(state)

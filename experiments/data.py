@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasc_fx.extras import missing, module_of
+from lorasc_fx.util.extras import missing, module_of
 
 __all__ = ["blur", "digits", "imdb", "mnist5k", "noise", "rotten_tomatoes"]
 

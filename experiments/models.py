@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_fx.errors import SpecError
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 
 __all__ = ["efficientnet_lite0"]
 

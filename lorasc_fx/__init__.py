@@ -5,12 +5,15 @@ Rarer names are where they belong: errors of passes in `passes`, `ExportError` i
 """
 
 from lorasc_fx import errors as errors
-from lorasc_fx import export, integrations, passes, recipes
+from lorasc_fx import export, integrations, parallel, passes, recipes
 from lorasc_fx import plan as plan
 from lorasc_fx import schedules as schedules
 from lorasc_fx.adapt import adapt, load
+from lorasc_fx.adapt.from_peft import from_peft
 from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
+from lorasc_fx.cascade import Cascade, save
+from lorasc_fx.checkpoint.layout import version as _version
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -21,11 +24,8 @@ from lorasc_fx.errors import (
     StateError,
     UnknownTarget,
 )
-from lorasc_fx.export.peft_import import from_peft
 from lorasc_fx.graph import register_form
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.runtime import Cascade, save
-from lorasc_fx.runtime.checkpoint import version as _version
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
@@ -56,6 +56,7 @@ __all__ = [
     "load",
     "materialize",
     "merge",
+    "parallel",
     "passes",
     "recipes",
     "register_form",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.undo import Block, Undo, isolated
+from lorasc_fx.util.undo import Block, Undo, isolated
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.options import ROW_SCALES, SCALES, RowScale
 from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec
+from lorasc_fx.util.checks import is_integer, is_number
 
 __all__ = ["Plan", "Reason", "Refusal", "Site"]
 

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.parameters import shallow
-from lorasc_fx.undo import Block, Undo, isolated
+from lorasc_fx.util.undo import Block, Undo, isolated
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:

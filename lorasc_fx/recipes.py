@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorasc_fx.checks import is_integer
+from lorasc_fx.cascade import Cascade
 from lorasc_fx.errors import SpecError
-from lorasc_fx.runtime import Cascade
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.spec_checks import check_fields
+from lorasc_fx.util.checks import is_integer
 
 __all__ = ["Recipe", "long_training", "lora", "small_data"]
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError
 from lorasc_fx.options import (
     AVERAGES,
@@ -41,6 +40,7 @@ from lorasc_fx.spec_checks import (
     check_pairs,
     known_fields,
 )
+from lorasc_fx.util.checks import is_integer
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
-from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.options import PACES, STARTS, one_of
+from lorasc_fx.util.checks import is_integer, is_number
 
 USUAL_DECAY = 0.9
 """What an exponential average keeps at a stage, where nothing else is asked."""

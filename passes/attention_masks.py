@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from lorasc_fx.checks import is_number
 from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.flow import may_alias, mutates
+from lorasc_fx.util.checks import is_number
 
 from .base import CascadePass
 

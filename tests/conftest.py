@@ -170,7 +170,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from torch._dynamo import guards
 
-    from lorasc_fx.runtime import dropped
+    from lorasc_fx.cascade import dropped
 
     # For its logs, dynamo measures the guards of each frame that it compiles, on emptied processor caches: 20 ms.
     guards.profile_guard_manager = lambda *_: 0.0

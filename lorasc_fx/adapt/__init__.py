@@ -17,7 +17,6 @@ import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorasc_fx.adapt.peft_spec import spec_of
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.branch import Decided
 from lorasc_fx.capture import (
@@ -30,9 +29,16 @@ from lorasc_fx.capture import (
     signature_of,
     written_by,
 )
+from lorasc_fx.cascade import Cascade, Flags, cascade_class
+from lorasc_fx.cascade.deferred import MetaModel, check_attributes, groups_of
+from lorasc_fx.cascade.dropped import Joined
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.checkpoint.base_file import BaseFile, open_base
+from lorasc_fx.checkpoint.base_model import BaseModel
+from lorasc_fx.checkpoint.layout import MANIFEST, way_back
+from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
 from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of, warn
-from lorasc_fx.extras import module_of, require
 from lorasc_fx.graph import (
     check_patterns,
     forms_missing,
@@ -42,18 +48,12 @@ from lorasc_fx.graph import (
     shared_memory,
     trained_by,
 )
+from lorasc_fx.peft.spec import spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
-from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
-from lorasc_fx.runtime.base_file import BaseFile, open_base
-from lorasc_fx.runtime.base_model import BaseModel
-from lorasc_fx.runtime.checkpoint import MANIFEST, way_back
-from lorasc_fx.runtime.checkpoint_read import Checkpoint
-from lorasc_fx.runtime.dropped import Joined
-from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
-from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.undo import PROCESS, AllOrNothing, Undo, no_inference_mode, run_postponed
+from lorasc_fx.util.extras import module_of, require
+from lorasc_fx.util.undo import PROCESS, AllOrNothing, Undo, no_inference_mode, run_postponed
 
 __all__ = ["adapt", "load"]
 
@@ -475,7 +475,7 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
         if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
             raise StateError(
                 f"{name} is cut over processes already (FSDP, tensor parallelism, DeepSpeed's ZeRO-3): adapt the whole "
-                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.integrations.fsdp.shard",
+                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.parallel.fsdp.shard",
                 code="already-sharded",
             )
         if parameter.is_inference():

@@ -15,15 +15,16 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.adapt import _adapt, _check_loaded
 from lorasc_fx.branch import fresh_a
 from lorasc_fx.capture import device_of
+from lorasc_fx.cascade import Cascade
+from lorasc_fx.cascade.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
+from lorasc_fx.checkpoint.base_file import open_base
+from lorasc_fx.checkpoint.reader import check_base
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.graph import named_weights
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import Cascade, check_base
-from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.materialize import find_numbers, fingerprints_of_files, put_numbers, with_numbers
 from lorasc_fx.shards import local_like
-from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
+from lorasc_fx.util.undo import AllOrNothing, Undo, no_inference_mode
 
 
 def materialize(
@@ -38,7 +39,7 @@ def materialize(
     The model then runs on the example inputs, and branches, noise and placements start, as if it had been loaded before
     `adapt`. Numbers are cast to the model's dtypes. All or nothing.
 
-    A cascade that `integrations.fsdp.shard` has sharded gets the shards of each rank:
+    A cascade that `parallel.fsdp.shard` has sharded gets the shards of each rank:
     a rank reads its part of each tensor, and all of one share of the tensors, block by block, for their fingerprints.
     Every rank must call this. The model is not run: the graph is that of its shapes.
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import Memory, matches
 from lorasc_fx.parameters import exchange, holders
-from lorasc_fx.runtime.dropped import Joined
-from lorasc_fx.undo import Undo
+from lorasc_fx.util.undo import Undo
 
 
 def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
@@ -21,7 +21,7 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
     once. The first place keeps its object.
 
     Returns:
-        What `lorasc_fx.runtime.dropped.DropGuard` needs at the end.
+        What `lorasc_fx.cascade.dropped.DropGuard` needs at the end.
 
     Raises:
         SpecError: `strict`, and a pattern means no tied parameter.

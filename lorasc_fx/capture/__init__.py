@@ -15,8 +15,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, capture_graph, read_live
 from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph_breaks import GraphBreakFallback, capture_fallback, eager_trace
-from lorasc_fx.capture.guards import Guards
-from lorasc_fx.capture.isolation import (
+from lorasc_fx.capture.least_sizes import Axis, least_sizes
+from lorasc_fx.capture.reuse import forget
+from lorasc_fx.capture.symbolic import capture_symbolic
+from lorasc_fx.check.guards import Guards
+from lorasc_fx.check.isolation import (
     call_recorder,
     device_of,
     first_checksums,
@@ -28,8 +31,7 @@ from lorasc_fx.capture.isolation import (
     with_fake_tensors,
     written_by,
 )
-from lorasc_fx.capture.least_sizes import Axis, least_sizes
-from lorasc_fx.capture.preflight import (
+from lorasc_fx.check.preflight import (
     Difference,
     Disagreement,
     Preflight,
@@ -41,8 +43,8 @@ from lorasc_fx.capture.preflight import (
     run_preflight,
     without_gradients,
 )
-from lorasc_fx.capture.reuse import forget
-from lorasc_fx.capture.signature import (
+from lorasc_fx.errors import CaptureError, nearest
+from lorasc_fx.signature import (
     Call,
     Calls,
     bind,
@@ -54,9 +56,7 @@ from lorasc_fx.capture.signature import (
     signature_of,
     whole,
 )
-from lorasc_fx.capture.symbolic import capture_symbolic
-from lorasc_fx.errors import CaptureError, nearest
-from lorasc_fx.undo import grad_mode, raise_of_handler
+from lorasc_fx.util.undo import grad_mode, raise_of_handler
 
 __all__ = [
     "FRONTENDS",

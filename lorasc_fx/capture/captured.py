@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.accelerator import generator_states
-from lorasc_fx.capture.guards import Guards
+from lorasc_fx.check.guards import Guards
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, products_with_weights, retarget, set_record
 from lorasc_fx.quantized import QuantizedLinear
+from lorasc_fx.util.accelerator import generator_states
 
 OWNER = "model"
 

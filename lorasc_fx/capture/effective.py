@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.signature import whole
 from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders
-from lorasc_fx.undo import Undo, isolated
+from lorasc_fx.signature import whole
+from lorasc_fx.util.undo import Undo, isolated
 
 Effective = Callable[[torch.Tensor], torch.Tensor]
 

@@ -19,15 +19,15 @@ from torch import fx, nn
 from torch.fx import config
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.accelerator import generator_states
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, check_drew_nothing, read_live
-from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.reuse import keep, kept, state_of
-from lorasc_fx.capture.signature import leaves, signature_of
+from lorasc_fx.check.isolation import quiet
 from lorasc_fx.graph import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
-from lorasc_fx.undo import Block, isolated
+from lorasc_fx.signature import leaves, signature_of
+from lorasc_fx.util.accelerator import generator_states
+from lorasc_fx.util.undo import Block, isolated
 
 _GUARDS = "_guards_fn"
 _TAKEN = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(nn.Module))

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.captured import OWNER, Captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.capture.isolation import Shared, isolation, no_fastpath, own_warnings, written_by
+from lorasc_fx.check.isolation import Shared, isolation, no_fastpath, own_warnings, written_by
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import (
     ADDED_FIRST,
@@ -47,7 +47,7 @@ from lorasc_fx.graph import (
 from lorasc_fx.graph.forms import registered_form
 from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
-from lorasc_fx.undo import PROCESS, AllOrNothing, Block, isolated, raise_of_handler
+from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, isolated, raise_of_handler
 
 LIMIT = 64
 

@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.preflight import agrees
-from lorasc_fx.capture.signature import whole
+from lorasc_fx.check.preflight import agrees
 from lorasc_fx.graph import takes_leaves
+from lorasc_fx.signature import whole
 
 Axis = tuple[int, int]
 """Number of an input, among the leaves of the arguments, and one of its axes."""

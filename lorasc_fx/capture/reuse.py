@@ -29,11 +29,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
-from lorasc_fx.accelerator import autocast_state
-from lorasc_fx.capture.guards import DEPTH, MISSING, OPAQUE, STORES, UNREAD, Held, is_followed, package_of, walk
-from lorasc_fx.capture.signature import whole
-from lorasc_fx.fingerprint import checksum
+from lorasc_fx.check.guards import DEPTH, MISSING, OPAQUE, STORES, UNREAD, Held, is_followed, package_of, walk
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
+from lorasc_fx.signature import whole
+from lorasc_fx.util.accelerator import autocast_state
+from lorasc_fx.util.fingerprint import checksum
 
 MOST = 16
 """Graphs that are kept; the one used least recently goes first."""

@@ -12,12 +12,12 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
-from lorasc_fx.accelerator import autocast_state, generator_states
 from lorasc_fx.capture.captured import Captured, check_drew_nothing, read_live
-from lorasc_fx.capture.isolation import quiet
-from lorasc_fx.capture.signature import signature_of
+from lorasc_fx.check.isolation import quiet
 from lorasc_fx.graph import drop_nodes, rename_inputs
-from lorasc_fx.undo import Block, isolated
+from lorasc_fx.signature import signature_of
+from lorasc_fx.util.accelerator import autocast_state, generator_states
+from lorasc_fx.util.undo import Block, isolated
 
 _CALL = "_compiled_call_impl"
 _SWITCHES = "the model switches gradients or autocast on or off inside, which no symbolic graph holds"

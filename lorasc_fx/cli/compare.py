@@ -43,9 +43,9 @@ from lorasc_fx.cli.training import (
     train_steps,
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
-from lorasc_fx.extras import module_of
-from lorasc_fx.files import parse_json
 from lorasc_fx.integrations.progress import Reporter, console, reporting
+from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.files import parse_json
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.extras import module_of
-from lorasc_fx.files import replacing
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.files import replacing
 
 Decay = Literal["cosine", "linear"]
 Select = Literal["loss", "accuracy"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.cli.models import Arguments, reading, user_code, user_function
 from lorasc_fx.errors import SpecError, named, nearest
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 
 TABLES = ("json", "parquet", "arrow", "webdataset")
 """Kinds of files that the package datasets reads."""

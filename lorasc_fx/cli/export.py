@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import lorasc_fx as lx
+from lorasc_fx.cascade.folded import of_checkpoint
+from lorasc_fx.checkpoint.layout import list_versions
+from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
@@ -17,8 +20,6 @@ from lorasc_fx.errors import SpecError, StateError, nearest, warn
 from lorasc_fx.export.safetensors_files import fold_files
 from lorasc_fx.integrations.progress import reporting
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import list_versions, read
-from lorasc_fx.runtime.folded import of_checkpoint
 
 Which = Literal["slow", "averaged"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.errors import LorascError, SpecError, nearest, reason_of
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function")
 

@@ -24,7 +24,7 @@ from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last, check_device
 from lorasc_fx.errors import SpecError, StateError, named
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 
 MATRIX = 12
 """Classes that a confusion matrix shows, at most; of more the most frequent confusions are listed."""

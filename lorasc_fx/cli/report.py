@@ -15,13 +15,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from lorasc_fx.cli.charts import by_site, loss_over_steps, rate_over_steps, slow_and_fast, spectra
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.report_page import PAGE, STYLE
 from lorasc_fx.cli.run_folder import EXPERT, RunFolder, check_output, read_lines, write_whole
 from lorasc_fx.errors import SpecError, StateError
-from lorasc_fx.extras import module_of, require
 from lorasc_fx.pictures import Picture
-from lorasc_fx.pictures.charts import by_site, loss_over_steps, rate_over_steps, slow_and_fast, spectra
+from lorasc_fx.util.extras import module_of, require
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 import lorasc_fx as lx
-from lorasc_fx.accelerator import name_of
+from lorasc_fx.checkpoint.layout import list_versions
+from lorasc_fx.checkpoint.writer import write_tensors
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
-from lorasc_fx.files import append_text, parse_json, replacing
 from lorasc_fx.integrations.progress import FILE, append
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime import list_versions
-from lorasc_fx.runtime.checkpoint_write import write_tensors
 from lorasc_fx.state import effective_rank, factors_of, norm_of, singular_values, slow_spectrum
+from lorasc_fx.util.accelerator import name_of
+from lorasc_fx.util.files import append_text, parse_json, replacing
 
 SECTIONS = ("model", "data", "train", "spec")
 """Tables of the configuration that a resume may not change."""

@@ -26,7 +26,7 @@ from lorasc_fx.capture import (
     read_live,
     written_by,
 )
-from lorasc_fx.compile.graph_breaks import insert, make_fallback
+from lorasc_fx.compile.fallback import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
 from lorasc_fx.graph import (
@@ -45,7 +45,7 @@ from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
-from lorasc_fx.undo import raise_of_handler
+from lorasc_fx.util.undo import raise_of_handler
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.accelerator import name_of
 from lorasc_fx.branch import low_rank
 from lorasc_fx.branch.functions import Beside, merge
 from lorasc_fx.branch.products import product
 from lorasc_fx.cost.model import OPS, Line, Rates, usual
-from lorasc_fx.files import parse_json
-from lorasc_fx.undo import AllOrNothing, Lock
+from lorasc_fx.util.accelerator import name_of
+from lorasc_fx.util.files import parse_json
+from lorasc_fx.util.undo import AllOrNothing, Lock
 
 BUDGET = 0.8
 """Seconds after which no other round is begun; at twice as many the machine is too busy."""

@@ -2,8 +2,8 @@
 
 from lorasc_fx.errors import ExportError
 from lorasc_fx.export.graphs import onnx, program, pt2
-from lorasc_fx.export.peft_export import PeftAdapter, peft
-from lorasc_fx.export.peft_import import peft_spec
 from lorasc_fx.export.safetensors_files import safetensors
+from lorasc_fx.peft.reader import peft_spec
+from lorasc_fx.peft.writer import PeftAdapter, peft
 
 __all__ = ["ExportError", "PeftAdapter", "onnx", "peft", "peft_spec", "program", "pt2", "safetensors"]

@@ -16,15 +16,15 @@ from typing import Literal
 
 import torch
 
-from lorasc_fx.checks import is_integer
+from lorasc_fx.cascade import Cascade
+from lorasc_fx.cascade.folded import Change, FoldedWeights, of_run
+from lorasc_fx.cascade.folding import folded_each
+from lorasc_fx.checkpoint.base_file import INDEX, SINGLE, shards_of
+from lorasc_fx.checkpoint.write_base import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
-from lorasc_fx.export.base_files import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
-from lorasc_fx.files import parse_json, replacing
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.runtime import Cascade
-from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
-from lorasc_fx.runtime.folded import Change, FoldedWeights, of_run
-from lorasc_fx.runtime.folding import folded_each
+from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.files import parse_json, replacing
 
 Values = dict[str, Callable[[], torch.Tensor]]
 

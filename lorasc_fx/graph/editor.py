@@ -26,7 +26,7 @@ from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, rec
 from lorasc_fx.graph.weights import BRANCHES, Memory, held_branches, named_weights, owner_of
 from lorasc_fx.parameters import shallow
 from lorasc_fx.quantized import is_opaque_product, quantized_linear
-from lorasc_fx.undo import Commit, no_grad
+from lorasc_fx.util.undo import Commit, no_grad
 
 
 class GraphEditor:

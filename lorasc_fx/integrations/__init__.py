@@ -1,8 +1,7 @@
-"""Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
+"""Other people's training loops: a module each, imported when it is asked for, with what it is about.
 
 `transformers` and `lightning` hold a `CascadeCallback`, for their Trainers; `progress` holds `track`, for a loop of
-your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several processes (FSDP2); `dcp`
-gives the state of a cascade to torch.distributed.checkpoint.
+your own: bars, metrics and TensorBoard.
 """
 
 import importlib
@@ -10,11 +9,9 @@ from typing import Any
 
 from lorasc_fx.errors import nearest
 
-__all__ = ["dcp", "fsdp", "progress", "transformers"]
+__all__ = ["progress", "transformers"]
 
 _MODULES = (
-    "dcp",
-    "fsdp",
     "lightning",
     "progress",
     "transformers",

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from lorasc_fx.cascade import Cascade, transition
 from lorasc_fx.errors import MissingExtra, SpecError, StateError
-from lorasc_fx.extras import module_of
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
-from lorasc_fx.runtime import Cascade, transition
+from lorasc_fx.util.extras import module_of
 
 try:
     pytorch = module_of("loops", "lightning.pytorch")

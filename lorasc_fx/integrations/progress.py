@@ -14,11 +14,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasc_fx.checks import is_integer
+from lorasc_fx.cascade import Stage
 from lorasc_fx.errors import SpecError, StateError, path_of
-from lorasc_fx.extras import require
-from lorasc_fx.files import append_text
-from lorasc_fx.runtime import Stage
+from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.extras import require
+from lorasc_fx.util.files import append_text
 
 require("cli", "rich")
 

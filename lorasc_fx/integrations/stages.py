@@ -8,10 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
-from lorasc_fx.checks import is_integer
+from lorasc_fx.cascade import Cascade, transition
 from lorasc_fx.errors import SpecError
-from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.schedules import Plateau
+from lorasc_fx.util.checks import is_integer
 
 __all__ = ["Evaluated", "StageEnds"]
 

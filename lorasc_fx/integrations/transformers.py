@@ -3,7 +3,7 @@
 The Trainer calls its callbacks when a step, an epoch and an evaluation end, but not before it evaluates or saves: so
 the callback wraps `evaluation_loop`, `save_model` and some more methods of its own Trainer, and of no other.
 
-With `fsdp` the weights are sharded when the Trainer is made, by `integrations.fsdp`, and the Trainer is told that its
+With `fsdp` the weights are sharded when the Trainer is made, by `parallel.fsdp`, and the Trainer is told that its
 model was sharded at load time: it then adds no wrapper. What it would write by torch's state dicts is written, and read
 back, by `lorasc_fx.save`.
 """
@@ -23,15 +23,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
+from lorasc_fx.cascade import Cascade, save, transition
+from lorasc_fx.checkpoint import reader
 from lorasc_fx.errors import CheckpointError, SpecError, StateError
-from lorasc_fx.extras import require
-from lorasc_fx.integrations import fsdp
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
+from lorasc_fx.parallel import fsdp
 from lorasc_fx.quantized import QuantizedLinear, library_of
-from lorasc_fx.runtime import Cascade, checkpoint_read, save, transition
 from lorasc_fx.schedules import Plateau, StageSchedule
 from lorasc_fx.shards import ProcessGroup, full_tensor
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.util.extras import require
+from lorasc_fx.util.undo import AllOrNothing
 
 require("loops", "transformers", "accelerate")
 
@@ -78,7 +79,7 @@ _FOLLOWED: dict[str, tuple[Any, str]] = {
     "cpu_ram_efficient_loading": (
         False,
         "each process needs W0; for models that none holds whole build it on the meta device, call "
-        "lorasc_fx.integrations.fsdp.shard and lorasc_fx.materialize, and leave fsdp out",
+        "lorasc_fx.parallel.fsdp.shard and lorasc_fx.materialize, and leave fsdp out",
     ),
     "cpu_offload": (False, "shards stay on the device, where a transition computes"),
     "ignored_modules": (None, "all parameters are sharded"),
@@ -105,7 +106,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     spec. A stage that the end of the training cuts short is folded, but after `load_best_model_at_end`: the weights
     are then those that were found best.
 
-    With `fsdp=True` among its arguments (FSDP2) the Trainer trains shards, as made by `integrations.fsdp.shard` when
+    With `fsdp=True` among its arguments (FSDP2) the Trainer trains shards, as made by `parallel.fsdp.shard` when
     the Trainer is made; a cascade that was sharded before needs no argument. Their `checkpoint-N` hold a folder of
     `lorasc_fx.save`, and go on on any number of processes, sharded or not.
 
@@ -312,7 +313,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if trainer.optimizer is not None and not self._sharded:
             raise SpecError(
                 "CascadeCallback: fsdp exchanges the parameters that the optimizer of optimizers=(...) holds. Call "
-                "lorasc_fx.integrations.fsdp.shard(cascade) first, build the optimizer then, and leave fsdp out",
+                "lorasc_fx.parallel.fsdp.shard(cascade) first, build the optimizer then, and leave fsdp out",
                 code="conflicting-options",
             )
 
@@ -357,7 +358,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             return False
         ranks = ProcessGroup.of()
         with ranks.agreed("resume_from_checkpoint"):
-            found = checkpoint_read.read(Path(checkpoint, _FOLDER))
+            found = reader.read(Path(checkpoint, _FOLDER))
         self.cascade._go_on(found, "resume_from_checkpoint", sharded=True)
         return True
 

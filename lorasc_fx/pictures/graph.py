@@ -19,7 +19,6 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import shared_down
-from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
 from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.printer import SYMBOL
@@ -27,6 +26,7 @@ from lorasc_fx.graph.targets import targeted
 from lorasc_fx.pictures.svg import INK, MUTED, PAPER, Picture, element, library, named
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
+from lorasc_fx.util.checks import is_integer
 
 LETTER, LINE = 5.1, 11.5
 """Points of a letter and of a line of the boxes' type, a monospaced one of 8.5 points."""

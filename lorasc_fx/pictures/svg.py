@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 
 library = partial(module_of, "report")
 """Import a module of the extra `report` when something is drawn; raises MissingExtra with the pip command."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.undo import Block, isolated
+from lorasc_fx.util.undo import Block, isolated
 
 BLOCK = 1 << 21
 """Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lorasc_fx as lx
-from lorasc_fx.capture.preflight import Disagreement, check_agrees, run_preflight
+from lorasc_fx.check.preflight import Disagreement, check_agrees, run_preflight
 from tests.accelerator.kit import (
     DEVICE,
     OTHER,

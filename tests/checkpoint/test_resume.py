@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.runtime.training_state import keep_as_saved, optimizer_state
+from lorasc_fx.checkpoint.training_state import keep_as_saved, optimizer_state
 from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net, inputs, loss_of
 from tests.errors.state import assert_same, of_slow, raw, unchanged

@@ -15,7 +15,7 @@ import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import MissingExtra
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 from tests.cli.long_run import write_long_run
 
 FAULTY = """def boom(*given):

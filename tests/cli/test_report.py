@@ -21,12 +21,12 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
+from lorasc_fx.cli.charts import smoothed
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.report import RunRecord
 from lorasc_fx.cli.report import page as render
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import Setup
-from lorasc_fx.pictures.charts import smoothed
 from tests.cli.conftest import CONFIG
 from tests.cli.long_run import write_long_run
 from tests.kit.state import trained_states, weight_states

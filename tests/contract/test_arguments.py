@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import dcp as ours
+from lorasc_fx.parallel import dcp as ours
 from lorasc_fx.passes import InsertBranches, MatchSites, PassOrderError, Pipeline
 
 

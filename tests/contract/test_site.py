@@ -15,7 +15,7 @@ import pytest
 
 import lorasc_fx as lx
 from lorasc_fx.cli import config
-from lorasc_fx.extras import module_of
+from lorasc_fx.util.extras import module_of
 from tests.cli.test_report_browser import BROWSERS, chromium
 from tests.contract import site_pages
 from tests.contract.test_docs import BLOCK

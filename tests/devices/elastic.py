@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import fsdp
+from lorasc_fx.parallel import fsdp
 from tests.devices import sharding
 from tests.devices.training import ROWS
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import dcp, fsdp
+from lorasc_fx.parallel import dcp, fsdp
 from tests.devices.training import ROWS, STAGES, STEPS, data
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
@@ -490,7 +490,7 @@ def late(rank: int, count: int, waits: bool) -> None:
 def by_others(tokens: Tensor) -> None:
     """FSDP around the cascade as accelerate and the Trainer put it there, and around the model before."""
     cascade = adapted("fresh")
-    with raises(lx.StateError, "wrapper-not-supported", "FullyShardedDataParallel", "integrations.fsdp.shard"):
+    with raises(lx.StateError, "wrapper-not-supported", "FullyShardedDataParallel", "parallel.fsdp.shard"):
         FullyShardedDataParallel(cascade, device_id=torch.device("cpu"), use_orig_params=True)(tokens)
     cascade, mesh = adapted("fresh"), init_device_mesh("cpu", (dist.get_world_size(),))
     with (
@@ -499,11 +499,11 @@ def by_others(tokens: Tensor) -> None:
     ):
         cascade(tokens)
     fully_shard(cascade)
-    with raises(lx.StateError, "wrapper-not-supported", "fully_shard", "integrations.fsdp.shard"):
+    with raises(lx.StateError, "wrapper-not-supported", "fully_shard", "parallel.fsdp.shard"):
         cascade(tokens)
     model = blocks()
     fully_shard(model.layers[1])
-    with raises(lx.StateError, "already-sharded", "layers.1.mix", "integrations.fsdp.shard"):
+    with raises(lx.StateError, "already-sharded", "layers.1.mix", "parallel.fsdp.shard"):
         lx.adapt(model, args=(tokens,), spec=lx.CascadeSpec(rank=2))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import training_state
+from lorasc_fx.checkpoint import training_state
 from tests.devices import training
 from tests.devices.ranks import RankFailed, on_ranks
 from tests.kit.errors import raises, warns

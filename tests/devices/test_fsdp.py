@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lorasc_fx as lx
 from benchmarks.shards import Size, measure
 from lorasc_fx.cli import main
-from lorasc_fx.integrations import dcp, fsdp, segments
+from lorasc_fx.parallel import dcp, fsdp, segments
 from tests.devices import elastic, sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group

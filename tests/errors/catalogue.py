@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.extras import module_of
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.util.extras import module_of
 
 Example = Callable[[nn.Module, Tensor], Any]
 

@@ -577,11 +577,11 @@ def test_deepspeeds_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed.runtime.engine", ModuleType("deepspeed.runtime.engine"))
     cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
     engine = DeepSpeedEngine(cascade)
-    with raises(lx.StateError, "wrapper-not-supported", "DeepSpeedEngine", "integrations.fsdp.shard"):
+    with raises(lx.StateError, "wrapper-not-supported", "DeepSpeedEngine", "parallel.fsdp.shard"):
         engine(inputs(2, 5))
     with torch.no_grad():
         assert torch.equal(engine(inputs(2, 5)), cascade(inputs(2, 5)))
     model = mlp()
     model[0].weight.ds_id = 0
-    with raises(lx.StateError, "already-sharded", "0.weight", "integrations.fsdp.shard"):
+    with raises(lx.StateError, "already-sharded", "0.weight", "parallel.fsdp.shard"):
         lx.adapt(model, args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")

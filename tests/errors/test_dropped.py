@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import dropped
+from lorasc_fx.cascade import dropped
 from tests.kit.errors import lacking
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))

@@ -96,7 +96,7 @@ def test_every_error_is_documented(name: str) -> None:
 
 
 def test_an_extra_that_is_missing() -> None:
-    from lorasc_fx.extras import module_of
+    from lorasc_fx.util.extras import module_of
 
     with raises(lx.errors.MissingExtra, "missing-extra", "absent_package", "lorasc-fx[vision]") as caught:
         module_of("vision", "absent_package.part")

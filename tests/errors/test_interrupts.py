@@ -23,7 +23,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import capture
-from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, isolated, no_grad
+from lorasc_fx.util.undo import AllOrNothing, Block, Commit, Lock, isolated, no_grad
 from tests.errors.inject import (
     EVERY,
     SIGNALS,

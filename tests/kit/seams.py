@@ -10,13 +10,15 @@ from typing import Any
 
 import lorasc_fx as lx
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import graph_breaks, preflight, reuse
+from lorasc_fx.capture import graph_breaks, reuse
+from lorasc_fx.cascade import run as run_module
+from lorasc_fx.cascade import transition, watches
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.check import preflight
+from lorasc_fx.checkpoint import reader, writer
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition, watches
-from lorasc_fx.runtime import run as run_module
-from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.state import SlowWeights, WeightState, model, products
 
@@ -27,18 +29,18 @@ _MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attrib
 SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
     "insert": (compiler, "insert"),
-    "checksum": (_MODULES["lorasc_fx.fingerprint"], "checksum"),
+    "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
     "kept graphs": (reuse, "_KEPT"),
     "backward": (preflight, "projected_gradients"),
-    "outside use": (_MODULES["lorasc_fx.compile.graph_breaks"].Comparison, "hidden"),
+    "outside use": (_MODULES["lorasc_fx.compile.fallback"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
-    "write tensors": (checkpoint_write, "save_file"),
-    "digest": (checkpoint_write, "file_digest"),
-    "sync": (checkpoint_write, "sync"),
-    "remove a folder": (checkpoint_write, "remove"),
-    "read tensors": (checkpoint_read, "load"),
-    "unpack": (checkpoint_read, "install"),
+    "write tensors": (writer, "save_file"),
+    "digest": (writer, "file_digest"),
+    "sync": (writer, "sync"),
+    "remove a folder": (writer, "remove"),
+    "read tensors": (reader, "load"),
+    "unpack": (reader, "install"),
     "load into a cascade": (lx.Cascade, "_take_over"),
     "write an adapter": (peft_export, "save_file"),
     "write a tensor": (safetensors_files, "write_tensor"),
@@ -58,7 +60,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "backwards without a step": ((watches.Uncleared, "BACKWARDS"),),
-    "manifest bytes": ((checkpoint_write, "LONGEST"), (checkpoint_read, "LONGEST")),
+    "manifest bytes": ((writer, "LONGEST"), (reader, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),
     "changes of a setting": ((variants, "OFTEN"),),

@@ -15,18 +15,19 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.branch import draw
-from lorasc_fx.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
+from lorasc_fx.cascade import Flags, Stage, transition
+from lorasc_fx.cascade import experts as elsewhere
+from lorasc_fx.cascade.folded import of_checkpoint
+from lorasc_fx.cascade.run import SPARE
+from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
+from lorasc_fx.checkpoint.manifest import LONGEST
+from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of, set_record
-from lorasc_fx.runtime import Flags, Stage, read, transition
-from lorasc_fx.runtime import experts as elsewhere
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
-from lorasc_fx.runtime.folded import of_checkpoint
-from lorasc_fx.runtime.manifest import LONGEST
-from lorasc_fx.runtime.run import SPARE
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.state import Expert as StageExpert
 from lorasc_fx.state import Factors, View
 from lorasc_fx.state import WeightState as StateOfWeight
+from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 
 __all__ = [
     "LONGEST",

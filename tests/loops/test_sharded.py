@@ -30,8 +30,8 @@ from transformers import (
 )
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import fsdp
 from lorasc_fx.integrations.transformers import CascadeCallback
+from lorasc_fx.parallel import fsdp
 from lorasc_fx.shards import full_tensor
 from tests.devices.ranks import on_ranks
 from tests.devices.sharding import Peak
@@ -444,7 +444,7 @@ def refused(rank: int, count: int, port: int, folder: str) -> None:
     for name in ("torch_compile", "activation_checkpointing"):
         with raises(lx.SpecError, option, name, "True"):
             make(cascade, **{name: True}, **FSDP)
-    with raises(lx.SpecError, "conflicting-options", "optimizers", "integrations.fsdp.shard"):
+    with raises(lx.SpecError, "conflicting-options", "optimizers", "parallel.fsdp.shard"):
         make(cascade, optimizer=torch.optim.AdamW(cascade.param_groups(lr=0.1)), **FSDP)
     with (
         on_a_gpu(),

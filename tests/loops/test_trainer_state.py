@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import lorasc_fx as lx
-from lorasc_fx.runtime.run import Run
+from lorasc_fx.cascade.run import Run
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.state import replace_plan

@@ -27,7 +27,7 @@ from benchmarks.scale import (
     page,
     weights_of,
 )
-from lorasc_fx.integrations import fsdp
+from lorasc_fx.parallel import fsdp
 from tests.kit.state import weight_states
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.capture.autograd_graph import describe
+from lorasc_fx.check.autograd_graph import describe
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
 from tests.unit.cases import batches, build

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.runtime.base_file import MappedPages
+from lorasc_fx.checkpoint.base_file import MappedPages
 from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import of_slow, unchanged
 from tests.kit.errors import raises

@@ -197,7 +197,7 @@ def test_the_values_in_the_files_of_a_base(tmp_path: Path, dtype: torch.dtype, a
     lx.save(stepped(small(dtype), 2, running=False), tmp_path / "checkpoint")
     out = tmp_path / "out"
     assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0
-    held = lx.runtime.read(tmp_path / "checkpoint").tensors
+    held = lx.checkpoint.reader.read(tmp_path / "checkpoint").tensors
     for name in ("0.weight", "2.weight"):  # whose experts have not been summed
         pairs = [[held[f"expert/{name}/{number}/{factor}"].double() for factor in "ba"] for number in range(2)]
         expected = (state[name].double() + 0.5 * sum(b @ a for b, a in pairs)).to(dtype)
@@ -561,7 +561,7 @@ def test_one_tensor_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> N
     print(f"base {size / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, imported {found['loaded'] / 1e6:.0f} MB, "
           f"peak {found['peak'] / 1e6:.0f} MB")  # fmt: skip
     assert found["peak"] - found["loaded"] < 5 * largest
-    saved = lx.runtime.read(checkpoint)
+    saved = lx.checkpoint.reader.read(checkpoint)
     state, scale = saved.tensors, saved.plan.sites[0].scale
     for path in sorted(base.glob("*.safetensors")):
         assert (out / path.name).stat().st_size == path.stat().st_size

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.capture import reuse, symbolic
-from lorasc_fx.capture.isolation import isolation, same_values, written_by
-from lorasc_fx.capture.preflight import check_agrees, run_preflight
+from lorasc_fx.check.isolation import isolation, same_values, written_by
+from lorasc_fx.check.preflight import check_agrees, run_preflight
 from lorasc_fx.shards import ProcessGroup
 from tests.kit.devices import pretend_accelerator
 from tests.kit.errors import raises
@@ -80,7 +80,7 @@ def everything(model: Busy) -> dict[str, Any]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: (id(value), value.data_ptr(), value.tolist()) for name, value in tensors}
     state["attributes"] = (model.calls, id(model.seen), dict(model.seen), id(model.last), list(model.last))
-    watched = {"_compiled_call_impl"}  # runtime/usage.py, until the release
+    watched = {"_compiled_call_impl"}  # cascade/usage.py, until the release
     state["names"] = {name: sorted(vars(module).keys() - watched) for name, module in model.named_modules()}
     state["torch"], state["random"] = torch.get_rng_state().tolist(), random.getstate()
     state["numpy"] = str(np.random.get_state())

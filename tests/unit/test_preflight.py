@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lorasc_fx as lx
-from lorasc_fx.capture import preflight
-from lorasc_fx.capture.preflight import Disagreement, check_agrees, first_difference, run_preflight
+from lorasc_fx.check import preflight
+from lorasc_fx.check.preflight import Disagreement, check_agrees, first_difference, run_preflight
 from tests.kit.errors import raises, warns
 from tests.kit.state import variant_count
 from tests.unit.cases import batches, branches, build, loss_of, randomize, seeded

@@ -20,9 +20,9 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture.graph_breaks import _dynamo_settings
-from lorasc_fx.capture.isolation import eager, quiet
+from lorasc_fx.check.isolation import eager, quiet
 from lorasc_fx.cost import measure
-from lorasc_fx.undo import PROCESS, Commit, Lock
+from lorasc_fx.util.undo import PROCESS, Commit, Lock
 from tests.kit.errors import raises
 from tests.kit.state import lock_of
 from tests.unit.test_threads import made, together

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorasc_fx.branch.linear import MatrixBranch
+from lorasc_fx.cascade.run import SPARE, fill
+from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.runtime.codec import RunState, decode, encode
-from lorasc_fx.runtime.run import SPARE, fill
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState

@@ -1,0 +1,125 @@
+"""A LoRA or DoRA adapter of peft as the first expert of a cascade, whose slow weights are then what peft merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.adapt import adapt
+from lorasc_fx.capture import open_model
+from lorasc_fx.cascade import Cascade
+from lorasc_fx.cascade.experts import install_experts
+from lorasc_fx.errors import CheckpointError, path_of
+from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.peft.reader import Adapter, Pair, read_adapter, spec_of
+from lorasc_fx.spec import CascadeSpec
+
+
+def from_peft(
+    folder: str | PathLike[str],
+    model: nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    spec: CascadeSpec | None = None,
+    frontend: str = "auto",
+    base: str | PathLike[str] = "memory",
+) -> Cascade:
+    """Adapt a model, and take a LoRA adapter that peft trained as the first expert, with coefficient 1.
+
+    LoRA, rsLoRA, DoRA, patterns of ranks and alphas, linears, transformers' Conv1D, convolutions, embeddings,
+    parameters (`target_parameters`), `modules_to_save`, biases. JSON and safetensors are read, and nothing else.
+
+    Args:
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        model, args, kwargs, frontend, base: as for `adapt`; the model is the adapter's base.
+        spec: what is asked of the training that follows; by default `export.peft_spec(folder, model)`. It has to adapt
+            every weight that the adapter does, and to train in full what the adapter did.
+
+    Returns:
+        The cascade at stage 1. Its slow weights are the base with the adapter merged, exactly; its branches are new.
+
+    Raises:
+        CheckpointError: the adapter is damaged, of another model, or no LoRA; or the spec leaves out what it
+        holds. And what `adapt` raises. The model is as it was.
+    """
+    opened = open_model(model)
+    adapter = read_adapter(path_of(folder), opened)
+    spec = spec if spec is not None else spec_of(adapter, opened)
+    changes = _changes(adapter, opened, spec)
+    cascade = adapt(opened, args, kwargs, spec=spec, frontend=frontend, base=base)
+    try:
+        _install(cascade, adapter, changes)
+    except BaseException:
+        cascade.release()
+        raise
+    return cascade
+
+
+def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str, Pair]:
+    """Return the pairs, one for each weight as it will be tied.
+
+    Raises:
+        CheckpointError: of a tied weight the adapter changes one name only, or each in another way.
+    """
+    changes = {}
+    groups: list[list[str]] = []
+    for names in named_weights(model).names.values():
+        apart = [name for name in names if any(matches(pattern, (name,)) for pattern in spec.untie)]
+        rest = [name for name in names if name not in apart]
+        groups += [[name] for name in apart] + ([rest] if rest else [])
+    for group in groups:
+        pairs = [adapter.pairs[name] for name in group if name in adapter.pairs]
+        if not pairs:
+            continue
+        if len(pairs) < len(group) or any(not _same(pairs[0], pair) for pair in pairs[1:]):
+            raise CheckpointError(
+                f"{adapter.folder}: {' and '.join(group)} are one weight, and the adapter changes "
+                f"{' and '.join(pair.target.name for pair in pairs)}, each by itself; untie them: spec with "
+                f"untie=({group[-1]!r},)",
+                code="tied-weights-differ",
+            )
+        changes[group[0]] = pairs[0]
+    return changes
+
+
+def _same(one: Pair, other: Pair) -> bool:
+    """Whether both change a weight alike; of one adapter all have magnitudes, or none has."""
+    ours, theirs = ((pair.expert.b, pair.expert.a, pair.expert.row_scale) for pair in (one, other))
+    return all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
+    """Put an adapter into a cascade whose stage has not begun."""
+    run, canonical = cascade._run, named_weights(cascade.model).canonical
+    reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
+    experts, left_out = {}, []
+    for name, pair in changes.items():
+        weight = canonical[name]
+        site = run.plan.site(weight)
+        if site is None:
+            left_out.append(f"{weight} is not adapted here: {reasons.get(weight, 'no call has used it yet')}")
+        elif pair.expert.row_scale is not None and not site.use_dora:
+            left_out.append(f"{weight} has DoRA's magnitudes; give use_dora=True")
+        else:
+            experts[weight] = [(1.0, pair.expert)]
+    trained, buffers = {}, {}
+    for name, value in adapter.whole.items():
+        if name not in canonical:
+            buffers[name] = value
+        elif canonical[name] in run.slow.trained:
+            trained[canonical[name]] = value
+        else:
+            left_out.append(f"{name} was trained in full; add it to spec.train")
+    if left_out:
+        raise CheckpointError(
+            f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}",
+            code="spec-omits-adapter",
+        )
+    install_experts(run, experts, trained, buffers)

@@ -1,0 +1,482 @@
+"""Experts that were trained elsewhere become part of the slow state: another tool's adapter, or runs on one base.
+
+All or nothing: everything is checked and computed before anything is written.
+
+A sum of runs is `sum_i w_i S_i`, exactly. The experts of all runs stand side by side, each coefficient times its run's
+weight; what is dense already (a collapsed delta, a parameter trained in full) is summed in fp64 and rounded once. No
+rounded weight of any run is read. Relatives: model soups (2203.05482), task arithmetic (2212.04089).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import torch
+
+from lorasc_fx.branch import Branch
+from lorasc_fx.cascade.run import Planned, Run
+from lorasc_fx.cascade.transition import ended
+from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_branches
+from lorasc_fx.errors import SpecError, StateError, named, nearest, warn
+from lorasc_fx.parameters import Holder, buffer_holders
+from lorasc_fx.plan import Plan
+from lorasc_fx.quantized import dense
+from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import Expert, Part, SlowWeights, Trained, View, WeightState, Which, arithmetic, summing
+from lorasc_fx.state.engine import fits
+from lorasc_fx.state.model import host
+from lorasc_fx.util.checks import is_number
+from lorasc_fx.util.undo import Undo
+
+
+def install_experts(
+    run: Run,
+    experts: Mapping[str, Sequence[tuple[float, Expert]]],
+    trained: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
+) -> None:
+    """Add experts to slow weights and start of the running stage, and set parameters trained in full.
+
+    Args:
+        run: of a cascade.
+        experts: by weight name, each with its coefficient; `b` [rows, r] and `a` [r, columns] as the weight is stored.
+        trained: slow values of parameters that the spec trains in full, by name.
+        buffers: values of the model's buffers, by name.
+
+    Raises:
+        StateError: a name that the cascade does not know as such, or factors of another shape.
+    """
+    with run.exclusive("install_experts"):
+        before = run.slow
+        tensors = dict(run.model.named_buffers())
+        for what, given, known in (
+            ("a site", experts, before.states),
+            ("trained in full", trained, before.trained),
+            ("a buffer", buffers, tensors),
+        ):
+            foreign = [name for name in given if name not in known]
+            if foreign:
+                raise StateError(
+                    f"install_experts: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ"
+                )
+        states = {name: _with_experts(state, experts.get(name, ())) for name, state in before.states.items()}
+        entries = dict(before.trained)
+        for name, value in trained.items():
+            base = entries[name].base
+            if value.shape != base.shape:
+                raise StateError(
+                    f"install_experts: {name} is {list(base.shape)}, not {list(value.shape)}", code="wrong-shape"
+                )
+            slow = value.detach().to("cpu", entries[name].slow.dtype, copy=True)
+            entries[name] = Trained.of(base, slow, entries[name].rule)
+        touched = [*(name for name in experts if experts[name]), *trained]
+        install_slow(run, SlowWeights(states, entries, before.idle, averaged=before.averaged), touched, buffers)
+
+
+def install_slow(
+    run: Run,
+    after: SlowWeights,
+    names: Sequence[str],
+    buffers: Mapping[str, torch.Tensor],
+    undo: Undo | None = None,
+) -> None:
+    """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
+
+    Branches that start from the weights and have not trained yet start from the new ones.
+
+    Args:
+        run: of a cascade.
+        after: the slow weights.
+        names: of the weights that they change, trained in full or not.
+        buffers: values of the model's buffers, by name.
+        undo: of a block that this is a part of.
+    """
+    before, plan = run.slow, run.plan
+    branches = run.branches_by_weight()
+    unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
+    after, factors = after.begin_stage(plan, unmoved)
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    replaced: list[tuple[Holder, torch.Tensor | None]] = []
+    holders = buffer_holders(run.model)
+    for name, value in buffers.items():
+        buffer = holders[name].value
+        if buffer is not None and value.shape == buffer.shape:
+            tensors.append((buffer, value))
+        else:
+            replaced.append((holders[name], value.to(holders[name].device, copy=True)))
+    written = run.present(names)
+    run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
+
+
+def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -> WeightState:
+    """Return the state with these experts added, each with its coefficient."""
+    *stack, rows, columns = state.matrix
+    for _, pair in experts:
+        rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
+        if tuple(pair.b.shape) != (*stack, rows, rank) or tuple(pair.a.shape) != (*stack, rank, columns):
+            shapes = f"b {list(pair.b.shape)} and a {list(pair.a.shape)}"
+            raise StateError(
+                f"install_experts: {state.name} is {list(state.base.shape)}, and its factors are {shapes}",
+                code="wrong-shape",
+            )
+    if not experts:
+        return state
+    device = state.base.device
+    more = [expert.map(lambda value, _: value.detach().to(device, copy=True)) for _, expert in experts]
+    return state.added(more, [float(coefficient) for coefficient, _ in experts])
+
+
+@dataclass(frozen=True)
+class GivenRun:
+    """A run as given to `merge` or `add`: what it is called in messages, its plan, the fingerprints of its base, and
+    the names of what is no part of the base: buffers, and parameters that forward writes.
+    """
+
+    name: str
+    plan: Plan
+    base: Mapping[str, str]
+    moved: Collection[str]
+    frontend: str
+    run: Run | Checkpoint
+
+    @classmethod
+    def of(cls, given: Run | str | PathLike[str], name: str, call: str) -> GivenRun:
+        """Read a folder, or look at a living run."""
+        if isinstance(given, Run):
+            given.check_ready(call)
+            given.note_kept()
+            moved = given.moved_parameters()
+            return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
+        if not isinstance(given, (str, PathLike)):
+            raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
+        checkpoint = read(given)
+        return cls(
+            f"{name}, {checkpoint.path}",
+            checkpoint.plan,
+            checkpoint.manifest["base"],
+            checkpoint.moved,
+            checkpoint.frontend,
+            checkpoint,
+        )
+
+    def check_base(self, digests: Mapping[str, str], call: str) -> None:
+        """Raise CheckpointError where the model is not what this run adapted."""
+        advice = "give runs on the one base that all of them adapted"
+        check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
+
+    def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
+        """Return the run as a part of the sum; a running stage that has trained is counted, as `release` counts it.
+
+        Args:
+            bases: W0 by name, on which the running stage of a folder ends.
+
+        Raises:
+            CheckpointError: a folder is not what a checkpoint of its plan holds.
+            NonFiniteBranch: a running branch holds inf or nan.
+        """
+        if isinstance(self.run, Run):
+            buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
+            return Part(self.name, self.plan, _bare(ended(self.run, "merge")), buffers)
+        state, branches = with_branches(self.run)
+        slow = state.slow
+        if state.has_begun(branches):
+            bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
+            states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
+            trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
+            slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
+        return Part(self.name, state.plan, _bare(slow), state.buffers)
+
+
+def _bare(slow: SlowWeights) -> SlowWeights:
+    """Return slow weights whose W0 are without numbers."""
+    states = {name: replace(state, base=state.base.to("meta")) for name, state in slow.states.items()}
+    return replace(slow, states=states)
+
+
+def add(run: Run, name: str, given: GivenRun) -> None:
+    """Keep what another run on this base has learnt, by a name; nothing is written to the model.
+
+    Raises:
+        CheckpointError: another base. SpecError: the other run has changed a weight that is no site here.
+    """
+    slow, parameters = run.slow, run.parameters_by_name()
+    given.check_base(run.fingerprints(), "add")
+    known: dict[str, WeightState | Trained] = {**slow.states, **slow.trained}
+    bases = {key: known[key].base if key in known else parameter for key, parameter in parameters.items()}
+    part = given.part(bases)
+    changed = [key for key, state in part.slow.states.items() if state.changed]
+    if foreign := [key for key in (*changed, *part.slow.trained) if key not in known]:
+        raise SpecError(
+            f"add: {given.name}, has changed {named(foreign)}, which is no site here. Adapt by a spec whose targets "
+            "have these weights as well, or make the cascade by lorasc_fx.load of that run, and add this one to it",
+            code="sites-differ",
+        )
+    states = {key: state for key, state in part.slow.states.items() if key in known}
+    for key, state in states.items():
+        if key in slow.states and state.stacked != slow.states[key].stacked:
+            raise _other_kind("add", given.name, key)
+    run.add(name, replace(part, slow=replace(part.slow, states=states)))
+
+
+def _other_kind(call: str, name: str, weight: str) -> SpecError:
+    return SpecError(
+        f"{call}: {name}, adapted {weight} as another kind of matrix than the first run; sum runs of one model",
+        code="sites-differ",
+    )
+
+
+WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
+FOLDED: tuple[Which, ...] = ("slow", "averaged")
+"""What a fold can leave in the weights."""
+
+
+def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
+    """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
+    if which not in known:
+        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
+    if which == "averaged" and not spec.keeps_average:
+        raise StateError(
+            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'", code="no-average"
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a call puts in place or folds: those of a run as it is, of a stage that has ended, or of other runs.
+
+    Args:
+        slow: their state.
+        which: the weights of it that are meant.
+        buffers: of the model, and parameters that forward writes, by name, as far as they belong to these weights.
+        branches: by weight name, where the running stage counts.
+        plan: of the running stage, where these are the run's own: what does not follow the slow rule is as it is then.
+    """
+
+    slow: SlowWeights
+    which: Which = "slow"
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def write(self, live: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
+        """Write one of them, by name; `live` are the present values of what is trained in full."""
+        if name in self.slow.trained:
+            entry = self.slow.trained[name]
+            out.copy_(entry.value(self.which, live[name], self.plan is None or entry.follows(self.plan.spec)))
+        else:
+            self.slow.write_value(name, self.which, out, self.branches.get(name), self.plan)
+
+    def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return those of quantized weights, by name, as dense tensors."""
+        return {name: self.slow.value(name, self.which, parameters[name], self.branches.get(name)) for name in names}
+
+    def moves(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the buffers of a run's model that belong to them, each with its value."""
+        held = run.model_state() if self.buffers else {}
+        pairs = [(held[name], value) for name, value in self.buffers.items() if name in held]
+        return [(buffer, value) for buffer, value in pairs if buffer.shape == value.shape]
+
+
+def folded_weights(run: Run, which: str | Mapping[str, float], call: str) -> Weights:
+    """Return the weights that a fold is of: slow or averaged ones, a stage that has trained counted as ended, or those
+    of runs that were added.
+
+    Raises:
+        StateError, SpecError, NonFiniteBranch: as of `Cascade.weights` and `Cascade.release`.
+    """
+    if (weights := added_weights(run, which, call, folded=True)) is not None:
+        return weights
+    check_which(call, str(which), run.plan.spec, (*FOLDED, *run.added))
+    return Weights(ended(run, call), "averaged" if which == "averaged" else "slow")
+
+
+def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weights | None:
+    """Return the weights of a run that was added, or a sum of several on W0 of this one, `W0 + sum_i w_i S_i`; None
+    where `which` means the run's own. Of one run alone they have the bits of its own fold.
+
+    Args:
+        run: that they were added to.
+        which: the name of a run that was added, or weights by such names; `slow` are those of the run itself.
+        call: for messages.
+        folded: whether a running stage of the run itself that has trained is counted.
+
+    Raises:
+        StateError: a name that is not known.
+        SpecError: a sum without names, a weight that is no finite number, a sum beyond the dtype of a weight, or with
+            rows scaled by DoRA.
+    """
+    weights: Mapping[str, float] = {which: 1} if isinstance(which, str) and which in run.added else which
+    if not isinstance(weights, Mapping):
+        return None
+    if not weights:
+        raise SpecError(f"{call}: names no run; give numbers by the names of runs that were added, or 'slow'")
+    for name in weights:
+        check_which(call, name, run.plan.spec, ("slow", *run.added))
+    for name, weight in weights.items():
+        if not is_number(weight):
+            raise SpecError(f"{call}: {name!r} has the weight {weight!r}; give finite numbers")
+    slow = run.slow
+    parts = [run.added[name] if name in run.added else _own(run, call, folded) for name in weights]
+    alone = [*weights.values()] == [1]
+    scaled = next((part.name for part in parts if part.plan.spec.row_scale.trained), None)
+    if scaled is not None and not alone:
+        raise SpecError(
+            f"{call}: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
+            "Give one run by its name",
+            code="dora-not-supported",
+        )
+    after = weighted_sum(slow, parts, [*weights.values()], 1)
+    if alone:
+        held = parts[0].slow
+        states = {
+            name: replace(state, base=slow.states[name].base)
+            for name, state in held.states.items()
+            if name in slow.states
+        }
+        trained = {}
+        for name, entry in slow.trained.items():
+            if name in held.trained:
+                trained[name] = Trained.of(entry.base, held.trained[name].slow, entry.rule)
+            elif name in held.states:
+                state = replace(held.states[name], base=entry.base)
+                trained[name] = Trained.of(entry.base, state.exact("slow", arithmetic(entry.base.dtype)), entry.rule)
+        after = replace(after, states={**after.states, **states}, trained={**after.trained, **trained})
+    else:
+        _check_fits(after, call)
+    return Weights(after, buffers={name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
+
+
+def _check_fits(after: SlowWeights, call: str) -> None:
+    """Raise SpecError where a sum takes a weight beyond its dtype."""
+    beyond = [name for name, state in after.states.items() if not fits(state)]
+    for name, entry in after.trained.items():
+        rounded = entry.slow.to(entry.base.dtype)
+        beyond += [name] * bool((~torch.isfinite(rounded) & torch.isfinite(entry.base)).any())
+    if beyond:
+        raise SpecError(
+            f"{call}: the sum takes {named(beyond)} beyond the dtype of the weight; give the runs smaller weights"
+        )
+
+
+def _own(run: Run, call: str, folded: bool) -> Part:
+    """Return the slow weights of a run itself as a part; what does not follow the slow rule is as it is now."""
+    slow, trained = (ended(run, call), {}) if folded else (run.slow, run.trained_parameters())
+    now = {
+        name: replace(entry, views={**entry.views, "slow": host(trained[name]).to(entry.slow.dtype)})
+        for name, entry in slow.trained.items()
+        if name in trained and not entry.follows(run.plan.spec)
+    }
+    slow = replace(slow, trained={**slow.trained, **now})
+    return Part("slow", run.plan, _bare(slow), run.model_state())
+
+
+def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
+    """Return `W0 + sum_i w_i S_i` for every weight that `own` knows; a run that did not adapt one has S = 0 there.
+
+    Args:
+        fresh: slow weights of a fresh cascade on the common base, which knows every weight of every part.
+        parts: the runs.
+        weights: one a run; they need not sum to 1.
+        stage: number of the stage that the sum counts as the end of.
+
+    Raises:
+        SpecError: a run knows a weight that `own` does not, or reads one as another kind of matrix.
+    """
+    terms = list(zip(weights, parts, strict=True))
+    for part in parts:
+        odd = sorted({*part.slow.states, *part.slow.trained} - {*fresh.states, *fresh.trained})
+        if odd:
+            raise SpecError(
+                f"merge: {part.name}, keeps noise in {odd[0]}, which is no site of the first run; "
+                "give a run with noise.where='all' first",
+                code="sites-differ",
+            )
+    states = {name: _summed(state, terms, stage) for name, state in fresh.states.items()}
+    trained = {}
+    for name, entry in fresh.trained.items():
+        total = entry.base.double() + _dense(name, entry.base, terms)
+        slow = total.to(arithmetic(entry.base.dtype))
+        views = {"slow": slow, "start": total.to(entry.base.dtype), f"stage/{stage}": slow}
+        trained[name] = Trained(entry.base, views, entry.rule)
+    return SlowWeights(states, trained)
+
+
+def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
+    experts: list[Expert] = []
+    coefficients: list[float] = []
+    noises = []
+    for weight, part in terms:
+        state = part.slow.states.get(fresh.name)
+        if state is None or weight == 0:
+            continue
+        if state.stacked != fresh.stacked:
+            raise _other_kind("merge", part.name, fresh.name)
+        for coefficient, expert in zip(state.slow.coefficients, state.experts, strict=True):
+            if coefficient != 0:
+                experts.append(expert)
+                coefficients.append(weight * coefficient)
+        noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
+    total = None
+    if any(_holds_dense(fresh.name, part) for weight, part in terms if weight != 0):
+        total = _dense(fresh.name, fresh.base, terms, factors=False).view(fresh.matrix).to(summing(fresh.base.dtype))
+    slow = View(tuple(coefficients), total)
+    views = {"slow": slow, "start": slow, f"stage/{stage}": slow}
+    after = WeightState(
+        fresh.name, fresh.base, fresh.stacked, fresh.transposed, tuple(experts), views, noises=tuple(noises)
+    )
+    return after.compact()
+
+
+def _holds_dense(name: str, part: Part) -> bool:
+    state = part.slow.states.get(name)
+    return name in part.slow.trained or (state is not None and state.slow.dense is not None)
+
+
+def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], factors: bool = True) -> torch.Tensor:
+    """Return the weighted sum of the deltas of one weight in fp64, as the weight is stored.
+
+    Without `factors` it is only what is dense in the runs: collapsed deltas, and what was trained in full.
+    """
+    total = torch.zeros(base.shape, dtype=torch.float64)
+    for weight, part in terms:
+        if weight == 0:
+            continue
+        if name in part.slow.trained:
+            total += weight * (part.slow.trained[name].slow.cpu().double() - base.cpu().double())
+        elif (state := part.slow.states.get(name)) is not None:
+            if factors:
+                slow = replace(state, base=base).exact("slow", torch.float64, device=total.device)
+                total += weight * (slow - dense(base).cpu().double())
+            elif state.slow.dense is not None:
+                total += weight * state.slow.dense.cpu().double().view(base.shape)
+    return total
+
+
+def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
+    """Let the first stage of a fresh cascade start from these slow weights; a part of a larger block.
+
+    Buffers (running statistics) have no sum: those that agree in all runs are taken over; the others stay those of the
+    base, with a warning.
+    """
+    _check_fits(after, "merge")
+    buffers = dict(run.model.named_buffers())
+    taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
+    differing = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
+    install_slow(run, after, [*after.states, *after.trained], taken, undo)
+    if differing:
+        warn(
+            f"merge: {len(differing)} buffers differ between the runs and stay those of the base: {named(differing)}; "
+            "torch.optim.swa_utils.update_bn makes running statistics anew",
+            "buffers-differ",
+        )
+
+
+def _agree(name: str, parts: Sequence[Part]) -> bool:
+    first, *others = [part.buffers.get(name) for part in parts]
+    return first is not None and all(
+        buffer is not None and buffer.dtype == first.dtype and torch.equal(buffer.cpu(), first.cpu())
+        for buffer in others
+    )

@@ -1,0 +1,103 @@
+"""Folded weights one at a time: those of a living cascade, or of a checkpoint alone, for which no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from lorasc_fx.cascade.experts import check_which
+from lorasc_fx.cascade.folding import check_asked
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.transition import ended
+from lorasc_fx.checkpoint.reader import Checkpoint, with_branches
+from lorasc_fx.parameters import names_of
+from lorasc_fx.quantized import is_quantized
+from lorasc_fx.state import Which, check_finite
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From W0 to the folded weight of the same shape, dtype and device."""
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """What a fold makes of a base.
+
+    Args:
+        where: whose they are, for messages.
+        base: fingerprint of each base parameter, by its first name.
+        changes: of each parameter that a fold changes, by its first name.
+        whole: folded values of the parameters trained in full, which need no base.
+        buffers: the model's buffers as they are, by name.
+        aliases: the names of a tied parameter, by each of them.
+        running: the number of a stage that has trained and had not ended, which counts as ended here; None without one.
+    """
+
+    where: str
+    base: Mapping[str, str]
+    changes: Mapping[str, Change]
+    whole: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    running: int | None = None
+
+
+def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeights:
+    """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
+
+    Raises:
+        StateError: a quantized weight has trained, and no file of the base's layout can hold it.
+    """
+    check_which(call, str(which), run.plan.spec)
+    meant: Which = "averaged" if which == "averaged" else "slow"
+    slow, parameters = ended(run, call), run.parameters_by_name()
+    check_asked(f"{call} into the files of a base", slow, None)
+    changes: dict[str, Change] = {
+        name: partial(slow.value, name, meant)
+        for name, state in slow.states.items()
+        if state.changed and not is_quantized(state.base)
+    }
+    whole = {name: entry.value(meant, parameters[name].detach()) for name, entry in slow.trained.items()}
+    changes |= {name: partial(_cast, value) for name, value in whole.items()}
+    buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
+    return FoldedWeights(call, run.fingerprints(), changes, whole, buffers, names_of(run.model))
+
+
+def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:
+    """Return the folded weights of a checkpoint; a running stage that has trained counts as ended.
+
+    Raises:
+        CheckpointError: it is not what a checkpoint of its plan holds.
+        StateError: which is `averaged`, and its spec keeps no average.
+        NonFiniteBranch: a running branch holds inf or nan.
+    """
+    plan = checkpoint.plan
+    check_which(f"fold {checkpoint.path}", which, plan.spec)
+    state, branches = with_branches(checkpoint)
+    slow, begun = state.slow, state.has_begun(branches)
+    trained = slow
+    if begun:
+        for branch in branches.values():
+            check_finite(branch, plan.spec, plan.stage)
+        trained = replace(slow, states={}).after_stage(plan, {}, state.values)
+
+    def folded(name: str, base: torch.Tensor) -> torch.Tensor:
+        one = replace(slow, states={name: replace(slow.states[name], base=base)}, trained={})
+        if begun:
+            one = one.after_stage(plan, {name: branches[name]} if name in branches else {}, {})
+        return one.value(name, which, base)
+
+    changes: dict[str, Change] = {
+        name: partial(folded, name) for name, weight in slow.states.items() if begun or weight.changed
+    }
+    whole = {name: trained.trained[name].value(which, value) for name, value in state.values.items()}
+    changes |= {name: partial(_cast, value) for name, value in whole.items()}
+    aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
+    base, unended = dict(checkpoint.manifest["base"]), plan.stage if begun else None
+    return FoldedWeights(str(checkpoint.path), base, changes, whole, state.buffers, aliases, unended)
+
+
+def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return value.detach().to(device=base.device, dtype=base.dtype)

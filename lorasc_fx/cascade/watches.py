@@ -1,0 +1,319 @@
+"""What a cascade sees of the loop that trains it: gradients, optimizer steps, and a wrapper for many processes."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lorasc_fx.errors import StateError, named, warn
+from lorasc_fx.shards import local
+
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+"""What torch.nn.functional has by default."""
+
+_ENGINES = {
+    "DeepSpeedEngine": "deepspeed.runtime.engine",
+    "FullyShardedDataParallel": "torch.distributed.fsdp.fully_sharded_data_parallel",
+}
+"""Wrappers that keep the parameters themselves, by the name of the class, with their modules."""
+
+
+class Fresh:
+    """What belongs to one object in one process: a copy of it (deepcopy, pickle) is a new one."""
+
+    def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
+        return (type(self), ())
+
+
+class Warned(Fresh):
+    """Gives each warning once a cascade."""
+
+    def __init__(self) -> None:
+        self._codes: set[str] = set()
+
+    def __contains__(self, code: str) -> bool:
+        return code in self._codes
+
+    def once(self, code: str, message: str) -> None:
+        """Warn, unless the warning of this code was given."""
+        if code not in self._codes:
+            self._codes.add(code)
+            warn(message, code)
+
+    def accept(self, code: str) -> None:
+        """Never give the warning of this code: the user asked for what it warns of."""
+        self._codes.add(code)
+
+
+def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
+    """Return an empty table of parameters by id, with weak references: a parameter's hook holds the watch, and Python's
+    garbage collector does not look into the hooks of a tensor, so that a strong reference would be a leak.
+    """
+    return weakref.WeakValueDictionary()
+
+
+class PendingWatch(Fresh):
+    """Detects gradients that no optimizer step has consumed, by comparing version counters, without the optimizer.
+
+    A parameter's version grows when a step writes it. Each accumulation notes the version; a gradient is pending while
+    the parameter is still at the noted one.
+    """
+
+    def __init__(self) -> None:
+        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
+        self._handles: list[Any] = []
+        self._seen: dict[int, int] = {}
+        self._watched = _by_id()
+        self._counter = Uncleared()
+
+    def arm(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Watch these parameters as well."""
+        for parameter in parameters:
+            if id(parameter) not in self._watched:
+                self._watched[id(parameter)] = parameter
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether some watched parameter has had a gradient."""
+        return bool(self._seen)
+
+    def disarm(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._watched, self._seen = [], _by_id(), {}
+        self._counter = self._counter.again()
+
+    def restorer(self) -> Callable[[], None]:
+        """Return a function that restores this state: which parameters are watched, and what was noted of them."""
+        watched, seen = tuple(self._watched.values()), dict(self._seen)
+
+        def restore() -> None:
+            self.disarm()
+            self.arm(watched)
+            self._seen = dict(seen)
+
+        return restore
+
+    def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names of the parameters whose gradient, if it is not zero, no step has used."""
+        return [
+            name
+            for name, parameter in parameters.items()
+            if parameter.grad is not None
+            and self._seen.get(id(parameter)) == parameter._version
+            and bool(local(parameter.grad).any())
+        ]
+
+    def note(self, parameter: nn.Parameter) -> None:
+        """Note that the gradient that the parameter holds now waits for a step."""
+        self._seen[id(parameter)] = parameter._version
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        if self.at_backward is not None:
+            check, self.at_backward = self.at_backward, None
+            check()
+        self._counter.count(parameter, self._seen.get(id(parameter)))
+        self.note(parameter)
+
+
+class Uncleared:
+    """Counts how often in a row one gradient was added to without being cleared, and warns once if that is often.
+
+    `zero_grad` replaces a gradient by None, so that the next one is a new tensor, of a low version. Clipping and
+    `zero_grad(set_to_none=False)` both write it in place; only its value tells them apart, which is read once, before
+    the warning.
+    """
+
+    STEPS: ClassVar[int] = 64
+    """Optimizer steps on one uncleared gradient before the warning: no training wants that."""
+    BACKWARDS: ClassVar[int] = 1024
+    """Backwards without a step before the warning: gradients of fewer may be accumulated on purpose."""
+
+    def __init__(self) -> None:
+        self._parameter: Callable[[], nn.Parameter | None] = lambda: None
+        self._version = self._steps = self._backwards = 0
+        self._done = False
+        self._check: Any = None
+
+    def again(self) -> Uncleared:
+        """Return a counter that starts from zero, and stays silent if this one has warned."""
+        if self._check is not None:
+            self._check.remove()
+        counter = Uncleared()
+        counter._done = self._done
+        return counter
+
+    def count(self, parameter: nn.Parameter, before: int | None) -> None:
+        """Count an accumulation; `before` is the parameter's version at the one before, None if there was none."""
+        if self._done or parameter.grad is None:
+            return
+        counted = self._parameter()
+        if counted is not parameter:
+            if counted is None:
+                self._parameter, self._version = weakref.ref(parameter), parameter.grad._version
+            return
+        version, self._version = self._version, parameter.grad._version
+        if self._version <= version:  # this one is cleared; the next parameter that gets a gradient may not be
+            self._parameter, self._steps, self._backwards = lambda: None, 0, 0
+            return
+        self._backwards += 1
+        self._steps += before != parameter._version
+        if self._check is None and (self._steps >= self.STEPS or self._backwards >= self.BACKWARDS):
+            self._check = parameter.register_hook(self._look)
+
+    def _look(self, _: torch.Tensor) -> None:
+        """Warn if the gradient, to which a backward is about to add, is not zero."""
+        self._check.remove()
+        self._check, parameter = None, self._parameter()
+        held = parameter.grad if parameter is not None else None
+        steps, backwards, self._steps, self._backwards = self._steps, self._backwards, 0, 0
+        if held is None or not bool(local(held).any()):
+            return
+        self._done = True
+        what = f"{steps} optimizer steps" if steps else f"{backwards} backwards without an optimizer step"
+        warn(
+            f"gradients of a cascade were not cleared in {what}, so that all of them add up. Call "
+            "optimizer.zero_grad() with an optimizer made of cascade.param_groups(lr=...), or cascade.zero_grad(): "
+            "zero_grad of the model that was adapted does not reach the branches",
+            "gradients-not-cleared",
+        )
+
+
+class StepWatch(Fresh):
+    """Calls a method after each step of any optimizer, by torch's global step hook, in any loop, compiled or not.
+
+    One hook serves the whole process and is never removed: torch iterates over its hooks during a step, and would raise
+    if garbage collection removed one meanwhile. A step that a loss scaler skips does not count.
+    """
+
+    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]] | None] = None
+    """The watches in the order in which they were armed, which is the same on all ranks."""
+
+    def arm(self, method: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Call this method after each optimizer step, as long as its object lives."""
+        if StepWatch._armed is None:
+            StepWatch._armed = weakref.WeakKeyDictionary()
+            register_optimizer_step_post_hook(StepWatch._step)
+        StepWatch._armed[self] = weakref.WeakMethod(method)
+
+    def disarm(self) -> None:
+        """Stop calling the method."""
+        if StepWatch._armed is not None:
+            StepWatch._armed.pop(self, None)
+
+    @staticmethod
+    def _step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        for method in tuple(StepWatch._armed.values()) if StepWatch._armed is not None else ():
+            if (call := method()) is not None:
+                call(optimizer)
+
+
+class Replicas(Fresh):
+    """Knows the DistributedDataParallel that a cascade was last called through, which averages the gradients of the
+    parameters that it was made with, and of no others.
+
+    It is found while its forward runs, through any number of wrappers.
+    """
+
+    def __init__(self) -> None:
+        self._wrapper: Callable[[], Any] = lambda: None
+        self._outdated: Callable[[], Any] = lambda: None
+        self._compared: Callable[[], Any] = lambda: None
+        self._sites = 0
+
+    def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Note the wrapper whose forward runs, if any.
+
+        Args:
+            sites: number of the cascade's branches now.
+            trainable: returns what is trained, by name.
+
+        Raises:
+            StateError: a parameter that is trained came after the wrapper was made, or has another shape since.
+        """
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is not None and self._outdated() is wrapper:
+            raise StateError(
+                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
+                "adds up gradients in buffers of the old shapes: wrap it anew",
+                code="wrapped-too-early",
+            )
+        if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
+            return
+        known = {id(parameter) for parameter in wrapper._module_parameters}
+        late = [name for name, parameter in trainable().items() if id(parameter) not in known]
+        if late:
+            raise StateError(
+                f"{named(late)} came with a graph that was made after DistributedDataParallel wrapped "
+                "the cascade, which would not average their gradients over the processes: call the cascade once in "
+                "each mode and with each kind of arguments before you wrap it, or wrap it anew",
+                code="wrapped-too-early",
+            )
+        self._wrapper, self._sites = weakref.ref(wrapper), sites
+
+    def to_compare(self) -> Any:
+        """Return the process group of a wrapper whose forward runs with gradients, once a wrapper; else None."""
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is None or not torch.is_grad_enabled() or self._compared() is wrapper:
+            return None
+        self._compared = weakref.ref(wrapper)
+        return wrapper.process_group
+
+    def outdate(self) -> None:
+        """Note that parameters have other shapes than the buffers of the present wrapper."""
+        self._outdated = self._wrapper
+
+
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of what has called, innermost first."""
+    frame = sys._getframe(1).f_back  # of the one that iterates
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def check_attention() -> None:
+    """Refuse torch's context parallelism, which exchanges the attention that Python calls, and not a graph's.
+
+    Raises:
+        StateError: the call is inside `context_parallel`.
+    """
+    now = F.scaled_dot_product_attention
+    if now is not _ATTENTION and str(getattr(now, "__module__", "")).startswith("torch.distributed"):
+        raise StateError(
+            "forward: inside torch's context_parallel, which splits the attention of a running model, and not that of "
+            "a graph: each rank would attend to its own part alone. Leave it, "
+            "and use activation checkpointing for long sequences",
+            code="context-parallel-not-supported",
+        )
+
+
+def check_wrappers(cascade: type[nn.Module]) -> None:
+    """Refuse a training call of a cascade, of this class, whose parameters FSDP or DeepSpeed cuts or copies.
+
+    Raises:
+        StateError: `fully_shard`, FullyShardedDataParallel or DeepSpeed's engine holds it.
+    """
+    wrapper = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
+    if wrapper is None and any(name in sys.modules for name in _ENGINES.values()):
+        for frame in callers():
+            kinds = type(frame.f_locals.get("self")).__mro__ if frame.f_code.co_name == "forward" else ()
+            wrapper = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), wrapper)
+    if wrapper is not None:
+        raise StateError(
+            f"forward: {wrapper} holds the cascade, and has cut or copied its parameters, so that no transition could "
+            "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in a training loop of yours (with "
+            "accelerate: prepare the data, not the cascade), or wrap the cascade by DistributedDataParallel",
+            code="wrapper-not-supported",
+        )

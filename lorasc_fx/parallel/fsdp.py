@@ -1,0 +1,359 @@
+"""A cascade whose weights are sharded over processes, by torch's fully_shard (FSDP2).
+
+`fully_shard` gathers a module's parameters while the module's forward runs. A graph calls no blocks: it is cut where it
+goes on to the weights of another block, and each part runs in a module that holds that block's parameters and branches.
+Base and branches keep their dtypes. A transition works on shards: each rank holds the same rows of `S` as of W0,
+computed from its rows of B and all of A, so that no weight is gathered (algorithm.md, "One site").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from lorasc_fx.capture import leaves
+from lorasc_fx.cascade import Cascade, folding
+from lorasc_fx.cascade.run import Planned
+from lorasc_fx.compile import Variant
+from lorasc_fx.errors import StateError, named
+from lorasc_fx.parallel.segments import (
+    ROOT,
+    SegmentedGraph,
+    Shards,
+    SplitGraph,
+    Unit,
+    gathered,
+    inseparable,
+    segmented,
+    unit_of,
+)
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local
+from lorasc_fx.util.undo import AllOrNothing, Block, Undo, isolated
+
+__all__ = ["folded_state_dict", "shard"]
+
+
+def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
+    """Shard the weights, branches and slow state of a cascade over ranks, in place.
+
+    Every rank must call this, on the same cascade, before the optimizer is built. Then calls of the cascade, backward,
+    `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process, on a share
+    of each batch; gradients are averaged. Inside `weights(...)` call the cascade, not the model. A call in another mode
+    or with another kind of arguments makes its graph from shapes; it must adapt no weight that no graph has used yet.
+
+    A model on the meta device is sharded without numbers; then `lorasc_fx.materialize` reads the shards of each rank.
+
+    Args:
+        cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
+        mesh: of one axis, over the ranks that hold the shards, all of them by default; or of two, of replicas and of
+            the ranks that hold the shards of each (HSDP).
+
+    Returns:
+        The cascade. Each parameter is now a DTensor of which a rank holds some rows.
+
+    Raises:
+        StateError: what cannot be sharded, with names, or ranks with other weights, another spec or other code; nothing
+            was changed. Whatever else raises here, Ctrl-C included,
+            the cascade of this process is as it was; another process may have gone on.
+    """
+    run = cascade._run
+    with run.exclusive("shard", sharded=True, on_meta=True), AllOrNothing() as undo:
+        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
+        with ranks.agreed("shard"):
+            units = _units(cascade)
+            graphs = _check(cascade, mesh, units)
+            axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
+            weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
+        with ranks.agreed("shard"):
+            ranks.check_alike("shard", run.facts(weights))
+        mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
+        ranks = replace(ranks, replicas=ranks.size // mesh.size(mesh.ndim - 1))
+        undo(run.restorer())
+        unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
+        shards = _fully_sharded(cascade, units, axes, mesh, undo)
+        specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
+        run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
+        run.note_frozen()
+        if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
+            moved = [name for name, state in run.slow.states.items() if state.changed or state.initial is not None]
+            names = run.slow.states if run.plan.spec.noise.is_on else moved
+            run.commit(Planned(run.plan, run.slow, run.present(names)), undo)
+
+        def refit() -> None:
+            if run.plan.spec.ranks:
+                _refit(shards)
+
+        def called() -> bool:
+            refit()
+            if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
+                for parameter in run.trainable().values():
+                    run.pending.note(parameter)
+            return run.placed is not None
+
+        def split(variant: Variant) -> Variant:
+            graph = graphs.pop(id(variant), None)
+            if graph is None:
+                graph = _late_graph(
+                    variant, {id(value): unit_names[name] for name, value in cascade.named_parameters()}
+                )
+            return replace(variant, module=SplitGraph(shards, graph, leaves, called))
+
+        @isolated
+        def whole(undo: Block[Any]) -> None:
+            refit()
+            undo.enter(gathered(shards, cascade.model))
+
+        cascade._split_by(split, whole, undo)
+        return cascade  # inside: an interrupt before it undoes all
+
+
+def _device_kind(cascade: Cascade) -> str:
+    """Return the kind of device of the shards: that of the parameters, or without numbers that of the group."""
+    kind = next(iter(cascade._run.model.parameters())).device.type
+    return torch.device(ProcessGroup.of().device).type if kind == "meta" else kind
+
+
+def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
+    """Return a graph that was made after the weights were sharded, cut.
+
+    Raises:
+        StateError: it is none that can be cut by these units.
+    """
+    graph = variant.module
+    if not isinstance(graph, fx.GraphModule):
+        raise StateError(
+            "forward: the model has graph breaks in this call, and only a whole graph can be cut into blocks; "
+            "adapt it by another front end",
+            code="no-whole-graph",
+        )
+    if sets := inseparable(graph, units):
+        names = named(sorted({units[number] or "the root" for number in sets[0]}))
+        raise StateError(
+            f"forward: in this call one operation reads weights of {names}, which FSDP gathers at different times: "
+            "call the cascade once so before shard",
+            code="variant-after-sharding",
+        )
+    return segmented(graph, units)
+
+
+def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
+    """Return the model's state dict with the slow weights in it, whole, in host memory of rank 0; {} on other ranks.
+
+    One weight is gathered at a time; every rank must call this. A stage that has trained is counted as folded, as by
+    `Cascade.folded_state_dict`, and the cascade goes on after it.
+
+    Raises:
+        StateError: the cascade is not sharded, or not between two steps.
+    """
+    run = cascade._run
+    if run.slow.group is None:
+        raise StateError(
+            "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
+        )
+    run.check_ready("folded_state_dict", sharded=True)
+    is_first, state_dict = run.slow.group.rank == 0, {}
+    for name, value, new in folding.folded_each(run, "folded_state_dict"):
+        folded = new()
+        if hasattr(value, "to_local") and not hasattr(folded, "to_local"):
+            folded = ShardSpec.of(value).dtensor(folded, value)
+        folded = full_tensor(folded)
+        if is_first:
+            state_dict[name] = folded.cpu()
+    return state_dict
+
+
+def _units(cascade: Cascade) -> dict[int, str]:
+    """Return the unit of every parameter of model and branches, by id."""
+    model = dict(cascade.model.named_parameters())
+    units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
+    for branch in cascade._run.by_key.values():
+        units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
+    for variant in cascade._variants.all:
+        if isinstance(graph := variant.module, fx.GraphModule):
+            while sets := inseparable(graph, units):
+                units |= dict.fromkeys((number for read in sets for number in read), ROOT)
+    for branch in cascade._run.by_key.values():  # a weight that had to go to the root takes its branch along
+        units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
+    return units
+
+
+def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
+    """Return the graph of each variant, by id, cut; or raise StateError for what cannot be sharded."""
+    run = cascade._run
+    if not dist.is_initialized():
+        raise StateError(
+            "shard: no process group is there; start the processes by torchrun and call "
+            "torch.distributed.init_process_group first",
+            code="no-process-group",
+        )
+    if run.slow.group is not None:
+        raise StateError("shard: this cascade is sharded already", code="already-sharded")
+    if (
+        mesh is not None
+        and mesh.ndim > 1
+        and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
+    ):
+        raise StateError(
+            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks; give one axis, mesh['name'], or two over "
+            "all ranks in their order, of replicas and of shards",
+            code="invalid-mesh",
+        )
+    variants = cascade._variants.all
+    if not variants:
+        raise StateError(
+            "shard: there is no graph yet, or none since the cascade was moved; call it once before", code="no-graph"
+        )
+    graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
+    if len(graphs) < len(variants):
+        raise StateError(
+            "shard: the model has graph breaks, and only a whole graph can be cut into blocks; "
+            "adapt it by another front end",
+            code="no-whole-graph",
+        )
+    if run.quantized:
+        raise StateError(
+            f"shard: {run.quantized[0]} is quantized, which FSDP does not cut; exclude it",
+            code="quantized-not-supported",
+        )
+    parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
+    parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
+    for name, parameter in parameters.items():
+        cut = hasattr(parameter, "to_local")
+        if not parameter.dim() or not parameter.is_contiguous() or cut:
+            what = "has no axis" if not parameter.dim() else "is not contiguous"
+            what = "is a DTensor already" if cut else what
+            raise StateError(
+                f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors", code="not-shardable"
+            )
+        if parameter.is_meta == run.holds_numbers:
+            raise StateError(
+                f"shard: {name} has numbers, and other parameters are on the meta device; build all of them there, or "
+                "none",
+                code="meta-model",
+            )
+        if parameter.grad is not None:
+            raise StateError(
+                f"shard: {name} has a gradient; call optimizer.zero_grad() first, and build it anew after",
+                code="gradients-pending",
+            )
+    kinds: dict[str, dict[torch.dtype, str]] = {}
+    for name, parameter in run.trainable().items():
+        seen = kinds.setdefault(units[id(parameter)], {})
+        seen.setdefault(parameter.dtype, name)
+        if len(seen) > 1:
+            odd = " and ".join(f"{first} {dtype}" for dtype, first in seen.items())
+            raise StateError(
+                f"shard: {odd} have gradients in one block, where FSDP adds up those of one dtype; cast them",
+                code="not-shardable",
+            )
+    return {number: segmented(graph, units) for number, graph in graphs.items()}
+
+
+def _fully_sharded(
+    cascade: Cascade, units: Mapping[int, str], axes: Mapping[int, int], mesh: DeviceMesh, undo: Undo
+) -> Shards:
+    """Let FSDP take the parameters of each unit, and those of none as the root."""
+    for module in cascade.modules():
+        undo(partial(module._parameters.update, dict(module._parameters)))
+        undo(partial(_unmark, module))
+    holders: dict[str, list[nn.Module]] = {}
+    originals = list(cascade.parameters())  # held, so that no other object gets the id of one
+    for root in (cascade.model, cascade.branches):
+        for module in root.modules():
+            held = [parameter for parameter in module._parameters.values() if parameter is not None]
+            for name in dict.fromkeys(units[id(parameter)] for parameter in held):
+                holders.setdefault(name, []).append(module)
+    blocks = {name: Unit(modules) for name, modules in holders.items() if name != ROOT}
+    shards = Shards(blocks, holders.get(ROOT, ()))
+    for name, unit in (*blocks.items(), (ROOT, shards)):
+        others = {
+            parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name
+        }  # those of other units, cut or not
+        cut_up = fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=True,
+            shard_placement_fn=lambda parameter: Shard(axes[id(parameter)]) if id(parameter) in axes else None,
+            ignored_params=others,
+        )
+        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # which has no mean
+            cut_up.set_force_sum_reduction_for_comms(True)
+    del originals
+    for module in cascade.modules():
+        _unmark(module)
+    return shards
+
+
+def _placement(old: Any, _: nn.Parameter) -> Shard:
+    placement: Shard = old.fsdp_placement
+    return placement
+
+
+def _refit(shards: Shards) -> None:
+    """Let FSDP take on factors that have another rank since (`ranks`): it keeps the shape of what it has cut.
+
+    torch has no public way: `fully_shard` would make other Parameters, which no optimizer holds.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    for unit in (shards, *shards.units):
+        group = unit._get_fsdp_state()._fsdp_param_group
+        for index, old in enumerate(group.fsdp_params if group is not None else ()):
+            parameter = old.sharded_param
+            if local(parameter).shape == old.sharded_size:
+                continue
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            given = (old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device)
+            policies = (partial(_placement, old), old.mp_policy, OffloadPolicy())
+            new = FSDPParam(nn.Parameter(whole, parameter.requires_grad), *given, *policies)
+            old._post_load_hook_handle.remove()
+            new._setattr_on_modules(parameter)  # the same Parameter: an optimizer holds it
+            new.reset_sharded_param()
+            new.init_dtype_attrs(old.mp_policy)
+            new._param_fqn = old._param_fqn
+            group.fsdp_params[index] = new
+
+
+def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
+    """Return the axis along which a parameter is cut, by id, where it is not the first one.
+
+    FSDP pads an axis that does not divide by the ranks, and what is shorter than the ranks lies on a few of them: so
+    lora_A [rank, in] is cut by inputs then, or where its rank changes, and experts [experts, out, in] by the axis
+    after, as their lora_B [experts, out, rank] is.
+    """
+    axes: dict[int, int] = {}
+    model = cascade._run.parameters_by_name()
+    for branch in cascade._run.by_key.values():
+        weight, stacked = model[branch.weight_name], branch.lora_A.dim() == 3
+        inputs, first = branch.lora_A.dim() - 1, branch.lora_A.shape[0]
+        resized = bool(cascade.plan.spec.ranks) and not stacked
+        if stacked and branch.magnitude is not None:
+            continue
+        if first % parts == 0 and not resized:
+            continue
+        if resized and branch.lora_A.shape[inputs] % parts:
+            raise StateError(
+                f"shard: with ranks by stage FSDP cuts lora_A by its inputs, and the {branch.lora_A.shape[inputs]} of "
+                f"{branch.weight_name} do not divide by {parts} ranks; exclude it, or give one rank for all stages",
+                code="not-divisible",
+            )
+        if branch.lora_A.shape[inputs] % parts == 0:
+            axes[id(branch.lora_A)] = inputs
+        if stacked and weight.dim() == 3:
+            axes |= {id(held): 1 for held in (weight, branch.lora_B) if held.shape[1] % parts == 0}
+    return axes
+
+
+def _unmark(module: nn.Module) -> None:
+    """Remove the marks that FSDP sets for dynamo, which would be settings of another signature."""
+    for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        vars(module).pop(mark, None)

@@ -1,0 +1,397 @@
+"""An adapted graph split where it goes on to the weights of another unit, so that a unit's weights are gathered only
+while its own nodes run.
+
+The graph is only read. A node that computes from weights alone (a transpose, a cast, a branch on a weight) belongs to
+whoever uses it and is computed there, so that nothing of a unit's weights outlives the unit's segments. The other nodes
+keep their order: each stays with the unit before it until one reads the weights of another. `Unit` and `Shards` are the
+modules that torch's fully_shard takes for blocks; `SplitGraph` runs a graph through them, segment by segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.branch import Branch
+from lorasc_fx.branch.low_rank import apply
+from lorasc_fx.errors import StateError
+from lorasc_fx.graph.flow import is_impure
+from lorasc_fx.shards import local
+from lorasc_fx.util.undo import Block, isolated, no_inference_mode
+
+__all__ = [
+    "ROOT",
+    "Segment",
+    "SegmentedGraph",
+    "Shards",
+    "SplitGraph",
+    "Unit",
+    "gathered",
+    "inseparable",
+    "segmented",
+    "unit_of",
+]
+
+
+ROOT = ""
+"""The unit whose weights are whole for a whole forward: what is read in several units, and small things between."""
+
+_NUMBER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+
+
+def unit_of(name: str, parameter: nn.Parameter) -> str:
+    """Return the unit of a parameter by its name: up to its first number (`layers.3`), else the module that holds it,
+    where it is a matrix (`head`); a vector outside of numbered modules is in the root unit.
+    """
+    if (numbered := _NUMBER.match(name)) is not None:
+        return numbered.group()
+    return name.rpartition(".")[0] if parameter.dim() > 1 else ROOT
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes that run in one go.
+
+    Args:
+        unit: whose weights they read, or ROOT.
+        nodes: in order, without those that compute from weights alone.
+        inputs: nodes of earlier segments whose values these need.
+        outputs: nodes of this one whose values later ones need.
+        last: by node, the values that nobody needs after it.
+    """
+
+    unit: str
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+
+    def run(self, interpreter: fx.Interpreter, values: Iterable[Any]) -> tuple[Any, ...]:
+        """Return the values of the outputs, from those of the inputs; the interpreter computes each node."""
+        held: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
+
+        def value_of(node: fx.Node) -> Any:
+            if node not in held:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+                held[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+            return held[node]
+
+        for node in self.nodes:
+            value_of(node)
+            for done in self.last.get(node, ()):
+                held.pop(done, None)
+        return tuple(held[node] for node in self.outputs)
+
+
+def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
+    """Return the sets of parameters (by id) of several units that one node reads, which no split can part."""
+    reads = _reads(graph_module)
+    together = [reads.of(node) for node in graph_module.graph.nodes if node not in reads.lazy]
+    return [group for group in together if len({units[parameter] for parameter in group} - {ROOT}) > 1]
+
+
+class SegmentedGraph:
+    """A graph in segments, and the values that are still needed after each of them.
+
+    Args:
+        module: the graph module, from which the nodes read their names.
+        segments: in order.
+    """
+
+    def __init__(self, module: fx.GraphModule, segments: tuple[Segment, ...]) -> None:
+        self.module, self.segments = module, segments
+        self.interpreter = fx.Interpreter(module)
+        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        needed = [set(segment.inputs) for segment in segments]
+        self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
+
+    def run(self, inputs: tuple[Any, ...], run_segment: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
+        """Return what the output node has; `run_segment` runs a segment on the values of its inputs.
+
+        Arguments that were left out have their defaults.
+        """
+        arguments = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, arguments, strict=True))
+        for segment, later in zip(self.segments, self.later, strict=True):
+            outputs = run_segment(segment, [values[node] for node in segment.inputs])
+            if segment is self.segments[-1]:
+                return outputs[-1]
+            values = {**values, **dict(zip(segment.outputs, outputs, strict=True))}
+            values = {node: value for node, value in values.items() if node in later}
+        raise AssertionError("a graph has an output node")
+
+
+def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
+    """Return a graph in segments.
+
+    Args:
+        graph_module: whose nodes read the parameters of its children.
+        units: the unit of every parameter, by the parameter's id.
+    """
+    reads = _reads(graph_module)
+    runs: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" or node in reads.lazy:
+            continue
+        wanted = {units[parameter] for parameter in reads.of(node)} - {ROOT}
+        if wanted and wanted != {runs[-1][0]}:
+            runs.append((wanted.pop(), []))
+        runs[-1][1].append(node)
+    runs = [(unit, nodes) for unit, nodes in runs if nodes]
+    needs = [_needs(nodes, reads.lazy) for _, nodes in runs]
+    segments = []
+    for index, (unit, nodes) in enumerate(runs):
+        inside = set(nodes)
+        inputs = tuple(node for node in needs[index] if node not in inside)
+        later = {node for other in needs[index + 1 :] for node in other}
+        outputs = tuple(node for node in nodes if node in later or node.op == "output")
+        last = _last(nodes, set(outputs), reads.lazy)
+        segments.append(Segment(unit, tuple(nodes), inputs, outputs, last))
+    return SegmentedGraph(graph_module, tuple(segments))
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Which nodes compute from weights alone, and the parameters that each node reads itself, by id."""
+
+    lazy: frozenset[fx.Node]
+    own: Mapping[fx.Node, set[int]]
+
+    def of(self, node: fx.Node) -> set[int]:
+        """Return the parameters that a node reads, through those that compute from weights alone."""
+        through = (self.of(source) for source in node.all_input_nodes if source in self.lazy)
+        return set(self.own.get(node, ())).union(*through)
+
+
+def _reads(graph_module: fx.GraphModule) -> _Reads:
+    lazy: set[fx.Node] = set()
+    own: dict[fx.Node, set[int]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            attribute = operator.attrgetter(str(node.target))(graph_module)
+            inside = attribute.parameters() if isinstance(attribute, nn.Module) else [attribute]
+            own[node] = {id(value) for value in inside if isinstance(value, nn.Parameter)}
+        sources = node.all_input_nodes
+        computed = bool(sources) and all(source in lazy for source in sources)
+        if node.op == "get_attr" or (computed and node.op != "output" and not is_impure(node)):
+            lazy.add(node)
+    return _Reads(frozenset(lazy), own)
+
+
+def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
+    """Return what the nodes read, seen through what computes from weights alone, in order."""
+    needs: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in lazy:
+                visit(source)
+            else:
+                needs[source] = None
+
+    for node in nodes:
+        visit(node)
+    return needs
+
+
+def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Return by node what nobody reads after it in these nodes: inputs and nodes that are no outputs."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in _needs([node], lazy):
+            last[source] = node
+        last.setdefault(node, node)
+    done: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for value, node in last.items():
+        if value not in needed:
+            done[node] = (*done.get(node, ()), value)
+    return done
+
+
+class Unit(nn.Module):
+    """Holds the modules whose parameters are sharded together; its forward runs a segment that reads them.
+
+    The modules stay where they are in the user's model: `fully_shard` changes their parameters in place.
+    """
+
+    def __init__(self, holders: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.holders = nn.ModuleList(holders)
+
+    def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
+        """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
+        storages = {local(parameter).untyped_storage()._cdata for parameter in self.parameters()}
+        outputs: tuple[Any, ...] = segment.run(interpreter, values)
+        outputs = pytree.tree_map_only(torch.Tensor, partial(_own, storages=storages), outputs)
+        return outputs
+
+
+class Shards(nn.Module):
+    """All units; its forward runs a graph, and `rest` holds what is in no unit."""
+
+    def __init__(self, units: Mapping[str, Unit], rest: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.names = {name: index for index, name in enumerate(units)}
+        self.units = nn.ModuleList(units.values())
+        self.rest = nn.ModuleList(rest)
+
+    def unit(self, name: str) -> Any:
+        """Return the module that FSDP was given for a unit."""
+        return self if name == ROOT else self.units[self.names[name]]
+
+    def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
+        """Return what the graph's output node has."""
+
+        def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
+            if segment.unit == ROOT:
+                return segment.run(interpreter, values)
+            outputs: tuple[Any, ...] = self.unit(segment.unit)(segment, interpreter, *values)
+            return outputs
+
+        return graph.run(inputs, run_segment)
+
+
+class SplitGraph:
+    """Stands in a variant for its graph module: the same call, through the units.
+
+    Args:
+        shards: whose units hold the parameters.
+        graph: in segments of these.
+        leaves: returns the leaves of a call's arguments, in the order of the placeholders.
+        called: is called before each call; returns whether the branches rest, as other weights are in place.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        graph: SegmentedGraph,
+        leaves: Callable[[Any, Any], list[Any]],
+        called: Callable[[], bool],
+    ) -> None:
+        self.shards, self.graph, self.leaves, self.called = shards, graph, leaves, called
+        self.branches = [module for module in graph.module.modules() if isinstance(module, Branch)]
+
+    @property
+    def rewritten(self) -> list[fx.GraphModule]:
+        """The graph before it was split."""
+        return [self.graph.module]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the graph computes.
+
+        Raises:
+            StateError: inside torch.compile.
+        """
+        if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
+            raise StateError(
+                "torch.compile: a cascade whose weights are sharded runs as it is; call it uncompiled", code="sharded"
+            )
+        return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *self.leaves(args, kwargs)))
+
+    def run(self, interpreter: fx.Interpreter, *inputs: Any) -> Any:
+        """Return what the graph's output node has, for the leaves of a call's arguments."""
+        with resting(self.branches) if self.called() else contextlib.nullcontext():
+            try:
+                return self.shards(self.graph, interpreter, *inputs)
+            except BaseException:
+                self.shards.reset_iter_state()  # type: ignore[operator]
+                raise
+
+
+@isolated
+def resting(undo: Block[Any], branches: list[Branch]) -> None:
+    """Let branches add nothing: `base + 0 * term` is base."""
+    for branch in branches:
+        undo(partial(setattr, branch, "scale", branch.scale))
+        branch.scale = 0.0
+
+
+@isolated
+def gathered(undo: Block[Any], shards: Shards, model: nn.Module) -> None:
+    """Let methods of the user's model run, which call its modules and no graph: the weights of a block (`layers.3`) are
+    gathered while one of its modules runs, and those of no block until the end.
+
+    Every rank must call the same modules in the same order.
+    """
+    modules, blocks = dict(model.named_modules()), _Blocks(shards)
+    units = {id(held): name for name in shards.names for held in shards.unit(name).parameters()}
+    numbered = {name for name in shards.names if _NUMBER.match(f"{name}.")}
+    for name in numbered:
+        for module in _called(modules[name]):
+            if names := sorted({units[id(held)] for held in module.parameters() if id(held) in units} & numbered):
+                table, slot = vars(module), "_compiled_call_impl"  # no hook, of which graphs know (cascade/usage.py)
+                inner = module._compiled_call_impl
+                undo(partial(table.pop, slot) if inner is None else partial(table.update, {slot: inner}))
+                table[slot] = partial(blocks.call, names, inner or module._call_impl)
+    for name in (ROOT, *(name for name in shards.names if name not in numbered)):
+        undo(shards.unit(name).reshard)
+        with no_inference_mode():
+            shards.unit(name).unshard()
+
+
+class _Blocks:
+    """Gathers units while calls run that read them, once where such calls are inside one another."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards, self.depth = shards, Counter[str]()
+
+    def call(self, names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with the weights of some units whole."""
+        with self._whole(names):
+            return function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _whole(self, names: list[str]) -> Iterator[None]:
+        try:
+            for name in names:
+                self.depth[name] += 1
+                with no_inference_mode():  # or FSDP's buffers could not be trained with
+                    self.shards.unit(name).unshard()
+            yield
+        finally:
+            for name in names:
+                self.depth[name] -= 1
+                if not self.depth[name]:
+                    self.shards.unit(name).reshard()
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module, or in the place of one that only holds others these."""
+    if type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        yield module
+        return
+    for child in module.children():
+        yield from _called(child)
+
+
+def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """Return a value that is no view: FSDP's hooks hang on it, and a view of a weight would lose its memory."""
+    if local(value).untyped_storage()._cdata in storages:  # a fake tensor has no address
+        return value.clone()
+    if value.requires_grad and value._base is not None:
+        return apply(_NoView, value)
+    return value
+
+
+class _NoView(torch.autograd.Function):
+    """`apply(x)`: the same memory, as nobody's view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return it."""
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient as it is."""
+        return gradient

@@ -1,0 +1,1 @@
+"""Adapters in peft's format: its configurations and files, read and written."""

@@ -1,0 +1,263 @@
+"""The format of peft's LoRA adapters, read and written by what comes in and what goes out: files, keys of the
+configuration, keys of tensors, and how the factors of each kind of layer are stored.
+
+Source: peft 0.21, `tuners/lora/layer.py`, `tuners/lora/config.py`, `utils/other.py: get_pattern_key`. Ours are `b`
+[rows, r] and `a` [r, columns] with `b @ a` the delta of the weight as it is stored (`Factors`); peft's are (A, B) with
+`B @ A` the delta of a weight [out, in].
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.state import Factors
+from lorasc_fx.util.checks import is_integer, is_number
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of an adapter's folder."""
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank, but for 1."""
+
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "task_type",
+}  # fmt: skip
+"""Keys of an adapter's file that say nothing of the numbers, or what the names of the tensors say again."""
+
+UNSUPPORTED = {
+    "alora_invocation_tokens": "an activated LoRA changes some tokens only",
+    "arrow_config": "Arrow routes between adapters",
+    "corda_config": "CorDA changes the base",
+    "kasa_config": "KaSA changes the base",
+    "layer_replication": "it repeats layers of the base",
+    "lora_bias": "the factors have a bias, which is no part of a weight",
+    "monteclora_config": "MonteCLoRA draws its factors",
+    "trainable_token_indices": "single rows of an embedding were trained",
+    "use_bdlora": "its factors are block-diagonal",
+    "use_qalora": "QA-LoRA pools the input",
+    "velora_config": "VeLoRA is another layer",
+}
+"""Features that make an adapter something else than `W + s B A` with or without magnitudes, with the reason."""
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+FIELDS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "r": (8, lambda value: is_integer(value, 1), "a rank is an integer of 1 or more"),
+    "lora_alpha": (8, lambda value: is_number(value) and 0 < value < 1e30, "it scales the factors: a number above 0"),
+    "rank_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
+    "alpha_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
+    "use_rslora": (False, lambda value: isinstance(value, bool), "give true or false"),
+    "use_dora": (False, lambda value: isinstance(value, bool), "give true or false"),
+    "lora_dropout": (0.0, lambda value: is_number(value) and 0 <= value < 1, "give a share in [0, 1)"),
+    "modules_to_save": ([], _are_names, "give a list of names"),
+    "target_parameters": ([], _are_names, "give a list of names"),
+    "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "give none, all or lora_only"),
+}
+"""Keys of a configuration that the import reads: the value where none is given, what is valid, and in words. A list or
+a table may be null.
+"""
+
+READ = {*FIELDS, "init_lora_weights"}
+"""Keys that a spec is made of."""
+
+PREFIX = "base_model.model."
+"""Of every key of an adapter file."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of layer stores A and B; by default as we do.
+
+    Args:
+        keys: last parts of the keys of A and B in an adapter file.
+        transposed: the weight is [in, out], or a stack of experts [experts, in, out].
+        is_conv: A is a convolution of the same kernel, B one of kernel 1.
+        is_parameter: the weight is one of peft's `target_parameters`: any parameter, replaced while its module runs. A
+            stack of experts has one pair; the ranks of A are ordered by expert, those of B by rank.
+    """
+
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    transposed: bool = False
+    is_conv: bool = False
+    is_parameter: bool = False
+
+    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (A, B) of a weight of this shape."""
+        rank = pair.a.shape[-2]
+        a, b = (pair.b.mT, pair.a.mT) if self.transposed else (pair.a, pair.b)
+        if a.dim() == 3:
+            b = b.permute(1, 2, 0)
+        shape_a, shape_b = self.shapes(shape, rank)
+        return a.reshape(shape_a), b.reshape(shape_b)
+
+    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
+        """Return our factors of a weight of this shape: the inverse of `to_peft`."""
+        a, b = lora_a.flatten(1), lora_b.flatten(1)
+        if self.is_parameter and len(shape) == 3:
+            a = a.reshape(shape[0], -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, shape[0]).permute(2, 0, 1)
+        if self.transposed:
+            a, b = b.mT, a.mT
+        return Factors(b.contiguous(), a.contiguous())
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B at this rank."""
+        if self.is_conv:
+            return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
+        *stack, out, inner = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        return (math.prod(stack) * rank, inner), (out, rank * math.prod(stack))
+
+    def magnitude_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape in which peft stores DoRA's magnitudes [out] of a weight of this shape."""
+        if self.is_conv:
+            return (1, shape[0], *(1 for _ in shape[2:]))
+        return (shape[-1 if self.transposed else -2],)
+
+
+LINEAR = Layout()
+CONV1D = Layout(transposed=True)
+"""transformers' Conv1D, which is a linear layer."""
+EMBEDDING = Layout(("lora_embedding_A", "lora_embedding_B"), transposed=True)
+CONV = Layout(is_conv=True)
+PARAMETER = Layout(is_parameter=True)
+
+_LAYOUTS: Mapping[type[nn.Module], Layout] = {
+    nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
+}  # fmt: skip
+"""Of torch's layers that peft adapts by the module's name."""
+
+ENDS = (*LINEAR.keys, *EMBEDDING.keys)
+"""Last parts of the keys of factors."""
+
+
+def layout_of(module: nn.Module, axes: int) -> Layout | None:
+    """Return the layout in which peft adapts the `weight`, of so many axes, of a module; None where it does not.
+
+    peft's delta of a grouped convolution mixes the groups.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1:
+        return None
+    for kind in type(module).__mro__:
+        if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+            return CONV1D if axes == 2 else None
+    return next((layout for kind, layout in _LAYOUTS.items() if isinstance(module, kind)), None)
+
+
+def parameter_layout(module: nn.Module, axes: int) -> Layout:
+    """Return the layout of a module's own parameter; stacked experts may be transposed (`is_transposed`)."""
+    return replace(PARAMETER, transposed=axes == 3 and bool(getattr(module, "is_transposed", False)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that peft adapts.
+
+    Args:
+        path: of the module that holds it.
+        leaf: its name there.
+        layout: of its factors.
+    """
+
+    path: str
+    leaf: str
+    layout: Layout
+
+    @property
+    def name(self) -> str:
+        """Full name of the parameter."""
+        return f"{self.path}.{self.leaf}"
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is one of peft's `target_parameters`, and not the weight of a module that peft replaces."""
+        return self.layout.is_parameter
+
+    @property
+    def pattern(self) -> str:
+        """What peft matches rank_pattern and alpha_pattern against."""
+        return self.name if self.is_parameter else self.path
+
+
+def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[str, str, str]]:
+    """Return the keys of A, B and DoRA's magnitudes of each target, in an adapter of all of them.
+
+    peft wraps a module once for each of its `target_parameters`, the first one innermost.
+    """
+    targets = list(targets)
+    wraps = wrap_counts(targets)
+    wrapped = {(target.path, target.leaf) for target in targets if target.is_parameter}
+    keys = {}
+    for target in targets:
+        depth = 0
+        if target.is_parameter:
+            parameters = model.get_submodule(target.path).named_parameters(recurse=False)
+            order = [leaf for leaf, _ in parameters if (target.path, leaf) in wrapped]
+            depth = len(order) - 1 - order.index(target.leaf)
+        stem = f"{PREFIX}{key_path(target.path, wraps)}.{'base_layer.' * depth}"
+        a, b = target.layout.keys
+        keys[target] = f"{stem}{a}", f"{stem}{b}", f"{stem}lora_magnitude_vector"
+    return keys
+
+
+def wrap_counts(targets: Iterable[Target]) -> Counter[str]:
+    """Return how often peft wraps each module for parameters of its own, by path."""
+    return Counter(target.path for target in targets if target.is_parameter)
+
+
+def key_path(path: str, wraps: Mapping[str, int]) -> str:
+    """Return a module's path once peft has wrapped modules above it: `wraps` says which, and how often each."""
+    names = path.split(".")
+    above = (".".join(names[:count]) for count in range(1, len(names)))
+    parts = ([name, *["base_layer"] * wraps.get(outer, 0)] for name, outer in zip(names, above, strict=False))
+    return ".".join([*chain.from_iterable(parts), names[-1]])
+
+
+def lora_spec(
+    pairs: Mapping[str, tuple[int, float]], usual: tuple[int, float], train: Iterable[str], **options: Any
+) -> CascadeSpec:
+    """Return a spec that adapts these weights and trains these parameters in full.
+
+    Args:
+        pairs: rank and lora_alpha by the weight's name.
+        usual: rank and lora_alpha without a rule.
+        train: names of parameters.
+        options: other fields of the spec.
+    """
+    return CascadeSpec(
+        targets=tuple(map(glob.escape, pairs)),
+        train=tuple(dict.fromkeys(map(glob.escape, train))),
+        rules=tuple(
+            Rule(glob.escape(name), rank, float(alpha))
+            for name, (rank, alpha) in pairs.items()
+            if (rank, alpha) != usual
+        ),
+        rank=usual[0],
+        lora_alpha=float(usual[1]),
+        **options,
+    )
+
+
+Value = TypeVar("Value")
+
+
+def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
+    """Return the value of the first pattern that means a module, or parameter, of this name."""
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, otherwise)

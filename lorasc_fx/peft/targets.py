@@ -1,0 +1,422 @@
+"""Where peft can adapt each weight of a cascade, or the reason why it cannot; and what it saves of full training.
+
+Three things can go wrong with an adapter of peft in place of a module, and each is tried on the example of the model:
+
+- the adapter computes when its module is called, and others read the weight past the module (`calls_of`);
+- others read an attribute of the module that peft's wrapper in its place does not have (`read_through`);
+- the module is no plain layer of torch, and the adapter is another function than the merged weight: peft's layers are
+  written for torch's own classes, not for a convolution with a dilation or another padding mode, or an embedding that
+  does more than look up (`fault_of`, in fp64 on a recorded call).
+
+Parameters trained in full go with their modules (`modules_to_save`), or are biases of adapted modules.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.capture import call_recorder, copied, isolation, quiet
+from lorasc_fx.graph import LIKE_ANOTHER, named_weights
+from lorasc_fx.parameters import substituted
+from lorasc_fx.peft.format import (
+    CONV1D,
+    PARAMETER,
+    PREFIX,
+    Target,
+    key_path,
+    layout_of,
+    parameter_layout,
+    wrap_counts,
+)
+from lorasc_fx.plan import Site
+from lorasc_fx.quantized import dense
+from lorasc_fx.state import Factors
+from lorasc_fx.util.undo import Block, isolated, raise_of_handler
+
+
+def targets_of(
+    model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
+    """Return what peft adapts for each site's weight (a tied one has several), and the reasons of the others.
+
+    The model runs twice on the arguments, without a trace, and each module of interest once more in fp64.
+    """
+    sites = list(sites)
+    finder = _Finder(model, calls_of(model, [site.weight for site in sites], args, kwargs))
+    by_weight: dict[str, tuple[Target, ...]] = {}
+    refused: dict[str, str] = {}
+    for site in sites:
+        targets = finder.targets(site)
+        if isinstance(targets, str):
+            refused[site.weight] = targets
+        else:
+            by_weight[site.weight] = targets
+    faults = read_through(model, [target.path for targets in by_weight.values() for target in targets], args, kwargs)
+    for name, targets in list(by_weight.items()):
+        fault = next((faults[target.path] for target in targets if target.path in faults), None)
+        if fault is not None:
+            refused[name] = fault
+            del by_weight[name]
+    if any(target.is_parameter for targets in by_weight.values() for target in targets):
+        for name, targets in by_weight.items():  # peft takes no parameters beside fan_in_fan_out
+            by_weight[name] = tuple(
+                replace(target, layout=PARAMETER) if target.layout is CONV1D else target for target in targets
+            )
+    return by_weight, refused
+
+
+class _Finder:
+    """A model's modules, and what a run of it showed."""
+
+    def __init__(self, model: nn.Module, calls: Calls) -> None:
+        self.calls = calls
+        self.modules = dict(model.named_modules())  # by first path
+        self.paths: dict[int, tuple[str, ...]] = {}  # all paths of a module, by its identity
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.paths[id(module)] = (*self.paths.get(id(module), ()), path)
+        self.holders: dict[str, tuple[tuple[str, str], ...]] = {}  # paths and names in their modules, by weight
+        canonical = named_weights(model).canonical
+        for path, module in self.modules.items():
+            for leaf, value in module._parameters.items():
+                if value is not None:
+                    name = canonical[f"{path}.{leaf}".lstrip(".")]
+                    self.holders[name] = (*self.holders.get(name, ()), (path, leaf))
+        self.encoders = [path for path, module in self.modules.items() if _passes_over(module)]
+
+    def targets(self, site: Site) -> tuple[Target, ...] | str:
+        """Return what peft adapts for a site's weight, or why it adapts nothing."""
+        called = [(path, leaf) for path, leaf in self.holders[site.weight] if path in self.calls.first]
+        if not called:
+            return self._read_by(site.weight)
+        targets = []
+        for path, leaf in called:
+            target = self._target(site, path, leaf)
+            if isinstance(target, str):
+                return target
+            targets.append(target)
+        return self._read_by(site.weight) if site.weight in self.calls.reader else tuple(targets)
+
+    def _target(self, site: Site, path: str, leaf: str) -> Target | str:
+        module = self.modules[path]
+        if len(self.paths[id(module)]) > 1:
+            return f"its module is held as {' and as '.join(self.paths[id(module)])}, and peft adapts one of them"
+        if any(path.startswith(f"{encoder}.") for encoder in self.encoders):
+            return "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
+        if not path:
+            return "it is a parameter of the top module, which peft cannot wrap"
+        layout = layout_of(module, len(site.shape)) if leaf == "weight" else None
+        if layout is not None:
+            target = Target(path, leaf, layout)
+            fault = fault_of(target, module, self.calls.first[path])
+            if fault is None:
+                return target
+        elif getattr(module, "groups", 1) != 1:
+            fault = "peft's adapter of a grouped convolution mixes the groups"
+        else:
+            fault = f"peft adapts no {type(module).__name__} of {len(site.shape)} axes"
+        if len(site.shape) != 2 and not (site.kind == "experts" and site.shape[0] > 1):
+            return fault
+        if isinstance(module, (nn.RNNBase, ParametrizationList)):
+            return f"{type(module).__name__} keeps it where peft's adapter of a parameter does not reach"
+        return Target(path, leaf, parameter_layout(module, len(site.shape)))
+
+    def _read_by(self, weight: str) -> str:
+        reader = self.calls.reader.get(weight, "another module")
+        return f"{reader} reads it from outside its own module, where no adapter of peft computes"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Modules that are saved whole, and the keys of all that goes to the file.
+
+    Args:
+        modules: paths, none inside another.
+        keys: of the file, with the name of the parameter or buffer that stands there.
+        biases: whether biases of adapted modules are among them.
+    """
+
+    modules: tuple[str, ...]
+    keys: Mapping[str, str]
+    biases: bool
+
+
+def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Target]) -> tuple[Saved, dict[str, str]]:
+    """Return what peft saves for the parameters trained in full, and the reasons of those that it cannot.
+
+    Args:
+        model: the user's own.
+        trained: names of the parameters.
+        targets: that are adapted.
+    """
+    weights, wraps = named_weights(model), wrap_counts(targets)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = dict.fromkeys(target.path for target in targets)
+    refused: dict[str, str] = {}
+    whole: dict[str, str] = {}
+    biases: dict[str, str] = {}
+    for parameter in trained:
+        for name in weights.names[parameter]:
+            path, _, leaf = name.rpartition(".")
+            if path in adapted and leaf == "bias":
+                depth = "base_layer." * wraps.get(path, 1)
+                biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = parameter
+            elif not path:
+                refused[parameter] = "it is a parameter of the top module, and peft saves modules whole"
+            elif inside := next((other for other in adapted if _within(other, path)), None):
+                refused[parameter] = f"its module holds {inside}, which is adapted, and peft saves modules whole"
+            elif any(_within(path, other) for other in wraps):
+                refused[parameter] = "peft wraps a module above it, and finds it no more"
+            else:
+                whole.setdefault(path, parameter)
+    for path in modules:  # peft takes every module whose path ends so
+        meant = next((other for other in whole if path.endswith(other) and path != other), None)
+        if meant is None or path in whole:
+            continue
+        if any(_within(other, path) or _within(path, other) for other in adapted):
+            refused[whole[meant]] = f"to save {meant} means {path} to peft as well, which is adapted"
+        else:
+            whole[path] = whole[meant]
+    outer = tuple(path for path in whole if not any(_within(path, other) for other in whole if other != path))
+    for path in outer:
+        hidden = next((other for other in adapted if re.match(rf"(^|.*\.){path}($|\..*)", other)), None)
+        if hidden is not None:
+            refused[whole[path]] = f"to save {path} excludes {hidden} from what peft adapts"
+    keys = {
+        f"{PREFIX}{path}.{name}": f"{path}.{name}"
+        for path in outer
+        for name in modules[path].state_dict(keep_vars=True)
+    }
+    named = {key: weights.canonical.get(name, name) for key, name in keys.items()}
+    return Saved(outer, {**named, **biases}, bool(biases)), refused
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _passes_over(module: nn.Module) -> bool:
+    """Whether torch's fused path may run in place of the modules inside this one."""
+    if not isinstance(module, nn.TransformerEncoderLayer) or (
+        "forward" in vars(type(module)) and (type(module).forward is not nn.TransformerEncoderLayer.forward)
+    ):
+        return False
+    attention: Any = module.self_attn
+    return bool(
+        attention.batch_first
+        and attention.in_proj_bias is not None
+        and module.activation_relu_or_gelu
+        and module.norm1.eps == module.norm2.eps
+        and attention.num_heads % 2 == 0
+    )
+
+
+# ---- whether the adapter of a module does what the delta of its weight does, found by runs of the model
+
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""The arguments of one call of a module."""
+
+
+@dataclass
+class Calls:
+    """What one run showed.
+
+    Args:
+        first: the first call of each module of interest, by its first path.
+        reader: by weight, the class of a module that read it while none that holds it was running.
+    """
+
+    first: dict[str, Call] = field(default_factory=dict)
+    reader: dict[str, str] = field(default_factory=dict)
+
+
+def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
+    """Run the model once, without a trace, and return who read the parameters of these names."""
+    parameters = dict(model.named_parameters())
+    known = {id(parameters[name]): name for name in names}
+    seen = Calls()
+    stack: list[nn.Module] = []
+
+    def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        stack.append(module)
+        if path not in seen.first and any(id(value) in known for value in module._parameters.values()):
+            seen.first[path] = copied(args, kwargs)
+
+    def leaves(path: str, module: nn.Module, output: Any) -> None:
+        stack.pop()
+
+    observers = (_Readers(known, stack, seen), call_recorder(model, enters, leaves))
+    with isolation(model, args, kwargs, *observers, grad=False, seeded=False) as (inputs, named):
+        model(*inputs, **named)
+    return seen
+
+
+class _Readers(TorchFunctionMode):
+    """Notes, for each call to torch that makes a tensor out of a weight, which modules are running."""
+
+    def __init__(self, known: Mapping[int, str], stack: list[nn.Module], seen: Calls) -> None:
+        super().__init__()
+        self._known, self._stack, self._seen = known, stack, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})
+        weights = [leaf for leaf in pytree.tree_leaves(read) if id(leaf) in self._known]
+        if not weights or name == "requires_grad_":
+            return output
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
+            for weight in weights:
+                self._note(weight)
+        return output
+
+    def _note(self, weight: torch.Tensor) -> None:
+        if any(value is weight for module in self._stack for value in module._parameters.values()):
+            return
+        reader = type(self._stack[-1]).__name__ if self._stack else "the model"
+        self._seen.reader.setdefault(self._known[id(weight)], reader)
+
+
+_ANSWERED = {"weight", "bias", "in_features", "out_features"}
+"""What peft's layers answer for the module inside. Source: peft 0.21, `BaseTunerLayer`."""
+
+
+def read_through(
+    model: nn.Module, paths: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Run the model with a probe in place of each of these modules, and return what is wrong, by path.
+
+    The model, its inputs and the random generators stay as they were.
+    """
+    read: dict[str, str] = {}
+    paths = sorted(set(paths), key=lambda path: path.count("."), reverse=True)  # inner ones first
+    try:
+        with isolation(model, args, kwargs, _probed(model, paths, read), grad=False, seeded=False) as (inputs, named):
+            model(*inputs, **named)
+    except Exception as fault:  # the model's own code may do anything with a module that is not what it expects
+        raise_of_handler(fault)
+        sentence = f"the model does not run with a wrapper in place of its module ({type(fault).__name__}: {fault})"
+        return {path: read.get(path, sentence) for path in paths}
+    return read
+
+
+@isolated
+def _probed(undo: Block[Any], model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
+    """Put a probe in place of each of these modules."""
+    for path in paths:
+        holder, _, name = path.rpartition(".")
+        parent = model.get_submodule(holder)
+        undo(partial(parent._modules.__setitem__, name, parent._modules[name]))
+        parent._modules[name] = _AttributeProbe(parent._modules[name], path, read)
+
+
+class _AttributeProbe(nn.Module):
+    """Calls the module inside, and notes what else it is asked for."""
+
+    def __init__(self, inside: nn.Module | None, path: str, read: dict[str, str]) -> None:
+        super().__init__()
+        self.inside = inside
+        self.__dict__["note"] = lambda name: read.setdefault(
+            path, f"the model reads {name} of its module, and peft's wrapper in its place has no {name}"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules["inside"](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        inside = self.__dict__["_modules"].get("inside")
+        if name not in _ANSWERED and not name.startswith("__"):
+            self.__dict__["note"](name)
+        return getattr(inside, name)
+
+
+def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
+    """Return what is wrong with peft's adapter of this target, as words for people, or None.
+
+    Args:
+        target: whose layout is peft's for a module by its name.
+        module: of the target.
+        call: arguments that the module was called with.
+    """
+    # On the host: some accelerators (MPS) have no fp64.
+    values = {name: value.cpu() for name, value in module.named_buffers()}
+    values |= {name: dense(value.detach()).cpu().double() for name, value in module.named_parameters()}
+    weight = values[target.leaf]
+    shapes = (weight.shape[0], 2), (2, math.prod(weight.shape[1:]))
+    source = torch.Generator().manual_seed(0)
+    b, a = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes)
+    pair = Factors(b, a)
+    delta = (pair.b @ pair.a).view(weight.shape)
+    try:
+        with quiet(grad=False):  # what peft would build draws random numbers, and may warn
+            base = _run(module, values, call)
+            full = _run(module, values | {target.leaf: weight + delta}, call)
+            adapted = base + _term(target, module, pair, weight, _wide(call)[0][0])
+            moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
+    except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
+        raise_of_handler(fault)
+        return f"peft's adapter of {type(module).__name__} cannot be tried: {type(fault).__name__}: {fault}"
+    if gap <= 1e-6 * moved + 1e-12 * float(full.abs().max()):
+        return None
+    return (
+        f"peft's adapter of this {type(module).__name__} computes something else than its weight would "
+        f"(off by {gap / moved if moved else math.inf:.2g} of the change)"
+    )
+
+
+def _run(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
+    with isolation(module, *_wide(call), substituted(module, values), grad=False) as (inputs, named):
+        output = module(*inputs, **named)
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"it returns {type(output).__name__}, not a tensor")
+    return output
+
+
+def _wide(call: Call) -> Call:
+    """Return copies of a call's arguments on the host, floating ones in fp64."""
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.cpu().double() if leaf.is_floating_point() else leaf.cpu()
+
+    wide: Call = pytree.tree_map(widen, copied(*call))
+    return wide
+
+
+def _term(target: Target, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return what peft's layer adds to the module's output, built as peft builds it."""
+    lora_a, lora_b = target.layout.to_peft(pair, weight.shape)
+    if isinstance(module, nn.Embedding):
+        looked_up = F.embedding(
+            x,
+            lora_a.t(),
+            module.padding_idx,
+            module.max_norm,
+            module.norm_type,
+            module.scale_grad_by_freq,
+            module.sparse,
+        )
+        scale = getattr(module, "embed_scale", None)
+        return looked_up @ lora_b.t() * (1.0 if scale is None else scale)
+    if target.layout.is_conv:
+        kind: Any = type(module)
+        out, rank, *ones = lora_b.shape
+        down = kind(weight.shape[1], rank, module.kernel_size, module.stride, module.padding, bias=False)
+        up = kind(rank, out, tuple(ones), tuple(ones), bias=False)
+        with substituted(down, {"weight": lora_a}), substituted(up, {"weight": lora_b}):
+            term: torch.Tensor = up(down(x))
+            return term
+    return F.linear(F.linear(x, lora_a), lora_b)

@@ -1,0 +1,1 @@
+"""What every package may use: transactions, files, fingerprints, checks of arguments, optional imports."""

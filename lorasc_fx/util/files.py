@@ -1,0 +1,245 @@
+"""Files and folders that appear whole or not at all, written by one process at a time.
+
+What is written lies under a temporary name beside its place, is synced, and is then renamed. A lock file says who
+writes: host, process and time. The system releases the lock when its owner dies, and so the next writer deletes what a
+killed one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lorasc_fx.errors import CheckpointError, ExportError, LorascError, reason_of
+from lorasc_fx.util.undo import Block, isolated
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on its disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def parse_json(text: str | bytes, **hooks: Callable[[str], Any]) -> Any:
+    """Return the value of a JSON text from a file, which may be damaged or forged.
+
+    Args:
+        text: the JSON.
+        hooks: `parse_float` and the like, passed to `json.loads`.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or holds an integer of too many digits.
+    """
+    try:
+        return json.loads(text, **hooks)  # type: ignore[arg-type]
+    except RecursionError as fault:
+        raise ValueError("it is nested too deeply") from fault
+
+
+def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
+    """Open a file for writing, create it if it is missing, and return the descriptor.
+
+    A link is not followed, because this would write to a file elsewhere. Nothing has been written when this raises.
+
+    Args:
+        path: the file.
+        flags: for `os.open`, in addition to O_CREAT.
+        kind: class of the error.
+
+    Raises:
+        kind: the path is a link, a file with several names (hard links), a folder, a pipe or a device.
+        OSError: the file cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its reader.
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError:
+        if path.is_symlink() or path.is_dir() or path.is_fifo() or path.is_socket():
+            raise _not_plain(path, kind) from None
+        raise
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(handle)
+        raise _not_plain(path, kind)
+    return handle
+
+
+def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
+    return kind(
+        f"{path}: is a link, a folder, a pipe or a device, and lorasc-fx writes a plain file of this name; nothing was "
+        "written. Delete it, or give another place",
+        code="not-a-file",
+    )
+
+
+def append_text(path: Path, text: str, kind: type[LorascError]) -> None:
+    """Append text to a file; raises as `open_plain` does."""
+    with os.fdopen(open_plain(path, os.O_WRONLY | os.O_APPEND, kind), "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def make_folder(root: Path) -> None:
+    """Make a folder, and sync those that hold the new entries: its own, and those of parents that were missing too."""
+    new = [made for made in (root, *root.parents) if not made.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for made in reversed(new):
+        sync(made.parent)
+
+
+@isolated
+def one_writer(undo: Block[Any], file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
+    """Keep other writers out of a place while a block runs, and return whether the file system locks files.
+
+    The lock of the system decides: it is free as soon as its owner is dead. Where a file system has no locks, what the
+    file says decides: an owner on this host that is dead is taken over, and one on another host is not.
+
+    Args:
+        file: the lock file, which is there while somebody writes.
+        target: that is written, for messages.
+        kind: of the error.
+
+    Raises:
+        kind: somebody else writes there (the message names process, host and time), or the lock file is not a plain
+            file.
+        OSError: the file cannot be made.
+    """
+    while True:
+        handle = open_plain(file, os.O_RDWR, kind)
+        try:
+            owner, locked = _owner(handle), True
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as fault:
+                raise _occupied(target, owner, "", kind) from fault
+            except OSError:
+                locked = False
+            if not locked and not _dead(owner):
+                raise _occupied(target, owner, f"; if that process is gone, delete {file}", kind)
+            if _names(file, handle):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # of a file that its owner deleted meanwhile
+    undo(partial(os.close, handle))
+    undo(partial(file.unlink, missing_ok=True))
+    now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
+    with contextlib.suppress(OSError):  # a full disk: what comes next says so
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode(), 0)
+    return locked
+
+
+def _owner(handle: int) -> dict[str, Any]:
+    """Return the owner that a lock file names: host, process and since when; an empty table if it is unreadable."""
+    try:
+        owner = parse_json(os.pread(handle, 4096, 0))
+    except ValueError:
+        return {}
+    kinds = {"host": str, "process": int, "since": str}
+    named = isinstance(owner, dict) and {key: type(value) for key, value in owner.items()} == kinds
+    return owner if named and f"{owner['host']}{owner['since']}".isprintable() else {}
+
+
+def _dead(owner: dict[str, Any]) -> bool:
+    """Whether the owner of a lock file is known to be gone, or there is none."""
+    if owner and owner["host"] != platform.node():
+        return False
+    try:
+        if owner:
+            os.kill(owner["process"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return not owner
+
+
+def _occupied(target: Path, owner: dict[str, Any], more: str, kind: type[LorascError]) -> LorascError:
+    who = f"process {owner['process']} on host {owner['host']}, since {owner['since']}," if owner else "another process"
+    return kind(
+        f"{target}: {who} is writing there; give each run a place of its own, and write from one process of a run"
+        f"{more}",
+        code="concurrent-save",
+    )
+
+
+def _names(file: Path, handle: int) -> bool:
+    """Whether a path still names the file that is open."""
+    try:
+        return os.path.samestat(file.lstat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield the path of a file or folder to write, which takes the place of `out` when the block ends; if it raises,
+    what was there stays.
+
+    Raises:
+        ExportError: it cannot be written, or somebody else writes there at this moment.
+    """
+    target = Path(os.path.realpath(out)) if out.is_dir() else out
+    number = uuid.uuid4().hex
+    new = target.with_name(f".{target.name}.writing-{number}{target.suffix}")
+    old = target.with_name(f".{target.name}.leaving-{number}")
+    try:
+        make_folder(target.parent)
+        with one_writer(target.with_name(f".{target.name}.lock"), out, ExportError) as locked:
+            if locked:
+                _clear(target)
+            try:
+                yield new
+                for path in [*new.rglob("*"), new]:
+                    if path.is_file() or path.is_dir():
+                        sync(path)
+                if target.is_dir():
+                    target.rename(old)
+                try:
+                    new.replace(target)
+                except BaseException:
+                    if old.exists():
+                        old.rename(target)
+                    raise
+                sync(target.parent)
+            finally:
+                _remove(new)
+                _remove(old)
+    except (OSError, SafetensorError) as fault:
+        raise ExportError(
+            f"{out}: was not written: {reason_of(fault)}; what was there stays", code="write-failed"
+        ) from fault
+
+
+def _clear(target: Path) -> None:
+    """Delete what killed writers left beside a place; a folder that one had moved away is put back."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.leaving-") and not target.exists():
+            path.rename(target)
+        elif path.name.startswith((f".{target.name}.writing-", f".{target.name}.leaving-")):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
