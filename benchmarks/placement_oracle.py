@@ -1,6 +1,6 @@
 """Whether `placement="auto"` chooses what is fastest: `python -m benchmarks --only placement`.
 
-Sites whose weights have one shape and one placement are a group. A rival has the placements that the cost model chose,
+Sites whose weights have one shape and one placement are a group. A rival has the placements that the rule chose,
 all branches beside, all merged, or the choice with one group changed to the other placement. Rivals take turns over the
 same weights and batch, as in the benchmark. A ratio is that of a step as chosen over the rival's: above 1.00, the rival
 is faster. One rival is as chosen again: its deviation from 1.00 is measurement noise.
@@ -9,13 +9,16 @@ is faster. One rival is as chosen again: its deviation from 1.00 is measurement 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from torch import fx
+
 import lorasc_fx as lx
-from lorasc_fx.cost import Cheapest
+from lorasc_fx.compile import fallback
+from lorasc_fx.passes import match_sites
 
 from .measure import Turn, alternate, ratio
 from .models import Work
@@ -30,7 +33,11 @@ CHOSEN, AGAIN = "as chosen", "as chosen, again"
 @contextmanager
 def placed(placements: Mapping[str, str]) -> Iterator[None]:
     """Give new sites these placements, where the spec leaves them open and the op can be merged."""
-    with mock.patch.object(Cheapest, "__call__", lambda self, site, nodes: placements[site.weight]):
+
+    def placed(site: lx.Site, nodes: Sequence[fx.Node]) -> str:
+        return placements[site.weight]
+
+    with mock.patch.object(match_sites, "by_shape", placed), mock.patch.object(fallback, "by_shape", placed):
         yield
 
 

@@ -74,7 +74,7 @@ One command makes all of this, `make bench`: the text, `benchmarks/results.json`
 CPU seconds of a training step over those of the same model frozen (forward, and the gradient down to the input):
 ratio of the minima (median of the ratios within a round). *Folded* is the model that `release()` gives back; its
 deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank products added to those of the frozen step.
-*Expected*: the cost model's prediction. Memory that is freed stays in the process, for all rivals
+Memory that is freed stays in the process, for all rivals
 (`benchmarks/measure.py`).
 
 {step_table(results["steps"])}
@@ -149,9 +149,8 @@ def step_table(rows: Rows) -> str:
             ratio = row["ratios"][column]
             yield f"{ratio['minimum']:.2f} ({ratio['paired']:.2f})"
         yield f"{row['floor']:.3f}"
-        yield _optional(row["predicted"], ".2f")
 
-    head = ("model", *(column.replace("/", " / ") for column in columns), "floor", "expected")
+    head = ("model", *(column.replace("/", " / ") for column in columns), "floor")
     return table(head, map(cells, rows.values()))
 
 
@@ -160,7 +159,7 @@ def _placed(rows: Rows) -> str:
     if not rows:
         return ""
     return f"""\
-The step with the placements that the cost model chose, over the same with others (`benchmarks/placement_oracle.py`):
+The step with the placements that the rule chose, over the same with others (`benchmarks/placement_oracle.py`):
 every branch beside its op, every branch merged, and the fastest that has one group of sites in its other placement.
 *Again* is a second model with the placements chosen: its deviation from 1.00 is measurement noise.
 

@@ -1,4 +1,4 @@
-"""One row of the table: a step of each rival, its memory, the floor, and what was predicted."""
+"""One row of the table: a step of each rival, its memory, and the floor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .memory import activation_bytes, allowed_bytes
 from .models import Work
 from .rivals import Rival, can_drop, entries, make, make_all
 
-__all__ = ["DROPOUT", "measured", "predicted"]
+__all__ = ["DROPOUT", "measured"]
 
 DROPOUT = 0.1
 
@@ -49,20 +49,12 @@ def measured(
         "seconds": {name: time.to_dict() for name, time in times.items()},
         "ratios": {f"{one}/{other}": ratio(times[one], times[other]) for one, other in pairs},
         "floor": floor_ratio(frozen.step, frozen.loss, frozen.model, ours.sites),
-        "predicted": predicted(ours),
         "activation": {
             **{name: activation_bytes(rival.loss, rival.model) for name, rival in rivals.items()},
             "allowed": allowed_bytes(frozen.loss, frozen.model, ours.sites),
         },
         "activation with dropout": _with_dropout(work, frozen),
     }
-
-
-def predicted(cascade: lx.Cascade) -> float | None:
-    """Return the step ratio that the cost model expects, ours / frozen; None where the cascade says none."""
-    found = getattr(cascade, "expected_step_ratio", None)
-    found = found() if callable(found) else found
-    return None if found is None else float(found)
 
 
 def _with_dropout(work: Work, frozen: Rival) -> dict[str, int]:

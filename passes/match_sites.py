@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from lorasc_fx.cost import Cheapest
 from lorasc_fx.errors import SpecError
-from lorasc_fx.graph import GraphEditor, match
+from lorasc_fx.graph import GraphEditor, by_shape, match
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 
@@ -43,7 +42,7 @@ class MatchSites(CascadePass):
                     code="planned-otherwise",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        matching = match(graph.module, record, self.spec, Cheapest(self.spec))
+        matching = match(graph.module, record, self.spec, by_shape)
         if record.plan is not plan:
             sites = matching.plan.by_weight
             slow = replace(slow, states={weight: state for weight, state in slow.states.items() if weight in sites})

@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_P
 os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 # A test that would download is a test that fails here, at once and by name.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What a machine was measured to do belongs to its user, not to a test.
-os.environ["LORASC_FX_CACHE"] = os.path.join(tempfile.mkdtemp(prefix="lorasc-fx-"), "rates.json")
 
 import pytest
 from hypothesis import HealthCheck, settings

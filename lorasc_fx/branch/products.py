@@ -170,8 +170,3 @@ def for_frozen(target: Any) -> Callable[..., torch.Tensor] | None:
     if not is_op or not onednn_is_faster():
         return None
     return _FROZEN.get("aten.linear.default" if target is F.linear else str(target))
-
-
-def gains(target: Any, device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether products of this target take less time in training where they are large and the weight is frozen."""
-    return device.type == "cpu" and dtype == torch.float32 and for_frozen(target) is not None

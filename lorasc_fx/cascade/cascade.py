@@ -359,11 +359,6 @@ class Cascade(nn.Module):
         """Where the branch of each weight computes in the first graph: `beside`, `merged` or `weight`."""
         return dict(first.placements) if (first := self._variants.oldest) is not None else {}
 
-    @property
-    def expected_step_ratio(self) -> float | None:
-        """A training step over the frozen model's, by the cost model; None where it has no sizes, or small ones."""
-        return first.expected if (first := self._variants.oldest) is not None else None
-
     def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path:
         """Draw the rewritten graph around some sites: branches marked by placement, names, dtypes and shapes.
 
@@ -425,13 +420,11 @@ class Cascade(nn.Module):
         return self._compiler.html(str(self), self.model, self.plan, self._variants.oldest, self.refusals)
 
     def _placement_lines(self) -> list[str]:
-        """Return the line on where branches compute and what a step is expected to cost."""
+        """Return the line on where branches compute."""
         counted = Counter(self.placements.values())
         if not counted:
             return []
-        ratio = self.expected_step_ratio
-        expected = f"; expected step {ratio:.2f} of the frozen model's" if ratio is not None else ""
-        return ["  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()) + expected]
+        return ["  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common())]
 
     # ---- stages
 

@@ -338,7 +338,6 @@ def _settings(record: RunRecord) -> Section:
 def _cost(record: RunRecord) -> Section:
     about = record.about
     counted = Counter(site["placement"] for site in about["sites"])
-    expected = about["expected_step_ratio"]
     branches = sum(site["parameters"] for site in about["sites"])
     step = record.seconds_a_step
     rows = [
@@ -346,7 +345,6 @@ def _cost(record: RunRecord) -> Section:
         ("trained entries", f"{about['trainable']:,}"),
         ("of these in branches", f"{branches:,}"),
         ("placements", ", ".join(f"{count} {placement}" for placement, count in counted.most_common()) or "–"),
-        ("expected step over that of the frozen model", f"{expected:.2f}" if expected is not None else "not known"),
         ("median seconds a step", f"{step:.3g}" if step is not None else "not known"),
         ("seconds of training", f"{record.seconds:.1f}"),
         ("front end", about["frontend"]),

@@ -41,7 +41,7 @@ _PACKAGES = (
 SINGULAR_VALUES = 64
 """Largest singular values that are recorded of a slow delta."""
 
-_CASCADE = ("model", "frontend", "parameters", "trainable", "expected_step_ratio", "sites", "refusals", "unreached",
+_CASCADE = ("model", "frontend", "parameters", "trainable", "sites", "refusals", "unreached",
             "refused_frontends")  # fmt: skip
 _SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
 _REFUSAL = ("weight", "reason", "sentence")
@@ -146,7 +146,7 @@ class RunFolder:
         append(self.metrics, entry)
 
     def write_cascade(self, cascade: lx.Cascade, classes: Sequence[str]) -> None:
-        """Write the decisions and their expected cost, and the names of the classes."""
+        """Write the decisions, and the names of the classes."""
         placements = cascade.placements
         sites = [
             {key: getattr(site, key) for key in _SITE}
@@ -159,7 +159,6 @@ class RunFolder:
             "frontend": cascade.frontend,
             "parameters": sum(parameter.numel() for parameter in cascade.model.parameters()),
             "trainable": cascade._run.trained_entries,
-            "expected_step_ratio": cascade.expected_step_ratio,
             "sites": sites,
             "refusals": [
                 {"weight": refusal.weight, "reason": refusal.reason.value, "sentence": refusal.sentence}

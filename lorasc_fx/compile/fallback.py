@@ -31,9 +31,8 @@ from lorasc_fx.capture import (
     without_gradients,
 )
 from lorasc_fx.compile.variants import Growable, Made, Variant
-from lorasc_fx.cost import Cheapest, Expectation, expect
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
-from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
+from lorasc_fx.graph import BRANCHES, Record, by_shape, named_weights, placements_of, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
@@ -72,7 +71,7 @@ class Growing:
     refusals: tuple[Refusal, ...]
     run: Callable[[], Growable | None] = lambda: None
     tried: set[Hashable] = field(default_factory=set)
-    expected: Expectation = field(default_factory=Expectation)
+    placements: dict[str, str] = field(default_factory=dict)
 
     def go_on(self) -> None:
         """Take over the stage and step of the running plan, whose ranks the branches have."""
@@ -84,7 +83,7 @@ class Growing:
         self.go_on()
         made = insert(live, self.plan, self.branches, self.refusals)
         assert isinstance(made.variant.module, fx.GraphModule)
-        self.expected += expect(live, made.variant.module)
+        self.placements |= made.variant.placements
         if (run := self.run()) is not None and set(made.branches) != set(self.branches):
             run.grow(made)
         self.plan, self.branches, self.refusals = made.plan, dict(made.branches), made.refusals
@@ -115,7 +114,7 @@ class Growing:
             return
         self.go_on()
         record = Record(owner=OWNER, plan=self.plan, refusals=self.refusals)
-        matching = survey(fallback.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
+        matching = survey(fallback.graphs, record, self.plan.spec, kinds, by_shape)
         held = missing_branches(matching.plan, self.branches, weights.parameters)
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
         if (run := self.run()) is not None and set(held) != set(self.branches):
@@ -136,8 +135,7 @@ def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], ref
     holder = adapted._modules[BRANCHES]
     assert isinstance(holder, nn.ModuleDict)
     held = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
-    expectation = expect(live, adapted)
-    variant = Variant(adapted, "", placements=expectation.placements, expected=expectation.ratio)
+    variant = Variant(adapted, "", placements=placements_of(adapted))
     return Made(record.plan, held, record.refusals, record.unreached, variant)
 
 
@@ -162,9 +160,7 @@ def make_fallback(
     """
     parameters = named_weights(fallback.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
-    matching = survey(
-        fallback.graphs, record, plan.spec, eager_trace(fallback.model, args, kwargs), Cheapest(plan.spec)
-    )
+    matching = survey(fallback.graphs, record, plan.spec, eager_trace(fallback.model, args, kwargs), by_shape)
     if not matching.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
     scaled = next((site.weight for site in matching.plan.sites if site.row_scale.trained), None)
@@ -197,15 +193,13 @@ def make_fallback(
         growing.run = ref(run)
         fallback.look_before_calls(lambda args, kwargs: growing.look(fallback, args, kwargs))
 
-    expected, swapped = growing.expected, dict.fromkeys(fallback.swapped, "weight")
     variant = Variant(
         fallback,
         "graph-breaks",
         universal=universal or fallback.eager,
         attach=attach,
         detach=fallback.detach,
-        placements={**expected.placements, **swapped},
-        expected=expected.ratio if not swapped else None,
+        placements={**growing.placements, **dict.fromkeys(fallback.swapped, "weight")},
     )
     # the probe may have brought more
     decided = growing.plan.by_weight.keys() | {refusal.weight for refusal in growing.refusals}

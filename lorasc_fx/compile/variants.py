@@ -48,8 +48,7 @@ class Variant:
 
     A `universal` one serves every signature (dynamo chooses the graphs of a fallback); `attach` gives it what later
     calls bring new sites to, and `detach` restores the modules of the model. `placements` tells of each weight where
-    its branch computes in this graph (`beside`, `merged`, `weight`), and `expected` how long a training step takes over
-    that of the frozen model, None where that is not known.
+    its branch computes in this graph (`beside`, `merged`, `weight`).
     """
 
     module: Callable[..., Any]
@@ -59,7 +58,6 @@ class Variant:
     attach: Callable[[Growable], None] | None = None
     detach: Callable[[], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
-    expected: float | None = None
 
     @cached_property
     def run(self) -> Callable[[Call], Any]:

@@ -35,6 +35,7 @@ from lorasc_fx.graph.forms import (
 )
 from lorasc_fx.graph.function import as_function, hooks_of, takes_leaves
 from lorasc_fx.graph.matching import Matching, Placer, candidates, match, survey
+from lorasc_fx.graph.placement import by_shape, placements_of
 from lorasc_fx.graph.printer import text
 from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
 from lorasc_fx.graph.targets import check_patterns, matches, rules_of, trained_by
@@ -64,6 +65,7 @@ __all__ = [
     "as_function",
     "at_stage",
     "branch_nodes",
+    "by_shape",
     "call_instead",
     "call_template",
     "calls_branches",
@@ -85,6 +87,7 @@ __all__ = [
     "named_weights",
     "own_copy",
     "owner_of",
+    "placements_of",
     "products_with_weights",
     "record_of",
     "refuse_smaller",

@@ -24,7 +24,7 @@ def write_long_run(path: Path, sites: int = 60) -> Path:
     names.append("odd.<b>&.weight")
     about = {
         "model": "VisionTransformer", "frontend": "export", "parameters": 21_900_000, "trainable": 1_400_000,
-        "expected_step_ratio": 1.12, "unreached": ["head_dist.weight"], "refused_frontends": [],
+        "unreached": ["head_dist.weight"], "refused_frontends": [],
         "sites": [
             {"weight": name, "kind": "linear", "shape": [1536, 384], "rank": 8, "scale": 2.0,
              "placement": "merged" if number % 3 else "beside", "parameters": 15_360}

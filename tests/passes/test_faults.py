@@ -13,7 +13,7 @@ from tests.passes.cases import BY_NAME, Case
 from tests.passes.kit import Photograph
 from tests.passes.test_transactions import RUNS, _at
 
-FILES = ("passes", "lorasc_fx/graph", "lorasc_fx/branch", "lorasc_fx/cost")
+FILES = ("passes", "lorasc_fx/graph", "lorasc_fx/branch")
 ACTS: dict[str, Callable[[], None]] = {"memory": failing(MemoryError("no more")), "ctrl-c": sigint}
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.cost.measure import rates_of
 from tests.kit.errors import raises
 from tests.kit.state import maps_a_file
 from tests.scale.models import CASES, Case, Mlp, llama
@@ -98,7 +97,6 @@ class Allocated(TorchDispatchMode):
 
 
 def test_adapt_allocates_nothing_of_the_base() -> None:
-    rates_of(torch.device("cpu"), torch.float32)  # measured once a machine, with memory of its own
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3000, 5000), nn.Tanh(), nn.Linear(5000, 4000), nn.Tanh(), nn.Linear(4000, 10))
     base = sum(each.numel() * 4 for each in model.parameters())

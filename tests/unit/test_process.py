@@ -21,7 +21,6 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.capture.graph_breaks import _dynamo_settings
 from lorasc_fx.check.isolation import eager, quiet
-from lorasc_fx.cost import measure
 from lorasc_fx.util.undo import PROCESS, Commit, Lock
 from tests.kit.errors import raises
 from tests.kit.state import lock_of
@@ -217,7 +216,6 @@ def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
         assert process_state()[2:] == before[2:]
         cascade.folded_state_dict()
         cascade(x)  # another shape, and so a capture
-        measure.rates_of(torch.device("cpu"), torch.float32)
 
     def fork() -> None:
         assert inside.wait(10)

@@ -1,0 +1,62 @@
+"""Placements of branches: the rule for those that the spec leaves open, and those of a graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from lorasc_fx.graph.branch_calls import branch_nodes, call_template
+from lorasc_fx.graph.flow import shape_of
+from lorasc_fx.graph.forms import form_of
+from lorasc_fx.graph.weights import module_at
+from lorasc_fx.plan import Site
+
+MIN_WORK = 1 << 25
+"""Multiply-adds of an op below which its branch stays beside it."""
+MIN_RATIO = 1.5
+"""Entries of input and output over those of the weight, from which on a branch is merged."""
+
+
+def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
+    """Return `merged` where input and output of each op are large beside its weight, else `beside`.
+
+    A branch beside its op reads the input and writes the output once more; a merged one reads and writes the weight.
+    Always beside: sizes that are not known, small ops, and less than fp32, to which `W + s B A` would be rounded.
+    """
+    for node in nodes:
+        owner = node.graph.owning_module
+        module = module_at(owner, str(node.target)) if owner is not None and node.op == "call_module" else None
+        form = form_of(node, module)
+        x = form.reads(node, module).x if form is not None else None
+        if not isinstance(x, fx.Node) or not _is_full_precision(x) or not _is_full_precision(node):
+            return "beside"
+        read, made = shape_of(x), shape_of(node)
+        if not read or not made or len(site.shape) not in (2, len(read)):
+            return "beside"
+        work = math.prod(made) * (read[-1] if len(site.shape) == 2 else math.prod(site.shape[1:]))
+        moved = math.prod(read) + math.prod(made)
+        if work < MIN_WORK or moved < MIN_RATIO * math.prod(site.shape):
+            return "beside"
+    return "merged"
+
+
+def _is_full_precision(node: fx.Node) -> bool:
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
+        return False
+    kind = value.device.type
+    return not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+def placements_of(module: fx.GraphModule) -> dict[str, str]:
+    """Return by weight where its branch computes in a graph: `beside`, `merged` or `weight`."""
+    return {branch.weight_name: _placement(node) for node, branch in branch_nodes(module).items()}
+
+
+def _placement(node: fx.Node) -> str:
+    if call_template(node) is not None:
+        return "merged"
+    return "weight" if len(node.args) == 1 else "beside"
