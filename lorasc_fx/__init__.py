@@ -12,8 +12,7 @@ from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.from_peft import from_peft
 from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
-from lorasc_fx.cascade import Cascade, save
-from lorasc_fx.checkpoint.layout import version as _version
+from lorasc_fx.checkpoint.cascade import save
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -25,9 +24,11 @@ from lorasc_fx.errors import (
     UnknownTarget,
 )
 from lorasc_fx.graph import register_form
+from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
+from lorasc_fx.util.version import version as _version
 
 __version__ = _version()
 

@@ -29,16 +29,17 @@ from lorasc_fx.capture import (
     signature_of,
     written_by,
 )
-from lorasc_fx.cascade import Cascade, Flags, cascade_class
-from lorasc_fx.cascade.deferred import MetaModel, check_attributes, groups_of
+from lorasc_fx.cascade import Flags
 from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.run_base import MetaModel
 from lorasc_fx.checkpoint.base_file import BaseFile, open_base
 from lorasc_fx.checkpoint.base_model import BaseModel
+from lorasc_fx.checkpoint.deferred import check_attributes, groups_of
 from lorasc_fx.checkpoint.layout import MANIFEST, way_back
 from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
 from lorasc_fx.compile import Compiler
-from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of, warn
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
 from lorasc_fx.graph import (
     check_patterns,
     forms_missing,
@@ -48,11 +49,11 @@ from lorasc_fx.graph import (
     shared_memory,
     trained_by,
 )
+from lorasc_fx.integrations.names import Cascade, cascade_class
 from lorasc_fx.peft.spec import spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.util.extras import module_of, require
 from lorasc_fx.util.undo import PROCESS, AllOrNothing, Undo, no_inference_mode, run_postponed
 
 __all__ = ["adapt", "load"]
@@ -144,30 +145,21 @@ def load(
     works before that call. On several processes give inputs.
 
     Args:
-        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to; or the folder of a run of `lorasc-fx
-            train`, whose cascade has `preprocessing`: `args, kwargs = cascade.preprocessing(texts)`, or paths of
-            images, as the run has read them, and the names of its `classes`.
+        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to. For the folder of a run of `lorasc-fx
+            train` there is `lorasc_fx.cli.load`.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted, or is on the meta
             device and gets them by `materialize`, which then takes the checkpoint's state. What is trained in full may
             hold other values, such as a new head: it gets those of the checkpoint. Without a model, the base
             that `save_pretrained` has named is built, in eval mode. Only local files are read for it, unless
-            HF_HUB_OFFLINE is 0 in the environment. The base of a run is the one of its configuration.
+            HF_HUB_OFFLINE is 0 in the environment.
 
     Raises:
         CheckpointError: nothing to load, damage, or another base; the model is as it was. Without a model: the folder
             names no base, or that cannot be built here.
-        SpecError: base is `file`, and the model names no folder; or the base of a run cannot be built, or is a function
-            of yours, which load does not call.
-        MissingExtra: the library of the base is not installed, or of a run what `lorasc-fx` needs.
+        SpecError: base is `file`, and the model names no folder.
+        MissingExtra: the library of the base is not installed.
     """
-    checkpoint, root = read(folder), path_of(folder)
-    if checkpoint.path.parent == root or not (root / "config.toml").is_file():
-        return load_found(checkpoint, model, args, kwargs, base=base)
-    require("cli", "rich", "tyro")
-    preprocessing: Any = module_of("cli", "lorasc_fx.cli.preprocessing").Preprocessing(root)
-    cascade = load_found(checkpoint, preprocessing.base() if model is None else model, args, kwargs, base=base)
-    cascade._preprocessing = preprocessing
-    return cascade
+    return load_found(read(folder), model, args, kwargs, base=base)
 
 
 def load_found(
@@ -219,7 +211,7 @@ def _named_base(checkpoint: Checkpoint) -> nn.Module:
     if "model" not in checkpoint.manifest:
         raise CheckpointError(
             f"{where}: names no base; give the model: lorasc_fx.load(folder, model). Folders of "
-            "cascade.save_pretrained name theirs",
+            "cascade.save_pretrained name theirs; a run of lorasc-fx train is read by lorasc_fx.cli.load",
             code="base-not-named",
         )
     try:
@@ -326,9 +318,9 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
         CheckpointError: they do not agree, or values are not finite.
     """
     disagreements = cascade._run.faults()
-    variant = cascade._variants.oldest
+    variant = cascade._graphs.variants.oldest
     if variant is not None:
-        disagreements += cascade._compiler.faults(variant)
+        disagreements += cascade._graphs.compiler.faults(variant)
     if disagreements:
         raise CheckpointError(
             f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),

@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.adapt import _adapt, _check_loaded
 from lorasc_fx.branch import fresh_a
 from lorasc_fx.capture import device_of
-from lorasc_fx.cascade import Cascade
-from lorasc_fx.cascade.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
 from lorasc_fx.checkpoint.base_file import open_base
+from lorasc_fx.checkpoint.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
 from lorasc_fx.checkpoint.reader import check_base
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.graph import named_weights
+from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local_like
@@ -74,7 +74,7 @@ def materialize(
             code="already-materialized",
         )
     path, model = path_of(files), cascade.model
-    args, kwargs = cascade._example if cascade._example is not None else ((), None)
+    args, kwargs = cascade._graphs.example if cascade._graphs.example is not None else ((), None)
     if run.slow.group is not None:
         target = torch.device(run.slow.group.device)
         if device is not None and _device(device).type != target.type:
@@ -104,7 +104,7 @@ def materialize(
         if meta.checkpoint is not None:
             cascade._take_over(meta.checkpoint, undo)
             _check_loaded(cascade, meta.checkpoint.path)
-        cascade._example = (args, kwargs) if kwargs is not None else None
+        cascade._graphs.example = (args, kwargs) if kwargs is not None else None
         return cascade
 
 
@@ -137,7 +137,7 @@ def _into_shards(
                 new[id(factor)] = with_numbers(factor, local_like(value, factor), device)
         exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
         source = open_base(path if meta.base == "file" else meta.base, model)
-    run.take_numbers(source, fingerprints, undo, empty=meta.checkpoint is not None)
+    run.start_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)
 
 
 def _device(asked: torch.device | str) -> torch.device:

@@ -123,7 +123,7 @@ class DropGuard:
             replace(self.flags, training={}).restore(model)
         self.give_back(model, lambda _: None)
         self.usage.disarm()
-        run.let_go()
+        run.detach()
         if lost:
             left = f", but for {changed[0]}, which was changed from outside" if changed else ""
             warn(

@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch.noise import BLOCK
+from lorasc_fx.cascade.commit import SPARE, Planned
 from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which, folded_weights
-from lorasc_fx.cascade.run import SPARE, Planned, Run
+from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage, trained_moved
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted

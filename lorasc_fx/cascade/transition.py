@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, fresh_a
+from lorasc_fx.cascade.commit import Gradients, Planned
 from lorasc_fx.cascade.optim import check_holds, treated_state
-from lorasc_fx.cascade.run import Gradients, Planned, Run
+from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local, local_like

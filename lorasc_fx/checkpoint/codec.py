@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, branch_class
-from lorasc_fx.cascade.run import Planned, Run
+from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import trained_moved
 from lorasc_fx.checkpoint.layout import sanitized
 from lorasc_fx.checkpoint.manifest import EXPERT_FIELDS, VIEWS

@@ -13,8 +13,6 @@ bytes.
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 
 from lorasc_fx.errors import CheckpointError
+from lorasc_fx.util.version import version
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -144,12 +143,3 @@ def differences(saved: Any) -> list[str]:
     return [
         f"{name} {saved[name]}, here {now}" for name, now in versions().items() if name in saved and saved[name] != now
     ]
-
-
-@functools.cache
-def version() -> str:
-    """Return the version of this package."""
-    try:
-        return importlib.metadata.version("lorasc-fx")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.cascade.run import Planned, Run
+from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.codec import RunState, decode, install
 from lorasc_fx.checkpoint.layout import (
     FORMAT,
@@ -418,17 +418,6 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     with refused(checkpoint):
         install(run, state, str(checkpoint.path), undo)
     run.note_fingerprints({name: checkpoint.manifest["base"][name] for name in checkpoint.bases})
-
-
-def gradients_of(run: Run, checkpoint: Checkpoint) -> Planned:
-    """Return the commit of the gradients that a checkpoint holds, to which a cascade was restored.
-
-    Raises:
-        CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
-    """
-    unapplied = checkpoint.manifest.get("unapplied_gradients", ())
-    gradients = run.gradients_in(checkpoint.tensors, unapplied, str(checkpoint.path))
-    return Planned(run.plan, run.slow, gradients=gradients)
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.cascade.run import Gradients, Planned, Run
+from lorasc_fx.cascade.commit import Gradients, Planned
+from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint import reader, writer
+from lorasc_fx.checkpoint.gradients import gradients_of
 from lorasc_fx.checkpoint.layout import MANIFEST, canonical, file_names, sanitized
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
@@ -100,7 +102,7 @@ def take_over(run: Run, checkpoint: reader.Checkpoint, undo: Undo) -> None:
     _check_alike(run.plan, checkpoint)
     run.commit(Planned(run.plan, run.slow, gradients=Gradients()), undo)
     reader.restore(run, checkpoint, undo)
-    run.commit(reader.gradients_of(run, checkpoint), undo)
+    run.commit(gradients_of(run, checkpoint), undo)
 
 
 def _check_alike(now: Plan, checkpoint: reader.Checkpoint) -> None:

@@ -24,9 +24,10 @@ from torch import nn
 from lorasc_fx.branch import generator
 from lorasc_fx.cascade.optim import check_holds, check_numbers, stepping
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.checkpoint.gradients import gradients_of
 from lorasc_fx.checkpoint.layout import differences, sanitized
 from lorasc_fx.checkpoint.manifest import optimizer_index
-from lorasc_fx.checkpoint.reader import Checkpoint, gradients_of
+from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.util.accelerator import generator_states, set_generator_states

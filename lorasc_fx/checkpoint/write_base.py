@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.cascade.folded import Change, FoldedWeights
 from lorasc_fx.checkpoint.base_file import renamed
+from lorasc_fx.checkpoint.folded import Change, FoldedWeights
 from lorasc_fx.errors import CheckpointError, StateError, nearest
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import Buffer, data_of, fingerprint, fingerprint_of

@@ -24,6 +24,7 @@ from lorasc_fx.cascade.optim import check_numbers
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint import training_state
 from lorasc_fx.checkpoint.codec import RunState, Tensors, encode
+from lorasc_fx.checkpoint.gradients import gradients_in
 from lorasc_fx.checkpoint.layout import (
     FORMAT,
     MANIFEST,
@@ -157,7 +158,7 @@ def contents(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors of a version, of sharded ones the part that is here, and its manifest; nothing is written."""
     meta, tensors, axes = encode(RunState.of(run))
-    gradients, meta["unapplied_gradients"] = run.gradients()
+    gradients, meta["unapplied_gradients"] = gradients_in(run)
     streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra, **named}
     try:

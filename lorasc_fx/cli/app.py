@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from lorasc_fx.checkpoint.layout import version
 from lorasc_fx.errors import LorascError, SpecError, nearest
 from lorasc_fx.util.extras import require
+from lorasc_fx.util.version import version
 
 COMMANDS = {
     "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]      adapt a model and write a run folder",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import lorasc_fx as lx
-from lorasc_fx.cascade.folded import of_checkpoint
+from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.layout import list_versions
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.cli.config import load_config

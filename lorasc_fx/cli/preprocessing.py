@@ -1,6 +1,6 @@
 """What a run folder says of its inputs: how texts or images become arguments of the model, and the class of an output.
 
-`lorasc-fx predict` and `lorasc_fx.load` of a run folder use it. The data set is not read.
+`lorasc-fx predict` and `lorasc_fx.cli.load` use it. The data set is not read.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Preprocessing:
         for key, name in (("model.name", model.name), ("model.weights", model.weights)):
             if name.startswith("python:"):
                 raise SpecError(
-                    f"{self._folder.path}: its {key} is {name}, a function that load does not call. Build the model as "
+                    f"{self._folder.path}: its {key} is {name}, a function that is not called here. Build the model as "
                     f"the run has, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and give it: "
-                    "lorasc_fx.load(folder, model)",
+                    "lorasc_fx.cli.load(folder, model)",
                     code="base-not-named",
                 )
         built = build_model(model, len(self.classes), self.config.train.seed)

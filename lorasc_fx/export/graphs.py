@@ -169,12 +169,12 @@ def _program(
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     with _evaluating(cascade):
-        variant, _ = cascade._variant_of(bound, named)
+        variant, captured_call = cascade._graphs.variant_of(bound, named)
         module: nn.Module = cascade
         if folded or variant.universal:  # of graph breaks, it says where they are
             module, least = cascade._folded(bound, named, None, which)
         else:
-            _, least = cascade._compiler.fold(variant, cascade.model, cascade.stage, None, bound, named)
+            _, least = cascade._graphs.fold(variant, captured_call, None)
         shapes = _shapes(module, variant, bound, named)
         bound, named = _as_given(signature_of(cascade.model), bound, named, inputs[1])
         try:

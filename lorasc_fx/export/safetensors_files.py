@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 
 from lorasc_fx.cascade import Cascade
-from lorasc_fx.cascade.folded import Change, FoldedWeights, of_run
 from lorasc_fx.cascade.folding import folded_each
 from lorasc_fx.checkpoint.base_file import INDEX, SINGLE, shards_of
+from lorasc_fx.checkpoint.folded import Change, FoldedWeights, of_run
 from lorasc_fx.checkpoint.write_base import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.quantized import dense, is_quantized

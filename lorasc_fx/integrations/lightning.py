@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lorasc_fx.cascade import Cascade, transition
+from lorasc_fx.cascade import transition
 from lorasc_fx.errors import MissingExtra, SpecError, StateError
+from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.util.extras import module_of
 

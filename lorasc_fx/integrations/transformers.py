@@ -23,9 +23,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from lorasc_fx.cascade import Cascade, save, transition
+from lorasc_fx.cascade import transition
 from lorasc_fx.checkpoint import reader
+from lorasc_fx.checkpoint.cascade import save
 from lorasc_fx.errors import CheckpointError, SpecError, StateError
+from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.parallel import fsdp
 from lorasc_fx.quantized import QuantizedLinear, library_of
@@ -291,8 +293,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if not self._sharded:
             if cascade._run.holds_numbers:
                 cascade.to(args.device)
-            if not cascade._variants.all:  # the graphs of another device are gone
-                cascade._variant_of(*cascade.example)
+            if not cascade._graphs.variants.all:  # the graphs of another device are gone
+                cascade._graphs.variant_of(*cascade.example)
             fsdp.shard(cascade)
         trainer.is_distributed_loading_by_transformers = True
 

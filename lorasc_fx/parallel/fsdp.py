@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard
 
 from lorasc_fx.capture import leaves
 from lorasc_fx.cascade import Cascade, folding
-from lorasc_fx.cascade.run import Planned
+from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parallel.segments import (
@@ -112,7 +112,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             refit()
             undo.enter(gathered(shards, cascade.model))
 
-        cascade._split_by(split, whole, undo)
+        cascade._graphs.split_by(split, whole, undo)
         return cascade  # inside: an interrupt before it undoes all
 
 
@@ -177,7 +177,7 @@ def _units(cascade: Cascade) -> dict[int, str]:
     units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
     for branch in cascade._run.by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
-    for variant in cascade._variants.all:
+    for variant in cascade._graphs.variants.all:
         if isinstance(graph := variant.module, fx.GraphModule):
             while sets := inseparable(graph, units):
                 units |= dict.fromkeys((number for read in sets for number in read), ROOT)
@@ -207,7 +207,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "all ranks in their order, of replicas and of shards",
             code="invalid-mesh",
         )
-    variants = cascade._variants.all
+    variants = cascade._graphs.variants.all
     if not variants:
         raise StateError(
             "shard: there is no graph yet, or none since the cascade was moved; call it once before", code="no-graph"

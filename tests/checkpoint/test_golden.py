@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorasc_fx as lx
-from lorasc_fx.cascade.folded import of_checkpoint
+from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.reader import read
 from tests.checkpoint.golden import FOLDER, SPECS, base, inputs
 from tests.kit.errors import raises

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.cli import main
+from lorasc_fx.cli import load, main
 from lorasc_fx.cli.export import FORMATS
 from tests.kit.errors import raises, warns
 
@@ -162,7 +162,7 @@ def test_a_classifier_of_other_classes(place: Path) -> None:
              "classifier.*", *SHORT[:-1]]  # fmt: skip
     assert main(["train", "tiny.toml", *asked]) == 0
     assert main(["fold", "runs/tiny", "--base", "bert", "--output", "folded"]) == 0
-    cascade = lx.load("runs/tiny").eval()
+    cascade = load("runs/tiny").eval()
     lx.export.safetensors(cascade, "exported", base="bert")
     args, kwargs = cascade.preprocessing(["a fine film", "a long film"])
     with cascade.weights("slow"), torch.no_grad():

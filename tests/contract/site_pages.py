@@ -55,7 +55,7 @@ def names_by_module() -> dict[str, list[str]]:
     for module, path in MODULES.items():
         found[f"lorasc_fx.{module}"] = [name for name in public(path) if name not in own]
     for path in sorted((PACKAGE / "integrations").glob("*.py")):
-        if path.stem != "__init__" and (names := [name for name in public(path) if not name.startswith("_")]):
+        if path.stem != "__init__" and (names := [name for name in public(path) if name not in own]):
             found[f"lorasc_fx.integrations.{path.stem}"] = names
     return found
 

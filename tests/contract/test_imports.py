@@ -48,6 +48,18 @@ def test_the_linter_sees_passes_through_the_link() -> None:
     assert names <= graph.modules
 
 
+def test_no_module_of_ours_is_imported_by_a_string() -> None:
+    """Or the contracts would not see it."""
+    found = [
+        f"{where(path)}:{node.lineno}"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("module_of", "import_module")
+        if any(isinstance(arg, ast.Constant) and str(arg.value).startswith("lorasc_fx") for arg in node.args)
+    ]
+    assert not found
+
+
 def core_distributions() -> set[str]:
     """The core dependencies with all that they require in turn, by canonical name."""
     found: set[str] = set()
@@ -248,8 +260,8 @@ def test_the_public_face_is_small() -> None:
     assert lorasc_fx.__all__ == [
         "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
         "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError", "TrainRule",
-        "UnknownTarget", "adapt", "export", "from_peft", "integrations", "load", "materialize", "merge", "passes",
-        "recipes", "register_form", "save",
+        "UnknownTarget", "adapt", "export", "from_peft", "integrations", "load", "materialize", "merge", "parallel",
+        "passes", "recipes", "register_form", "save",
     ]  # fmt: skip
     public = {name for name, value in vars(lorasc_fx).items() if not name.startswith("_") and callable(value)}
     assert public <= set(lorasc_fx.__all__)

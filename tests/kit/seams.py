@@ -11,14 +11,14 @@ from typing import Any
 import lorasc_fx as lx
 from lorasc_fx.branch import Branch
 from lorasc_fx.capture import graph_breaks, reuse
-from lorasc_fx.cascade import run as run_module
-from lorasc_fx.cascade import transition, watches
+from lorasc_fx.cascade import run_base, transition, watches
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import preflight
 from lorasc_fx.checkpoint import reader, writer
 from lorasc_fx.compile import compiler, variants
-from lorasc_fx.export import peft_export, safetensors_files
+from lorasc_fx.export import safetensors_files
 from lorasc_fx.integrations import progress
+from lorasc_fx.peft import writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.state import SlowWeights, WeightState, model, products
 
@@ -42,13 +42,13 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "read tensors": (reader, "load"),
     "unpack": (reader, "install"),
     "load into a cascade": (lx.Cascade, "_take_over"),
-    "write an adapter": (peft_export, "save_file"),
+    "write an adapter": (peft_writer, "save_file"),
     "write a tensor": (safetensors_files, "write_tensor"),
     # stages
     "transition": (transition, "next_stage"),
     "start of a weight": (Branch, "next_a"),
     "commit": (Run, "commit"),
-    "digest of the source": (run_module, "source_digest"),
+    "digest of the source": (run_base, "source_digest"),
     "redraw": (model, "write_start"),
     "sum over ranks": (ProcessGroup, "_reduced"),
     "rest a weight": (SlowWeights, "write_resting"),

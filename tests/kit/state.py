@@ -17,8 +17,8 @@ import lorasc_fx as lx
 from lorasc_fx.branch import draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade import experts as elsewhere
-from lorasc_fx.cascade.folded import of_checkpoint
-from lorasc_fx.cascade.run import SPARE
+from lorasc_fx.cascade.commit import SPARE
+from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
 from lorasc_fx.checkpoint.manifest import LONGEST
 from lorasc_fx.checkpoint.reader import read
@@ -264,21 +264,21 @@ def lock_of(cascade: lx.Cascade) -> Any:
 
 
 def variant_count(cascade: lx.Cascade) -> int:
-    return len(cascade._variants)
+    return len(cascade._graphs.variants)
 
 
 def variant_for(cascade: lx.Cascade, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """The variant of a call, which is captured if there is none yet."""
-    return cascade._variant_of(args, kwargs or {})[0]
+    return cascade._graphs.variant_of(args, kwargs or {})[0]
 
 
 def oldest_variant(cascade: lx.Cascade) -> Any:
-    return cascade._variants.oldest
+    return cascade._graphs.variants.oldest
 
 
 def graphs_of(cascade: lx.Cascade) -> list[Any]:
     """The adapted graph of each variant."""
-    return [variant.module for variants in cascade._variants.held.values() for variant in variants]
+    return [variant.module for variants in cascade._graphs.variants.held.values() for variant in variants]
 
 
 # ---- checkpoint files

@@ -47,15 +47,6 @@ def test_what_trainers_read_is_the_models() -> None:
     assert not hasattr(cascade, "__len__")
 
 
-def test_preprocessing_is_that_of_the_model_where_it_has_one() -> None:
-    """Only a run of the command line brings one of its own (tests/cli/test_predict.py)."""
-    model = nn.Linear(5, 3)
-    cascade = lx.adapt(model, (torch.ones(2, 5),))
-    assert cascade.preprocessing is None
-    model.preprocessing = {"mean": 0.5}
-    assert cascade.preprocessing is model.preprocessing
-
-
 def test_a_submodule_is_taken_of_the_model() -> None:
     """By itself it has no branches; a wrapper's `module` is not one of the model either."""
     cascade = made()

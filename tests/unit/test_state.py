@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorasc_fx.branch.linear import MatrixBranch
-from lorasc_fx.cascade.run import SPARE, fill
+from lorasc_fx.cascade.commit import SPARE, fill
 from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.shards import ShardSpec

@@ -28,21 +28,6 @@ _BLOCK = 1 << 24
 """Bytes of a file that are read at a time where a whole tensor is looked at."""
 
 
-@dataclass(frozen=True)
-class MetaModel:
-    """What a cascade on a model without numbers remembers until it gets them.
-
-    Args:
-        base: the argument of `adapt`.
-        groups: the names of each tensor of the model, before any was untied.
-        checkpoint: that the cascade was loaded from, if it was; its state is taken over then.
-    """
-
-    base: Any
-    groups: tuple[tuple[str, ...], ...]
-    checkpoint: Any = None
-
-
 @dataclass
 class _Tensor:
     """A tensor of the model: its names, and the files' keys that mean it."""

@@ -1,0 +1,216 @@
+"""The commit of planned values: the only code that writes to the user's model and to the branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import fill_factor
+from lorasc_fx.cascade.optim import put_state, stepping
+from lorasc_fx.cascade.run_base import RunBase
+from lorasc_fx.parameters import Holder, exchange
+from lorasc_fx.plan import Plan
+from lorasc_fx.quantized import is_quantized
+from lorasc_fx.shards import dtensor_like, local
+from lorasc_fx.state import Scratch, SlowWeights, keep_base
+from lorasc_fx.util.fingerprint import checksums
+from lorasc_fx.util.undo import Undo, no_grad
+
+SPARE = 1 << 12
+"""Bytes that are kept free for putting weights back where memory is short: for what is small. A block of noise goes
+where the one before it was."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the running stage; a trained parameter without one has none.
+
+    Args:
+        values: by the names of `Run.trainable`.
+        pending: names of those that no optimizer step has used.
+    """
+
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pending: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Values that a cascade is to hold next; all of them are known before the first is written.
+
+    Args:
+        plan: of the stage that runs then.
+        slow: the slow weights then.
+        parameters: of the model, that get other numbers, by name; a quantized one keeps its own.
+        write: writes the numbers of one of them, by name; by default those that it holds between two steps, and the
+            `live` ones of what is trained in full.
+        dense: values of quantized weights, by name: dense parameters take their places.
+        factors: values of branches' parameters, by weight and by name, as far as they are here.
+        tensors: other tensors, each with its value.
+        buffers: places of buffers, each with the tensor that it holds then.
+        gradients: of what is trained; by default they stay.
+        optimizer, states: that gets these states.
+        placed: the weights are in place for a while, and plan and slow weights stay.
+        live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
+    """
+
+    plan: Plan
+    slow: SlowWeights
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    write: Callable[[str, torch.Tensor], object] | None = None
+    dense: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    tensors: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    buffers: Sequence[tuple[Holder, torch.Tensor | None]] = ()
+    gradients: Gradients | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
+    placed: str | int | None = None
+    live: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
+    """Write planned values, and let the run take them over; `undo` gets the steps that take all of it back."""
+    plan, slow, branches = run.plan, run.slow, run.branches_by_weight()
+    if planned.dense:
+        quantized = run.present(planned.dense)
+        dense = {id(quantized[name]): nn.Parameter(value, False) for name, value in planned.dense.items()}
+        exchange(run.model, lambda holder: dense.get(id(holder.value)), undo)
+    undo(run.restorer())
+    undo(_values_restorer(run, planned))
+    with no_grad():
+        for weight, values in planned.factors.items():
+            branches[weight].to_rank(planned.plan.by_weight[weight])
+            for name, factor in branches[weight].named_parameters():
+                if name in values:
+                    local(factor).copy_(values[name])
+        for tensor, value in planned.tensors:
+            tensor.copy_(value)
+        for holder, buffer in planned.buffers:
+            undo(partial(holder.put, holder.value) if holder.is_there else partial(holder.store.pop, holder.key, 0))
+            holder.put(buffer)
+        if (optimizer := planned.optimizer) is not None:
+            table = stepping(optimizer).state
+            undo(partial(put_state, optimizer, {parameter: table[parameter] for parameter in planned.states}))
+            put_state(optimizer, planned.states)
+        _write_parameters(run, planned, plan, slow, undo)
+    _put_gradients(run, planned)
+    if planned.placed is not None:
+        run.placed = planned.placed
+        run.placed_checksums = checksums(run.present(planned.parameters))
+        return
+    run.plan, run.slow = planned.plan, planned.slow
+    present = run.present(planned.parameters)  # FSDP exchanges parameters itself
+    run.note_weights(name for name in present if run.is_sharded or present[name] is planned.parameters[name])
+    run.set_unmerged()
+
+
+def _write_parameters(run: RunBase, planned: Planned, plan: Plan, slow: SlowWeights, undo: Undo) -> None:
+    """Write the planned parameters in turn; undone, they hold again what they held between two steps of this plan."""
+    scratch = Scratch()
+    pages = run.base_file.pages() if run.base_file is not None else None
+
+    def rest(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
+        """Write what the parameter holds between two steps; a weight that the state does not know yet holds W0."""
+        if name in planned.live:
+            out.copy_(planned.live[name])
+        elif name in slow.states or name in slow.trained:
+            slow.write_resting(name, plan, out, scratch)
+        else:
+            planned.slow.write_value(name, "base", out)
+
+    write = planned.write or partial(rest, planned.plan, planned.slow)
+
+    def write_kept(name: str, out: torch.Tensor) -> None:
+        for states in (slow.states, planned.slow.states):  # the first to put W0 back, also after a release
+            if name in states:
+                keep_base(states[name].base, out)
+        write(name, out)
+        if pages is not None and name in planned.slow.states:
+            pages.release(planned.slow.states[name].base)
+
+    fill(planned.parameters, write_kept, partial(rest, plan, slow), undo)
+
+
+def fill(
+    parameters: Mapping[str, nn.Parameter],
+    new: Callable[[str, torch.Tensor], object],
+    old: Callable[[str, torch.Tensor], object],
+    undo: Undo,
+) -> None:
+    """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
+
+    A quantized weight is not written to: its branch computes the unmerged delta (`RunBase.set_unmerged`).
+    """
+    # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
+    devices = {torch.device("cpu")} | {local(each).device for each in parameters.values()}
+    spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if not is_quantized(parameter):
+                out = local(parameter)
+                undo(partial(_again, old, name, out, out._version, spare))
+                new(name, out)
+
+
+def _again(
+    old: Callable[[str, torch.Tensor], object], name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]
+) -> None:
+    spare.clear()
+    with torch.no_grad():
+        try:
+            old(name, out)
+        except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
+            if out._version != version:
+                raise
+
+
+def _put_gradients(run: RunBase, planned: Planned) -> None:
+    """Write the gradients of planned values."""
+    if planned.gradients is None:
+        return
+    for parameter in run.branches.parameters():
+        parameter.grad = None
+    for name, parameter in run.trainable().items():
+        gradient = planned.gradients.values.get(name)
+        if gradient is not None:
+            gradient = dtensor_like(gradient.to(parameter.device, copy=True), parameter)
+        parameter.grad = gradient
+        if name in planned.gradients.pending:
+            run.pending.note(parameter)
+
+
+def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
+    """Return a function that restores the values and gradients that a commit changes, except weights of the slow state,
+    which are computed anew, and parameters that the caller has copies of.
+    """
+    branches, trained = run.branches_by_weight(), run.slow.trained
+    written = [branches[weight] for weight in planned.factors]
+    scales = [(branch, branch.scale) for branch in written]
+    copied = [factor for branch in written for factor in branch.parameters()]
+    copied += [
+        parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.live
+    ]
+    values = [(parameter, parameter.detach().clone()) for parameter in copied]
+    tensors = [(tensor, tensor.detach().clone()) for tensor, _ in planned.tensors]
+    if planned.gradients is not None:
+        copied += [*run.branches.parameters(), *run.trainable().values()]
+    gradients = [(parameter, parameter.grad) for parameter in copied]
+
+    def restore() -> None:
+        for parameter, value in values:
+            fill_factor(parameter, value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for branch, scale in scales:
+            branch.scale = scale
+        with no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+
+    return restore

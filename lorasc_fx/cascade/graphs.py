@@ -1,0 +1,164 @@
+"""The graphs of a cascade, one for each kind of call: captured when a call first needs one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.branch import Decided
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.compile import Axis, Call, Compiler, Made, Variant, Variants
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
+from lorasc_fx.util.undo import PROCESS, AllOrNothing, Commit, Undo, grad_mode, no_inference_mode
+
+log = logging.getLogger("lorasc_fx")
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Graphs:
+    """Finds the graph of a call, or makes it.
+
+    Args:
+        run: whose model and branches the graphs read.
+        compiler: makes graphs.
+        decided: what the cascade is made of; its graph, if there is one, is the first.
+        example: the inputs of that graph.
+    """
+
+    def __init__(self, run: Run, compiler: Compiler, decided: Decided, example: Example | None) -> None:
+        self.run, self.compiler, self.example = run, compiler, example
+        self.variants = Variants()
+        self.frontend = ""
+        self.refused_frontends: tuple[tuple[str, str], ...] = ()
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the model's modules run
+        self.origin = ""  # of the checkpoint whose plan the first graph has to fit
+        self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
+        if isinstance(decided, Made) and example is not None:
+            self._add(compiler.calls.bind(*example), decided)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Return a call of the model."""
+        return self.compiler.calls.bind(args, kwargs)
+
+    def find(self, call: Call) -> Variant:
+        """Return the graph for a call, captured if there is none yet."""
+        return self.variants.find(call) or self._capture(call)
+
+    def variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> tuple[Variant, Call]:
+        """Return the graph for these arguments, and the call. `name` is the method's, for messages."""
+        self.run.check_alive(name)
+        self.run.replicas.see(len(self.run.branches), self.run.trainable)
+        call = self.bind(tuple(args), kwargs)
+        return self.find(call), call
+
+    def split_by(
+        self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
+    ) -> None:
+        """Replace each graph by what `split` makes of it, also those that are still to come. Modules of the model run
+        inside `gathered`.
+        """
+        undo(self.variants.restorer())
+        undo(partial(vars(self).update, _split=self._split, gathered=self.gathered))
+        self.variants.exchange(split)
+        self._split, self.gathered = split, gathered
+
+    def drop(self, undo: Undo) -> None:
+        """Detach and drop all graphs; the next call makes new ones."""
+        undo(partial(setattr, self, "variants", self.variants))
+        self.variants.detach()
+        self.variants = Variants()
+
+    def draw(self, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
+        """Draw the first graph around some sites."""
+        first = self.variants.oldest
+        if first is None:
+            raise StateError(
+                "draw: there is no graph yet, or none since the cascade was moved or copied; call it once",
+                code="no-graph",
+            )
+        return self.compiler.draw(first, self.run.plan, file, sites, radius)
+
+    def fold(
+        self, variant: Variant, call: Call, values: Mapping[str, torch.Tensor] | None
+    ) -> tuple[nn.Module, dict[Axis, int]]:
+        """Return the captured graph of a call without branches, and the smallest size of each axis that does not take
+        all sizes. `values` are its own constants; None to read the live model.
+        """
+        return self.compiler.fold(variant, self.run.model, self.run.plan.stage, values, call.args, call.kwargs)
+
+    def _capture(self, call: Call) -> Variant:
+        grad = torch.is_grad_enabled()  # which leaving the inference mode would set
+        with AllOrNothing(PROCESS), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
+            while (variant := self.variants.find(call) or self._make(call)) is None:
+                pass
+            return variant
+
+    def _make(self, call: Call) -> Variant | None:
+        """Capture, then take over what came of it; None if another thread has started another stage meanwhile."""
+        run, wide, begun = self.run, self.variants.known(call), time.monotonic()
+        plan = run.plan
+        try:
+            made = self.compiler.make(run.model, plan, run.by_key, run.refusals, call.args, call.kwargs, wide)
+            disagreements = self.compiler.faults(made.variant) if not self.frontend else []
+        except (PassError, SpecError) as fault:
+            if self.frontend:
+                raise
+            raise self._does_not_fit([str(fault)]) from fault
+        except CaptureError as fault:
+            own = fault.__cause__ if fault.code == "model-refuses-inputs" else None
+            if own is None or type(own).__module__.startswith(("torch.fx.", "torch._subclasses.")):  # of fake tensors
+                raise
+            raise own from None  # a call raises what the model raises
+        if disagreements:
+            raise self._does_not_fit(disagreements)
+        if self._split is not None:
+            late = [branch.weight_name for name, branch in made.branches.items() if name not in run.branches]
+            if late:
+                raise StateError(
+                    f"forward: this call adapts {named(late)}, which no graph had used when the weights were sharded, "
+                    "and whose branches are on no rank: call the cascade once so before shard, or exclude the weight",
+                    code="variant-after-sharding",
+                )
+            made = replace(made, variant=self._split(made.variant))
+        number, sizes, seconds = len(self.variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
+        log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
+        with Commit(run.lock) as undo:
+            if run.plan is not plan:
+                return None
+            undo(self.variants.restorer())
+            run.grow(made, undo)
+            self._add(call, made)
+            return made.variant
+
+    def _does_not_fit(self, disagreements: list[str]) -> CheckpointError:
+        """Return the error of a first graph that does not follow the plan that was loaded."""
+        where = f"{self.origin}: " if self.origin else ""
+        sentences = "\n  ".join(dict.fromkeys(disagreements))
+        return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="plan-mismatch")
+
+    def _add(self, call: Call, made: Made) -> None:
+        """Keep a graph; the first one that the cascade has had says which front end took the model."""
+        self.variants.add(call, made.variant, self.run.branches.training)
+        if made.variant.attach is not None:
+            made.variant.attach(self.run)
+        if not self.frontend:
+            self.frontend, self.refused_frontends = made.variant.frontend, made.refused_frontends
+        if self.example is None:  # loaded without inputs
+            self.example = pytree.tree_map_only(torch.Tensor, _without_graph, (call.args, call.kwargs))
+
+
+def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an input, without the autograd graph that it is a part of."""
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()

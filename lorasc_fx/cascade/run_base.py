@@ -1,0 +1,390 @@
+"""What a run holds, and what can be asked of it; nothing in here writes to the user's model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Branch, Decided
+from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
+from lorasc_fx.errors import StateError
+from lorasc_fx.quantized import is_quantized
+from lorasc_fx.shards import local
+from lorasc_fx.state import Part, SlowWeights, sums_are_finite
+from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
+from lorasc_fx.util.undo import Lock
+from lorasc_fx.util.version import source_digest, version
+
+
+class Pages(Protocol):
+    """Mapped memory of the files that hold W0."""
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Return the pages of a tensor to the system. The next use reads them from the file again."""
+
+
+class BaseValues(Protocol):
+    """Files that hold W0, if it is not kept in memory (`checkpoint.base_file.BaseFile`)."""
+
+    def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return W0 of these parameters as mapped tensors, by name."""
+
+    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return the values of a weight before it was quantized."""
+
+    def pages(self) -> Pages:
+        """Return the memory of the files that is mapped now."""
+
+    def check(self, call: str) -> None:
+        """Raise StateError if a file was written to."""
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """What a cascade of a model on the meta device remembers until the model gets its values.
+
+    Args:
+        base: the argument of `adapt`.
+        groups: the names of each tensor of the model, before any was untied.
+        checkpoint: that the cascade was loaded from, if it was; its state is taken over then.
+    """
+
+    base: Any
+    groups: tuple[tuple[str, ...], ...]
+    checkpoint: Any = None
+
+
+class RunBase:
+    """The user's model, the branches, the plan of the running stage, and the slow weights.
+
+    Args:
+        model: the user's own.
+        decided: the plan of the running stage, the branches, and the weights without one.
+        frontend: the front end that was asked for.
+        base_file: where W0 lies, if not in memory.
+        meta: what is known of a model on the meta device, until it has its numbers.
+        written: returns the names of the parameters that forward writes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decided: Decided,
+        frontend: str,
+        *,
+        base_file: BaseValues | None = None,
+        meta: MetaModel | None = None,
+        written: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
+        self.model, self.frontend = model, frontend
+        self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; the child of the cascade
+        self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
+        self.lock = Lock()  # held while weights are read or written; never while the user's model runs
+        self.slow = SlowWeights()
+        self.pending = PendingWatch()
+        self.steps = StepWatch()
+        self.replicas = Replicas()
+        self.warned = Warned()
+        self.placed: str | int | None = None  # a number is that of a stage
+        self.released = False
+        self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
+        self.base_file, self.meta, self.written = base_file, meta, written
+        self.grouped = False  # param_groups was called: an optimizer holds the present branches
+        self.looped = False  # stages was called
+        self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
+        self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite at the start
+        self._kept: int | None = None  # versions of the branches, as they were last folded or written
+        self._fingerprints: dict[str, str] = {}
+        self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, as they had theirs
+        self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
+        self._objects: dict[str, int] = {}  # ids of their parameters, as they were last seen
+
+    @property
+    def by_key(self) -> dict[str, Branch]:
+        """The branches by key."""
+        return {key: branch for key, branch in self.branches.items() if isinstance(branch, Branch)}
+
+    def branches_by_weight(self) -> dict[str, Branch]:
+        """Return the branches by the names of their weights."""
+        return {branch.weight_name: branch for branch in self.by_key.values()}
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Return the user's parameters by their first names."""
+        return dict(self.model.named_parameters())
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained in full."""
+        if not self.slow.trained:
+            return {}
+        parameters = self.parameters_by_name()
+        return {name: parameters[name] for name in self.slow.trained}
+
+    def present(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Return the parameters of these names, as the model has them now; one that is gone is left out.
+
+        Looked up by name: a walk over all modules takes longer than the smaller weights take to write.
+        """
+        parameters = {name: _parameter(self.model, name) for name in names}
+        return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+
+    def weights_by_name(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the slow weights know, as the model has them now; one that is gone is left out."""
+        return self.present(self.slow.states)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return every parameter that an optimizer should hold, by its name here."""
+        parameters = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
+        if not self.plan.spec.train_A:
+            parameters = {name: parameter for name, parameter in parameters.items() if not name.endswith(".lora_A")}
+        return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
+
+    @property
+    def trained_entries(self) -> int:
+        """Number of entries that an optimizer trains."""
+        return sum(parameter.numel() for parameter in self.trainable().values())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds only its share of the weights, as under FSDP."""
+        return self.slow.group is not None
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the model is not on the meta device."""
+        return self.meta is None
+
+    @property
+    def inside_weights(self) -> bool:
+        """Whether `weights` has put other weights in place."""
+        return self.placed is not None
+
+    def faults(self) -> list[str]:
+        """Return a sentence for each slow state with inf or nan, and each branch unless such ones are left out."""
+        if self.plan.spec.on_nonfinite == "skip":
+            return self.slow.faults()
+        broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
+        return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
+
+    def note_finite(self) -> None:
+        """Note which buffers are finite now, with their shapes; the first call counts."""
+        if not self._finite:
+            buffers = _floating_buffers(self.model)
+            all_finite = sums_are_finite(list(buffers.values()))
+            self._finite = {name: value.shape for name, value in buffers.items() if all_finite or _is_finite(value)}
+
+    def started_finite(self, name: str, shape: torch.Size) -> bool:
+        """Whether the buffer `name` had this shape, and neither inf nor nan, when the model was adapted."""
+        return self._finite.get(name) == shape
+
+    def check_buffers(self, call: str) -> None:
+        """Raise StateError if a buffer holds inf or nan, and was finite when the model was adapted.
+
+        A mask with -inf may stay, and so may a buffer that forward has made anew in another size. All-reduced where
+        weights are sharded.
+        """
+        buffers = _floating_buffers(self.model)
+        known = {name: value for name, value in buffers.items() if self.started_finite(name, value.shape)}
+        broken = None
+        if not sums_are_finite(list(known.values())):
+            broken = next((name for name, value in known.items() if not _is_finite(value)), None)
+        if self.slow.some(broken is not None):
+            raise StateError(
+                f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
+                "was adapted; nothing was changed or written. Find the batch that did it, and go on from the last "
+                "checkpoint, or estimate running statistics anew by cascade.recalibrate(batches)",
+                code="non-finite-state",
+            )
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the sites whose weights are quantized."""
+        return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base))
+
+    def note_weights(self, written: Iterable[str] | None = None, summed: Mapping[str, int] | None = None) -> None:
+        """Take the checksums of weights that were written here, by default of all, but for those that are given; those
+        of others stay.
+        """
+        parameters, given = self.weights_by_name(), summed or {}
+        names = parameters if written is None else [name for name in written if name in parameters]
+        taken = {name: given[name] for name in names if name in given}
+        new = checksums({name: parameters[name] for name in names if name not in taken})
+        self._checksums = {**self._checksums, **taken, **new}
+        self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
+
+    def exchanged(self) -> bool:
+        """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
+        return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
+
+    def changed_weights(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names of the weights, among these, that hold other numbers than were written here."""
+        return [name for name, value in checksums(dict(parameters)).items() if value != self._checksums.get(name)]
+
+    def changed(self, known: Mapping[str, int]) -> str | None:
+        """Return the first parameter that is gone, or no longer has the checksum that it has here."""
+        held = {name: parameter for name in known if (parameter := _parameter(self.model, name)) is not None}
+        now = checksums(held)
+        return next((name for name in known if now.get(name) != known[name]), None)
+
+    def check_weights(self, call: str) -> None:
+        """Raise StateError where a weight holds other numbers than were written here, or is gone.
+
+        By value, as a write through `.data`, numpy or another Parameter leaves no trace. All-reduced where weights are
+        sharded. Every rank must call this at the same point.
+        """
+        parameters = self.weights_by_name()
+        changed = self.changed(self._checksums)
+        if changed is None and self.slow.group is None:  # what is trained in full may have other numbers
+            bases = {name: entry.base for name, entry in self.slow.trained.items()}
+            now = {name: _parameter(self.model, name) for name in bases}
+            changed = next(
+                (name for name, base in bases.items() if getattr(now[name], "shape", None) != base.shape), None
+            )
+        if self.slow.some(changed is not None):
+            raise StateError(
+                f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "
+                "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
+                "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load",
+                code="weights-changed-outside",
+            )
+        for site in self.plan.sites if self.slow.group is None else ():
+            for alias in site.aliases:
+                other = _parameter(self.model, alias)
+                if other is not None and other is not parameters.get(site.weight):
+                    raise StateError(
+                        f"{call}: {alias} was tied to {site.weight} when the model was adapted, and is another "
+                        "parameter now, which a fold would not reach. Tie them again, or adapt with untie",
+                        code="tie-broken",
+                    )
+        self._objects = {name: id(parameter) for name, parameter in parameters.items()}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of every base parameter that only training moves.
+
+        Each is computed once, and anew where a parameter that no training moves was written since: a checkpoint does
+        not hold it, and has to say onto which numbers it loads.
+
+        Raises:
+            StateError: such a one was written since the weights were sharded: no process has the whole of it.
+        """
+        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None
+        if slow.group is not None and (name := self.changed(self._frozen)) is not None:
+            raise StateError(
+                f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
+                "checkpoint holds it: put it back, or change it before shard",
+                code="weights-changed-outside",
+            )
+        bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
+        bases |= {name: entry.base for name, entry in slow.trained.items()}
+        parameters = {name: value for name, value in self.parameters_by_name().items() if name not in moved}
+        frozen = checksums({name: value for name, value in parameters.items() if whole and name not in bases})
+        for name in [name for name in frozen if name in self._fingerprints and frozen[name] != self._frozen[name]]:
+            del self._fingerprints[name]
+            self.warned.once(
+                "frozen-parameter-changed",
+                f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
+                "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
+                "in them, give train=(...) to the spec",
+            )
+        self._frozen |= frozen
+        new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self._fingerprints}
+        self._fingerprints |= fingerprints(new)
+        return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
+
+    def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
+        """Return what all ranks of a run must have alike (`ProcessGroup.check_alike`).
+
+        Args:
+            weights: fingerprints or checksums, by name.
+        """
+        plan = json.loads(self.plan.to_json())
+        code = {"torch": str(torch.__version__), "lorasc-fx": f"{version()}, source {source_digest()[:12]}"}
+        spec = {f"spec.{name}": json.dumps(value) for name, value in self.plan.spec.to_dict().items()}
+        sites = {f"site {site['weight']}": json.dumps(site) for site in plan["sites"]}
+        digests = {f"weight {name}": str(digest)[:12] for name, digest in weights.items()}
+        digests |= {f"factor {name}": str(checksum(value)) for name, value in self.branches.named_parameters()}
+        return {**code, **spec, "stage": f"{self.plan.stage}, step {self.plan.step}", **sites, **digests}
+
+    def note_fingerprints(self, digests: Mapping[str, str]) -> None:
+        """Take over the fingerprints of W0 that came with a checkpoint, if those of before are known."""
+        if self._fingerprints:
+            self._fingerprints = {**self._fingerprints, **digests}
+
+    @property
+    def fingerprinted(self) -> bool:
+        """Whether fingerprints were taken."""
+        return bool(self._fingerprints)
+
+    def note_frozen(self) -> None:
+        """Take the checksums of what no training moves again: it was moved or cast here, and its fingerprint stays."""
+        parameters = self.parameters_by_name()
+        self._frozen = checksums({name: parameters[name] for name in self._frozen})
+
+    def moved_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that forward itself writes (a momentum teacher); they are state, as buffers are."""
+        names = self.written() - self.slow.states.keys() - self.slow.trained.keys()
+        parameters = self.parameters_by_name() if names else {}
+        return {name: parameters[name] for name in sorted(names) if name in parameters}
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Return the model's buffers, and the parameters that forward writes."""
+        return {**dict(self.model.named_buffers()), **self.moved_parameters()}
+
+    def restorer(self) -> Callable[[], None]:
+        """Return what brings back what was decided, slow weights and flags, which weights are in place, their
+        checksums, and which gradients wait for a step. Values are not among it (`commit`).
+        """
+        decided = (self.plan, self.slow, self.base_file, self.released, self.added)
+        noted, branches = (self._checksums, self._objects, self._frozen), set(self.branches)
+        meta, fingerprints, left = self.meta, self._fingerprints, (self.refusals, self.unreached)
+        placed = (self.placed, self.placed_checksums)
+        restore_pending = self.pending.restorer()
+
+        def restore() -> None:
+            self.plan, self.slow, self.base_file, self.released, self.added = decided
+            self.refusals, self.unreached = left
+            for key in self.branches.keys() - branches:
+                del self.branches[key]
+            self.meta, self._fingerprints = meta, fingerprints
+            self._checksums, self._objects, self._frozen = noted
+            self.placed, self.placed_checksums = placed
+            restore_pending()
+            self.set_unmerged()
+
+        return restore
+
+    def set_unmerged(self) -> None:
+        """Give the branches of quantized weights their unmerged deltas."""
+        slow = self.slow
+        for name, branch in self.branches_by_weight().items():
+            state = slow.states.get(name)
+            if state is not None and is_quantized(state.base):
+                pair = state.unmerged("slow") if slow.idle else state.beside
+                branch.set_unmerged(*((pair.b, pair.a) if pair is not None else (None, None)))
+
+
+def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the local values of the buffers that can hold inf or nan, by name."""
+    return {
+        name: local(buffer)
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and buffer.dtype.itemsize > 1 and buffer.layout is torch.strided
+        if not (buffer.is_meta or buffer.is_nested)
+    }
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    *path, leaf = name.split(".")
+    module: nn.Module | None = model
+    for part in path:  # the dictionaries of a script module have no `get`
+        module = module._modules[part] if module is not None and part in module._modules else None
+    return module._parameters[leaf] if module is not None and leaf in module._parameters else None

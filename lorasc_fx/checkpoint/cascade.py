@@ -1,0 +1,239 @@
+"""A cascade whose state is written and read back: state dicts, checkpoint folders, and runs beside its own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lorasc_fx.cascade import Cascade, experts
+from lorasc_fx.checkpoint import given_run, reader, training_state, writer
+from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
+from lorasc_fx.errors import SpecError, StateError, path_of
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
+from lorasc_fx.util.undo import Commit, Undo
+
+
+class SavedCascade(Cascade):
+    """A cascade that `save` writes, and that takes over what was written."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loaded: reader.Checkpoint | None = None
+        self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()  # a state, the keys missing before it, and errors
+        register: Any = self.register_load_state_dict_post_hook  # torch has no annotations for it
+        register(SavedCascade._load_state)
+
+    def resume(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[str, Any]:
+        """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
+
+        Where a process group of torch.distributed is initialized, every rank must call this: under
+        DistributedDataParallel after the wrapper was made, on shards after `shard`. The number of
+        ranks need not be that of the run which saved. On the same number each rank gets its own random generators
+        back, on another number a stream that is a function of the first rank's, of the rank and of the number.
+
+        Args:
+            optimizer, scheduler: built as those that were saved.
+            group: of the ranks that go on, if not all of them do.
+
+        Raises:
+            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches; ranks
+                have loaded different versions, or another rank has failed or is gone.
+            CheckpointError: the checkpoint holds no such state, or that of another optimizer.
+        """
+        ranks = self._run.slow.group or ProcessGroup.of(group)
+        with ranks.agreed("resume"):
+            self._run.check_ready("resume", sharded=True)
+            if (loaded := self._loaded) is None:
+                raise StateError(
+                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model)",
+                    code="not-loaded",
+                )
+        names = ranks.gather_text(loaded.path.name, "resume")
+        if len(set(names)) > 1:
+            raise StateError(
+                f"resume: the ranks have loaded different versions: {', '.join(names)}, by rank; load from a folder "
+                "that all of them see, and let nobody write into it meanwhile",
+                code="versions-differ",
+            )
+        with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
+            return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
+
+    def add(self, name: str, run: Cascade | str | PathLike[str]) -> None:
+        """Give another run on this base a name, under which `weights` and `release` know its weights.
+
+        Several runs so share one model in memory; weights are computed from W0 at each switch. The other run counts as
+        its `release` would leave it. It stays what it is: this cascade trains and saves its own run only, and after a
+        load the others are added again. Another run of the same name is replaced.
+
+        Args:
+            name: of your choice, but for those that `weights` knows already.
+            run: a checkpoint folder (its newest version), or a living cascade on a copy of the base. It has changed no
+                weight that is not a site, or trained in full, here as well.
+
+        Raises:
+            SpecError: a name that is none, or the other run has changed other weights.
+            CheckpointError: a folder without a whole checkpoint, or a run on another base; names what differs.
+            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            NonFiniteBranch: a running branch of the other run holds inf or nan.
+        """
+        self._run.check_ready("add")
+        if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
+            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
+        given = given_run.GivenRun.of(run._run if isinstance(run, Cascade) else run, repr(name), "add")
+        with self._run.exclusive("add"):
+            given_run.add(self._run, name, given)
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return copies of all that a resume needs, without noise, which is drawn again from its key, and without W0,
+        except W0 of what is trained in full.
+
+        These are branches, experts, coefficients, the stage, what is trained in full, buffers, gradients that wait for
+        a step, and random generators (which `resume` takes). The optimizer has a state dict of its own, and
+        `folded_state_dict` has the weights of the user's model. Wrappers and containers call this for theirs.
+
+        Args:
+            destination, prefix: table to add to, and what to put before each name, as torch calls it.
+            keep_vars: has no effect.
+
+        Raises:
+            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            NonFiniteBranch: a branch holds inf or nan.
+        """
+        self._usage.check_saved(self._run)
+        state: Any = OrderedDict() if destination is None else destination
+        for before in self._state_dict_pre_hooks.values():
+            before(self, prefix, keep_vars)
+        with self._run.exclusive("state_dict"):
+            state.update({prefix + name: tensor for name, tensor in to_state_dict(self._run).items()})
+        for after in self._state_dict_hooks.values():
+            after(self, state, prefix, {})
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Go on from what `state_dict` returned, all of it: `load_state_dict` calls this, here and in containers.
+
+        The model must be the same base, adapted by the same spec. Parameters stay the same objects, also with `assign`.
+        A state without an entry of the cascade is one without a key: an error unless `strict` is False.
+
+        Raises:
+            CheckpointError: damage, another base, another spec, other sites. The cascade is as it was.
+            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+        """
+        for before in self._load_state_dict_pre_hooks.values():
+            before(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        table = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        whole = bool(table) or not prefix
+        if not whole:
+            missing_keys.append(prefix + KEY)
+        checkpoint = from_state_dict(table, "load_state_dict") if whole else None
+        self._to_load = checkpoint, len(missing_keys), error_msgs
+
+    def _load_state(self, keys: Any) -> None:
+        """Take over what `_load_from_state_dict` has read, when torch has been at model and branches, which have no
+        entries of their own and miss none; not where torch will raise for what it met on the way.
+        """
+        (checkpoint, missing, errors), self._to_load = self._to_load, (None, 0, ())
+        del keys.missing_keys[missing:]
+        if checkpoint is None or errors:
+            return
+        self._go_on(checkpoint, "load_state_dict")
+
+    def _go_on(self, checkpoint: reader.Checkpoint, call: str, *, sharded: bool = False) -> None:
+        """Take over a checkpoint of the same base and spec in a cascade that lives; `resume` has the rest of it.
+
+        Where the weights are sharded, every rank must call this at the same point.
+
+        Args:
+            checkpoint: as read.
+            call: for messages.
+            sharded: whether the call works on shards.
+        """
+        run = self._run
+        with run.exclusive(call, sharded=sharded), Commit() as undo:
+            placed = {site.weight: site.placement for site in run.plan.sites}
+            take_over(run, checkpoint, undo)
+            if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine
+                self._graphs.drop(undo)
+            self._note_loaded(checkpoint)
+
+    def _take_over(self, checkpoint: reader.Checkpoint, undo: Undo | None = None) -> None:
+        """Take over a checkpoint that was read, by itself or as a part of a larger block."""
+        reader.restore(self._run, checkpoint, undo)
+        self._note_loaded(checkpoint)
+
+    def _note_loaded(self, checkpoint: reader.Checkpoint) -> None:
+        self._loaded, self._graphs.origin = checkpoint, str(checkpoint.path)
+        self._run.note_kept()
+
+
+def save(
+    cascade: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 1,
+) -> Path:
+    """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
+
+    A process that is killed at any moment leaves versions that are whole: the new one counts from the moment at which
+    it is on disk, and the old one goes after that. Gradients that wait for a step, and the states of the random
+    generators of torch, python, numpy and CUDA, are written too; `Cascade.resume` gives them back.
+
+    Of a DistributedDataParallel and of sharded weights every rank must call this at the same point, between two steps:
+    each rank writes the shards that it holds, the first rank all else, and an error of one rank is raised on all.
+
+    Args:
+        cascade: whose branches, experts, coefficients, trained parameters and buffers are written; or the
+            DistributedDataParallel around it.
+        optimizer, scheduler: whose state is written.
+        folder: that every rank sees.
+        extra: anything of yours that JSON holds, and tensors in it: the number of steps done (the position in the
+            stage, and in the data of `shuffled_batches`), the state of a loader or a GradScaler, an average of weights.
+        keep: number of versions that stay.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
+            neither JSON nor safetensors can. What was there stays.
+        SpecError: keep is less than 1.
+        StateError: after `release`, inside `weights`, or inside a backward; training has made a buffer inf or nan; on
+            several ranks where gradients wait for a step, or another rank has failed or is gone.
+        NonFiniteBranch: a branch holds inf or nan.
+    """
+    wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None
+    model = wrapper.module if wrapper is not None else cascade
+    if not isinstance(model, Cascade):
+        raise StateError(
+            f"save: this is {type(model).__name__}; give a cascade, or DistributedDataParallel(cascade)",
+            code="wrong-wrapper",
+        )
+    run = model._run
+    group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group or ONE_PROCESS
+    return writer.write_version(run, path_of(folder), optimizer, scheduler, dict(extra or {}), keep, group)

@@ -1,0 +1,104 @@
+"""Other runs on one base, for a sum or beside a cascade: a folder that was saved, or a cascade that lives."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import torch
+
+from lorasc_fx.cascade.experts import bare, other_kind
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.transition import ended
+from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_branches
+from lorasc_fx.errors import SpecError, named
+from lorasc_fx.plan import Plan
+from lorasc_fx.state import Part, Trained, WeightState
+from lorasc_fx.state.model import host
+
+
+@dataclass(frozen=True)
+class GivenRun:
+    """A run as given to `merge` or `add`: what it is called in messages, its plan, the fingerprints of its base, and
+    the names of what is no part of the base: buffers, and parameters that forward writes.
+    """
+
+    name: str
+    plan: Plan
+    base: Mapping[str, str]
+    moved: Collection[str]
+    frontend: str
+    run: Run | Checkpoint
+
+    @classmethod
+    def of(cls, given: Run | str | PathLike[str], name: str, call: str) -> GivenRun:
+        """Read a folder, or look at a living run."""
+        if isinstance(given, Run):
+            given.check_ready(call)
+            given.note_kept()
+            moved = given.moved_parameters()
+            return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
+        if not isinstance(given, (str, PathLike)):
+            raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
+        checkpoint = read(given)
+        return cls(
+            f"{name}, {checkpoint.path}",
+            checkpoint.plan,
+            checkpoint.manifest["base"],
+            checkpoint.moved,
+            checkpoint.frontend,
+            checkpoint,
+        )
+
+    def check_base(self, digests: Mapping[str, str], call: str) -> None:
+        """Raise CheckpointError where the model is not what this run adapted."""
+        advice = "give runs on the one base that all of them adapted"
+        check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
+
+    def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
+        """Return the run as a part of the sum; a running stage that has trained is counted, as `release` counts it.
+
+        Args:
+            bases: W0 by name, on which the running stage of a folder ends.
+
+        Raises:
+            CheckpointError: a folder is not what a checkpoint of its plan holds.
+            NonFiniteBranch: a running branch holds inf or nan.
+        """
+        if isinstance(self.run, Run):
+            buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
+            return Part(self.name, self.plan, bare(ended(self.run, "merge")), buffers)
+        state, branches = with_branches(self.run)
+        slow = state.slow
+        if state.has_begun(branches):
+            bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
+            states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
+            trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
+            slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
+        return Part(self.name, state.plan, bare(slow), state.buffers)
+
+
+def add(run: Run, name: str, given: GivenRun) -> None:
+    """Keep what another run on this base has learnt, by a name; nothing is written to the model.
+
+    Raises:
+        CheckpointError: another base. SpecError: the other run has changed a weight that is no site here.
+    """
+    slow, parameters = run.slow, run.parameters_by_name()
+    given.check_base(run.fingerprints(), "add")
+    known: dict[str, WeightState | Trained] = {**slow.states, **slow.trained}
+    bases = {key: known[key].base if key in known else parameter for key, parameter in parameters.items()}
+    part = given.part(bases)
+    changed = [key for key, state in part.slow.states.items() if state.changed]
+    if foreign := [key for key in (*changed, *part.slow.trained) if key not in known]:
+        raise SpecError(
+            f"add: {given.name}, has changed {named(foreign)}, which is no site here. Adapt by a spec whose targets "
+            "have these weights as well, or make the cascade by lorasc_fx.load of that run, and add this one to it",
+            code="sites-differ",
+        )
+    states = {key: state for key, state in part.slow.states.items() if key in known}
+    for key, state in states.items():
+        if key in slow.states and state.stacked != slow.states[key].stacked:
+            raise other_kind("add", given.name, key)
+    run.add(name, replace(part, slow=replace(part.slow, states=states)))
