@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 ACCELERATOR := $(BIN)/python -m pytest tests/accelerator $(WORKERS)
 CONSTRAINTS := requirements/constraints.txt
 EXTRAS := cli,data,vision,text,demo,onnx,report,loops,tensorboard,test,bench
+# Where another torch may compute something else.
+CORE := $(addprefix tests/,adapt branch capture cascade check compile forms graph passes quantized state)
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
@@ -48,11 +50,11 @@ test-device: $(STAMP) ## tests/accelerator on real hardware: make test-device DE
 test-fast: $(STAMP) ## stops at the first failure; last failures first
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS) -x --ff -q
 
-test-torch: ## tests/passes, tests/unit and tests/forms under another torch: make test-torch VERSION=2.15.0, or VERSION=2.9.1 WITH=torchao==0.17.0
+test-torch: ## the tests of graphs, branches and state under another torch: make test-torch VERSION=2.15.0, or VERSION=2.9.1 WITH=torchao==0.17.0
 	@test -n "$(VERSION)" || { echo "test-torch: give the version, as in: make test-torch VERSION=2.15.0" >&2; exit 2; }
 	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' $(WITH) -e '.[$(EXTRAS)]'
-	$(OTHER)/bin/python -m pytest -m "not slow" $(WORKERS) tests/passes tests/unit tests/forms
+	$(OTHER)/bin/python -m pytest -m "not slow" $(WORKERS) $(CORE)
 
 ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
 	@$(BIN)/python -m pytest -m slow $(WAITING) --timeout 900 || { status=$$?; \

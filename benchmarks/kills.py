@@ -1,6 +1,6 @@
 """Kill a rank at drawn moments and go on: `python -m benchmarks.kills [--write] [--kills 50]`.
 
-Two to four ranks train a small network on FSDP2 shards in fp64, and save after each step (`tests.devices.elastic`).
+Two to four ranks train a small network on FSDP2 shards in fp64, and save after each step (`tests.parallel.elastic`).
 One of them is killed (SIGKILL) at a function call drawn evenly from those that a step, a transition or a save makes;
 all are then started anew and go on from the last checkpoint, as torchrun has it with `--max-restarts`, but forked from
 a process that has imported torch. A run has `PER_RUN` kills, and must end with the bytes of a run on as many ranks that
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.devices.elastic import CALLS, PARTS, train
-from tests.devices.ranks import RankFailed, on_ranks
+from tests.parallel.elastic import CALLS, PARTS, train
+from tests.parallel.ranks import RankFailed, on_ranks
 
 __all__ = ["RESULTS", "reference", "run", "table"]
 
 RESULTS = Path(__file__).with_name("kills.json")
 NAME, PER_RUN = "fresh", 5
-"""Specification of `tests.devices.sharding`, and kills of a run."""
+"""Specification of `tests.parallel.sharding`, and kills of a run."""
 RANKS = (2, 2, 2, 2, 2, 3, 4, 2, 3, 2)
 """Ranks of a run, by its seed, again from the first after the last."""
 
@@ -76,7 +76,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         "Python's or a builtin, drawn evenly from those that the part makes; all start anew from the last checkpoint,",
         "which each step writes. A run must end with the bytes of one on as many ranks that nobody killed, and leave",
         "no temporary folder.",
-        "`pytest -m slow tests/devices -k killed` has a few kills under torchrun.",
+        "`pytest -m slow tests/parallel -k killed` has a few kills under torchrun.",
         "",
         "| killed in | ranks | kills | runs | that end with the same bytes |",
         "| --- | ---: | ---: | ---: | ---: |",

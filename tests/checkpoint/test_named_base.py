@@ -33,9 +33,9 @@ from transformers import (
 import lorasc_fx as lx
 from tests.errors.models import adapted, mlp
 from tests.errors.state import unchanged
+from tests.integrations.kit import llama
 from tests.kit.errors import raises
-from tests.loops.kit import llama
-from tests.unit.cases import randomize
+from tests.kit.models import randomize
 
 # peft reads a name that transformers calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import lorasc_fx as lx
 from tests.errors.state import of_cascade, unchanged
+from tests.integrations.kit import adapted, rows
 from tests.kit.errors import raises
-from tests.loops.kit import adapted, rows
 
 X = torch.stack([row["x"] for row in rows(6)])
 LABELS = torch.stack([row["labels"] for row in rows(6)])

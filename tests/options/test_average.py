@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 import lorasc_fx as lx
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
+from tests.kit.models import batches, branches, randomize, train
 from tests.kit.state import weight_state, weight_states
-from tests.unit.cases import batches, branches, randomize, train
 
 X = batches(1, 6, 20)[0]
 EXACT = {"rtol": 0, "atol": 1e-12}

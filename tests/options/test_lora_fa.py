@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
+from tests.kit.models import PLAIN, batches, branches, loss_of, mlp, train
 from tests.options.test_rates import LR, X, lora_of
-from tests.unit.cases import PLAIN, batches, branches, loss_of, mlp, train
 
 
 class Hf(torch.optim.Optimizer):

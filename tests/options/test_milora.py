@@ -16,7 +16,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.kit.errors import raises
-from tests.unit.cases import batches, branches, mlp, optimizer_of, train
+from tests.kit.models import batches, branches, mlp, optimizer_of, train
 
 RANK, ALPHA, PACE = 2, 3.0, 0.4
 SCALE = ALPHA / RANK

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.unit.cases import batches, mlp, train
+from tests.kit.models import batches, mlp, train
 
 
 def theirs(metrics: list[float], patience: int, threshold: float, mode: str, threshold_mode: str) -> list[int]:

@@ -15,8 +15,8 @@ import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.errors.test_all_or_nothing import everywhere, result
 from tests.kit.errors import raises, warns
-from tests.unit.cases import batches, branches, factors, loss_of, mlp, randomize, train
-from tests.unit.test_trajectory import set_factors, trainable
+from tests.kit.models import batches, branches, factors, loss_of, mlp, randomize, train
+from tests.state.test_trajectory import set_factors, trainable
 
 X = batches(1, 4, 5)[0]
 RANKS = (4, 2, 3, 1)

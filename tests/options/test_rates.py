@@ -13,8 +13,8 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.unit.cases import PLAIN, batches, factors, loss_of, mlp, train
-from tests.unit.test_trajectory import set_factors
+from tests.kit.models import PLAIN, batches, factors, loss_of, mlp, train
+from tests.state.test_trajectory import set_factors
 
 X = batches(1, 4, 5)[0]
 LR = 3e-3

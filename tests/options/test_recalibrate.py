@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 import lorasc_fx as lx
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
-from tests.unit.cases import batches, loss_of, mlp, randomize
+from tests.kit.models import batches, loss_of, mlp, randomize
 
 IMAGES = batches(5, 4, 3, 6, 5)
 

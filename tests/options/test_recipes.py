@@ -11,7 +11,7 @@ import torch
 import lorasc_fx as lx
 from experiments.evidence.methods import METHODS, rate_factor, spec_of
 from tests.kit.errors import raises
-from tests.unit.cases import batches, mlp, train
+from tests.kit.models import batches, mlp, train
 
 X = batches(1, 4, 5)[0]
 STEPS = 24

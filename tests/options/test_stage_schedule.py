@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.unit.cases import batches, mlp, train
+from tests.kit.models import batches, mlp, train
 
 X = batches(1, 4, 5)[0]
 WARMUP = 3

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.unit.cases import batches, branches, train
+from tests.kit.models import batches, branches, train
 
 EYE = torch.eye(12, dtype=torch.float64)
 X = batches(1, 6, 12)[0]

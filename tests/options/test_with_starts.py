@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorasc_fx as lx
-from tests.unit.cases import batches, branches, mlp, optimizer_of, train
+from tests.kit.models import batches, branches, mlp, optimizer_of, train
 
 CASES: dict[str, dict[str, Any]] = {
     "pissa, ranks": {"start": "pissa", "ranks": (1, 3, 2)},

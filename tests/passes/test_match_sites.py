@@ -36,7 +36,7 @@ NARROW = [
 ]
 """Rows of ops that take no fp64: test_grouped has their cases."""
 QUANTIZED = [form for form in FORMS if form.name == "quantized_linear"]
-"""The row of layers of libraries, which take no fp64 either: tests/unit/test_quantized_layers.py has its cases."""
+"""The row of layers of libraries, which take no fp64 either: tests/quantized/test_layers.py has its cases."""
 
 
 def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tuple[str, ...]]:

@@ -271,7 +271,7 @@ def test_nothing_is_passed_over_in_silence(case: Case, mode: str) -> None:
 
 def test_the_cases_hold_every_reason() -> None:
     asked = {Reason.NOT_TARGETED, Reason.QUANTIZED}  # by the tests above, and by those of quantized weights
-    elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/numerics, tests/unit/test_shared_memory.py
+    elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/numerics, tests/graph/test_shared_memory.py
     assert {reason for case in CASES for reason in case.refusals.values()} | asked | elsewhere == set(Reason)
     assert any(case.unreached for case in CASES)
     assert isinstance(ENCODER.model, Encoder)

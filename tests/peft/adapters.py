@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.models import loss_of, randomize
 from tests.kit.state import trained_in_full
 from tests.peft.kit import seeded
 from tests.peft.models import BUILD, INPUTS, made
-from tests.unit.cases import loss_of, randomize
 
 
 def frontend_of(name: str) -> str:

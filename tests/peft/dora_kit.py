@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.unit.cases import SCALE, batches, branches, mlp
+from tests.kit.models import SCALE, batches, branches, mlp
 
 RANK = 3
 PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "use_dora": True}

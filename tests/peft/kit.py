@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 import lorasc_fx as lx
-from tests.unit import oracle
-from tests.unit.cases import branches, loss_of, randomize
+from tests.kit import oracle
+from tests.kit.models import branches, loss_of, randomize
 
 RANK, ALPHA, SCALE = 4, 6.0, 1.5
 

@@ -18,9 +18,9 @@ from torch.func import functional_call
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
+from tests.kit.models import SCALE, batches, branches, factors, loss_of, mlp, optimizer_of, train
 from tests.kit.state import weight_states
 from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trainable, trained, weights
-from tests.unit.cases import SCALE, batches, branches, factors, loss_of, mlp, optimizer_of, train
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

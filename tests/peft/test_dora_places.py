@@ -10,8 +10,8 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
+from tests.kit.models import SCALE, batches, branches, mlp, optimizer_of, randomize, train
 from tests.peft.dora_kit import PLAIN, adapted, norms, weights
-from tests.unit.cases import SCALE, batches, branches, mlp, optimizer_of, randomize, train
 
 
 def test_passes_alone() -> None:

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
+from tests.kit.models import randomize
 from tests.kit.seams import SEAMS
 from tests.kit.state import install_experts, weight_state, weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
 from tests.peft.kit import gap, seeded
 from tests.peft.models import BUILD, INPUTS, made
 from tests.peft.test_silent import Tied
-from tests.unit.cases import randomize
 
 slow = pytest.mark.slow
 pytestmark = [

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
+from tests.kit.models import optimizer_of, train
 from tests.kit.state import weight_state
 from tests.peft.adapters import cascade_of, close, folded, frontend_of, loaded, merged, trained_by_peft
 from tests.peft.kit import gap, seeded
 from tests.peft.models import BUILD, INPUTS, made
-from tests.unit.cases import optimizer_of, train
 
 slow = pytest.mark.slow
 LINEARS = ["q_proj", "v_proj", "down_proj"]

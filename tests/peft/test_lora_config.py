@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import lorasc_fx as lx
+from tests.integrations.kit import llama
 from tests.kit.errors import raises
 from tests.kit.state import branches_of
-from tests.loops.kit import llama
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
 PREFIX = "base_model.model."

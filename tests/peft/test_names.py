@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lorasc_fx as lx
+from tests.integrations.kit import llama
 from tests.kit.errors import raises
+from tests.kit.models import randomize
 from tests.kit.state import branches_of
-from tests.loops.kit import llama
-from tests.unit.cases import randomize
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
 LAYERS = ("q_proj", "down_proj")

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.models import branches, randomize
 from tests.peft.kit import RANK, SCALE, config_of, peft_of
-from tests.unit.cases import branches, randomize
 
 NAMES = ("0.weight", "2.weight")
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]

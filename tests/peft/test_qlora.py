@@ -14,9 +14,9 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.unit.cases import loss_of
-from tests.unit.quantized_layers import LAYERS, is_missing
-from tests.unit.test_quantized import Net, inputs
+from tests.kit.models import loss_of
+from tests.quantized.layers import LAYERS, is_missing
+from tests.quantized.test_quantized import Net, inputs
 
 pytestmark = [
     pytest.mark.skipif(is_missing("bitsandbytes") != "", reason="bitsandbytes is missing"),

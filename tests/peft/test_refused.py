@@ -15,10 +15,10 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.export import ExportError
 from tests.kit.errors import raises
+from tests.kit.models import randomize
 from tests.peft.adapters import cascade_of
 from tests.peft.kit import normal
 from tests.peft.models import Suffixes, made
-from tests.unit.cases import randomize
 
 
 class Net(nn.Module):

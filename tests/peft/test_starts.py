@@ -19,9 +19,9 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
+from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
+from tests.kit.oracle import Cascade as Reference
 from tests.kit.state import weight_states
-from tests.unit.cases import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
-from tests.unit.oracle import Cascade as Reference
 
 STARTS = pytest.mark.parametrize("start", ["pissa", "olora"])
 RANK = 3

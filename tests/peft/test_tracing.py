@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import Unsupported
 
+from tests.kit.models import loss_of
 from tests.peft.kit import (
     EXACT,
     Case,
@@ -26,7 +27,6 @@ from tests.peft.kit import (
 )
 from tests.peft.test_attention import Attends
 from tests.peft.test_silent import Experts
-from tests.unit.cases import loss_of
 
 Traced = Callable[[nn.Module, tuple[Any, ...]], Callable[..., Any]]
 

@@ -1,0 +1,426 @@
+"""`lx.merge` against sums in fp64 of what each run has learnt, made by plain torch from the factors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchao.quantization as torchao
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.models import Net
+from tests.errors.state import of, unchanged
+from tests.kit.errors import raises, warns
+from tests.kit.models import branches, mlp, optimizer_of, randomize, train
+from tests.kit.seams import SEAMS
+from tests.kit.state import weight_state
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+Deltas = dict[str, torch.Tensor]
+
+
+def base(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """[24, 20], [18, 24] and [3, 18]: they hold more numbers than the experts of these runs."""
+    torch.manual_seed(8)
+    return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 18, bias=False), nn.Linear(18, 3)).to(dtype)
+
+
+def call(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor]:
+    return (torch.randn(5, 20, generator=torch.Generator().manual_seed(3)).to(dtype),)
+
+
+def spec(**options: Any) -> lx.CascadeSpec:
+    return lx.CascadeSpec(**{"targets": ("0.weight", "2.weight"), "rank": 2, "lora_alpha": 3.0, "pace": 0.5, **options})
+
+
+@dataclass
+class Run:
+    """A run of experts that no optimizer made, and its slow delta in fp64 by hand (restart = slow)."""
+
+    cascade: lx.Cascade
+    delta: Deltas = field(default_factory=dict)
+
+    def train(self, seed: int) -> None:
+        randomize(self.cascade, seed)
+        pace = self.cascade.plan.spec.pace
+        for name, branch in branches(self.cascade).items():
+            learnt = pace * branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
+            self.delta[name] = self.delta.get(name, 0) + learnt.view(branch.weight_shape)
+
+    def saved(self, folder: Path) -> Path:
+        lx.save(self.cascade, folder)
+        return folder
+
+
+def run(
+    asked: lx.CascadeSpec,
+    seeds: Sequence[int],
+    build: Callable[[], nn.Module] = base,
+    dtype: torch.dtype = torch.float64,
+) -> Run:
+    """A run whose last stage is still running."""
+    made = Run(lx.adapt(build(), call(dtype), spec=asked, frontend="symbolic"))
+    for seed in seeds:
+        if made.delta:
+            made.cascade.transition(None)
+        made.train(seed)
+    return made
+
+
+def expected(runs: Sequence[Run], weights: Sequence[float], model: nn.Module) -> Deltas:
+    """W0 + sum_i w_i S_i in fp64."""
+    total = {name: value.detach().double().clone() for name, value in model.named_parameters()}
+    for weight, each in zip(weights, runs, strict=True):
+        for name, delta in each.delta.items():
+            total[name] += weight * delta
+    return total
+
+
+def assert_holds(model: nn.Module, values: Deltas, **close: Any) -> None:
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.detach().double(), values[name], **(close or EXACT), msg=f"{name} differs")
+
+
+@pytest.mark.parametrize("weights", [None, (0.25, 0.5, 0.25), (1.0, -0.7, 2.0), (0.0, 1.0, 0.0)])
+def test_folders_and_cascades_of_other_ranks_and_sites(tmp_path: Path, weights: Sequence[float] | None) -> None:
+    runs = [
+        run(spec(), [1, 2]),
+        run(spec(rank=1, lora_alpha=0.5, targets=("2.weight", "3.weight"), pace=1.0), [3]),
+        run(spec(rank=3, restart_A="kept", noise=lx.Noise(0.2)), [4, 5, 6]),
+    ]
+    given = [runs[0].saved(tmp_path / "one"), runs[1].cascade, str(runs[2].saved(tmp_path / "three"))]
+    model = base()
+    with unchanged(*(each.cascade for each in runs)):
+        merged = lx.merge(given, model, call(), weights=weights)
+    values = expected(runs, weights or [1 / 3] * 3, base())
+    assert [site.weight for site in merged.sites] == ["0.weight", "2.weight", "3.weight"]
+    assert [site.rank for site in merged.sites] == [2, 2, 1]
+    assert merged.stage == 4
+    assert merged.plan.spec == runs[0].cascade.plan.spec
+    for which in ({"which": "slow"}, {"stage": 3}):
+        with merged.weights(**which):
+            assert_holds(model, values)
+    with merged.weights(stage=0):
+        assert_holds(model, expected([], [], base()))
+    folded = merged.folded_state_dict()
+    assert merged.release() is model
+    assert_holds(model, values)
+    assert all(torch.equal(folded[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_sum_trains_on_saves_and_rewinds(tmp_path: Path) -> None:
+    runs = [run(spec(), [1]), run(spec(targets=("3.weight",), rank=1), [2])]
+    merged = lx.merge([each.cascade for each in runs], base(), call())
+    values = expected(runs, [0.5, 0.5], base())
+    lx.save(merged, tmp_path)
+    again = lx.load(tmp_path, base(), call())
+    losses = []
+    for cascade in (merged, again):
+        optimizer = optimizer_of(cascade)
+        assert_holds(cascade.model, values)
+        losses.append(train(cascade, optimizer, call()[:1] * 3))
+        learnt = {
+            name: 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach()
+            for name, branch in branches(cascade).items()
+        }
+        cascade.transition(optimizer)
+        with cascade.weights("slow"):
+            assert_holds(cascade.model, values | {name: values[name] + delta for name, delta in learnt.items()})
+        cascade.rewind(1, optimizer)
+        assert_holds(cascade.model, values)
+    assert torch.equal(*losses)
+    assert losses[0][2] < losses[0][0]
+
+
+def test_one_rounding_of_a_narrow_base() -> None:
+    """bf16: the sum is rounded once; a sum of the runs' own rounded weights is much farther away."""
+    bf16 = torch.bfloat16
+
+    def build() -> nn.Module:
+        return base(bf16)
+
+    runs = [run(spec(), [seed, seed + 10], build, bf16) for seed in (1, 2, 3)]
+    weights = [2.0, -1.0, 1.0]
+    merged = lx.merge([each.cascade for each in runs], build(), call(bf16), weights=weights).release()
+    rounded = [each.cascade.release() for each in runs]
+    values = expected(runs, weights, build())
+    for name in ("0.weight", "2.weight"):
+        exact = values[name]
+        once = exact.bfloat16()
+        ours = merged.get_parameter(name).detach()
+        assert (ours == once).double().mean() > 0.99  # fp32 sums: a few stand on the other side of a tie
+        steps = ((ours.double() - exact).abs() / exact.abs()).max()
+        assert steps < 2**-8
+        start = build().get_parameter(name).detach().double()
+        theirs = start + sum(
+            weight * (each.get_parameter(name).detach().double() - start)
+            for weight, each in zip(weights, rounded, strict=True)
+        )
+        assert (theirs - exact).norm() > 1.7 * (ours.double() - exact).norm()
+
+
+def test_what_was_trained_in_full_is_summed_and_a_weight_may_be_a_site_in_one_run(tmp_path: Path) -> None:
+    first = run(spec(train=("3.*",)), [1])
+    second = run(spec(targets=("0.weight", "3.weight"), train=("2.weight",), exclude=("3.b*",), rank=1), [2])
+    gone = {}
+    for each, names in ((first, ("3.weight", "3.bias")), (second, ("2.weight",))):
+        for place, name in enumerate(names):
+            parameter = each.cascade.model.get_parameter(name)
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
+            with torch.no_grad():
+                parameter.add_(draw)
+            gone[name] = 0.5 * draw  # the slow rule, with pace 0.5
+    for each in (first, second):
+        each.cascade.transition(None)
+    values = expected([first, second], [0.75, 0.5], base())
+    for name, weight in (("3.weight", 0.75), ("3.bias", 0.75), ("2.weight", 0.5)):
+        values[name] = values[name] + weight * gone[name]
+    merged = lx.merge([first.saved(tmp_path), second.cascade], base(), call(), weights=[0.75, 0.5])
+    assert [site.weight for site in merged.sites] == ["0.weight"]
+    assert merged.plan.spec.train == ("3.*", "2.weight")
+    lx.save(merged, tmp_path / "sum")
+    assert_holds(merged.release(), values)
+    assert_holds(lx.load(tmp_path / "sum", base(), call()).release(), values)
+
+
+def test_a_name_that_the_first_run_excludes_and_another_trains() -> None:
+    first = run(spec(exclude=("3",)), [1])
+    second = run(spec(train=("3.bias",)), [2])
+    merged = lx.merge([first.cascade, second.cascade], base(), call())
+    assert merged.plan.spec.exclude == ("3.weight",)
+    assert merged.plan.spec.train == ("3.bias",)
+    assert {refusal.weight: refusal.reason for refusal in merged.refusals} == {"3.weight": lx.plan.Reason.EXCLUDED}
+
+
+def test_collapsed_deltas_are_summed_exactly() -> None:
+    """Weights of 35 and 42 numbers: the experts of two stages outgrow them."""
+    x = (torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
+    asked = lx.CascadeSpec(rank=2, lora_alpha=2.0, targets=("0.weight", "2.weight"), pace=0.5)
+    runs = []
+    for seeds in ((1, 2, 3), (4,)):
+        made = Run(lx.adapt(mlp(), x, spec=asked))
+        for seed in seeds:
+            made.train(seed)
+            made.cascade.transition(None)
+        runs.append(made)
+    dense = [weight_state(each.cascade, "0.weight").is_dense for each in runs]
+    assert dense == [True, False]
+    merged = lx.merge([each.cascade for each in runs], mlp(), x, weights=[0.3, 0.7])
+    assert_holds(merged.release(), expected(runs, [0.3, 0.7], mlp()))
+
+
+def test_kept_noise_is_summed_with_the_weight_of_its_run() -> None:
+    runs = [run(spec(noise=lx.Noise(0.4, keep=True), seed=seed), [seed]) for seed in (1, 2)]
+    released = []
+    for each in runs:
+        each.cascade.transition(None)
+        with each.cascade.weights("slow"):
+            released.append({name: value.detach().clone() for name, value in each.cascade.model.named_parameters()})
+    merged = lx.merge([each.cascade for each in runs], base(), call(), weights=[0.25, -1.5])
+    with merged.weights("slow"):
+        held = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
+    for name, value in base().named_parameters():
+        own = [each[name] - value.detach() for each in released]
+        torch.testing.assert_close(held[name] - value.detach(), 0.25 * own[0] - 1.5 * own[1], rtol=0, atol=1e-6)
+    exact = expected(runs, [0.25, -1.5], base())
+    assert (held["0.weight"] - exact["0.weight"]).std() > 0.01  # the noise is in it
+
+
+def test_stacked_convs_and_embeddings() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.table = nn.Embedding(30, 12)
+            self.conv = nn.Conv1d(12, 10, 3, groups=2, padding=1)
+            self.experts = nn.Parameter(torch.randn(3, 10, 14))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.conv(self.table(ids).transpose(1, 2)).transpose(1, 2))
+            return torch.einsum("bti,eio->beto", hidden, self.experts)
+
+    ids = (torch.arange(12).view(2, 6),)
+    asked = lx.CascadeSpec(rank=1, lora_alpha=1.0, pace=0.5)
+    runs = []
+    for seed in (1, 2):
+        made = Run(lx.adapt(Odd().double(), ids, spec=asked))
+        made.train(seed)
+        runs.append(made)
+    merged = lx.merge([each.cascade for each in runs], Odd().double(), ids, weights=[2.0, 1.0])
+    with merged.weights("slow"):
+        held = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
+    start = {name: value.detach() for name, value in Odd().double().named_parameters()}
+    single = []
+    for each in runs:
+        each.cascade.release()
+        single.append({name: value.detach() for name, value in each.cascade.model.named_parameters()})
+    assert {site.kind for site in merged.sites} >= {"conv", "embedding"}
+    for site in merged.sites:
+        name = site.weight
+        sums = start[name] + 2 * (single[0][name] - start[name]) + single[1][name] - start[name]
+        torch.testing.assert_close(held[name], sums, **EXACT)
+        assert (held[name] - start[name]).abs().max() > 1e-3
+
+
+def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)).eval()
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        return model
+
+    x = (torch.randn(6, 32, generator=torch.Generator().manual_seed(2)),)
+    runs = []
+    for seed in (1, 2):
+        made = Run(lx.adapt(build(), x, spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)))
+        made.train(seed)
+        made.cascade.transition(None)
+        runs.append(made)
+    merged = lx.merge([runs[0].saved(tmp_path), runs[1].cascade], build(), x, weights=[0.5, 2.0])
+    plain = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)).double()
+    with torch.no_grad():
+        for place in (0, 2):
+            weight = build()[place].weight.dequantize().double()
+            name = f"{place}.weight"
+            plain[place].weight.copy_(weight + 0.5 * runs[0].delta[name] + 2.0 * runs[1].delta[name])
+            plain[place].bias.copy_(build()[place].bias)
+        torch.testing.assert_close(merged(*x).double(), plain(x[0].double()), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            merged.release(quantized="dequantize")(*x).double(), plain(x[0].double()), rtol=0, atol=2e-5
+        )
+
+
+def test_buffers_that_differ_stay_the_bases_and_are_told_of() -> None:
+    x = (torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)),)
+    runs = []
+    for seed in (1, 2):
+        cascade = lx.adapt(Net(), x, spec=lx.CascadeSpec(targets=("body",), rank=1), frontend="symbolic")
+        randomize(cascade, seed)
+        cascade(torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)))
+        runs.append(cascade)
+    assert not torch.equal(runs[0].model.norm.running_mean, runs[1].model.norm.running_mean)
+    with warns("buffers-differ", "2", "norm.running_mean"):
+        merged = lx.merge(runs, Net(), x)
+    assert torch.equal(merged.model.norm.running_mean, Net().norm.running_mean)
+    same = lx.merge([runs[0], runs[0]], Net(), x)
+    assert torch.equal(same.model.norm.running_mean, runs[0].model.norm.running_mean)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5], ("invalid-value", "1", "2")),
+        ([0.5, math.nan], ("invalid-value", "weights")),
+        ([math.inf, 1.0], ("invalid-value", "weights")),
+        ([True, 1.0], ("invalid-value", "weights", "True")),
+        (["1", 1.0], ("invalid-value", "weights", "1")),
+    ],
+)
+def test_weights_that_are_none(weights: list[Any], message: tuple[str, ...]) -> None:
+    runs, model = [run(spec(), [seed]).cascade for seed in (1, 2)], base()
+    with unchanged(model, *runs), raises(lx.SpecError, *message):
+        lx.merge(runs, model, call(), weights=weights)
+
+
+def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path) -> None:
+    first = run(spec(), [1]).cascade
+    model = base()
+
+    def refuse(error: type[lx.LorascError], expected: tuple[str, ...], runs: Any, onto: Any = model) -> None:
+        with unchanged(model, first), raises(error, *expected):
+            lx.merge(runs, onto, call())
+
+    refuse(lx.SpecError, ("invalid-value", "merge"), [])
+    refuse(lx.SpecError, ("invalid-value", "merge"), str(tmp_path))
+    refuse(lx.SpecError, ("invalid-value", "run 2", "int"), [first, 3])
+    refuse(lx.CheckpointError, ("no-checkpoint", str(tmp_path)), [first, tmp_path])
+    refuse(lx.StateError, ("already-adapted",), [first], first.model)
+
+    other = base()
+    with torch.no_grad():
+        other[2].weight[0, 0] += 1
+    foreign = lx.adapt(other, call(), spec=spec())
+    refuse(lx.CheckpointError, ("checkpoint-other-base", "run 2", "2.weight"), [first, foreign])
+    shorter = lx.adapt(nn.Sequential(*copy.deepcopy(base())[:3]), call(), spec=spec())
+    refuse(lx.CheckpointError, ("checkpoint-other-base", "3.weight", "3.bias"), [shorter, first])
+    noisy = lx.adapt(base(), call(), spec=spec(noise=lx.Noise(0.1, where="all", keep=True)))
+    randomize(noisy)
+    refuse(lx.SpecError, ("sites-differ", "run 2", "3.weight"), [first, noisy])
+    broken = run(spec(), [1]).cascade
+    with torch.no_grad():
+        broken.branches["0/weight"].lora_B[0, 0] = math.nan
+    refuse(lx.NonFiniteBranch, ("non-finite-branch", "0.weight"), [first, broken])
+    first.release()
+    with raises(lx.StateError, "released"):
+        lx.merge([first], model, call())
+
+
+class Read(nn.Module):
+    """Two weights, of which the first is read in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.how = how
+        self.stack, self.tail = nn.Parameter(torch.randn(3, 4, 5)), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.tail(x)
+        if self.how == "experts":
+            return y + torch.einsum("bi,eoi->beo", x, self.stack).sum()
+        if self.how == "conv":
+            return y + F.conv1d(x[:, None].expand(-1, 4, -1), self.stack).sum()
+        return y + self.tail.weight.sum()
+
+
+def read_by(how: str) -> lx.Cascade:
+    cascade = lx.adapt(Read(how), (torch.ones(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    randomize(cascade)
+    return cascade
+
+
+def test_runs_whose_models_read_a_weight_in_other_ways() -> None:
+    runs, x = [read_by("experts"), read_by("conv")], (torch.ones(2, 5),)
+    model = Read("experts")
+    with unchanged(model, *runs), raises(lx.SpecError, "sites-differ", "run 2", "stack"):
+        lx.merge(runs, model, x)
+    model = Read("summed")  # a module that is called, and whose weight is read besides
+    with unchanged(model, *runs), raises(lx.SpecError, "sites-differ", "tail.weight"):
+        lx.merge(runs[:1], model, x)
+
+
+def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, model = [run(spec(noise=lx.Noise(0.2)), [seed]).cascade for seed in (1, 2)], base()
+    before = of(model)
+
+    def broken(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(*SEAMS["sum of runs"], broken)
+    with pytest.raises(MemoryError):
+        lx.merge(runs, model, call())
+    after = of(model)
+    hooks = [key for key in before if "hooks" in key]
+    assert {key: value for key, value in after.items() if key not in hooks and "rng" not in key} == {
+        key: value for key, value in before.items() if key not in hooks and "rng" not in key
+    }
+    monkeypatch.undo()
+    lx.merge(runs, model, call()).release()
+
+
+def test_without_inputs_the_first_call_makes_the_graph() -> None:
+    runs = [run(spec(), (1, 2)).cascade, run(spec(rank=3), (3,)).cascade]
+    at_once, later = lx.merge(runs, base(), call()), lx.merge(runs, base())
+    assert (later.frontend, later.plan) == ("", at_once.plan)
+    losses = [train(merged, optimizer_of(merged), call() * 2) for merged in (later, at_once)]
+    assert torch.equal(*losses)
+    same = [merged.release().state_dict().values() for merged in (later, at_once)]
+    assert all(map(torch.equal, *same))

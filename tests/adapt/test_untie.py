@@ -1,0 +1,293 @@
+"""`CascadeSpec.untie`: a tied parameter becomes one of its own, adapted apart, and stays so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.graph import named_weights
+from tests.kit.errors import raises
+from tests.kit.models import branches, factors, loss_of, optimizer_of, randomize
+
+IDS = torch.tensor([[1, 4, 8, 2], [2, 3, 1, 0]])
+OPTIONS: dict[str, Any] = {"rank": 2, "lora_alpha": 3.0, "pace": 0.4}
+UNTIED = lx.CascadeSpec(untie=("head.weight",), **OPTIONS)
+FRONTENDS = pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
+
+
+class Tied(nn.Module):
+    """A table that is the head as well, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.mix(self.table(ids))))
+
+
+class Three(Tied):
+    """A second head on the same table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(4, 9)
+        self.other.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.mix(self.table(ids)))
+        return self.head(hidden) * self.other(hidden)
+
+
+class TwoNames(nn.Module):
+    """The head's module is held under two names, and tied to a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tied()
+        self.decoder = self.inner.head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.decoder(torch.tanh(self.inner.table(ids))) + self.inner(ids)
+
+
+def build(kind: type[nn.Module] = Tied) -> nn.Module:
+    torch.manual_seed(3)
+    return kind().double()
+
+
+def by_formula(cascade: lx.Cascade, share: float = 1.0) -> dict[str, torch.Tensor]:
+    """W0 + share * s B A of each site, where the stage is the first."""
+    held = dict(cascade.model.named_parameters())
+    return {
+        name: held[name].detach() + share * 1.5 * (branch.lora_B @ branch.lora_A).detach()
+        for name, branch in branches(cascade).items()
+    }
+
+
+def apart(kind: type[nn.Module], values: dict[str, torch.Tensor]) -> nn.Module:
+    """A model that was never tied, with these values under their own names."""
+    model = build(kind)
+    for name, value in values.items():
+        holder, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(holder), leaf, nn.Parameter(value.clone()))
+    return model
+
+
+def moved(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        loss_of(cascade(IDS)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@FRONTENDS
+def test_both_move_apart_and_stay_so(frontend: str) -> None:
+    model = build()
+    base, names = model.table.weight.detach().clone(), list(model.state_dict())
+    first = model(IDS).detach()
+    cascade = lx.adapt(model, (IDS,), spec=UNTIED, frontend=frontend)
+    assert {site.weight: (site.kind, site.aliases) for site in cascade.sites} == {
+        "table.weight": ("embedding", ()),
+        "mix.weight": ("linear", ()),
+        "head.weight": ("linear", ()),
+    }
+    assert model.head.weight is not model.table.weight
+    assert torch.equal(model.head.weight, model.table.weight)
+    assert torch.equal(cascade(IDS), first)
+
+    moved(cascade, optimizer_of(cascade))
+    fast = by_formula(cascade)
+    torch.testing.assert_close(cascade(IDS), apart(Tied, fast)(IDS), rtol=0, atol=1e-12)
+    assert (fast["head.weight"] - fast["table.weight"]).abs().max() > 1e-3
+    assert all((fast[name] - base).abs().max() > 1e-3 for name in ("head.weight", "table.weight"))
+
+    slow = by_formula(cascade, share=0.4)
+    state = cascade.folded_state_dict()
+    released = cascade.release()
+    assert released is model
+    assert list(released.state_dict()) == list(state) == names
+    assert released.head.weight is not released.table.weight
+    for name, value in slow.items():
+        torch.testing.assert_close(released.get_parameter(name).detach(), value, rtol=0, atol=1e-14)
+        assert torch.equal(state[name], released.get_parameter(name))
+    torch.testing.assert_close(released(IDS), apart(Tied, slow)(IDS), rtol=0, atol=1e-12)
+
+
+def test_without_it_there_is_one_site() -> None:
+    cascade = lx.adapt(build(), (IDS,), spec=lx.CascadeSpec(**OPTIONS))
+    assert {site.weight: site.aliases for site in cascade.sites} == {"table.weight": ("head.weight",), "mix.weight": ()}
+    assert cascade.release().head.weight is cascade.model.table.weight
+
+
+@pytest.mark.parametrize(
+    ("untie", "groups"),
+    [
+        (("other.weight",), [("table", "head"), ("other",)]),
+        (("head", "other"), [("table",), ("head",), ("other",)]),
+        (("table.weight",), [("table",), ("head", "other")]),
+        (("*.weight",), [("table",), ("head",), ("other",)]),
+    ],
+)
+def test_those_that_no_pattern_means_stay_tied(untie: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
+    model = build(Three)
+    shared = model.table.weight
+    cascade = lx.adapt(model, (IDS,), spec=lx.CascadeSpec(untie=untie, **OPTIONS))
+    tied = {site.weight: {site.weight, *site.aliases} for site in cascade.sites if site.weight != "mix.weight"}
+    assert sorted(map(sorted, tied.values())) == sorted(sorted(f"{name}.weight" for name in group) for group in groups)
+    for group in groups:
+        assert len({id(model.get_submodule(name).weight) for name in group}) == 1
+    assert model.table.weight is shared
+    randomize(cascade)
+    fast = by_formula(cascade)
+    each_name = {name: fast[weight] for weight, names in tied.items() for name in names} | {
+        "mix.weight": fast["mix.weight"]
+    }
+    torch.testing.assert_close(cascade(IDS), apart(Three, each_name)(IDS), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("untie", ["decoder.weight", "inner.head.weight"])
+@FRONTENDS
+def test_a_module_under_two_names_is_one_place(untie: str, frontend: str) -> None:
+    model = build(TwoNames)
+    names = list(model.state_dict())
+    cascade = lx.adapt(model, (IDS,), spec=lx.CascadeSpec(untie=(untie,), **OPTIONS), frontend=frontend)
+    aliases = {site.weight: site.aliases for site in cascade.sites}
+    assert aliases == {"inner.table.weight": (), "inner.mix.weight": (), "inner.head.weight": ("decoder.weight",)}
+    randomize(cascade)
+    fast = by_formula(cascade)
+    torch.testing.assert_close(cascade(IDS), apart(TwoNames, fast)(IDS), rtol=0, atol=1e-12)
+    released = cascade.release()
+    assert released.decoder is released.inner.head
+    assert released.decoder.weight is not released.inner.table.weight
+    assert list(released.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "untie", "error", "sentence"),
+    [
+        (Tied, "haed.weight", lx.UnknownTarget, ("unknown-target", "haed.weight", "head.weight")),
+        (
+            Tied,
+            "mix.weight",
+            lx.SpecError,
+            ("not-tied", "mix.weight", "table.weight=head.weight"),
+        ),
+        (
+            TwoNames,
+            "inner.mix",
+            lx.SpecError,
+            ("not-tied", "inner.mix", "inner.table.weight=inner.head.weight"),
+        ),
+    ],
+)
+def test_patterns_that_mean_nothing_tied(kind: Any, untie: str, error: Any, sentence: tuple[str, ...]) -> None:
+    model = build(kind)
+    before = named_weights(model).names
+    with raises(error, *sentence):
+        lx.adapt(model, (IDS,), spec=lx.CascadeSpec(untie=("head.weight" if kind is Tied else "decoder.weight", untie)))
+    assert named_weights(model).names == before
+
+
+def test_a_model_without_ties() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    with raises(lx.SpecError, "not-tied", "0.weight"):
+        lx.adapt(model, (torch.ones(2, 5),), spec=lx.CascadeSpec(untie=("0.weight",)))
+
+
+@pytest.mark.parametrize(
+    ("args", "more", "error"),
+    [
+        ((torch.ones(2, 4),), {}, lx.CaptureError),  # the model refuses
+        ((IDS, IDS), {}, lx.CaptureError),  # no such signature
+        ((IDS,), {"exclude": ("*",)}, lx.passes.NoSites),
+    ],
+)
+def test_an_adapt_that_fails_leaves_the_tie(args: tuple[Any, ...], more: Any, error: type[Exception]) -> None:
+    model = build(Three)
+    shared, value, flags = model.table.weight, model.table.weight.detach().clone(), model.table.weight.requires_grad
+    with pytest.raises(error):
+        lx.adapt(model, args, spec=lx.CascadeSpec(untie=("table", "head"), **more))
+    assert model.table.weight is model.head.weight is model.other.weight is shared
+    assert torch.equal(shared, value)
+    assert shared.requires_grad == flags
+    assert len(lx.adapt(model, (IDS,)).sites) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@FRONTENDS
+def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None:
+    """The model that it is loaded into is tied, as a new one is, or is so no more."""
+    cascade = lx.adapt(build(), (IDS,), spec=UNTIED, frontend=frontend)
+    optimizer = optimizer_of(cascade)
+    moved(cascade, optimizer)
+    cascade.transition(optimizer)
+    moved(cascade, optimizer)
+    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
+
+    model = build()
+    if not tied:
+        model.head.weight = nn.Parameter(model.table.weight.detach().clone())
+    again = lx.load(tmp_path / "run", model, (IDS,))
+    theirs = optimizer_of(again)
+    again.resume(theirs)
+    assert again.plan == cascade.plan
+    assert again.plan.spec.untie == ("head.weight",)
+    assert model.head.weight is not model.table.weight
+    assert torch.equal(again(IDS), cascade(IDS))
+    for one, other in ((cascade, optimizer), (again, theirs)):
+        moved(one, other)
+        one.transition(other)
+        moved(one, other)
+    torch.testing.assert_close(again(IDS), cascade(IDS), rtol=0, atol=1e-12)
+    for name, value in factors(cascade).items():
+        torch.testing.assert_close(factors(again)[name], value, rtol=0, atol=1e-12)
+
+
+def test_a_load_that_fails_leaves_the_tie(tmp_path: Path) -> None:
+    cascade = lx.adapt(build(), (IDS,), spec=UNTIED)
+    lx.save(cascade, tmp_path / "run")
+    model = build()
+    with torch.no_grad():
+        model.mix.weight.add_(1.0)  # another base
+    with pytest.raises(lx.CheckpointError):
+        lx.load(tmp_path / "run", model, (IDS,))
+    assert model.head.weight is model.table.weight
+
+
+class Recurrent(nn.Module):
+    """Two layers of an LSTM with one recurrent weight, which torch hands to its kernel in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 4, num_layers=2)
+        self.rnn.weight_hh_l1 = self.rnn.weight_hh_l0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.rnn(x)[0]
+        return out
+
+
+def test_an_untied_weight_of_a_recurrent_layer_is_the_one_that_computes() -> None:
+    torch.manual_seed(3)
+    model, x = Recurrent(), torch.randn(5, 2, 4)
+    before = model(x)
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, pace=1.0, untie=("rnn.weight_hh_l1",)))
+    assert {"rnn.weight_hh_l0", "rnn.weight_hh_l1"} <= {site.weight for site in cascade.sites}
+    layer = model.rnn
+    assert layer.weight_hh_l1 is not layer.weight_hh_l0
+    assert all(
+        one is getattr(layer, name) for one, name in zip(layer._flat_weights, layer._flat_weights_names, strict=True)
+    )
+    assert torch.equal(cascade(x), before)
+    randomize(cascade)
+    expected = cascade(x)
+    assert cascade.release() is model
+    assert not torch.equal(layer.weight_hh_l1, layer.weight_hh_l0)
+    torch.testing.assert_close(model(x), expected)

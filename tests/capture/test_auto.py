@@ -1,0 +1,142 @@
+"""`auto` takes the graph-break fallback rather than a symbolic graph that calls a module with weights whole."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.errors import raises
+from tests.kit.models import batches, branches, build, loss_of, randomize
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+X = batches(1, 2, 4, 5)[0]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def by_sign(x: torch.Tensor) -> torch.Tensor:
+    """The values decide, which export and dynamo refuse; torch.fx calls it whole."""
+    return x if x.sum() > 0 else -x
+
+
+def by_clock(x: torch.Tensor) -> torch.Tensor:
+    """Never the same twice."""
+    return by_sign(x) * (1.0 + os.urandom(1)[0] / 256 + os.urandom(1)[0])
+
+
+torch.fx.wrap("by_sign")
+torch.fx.wrap("by_clock")
+
+
+class Plain(nn.Module):
+    """Nothing is hidden from a symbolic trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(4, 3)
+        self.mid = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(by_sign(self.mid(torch.tanh(self.body(x)))))
+
+
+class Recurrent(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.LSTM(6, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(by_sign(self.mid(torch.tanh(self.body(x)))[0]))
+
+
+class Alone(nn.Module):
+    """A symbolic graph has no site at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.LSTM(5, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return by_sign(self.mid(x)[0])
+
+
+class Mixed(Plain):
+    """A layer that is called whole, whose weight is standardized elsewhere as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.mid(torch.tanh(self.body(x)))
+        return self.head(by_sign(hidden) + F.linear(hidden.sin() @ self.mid.weight, self.mid.weight.tanh()))
+
+
+class Clock(Recurrent):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(by_clock(self.mid(torch.tanh(self.body(x)))[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "reason"),
+    [
+        (Recurrent, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
+        (Alone, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
+        (Mixed, ("mid.weight",), lx.plan.Reason.MIXED_USES),
+    ],
+)
+def test_graph_breaks_before_a_graph_that_hides_weights(
+    kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.plan.Reason
+) -> None:
+    if kind is Alone:
+        with raises(lx.passes.NoSites, "no-sites", reason.value):
+            lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
+    else:
+        named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
+        assert named.frontend == "symbolic"  # asked for by name, it is used as it is
+        assert {refusal.weight: refusal.reason for refusal in named.refusals} == dict.fromkeys(hidden, reason)
+
+    model = build(kind)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    assert [name for name, _ in cascade.refused_frontends] == ["export", "dynamo", "symbolic"]
+    told = cascade.refused_frontends[-1][1]
+    assert any(weight in told for weight in hidden)
+    assert reason.value in told
+    assert "\n" not in told
+    assert {site.weight for site in cascade.sites} == {
+        name for name, value in model.named_parameters() if value.dim() > 1
+    }
+    assert cascade.refusals == ()
+    randomize(cascade)
+    held = dict(build(kind).named_parameters())
+    values = {name: held[name] + 1.5 * (branch.lora_B @ branch.lora_A) for name, branch in branches(cascade).items()}
+    expected = torch.func.functional_call(build(kind), values, (X,))
+    found = cascade(X)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(cascade.branches.parameters())
+    ours, theirs = (torch.autograd.grad(loss_of(each), parameters) for each in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_graph_that_hides_nothing_is_taken() -> None:
+    cascade = lx.adapt(build(Plain), (X,), spec=SPEC)
+    assert cascade.frontend == "symbolic"
+    assert len(cascade.sites) == 3
+
+
+def test_what_the_spec_refuses_is_not_hidden() -> None:
+    spec = lx.CascadeSpec(rank=2, exclude=("mid",))
+    cascade = lx.adapt(build(Recurrent), (X,), spec=spec)
+    assert cascade.frontend == "symbolic"
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+
+
+def test_where_the_fallback_refuses_the_symbolic_graph_stays() -> None:
+    with raises(lx.CaptureError, "model-not-repeatable", "Clock"):
+        lx.adapt(build(Clock), (X,), spec=SPEC, frontend="graph-breaks")
+    cascade = lx.adapt(build(Clock), (X,), spec=SPEC)
+    assert cascade.frontend == "symbolic"
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}

@@ -1,0 +1,155 @@
+"""B = 0 and no noise: the adapted graph computes the bits of the eager model, train and eval, on real architectures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import lorasc_fx as lx
+from tests.kit.models import branches
+
+IMAGES = (3, 64, 64)
+
+
+def images(size: int) -> dict[str, Any]:
+    return {"args": (torch.randn(size, *IMAGES),), "kwargs": {}}
+
+
+def tokens(size: int) -> dict[str, Any]:
+    mask = torch.ones(size, 4 + size, dtype=torch.long)
+    mask[0, 3:] = 0
+    ids = torch.randint(0, 50, mask.shape)
+    return {"args": (), "kwargs": {"input_ids": ids, "attention_mask": mask, "use_cache": False}}
+
+
+def encoder_tokens(size: int) -> dict[str, Any]:
+    call = tokens(size)
+    del call["kwargs"]["use_cache"]
+    return call
+
+
+def timm_model(name: str, **size: Any) -> nn.Module:
+    return timm.create_model(name, num_classes=5, **size)
+
+
+def text_model(model: str, config: str, **size: Any) -> nn.Module:
+    given = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32}
+    given |= {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 24, "intermediate_size": 40}
+    made = getattr(transformers, config)(**{**given, **size})
+    return getattr(transformers, model)(made)
+
+
+VIT = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_path_rate": 0.3, "proj_drop_rate": 0.2}
+DROP = {"drop_rate": 0.3, "drop_path_rate": 0.3}
+RESNET = torchvision.models.resnet
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is called for a batch size, the least number of sites, and the front ends that take it."""
+
+    build: Callable[[], nn.Module]
+    call: Callable[[int], dict[str, Any]]
+    sites: int
+    frontends: tuple[str, ...] = ("export",)
+    spec: lx.CascadeSpec = field(default_factory=lx.CascadeSpec)
+
+
+BOTH = ("export", "symbolic")
+CASES = {
+    "timm-resnet": Case(lambda: timm_model("resnet10t", **DROP), images, 15, BOTH),
+    "timm-efficientnet-lite": Case(lambda: timm_model("tf_efficientnet_lite0", **DROP), images, 50),
+    "timm-mobilenetv3": Case(lambda: timm_model("mobilenetv3_small_050", drop_rate=0.3), images, 54, ("symbolic",)),
+    "timm-vit": Case(lambda: timm_model("vit_tiny_patch16_224", **VIT), images, 10, BOTH),
+    "timm-convnext": Case(
+        lambda: timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), **DROP), images, 18, BOTH
+    ),
+    "torchvision-resnet": Case(lambda: RESNET.ResNet(RESNET.BasicBlock, [1, 1, 1, 1], num_classes=5), images, 13, BOTH),
+    "torchvision-mobilenet": Case(
+        lambda: torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5), images, 53, ("symbolic",)
+    ),
+    "bert": Case(lambda: text_model("BertModel", "BertConfig"), encoder_tokens, 7),
+    "roberta": Case(
+        lambda: text_model("RobertaForSequenceClassification", "RobertaConfig", num_labels=3), encoder_tokens, 8
+    ),
+    "gpt2": Case(lambda: text_model("GPT2LMHeadModel", "GPT2Config", tie_word_embeddings=False), tokens, 1),
+    "llama": Case(lambda: text_model("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=1), tokens, 8),
+    "t5-encoder": Case(
+        lambda: text_model("T5EncoderModel", "T5Config", d_model=24, d_kv=10, d_ff=40, num_layers=1, num_heads=2),
+        encoder_tokens,
+        6,
+    ),
+}
+SLOW = {
+    ("timm-resnet", "export"),
+    ("timm-convnext", "export"),
+    ("timm-vit", "symbolic"),
+    ("torchvision-resnet", "symbolic"),
+}
+SLOW |= {("timm-efficientnet-lite", "export"), ("roberta", "export")}
+"""Those of which another pair has the library, the layers or the front end."""
+PAIRS = [
+    pytest.param(name, frontend, marks=pytest.mark.slow if (name, frontend) in SLOW else ())
+    for name, case in CASES.items()
+    for frontend in case.frontends
+]
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def run(model: nn.Module, call: dict[str, Any]) -> Any:
+    torch.manual_seed(99)  # of dropout and stochastic depth
+    return model(*call["args"], **call["kwargs"])
+
+
+@pytest.mark.parametrize(("name", "frontend"), PAIRS)
+def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(31)
+    model = case.build().train()
+    eager = copy.deepcopy(model).requires_grad_(False)  # as adapted: torch picks attention kernels by it
+    example = case.call(2)
+    cascade = lx.adapt(model, **example, spec=case.spec, frontend=frontend)
+    assert len(cascade.sites) >= case.sites
+    assert not any(branch.lora_B.any() for branch in branches(cascade).values())
+    for weight, parameter in eager.named_parameters():  # made into attention's mask, which picks the kernel as well
+        parameter.requires_grad_("relative_attention_bias" in weight)
+
+    for training, size in ((True, 2), (True, 3), (False, 2), (False, 5)):
+        cascade.train(training)
+        eager.train(training)
+        call = case.call(size)
+        found, expected = run(cascade, call), run(eager, call)
+        assert type(found) is type(expected)
+        pairs = list(zip(tensors(found), tensors(expected), strict=True))
+        assert pairs
+        for mine, right in pairs:
+            assert right.std() > 0
+            assert mine.dtype == right.dtype
+            assert torch.equal(mine, right), (training, size, (mine - right).abs().max())
+        for (buffer, mine), right in zip(model.named_buffers(), eager.buffers(), strict=True):
+            assert torch.equal(mine, right), buffer
+    if "resnet" in name:
+        counted = {int(value) for each, value in model.named_buffers() if each.endswith("num_batches_tracked")}
+        assert counted == {2}
+
+
+def test_train_mode_is_random_where_the_model_is() -> None:
+    """So that the test above, which seeds, compares dropout and not its absence."""
+    model, call = CASES["timm-vit"].build().train(), images(3)
+    cascade = lx.adapt(model, **call, frontend="symbolic")
+    assert not torch.equal(cascade(*call["args"]), cascade(*call["args"]))
+    cascade.eval()
+    assert torch.equal(cascade(*call["args"]), cascade(*call["args"]))

@@ -1,0 +1,427 @@
+"""Variants: one adapted graph per call signature, made on demand, equal to the eager model, with the same branches."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import lorasc_fx as lx
+from lorasc_fx.capture import Calls, bind
+from tests.kit.errors import raises, warns
+from tests.kit.models import batches, branches, by_hand, loss_of, optimizer_of, randomize, train
+
+BOTH = pytest.mark.parametrize("frontend", ["export", "symbolic"])
+
+
+@pytest.fixture
+def made(caplog: pytest.LogCaptureFixture) -> Any:
+    """Count the variants that were made since, by what the log says."""
+    caplog.set_level("INFO", logger="lorasc_fx")
+    return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
+
+
+class Choosy(nn.Module):
+    """Labels or none, a factor that is no tensor, a mask by name, an auxiliary layer in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 7)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(7, 3)
+        self.aux = nn.Linear(7, 4)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        mask: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        hidden = torch.tanh(self.body(x)) * scale
+        if mask is not None:
+            hidden = hidden * mask
+        found = {"logits": self.head(self.drop(hidden))}
+        if self.training:
+            found["aux"] = self.aux(hidden)
+        if labels is not None:
+            found["loss"] = F.cross_entropy(found["logits"], labels)
+        return found
+
+
+def choosy() -> nn.Module:
+    torch.manual_seed(41)
+    return Choosy().double()
+
+
+def same(found: dict[str, Any], expected: dict[str, Any], **close: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **{"rtol": 0, "atol": 0, **close})
+
+
+@BOTH
+def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
+    """Whatever is given, by position or name, in any batch size; a signature seen before makes no new graph."""
+    model = choosy().eval()
+    eager = copy.deepcopy(model)
+    x, big = batches(1, 4, 5)[0], batches(1, 9, 5)[0]
+    labels, mask = torch.tensor([0, 2, 1, 1]), (batches(1, 4, 7)[0] > 0).double()
+    cascade = lx.adapt(model, (x,), frontend=frontend)
+    first = made()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], int]] = [
+        ((x,), {}, 0),
+        ((), {"x": x}, 0),
+        ((x, None), {}, 0),
+        ((x,), {"labels": None, "mask": None}, 0),
+        ((big,), {}, 0),
+        ((x, labels), {}, 1),
+        ((), {"labels": labels, "x": x}, 0),
+        ((x,), {"mask": mask}, 1),
+        ((x,), {"scale": 2.0}, 1),
+        ((x,), {"scale": 3.0}, 1),
+        ((x,), {"scale": 2.0}, 0),
+        ((x, labels), {"scale": 2.0, "mask": mask}, 1),
+    ]
+    total = first
+    for args, kwargs, new in calls:
+        same(cascade(*args, **kwargs), eager(*args, **kwargs))
+        total += new
+        assert made() == total, kwargs
+    assert total - first == 5
+
+
+@BOTH
+def test_modes_have_graphs_of_their_own(frontend: str, made: Any) -> None:
+    """Eval then train, and back: dropout and the auxiliary output come and go, the branches stay."""
+    model = choosy().eval()
+    eager = copy.deepcopy(model)
+    x = batches(1, 4, 5)[0]
+    cascade = lx.adapt(model, (x,), frontend=frontend)
+    kept = list(cascade.branches.parameters())
+    first = made()
+    for training, new in ((True, 1), (False, 1), (True, 1)):
+        cascade.train(training)
+        eager.train(training)
+        torch.manual_seed(3)
+        found = cascade(x)
+        torch.manual_seed(3)
+        same(found, eager(x))
+        assert ("aux" in found) == training
+        assert made() - first == new
+        assert model.training == cascade.training == training
+    assert all(mine is old for mine, old in zip(cascade.branches.parameters(), kept, strict=False))
+    cascade.eval()
+    cascade(x)
+    assert made() - first == 1
+
+
+def test_a_change_of_one_modules_mode_counts(made: Any) -> None:
+    """A frozen norm or a silent dropout inside a training model is a mode of its own."""
+    model = choosy().train()
+    x = batches(1, 4, 5)[0]
+    cascade = lx.adapt(model, (x,))
+    first = made()
+    model.drop.eval()
+    assert torch.equal(cascade(x)["logits"], cascade(x)["logits"])
+    assert made() - first == 1
+    model.drop.train()
+    assert not torch.equal(cascade(x)["logits"], cascade(x)["logits"])
+    assert made() - first == 1
+
+
+@BOTH
+def test_a_layer_of_another_mode_becomes_a_site(frontend: str) -> None:
+    """Unreached, then a site with a branch, a place in the optimizer, noise, and the formulas of its own stages."""
+    model = choosy().eval()
+    original = copy.deepcopy(model)
+    x = batches(1, 4, 5)[0]
+    spec = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
+    cascade = lx.adapt(model, (x,), spec=spec, frontend=frontend)
+    assert cascade.unreached == ("aux.weight",)
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    assert torch.equal(model.aux.weight, original.aux.weight)
+    optimizer = optimizer_of(cascade)
+    randomize(cascade)
+    cascade.transition(optimizer)
+
+    cascade.train()
+    with warns("late-sites", "1", "aux.weight"):
+        cascade(x)
+    assert cascade.unreached == ()
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight", "aux.weight"}
+    assert not torch.equal(model.aux.weight, original.aux.weight)  # noise
+    with cascade.weights("slow"):
+        assert torch.equal(model.aux.weight, original.aux.weight)
+        assert not torch.equal(model.body.weight, original.body.weight)
+    with raises(lx.StateError, "optimizer-lacks-parameters"):
+        cascade.transition(optimizer)
+    new = branches(cascade)["aux.weight"]
+    optimizer.add_param_group({"params": [new.lora_A, new.lora_B]})
+    randomize(cascade, seed=8)
+    delta = {name: (b.lora_B @ b.lora_A).detach() * 4.0 for name, b in branches(cascade).items()}
+    cascade.transition(optimizer)
+    expected = original.aux.weight + 0.5 * delta["aux.weight"]
+    torch.testing.assert_close(cascade.release().aux.weight.detach(), expected.detach(), rtol=0, atol=1e-14)
+
+
+def test_variants_share_the_branches_that_train() -> None:
+    """Steps in turns of two signatures are the steps of one model."""
+    model = choosy().eval()
+    x, labels = batches(1, 6, 5)[0], torch.tensor([0, 1, 2, 2, 1, 0])
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, pace=1.0, targets=("body", "head")))
+    reference = by_hand(choosy().eval(), cascade)
+    own, theirs = optimizer_of(cascade), torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.05)
+    for step in range(8):
+        losses = []
+        for each, optimizer in ((cascade, own), (reference, theirs)):
+            loss = each(x, labels)["loss"] if step % 2 else loss_of(each(x)["logits"])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-12)
+
+
+class Image(nn.Module):
+    """The size of the image decides the graph's constants: it is pooled to a grid and flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.stem(x))
+        hidden = F.interpolate(hidden, size=(x.shape[-2] // 2, x.shape[-1] // 2))
+        return self.head(hidden.flatten(2).mean(2))
+
+
+def test_another_image_size(made: Any) -> None:
+    """The first other size makes a graph, at most one more makes it wide; then no size does."""
+    torch.manual_seed(43)
+    model = Image().double()
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, batches(1, 2, 3, 16, 16))
+    first = made()
+    for size in ((16, 16), (24, 24), (16, 24), (20, 12), (32, 32), (16, 16), (40, 28)):
+        x = batches(1, 3, 3, *size)[0]
+        assert torch.equal(cascade(x), eager(x)), size
+    assert made() - first <= 2
+
+
+def test_another_sequence_length(made: Any) -> None:
+    model = nn.Sequential(
+        nn.Embedding(20, 6), nn.TransformerEncoderLayer(6, 2, 10, batch_first=True, dropout=0.0)
+    ).double()
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, (torch.randint(0, 20, (2, 7)),), frontend="export")
+    first = made()
+    for shape in ((2, 7), (3, 7), (2, 9), (5, 3)):
+        ids = torch.randint(0, 20, shape)
+        torch.testing.assert_close(cascade(ids), eager(ids), rtol=0, atol=1e-14)
+    assert made() == first
+
+
+def test_a_batch_of_one_and_of_none(made: Any) -> None:
+    """An example of one is no promise of one, and the other way round."""
+    model = choosy().eval()
+    eager = copy.deepcopy(model)
+    for example in (1, 4):
+        cascade = lx.adapt(model, batches(1, example, 5))
+        for size in (4, 1, 2):
+            x = batches(1, size, 5)[0]
+            same(cascade(x), eager(x))
+        model = cascade.release()
+
+
+def test_no_more_graphs_than_the_limit() -> None:
+    """Forty signatures are served, one by one; a warning says that graphs are dropped; branches are not."""
+    model = choosy().eval()
+    x = batches(1, 4, 5)[0]
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    randomize(cascade)
+    expected = cascade(x)["logits"]
+    for index in range(1, 32):
+        cascade(x, scale=1.0 + index)
+    for index in range(32, 41):
+        with warns("too-many-variants", "32"):
+            cascade(x, scale=1.0 + index)
+    with warns("too-many-variants", "32"):
+        assert torch.equal(cascade(x)["logits"], expected)
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer: in place, or by a new tensor."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.in_place = in_place
+        self.body = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_place:
+            self.calls.add_(1)
+        else:
+            self.calls = self.calls + 1
+        return self.body(x)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_symbolic_refuses_what_it_would_leave_out(in_place: bool) -> None:
+    """A buffer that is written in Python is written by the trace, once, and by no call; the model is as it was."""
+    model, x = Counts(in_place).double(), batches(1, 4, 5)[0]
+    calls = model.calls
+    with raises(lx.CaptureError, "not-captured", "buffer calls"):
+        lx.adapt(model, (x,), frontend="symbolic")
+    assert model.calls is calls
+    assert int(model.calls) == 0
+    cascade = lx.adapt(model, (x,))
+    assert cascade.frontend == "export"
+    for count in (1, 2, 3):
+        cascade(x)
+        assert int(model.calls) == count
+
+
+class Jumpy(nn.Module):
+    """Skips a layer, or adds noise, as a generator says when it runs."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.body, self.draw = nn.Linear(5, 5), draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + self.draw()
+
+
+@pytest.mark.parametrize(
+    ("draw", "frontend"),
+    [(random.random, "export"), (random.random, "symbolic"), (lambda: torch.rand(5), "symbolic")],
+)
+def test_a_random_choice_is_not_frozen(draw: Any, frontend: str) -> None:
+    """A front end that would make a constant of a random number refuses, and gives the generators back."""
+    model = Jumpy(draw)
+    states = random.getstate(), torch.get_rng_state()
+    with raises(lx.CaptureError, "not-captured", "random numbers in Python"):
+        lx.adapt(model, (torch.ones(2, 5),), frontend=frontend)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_random_numbers_of_the_graph_stay_random() -> None:
+    model, x = Jumpy(lambda: torch.rand(5)), torch.ones(2, 5)
+    eager = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    cascade = lx.adapt(model, (x,))
+    assert cascade.frontend == "export"
+    assert torch.equal(torch.get_rng_state(), state)
+    first = cascade(x)
+    assert not torch.equal(first, cascade(x))
+    torch.set_rng_state(state)
+    assert torch.equal(first, eager(x))
+
+
+class MyNorm(nn.BatchNorm2d):
+    """As timm's: a batch norm whose class lives outside torch.nn, with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return torch.relu(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        )
+
+
+@BOTH
+def test_running_statistics_of_any_batch_norm(frontend: str) -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), MyNorm(4), nn.Flatten(), nn.Linear(36, 2)).train()
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, (torch.randn(2, 3, 5, 5),), frontend=frontend)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
+    for size in (2, 3):
+        x = torch.randn(size, 3, 5, 5)
+        assert torch.equal(cascade(x), eager(x))
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
+    assert int(model[1].num_batches_tracked) == 2
+
+
+@BOTH
+def test_shared_and_tied_weights_are_one_site(frontend: str) -> None:
+    """Used three times under two names: one branch, and the gradient of the formula."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 7, bias=False), nn.Linear(7, 5)
+            self.again = nn.Linear(5, 7)
+            self.again.weight = self.up.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                x = self.down(torch.tanh(self.up(x)))
+            return self.again(x)
+
+    torch.manual_seed(6)
+    model = Tied().double()
+    original, calls = copy.deepcopy(model), batches(6, 4, 5)
+    spec = lx.CascadeSpec(rank=2, pace=0.5)
+    cascade = lx.adapt(model, (calls[0],), spec=spec, frontend=frontend)
+    assert [(site.weight, site.aliases) for site in cascade.sites] == [
+        ("up.weight", ("again.weight",)),
+        ("down.weight", ()),
+    ]
+    reference = by_hand(original, cascade, pace=0.5)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.05)
+    own = optimizer_of(cascade)
+    torch.testing.assert_close(train(cascade, own, calls), train(reference, theirs, calls), rtol=0, atol=1e-10)
+    reference.end()
+    released = cascade.release()
+    assert released.again.weight is released.up.weight
+    torch.testing.assert_close(released.up.weight.detach(), reference.weights("slow")["up.weight"], rtol=0, atol=1e-10)
+
+
+def _takes(a: Any, b: Any = None, *rest: Any, c: Any = 1, d: Any = None, **more: Any) -> None: ...
+
+
+def _named(x: Any, mask: Any = None, scale: float = 1.0, shift: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize("function", [_takes, _named])
+def test_calls_are_bound_once_for_each_way(function: Any) -> None:
+    """The order that is found at a first call of a kind is that of inspect.signature, with None where it is default."""
+    signature, x, y = inspect.signature(function), torch.ones(2), torch.ones(3, 1)
+    calls = Calls(signature)
+    ways: list[Any] = [((x,), {}), ((x, None), {}), ((x, y), {}), ((None, y), {}), ((x,), {"mask": y}), ((), {"x": x})]
+    ways += [((x, y, 1, 2), {"c": None}), ((x,), {"d": y, "z": x, "b": None}), ((x,), {"shift": y, "scale": 2.0})]
+    ways += [
+        ((x, None, 3.0, y), {"d": None}),
+        ((x, None, 3.0, None), {}),
+        (([x, {"k": y}],), {}),
+        ((x, (y, None)), {}),
+        ((), {"mask": None, "x": y}),
+    ]
+    for args, kwargs in ways:
+        for _ in range(2):
+            try:
+                expected = bind(signature, args, kwargs)
+            except TypeError:
+                with pytest.raises(TypeError):
+                    calls.bind(args, kwargs)
+                continue
+            assert inspect.signature(function).bind(*expected[0], **expected[1])
+            call = calls.bind(args, kwargs)
+            assert list(map(id, pytree.tree_leaves(expected))) == list(map(id, call.leaves))
+            assert pytree.tree_structure(expected) == pytree.tree_structure((call.args, call.kwargs))
+    keys = {calls.bind(args, {}).key for args in ((x,), (x.double(),), (y,), ([x],), (x, y), (x, [y]), (1,), (True,))}
+    assert len(keys) == 8
+    assert calls.bind((x,), {}).key == calls.bind((x + 1, None), {}).key

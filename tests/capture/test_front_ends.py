@@ -1,0 +1,462 @@
+"""Every front end shows the user's model: reasons, signatures, modes, and the variants of a call."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+
+import lorasc_fx as lx
+from lorasc_fx.plan import Reason
+from tests.kit.errors import raises
+from tests.kit.models import batches, branches, loss_of, randomize
+
+NAMES = ("export", "dynamo", "symbolic", "graph-breaks")
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+
+
+class Net(nn.Module):
+    """All front ends take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(5, 7), nn.Dropout(0.3), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, *, shift: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.drop(torch.tanh(self.body(x))) * scale
+        return self.head(hidden if shift is None else hidden + shift)
+
+
+class Unrolled(Net):
+    """Sizes are read in Python: symbolic tracing cannot, export can."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.head(self.body(x[:, index])) for index in range(x.shape[1])])
+
+
+class Steps(Net):
+    """The values decide."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x)) if x.sum() > 0 else self.head(-self.body(x))
+
+
+def net(kind: type[Net] = Net) -> Net:
+    torch.manual_seed(3)
+    return kind().double()
+
+
+def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(7)
+    return model(*args, **kwargs)
+
+
+def merged(cascade: lx.Cascade, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The eager model with W + s B A, by the cascade's names."""
+    held = dict(model.named_parameters())
+    values = {name: held[name] + branch.scale * branch.delta() for name, branch in branches(cascade).items()}
+    torch.manual_seed(7)
+    return torch.func.functional_call(model, values, args, kwargs)
+
+
+def test_auto_tells_why_the_earlier_ones_refused() -> None:
+    x = batches(1, 4, 5)
+    first = lx.adapt(net(), x)
+    assert (first.frontend, first.refused_frontends) == ("export", ())
+    last = lx.adapt(net(Steps), x)
+    assert last.frontend == "graph-breaks"
+    assert [name for name, _ in last.refused_frontends] == ["export", "dynamo", "symbolic"]
+    assert all(reason and "\n" not in reason for _, reason in last.refused_frontends)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_one_is_used_alone(name: str) -> None:
+    cascade = lx.adapt(net(), batches(1, 4, 5), frontend=name)
+    assert (cascade.frontend, cascade.refused_frontends) == (name, ())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
+def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: type[Net]) -> None:
+    shape = (4, 2, 5) if kind is Unrolled else (4, 5)
+    with raises(lx.CaptureError, "not-captured", kind.__name__, name):
+        lx.adapt(net(kind), batches(1, *shape), frontend=name)
+    assert lx.adapt(net(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "graph-breaks")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_signature_is_the_models(name: str) -> None:
+    model = net()
+    cascade = lx.adapt(model, batches(1, 4, 5), frontend=name)
+    assert inspect.signature(cascade.forward) == inspect.signature(model.forward)
+    assert inspect.signature(copy.deepcopy(cascade).forward) == inspect.signature(model.forward)
+    assert isinstance(cascade, lx.Cascade)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [True, False])
+def test_calls_are_the_eager_models(name: str, training: bool) -> None:
+    torch._dynamo.reset()  # under torch 2.9 strict exports of one class count against the limit of recompilations
+    model = net().train(training)
+    eager = copy.deepcopy(model).requires_grad_(False)
+    cascade = lx.adapt(model, batches(1, 4, 5), spec=SPEC, frontend=name)
+    x, one, shift = batches(1, 6, 5)[0], batches(1, 1, 5)[0], batches(1, 6, 7)[0]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((one,), {}),
+        ((x, 2.0), {}),
+        ((), {"x": x, "scale": 0.5}),
+        ((x,), {"shift": shift}),
+    ]
+    for args, kwargs in calls:
+        assert torch.equal(run(cascade, *args, **kwargs), run(eager, *args, **kwargs))
+    randomize(cascade)
+    for args, kwargs in calls:
+        found, expected = run(cascade, *args, **kwargs), merged(cascade, eager, *args, **kwargs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+COMPILERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, torch.ones(2, 7, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> None:
+    model = net()
+    model.drop = COMPILERS[compiler](nn.Sequential(nn.Linear(7, 7), nn.ReLU()).double())
+    x = batches(1, 4, 5)[0]
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    assert cascade.unreached == ()
+    (refusal,) = cascade.refusals
+    assert (refusal.weight, refusal.reason) == ("drop.0.weight", Reason.OPAQUE)
+    assert "TorchScript module drop;" in refusal.sentence
+    randomize(cascade)
+    body, head = (model.get_parameter(name) + each.scale * each.delta() for name, each in branches(cascade).items())
+    hidden = model.drop(torch.tanh(F.linear(x, body, model.body.bias)))
+    expected = F.linear(hidden, head, model.head.bias)
+    torch.testing.assert_close(run(cascade, x), expected, rtol=0, atol=1e-12)
+    loss_of(run(cascade, x)).backward()
+    assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
+
+
+class Recomputed(nn.Module):
+    """A body under torch.utils.checkpoint."""
+
+    def __init__(self, kept: bool = False) -> None:
+        super().__init__()
+        self.kept = kept
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + (self.body(x) if self.kept else checkpoint.checkpoint(self.body, x, use_reentrant=False)))
+
+
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+def test_gradient_checkpointing_by_torch(name: str) -> None:
+    torch.manual_seed(4)
+    model = Recomputed().double().train()
+    eager = Recomputed(kept=True).double().train().requires_grad_(False)  # functional_call is over when it recomputes
+    eager.load_state_dict(model.state_dict())
+    x = batches(1, 6, 5)[0]
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
+    assert len(cascade.sites) == 3
+    assert torch.equal(run(cascade, x), run(eager, x))
+    randomize(cascade)
+    found, expected = run(cascade, x), merged(cascade, eager, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(cascade.branches.parameters())
+    for one, other in zip(
+        torch.autograd.grad(loss_of(found), parameters),
+        torch.autograd.grad(loss_of(expected), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+class Meanwhile(Net):
+    """While forward runs, so does another thread."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self.work = work
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.work).result()
+        return self.head(self.body(x))
+
+
+def test_a_symbolic_trace_leaves_other_threads_alone() -> None:
+    def process_wide() -> list[Any]:
+        modes = (torch.no_grad, torch.enable_grad, torch.autocast, torch.inference_mode)
+        patchable: list[Any] = [mode.__enter__ for mode in modes]
+        return [*patchable, torch.set_grad_enabled.__init__, nn.Module.__call__, nn.Module.__getattr__, math.sqrt]
+
+    unpatched, other = process_wide(), nn.Linear(3, 3)
+
+    def work() -> None:
+        assert process_wide() == unpatched
+        assert not torch.fx._symbolic_trace.is_fx_tracing()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert other(torch.ones(1, 3)).dtype == torch.bfloat16
+        assert model.body(torch.ones(1, 5).double()).shape == (1, 7)
+
+    torch.manual_seed(3)
+    model = Meanwhile(work).double()
+    cascade = lx.adapt(model, batches(1, 4, 5), frontend="symbolic")
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+    assert process_wide() == unpatched
+    assert all("_compiled_call_impl" not in vars(module) for module in model.children())
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+ATTENTIONS = {
+    "mha": (Attends, 3),
+    "layer": (lambda: nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 4),
+    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 2), 8),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "export", "graph-breaks"])
+@pytest.mark.parametrize("which", ATTENTIONS)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_attention_trains_in_eval_mode(which: str, name: str) -> None:
+    """The fused fast path has no gradient and no branch: it is off."""
+    build, sites = ATTENTIONS[which]
+    torch.manual_seed(5)
+    model = build().double().eval()
+    eager = copy.deepcopy(model)
+    x = batches(1, 3, 4, 6)[0]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
+    assert len(cascade.sites) == sites
+    torch.testing.assert_close(cascade(x), eager(x), rtol=0, atol=1e-13)
+    randomize(cascade)
+    found, expected = cascade(x), merged(cascade, eager, x)
+    assert not torch.allclose(found, eager(x), atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    loss_of(found).backward()
+    assert all(parameter.grad.any() for parameter in cascade.branches.parameters())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def llama(**more: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=30,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **more,
+    )
+    torch.manual_seed(6)
+    return transformers.LlamaForCausalLM(config)
+
+
+def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:
+    assert type(found) is type(expected)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype
+            torch.testing.assert_close(found[key], value, rtol=0, atol=close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+def test_llama(name: str) -> None:
+    """Modes, labels, sizes, padding, autocast, checkpointing and a cache."""
+    model = llama()
+    eager = copy.deepcopy(model).requires_grad_(False)
+    source = torch.Generator().manual_seed(1)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, 30, shape, generator=source)
+
+    cascade = lx.adapt(model, (), {"input_ids": ids(2, 7), "use_cache": False}, spec=SPEC, frontend=name)
+    padded = torch.ones(3, 6, dtype=torch.long)
+    padded[1, :2] = 0
+    calls = [
+        {"input_ids": ids(2, 7), "use_cache": False},
+        {"input_ids": ids(1, 9), "use_cache": False},
+        {"input_ids": (tokens := ids(3, 6)), "labels": tokens, "use_cache": False},
+        {"input_ids": ids(3, 6), "attention_mask": padded, "use_cache": False},
+    ]
+    for training in (False, True):
+        cascade.train(training)
+        eager.train(training)
+        for call in calls:
+            assert_same_outputs(run(cascade, **call), run(eager, **call))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_outputs(run(cascade, **calls[0]), run(eager, **calls[0]))
+    cascade.eval()
+    eager.eval()
+    found, expected = cascade(input_ids=calls[0]["input_ids"]), eager(input_ids=calls[0]["input_ids"])
+    assert_same_outputs(found, expected)
+    cache = "cache" if "cache" in inspect.signature(eager.forward).parameters else "past_key_values"
+    more = {"input_ids": ids(2, 1)}
+    assert_same_outputs(
+        cascade(**more, **{cache: found.past_key_values}),
+        eager(**more, **{cache: expected.past_key_values}),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+def test_llama_with_gradient_checkpointing(name: str) -> None:
+    model = llama().double()
+    eager = copy.deepcopy(model).requires_grad_(False).train()
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    call = {"input_ids": torch.arange(3, 17).view(2, 7), "use_cache": False}
+    cascade = lx.adapt(model, (), call, spec=SPEC, frontend=name)
+    assert_same_outputs(run(cascade, **call), run(eager, **call), 1e-14)
+    randomize(cascade, size=0.1)
+    found, expected = run(cascade, **call).logits, merged(cascade, eager, **call).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(cascade.branches.parameters())
+    for one, other in zip(
+        torch.autograd.grad(loss_of(found), parameters),
+        torch.autograd.grad(loss_of(expected), parameters),
+        strict=True,
+    ):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_mamba_is_one_graph_with_its_cache() -> None:
+    """Mamba's cache is one of those that transformers registers with torch's pytree for a model that it exports."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=1, state_size=4, vocab_size=50)
+    model = transformers.MambaForCausalLM(config).double().eval()
+    ids = torch.randint(3, 40, (2, 6))
+    cascade = lx.adapt(model, kwargs={"input_ids": ids}, spec=SPEC)
+    assert cascade.frontend == "export"
+    assert {site.kind for site in cascade.sites} == {"embedding", "conv", "linear"}
+    randomize(cascade, 1)
+    found = cascade(input_ids=ids)
+    assert type(found) is type(model(input_ids=ids))
+    loss_of(found.logits).backward()
+    assert all(parameter.grad is not None for parameter in cascade.branches.parameters())
+    for parameter in cascade.parameters():
+        parameter.grad = None
+    with cascade.weights("fast"):
+        torch.testing.assert_close(model(input_ids=ids).logits, found.logits, rtol=0, atol=1e-12)
+    again = cascade(input_ids=ids[:, :3], cache_params=found.cache_params)  # the cache as an input
+    assert again.logits.shape[1] == 3
+
+
+class Memory:
+    """A state that torch's pytree knows and cannot take apart."""
+
+    def __init__(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+def _refuse_to_flatten(_: Any) -> Any:
+    raise RuntimeError("should be applied to another Memory")
+
+
+pytree.register_pytree_node(Memory, _refuse_to_flatten, lambda children, context: Memory(*children))
+
+
+class Remembering(Net):
+    """Returns a state that it takes back."""
+
+    def forward(self, x: torch.Tensor, memory: Memory | None = None) -> tuple[torch.Tensor, Memory]:
+        hidden = torch.tanh(self.body(x)) + (0.0 if memory is None else memory.state)
+        return self.head(hidden), Memory(hidden)
+
+
+def test_a_state_that_cannot_be_taken_apart_is_one_leaf() -> None:
+    model, x = net(Remembering), batches(1, 4, 5)[0]
+    with pytest.raises(RuntimeError, match="should be applied to another Memory"):
+        pytree.tree_leaves(model(x))
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    randomize(cascade)
+    found, memory = cascade(x)
+    assert type(memory) is Memory
+    expected, theirs = merged(cascade, model, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(memory.state, theirs.state, rtol=0, atol=1e-12)
+    found, expected = cascade(x, memory)[0], merged(cascade, model, x, theirs)[0]  # the state as an input
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, merged(cascade, model, x)[0], atol=1e-3)
+    loss_of(found).backward()
+    assert all(parameter.grad.any() for parameter in cascade.branches.parameters())
+
+
+class Padded(nn.Module):
+    """Pads by an amount that Python computes from the size, as TensorFlow's SAME does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        more = (-x.shape[-1]) % 4
+        return self.conv(nn.functional.pad(x, (0, more, 0, more)))
+
+
+def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
+    """Sizes of space are constants of the first graph; without a graph for a size, the compiled call says so."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, known, other = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
+    cascade = lx.adapt(model, (known,), spec=SPEC)
+    compiled = torch.compile(cascade, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(known), model(known))
+    assert torch.equal(compiled(known[:1].expand(5, -1, -1, -1)), model(known[:1].expand(5, -1, -1, -1)))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="there is no graph for this call yet") as caught:
+        compiled(other)
+    told, debug, _ = str(caught.value).partition("Developer debug context")
+    assert debug
+    assert "call the cascade once without torch.compile, in the same mode" in told
+    assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
+    torch._dynamo.reset()
+    again = torch.compile(cascade, backend="eager", fullgraph=True)
+    for x in (other, known):
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_compiled_cascade_goes_on_in_another_mode() -> None:
+    """Without fullgraph the first call in eval mode is captured beside the compiled code, and dynamo has no word."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3)).double(), torch.randn(4, 5).double()
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    compiled = torch.compile(cascade, backend="eager")
+    compiled(x)
+    cascade.eval()
+    assert torch.equal(compiled(x), cascade(x))
+    assert torch.equal(compiled(x), model(x))

@@ -1,0 +1,615 @@
+"""The catch-all front end: graphs between dynamo's breaks compute what the eager model computes, with branches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lorasc_fx as lx
+from tests.kit.errors import raises, warns
+from tests.kit.models import batches, branches, loss_of, optimizer_of, randomize
+from tests.kit.seams import lower
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Branchy(nn.Module):
+    """The values decide which layer runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.left, self.right = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(x))
+        return self.left(hidden) if x.sum() > 0 else self.right(hidden)
+
+
+class Items(nn.Module):
+    """A number leaves torch by item(), and numpy computes in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(x))
+        size = float(np.log1p(abs(x.detach().sum().item())))
+        order = torch.from_numpy(np.argsort(x.detach().numpy().sum(1)))
+        return self.head(hidden[order] * size)
+
+
+class Experts(nn.Module):
+    """A loop over the experts that a router has chosen; each has modules of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)) for _ in range(4))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.router(x).softmax(1)
+        chosen = scores.argmax(1)
+        output = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            rows = (chosen == index).nonzero()[:, 0]
+            output = output.index_add(0, rows, self.experts[index](x[rows]) * scores[rows, index, None])
+        return self.head(x + output)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.up(x))
+        torch._dynamo.graph_break()
+        return x + self.down(hidden)
+
+
+class Stack(nn.Module):
+    """Layers of one class, whose graphs dynamo shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return self.head(x)
+
+
+class Drops(nn.Module):
+    """LayerDrop and dropout: each layer is skipped at random while training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(5, 5) for _ in range(4)), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < 0.4):
+                x = x + F.dropout(torch.tanh(layer(x)), 0.2, self.training)
+        return self.head(x)
+
+
+class Plain(nn.Module):
+    """One weight is used by Python that dynamo does not enter, another one in both places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.between, self.both = nn.Linear(5, 7), nn.Linear(7, 6, bias=False), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    @torch._dynamo.disable
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.between.weight.t()) @ self.both.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.both(self._hidden(torch.tanh(self.body(x))))))
+
+
+class Late(nn.Module):
+    """Python that dynamo does not enter uses one weight, but not for every input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.late, self.head = nn.Linear(5, 7), nn.Linear(7, 7, bias=False), nn.Linear(7, 3)
+
+    @torch._dynamo.disable
+    def _hidden(self, x: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+        return x if sign > 0 else x @ self.late.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self._hidden(torch.tanh(self.body(x)), x.sum()))
+
+
+class Counting(nn.Module):
+    """Batch norm and a counter, with a break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        hidden = self.norm(self.body(x))
+        if hidden.sum().item() > 1e9:
+            return hidden
+        return self.head(torch.tanh(hidden))
+
+
+class Zipped(nn.Module):
+    """Dynamo itself breaks on this one, and eager torch does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(x.shape, dtype=torch.bool)
+        mask[tuple(zip(*[(place[0], place[1]) for place in (x > 0).nonzero()], strict=True))] = True
+        return self.head(torch.tanh(self.body(x * mask)))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    each.__name__: each for each in (Branchy, Items, Experts, Stack, Drops, Plain, Late, Counting, Zipped)
+}
+ALL = pytest.mark.parametrize("name", MODELS)
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(17)
+    return MODELS[name]().double()
+
+
+def inputs(rows: int = 6, seed: int = 2) -> torch.Tensor:
+    return batches(1, rows, 5, seed=seed)[0]
+
+
+def adapted(model: nn.Module, spec: lx.CascadeSpec = SPEC, frontend: str = "graph-breaks") -> lx.Cascade:
+    return lx.adapt(model, (inputs(),), spec=spec, frontend=frontend)
+
+
+def run(model: Any, x: torch.Tensor, seed: int = 3) -> torch.Tensor:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return model(x)
+
+
+def reach_all(cascade: lx.Cascade) -> None:
+    """Call with inputs that between them run every layer."""
+    for seed in range(8):
+        for sign in (1, -1):
+            cascade(sign * inputs(seed=seed))
+
+
+def merged(model: nn.Module, cascade: lx.Cascade) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The eager model with W + s B A in place of each site's weight."""
+    held = dict(model.named_parameters())
+    values = {
+        name: held[name] + branch.scale * (branch.lora_B @ branch.lora_A).view_as(held[name])
+        for name, branch in branches(cascade).items()
+    }
+    return lambda x: torch.func.functional_call(model, values, (x,))
+
+
+def assert_same_gradients(own: torch.Tensor, theirs: torch.Tensor, parameters: list[nn.Parameter]) -> None:
+    found = torch.autograd.grad(loss_of(own), parameters, materialize_grads=True)
+    expected = torch.autograd.grad(loss_of(theirs), parameters, materialize_grads=True)
+    assert any(other.any() for other in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@ALL
+@pytest.mark.parametrize("training", [False, True])
+def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, training: bool) -> None:
+    """B = 0 and no noise: the eager model bit for bit, in any batch size, buffers and draws as well.
+
+    With any B, output and gradients are those of the eager model with merged weights, each layer with its own.
+    """
+    model = model_of(name).train(training)
+    eager = copy.deepcopy(model)
+    cascade = adapted(model)
+    assert cascade.frontend == "graph-breaks"
+    for rows, sign in ((6, 1), (4, -1), (9, 1), (6, -1)):
+        x = sign * inputs(rows)
+        assert torch.equal(run(cascade, x), run(eager, x))
+    for own, theirs in zip(model.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(own, theirs)
+    reach_all(cascade)
+    matrices = {key for key, value in model.named_parameters() if value.dim() > 1}
+    assert {site.weight for site in cascade.sites} == matrices
+    assert cascade.unreached == ()
+    randomize(cascade)
+    eager.load_state_dict(model.state_dict())
+    parameters = list(cascade.branches.parameters())
+    for seed in (2, 3, 4):
+        x = inputs(5, seed)
+        own, theirs = run(cascade, x), run(merged(eager, cascade), x)
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+        assert_same_gradients(own, theirs, parameters)
+
+
+class Masks(nn.Module):
+    """Resizes, after a break, a tensor that `.data` cut off from the weight, and masks the weight with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, mask = self.body.weight, self.body.weight.data.new()
+        torch._dynamo.graph_break()
+        mask = mask.resize_((weight.size(0), 1)).bernoulli_(0.8) / 0.8
+        return self.head(torch.tanh(F.linear(x, mask * weight)))
+
+
+def test_what_data_has_cut_off_from_autograd_stays_so() -> None:
+    """A tensor that requires gradients cannot be resized."""
+    torch.manual_seed(17)
+    model = Masks().double()
+    eager = copy.deepcopy(model)
+    cascade = adapted(model)
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    randomize(cascade)
+    own, theirs = run(cascade, inputs()), run(merged(eager, cascade), inputs())
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+    assert_same_gradients(own, theirs, list(cascade.branches.parameters()))
+
+
+@ALL
+def test_two_stages_are_the_formula(name: str) -> None:
+    """Training moves every branch; transition, weights, the folded state dict and release follow S = pace * s B A."""
+    model = model_of(name).train()
+    original = copy.deepcopy(model)
+    cascade = adapted(model)
+    reach_all(cascade)
+    optimizer = optimizer_of(cascade, "sgd")
+    for seed in range(20):
+        loss_of(run(cascade, inputs(seed=seed) * (-1) ** seed, seed)).backward()
+    assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
+    optimizer.step()
+    optimizer.zero_grad()
+    names = list(branches(cascade))
+    before = dict(original.named_parameters())
+    slow = {key: torch.zeros_like(before[key]) for key in names}
+    for stage in (1, 2):
+        delta = {key: (each.lora_B @ each.lora_A).detach() * each.scale for key, each in branches(cascade).items()}
+        slow = {key: slow[key] + 0.5 * delta[key] for key in names}
+        cascade.transition(optimizer)
+        with cascade.weights("slow"):
+            for key in names:
+                found = model.get_parameter(key)
+                torch.testing.assert_close(found, before[key] + slow[key], rtol=0, atol=1e-12)
+        if stage == 1:
+            randomize(cascade, seed=9, size=0.1)
+    cascade.eval()
+    with cascade.weights("slow"):
+        expected = run(cascade, inputs())
+    state = cascade.folded_state_dict()
+    fresh = model_of(name).eval()
+    fresh.load_state_dict(state, strict=True)
+    torch.testing.assert_close(run(fresh, inputs()), expected, rtol=0, atol=1e-12)
+    released = cascade.release()
+    assert released is model
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
+    assert torch.equal(run(model.eval(), inputs()), expected)
+
+
+@pytest.mark.parametrize("name", ["Experts", "Drops", "Plain"])
+def test_a_checkpoint_goes_on(name: str, tmp_path: Path) -> None:
+    """Saved with branches that came late; loaded, it computes and trains as the one that was saved."""
+    cascade = adapted(model_of(name), lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.1)))
+    reach_all(cascade)
+    optimizer = optimizer_of(cascade)
+    randomize(cascade)
+    cascade.transition(optimizer)
+    randomize(cascade, seed=6)
+    lx.save(cascade, tmp_path, optimizer=optimizer)
+    again = lx.load(tmp_path, model_of(name), (inputs(),))
+    others = optimizer_of(again)
+    again.resume(others)
+    for seed in range(3):
+        x = inputs(seed=seed)
+        torch.testing.assert_close(run(again, x), run(cascade, x), rtol=0, atol=1e-12)
+        losses = [loss_of(run(each, x)) for each in (cascade, again)]
+        for loss, own in zip(losses, (optimizer, others), strict=True):
+            loss.backward()
+            own.step()
+            own.zero_grad()
+    torch.testing.assert_close(run(again, x), run(cascade, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["Branchy", "Experts", "Drops", "Late"])
+def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
+    """With noise at once, and an optimizer that does not hold it yet is an error."""
+    model = model_of(name).train()
+    original = copy.deepcopy(model)
+    torch.manual_seed(0)
+    x = torch.ones(1, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.2)), frontend="graph-breaks")
+    missing = cascade.unreached
+    assert missing
+    assert all(torch.equal(model.get_parameter(key), original.get_parameter(key)) for key in missing)
+    optimizer = optimizer_of(cascade)
+    with warns("late-sites"):
+        reach_all(cascade)
+    assert cascade.unreached == ()
+    for key in missing:
+        assert not torch.equal(model.get_parameter(key), original.get_parameter(key))
+    with cascade.weights("slow"):
+        for key in missing:
+            assert torch.equal(model.get_parameter(key), original.get_parameter(key))
+    with raises(lx.StateError, "optimizer-lacks-parameters"):
+        cascade.transition(optimizer)
+    for key in missing:
+        new = branches(cascade)[key]
+        optimizer.add_param_group({"params": [new.lora_A, new.lora_B]})
+    randomize(cascade)
+    eager = copy.deepcopy(model)
+    for seed in range(3):
+        torch.testing.assert_close(
+            run(cascade, inputs(seed=seed)), run(merged(eager, cascade), inputs(seed=seed)), rtol=0, atol=1e-12
+        )
+    cascade.transition(optimizer)
+
+
+def test_no_graph_is_captured_again_because_a_branch_came_before_it() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second, third = self.layers
+            x = torch.tanh(first(x))
+            torch._dynamo.graph_break()
+            x = torch.tanh(second(x))
+            torch._dynamo.graph_break()
+            return third(x)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cascade = lx.adapt(Broken(), (torch.randn(4, 5),), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
+    assert len(cascade.sites) == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+@ALL
+def test_copies_find_their_graphs_anew(name: str) -> None:
+    """A copy has its own branches, weights that are swapped among them; the original does not move."""
+    cascade = adapted(model_of(name))
+    reach_all(cascade)
+    randomize(cascade)
+    expected = run(cascade, inputs())
+    copied = copy.deepcopy(cascade)
+    kept = {key: value.clone() for key, value in copied.state_dict().items()}
+    torch.testing.assert_close(run(copied, inputs()), expected, rtol=0, atol=1e-12)
+    assert all(torch.equal(value, kept[key]) for key, value in copied.state_dict().items() if "/lora" in key)
+    randomize(copied, seed=8)
+    assert not torch.allclose(run(copied, inputs()), expected, atol=1e-3)
+    torch.testing.assert_close(run(copied, inputs()), run(merged(copied.model, copied), inputs()), rtol=0, atol=1e-12)
+    assert torch.equal(run(cascade, inputs()), expected)
+
+
+def test_a_folded_graph_names_the_first_break() -> None:
+    cascade = adapted(model_of("Branchy"))
+    line = next(
+        number
+        for number, text in enumerate(Path(__file__).read_text(encoding="utf-8").splitlines(), 1)
+        if "if x.sum() > 0 else" in text
+    )
+    with raises(lx.CaptureError, "no-whole-graph", "Branchy", f"{__file__}:{line}"):
+        cascade.folded_graph()
+    cascade(inputs())
+
+
+class Disabled(nn.Module):
+    """Python that dynamo leaves alone, with a head of one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 1)
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_a_layer_of_one_output_between_graphs_is_a_site() -> None:
+    torch.manual_seed(0)
+    model, x = Disabled(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    randomize(cascade)
+    torch.testing.assert_close(cascade(x), merged(model, cascade)(x))
+
+
+def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never eager code without branches."""
+
+    class Numbers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor, text: str = "a") -> torch.Tensor:
+            if x.sum().item() > 1e9:
+                return x
+            return self.body(x) * len(text)
+
+    lower(monkeypatch, "captures of the fallback", 4)
+    cascade = lx.adapt(Numbers().double(), (inputs(),), spec=SPEC, frontend="graph-breaks")
+    randomize(cascade)
+    x, right = inputs(), 0
+
+    def call_all() -> None:
+        nonlocal right
+        for length in range(1, 12):
+            found, expected = cascade(x, "a" * length), merged(cascade.model, cascade)(x) * length
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            right += 1
+
+    with raises(lx.CaptureError, "too-many-captures", "Numbers", "4"):
+        call_all()
+    assert right >= 3
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def block(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.second(hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, self.first(x), use_reentrant=False)
+
+
+def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the limit of dynamo's cache for itself; what the user has compiled stays, and the dead leave nothing."""
+    compiled, theirs, x = [], Recomputed(), torch.randn(4, 5)
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    own = torch.compile(theirs, backend=backend)
+    expected, count = own(x), len(compiled)
+    lower(monkeypatch, "captures of the fallback", 3)
+    cascades, models = [], []
+    for _ in range(5):  # all of them alive
+        cascades.append(lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks"))
+        cascades[-1](x).sum().backward()
+        models.append(ref(cascades[-1].model))
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    assert sum(entry.code is not None for entry in entries(Recomputed.forward.__code__)) == 1 + 5
+    cascades.clear()
+    gc.collect()
+    assert not any(model() for model in models)
+    assert sum(entry.code is not None for entry in entries(Recomputed.forward.__code__)) == 1
+    assert torch.equal(own(x), expected)
+    assert len(compiled) == count
+    del own
+    torch._C._dynamo.eval_frame.reset_code(Recomputed.forward.__code__)
+    for _ in range(3):  # one after the other
+        cascade = lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+        assert len(entries(Recomputed.forward.__code__)) == 1
+        del cascade
+        gc.collect()
+
+
+def test_torch_compile_around_any_number_of_cascades() -> None:
+    """dynamo stops compiling a function of which it has compiled some versions, and each cascade has its own."""
+    compiled, x = [], torch.randn(4, 5)
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    for number in range(1, 4):
+        cascade = lx.adapt(nn.Linear(5, 3), (x,), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+        with torch._dynamo.config.patch(recompile_limit=2):
+            torch.testing.assert_close(torch.compile(cascade, backend=backend)(x), cascade(x))
+        assert len(compiled) == number
+
+
+@ALL
+def test_discovery_leaves_no_trace(name: str) -> None:
+    """Buffers, generators, flags of torch and gradients are as they were."""
+    model = model_of(name).train()
+    eager = copy.deepcopy(model)
+    random.seed(4)
+    states = random.getstate(), torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
+    x = inputs()
+    given = x.clone()
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend="graph-breaks")
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert torch.backends.mha.get_fastpath_enabled() == states[2]
+    assert torch.equal(x, given)
+    assert all(parameter.grad is None for parameter in cascade.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for own, theirs in zip(model.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(own, theirs)
+    for own, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(own, theirs)
+
+
+def longformer() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LongformerConfig(
+        vocab_size=30,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        attention_window=[4, 4],
+        max_position_embeddings=40,
+    )
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[:, 0] = 2
+    return transformers.LongformerModel(config), {
+        "input_ids": torch.randint(3, 30, (2, 8)),
+        "attention_mask": mask.clamp(max=1),
+        "global_attention_mask": (mask == 2).long(),
+    }
+
+
+def mixtral() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=30,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    )
+    return transformers.MixtralForCausalLM(config), {"input_ids": torch.randint(3, 30, (2, 9))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [longformer, mixtral])
+def test_transformers_models(build: Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]) -> None:
+    torch.manual_seed(21)
+    model, kwargs = build()
+    model = model.double().eval()
+    eager = copy.deepcopy(model).requires_grad_(False)
+    cascade = lx.adapt(model, (), kwargs, spec=SPEC, frontend="graph-breaks")
+    for name, value in eager(**kwargs).items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(cascade(**kwargs)[name], value, rtol=0, atol=1e-14)
+    randomize(cascade, size=0.1)
+    held = dict(eager.named_parameters())
+    values = {name: held[name] + branch.scale * branch.delta() for name, branch in branches(cascade).items()}
+    found = cascade(**kwargs)[0]
+    expected = torch.func.functional_call(eager, values, (), kwargs)[0]
+    assert (found - eager(**kwargs)[0]).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert_same_gradients(found, expected, list(cascade.branches.parameters()))

@@ -1,0 +1,391 @@
+"""State that calls leave behind, and what later calls find changed: arguments, modes, Python state of every kind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.errors import raises, warns
+from tests.kit.models import branches, loss_of
+from tests.kit.seams import lower
+from tests.kit.state import variant_count, variant_for
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Remembers(nn.Module):
+    """Writes what it computed into a container that its caller holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.rate = nn.Linear(5, 3), 2.0
+
+    def forward(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        state["last"] = self.layer(x) * self.rate
+        return state["last"]
+
+
+def test_what_forward_writes_into_an_argument_is_written() -> None:
+    x, state = torch.randn(4, 5), dict[str, torch.Tensor]()
+    cascade = lx.adapt(Remembers(), (x, {}))
+    assert cascade.frontend == "graph-breaks"
+    found = cascade(x, state)
+    assert torch.equal(state["last"], found)
+    with raises(lx.CaptureError, "not-captured", "an argument after the call"):
+        lx.adapt(Remembers(), (x, {}), frontend="export")
+
+
+def test_a_setting_that_the_user_changes_is_another_graph() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    x = torch.randn(6, 5)
+    cascade = lx.adapt(model, (x,))
+    torch.manual_seed(0)
+    first = cascade(x)
+    model[1].p = 0.0
+    assert torch.equal(cascade(x), cascade(x))
+    model[1].p = 0.5
+    torch.manual_seed(0)
+    assert torch.equal(cascade(x), first)
+    handle = model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[1].p = 0.0
+    assert torch.equal(cascade(x), model(x))
+    handle.remove()
+    assert torch.equal(cascade(x), model(x))
+
+
+@dataclasses.dataclass
+class Options:
+    gain: float = 1.0
+    nested: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"bias": [0.0]})
+
+
+class Slotted:
+    __slots__ = ("power",)
+
+    def __init__(self) -> None:
+        self.power = 1
+
+
+class Offset(nn.Module):
+    amount = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.amount
+
+
+class Larger(Offset):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Stateful(nn.Module):
+    """Reads Python state of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.offset = nn.Linear(5, 3), Offset()
+        self.mask, self.table = torch.ones(3), [1.0]
+        self.settings, self.steps, self.flags = {"tau": 1.0}, deque([1.0]), {"plain"}
+        self.options, self.space, self.slotted = Options(), SimpleNamespace(k=(1.0, "x")), Slotted()
+        self.act, self.kind, self.also = torch.tanh, torch.float64, defaultdict(lambda: 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.offset(self.act(self.layer(x))) * self.mask / self.settings["tau"] * self.steps[0]
+        y = y * (2 if "twice" in self.flags else 1) * self.options.gain + self.options.nested["bias"][0]
+        y = y * self.space.k[0] ** self.slotted.power * float(self.table[0]) * self.also.get("more", 1.0)
+        return y.to(self.kind)
+
+
+def _tensor_attribute(model: Stateful) -> None:
+    model.mask = torch.tensor([1.0, 0.0, 2.0])
+
+
+def _exchanged_module(model: Stateful) -> None:
+    model.offset = Larger()
+
+
+def _class_of_a_module(model: Stateful) -> None:
+    model.offset.__class__ = Larger
+
+
+def _patched_forward(model: Stateful) -> None:
+    model.offset.forward = lambda x: x - 3
+
+
+CHANGES: dict[str, Callable[[Stateful], object]] = {
+    "dict": lambda model: model.settings.update(tau=0.5),
+    "deque": lambda model: model.steps.appendleft(3.0),
+    "set": lambda model: model.flags.add("twice"),
+    "dataclass": lambda model: setattr(model.options, "gain", 1.5),
+    "nested": lambda model: model.options.nested["bias"].__setitem__(0, 0.25),
+    "namespace": lambda model: setattr(model.space, "k", (2.0, "x")),
+    "slots": lambda model: setattr(model.slotted, "power", 2),
+    "defaultdict": lambda model: model.also.update(more=4.0),
+    "function": lambda model: setattr(model, "act", torch.relu),
+    "dtype": lambda model: setattr(model, "kind", torch.float32),
+    "list": lambda model: model.table.__setitem__(0, 7.0),
+    "tensor": _tensor_attribute,
+    "tensor_in_place": lambda model: model.mask.mul_(3.0),
+    "module": _exchanged_module,
+    "class": _class_of_a_module,
+    "forward": _patched_forward,
+    "hook": lambda model: model.offset.register_forward_hook(lambda *given: 2 * given[-1]),
+    "pre_hook": lambda model: model.offset.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
+    "class_attribute": lambda model: setattr(Offset, "amount", 2.5),
+    "class_method": lambda model: setattr(Offset, "forward", lambda self, x: x * 5),
+}
+
+
+USUAL = ("dict", "dataclass", "tensor", "hook")
+
+
+@pytest.mark.parametrize(
+    ("frontend", "names"),
+    [
+        ("export", USUAL),
+        ("graph-breaks", USUAL),
+        ("symbolic", tuple(CHANGES)),
+        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "dynamo", "graph-breaks")),
+    ],
+)
+def test_state_that_the_user_changes_counts(
+    frontend: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Python state forward reads: the next call is the eager model's, and a change back finds its graph."""
+    monkeypatch.setattr(Offset, "amount", 0.0)
+    monkeypatch.setattr(Offset, "forward", Offset.forward)
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+    for name in names:
+        CHANGES[name](model)
+        expected = model(x)
+        assert torch.allclose(cascade(x), expected, atol=1e-12), name
+        assert cascade(x).dtype == expected.dtype, name
+    if frontend != "graph-breaks":
+        count = variant_count(cascade)
+        model.settings, model.steps, model.options = copy.deepcopy((model.settings, model.steps, model.options))
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        assert variant_count(cascade) == count  # equal, though other objects
+        model.options.gain = 8.0
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        count = variant_count(cascade)
+        model.settings["tau"] = 0.25
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        model.settings["tau"] = 1.0 / 2
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        assert variant_count(cascade) == count + 1
+
+
+def test_a_small_array_counts() -> None:
+    """numpy writes without a version to look at: values are compared."""
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    model.table = np.ones(2)
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    model.table[0] = 7.0
+    assert torch.allclose(cascade(x), model(x), atol=1e-12)
+
+
+def test_a_hook_with_state_and_hooks_of_all_modules() -> None:
+    model, x, steering = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), torch.randn(6, 5), {"by": 1.0}
+    model[1].register_forward_hook(lambda module, args, output: output * steering["by"])
+    cascade = lx.adapt(model, (x,), frontend="export")
+    steering["by"] = 3.0
+    assert torch.equal(cascade(x), model(x))
+    graph = variant_for(cascade, (x,), {})
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output + 1 if isinstance(module, nn.Tanh) else None
+    )
+    with handle:
+        assert torch.equal(cascade(x), model(x))
+        assert variant_for(cascade, (x,), {}) is not graph
+    assert variant_for(cascade, (x,), {}) is graph
+
+
+class Shows(nn.Module):
+    """Keeps what it computed last for others to look at, in an attribute and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen, self.last = nn.Linear(5, 3), [None], None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        self.last = y.detach()
+        self.seen[0] = self.last
+        return y
+
+
+def test_a_hook_that_is_put_on_again_costs_no_graph() -> None:
+    """Torch numbers hooks, and gives a new handle; another function is another state."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    x = torch.randn(6, 5)
+
+    def double(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    model.handle = model[0].register_forward_hook(double)  # type: ignore[assignment]
+    cascade = lx.adapt(model, (x,))
+    doubled = cascade(x)
+    for _ in range(3):
+        model.handle.remove()  # type: ignore[operator]
+        model.handle = model[0].register_forward_hook(double)  # type: ignore[assignment]
+        assert torch.equal(cascade(x), doubled)
+    assert variant_count(cascade) == 1
+    model.handle.remove()  # type: ignore[operator]
+    model[0].register_forward_hook(lambda _module, _args, output: output * 3)
+    assert not torch.equal(cascade(x), doubled)
+    assert variant_count(cascade) == 2
+
+
+def test_what_forward_sets_before_it_reads_it_costs_no_graph() -> None:
+    model, x = Shows(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,), frontend="export")
+    for _ in range(3):
+        with cascade.weights("slow"):
+            cascade(torch.randn(4, 5))
+        cascade(x)
+    assert variant_count(cascade) == 1
+
+
+def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower(monkeypatch, "changes of a setting", 2)
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    model.options.gain = 0.9
+    cascade(x)
+    model.options.gain = 0.8
+    with warns("changing-constant", "options.gain", "2"):
+        cascade(x)
+
+
+def test_replaced_state_is_not_kept_alive_for_ever() -> None:
+    """What variants hold goes with them."""
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    gone = weakref.ref(model.options)
+    model.options = Options(2.0)
+    cascade(x)
+    assert gone() is not None  # the earlier state may come back
+    cascade.release()
+    gc.collect()
+    assert gone() is None
+
+
+def test_weights_that_nothing_can_train_are_told(tmp_path: Path) -> None:
+    x = torch.randn(4, 5)
+    run = lx.adapt(nn.Linear(5, 3), (x,))
+    lx.save(run, tmp_path)
+    with raises(lx.CaptureError, "meta-model", "weight"):
+        lx.merge([tmp_path], nn.Linear(5, 3, device="meta"), (x,))
+    with torch.inference_mode():
+        fixed = nn.Linear(5, 3)
+    with raises(lx.CaptureError, "inference-tensor", "weight"):
+        lx.adapt(fixed, (x,))
+    model = nn.Linear(5, 3)
+    with torch.inference_mode():
+        cascade = lx.adapt(model, (x,))
+    loss_of(cascade(x)).backward()  # what adapt made is no inference tensor
+
+
+class Estimated(nn.Module):
+    """In train mode, a round whose gradient is passed straight through; in both, Python that no whole graph holds."""
+
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = 3 * self.body(x) if x.sum() > -1e9 else x
+        return self.head(self.Straight.apply(hidden) if self.training else hidden)
+
+
+def test_a_function_that_a_later_mode_brings_keeps_its_backward() -> None:
+    model, x = Estimated().double().eval(), torch.randn(6, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    cascade.train()
+    cascade(x).sum().backward()
+    twin = Estimated().double().train()
+    twin.load_state_dict(model.state_dict())
+    twin(x).sum().backward()
+    branch = branches(cascade)["body.weight"]
+    expected = branch.scale * twin.body.weight.grad @ branch.lora_A.detach().T
+    assert expected.any()
+    torch.testing.assert_close(branch.lora_B.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_few_bits_are_no_excuse() -> None:
+    """In bfloat16 as in fp64 a graph that leaves a hook out is refused."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).bfloat16()
+    model.register_forward_hook(lambda module, args, output: output * 1.5)
+    with raises(lx.CaptureError, "not-captured", "symbolic", "its graph"):
+        lx.adapt(model, (torch.randn(4, 5, dtype=torch.bfloat16),), frontend="symbolic")
+
+
+@pytest.mark.parametrize("kind", [deque, Counter, lambda: defaultdict(int)], ids=["deque", "counter", "defaultdict"])
+def test_whatever_container_holds_the_state(kind: Any) -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = nn.Linear(5, 3), kind()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if isinstance(self.seen, deque):
+                self.seen.append(1)
+            else:
+                self.seen["calls"] += 1
+            return self.layer(x)
+
+    model = Keeps()
+    with raises(lx.CaptureError, "not-captured", "attribute seen"):
+        lx.adapt(model, (torch.randn(4, 5),), frontend="export")
+    assert not model.seen
+
+
+class Installs(nn.Module):
+    """Hooks itself up at its first call, as transformers does to collect outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.ready = nn.Linear(5, 3), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.ready:
+            self.layer.register_forward_hook(lambda module, args, output: output * 2)
+            self.ready = True
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+def test_hooks_that_a_first_call_installs_are_there_once(frontend: str) -> None:
+    model, x = Installs(), torch.randn(4, 5)
+    expected = 2 * model.layer(x)
+    cascade = lx.adapt(model, (x,), frontend=frontend)
+    assert not model.layer._forward_hooks
+    assert not model.ready
+    assert torch.equal(cascade(x), expected)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(cascade(x), expected)

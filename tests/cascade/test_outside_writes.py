@@ -1,0 +1,405 @@
+"""Weights written from outside while a cascade lives are an error at the next fold, however and whenever it was done.
+
+The writes are those of other code: through `.data`, numpy, a state dict, an optimizer, an average of weights. torch's
+version counter sees half of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from tests.kit.errors import raises, warns
+from tests.kit.models import batches, mlp, optimizer_of, randomize, train
+from tests.kit.seams import SEAMS, seam
+from tests.kit.state import checksum, checksums, device_sum, resting_value
+
+X = batches(1, 4, 5)[0]
+REFUSED = ("weights-changed-outside", "2.weight")
+
+
+def adapted(**options: object) -> lx.Cascade:
+    spec = lx.CascadeSpec(**{"rank": 2, "pace": 1.0, "targets": ("linear",), **options})
+    return lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+
+
+def ended(seed: int = 1) -> lx.Cascade:
+    """A cascade with one ended stage and a trained branch."""
+    cascade = adapted()
+    randomize(cascade, seed)
+    cascade.transition(None)
+    randomize(cascade, seed + 1)
+    return cascade
+
+
+@pytest.mark.parametrize(("strength", "times"), [(0.0, 2), (0.1, 3)])
+def test_a_first_adapt_sums_no_weight_more_often_than_it_needs(
+    strength: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the first run, and with noise what that has written; what is known so is held against writes."""
+    plain, counted, model = seam("checksum"), Counter[int](), mlp()
+
+    def count(tensor: torch.Tensor) -> int:
+        counted[tensor.data_ptr()] += 1
+        return int(plain(tensor))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*SEAMS["checksum"], count)
+        cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(strength)))
+    assert [counted[model.get_parameter(site.weight).data_ptr()] for site in cascade.sites] == [times] * 3
+    cascade.transition(None)
+    through_numpy(model)
+    with raises(lx.StateError, *REFUSED):
+        cascade.transition(None)
+
+
+def with_weight_decay(model: nn.Module) -> None:
+    weight = model.get_parameter("2.weight").requires_grad_(True)
+    weight.grad = torch.zeros_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1).step()
+    weight.requires_grad_(False).grad = None
+
+
+def through_numpy(model: nn.Module) -> None:
+    model.get_parameter("2.weight").detach().numpy()[0, 0] += 1
+
+
+def by_vector(model: nn.Module) -> None:
+    parameters = [model.get_parameter("2.weight")]
+    vector_to_parameters(parameters_to_vector(parameters).detach() * 2, parameters)
+
+
+def replaced(model: nn.Module) -> None:
+    model[2] = nn.Linear(7, 6, bias=False).double()
+
+
+def data(write: Callable[[torch.Tensor], object], model: nn.Module) -> None:
+    write(model.get_parameter("2.weight").data)
+
+
+def assigned(model: nn.Module) -> None:
+    weight = model.get_parameter("2.weight")
+    weight.data = weight.data + 1
+
+
+WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "clamp": partial(data, lambda weight: weight.clamp_(-0.05, 0.05)),
+    "sign": partial(data, lambda weight: weight[0].neg_()),
+    "permuted": partial(data, lambda weight: weight.copy_(weight[torch.arange(6).flip(0)])),
+    "one bit": partial(data, lambda weight: weight.view(torch.int64)[1, 2].bitwise_xor_(1)),
+    "assigned": assigned,
+    "numpy": through_numpy,
+    "in place": lambda model: torch._foreach_add_([model.get_parameter("2.weight").detach()], 1.0),
+    "vector": by_vector,
+    "state dict": lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()} | {
+        "0.weight": model.state_dict()["0.weight"], "4.weight": model.state_dict()["4.weight"]}),
+    "weight decay": with_weight_decay,
+    "replaced": replaced,
+}  # fmt: skip
+
+CALLS: dict[str, Callable[[lx.Cascade, Path], object]] = {
+    "transition": lambda cascade, _: cascade.transition(None),
+    "stages": lambda cascade, _: next(iter(cascade.stages(1, optimizer_of(cascade)))),
+    "release": lambda cascade, _: cascade.release(),
+    "folded_state_dict": lambda cascade, _: cascade.folded_state_dict(),
+    "weights": lambda cascade, _: cascade.weights("slow").__enter__(),
+    "rewind": lambda cascade, _: cascade.rewind(0, None),
+    "to": lambda cascade, _: cascade.float(),
+    "save": lx.save,
+}
+
+
+def call_of_a_new_kind(cascade: lx.Cascade) -> None:
+    """What makes another graph: it must not make what was written before right."""
+    cascade.train(not cascade.training)
+    cascade(X)
+
+
+@pytest.mark.parametrize(
+    ("write", "call"), [*((write, "release") for write in WRITES), *(("clamp", call) for call in CALLS)]
+)
+def test_a_write_from_outside_is_refused(write: str, call: str, tmp_path: Path) -> None:
+    cascade = ended()
+    WRITES[write](cascade.model)
+    if call == "release":
+        call_of_a_new_kind(cascade)
+    before = {name: value.clone() for name, value in cascade.model.state_dict().items()}
+    with raises(lx.StateError, *REFUSED):
+        CALLS[call](cascade, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(value, before[name]) for name, value in cascade.model.state_dict().items())
+
+
+def cast(model: nn.Module) -> None:
+    model.half()
+
+
+def assigned_by_state_dict(model: nn.Module) -> None:
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()}, assign=True)
+
+
+INSIDE = WRITES | {"cast": cast, "assigned by state dict": assigned_by_state_dict}
+
+
+@pytest.mark.parametrize("write", INSIDE)
+def test_a_write_inside_weights_is_told_and_dropped(write: str) -> None:
+    """The oracle is a cascade that nobody has written into."""
+    cascade, twin = ended(), ended()
+    held = cascade.model.get_parameter("2.weight")
+    memory = held.data_ptr()
+    block = cascade.weights("fast")
+    block.__enter__()
+    INSIDE[write](cascade.model)
+    with raises(lx.StateError, "written-inside-weights"):
+        block.__exit__(None, None, None)
+    if write == "replaced":  # the module is the user's: it stays, and the next fold says so
+        with raises(lx.StateError, *REFUSED):
+            cascade.transition(None)
+        return
+    weight = cascade.model.get_parameter("2.weight")
+    assert weight is held
+    assert weight.data_ptr() == memory
+    assert torch.equal(weight, twin.model.get_parameter("2.weight"))
+    cascade.transition(None)
+    twin.transition(None)
+    assert torch.equal(cascade.release().get_parameter("2.weight"), twin.release().get_parameter("2.weight"))
+
+
+def test_parameters_trained_in_full_are_watched_inside_weights_too() -> None:
+    cascade = adapted(train=("0.bias",))
+    bias = cascade.model.get_parameter("0.bias")
+    with raises(lx.StateError, "written-inside-weights", "0.bias"), cascade.weights("slow"):
+        bias.data.add_(1)
+
+    def fails() -> None:
+        with cascade.weights("slow"):
+            bias.data.add_(1)
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first") as raised:
+        fails()
+    assert "0.bias was written inside" in raised.value.__notes__[0]
+    with cascade.weights("slow"):
+        cascade.model(X)
+
+
+def test_a_frozen_parameter_that_changes_between_saves_is_part_of_the_base(tmp_path: Path) -> None:
+    """It is in no checkpoint: what is saved later loads onto its new numbers only, in any dtype."""
+    cascade, original = ended(), mlp()
+    lx.save(cascade, tmp_path)
+    lx.load(tmp_path, mlp(), (X,))
+    cascade.model.get_parameter("0.bias").data.add_(1.0)
+    with warns("frozen-parameter-changed", "0.bias"):
+        lx.save(cascade, tmp_path)
+    with raises(lx.CheckpointError, "checkpoint-other-base", "0.bias"):
+        lx.load(tmp_path, mlp(), (X,))
+    original.get_parameter("0.bias").data.add_(1.0)
+    assert torch.equal(lx.load(tmp_path, copy.deepcopy(original), (X,))(X), cascade(X))
+    cascade.float()
+    lx.save(cascade, tmp_path)  # a cast is none of the user's changes
+    lx.load(tmp_path, original, (X,))
+
+
+def test_a_write_is_seen_where_the_weights_are_read_by_threads() -> None:
+    """Tensors of 17 MB together: read by several threads, each has the checksum of one that is read alone."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(1024, 2048), nn.Linear(2048, 1024)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(self.first(x))
+            return out
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        cascade = lx.adapt(Wide(), (torch.randn(2, 1024),), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+        cascade.transition(None)
+        tensors = dict(cascade.model.named_parameters())
+        assert checksums(tensors) == {name: checksum(value) for name, value in tensors.items()}
+        tensors["last.weight"].data[-1, -1] += 1
+        with raises(lx.StateError, "weights-changed-outside", "last.weight"):
+            cascade.transition(None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_same_numbers_written_again_are_no_change() -> None:
+    cascade = ended()
+    model = cascade.model
+    wanted = cascade(X)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    weight = model.get_parameter("2.weight")
+    weight.data = weight.data.t().contiguous().t()  # another layout of the same numbers
+    model[4].weight = nn.Parameter(model[4].weight.detach().clone(), requires_grad=False)
+    weight.data.add_(1).sub_(1).copy_(resting_value(cascade, "2.weight"))
+    call_of_a_new_kind(cascade)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
+    """A graph of another mode brings a site: W0 of that one is taken, and the marks of the others stay."""
+
+    class Modes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x) if self.training else self.one(x) + self.two(x)
+
+    def late() -> lx.Cascade:
+        cascade = lx.adapt(Modes().double(), (X,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+        assert [site.weight for site in cascade.sites] == ["one.weight"]
+        return cascade
+
+    first, second = late(), late()
+    first.model.one.weight.data.neg_()
+    for cascade in (first, second):
+        cascade.eval()(X)
+        assert len(cascade.sites) == 2
+    second.model.two.weight.data.neg_()
+    for cascade, name in ((first, "one"), (second, "two")):
+        with raises(lx.StateError, "weights-changed-outside", name):
+            cascade.release()
+
+
+def test_a_tie_that_was_cut_is_refused() -> None:
+    """A fold writes the parameter of the first place; the other would keep what it has."""
+    model = mlp()
+    model.append(nn.Linear(2, 6, bias=False).double())
+    model.append(nn.Linear(6, 2, bias=False).double())
+    model[6].weight = model[4].weight
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, pace=1.0), frontend="symbolic")
+    randomize(cascade)
+    wanted, shared = cascade(X), model[4].weight
+    model[6].weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    with raises(lx.StateError, "tie-broken", "6.weight", "4.weight"):
+        cascade.release()
+    model[6].weight = shared
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+@pytest.mark.parametrize("name", ["model", "branches"])
+def test_another_model_in_a_cascade_is_refused(name: str) -> None:
+    """`release` would give one back that nothing has trained."""
+    cascade = ended()
+    held = getattr(cascade, name)
+    with raises(lx.StateError, "child-replaced", name):
+        setattr(cascade, name, copy.deepcopy(held))
+    setattr(cascade, name, held)
+    assert getattr(cascade, name) is held
+    copy.deepcopy(cascade).release()
+
+
+def test_noise_weights_are_watched() -> None:
+    """A matrix that carries noise and is no site is written by each transition too."""
+    cascade = adapted(targets=("0.*",), noise=lx.Noise(0.1, where="all"))
+    assert [site.weight for site in cascade.sites] == ["0.weight"]
+    cascade.transition(None)
+    cascade.model[2].weight.data.neg_()
+    with raises(lx.StateError, *REFUSED):
+        cascade.transition(None)
+
+
+def test_parameters_trained_in_full_change_by_right() -> None:
+    cascade = adapted(targets=("0.*",), train=("2.weight",))
+    train(cascade, optimizer_of(cascade), batches(3, 4, 5))
+    cascade.model[2].weight.data.clamp_(-0.05, 0.05)
+    wanted = cascade(X)
+    call_of_a_new_kind(cascade)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def test_a_head_that_was_replaced_by_one_of_another_size_is_refused() -> None:
+    """As `reset_classifier` of timm does; a head of the same size is trained from then on."""
+    cascade = adapted(targets=("0.weight",), train=("4.*",))
+    cascade.model[4] = nn.Linear(6, 2).double()
+    train(cascade, optimizer_of(cascade), batches(1, 4, 5))
+    cascade.transition(None)
+    cascade.model[4] = nn.Linear(6, 3).double()
+    train(cascade, optimizer_of(cascade), batches(1, 4, 5))
+    for call in (lambda: cascade.transition(None), cascade.release, cascade.state_dict):
+        with raises(lx.StateError, "weights-changed-outside", "4.weight"):
+            call()
+
+
+def test_a_copy_is_watched_as_the_original_is() -> None:
+    cascade = ended()
+    wanted, twin, written = cascade(X), copy.deepcopy(cascade), copy.deepcopy(cascade)
+    written.model[2].weight.data.neg_()
+    again = copy.deepcopy(written)
+    for each in (written, again):
+        with raises(lx.StateError, *REFUSED):
+            each.release()
+    torch.testing.assert_close(twin.release()(X), wanted)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in another layout, which begins at an odd entry."""
+    return torch.cat([tensor.flatten()[:1], tensor.t().flatten()])[1:].view(tensor.t().shape).t()
+
+
+@pytest.mark.parametrize("sum_of", [checksum, device_sum])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (300, 257), (2, 2_100_001)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.complex64], ids=str
+)
+def test_checksums_are_of_the_bits_in_order(
+    dtype: torch.dtype, shape: tuple[int, int], sum_of: Callable[[torch.Tensor], int]
+) -> None:
+    """One bit, the signs of two entries, a swap: each is seen; the layout is none of it. Both on the host and as on a
+    device, which this machine need not have.
+    """
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(9).to(dtype)
+    known = sum_of(tensor)
+    assert sum_of(tensor.clone()) == known
+    if dtype.itemsize <= 4:
+        assert sum_of(strided(tensor)) == known
+    entries = tensor.view(torch.uint8).flatten()
+    edits = [(0, 1), (0, 128), (len(entries) - 1, 128)]
+    for first, mask in edits:
+        changed = tensor.clone()
+        changed.view(torch.uint8).flatten()[first] ^= mask
+        assert sum_of(changed) != known
+    if tensor.numel() > 1:
+        top = dtype.itemsize - 1
+        changed = tensor.clone()
+        changed.view(torch.uint8).flatten()[[top, top + 2 * dtype.itemsize]] ^= 128
+        assert sum_of(changed) != known
+        swapped = tensor.flatten().roll(1).view(shape)
+        assert sum_of(swapped) != known
+
+
+def test_tensors_without_numbers_have_checksums() -> None:
+    assert checksum(torch.empty(2, 3, device="meta")) != checksum(torch.empty(3, 2, device="meta"))
+    assert checksum(torch.empty(0, 3)) != checksum(torch.empty(3, 0))
+
+
+def test_no_mode_sees_how_a_checksum_is_made() -> None:
+    seen: list[str] = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    tensor = torch.randn(64, 64)
+    with Counter():
+        found = checksum(tensor)
+    assert found == checksum(tensor)
+    assert set(seen) <= {"aten.detach.default"}

@@ -1,0 +1,569 @@
+"""Code that backward runs again computes with the branches, and what it does not keep in memory is not kept here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import lorasc_fx as lx
+from tests.kit.errors import raises
+from tests.kit.models import batches, branches, loss_of, randomize
+from tests.kit.state import oldest_variant
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+X = batches(1, 4, 5)[0]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Block(nn.Module):
+    """A residual block; with `breaks` no graph holds it."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.breaks = breaks
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.breaks and x.sum().item() > 1e9:
+            x = -x
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Checkpointed(nn.Module):
+    """Blocks under torch.utils.checkpoint: one after the other with one twice, one inside the other, or in segments."""
+
+    def __init__(self, how: str, breaks: bool, reentrant: bool) -> None:
+        super().__init__()
+        self.how, self.reentrant = how, reentrant
+        self.stem, self.blocks, self.head = (
+            nn.Linear(5, 6),
+            nn.ModuleList(Block(breaks) for _ in range(2)),
+            nn.Linear(6, 3),
+        )
+
+    def kept(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(call, x, use_reentrant=self.reentrant)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, (first, second) = self.stem(x), self.blocks
+        if self.how == "nested":
+            x = self.kept(lambda inner: second(self.kept(first, inner)), x)
+        elif self.how == "segments":
+            x = checkpoint_sequential(nn.Sequential(first, second), 2, x, use_reentrant=self.reentrant)
+        else:
+            for block in (first, second, first):
+                x = self.kept(block, x)
+        return self.head(x)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, which gathers its weights in a list, checkpointed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(5, 6), nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(x)[None]
+        for _ in range(2):
+            hidden = checkpoint(lambda each: self.layer(each)[0], hidden, use_reentrant=True)
+        return self.head(hidden[0])
+
+
+class Reverse(torch.autograd.Function):
+    """A reversible block: backward makes its inputs of its outputs, and runs both functions again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, z: torch.Tensor, f: nn.Module, g: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.functions = f, g
+        with torch.no_grad():
+            y = x + f(z)
+            z = z + g(y)
+        ctx.save_for_backward(y, z)
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, dz: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (f, g), (y, z) = ctx.functions, ctx.saved_tensors
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            change = g(y)
+            torch.autograd.backward(change, dz)
+            z = (z - change).detach().requires_grad_()
+            torch.autograd.backward(f(z), dy + y.grad)
+        return dy + y.grad, dz + z.grad, None, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = self.stem(x).chunk(2, -1)
+        for f, g in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            halves = Reverse.apply(*halves, f, g)
+        return self.head(torch.cat(halves, -1))
+
+
+class Adjoint(torch.autograd.Function):
+    """Euler steps of an equation; backward goes the way back, with gradients by the tensors of `parameters()`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, f: nn.Module, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.f = f
+        with torch.no_grad():
+            for _ in range(3):
+                y = y + f(y) / 3
+        ctx.save_for_backward(y, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, *parameters = ctx.saved_tensors
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        for _ in range(3):
+            with torch.enable_grad():
+                y = y.detach().requires_grad_()
+                change = ctx.f(y)
+                own, *more = torch.autograd.grad(change, (y, *parameters), slope, allow_unused=True)
+            sums = [total if each is None else total + each / 3 for total, each in zip(sums, more, strict=True)]
+            slope, y = slope + own / 3, y - change.detach() / 3
+        return (slope, None, *sums)
+
+
+class Equation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(5, 6), Block(), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        trained = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
+        return self.head(Adjoint.apply(self.stem(x), self.block, *trained))
+
+
+class Hooked(nn.Module):
+    """A hook on a tensor computes with a weight in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.stem(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda slope: slope + 0.1 * slope @ self.body.weight)
+        return self.head(self.body(hidden))
+
+
+HOW = [("twice", True), ("nested", True), ("nested", False), ("segments", False), ("twice", False)]
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    f"{how}{'-breaks' if breaks else ''}-{'reentrant' if reentrant else 'hooks'}": partial(
+        Checkpointed, how, breaks, reentrant
+    )
+    for how, breaks in HOW
+    for reentrant in (True, False)
+} | {each.__name__: each for each in (Recurrent, Reversible, Equation, Hooked)}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[name]().double().train()
+
+
+def gradients(model: nn.Module, x: torch.Tensor = X) -> None:
+    loss_of(model(x)).backward()
+
+
+def assert_gradients(cascade: lx.Cascade, merged: nn.Module) -> None:
+    """The factors have the gradients that the eager model with W + s B A gives them, through its weights."""
+    for name, branch in branches(cascade).items():
+        right = torch.autograd.grad(
+            branch.scale * branch.delta(), (branch.lora_A, branch.lora_B), merged.get_parameter(name).grad
+        )
+        assert right[0].any()
+        for factor, expected in zip((branch.lora_A, branch.lora_B), right, strict=True):
+            torch.testing.assert_close(factor.grad, expected, rtol=0, atol=1e-12)
+
+
+def merged_twin(model: nn.Module, cascade: lx.Cascade) -> nn.Module:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, branch in branches(cascade).items():
+            twin.get_parameter(name).add_(branch.scale * branch.delta())
+    return twin.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
+    """In two steps and in a call of the cascade inside another's backward; a call of the model itself stays without."""
+    model = model_of(name)
+    original = copy.deepcopy(model)
+    cascade = lx.adapt(model, (X,), spec=SPEC, frontend="graph-breaks" if name == "Hooked" else "auto")
+    assert len(cascade.sites) == sum(parameter.dim() > 1 for parameter in model.parameters())
+    randomize(cascade)
+    twin = merged_twin(original, cascade)
+    for _ in range(2):
+        for each in (cascade, twin):
+            each.zero_grad()
+            gradients(each)
+        assert_gradients(cascade, twin)
+    x, z = (X.clone().requires_grad_() for _ in range(2))
+    later = cascade(X)
+    for each, given in ((model, x), (original, z)):
+        loss_of(each(given)).backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=0, atol=1e-12)
+    cascade.zero_grad()
+    loss_of(later).backward()
+    assert_gradients(cascade, twin)
+    cascade.zero_grad()
+    torch.save(model, io.BytesIO())
+    torch.testing.assert_close(copy.deepcopy(cascade)(X), twin(X), rtol=0, atol=1e-12)
+    released = cascade.release()
+    assert all(type(module._parameters) is dict for module in released.modules())
+
+
+OUTPUTS: list[torch.Tensor] = []
+
+
+def keep_output(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+    OUTPUTS.append(output.detach())
+
+
+def test_a_hook_that_comes_and_goes() -> None:
+    """While it is there the model runs as it is, and its modules read their weights in a way of their own."""
+    model = Checkpointed("in a row", breaks=False, reentrant=False).double()
+    original = copy.deepcopy(model)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    randomize(cascade)
+    twin = merged_twin(original, cascade)
+    for hooked in (False, True, False):
+        handle = model.blocks[0].up.register_forward_hook(keep_output) if hooked else None
+        for each in (cascade, twin):
+            each.zero_grad()
+            gradients(each)
+        assert_gradients(cascade, twin)
+        if handle is not None:
+            handle.remove()
+
+
+def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
+    """Each computes again what it has computed."""
+    model = model_of("twice-breaks-hooks")
+    original = copy.deepcopy(model)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    randomize(cascade)
+    twin = merged_twin(original, cascade)
+    x, z = (X.clone().requires_grad_() for _ in range(2))
+    (loss_of(model(x)) + loss_of(cascade(x)) + loss_of(model(x))).backward()
+    (loss_of(original(z)) + loss_of(twin(z)) + loss_of(original(z))).backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=0, atol=1e-12)
+    assert_gradients(cascade, twin)
+
+
+def test_parameters_are_pickled_as_ever() -> None:
+    model = model_of("Reversible")
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    gradients(cascade)
+    held = model.blocks[0].up._parameters
+    assert type(held) is not dict
+    assert type(copy.deepcopy(held)) is dict
+    stored = io.BytesIO()
+    torch.save(model.blocks[0].up, stored)
+    assert b"lorasc" not in stored.getvalue()
+    with cascade.weights("base"):
+        assert torch.equal(cascade(X), model(X))
+
+
+def test_an_output_that_is_gone_before_its_backward_is_an_error() -> None:
+    """A value of each weight is kept for a call where gradients are asked for by `parameters()`."""
+
+    class Kept(Equation):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = super().forward(x)
+            self.__dict__["loss"] = [output.square().sum()]
+            return output.detach() if self.__dict__.get("alone") else output
+
+    torch.manual_seed(3)
+    model = Kept().double().train()
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    cascade(X)
+    model.__dict__["loss"][0].backward()
+    vars(model)["alone"] = True
+    cascade(X)
+    with raises(lx.StateError, "output-gone", "Kept", "block.up.weight"):
+        model.__dict__["loss"][0].backward()
+
+
+def test_a_weight_that_only_a_closure_holds_in_backward_is_refused() -> None:
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, held: tuple[torch.Tensor]) -> torch.Tensor:
+            ctx.held = held
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return slope @ ctx.held[0], None
+
+    class Closure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.second, self.stem = nn.Linear(6, 6), nn.Linear(7, 6), nn.Linear(5, 7)
+            self.held = (self.body.weight,)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(Holds.apply(self.second(self.stem(x)), self.held))
+
+    with raises(lx.CaptureError, "wrong-gradient", "Closure", "second.weight", "stem (Linear)"):
+        lx.adapt(Closure(), (X.float(),), spec=SPEC)
+
+
+class Region(torch.autograd.Function):
+    """Gradient checkpointing of one's own, as in diffusion models: differentiates by all parameters of a region."""
+
+    @staticmethod
+    def forward(ctx: Any, region: Callable[..., Any], x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.region, ctx.x, ctx.parameters = region, x, list(parameters)
+        with torch.no_grad():
+            return region(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.region(x)
+        return (None, *torch.autograd.grad(output, [x, *ctx.parameters], slope))
+
+
+class Regional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(Region.apply(self.body, self.stem(x), *self.body.parameters()))
+
+
+def test_a_region_that_differentiates_by_frozen_parameters_is_refused() -> None:
+    """The frozen bias has no gradient; trained in full it has, and the region computes with the branch."""
+    torch.manual_seed(0)
+    model, twin = Regional().double(), Regional().double()
+    model.body.bias.grad = torch.ones(6, dtype=torch.float64)
+    with raises(lx.CaptureError, "wrong-gradient", "Regional", "does not require grad", "train="):
+        lx.adapt(model, (X,), spec=SPEC)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.body.bias.grad.eq(1).all()
+    model.zero_grad()
+    twin.load_state_dict(model.state_dict())
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, train=("body.bias",)))
+    randomize(cascade)
+    merged = merged_twin(twin, cascade)
+    for each in (cascade, merged):
+        gradients(each)
+    assert_gradients(cascade, merged)
+    torch.testing.assert_close(model.body.bias.grad, merged.body.bias.grad, rtol=0, atol=1e-12)
+    cascade.zero_grad()
+    cascade.release()
+
+
+class Reseeds(nn.Module):
+    """Draws a seed for its dropout, to repeat it later, as reversible networks do."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.stem, self.head = source, nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(torch.seed() if self.source == "seed" else time.monotonic_ns())
+        return self.head(F.dropout(self.stem(x), 0.4))
+
+
+def test_a_model_that_seeds_the_generator_anew() -> None:
+    """torch.seed is followed; of a seed from elsewhere the refusal tells."""
+    cascade = lx.adapt(Reseeds("seed").double(), (X,), spec=SPEC)
+    assert [site.weight for site in cascade.sites] == ["stem.weight", "head.weight"]
+    assert not torch.equal(cascade(X), cascade(X))  # every call draws its own
+    gradients(cascade)
+    with raises(lx.CaptureError, "model-not-repeatable", "Reseeds", "dropouts of 0"):
+        lx.adapt(Reseeds("clock").double(), (X,), spec=SPEC)
+
+
+# ---- memory
+
+
+class Stack(nn.Module):
+    """Blocks that are checkpointed on demand, as those of transformers and timm are."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.gradient_checkpointing, self.reentrant = False, reentrant
+        self.stem, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 16)) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            kept = self.gradient_checkpointing and self.training
+            x = x + (checkpoint(block, x, use_reentrant=self.reentrant) if kept else block(x))
+        return self.head(x)
+
+
+def bytes_kept(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of what autograd saves in a forward, each storage once."""
+    found: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        model(x)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) -> None:
+    """Turned on before `adapt` or after it, and off again."""
+    torch.manual_seed(4)
+    model, x = Stack(reentrant), torch.randn(256, 5)
+    model.gradient_checkpointing = True
+    eager = bytes_kept(model, x)
+    model.gradient_checkpointing = before
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert len(cascade.sites) == 10
+    for on in (before, True, False, True):
+        model.gradient_checkpointing = on
+        cascade(x)
+        factors = sum(4 * parameter.numel() for parameter in cascade.branches.parameters())
+        low = 10 * 4 * 2 * 256  # A x of each site outside
+        assert (bytes_kept(cascade, x) <= eager + factors + low) == on
+    randomize(cascade)
+    model.eval()
+    expected = cascade(x)
+    cascade.train()
+    torch.manual_seed(0)
+    gradients(cascade, x)
+    with_regions = [parameter.grad.clone() for parameter in cascade.branches.parameters()]
+    cascade.zero_grad()
+    model.gradient_checkpointing = False
+    torch.manual_seed(0)
+    gradients(cascade, x)
+    for one, other in zip(with_regions, cascade.branches.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(cascade.eval()(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
+def test_a_whole_graph_is_refused(frontend: str) -> None:
+    model = Stack()
+    model.gradient_checkpointing = True
+    with raises(lx.CaptureError, "not-captured", "gradient checkpointing"):
+        lx.adapt(model, (X.float(),), spec=SPEC, frontend=frontend)
+    cascade = lx.adapt(model, (X.float(),), spec=SPEC)
+    with raises(lx.CaptureError, "no-whole-graph", "gradient checkpointing"):
+        cascade.folded_graph()
+    cascade.eval()
+    cascade.folded_graph()
+
+
+class Widened(nn.Module):
+    """A model whose output is cast to fp32, whatever it computed in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).float()
+
+
+@pytest.mark.parametrize("bits", ["bf16", "autocast", "autocast, fp32 output"])
+def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
+    """A rounded gradient is not taken for a wrong one: branches stand beside their ops, inside the regions too."""
+    torch.manual_seed(4)
+    model, x = Stack(), torch.randn(64, 5)
+    model.gradient_checkpointing = True
+    if "output" in bits:
+        model = Widened(model)
+    if bits == "bf16":
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in bits):
+        cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert set(oldest_variant(cascade).placements.values()) == {"beside"}
+
+
+class Rectified(nn.Module):
+    """Few inputs of a ReLU: one whose sign rounding flips changes a good part of a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.b(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(checkpoint(self.block, torch.relu(self.a(x)), use_reentrant=False))
+
+
+def test_a_loaded_run_and_a_copy_keep_the_placements_under_autocast(tmp_path: Path) -> None:
+    x = [torch.randn(6, 8, generator=torch.Generator().manual_seed(100 + k)) for k in range(4)]
+    cascade = lx.adapt(Rectified(), (x[0],), spec=lx.CascadeSpec(rank=2))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    with torch.autocast("cpu", torch.bfloat16):
+        for each in x[:3]:
+            cascade(each).float().square().mean().backward()
+        optimizer.step()
+        lx.save(cascade, tmp_path)
+        expected = cascade(x[3])
+        for again in (lx.load(tmp_path, Rectified(), args=(x[0],)), copy.deepcopy(cascade)):
+            assert torch.equal(again(x[3]), expected)
+            assert again.placements == cascade.placements == dict.fromkeys(cascade.placements, "beside")
+
+
+def test_dropout_of_branches_acts_with_graph_breaks() -> None:
+    model = Stack()
+    model.gradient_checkpointing = True
+    cascade = lx.adapt(model, (X.float(),), spec=lx.CascadeSpec(rank=2, dropout=0.5))
+    assert set(oldest_variant(cascade).placements.values()) == {"beside"}
+    for module in model.modules():
+        module.training &= not isinstance(module, nn.Dropout)
+    randomize(cascade)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(cascade(X.float()))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_torch_compile_around_it_keeps_the_branches() -> None:
+    model = Checkpointed("twice", breaks=False, reentrant=False).double()
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    randomize(cascade)
+    gradients(cascade)
+    expected = [parameter.grad.clone() for parameter in cascade.branches.parameters()]
+    cascade.zero_grad()
+    gradients(torch.compile(cascade, backend="eager"))
+    for one, other in zip(expected, cascade.branches.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one, rtol=0, atol=1e-12)

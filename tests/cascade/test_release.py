@@ -1,0 +1,282 @@
+"""`release` gives the user's own model back; folded state dict and folded graph are the same weights, apart from it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.errors import raises
+from tests.kit.models import batches, branches, factors, randomize
+
+SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
+
+
+class Stated(nn.Module):
+    """A norm with statistics, a frozen part, a part in eval mode, a hook, a persistent buffer and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, groups=1, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.linspace(0, 1, 3))
+        self.register_buffer("passing", torch.linspace(1, 2, 3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.stem(x))).mean((2, 3))
+        return (self.head(self.drop(hidden)) + self.shift) * self.passing
+
+
+def stated() -> Stated:
+    torch.manual_seed(51)
+    model = Stated().double().train()
+    model.norm.eval()
+    model.stem.weight.requires_grad_(False)
+    model.norm.bias.requires_grad_(False)
+    return model
+
+
+def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cascade:
+    """Two stages: one folded, one that has trained."""
+    cascade = lx.adapt(model, (x,), spec=SPEC, **options)
+    randomize(cascade, 1)
+    cascade.transition(None)
+    randomize(cascade, 2)
+    return cascade
+
+
+def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make: Any) -> dict[str, torch.Tensor]:
+    """W0 + pace * sum of the deltas, which another cascade of the same spec tells the factors of."""
+    other = lx.adapt(make(), batches(1, 2, 3, 5, 4), spec=SPEC)
+    found = {name: value.clone() for name, value in state.items()}
+    for seed in seeds:
+        randomize(other, seed)
+        for name, branch in branches(other).items():
+            found[name] += 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach().view_as(found[name])
+        other.transition(None)
+    return found
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_release_is_the_users_object(frontend: str) -> None:
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    before = copy.deepcopy(model.state_dict())
+    calls: list[int] = []
+    model.drop.register_forward_hook(lambda *given: calls.append(1) or given[-1])
+    objects = dict(model.named_parameters()) | dict(model.named_buffers())
+    modules = dict(model.named_modules())
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    cascade = trained_cascade(model, x, frontend=frontend)
+    cascade.eval()
+    released = cascade.release()
+
+    assert released is model
+    assert dict(model.named_modules()) == modules
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert held.keys() == objects.keys()
+    assert all(held[name] is value for name, value in objects.items())
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
+    assert len(set(flags.values())) == len(set(modes.values())) == 2
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(value.grad is None for value in model.parameters())
+    assert not any(value._backward_hooks or value._post_accumulate_grad_hooks for value in model.parameters())
+    calls.clear()
+    model(x)
+    assert calls == [1]
+    state, expected = model.state_dict(), expected_state(before, (1, 2), stated)
+    assert state.keys() == before.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-13, msg=name)
+    assert torch.equal(state["norm.running_mean"], before["norm.running_mean"])
+    assert not torch.equal(state["stem.weight"], before["stem.weight"])
+
+
+def test_a_released_model_is_free() -> None:
+    """It trains, is adapted again with its new weights as W0, and the old cascade says that it has ended."""
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = trained_cascade(model, x)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade.release()
+    for call in (lambda: cascade(x), cascade.release, lambda: cascade.transition(optimizer), cascade.folded_state_dict):
+        with raises(lx.StateError, "released"):
+            call()
+    weight = model.head.weight.detach().clone()
+    model(x).sum().backward()
+    assert model.head.weight.grad is not None
+    optimizer.step()  # holds branches of the past only
+    assert torch.equal(model.head.weight, weight)
+    assert model.head.weight.requires_grad
+    again = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    with again.weights("base"):
+        assert torch.equal(model.head.weight, weight)
+
+
+# torch's own, of a copy of any exported graph
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_folded_state_dict_and_graph_are_the_release(frontend: str) -> None:
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = trained_cascade(model, x, frontend=frontend)
+    running = {name: value.clone() for name, value in model.state_dict().items()}
+    state = cascade.folded_state_dict()
+    cascade.eval()
+    graph = cascade.folded_graph()
+    assert not any("lora" in name or "branch" in name for name in [*graph.state_dict(), *dict(graph.named_modules())])
+    for name, value in model.state_dict().items():  # nothing moved, nothing is shared
+        assert torch.equal(value, running[name])
+        assert state[name].data_ptr() != value.data_ptr()
+    theirs = {value.data_ptr() for value in [*model.parameters(), *model.buffers()]}
+    assert not any(value.data_ptr() in theirs for value in [*graph.parameters(), *graph.buffers()])
+
+    copied = copy.deepcopy(graph)
+    released = cascade.release().eval()
+    assert list(state) == list(released.state_dict())
+    for name, value in released.state_dict().items():
+        assert torch.equal(state[name], value), name
+    for size in (2, 5):
+        y = batches(1, size, 3, 5, 4)[0]
+        expected = released(y)
+        assert expected.std() > 0.1
+        assert torch.equal(graph(y), expected)
+        assert torch.equal(copied(y), expected)
+    with torch.no_grad():
+        for value in graph.parameters():
+            value.zero_()
+    assert torch.equal(copied(x), released(x))
+    assert not torch.equal(graph(x), released(x))
+    fresh = stated()
+    fresh.load_state_dict(state, strict=True)
+    assert torch.equal(fresh.eval()(x), released(x))
+
+
+def test_folded_graph_for_other_inputs() -> None:
+    """The graph of another mode and of other arguments, with the same weights."""
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = trained_cascade(model, x).eval()
+    graph = cascade.folded_graph((x,))
+    by_name = cascade.folded_graph(kwargs={"x": x})
+    cascade.train()
+    training = cascade.folded_graph((x,))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    found = training(x)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    released = cascade.release().eval()
+    assert torch.equal(graph(x), released(x))
+    assert torch.equal(by_name(x), released(x))
+    torch.manual_seed(1)
+    assert torch.equal(found, released.train()(x))
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """save_pretrained, from_pretrained: equal outputs, in the dtype; tied weights, generate and its settings too."""
+    torch.manual_seed(52)
+    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    config = transformers.LlamaConfig(
+        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied, **size,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model.generation_config.max_new_tokens, model.generation_config.pad_token_id = 4, 0
+    ids = torch.randint(3, 30, (2, 7))
+    cascade = lx.adapt(model, kwargs={"input_ids": ids, "use_cache": False}, spec=SPEC)
+    randomize(cascade, size=0.5)
+    with cascade.weights("base"):
+        before = cascade.model(input_ids=ids).logits
+    cascade.transition(None)
+    with cascade.weights("slow"):
+        slow = cascade.model(input_ids=ids).logits
+        written = model.generate(ids, do_sample=False)
+    state = cascade.folded_state_dict()
+    released = cascade.release()
+    assert (slow - before).abs().max() > 1e-3
+    fresh = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    assert str(fresh.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
+    released.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert loaded.generation_config.max_new_tokens == 4
+    for each in (loaded, released, fresh):
+        assert {value.dtype for value in each.parameters()} == {dtype}
+        assert (each.lm_head.weight is each.model.embed_tokens.weight) == tied
+        assert all(torch.equal(state[name], value) for name, value in each.state_dict().items())
+        off = 0.0 if dtype == torch.float32 else 0.02  # bf16: which kernel runs depends on where a file is mapped
+        torch.testing.assert_close(each(input_ids=ids).logits, slow, rtol=off, atol=off)
+    assert torch.equal(loaded.generate(ids, do_sample=False), written)
+    assert written.shape == (2, 11)
+
+
+@pytest.mark.parametrize(
+    ("library", "dtype"), [("timm", torch.float32), ("timm", torch.bfloat16), ("torchvision", torch.bfloat16)]
+)
+def test_a_model_of_a_library_loads_strictly(library: str, dtype: torch.dtype) -> None:
+    def build() -> nn.Module:
+        if library == "timm":
+            return timm.create_model("resnet10t", num_classes=5).to(dtype)
+        return torchvision.models.shufflenet_v2_x0_5(num_classes=5).to(dtype)
+
+    torch.manual_seed(53)
+    model, x = build().train(), torch.randn(3, 3, 64, 64, dtype=dtype)
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    randomize(cascade)
+    cascade(x)  # moves the running statistics
+    state = cascade.folded_state_dict()
+    released = cascade.release().eval()
+    for each in (state, released.state_dict()):
+        fresh = build().eval()
+        before = fresh(x)
+        kinds = {name: value.dtype for name, value in fresh.state_dict().items()}
+        assert {name: value.dtype for name, value in each.items()} == kinds
+        assert str(fresh.load_state_dict(each, strict=True)) == "<All keys matched successfully>"
+        assert torch.equal(fresh(x), released(x))
+        assert not torch.equal(before, fresh(x))
+
+
+def test_weights_serve_the_models_own_methods() -> None:
+    """Inside `weights` cascade and model compute the same; outside the stage goes on, also after an error."""
+    model, x = stated().eval(), batches(1, 2, 3, 5, 4)[0]
+    original = copy.deepcopy(model)
+    cascade = trained_cascade(model, x)
+    a = factors(cascade)
+    running = cascade(x)
+    with cascade.weights("base"):
+        assert torch.equal(cascade(x), original(x))
+        assert torch.equal(model(x), original(x))
+        for call in (cascade.release, lambda: cascade.transition(None), lambda: cascade.weights("slow").__enter__()):
+            with raises(lx.StateError, "inside-weights"):
+                call()
+    with contextlib.suppress(ZeroDivisionError), cascade.weights("fast"):
+        assert torch.equal(cascade(x), model(x))
+        raise ZeroDivisionError
+    assert torch.equal(cascade(x), running)
+    assert all(torch.equal(value, a[name]) for name, value in factors(cascade).items())
+
+
+def test_a_cascade_that_was_dropped_leaves_nothing() -> None:
+    """Its branches and the model go, though hooks on the parameters knew them."""
+    x = torch.randn(2, 5)
+    cascade = lx.adapt(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), (x,), spec=SPEC)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade(x).sum().backward()
+    optimizer.step()
+    parameters = [weakref.ref(parameter) for parameter in cascade.parameters()]
+    del cascade, optimizer
+    gc.collect()
+    assert all(parameter() is None for parameter in parameters)

@@ -1,0 +1,196 @@
+"""What a transition does besides the slow update: optimizer state, the next lora_A, parameters trained in full."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.models import batches, branches, factors, mlp, optimizer_of, train
+
+CALLS = 4
+
+
+def headed() -> nn.Module:
+    """A body of two sites, a norm and a head that are trained in full."""
+    torch.manual_seed(61)
+    body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
+    return nn.Sequential(OrderedDict(body=body, norm=nn.LayerNorm(6), head=nn.Linear(6, 2))).double()
+
+
+def headed_cascade(model: nn.Module | None = None, **options: Any) -> lx.Cascade:
+    spec = lx.CascadeSpec(**{"rank": 2, "targets": ("body",), "train": ("head", "norm"), **options})
+    return lx.adapt(headed() if model is None else model, batches(1, 4, 5), spec=spec)
+
+
+TRAINED = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    return {parameter: {k: v.clone() for k, v in state.items()} for parameter, state in optimizer.state.items()}
+
+
+def owned(cascade: lx.Cascade) -> list[nn.Parameter]:
+    return list(cascade.branches.parameters())
+
+
+def pruned(state: dict[str, torch.Tensor], name: str, ratio: float) -> torch.Tensor:
+    """Zero where either moment is among the share `ratio` of its smallest in magnitude, by sorting."""
+    value, zero = state[name], torch.zeros_like(state["exp_avg"], dtype=torch.bool)
+    for moment in (state["exp_avg"].abs(), state["exp_avg_sq"].abs()):
+        zero |= moment < moment.flatten().sort().values[round(ratio * moment.numel())]
+    return torch.where(zero, 0.0, value)
+
+
+@pytest.mark.parametrize("how", ["reset", "kept", 0.25, 0.9])
+def test_optimizer_state_of_the_branches_and_of_nothing_else(how: Any) -> None:
+    cascade = headed_cascade(optimizer_state=how)
+    optimizer = optimizer_of(cascade)
+    train(cascade, optimizer, batches(CALLS, 4, 5))
+    objects, before = list(cascade.parameters()), snapshot(optimizer)
+    groups = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+    own = owned(cascade)
+    assert all(before[parameter]["exp_avg"].any() for parameter in own)
+    cascade.transition(optimizer)
+
+    assert all(new is old for new, old in zip(cascade.parameters(), objects, strict=True))
+    assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
+    assert all(parameter.grad is None for parameter in cascade.parameters())
+    for parameter, state in before.items():
+        found = optimizer.state.get(parameter, {})
+        mine = any(parameter is each for each in own)
+        assert set(found) == (set() if mine and how == "reset" else set(state))
+        for name, value in found.items():
+            shaped = mine and isinstance(how, float) and value.shape == parameter.shape
+            assert torch.equal(value, pruned(state, name, how) if shaped else state[name]), name
+
+
+def test_no_factor_leaps_on_a_pruned_state() -> None:
+    """lora_A has no gradient in a stage's first step; where its second moment was pruned and its first was not, Adam
+    stepped by exp_avg / eps."""
+    calls = batches(2 * CALLS, 4, 5)
+    cascade = lx.adapt(mlp(), (calls[0],), spec=lx.CascadeSpec(rank=4, optimizer_state=0.9))
+    optimizer = optimizer_of(cascade)
+    train(cascade, optimizer, calls[:CALLS])
+    cascade.transition(optimizer)
+    before = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
+    train(cascade, optimizer, calls[CALLS : CALLS + 1])
+    rate = max(group["lr"] for group in optimizer.param_groups)
+    for name, value in cascade.branches.named_parameters():
+        assert (value - before[name]).abs().max() <= 10 * rate, name
+
+
+def test_a_reset_is_a_new_optimizer() -> None:
+    """The next stage's steps are those of an optimizer that has never stepped; kept state makes others."""
+    calls, losses = batches(2 * CALLS, 4, 5), {}
+    for how in ("reset", "kept", "new"):
+        cascade = lx.adapt(
+            mlp(), (calls[0],), spec=lx.CascadeSpec(rank=2, optimizer_state="kept" if how == "kept" else "reset")
+        )
+        optimizer = optimizer_of(cascade)
+        train(cascade, optimizer, calls[:CALLS])
+        cascade.transition(optimizer)
+        losses[how] = train(cascade, optimizer if how != "new" else optimizer_of(cascade), calls[CALLS:])
+    assert torch.equal(losses["reset"], losses["new"])
+    assert not torch.allclose(losses["kept"], losses["new"], rtol=1e-6)
+
+
+def test_sgd_momentum_is_state_too() -> None:
+    cascade = headed_cascade()
+    optimizer = optimizer_of(cascade, "sgd")
+    train(cascade, optimizer, batches(CALLS, 4, 5))
+    trained = {
+        name: optimizer.state[dict(cascade.model.named_parameters())[name]]["momentum_buffer"].clone()
+        for name in TRAINED
+    }
+    cascade.transition(optimizer)
+    assert not any(optimizer.state.get(parameter) for parameter in owned(cascade))
+    for name, value in trained.items():
+        assert torch.equal(optimizer.state[dict(cascade.model.named_parameters())[name]]["momentum_buffer"], value)
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+@pytest.mark.parametrize("slow_train", [True, False])
+def test_parameters_trained_in_full_follow_the_slow_rule(restart: str, slow_train: bool) -> None:
+    """S_t = S_{t-1} + pace (F_t - S_{t-1}) of the parameter itself; slow_train = False leaves it fast."""
+    cascade = headed_cascade(pace=0.4, restart=restart, slow_train=slow_train)
+    held = dict(cascade.model.named_parameters())
+    base = {name: held[name].detach().clone() for name in TRAINED}
+    slow = {name: value.clone() for name, value in base.items()}
+    optimizer = optimizer_of(cascade)
+    for stage in range(3):
+        train(cascade, optimizer, batches(CALLS, 4, 5, seed=stage))
+        fast = {name: held[name].detach().clone() for name in TRAINED}
+        for which, expected in (("fast", fast), ("slow", slow if slow_train else fast), ("base", base)):
+            with cascade.weights(which):
+                for name, value in expected.items():
+                    torch.testing.assert_close(held[name].detach(), value, rtol=0, atol=1e-14)
+            assert all(torch.equal(held[name], value) for name, value in fast.items())
+        slow = {name: value + 0.4 * (fast[name] - value) for name, value in slow.items()} if slow_train else fast
+        if stage < 2:
+            cascade.transition(optimizer)
+            start = slow if restart == "slow" else fast
+            for name, value in start.items():
+                torch.testing.assert_close(held[name].detach(), value, rtol=0, atol=1e-14)
+                assert held[name].requires_grad
+    assert all((slow[name] - base[name]).abs().max() > 1e-3 for name in TRAINED)
+    state = cascade.folded_state_dict()
+    released = dict(cascade.release().named_parameters())
+    for name, value in slow.items():
+        torch.testing.assert_close(released[name].detach(), value, rtol=0, atol=1e-14)
+        assert torch.equal(state[name], released[name])
+
+
+def test_a_stage_that_trained_the_head_only_is_folded() -> None:
+    cascade = headed_cascade(pace=0.5)
+    head = cascade.model.head.weight
+    base = head.detach().clone()
+    with torch.no_grad():
+        head.add_(1.0)
+    torch.testing.assert_close(cascade.release().head.weight.detach(), base + 0.5, rtol=0, atol=1e-15)
+
+
+def test_idle_heads_are_slow() -> None:
+    """After `stages` the head is the slow one; the next loop goes on from where the restart rule says."""
+    for restart in ("slow", "fast"):
+        cascade = headed_cascade(pace=0.4, restart=restart)
+        head, optimizer = cascade.model.head.weight, optimizer_of(cascade)
+        base = head.detach().clone()
+        for _ in cascade.stages(1, optimizer):
+            train(cascade, optimizer, batches(CALLS, 4, 5))
+            fast = head.detach().clone()
+        slow = base + 0.4 * (fast - base)
+        torch.testing.assert_close(head.detach(), slow, rtol=0, atol=1e-14)
+        for _ in cascade.stages(1, optimizer):
+            torch.testing.assert_close(head.detach(), slow if restart == "slow" else fast, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["fresh", "kept"])
+def test_where_lora_a_starts(how: str) -> None:
+    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2, restart_A=how))
+    first, optimizer = factors(cascade), optimizer_of(cascade)
+    train(cascade, optimizer, batches(CALLS, 4, 5))
+    trained = factors(cascade)
+    cascade.transition(optimizer)
+    second = factors(cascade)
+    for name, branch in branches(cascade).items():
+        assert not branch.lora_B.any()
+        assert not torch.equal(trained[name], first[name])
+        assert torch.equal(second[name], trained[name]) == (how == "kept")
+        assert not torch.equal(second[name], first[name])
+
+
+def test_a_scheduler_steps_once_a_stage() -> None:
+    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    rates = []
+    for _ in cascade.stages(3, optimizer, scheduler):
+        rates.append(optimizer.param_groups[0]["lr"])
+        train(cascade, optimizer, batches(1, 4, 5))
+    assert rates == [1.0, 0.5, 0.25]

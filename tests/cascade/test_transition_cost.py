@@ -1,0 +1,284 @@
+"""What a transition may take: no new tensor where one stands, little memory beside, no capture and no compilation.
+
+Counted, not timed: `benchmarks/transitions.py` has the seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from lorasc_fx.branch.noise import BLOCK
+from lorasc_fx.state.products import accumulate
+from tests.kit.models import branches, loss_of, randomize
+from tests.kit.seams import SEAMS, lower, seam
+from tests.kit.state import variant_count
+
+STAGES = 5
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are alive: `most` is the largest sum so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in pytree.tree_leaves((args, kwargs)) if is_tensor(tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                if not tensor.is_meta and storage._cdata not in given and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.most = max(self.most, sum(self.alive.values()))
+        return result
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+class Wide(nn.Module):
+    """Ten weights of one size, [640, 800] as matrices: linears, convolutions, and a stack of four experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.down = nn.ModuleList(nn.Linear(800, 640, bias=False) for _ in range(4))
+        self.up = nn.ModuleList(nn.Linear(640, 800, bias=False) for _ in range(4))
+        self.conv = nn.Conv2d(200, 640, 2)
+        self.experts = nn.Parameter(torch.randn(4, 160, 800) * 0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for down, up in zip(self.down, self.up, strict=True):
+            x = x + up(torch.tanh(down(x)))
+        y = self.conv(x.view(-1, 200, 2, 2)).flatten(1)
+        return y + torch.bmm(x.expand(4, -1, -1), self.experts.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+LARGEST = 640 * 800
+X = torch.randn(3, 800, generator=torch.Generator().manual_seed(1))
+NARROW = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 0, torch.float64: 0}
+
+
+def wide(dtype: torch.dtype, **options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
+    """A cascade whose branches and optimizer hold numbers."""
+    spec = lx.CascadeSpec(rank=1, pace=0.5, **options)
+    cascade = lx.adapt(Wide().to(dtype).eval(), (X.to(dtype),), spec=spec)
+    assert len(cascade.sites) == 10
+    return cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+
+
+def trained(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("options", [{}, {"restart": "fast", "optimizer_state": 0.5}], ids=["slow", "fast"])
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options: dict[str, Any]) -> None:
+    """Copies of factors; of weights none where the arithmetic is the weight's own, else one in fp32; some blocks of
+    noise.
+
+    The ten weights together, or a product of factors, would be more: they are copied once, before the first write.
+    """
+    cascade, optimizer = wide(dtype, noise=lx.Noise(strength), **options)
+    factors = sum(parameter.nbytes for branch in cascade.branches.values() for parameter in branch.parameters())
+    unit = LARGEST * (8 if dtype == torch.float64 else 4)
+    assert factors < unit / 10
+    for stage in range(4):
+        trained(cascade, optimizer)
+        with Peak() as peak:
+            cascade.transition(optimizer)
+        first = sum(parameter.nbytes for parameter in cascade.model.parameters() if parameter.dim() > 1)
+        first = first if stage == 0 and not strength else 0
+        room = first + NARROW[dtype] * unit + (12 * BLOCK if strength else 0)
+        assert peak.most <= room + 6 * factors
+        assert peak.most >= first + NARROW[dtype] * unit * 0.5  # it is seen at all
+    with Peak() as peak:
+        cascade.release()
+    assert peak.most <= NARROW[dtype] * unit + 6 * factors
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same Parameter objects, at the same addresses; no capture, no variant, no new place in the optimizer."""
+    captures = 0
+    real = seam("capture")
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal captures
+        captures += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(*SEAMS["capture"], counted)
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("conv.bias",))
+    cascade = lx.adapt(Wide().eval(), (X,), spec=spec, frontend=frontend)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+    assert captures == 1
+
+    def places() -> list[tuple[str, int, int]]:
+        return [(name, id(value), value.data_ptr()) for name, value in cascade.named_parameters()]
+
+    before, variants = places(), variant_count(cascade)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    seen = []
+    for _ in cascade.stages(STAGES, optimizer):
+        loss_of(cascade(X)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(cascade.model.experts.detach().clone())
+        assert places() == before
+    assert places() == before
+    assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == held
+    assert (captures, variant_count(cascade)) == (1, variants)
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
+
+
+def compiled_stages(backend: str, **close: float) -> None:
+    """Train a compiled cascade: it computes what the one that is not compiled does, in every stage, by one graph."""
+    cascade = lx.adapt(Wide(), (X,), spec=lx.CascadeSpec(rank=2, lora_alpha=4.0, noise=lx.Noise(0.1), pace=0.5))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    fast, stats = torch.compile(cascade, backend=backend), torch._dynamo.utils.counters["stats"]
+    compiled, seen = None, []
+    for _ in range(STAGES):
+        for _ in range(2):
+            output = fast(X)
+            torch.testing.assert_close(output, cascade(X), **close)
+            loss_of(output).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            compiled = compiled or (stats["unique_graphs"], stats["calls_captured"])
+        seen.append(output.detach())
+        cascade.transition(optimizer)
+    assert compiled == (stats["unique_graphs"], stats["calls_captured"])
+    assert compiled[0] == 1
+    assert not torch._dynamo.utils.counters["recompiles"]
+    assert variant_count(cascade) == 1
+    assert all((one - other).abs().max() > 0.01 for one, other in itertools.pairwise(seen))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_five_stages_are_compiled_once() -> None:
+    compiled_stages("aot_eager", rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_five_stages_are_compiled_once_by_inductor() -> None:
+    compiled_stages("inductor", rtol=1e-4, atol=1e-4)
+
+
+# ---- the one function that writes a weight
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda tensor: tensor.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+    "every second": lambda tensor: tensor.repeat_interleave(2, dim=0)[::2],
+}
+
+
+@pytest.mark.parametrize("block", [1, 200, 1 << 21])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("narrow", "dtype"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_accumulate_is_the_sum_rounded_once(
+    narrow: torch.dtype, dtype: torch.dtype, stacked: bool, layout: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the blocks, the memory format and the stack: rank 1 has no order of summation, and factors of few bits
+    have products that no kernel rounds, fused or not, so every bit is right.
+    """
+    lower(monkeypatch, "block of a sum", block)
+    source = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype)
+
+    def few_bits(*shape: int) -> torch.Tensor:
+        return torch.randint(-31, 32, shape, generator=source).to(dtype) / 16
+
+    shape = (6, 5, 3, 4)
+    base, delta = draw(*shape).to(narrow), draw(*shape)
+    b, a = (few_bits(6, 5, 1), few_bits(6, 1, 12)) if stacked else (few_bits(6, 1), few_bits(1, 60))
+    expected = ((base.to(dtype) + delta) + (b @ a).view(shape)).to(narrow)
+    out = LAYOUTS[layout](torch.zeros(shape, dtype=narrow))
+    strides, address = out.stride(), out.data_ptr()
+    accumulate(out, base, dtype, delta, (b, a), stacked)
+    assert torch.equal(out, expected)
+    assert (out.stride(), out.data_ptr()) == (strides, address)
+    accumulate(out, base, dtype)
+    assert torch.equal(out, base)
+    assert not torch.equal(expected, base)
+
+
+def test_a_transition_inside_autocast_is_none_of_its_business() -> None:
+    """A fold is computed in fp32 wherever it is called from."""
+    weights = []
+    for enabled in (False, True):
+        cascade = lx.adapt(Wide().eval(), (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), pace=0.5))
+        randomize(cascade)
+        before = {name: cascade.model.get_parameter(name).detach().clone() for name in branches(cascade)}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            cascade.transition(None)
+            weights.append({name: value.detach().clone() for name, value in cascade.model.named_parameters()})
+        assert not any(torch.equal(before[name], weights[-1][name]) for name in before)
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_trained_in_full_is_copied_once_while_other_weights_are_in_place(dtype: torch.dtype) -> None:
+    """Its value of now is kept once, and a slow value, which is in fp32, is rounded; some kilobytes are kept free."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Embedding(4000, 16), nn.Linear(16, 2)).to(dtype)
+    spec = lx.CascadeSpec(rank=1, train=("0.*",))
+    cascade = lx.adapt(model, (torch.tensor([[1, 2], [3, 4]]),), spec=spec)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    trained(cascade, optimizer)
+    live, unit = model[0].weight.detach().clone(), model[0].weight.nbytes
+    with Peak() as peak, cascade.weights("slow"):
+        assert not torch.equal(model[0].weight, live)
+    assert unit <= peak.most <= (1 if dtype == torch.float32 else 2) * unit + 10_000
+    assert torch.equal(model[0].weight, live)
+    with pytest.raises(KeyboardInterrupt), Interrupted(live.shape):
+        cascade.release()
+    assert torch.equal(model[0].weight, live)
+
+
+class Interrupted(TorchDispatchMode):
+    """Interrupts right after the first writes of this shape, and lets all others pass."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.left = shape, 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default and args[0].shape == self.shape and self.left:
+            self.left -= 1
+            raise KeyboardInterrupt
+        return result

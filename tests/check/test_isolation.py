@@ -1,0 +1,485 @@
+"""`adapt` runs the model, and leaves no trace in it: objects, values, attributes and generators are what they were."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import random
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from lorasc_fx.capture import reuse, symbolic
+from lorasc_fx.check.isolation import isolation, same_values, written_by
+from lorasc_fx.check.preflight import check_agrees, run_preflight
+from lorasc_fx.shards import ProcessGroup
+from tests.kit.devices import pretend_accelerator
+from tests.kit.errors import raises
+from tests.kit.models import build, seeded
+from tests.kit.state import graphs_of, variant_count
+
+aten = torch.ops.aten
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+GRAPHS = ("export", "dynamo", "symbolic")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Busy(nn.Module):
+    """Writes into buffers, attributes and a table that its lookup renormalizes; draws from three generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 5, _weight=torch.randn(9, 5) * 3, max_norm=1.0)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(7, 3)
+        self.fast, self.slow = nn.Linear(5, 7), nn.Linear(5, 7)
+        self.calls, self.seen, self.last = 0, {"sum": 0.0}, [None]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen["sum"] += random.random() + float(np.random.rand())
+        self.last.append(self.calls)
+        x = self.norm(self.table(ids))
+        return self.mix(x) * (1.0 + self.seen["sum"])
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.tanh(self.fast(x))))
+
+
+class Follows(Busy):
+    """A second encoder that follows the first, and nothing kept in Python."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        for own, other in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+            self.follow(own, other)
+        x = self.norm(self.table(ids))
+        return self.mix(x) + self.head(torch.tanh(self.slow(x)).detach())
+
+    def follow(self, own: nn.Parameter, other: nn.Parameter) -> None:
+        own.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+
+class Replaces(Follows):
+    """The same, by new tensors."""
+
+    def follow(self, own: nn.Parameter, other: nn.Parameter) -> None:
+        own.data = own.data * 0.9 + other.data * 0.1
+
+
+def everything(model: Busy) -> dict[str, Any]:
+    """Objects, memory and values of parameters and buffers, attributes, and the generators."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {name: (id(value), value.data_ptr(), value.tolist()) for name, value in tensors}
+    state["attributes"] = (model.calls, id(model.seen), dict(model.seen), id(model.last), list(model.last))
+    watched = {"_compiled_call_impl"}  # cascade/usage.py, until the release
+    state["names"] = {name: sorted(vars(module).keys() - watched) for name, module in model.named_modules()}
+    state["torch"], state["random"] = torch.get_rng_state().tolist(), random.getstate()
+    state["numpy"] = str(np.random.get_state())
+    return state
+
+
+@pytest.mark.parametrize("make", [Busy, Follows, Replaces])
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
+def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
+    """Whether it is adapted or refused; and calls afterwards are those of a model that was never touched."""
+    model, twin, ids = build(make), build(make), torch.tensor([1, 4, 8, 2, 2, 3])
+    before = everything(model)
+    try:
+        cascade = lx.adapt(model, (ids,), spec=SPEC, frontend=frontend)
+    except lx.CaptureError:
+        assert frontend in GRAPHS
+        assert everything(model) == before
+        return
+    assert everything(model) == before
+    reasons = {refusal.weight: refusal.reason for refusal in cascade.refusals}
+    assert reasons["table.weight"] == lx.plan.Reason.MUTATED
+    assert ("slow.weight" in reasons) == (make is not Busy)
+    assert {site.weight for site in cascade.sites} == {"fast.weight", "head.weight"}
+    for _ in range(3):
+        torch.testing.assert_close(seeded(cascade, ids), seeded(twin, ids), rtol=0, atol=1e-12)
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=0, atol=1e-12)
+    assert (model.calls, model.seen, model.last) == (twin.calls, twin.seen, twin.last)
+
+
+def _by_out(weight: Tensor) -> None:
+    torch.mul(weight, 0.9, out=weight)
+
+
+@torch.compile(fullgraph=True, backend="eager")
+def _compiled(weight: Tensor) -> None:
+    weight.mul_(0.9)
+
+
+LIBRARY = torch.library.Library("lorasc_tests", "DEF")
+LIBRARY.define("scale(Tensor weight) -> ()")
+
+
+def _scale(weight: Tensor) -> None:
+    weight.mul_(0.9)
+
+
+LIBRARY.impl("scale", _scale, "CompositeExplicitAutograd")
+
+
+def _undeclared(weight: Tensor) -> None:
+    torch.ops.lorasc_tests.scale(weight)
+
+
+WAYS: dict[str, Callable[[Tensor], object]] = {
+    "in-place": lambda weight: weight.mul_(0.9),
+    "view": lambda weight: weight.t()[1:2].mul_(0.9),
+    "out": _by_out,
+    "foreach": lambda weight: torch._foreach_mul_([weight[0], weight[1]], 0.9),
+    "numpy": lambda weight: np.multiply(weight.numpy(), 0.9, out=weight.numpy()),
+    "array": lambda weight: np.asarray(weight).__imul__(0.9),
+    "address": lambda weight: (ctypes.c_float * 35).from_address(weight.data_ptr()).__setitem__(0, 9.0),
+    "storage": lambda weight: weight.untyped_storage().__setitem__(0, 7),
+    "typed-storage": lambda weight: weight.storage().__setitem__(0, 7.0),
+    "apply": lambda weight: weight.apply_(lambda value: 0.9 * value),
+    "undeclared": _undeclared,
+    "statistics": lambda weight: F.batch_norm(torch.randn(4, 7), weight[:, 0], weight[:, 1].abs(), training=True),
+    "compiled": _compiled,
+}
+
+
+class Writes(nn.Module):
+    """Writes its own weight in one of the ways that there are."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.head = way, nn.Linear(7, 3)
+        flat = torch.randn(2 * 35)
+        self.first, self.second = (nn.Linear(5, 7, bias=False) for _ in range(2))
+        self.first.weight.data, self.second.weight.data = flat.view(2, 7, 5)  # one storage, as of an RNN's weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        WAYS[self.way](self.first.weight.detach())
+        return self.head(self.first(x) + self.second(x))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_isolated_runs_draw_the_same_from_the_generators_of_an_accelerator(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generators = [torch.Generator().manual_seed(5) for _ in range(1 if kind == "mps" else 2)]
+    pretend_accelerator(monkeypatch, kind, generators)
+    model, before, draws = nn.Linear(2, 2), [generator.get_state() for generator in generators], []
+    for _ in range(2):
+        with isolation(model, (), {}):
+            draws.append([torch.rand(4, generator=generator).tolist() for generator in generators])
+        after = [generator.get_state() for generator in generators]
+        assert all(map(torch.equal, after, before))
+    assert draws[0] == draws[1]
+
+
+def test_autocast_of_an_accelerator_is_one_of_the_settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept graph was exported under other settings; a symbolic trace that switches them is refused."""
+    pretend_accelerator(monkeypatch, "xpu", [torch.Generator()])
+    before = reuse._settings(), symbolic._modes()
+    torch.set_autocast_enabled("xpu", True)
+    try:
+        assert all(now != then for now, then in zip((reuse._settings(), symbolic._modes()), before, strict=True))
+    finally:
+        torch.set_autocast_enabled("xpu", False)
+    assert (reuse._settings(), symbolic._modes()) == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("gloo", "cpu"), ("nccl", "cuda:3"), ("xccl", "xpu:3"), ("hccl", "hpu:3"), ("cpu:gloo,cuda:nccl", "cpu")],
+)
+def test_a_process_group_exchanges_tensors_on_its_own_device(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda handle: backend)
+    monkeypatch.setitem(torch.distributed.Backend.backend_capability, "hccl", ["hpu"])
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(current_device=lambda: 3))
+    assert ProcessGroup.of(object()).device == torch.device(device)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_forward_writes_is_restored(way: str) -> None:
+    model = build(lambda: Writes(way)).float()
+    before = {name: value.tolist() for name, value in model.named_parameters()}
+    with same_values(model):
+        model(torch.randn(4, 5))
+        assert model.first.weight.tolist() != before["first.weight"]
+    assert {name: value.tolist() for name, value in model.named_parameters()} == before
+    assert written_by(model) == {"first.weight"}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"apply", "undeclared"}))  # which no front end takes
+def test_a_weight_that_forward_writes_is_refused(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Writes(way), torch.randn(4, 5)
+    before = {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()}
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()} == before
+    assert [(each.weight, each.reason) for each in cascade.refusals] == [("first.weight", lx.plan.Reason.MUTATED)]
+    assert {site.weight for site in cascade.sites} == {"second.weight", "head.weight"}
+
+
+class Turned(nn.Module):
+    """Transposes a square weight in place, and back in the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.weight.data = self.first.weight.data.t()
+        return self.head(self.first(x))
+
+
+def test_a_weight_that_forward_transposes_is_restored() -> None:
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(4, 5)
+    weight, stride, before = model.first.weight, model.first.weight.stride(), model.first.weight.tolist()
+    with same_values(model):
+        model(x)
+        assert weight.tolist() != before
+    assert written_by(model) == {"first.weight"}
+    assert (weight.stride(), weight.tolist()) == (stride, before)
+
+
+class Elsewhere(nn.Module):
+    """Writes its weight where torch does not see it: in a thread, or in an array that was made before."""
+
+    def __init__(self, thread: bool) -> None:
+        super().__init__()
+        self.first, self.head, self.thread = nn.Linear(5, 7), nn.Linear(7, 3), thread
+        self.array = self.first.weight.detach().numpy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.thread:
+            other = threading.Thread(target=self.first.weight.detach().mul_, args=(0.9,))
+            other.start()
+            other.join()
+        else:
+            self.array *= 0.9
+        return self.head(self.first(x))
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_write_that_nobody_sees_is_told(thread: bool) -> None:
+    model = Elsewhere(thread)
+    for _ in range(2):  # it is told each time
+        with raises(lx.CaptureError, "unseen-write", "first.weight"):
+            lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
+
+
+def test_a_first_run_that_raises_is_none() -> None:
+    """What the model writes is not known after it, so that the next one copies again."""
+    torch.manual_seed(0)
+    model = Writes("in-place")
+    before = {name: value.tolist() for name, value in model.named_parameters()}
+    with raises(lx.CaptureError, "model-refuses-inputs"):
+        lx.adapt(model, (torch.randn(4, 6),), spec=SPEC)
+    cascade = lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
+    assert {name: value.tolist() for name, value in model.named_parameters()} == before
+    assert [each.weight for each in cascade.refusals] == ["first.weight"]
+    with raises(lx.CaptureError, "model-refuses-inputs"):
+        run_preflight(model, (torch.randn(4, 6),), {})
+    assert written_by(model) == {"first.weight"}  # the cascade goes on with what a run that ended has shown
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes of copies, by `to` as it is seen from within another mode."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.count += output.nbytes if func in (aten._to_copy.default, aten.to.dtype_layout) else 0
+        return output
+
+
+def test_only_weights_that_forward_writes_are_copied() -> None:
+    model, x = Follows().double(), torch.tensor([1, 4, 8])
+    with Copies() as copies, same_values(model):
+        model(x)
+    assert copies.count == 8 * sum(map(torch.numel, [model.table.weight, *model.slow.parameters()]))
+    assert written_by(model) == {"table.weight", "slow.weight", "slow.bias"}
+    with Copies() as copies:
+        run_preflight(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), (torch.randn(4, 5),), {})
+    assert copies.count == 0
+
+
+def test_the_autograd_graph_of_the_first_run_is_visible() -> None:
+    """It is that of later runs: a number that an op saves is a number to whoever observes ops, `reshape` is a view."""
+    call = build(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh()))
+    call.register_forward_hook(lambda module, args, output: 0.5 * (output.transpose(1, 2) @ output).reshape(-1))
+    x = torch.randn(2, 4, 5).double()
+    found = run_preflight(call, (x,), {})
+    assert found.seen.autograd is not None
+    assert found.seen.gradients is None
+    check_agrees(call, found, call, (x,), {})
+    assert found.seen.gradients is None
+
+
+class Counts(nn.Module):
+    """Writes into a tensor attribute in place, into an object, and into a list that a hook knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls, self.space = nn.Linear(5, 3), torch.zeros(1), SimpleNamespace(values=[1.0])
+        self.heard = heard = list[int]()
+        self.layer.register_forward_hook(lambda module, args, output: heard.append(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.layer(x) * self.calls
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic", "graph-breaks"])
+def test_tensors_and_objects_among_attributes(frontend: str) -> None:
+    """They are what they were, and a graph is taken only where it writes what the model writes, at each call."""
+    model, twin, x = build(Counts), build(Counts), torch.randn(4, 5).double()
+    heard, model.heard, calls = model.heard, [], model.calls
+    try:
+        cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+    except lx.CaptureError:
+        assert frontend in ("export", "symbolic")
+        assert (heard, calls.tolist()) == ([], [0.0])
+        return
+    assert (heard, model.calls.tolist()) == ([], [0.0])
+    assert model.calls is calls
+    for _ in range(3):
+        torch.testing.assert_close(cascade(x), twin(x), rtol=0, atol=1e-12)
+    assert torch.equal(model.calls, twin.calls)
+    assert heard == twin.heard == [1, 1, 1]
+    assert variant_count(cascade) == 1
+
+
+class Cache(nn.Module):
+    """Writes keys with their gradients into a cache that it holds in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.head = how, nn.Linear(5, 3), nn.Linear(3, 2)
+        cache = torch.zeros(2, 4, 3)[1] if "view" in how else torch.zeros(4, 3)
+        if "buffer" in how:
+            self.register_buffer("cache", cache)
+        else:
+            self.cache = {"parameter": nn.Parameter(cache, False), "list": [cache], "dict": {0: cache}}.get(how, cache)
+
+    @property
+    def held(self) -> Tensor:
+        cache = self.cache[0] if self.how in ("list", "dict") else self.cache
+        assert isinstance(cache, Tensor)
+        return cache
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        self.held[places] = self.a(x)
+        return self.head(self.held.clone())
+
+
+CACHES = ("buffer", "buffer, a view", "attribute", "attribute, a view", "parameter", "list", "dict")
+
+
+@pytest.mark.parametrize("how", CACHES)
+def test_a_cache_gets_no_history_of_an_isolated_run(how: str) -> None:
+    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
+    before = model.held
+    with isolation(model, (x, places), {}) as (args, kwargs):
+        model(*args, **kwargs).sum().backward()
+    assert model.held is before
+    assert (before.grad_fn, before.requires_grad, before.count_nonzero().item()) == (None, False, 0)
+
+
+@pytest.mark.parametrize("how", CACHES[:2])
+def test_the_history_of_a_buffer_stays(how: str) -> None:
+    """Of a call whose backward is still to come."""
+    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
+    output = model(x, places)
+    before, history, value = model.cache, model.cache.grad_fn, model.cache.detach().clone()
+    with isolation(model, (x + 1, places), {}) as (args, kwargs):
+        model(*args, **kwargs).sum().backward()
+    assert model.cache is before
+    assert model.cache.grad_fn is history
+    assert torch.equal(model.cache, value)
+    model.zero_grad()
+    output.sum().backward()
+    torch.testing.assert_close(model.a.weight.grad, model.head.weight.sum(0)[:, None] * x.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("frontend", "how"), [("export", "buffer"), ("export", "attribute, a view"), ("graph-breaks", "buffer")]
+)
+def test_a_cache_with_gradients_trains(frontend: str, how: str) -> None:
+    torch.manual_seed(0)
+    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
+    plain = copy.deepcopy(model)
+    cascade = lx.adapt(model, (x, places), spec=lx.CascadeSpec(("head",), rank=2, train=("a.*",)), frontend=frontend)
+    for each in (plain, cascade):
+        each(x, places).square().sum().backward()
+    torch.testing.assert_close(model.a.weight.grad, plain.a.weight.grad)
+
+
+class Meters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.space = nn.Linear(5, 3), SimpleNamespace(calls=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.space.calls += 1
+        return self.layer(x)
+
+
+def test_a_counter_in_an_object_counts_on() -> None:
+    model, x = build(Meters), torch.randn(4, 5).double()
+    with raises(lx.CaptureError, "not-captured", "space.calls"):
+        lx.adapt(model, (x,), frontend="export")
+    cascade = lx.adapt(model, (x,))
+    assert model.space.calls == 0
+    for _ in range(3):
+        cascade(x)
+    assert model.space.calls == 3
+
+
+class Positions(nn.Module):
+    """A look-up by a buffer, which autograd keeps for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 3)
+        self.register_buffer("ids", torch.arange(9))
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        hidden = x + self.table(self.ids[: x.shape[1]])
+        return self.head(hidden + hidden if twice else hidden)
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo"])
+def test_a_graph_is_made_between_a_forward_and_its_backward(frontend: Any) -> None:
+    """As a contrastive loss calls it, of two texts: the buffer is not written, which its first graph has kept."""
+    torch.manual_seed(0)
+    plain, x = Positions(), torch.randn(2, 4, 5)
+    cascade = lx.adapt(copy.deepcopy(plain), (x,), spec=lx.CascadeSpec(rank=2, train=("head.bias",)), frontend=frontend)
+    for model in (plain, cascade):
+        (model(x).square().sum() + model(x[:, :3], twice=True).square().sum()).backward()
+    assert variant_count(cascade) == 2
+    torch.testing.assert_close(cascade.model.head.bias.grad, plain.head.bias.grad)
+
+
+@pytest.mark.skipif(not hasattr(config, "do_not_emit_stack_traces"), reason="torch 2.9 has no such switch")
+@pytest.mark.parametrize("shown", [False, True])
+def test_an_export_looks_up_no_source_lines_and_puts_the_switch_back(
+    shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "do_not_emit_stack_traces", not shown)
+    x = torch.randn(4, 5).double()
+    cascade = lx.adapt(build(lambda: nn.Linear(5, 3)), (x,), frontend="export")
+    assert config.do_not_emit_stack_traces is not shown
+    assert not any("stack_trace" in node.meta for graph in graphs_of(cascade) for node in graph.graph.nodes)

@@ -1,0 +1,574 @@
+"""A graph that would do something else than its model is refused, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+import lorasc_fx as lx
+from lorasc_fx.check import preflight
+from lorasc_fx.check.preflight import Disagreement, check_agrees, first_difference, run_preflight
+from tests.kit.errors import raises, warns
+from tests.kit.models import batches, branches, build, loss_of, randomize, seeded
+from tests.kit.state import variant_count
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+GRAPHS = ("export", "dynamo", "symbolic")
+X = batches(3, 4, 5)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Net(nn.Module):
+    """Two layers, with something in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.between(torch.tanh(self.body(x))))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def refuse(make: Callable[[], nn.Module], frontend: str, sentence: str) -> None:
+    model = build(make)
+    with raises(lx.CaptureError, "not-captured", type(model).__name__, f"\n  {frontend}: {sentence}"):
+        lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
+
+
+def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> None:
+    """Some calls, one after the other: outputs and gradients of branches as autograd has them through W + s B A."""
+    randomize(cascade)
+    twin = build(make).train(cascade.training).requires_grad_(False)
+    held = dict(twin.named_parameters())
+    parameters = list(cascade.branches.parameters())
+    for x in X:
+        values = {
+            name: held[name] + 1.5 * (branch.lora_B @ branch.lora_A) for name, branch in branches(cascade).items()
+        }
+        found = seeded(cascade, x)
+        expected = seeded(torch.func.functional_call, twin, values, (x,))
+        assert type(found) is type(expected)
+        found, expected = (each["y"] if isinstance(each, dict) else each for each in (found, expected))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(loss_of(each), parameters) for each in (found, expected))
+        for one, other in zip(ours, theirs, strict=True):
+            assert other.any()
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+class Steep(torch.autograd.Function):
+    """Rounds; its backward is no derivative of that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        return slope * (3.0 - ctx.saved_tensors[0].sin())
+
+
+class Rounds(Net):
+    """Rounds what is between the layers."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return Steep.apply(x)
+
+
+class RoundsWeights(Net):
+    """Rounds a weight."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, Steep.apply(self.body.weight).t().mm(self.body.weight).repeat(2, 2)[:7, :7])
+
+
+@pytest.mark.parametrize("make", [Rounds, RoundsWeights])
+@pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "graph-breaks"])
+def test_a_function_keeps_its_own_backward(make: type[Net], frontend: str) -> None:
+    reason = "RuntimeError: the model uses the autograd.Function Steep, whose backward a traced graph does not keep"
+    if frontend in GRAPHS:
+        refuse(make, frontend, reason)
+        return
+    cascade = lx.adapt(build(make), (X[0],), spec=SPEC, frontend=frontend)
+    assert cascade.frontend == "graph-breaks"
+    assert cascade.refused_frontends == (tuple((name, reason) for name in GRAPHS) if frontend == "auto" else ())
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+    assert_goes_as_eager(make, cascade)
+
+
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Any = 0
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept += 1
+        return x * self.kept
+
+
+class Lists(Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [1.0]
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept.append(self.kept[-1] / 2)
+        return x * self.kept[-1]
+
+
+class Hides(Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(7, dtype=torch.float64)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.kept
+        self.kept = self.kept / 2 + x.detach().mean(0)
+        return y
+
+
+@pytest.mark.parametrize("make", [Counts, Lists, Hides])
+def test_state_in_python(make: type[Counts]) -> None:
+    for frontend in GRAPHS:
+        refuse(make, frontend, "RuntimeError: the model sets its attribute kept at each call, which no graph repeats")
+    model = build(make)
+    kept = model.kept
+    before = list(kept) if isinstance(kept, list) else kept
+    cascade = lx.adapt(model, (X[0],), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    assert model.kept is kept
+    assert before is kept or before == kept
+    assert_goes_as_eager(make, cascade)
+
+
+class Caches(Net):
+    """Only the first call sets its attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Any = None
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            self.scale = 1.0 + x.shape[-1]
+        return x * self.scale
+
+
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
+def test_what_only_a_first_call_sets_is_no_state(frontend: str) -> None:
+    model = build(Caches)
+    cascade = lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
+    assert model.scale is None
+    assert cascade.frontend == ("export" if frontend == "auto" else frontend)
+    assert_goes_as_eager(Caches, cascade)
+
+
+class Grows(Net):
+    """A buffer that is another one, of another shape, after each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, 7))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.seen.sum(0)
+        self.seen = torch.cat([self.seen, x.detach()[:1]])
+        return y
+
+
+def test_a_buffer_of_another_shape() -> None:
+    sentence = "Disagreement: its graph does something else than the model: it raises RuntimeError: output with shape"
+    refuse(Grows, "export", sentence)
+    model = build(Grows)
+    buffer, value = model.seen, model.seen.clone()
+    cascade = lx.adapt(model, (X[0],), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    assert model.seen is buffer
+    assert torch.equal(model.seen, value)
+    assert_goes_as_eager(Grows, cascade)
+    assert model.seen.shape == (1 + len(X), 7)
+
+
+def hooked() -> nn.Module:
+    model = Net()
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def patched() -> nn.Module:
+    model = Net()
+    model.forward = lambda x: Net.forward(model, x) * 2
+    return model
+
+
+@pytest.mark.parametrize("make", [hooked, patched])
+def test_a_hook_and_a_patched_forward(make: Callable[[], nn.Module]) -> None:
+    refuse(make, "symbolic", "Disagreement: its graph does something else than the model: an output is off by 5.0e-01")
+    assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
+
+
+class Ordered(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        return OrderedDict(y=super().forward(x))
+
+
+def test_the_type_of_an_output() -> None:
+    sentence = "Disagreement: its graph does something else than the model: an output has other types, ('dict'"
+    refuse(Ordered, "symbolic", sentence)
+    for frontend in ("auto", "export", "graph-breaks"):
+        assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
+
+
+class Modes(Net):
+    """Does half of it in another mode."""
+
+    def __init__(self, mode: Callable[[], Any]) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        with self.mode():
+            y = x.sin()
+        return x + y.detach()
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference_mode": torch.inference_mode,
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_modes_that_forward_switches(name: str) -> None:
+    def make() -> nn.Module:
+        return Modes(MODES[name])
+
+    sentence = "RuntimeError: the model switches gradients or autocast on or off inside, which no symbolic graph holds"
+    refuse(make, "symbolic", sentence)
+    if name != "inference_mode":  # its tensors have no gradient to be compared
+        assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
+
+
+class Draws(Net):
+    """Draws in Python."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 + self.draw())
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_draws_in_python(draw: Callable[[], float]) -> None:
+    for frontend in ("export", "symbolic"):
+        refuse(lambda: Draws(draw), frontend, "RuntimeError: the model draws random numbers in Python, which the graph")
+    before = random.getstate(), str(np.random.get_state())
+    cascade = lx.adapt(build(lambda: Draws(draw)), (X[0],), spec=SPEC)
+    assert (random.getstate(), str(np.random.get_state())) == before
+    assert cascade.frontend == "graph-breaks"
+    assert_goes_as_eager(lambda: Draws(draw), cascade)
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.nn.utils")
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "called"])
+@pytest.mark.parametrize(
+    ("norm", "own"),
+    [
+        (nn.utils.weight_norm, "weight_v"),
+        (nn.utils.spectral_norm, "weight_orig"),
+        (lambda module: prune.l1_unstructured(module, "weight", 3), "weight_orig"),
+    ],
+    ids=["weight", "spectral", "pruned"],
+)
+def test_weights_that_old_hooks_compute_are_one_graph(
+    norm: Callable[[nn.Module], nn.Module], own: str, fresh: bool, tmp_path: Path
+) -> None:
+    """Whether the model has run or not: a hook's attribute may alias its parameter before the first call."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)).eval()
+        if not fresh:
+            model(torch.ones(2, 5))
+        return model
+
+    cascade = lx.adapt(build(make), (X[0],), spec=SPEC)
+    assert cascade.frontend == "export"
+    assert {site.weight for site in cascade.sites} == {f"0.{own}", "2.weight"}
+    lx.save(cascade, tmp_path)
+    assert len(lx.load(tmp_path, build(make)).sites) == 2
+    assert_goes_as_eager(make, cascade)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
+    model, kept = build(Net), dict[str, torch.Tensor]()
+
+    def keep(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+        kept["body"] = output
+
+    if before:
+        model.get_submodule("body").register_forward_hook(keep)
+    cascade = lx.adapt(model, (X[0],), spec=SPEC)
+    assert not kept
+    randomize(cascade)
+    if not before:
+        model.get_submodule("body").register_forward_hook(keep)
+    (branch,) = [each for name, each in branches(cascade).items() if name == "body.weight"]
+    body = build(Net).get_submodule("body")
+    for x in X[1:]:
+        cascade(x)
+        torch.testing.assert_close(
+            kept["body"], body(x) + 1.5 * x @ branch.lora_A.T @ branch.lora_B.T, rtol=0, atol=1e-12
+        )
+        kept["body"].square().sum().backward()
+        assert branch.lora_B.grad is not None
+    refuse(lambda: copy.deepcopy(model), "export", "RuntimeError: body has a forward hook that returns nothing")
+
+
+class Reverses(Net):
+    """A tensor hook turns gradients around; in train mode only, if asked for."""
+
+    def __init__(self, always: bool = True, breaks: bool = False) -> None:
+        super().__init__()
+        self.always, self.breaks = always, breaks
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.breaks and float(x.detach().abs().sum()) < 0:
+            return x
+        if x.requires_grad and (self.always or self.training):
+            x.register_hook(lambda gradient: -gradient)
+        return x
+
+
+def test_a_tensor_hook_is_kept() -> None:
+    for frontend in ("export", "symbolic"):
+        model = build(Reverses)
+        with raises(lx.CaptureError, "not-captured", f"{frontend}: ") as caught:
+            lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
+        if frontend == "export":
+            assert "the gradient of body.weight is off by 2.0e+00 of its scale" in str(caught.value)
+            assert str(caught.value).endswith("the first module that differs is body (Linear)")
+    cascade = lx.adapt(build(Reverses), (X[0],), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    assert_goes_as_eager(Reverses, cascade)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "graph-breaks"])
+def test_a_tensor_hook_of_a_later_mode_is_kept(breaks: bool) -> None:
+    def make() -> nn.Module:
+        return Reverses(always=False, breaks=breaks)
+
+    cascade = lx.adapt(build(make).eval(), (X[0],), spec=SPEC)
+    assert cascade.frontend == ("graph-breaks" if breaks else "export")
+    assert_goes_as_eager(make, cascade)
+    assert_goes_as_eager(make, cascade.train())
+
+
+class Asks(Net):
+    """Does something else where no gradient is asked for."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.requires_grad else x
+
+
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+def test_requires_grad_is_that_of_training(frontend: str) -> None:
+    cascade = lx.adapt(build(Asks), (X[0],), spec=SPEC, frontend=frontend)
+    assert_goes_as_eager(Asks, cascade)
+    twin, held = build(Asks), branches(cascade)
+    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    with torch.no_grad():
+        expected = torch.func.functional_call(twin, values, (X[0],))
+        torch.testing.assert_close(cascade(X[0]), expected, rtol=0, atol=1e-12)
+    assert_goes_as_eager(Asks, cascade)
+    assert variant_count(cascade) == (2 if frontend == "export" else 1)
+
+
+def test_a_model_that_does_not_ask_has_one_graph_for_both() -> None:
+    cascade = lx.adapt(build(Net), (X[0],), spec=SPEC)
+    with torch.no_grad():
+        cascade(X[0])
+    assert variant_count(cascade) == 1
+
+
+class Forces(Net):
+    """The gradient of an energy, inside forward."""
+
+    def __init__(self, switches: bool = False) -> None:
+        super().__init__()
+        self.switches = switches
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.set_grad_enabled(self.switches or torch.is_grad_enabled()):
+            x = x.detach().requires_grad_()
+            energy = super().forward(x).sum()
+            return -torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("switches", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_differentiates_in_forward(switches: bool, training: bool) -> None:
+    def make() -> nn.Module:
+        return Forces(switches)
+
+    cascade = lx.adapt(build(make).train(training), (X[0],), spec=SPEC)
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+    assert_goes_as_eager(make, cascade)
+    with torch.no_grad():
+        if switches:
+            torch.testing.assert_close(cascade(X[0]), cascade(X[0]).detach(), rtol=0, atol=1e-12)
+            return
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            cascade(X[0])
+
+
+class AsksInput(Net):
+    """Does something else for inputs that require gradients, as in a step of an attack on the inputs."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x * 2 if x.requires_grad else x)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_inputs_that_require_gradients_have_a_graph_of_their_own_where_the_model_asks(first: bool) -> None:
+    plain, tracked = X[0], X[0].clone().requires_grad_()
+    cascade = lx.adapt(build(AsksInput), (tracked if first else plain,), spec=SPEC, frontend="export")
+    randomize(cascade)
+    twin, held = build(AsksInput), branches(cascade)
+    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    compiled = torch.compile(cascade, backend="eager")
+    for x in (plain, tracked, plain, tracked):
+        expected = torch.func.functional_call(twin, values, (x,))
+        torch.testing.assert_close(cascade(x), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-12)
+    assert variant_count(cascade) == 2
+    never = lx.adapt(build(Net), (plain,), spec=SPEC)
+    never(tracked)
+    assert variant_count(never) == 1
+
+
+class FreesItsGraph(Net):
+    """Forces that are no part of a graph in eval mode, and have freed that of the energy by then."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = super().forward(x).sum()
+            return energy, -torch.autograd.grad(energy, x, create_graph=self.training)[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_has_no_backward_in_eval_mode_is_called_there(training: bool) -> None:
+    cascade = lx.adapt(build(FreesItsGraph).train(training), (X[0],), spec=SPEC)
+    randomize(cascade)
+    twin, held = build(FreesItsGraph), branches(cascade)
+    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    for mode in (False, True, False):
+        expected = torch.func.functional_call(twin.train(mode), values, (X[0],))
+        torch.testing.assert_close(cascade.train(mode)(X[0]), expected, rtol=0, atol=1e-12)
+
+
+class StepsInside(Net):
+    """Takes a step of gradient descent inside forward, as in meta learning."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.head.weight
+        (step,) = torch.autograd.grad(self.head(x).square().mean(), weight, create_graph=True)
+        return x + F.linear(F.linear(x, weight - step), weight.t())
+
+
+def test_symbolic_refuses_gradients_of_weights() -> None:
+    refuse(StepsInside, "symbolic", "RuntimeError: the model differentiates by a weight")
+
+
+def test_a_trial_leaves_gradients_flags_and_hooks() -> None:
+    model = build(Net)
+    model.body.bias.requires_grad_(False)
+    gradients = {name: torch.randn_like(value) for name, value in model.named_parameters() if value.requires_grad}
+    called = []
+    for name, gradient in gradients.items():
+        parameter = model.get_parameter(name)
+        parameter.grad = gradient
+        if name == "head.bias":
+            continue
+        parameter.register_post_accumulate_grad_hook(called.append)
+    kept = {name: value.clone() for name, value in gradients.items()}
+    with warns("hook-not-called", "body.weight, head.weight"):
+        lx.adapt(model, (X[0],), spec=SPEC).release()
+    assert not called
+    assert not model.body.bias.requires_grad
+    for name, gradient in gradients.items():
+        assert model.get_parameter(name).grad is gradient
+        assert torch.equal(gradient, kept[name])
+        assert model.get_parameter(name).requires_grad
+    model(X[0]).sum().backward()
+    assert len(called) == len(gradients) - 1
+    assert all(not torch.equal(model.get_parameter(name).grad, value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("wrong", ["values", "gradients"])
+def test_the_first_module_that_differs(wrong: str) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(4)])
+
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        x = model[1](model[0](x))
+        x = x.detach() * 0.5 + 0.5 * x if wrong == "gradients" else x * 1.1
+        return model[3](model[2](x))
+
+    call = (X[0].float(),), {}
+    trial = run_preflight(model, *call)
+    with pytest.raises(Disagreement, match="the gradient of" if wrong == "gradients" else "an output is off") as caught:
+        check_agrees(graph, trial, model, *call)
+    assert first_difference(caught.value, model, *call) == ("0" if wrong == "gradients" else "2") + " (Linear)"
+    check_agrees(model, trial, model, *call)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-7, 1.1], ids=["bits", "rounding", "values"])
+def test_of_a_large_output_the_bits_are_compared_first(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No values are kept; only where bits differ both are run again for them."""
+    monkeypatch.setattr(preflight, "LARGE", 4 * 5 * 4)
+    torch.manual_seed(3)
+    model, runs, observed = nn.Linear(5, 5), list[str](), preflight._observed
+
+    def noted(call: Callable[..., Any], *rest: Any, **options: Any) -> preflight.Observed:
+        runs.append("model" if call is model else "graph")
+        return observed(call, *rest, **options)
+
+    monkeypatch.setattr(preflight, "_observed", noted)
+
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        output = F.linear(x, model.weight, model.bias)
+        return output if factor == 1 else output * factor
+
+    call = (torch.randn(4, 5),), {}
+    trial = run_preflight(model, *call)
+    assert isinstance(trial.seen.output[1][0], preflight.Digest)
+    runs.clear()
+    if factor < 1.05:
+        check_agrees(graph, trial, model, *call)
+        assert trial.seen.is_whole == (factor != 1)
+    else:
+        with pytest.raises(Disagreement, match="an output is off by"):
+            check_agrees(graph, trial, model, *call)
+    assert runs[:3] == (["graph"] if factor == 1 else ["graph", "model", "graph"])

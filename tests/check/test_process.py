@@ -1,0 +1,307 @@
+"""State of the whole process: what captures change of it is restored, with several threads and in forked processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.capture.graph_breaks import _dynamo_settings
+from lorasc_fx.check.isolation import eager, quiet
+from lorasc_fx.util.undo import PROCESS, Commit, Lock
+from tests.cascade.test_threads import made, together
+from tests.kit.errors import raises
+from tests.kit.state import lock_of
+
+
+def process_state() -> tuple[Any, ...]:
+    """What a capture, or a call of a model with graph breaks, changes in the whole process."""
+    loggers = [logging.getLogger(name).level for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
+    fast, stance = torch.backends.mha.get_fastpath_enabled(), torch._dynamo.eval_frame._stance.stance
+    return sys.stdout, sys.stderr, logging.root.manager.disable, list(warnings.filters), fast, stance, loggers
+
+
+class Meets(nn.Module):
+    """A model with a graph break. While it is armed, its next forward says that it runs, and waits for another one."""
+
+    def __init__(self, inside: threading.Event, other: threading.Event) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        object.__setattr__(self, "events", (inside, other))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.layer(x)
+        meet(self)
+        return self.layer(hidden)
+
+
+ARMED: set[Meets] = set()
+
+
+@torch._dynamo.disable
+def meet(model: Meets) -> None:
+    if model in ARMED:
+        ARMED.discard(model)
+        inside, other = model.events
+        inside.set()
+        other.wait(0.5)
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(hidden)
+
+
+def with_breaks(model: nn.Module) -> lx.Cascade:
+    return lx.adapt(model, (torch.randn(2, 3),), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+
+
+@pytest.mark.parametrize("what", ["adapt", "call"])
+def test_two_threads_leave_the_state_of_the_process_as_it_was(what: str) -> None:
+    """The first to enter is the first to leave, while the other is still inside."""
+    entered, both, ended = (threading.Event() for _ in range(3))
+    models = [Meets(entered, both), Meets(both, ended)]
+    runs: list[Callable[[], object]] = [lambda: with_breaks(models[0]), lambda: with_breaks(models[1])]
+    if what == "call":
+        cascades, x = [with_breaks(model) for model in models], torch.randn(2, 3)
+        runs = [lambda: cascades[0](x), lambda: cascades[1](x)]
+    before = process_state()
+    ARMED.update(models)
+
+    def first() -> None:
+        runs[0]()
+        ended.set()
+
+    def second() -> None:
+        assert entered.wait(30)
+        runs[1]()
+
+    assert not together(first, second)
+    assert both.is_set()
+    assert process_state() == before
+
+
+def test_other_threads_print_during_a_capture(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the tracers print, in the thread of the capture, is dropped."""
+    with quiet():
+        stream = sys.stdout
+        print("a tracer")
+        sys.stdout.writelines(["a tracer"])
+        assert not together(lambda: print("a thread"))
+    print("after", file=stream)  # as a handler of logs does that was made inside
+    assert capsys.readouterr().out == "a thread\nafter\n"
+
+
+def test_branches_count_whatever_stance_torch_compile_has() -> None:
+    """A capture in another thread forces eager code for the whole process, in which this model has no branches."""
+    model, x = Broken(), torch.randn(2, 3)
+    cascade = with_breaks(model)
+    for branch in cascade.branches.values():
+        nn.init.ones_(branch.lora_B)
+    expected = cascade(x)
+    with cascade.weights("base"):
+        assert not torch.allclose(expected, model(x))
+    for stance in ("force_eager", "eager_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            assert torch.equal(cascade(x), expected)
+            assert torch._dynamo.eval_frame._stance.stance == stance
+    capturing, outputs = threading.Event(), list[torch.Tensor]()
+
+    def capture() -> None:
+        with quiet(), eager():
+            capturing.set()
+            time.sleep(0.2)
+
+    def call() -> None:
+        assert capturing.wait(10)
+        outputs.append(cascade(x))
+
+    assert not together(capture, call)
+    assert torch.equal(outputs[0], expected)
+
+
+def test_a_thread_takes_the_lock_of_the_process_before_that_of_a_cascade(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the other order two threads could wait for each other for ever."""
+    held: list[Lock] = []
+    wrong: list[str] = []
+    acquire, release = Lock.acquire, Lock.release
+
+    def acquired(lock: Lock, seconds: float) -> bool:
+        if lock is PROCESS and held and PROCESS not in held:
+            wrong.append("".join(traceback.format_stack(limit=12)))
+        held.append(lock)
+        return acquire(lock, seconds)
+
+    def released(lock: Lock) -> None:
+        held.remove(lock)
+        release(lock)
+
+    monkeypatch.setattr(Lock, "acquire", acquired)
+    monkeypatch.setattr(Lock, "release", released)
+    cascade, _, _ = made(0)
+    x = torch.randn(3, 2, 9)
+    cascade(x).sum().backward()
+    cascade.zero_grad()
+    cascade.transition(None)
+    lx.save(cascade, tmp_path / "run")
+    lx.export.peft(cascade, tmp_path / "adapter")
+    lx.export.safetensors(cascade, tmp_path / "m.safetensors")
+    lx.export.program(cascade)
+    cascade.folded_graph((x,))
+    cascade.load_state_dict(cascade.state_dict())
+    with cascade.weights("slow"):
+        cascade(x)
+    broken = with_breaks(Broken())
+    broken.eval()(torch.randn(4, 3))
+    with raises(lx.CaptureError, "no-whole-graph"):
+        broken.folded_graph()
+    cascade.release()
+    assert not held
+    assert not wrong, wrong[0]
+
+
+# Python 3.12 warns of what these tests are about.
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def in_a_fork(call: Callable[[], object]) -> int:
+    """Run a call in a forked process, and return how that ended: 0, or the alarm if it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        try:
+            call()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+@forks
+@pytest.mark.parametrize("forking", ["main", "other"])
+def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
+    """The locks that this thread holds, and the state that it has changed, are free in the new process."""
+    cascade, x = made(0)[0], torch.randn(3, 2, 9)
+    before, inside, go_on, ended = process_state(), threading.Event(), threading.Event(), list[int]()
+
+    def hold() -> None:
+        with quiet(), cascade._run.exclusive("save"), _dynamo_settings():
+            inside.set()
+            go_on.wait(60)
+
+    def child() -> None:
+        assert process_state()[2:] == before[2:]
+        cascade.folded_state_dict()
+        cascade(x)  # another shape, and so a capture
+
+    def fork() -> None:
+        assert inside.wait(10)
+        ended.append(in_a_fork(child))
+        go_on.set()
+
+    thread = threading.Thread(target=hold if forking == "main" else fork)
+    thread.start()
+    (fork if forking == "main" else hold)()
+    thread.join()
+    assert ended == [0]
+    assert process_state() == before
+    cascade.transition(None)
+
+
+@forks
+def test_a_fork_by_the_thread_that_holds_the_lock() -> None:
+    """It holds it in the new process as well, and releases it there."""
+    cascade = made(0)[0]
+    with cascade._run.exclusive("save"):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+    if pid == 0:
+        free: list[bool] = []
+        together(lambda: free.append(lock_of(cascade).acquire(0.0)))
+        os._exit(0 if free == [True] else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@forks
+def test_signals_in_a_fork_of_another_thread() -> None:
+    """Blocks of the main thread, which does not exist there, do not defer them."""
+    before, ended = signal.signal(signal.SIGUSR1, lambda *_: os._exit(0)), list[int]()
+
+    def child() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.1)
+        raise AssertionError("the signal was kept")
+
+    try:
+        with Commit():
+            assert not together(lambda: ended.append(in_a_fork(child)))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert ended == [0]
+
+
+class Jacobian(nn.Module):
+    """torch.export(strict=True) raises for it, and leaves levels of torch.func behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.net(x), torch.func.vmap(torch.func.jacrev(self.net))(x)
+
+
+def test_a_front_end_leaves_no_levels_of_torch_func() -> None:
+    torch.manual_seed(0)
+    model, x = Jacobian(), torch.randn(4, 8)
+    expected = model(x)
+    with raises(lx.CaptureError, "not-captured"):
+        lx.adapt(model, (x,), frontend="dynamo")
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    cascade = lx.adapt(model, (x,))  # the front ends after `dynamo` are not disturbed by it
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None  # checkpoints need them
+    torch.testing.assert_close(cascade(x), expected)
+
+
+def test_what_a_tracer_leaves_on_the_stacks_of_torch_is_dropped() -> None:
+    def stacks() -> tuple[Any, ...]:
+        modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+        casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        return torch._C._functorch.get_dynamic_layer_stack_depth(), modes, casts, str(keys), torch.is_grad_enabled()
+
+    before, drawn = stacks(), torch.get_rng_state()
+    with quiet():
+        torch._C._functorch._vmap_increment_nesting(2, "error")
+        torch.autocast("cpu", torch.float16).__enter__()
+        torch.overrides.BaseTorchFunctionMode().__enter__()
+        torch.utils._python_dispatch.BaseTorchDispatchMode().__enter__()
+        torch._subclasses.fake_tensor.FakeTensorMode().__enter__()
+        torch.set_grad_enabled(False)
+    assert stacks() == before
+    assert torch.equal(torch.get_rng_state(), drawn)

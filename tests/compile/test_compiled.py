@@ -1,0 +1,172 @@
+"""torch.compile of a whole cascade: one graph without a break, which trains as the eager one in every stage."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import lorasc_fx as lx
+from tests.kit.errors import raises
+from tests.kit.models import loss_of
+
+STAGES, STEPS = 3, 2
+TOKENS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(7))
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Mixed(nn.Module):
+    """A lookup, linears that read one input, a convolution with groups and one without, a stack of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.table = nn.Embedding(11, 10)
+        self.left, self.right = nn.Linear(10, 8), nn.Linear(10, 8)
+        self.grouped = nn.Conv1d(8, 12, 3, padding=1, groups=2)
+        self.plain = nn.Conv1d(12, 8, 1)
+        self.experts = nn.Parameter(torch.randn(2, 5, 8) * 0.3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        y = torch.tanh(self.left(x)) * self.right(x)
+        y = self.plain(torch.relu(self.grouped(y.transpose(1, 2)))).mean(-1)
+        return torch.bmm(y.expand(2, -1, -1), self.experts.transpose(1, 2)).sum(0)
+
+
+def trajectory(placement: str, compiled: dict[str, Any] | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of all steps, and the slow weights at the end."""
+    spec = lx.CascadeSpec(
+        rank=2, lora_alpha=4.0, pace=0.5, noise=lx.Noise(0.1), placement=placement, train=("plain.bias",)
+    )
+    cascade = lx.adapt(Mixed().double(), (TOKENS,), spec=spec)
+    assert len(cascade.sites) == 6
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    call = cascade if compiled is None else torch.compile(cascade, fullgraph=True, **compiled)
+    losses = []
+    for _ in cascade.stages(STAGES, optimizer):
+        for _ in range(STEPS):
+            loss = loss_of(call(TOKENS))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, cascade.folded_state_dict()
+
+
+def checked(graph: fx.GraphModule, _: Any) -> Any:
+    """What a compiler gets, it does right: inductor drops the alpha of an addition that it fuses a product into."""
+    assert not any("alpha" in node.kwargs for node in graph.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    return make_boxed_func(graph.forward)
+
+
+def holds(placement: str, backend: Any) -> None:
+    expected, weights = trajectory(placement, None)
+    found, compiled = trajectory(placement, {"backend": backend})
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+    assert len(set(expected)) == STAGES * STEPS
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    for name, value in weights.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-8, atol=1e-8)  # AdamW divides by small numbers
+    assert not torch.equal(weights["left.weight"], Mixed().double().left.weight)
+
+
+@pytest.mark.parametrize("placement", [pytest.param("beside", marks=pytest.mark.slow), "weight"])
+def test_a_compiled_cascade_trains_as_the_eager_one(placement: str) -> None:
+    holds(placement, aot_autograd(fw_compiler=checked))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+def test_inductor_trains_as_eager_does(placement: str) -> None:
+    holds(placement, "inductor")
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.settings = nn.Linear(5, 3), {"tau": 1.0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) / self.settings["tau"]
+
+
+def test_a_compiled_cascade_sees_changed_state() -> None:
+    """dynamo guards what a graph holds of the model's Python state, and the call says that there is no graph for it."""
+    model, x = Tempered(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,))
+    compiled = torch.compile(cascade, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x))
+    changes: list[Any] = [
+        lambda: model.settings.update(tau=0.5),
+        lambda: model.layer.register_forward_hook(lambda module, args, output: output + 1),
+    ]
+    for change in changes:
+        change()
+        with pytest.raises(Exception, match="with the model's settings as they are"):
+            compiled(x)
+        assert torch.allclose(cascade(x), model(x))
+        assert torch.allclose(compiled(x), model(x))
+
+
+def test_a_symbolic_trace_sees_changed_state() -> None:
+    model, x = Tempered(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,))
+    first = fx.symbolic_trace(cascade)(x)
+    assert torch.allclose(first, model(x))
+    model.settings["tau"] = 0.5
+    with raises(lx.StateError, "no-graph"):
+        fx.symbolic_trace(cascade)
+    cascade(x)
+    assert torch.allclose(fx.symbolic_trace(cascade)(x), model(x))
+
+
+class Fused(nn.Module):
+    """A convolution, a product, a transposed product, and one weight that is read in three slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.conv, self.linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(20, 6)
+        self.transposed, self.qkv = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(12, 7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(self.conv(x).mean(-1).flatten(1)) @ self.transposed
+        query, key, value = self.qkv.chunk(3)
+        return (hidden @ query.t()) * (hidden @ key.t()) + hidden @ value.t()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True, "exclude": ("qkv",)}, {"nearest_full_gradient": True, "train_A": False}],
+    ids=["lora", "dora", "nearest"],
+)
+def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None:
+    model, x = Fused(), torch.randn(2, 3, 4, 4)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, **options))
+    assert [site.slices for site in cascade.sites if site.weight == "qkv"] == (
+        [] if "exclude" in options else [(4, 4, 4)]
+    )
+    factors = [parameter for name, parameter in cascade.named_parameters() if ".lora_" in name]
+    assert len(factors) == len(cascade.sites) * (3 if "use_dora" in options else 2)
+    with torch.no_grad():
+        for factor in factors:
+            factor.add_(torch.randn_like(factor), alpha=0.1)
+    factors = [factor for factor in factors if factor.requires_grad]
+    traced = fx.symbolic_trace(cascade)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = cascade(x), traced(x)
+        expected, computed = ((output, *torch.autograd.grad(output.square().sum(), factors)) for output in outputs)
+        for ours, theirs in zip(computed, expected, strict=True):
+            assert (ours - theirs).norm() <= (0.05 if autocast else 1e-5) * theirs.norm()

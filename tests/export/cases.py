@@ -1,0 +1,117 @@
+"""Small models that exports are tried on, each with inputs of one batch size, and how to make those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import transformers
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.models import randomize
+
+SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), restart_A="kept")
+
+
+class Stated(nn.Module):
+    """Convolutions, a norm with statistics, dropout, buffers: train mode and eval mode differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.turn = nn.Conv2d(4, 6, 3, groups=2)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 5)
+        self.register_buffer("shift", torch.linspace(0, 1, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.stem(x)))
+        return self.head(self.drop(torch.relu(self.turn(hidden)).mean((2, 3)))) + self.shift
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model with what makes its inputs, (args, kwargs), for a batch size."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def llama(**options: Any) -> nn.Module:
+    """A language model of two layers, [30, 12] embeddings, whose head is tied to them if asked for."""
+    torch.manual_seed(52)
+    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    config = transformers.LlamaConfig(
+        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+        **size, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(53)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(54)
+    return build()
+
+
+def images(size: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
+    def make(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        source = torch.Generator().manual_seed(batch)
+        return (torch.randn(batch, 3, size, size, generator=source),), {}
+
+    return make
+
+
+def texts(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tokens [batch, 4 + batch], the last ones of the first text masked."""
+    source = torch.Generator().manual_seed(batch)
+    ids = torch.randint(3, 30, (batch, 4 + batch), generator=source)
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    return (), {"input_ids": ids, "attention_mask": mask}
+
+
+CASES = {
+    "stated": Exported(lambda: seeded(Stated), images(8)),
+}
+SLOW_CASES = {
+    "bert": Exported(bert, texts),
+    "vit": Exported(
+        lambda: seeded(
+            lambda: timm.create_model(
+                "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=3, num_classes=5
+            )
+        ),
+        images(32),
+    ),
+    "resnet": Exported(lambda: seeded(lambda: timm.create_model("resnet10t", num_classes=5)), images(64)),
+}
+
+
+def trained_cascade(case: Exported, **options: Any) -> lx.Cascade:
+    """In train mode: one stage folded, one that has trained; weights moved by as much as they are large."""
+    args, kwargs = case.inputs(3)
+    cascade = lx.adapt(case.build().train(), args, kwargs, spec=SPEC, **options)
+    randomize(cascade, 1, size=0.2)
+    cascade.transition(None)
+    randomize(cascade, 2, size=0.2)
+    return cascade
+
+
+def tensor_of(output: Any) -> torch.Tensor:
+    found = output["logits"] if isinstance(output, dict) else output
+    assert isinstance(found, torch.Tensor)
+    return found

@@ -1,0 +1,280 @@
+"""Folded graphs out: plain GraphModules, .pt2 and ONNX files that compute what the released model does."""
+
+from __future__ import annotations
+
+import copy
+import pickle  # noqa: TID251  # that a folded graph pickles is what is tested
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lorasc_fx as lx
+from tests.export.cases import CASES, SLOW_CASES, Exported, tensor_of, trained_cascade
+from tests.kit.errors import raises
+
+FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+EVERY = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)]
+# torch's own, of a copy of any exported graph
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def case(request: pytest.FixtureRequest) -> Exported:
+    return (CASES | SLOW_CASES)[request.param]
+
+
+@pytest.fixture(scope="module")
+def cascade(case: Exported) -> lx.Cascade:
+    """One for all tests of a case: no export changes it."""
+    return trained_cascade(case)
+
+
+def released(cascade: lx.Cascade) -> nn.Module:
+    """The model that a release gives, apart from the cascade."""
+    model = copy.deepcopy(cascade.model)
+    model.load_state_dict(cascade.folded_state_dict(), strict=True)
+    return model.eval()
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Within 1e-5 of the scale of what is expected."""
+    one, other = torch.as_tensor(found), tensor_of(expected).detach()
+    assert one.shape == other.shape
+    assert other.std() > 1e-3
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_a_folded_graph_is_the_captured_one(case: Exported, cascade: lx.Cascade) -> None:
+    """Names, operations, arguments and metadata of the nodes; it prints, pickles and copies."""
+    args, kwargs = case.inputs(3)
+    plain = lx.adapt(case.build().eval(), args, kwargs, spec=lx.CascadeSpec(rank=1)).folded_graph()
+    cascade.eval()
+    graph = cascade.folded_graph(args, kwargs)
+    assert type(graph).__mro__[1] is fx.GraphModule
+    assert isinstance(plain, fx.GraphModule)
+    assert isinstance(graph, fx.GraphModule)
+    captured = torch.export.export(
+        released(cascade), args, kwargs, strict=False,
+        dynamic_shapes=(*({0: torch.export.Dim.AUTO} for _ in args), *(FREE for _ in kwargs)),
+    ).module()  # fmt: skip
+    names = {node.name for node in captured.graph.nodes}
+    own = [node.name for node in graph.graph.nodes if node.op == "call_function"]
+    assert len([name for name in own if name in names]) > 0.9 * len(own)
+    assert [(node.name, node.op, str(node.target)) for node in graph.graph.nodes] == [
+        (node.name, node.op, str(node.target)) for node in plain.graph.nodes
+    ]
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            assert "val" in node.meta
+            assert "nn_module_stack" in node.meta or "stack_trace" in node.meta, node
+    printed = graph.print_readable(print_output=False)
+    assert "torch.ops.aten" in printed
+    assert "lora" not in printed
+    assert "branches" not in printed
+    expected = released(cascade)(*args, **kwargs)
+    copied = copy.deepcopy(graph)
+    assert [(node.name, str(node.target)) for node in copied.graph.nodes] == [
+        (node.name, str(node.target)) for node in graph.graph.nodes
+    ]
+    for other in (copied, pickle.loads(pickle.dumps(graph))):  # noqa: S301
+        assert_close(tensor_of(other(*args, **kwargs)).detach(), expected)
+
+
+def test_pt2_is_the_eval_graph_of_any_batch(case: Exported, cascade: lx.Cascade, tmp_path: Path) -> None:
+    cascade.train()
+    next(cascade.model.children()).eval()
+    modes = [module.training for module in cascade.modules()]
+    state = {name: value.clone() for name, value in cascade.model.state_dict().items()}
+    path = lx.export.pt2(cascade, tmp_path / "model.pt2")
+    assert path == tmp_path / "model.pt2"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.pt2"]
+    assert [module.training for module in cascade.modules()] == modes
+    assert all(torch.equal(state[name], value) for name, value in cascade.model.state_dict().items())
+    program, model = torch.export.load(path), released(cascade)
+    assert {name for name, _ in model.named_parameters()} <= set(program.state_dict) <= set(model.state_dict())
+    for batch in (2, 5):
+        args, kwargs = case.inputs(batch)
+        with torch.no_grad():
+            assert_close(tensor_of(program.module()(*args, **kwargs)), model(*args, **kwargs))
+    inputs = torch.utils._pytree.tree_leaves(program.example_inputs)
+    assert inputs
+    assert not any(leaf.any() for leaf in inputs)  # nothing of ours is in the file
+
+
+def test_unfolded_it_is_the_running_cascade(case: Exported, cascade: lx.Cascade, tmp_path: Path) -> None:
+    """The noise of the stage and its branches are in it, as plain operations."""
+    path = lx.export.pt2(cascade, tmp_path / "running.pt2", folded=False)
+    program = torch.export.load(path)
+    assert any(name.endswith("lora_A") for name in program.state_dict)
+    cascade.eval()
+    for batch in (2, 5):
+        args, kwargs = case.inputs(batch)
+        assert_close(tensor_of(program.module()(*args, **kwargs)).detach(), cascade(*args, **kwargs))
+        folded = tensor_of(released(cascade)(*args, **kwargs))
+        assert (folded - tensor_of(cascade(*args, **kwargs))).abs().max() > 1e-3 * folded.abs().max()
+
+
+def kinds(path: Path) -> Counter[str]:
+    """How many nodes of each kind an ONNX file has, functions included."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    return Counter(node.op_type for graph in (model.graph, *model.functions) for node in graph.node)
+
+
+def run(path: Path, args: Any, kwargs: Any) -> Any:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    names = [each.name for each in session.get_inputs()]
+    assert len(names) == len(tensors)
+    return session.run(None, {name: value.numpy() for name, value in zip(names, tensors, strict=True)})[0]
+
+
+def own_export(model: nn.Module, path: Path, args: Any, kwargs: Any) -> Counter[str]:
+    """The nodes of torch's own export of an eager model."""
+    shapes: Any = (*({0: torch.export.Dim.AUTO} for _ in args), *(FREE for _ in kwargs))
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
+    return kinds(path)
+
+
+def test_onnx_is_the_released_model_of_any_batch(case: Exported, cascade: lx.Cascade, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = lx.export.onnx(cascade, tmp_path / "model.onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+    model = released(cascade)
+    for batch in (2, 5):
+        args, kwargs = case.inputs(batch)
+        assert_close(run(path, args, kwargs), model(*args, **kwargs))
+    base = own_export(case.build().eval(), tmp_path / "base.onnx", *case.inputs(3))
+    assert kinds(path) == base
+
+
+@pytest.mark.slow
+def test_onnx_of_a_running_cascade(case: Exported, cascade: lx.Cascade, tmp_path: Path) -> None:
+    """By our call, and by torch.onnx.export of the cascade itself: no function of ours is in the graph."""
+    pytest.importorskip("onnxruntime")
+    path = lx.export.onnx(cascade, tmp_path / "running.onnx", folded=False)
+    cascade.eval()
+    for batch in (2, 5):
+        args, kwargs = case.inputs(batch)
+        assert_close(run(path, args, kwargs), cascade(*args, **kwargs))
+    import onnx
+
+    by_torch = tmp_path / "by_torch.onnx"
+    shapes: Any = (*({0: torch.export.Dim.AUTO} for _ in args), *(FREE for _ in kwargs))
+    args, kwargs = case.inputs(3)
+    torch.onnx.export(cascade, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False).save(by_torch)
+    args, kwargs = case.inputs(4)
+    assert_close(run(by_torch, args, kwargs), cascade(*args, **kwargs))
+    for each in (path, by_torch):
+        model = onnx.load(each)
+        assert not model.functions
+        assert {node.domain for node in model.graph.node} <= {""}
+
+
+@pytest.mark.slow
+def test_onnx_of_many_bytes_has_its_numbers_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100)
+    case = CASES["stated"]
+    cascade = trained_cascade(case)
+    path = lx.export.onnx(cascade, tmp_path / "deep" / "model.onnx")
+    assert sorted(each.name for each in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    args, kwargs = case.inputs(4)
+    assert_close(run(path, args, kwargs), released(cascade)(*args, **kwargs))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(y) if y.sum().item() > -1e9 else y
+
+
+def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["stated"]
+    cascade = trained_cascade(case)
+    with raises(lx.SpecError, "wrong-file-ending", "model.bin", "pt2"):
+        lx.export.pt2(cascade, tmp_path / "model.bin")
+    with raises(lx.SpecError, "wrong-file-ending", "model.pt2"):
+        lx.export.onnx(cascade, tmp_path / "model.pt2")
+    (tmp_path / "in").write_text("")
+    with raises(lx.export.ExportError, "write-failed", "in/model.pt2"):
+        lx.export.pt2(cascade, tmp_path / "in" / "model.pt2")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with raises(lx.errors.MissingExtra, "missing-extra"):
+        lx.export.onnx(cascade, tmp_path / "model.onnx")
+    x = torch.randn(2, 3)
+    broken = lx.adapt(Branching(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+    for folded in (True, False):
+        with raises(lx.CaptureError, "no-whole-graph"):
+            lx.export.pt2(broken, tmp_path / "model.pt2", folded=folded)
+    cascade.release()
+    with raises(lx.StateError, "released", "export.pt2"):
+        lx.export.pt2(cascade, tmp_path / "model.pt2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@fx.wrap
+def sign_of_the_sum(x: torch.Tensor) -> torch.Tensor:
+    return x if x.sum() > 0 else -x
+
+
+class Leaf(nn.Linear):
+    """Asks for a value inside a function that a symbolic trace leaves alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sign_of_the_sum(super().forward(x))
+
+
+@torch.library.custom_op("export_tests::unheard_of", mutates_args=())
+def unheard_of(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@unheard_of.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Foreign(nn.Linear):
+    """Has an operator that onnx does not know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return unheard_of(super().forward(x))
+
+
+def test_a_graph_that_torch_does_not_export_is_a_sentence(tmp_path: Path) -> None:
+    spec, x = lx.CascadeSpec(rank=1), torch.randn(2, 3)
+    leaf = lx.adapt(nn.Sequential(Leaf(3, 4)), (x,), spec=spec, frontend="symbolic")
+    with raises(lx.CaptureError, "export-refused", "export.pt2", "Could"):
+        lx.export.pt2(leaf, tmp_path / "model.pt2")
+    foreign = lx.adapt(nn.Sequential(Foreign(3, 4)), (x,), spec=spec)
+    with raises(lx.CaptureError, "export-refused"):
+        lx.export.onnx(foreign, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_front_ends_and_inputs(tmp_path: Path) -> None:
+    """A symbolic graph of modules becomes ATen; a graph is made for the inputs that are given."""
+    case = CASES["stated"]
+    (x,), _ = case.inputs(2)
+    cascade = trained_cascade(case, frontend="symbolic")
+    program = torch.export.load(lx.export.pt2(cascade, tmp_path / "symbolic.pt2"))
+    assert_close(program.module()(x).detach(), released(cascade)(x))
+    cascade = trained_cascade(case)
+    larger = torch.randn(2, 3, 12, 12)
+    program = torch.export.load(lx.export.pt2(cascade, tmp_path / "larger.pt2", (larger,)))
+    assert_close(program.module()(larger).detach(), released(cascade)(larger))

@@ -1,0 +1,579 @@
+"""Folded weights as files: in the layout of the base, of a cascade or of its checkpoint alone, and without a base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.cli import main
+from tests.damage.mutations import signed
+from tests.export.cases import llama
+from tests.kit.errors import raises
+from tests.kit.models import batches, mlp, randomize
+from tests.kit.seams import SEAMS
+from tests.kit.state import trained_in_full
+
+IDS = torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+def data(path: Path) -> dict[str, bytes]:
+    """The bytes of each tensor of a file, and its header under the name of none."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8:start])
+    table.pop("__metadata__", None)
+    return {"": raw[:start]} | {
+        name: raw[start + each["data_offsets"][0] : start + each["data_offsets"][1]] for name, each in table.items()
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def llama_base(folder: Path, tied: bool) -> Path:
+    """A model of transformers in bf16, in several shards, and what may lie beside its weights."""
+    model = llama(tie_word_embeddings=tied).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="2KB")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights in another format")
+    (folder / ".cache").mkdir()
+    return folder
+
+
+def trained(model: nn.Module, *, train: tuple[str, ...] = (), **kwargs: Any) -> lx.Cascade:
+    """One stage folded, one that has trained."""
+    spec = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), train=train, targets=("*.self_attn.*", "*embed*"))
+    cascade = lx.adapt(model, kwargs={"input_ids": IDS, "use_cache": False}, spec=spec, **kwargs)
+    for seed in (1, 2):
+        randomize(cascade, seed, size=0.2)
+        with torch.no_grad():
+            for name, parameter in trained_in_full(cascade).items():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        if seed == 1:
+            cascade.transition(None)
+    return cascade
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_fold_keeps_the_layout_of_the_base(tmp_path: Path, tied: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same files, index, headers and order; what has not changed is the same bytes; transformers reads it."""
+    base = llama_base(tmp_path / "base", tied)
+    before = contents_of_shards(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    cascade = trained(model, train=("model.norm.weight",))
+    lx.save(cascade, tmp_path / "checkpoint")
+    out, other = tmp_path / "out" / "folded", tmp_path / "other"
+    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0
+    assert f"{out}: slow weights of {tmp_path}/checkpoint/version-00000001, in the layout of" in capsys.readouterr().out
+    assert lx.export.safetensors(cascade, other, base=base) == other
+
+    assert {path.name for path in out.iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin", ".cache"}
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(shards) > 2
+    for name in ("model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    folded = cascade.folded_state_dict()
+    changed = {site.weight for site in cascade.sites} | {"model.norm.weight"}
+    assert len(changed) == 10
+    for shard in shards:
+        found, was = data(out / shard), data(base / shard)
+        assert list(found) == list(was)
+        assert found[""] == was[""]
+        for name, value in load_file(out / shard).items():
+            assert (found[name] != was[name]) == (name in changed), name
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, folded[name])
+    assert contents(other) == contents(out)
+    assert contents_of_shards(base) == before
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    released = cascade.release()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, released(input_ids=IDS).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def contents_of_shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_names_with_a_prefix(tmp_path: Path) -> None:
+    """The model inside a model: its names lack the prefix that the files have."""
+    base = llama_base(tmp_path / "base", tied=True)
+    model = transformers.AutoModel.from_pretrained(base, dtype="auto").eval()
+    cascade = trained(model)
+    lx.save(cascade, tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--output", str(out)]) == 0
+    loaded = transformers.AutoModel.from_pretrained(out, dtype="auto").eval()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    expected = cascade.release()(input_ids=IDS).last_hidden_state
+    assert torch.equal(loaded(input_ids=IDS).last_hidden_state, expected)
+    assert torch.equal(whole.model(input_ids=IDS).last_hidden_state, expected)
+
+
+X = batches(1, 6, 5)[0]
+NAMES = ["0.weight", "2.weight", "4.weight"]
+
+
+def small(dtype: torch.dtype = torch.float64, **options: Any) -> lx.Cascade:
+    spec = lx.CascadeSpec(**({"rank": 1, "pace": 0.5} | options))
+    return lx.adapt(mlp().to(dtype), (X.to(dtype),), spec=spec)
+
+
+def stepped(cascade: lx.Cascade, stages: int, running: bool) -> lx.Cascade:
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in range(stages):
+        cascade(X.to(next(cascade.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+    if running:
+        randomize(cascade, 3)
+        with torch.no_grad():
+            for parameter in trained_in_full(cascade).values():
+                parameter.mul_(1.5)
+    return cascade
+
+
+KEPT = lx.Noise(0.1, keep=True)
+SPECS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fast": {"restart": "fast"},
+    "noise": {"noise": lx.Noise(0.1, where="all")},
+    "kept noise": {"noise": KEPT},
+    "kept everywhere": {"noise": lx.Noise(0.1, keep=True, where="all"), "exclude": ("2.weight",), "targets": ("0.*",)},
+    "trained": {"train": ("*.bias",), "targets": ("linear",)},
+    "trained, fast": {"train": ("*.bias", "4.*"), "restart": "fast"},
+    "trained, not slowly": {"train": ("*.bias",), "slow_train": False},
+    "collapsed": {"rank": 3},
+}
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("options", SPECS.values(), ids=SPECS)
+def test_the_fold_of_a_checkpoint_is_that_of_its_cascade(
+    tmp_path: Path, options: dict[str, Any], running: bool
+) -> None:
+    """Bit for bit, without a model: experts, dense deltas, kept noise, what is trained in full, a running stage."""
+    base = tmp_path / "base.safetensors"
+    save_file(mlp().state_dict(), base)
+    cascade = stepped(small(**options), 2, running)
+    lx.save(cascade, tmp_path / "checkpoint")
+    out = tmp_path / "out.safetensors"
+    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0
+    found, expected = load_file(out), cascade.folded_state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found["0.weight"], mlp()[0].weight)
+    again = lx.export.safetensors(cascade, tmp_path / "again.safetensors", base=base)
+    assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.0)])
+def test_the_values_in_the_files_of_a_base(tmp_path: Path, dtype: torch.dtype, atol: float) -> None:
+    """By the formula in fp64, rounded once: `W0 + pace * sum s B A`, of the experts as the checkpoint holds them."""
+    state, base, index = mlp().to(dtype).state_dict(), tmp_path / "base", {}
+    base.mkdir()
+    for number, names in enumerate((["0.weight", "0.bias"], [name for name in state if name[0] != "0"])):
+        save_file({name: state[name] for name in names}, base / f"model-{number}.safetensors")
+        index |= dict.fromkeys(names, f"model-{number}.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    lx.save(stepped(small(dtype), 2, running=False), tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0
+    held = lx.checkpoint.reader.read(tmp_path / "checkpoint").tensors
+    for name in ("0.weight", "2.weight"):  # whose experts have not been summed
+        pairs = [[held[f"expert/{name}/{number}/{factor}"].double() for factor in "ba"] for number in range(2)]
+        expected = (state[name].double() + 0.5 * sum(b @ a for b, a in pairs)).to(dtype)
+        assert not torch.equal(expected, state[name])
+        torch.testing.assert_close(load_file(out / index[name])[name], expected, rtol=0, atol=atol)
+
+
+def test_after_the_last_stage(tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file(mlp().state_dict(), base)
+    cascade = small(train=("0.bias",), noise=lx.Noise(0.3))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in cascade.stages(2, optimizer):
+        cascade(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lx.save(cascade, tmp_path / "checkpoint")
+    assert (
+        main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(tmp_path / "o.safetensors")]) == 0
+    )
+    expected = cascade.release().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "o.safetensors").items())
+
+
+class Norms(nn.Module):
+    """A tied head and buffers that move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.table = nn.Embedding(9, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.table(ids)))
+
+
+def test_tied_weights_other_names_and_buffers(tmp_path: Path) -> None:
+    """A tied weight under both names, under the other one, or under names that the model does not know at all."""
+    plain = {name: value.clone() for name, value in Norms().state_dict().items()}
+    cascade = lx.adapt(Norms().train(), (torch.arange(9),), spec=lx.CascadeSpec(targets=("embedding",), rank=1))
+    randomize(cascade)
+    cascade(torch.arange(9))
+    lx.save(cascade, tmp_path / "checkpoint")
+    folded = cascade.folded_state_dict()
+    assert not torch.equal(folded["norm.running_mean"], plain["norm.running_mean"])
+    for left_out in ({}, {"head.weight"}, {"table.weight"}):
+        tensors = {name: value for name, value in plain.items() if name not in left_out}
+        save_file(tensors, tmp_path / "base.safetensors")
+        found = fold(tmp_path, "base.safetensors")
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], folded[name]) for name in found)
+    copied = {"table.weight": plain["table.weight"], "old.tokens": plain["table.weight"].clone()}  # a name of none
+    save_file(copied, tmp_path / "base.safetensors")
+    assert all(torch.equal(value, folded["table.weight"]) for value in fold(tmp_path, "base.safetensors").values())
+    renamed = {"a.tokens": plain["table.weight"], "a.out": plain["table.weight"].clone(), "a.more": torch.ones(5)}
+    save_file(renamed, tmp_path / "base.safetensors")
+    found = fold(tmp_path, "base.safetensors")
+    assert torch.equal(found["a.tokens"], folded["table.weight"])
+    assert torch.equal(found["a.out"], folded["table.weight"])
+    assert torch.equal(found["a.more"], torch.ones(5))
+
+
+def fold(folder: Path, base: str, checkpoint: str = "checkpoint") -> dict[str, torch.Tensor]:
+    out = folder / "folded.safetensors"
+    assert main(["fold", str(folder / checkpoint), "--base", str(folder / base), "--out", str(out)]) == 0
+    found: dict[str, torch.Tensor] = load_file(out)
+    return found
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_a_base_narrower_than_the_model(tmp_path: Path, narrow: torch.dtype, wide: torch.dtype) -> None:
+    """Adapted in fp32, from files in bf16: W0 has the files' numbers, and the fold is rounded once to their dtype."""
+    torch.manual_seed(3)
+    model = mlp().to(narrow).to(wide)
+    save_file({name: value.to(narrow) for name, value in model.state_dict().items()}, tmp_path / "base.safetensors")
+    cascade = lx.adapt(model, (X.to(wide),), spec=lx.CascadeSpec(rank=1, pace=0.5, train=("0.bias",)))
+    stepped(cascade, 2, running=True)
+    lx.save(cascade, tmp_path / "checkpoint")
+    found, expected = fold(tmp_path, "base.safetensors"), cascade.folded_state_dict()
+    for name, value in expected.items():
+        assert found[name].dtype == narrow
+        assert torch.equal(found[name], value.to(narrow))
+    assert torch.equal(found["4.bias"].to(wide), model[4].bias)
+    assert not torch.equal(found["2.weight"].to(wide), expected["2.weight"])
+
+
+def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing is left behind."""
+    state = mlp().state_dict()
+    save_file(state, tmp_path / "base.safetensors")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    cascade = stepped(small(train=("0.bias",)), 1, running=True)
+    lx.save(cascade, tmp_path / "checkpoint")
+    bent = {**state, "2.weight": state["2.weight"] * 2}
+    cases: dict[str, tuple[dict[str, torch.Tensor] | None, str, str]] = {
+        "another base": (bent, "out", "2.weight of {}/given.safetensors holds other numbers than the 2.weight that"),
+        "a weight is missing": (
+            {name: value for name, value in state.items() if name != "4.weight"}, "out",
+            "given.safetensors holds no tensor with the numbers that 4.weight had before",
+        ),
+        "no tensor is named": (
+            {f"{name}x": value for name, value in {**state, "again": state["0.bias"].clone()}.items()}, "out",
+            "0.bias goes by another name in {}/given.safetensors, and cannot be recognized by its numbers",
+        ),
+        "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
+        "the place is the base": (state, "given.safetensors", "given.safetensors is the base, and is not overwritten"),
+        "no base": (None, "out", "given.safetensors is no safetensors file, nor a folder with model.safetensors"),
+    }  # fmt: skip
+    for what, (tensors, out, message) in cases.items():
+        given = tmp_path / "given.safetensors"
+        given.unlink(missing_ok=True)
+        if tensors is not None:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, given)
+        before = sorted(path.name for path in tmp_path.rglob("*"))
+        arguments = ["fold", str(tmp_path / "checkpoint"), "--base", str(given), "--out", str(tmp_path / out)]
+        assert main(arguments) == 2, what
+        assert message.format(tmp_path) in capsys.readouterr().err, what
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    given.write_bytes(b"\x08\0\0\0\0\0\0\0{}{}{}{}")
+    assert main(arguments) == 2
+    assert "given.safetensors cannot be read: " in capsys.readouterr().err
+    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(given)]) == 2
+    assert "checkpoint is no run folder; give --output, the place to write to" in capsys.readouterr().err
+    with raises(lx.SpecError, "invalid-value", "max_shard_bytes", "0"):
+        lx.export.safetensors(cascade, tmp_path / "out", max_shard_bytes=0)
+
+
+def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
+    model = mlp()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=1))
+    with raises(lx.StateError, "not-serializable", "phase", "torch.complex128"):
+        lx.export.safetensors(cascade, tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def edited(version: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a version, and sign it anew, as whoever edits it can."""
+    file = version / "state.safetensors"
+    tensors, manifest = load_file(file), json.loads((version / "manifest.json").read_bytes())
+    change(tensors)
+    save_file(tensors, file)
+    (version / "manifest.json").write_bytes(signed(manifest, file.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ((), "version-00000001: has no tensor 'trained/0.bias/value'; no version before"),
+        (("slow",), "version-00000001: 'trained/0.bias/slow' is (3,), the plan says (7,); no version before"),
+        (
+            ("value", "slow", "start"),
+            "version-00000001: 'trained/0.bias/stage/1' is (7,), the plan says (3,); no version before",
+        ),
+    ],
+)
+def test_a_checkpoint_that_was_edited(
+    parts: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of what was trained in full is gone, or has another shape than the others or than the base."""
+    save_file(mlp().state_dict(), tmp_path / "base.safetensors")
+    version = lx.save(stepped(small(train=("0.bias",)), 1, running=True), tmp_path / "checkpoint")
+    gone: dict[str, torch.Tensor] = {f"trained/0.bias/{each}": torch.ones(3, dtype=torch.float64) for each in parts}
+    edited(version, lambda held: held.update(gone) if gone else held.pop("trained/0.bias/value"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    arguments = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out.safetensors")]
+    assert main(["fold", str(tmp_path / "checkpoint"), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(mlp().state_dict(), tmp_path / "base.safetensors")
+    cascade = stepped(small(), 1, running=False)
+    for fault, raised in (
+        (OSError(28, "No space left"), lx.export.ExportError),
+        (MemoryError(), MemoryError),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(*SEAMS["write a tensor"], lambda *_, fault=fault: (_ for _ in ()).throw(fault))
+            with pytest.raises(raised):
+                lx.export.safetensors(cascade, tmp_path / "out.safetensors", base=tmp_path / "base.safetensors")
+        assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte twice, compared and written; on a terminal a bar, elsewhere lines."""
+    monkeypatch.setattr("lorasc_fx.integrations.progress._SECONDS_BETWEEN_LINES", 0.0)
+    save_file(mlp().state_dict(), tmp_path / "base.safetensors")
+    cascade = stepped(small(), 1, running=False)
+    lx.save(cascade, tmp_path / "checkpoint")
+    told: list[tuple[int, int]] = []
+    lx.export.safetensors(cascade, tmp_path / "a.safetensors", base=tmp_path / "base.safetensors",
+                          progress=lambda done, total: told.append((done, total)))  # fmt: skip
+    size = sum(value.nbytes for value in mlp().state_dict().values())
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (2 * size, 2 * size)
+    fold(tmp_path, "base.safetensors")
+    said = capsys.readouterr().out
+    assert f"fold {tmp_path}/checkpoint: 0.0 of 0.0 GB, 0 s left\n" in said
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "400")  # room for a bar beside a long path
+    fold(tmp_path, "base.safetensors")
+    assert "━" in capsys.readouterr().out
+
+
+def test_without_a_base(tmp_path: Path) -> None:
+    """One file, a folder with one, a folder with shards and their index: the model's own names, in its dtype."""
+    cascade = stepped(small(torch.float32), 1, running=True)
+    expected = cascade.folded_state_dict()
+    file = lx.export.safetensors(cascade, tmp_path / "a.safetensors")
+    folder = lx.export.safetensors(cascade, tmp_path / "b")
+    parts = lx.export.safetensors(cascade, tmp_path / "c", max_shard_bytes=200)
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() == file.read_bytes()
+    save_file(expected, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert data(file) == data(tmp_path / "theirs.safetensors")
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+    found = {}
+    for path in parts.glob("*.safetensors"):
+        tensors = load_file(path)
+        assert set(tensors) == {name for name, where in index["weight_map"].items() if where == path.name}
+        found |= tensors
+    for each in (found, load_file(file)):
+        assert each.keys() == expected.keys()
+        assert all(torch.equal(each[name], expected[name]) for name in expected)
+        mlp().float().load_state_dict(each, strict=True)
+
+
+@pytest.mark.slow
+def test_without_a_base_for_transformers(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True).to(torch.bfloat16)
+    cascade = trained(model)
+    model.config.save_pretrained(tmp_path / "out")
+    shutil.move(tmp_path / "out" / "config.json", tmp_path / "config.json")
+    (tmp_path / "out").rmdir()
+    lx.export.safetensors(cascade, tmp_path / "out", max_shard_bytes=2000)
+    shutil.move(tmp_path / "config.json", tmp_path / "out" / "config.json")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    released = cascade.release().state_dict()
+    assert loaded.state_dict().keys() == released.keys()
+    assert all(torch.equal(released[name], value) for name, value in loaded.state_dict().items())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_each_number_lies_at_a_multiple_of_its_size(tmp_path: Path) -> None:
+    """As in the library's own files, whatever the dtypes: wide ones come first."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(5, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    model[2].bias.data = model[2].bias.data.to(torch.bfloat16)
+    model.forward = lambda x: model[1](model[0](x)) @ model[2].weight.t() + model[2].bias.double()
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=1))
+    file = lx.export.safetensors(cascade, tmp_path / "a.safetensors")
+    expected, found = cascade.folded_state_dict(), load_file(file)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    for name, load in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            assert load["data_offsets"][0] % expected[name].element_size() == 0
+
+
+# ---- one tensor in memory at a time
+
+
+BIG = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from torch import nn
+import lorasc_fx as lx
+
+class Net(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.net(x * 1e-3)
+
+base, folder = map(Path, sys.argv[1:])
+WIDTH, LAYERS = 4096, 24
+index = {"metadata": {}, "weight_map": {}}
+source = torch.Generator().manual_seed(1)
+for shard in range(6):
+    name, tensors = f"model-{shard + 1:05d}-of-00006.safetensors", {}
+    for layer in range(shard * LAYERS // 6, (shard + 1) * LAYERS // 6):
+        weight = torch.randn(64, WIDTH, generator=source).to(torch.bfloat16)
+        weight = weight.repeat(WIDTH // 64, 1)
+        weight[0, 0] = layer  # each is another one
+        tensors[f"net.{layer}.weight"] = weight
+        tensors[f"net.{layer}.bias"] = torch.full((WIDTH,), float(layer), dtype=torch.bfloat16)
+    index["weight_map"] |= dict.fromkeys(tensors, name)
+    from safetensors.torch import save_file
+    save_file(tensors, base / name, metadata={"format": "pt"})
+(base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+with torch.device("meta"):
+    layers = (nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(LAYERS))
+    model = Net(*layers)
+state = {}
+for path in sorted(set(index["weight_map"].values())):
+    with safe_open(base / path, framework="pt") as file:
+        state |= {name: file.get_tensor(name) for name in file.keys()}
+model.load_state_dict(state, assign=True)  # mapped, not read
+spec = lx.CascadeSpec(rank=2, pace=0.5, placement="beside", exclude=tuple(f"net.{n}.*" for n in range(0, LAYERS, 2)))
+cascade = lx.adapt(model, (torch.randn(2, WIDTH, dtype=torch.bfloat16),), spec=spec, base=base, frontend="symbolic")
+assert len(cascade.sites) == LAYERS // 2
+with torch.no_grad():
+    for branch in cascade.branches.values():
+        branch.lora_B.copy_(torch.randn(branch.lora_B.shape, generator=source))
+lx.save(cascade, folder)
+"""
+
+FOLD = """
+import json, sys
+from pathlib import Path
+from lorasc_fx.cli import main
+
+before = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+import torch, lorasc_fx, rich.progress
+from lorasc_fx.cli import export
+loaded = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+code = main(["fold", sys.argv[2], "--base", sys.argv[1], "--out", sys.argv[3]])
+peak = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+Path(sys.argv[4]).write_text(json.dumps({"code": code, "loaded": loaded * 1024, "peak": peak * 1024}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of a process")
+def test_one_tensor_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """0.8 GB in six files, tensors of 32 MiB: the peak is the interpreter's own, and a few of those."""
+    base, checkpoint, out, told = (tmp_path / name for name in ("base", "checkpoint", "out", "told.json"))
+    base.mkdir()
+    subprocess.run([sys.executable, "-c", BIG, str(base), str(checkpoint)], check=True)
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert size > 0.8e9
+    done = subprocess.run(
+        [sys.executable, "-c", FOLD, str(base), str(checkpoint), str(out), str(told)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(told.read_text())
+    assert found["code"] == 0, done.stderr
+    largest = 4096 * 4096 * 2
+    print(f"base {size / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, imported {found['loaded'] / 1e6:.0f} MB, "
+          f"peak {found['peak'] / 1e6:.0f} MB")  # fmt: skip
+    assert found["peak"] - found["loaded"] < 5 * largest
+    saved = lx.checkpoint.reader.read(checkpoint)
+    state, scale = saved.tensors, saved.plan.sites[0].scale
+    for path in sorted(base.glob("*.safetensors")):
+        assert (out / path.name).stat().st_size == path.stat().st_size
+        with safe_open(base / path.name, framework="pt") as was, safe_open(out / path.name, framework="pt") as now:
+            assert was.metadata() == now.metadata()
+            assert list(was.keys()) == list(now.keys())
+            for name in was.keys():  # noqa: SIM118  # a handle is no mapping
+                before, after = was.get_tensor(name), now.get_tensor(name)
+                if f"branch/{name}/lora_B" not in state:
+                    assert torch.equal(before, after)
+                    continue
+                delta = state[f"branch/{name}/lora_B"] @ state[f"branch/{name}/lora_A"]
+                expected = (before[:64].float() + 0.5 * scale * delta[:64]).to(torch.bfloat16)
+                torch.testing.assert_close(after[:64], expected, rtol=0.01, atol=1e-3)
+                assert not torch.equal(before, after)

@@ -1,0 +1,95 @@
+"""A call of a cascade runs the graph as one function: the same numbers, weights read anew, hooks of branches kept."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import lorasc_fx as lx
+from lorasc_fx.graph import as_function
+from tests.kit.models import batches, branches, mlp, randomize
+
+
+class Odd(nn.Module):
+    """What a graph may hold beside tensors: slices, lists, an infinity, a dtype, defaults, no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 4).double(), nn.LayerNorm(4).double()
+        self.register_buffer("shift", torch.linspace(0, 1, 4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, scale: float = 2.0, *, more: Any = None) -> Any:
+        hidden = self.norm(self.layer(x)) * scale + self.shift
+        hidden = hidden.masked_fill(hidden > 1, float("-inf"))[..., 1:, None].clamp(min=-9.0)
+        part = torch.cat([hidden, hidden], dim=-1).to(dtype=torch.float32)
+        torch.ops.aten.normal_(part, 0.0, generator=None)  # whose result nothing reads
+        return {"parts": [part, (hidden.sum(), None)], "none": None}
+
+
+def test_a_function_computes_what_its_graph_computes() -> None:
+    (x,), model = batches(1, 3, 5), Odd()
+    traced = fx.symbolic_trace(model)
+    exported = torch.export.export(model, (x, 3.0)).module()
+    for module, given in ((traced, (x, 3.0)), (traced, (x,)), (exported, (x, 3.0))):
+        results = []
+        for call in (as_function(module), module):
+            torch.manual_seed(0)
+            results.append(call(*given))
+        (found, expected) = results
+        assert torch.equal(found["parts"][0], expected["parts"][0])
+        assert torch.equal(found["parts"][1][0], expected["parts"][1][0])
+        assert found["parts"][1][1] is None is found["none"]
+        assert found.keys() == expected.keys()
+        assert type(found["parts"]) is type(expected["parts"]) is list
+
+
+def test_a_value_is_freed_after_its_last_use() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        alive.append(weakref.ref(x))
+        return x + 1
+
+    def ended(x: torch.Tensor) -> torch.Tensor:
+        assert alive[-1]() is None
+        return x
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(torch.neg, (x,))
+    graph.output(graph.call_function(ended, (graph.call_function(seen, (made,)),)))
+    assert torch.equal(as_function(fx.GraphModule(nn.Module(), graph))(torch.ones(2)), torch.zeros(2))
+    assert len(alive) == 1
+
+
+def test_a_parameter_that_is_exchanged_counts_in_the_next_call() -> None:
+    model, (x,) = mlp(), batches(1, 4, 5)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    before = cascade(x)
+    state = {f"model.{name}": value + 1 for name, value in model.named_parameters()}
+    expected = torch.func.functional_call(model, {name.removeprefix("model."): each for name, each in state.items()}, x)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(torch.func.functional_call(cascade, state, x), expected, rtol=0, atol=1e-14)
+    assert torch.equal(cascade(x), before)
+
+
+def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
+    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
+    randomize(cascade)
+    (x,) = batches(1, 4, 5, seed=8)
+    before = cascade(x)
+    branch = branches(cascade)["2.weight"]
+    called: list[nn.Module] = []
+    for register in (branch.register_forward_hook, nn.modules.module.register_module_forward_hook):
+        called.clear()
+        handle = register(lambda module, args, output: called.append(module))
+        assert torch.equal(cascade(x), before)
+        assert branch in called
+        handle.remove()
+    called.clear()
+    branch.register_full_backward_hook(lambda module, gradients, slopes: called.append(module))
+    cascade(x).sum().backward()
+    assert called == [branch]

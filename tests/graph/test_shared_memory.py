@@ -1,0 +1,272 @@
+"""Parameters in one memory: equal views are one weight, as a tie is; other overlaps are refused; neighbours are none.
+
+The oracle is the user's own model with W0 + s B A in the memory, by plain formulas.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.graph import shared_memory
+from tests.kit.errors import raises
+from tests.kit.models import batches, randomize
+from tests.kit.state import trained_in_full, weight_states
+
+X = batches(1, 4, 5)[0]
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0, targets=("linear",))
+
+
+class Net(nn.Module):
+    """[5, 5] twice with an activation in between, then [3, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.one, self.two, self.last = (nn.Linear(5, rows, bias=False).double() for rows in (5, 5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+def on_one_storage() -> Net:
+    net = Net()
+    net.two.weight.data = net.one.weight.data
+    return net
+
+
+def on_one_array() -> Net:
+    """Two storages over one numpy array."""
+    net = Net()
+    array = net.one.weight.detach().numpy().copy()
+    net.one.weight, net.two.weight = (nn.Parameter(torch.from_numpy(array)) for _ in range(2))
+    return net
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("make", [on_one_storage, on_one_array])
+def test_equal_views_are_one_weight(make: Callable[[], Net], frontend: str) -> None:
+    net, original = make(), make()
+    first, second = net.one.weight, net.two.weight
+    cascade = lx.adapt(net, (X,), spec=SPEC, frontend=frontend)
+    assert {site.weight: site.aliases for site in cascade.sites} == {
+        "one.weight": ("two.weight",),
+        "last.weight": (),
+    }
+    randomize(cascade)
+    branch = cascade.branches["one/weight"]
+    delta = 1.5 * branch.lora_B.detach() @ branch.lora_A.detach()
+    assert delta.norm() > 0.1
+    with torch.no_grad():
+        original.one.weight.add_(delta)  # and so the other
+        last = cascade.branches["last/weight"]
+        original.last.weight.add_(1.5 * last.lora_B @ last.lora_A)
+    torch.testing.assert_close(cascade(X), original(X))
+    cascade.transition(None)
+    torch.testing.assert_close(cascade(X), original(X))
+    twin = copy.deepcopy(cascade)  # torch copies each Parameter by itself
+    released = cascade.release()
+    assert released is net
+    assert (net.one.weight, net.two.weight) == (first, second)
+    assert net.one.weight.data_ptr() == net.two.weight.data_ptr()
+    torch.testing.assert_close(net(X), original(X))
+    torch.testing.assert_close(twin.release()(X), original(X))
+
+
+def test_a_moved_tie_is_given_back_on_its_new_memory() -> None:
+    net = on_one_storage()
+    cascade = lx.adapt(net, (X,), spec=SPEC, frontend="symbolic").float()
+    randomize(cascade)
+    wanted = cascade(X.float())
+    cascade.release()
+    assert net.two.weight is not net.one.weight
+    assert net.two.weight.data_ptr() == net.one.weight.data_ptr()
+    torch.testing.assert_close(net(X.float()), wanted)
+
+
+def test_a_checkpoint_of_equal_views_loads(tmp_path: Path) -> None:
+    cascade = lx.adapt(on_one_storage(), (X,), spec=SPEC, frontend="symbolic")
+    randomize(cascade)
+    cascade.transition(None)
+    randomize(cascade, 2)
+    lx.save(cascade, tmp_path)
+    loaded = lx.load(tmp_path, on_one_storage(), (X,))
+    torch.testing.assert_close(loaded(X), cascade(X))
+    torch.testing.assert_close(loaded.release()(X), cascade.release()(X))
+
+
+def test_equal_views_are_trained_in_full_as_one() -> None:
+    net = on_one_storage()
+    spec = lx.CascadeSpec(rank=2, targets=("last.*",), train=("two.weight",))
+    cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    assert list(trained_in_full(cascade)) == ["one.weight"]
+    cascade(X).sum().backward()
+    plain = on_one_storage()
+    plain.two.weight = plain.one.weight
+    plain(X).sum().backward()
+    torch.testing.assert_close(net.one.weight.grad, plain.one.weight.grad)
+
+
+def test_equal_views_are_untied_where_asked() -> None:
+    net = on_one_storage()
+    spec = lx.CascadeSpec(rank=2, untie=("two.weight",), pace=1.0)
+    cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    assert [site.weight for site in cascade.sites] == ["one.weight", "two.weight", "last.weight"]
+    randomize(cascade)
+    wanted = cascade(X)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+    assert not torch.equal(net.one.weight, net.two.weight)
+
+
+def test_an_adapt_that_raises_leaves_both_parameters() -> None:
+    net = on_one_storage()
+    first, second = net.one.weight, net.two.weight
+    with pytest.raises(lx.LorascError):
+        lx.adapt(net, (torch.randn(2, 7),), spec=SPEC)
+    assert net.one.weight is first
+    assert net.two.weight is second
+
+
+def flat(net: Net, places: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]) -> Net:
+    """Put weights into one buffer of memory, each at an offset with a shape and strides."""
+    memory = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for name, (offset, shape, stride) in places.items():
+        net.get_parameter(name).data = memory.as_strided(shape, stride, offset)
+    return net
+
+
+def with_buffer(net: Net) -> Net:
+    net.last.register_buffer("seen", net.last.weight.data[1])
+    return net
+
+
+def with_attribute(net: Net, value: Callable[[torch.Tensor], object]) -> Net:
+    net.last.seen = value(net.last.weight)
+    return net
+
+
+OVERLAPS: dict[str, tuple[Callable[[], Net], dict[str, str]]] = {
+    "shifted": (
+        lambda: flat(Net(), {"one.weight": (0, (5, 5), (5, 1)), "two.weight": (20, (5, 5), (5, 1))}),
+        {"one.weight": "shares memory with two.weight", "two.weight": "shares memory with one.weight"},
+    ),
+    "transposed": (
+        lambda: flat(Net(), {"one.weight": (0, (5, 5), (5, 1)), "two.weight": (0, (5, 5), (1, 5))}),
+        {"one.weight": "shares memory with two.weight", "two.weight": "shares memory with one.weight"},
+    ),
+    "a part": (
+        lambda: flat(Net(), {"one.weight": (0, (5, 5), (5, 1)), "last.weight": (5, (3, 5), (5, 1))}),
+        {"one.weight": "shares memory with last.weight", "last.weight": "shares memory with one.weight"},
+    ),
+    "expanded": (
+        lambda: flat(Net(), {"one.weight": (0, (5, 5), (0, 1))}),
+        {"one.weight": "is expanded"},
+    ),
+    "windows": (
+        lambda: flat(Net(), {"one.weight": (0, (5, 5), (2, 1))}),
+        {"one.weight": "is expanded"},
+    ),
+    "a buffer": (lambda: with_buffer(Net()), {"last.weight": "shares memory with last.seen"}),
+    "an attribute": (
+        lambda: with_attribute(Net(), lambda weight: weight.data.t()),
+        {"last.weight": "shares memory with last.seen"},
+    ),
+    "in a list": (
+        lambda: with_attribute(Net(), lambda weight: [weight.data[1], torch.zeros(2)]),
+        {"last.weight": "shares memory with last.seen"},
+    ),
+}  # fmt: skip
+
+NEIGHBOURS: dict[str, Callable[[], Net]] = {
+    "one after the other": lambda: flat(
+        Net(),
+        {"one.weight": (0, (5, 5), (5, 1)), "two.weight": (25, (5, 5), (5, 1)), "last.weight": (50, (3, 5), (5, 1))},
+    ),
+    "columns of one matrix": lambda: flat(
+        Net(), {"one.weight": (0, (5, 5), (10, 1)), "two.weight": (5, (5, 5), (10, 1))}
+    ),
+    "the parameter itself in a list": lambda: with_attribute(Net(), lambda weight: [weight]),
+    "every second": lambda: flat(
+        Net(), {"one.weight": (0, (5, 5), (10, 2)), "two.weight": (1, (5, 5), (10, 2))}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_other_overlaps_are_refused(case: str) -> None:
+    """No branch and no noise is written into them; what remains releases as it computed."""
+    make, told = OVERLAPS[case]
+    spec = lx.CascadeSpec(rank=2, pace=1.0, noise=lx.Noise(0.1, where="all"), targets=("linear",))
+    net = make()
+    before = {name: net.get_parameter(name).detach().clone() for name in told}
+    cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    refusals = {
+        refusal.weight: refusal for refusal in cascade.refusals if refusal.reason is lx.plan.Reason.SHARED_MEMORY
+    }
+    assert refusals.keys() == told.keys()
+    assert all(refusals[name].sentence.startswith(sentence) for name, sentence in told.items())
+    assert all(name not in told for name in weight_states(cascade))
+    randomize(cascade)
+    cascade.transition(None)
+    with cascade.weights("slow"):
+        wanted = cascade(X)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+    assert all(torch.equal(net.get_parameter(name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_overlaps_are_not_trained_in_full(case: str) -> None:
+    make, told = OVERLAPS[case]
+    name = next(iter(told))
+    target = next(each for each in ("one.weight", "two.weight", "last.weight") if each not in told)
+    spec = lx.CascadeSpec(rank=2, targets=(target,), train=(name,))
+    net = make()
+    before = [(value, value.requires_grad) for value in net.parameters()]
+    with raises(lx.SpecError, "shared-memory", name, told[name]):
+        lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    assert all(
+        one is two and flag == one.requires_grad for one, (two, flag) in zip(net.parameters(), before, strict=True)
+    )
+
+
+@pytest.mark.parametrize("case", NEIGHBOURS)
+def test_neighbours_in_one_memory_are_sites(case: str) -> None:
+    net = NEIGHBOURS[case]()
+    assert shared_memory(net) == {}
+    cascade = lx.adapt(net, (X,), spec=SPEC, frontend="symbolic")
+    assert [site.weight for site in cascade.sites] == ["one.weight", "two.weight", "last.weight"]
+    randomize(cascade)
+    cascade.transition(None)
+    randomize(cascade, 2)
+    wanted = cascade(X)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def test_a_plan_with_an_overlapping_site_is_refused(tmp_path: Path) -> None:
+    make, _ = OVERLAPS["shifted"]
+    apart = make()
+    apart.two.weight.data = apart.two.weight.data.clone()
+    lx.save(lx.adapt(apart, (X,), spec=SPEC, frontend="symbolic"), tmp_path)
+    with raises(lx.CheckpointError, "plan-mismatch", "one.weight", "two"):
+        lx.load(tmp_path, make(), (X,))
+
+
+def test_tensors_without_memory_are_no_alarm() -> None:
+    class Held(nn.Module):
+        def __init__(self, *values: Any) -> None:
+            super().__init__()
+            for index, value in enumerate(values):
+                self.register_parameter(f"p{index}", nn.Parameter(value))
+
+    meta = torch.empty(3, 4, device="meta")
+    assert shared_memory(Held(meta, torch.empty(3, 4, device="meta"))) == {}
+    assert shared_memory(Held(torch.empty(0, 4), torch.empty(0, 4))) == {}
+    whole = torch.randn(6, 4)
+    assert shared_memory(Held(whole[:3], whole[3:], whole[0, :0])) == {}

@@ -1,0 +1,119 @@
+"""A cascade has the attributes of its model, and methods that compute or write with the weights have the right ones."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import lorasc_fx as lx
+from tests.integrations.kit import llama, merged, with_weights
+from tests.kit.models import randomize
+
+IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
+
+
+def made() -> lx.Cascade:
+    """In its second stage, with a trained branch, and noise that changes what is generated."""
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(3.0), targets=("linear",))
+    cascade = lx.adapt(llama(), kwargs={"input_ids": IDS}, spec=spec)
+    for seed in (1, 2):
+        randomize(cascade, seed)
+        if seed == 1:
+            cascade.transition(None)
+    return cascade
+
+
+def test_what_trainers_read_is_the_models() -> None:
+    cascade = made()
+    model = cascade.model
+    for name in ("config", "generation_config", "device", "dtype", "main_input_name", "_keys_to_ignore_on_save"):
+        assert getattr(cascade, name) == getattr(model, name), name
+    assert cascade.can_generate() is True
+    assert cascade.num_parameters() == model.num_parameters()
+    assert cascade.get_input_embeddings() is model.get_input_embeddings()
+    cascade.add_model_tags(["cascade"])
+    assert model.model_tags == ["cascade"]
+    assert cascade.stage == 2  # its own names come first
+    assert copy.deepcopy(cascade).config.vocab_size == 40
+    with pytest.raises(AttributeError, match="neither the cascade nor its LlamaForCausalLM has an attribute 'confg'"):
+        _ = cascade.confg
+    assert not hasattr(cascade, "hf_device_map")
+    assert not hasattr(cascade, "__len__")
+
+
+def test_a_submodule_is_taken_of_the_model() -> None:
+    """By itself it has no branches; a wrapper's `module` is not one of the model either."""
+    cascade = made()
+    for name in ("base_model", "lm_head"):
+        with pytest.raises(AttributeError, match=rf"take cascade\.model\.{name}"):
+            getattr(cascade, name)
+    inner = lx.adapt(nn.ModuleDict({"module": nn.Linear(5, 3)})["module"], (torch.ones(2, 5),))
+    assert not hasattr(inner, "module")
+
+
+@pytest.mark.parametrize("name", ["add_adapter", "load_adapter", "set_adapter", "disable_adapters"])
+def test_layers_of_peft_cannot_be_put_into_the_model(name: str) -> None:
+    """The graphs would read weights that have gone into them; of the model alone transformers offers these."""
+    cascade = made()
+    assert hasattr(cascade.model, name)
+    assert not hasattr(cascade, name)
+    with pytest.raises(AttributeError, match=rf"^{name} .*cascade\.add"):
+        getattr(cascade, name)
+
+
+def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
+    cascade = made()
+    values = merged(cascade)
+    slow = {name: value for name, value in values.items() if not name.startswith("fast")}
+    fast = {name.removeprefix("fast "): value for name, value in values.items() if name.startswith("fast")}
+    noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
+    expected = {
+        which: with_weights(cascade.model, each).generate(IDS, max_new_tokens=6, do_sample=False)
+        for which, each in {"slow": slow, "fast": fast, "noisy": {}}.items()
+    }
+    assert len({str(each) for each in expected.values()}) == 3
+    assert torch.equal(cascade.generate(IDS, max_new_tokens=6, do_sample=False), expected["fast"])
+    with cascade.weights("slow"):
+        assert torch.equal(cascade.generate(IDS, max_new_tokens=6, do_sample=False), expected["slow"])
+    assert all(torch.equal(value, noisy[name]) for name, value in cascade.model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_query", "encode_document", "predict", "rank"])
+def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
+    """Those of sentence-transformers."""
+
+    class Encoder(nn.Linear):
+        def own(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x)
+
+    setattr(Encoder, method, Encoder.own)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(1.0), targets=("linear",))
+    cascade = lx.adapt(Encoder(5, 3).double(), (x,), spec=spec)
+    randomize(cascade, 1)
+    values = merged(cascade)
+    for which, name in {None: "fast weight", "slow": "weight"}.items():
+        with cascade.weights(which) if which else contextlib.nullcontext():
+            found = getattr(cascade, method)(x)
+        torch.testing.assert_close(found, x @ values[name].T + cascade.model.bias)
+
+
+def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
+    """The cascade's own writes the run: `tests/checkpoint/test_named_base.py`."""
+    cascade = made()
+    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
+    for which in ("slow", "base"):
+        with cascade.weights(which):
+            cascade.model.save_pretrained(tmp_path / which)
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "slow", dtype=torch.float64)
+    for name, value in slow.items():
+        torch.testing.assert_close(held.get_parameter(name).detach(), value, atol=1e-12, rtol=0)
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    for name, value in llama().named_parameters():
+        assert torch.equal(held.get_parameter(name), value)

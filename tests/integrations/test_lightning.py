@@ -1,0 +1,152 @@
+"""A cascade in Lightning's Trainer: held by a LightningModule or made of one, resumed with a validation loop."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+import lorasc_fx as lx
+from tests.integrations.kit import merged, net, rows, with_weights
+from tests.kit.errors import raises
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+SPEC = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
+X, LABELS = torch.zeros(3, 6), torch.zeros(3, dtype=torch.long)
+
+
+class Module(lightning.LightningModule):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.net: Any = net(0.0)
+        self.losses: list[float] = []
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.net(x, labels)
+
+    def training_step(self, batch: Any, _index: int) -> torch.Tensor:
+        loss: torch.Tensor = self(batch["x"], batch["labels"])["loss"]
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Any, _index: int) -> None:
+        self.log("val_loss", self(batch["x"], batch["labels"])["loss"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+def held() -> Any:
+    module = Module()
+    module.net = module.cascade = lx.adapt(module.net, (X, LABELS), spec=SPEC)
+    return module
+
+
+def itself() -> Any:
+    return lx.integrations.lightning.as_module(lx.adapt(Module(), (X, LABELS), spec=SPEC))
+
+
+def data(count: int) -> Any:
+    return DataLoader([{name: row[name] for name in ("x", "labels")} for row in rows(count)], 4)  # type: ignore[arg-type]
+
+
+def trainer_of(module: Any, folder: Path, *, epochs: int = 3, **how: Any) -> Any:
+    logging.getLogger("lightning.pytorch").setLevel("ERROR")
+    saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, monitor="val_loss")
+    return lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[lx.integrations.lightning.CascadeCallback(module.cascade, **how), saved],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [held, itself])
+def test_stages_validation_and_a_resume(make: Any, tmp_path: Path) -> None:
+    """Beside the loop by hand; validation sees W0 + S by the formula; a resumed run ends with the same bits."""
+    module = make()
+    trainer = trainer_of(module, tmp_path / "whole")
+    trainer.fit(module, data(20), data(8))
+    assert module.cascade.stage == 4
+    by_hand = make()
+    optimizer = torch.optim.AdamW(by_hand.cascade.param_groups(lr=0.02))
+    losses = []
+    for _ in by_hand.cascade.stages(3, optimizer):
+        for batch in data(20):
+            loss = by_hand.cascade(batch["x"], batch["labels"])["loss"]
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert module.losses == losses
+    state = module.cascade.folded_state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in by_hand.cascade.folded_state_dict().items())
+    slow = {name: value for name, value in merged(module.cascade).items() if not name.startswith("fast")}
+    plain = with_weights(module.cascade.model, slow)
+    with torch.no_grad():
+        expected = sum(plain(batch["x"], batch["labels"])["loss"].item() for batch in data(8)) / 2
+    assert trainer.callback_metrics["val_loss"].item() == pytest.approx(expected, abs=1e-6)
+
+    resumed = make()
+    trainer_of(resumed, tmp_path / "again").fit(
+        resumed, data(20), data(8), ckpt_path=str(tmp_path / "whole" / "epoch=0.ckpt")
+    )
+    assert resumed.losses == losses[5:]
+    assert all(torch.equal(value, state[name]) for name, value in resumed.cascade.folded_state_dict().items())
+
+
+def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
+    module = held()
+    trainer = trainer_of(module, tmp_path, epochs=2, steps=4)
+    trainer.logger, trainer.log_every_n_steps = CSVLogger(tmp_path), 1
+    trainer.fit(module, data(20), data(8))
+    assert module.cascade.stage == 4  # 4, 8, and the end at 10
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["stage"]]
+    assert [float(line["stage"]) for line in lines] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert [float(line["transition"]) for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "WeightAveraging"])
+def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) -> None:
+    module = held()
+    average = getattr(lightning.pytorch.callbacks, kind)(*([1e-2] if kind.startswith("Stochastic") else []))
+    trainer = trainer_of(module, tmp_path)
+    trainer.callbacks.append(average)
+    with raises(lx.StateError, "cascade-averaged", "cascade.model"):
+        trainer.fit(module, data(8), data(8))
+    assert trainer.global_step == 0
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    module, other = held(), held()
+    trainer = trainer_of(other, tmp_path)
+    with raises(lx.StateError, "other-model", "Module"):
+        trainer.fit(module, data(8), data(8))
+    module.configure_optimizers = lambda: torch.optim.SGD(module.cascade.model.parameters(), lr=0.1)
+    with raises(lx.StateError, "optimizer-lacks-parameters"):
+        trainer_of(module, tmp_path).fit(module, data(8), data(8))
+    module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
+    module.automatic_optimization = False
+    with raises(lx.SpecError, "conflicting-options", "2"):
+        trainer_of(module, tmp_path).fit(module, data(8), data(8))
+    rates = Module()
+    rates.net = lx.adapt(rates.net, (X, LABELS), spec=lx.CascadeSpec(rank=2, lr_ratio=4.0))
+    callback = lx.integrations.lightning.CascadeCallback(rates.net)
+    with raises(lx.SpecError, "learning-rate-ignored", "0.02"):
+        lightning.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu").fit(
+            rates, data(8)
+        )
+    with raises(lx.SpecError, "conflicting-options", "epochs", "steps"):
+        lx.integrations.lightning.CascadeCallback(other.cascade, epochs=1, steps=2)
+    with raises(lx.SpecError, "invalid-value", "evaluate", "slow or fast"):
+        lx.integrations.lightning.CascadeCallback(other.cascade, evaluate=("slow", "fast"))
+    with raises(lx.SpecError, "invalid-value", "as_module", "Net"):
+        lx.integrations.lightning.as_module(other.cascade)

@@ -1,0 +1,103 @@
+"""The logger `lorasc_fx`: quiet until it is asked, and then the time of each capture, variant and transition."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.integrations.kit import Branching
+from tests.kit.errors import raises
+from tests.kit.seams import SEAMS, seam
+
+ROOT = Path(__file__).parents[2]
+
+ENDS = """
+import torch, lorasc_fx as lx
+model, x = torch.nn.Linear(5, 3), torch.ones(2, 5)
+cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+for stage in cascade.stages(2, optimizer):
+    if {trains}:
+        cascade(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", [True, False])
+def test_standard_error_holds_what_needs_the_user_and_nothing_else(trains: bool) -> None:
+    script = ENDS.replace("{trains}", str(trains))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = "<string>:6: LorascWarning: stage 1 ended, and no branch has moved"  # line 6 is that of the loop
+    assert [line[: len(told)] for line in done.stderr.splitlines()] == ([] if trains else [told])
+
+
+def test_captures_variants_and_transitions_are_timed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="lorasc_fx")
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.1), nn.Linear(7, 3))
+    cascade = lx.adapt(model, args=(torch.ones(2, 5),), spec=lx.CascadeSpec(rank=2))
+    cascade.eval()(torch.ones(2, 5))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade.train()(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    began = time.monotonic()
+    original = seam("start of a weight")
+
+    def slowly(*args: object) -> torch.Tensor:
+        time.sleep(0.06)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(*SEAMS["start of a weight"], slowly)
+    cascade.transition(optimizer)
+    took = time.monotonic() - began
+    found = [record.getMessage() for record in caplog.records if record.name == "lorasc_fx"]
+    patterns = [
+        r"Sequential captured by export, in \d+\.\d\d s",
+        r"adapted: variant 1 by export, 2 sites, in \d+\.\d\d s",
+        r"Sequential captured by export, in \d+\.\d\d s",
+        r"variant 2 by export, in \d+\.\d\d s",
+        r"stage 1 folded, 2 experts, in (\d+\.\d\d) s",
+    ]
+    assert len(found) == len(patterns)
+    for pattern, message in zip(patterns, found, strict=True):
+        assert re.fullmatch(pattern, message), message
+    seconds = float(re.fullmatch(patterns[-1], found[-1])[1])  # type: ignore[index]
+    assert 0.12 <= seconds <= took + 0.01  # two sites, 0.06 s each
+
+
+def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lorasc_fx")
+    lx.adapt(Branching(), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
+    assert re.search(r"Branching not captured by export, in \d+\.\d\d s: .+", caplog.text)
+    assert re.search(r"Branching captured by graph-breaks, in \d+\.\d\d s", caplog.text)
+
+
+def test_a_move_to_where_it_is_keeps_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """By the name `cpu:0` as well, for which torch makes copies, and inside `weights`; a cast drops them."""
+    x = torch.ones(2, 4)
+    cascade = lx.adapt(nn.Sequential(nn.Linear(4, 3)), args=(x,), spec=lx.CascadeSpec(rank=2))
+    parameters = list(cascade.parameters())
+    caplog.set_level(logging.INFO, logger="lorasc_fx")
+    cascade.to("cpu:0")
+    with cascade.weights("slow"):
+        cascade.to("cpu:0")
+        with raises(lx.StateError, "inside-weights"):
+            cascade.double()
+    cascade(x)
+    assert "captured" not in caplog.text
+    assert all(one is other for one, other in zip(parameters, cascade.parameters(), strict=True))
+    cascade.double()(x.double())
+    assert "captured" in caplog.text

@@ -1,0 +1,151 @@
+"""A cascade in the idioms of timm's training script: its groups of parameters, optimizers, scaler, and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint, resume_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, unwrap_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import lorasc_fx as lx
+from tests.integrations.kit import net
+from tests.kit.errors import raises
+
+X, LABELS = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
+
+
+def vit() -> Any:
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
+
+
+def adapted(**fields: Any) -> Any:
+    return lx.adapt(vit(), (X,), spec=lx.CascadeSpec(**{"rank": 2, "targets": ("linear", "conv"), **fields}))
+
+
+def groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of each parameter, by its name in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+    return found
+
+
+def by_timm(model: nn.Module) -> dict[str, tuple[float, float]]:
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.5)
+    CosineLRScheduler(optimizer, t_initial=10)  # writes the rates of the layers
+    return groups(optimizer, model)
+
+
+@pytest.mark.parametrize("kind", ["with a matcher", "without"])
+def test_layers_decay_as_those_of_the_model(kind: str) -> None:
+    """A branch has rate and weight decay of its weight, and what is trained in full its own."""
+    if kind == "without":
+        plain, trained = net(), ("head.bias",)
+        cascade = lx.adapt(copy.deepcopy(plain), (torch.zeros(3, 6),), spec=lx.CascadeSpec(rank=2, train=trained))
+    else:
+        plain, trained = vit(), ("pos_embed", "norm.weight", "head.bias")
+        cascade = adapted(train=trained)
+    expected, found = by_timm(plain), by_timm(cascade)
+    own = {f"model.{name}": expected[name] for name in trained}
+    factors = {
+        f"branches.{site.key}.{factor}": expected[site.weight]
+        for site in cascade.sites
+        for factor in ("lora_A", "lora_B")
+    }
+    assert found == own | factors
+    assert len({rate for rate, _ in found.values()}) == (5 if kind == "with a matcher" else 1)
+    if kind == "with a matcher":
+        assert found["model.pos_embed"][1] == 0.0
+
+
+def test_factors_of_a_weight_without_decay_have_none() -> None:
+    model = vit()
+    model.no_weight_decay = lambda: {"blocks.*.fc1.weight", "pos_embed"}
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, targets=("linear",)))
+    found = groups(create_optimizer_v2(cascade, "adamw", lr=1e-2, weight_decay=0.05), cascade)
+    without = {name for name, (_, decay) in found.items() if decay == 0.0}
+    assert without == {f"branches.blocks/{n}/mlp/fc1/weight.lora_{f}" for n in range(3) for f in "AB"}
+
+
+def test_rates_that_the_spec_asks_for_are_not_dropped() -> None:
+    cascade = adapted(lr_ratio=4.0)
+    with raises(lx.SpecError, "learning-rate-ignored", "0.01", "param_group_fn"):
+        cascade.stages(2, create_optimizer_v2(cascade, "adamw", lr=1e-2))
+    optimizer = create_optimizer_v2(cascade, "adamw", lr=1e-2, param_group_fn=lambda each: each.param_groups(lr=1e-2))
+    cascade.stages(2, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 4e-2]
+
+
+class Loop:
+    """timm's script with a stage of six steps, which is also the period of its Lookahead."""
+
+    def __init__(self, optimizer: str = "adamw", **fields: Any) -> None:
+        self.cascade = adapted(noise=lx.Noise(0.1), **fields)
+        self.optimizer = create_optimizer_v2(self.cascade, optimizer, lr=1e-2, weight_decay=0.05, layer_decay=0.8)
+        self.schedule = CosineLRScheduler(self.optimizer, t_initial=24, t_in_epochs=False)
+        self.scaler = NativeScaler(device="cpu")
+        self.losses: list[float] = []
+
+    def go(self, start: int, end: int) -> None:
+        self.cascade.train()
+        for step in range(start, end):
+            loss = cross_entropy(self.cascade(X[step % 3 :]), LABELS[step % 3 :])
+            self.scaler(loss, self.optimizer, clip_grad=1.0, parameters=self.cascade.parameters())
+            self.optimizer.zero_grad()
+            self.schedule.step_update(step + 1)
+            self.losses.append(loss.item())
+            if step % 6 == 5:
+                self.cascade.transition(self.optimizer)
+
+
+def test_a_run_is_saved_and_resumed_as_timm_does(tmp_path: Path) -> None:
+    """In the middle of the second stage, with an average of the slow weights that the plain model reads."""
+    loop = Loop()
+    loop.go(0, 8)
+    with loop.cascade.weights("slow"):
+        mean = ModelEmaV3(loop.cascade.model, decay=0.5)
+        expected = {name: value.clone() for name, value in loop.cascade.model.state_dict().items()}
+    holder = nn.ModuleDict({"module": loop.cascade})  # as DistributedDataParallel; the saver unwraps it
+    where = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
+    saver = CheckpointSaver(holder, loop.optimizer, amp_scaler=loop.scaler, model_ema=mean, **where)
+    saver.save_checkpoint(3, metric=1.0)
+    assert unwrap_model(holder) is loop.cascade
+
+    fresh = Loop()
+    last = str(tmp_path / "last.pth.tar")
+    assert resume_checkpoint(fresh.cascade, last, fresh.optimizer, fresh.scaler) == 4
+    loop.go(8, 14)
+    fresh.go(8, 14)
+    assert fresh.losses == loop.losses[8:]
+    model = vit()
+    load_checkpoint(model, last, use_ema=True)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_checkpoint(model, last, use_ema=False)
+
+
+@pytest.mark.parametrize("how", ["reset", "kept", 0.5])
+def test_lookahead_starts_a_stage_from_its_weights(how: Any) -> None:
+    """Its slow buffer is a copy of what trained: that of a stage which has ended would come back and count twice.
+
+    A buffer begins as a copy at the first period, here the end of a stage, where it so changes nothing.
+    """
+    losses = []
+    for optimizer in ("adamw", "lookahead_adamw"):
+        loop = Loop(optimizer, optimizer_state=how, train=("head.bias",))
+        loop.go(0, 15)
+        losses.append(loop.losses)
+    assert losses[0] == losses[1]

@@ -1,0 +1,158 @@
+"""A cascade in transformers' Trainer, beside peft in the same Trainer and beside plain formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback
+
+import lorasc_fx as lx
+from tests.integrations.kit import Net, adapted, arguments, losses, net, rows
+from tests.kit.state import branches_of
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0)
+LOGGED = 3e-7
+"""A Trainer sums its losses in fp32 for its log; the weights, in fp64, say the rest."""
+
+
+def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], data: Any = None, **more: Any) -> Any:
+    data = rows() if data is None else data
+    callback = lx.integrations.transformers.CascadeCallback(cascade, **how)
+    return Trainer(
+        model=cascade, args=arguments(folder, **more), train_dataset=data, eval_dataset=data[:6], callbacks=[callback]
+    )
+
+
+def with_same_start(model: Net, cascade: lx.Cascade) -> Any:
+    """The same LoRA by peft, with the A that our branches have now."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=["first", "head"])
+    lora = get_peft_model(model, config)
+    for name, branch in branches_of(cascade).items():
+        layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
+        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
+    return lora
+
+
+class PeftTrainer(Trainer):  # type: ignore[misc]
+    """peft's wrapper has no `x` in its signature, by which the Trainer prunes columns."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["x", "labels"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.3}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"gradient_accumulation_steps": 3, "lr_scheduler_type": "linear", "label_names": ["labels"]},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["plain", "accumulated-clipped-decayed", "last-batch-short-and-linear"],
+)
+def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
+    cascade = adapted(SPEC, 0.0, torch.float64)
+    data = rows(18, torch.float64)
+    lora = with_same_start(net(0.0, torch.float64), cascade)
+    theirs = PeftTrainer(model=lora, args=arguments(tmp_path / "peft", **more), train_dataset=data)
+    theirs.train()
+    ours = trainer_of(cascade, tmp_path / "ours", {"steps": 1000}, data, **more)
+    ours.train()
+    assert len(losses(ours)) > 3
+    assert losses(ours) == pytest.approx(losses(theirs), abs=LOGGED, rel=0)
+    expected = lora.merge_and_unload().state_dict()
+    for name, value in cascade.release().state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "accumulated", "pace"),
+    [
+        ({"epochs": 1}, 2, 0.4), ({"epochs": 1}, 1, 1.0), ({"epochs": 2}, 1, 0.4), ({"epochs": 2}, 2, 1.0),
+        ({"steps": 3}, 1, 1.0), ({"steps": 3}, 2, 0.4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_stages_are_a_chain_of_peft_runs(tmp_path: Path, how: dict[str, int], accumulated: int, pace: float) -> None:
+    """Every step sees all rows, so that their order is nothing. Between runs, W += pace * s B A, by hand."""
+    epochs, data = 6, rows(8, torch.float64)
+    stage = how.get("epochs", how.get("steps", 0))
+    more = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
+    cascade = adapted(lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=pace), 0.0, torch.float64)
+    plain, expected = net(0.0, torch.float64), []
+    starts = []
+
+    class Spy(lx.integrations.transformers.CascadeCallback):  # type: ignore[name-defined, misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+            super().on_step_begin(args, state, control, **about)
+            if state.global_step % stage == 0:
+                branches = branches_of(cascade)
+                starts.append({name: branch.lora_A.detach().clone() for name, branch in branches.items()})
+
+    ours = Trainer(
+        model=cascade, args=arguments(tmp_path, num_train_epochs=epochs, **more), train_dataset=data,
+        callbacks=[Spy(cascade, **how)],
+    )  # fmt: skip
+    ours.train()
+    assert cascade.stage == epochs // stage + 1
+    for start in starts:
+        lora = get_peft_model(plain, LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=["first", "head"]))
+        for name, a in start.items():
+            lora.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight.data.copy_(a)
+        theirs = PeftTrainer(model=lora, args=arguments(tmp_path, num_train_epochs=stage, **more), train_dataset=data)
+        theirs.train()
+        expected += losses(theirs)
+        layers = {name: lora.base_model.model.get_submodule(name.removesuffix(".weight")) for name in start}
+        deltas = {
+            name: 3.0 * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+            for name, layer in layers.items()
+        }
+        plain = lora.unload()
+        with torch.no_grad():
+            for name, delta in deltas.items():
+                plain.get_parameter(name).add_(pace * delta)
+    assert losses(ours) == pytest.approx(expected, abs=LOGGED, rel=0)
+    for name, value in cascade.release().state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "expected"),
+    [
+        # 5 batches an epoch; in step k of a stage: min(1, (k + 1) / (warmup + 1)) * (1 - k / steps)
+        ({"epochs": 1}, {"lr_scheduler_type": "linear", "warmup_steps": 1}, [0.5, 0.8, 0.6, 0.4, 0.2] * 2),
+        ({"epochs": 1}, {"lr_scheduler_type": "linear", "warmup_steps": 0.2}, [0.5, 0.8, 0.6, 0.4, 0.2] * 2),
+        ({"steps": 4}, {"lr_scheduler_type": "cosine"}, [1.0, 0.8535534, 0.5, 0.1464466] * 2 + [1.0, 0.8535534]),
+        (
+            {"epochs": 2},
+            {"lr_scheduler_type": "linear", "gradient_accumulation_steps": 2, "num_train_epochs": 4},
+            [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] * 2,
+        ),
+        ({"steps": 3}, {"lr_scheduler_type": "constant", "warmup_steps": 2}, [1.0] * 10),
+        ({"steps": 5}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}, ([0.5] + [1.0] * 4) * 2),
+    ],
+    ids=["epochs", "warm-up-of-a-share", "steps-cosine", "accumulated", "constant", "warm-up-alone"],
+)
+def test_a_learning_rate_of_each_stage(
+    tmp_path: Path, how: dict[str, Any], more: dict[str, Any], expected: list[float]
+) -> None:
+    rates: list[float] = []
+
+    class Spy(TrainerCallback):  # type: ignore[misc]
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+            rates.append(about["optimizer"].param_groups[0]["lr"] / 0.02)
+
+    trainer = trainer_of(adapted(SPEC), tmp_path, {**how, "schedule": "stage"}, **more)
+    trainer.add_callback(Spy())
+    trainer.train()
+    assert rates == pytest.approx(expected, abs=1e-6)

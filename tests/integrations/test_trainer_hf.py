@@ -1,0 +1,161 @@
+"""Models of transformers in the Trainer: what it reads off them, saves of them, and what they do afterwards."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedTokenizerFast,
+    Trainer,
+    pipeline,
+)
+
+import lorasc_fx as lx
+from tests.integrations.kit import arguments, llama, losses, merged, texts, with_weights
+from tests.kit.state import branches_of
+
+TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
+SPEC = lx.CascadeSpec(
+    targets=tuple(f"*.{name}.weight" for name in TARGETS), rank=2, lora_alpha=6.0, pace=1.0, placement="beside"
+)
+
+
+def adapted(spec: lx.CascadeSpec = SPEC) -> lx.Cascade:
+    rows = texts(2)
+    kwargs = {name: torch.stack([each[name] for each in rows]) for name in rows[0]}
+    kwargs["num_items_in_batch"] = torch.tensor(11)
+    return lx.adapt(llama().train(), kwargs=kwargs, spec=spec)
+
+
+def of_peft(cascade: lx.Cascade) -> Any:
+    lora = get_peft_model(llama(), LoraConfig(r=2, lora_alpha=6, target_modules=list(TARGETS)))
+    for name, branch in branches_of(cascade).items():
+        layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
+        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
+    return lora
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize(
+    ("more", "close"),
+    [
+        ({"gradient_accumulation_steps": 2}, 1e-6),  # normed by the tokens of both batches, shifted by one
+        ({"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}, 1e-6),  # labels shifted by the Trainer
+        ({"bf16": True}, 2e-2),
+        ({"activation_checkpointing": True}, 1e-6),
+    ],
+    ids=["tokens", "smoothed", "bf16", "recomputed"],
+)
+def test_the_losses_are_those_of_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any], close: float) -> None:
+    data = texts(12)
+    cascade = adapted()
+    theirs = Trainer(model=of_peft(cascade), args=arguments(tmp_path, **more), train_dataset=data, eval_dataset=data)
+    theirs.train()
+    callback = lx.integrations.transformers.CascadeCallback(cascade, steps=1000, evaluate="fast")
+    ours = Trainer(
+        model=cascade, args=arguments(tmp_path, **more), train_dataset=data, eval_dataset=data, callbacks=[callback]
+    )
+    ours.train()
+    assert len(losses(ours)) > 2
+    assert losses(ours) == pytest.approx(losses(theirs), abs=close, rel=0)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], abs=close)
+    assert ours.state.total_flos > 0
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_the_librarys_own(tmp_path: Path) -> None:
+    """The folder loads by `AutoModel`, where nothing of ours is, with the outputs of W0 + S by the formula."""
+    cascade = adapted(lx.CascadeSpec(targets=SPEC.targets, rank=2, pace=0.5, noise=lx.Noise(0.1)))
+    callback = lx.integrations.transformers.CascadeCallback(cascade, steps=2)
+    more = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    trainer = Trainer(
+        model=cascade, args=arguments(tmp_path / "run", **more), train_dataset=texts(), callbacks=[callback],
+        processing_class=tokenizer(), optimizers=(optimizer, schedule),
+    )  # fmt: skip
+    trainer.train()
+    assert cascade.stage == 4  # the last one was cut short, and folded
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "saved").iterdir()
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64).eval()
+    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
+    plain = with_weights(llama(), slow)
+    ids = torch.stack([each["input_ids"] for each in texts(3)])
+    with torch.no_grad():
+        assert (plain(ids).logits - with_weights(llama(), {})(ids).logits).abs().max() > 1e-3
+        torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, atol=1e-10, rtol=0)
+        with cascade.weights("slow"):
+            assert torch.equal(cascade.eval()(ids).logits, loaded(ids).logits)
+    assert not (tmp_path / "run" / "checkpoint-3" / "config.json").exists()  # no model: nobody takes it for one
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"[PAD]": 0, "[BOS]": 1, "[EOS]": 2, **{f"w{index}": index for index in range(3, 40)}}
+    found = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="[PAD]", eos_token="[EOS]", bos_token="[BOS]")
+
+
+@pytest.mark.slow
+def test_generate_and_pipeline_inside_weights_and_after_release() -> None:
+    cascade = adapted(lx.CascadeSpec(targets=SPEC.targets, rank=2, pace=0.5, noise=lx.Noise(0.1)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for branch in branches_of(cascade).values():
+            branch.lora_B.copy_(torch.randn(branch.lora_B.shape, generator=generator, dtype=torch.float64))
+    cascade.transition(None)
+    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
+    plain, ids = with_weights(llama(), slow), texts(1, 6)[0]["input_ids"][None]
+    how = {"max_new_tokens": 8, "do_sample": False}
+    expected = plain.generate(ids, **how)
+    assert not torch.equal(expected, with_weights(llama(), {}).generate(ids, **how))
+    words = tokenizer()
+
+    def told(model: Any) -> str:
+        made = pipeline("text-generation", model=model, tokenizer=words, device="cpu")
+        found: str = made("w5 w9 w30", **how)[0]["generated_text"]
+        return found
+
+    text = told(copy.deepcopy(plain))
+    assert text.startswith("w5 w9 w30w")
+    cascade.eval()
+    with cascade.weights("slow"):
+        assert torch.equal(cascade.model.generate(ids, **how), expected)
+        assert told(cascade.model) == text
+    model = cascade.release().eval()
+    assert torch.equal(model.generate(ids, **how), expected)
+    assert told(model) == text
+
+
+@pytest.mark.slow
+def test_labels_whose_names_the_trainer_knows_by_the_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    data = [
+        {"input_ids": each["input_ids"], "start_positions": torch.tensor(1), "end_positions": torch.tensor(3)}
+        for each in texts(4)
+    ]
+    kwargs = {name: torch.stack([each[name] for each in data]) for name in data[0]}
+    model = BertForQuestionAnswering(config).eval()
+    with torch.no_grad():
+        expected = model(**kwargs).loss.item()
+    cascade = lx.adapt(model, kwargs=kwargs, spec=lx.CascadeSpec(rank=2))
+    callback = lx.integrations.transformers.CascadeCallback(cascade)
+    trainer = Trainer(model=cascade, args=arguments(tmp_path), eval_dataset=data, callbacks=[callback])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)

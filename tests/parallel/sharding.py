@@ -1,0 +1,578 @@
+"""A small network of blocks trained in fp64, whole or sharded: what each process does, and what it measures."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from lorasc_fx.parallel import dcp, fsdp
+from tests.kit.errors import raises, warns
+from tests.kit.seams import SEAMS
+from tests.kit.state import trained_states, weight_states
+from tests.parallel.training import ROWS, STAGES, STEPS, data
+
+SPECS: dict[str, dict[str, Any]] = {
+    "fresh": {
+        "noise": {"strength": 0.1, "keep": True},
+        "train_rules": ({"pattern": "layers.1.norm.*", "slow": True},),
+    },  # its experts outgrow their weights, and are summed
+    "fast": {
+        "rank": 1,
+        "exclude": ("head.*", "table.*"),
+        "restart": "fast",
+        "restart_A": "kept",
+        "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
+    },
+    "averaged": {
+        "exclude": ("head.*",),
+        "optimizer_state": 0.5,
+        "average": "ema",
+        "average_decay": 0.4,
+        "noise": {"strength": 0.1, "redraw": "step", "distribution": "filter"},
+        "train_rules": ({"pattern": "norm.*", "slow": False},),
+    },
+    "dora": {"use_dora": True, "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
+    "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
+    "dora, olora": {"use_dora": True, "start": "olora", "exclude": ("table.*",)},
+    "nearest": {"nearest_full_gradient": True, "train_A": False, "average": "swa"},
+    "ranks": {
+        "rank": 3,
+        "ranks": [3, 1, 2],
+        "exclude": ("*.back.*", "*.down.*"),  # of 21 and 9 inputs
+        "noise": {"strength": 0.1},
+        "restart_A": "kept",
+        "optimizer_state": 0.5,
+    },
+    "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.mix = nn.Parameter(torch.randn(width, width + 1) / 4)  # stored [in, out]
+        self.back = nn.Conv1d(width + 1, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return x + self.back((x @ self.mix).transpose(1, 2)).transpose(1, 2)
+
+
+class Blocks(nn.Module):
+    """An embedding, tied to a term of the head; blocks; a head; dropout that does nothing in eval mode."""
+
+    def __init__(self, depth: int = 3, width: int = 6, inner: int = 9) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, width)
+        self.start = nn.Parameter(torch.randn(1, 1, width))
+        self.layers = nn.ModuleList(Block(width, inner) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = torch.cat([self.start.expand(x.shape[0], -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x).mean(1)
+        return self.head(x) + F.linear(x, self.table.weight)[:, :4]
+
+
+def blocks(**sizes: int) -> Blocks:
+    torch.manual_seed(1)
+    return Blocks(**sizes).double()
+
+
+def example() -> Tensor:
+    return torch.stack([tokens for tokens, _ in data()[:3]])
+
+
+def on_meta() -> Blocks:
+    with torch.device("meta"):
+        return Blocks().double()
+
+
+def adapted(name: str, model: nn.Module | None = None, base: str = "memory", **sizes: int) -> lx.Cascade:
+    spec = lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("*norm*",), "seed": 5, **SPECS[name]})
+    return lx.adapt(blocks(**sizes) if model is None else model, args=(example(),), spec=spec, base=base)
+
+
+def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(cascade.param_groups(lr=0.02))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def values(cascade: lx.Cascade) -> dict[str, Tensor]:
+    """Factors, and parameters and outputs under each kind of weights, as one process would have them."""
+    tokens = example()
+    found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
+    cascade.eval()
+    average = ("averaged",) if cascade.plan.spec.average != "off" else ()
+    for which in ("slow", "fast", "base", *average):
+        with cascade.weights(which), torch.no_grad():  # type: ignore[arg-type]
+            found[f"{which}/output"] = cascade(tokens)
+            found |= {
+                f"{which}/{name}": whole(each.detach()).clone() for name, each in cascade.model.named_parameters()
+            }
+    with torch.no_grad():
+        found["output"] = cascade(tokens)
+    cascade.train()
+    return found
+
+
+def step(cascade: lx.Cascade, optimizer: Any, done: int, share: tuple[int, int]) -> None:
+    """The step after `done` steps, of two backwards."""
+    source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=2 * done, share=share))
+    for _ in range(2):
+        tokens, labels = next(source)
+        (F.cross_entropy(cascade(tokens), labels) / 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def ends_stage(done: int) -> bool:
+    return done % STEPS == 0 and done < STAGES * STEPS
+
+
+def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
+    """Go on from `done` steps; a transition after every STEPS of them."""
+    while done < until:
+        step(cascade, optimizer, done, share)
+        done += 1
+        if ends_stage(done):
+            cascade.transition(optimizer)
+
+
+@functools.cache
+def alone(name: str, **sizes: int) -> dict[str, Tensor]:
+    cascade = adapted(name, **sizes)
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, STAGES * STEPS, (0, 1))
+    found = values(cascade)
+    cascade.transition(optimizer)
+    found |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
+    return found | back(cascade, name)
+
+
+def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
+    """An earlier stage, for a moment and for good, where the experts have not outgrown their weights."""
+    if name != "fast":
+        return {}
+    with cascade.weights(stage=1), torch.no_grad():
+        found = {f"first/{key}": whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
+        found["first/output"] = cascade(example())
+    cascade.rewind(2, None)
+    return found | {f"back/{key}": value for key, value in values(cascade).items()}
+
+
+class Gathered:
+    """Shapes of what is made whole, one process asking the others for their shards."""
+
+    def __enter__(self) -> list[torch.Size]:
+        self.before, shapes = DTensor.full_tensor, list[torch.Size]()
+
+        def full_tensor(tensor: DTensor, **options: Any) -> Tensor:
+            shapes.append(tensor.shape)
+            return self.before(tensor, **options)
+
+        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+        return shapes
+
+    def __exit__(self, *_: object) -> None:
+        DTensor.full_tensor = self.before  # type: ignore[method-assign]
+
+
+def grid(sizes: tuple[int, ...] = ()) -> DeviceMesh | None:
+    """A mesh of replicas and shards; none without sizes."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")) if sizes else None
+
+
+def sharded(
+    rank: int, count: int, names: list[str], files: str = "", base: str = "memory", mesh: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """With `files` the model is built on the meta device, and no rank ever holds all of it. The last rank is slow: it
+    comes late to each sum of a transition.
+    """
+    found: dict[str, Tensor] = {}
+    owner, function = SEAMS["sum over ranks"]
+    real = getattr(owner, function)
+    if rank == count - 1:
+        setattr(owner, function, lambda *given: (time.sleep(0.002), real(*given))[1])
+    for name in names:
+        torch.manual_seed(100 + rank)
+        if files:
+            cascade = fsdp.shard(adapted(name, on_meta(), base), grid(mesh))
+            assert all(each.is_meta for each in cascade.parameters())
+            lx.materialize(cascade, files)
+        else:
+            cascade = fsdp.shard(adapted(name), grid(mesh))
+        assert all(hasattr(each, "to_local") for each in cascade.parameters())
+        optimizer = optimizer_of(cascade)
+        run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
+        own = values(cascade)
+        with Gathered() as shapes:
+            cascade.transition(optimizer)
+        ranks = {site.rank for site in cascade.sites}
+        assert shapes, "the transition asked for no factor"
+        assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes  # factors, magnitudes: no weight
+        own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
+        own |= back(cascade, name)
+        found |= {f"{name}/{key}": value for key, value in own.items()}
+    return found
+
+
+def narrow(rank: int, count: int) -> dict[str, Tensor]:
+    """A base in bf16 with branches in fp32; the slow weights after a stage, and what they are made of."""
+    cascade = lx.adapt(blocks().bfloat16(), args=(example(),), spec=lx.CascadeSpec(rank=2, pace=0.5))
+    fsdp.shard(cascade)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    cascade(example())[:, rank].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    factors = {key: whole(each.detach()).clone() for key, each in cascade.branches.named_parameters()}
+    cascade.transition(optimizer)
+    with cascade.weights("slow"):
+        return factors | {key: whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
+
+
+# ---- experts
+
+EXPERTS = {2: "uniform", 3: "filter"}
+"""Distribution of the noise by the number of experts: as many as ranks, and a number that they do not divide."""
+
+
+class Experts(nn.Module):
+    """A mixture of all experts, whose weights are stacked: [experts, in, out], the second [experts, out, in]."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.table, self.gate = nn.Embedding(11, 6), nn.Linear(6, count)
+        self.up = nn.Parameter(torch.randn(count, 6, 8) / 3)
+        self.down = nn.Parameter(torch.randn(count, 6, 8) / 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens).mean(1)
+        weights = self.gate(x).softmax(-1).t().unsqueeze(-1)
+        inner = F.gelu(torch.bmm(x.expand(len(weights), -1, -1), self.up))
+        return self.head(x + (torch.bmm(inner, self.down.transpose(1, 2)) * weights).sum(0))
+
+
+def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for number, distribution in EXPERTS.items():
+        torch.manual_seed(1)
+        noise = lx.Noise(0.1, distribution)  # type: ignore[arg-type]
+        spec = lx.CascadeSpec(rank=2, pace=0.6, noise=noise, seed=5, restart_A="kept")
+        cascade = lx.adapt(Experts(number).double(), args=(example(),), spec=spec)
+        assert {site.weight for site in cascade.sites if site.kind == "experts"} == {"up", "down"}
+        if count > 1:
+            fsdp.shard(cascade)
+            stacked = [each for each in cascade.parameters() if each.dim() == 3]
+            assert all(count * each.to_local().numel() == each.numel() for each in stacked)  # type: ignore[operator]
+        optimizer = optimizer_of(cascade)
+        run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
+        if count > 1:
+            lx.save(cascade, f"{folder}/{number}", optimizer=optimizer)
+        found |= {f"{number}/{key}": value for key, value in values(cascade).items()}
+    return found
+
+
+# ---- checkpoints
+
+
+def saved(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
+    cascade = fsdp.shard(adapted(name), grid(mesh))
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, at, (rank, count))
+    torch.manual_seed(rank)
+    for _ in range(3):
+        lx.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
+
+
+def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
+    """Other values of what is trained in full, on each rank, as of a script that sets no seed."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(1 + rank)
+    return model
+
+
+def resumed(
+    rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = (), **sizes: int
+) -> dict[str, Tensor]:
+    """Go on from a checkpoint, sharded where there are several ranks; with `files` from a model on the meta device."""
+    cascade = lx.load(folder, on_meta() if files else drawn_anew(blocks(**sizes), rank), args=(example(),))
+    if count > 1:
+        fsdp.shard(cascade, grid(mesh))
+    if files:
+        lx.materialize(cascade, files)
+    optimizer = optimizer_of(cascade)
+    extra = cascade.resume(optimizer)
+    assert list(extra) == ["steps"]
+    drawn = torch.rand(3)
+    run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
+    return {**values(cascade), "drawn": drawn}
+
+
+def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
+    """Once while the training goes on, as safetensors, and once in torch's own format."""
+    cascade = fsdp.shard(adapted(name), grid(mesh))
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, at, (rank, count))
+    torch.manual_seed(rank)
+    with Gathered() as shapes:
+        state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": at})
+    assert not shapes
+    assert all(isinstance(value, DTensor) for value in state.values()) or rank == 0
+    writer = HuggingFaceStorageWriter(f"{folder}/safetensors", save_distributed=True)
+    apart = dist.new_group()  # the thread that writes and the training each have a group
+    future: Any = checkpoint.async_save(state, storage_writer=writer, process_group=apart)
+    run(cascade, optimizer, at, at + 3, (rank, count))
+    future.result()
+    checkpoint.save(state, checkpoint_id=f"{folder}/torch")
+
+
+def resumed_by_dcp(rank: int, count: int, folder: str, kind: str, files: str = "") -> dict[str, Tensor]:
+    reader = READERS[kind](f"{folder}/{kind}")
+    cascade = dcp.load(reader, on_meta() if files else drawn_anew(blocks(), rank), args=(example(),))
+    if count > 1:
+        fsdp.shard(cascade)
+    if files:
+        lx.materialize(cascade, files)
+    optimizer = optimizer_of(cascade)
+    extra = cascade.resume(optimizer)
+    drawn = torch.rand(3)
+    run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
+    return {**values(cascade), "drawn": drawn}
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "safetensors": HuggingFaceStorageReader,
+    "torch": checkpoint.FileSystemReader,
+}
+
+
+# ---- a branch that is left out
+
+
+def spoilt(rank: int, count: int) -> dict[str, Tensor]:
+    """With inf in a branch, and in a parameter that is trained in full, on the last process alone."""
+    model = blocks()
+    spec = lx.CascadeSpec(rank=2, pace=0.6, train=("*norm*",), seed=5, on_nonfinite="skip")
+    cascade = lx.adapt(model, args=(example(),), spec=spec)
+    if count > 1:
+        fsdp.shard(cascade)
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, STEPS - 1, (rank, count))
+    with torch.no_grad():
+        for spoils in (cascade.branches["layers/1/up/weight"].lora_B, cascade.model.get_parameter("norm.weight")):
+            held = spoils.to_local() if count > 1 else spoils  # type: ignore[operator]
+            if rank == count - 1:
+                held[-1] = float("inf")
+    optimizer.zero_grad()
+    with warns("branch-left-out", "layers.1.up.weight"), warns("parameter-left-out", "norm.weight"):
+        cascade.transition(optimizer)
+    return values(cascade)
+
+
+# ---- memory
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of gathered weights that stood at once, looked at before every operation."""
+
+    def __init__(self, cascade: lx.Cascade) -> None:
+        super().__init__()
+        self.cascade, self.most = cascade, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [each for each in self.cascade.parameters() if not hasattr(each, "to_local")]
+        self.most = max(self.most, sum(storages(plain).values()))
+        return func(*args, **(kwargs or {}))
+
+
+def measured(rank: int, count: int) -> dict[str, Tensor]:
+    """Bytes: of the shards and of W0 here, of the whole, and the most that was gathered at once in a step."""
+    cascade = adapted("fresh", depth=12, width=32, inner=96)
+    parameters = sum(storages(cascade.parameters()).values())
+    fsdp.shard(cascade)
+    with Peak(cascade) as peak:
+        cascade(example()).sum().backward()
+    held = sum(storages(each.to_local() for each in cascade.parameters()).values())  # type: ignore[operator]
+    states = [*weight_states(cascade).values(), *trained_states(cascade).values()]
+    base = sum(storages(state.base for state in states).values())
+    return {"bytes": torch.tensor([parameters, held, base, peak.most])}
+
+
+# ---- ranks that are not alike
+
+HOWS: dict[str, Callable[[lx.Cascade, int], object]] = {
+    "shard": lambda cascade, count: fsdp.shard(cascade),
+    "DistributedDataParallel": lambda cascade, count: DistributedDataParallel(cascade)(torch.ones(2, 5)),
+}
+
+
+def unlike(rank: int, count: int) -> None:
+    """The second rank has other weights, another spec, or other code; each is an error on every rank."""
+    for call, wrap in HOWS.items():
+        for what, name in {"weight": "weight 1.weight", "spec": "spec.pace", "code": "lorasc-fx", "": ""}.items():
+            torch.manual_seed(0)
+            model, odd = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), what if rank == 1 else ""
+            if odd == "weight":
+                model[1].weight.data[0, 0] += 1
+            spec = lx.CascadeSpec(rank=2, pace=0.5 if odd == "spec" else 0.25)
+            cascade = lx.adapt(model.eval(), args=(torch.ones(2, 5),), spec=spec)
+            owner, function = SEAMS["digest of the source"]
+            with pytest.MonkeyPatch.context() as patch:
+                if odd == "code":
+                    patch.setattr(owner, function, lambda: "0" * 64)
+                if what:
+                    with raises(lx.StateError, "ranks-differ", call, f"rank 1 differs in {name}"):
+                        wrap(cascade, count)
+                else:
+                    wrap(cascade, count)
+
+
+# ---- a rank that does not come
+
+
+def late(rank: int, count: int, waits: bool) -> None:
+    """The last rank comes late to a transition: before the group's timeout, or after it."""
+    cascade = fsdp.shard(adapted("fresh"))
+    optimizer = optimizer_of(cascade)
+    step(cascade, optimizer, 0, (rank, count))
+    before = {name: each.to_local().clone() for name, each in cascade.named_parameters()}  # type: ignore[operator]
+    if rank == count - 1:
+        time.sleep(2 if waits else 12)
+    if waits:
+        cascade.transition(optimizer)
+        assert cascade.stage == 2
+        return
+    with raises(lx.StateError, "process-lost", "timeout", "last checkpoint"):
+        cascade.transition(optimizer)
+    assert cascade.stage == 1
+    for name, each in cascade.named_parameters():
+        assert torch.equal(each.to_local(), before[name]), name  # type: ignore[operator]
+
+
+# ---- what is refused
+
+
+def by_others(tokens: Tensor) -> None:
+    """FSDP around the cascade as accelerate and the Trainer put it there, and around the model before."""
+    cascade = adapted("fresh")
+    with raises(lx.StateError, "wrapper-not-supported", "FullyShardedDataParallel", "parallel.fsdp.shard"):
+        FullyShardedDataParallel(cascade, device_id=torch.device("cpu"), use_orig_params=True)(tokens)
+    cascade, mesh = adapted("fresh"), init_device_mesh("cpu", (dist.get_world_size(),))
+    with (
+        raises(lx.StateError, "context-parallel-not-supported", "context_parallel"),
+        context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]),
+    ):
+        cascade(tokens)
+    fully_shard(cascade)
+    with raises(lx.StateError, "wrapper-not-supported", "fully_shard", "parallel.fsdp.shard"):
+        cascade(tokens)
+    model = blocks()
+    fully_shard(model.layers[1])
+    with raises(lx.StateError, "already-sharded", "layers.1.mix", "parallel.fsdp.shard"):
+        lx.adapt(model, args=(tokens,), spec=lx.CascadeSpec(rank=2))
+
+
+def beside_accelerate(share: tuple[int, int]) -> None:
+    """Its optimizer, backward and clipping on what `shard` has cut: the bytes of a loop without it."""
+    from accelerate import Accelerator
+
+    accelerator, ends = Accelerator(cpu=True), []
+    for by_it in (True, False):
+        cascade = fsdp.shard(adapted("fresh"))
+        optimizer: Any = optimizer_of(cascade)
+        optimizer = accelerator.prepare(optimizer) if by_it else optimizer
+        source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, share=share))
+        for _ in range(2):
+            tokens, labels = next(source)
+            loss = F.cross_entropy(cascade(tokens), labels)
+            _ = accelerator.backward(loss) if by_it else loss.backward()
+            clip = accelerator.clip_grad_norm_ if by_it else nn.utils.clip_grad_norm_
+            clip(list(cascade.branches.parameters()), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            cascade.transition(optimizer)
+        ends.append([each.to_local().clone() for each in cascade.parameters()])  # type: ignore[operator]
+    assert all(map(torch.equal, *ends))
+
+
+def refused(rank: int, count: int, folder: str) -> None:
+    tokens = example()
+    by_others(tokens)
+    beside_accelerate((rank, count))
+    cascade = fsdp.shard(adapted("fresh"))
+    optimizer = optimizer_of(cascade)
+    for call in (
+        cascade.release,
+        cascade.folded_state_dict,
+        cascade.folded_graph,
+        lambda: cascade.to(torch.float32),
+    ):
+        with raises(lx.StateError, "sharded"):
+            call()
+    with warns("evaluated-with-noise", "1"):
+        cascade.eval()(tokens)
+    cascade.train()
+    with raises(lx.StateError, "already-sharded"):
+        fsdp.shard(cascade)
+    with raises(lx.StateError, "sharded"):
+        torch.compile(cascade, backend="eager")(tokens)
+    cascade(tokens).sum().backward()
+    with raises(lx.StateError, "gradients-pending"):
+        cascade.transition(optimizer)
+    with raises(lx.StateError, "gradients-pending"):
+        lx.save(cascade, folder, optimizer=optimizer)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        if rank == count - 1:  # one process alone has met it
+            cascade.branches["head/weight"].lora_B.to_local().fill_(float("nan"))
+    weight = cascade.model.get_parameter("layers.1.up.weight").to_local().data  # type: ignore[operator]
+    if rank == 0:  # likewise
+        weight.neg_()
+    told = "layers.1.up.weight" if rank == 0 else "a weight on another process"
+    with raises(lx.StateError, "weights-changed-outside", told):
+        cascade.transition(optimizer)
+    if rank == 0:
+        weight.neg_()
+    before = {name: each.detach().clone() for name, each in cascade.named_parameters()}
+    with raises(lx.NonFiniteBranch, "non-finite-branch", "head.weight", "1"):
+        cascade.transition(optimizer)
+    with raises(lx.NonFiniteBranch, "non-finite-branch", "head.weight" if rank == count - 1 else "another rank"):
+        lx.save(cascade, folder, optimizer=optimizer)
+    assert not os.path.exists(folder)
+    for name, each in cascade.named_parameters():
+        torch.testing.assert_close(each.to_local(), before[name].to_local(), rtol=0, atol=0, equal_nan=True)  # type: ignore[operator]

@@ -1,0 +1,237 @@
+"""DistributedDataParallel around a cascade: the numbers of one process, and errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lorasc_fx as lx
+from lorasc_fx.checkpoint import training_state
+from tests.kit.errors import raises, warns
+from tests.parallel import training
+from tests.parallel.ranks import RankFailed, on_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str = "") -> None:
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[f"{prefix}{name}"], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this one process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_weights_of_one_process(count: int) -> None:
+    names = list(training.SPECS)
+    wanted = {name: training.alone(name) for name in names}
+    ranks = on_ranks(count, training.under_ddp, names)
+    for found in ranks:
+        for name in names:
+            close(found, wanted[name], f"{name}/")
+        assert all(torch.equal(value, ranks[0][key]) for key, value in found.items())
+    base = training.net().state_dict()
+    moved = [
+        key
+        for key, value in wanted["fresh"].items()
+        if key.startswith("slow/") and not torch.equal(value, base[key[5:]])
+    ]
+    assert len(moved) == 7  # every matrix, and both parameters of the normalization
+
+
+@pytest.mark.slow
+def test_noise_and_fresh_factors_without_a_word_between_the_processes() -> None:
+    first, second = on_ranks(2, training.without_a_group, "fresh", group=False)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    key = "model.up.weight"
+    assert not torch.equal(first[f"1/{key}"], first[f"2/{key}"])
+    assert not torch.equal(first[f"1/{key}"], training.net().up.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "name"), [("dies", "fast"), ("stands still", "fresh")])
+def test_a_process_that_leaves_ends_the_run_which_goes_on_elsewhere(tmp_path: Path, how: str, name: str) -> None:
+    folder, at, until = str(tmp_path / "run"), 6 if name == "fresh" else 4, 10
+    began = time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        on_ranks(2, training.saved_then_killed, name, folder, at, how, limit=40, timeout=5)
+    assert time.monotonic() - began < 40
+    assert caught.value.codes[0] == 1  # it ended by itself, with an error
+    assert re.search("closed by peer|Timed out|timed out|reset by peer", caught.value.told[0])
+    wanted = training.uninterrupted(name, until)
+    for count, part in ((2, 0), (4, 0), (3, 2)) if how == "dies" else ((1, 0),):
+        ranks = on_ranks(count, training.resumed, name, folder, until, part)[: part or None]
+        for found in ranks:
+            close(found, wanted)
+        drawn = [each["drawn"] for each in ranks]
+        assert len({tuple(each.tolist()) for each in drawn}) == len(ranks)
+        for rank, each in enumerate(drawn if len(ranks) == 2 else ()):  # as many as saved: each goes on with its own
+            assert torch.equal(each, torch.rand(3, generator=torch.Generator().manual_seed(rank)))
+
+
+class Late(nn.Module):
+    """Has a head that only some calls use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return self.more(hidden) if more else hidden
+
+
+LATE = ("wrapped-too-early", "branches.more/weight.lora_A", "branches.more/weight.lora_B")
+
+
+@pytest.mark.usefixtures("group")
+def test_a_site_that_comes_after_the_wrapper() -> None:
+    x = torch.randn(4, 5)
+    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(rank=2))
+    wrapper = DistributedDataParallel(cascade)
+    wrapper(x).sum().backward()
+    before = [site.weight for site in cascade.sites]
+    with raises(lx.StateError, *LATE):
+        wrapper(x, more=True)
+    assert [site.weight for site in cascade.sites] == before == ["body.weight"]  # nothing was changed
+    assert set(cascade.branches) == {"body/weight"}
+    wrapper(x).sum().backward()
+
+    with warns("late-sites", "more.weight"):
+        cascade(x, more=True)  # past the wrapper: told at its next call
+    with raises(lx.StateError, *LATE):
+        wrapper(x)
+    DistributedDataParallel(cascade)(x, more=True).sum().backward()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_rank_that_changes_outdates_the_wrapper() -> None:
+    x = torch.randn(4, 5)
+    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(ranks=(2, 2, 1)))
+    wrapper, optimizer = DistributedDataParallel(cascade), torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in range(2):
+        wrapper(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+        if cascade.stage == 2:
+            wrapper(x)  # of the same rank
+    with raises(lx.StateError, "wrapped-too-early"):
+        wrapper(x)
+    DistributedDataParallel(cascade)(x).sum().backward()
+    assert cascade.branches["body/weight"].lora_B.grad.shape[-1] == 1
+
+
+@pytest.mark.usefixtures("group")
+def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
+    """It broadcasts parameters and buffers: the same numbers, into weights that need no gradient as well."""
+    cascade = training.adapted("fresh")
+    before = {name: value.clone() for name, value in cascade.named_parameters()}
+    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
+    assert all(torch.equal(value, before[name]) for name, value in cascade.named_parameters())
+    assert not any(value.requires_grad for name, value in cascade.model.named_parameters() if "norm" not in name)
+    training.run(wrapper, cascade, optimizer, 0, training.STEPS, (0, 1))
+    assert cascade.stage == 2
+
+
+@pytest.mark.usefixtures("group")
+def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
+    cascade = training.adapted("fresh")
+    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
+    for wrong in (training.net(), DistributedDataParallel(training.net())):
+        with raises(lx.StateError, "wrong-wrapper", "Net"):
+            lx.save(wrong, tmp_path)
+    tokens, labels = next(training.batches(0, 0, 1))
+    nn.functional.cross_entropy(wrapper(tokens), labels).backward()
+    with raises(lx.StateError, "gradients-pending", "branches.table/weight.lora_B"):
+        lx.save(wrapper, tmp_path / "run", optimizer=optimizer)
+    assert not (tmp_path / "run").exists()
+    lx.save(cascade, tmp_path / "alone", optimizer=optimizer)  # of one process: with its gradients
+    optimizer.step()
+    optimizer.zero_grad()
+    with raises(lx.SpecError, "invalid-value", "keep", "0"):
+        lx.save(wrapper, tmp_path / "run", optimizer=optimizer, keep=0)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("streams", [[], ["x"], [torch.zeros(2, dtype=torch.uint8)], 3])
+def test_forged_random_generators_of_ranks(tmp_path: Path, streams: object) -> None:
+    """Nothing of the state is taken: the optimizer is as it was."""
+    cascade = training.adapted("fresh")
+    lx.save(cascade, tmp_path, optimizer=training.optimizer_of(cascade), extra={training_state.RANKS: streams})
+    loaded = lx.load(tmp_path, training.net(), args=(training.data()[0][0][None],))
+    optimizer, before = training.optimizer_of(loaded), torch.get_rng_state()
+    if streams == []:
+        assert loaded.resume(optimizer) == {}
+        return
+    with raises(lx.CheckpointError, "optimizer-differs"):
+        loaded.resume(optimizer)
+    assert not optimizer.state
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def fails_on_one(rank: int, count: int, folder: str) -> None:
+    """The last process has read another version than the others, then cannot write, and then the first one is gone."""
+    cascade = training.adapted("fresh")
+    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
+    for part in ("here", "there"):
+        lx.save(wrapper, f"{folder}/{part}", optimizer=optimizer)
+    if rank == 0:
+        lx.save(cascade, f"{folder}/there", optimizer=optimizer)  # of this process alone
+    dist.barrier()
+    example = (training.data()[0][0][None],)
+    loaded = lx.load(f"{folder}/{'there' if rank else 'here'}", training.net(), args=example)
+    with raises(lx.StateError, "versions-differ", "version-00000001", "version-00000002"):
+        loaded.resume(training.optimizer_of(loaded))
+    loaded = lx.load(f"{folder}/here", training.net(), args=example)
+    other = torch.optim.SGD(loaded.param_groups(lr=0.1)) if rank else training.optimizer_of(loaded)
+    expected = (lx.CheckpointError, "optimizer-differs", "SGD") if rank else (lx.StateError, "rank-failed", "rank 1")
+    with raises(*expected):
+        loaded.resume(other)
+    Path(f"{folder}/file").touch()
+    with raises(lx.StateError if rank else lx.CheckpointError, "rank-failed" if rank else "not-writable"):
+        lx.save(wrapper, f"{folder}/file/run")
+    if rank == 0:
+        with raises(lx.StateError, "process-lost"):
+            lx.save(wrapper, f"{folder}/here")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_one_of_all(tmp_path: Path) -> None:
+    on_ranks(2, fails_on_one, str(tmp_path), timeout=10)
+
+
+@pytest.mark.slow
+def test_the_example_runs_by_torchrun() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "examples.ddp",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^stage 3 of 3: loss 0\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout

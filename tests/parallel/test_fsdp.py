@@ -1,0 +1,782 @@
+"""FSDP2 under a cascade: the numbers of one process from shards, memory, checkpoints that are cut anew, and errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lorasc_fx as lx
+from benchmarks.shards import Size, measure
+from lorasc_fx.cli import main
+from lorasc_fx.parallel import dcp, fsdp, segments
+from tests.errors.inject import SIGNALS, LineAt, in_turn
+from tests.kit.errors import raises
+from tests.kit.state import canonical, file_digest, text_digest, variant_for
+from tests.parallel import elastic, sharding
+from tests.parallel.ranks import on_ranks
+from tests.parallel.test_ddp import close, group
+
+ROOT = Path(__file__).parents[2]
+__all__ = ["group"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (2, ["fresh", "fast", "averaged", "merged"]),
+        (4, ["fast"]),
+        (2, ["dora", "dora, olora", "pissa"]),
+        (2, ["nearest", "ranks"]),
+        (4, ["dora, olora"]),
+    ],
+)
+def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
+    wanted = {name: sharding.alone(name) for name in names}
+    ranks = on_ranks(count, sharding.sharded, names, limit=300)
+    for rank, found in enumerate(ranks):
+        for name in names:
+            here = {key: value for key, value in wanted[name].items() if not rank or not key.startswith("folded/")}
+            close(found, here, f"{name}/")
+        assert not rank or not any("/folded/" in key for key in found)  # the first process has them
+    for found in wanted.values():
+        assert not torch.equal(found["slow/output"], found["base/output"])
+        assert not torch.equal(found["slow/output"], found["output"])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> str:
+    """The numbers of the blocks, in a file."""
+    save_file(sharding.blocks().state_dict(), tmp_path / "blocks.safetensors")
+    return str(tmp_path / "blocks.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "name", "base"),
+    [(2, "averaged", "memory"), (2, "fresh", "file"), (4, "fast", "memory"), (2, "dora, olora", "memory")],
+)
+def test_the_numbers_of_one_process_where_none_holds_the_model(files: str, count: int, name: str, base: str) -> None:
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    for found in on_ranks(count, sharding.sharded, [name], files, base, limit=300):
+        close(found, wanted, f"{name}/")
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_not_finite_is_left_out_on_all() -> None:
+    wanted = sharding.spoilt(0, 1)
+    for found in on_ranks(2, sharding.spoilt):
+        close(found, wanted)
+    assert torch.equal(wanted["slow/layers.1.up.weight"], sharding.blocks().layers[1].up.weight)
+    assert not torch.equal(wanted["slow/layers.1.down.weight"], sharding.blocks().layers[1].down.weight)
+
+
+@pytest.mark.slow
+def test_base_and_branches_keep_their_dtypes() -> None:
+    for found in on_ranks(2, sharding.narrow):
+        for name, base in sharding.blocks().bfloat16().named_parameters():
+            assert found[name].dtype == torch.bfloat16
+            a, b = found.get(f"{name.replace('.', '/')}.lora_A"), found.get(f"{name.replace('.', '/')}.lora_B")
+            if a is None or b is None:
+                assert torch.equal(found[name], base)
+                continue
+            assert a.dtype == b.dtype == torch.float32
+            delta = (a.t() @ b.t() if name.endswith("mix") else b @ a).view(base.shape)
+            exact = base.double() + 0.5 * delta.double() * (8.0 / 2)
+            assert (found[name].double() - exact).abs().max() < 2**-8 * exact.abs().max()
+            assert not torch.equal(found[name], base)
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_number_of_processes() -> None:
+    for count in (2, 4):
+        for found in on_ranks(count, sharding.measured):
+            whole, held, base, peak = found["bytes"].tolist()
+            assert whole / count <= held < 1.1 * whole / count, (count, found)  # uneven rows are padded
+            assert base < 1.05 * whole / count, (count, found)
+            assert 0 < peak < 3.1 * whole / 12, (count, found)  # a block, the next one, and the root
+
+
+@pytest.mark.slow
+def test_no_rank_holds_more_than_its_shards_and_a_unit(tmp_path: Path) -> None:
+    """In anonymous memory; W0 is a copy on the host, which is the device here."""
+    size, ranks = Size(6, 1024, 4096), 4
+    size.write(tmp_path)
+    found = measure(size, ranks, "memory", tmp_path)
+    assert found.materialize < 2 * size.model / ranks + 1.5 * size.unit, found
+    assert found.transition < 2 * size.model / ranks + 3.5 * size.unit, found
+
+
+def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> list[dict[str, Tensor]]:
+    """On several ranks; or here, where there is nothing to shard."""
+    return on_ranks(count, work, *args) if count > 1 else [work(0, 1, *args)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "saving", "resuming"),
+    [
+        ("fresh", 2, (1, 2, 4)),
+        ("fresh", 1, (2,)),
+        ("ranks", 2, (1, 2)),  # lora_A is cut by its inputs
+        ("averaged", 2, (1, 2)),
+        ("dora, olora", 2, (1, 4)),
+    ],
+)
+def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resuming: tuple[int, ...]) -> None:
+    """The numbers of an uninterrupted run on one process; `keep` versions stay."""
+    at, later = 10, ("folded/", "first/", "back/")
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith(later)}
+    on_ranks(saving, sharding.saved, name, str(tmp_path), at)
+    assert sorted(version.name for version in tmp_path.iterdir()) == ["version-00000002", "version-00000003"]
+    files = sorted(file.name for file in (tmp_path / "version-00000003").iterdir())
+    names = [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)] if saving == 2 else ["state.safetensors"]
+    assert files == ["manifest.json", *names]  # nothing to unpickle
+    for count in resuming:
+        ranks = resumed(count, sharding.resumed, str(tmp_path))
+        for rank, found in enumerate(ranks):
+            close(found, wanted)
+            if count == saving:  # each rank goes on with its own generators
+                assert torch.equal(found["drawn"], torch.rand(3, generator=torch.Generator().manual_seed(rank)))
+        assert len({tuple(found["drawn"].tolist()) for found in ranks}) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "counts"), [("fresh", (2, 1)), ("averaged", (4,)), ("dora, olora", (2,))])
+def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
+    tmp_path: Path, files: str, name: str, counts: tuple[int, ...]
+) -> None:
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    on_ranks(2, sharding.saved, name, str(tmp_path / "run"), 10)
+    for count in counts:
+        for found in resumed(count, sharding.resumed, str(tmp_path / "run"), files):
+            close(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shards_is_folded_into_the_files_of_the_base(tmp_path: Path, files: str) -> None:
+    """By the command line: the numbers of one process."""
+    base, run, out = (tmp_path / name for name in ("base.safetensors", "run", "folded.safetensors"))
+    save_file(sharding.blocks().state_dict(), base)
+    cascade = sharding.adapted("fresh")
+    sharding.run(cascade, sharding.optimizer_of(cascade), 0, 10, (0, 1))
+    on_ranks(2, sharding.saved, "fresh", str(run), 10)
+    assert main(["fold", str(run), "--base", str(base), "--out", str(out)]) == 0
+    close(load_file(out), cascade.folded_state_dict())
+    assert not torch.equal(load_file(out)["layers.1.up.weight"], load_file(base)["layers.1.up.weight"])
+
+
+@pytest.mark.slow
+def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
+    """Two replicas of two shards: the numbers of one process, and checkpoints that hold each shard once."""
+    names = ["fresh", "fast"]
+    wanted = {name: sharding.alone(name) for name in names}
+    for rank, found in enumerate(on_ranks(4, sharding.sharded, names, "", "memory", (2, 2), limit=300)):
+        for name in names:
+            close(found, {k: v for k, v in wanted[name].items() if not rank or not k.startswith("folded/")}, f"{name}/")
+    expected = {key: value for key, value in wanted["fresh"].items() if not key.startswith("folded/")}
+    on_ranks(4, sharding.saved, "fresh", str(tmp_path / "run"), 10, (2, 2))
+    files_of_version = sorted(file.name for file in (tmp_path / "run" / "version-00000003").iterdir())
+    assert files_of_version[1:] == [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)]
+    for count, mesh in ((4, (2, 2)), (1, ())):
+        for found in resumed(count, sharding.resumed, str(tmp_path / "run"), files, mesh):
+            close(found, expected)
+    on_ranks(4, sharding.saved_by_dcp, "fresh", str(tmp_path / "dcp"), 10, (2, 2))
+    (found,) = resumed(1, sharding.resumed_by_dcp, str(tmp_path / "dcp"), "safetensors")
+    close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
+def test_a_checkpoint_of_dcp_is_cut_anew(
+    tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
+) -> None:
+    """Written by torch's async_save and save, with the numbers of an uninterrupted run on one process."""
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    on_ranks(saving, sharding.saved_by_dcp, name, str(tmp_path), 7)
+    for count in resuming:
+        kind, at = ("safetensors", files) if count == 4 else ("torch", "")
+        for found in resumed(count, sharding.resumed_by_dcp, str(tmp_path), kind, at):
+            close(found, wanted)
+    if saving == 2:
+        (found,) = resumed(1, sharding.resumed_by_dcp, str(tmp_path), "safetensors")
+        close(found, wanted)
+
+
+@pytest.mark.slow
+def test_experts_have_the_numbers_of_one_process(tmp_path: Path) -> None:
+    """Cut by experts, or where their number does not divide by the ranks by the axis after: no rank holds more."""
+    expected = sharding.experts(0, 1)
+    for found in on_ranks(2, sharding.experts, str(tmp_path)):
+        close(found, expected)
+    for number in sharding.EXPERTS:
+        torch.manual_seed(1)
+        cascade = lx.load(tmp_path / str(number), sharding.Experts(number).double(), args=(sharding.example(),))
+        own = {key: value for key, value in expected.items() if key.startswith(f"{number}/")}
+        close({f"{number}/{key}": value for key, value in sharding.values(cascade).items()}, own)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_not_alike_are_named_before_the_first_step() -> None:
+    on_ranks(3, sharding.unlike, limit=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_transition_waits_for_a_slow_rank_and_not_for_a_lost_one(waits: bool) -> None:
+    """Whose absence is an error after the group's timeout, which leaves all as it was."""
+    on_ranks(2, sharding.late, waits, timeout=60 if waits else 6, limit=120)
+
+
+@pytest.mark.slow
+def test_what_shards_refuse(tmp_path: Path) -> None:
+    on_ranks(2, sharding.refused, str(tmp_path / "run"))
+
+
+def test_units_are_blocks_by_path() -> None:
+    model = sharding.blocks()
+    units = {name: segments.unit_of(name, each) for name, each in model.named_parameters()}
+    assert units["layers.1.up.weight"] == units["layers.1.norm.bias"] == units["layers.1.mix"] == "layers.1"
+    assert (units["head.weight"], units["head.bias"]) == ("head", "")
+    assert units["start"] == units["norm.weight"] == ""
+
+
+def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
+    """And each part computes what the graph does, one after the other."""
+    cascade = sharding.adapted("fresh")
+    tokens = sharding.example()
+    module = variant_for(cascade, (tokens,), {}).module
+    graph = segments.segmented(module, fsdp._units(cascade))
+    assert [each.unit for each in graph.segments] == ["", "table", "layers.0", "layers.1", "layers.2", "head", "table"]
+    nodes = [node for each in graph.segments for node in each.nodes]
+    assert len(set(nodes)) == len(nodes)
+    found = graph.run((tokens,), lambda segment, values: segment.run(graph.interpreter, values))
+    assert torch.equal(module.graph.process_outputs(found), cascade(tokens))
+    assert [len(each.inputs) for each in graph.segments[2:]] == [
+        1,
+        1,
+        1,
+        1,
+        2,
+    ]  # the residual stream, and the tokens' sum
+
+
+def small(spec: dict[str, object], model: nn.Module | None = None) -> lx.Cascade:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) if model is None else model
+    return lx.adapt(model, args=(torch.randn(2, 5),), spec=lx.CascadeSpec.from_dict({"rank": 2, **spec}))
+
+
+class Scaled(nn.Module):
+    def __init__(self, gain: Tensor) -> None:
+        super().__init__()
+        self.gain, self.linear = nn.Parameter(gain), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.gain.sum())
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum().item() > 1e9 else self.linear(-x)
+
+
+def quantized() -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    quantize_(model[1], Int8WeightOnlyConfig())
+    return model
+
+
+REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
+    "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), ("not-shardable", "model.gain")),
+    "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), ("not-shardable", "model.gain", "contiguous")),
+    "graph-breaks": (
+        {},
+        Breaks,
+        ("no-whole-graph",),
+    ),
+    "quantized": ({}, quantized, ("quantized-not-supported", "1.weight")),
+}
+
+
+class Later(nn.Module):
+    """Uses a second layer in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if self.training else x
+
+
+@pytest.mark.usefixtures("group")
+def test_a_late_call_that_adapts_another_weight_is_refused() -> None:
+    cascade = fsdp.shard(small({}, Later().eval()))
+    cascade.train()
+    with raises(lx.StateError, "variant-after-sharding", "second.weight"):
+        cascade(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.usefixtures("group")
+def test_what_shard_refuses(case: str) -> None:
+    spec, make, expected = REFUSED[case]
+    cascade = small(spec, make() if make is not None else None)
+    before = dict(cascade.named_parameters())
+    with raises(lx.StateError, *expected):
+        fsdp.shard(cascade)
+    assert all(each is before[name] for name, each in cascade.named_parameters())
+    cascade(torch.randn(2, 5)).sum().backward()
+
+
+def test_what_is_said_without_a_group() -> None:
+    cascade = small({})
+    with raises(lx.StateError, "no-process-group"):
+        fsdp.shard(cascade)
+    with raises(lx.StateError, "not-sharded", "cascade.folded_state_dict()"):
+        fsdp.folded_state_dict(cascade)
+
+
+def test_axes_that_ranks_do_not_divide() -> None:
+    """Inputs, where the rank changes by stage."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        cascade = small({"ranks": [2, 3]})
+        before = dict(cascade.named_parameters())
+        with raises(lx.StateError, "not-divisible", "ranks", "5", "0.weight"):
+            fsdp.shard(cascade)
+        assert all(each is before[name] for name, each in cascade.named_parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_one_process_holds_all_rows(tmp_path: Path) -> None:
+    x = torch.randn(2, 5)
+    model, base = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    cascade = small({"train": ["1.bias"]}, model)
+    with raises(lx.StateError, "invalid-mesh", "3"):
+        fsdp.shard(cascade, init_device_mesh("cpu", (1, 1, 1)))
+    cascade(x).sum().backward()
+    with raises(lx.StateError, "gradients-pending"):
+        fsdp.shard(cascade)
+    for each in cascade.parameters():
+        each.grad = None
+    wanted = cascade(x)
+    fsdp.shard(cascade)
+    torch.testing.assert_close(cascade(x), wanted, rtol=0, atol=0)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    cascade(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    base.load_state_dict(start)
+    lx.save(cascade, tmp_path, optimizer=optimizer)
+    loaded = fsdp.shard(lx.load(tmp_path, base, args=(x,)))
+    for (name, one), other in zip(cascade.named_parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(sharding.whole(one), sharding.whole(other), rtol=0, atol=0, msg=name)
+    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
+    loaded.resume(resumed)
+    for one, other in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(sharding.whole(one[key]), sharding.whole(other[key]))
+            assert type(one[key]) is type(other[key]) is DTensor
+
+
+def with_shards(path: Path, change: Callable[[dict[str, object], list[dict[str, Tensor]]], object]) -> None:
+    """Let a version be one of two ranks, each with half of the rows, damaged by `change` and signed anew."""
+    manifest, tensors = json.loads((path / "manifest.json").read_text()), load_file(path / "state.safetensors")
+    cut = [name for name in tensors if name.startswith("branch/")]
+    halves = {name: tensors[name].chunk(2) for name in cut}
+    files = [
+        {**(tensors if rank == 0 else {}), **{name: halves[name][rank].clone() for name in cut}} for rank in (0, 1)
+    ]
+    manifest["shards"] = dict.fromkeys(cut, 0)
+    change(manifest, files)
+    (path / "state.safetensors").unlink()
+    names = [f"state-{rank}-of-00002.safetensors" for rank in ("00001", "00002")]
+    for name, file in zip(names, files, strict=True):
+        save_file(file, path / name)
+    digests = {name: file_digest(path / name) for name in names}
+    manifest["files"] = {name: digests[name] for name in manifest.pop("order", names)}
+    manifest["digest"] = text_digest(canonical(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def meta(spec: dict[str, object], **options: Any) -> lx.Cascade:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    spec = {"rank": 2, "noise": {"strength": 0.2}, "train": ["1.bias"], **spec}
+    return lx.adapt(model, args=(torch.ones(2, 5),), spec=lx.CascadeSpec.from_dict(spec), **options)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A model, and its file."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    save_file(model.state_dict(), tmp_path / "two.safetensors")
+    return model, tmp_path / "two.safetensors"
+
+
+@pytest.mark.usefixtures("group")
+def test_shards_get_their_numbers(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Those of a cascade that had them before; a call before is refused, and a save writes the same fingerprints."""
+    model, path = two
+    there, x = fsdp.shard(meta({})), torch.randn(2, 5)
+    with raises(lx.StateError, "meta-model", "forward"):
+        there(x)
+    lx.materialize(there, path)
+    here = fsdp.shard(small({"noise": {"strength": 0.2}, "train": ["1.bias"]}, model))
+    for (name, one), other in zip(there.named_parameters(), here.parameters(), strict=True):
+        assert torch.equal(sharding.whole(one), sharding.whole(other)), name
+        assert one.requires_grad == other.requires_grad
+    assert torch.equal(there(x), here(x))
+    for cascade, folder in ((there, "there"), (here, "here")):
+        lx.save(cascade, tmp_path / folder)
+    one, two = (
+        json.loads(next((tmp_path / folder).glob("*/manifest.json")).read_text()) for folder in ("there", "here")
+    )
+    assert one["base"] == two["base"]
+    assert one["plan"] == two["plan"]
+    with raises(lx.StateError, "already-materialized"):
+        lx.materialize(there, path)
+
+
+@pytest.mark.usefixtures("group")
+def test_shards_stay_on_the_meta_device_where_files_do_not_fit(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, path = two
+    cascade, other = fsdp.shard(meta({})), tmp_path / "other.safetensors"
+    before = dict(cascade.named_parameters())
+    save_file({**model.state_dict(), "1.weight": torch.ones(3, 8)}, other)
+    with raises(lx.CheckpointError, "weights-do-not-fit", other, "1.weight", "[3, 8]", "[3, 7]"):
+        lx.materialize(cascade, other)
+    with raises(lx.SpecError, "invalid-value", "cuda"):
+        lx.materialize(cascade, path, device="cuda")
+    save_file({**model.state_dict(), "0.weight": torch.full((7, 5), torch.inf)}, other)
+    with raises(lx.SpecError, "noise-out-of-range", "0.weight"):  # when all parameters have got their numbers
+        lx.materialize(cascade, other)
+    assert all(each is before[name] and each.is_meta for name, each in cascade.named_parameters())
+    lx.materialize(cascade, path)
+    cascade(torch.randn(2, 5)).sum().backward()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_that_is_partly_on_the_meta_device_is_not_sharded() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, device="meta"))
+    cascade = lx.adapt(model, args=(torch.randn(2, 5),), spec=lx.CascadeSpec(rank=2))
+    with raises(lx.StateError, "meta-model", "model.0.weight"):
+        fsdp.shard(cascade)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.usefixtures("group")
+def test_a_run_is_loaded_onto_the_meta_device(
+    two: tuple[nn.Module, Path], tmp_path: Path, is_sharded: bool, with_inputs: bool
+) -> None:
+    """It goes on from its checkpoint once it has the numbers of its base, and refuses those of another."""
+    model, path = two
+    args: Any = ((torch.randn(2, 5),),) if with_inputs else ()
+    cascade, x = small({"noise": {"strength": 0.2}, "train": ["1.bias"], "pace": 0.5}, model), torch.randn(2, 5)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+
+    def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = cascade(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    step(cascade, optimizer)
+    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
+    other = tmp_path / "other.safetensors"
+    save_file({**load_file(path), "0.bias": torch.ones(7)}, other)
+    with torch.device("meta"):
+        bare = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    loaded = lx.load(tmp_path / "run", bare, *args)
+    if is_sharded and not with_inputs:
+        with raises(lx.StateError, "no-graph"):
+            fsdp.shard(loaded)
+        return
+    if is_sharded:
+        fsdp.shard(loaded)
+    with raises(lx.StateError, "meta-model"):
+        loaded(x)
+    with raises(lx.CheckpointError, "checkpoint-other-base", "0.bias"):
+        lx.materialize(loaded, other)
+    lx.materialize(loaded, path)
+    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
+    loaded.resume(resumed)
+    assert loaded.stage == 2
+    for _ in range(2):
+        tolerance = 1e-5 if is_sharded else 0.0  # the size of the noise is summed in fp64
+        torch.testing.assert_close(step(loaded, resumed), step(cascade, optimizer), rtol=tolerance, atol=0)
+        loaded.transition(resumed)
+        cascade.transition(optimizer)
+
+
+@pytest.mark.usefixtures("group")
+def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, path = two
+    start = load_file(path)
+
+    def base() -> nn.Module:
+        fresh = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        fresh.load_state_dict(start)
+        return fresh
+
+    cascade, x = fsdp.shard(small({"pace": 0.5}, model)), torch.randn(2, 5)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    loss = cascade(x).sum()
+    loss.backward()
+    with raises(lx.StateError, "gradients-pending", "state_dict"):
+        dcp.state_dict(cascade)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 3})
+    wanted = cascade(x)
+    folders = {name: str(tmp_path / name) for name in ("good", "damaged", "other", "empty")}
+    changed = {**state, LORA_B: state[LORA_B] + 1}
+    written = {"good": state, "damaged": changed, "other": {"weight": torch.ones(2)}}
+    for name, tensors in written.items():
+        checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(folders[name], save_distributed=True))
+    for name, code in (("damaged", "digest-mismatch"), ("other", "not-a-state-dict"), ("empty", "unreadable-file")):
+        with raises(lx.CheckpointError, code, folders[name]):
+            dcp.load(HuggingFaceStorageReader(folders[name]), base(), (x,))
+    loaded = dcp.load(HuggingFaceStorageReader(folders["good"]), base(), (x,))
+    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
+    assert loaded.resume(resumed) == {"steps": 3}
+    torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=0)
+    apart = dcp.state_dict(loaded, optimizer=resumed)  # of one process, without the generators of each rank
+    assert state.keys() - apart.keys() == {"reference/0"}
+    assert not any(isinstance(value, DTensor) for value in apart.values())
+
+
+LORA_B = "branch/0.weight/lora_B"
+DAMAGED: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...]]] = {
+    "no axis": (lambda manifest, files: manifest["shards"].update({LORA_B: True}), ("shards", LORA_B)),
+    "another axis": (lambda manifest, files: manifest["shards"].update({LORA_B: 1}), (LORA_B, "axis 1")),
+    "an axis too many": (lambda manifest, files: manifest["shards"].update({LORA_B: 2}), (LORA_B, "axis 2")),
+    "another dtype": (lambda manifest, files: files[1].update({LORA_B: files[1][LORA_B].double()}), (LORA_B,)),
+    "a missing shard": (lambda manifest, files: files[1].pop(LORA_B), (LORA_B,)),
+    "a missing first shard": (lambda manifest, files: files[0].pop(LORA_B), (LORA_B,)),
+    "no shard": (lambda manifest, files: manifest["shards"].pop(LORA_B), (LORA_B,)),
+    "more rows": (lambda manifest, files: files[1].update({LORA_B: torch.zeros(9, 2)}), (LORA_B, "plan")),
+    "a foreign tensor": (lambda manifest, files: files[1].update(more=torch.zeros(1)), ("more",)),
+    "another order": (
+        lambda manifest, files: manifest.update(
+            order=["state-00002-of-00002.safetensors", "state-00001-of-00002.safetensors"]
+        ),
+        ("files", "state-00001-of-00002"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_of_several_ranks(tmp_path: Path, case: str) -> None:
+    change, names = DAMAGED[case]
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    cascade, x = small({}, model), torch.randn(2, 5)
+    with torch.no_grad():
+        cascade.branches["0/weight"].lora_B.normal_()
+    for folder in ("whole", "damaged"):
+        lx.save(cascade, tmp_path / folder)
+    wanted = cascade(x)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    model.load_state_dict(start)
+    with_shards(tmp_path / "damaged" / "version-00000001", change)
+    with raises(lx.CheckpointError, "invalid-checkpoint", *names):
+        lx.load(tmp_path / "damaged", model, args=(x,))
+    with_shards(tmp_path / "whole" / "version-00000001", lambda *_: None)
+    torch.testing.assert_close(lx.load(tmp_path / "whole", model, args=(x,))(x), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("group")
+def test_shards_of_what_is_trained_in_full_keep_their_rule() -> None:
+    """Two biases follow the slow rule by a rule of their own, or against it: W0 + pace (W - W0) for the first only."""
+    rules = [{"pattern": "0.bias", "slow": True, "lr": 0.5}, {"pattern": "1.bias", "slow": False}]
+    cascade = small({"train": ["*.bias"], "train_rules": rules, "pace": 0.25})
+    start = {name: cascade.model.get_parameter(name).detach().clone() for name in ("0.bias", "1.bias")}
+    fsdp.shard(cascade)
+    with torch.no_grad():
+        for name in start:
+            cascade.model.get_parameter(name).add_(1)
+    cascade.transition(None)
+    for name, pace in (("0.bias", 0.25), ("1.bias", 1.0)):
+        torch.testing.assert_close(sharding.whole(cascade.model.get_parameter(name).detach()), start[name] + pace)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
+    """No checkpoint holds it, and its fingerprint is that of the whole parameter before."""
+    cascade = small({})
+    fsdp.shard(cascade)
+    cascade(torch.randn(2, 5)).sum().backward()
+    for parameter in cascade.branches.parameters():
+        parameter.grad = None
+    lx.save(cascade, tmp_path / "run")
+    with torch.no_grad():
+        cascade.model.get_parameter("0.bias").add_(1)
+    with raises(lx.StateError, "weights-changed-outside", "0.bias"):
+        lx.save(cascade, tmp_path / "run")
+    assert [each.name for each in (tmp_path / "run").iterdir()] == ["version-00000001"]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.usefixtures("group")
+def test_an_interrupted_shard_changes_nothing(name: str) -> None:
+    """By Ctrl-C or a timeout at lines of ours; then it goes through."""
+    number, kind = SIGNALS[name]
+    cascade, x = small({"train": ["1.bias"], "noise": {"strength": 0.1}}), torch.randn(2, 5)
+    wanted = cascade(x)
+    act = partial(signal.raise_signal, number)
+    failures = in_turn(lambda at: LineAt(at, act), partial(fsdp.shard, cascade), (cascade,), (kind,), step=41)
+    assert failures > 20
+    assert all(isinstance(each, DTensor) for each in cascade.parameters())
+    torch.testing.assert_close(cascade(x), wanted, rtol=1e-5, atol=1e-6)  # the size of the noise is summed in fp64
+
+
+@pytest.mark.usefixtures("group")
+def test_shard_waits_for_whoever_works_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade, begun, go_on = small({}), threading.Event(), threading.Event()
+    real = fsdp._units
+
+    def units(held: lx.Cascade) -> dict[int, str]:
+        begun.set()
+        assert go_on.wait(60)
+        return real(held)
+
+    monkeypatch.setattr(fsdp, "_units", units)
+    other = threading.Thread(target=cascade.transition, args=(None,))
+    sharding_thread = threading.Thread(target=fsdp.shard, args=(cascade,))
+    sharding_thread.start()
+    assert begun.wait(60)
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()
+    assert cascade.stage == 1
+    go_on.set()
+    sharding_thread.join(60)
+    other.join(60)
+    assert cascade.stage == 2
+    assert all(isinstance(each, DTensor) for each in cascade.parameters())
+
+
+@pytest.mark.usefixtures("group")
+def test_gradients_of_two_dtypes_in_one_block() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
+    spec = lx.CascadeSpec(rank=2, train=("0.bias",))
+    cascade = lx.adapt(model, args=(torch.randn(2, 5).bfloat16(),), spec=spec)
+    with raises(lx.StateError, "not-shardable", "0.bias"):
+        fsdp.shard(cascade)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> None:
+    """In a save, a transition and a step; the end has the bytes of a run that nobody killed (`benchmarks.kills`)."""
+    name, count, kills = "fresh", 2, 3
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    wanted, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=300)
+    for rank in range(count):
+        (tmp_path / "whole" / elastic.CALLS.format(rank)).rename(tmp_path / "killed" / elastic.CALLS.format(rank))
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--monitor-interval",
+        "0.1",
+    ]
+    command += ["--nproc-per-node", str(count), "--max-restarts", str(kills), "-m", "tests.parallel.elastic"]
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or gloo looks for ranks of before the restart (torch 2.13)
+    done = subprocess.run(
+        [*command, str(tmp_path / "killed"), name, str(kills)],
+        cwd=ROOT, env=os.environ | apart, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed_in = (tmp_path / "killed" / "journal").read_text(encoding="utf-8").split()
+    assert killed_in == list(elastic.PARTS)
+    found = load_file(tmp_path / "killed" / "result.safetensors")
+    assert found.keys() == wanted.keys()
+    assert [key for key, value in found.items() if not torch.equal(value, wanted[key])] == []
+    assert [path.name[:8] for path in (tmp_path / "killed" / "run").iterdir()] == ["version-"]
+
+
+@pytest.mark.slow
+def test_the_example_runs_by_torchrun() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "examples.fsdp2"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^stage 3 of 3: loss [01]\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout
+    here, whole = map(int, re.search(r"^(\d+) of (\d+) numbers", done.stdout, re.MULTILINE).groups())  # type: ignore[union-attr]
+    assert whole / 2 <= here < 0.51 * whole
+
+
+@pytest.mark.usefixtures("group")
+def test_statistics_are_estimated_on_shards() -> None:
+    """By the model itself, in whose graph the momentum of a batch norm is a constant."""
+    x, found = torch.randn(4, 3, 8, 8).double(), []
+    for is_sharded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).double()
+        cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, pace=0.5))
+        if is_sharded:
+            fsdp.shard(cascade)
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+        for _ in cascade.stages(2, optimizer):
+            cascade(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with cascade.weights("slow"):
+            cascade.recalibrate([x, x + 1])
+            found.append(model[1].running_mean.clone())
+        cascade.recalibrate([x + 2])
+        found.append(model[1].running_mean.clone())
+        assert all(hasattr(each, "to_local") == is_sharded for each in cascade.parameters())
+    for one, other in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sharded_cascade_is_drawn_and_not_copied(tmp_path: Path) -> None:
+    cascade = fsdp.shard(small({}))
+    assert cascade.draw(tmp_path / "graph.svg").stat().st_size > 1000
+    with raises(lx.StateError, "sharded", "deepcopy", "lorasc_fx.load"):
+        copy.deepcopy(cascade)

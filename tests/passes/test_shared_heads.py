@@ -1,0 +1,235 @@
+"""Fewer heads of keys than of queries: a graph without a mask reads them as eager code does, with no copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from tests.passes.mask_cases import ATTENTION, FRONT_ENDS, attention, batch, same, simplified
+from tests.passes.test_masks import FEW, SMALL, WINDOW, build, graph_of, inputs, run
+
+LLAMA = SMALL | FEW
+COPIES = {torch.ops.aten.expand.default, torch.ops.aten.reshape.default}
+
+
+def shared(graph_module: Any) -> list[bool]:
+    """Whether each attention of a graph reads fewer heads of keys than of queries."""
+    calls = [node for node in graph_module.graph.nodes if node.target is ATTENTION]
+    found = [
+        (call.kwargs.get("enable_gqa", False), *(argument.meta["val"].shape[1] for argument in call.args[:3]))
+        for call in calls
+    ]
+    assert all(keys == values and on == (keys < queries) for on, queries, keys, values in found)
+    return [on for on, *_ in found]
+
+
+def saved(model: nn.Module, given: dict[str, Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps of a call."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert model(**given).logits.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def embedded(size: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(length)
+    return {"inputs_embeds": torch.randn(size, length, 16, dtype=dtype, requires_grad=True)}
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
+def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, front_end: Any) -> None:
+    """Bit for bit, and byte for byte."""
+    model = build("LlamaForCausalLM", LLAMA, training=True).to(dtype)
+    captured = simplified(model, (), embedded(2, 7, dtype), front_end)
+    assert shared(captured.module) == [True, True]
+    assert attention(captured.module) == ["causal", "causal"]
+    for size, length in ((2, 7), (3, 33), (1, 4)):
+        given = embedded(size, length, dtype)
+        wanted = [
+            *given.values(),
+            *(parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name),
+        ]
+        weights = torch.randn(size, length, 50, dtype=dtype)
+        ours, theirs = (each(**given).logits for each in (captured.module, model))
+        assert torch.equal(ours, theirs)
+        grads = [torch.autograd.grad((each * weights).sum(), wanted) for each in (ours, theirs)]
+        for one, other in zip(*grads, strict=True):
+            assert other.abs().max() > 0
+            assert torch.equal(one, other)
+        assert saved(captured.module, given) == saved(model, given)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_what_repeats_the_heads_goes(front_end: Any) -> None:
+    graph = simplified(build("LlamaForCausalLM", LLAMA), (), inputs("llama", 2, 7), front_end).module.graph
+    made = [node for node in graph.nodes if node.op == "call_function" and "assert" not in str(node.target)]
+    assert all(node.meta["val"].dim() != 5 for node in made if node.target in COPIES)
+    assert all(node.users for node in made)
+
+
+@pytest.mark.parametrize("name", ["a user's mask", "a window"])
+def test_attention_with_a_mask_keeps_the_copies(name: str) -> None:
+    given = inputs("llama", 2, 7)
+    kind, config = ("MistralForCausalLM", WINDOW) if name == "a window" else ("LlamaForCausalLM", LLAMA)
+    if name == "a user's mask":
+        given["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
+        given["attention_mask"][0, :3] = 0
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, kwargs=given)
+    graph = graph_of(cascade, given)
+    layers = eager.config.num_hidden_layers
+    assert shared(graph) == [False] * layers
+    assert sum(node.meta["val"].dim() == 5 for node in graph.graph.nodes if node.target in COPIES) == 2 * layers
+    same(run(cascade, given), run(eager, given))
+
+
+def test_a_folded_graph_keeps_them_shared() -> None:
+    model = build("LlamaForCausalLM", LLAMA)
+    eager = copy.deepcopy(model)
+    folded = lx.adapt(model, kwargs=inputs("llama", 2, 7)).folded_graph()
+    assert shared(folded) == [True, True]
+    program = torch.export.export(folded, (), inputs("llama", 2, 7))
+    assert torch.equal(run(program.module(), inputs("llama", 2, 7)), run(eager, inputs("llama", 2, 7)))
+
+
+def repeated(x: Tensor, times: int = 3) -> Tensor:
+    size, heads, length, width = x.shape
+    return x[:, :, None].expand(size, heads, times, length, width).reshape(size, heads * times, length, width)
+
+
+def tiled(x: Tensor, times: int = 3) -> Tensor:
+    size, heads, length, width = x.shape
+    return x[:, None].expand(size, times, heads, length, width).reshape(size, heads * times, length, width)
+
+
+def led(x: Tensor) -> Tensor:
+    size, heads, length, width = x.shape
+    return x[:, :, None].expand(2, size, heads, 1, length, width).reshape(size, heads * 2, length, width)
+
+
+def joined(x: Tensor) -> Tensor:
+    size, heads, length, width = x.shape
+    return x[:, :, None].expand(size, heads, 3, length, width).reshape(1, heads * 3, size * length, width)
+
+
+def within(x: Tensor) -> Tensor:
+    size, heads, length, width = x.shape
+    return x[:, :, None, 1:].expand(size, heads, 3, length - 1, width).reshape(size, heads * 3, length - 1, width)
+
+
+def twice(x: Tensor) -> Tensor:
+    size, heads, length, width = x.shape
+    return (x[:, :, None].expand(size, heads, 3, length, width) * 2).reshape(size, heads * 3, length, width)
+
+
+def once(x: Tensor) -> Tensor:
+    return repeated(x[:1])
+
+
+def written_after(x: Tensor) -> Tensor:
+    whole = x * 1
+    made = repeated(whole[..., :])
+    whole[:, 1:].zero_()
+    return made
+
+
+def written_itself(x: Tensor) -> Tensor:
+    made = repeated(x)
+    made[:, 1:].zero_()
+    return made
+
+
+PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], bool]] = {
+    "both": (repeated, repeated, True),
+    "computed before": (lambda k: repeated(k * 2), lambda v: repeated(v.sin()), True),
+    "keys only": (repeated, lambda v: v.repeat(1, 3, 1, 1), False),
+    "values only": (lambda k: torch.cat([k, k, k], 1), repeated, False),
+    "tiles": (tiled, tiled, False),
+    "other heads": (repeated, lambda v: repeated(v[:, :1], 6), False),
+    "joined": (joined, joined, False),
+    "fewer places": (within, within, False),
+    "fewer copies": (lambda k: repeated(k)[:, :, 1:], lambda v: repeated(v)[:, :, :-1], False),
+    "computed in between": (twice, repeated, False),
+    "one batch": (once, once, False),
+    "written after": (written_after, repeated, False),
+    "written itself": (repeated, written_itself, False),
+}
+
+
+class Grouped(nn.Module):
+    """Attention of some heads of queries over two of keys and values, under a mask of ones."""
+
+    def __init__(self, keys: Any, values: Any, width: int = 4, wide: int = 4, queries: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.keys, self.values, self.width, self.wide = keys, values, width, wide
+        self.q, self.k, self.v = nn.Linear(8, queries * width), nn.Linear(8, 2 * width), nn.Linear(8, 2 * wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (each(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for each in (self.q, self.k))
+        key, value = self.keys(k), self.values(self.v(x).unflatten(-1, (-1, self.wide)).transpose(1, 2))
+        mask = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool)
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=0.3)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_only_a_repetition_of_both_is_left_out(name: str) -> None:
+    keys, values, told = PAIRS[name]
+    model = Grouped(keys, values).double()
+    captured = simplified(model, (batch(2, 5),))
+    assert attention(captured.module) == ["none"]
+    assert shared(captured.module) == [told]
+    for size, length in ((2, 5), (3, 9)):
+        same(captured.module(batch(size, length)), model(batch(size, length)))
+
+
+@pytest.mark.parametrize("copies", [lambda x: tiled(x, 2), led])
+def test_another_order_of_the_same_sizes(copies: Any) -> None:
+    model = Grouped(copies, copies, queries=4).double()
+    captured = simplified(model, (batch(2, 5),))
+    assert attention(captured.module) == ["none"]
+    assert shared(captured.module) == [False]
+    same(captured.module(batch(2, 9)), model(batch(2, 9)))
+
+
+@pytest.mark.parametrize(("width", "wide", "told"), [(256, 256, True), (257, 257, False), (4, 8, False)])
+def test_heads_that_eager_code_repeats_without_a_mask_too(width: int, wide: int, told: bool) -> None:
+    """As `use_gqa_in_sdpa` of transformers says."""
+    from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
+
+    assert use_gqa_in_sdpa(None, torch.empty(1, 2, 3, width), torch.empty(1, 2, 3, wide)) == told
+    model = Grouped(repeated, repeated, width, wide).double()
+    captured = simplified(model, (batch(2, 5),))
+    assert shared(captured.module) == [told]
+    same(captured.module(batch(3, 9)), model(batch(3, 9)))
+
+
+def test_copies_that_others_read_stay() -> None:
+    class Read(Grouped):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = super().forward(x)
+            return made + self.keys.last.sum()
+
+    class Keep:
+        def __call__(self, x: Tensor) -> Tensor:
+            self.last = repeated(x)
+            return self.last
+
+    model = Read(Keep(), repeated).double()
+    captured = simplified(model, (batch(2, 5),))
+    assert shared(captured.module) == [True]
+    same(captured.module(batch(3, 9)), model(batch(3, 9)))

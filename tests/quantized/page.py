@@ -1,0 +1,126 @@
+"""`python -m tests.quantized.page` measures each case of `quantized_layers` that is installed, and writes its row
+in docs/quantized.md; rows of libraries that are missing stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.models import loss_of
+from tests.quantized.layers import FIXED, LAYERS, is_missing
+from tests.quantized.test_quantized import CONFIGS
+
+PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
+PACKAGES = {
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
+
+
+class Model(nn.Module):
+    """Two layers that are quantized, and a head that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(256, 512), nn.Linear(512, 256), nn.Linear(256, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+def _by_layer(case: str) -> Callable[[nn.Module], None]:
+    def quantize(model: nn.Module) -> None:
+        for name in ("up", "down"):
+            setattr(model, name, {**LAYERS, **FIXED}[case](model.get_submodule(name)))  # type: ignore[arg-type]
+
+    return quantize
+
+
+def _by_torchao(width: str) -> Callable[[nn.Module], None]:
+    def quantize(model: nn.Module) -> None:
+        for name, layer in [*model.named_modules()]:
+            if isinstance(layer, nn.Linear) and name != "head":
+                _again(width)(layer)
+
+    return quantize
+
+
+def _again(width: str) -> Any:
+    import torchao.quantization as torchao
+
+    return lambda layer: torchao.quantize_(layer, CONFIGS[width]())
+
+
+def trained(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> tuple[lx.Cascade, torch.Tensor]:
+    """Return a cascade of two stages on the quantized model, and the inputs."""
+    torch.manual_seed(0)
+    model, x = Model().to(dtype), torch.randn(64, 256).to(dtype)
+    quantize(model)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, pace=1.0))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+    for _ in cascade.stages(2, optimizer):
+        for _ in range(10):
+            loss_of(cascade(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return cascade, x
+
+
+@torch.no_grad()
+def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
+    """Return the row of a case; distances are of outputs, relative to the norm of the trained ones."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if case.startswith("awq") else torch.float32
+    plain = Model().to(dtype)
+    with torch.enable_grad():
+        cascade, x = trained(quantize, dtype)
+    size = cascade(x).norm()
+    with cascade.weights("base"):
+        base = cascade.model(x)
+    rounding = (base - plain(x)).norm() / plain(x).norm()
+    moved = (cascade(x) - base).norm() / size
+    wanted = cascade(x)
+    dense = Model().to(dtype)
+    dense.load_state_dict(cascade.folded_state_dict(quantized="dequantize"))
+    folded = (dense(x) - wanted).norm() / size
+    cascade.release(quantized=again)
+    requantized = (cascade.model(x) - wanted).norm() / size
+    package = PACKAGES[case.partition(" ")[0]]
+    how = "a callable" if callable(again) else "not" if again == "dequantize" else '`"requantize"`'
+    last = "" if again == "dequantize" else f"{requantized:.2g}"
+    return f"| {case} | {version(package)} | {rounding:.2g} | {moved:.2g} | {folded:.0e} | {last} | {how} |"
+
+
+def main() -> None:
+    """Rewrite the rows."""
+    warnings.simplefilter("ignore")
+    cases: dict[str, tuple[Callable[[nn.Module], None], Any]] = {
+        case: (_by_layer(case), "requantize") for case in LAYERS if case != "packed" and not is_missing(case)
+    }
+    cases |= {case: (_by_layer(case), "dequantize") for case in FIXED if not is_missing(case)}
+    cases |= {f"torchao {width}": (_by_torchao(width), _again(width)) for width in CONFIGS}
+    text = PAGE.read_text()
+    for case, (quantize, again) in cases.items():
+        made = row(case, quantize, again)
+        text, count = re.subn(rf"^\| {re.escape(case)} \|.*$", lambda _, made=made: made, text, flags=re.MULTILINE)
+        if not count:
+            print("no row yet:")
+        print(made)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""A base whose weights torchao has quantized: branches train beside them, and a fold says what becomes of them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchao.quantization as torchao
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.errors import raises, warns
+from tests.kit.models import loss_of
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "int8": torchao.Int8WeightOnlyConfig,
+    "int4": lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
+    "fp8": torchao.Float8WeightOnlyConfig,
+}
+BOTH = pytest.mark.parametrize("width", CONFIGS)
+
+
+class Net(nn.Module):
+    """Two quantized layers, and a norm and a head that stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.down(torch.tanh(self.up(x)))))
+
+
+def quantize(module: nn.Module, width: str) -> None:
+    torchao.quantize_(module, CONFIGS[width](), filter_fn=lambda each, name: type(each) is nn.Linear and name != "head")
+
+
+def net(width: str) -> nn.Module:
+    torch.manual_seed(3)
+    model = Net().eval()
+    quantize(model, width)
+    return model
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights as dense tensors."""
+    return {
+        name: value.dequantize() if type(value) is not nn.Parameter else value.detach().clone()
+        for name, value in model.named_parameters()
+    }
+
+
+def delta(cascade: lx.Cascade, site: lx.Site) -> torch.Tensor:
+    branch = cascade.branches[site.key]
+    return 1.5 * (branch.lora_B @ branch.lora_A).detach()
+
+
+def train(cascade: lx.Cascade, stages: int = 2) -> dict[str, torch.Tensor]:
+    """Train, and return the slow weights by the formula."""
+    slow = numbers(cascade.model)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(stages, optimizer):
+        for _ in range(3):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for site in cascade.sites:
+            slow[site.weight] = slow[site.weight] + SPEC.pace * delta(cascade, site)
+    return slow
+
+
+def plain(values: dict[str, torch.Tensor]) -> nn.Module:
+    model = Net().eval()
+    model.load_state_dict(values)
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
+def test_branches_train_beside_quantized_weights(width: str, frontend: str) -> None:
+    model = net(width)
+    eager, before = copy.deepcopy(model), dict(model.named_parameters())
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend=frontend)
+    assert {site.weight for site in cascade.sites} == {"up.weight", "down.weight", "head.weight"}
+    assert torch.equal(cascade(inputs()), eager(inputs()))
+    assert all(factor.grad is None for factor in cascade.branches.parameters())
+    start = numbers(model)
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.normal_(std=0.1)
+    merged = plain({**start, **{site.weight: start[site.weight] + delta(cascade, site) for site in cascade.sites}})
+    torch.testing.assert_close(cascade(inputs()), merged(inputs()), rtol=0, atol=2e-5)
+    assert not torch.allclose(cascade(inputs()), eager(inputs()), atol=1e-2)
+    loss_of(cascade(inputs())).backward()
+    assert all(bool(factor.grad.any()) for factor in cascade.branches.parameters())
+    cascade.zero_grad()
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.zero_()
+    slow = plain(train(cascade))(inputs())
+    torch.testing.assert_close(cascade(inputs()), slow, rtol=0, atol=2e-5)  # idle: carried by the branches
+    with cascade.weights("slow"):
+        torch.testing.assert_close(model(inputs()), slow, rtol=0, atol=2e-5)
+        assert type(model.up.weight) is nn.Parameter
+    with cascade.weights("base"):
+        assert torch.equal(model(inputs()), eager(inputs()))
+    after = dict(model.named_parameters())
+    assert all(after[name] is value for name, value in before.items())
+
+
+@BOTH
+def test_a_cascade_is_moved_and_cast(width: str) -> None:
+    """torch swaps such a parameter with the new one, which it refuses where a weak reference to one is held."""
+    model = net(width)
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    train(cascade, 1)
+    before, expected = dict(model.named_parameters()), cascade(inputs())
+    cascade.to("cpu")
+    assert all(before[name] is value for name, value in model.named_parameters())
+    plain, x = net(width).to(torch.bfloat16), inputs().bfloat16()
+    cascade.to(torch.bfloat16)
+    with raises(lx.StateError, "already-adapted"):
+        lx.adapt(model, (x,), spec=SPEC)
+    with cascade.weights("base"):
+        for name, value in plain.named_parameters():
+            assert torch.equal(value.dequantize(), model.get_parameter(name).dequantize())
+    if width != "fp8":  # whose numbers torchao does not cast with the model: its product is refused, without us as well
+        torch.testing.assert_close(cascade(x).float(), expected, rtol=0, atol=0.05)
+
+
+@BOTH
+def test_a_fold_refuses_unless_asked(width: str, tmp_path: Path) -> None:
+    model = net(width)
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    file = tmp_path / "dense.safetensors"
+    with raises(lx.StateError, "not-serializable", "up.weight", "quantized='dequantize'"):
+        lx.export.safetensors(cascade, file)
+    start = numbers(model)
+    lx.export.safetensors(cascade, file, quantized="dequantize")
+    for name, value in load_file(file).items():
+        assert torch.equal(value, start[name])  # without a training as well
+    slow = train(cascade)
+    for base in (None, file):
+        with raises(lx.StateError, "quantized-not-supported", "export.safetensors", "up.weight", "dequantize"):
+            lx.export.safetensors(cascade, tmp_path / "other.safetensors", base=base)
+    with raises(lx.SpecError, "conflicting-options", "base"):
+        lx.export.safetensors(cascade, tmp_path / "other.safetensors", base=file, quantized="dequantize")
+    with raises(lx.SpecError, "invalid-value", "requantize"):
+        lx.export.safetensors(cascade, tmp_path / "other.safetensors", quantized="requantize")  # type: ignore[arg-type]
+    lx.export.safetensors(cascade, tmp_path / "folder", quantized="dequantize")
+    held = load_file(tmp_path / "folder" / "model.safetensors")
+    assert {name: value.dtype for name, value in held.items()} == dict.fromkeys(slow, torch.float32)
+    for name, value in held.items():
+        torch.testing.assert_close(value, slow[name], rtol=0, atol=1e-6)
+    for call in (cascade.release, cascade.folded_state_dict, cascade.folded_graph):
+        with raises(lx.StateError, "quantized-not-supported", call.__name__, "up.weight"):
+            call()
+    with raises(lx.SpecError, "invalid-value", "quantized", "round"):
+        cascade.release(quantized="round")  # type: ignore[arg-type]
+    expected = plain(slow)(inputs())
+    state = cascade.folded_state_dict(quantized="dequantize")
+    for name, value in state.items():
+        torch.testing.assert_close(value, slow[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(cascade.folded_graph(quantized="dequantize")(inputs()), expected, rtol=0, atol=2e-5)
+    released = cascade.release(quantized="dequantize")
+    assert released is model
+    assert all(type(value) is nn.Parameter for value in model.parameters())
+    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=2e-5)
+
+
+@BOTH
+def test_quantized_again_where_asked(width: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It says how far training moved each weight and how far the rounding, and the result is the library's own."""
+    model = net(width)
+    kind = type(model.up.weight)
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    slow = train(cascade)
+    with raises(lx.StateError, "requantization-failed", "Linear"):
+        cascade.release(quantized=lambda module: None)
+    assert type(model.up.weight) is kind
+    with caplog.at_level(logging.INFO, logger="lorasc_fx"):
+        cascade.release(quantized=lambda module: quantize(module, width))
+    assert caplog.text.count("was quantized again as") == 2
+    assert type(model.up.weight) is type(model.down.weight) is kind
+    again = plain(slow)
+    quantize(again, width)
+    for name, value in numbers(model).items():  # a number on the border of two steps may fall to either side
+        off = (value - numbers(again)[name]).abs() > 1e-6
+        assert off.float().mean() < 0.01
+
+
+def test_an_untrained_cascade_gives_the_weights_back() -> None:
+    model = net("int8")
+    before = dict(model.named_parameters())
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    cascade.release()
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def test_no_start_out_of_quantized_weights() -> None:
+    model = net("int8")
+    held = numbers(model)
+    with raises(lx.SpecError, "quantized-not-supported", "start", "pissa", "up.weight"):
+        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(start="pissa"))
+    assert all(torch.equal(value, held[name]) for name, value in numbers(model).items())
+    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), start="pissa")).release()
+
+
+def test_no_noise_on_quantized_weights() -> None:
+    model = net("int8")
+    flags = [value.requires_grad for value in model.parameters()]
+    with raises(lx.SpecError, "quantized-not-supported", "noise.strength", "0.1", "up.weight"):
+        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(noise=lx.Noise(0.1)))
+    assert [value.requires_grad for value in model.parameters()] == flags
+    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), noise=lx.Noise(0.1))).release()
+
+
+def test_numbers_that_are_read_in_another_way_are_refused() -> None:
+    class Odd(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.up.weight.dequantize().sum()
+
+    torch.manual_seed(3)
+    model = Odd().eval()
+    quantize(model, "int8")
+    with warns("quantized-left-out", "up.weight"):
+        cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="graph-breaks")
+    refused = {refusal.weight: refusal.reason for refusal in cascade.refusals}
+    assert refused == {"up.weight": lx.plan.Reason.QUANTIZED}
+    assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
+
+
+@BOTH
+def test_a_checkpoint_goes_on(width: str, tmp_path: Path) -> None:
+    cascade = lx.adapt(net(width), (inputs(),), spec=SPEC)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in range(2):
+        loss_of(cascade(inputs())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+    lx.save(cascade, tmp_path, optimizer=optimizer)
+    again = lx.load(tmp_path, net(width), (inputs(),))
+    assert torch.equal(again(inputs()), cascade(inputs()))
+    other = net(width)
+    with torch.no_grad():
+        other.up.bias.add_(1)
+    other.up.weight = copy.deepcopy(net("int4" if width == "int8" else "int8").up.weight)
+    with raises(lx.CheckpointError, "checkpoint-other-base", "up"):
+        lx.load(tmp_path, other, (inputs(),))
+
+
+def nearest(delta: torch.Tensor, rank: int) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def ranks(cascade: lx.Cascade) -> dict[str, int]:
+    pairs = {site.weight: cascade.branches[site.key].unmerged_A for site in cascade.sites}
+    return {name: 0 if a is None else len(a) for name, a in pairs.items()}
+
+
+@BOTH
+def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_path: Path) -> None:
+    """Against the truncated SVD of what each stage ends with; without it, a stage added its rank to every call."""
+    model = net(width)
+    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, carry_rank=3)
+    cascade = lx.adapt(model, (inputs(),), spec=spec)
+    quantized = [site for site in cascade.sites if site.weight != "head.weight"]
+    deltas = {site.weight: torch.zeros(site.shape, dtype=torch.float64) for site in quantized}
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for stage in cascade.stages(4, optimizer):
+        for _ in range(2):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for site in quantized:
+            total = deltas[site.weight] + 0.5 * delta(cascade, site).double()
+            deltas[site.weight] = nearest(total, 3) if stage.number > 1 else total
+    assert ranks(cascade) == {"up.weight": 3, "down.weight": 3, "head.weight": 0}
+    base = numbers(net(width))
+    with cascade.weights("slow"):
+        for name, value in deltas.items():
+            torch.testing.assert_close(model.get_parameter(name), base[name] + value.float(), rtol=0, atol=1e-6)
+    lx.save(cascade, tmp_path)
+    again = lx.load(tmp_path, net(width), (inputs(),))
+    assert torch.equal(again(inputs()), cascade(inputs()))
+    with raises(lx.StateError, "stage-not-kept", "up.weight"):
+        cascade.rewind(1, optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"restart": "fast"}, {"average": "swa"}], ids=str)
+def test_ranks_beyond_the_matrix_are_left_out_without_loss(options: dict[str, Any]) -> None:
+    model = net("int8")
+    spec = lx.CascadeSpec(rank=8, lora_alpha=12.0, pace=0.5, exclude=("head",), **options)
+    cascade = lx.adapt(model, (inputs(),), spec=spec)
+    fast = slow = start = numbers(model)
+    ends = []
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(5, optimizer):
+        for _ in range(2):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = {site.weight: delta(cascade, site) for site in cascade.sites}
+        fast = {name: value + moved.get(name, 0) for name, value in start.items()}
+        slow = {name: slow[name] + 0.5 * (fast[name] - slow[name]) for name in slow}
+        start = fast if options.get("restart") == "fast" else slow
+        ends.append(slow)
+    assert ranks(cascade)["down.weight"] == 16  # of 40
+    assert ranks(cascade)["up.weight"] == 32
+    with cascade.weights("slow"):
+        torch.testing.assert_close(model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+    if options.get("average"):
+        mean = {name: torch.stack([end[name] for end in ends]).mean(0) for name in slow}
+        with cascade.weights("averaged"):
+            torch.testing.assert_close(model(inputs()), plain(mean)(inputs()), rtol=0, atol=2e-5)
+
+
+@BOTH
+def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) -> None:
+    """Against the SVD of the residual (2310.08659, one step): Q stays, and the branch begins as the nearest pair."""
+    torch.manual_seed(3)
+    full = Net().eval()
+    before = {name: value.detach().clone() for name, value in full.state_dict().items()}
+    save_file(before, tmp_path / "model.safetensors")
+    spec = lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, start="loftq", exclude=("head",))
+    with raises(lx.SpecError, "no-base-file", "loftq", "up.weight"):
+        lx.adapt(net(width), (inputs(),), spec=spec)
+    model = net(width)
+    quantized, start = numbers(model), numbers(model)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["up", "down"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4}
+    )
+    cascade = lx.adapt(model, (inputs(),), spec=spec if width == "int8" else config, base=tmp_path)
+    for site in cascade.sites:
+        branch, took = cascade.branches[site.key], nearest(before[site.weight] - quantized[site.weight], 4).float()
+        torch.testing.assert_close(delta(cascade, site), took, rtol=0, atol=1e-6)
+        assert branch.unmerged_A is None
+        start[site.weight] = start[site.weight] + took
+    torch.testing.assert_close(cascade(inputs()), plain(start)(inputs()), rtol=0, atol=2e-5)
+    with cascade.weights("base"):
+        far = (model(inputs()) - full(inputs())).norm()
+    assert (cascade(inputs()) - full(inputs())).norm() < far
+    slow = start
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(3, optimizer):
+        held = {site.weight: slow[site.weight] - delta(cascade, site) for site in cascade.sites}
+        torch.testing.assert_close(cascade(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+        for _ in range(3):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        fast = {site.weight: held[site.weight] + delta(cascade, site) for site in cascade.sites}
+        torch.testing.assert_close(cascade(inputs()), plain({**slow, **fast})(inputs()), rtol=0, atol=2e-5)
+        slow = {**slow, **{name: slow[name] + 0.5 * (value - slow[name]) for name, value in fast.items()}}
+    with cascade.weights("slow"):
+        torch.testing.assert_close(model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+    lx.save(cascade, tmp_path / "run")
+    again = lx.load(tmp_path / "run", net(width), (inputs(),))  # the file is not needed any more
+    torch.testing.assert_close(again(inputs()), cascade(inputs()), rtol=0, atol=1e-6)
+    again.release(quantized="dequantize")
+    torch.testing.assert_close(again.model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+
+
+def test_loftq_without_quantized_weights_is_refused() -> None:
+    """It would train as LoRA without a word."""
+    plain = nn.Linear(32, 4)
+    with raises(lx.SpecError, "conflicting-options", "loftq", "quantized"):
+        lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2, start="loftq"))
+    assert type(plain) is nn.Linear
+    lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2))

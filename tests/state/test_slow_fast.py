@@ -1,0 +1,268 @@
+"""Slow and fast weights over several stages, against W0, S and F as dense fp64 tensors (algorithm.md, "One site").
+
+The reference trains too, with an optimizer of its own, so a wrong start of a stage shows in every later loss.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit import oracle
+from tests.kit.models import OPTIMIZERS, batches, branches, by_hand, factors, mlp, optimizer_of, randomize, train
+
+CLOSE = {"rtol": 0, "atol": 1e-10}
+STEPS = 4
+
+
+def wide() -> nn.Module:
+    """Weights that hold more numbers than a few experts of rank 1: [24, 20], [18, 24/2, 2] and [3, 36]."""
+    torch.manual_seed(8)
+    body = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Unflatten(1, (24, 1)))
+    tail = nn.Sequential(nn.Conv1d(24, 18, 2, groups=2, padding=1), nn.Flatten(1), nn.Linear(36, 3))
+    return nn.Sequential(*body, *tail).double()
+
+
+MODELS = {"dense": (mlp, (4, 5), 3), "factors": (wide, (4, 20), 1)}
+"""Model, input, rank: in `dense` the experts of two stages outgrow each weight, in `factors` those of four do not."""
+
+
+def spec_of(rank: int, **options: Any) -> lx.CascadeSpec:
+    return lx.CascadeSpec(rank=rank, lora_alpha=1.5 * rank, **options)
+
+
+def assert_weights(model: nn.Module, expected: Mapping[str, torch.Tensor], **close: Any) -> None:
+    held = dict(model.named_parameters())
+    for name, value in expected.items():
+        torch.testing.assert_close(held[name].detach(), value, **(close or CLOSE), msg=f"{name} differs")
+
+
+def assert_all(cascade: lx.Cascade, reference: oracle.Cascade) -> None:
+    """Slow, fast and base weights, and after each `with` the start of the stage again, bit for bit."""
+    before = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
+    for which in ("slow", "fast", "base"):
+        exact = {"rtol": 0, "atol": 0} if which == "base" else CLOSE
+        with cascade.weights(which) as inside:
+            assert inside is cascade
+            assert_weights(cascade.model, reference.weights(which), **exact)
+        assert_weights(cascade.model, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+@pytest.mark.parametrize(("pace", "optimizer"), [(0.3, "adamw"), (0.75, "sgd"), (1.0, "adamw")])
+def test_four_stages_are_the_formulas(model: str, restart: str, pace: float, optimizer: str) -> None:
+    build, shape, rank = MODELS[model]
+    for _, parameter in build().named_parameters():
+        if parameter.dim() > 1:  # what the two names of MODELS say
+            rows, columns = parameter.flatten(1).shape
+            assert (2 * rank * (rows + columns) > rows * columns) == (model == "dense")
+            assert (4 * rank * (rows + columns) > rows * columns) == (model == "dense") or rows == 3
+    calls = batches(4 * STEPS, *shape)
+    cascade = lx.adapt(build(), (calls[0],), spec=spec_of(rank, pace=pace, restart=restart))
+    reference = by_hand(build(), cascade, pace=pace, restart=restart)
+    own = optimizer_of(cascade, optimizer)
+    for number in range(4):
+        part = calls[number * STEPS : number * STEPS + STEPS]
+        theirs = OPTIMIZERS[optimizer](reference.parameters())
+        assert_weights(cascade.model, {n: w + reference.start[n] for n, w in reference.base.items()})
+        torch.testing.assert_close(train(cascade, own, part), train(reference, theirs, part), **CLOSE)
+        assert_all(cascade, reference)
+        slow = {name: value.clone() for name, value in reference.slow.items()}
+        cascade.transition(own)
+        reference.end()
+        reference.begin(factors(cascade))
+        assert_all(cascade, reference)
+        assert any((slow[name] - reference.slow[name]).abs().max() > 1e-3 for name in slow)
+    assert_weights(cascade.release(), reference.weights("slow"))
+
+
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+def test_other_weights_between_a_forward_and_its_backward(placement: str) -> None:
+    """As a reference model is called in a preference loss: the graph of before is whole, with the same gradients."""
+    calls = batches(2, 4, 20)
+    spec = spec_of(2, placement=placement, noise=lx.Noise(0.2), train=("0.bias",))
+    cascade = lx.adapt(wide(), (calls[0],), spec=spec)
+    randomize(cascade, 1)
+    cascade.transition(None)
+    randomize(cascade, 2)
+    trainable = [*cascade.branches.parameters(), cascade.model[0].bias]
+    expected = torch.autograd.grad(cascade(calls[1]).square().mean(), trainable)
+    output = cascade(calls[1])
+    with torch.no_grad(), cascade.disable_adapter():
+        assert not torch.equal(cascade(calls[1]), output)
+    found = torch.autograd.grad(output.square().mean(), trainable)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_graph_of_weights_that_are_not_in_place_any_more() -> None:
+    """Its backward raises, outside and inside other weights: it would take the gradient at numbers that are gone."""
+    (x,) = batches(1, 4, 20)
+    cascade = lx.adapt(wide(), (x,), spec=spec_of(2))
+    randomize(cascade, 1)
+    x.requires_grad_()
+    with cascade.weights("fast"):
+        first = cascade(x).sum()
+    outside = cascade(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward(retain_graph=True)
+    with cascade.weights("base"):
+        for loss in (first, outside):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward(retain_graph=True)
+    outside.backward()
+
+
+def test_slow_restart_is_the_paced_sum() -> None:
+    """restart = slow: `W = W0 + pace * sum_t s_t B_t A_t`, with experts that no optimizer made."""
+    model = wide()
+    before = copy.deepcopy(model)
+    cascade = lx.adapt(model, batches(1, 4, 20), spec=spec_of(2, pace=0.4))
+    total = {name: torch.zeros_like(value) for name, value in before.named_parameters() if value.dim() > 1}
+    for seed in range(3):
+        randomize(cascade, seed)
+        for name, branch in branches(cascade).items():
+            total[name] += 0.4 * 1.5 * (branch.lora_B @ branch.lora_A).detach().view_as(total[name])
+        cascade.transition(None)
+    expected = {name: value + total[name] for name, value in before.named_parameters() if name in total}
+    assert_weights(cascade.release(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_fast_restart_is_an_exponential_average() -> None:
+    """restart = fast: the start of a stage is the plain sum, S the average `S + pace (F - S)` of the trajectory F."""
+    model = wide()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    cascade = lx.adapt(model, batches(1, 4, 20), spec=spec_of(2, pace=0.4, restart="fast"))
+    deltas = []
+    for seed in range(3):
+        randomize(cascade, seed)
+        branch = branches(cascade)["0.weight"]
+        deltas.append(1.5 * (branch.lora_B @ branch.lora_A).detach())
+        cascade.transition(None)
+    trajectory = torch.stack(deltas).cumsum(0)
+    torch.testing.assert_close(model[0].weight.detach(), before["0.weight"] + trajectory[-1], rtol=1e-13, atol=1e-13)
+    average = 0.4 * trajectory[2] + 0.6 * 0.4 * trajectory[1] + 0.6**2 * 0.4 * trajectory[0]
+    released = cascade.release()[0].weight.detach()
+    torch.testing.assert_close(released, before["0.weight"] + average, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_slow_weights_change_at_transitions_only(restart: str) -> None:
+    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=spec_of(3, restart=restart))
+    own = optimizer_of(cascade)
+
+    def slow() -> dict[str, torch.Tensor]:
+        with cascade.weights("slow"):
+            return {name: value.clone() for name, value in cascade.model.state_dict().items()}
+
+    seen = [slow()]
+    for _ in range(3):
+        for call in batches(3, 4, 5):
+            train(cascade, own, [call])
+            assert all(torch.equal(value, seen[-1][name]) for name, value in slow().items())
+        cascade.transition(own)
+        seen.append(slow())
+        assert not torch.equal(seen[-1]["0.weight"], seen[-2]["0.weight"])
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_stages_folds_the_last_stage(restart: str) -> None:
+    """After the loop the model holds the slow weights: to evaluate it, to release it, and to go on with more stages."""
+    calls = batches(STEPS, 4, 5)
+    cascade = lx.adapt(mlp(), (calls[0],), spec=spec_of(3, restart=restart, pace=0.6))
+    reference = by_hand(mlp(), cascade, pace=0.6, restart=restart)
+    own = optimizer_of(cascade)
+    numbers = []
+    for count in (2, 1):
+        for stage in cascade.stages(count, own):
+            numbers.append((stage.number, stage.index, stage.count))
+            assert_weights(cascade.model, {n: w + reference.start[n] for n, w in reference.base.items()})
+            expected = train(reference, OPTIMIZERS["adamw"](reference.parameters()), calls)
+            torch.testing.assert_close(train(cascade, own, calls), expected, **CLOSE)
+            reference.end()
+            reference.begin(fresh_of(cascade, stage.number + 1))
+        assert_weights(cascade.model, reference.weights("slow"))
+        with cascade.weights("slow"):
+            assert_weights(cascade.model, reference.weights("slow"))
+        out = cascade(calls[0])
+        torch.testing.assert_close(out, cascade.model(calls[0]), **CLOSE)  # B = 0
+    assert numbers == [(1, 1, 2), (2, 2, 2), (3, 1, 1)]
+    assert cascade.stage == 4
+    slow = reference.weights("slow")
+    assert_weights(cascade.release(), slow)
+
+
+def fresh_of(cascade: lx.Cascade, stage: int) -> dict[str, torch.Tensor]:
+    """The A that another cascade of the same spec has in this stage: an address, not a history."""
+    other = lx.adapt(mlp(), batches(1, 4, 5), spec=cascade.plan.spec)
+    for _ in range(stage - 1):
+        other.transition(None)
+    return factors(other)
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_release_folds_a_stage_that_has_trained(restart: str, trained: bool) -> None:
+    """And only such a one: a stage without a step is none, also where it starts away from the slow weights."""
+    calls = batches(STEPS, 4, 5)
+    cascade = lx.adapt(mlp(), (calls[0],), spec=spec_of(3, restart=restart, pace=0.6))
+    reference = by_hand(mlp(), cascade, pace=0.6, restart=restart)
+    own = optimizer_of(cascade)
+    for last in (False, True):
+        if not last or trained:
+            train(cascade, own, calls)
+            with torch.no_grad():
+                for name, branch in branches(cascade).items():
+                    reference.branches[name].a.copy_(branch.lora_A)
+                    reference.branches[name].b.copy_(branch.lora_B)
+            reference.end()
+            reference.begin(factors(cascade))
+        if not last:
+            cascade.transition(own)
+    state = cascade.folded_state_dict()
+    assert_weights(cascade.release(), reference.weights("slow"))
+    for name, value in cascade.model.state_dict().items():
+        assert torch.equal(state[name], value)
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+@pytest.mark.parametrize("pace", [0.5, 1.0])
+def test_the_rank_grows_with_the_stages(restart: str, pace: float) -> None:
+    """rank(S_T) <= sum r_t, and reaches it; a LoRA of the same r stays at r."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(17, 20), nn.Tanh(), nn.Linear(20, 13)).double()
+    before = copy.deepcopy(model)
+    calls = batches(6, 30, 17)
+    cascade = lx.adapt(model, (calls[0],), spec=spec_of(2, pace=pace, restart=restart))
+    own = optimizer_of(cascade)
+    for number in range(1, 5):
+        train(cascade, own, calls)
+        cascade.transition(own)
+        with cascade.weights("slow"):
+            for index in (0, 2):
+                delta = (model[index].weight - before[index].weight).detach()
+                sizes = torch.linalg.svdvals(delta)
+                assert int((sizes > 1e-12 * sizes[0]).sum()) == 2 * number, (index, number, sizes)
+
+
+def test_rules_and_rslora_set_the_scale() -> None:
+    """s = lora_alpha / r, or / sqrt(r); per target by the first rule that matches."""
+    rules = (lx.Rule("0.*", rank=4), lx.Rule("linear", lora_alpha=5.0), lx.Rule("4.*", rank=1))
+    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, rules=rules, use_rslora=True)
+    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=spec)
+    scales = {"0.weight": 3.0 / 4**0.5, "2.weight": 5.0 / 2**0.5, "4.weight": 5.0 / 2**0.5}
+    assert [branch.lora_A.shape[0] for branch in branches(cascade).values()] == [4, 2, 2]
+    randomize(cascade)
+    before = mlp().state_dict()
+    expected = {
+        name: before[name] + scales[name] * (branch.lora_B @ branch.lora_A).detach()
+        for name, branch in branches(cascade).items()
+    }
+    with cascade.weights("fast"):
+        assert_weights(cascade.model, expected, rtol=1e-13, atol=1e-13)

@@ -1,0 +1,195 @@
+"""One stage, pace 1, no noise: the trajectory is LoRA's (algorithm.md, "Facts that hold exactly"), step by step.
+
+Oracle: peft with the same A. Both sum the same products in another order, so fp64 losses differ by some 1e-15 a step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+import lorasc_fx as lx
+from tests.kit.models import OPTIMIZERS, PLAIN, SCALE, batches, branches, by_hand, factors, mlp, optimizer_of, train
+
+STEPS = 20
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the calls it is trained on, and the modules that both packages adapt."""
+
+    build: Callable[[], nn.Module]
+    calls: Callable[[], list[Any]]
+    targets: tuple[str, ...]
+    sites: int
+    frontends: tuple[str, ...] = ("export", "symbolic")
+    train: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, (3, 2), stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Conv2d(4, 6, 1, bias=False),
+        nn.Flatten(2),
+        nn.Conv1d(6, 5, 3, padding=1),
+        nn.Unflatten(2, (2, 2, -1)),
+        nn.Conv3d(5, 2, (2, 1, 2)),
+    ).double()
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(4)
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **size).double()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(5)
+    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, **size, **quiet)
+    return transformers.BertModel(config, add_pooling_layer=False).double()
+
+
+def sentences() -> list[dict[str, torch.Tensor]]:
+    source = torch.Generator().manual_seed(6)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 5:], mask[2, 2:] = 0, 0
+    return [{"input_ids": torch.randint(0, 30, (3, 7), generator=source), "attention_mask": mask} for _ in range(STEPS)]
+
+
+CASES = {
+    "mlp": Case(mlp, lambda: batches(STEPS, 4, 5), ("0", "2", "4"), 3),
+    "conv": Case(conv_net, lambda: batches(STEPS, 3, 3, 8, 7), ("0", "3", "5", "7"), 4),
+    "vit": Case(vit, lambda: batches(STEPS, 3, 3, 16, 16), ("proj", "qkv", "fc1", "fc2", "head"), 10),
+    "bert": Case(bert, sentences, ("query", "value", "dense"), 10, ("export",)),
+}
+PAIRS = [(name, frontend) for name, case in CASES.items() for frontend in case.frontends]
+
+
+def adapted(case: Case, model: nn.Module, call: Any, frontend: str) -> lx.Cascade:
+    modules = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    meant = tuple(name for name in sorted(modules) if name.split(".")[-1] in case.targets)
+    given = {"kwargs": call} if isinstance(call, dict) else {"args": (call,)}
+    return lx.adapt(model, **given, spec=lx.CascadeSpec(targets=meant, **PLAIN), frontend=frontend)
+
+
+def peft_of(case: Case, model: nn.Module, factors: Mapping[str, torch.Tensor]) -> peft.PeftModel:
+    """Return peft's adapter on the same modules, with these A."""
+    alpha = PLAIN["lora_alpha"]
+    config = peft.LoraConfig(r=PLAIN["rank"], lora_alpha=alpha, target_modules=list(case.targets), lora_dropout=0.0)
+    theirs = peft.get_peft_model(model, config)
+    set_factors(theirs, factors)
+    return theirs
+
+
+def set_factors(theirs: peft.PeftModel, factors: Mapping[str, torch.Tensor]) -> None:
+    held = {name: value for name, value in theirs.named_parameters() if "lora_A" in name}
+    assert len(held) == len(factors)
+    with torch.no_grad():
+        for name, a in factors.items():
+            own = held[f"base_model.model.{name.removesuffix('.weight')}.lora_A.default.weight"]
+            own.copy_(a.view_as(own))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "frontend"), PAIRS)
+def test_one_stage_is_pefts_lora(name: str, frontend: str, optimizer: str) -> None:
+    case, make = CASES[name], OPTIMIZERS[optimizer]
+    calls = case.calls()
+    model = case.build().train()
+    original = copy.deepcopy(model)
+    cascade = adapted(case, model, calls[0], frontend)
+    assert len(cascade.sites) == case.sites
+    assert cascade.sites[0].scale == SCALE
+    theirs = peft_of(case, original, factors(cascade)).train()
+
+    ours = train(cascade, optimizer_of(cascade, optimizer), calls)
+    expected = train(theirs, make(trainable(theirs)), calls)
+
+    assert all(branch.lora_B.any() for branch in branches(cascade).values())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    merged = theirs.merge_and_unload().state_dict()
+    released = cascade.release().state_dict()
+    assert released.keys() == merged.keys()
+    for each, value in released.items():
+        torch.testing.assert_close(value, merged[each], rtol=0, atol=1e-9, msg=each)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "frontend"), [pair for pair in PAIRS if pair[0] in ("mlp", "conv")])
+def test_one_stage_is_the_formula(name: str, frontend: str, optimizer: str) -> None:
+    """The same against `y = f(W0 + s B A)` differentiated as it stands."""
+    case, make = CASES[name], OPTIMIZERS[optimizer]
+    calls = case.calls()
+    model = case.build().train()
+    original = copy.deepcopy(model)
+    cascade = adapted(case, model, calls[0], frontend)
+    reference = by_hand(original, cascade)
+    ours = train(cascade, optimizer_of(cascade, optimizer), calls)
+    expected = train(reference, make(reference.parameters()), calls)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    for weight, branch in branches(cascade).items():
+        torch.testing.assert_close(branch.lora_A.detach(), reference.branches[weight].a.detach(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(branch.lora_B.detach(), reference.branches[weight].b.detach(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "bert"])
+def test_stages_are_merge_and_unload_and_a_new_adapter(name: str) -> None:
+    """T stages, pace 1, no noise: the chain by hand with peft, the same fresh A and a fresh optimizer each."""
+    case, make = CASES[name], OPTIMIZERS["adamw"]
+    model = case.build().train()
+    theirs: nn.Module = copy.deepcopy(model)
+    calls = case.calls()
+    cascade = adapted(case, model, calls[0], case.frontends[0])
+    optimizer = optimizer_of(cascade, "adamw")
+    for stage in cascade.stages(3, optimizer):
+        fresh = factors(cascade)
+        adapter = peft_of(case, theirs, fresh).train()
+        part = calls[stage.number * 5 - 5 : stage.number * 5]
+        ours, expected = train(cascade, optimizer, part), train(adapter, make(trainable(adapter)), part)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+        theirs = adapter.merge_and_unload()
+    released = cascade.release().state_dict()
+    for each, value in theirs.state_dict().items():
+        torch.testing.assert_close(released[each], value, rtol=0, atol=1e-9, msg=each)
+    assert any(not torch.equal(value, case.build().state_dict()[each]) for each, value in released.items())
+
+
+def test_fresh_factors_are_loras() -> None:
+    """A is U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming uniform with a = sqrt(5); B is 0; another A in each stage."""
+    model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 3)).double()
+    cascade = lx.adapt(model, (torch.randn(2, 50).double(),), spec=lx.CascadeSpec(rank=30))
+    seen = []
+    for _ in range(2):
+        for name, fan in (("0.weight", 50), ("1.weight", 40)):
+            branch = branches(cascade)[name]
+            bound = fan**-0.5
+            assert branch.lora_A.abs().max() <= bound
+            assert branch.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+            assert abs(branch.lora_A.mean().item()) < 4 * bound / 3**0.5 / branch.lora_A.numel() ** 0.5
+            assert not branch.lora_B.any()
+            seen.append(branch.lora_A.detach().clone()[:, :40])
+        cascade.transition(None)
+    for index, one in enumerate(seen):
+        for other in seen[index + 1 :]:
+            assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].abs() < 0.15
