@@ -231,9 +231,7 @@ class Plan:
                 raise ValueError(f"a site has another rank than its ranks say for stage {plan.stage}")
             return plan
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
-            raise CheckpointError(
-                f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}", code="invalid-plan"
-            ) from fault
+            raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
 
 
 def _site(entry: dict[str, Any]) -> Site:

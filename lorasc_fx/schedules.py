@@ -266,7 +266,7 @@ def shuffled_batches(
         )
     if len(data) < batch_size:
         raise SpecError(
-            f"shuffled_batches: {len(data)} examples are less than a batch of {batch_size}", code="too-few-examples"
+            f"shuffled_batches: {len(data)} examples are less than a batch of {batch_size}", code="invalid-data"
         )
     of_workers = generator(seed, start, "workers", "")  # or the loader would draw from torch's, once an iteration
     return DataLoader(

@@ -263,7 +263,7 @@ def _together(call: str = "") -> Iterator[None]:
             f"{call}another process is gone, or has not come within the timeout of the process group: {fault}; every "
             "rank has to make this call (transition, save, weights, ...). Start the run anew from its last checkpoint, "
             "on any number of processes",
-            code="process-lost",
+            code="rank-failed",
         ) from fault
 
 

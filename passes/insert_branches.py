@@ -119,7 +119,7 @@ def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     """
     if plan.spec.noise.follows_steps:
         raise PassError(
-            "insert-branches: noise.redraw='step' needs a training step; use a Cascade", code="needs-training-step"
+            "insert-branches: noise.redraw='step' needs a training step; use a Cascade", code="requirement-not-met"
         )
     named, slow = named_weights(graph.owner), graph.record.slow
     branches = {branch.weight_name: branch for branch in graph.branches.values()}

@@ -39,7 +39,7 @@ class MatchSites(CascadePass):
             if "branches-inserted" in record.facts:
                 raise SpecError(
                     "match-sites: this graph was planned under another spec; fold its branches first",
-                    code="planned-otherwise",
+                    code="spec-differs",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
         matching = match(graph.module, record, self.spec, by_shape)

@@ -57,7 +57,7 @@ class Pipeline:
     def __init__(self, passes: Sequence[AnyPass], order: Literal["solved", "given"] = "solved") -> None:
         self.passes: tuple[AnyPass, ...] = tuple(passes)
         if not self.passes:
-            raise PassOrderError("the pipeline is empty; give at least one pass", code="empty-pipeline")
+            raise PassOrderError("the pipeline is empty; give at least one pass", code="invalid-value")
         names = [name_of(pass_) for pass_ in self.passes]
         foreign = any(not isinstance(pass_, CascadePass) for pass_ in self.passes)
         self._fixed = order == "given" or foreign or len(set(names)) < len(names)
@@ -133,7 +133,7 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     if not isinstance(result, fx.GraphModule):
         raise PassError(
             f"pass {name_of(pass_)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult",
-            code="wrong-pass-result",
+            code="wrong-function-result",
         )
     if not record_of(result).facts and "branches-folded" not in record.facts:
         set_record(result, record)  # made anew; of a folded graph nothing has to be known any more
@@ -182,9 +182,7 @@ def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
     except nx.NetworkXUnfeasible:
         circle = [earlier for earlier, _ in nx.find_cycle(graph)]
         chain = " -> ".join(name_of(passes[index]) for index in [*circle, circle[0]])
-        raise PassOrderError(
-            f"these passes need each other in a circle: {chain}; run one of them by itself", code="circular-passes"
-        ) from None
+        raise PassOrderError(f"these passes need each other in a circle: {chain}; run one of them by itself") from None
 
 
 def _check_given(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
@@ -240,12 +238,12 @@ def _parse(text: str, passes: Sequence[type[CascadePass]]) -> Iterator[CascadePa
             except json.JSONDecodeError as fault:
                 raise PassError(
                     f'the options of {name} are not JSON: {fault}; write {name}{{"option": value}}',
-                    code="invalid-syntax",
+                    code="invalid-value",
                 ) from fault
             rest = rest[end:].lstrip()
         if rest and not rest.startswith(","):
             raise PassError(
-                f"after {name} there is {rest[:20]!r}; passes are separated by a comma", code="invalid-syntax"
+                f"after {name} there is {rest[:20]!r}; passes are separated by a comma", code="invalid-value"
             )
         rest = rest[1:].lstrip()
         names = [field.name for field in fields(known[name])]

@@ -34,7 +34,7 @@ class StageTransition(EndsStage):
         if graph.record.owner or plan is None:
             raise PassError(
                 f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
-                code="live-model",
+                code="requirement-not-met",
             )
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)

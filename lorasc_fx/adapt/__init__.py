@@ -175,7 +175,7 @@ def load_found(
         known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(
             f"{checkpoint.path}: was made by the front end {checkpoint.frontend!r:.40}; known: {known}",
-            code="unknown-front-end",
+            code="unknown-name",
         )
     if model is None:
         model = _named_base(checkpoint)
@@ -197,7 +197,7 @@ def load_found(
             cascade = _adapt(opened, args, kwargs, checkpoint.plan, checkpoint.frontend, source, undo, **options)
         except (PassError, SpecError) as fault:
             raise CheckpointError(
-                f"{checkpoint.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
+                f"{checkpoint.path}: its plan does not fit this model: {fault}", code="sites-differ"
             ) from fault
         if meta is None:
             cascade._take_over(checkpoint, undo)
@@ -212,7 +212,7 @@ def _named_base(checkpoint: Checkpoint) -> nn.Module:
         raise CheckpointError(
             f"{where}: names no base; give the model: lorasc_fx.load(folder, model). Folders of "
             "cascade.save_pretrained name theirs; a run of lorasc-fx train is read by lorasc_fx.cli.load",
-            code="base-not-named",
+            code="no-base",
         )
     try:
         named = BaseModel.from_dict(checkpoint.manifest["model"])
@@ -324,7 +324,7 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
     if disagreements:
         raise CheckpointError(
             f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),
-            code="plan-mismatch",
+            code="sites-differ",
         )
 
 
@@ -430,11 +430,11 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: M
         raise SpecError(
             f"train: {pattern!r} means {name}, which {shared[name]}; exclude it, or give it memory of its own "
             "(parameter.data = parameter.data.clone())",
-            code="shared-memory",
+            code="not-trainable",
         )
     for name in (weight for weight in plan.by_weight if weight in shared):
         raise PassError(
-            f"{name} is a site of the plan, and {shared[name]}; give it memory of its own", code="shared-memory"
+            f"{name} is a site of the plan, and {shared[name]}; give it memory of its own", code="not-trainable"
         )
 
 
@@ -457,7 +457,7 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
         if nn.parameter.is_lazy(held):
             raise CaptureError(
                 f"{name} has no shape yet (a lazy module): call the model once on the inputs, and adapt it then",
-                code="lazy-module",
+                code="meta-model",
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not on_meta:
@@ -468,12 +468,12 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
             raise StateError(
                 f"{name} is cut over processes already (FSDP, tensor parallelism, DeepSpeed's ZeRO-3): adapt the whole "
                 "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.parallel.fsdp.shard",
-                code="already-sharded",
+                code="sharded",
             )
         if parameter.is_inference():
             raise CaptureError(
                 f"{name} was made in torch.inference_mode, and nothing can train it: make it outside",
-                code="inference-tensor",
+                code="not-trainable",
             )
     for name, module in model.named_modules():
         bases = [(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__]

@@ -120,6 +120,6 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
     if left_out:
         raise CheckpointError(
             f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}",
-            code="spec-omits-adapter",
+            code="conflicting-options",
         )
     install_experts(run, experts, trained, buffers)

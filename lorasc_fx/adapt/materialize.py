@@ -71,7 +71,7 @@ def materialize(
     if meta is None:
         raise StateError(
             "materialize: the model has its numbers already; adapt one that was built on the meta device",
-            code="already-materialized",
+            code="not-available",
         )
     path, model = path_of(files), cascade.model
     args, kwargs = cascade._graphs.example if cascade._graphs.example is not None else ((), None)

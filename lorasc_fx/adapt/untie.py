@@ -57,7 +57,7 @@ def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
             raise SpecError(
                 f"untie: {pattern!r} means no parameter that is held in two places"
                 f"{tied if ties else ', and none here is: leave untie out'}",
-                code="not-tied",
+                code="unknown-target",
             )
 
 

@@ -108,7 +108,7 @@ def check_kept(x: torch.Tensor | None) -> None:
         raise StateError(
             "a gradient of a gradient needs the input of a branch, which train_A=False does not keep; "
             "adapt with train_A=True",
-            code="double-backward",
+            code="backward-not-supported",
         )
 
 

@@ -254,7 +254,7 @@ def open_model(model: Any) -> nn.Module:
         raise CaptureError(
             f"model is a {type(model).__name__} of TorchScript, whose code neither torch.export nor torch.fx reads; "
             "give the nn.Module that it was made of",
-            code="torchscript-model",
+            code="not-a-model",
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(

@@ -165,7 +165,7 @@ class EffectiveWeights:
             raise StateError(
                 f"{type(self.model).__name__} computes with {name} in backward, where the output of the call that this "
                 "backward belongs to is gone; keep a tensor of that output until the backward is over",
-                code="output-gone",
+                code="backward-not-supported",
             )
         with torch.enable_grad():
             if name not in call.values:

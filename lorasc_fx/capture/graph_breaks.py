@@ -323,8 +323,7 @@ class _Backend:
         raise CaptureError(
             f"{model} was captured anew {LIMIT} times. The last graph did not fit because of "
             f"{guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing state in Python, or "
-            "adapt a part of the model",
-            code="too-many-captures",
+            "adapt a part of the model"
         )
 
     def _owns(self, entry: Any) -> bool:

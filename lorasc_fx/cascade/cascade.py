@@ -78,7 +78,7 @@ class Cascade(nn.Module):
             raise StateError(
                 f"cascade.{name} cannot be exchanged: the cascade computes with, and folds into, the one of adapt. "
                 "Call release and adapt the other model; to compile, compile the cascade",
-                code="child-replaced",
+                code="weights-changed-outside",
             )
         super().__setattr__(name, value)
 
@@ -175,7 +175,7 @@ class Cascade(nn.Module):
         if self._graphs.example is None:
             raise StateError(
                 "there are no example inputs: the cascade was loaded without; call it once, or give args or kwargs",
-                code="no-graph",
+                code="not-available",
             )
         return self._graphs.example
 
@@ -482,5 +482,5 @@ class Cascade(nn.Module):
         raise StateError(
             "a cascade cannot be pickled, by torch.save, a spawned process or otherwise: write a checkpoint by "
             "lorasc_fx.save and read it by lorasc_fx.load, or pickle the model after cascade.release()",
-            code="pickled",
+            code="not-serializable",
         )

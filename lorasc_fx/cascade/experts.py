@@ -67,7 +67,7 @@ def install_experts(
             base = entries[name].base
             if value.shape != base.shape:
                 raise StateError(
-                    f"install_experts: {name} is {list(base.shape)}, not {list(value.shape)}", code="wrong-shape"
+                    f"install_experts: {name} is {list(base.shape)}, not {list(value.shape)}", code="sites-differ"
                 )
             slow = value.detach().to("cpu", entries[name].slow.dtype, copy=True)
             entries[name] = Trained.of(base, slow, entries[name].rule)
@@ -119,7 +119,7 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -
             shapes = f"b {list(pair.b.shape)} and a {list(pair.a.shape)}"
             raise StateError(
                 f"install_experts: {state.name} is {list(state.base.shape)}, and its factors are {shapes}",
-                code="wrong-shape",
+                code="sites-differ",
             )
     if not experts:
         return state
@@ -153,7 +153,8 @@ def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] =
         raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
     if which == "averaged" and not spec.keeps_average:
         raise StateError(
-            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'", code="no-average"
+            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'",
+            code="not-available",
         )
 
 

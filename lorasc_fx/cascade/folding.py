@@ -168,7 +168,7 @@ def _put_back(
             f"weights: {changed} was written inside the with block (a training step, load_state_dict, half, .data). "
             "The weights of before are back, and what was written is dropped. Train the cascade outside of the block; "
             "cast or change a copy (copy.deepcopy(model) inside the block), or the model after release",
-            code="written-inside-weights",
+            code="inside-weights",
         )
 
 
@@ -403,7 +403,7 @@ def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
             raise StateError(
                 f"release: quantized={how!r} did not quantize the {leaf} of {kind}; "
                 "nothing was changed. Give a callable that quantizes the module that it is given, in place",
-                code="requantization-failed",
+                code="quantized-not-supported",
             )
         size = dense(old).float().norm().clamp_min(1e-30)
         trained = float((now_dense.float() - dense(old).float()).norm() / size)
@@ -430,7 +430,7 @@ def _by_its_own_method(module: nn.Module, kind: str, weight: nn.Parameter, undo:
             f"release: quantized='requantize', and no method is known by which {kind} was quantized; "
             "nothing was changed. Give quantized=f, which quantizes a module in place, as torchao's "
             "lambda module: quantize_(module, config) does, or 'dequantize'",
-            code="requantization-failed",
+            code="quantized-not-supported",
         )
     assert isinstance(module, QuantizedLinear)
     undo(partial(module.hold, module.layer))

@@ -86,7 +86,7 @@ class Graphs:
         if first is None:
             raise StateError(
                 "draw: there is no graph yet, or none since the cascade was moved or copied; call it once",
-                code="no-graph",
+                code="not-available",
             )
         return self.compiler.draw(first, self.run.plan, file, sites, radius)
 
@@ -129,7 +129,7 @@ class Graphs:
                 raise StateError(
                     f"forward: this call adapts {named(late)}, which no graph had used when the weights were sharded, "
                     "and whose branches are on no rank: call the cascade once so before shard, or exclude the weight",
-                    code="variant-after-sharding",
+                    code="sharded",
                 )
             made = replace(made, variant=self._split(made.variant))
         number, sizes, seconds = len(self.variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
@@ -146,7 +146,7 @@ class Graphs:
         """Return the error of a first graph that does not follow the plan that was loaded."""
         where = f"{self.origin}: " if self.origin else ""
         sentences = "\n  ".join(dict.fromkeys(disagreements))
-        return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="plan-mismatch")
+        return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="sites-differ")
 
     def _add(self, call: Call, made: Made) -> None:
         """Keep a graph; the first one that the cascade has had says which front end took the model."""

@@ -107,7 +107,7 @@ def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Seque
                 f"optimizer has {rate:g} for all that trains: build it from cascade.param_groups(lr=...), in timm by "
                 "create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...)), and give a "
                 "Trainer of transformers optimizers=(optimizer, None)",
-                code="learning-rate-ignored",
+                code="optimizer-differs",
             )
 
 

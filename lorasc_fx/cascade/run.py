@@ -158,7 +158,7 @@ class Run(RunBase):
                 raise SpecError(
                     f"start is 'loftq', which needs the numbers of {name} before it was quantized: give base, the "
                     "safetensors file or folder of the model that was quantized",
-                    code="no-base-file",
+                    code="no-base",
                 )
             before, state = self.base_file.read(name, value.shape), states[name]
             left, values, right = torch.linalg.svd(before.double() - dense(value).cpu().double(), full_matrices=False)

@@ -198,7 +198,7 @@ class RunBase:
                 f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
                 "was adapted; nothing was changed or written. Find the batch that did it, and go on from the last "
                 "checkpoint, or estimate running statistics anew by cascade.recalibrate(batches)",
-                code="non-finite-state",
+                code="non-finite",
             )
 
     @property
@@ -259,7 +259,7 @@ class RunBase:
                     raise StateError(
                         f"{call}: {alias} was tied to {site.weight} when the model was adapted, and is another "
                         "parameter now, which a fold would not reach. Tie them again, or adapt with untie",
-                        code="tie-broken",
+                        code="tied-weights-differ",
                     )
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 

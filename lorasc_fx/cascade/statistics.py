@@ -25,7 +25,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     if not norms:
         raise StateError(
             "recalibrate: the model has no batch norm with running statistics, so there is nothing to do",
-            code="no-batch-norm",
+            code="not-available",
         )
     return norms
 
@@ -62,7 +62,7 @@ def estimate(
             count += 1
         if not count:
             raise StateError(
-                "recalibrate: there is no batch to estimate statistics from; give one or more", code="no-batches"
+                "recalibrate: there is no batch to estimate statistics from; give one or more", code="invalid-data"
             )
 
 

@@ -228,7 +228,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             "a quantized one carries them, are summed, and what is trained in full is kept a stage at a time only "
             "while it is "
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all",
-            code="stage-not-kept",
+            code="unknown-stage",
         )
     # The average, if one is kept, restarts from the slow weights of that stage.
     return SlowWeights(states, trained, averaged=min(stage, slow.averaged, 1), group=slow.group)
@@ -276,7 +276,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     after, pace = slow.after_stage(run.plan, branches, trained), run.plan.spec.pace_at(run.plan.stage)
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
-            "pace-below-one",
+            "running-stage-folded",
             f"{call}: stage 1 has trained and is folded now, and only {pace:g} of what it has trained is kept: the "
             "pace of the spec. Train in `for stage in cascade.stages(...)`; to keep all of it without stages give "
             'pace=1.0, or save inside `with cascade.weights("fast"):`',

@@ -288,7 +288,7 @@ def check_not_averaged() -> None:
             f"an average ({module}) was given a cascade: it would average W_t with its noise, and B and A each by "
             "itself. Give it cascade.model, and update it from cascade.model inside "
             '`with cascade.weights("slow"):` or "fast"; or give the spec average="ema" or "swa"',
-            code="cascade-averaged",
+            code="wrapper-not-supported",
         )
 
 

@@ -247,7 +247,7 @@ class Replicas(Fresh):
             raise StateError(
                 "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
                 "adds up gradients in buffers of the old shapes: wrap it anew",
-                code="wrapped-too-early",
+                code="wrapper-not-supported",
             )
         if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
             return
@@ -258,7 +258,7 @@ class Replicas(Fresh):
                 f"{named(late)} came with a graph that was made after DistributedDataParallel wrapped "
                 "the cascade, which would not average their gradients over the processes: call the cascade once in "
                 "each mode and with each kind of arguments before you wrap it, or wrap it anew",
-                code="wrapped-too-early",
+                code="wrapper-not-supported",
             )
         self._wrapper, self._sites = weakref.ref(wrapper), sites
 
@@ -295,7 +295,7 @@ def check_attention() -> None:
             "forward: inside torch's context_parallel, which splits the attention of a running model, and not that of "
             "a graph: each rank would attend to its own part alone. Leave it, "
             "and use activation checkpointing for long sequences",
-            code="context-parallel-not-supported",
+            code="wrapper-not-supported",
         )
 
 

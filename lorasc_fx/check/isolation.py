@@ -648,8 +648,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
             raise CaptureError(
                 f"{type(model).__name__} has written into {named(changed)} in its forward by means that torch does not "
                 "see (a thread of its own, memory that it shares with numpy, an extension), so that nothing could "
-                "restore it: load the weights again, and write by operations of torch",
-                code="unseen-write",
+                "restore it: load the weights again, and write by operations of torch"
             )
         _WRITTEN[model] = frozenset(written)
         _SUMMED.get(model, {}).update({name: before[name] for name in unseen})

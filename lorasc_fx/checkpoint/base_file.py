@@ -100,7 +100,7 @@ class BaseFile:
             raise CheckpointError(
                 f"base: {key} of {self.files[key]} is {list(tensor.shape)}, and {name} is {list(shape)}. Give the "
                 "files of the model that was quantized",
-                code="wrong-shape",
+                code="base-differs",
             )
         return tensor
 
@@ -116,7 +116,7 @@ class BaseFile:
                     f"{call}: {path} was written to while the cascade lives (or its permissions or links changed), and "
                     "W0 is read from it (base=...). Load the model and the newest checkpoint anew, and write to other "
                     "files",
-                    code="base-file-changed",
+                    code="weights-changed-outside",
                 )
 
     def _find(self, name: str) -> str | None:
@@ -129,7 +129,7 @@ class BaseFile:
         raise CheckpointError(
             f"base: {self.path} holds no {name}{nearest(name, self.files)}. "
             f"{_ADVICE}; a weight that is new can be excluded, or trained in full",
-            code="base-tensor-missing",
+            code="base-differs",
         )
 
 
@@ -214,7 +214,7 @@ def _named_by(model: nn.Module) -> str:
         said = f"says {named!r}, which is no local folder" if named else "does not say where it came from"
         raise SpecError(
             f"base='file': {type(model).__name__} {said}; give the path of its safetensors file or folder as base",
-            code="no-base-file",
+            code="no-base",
         )
     return named
 
@@ -228,7 +228,7 @@ def shards_of(path: Path) -> list[Path]:
         single = path / SINGLE
         if not single.is_file():
             raise CheckpointError(
-                f"base: {path} is no safetensors file, nor a folder with {SINGLE} or {INDEX}", code="no-base-file"
+                f"base: {path} is no safetensors file, nor a folder with {SINGLE} or {INDEX}", code="no-base"
             )
         return [single]
     try:

@@ -108,7 +108,7 @@ class BaseModel:
                 f"{call}: the base cannot be named: it {what}, and does not say where its weights come from. Build it "
                 "by from_pretrained of transformers or create_model(pretrained=True) of timm, or give base_model=...; "
                 "for any other model there is lorasc_fx.save(cascade, folder), lorasc_fx.load(folder, model)",
-                code="base-not-named",
+                code="no-base",
             )
         if library == "timm":
             return cls(library, given, dtype, _timm_options(model, given, call))
@@ -123,7 +123,7 @@ class BaseModel:
                 f"{call}: the base cannot be named: {method} has quantized it as it was loaded, and it is built again "
                 f"for {' and '.join(_QUANTIZED)} alone, and from quantized files of {', '.join(_PREQUANTIZED)}. Use "
                 "lorasc_fx.save(cascade, folder), and give the model to lorasc_fx.load(folder, model)",
-                code="base-not-named",
+                code="no-base",
             )
         options = {
             "class": type(model).__name__,
@@ -196,7 +196,7 @@ class BaseModel:
                 f"{where}: {self.library} cannot build its base {sanitized(self.name)!r} here: {sanitized(cause, 300)}"
                 ". Put its files there, set HF_HUB_OFFLINE=0 to have them fetched, or build the model and give it: "
                 "lorasc_fx.load(folder, model)",
-                code="base-not-built",
+                code="no-base",
             ) from fault
         return model.eval()
 
@@ -301,7 +301,7 @@ class BaseModel:
                 f"{call}: the files of the base {self.name!r} are not here, and what they lack, such as a new head, "
                 f"cannot be told: {sanitized(str(fault), 300)}. Put them there, or use lorasc_fx.save(cascade, "
                 "folder), and give the model to lorasc_fx.load(folder, model)",
-                code="base-not-built",
+                code="no-base",
             ) from fault
         return [
             name for name, digest in fingerprints.items() if name not in built or fingerprint(built[name]) != digest
@@ -440,7 +440,7 @@ def _timm_options(model: nn.Module, name: str, call: str) -> dict[str, Any]:
             f"{call}: the base cannot be named: timm builds another model as {name} with {classes} classes than this "
             "one, which was built with other arguments. Use lorasc_fx.save(cascade, folder), and give the model to "
             "lorasc_fx.load(folder, model)",
-            code="base-not-named",
+            code="no-base",
         )
     return {"num_classes": classes, "file": file}
 

@@ -60,14 +60,14 @@ class SavedCascade(Cascade):
             if (loaded := self._loaded) is None:
                 raise StateError(
                     "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model)",
-                    code="not-loaded",
+                    code="not-available",
                 )
         names = ranks.gather_text(loaded.path.name, "resume")
         if len(set(names)) > 1:
             raise StateError(
                 f"resume: the ranks have loaded different versions: {', '.join(names)}, by rank; load from a folder "
                 "that all of them see, and let nobody write into it meanwhile",
-                code="versions-differ",
+                code="ranks-differ",
             )
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
             return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
@@ -232,7 +232,7 @@ def save(
     if not isinstance(model, Cascade):
         raise StateError(
             f"save: this is {type(model).__name__}; give a cascade, or DistributedDataParallel(cascade)",
-            code="wrong-wrapper",
+            code="invalid-value",
         )
     run = model._run
     group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group or ONE_PROCESS

@@ -295,8 +295,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> Weig
     }
     if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{file.where}: has no tensor {sanitized(repr(f'dense/{name}/slow'))}, which what is dense beside it needs",
-            code="missing-tensor",
+            f"{file.where}: has no tensor {sanitized(repr(f'dense/{name}/slow'))}, which what is dense beside it needs"
         )
     scale = f"row_scale/{name}"
     slow = dense.get("slow")
@@ -359,21 +358,18 @@ class _Taken:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.where}: has no tensor {sanitized(repr(name))}", code="missing-tensor")
+            raise CheckpointError(f"{self.where}: has no tensor {sanitized(repr(name))}")
         if tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
-                f"{self.where}: {sanitized(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}",
-                code="wrong-shape",
+                f"{self.where}: {sanitized(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}"
             )
         like = torch.float32 if like is None else like
         if tensor.dtype != like and not any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX)):
-            raise CheckpointError(
-                f"{self.where}: {sanitized(repr(name))} holds {tensor.dtype}, not {like}", code="wrong-dtype"
-            )
+            raise CheckpointError(f"{self.where}: {sanitized(repr(name))} holds {tensor.dtype}, not {like}")
         if finite and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{self.where}: {sanitized(repr(name))} holds inf or nan, which save never writes",
-                code="non-finite-tensor",
+                code="non-finite",
             )
         self.left.pop(name, None)
         return tensor
@@ -382,8 +378,7 @@ class _Taken:
         """Refuse tensors that were not taken."""
         if self.left:
             raise CheckpointError(
-                f"{self.where}: holds {sanitized(repr(next(iter(self.left))))}, which this plan has no place for",
-                code="foreign-tensor",
+                f"{self.where}: holds {sanitized(repr(next(iter(self.left))))}, which this plan has no place for"
             )
 
 
@@ -439,10 +434,7 @@ def _model_state(
     buffers = buffer_holders(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
-        raise CheckpointError(
-            f"{where}: has a buffer {sanitized(repr(foreign))}, and the model has none of this name",
-            code="foreign-tensor",
-        )
+        raise CheckpointError(f"{where}: has a buffer {sanitized(repr(foreign))}, and the model has none of this name")
     first: dict[int, str] = {}
     groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
     for name, holder in buffers.items():

@@ -70,7 +70,7 @@ def check_attributes(model: nn.Module) -> None:
                 raise CaptureError(
                     f"{f'{prefix}.{leaf}'.lstrip('.')} is a tensor on the meta device, and neither parameter nor "
                     "buffer: no file keeps it; register it as a buffer, or make it in forward",
-                    code="meta-constant",
+                    code="meta-model",
                 )
 
 
@@ -164,7 +164,7 @@ def _check_names(
         raise CheckpointError(
             f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
             + "\n".join(lines),
-            code="weights-do-not-fit",
+            code="base-differs",
         )
 
 

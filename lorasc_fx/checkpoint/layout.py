@@ -99,7 +99,7 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
     """
     if not links and path.is_symlink():
         raise CheckpointError(
-            f"{path}: is a link; a checkpoint holds its files itself: copy the file there", code="not-a-file"
+            f"{path}: is a link; a checkpoint holds its files itself: copy the file there", code="unreadable-file"
         )
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe is refused, not waited for
     handle = os.open(path, flags if links else flags | os.O_NOFOLLOW)
@@ -107,12 +107,12 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
             raise CheckpointError(
-                f"{path}: is no plain file; a folder, a pipe or a device is not read", code="not-a-file"
+                f"{path}: is no plain file; a folder, a pipe or a device is not read", code="unreadable-file"
             )
         limit = most if most is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if about.st_size > limit:
             why = "such a file has" if most is not None else "this machine has memory for"
-            raise CheckpointError(f"{path}: has {about.st_size} bytes, {why} {limit} at most", code="file-too-large")
+            raise CheckpointError(f"{path}: has {about.st_size} bytes, {why} {limit} at most")
         try:
             with os.fdopen(handle, "rb", closefd=False) as file:
                 return file.read(about.st_size)

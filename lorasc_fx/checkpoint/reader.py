@@ -158,8 +158,7 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
         data = plain_bytes(path)
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(
-                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {way_back(path.parent)}",
-                code="digest-mismatch",
+                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {way_back(path.parent)}"
             )
         return dict(sorted(load(data).items()))  # safetensors gives them in another order in each process
     except (OSError, SafetensorError) as fault:
@@ -212,9 +211,7 @@ def _check_files(path: Path, files: Mapping[str, str]) -> None:
     with os.scandir(path) as entries:
         odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, *files)), None)
     if odd is not None:
-        raise CheckpointError(
-            f"{path}: holds {sanitized(odd)}, which is no part of a checkpoint; take it away", code="foreign-tensor"
-        )
+        raise CheckpointError(f"{path}: holds {sanitized(odd)}, which is no part of a checkpoint; take it away")
 
 
 def plan_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -334,7 +331,7 @@ def check_digests(
         if parameters:
             raise CheckpointError(
                 f"{what} another base: the model {how} {named(map(sanitized, parameters))}; {advice}",
-                code="checkpoint-other-base",
+                code="base-differs",
             )
 
 
@@ -357,20 +354,20 @@ def check_plan(
         if names is None:
             raise CheckpointError(
                 f"{manifest}: its plan has a site {sanitized(site.weight)}, which the model has not; {_AS_IT_WAS}",
-                code="plan-mismatch",
+                code="sites-differ",
             )
         if (site.weight, *site.aliases) != names:
             raise CheckpointError(
                 f"{manifest}: its plan has {sanitized(site.weight)} tied to "
                 f"{sanitized(', '.join(site.aliases) or 'nothing')}, the model to {', '.join(names[1:]) or 'nothing'}; "
                 f"{_AS_IT_WAS}",
-                code="plan-mismatch",
+                code="sites-differ",
             )
         shape = tuple(parameters[site.weight].shape)
         if site.shape != shape:
             raise CheckpointError(
                 f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}",
-                code="plan-mismatch",
+                code="sites-differ",
             )
     spec, planned = plan.spec, plan.by_weight
     rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
@@ -380,7 +377,7 @@ def check_plan(
             raise CheckpointError(
                 f"{manifest}: its spec asks for rank {rank}, which makes a branch of {name} larger than anything here; "
                 f"{way}",
-                code="plan-mismatch",
+                code="sites-differ",
             )
 
 

@@ -59,14 +59,12 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> reader.Che
         first = ", ".join(sanitized(name) for name in list(table)[:2]) or "nothing"
         raise CheckpointError(
             f"{where}: is no state of a cascade, as it has no {KEY}; it holds {first}. Weights of the model itself are "
-            "loaded before it is adapted",
-            code="not-a-state-dict",
+            "loaded before it is adapted"
         )
     foreign = next((name for name in table if name != KEY and "/" not in name), None)
     if foreign is not None:  # such as a weight of the model
         raise CheckpointError(
-            f"{where}: holds {sanitized(repr(foreign))}, which is no tensor of a cascade; take it out",
-            code="foreign-tensor",
+            f"{where}: holds {sanitized(repr(foreign))}, which is no tensor of a cascade; take it out"
         )
     way = "take another checkpoint"
     table = {name: tensor.cpu() for name, tensor in table.items()}  # experts stay on the host
@@ -78,9 +76,7 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> reader.Che
         raise CheckpointError(f"{where}: {sentence}; {way}")
     axes = {name: shards[name] for name in tensors if name in shards}
     if list(map(digest_of, _cut(tensors, axes, count))) != list(manifest["files"].values()):
-        raise CheckpointError(
-            f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
-        )
+        raise CheckpointError(f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}")
     return reader.Checkpoint(Path(where), manifest, tensors, plan)
 
 

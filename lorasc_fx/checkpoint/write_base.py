@@ -254,14 +254,14 @@ class _Matching:
                     f"base: {self.base} holds no tensor with the numbers that {name} had before ({weights.where})"
                     f"{nearest(name, keys)}. Give the files of the model that was adapted; what they do not hold, or "
                     "hold in another layout, lorasc_fx.export.safetensors(cascade, folder) writes without a base",
-                    code="base-tensor-missing",
+                    code="base-differs",
                 )
             elif len(rivals) > 1 or not (distinct or len(entries) == 1):
                 others = ", ".join(entry.name for _, entry in entries)
                 raise CheckpointError(
                     f"base: {name} goes by another name in {self.base}, and cannot be recognized by its numbers: "
                     f"{others} all hold the same; rename the tensors there as the model names them",
-                    code="base-ambiguous",
+                    code="base-differs",
                 )
             self.names |= dict.fromkeys((entry.name for _, entry in entries), name)
 

@@ -89,7 +89,7 @@ def write_version(
                     check_finite(run)
             if not is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
-            with group.agreed("save"), _as_checkpoint_error(root, "cannot be written", "not-writable"):
+            with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
                 if holds:
                     tensors, manifest = contents(run, optimizer, scheduler, extra, named or {})
                     tensors |= beside or {}
@@ -170,7 +170,7 @@ def contents(
         raise CheckpointError(
             f"save: {fault}; nothing was written, and the last version stays. Load that one, and go on with a lower "
             "learning rate or with clipped gradients",
-            code="non-finite-state",
+            code="non-finite",
         ) from fault
     if optimizer is not None:
         moments, parts["optimizer"] = training_state.optimizer_state(optimizer)
@@ -226,14 +226,14 @@ def _check_keys(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _as_checkpoint_error(
-    root: Path, what: str = "the checkpoint was not written", code: str = "write-failed"
-) -> Iterator[None]:
+def _as_checkpoint_error(root: Path, what: str = "the checkpoint was not written") -> Iterator[None]:
     """Raise what the file system refuses as a CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{root}: {what}: {reason_of(fault)}; what was there stays", code=code) from fault
+        raise CheckpointError(
+            f"{root}: {what}: {reason_of(fault)}; what was there stays", code="write-failed"
+        ) from fault
 
 
 def _write_synced(tensors: Tensors, path: Path) -> str:

@@ -93,9 +93,7 @@ def _command(arguments: list[str]) -> int:
         return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=rest))
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     if path is None and "-h" not in rest and "--help" not in rest:
-        raise SpecError(
-            f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml", code="missing-argument"
-        )
+        raise SpecError(f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml")
     default = kind(_loaded(path))
     return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=default))
 

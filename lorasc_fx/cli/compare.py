@@ -115,9 +115,7 @@ class Result(Run):
         try:
             return cls(**parse_json(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as fault:
-            raise CheckpointError(
-                f"{path} is damaged ({fault}); delete it, and this run is made again", code="damaged-file"
-            ) from fault
+            raise CheckpointError(f"{path} is damaged ({fault}); delete it, and this run is made again") from fault
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def load_config(path: Path) -> Config:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
-        raise SpecError(f"{path}: this is not TOML: {fault}", code="invalid-toml") from fault
+        raise SpecError(f"{path}: this is not TOML: {fault}", code="unreadable-file") from fault
     try:
         config = _table(Config, data, ())
     except _WrongKey as fault:

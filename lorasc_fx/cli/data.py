@@ -156,7 +156,7 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
         if not others:
             raise SpecError(
                 f"{name}: every label is {whole.classes[first]!r}; a classifier needs examples of two classes or more",
-                code="too-few-classes",
+                code="invalid-data",
             )
     shifts = {short_name(name): _shift(name, config, whole, test, tokenizer).by_length() for name in config.shifts}
     return Splits(train, validation.by_length(), test.by_length(), shifts)
@@ -171,13 +171,13 @@ def _sizes(config: DataConfig, total: int) -> list[int]:
         if not sizes[-1]:
             raise SpecError(
                 f"data.{name} is {size}, which is none of the {total} examples of {config.name}; give a larger share",
-                code="too-few-examples",
+                code="invalid-data",
             )
     if sum(sizes) > total:
         raise SpecError(
             f"{config.name} has {total} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
             "ask for fewer",
-            code="too-few-examples",
+            code="invalid-data",
         )
     return sizes
 
@@ -202,7 +202,7 @@ def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool 
         ) from fault
     except UnicodeDecodeError as fault:
         line = fault.object[: fault.start].count(b"\n") + 1
-        raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="not-utf8") from fault
+        raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="unreadable-file") from fault
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(content, newline=""), strict=True, delimiter=delimiter)
     texts: list[str] = []
@@ -218,7 +218,9 @@ def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool 
             if not row:
                 blank = blank or line
             elif blank:
-                raise SpecError(f"{path}:{blank}: this line is blank, and rows follow; take it out", code="empty-cell")
+                raise SpecError(
+                    f"{path}:{blank}: this line is blank, and rows follow; take it out", code="invalid-data"
+                )
             else:
                 _check_row(f"{path}:{line}", delimiter, header, row)
                 texts.append(_filled(f"{path}:{line}", text, row[header.index(text)]))
@@ -229,7 +231,7 @@ def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool 
         raise SpecError(
             f"{path}:{line}: the row that begins here is not CSV: {fault}. Close each quote, and write a quote "
             'inside a quoted cell as two: ""',
-            code="invalid-csv",
+            code="invalid-data",
         ) from fault
     return texts, labels
 
@@ -242,12 +244,12 @@ def _check_header(path: Path, delimiter: str, header: Sequence[str], wanted: Seq
         raise SpecError(
             f"{path}:1: {others[other]} separate the columns {header[0]!r}; separate them by "
             f"{others[delimiter]}, or by tabs in a file whose name ends with .tsv",
-            code="invalid-csv",
+            code="invalid-data",
         )
     _check_columns(f"{path}:1", wanted, header)
     twice = [name for name in wanted if header.count(name) > 1]
     if twice:
-        raise SpecError(f"{path}:1: two columns are called {twice[0]!r}; rename one", code="invalid-csv")
+        raise SpecError(f"{path}:1: two columns are called {twice[0]!r}; rename one", code="invalid-data")
 
 
 def _check_row(source: str, delimiter: str, header: Sequence[str], row: Sequence[str]) -> None:
@@ -258,11 +260,11 @@ def _check_row(source: str, delimiter: str, header: Sequence[str], row: Sequence
     count = f"{source}: this row has {len(row)} {'cells' if len(row) > 1 else 'cell'}, and the header has {len(header)}"
     if len(row) < len(header):
         raise SpecError(
-            f"{count}: the cell {header[len(row)]!r} is missing. Fill it, or take the row out", code="empty-cell"
+            f"{count}: the cell {header[len(row)]!r} is missing. Fill it, or take the row out", code="invalid-data"
         )
     raise SpecError(
         f'{count} ({", ".join(header)}). Put a text that has a {separator} in it into quotes: "..."',
-        code="invalid-csv",
+        code="invalid-data",
     )
 
 
@@ -285,7 +287,7 @@ def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -
 def _filled(source: str, name: str, cell: Any) -> Any:
     """Return a cell that is not empty."""
     if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):  # nan differs from itself
-        raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or take the row out", code="empty-cell")
+        raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or take the row out", code="invalid-data")
     return cell
 
 
@@ -388,7 +390,7 @@ def _check_local(source: object, text: str) -> None:
     if "://" in text:
         raise SpecError(
             f"{source} names files of the network, and nothing is downloaded; name files of this machine",
-            code="data-not-local",
+            code="invalid-data",
         )
 
 
@@ -414,7 +416,7 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     except OSError as fault:
         raise SpecError(
             f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}",
-            code="invalid-image-folder",
+            code="invalid-data",
         ) from fault
     pixels = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
     for position, (path, _) in enumerate(dataset.samples):
@@ -528,15 +530,15 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
             returned = function()
         inputs, labels = _returned(name, returned)
     if not len(labels):
-        raise SpecError(f"{name}: it holds no examples; give at least one of each class", code="too-few-examples")
+        raise SpecError(f"{name}: it holds no examples; give at least one of each class", code="invalid-data")
     if isinstance(inputs, Tensor) and tokenizer is not None:
         raise SpecError(
             f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model",
-            code="wrong-modality",
+            code="invalid-data",
         )
     if not isinstance(inputs, Tensor) and tokenizer is None:
         raise SpecError(
-            f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`", code="wrong-modality"
+            f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`", code="invalid-data"
         )
     examples = _labelled(inputs, list(labels), encoder_of(config, tokenizer))
     _check_classes(name, examples)
@@ -558,7 +560,7 @@ def _check_classes(name: str, examples: Examples) -> None:
         raise SpecError(
             f"{name}: each of the {total} examples has a class of its own ({named(classes)}); a classifier needs "
             "several examples of each. Name the column of classes in data.label_column",
-            code="too-few-examples",
+            code="invalid-data",
         )
 
 
@@ -578,7 +580,7 @@ def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
         raise SpecError(
             f"{name}: the function has to return inputs and labels: a list of texts, or bytes [examples, 1 or 3, "
             f"height, width], and a class each ({fault})",
-            code="invalid-data-function",
+            code="wrong-function-result",
         ) from fault
     return inputs, list(labels)
 
@@ -605,6 +607,6 @@ def _shift(name: str, config: DataConfig, whole: Examples, test: Examples, token
     if other.classes != whole.classes:
         raise SpecError(
             f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones",
-            code="classes-differ",
+            code="invalid-data",
         )
     return other.take(_shuffled(len(other), config.seed, min(len(other), config.shift_test))[0])

@@ -41,7 +41,7 @@ def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]
     ends = list(itertools.accumulate(setup.stage_steps(setup.config.train.stages), initial=0))
     step = int(cascade.resume()["step"])
     if step not in ends:
-        cascade._run.warned.accept("pace-below-one")
+        cascade._run.warned.accept("running-stage-folded")
         _warn_of_running(f"{run} at step {step} of {ends[-1]}", cascade.plan, cascade.stage)
     running = "" if step in ends else ", its running stage folded as it is"
     return cascade, f"weights at step {step} of {ends[-1]}{running}"
@@ -83,7 +83,7 @@ def run_fold(arguments: FoldArguments) -> int:
     if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
         raise StateError(
             f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model",
-            code="missing-argument",
+            code="invalid-value",
         )
     if arguments.base is None:
         output = arguments.output or folder.folded
@@ -98,7 +98,7 @@ def run_fold(arguments: FoldArguments) -> int:
     output = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
     if arguments.output is None and not folder.config.is_file():
         raise StateError(
-            f"{arguments.run} is no run folder; give --output, the place to write to", code="missing-argument"
+            f"{arguments.run} is no run folder; give --output, the place to write to", code="invalid-value"
         )
     check_output(output, folder=not single)
     checkpoint = read(path)
@@ -161,8 +161,7 @@ def run_export(arguments: ExportArguments) -> int:
     if arguments.output.suffix != ending:  # before the run is built, which takes long
         raise SpecError(
             f"--output is {arguments.output}, and a file of --to {arguments.to} ends with {ending}: give "
-            f"{arguments.output.with_suffix(ending)}",
-            code="wrong-file-ending",
+            f"{arguments.output.with_suffix(ending)}"
         )
     cascade, weights = open_run(arguments.run, arguments.output, folder=folder)
     options: dict[str, Any] = {"which": arguments.which}

@@ -104,7 +104,7 @@ def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
         return None
     transformers = module_of("text", "transformers")
     folder = saved if saved is not None and saved.is_dir() else _hf_folder(config.name[3:])
-    with reading(config.name, "transformers", code="unreadable-model"):
+    with reading(config.name, "transformers", code="unreadable-file"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -131,7 +131,7 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise SpecError(
             f"the model returns {type(output).__name__}; a tensor [batch, classes], or `.logits`, is needed",
-            code="wrong-model-output",
+            code="wrong-function-result",
         )
     return logits
 
@@ -151,10 +151,7 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
         return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     known = getattr(model, "pretrained_cfg", {}).get("input_size")
     if known is None:
-        raise SpecError(
-            f"{config.name} does not say what it takes; give the shape of its input, as --input 2 3 64 64",
-            code="missing-argument",
-        )
+        raise SpecError(f"{config.name} does not say what it takes; give the shape of its input, as --input 2 3 64 64")
     return (torch.rand(2, *known),), {}
 
 
@@ -169,7 +166,7 @@ def user_function(name: str) -> Callable[..., Any]:
         raise SpecError(f"{name}: give python:package.module:function")
     if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
         sys.path.insert(0, os.getcwd())
-    with user_code(name, code="import-failed"):
+    with user_code(name, code="wrong-function-result"):
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
     function: Any = getattr(module, function_name, None)
     if not callable(function):
@@ -212,7 +209,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     safe = {"local_files_only": True, "trust_remote_code": False}
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
     model: nn.Module
-    with reading(config.name, "transformers", code="unreadable-model"):
+    with reading(config.name, "transformers", code="unreadable-file"):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(name.endswith(CLASSIFIER) for name in about.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
@@ -244,15 +241,15 @@ def _hf_folder(name: str) -> Path:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or spec.origin is None:
             raise SpecError(
-                f"hf:{name}: no package {package!r} is installed; nothing is downloaded", code="package-not-installed"
+                f"hf:{name}: no package {package!r} is installed; nothing is downloaded", code="missing-extra"
             )
         configs = sorted(Path(spec.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
         if not configs:
-            raise SpecError(f"hf:{name}: no folder of this package has a config.json", code="no-model-config")
+            raise SpecError(f"hf:{name}: no folder of this package has a config.json", code="unreadable-file")
         return configs[0].parent
     if not (Path(name) / "config.json").is_file():
         raise SpecError(
-            f"hf:{name}: this is no folder with a config.json in it; nothing is downloaded", code="no-model-config"
+            f"hf:{name}: this is no folder with a config.json in it; nothing is downloaded", code="unreadable-file"
         )
     return Path(name)
 
@@ -264,7 +261,7 @@ def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     if classes is None and any(parameter.default is parameter.empty for parameter in parameters):
         raise SpecError(
             f"python:{name}: this command calls the function without arguments; give each a default",
-            code="function-needs-arguments",
+            code="wrong-function-result",
         )
     with user_code(config.name):
         model = function(classes) if parameters and classes is not None else function()
@@ -314,7 +311,7 @@ def put_weights(model: nn.Module, config: ModelConfig, weights: Mapping[str, Ten
         reason = textwrap.shorten(str(fault).splitlines()[1], 200, placeholder=" ...")  # of several the first
         raise SpecError(
             f"{source} does not fit the model that {config.name} builds now: {reason} Give weights of this very model",
-            code="weights-do-not-fit",
+            code="base-differs",
         ) from fault
 
 

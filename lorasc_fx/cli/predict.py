@@ -73,7 +73,7 @@ def run_predict(arguments: PredictArguments) -> int:
         raise StateError(
             f"{arguments.run} has no {folder.folded.name}: end the run with lorasc-fx train CONFIG.toml --resume, or "
             f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
-            code="run-not-ended",
+            code="stage-not-ended",
         )
     device = config.train.device
     check_device(device)
@@ -152,7 +152,7 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
     if tied:
         raise SpecError(
             f"{weights} holds two values for {tied[0]}, which the run untied (spec.untie) and {config.model.name} ties",
-            code="weights-do-not-fit",
+            code="base-differs",
         )
     return set_mode(channels_last(model) if images else model, False)
 
@@ -169,7 +169,7 @@ def _files(path: Path, endings: Collection[str], what: str) -> list[Path]:
     if not files:
         raise SpecError(
             f"{path} holds no files of {what} ({', '.join(sorted(endings))}); give one, or a folder of them",
-            code="too-few-examples",
+            code="invalid-data",
         )
     return files
 
@@ -216,5 +216,5 @@ def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[
             raise SpecError(f"{path}: these texts cannot be read: {reason}", code="unreadable-file") from fault
         texts = lines if lines[-1] else lines[:-1]
     if not any(map(str.strip, texts)):
-        raise SpecError(f"{path} holds no texts; give one a line", code="too-few-examples")
+        raise SpecError(f"{path} holds no texts; give one a line", code="invalid-data")
     return texts, labels or [""] * len(texts)

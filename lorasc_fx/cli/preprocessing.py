@@ -74,7 +74,7 @@ class Preprocessing:
                     f"{self._folder.path}: its {key} is {name}, a function that is not called here. Build the model as "
                     f"the run has, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and give it: "
                     "lorasc_fx.cli.load(folder, model)",
-                    code="base-not-named",
+                    code="no-base",
                 )
         built = build_model(model, len(self.classes), self.config.train.seed)
         return set_mode(name_classes(built, self.classes), False)

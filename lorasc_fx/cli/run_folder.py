@@ -88,12 +88,12 @@ class RunFolder:
             StateError: it does not.
         """
         if not self.config.is_file():
-            raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it", code="not-a-run")
+            raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it", code="no-checkpoint")
         if self.results.exists():
             raise StateError(
                 f"{self.path} holds a comparison, and this command takes one run, of lorasc-fx train. "
                 f"lorasc-fx compare {self.config} prints its tables",
-                code="not-a-run",
+                code="no-checkpoint",
             )
         if checkpoint and not self.saved:
             raise StateError(
@@ -125,12 +125,14 @@ class RunFolder:
             raise StateError(
                 f"{self.path} already holds a run: --resume goes on with it, --overwrite deletes it and starts again, "
                 "--output FOLDER starts another",
-                code="run-exists",
+                code="path-in-the-way",
             )
         if self.started:
             self._check_same(config)
         elif resume and not self.config.exists():
-            raise StateError(f"{self.path} holds no run to resume; leave --resume out to start one", code="not-a-run")
+            raise StateError(
+                f"{self.path} holds no run to resume; leave --resume out to start one", code="no-checkpoint"
+            )
 
     def begin(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         """Check the folder (see `check`), and write the configuration and the environment into it."""
@@ -216,7 +218,7 @@ class RunFolder:
             raise StateError(
                 f"{self.path} does not say its classes: it is no run of lorasc-fx train, or one by an older version, "
                 "which has to be made again",
-                code="not-a-run",
+                code="no-checkpoint",
             )
         return tuple(classes)
 
@@ -255,7 +257,7 @@ class RunFolder:
                     raise StateError(
                         f"{self.path} holds a run with {section}.{key} = {was!r}, and this one has {value!r}; "
                         "resume with the same, --overwrite it, or give --output FOLDER to start another",
-                        code="run-differs",
+                        code="spec-differs",
                     )
 
 
@@ -280,7 +282,7 @@ def check_output(path: Path, *, folder: bool) -> None:
             pass
     except OSError as fault:
         raise SpecError(
-            f"{path} cannot be written: {present}: {fault.strerror}; give another path", code="not-writable"
+            f"{path} cannot be written: {present}: {fault.strerror}; give another path", code="write-failed"
         ) from fault
 
 
@@ -325,7 +327,7 @@ def _check(path: Path, number: int, record: Any, keys: Sequence[str]) -> None:
 
 def _damaged(path: Path, number: int, what: str) -> StateError:
     return StateError(
-        f"{path}: line {number} {what}; the file is damaged: restore it, or train anew", code="damaged-file"
+        f"{path}: line {number} {what}; the file is damaged: restore it, or train anew", code="invalid-checkpoint"
     )
 
 

@@ -47,7 +47,7 @@ RARE = 2
 class Diverged(StateError):
     """The loss is not finite."""
 
-    code = "loss-not-finite"
+    code = "non-finite"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def check_device(device: str) -> None:
         reason = str(fault).partition(". ")[0].splitlines()[0]
     if reason:
         raise SpecError(
-            f"train.device is {device!r}: {reason}; this machine has {', '.join(known)}", code="unknown-device"
+            f"train.device is {device!r}: {reason}; this machine has {', '.join(known)}", code="unknown-name"
         )
 
 
@@ -323,7 +323,7 @@ def _check_logits(logits: Tensor, examples: Examples) -> None:
     if logits.dim() != 2 or logits.shape[1] < needed:
         raise SpecError(
             f"the model returns logits {list(logits.shape)}; [batch, classes] is needed, with {needed} classes",
-            code="wrong-model-output",
+            code="wrong-function-result",
         )
 
 

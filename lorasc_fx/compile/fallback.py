@@ -185,8 +185,7 @@ def make_fallback(
         if left:
             raise CaptureError(
                 f"{type(fallback.model).__name__}: {left[0]} is used where neither a graph nor the module shows it, "
-                f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))",
-                code="hidden-weight-use",
+                f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))"
             )
 
     def attach(run: Growable) -> None:
@@ -242,8 +241,7 @@ def settle(fallback: GraphBreakFallback, growing: Growing, args: Any, kwargs: Ma
     raise CaptureError(
         f"{type(fallback.model).__name__}: {named(wrong)} would not get the gradients that the eager model gives; the "
         f"first module that differs is {first}. The model's Python computes with weights where no module shows it: "
-        "exclude these, or adapt a part of the model",
-        code="wrong-gradient",
+        "exclude these, or adapt a part of the model"
     )
 
 
@@ -398,8 +396,7 @@ class Comparison:
         raise CaptureError(
             f"the backward pass of {name} raises {one_line(fault)}, because parameters without a branch are frozen: it "
             "asks for the gradients of all parameters of a region (its own gradient checkpointing). Switch that off, "
-            "use torch.utils.checkpoint, or train these parameters in full (train=...)",
-            code="wrong-gradient",
+            "use torch.utils.checkpoint, or train these parameters in full (train=...)"
         ) from fault
 
     @property
@@ -456,8 +453,7 @@ class Comparison:
             raise CaptureError(
                 f"{type(self.model).__name__} does not repeat its output under one seed (does its forward seed a "
                 "generator by the clock, or by Generator.seed()?), so what its Python does with its weights cannot be "
-                "checked; make it repeat itself, for example by dropouts of 0",
-                code="model-not-repeatable",
+                "checked; make it repeat itself, for example by dropouts of 0"
             )
 
     def _run(self, values: Mapping[str, torch.Tensor] | None, backward: bool = False) -> list[torch.Tensor]:

@@ -141,7 +141,7 @@ class Variants:
                 warn(
                     f"{name} has changed {OFTEN} times between calls, and each new value costs a capture, since a "
                     "graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument",
-                    "changing-constant",
+                    "too-many-variants",
                 )
         return False
 
@@ -170,7 +170,7 @@ class Variants:
         raise StateError(
             "torch.fx traces a whole graph, and there is none for this mode and these settings yet: "
             "call the cascade once in this mode (a model with graph breaks has none)",
-            code="no-graph",
+            code="not-available",
         )
 
     def add(self, call: Call, variant: Variant, training: bool) -> None:
@@ -233,7 +233,7 @@ def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         StateError: a tracer that is not dynamo makes the call.
     """
     if torch.compiler.is_compiling():
-        raise StateError(_NOT_CAPTURED, code="no-graph")
+        raise StateError(_NOT_CAPTURED, code="not-available")
     return cascade.forward(*args, **kwargs)
 
 

@@ -57,9 +57,7 @@ def pt2(
     """
     out = path_of(path)
     if out.suffix != ".pt2":
-        raise SpecError(
-            f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it", code="wrong-file-ending"
-        )
+        raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
     exported = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
     with replacing(out) as new:
         torch.export.save(exported, new)
@@ -101,7 +99,7 @@ def onnx(
     """
     out = path_of(path)
     if out.suffix != ".onnx":
-        raise SpecError(f"export.onnx: {out} does not end with .onnx", code="wrong-file-ending")
+        raise SpecError(f"export.onnx: {out} does not end with .onnx")
     require("onnx", "onnx", "onnxscript")
     exported, least = _program(cascade, args, kwargs, folded, which, "export.onnx")
     try:
@@ -115,7 +113,7 @@ def onnx(
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise CaptureError(
             f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there",
-            code="export-refused",
+            code="not-exportable",
         ) from fault
     assert onnx_program is not None
     if least:
@@ -185,7 +183,7 @@ def _program(
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise CaptureError(
                 f"{call}: torch.export does not take this graph: {reason[0]}; change the model there",
-                code="export-refused",
+                code="not-exportable",
             ) from fault
     if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
         least = least_sizes(exported.module(), module, bound, named)

@@ -84,7 +84,7 @@ class GraphEditor:
         if branches is None:
             raise PassError(
                 f"the graph module has a child {BRANCHES!r} of its own; rename it, branches are kept there",
-                code="name-taken",
+                code="not-a-model",
             )
         return branches
 

@@ -479,9 +479,9 @@ def _check(form: RegisteredForm) -> None:
     if not isinstance(form.name, str) or not form.name:
         raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
     if any(form.name == row.name for row in FORMS):
-        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="form-exists")
+        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="invalid-form")
     if registered_named(form.name) is not None:
-        raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="form-exists")
+        raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="invalid-form")
     kinds = KINDS if isinstance(form, WeightForm) else BESIDE
     if form.kind not in kinds:
         raise SpecError(
@@ -499,7 +499,7 @@ def _check_module(form: ModuleForm) -> None:
         if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
             raise SpecError(
                 f"{form.name}: {form.module.__name__} computes as {row.name} does, which is built in",
-                code="form-exists",
+                code="invalid-form",
             )
 
 
@@ -520,17 +520,17 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
         if taken is not None or other is not None:
             rows = ((taken, "built in"), (other, "registered"))
             row = next(f"{row.name}, which is {how}" for row, how in rows if row is not None)
-            raise SpecError(f"{form.name}: {_shown(target)} is a form already: {row}", code="form-exists")
+            raise SpecError(f"{form.name}: {_shown(target)} is a form already: {row}", code="invalid-form")
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
             raise SpecError(
-                f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="form-exists"
+                f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="invalid-form"
             )
         schema = getattr(target, "_schema", None)
         arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
             raise SpecError(
                 f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}",
-                code="signature-differs",
+                code="invalid-form",
             )
 
 

@@ -402,7 +402,7 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
             raise PassError(
                 f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has. "
                 f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
-                code="layout-differs",
+                code="branch-not-placeable",
             )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))

@@ -59,7 +59,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             raise StateError(
                 f"CascadeCallback: {type(pl_module).__name__} does not hold the cascade that the callback was given; "
                 "make it an attribute of the LightningModule, or fit lorasc_fx.integrations.lightning.as_module",
-                code="other-model",
+                code="trainer-not-supported",
             )
         run, optimizer = self.cascade._run, self._optimizer(trainer)
         run.begin_loop(optimizer, "CascadeCallback")

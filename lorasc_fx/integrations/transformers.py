@@ -212,12 +212,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             raise StateError(
                 "CascadeCallback: the Trainer was made without it, and has read off the cascade what it needs; "
                 "give it as Trainer(callbacks=[...])",
-                code="callback-added-late",
+                code="trainer-not-supported",
             )
         if self.epochs is not None and not has_length(about["train_dataloader"]):
             raise SpecError(
                 f"CascadeCallback: epochs is {self.epochs}, and the data have no length; give steps=...",
-                code="no-length",
+                code="invalid-data",
             )
         if self.plateau is not None and args.eval_strategy == "no":
             raise SpecError(
@@ -254,7 +254,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             raise SpecError(
                 f"CascadeCallback: plateau looks at {name}, and the evaluation gives {', '.join(sorted(metrics))}; "
                 "give the Trainer one eval_dataset, with labels",
-                code="metric-missing",
+                code="trainer-not-supported",
             )
         self._over = self.plateau.over(metrics[name]) or self._over
         self._store_plateau(state)
@@ -304,13 +304,13 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             if getattr(args, name, None):
                 raise SpecError(
                     f"CascadeCallback: {name} is {getattr(args, name)!r}, and the weights are sharded; {advice}",
-                    code="trainer-option-not-supported",
+                    code="trainer-not-supported",
                 )
         if run.slow.group is not None and run.slow.group.size != args.world_size:
             raise StateError(
                 f"CascadeCallback: the cascade is sharded over other ranks than the {args.world_size} processes of "
                 "the Trainer, which gives each of them data of its own: shard it over all of them",
-                code="invalid-mesh",
+                code="invalid-value",
             )
         if trainer.optimizer is not None and not self._sharded:
             raise SpecError(
@@ -553,7 +553,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             raise StateError(
                 f"CascadeCallback: the Trainer's model is {type(model).__name__}, and not the cascade that the "
                 "callback was given; give both the same (and no model_init)",
-                code="other-model",
+                code="trainer-not-supported",
             )
 
     def _check_arguments(self, args: Any) -> None:
@@ -562,19 +562,19 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 f"CascadeCallback: the Trainer would copy the cascade to {args.n_gpu} devices at each step "
                 "(DataParallel), and no copy has graphs; start one process a device by torchrun, or show one device "
                 "only",
-                code="data-parallel",
+                code="wrapper-not-supported",
             )
         if args.deepspeed:
             raise SpecError(
                 f"CascadeCallback: deepspeed is {args.deepspeed!r}; it would cut the cascade's parameters behind "
                 "its transitions. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel, and "
                 "with fsdp=True it shards the cascade",
-                code="trainer-option-not-supported",
+                code="trainer-not-supported",
             )
         if args.fsdp and args.fsdp_plugin_args is None:
             raise SpecError(
                 f"CascadeCallback: fsdp_config is {args.fsdp_config!r}, which is of XLA; leave out xla",
-                code="trainer-option-not-supported",
+                code="trainer-not-supported",
             )
         if args.fsdp:
             _check_plugin(FullyShardedDataParallelPlugin(**args.fsdp_plugin_args))
@@ -585,7 +585,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 raise SpecError(
                     f"CascadeCallback: {name} is {getattr(args, name)!r}; it changes the model behind the graphs that "
                     "were captured of it. Leave it out",
-                    code="trainer-option-not-supported",
+                    code="trainer-not-supported",
                 )
 
     def _check_schedule(self, args: Any) -> None:
@@ -717,7 +717,7 @@ def _check_plugin(plugin: Any) -> None:
         if value != followed:
             raise SpecError(
                 f"CascadeCallback: {name} of fsdp_config is {value!r}: {why}. Give {followed!r}",
-                code="trainer-option-not-supported",
+                code="trainer-not-supported",
             )
 
 
@@ -772,5 +772,6 @@ def _calling_trainer() -> tuple[Any, dict[str, Any]]:
     if trainer is not None:
         return trainer, arguments
     raise StateError(
-        "CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only", code="no-trainer"
+        "CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only",
+        code="trainer-not-supported",
     )

@@ -140,7 +140,7 @@ def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
         raise StateError(
             f"forward: in this call one operation reads weights of {names}, which FSDP gathers at different times: "
             "call the cascade once so before shard",
-            code="variant-after-sharding",
+            code="sharded",
         )
     return segmented(graph, units)
 
@@ -193,10 +193,10 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError(
             "shard: no process group is there; start the processes by torchrun and call "
             "torch.distributed.init_process_group first",
-            code="no-process-group",
+            code="not-sharded",
         )
     if run.slow.group is not None:
-        raise StateError("shard: this cascade is sharded already", code="already-sharded")
+        raise StateError("shard: this cascade is sharded already", code="sharded")
     if (
         mesh is not None
         and mesh.ndim > 1
@@ -205,12 +205,13 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError(
             f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks; give one axis, mesh['name'], or two over "
             "all ranks in their order, of replicas and of shards",
-            code="invalid-mesh",
+            code="invalid-value",
         )
     variants = cascade._graphs.variants.all
     if not variants:
         raise StateError(
-            "shard: there is no graph yet, or none since the cascade was moved; call it once before", code="no-graph"
+            "shard: there is no graph yet, or none since the cascade was moved; call it once before",
+            code="not-available",
         )
     graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
     if len(graphs) < len(variants):
@@ -344,7 +345,7 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
             raise StateError(
                 f"shard: with ranks by stage FSDP cuts lora_A by its inputs, and the {branch.lora_A.shape[inputs]} of "
                 f"{branch.weight_name} do not divide by {parts} ranks; exclude it, or give one rank for all stages",
-                code="not-divisible",
+                code="not-shardable",
             )
         if branch.lora_A.shape[inputs] % parts == 0:
             axes[id(branch.lora_A)] = inputs

@@ -238,7 +238,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         other = sorted(file.name for file in folder.glob("adapter_model.*"))
         hint = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
         hint = hint or "; give the folder of an adapter that peft has saved"
-        raise CheckpointError(f"{path}: is not there{hint}", code="file-not-found")
+        raise CheckpointError(f"{path}: is not there{hint}", code="unreadable-file")
     try:
         with safe_open(path, framework="pt") as handle:
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
@@ -333,9 +333,7 @@ class _Reader:
         width = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
         factors = target.layout.from_peft(lora_a.to(width), lora_b.to(width), weight.shape)
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
-            raise CheckpointError(
-                f"{self.path}: the factors of {target.path} hold inf or nan", code="non-finite-tensor"
-            )
+            raise CheckpointError(f"{self.path}: the factors of {target.path} hold inf or nan", code="non-finite")
         factors = Factors(factors.b * scale, factors.a)
         if magnitude is None:
             return Pair(target, rank, alpha, Expert(factors.b, factors.a))
@@ -351,7 +349,7 @@ class _Reader:
         if not torch.isfinite(row_scale).all():
             raise CheckpointError(
                 f"{self.path}: DoRA's magnitudes of {target.path} hold inf or nan, or stand beside a row of zeros",
-                code="non-finite-tensor",
+                code="non-finite",
             )
         return row_scale
 
@@ -361,7 +359,7 @@ class _Reader:
         if not torch.equal(value.to(weight.device, weight.dtype), weight):
             raise CheckpointError(
                 f"{self.path}: {key!r} is not what the model holds; the adapter is of another base",
-                code="checkpoint-other-base",
+                code="base-differs",
             )
 
     def _unknown(self, key: str) -> CheckpointError:
@@ -449,7 +447,7 @@ class _Reader:
                 if lacking is not None:
                     raise CheckpointError(
                         f"{self.path}: has no {lacking}, which modules_to_save says was trained",
-                        code="adapter-incomplete",
+                        code="invalid-adapter",
                     )
 
 

@@ -123,7 +123,7 @@ def peft(
     if not change.pairs and not change.refused:
         if not (change.trained and run.plan.sites):
             raise StateError(
-                "export.peft: no site has trained, and an adapter without a change is none", code="nothing-trained"
+                "export.peft: no site has trained, and an adapter without a change is none", code="not-available"
             )
         first = run.plan.sites[0].weight  # peft knows no adapter that only saves modules whole
         change.pairs[first] = nothing(run.slow.states[first])

@@ -70,9 +70,9 @@ def draw_graphs(
     """
     path = path_of(file)
     if path.suffix != ".svg":
-        raise SpecError(f"draw: {path} is no .svg file; SVG is what is drawn", code="wrong-file-ending")
+        raise SpecError(f"draw: {path} is no .svg file; SVG is what is drawn")
     if not path.parent.is_dir():
-        raise SpecError(f"draw: there is no folder {path.parent}", code="file-not-found")
+        raise SpecError(f"draw: there is no folder {path.parent}", code="unreadable-file")
     if not is_integer(radius, 0):
         raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
     chosen = chosen_sites(plan, sites)

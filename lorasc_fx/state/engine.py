@@ -99,8 +99,7 @@ class DrawnNoise(StageNoise):
         if not math.isfinite(top):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
-                f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0",
-                code="noise-out-of-range",
+                f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
             )
         if state.initial is not None:
             state.write(exact, "fast", dtype, state.taken_out)
@@ -111,8 +110,7 @@ class DrawnNoise(StageNoise):
         if top > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
-                f"Give less, or exclude it (exclude=({state.name!r},))",
-                code="noise-out-of-range",
+                f"Give less, or exclude it (exclude=({state.name!r},))"
             )
 
     def kept(self, state: WeightState, spec: CascadeSpec, stage: int) -> tuple[KeptNoise, ...]:
@@ -253,7 +251,7 @@ def end_stage(
         if fault:
             warn(
                 f"the branch of {state.name} {fault} at the end of stage {stage}: it was left out. {_LOWER}",
-                "branch-left-out",
+                "non-finite-left-out",
             )
             left_out.add(state.name)
     if after is None:
@@ -302,7 +300,7 @@ def factors_out_of(
         raise SpecError(
             f"start is {spec.start!r}, and {branch.weight_name} holds inf or nan, which has no decomposition. "
             f"Exclude it (exclude=({branch.weight_name!r},)), or give start='lora'",
-            code="non-finite-weight",
+            code="non-finite",
         )
     out, columns = branch.lora_B.shape[-2], branch.lora_A.shape[-1]
     stack = tuple(branch.lora_B.shape[:-2])

@@ -327,7 +327,7 @@ def _left_out(name: str, broken: bool, plan: Plan) -> bool:
             f"{fault}; nothing was folded. Lower the learning rate or clip gradients, or set on_nonfinite='skip' to go "
             "on from what the stage started from"
         )
-    warn(f"{fault}: it goes on from what the stage started from", "parameter-left-out")
+    warn(f"{fault}: it goes on from what the stage started from", "non-finite-left-out")
     return True
 
 

@@ -84,7 +84,7 @@ def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
     return kind(
         f"{path}: is a link, a folder, a pipe or a device, and lorasc-fx writes a plain file of this name; nothing was "
         "written. Delete it, or give another place",
-        code="not-a-file",
+        code="unreadable-file",
     )
 
 

@@ -348,16 +348,16 @@ def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path
     with torch.no_grad():
         other[2].weight[0, 0] += 1
     foreign = lx.adapt(other, call(), spec=spec())
-    refuse(lx.CheckpointError, ("checkpoint-other-base", "run 2", "2.weight"), [first, foreign])
+    refuse(lx.CheckpointError, ("base-differs", "run 2", "2.weight"), [first, foreign])
     shorter = lx.adapt(nn.Sequential(*copy.deepcopy(base())[:3]), call(), spec=spec())
-    refuse(lx.CheckpointError, ("checkpoint-other-base", "3.weight", "3.bias"), [shorter, first])
+    refuse(lx.CheckpointError, ("base-differs", "3.weight", "3.bias"), [shorter, first])
     noisy = lx.adapt(base(), call(), spec=spec(noise=lx.Noise(0.1, where="all", keep=True)))
     randomize(noisy)
     refuse(lx.SpecError, ("sites-differ", "run 2", "3.weight"), [first, noisy])
     broken = run(spec(), [1]).cascade
     with torch.no_grad():
         broken.branches["0/weight"].lora_B[0, 0] = math.nan
-    refuse(lx.NonFiniteBranch, ("non-finite-branch", "0.weight"), [first, broken])
+    refuse(lx.NonFiniteBranch, ("non-finite", "0.weight"), [first, broken])
     first.release()
     with raises(lx.StateError, "released"):
         lx.merge([first], model, call())

@@ -275,7 +275,7 @@ class Elsewhere(nn.Module):
 def test_a_write_that_nobody_sees_is_told(thread: bool) -> None:
     model = Elsewhere(thread)
     for _ in range(2):  # it is told each time
-        with raises(lx.CaptureError, "unseen-write", "first.weight"):
+        with raises(lx.CaptureError, "not-captured", "first.weight"):
             lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
 
 

@@ -304,7 +304,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], tu
     "missing": (
         mlp,
         lambda: {"2__weight": None},
-        ("base-tensor-missing", "2.weight", "3.weight", "0.weight"),
+        ("base-differs", "2.weight", "3.weight", "0.weight"),
     ),
     "shape": (
         mlp,
@@ -362,20 +362,20 @@ def named(folder: str) -> nn.Module:
             mlp,
             "file",
             lx.SpecError,
-            ("no-base-file", "Sequential"),
+            ("no-base", "Sequential"),
         ),
         (
             lambda: named("org/model"),
             "file",
             lx.SpecError,
-            ("no-base-file", "Sequential", "org/model"),
+            ("no-base", "Sequential", "org/model"),
         ),
         (mlp, 3, lx.SpecError, ("invalid-value", "base", "3")),
         (
             mlp,
             "nowhere",
             lx.CheckpointError,
-            ("no-base-file", "nowhere"),
+            ("no-base", "nowhere"),
         ),
     ],
 )
@@ -465,7 +465,7 @@ def test_a_file_that_is_written_to_is_noticed(tmp_path: Path) -> None:
             file.seek(-4, os.SEEK_END)
             file.write(bytes(4 + size))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        with unchanged(cascade, optimizer), raises(lx.StateError, "base-file-changed", "transition", path):
+        with unchanged(cascade, optimizer), raises(lx.StateError, "weights-changed-outside", "transition", path):
             cascade.transition(optimizer)
 
 
@@ -476,7 +476,7 @@ def test_a_file_that_is_written_to_is_noticed_when_noise_is_drawn_anew(tmp_path:
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
     step(cascade, optimizer)
     path.write_bytes(path.read_bytes()[:-4] + bytes(4))
-    with raises(lx.StateError, "base-file-changed", "noise.redraw", path):
+    with raises(lx.StateError, "weights-changed-outside", "noise.redraw", path):
         step(cascade, optimizer)
         cascade.transition(optimizer)
 

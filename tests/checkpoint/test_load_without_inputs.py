@@ -87,7 +87,7 @@ def test_what_needs_a_graph_says_so_until_the_first_call(tmp_path: Path) -> None
         lambda: lx.export.pt2(cascade, tmp_path / "graph.pt2"),
     ]
     for call in calls:
-        with unchanged(cascade), raises(lx.StateError, "no-graph"):
+        with unchanged(cascade), raises(lx.StateError, "not-available"):
             call()
     graph = cascade.eval().folded_graph((X,))
     assert torch.equal(graph(X), trained.eval().folded_graph((X,))(X))

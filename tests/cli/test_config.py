@@ -125,7 +125,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
-    with raises(SpecError, "invalid-toml", "run.toml", "2"):
+    with raises(SpecError, "unreadable-file", "run.toml", "2"):
         load_config(written(tmp_path, "[train]\nlr = = 1\n"))
 
 

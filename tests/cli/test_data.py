@@ -165,7 +165,7 @@ def test_own_data(own: types.ModuleType) -> None:
 )
 def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: str) -> None:
     own.odd = lambda: found  # type: ignore[attr-defined]  # a module is open
-    with raises(SpecError, "invalid-data-function", "python:own_data:odd", reason):
+    with raises(SpecError, "wrong-function-result", "python:own_data:odd", reason):
         load_data(DataConfig(name="python:own_data:odd"), None)
 
 
@@ -177,10 +177,10 @@ def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: 
         (
             replace(SMALL, train=5000),
             None,
-            ("too-few-examples", "digits", "1797"),
+            ("invalid-data", "digits", "1797"),
         ),
-        (replace(SMALL, name="python:experiments.data:imdb"), None, ("wrong-modality", "imdb")),
-        (SMALL, letters, ("wrong-modality", DIGITS)),
+        (replace(SMALL, name="python:experiments.data:imdb"), None, ("invalid-data", "imdb")),
+        (SMALL, letters, ("invalid-data", DIGITS)),
         (replace(SMALL, shifts=("nose",)), None, ("unknown-name", "nose")),
         (replace(SMALL, name="docs.csv"), letters, ("unknown-name", "did you mean 'csv:docs.csv'")),
         (replace(SMALL, name="docs.jsonl"), letters, ("unknown-name", "'json:docs.jsonl'")),
@@ -209,21 +209,21 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"txt,label\na,0\n", ("unknown-name", ":1", "text", "nearest: 'txt'", "txt, label")),
-        (b"text,label\na,0\nb\n", ("empty-cell", ":3", "label")),
-        (b"text,label\na,0\n,1\n", ("empty-cell", ":3", "text")),
-        (b'text,label\na,0\n"b"c,1\n', ("invalid-csv", ":3")),
-        (b"text,label\na,0\n\xff,1\n", ("not-utf8", ":3")),
+        (b"text,label\na,0\nb\n", ("invalid-data", ":3", "label")),
+        (b"text,label\na,0\n,1\n", ("invalid-data", ":3", "text")),
+        (b'text,label\na,0\n"b"c,1\n', ("invalid-data", ":3")),
+        (b"text,label\na,0\n\xff,1\n", ("unreadable-file", ":3")),
         (b"", ("unknown-name", ":1", "text", "no columns")),
-        (b"text,label\na,0\nb, or c,1\n", ("invalid-csv", ":3", "3 cells", "2 (text, label)", "quotes")),
+        (b"text,label\na,0\nb, or c,1\n", ("invalid-data", ":3", "3 cells", "2 (text, label)", "quotes")),
         (b"text,label,id\na,0,7\nb, or c,8\n", ("invalid-value", ":3", "' or c'", "label", "blanks")),
         (b"text,label\na,0\nb,1 \n", ("invalid-value", ":3", "'1 '", "blanks")),
-        (b"text,label\na,0\n \t,1\n", ("empty-cell", ":3", "text")),
-        (b"text,label\na,0\n\nb,1\n", ("empty-cell", ":3", "blank")),
-        (b'text,label\na,0\n"b,1\nc,0\nd,1\n', ("invalid-csv", ":3", "quote")),
-        (b'text,label\na,0\n"b,1\n"c",0\nd,1\n', ("invalid-csv", ":3", "quote")),
-        (b"text\tlabel\na\t0\n", ("invalid-csv", ":1", "tabs", "commas", ".tsv")),
-        (b"text;label\na;0\n", ("invalid-csv", ":1", "semicolons", "commas")),
-        (b"text,text,label\na,b,0\n", ("invalid-csv", ":1", "text")),
+        (b"text,label\na,0\n \t,1\n", ("invalid-data", ":3", "text")),
+        (b"text,label\na,0\n\nb,1\n", ("invalid-data", ":3", "blank")),
+        (b'text,label\na,0\n"b,1\nc,0\nd,1\n', ("invalid-data", ":3", "quote")),
+        (b'text,label\na,0\n"b,1\n"c",0\nd,1\n', ("invalid-data", ":3", "quote")),
+        (b"text\tlabel\na\t0\n", ("invalid-data", ":1", "tabs", "commas", ".tsv")),
+        (b"text;label\na;0\n", ("invalid-data", ":1", "semicolons", "commas")),
+        (b"text,text,label\na,b,0\n", ("invalid-data", ":1", "text")),
     ],
 )
 def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: tuple[str, ...]) -> None:
@@ -243,8 +243,8 @@ def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("a" * 40, ("too-few-classes", "csv:a.csv", "'a'")),
-        ("b" + "a" * 39, ("too-few-classes", "16 training examples", "'a'")),
+        ("a" * 40, ("invalid-data", "csv:a.csv", "'a'")),
+        ("b" + "a" * 39, ("invalid-data", "16 training examples", "'a'")),
     ],
 )
 def test_one_class_alone(
@@ -262,7 +262,7 @@ def test_one_class_alone(
     [
         ([f"{number / 7:.3f}" for number in range(30)] * 2, ("invalid-value", "0.143", "30 different", "egression")),
         ([f"{number / 7:.3f}" for number in range(9)], ("invalid-value", "9 examples", "data.label_column")),
-        ([f"row {number}" for number in range(60)], ("too-few-examples", "60 examples", "row 0", "label_column")),
+        ([f"row {number}" for number in range(60)], ("invalid-data", "60 examples", "row 0", "label_column")),
         ([f"{number % 9 / 2 + 1}" for number in range(60)], None),  # half stars
         ([f"{number % 3}.0" for number in range(12)], None),  # whole numbers, as pandas writes them beside empty cells
         (["1.5", "2.0"] * 5, None),
@@ -304,7 +304,7 @@ def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 def test_an_empty_csv(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n")
-    with raises(SpecError, "too-few-examples"):
+    with raises(SpecError, "invalid-data"):
         load_data(DataConfig(name=f"csv:{tmp_path / 'a.csv'}"), letters)
 
 
@@ -370,8 +370,8 @@ def test_images_that_datasets_reads(tmp_path: Path, kind: str) -> None:
     [
         ({"text_column": "txt"}, ("unknown-name", "txt", "nearest: 'text'", "text, label")),
         ({"name": "parquet:absent.parquet"}, ("unreadable-file", "parquet:absent.parquet")),
-        ({"train": 50}, ("too-few-examples", "40")),
-        ({"validation": 0.01}, ("too-few-examples", "data.validation", "0.01")),
+        ({"train": 50}, ("invalid-data", "40")),
+        ({"validation": 0.01}, ("invalid-data", "data.validation", "0.01")),
     ],
 )
 def test_what_is_wrong_with_a_table(tmp_path: Path, change: dict[str, Any], expected: tuple[str, ...]) -> None:
@@ -388,7 +388,7 @@ def test_a_damaged_table(tmp_path: Path) -> None:
         with raises(SpecError, "unreadable-file", file):
             load_data(DataConfig(name=f"{kind}:{tmp_path / file}"), letters)
     name = table(tmp_path, "json", text=["a", None, "b"], label=[0, 1, 0])
-    with raises(SpecError, "empty-cell", "row 2", "text"):
+    with raises(SpecError, "invalid-data", "row 2", "text"):
         load_data(DataConfig(name=name), letters)
 
 
@@ -398,7 +398,7 @@ def test_an_unknown_class_of_a_table(tmp_path: Path) -> None:
 
     written = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]})
     written.cast_column("label", datasets.ClassLabel(names=["sad", "glad"])).to_parquet(tmp_path / "a.parquet")
-    with raises(SpecError, "empty-cell", "row 3", "label"):
+    with raises(SpecError, "invalid-data", "row 3", "label"):
         load_data(DataConfig(name=f"parquet:{tmp_path / 'a.parquet'}"), letters)
 
 
@@ -430,7 +430,7 @@ def test_a_folder_as_the_hub_has_it(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card + "data/test-*\n---\nSee https://example.org\n")
     assert len(load_data(replace(config, name=name), letters).train) == 3  # the one split that the card names
     (tmp_path / "README.md").write_text(card + "https://example.org/a.parquet\n---\n")
-    with raises(SpecError, "data-not-local", "README.md"):
+    with raises(SpecError, "invalid-data", "README.md"):
         load_data(replace(config, name=name), letters)
 
 
@@ -438,7 +438,7 @@ def test_no_file_of_the_network_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"text": "a", "label": 1}\n')
     (tmp_path / ".huggingface.yaml").write_text("configs:\n- config_name: a\n  data_files: hf://datasets/a/b.json\n")
     for name in ("json:https://example.org/a.json", "csv:s3://a/b.csv", f"folder:{tmp_path}"):
-        with raises(SpecError, "data-not-local", name.partition(":")[2][:8]):
+        with raises(SpecError, "invalid-data", name.partition(":")[2][:8]):
             load_data(DataConfig(name=name), letters)
 
 
@@ -530,7 +530,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "cat"])
 def test_an_empty_image_folder(tmp_path: Path, content: str) -> None:
     (tmp_path / content).mkdir(exist_ok=True)
-    with raises(SpecError, "invalid-image-folder"):
+    with raises(SpecError, "invalid-data"):
         load_data(DataConfig(name=f"imagefolder:{tmp_path}"))
-    with raises(SpecError, "invalid-image-folder"):
+    with raises(SpecError, "invalid-data"):
         load_data(DataConfig(name=f"imagefolder:{tmp_path / 'absent'}"))

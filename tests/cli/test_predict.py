@@ -52,7 +52,7 @@ def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest
     assert [float(row[2]) for row in found] == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
     assert main(["predict", "runs/tiny", names[0]]) == 0
     assert rows(capsys.readouterr().out) == found[:1]
-    with raises(lx.SpecError, "base-not-named", "runs/tiny", "python:tiny_model:build", "manual_seed(0)"):
+    with raises(lx.SpecError, "no-base", "runs/tiny", "python:tiny_model:build", "manual_seed(0)"):
         load("runs/tiny")
     torch.manual_seed(0)  # as the message says
     cascade = load("runs/tiny", tiny_model())

@@ -31,7 +31,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     folder.begin(Config(), resume=False)
     folder.begin(Config(output="other"), resume=False)  # nothing was done yet
     folder.log(step=1)
-    with raises(StateError, "run-exists"):
+    with raises(StateError, "path-in-the-way"):
         folder.begin(Config(), resume=False)
     folder.begin(Config(output="elsewhere"), resume=True)
 
@@ -42,12 +42,12 @@ def test_a_run_is_not_resumed_with_another_configuration(tmp_path: Path) -> None
     folder.begin(config, resume=False)
     folder.log(step=1)
     other = replace(config, spec=replace(config.spec, rank=5))
-    with raises(StateError, "run-differs", "spec.rank", "4", "5"):
+    with raises(StateError, "spec-differs", "spec.rank", "4", "5"):
         folder.begin(other, resume=True)
 
 
 def test_there_is_something_to_resume(tmp_path: Path) -> None:
-    with raises(StateError, "not-a-run"):
+    with raises(StateError, "no-checkpoint"):
         RunFolder(tmp_path / "absent").begin(Config(), resume=True)
     assert not (tmp_path / "absent").exists()
 

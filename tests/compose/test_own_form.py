@@ -194,7 +194,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
     [
         ("linear", ("invalid-value", "form")),
         (replace(SKEWED, name=""), ("invalid-value",)),
-        (replace(SKEWED, name="aten.mm"), ("form-exists", "aten.mm")),
+        (replace(SKEWED, name="aten.mm"), ("invalid-form", "aten.mm")),
         (
             replace(SKEWED, kind="lineer"),
             ("unknown-name", "kind", "my.skewed", "lineer"),
@@ -210,7 +210,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
         ),
         (
             replace(SKEWED, parameters=("kernel", "x")),
-            ("signature-differs", "parameters", "my.skewed", "kernel"),
+            ("invalid-form", "parameters", "my.skewed", "kernel"),
         ),
         (
             replace(SKEWED, targets=()),
@@ -218,23 +218,23 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
         ),
         (
             FunctionForm("my.mm", "linear", (torch.ops.aten.mm.default,), ("self", "mat2"), 2, "mat2", "self"),
-            ("form-exists", "mm.default", "my.mm", "aten.mm"),
+            ("invalid-form", "mm.default", "my.mm", "aten.mm"),
         ),
         (
             FunctionForm("my.matmul", "linear", (torch.matmul,), ("input", "weight"), 2),
-            ("form-exists", "matmul", "my.matmul", "torch.matmul"),
+            ("invalid-form", "matmul", "my.matmul", "torch.matmul"),
         ),
         (
             WeightForm("my.bmm", "linear", (torch.ops.aten.bmm.default,), ("self", "mat2"), "mat2"),
-            ("form-exists", "bmm.default", "my.bmm"),
+            ("invalid-form", "bmm.default", "my.bmm"),
         ),
         (
             WeightForm("my.einsum", "linear", ("einsum",), ("x", "weight")),
-            ("form-exists", "einsum", "my.einsum"),
+            ("invalid-form", "einsum", "my.einsum"),
         ),
         (
             ModuleForm("my.Linear", "linear", nn.Linear),
-            ("form-exists", "my.Linear", "Linear", "nn.Linear"),
+            ("invalid-form", "my.Linear", "Linear", "nn.Linear"),
         ),
     ],
 )
@@ -246,9 +246,9 @@ def test_what_cannot_be_registered(form: Any, message: tuple[str, ...]) -> None:
 
 def test_a_name_and_a_target_are_registered_once() -> None:
     with register_form(SKEWED):
-        with raises(lx.SpecError, "form-exists", "my.skewed"):
+        with raises(lx.SpecError, "invalid-form", "my.skewed"):
             register_form(SKEWED)
-        with raises(lx.SpecError, "form-exists", "other", "skewed.default", "my.skewed"):
+        with raises(lx.SpecError, "invalid-form", "other", "skewed.default", "my.skewed"):
             register_form(replace(SKEWED, name="other"))
     assert not REGISTERED
 

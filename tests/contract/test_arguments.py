@@ -71,7 +71,7 @@ def test_w0_from_files_and_other_inputs(run: Any, tmp_path: Path) -> None:
     for other in (merged, taken):
         with pytest.raises(lx.StateError) as caught:
             other.release()
-        assert caught.value.code == "base-file-changed"
+        assert caught.value.code == "weights-changed-outside"
 
 
 @pytest.mark.parametrize("which", ["slow", "averaged"])

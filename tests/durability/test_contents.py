@@ -306,7 +306,7 @@ def test_from_any_step_on(workers: int) -> None:
             partial(shuffled_batches, DATA, 3, share=(0, 2)),
             ("invalid-value", "0", "2", "3"),
         ),
-        (partial(shuffled_batches, DATA, 12), ("too-few-examples", "11", "12")),
+        (partial(shuffled_batches, DATA, 12), ("invalid-data", "11", "12")),
         (
             partial(shuffled_batches, DATA, 3, shuffle=True),
             ("conflicting-options",),

@@ -30,7 +30,7 @@ X = inputs(4, 5, seed=3)
 def test_a_cascade_is_not_pickled(tmp_path: Path) -> None:
     cascade, _ = adapted()
     for act in (pickle.dumps, ForkingPickler.dumps, lambda each: torch.save(each, tmp_path / "cascade.pt")):
-        with unchanged(cascade), raises(lx.StateError, "pickled", "lorasc_fx.save", "release"):
+        with unchanged(cascade), raises(lx.StateError, "not-serializable", "lorasc_fx.save", "release"):
             act(cascade)
     copied = copy.deepcopy(cascade)
     torch.testing.assert_close(copied(X), cascade(X), rtol=0, atol=0)
@@ -334,7 +334,7 @@ def test_what_is_trained_in_full_counts_as_training_on() -> None:
 
 def test_resume_of_a_cascade_that_was_not_loaded() -> None:
     cascade, optimizer = adapted()
-    with unchanged(cascade, optimizer), raises(lx.StateError, "not-loaded"):
+    with unchanged(cascade, optimizer), raises(lx.StateError, "not-available"):
         cascade.resume(optimizer)
 
 
@@ -361,11 +361,11 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
         cascade.release,
     )
     for call in calls:
-        with unchanged(cascade, optimizer), raises(lx.NonFiniteBranch, "non-finite-branch", "2.weight", "2"):
+        with unchanged(cascade, optimizer), raises(lx.NonFiniteBranch, "non-finite", "2.weight", "2"):
             call()
     stages = cascade.stages(1, optimizer)
     next(stages)
-    with unchanged(cascade, optimizer), raises(lx.NonFiniteBranch, "non-finite-branch", "2.weight", "2"):
+    with unchanged(cascade, optimizer), raises(lx.NonFiniteBranch, "non-finite", "2.weight", "2"):
         next(stages)
     with cascade.weights("slow"):  # the last good slow weights are still to be had
         assert all(bool(value.isfinite().all()) for value in cascade.model.state_dict().values())
@@ -583,5 +583,5 @@ def test_deepspeeds_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(engine(inputs(2, 5)), cascade(inputs(2, 5)))
     model = mlp()
     model[0].weight.ds_id = 0
-    with raises(lx.StateError, "already-sharded", "0.weight", "parallel.fsdp.shard"):
+    with raises(lx.StateError, "sharded", "0.weight", "parallel.fsdp.shard"):
         lx.adapt(model, args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")

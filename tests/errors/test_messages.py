@@ -43,7 +43,7 @@ def test_a_result_of_a_cell_that_is_damaged(tmp_path: Path) -> None:
     cell = Run("lora", 0, 0.1)
     path = tmp_path / f"{cell.name}.json"
     path.write_text('{"method": "lo', encoding="utf-8")
-    with raises(lx.CheckpointError, "damaged-file", path, "Unterminated string"):
+    with raises(lx.CheckpointError, "invalid-checkpoint", path, "Unterminated string"):
         Result.read(tmp_path, cell)
 
 
@@ -53,7 +53,7 @@ def test_a_shift_of_other_classes(tmp_path: Path) -> None:
         (tmp_path / f"{name}.csv").write_text("text,label\n" + rows, encoding="utf-8")
     one, two = f"csv:{tmp_path}/one.csv", f"csv:{tmp_path}/two.csv"
     config = replace(DataConfig(), name=one, shifts=(two,), train=6, validation=1, test=2, shift_test=2)
-    with raises(lx.SpecError, "classes-differ", two, one):
+    with raises(lx.SpecError, "invalid-data", two, one):
         load_data(config, lambda texts: [[1] for _ in texts])  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ class Turned(nn.Module):
 def test_a_weight_in_another_layout() -> None:
     cascade = lx.adapt(Turned().train(), (inputs(4, 5),), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
     cascade.eval()
-    with unchanged(cascade), raises(lx.PassError, "layout-differs", "layer.weight"):
+    with unchanged(cascade), raises(lx.PassError, "branch-not-placeable", "layer.weight"):
         cascade(inputs(4, 5))
 
 
@@ -100,7 +100,7 @@ def test_a_weight_in_another_layout() -> None:
         (
             lambda each: each["plan"]["spec"].update(targets=["0.wieght"]),
             "",
-            ("plan-mismatch", "targets", "0.wieght", "0.weight"),
+            ("sites-differ", "targets", "0.wieght", "0.weight"),
         ),
     ],
 )
@@ -126,5 +126,5 @@ def test_a_manifest_that_was_forged(
 def test_a_weight_that_nothing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is known that hides a weight so well: the check is told that it saw one."""
     monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ["0.weight"])
-    with raises(lx.CaptureError, "hidden-weight-use", "Sequential", "0.weight"):
+    with raises(lx.CaptureError, "not-captured", "Sequential", "0.weight"):
         lx.adapt(mlp(), (inputs(2, 5),), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")

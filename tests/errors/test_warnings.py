@@ -131,7 +131,7 @@ OUT: dict[str, Callable[[lx.Cascade, Path], Any]] = {
 def test_training_without_stages(call: str, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     cascade, optimizer = adapted(spec)
     step(cascade, optimizer)
-    with warns("pace-below-one", call, "stage 1", "0.5") if spec.pace == 0.5 else silent():
+    with warns("running-stage-folded", call, "stage 1", "0.5") if spec.pace == 0.5 else silent():
         OUT[call](cascade, tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_what_the_warning_says_is_so() -> None:
         step(cascade, optimizer)
     branch = branches_of(cascade)["0.weight"]
     delta = (branch.lora_B @ branch.lora_A).detach() * branch.scale
-    with warns("pace-below-one", "release"):
+    with warns("running-stage-folded", "release"):
         cascade.release()
     torch.testing.assert_close(model[0].weight.detach(), before + 0.5 * delta)
 

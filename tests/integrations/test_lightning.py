@@ -120,7 +120,7 @@ def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) ->
     average = getattr(lightning.pytorch.callbacks, kind)(*([1e-2] if kind.startswith("Stochastic") else []))
     trainer = trainer_of(module, tmp_path)
     trainer.callbacks.append(average)
-    with raises(lx.StateError, "cascade-averaged", "cascade.model"):
+    with raises(lx.StateError, "wrapper-not-supported", "cascade.model"):
         trainer.fit(module, data(8), data(8))
     assert trainer.global_step == 0
 
@@ -128,7 +128,7 @@ def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) ->
 def test_what_is_refused(tmp_path: Path) -> None:
     module, other = held(), held()
     trainer = trainer_of(other, tmp_path)
-    with raises(lx.StateError, "other-model", "Module"):
+    with raises(lx.StateError, "trainer-not-supported", "Module"):
         trainer.fit(module, data(8), data(8))
     module.configure_optimizers = lambda: torch.optim.SGD(module.cascade.model.parameters(), lr=0.1)
     with raises(lx.StateError, "optimizer-lacks-parameters"):
@@ -140,7 +140,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     rates = Module()
     rates.net = lx.adapt(rates.net, (X, LABELS), spec=lx.CascadeSpec(rank=2, lr_ratio=4.0))
     callback = lx.integrations.lightning.CascadeCallback(rates.net)
-    with raises(lx.SpecError, "learning-rate-ignored", "0.02"):
+    with raises(lx.SpecError, "optimizer-differs", "0.02"):
         lightning.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu").fit(
             rates, data(8)
         )

@@ -333,7 +333,7 @@ def preferred(rank: int, count: int, port: int, folder: str) -> dict[str, Tensor
         more = {"top_k": 1, "max_steps": 2} if name == "grpo" else more  # the samples are those of the largest logits
         if count > 1 and name == "sft":
             other = test_trl.adapted(test_trl.NOISY)
-            with raises(lx.SpecError, "trainer-option-not-supported", "gradient_checkpointing=False"):
+            with raises(lx.SpecError, "trainer-not-supported", "gradient_checkpointing=False"):
                 make(other, Path(folder), CascadeCallback(other), **how, gradient_checkpointing=True)
         trainer = make(cascade, Path(folder), callback, **how, **more)
         assert all(hasattr(each, "to_local") for each in cascade.parameters()) == (count > 1)
@@ -431,7 +431,7 @@ def test_a_loop_with_accelerate(name: str, tmp_path: Path) -> None:
 def refused(rank: int, count: int, port: int, folder: str) -> None:
     """What neither the Trainer nor accelerate can do on shards: one error each, before anything is changed."""
     as_torchrun(rank, count, port)
-    option = "trainer-option-not-supported"
+    option = "trainer-not-supported"
     data = rows(16, torch.float64)
 
     def make(cascade: lx.Cascade, *, optimizer: Any = None, **more: Any) -> Trainer:

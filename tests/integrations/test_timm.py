@@ -82,7 +82,7 @@ def test_factors_of_a_weight_without_decay_have_none() -> None:
 
 def test_rates_that_the_spec_asks_for_are_not_dropped() -> None:
     cascade = adapted(lr_ratio=4.0)
-    with raises(lx.SpecError, "learning-rate-ignored", "0.01", "param_group_fn"):
+    with raises(lx.SpecError, "optimizer-differs", "0.01", "param_group_fn"):
         cascade.stages(2, create_optimizer_v2(cascade, "adamw", lr=1e-2))
     optimizer = create_optimizer_v2(cascade, "adamw", lr=1e-2, param_group_fn=lambda each: each.param_groups(lr=1e-2))
     cascade.stages(2, optimizer)

@@ -75,5 +75,5 @@ def test_images_of_a_batch_go_through_the_cascade_and_an_average_is_refused() ->
     found = {name for name, branch in branches_of(cascade).items() if branch.lora_B.grad.any()}
     assert found == reached & branches_of(cascade).keys()
     assert len(found) > 50
-    with raises(lx.StateError, "cascade-averaged", 'weights("slow")'):
+    with raises(lx.StateError, "wrapper-not-supported", 'weights("slow")'):
         ModelEMA(cascade)

@@ -190,7 +190,7 @@ def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
         "export.peft": lambda: lx.export.peft(cascade, tmp_path / "a", which="averaged"),
     }
     for call, run in calls.items():
-        with unchanged(cascade, optimizer), raises(lx.StateError, "no-average", call):
+        with unchanged(cascade, optimizer), raises(lx.StateError, "not-available", call):
             run()
     assert not list(tmp_path.iterdir())
     with raises(lx.StateError, "unknown-name", "averaged"):

@@ -316,5 +316,5 @@ def test_a_plan_whose_rank_is_not_that_of_its_stage() -> None:
     cascade, _ = adapted()
     assert lx.Plan.from_json(cascade.plan.to_json()) == cascade.plan
     wrong = cascade.plan.to_json().replace('"stage": 1', '"stage": 2')
-    with raises(lx.CheckpointError, "invalid-plan", "ValueError", "2"):
+    with raises(lx.CheckpointError, "invalid-checkpoint", "ValueError", "2"):
         lx.Plan.from_json(wrong)

@@ -118,9 +118,9 @@ def test_what_raises_leaves_the_statistics_as_they_were() -> None:
         cascade.recalibrate(broken())
     with unchanged(cascade), cascade.weights("slow"), pytest.raises(KeyError, match="the loader"):
         cascade.recalibrate(broken())
-    with unchanged(cascade), raises(lx.StateError, "no-batches"):
+    with unchanged(cascade), raises(lx.StateError, "invalid-data"):
         cascade.recalibrate([])
-    with unchanged(cascade), cascade.weights("slow"), raises(lx.StateError, "no-batches"):
+    with unchanged(cascade), cascade.weights("slow"), raises(lx.StateError, "invalid-data"):
         cascade.recalibrate([])
     assert not cascade.model.training
 
@@ -128,7 +128,7 @@ def test_what_raises_leaves_the_statistics_as_they_were() -> None:
 def test_a_model_without_batch_norm() -> None:
     x = batches(1, 4, 5)[0]
     cascade = lx.adapt(mlp(), (x,), spec=lx.CascadeSpec(rank=2))
-    with raises(lx.StateError, "no-batch-norm"):
+    with raises(lx.StateError, "not-available"):
         cascade.recalibrate([x])
     cascade.release()
     with raises(lx.StateError, "released"):

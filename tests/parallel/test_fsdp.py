@@ -341,7 +341,7 @@ class Later(nn.Module):
 def test_a_late_call_that_adapts_another_weight_is_refused() -> None:
     cascade = fsdp.shard(small({}, Later().eval()))
     cascade.train()
-    with raises(lx.StateError, "variant-after-sharding", "second.weight"):
+    with raises(lx.StateError, "sharded", "second.weight"):
         cascade(torch.randn(2, 5))
 
 
@@ -359,7 +359,7 @@ def test_what_shard_refuses(case: str) -> None:
 
 def test_what_is_said_without_a_group() -> None:
     cascade = small({})
-    with raises(lx.StateError, "no-process-group"):
+    with raises(lx.StateError, "not-sharded"):
         fsdp.shard(cascade)
     with raises(lx.StateError, "not-sharded", "cascade.folded_state_dict()"):
         fsdp.folded_state_dict(cascade)
@@ -371,7 +371,7 @@ def test_axes_that_ranks_do_not_divide() -> None:
     try:
         cascade = small({"ranks": [2, 3]})
         before = dict(cascade.named_parameters())
-        with raises(lx.StateError, "not-divisible", "ranks", "5", "0.weight"):
+        with raises(lx.StateError, "not-shardable", "ranks", "5", "0.weight"):
             fsdp.shard(cascade)
         assert all(each is before[name] for name, each in cascade.named_parameters())
     finally:
@@ -384,7 +384,7 @@ def test_one_process_holds_all_rows(tmp_path: Path) -> None:
     model, base = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     cascade = small({"train": ["1.bias"]}, model)
-    with raises(lx.StateError, "invalid-mesh", "3"):
+    with raises(lx.StateError, "invalid-value", "3"):
         fsdp.shard(cascade, init_device_mesh("cpu", (1, 1, 1)))
     cascade(x).sum().backward()
     with raises(lx.StateError, "gradients-pending"):
@@ -466,7 +466,7 @@ def test_shards_get_their_numbers(two: tuple[nn.Module, Path], tmp_path: Path) -
     )
     assert one["base"] == two["base"]
     assert one["plan"] == two["plan"]
-    with raises(lx.StateError, "already-materialized"):
+    with raises(lx.StateError, "not-available"):
         lx.materialize(there, path)
 
 
@@ -476,12 +476,12 @@ def test_shards_stay_on_the_meta_device_where_files_do_not_fit(two: tuple[nn.Mod
     cascade, other = fsdp.shard(meta({})), tmp_path / "other.safetensors"
     before = dict(cascade.named_parameters())
     save_file({**model.state_dict(), "1.weight": torch.ones(3, 8)}, other)
-    with raises(lx.CheckpointError, "weights-do-not-fit", other, "1.weight", "[3, 8]", "[3, 7]"):
+    with raises(lx.CheckpointError, "base-differs", other, "1.weight", "[3, 8]", "[3, 7]"):
         lx.materialize(cascade, other)
     with raises(lx.SpecError, "invalid-value", "cuda"):
         lx.materialize(cascade, path, device="cuda")
     save_file({**model.state_dict(), "0.weight": torch.full((7, 5), torch.inf)}, other)
-    with raises(lx.SpecError, "noise-out-of-range", "0.weight"):  # when all parameters have got their numbers
+    with raises(lx.SpecError, "invalid-value", "0.weight"):  # when all parameters have got their numbers
         lx.materialize(cascade, other)
     assert all(each is before[name] and each.is_meta for name, each in cascade.named_parameters())
     lx.materialize(cascade, path)
@@ -525,14 +525,14 @@ def test_a_run_is_loaded_onto_the_meta_device(
         bare = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     loaded = lx.load(tmp_path / "run", bare, *args)
     if is_sharded and not with_inputs:
-        with raises(lx.StateError, "no-graph"):
+        with raises(lx.StateError, "not-available"):
             fsdp.shard(loaded)
         return
     if is_sharded:
         fsdp.shard(loaded)
     with raises(lx.StateError, "meta-model"):
         loaded(x)
-    with raises(lx.CheckpointError, "checkpoint-other-base", "0.bias"):
+    with raises(lx.CheckpointError, "base-differs", "0.bias"):
         lx.materialize(loaded, other)
     lx.materialize(loaded, path)
     resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
@@ -570,7 +570,11 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
     written = {"good": state, "damaged": changed, "other": {"weight": torch.ones(2)}}
     for name, tensors in written.items():
         checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(folders[name], save_distributed=True))
-    for name, code in (("damaged", "digest-mismatch"), ("other", "not-a-state-dict"), ("empty", "unreadable-file")):
+    for name, code in (
+        ("damaged", "invalid-checkpoint"),
+        ("other", "invalid-checkpoint"),
+        ("empty", "unreadable-file"),
+    ):
         with raises(lx.CheckpointError, code, folders[name]):
             dcp.load(HuggingFaceStorageReader(folders[name]), base(), (x,))
     loaded = dcp.load(HuggingFaceStorageReader(folders["good"]), base(), (x,))

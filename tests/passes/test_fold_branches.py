@@ -178,7 +178,7 @@ def test_a_branch_that_is_not_finite_is_one_error(value: float, through: str) ->
     with torch.no_grad():
         branches_of(inserted)["0.2.weight"].lora_B[1, 2] = value
     photograph = Photograph(inserted, case)
-    with raises(NonFiniteBranch, "non-finite-branch", "0.2.weight", "stage 1", "on_nonfinite='skip'"):
+    with raises(NonFiniteBranch, "non-finite", "0.2.weight", "stage 1", "on_nonfinite='skip'"):
         (FoldBranches() if through == "alone" else Pipeline([FoldBranches(), InsertBranches()]))(inserted)
     photograph.assert_unchanged()
 
@@ -190,7 +190,7 @@ def test_a_branch_that_is_not_finite_is_left_out_if_asked() -> None:
     delta = deltas(inserted)
     with torch.no_grad():
         branches_of(inserted)["0.2.weight"].lora_A[1, 2] = float("inf")
-    with warns("branch-left-out", "0.2.weight", "1"):
+    with warns("non-finite-left-out", "0.2.weight", "1"):
         folded = weights_of(FoldBranches()(inserted).graph_module)
     for name, value in weights_of(original).items():
         if name in delta and name != "0.2.weight":

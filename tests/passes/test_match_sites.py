@@ -334,7 +334,7 @@ def test_a_plan_says_how_wide_a_branch_is_not_where_it_stands() -> None:
 @pytest.mark.parametrize("case", ADAPTABLE[:3], ids=str)
 def test_another_spec_over_branches_is_an_error(case: Case) -> None:
     inserted = insert(case.own(), case.spec)
-    with raises(SpecError, "planned-otherwise"):
+    with raises(SpecError, "spec-differs"):
         MatchSites(CascadeSpec(rank=1))(inserted)
 
 

@@ -172,7 +172,7 @@ def test_a_live_graph_is_the_runtimes() -> None:
     case = BY_NAME["module_linear"]
     inserted = insert(case.live(), case.spec)
     photograph = Photograph(inserted, case)
-    with raises(PassError, "live-model", "stage-transition", "cascade.transition(optimizer)"):
+    with raises(PassError, "requirement-not-met", "stage-transition", "cascade.transition(optimizer)"):
         StageTransition()(inserted)
     photograph.assert_unchanged()
 
@@ -183,7 +183,7 @@ def test_a_branch_that_is_not_finite_is_one_error() -> None:
     with torch.no_grad():
         branches_of(inserted)["2.weight"].lora_A[0, 0] = float("nan")
     photograph = Photograph(inserted, case)
-    with raises(NonFiniteBranch, "non-finite-branch", "2.weight", "stage 1", "on_nonfinite='skip'"):
+    with raises(NonFiniteBranch, "non-finite", "2.weight", "stage 1", "on_nonfinite='skip'"):
         Pipeline([StageTransition()])(inserted)
     photograph.assert_unchanged()
 
@@ -193,7 +193,7 @@ def test_a_branch_that_is_not_finite_is_left_out_and_starts_anew_if_asked() -> N
     inserted = fill(insert(case.own(), replace(case.spec, on_nonfinite="skip")))
     with torch.no_grad():
         branches_of(inserted)["2.weight"].lora_B[0, 0] = float("nan")
-    with warns("branch-left-out", "2.weight", "1"):
+    with warns("non-finite-left-out", "2.weight", "1"):
         after = StageTransition()(inserted).graph_module
     assert same_bits(weights_of(after)["2.weight"], case.model.get_parameter("2.weight"))
     assert all(branch.finite() for branch in branches_of(after).values())

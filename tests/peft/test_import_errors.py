@@ -77,7 +77,7 @@ def refused(folder: Path, expected: tuple[str, ...]) -> None:
         ({"alpha_pattern": [1]}, ("invalid-adapter", "alpha_pattern", "[1]")),
         ({"modules_to_save": "norm"}, ("invalid-adapter", "modules_to_save", "norm")),
         ({"modules_to_save": ["norm", "haed"]}, ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
-        ({"modules_to_save": ["norm", "head"]}, ("adapter-incomplete", "head.0.weight")),
+        ({"modules_to_save": ["norm", "head"]}, ("invalid-adapter", "head.0.weight")),
     ],
 )
 def test_configurations(config: dict[str, Any], expected: tuple[str, ...], source: Path, tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ A, B = "up.lora_A.weight", "up.lora_B.weight"
         ),
         (
             lambda tensors: tensors.update({P + "emb.weight": torch.ones(11, 6)}),
-            ("checkpoint-other-base", "base_model.model.emb.weight"),
+            ("base-differs", "base_model.model.emb.weight"),
         ),
-        (lambda tensors: tensors[P + A].fill_(float("nan")), ("non-finite-tensor", "up")),
+        (lambda tensors: tensors[P + A].fill_(float("nan")), ("non-finite", "up")),
         (
             lambda tensors: tensors.update({P + A: tensors[P + A].long()}),
             ("invalid-adapter", "torch.int64"),
@@ -151,10 +151,10 @@ def test_files(source: Path, tmp_path: Path) -> None:
     weights.rename(folder / "adapter_model.bin")
     refused(
         folder,
-        ("file-not-found", "adapter_model.safetensors", "adapter_model.bin"),
+        ("unreadable-file", "adapter_model.safetensors", "adapter_model.bin"),
     )
     (folder / "adapter_model.bin").unlink()
-    refused(folder, ("file-not-found", "adapter_model.safetensors"))
+    refused(folder, ("unreadable-file", "adapter_model.safetensors"))
     (folder / "adapter_config.json").write_text("[1]", encoding="utf-8")
     refused(folder, ("invalid-adapter", "adapter_config.json"))
     (folder / "adapter_config.json").write_text("{", encoding="utf-8")
@@ -163,7 +163,7 @@ def test_files(source: Path, tmp_path: Path) -> None:
     refused(folder, ("invalid-adapter", "adapter_config.json"))
     with (folder / "adapter_config.json").open("wb") as handle:
         handle.truncate((1 << 24) + 1)
-    refused(folder, ("file-too-large", "adapter_config.json", "16"))
+    refused(folder, ("invalid-checkpoint", "adapter_config.json", "16"))
 
 
 def test_a_grouped_convolution(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_arguments_that_cannot_be_meant(
 
 def test_moments_that_are_not_right(tmp_path: Path) -> None:
     cascade = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
-    with raises(lx.StateError, "nothing-trained"):
+    with raises(lx.StateError, "not-available"):
         lx.export.peft(cascade, tmp_path)
     randomize(cascade)
     with cascade.weights("slow"), raises(lx.StateError, "inside-weights", "export.peft", "slow"):

@@ -369,7 +369,7 @@ def test_what_has_no_decomposition_is_refused() -> None:
     with torch.no_grad():
         model[2].weight[1, 2] = float("inf")
     held = {name: value.clone() for name, value in model.state_dict().items()}
-    with raises(lx.SpecError, "non-finite-weight", "start", "pissa", "2.weight"):
+    with raises(lx.SpecError, "non-finite", "start", "pissa", "2.weight"):
         adapted(model, batches(1, 4, 5)[0], "pissa")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, held[name], rtol=0, atol=0)

@@ -188,7 +188,7 @@ def test_quantized_again_where_asked(width: str, caplog: pytest.LogCaptureFixtur
     kind = type(model.up.weight)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
     slow = train(cascade)
-    with raises(lx.StateError, "requantization-failed", "Linear"):
+    with raises(lx.StateError, "quantized-not-supported", "Linear"):
         cascade.release(quantized=lambda module: None)
     assert type(model.up.weight) is kind
     with caplog.at_level(logging.INFO, logger="lorasc_fx"):
@@ -259,7 +259,7 @@ def test_a_checkpoint_goes_on(width: str, tmp_path: Path) -> None:
     with torch.no_grad():
         other.up.bias.add_(1)
     other.up.weight = copy.deepcopy(net("int4" if width == "int8" else "int8").up.weight)
-    with raises(lx.CheckpointError, "checkpoint-other-base", "up"):
+    with raises(lx.CheckpointError, "base-differs", "up"):
         lx.load(tmp_path, other, (inputs(),))
 
 
@@ -298,7 +298,7 @@ def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_pa
     lx.save(cascade, tmp_path)
     again = lx.load(tmp_path, net(width), (inputs(),))
     assert torch.equal(again(inputs()), cascade(inputs()))
-    with raises(lx.StateError, "stage-not-kept", "up.weight"):
+    with raises(lx.StateError, "unknown-stage", "up.weight"):
         cascade.rewind(1, optimizer)
 
 
@@ -338,7 +338,7 @@ def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) ->
     before = {name: value.detach().clone() for name, value in full.state_dict().items()}
     save_file(before, tmp_path / "model.safetensors")
     spec = lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, start="loftq", exclude=("head",))
-    with raises(lx.SpecError, "no-base-file", "loftq", "up.weight"):
+    with raises(lx.SpecError, "no-base", "loftq", "up.weight"):
         lx.adapt(net(width), (inputs(),), spec=spec)
     model = net(width)
     quantized, start = numbers(model), numbers(model)

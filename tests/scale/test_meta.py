@@ -158,7 +158,7 @@ def still_on_meta(cascade: lx.Cascade) -> Iterator[None]:
 def test_files_of_another_model(tmp_path: Path) -> None:
     cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
     path = changed(tmp_path, up__weight=torch.ones(6, 10), down__bias=None, head__weight=torch.ones(2, 2))
-    with still_on_meta(cascade), raises(lx.CheckpointError, "weights-do-not-fit", path, "down.bias", "head.weight"):
+    with still_on_meta(cascade), raises(lx.CheckpointError, "base-differs", path, "down.bias", "head.weight"):
         lx.materialize(cascade, path)
     lx.materialize(cascade, changed(tmp_path))
     assert torch.isfinite(cascade(**MLP.kwargs)).all()
@@ -178,7 +178,7 @@ class Rotated(Mlp):
 def test_buffers_that_no_file_keeps(tmp_path: Path) -> None:
     case = Case(Rotated, {"x": X})
     path, cascade = case.files(tmp_path), lx.adapt(case.on_meta(), kwargs=case.kwargs, spec=SPEC)
-    with still_on_meta(cascade), raises(lx.CheckpointError, "weights-do-not-fit", path):
+    with still_on_meta(cascade), raises(lx.CheckpointError, "base-differs", path):
         lx.materialize(cascade, path)
     for name, value, said in (
         ("tabel", torch.ones(6), ("unknown-name", "tabel", "table")),
@@ -249,7 +249,7 @@ def test_devices(tmp_path: Path) -> None:
         with still_on_meta(cascade), raises(lx.SpecError, "invalid-value", "device", device):
             lx.materialize(cascade, path, device=device)
     lx.materialize(cascade, path, device="cpu")
-    with raises(lx.StateError, "already-materialized"):
+    with raises(lx.StateError, "not-available"):
         lx.materialize(cascade, path)
 
 
@@ -278,7 +278,7 @@ def test_models_that_need_their_numbers() -> None:
     assert str(raised.value).endswith(
         ", or give the model its weights before adapt: on the meta device nothing can look at values"
     )
-    with raises(lx.CaptureError, "meta-constant", "factor"):
+    with raises(lx.CaptureError, "meta-model", "factor"):
         lx.adapt(Case(Keeps, {}).on_meta(), args=(X,))
     with pytest.raises(lx.CaptureError) as raised:
         lx.adapt(MLP.on_meta(), args=(X,), frontend="graph-breaks")
