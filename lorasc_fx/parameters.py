@@ -107,7 +107,7 @@ def shallow(module: nn.Module) -> nn.Module:
 
 
 @isolated
-def substituted(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Let the model hold other tensors in place of these parameters and buffers.
 
     (torch.func.functional_call leaves its values behind in a module that a model holds under two names, and does not

@@ -397,7 +397,7 @@ _capturing = 0
 
 
 @isolated
-def as_opaque_products(undo: Block[Any]) -> None:
+def as_opaque_products(undo: Block) -> None:
     """Let tracers see the product of each `QuantizedLinear` as one op, into which they do not look."""
     global _capturing  # noqa: PLW0603 - dynamo guards it
     _capturing += 1

@@ -54,7 +54,8 @@ from lorasc_fx.peft.spec import spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.util.undo import PROCESS, AllOrNothing, Undo, no_inference_mode, run_postponed
+from lorasc_fx.util.finalizers import run_postponed
+from lorasc_fx.util.undo import PROCESS, AllOrNothing, Undo
 
 __all__ = ["adapt", "load"]
 
@@ -113,7 +114,7 @@ def adapt(
     meta = MetaModel(base, groups_of(opened)) if is_on_meta(opened) else None
     if meta is not None:
         check_attributes(opened)
-    with no_inference_mode(), AllOrNothing() as undo:
+    with torch.inference_mode(False), AllOrNothing() as undo:
         place_layers(opened, undo)
         weights = named_weights(opened)
         check_patterns(plan.spec, weights.matrices, weights.names)
@@ -184,7 +185,7 @@ def load_found(
     meta = MetaModel(base, groups_of(opened), checkpoint) if is_on_meta(opened) else None
     if meta is not None:
         check_attributes(opened)
-    with no_inference_mode(), AllOrNothing() as undo:
+    with torch.inference_mode(False), AllOrNothing() as undo:
         place_layers(opened, undo)
         source = open_base(base, opened) if meta is None else None
         joined = settle_ties(opened, checkpoint.plan.spec.untie, undo)
@@ -274,7 +275,7 @@ def _adapt(
         decided = compiler.decide(opened, plan)
     else:
         begun = time.monotonic()
-        with AllOrNothing(PROCESS), first_checksums(opened) as summed:
+        with PROCESS, first_checksums(opened) as summed:
             decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
         sites, seconds = len(made.plan.sites), time.monotonic() - begun
         log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)

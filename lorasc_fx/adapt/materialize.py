@@ -24,7 +24,7 @@ from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local_like
-from lorasc_fx.util.undo import AllOrNothing, Undo, no_inference_mode
+from lorasc_fx.util.undo import AllOrNothing, Undo
 
 
 def materialize(
@@ -86,7 +86,7 @@ def materialize(
         return torch.ones_like(leaf, device=target) if leaf.is_meta else leaf.to(target)
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
-    with no_inference_mode(), AllOrNothing() as undo:
+    with torch.inference_mode(False), AllOrNothing() as undo:
         undo(partial(_put_back, cascade, dict(vars(cascade))))
         if run.is_sharded:
             _into_shards(cascade, path, target, buffers or {}, undo)

@@ -24,7 +24,7 @@ from lorasc_fx.quantized import place_layers
 from lorasc_fx.state import Part
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.fingerprint import fingerprints
-from lorasc_fx.util.undo import AllOrNothing, no_inference_mode
+from lorasc_fx.util.undo import AllOrNothing
 
 
 def merge(
@@ -74,7 +74,7 @@ def merge(
         )
     opened = open_model(model)
     _check_new(opened)
-    with no_inference_mode(), AllOrNothing() as undo:
+    with torch.inference_mode(False), AllOrNothing() as undo:
         place_layers(opened, undo)
         source = open_base(base, opened)
         joined = settle_ties(opened, named_runs[0].plan.spec.untie, undo)

@@ -56,7 +56,6 @@ from lorasc_fx.signature import (
     signature_of,
     whole,
 )
-from lorasc_fx.util.undo import grad_mode, raise_of_handler
 
 __all__ = [
     "FRONTENDS",
@@ -192,10 +191,7 @@ def _captured(
             return replace(captured, refused=tuple(refused)), preflight
         except MemoryError:  # says nothing of the front end
             raise
-        except (
-            Exception
-        ) as fault:  # a tracer may raise anything; the reasons are in the error where none takes the model
-            raise_of_handler(fault)
+        except Exception as fault:  # a tracer may raise anything; the error has the reasons if none takes the model
             refused.append((name, one_line(fault)))
             log.info(
                 "%s not captured by %s, in %.2f s: %s",
@@ -227,7 +223,7 @@ def _checked(
     rewrites: Sequence[Rewrite],
 ) -> Captured:
     """Return a whole graph that does what the model does, captured in the gradient state of its calls."""
-    with isolated_model(model), requiring_grad(model, trained), grad_mode(preflight.grad is not False):
+    with isolated_model(model), requiring_grad(model, trained), torch.set_grad_enabled(preflight.grad is not False):
         captured = front_end(model, *copied(args, kwargs), wide)
         for rewrite in rewrites:
             captured = replace(captured, module=rewrite(captured.module).graph_module)

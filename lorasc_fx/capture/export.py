@@ -98,7 +98,7 @@ def _check_guards(guards: nn.Module | None, flat: list[Any]) -> None:
 
 
 @isolated
-def _buffer_hooks_kept(undo: Block[Any]) -> None:
+def _buffer_hooks_kept(undo: Block) -> None:
     """Remove the hook on all buffers of the process that torch 2.9 leaves where an export fails."""
     hooks = nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
@@ -112,7 +112,7 @@ def _buffer_hooks_kept(undo: Block[Any]) -> None:
 
 
 @isolated
-def _no_stack_traces(undo: Block[Any]) -> None:
+def _no_stack_traces(undo: Block) -> None:
     """Let torch look up no source line for each node: nothing here reads them, and it takes a sixth of an export."""
     if hasattr(config, "do_not_emit_stack_traces"):  # torch 2.9 has not
         undo(partial(setattr, config, "do_not_emit_stack_traces", config.do_not_emit_stack_traces))

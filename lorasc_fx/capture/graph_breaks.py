@@ -47,7 +47,7 @@ from lorasc_fx.graph import (
 from lorasc_fx.graph.forms import registered_form
 from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
-from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, isolated, raise_of_handler
+from lorasc_fx.util.undo import PROCESS, Block, isolated
 
 LIMIT = 64
 
@@ -97,8 +97,7 @@ class GraphBreakFallback:
                 _reset_codes_without_entries()
                 self._discovering = True
                 self(*inputs, **named)
-        except torch._dynamo.exc.TorchDynamoException as fault:  # a fault of dynamo's own, in a model that runs
-            raise_of_handler(fault)
+        except torch._dynamo.exc.TorchDynamoException:  # a fault of dynamo's own, in a model that runs
             self._subgraphs.clear()
             self.run_eager()
         finally:
@@ -286,7 +285,7 @@ def capture_fallback(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 @isolated
-def _weights_require_grad(undo: Block[Any], weights: Iterable[torch.Tensor]) -> None:
+def _weights_require_grad(undo: Block, weights: Iterable[torch.Tensor]) -> None:
     """Let matrices require gradients inside the block, as if each had a branch."""
     for weight in weights:
         if weight.dim() > 1 and weight.is_floating_point() and not (weight.requires_grad or is_quantized(weight)):
@@ -400,10 +399,10 @@ _quiet_dynamo = Shared(_no_graph_break_messages)
 
 
 @isolated
-def _dynamo_settings(undo: Block[Any]) -> None:
+def _dynamo_settings(undo: Block) -> None:
     """Let dynamo compile all that it comes to: otherwise it would go on without graphs, and so without branches."""
     if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_on_recompile"):
-        undo.enter(AllOrNothing(PROCESS))  # the stance of a capture in another thread goes; one of the user stays
+        undo.enter(PROCESS)  # the stance of a capture in another thread goes; one of the user stays
         undo.enter(torch.compiler.set_stance("default"))
     for shared in (own_warnings, _quiet_dynamo, no_fastpath):
         undo.enter(shared)

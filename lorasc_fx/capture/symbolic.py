@@ -89,7 +89,7 @@ class _Tracer(fx.Tracer):
 
 
 @isolated
-def _intercepted(undo: Block[Any], tracer: _Tracer, root: nn.Module) -> None:
+def _intercepted(undo: Block, tracer: _Tracer, root: nn.Module) -> None:
     """Route calls of the model's modules to `call_module`, by the attribute that nn.Module.__call__ tries first, and
     reads of its parameters to proxies.
     """
@@ -140,7 +140,7 @@ def _modes() -> tuple[Any, ...]:
 
 
 @isolated
-def _exchanged_functions(undo: Block[Any]) -> None:
+def _exchanged_functions(undo: Block) -> None:
     """Record functions registered by `torch.fx.wrap` as one call each. The caller is inside `quiet`, one at a time."""
     _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
 

@@ -30,7 +30,7 @@ from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.state import Which
 from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.undo import AllOrNothing, Commit
+from lorasc_fx.util.undo import AllOrNothing, commit
 
 
 @dataclass(frozen=True)
@@ -420,7 +420,7 @@ class Cascade(nn.Module):
                 quantized weights have trained and `quantized` does not say what to do.
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
-        with self._run.exclusive("release", ends_stage=True), Commit() as undo:
+        with self._run.exclusive("release", ends_stage=True), commit() as undo:
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run, self))
@@ -439,7 +439,7 @@ class Cascade(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
         graphs = self._graphs
-        with AllOrNothing(self._run.lock) as undo:
+        with self._run.lock, AllOrNothing() as undo:
             if (rounded_anew := folding.cast_weights(self._run, fn)) is None:
                 return self
             undo(partial(setattr, graphs, "example", graphs.example))

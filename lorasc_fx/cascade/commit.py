@@ -19,7 +19,7 @@ from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import dtensor_like, local
 from lorasc_fx.state import Scratch, SlowWeights, keep_base
 from lorasc_fx.util.fingerprint import checksums
-from lorasc_fx.util.undo import Undo, no_grad
+from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
 """Bytes that are kept free for putting weights back where memory is short: for what is small. A block of noise goes
@@ -83,7 +83,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
         exchange(run.model, lambda holder: dense.get(id(holder.value)), undo)
     undo(run.restorer())
     undo(_values_restorer(run, planned))
-    with no_grad():
+    with torch.no_grad():
         for weight, values in planned.factors.items():
             branches[weight].to_rank(planned.plan.by_weight[weight])
             for name, factor in branches[weight].named_parameters():
@@ -209,7 +209,7 @@ def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
             parameter.grad = gradient
         for branch, scale in scales:
             branch.scale = scale
-        with no_grad():
+        with torch.no_grad():
             for tensor, value in tensors:
                 tensor.copy_(value)
 

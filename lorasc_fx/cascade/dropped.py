@@ -17,7 +17,8 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.errors import warn
 from lorasc_fx.quantized import give_layers_back, is_quantized
-from lorasc_fx.util.undo import Undo, when_idle
+from lorasc_fx.util.finalizers import when_idle
+from lorasc_fx.util.undo import Undo
 
 Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
 """Places in modules, each with the parameter that was there before it became a tie."""
@@ -51,7 +52,7 @@ class DropGuard:
     dropped.
 
     Only the cascade and its shallow copies hold it. The finalizer may run in any thread, inside any allocation, and
-    waits for no lock. Inside a backward or a trace it is postponed (`undo.when_idle`). It may also run late, by the
+    waits for no lock. Inside a backward or a trace it is postponed (`util.finalizers`). It may also run late, by the
     garbage collector. It leaves alone what the user has changed since: weights with other values, other flags, and the
     mode of modules. If the model is garbage too, nothing is done: nobody can mistake it for the trained one.
 

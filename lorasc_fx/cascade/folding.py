@@ -26,7 +26,7 @@ from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
 from lorasc_fx.shards import local
 from lorasc_fx.state import SlowWeights, Which, arithmetic
-from lorasc_fx.util.undo import Block, Commit, Undo, isolated, no_grad, no_inference_mode
+from lorasc_fx.util.undo import Block, Undo, commit, isolated
 
 Value = TypeVar("Value")
 
@@ -35,9 +35,7 @@ _VERSIONS = itertools.count(1 << 24)
 
 
 @isolated
-def placed(
-    undo: Block[Any], run: Run, which: str | Mapping[str, float] | None, stage: int | None, value: Value
-) -> Value:
+def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
     """Put other weights in place; see `Cascade.weights`. Returns `value`, which is what `with ... as` gets."""
     run.check_alive("weights")
     if stage is not None and which is not None:
@@ -46,7 +44,7 @@ def placed(
     if stage is None and not added:
         check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
     # DTensors cannot be read or written in inference mode
-    with no_inference_mode(), run.exclusive("weights", sharded=not added):
+    with torch.inference_mode(False), run.exclusive("weights", sharded=not added):
         parameters = run.parameters_by_name()
         live = trained_now(run, parameters)
         weights = added_weights(run, which, f"weights({which!r})")
@@ -157,7 +155,7 @@ def _put_back(
         run.commit(planned)
         run.unplace()
 
-    with no_inference_mode(), Commit(run.lock) as undo:
+    with torch.inference_mode(False), run.lock, commit() as undo:
         undo(put_back)
         changed = run.changed(run.placed_checksums)
         put_back()
@@ -434,5 +432,5 @@ def _by_its_own_method(module: nn.Module, kind: str, weight: nn.Parameter, undo:
         )
     assert isinstance(module, QuantizedLinear)
     undo(partial(module.hold, module.layer))
-    with no_grad():
+    with torch.no_grad():
         module.hold(row.requantize(module.layer, weight.detach()))

@@ -20,7 +20,7 @@ from lorasc_fx.branch import Decided
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.compile import Axis, Call, Compiler, Made, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
-from lorasc_fx.util.undo import PROCESS, AllOrNothing, Commit, Undo, grad_mode, no_inference_mode
+from lorasc_fx.util.undo import PROCESS, Undo, commit
 
 log = logging.getLogger("lorasc_fx")
 
@@ -100,7 +100,7 @@ class Graphs:
 
     def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
-        with AllOrNothing(PROCESS), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
+        with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):  # tracers work on the whole process
             while (variant := self.variants.find(call) or self._make(call)) is None:
                 pass
             return variant
@@ -134,7 +134,7 @@ class Graphs:
             made = replace(made, variant=self._split(made.variant))
         number, sizes, seconds = len(self.variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
-        with Commit(run.lock) as undo:
+        with run.lock, commit() as undo:
             if run.plan is not plan:
                 return None
             undo(self.variants.restorer())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Expert, Part, SlowWeights
+from lorasc_fx.util.finalizers import run_postponed
 from lorasc_fx.util.fingerprint import checksums
-from lorasc_fx.util.undo import Block, Commit, Undo, run_postponed
+from lorasc_fx.util.undo import Undo, commit
 
 log = logging.getLogger("lorasc_fx")
 
@@ -57,7 +58,7 @@ class Run(RunBase):
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
         """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
         if undo is None:
-            with Commit(self.lock) as block:
+            with self.lock, commit() as block:
                 self.grow(decided, block)
             return
         undo(self.restorer())
@@ -172,7 +173,7 @@ class Run(RunBase):
         if undo is not None:
             write_planned(self, planned, undo)
             return
-        with Commit(self.lock) as block:
+        with self.lock, commit() as block:
             write_planned(self, planned, block)
 
     def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
@@ -189,7 +190,7 @@ class Run(RunBase):
         if self.inside_weights:  # the new noise comes with the way back
             self.plan = after
             return
-        with Commit(self.lock) as undo:
+        with self.lock, commit() as undo:
             if self.base_file is not None:
                 self.base_file.check("noise.redraw")
             self.check_weights("noise.redraw")
@@ -295,9 +296,12 @@ class Run(RunBase):
                 code="meta-model",
             )
 
-    def exclusive(self, call: str, **allowed: bool) -> Block[None]:
+    @contextmanager
+    def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
         """Hold the lock for the time of a `with`, in which weights may change; arguments and errors: `check_ready`."""
-        return _Exclusive(self, partial(self.check_ready, call, **allowed))
+        with self.lock:
+            self.check_ready(call, **allowed)
+            yield
 
     def check_ready(
         self,
@@ -366,12 +370,3 @@ class Run(RunBase):
 def _has_hooks(parameter: nn.Parameter) -> bool:
     """Whether the user has put hooks on the gradient of a parameter."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-
-
-class _Exclusive(Block[None]):
-    def __init__(self, run: Run, check: Callable[[], None]) -> None:
-        super().__init__(run.lock)
-        self._check = check
-
-    def _begin(self) -> None:
-        self._check()

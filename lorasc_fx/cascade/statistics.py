@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasc_fx.errors import StateError
-from lorasc_fx.util.undo import AllOrNothing, Block, isolated, no_grad
+from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -53,7 +54,7 @@ def estimate(
             buffer.copy_(value)
 
     count = 0
-    with no_grad(), running, _averaging(cascade, norms), AllOrNothing() as undo:
+    with torch.no_grad(), running, _averaging(cascade, norms), AllOrNothing() as undo:
         undo(restore)
         for norm in norms:
             norm.reset_running_stats()
@@ -67,7 +68,7 @@ def estimate(
 
 
 @isolated
-def _averaging(undo: Block[Any], cascade: Any, norms: list[_BatchNorm]) -> None:
+def _averaging(undo: Block, cascade: Any, norms: list[_BatchNorm]) -> None:
     """Let the norms take the mean over all batches, in train mode."""
     undo(partial(setattr, cascade, "_eager", cascade._eager))
     cascade._eager = True  # on shards, too, the model itself runs

@@ -27,7 +27,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local, local_like
 from lorasc_fx.state import SlowWeights, Trained, WeightState
 from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.undo import Commit
+from lorasc_fx.util.undo import commit
 
 log = logging.getLogger("lorasc_fx")
 
@@ -135,7 +135,7 @@ def begin(
         optimizer=optimizer,
         states=state,
     )
-    with Commit() as undo:
+    with commit() as undo:
         run.commit(values, undo)
         if then is not None:
             then()

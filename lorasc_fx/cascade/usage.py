@@ -26,7 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.watches import Fresh, callers
 from lorasc_fx.errors import StateError, named, warn
-from lorasc_fx.util.undo import run_postponed
+from lorasc_fx.util.finalizers import run_postponed
 
 _HERE = __file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep

@@ -40,12 +40,12 @@ from lorasc_fx.quantized import is_quantized
 from lorasc_fx.signature import copied, whole
 from lorasc_fx.util.accelerator import generator_states, seed_generators, set_generator_states
 from lorasc_fx.util.fingerprint import checksums
-from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, isolated
+from lorasc_fx.util.undo import PROCESS, Block, isolated
 
 
 @isolated
 def isolation(
-    undo: Block[Any],
+    undo: Block,
     model: nn.Module,
     args: Any,
     kwargs: Mapping[str, Any],
@@ -78,7 +78,7 @@ def isolation(
 
 @isolated
 def call_recorder(
-    undo: Block[Any],
+    undo: Block,
     model: nn.Module,
     enters: Callable[[str, nn.Module, Any, Any], None],
     leaves: Callable[[str, nn.Module, Any], None],
@@ -109,8 +109,7 @@ class Shared:
     Each of them would otherwise restore what it found, which may be what another thread has set.
 
     Args:
-        change: returns a context manager that makes the change. It may be left in another thread than it was entered
-            in, so it must not be a `Block`, which restores the grad mode of its thread.
+        change: returns a context manager that makes the change. It may be exited in another thread.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -201,7 +200,7 @@ class _Muted:
 
 
 @isolated
-def _muted(undo: Block[Any], name: str) -> None:
+def _muted(undo: Block, name: str) -> None:
     """Drop what this thread writes to the standard stream of this name."""
     stream = getattr(sys, name)
     muted = _Muted(stream)
@@ -216,7 +215,7 @@ def _muted(undo: Block[Any], name: str) -> None:
 
 
 @isolated
-def _same_torch_stacks(undo: Block[Any]) -> None:
+def _same_torch_stacks(undo: Block) -> None:
     """Restore this thread's torch.func levels, modes, dispatch keys and autocast.
 
     A tracer that raises may leave entries behind.
@@ -250,13 +249,13 @@ def _same_torch_stacks(undo: Block[Any]) -> None:
 
 
 @isolated
-def quiet(undo: Block[Any], grad: bool = True) -> None:
+def quiet(undo: Block, grad: bool = True) -> None:
     """Restore random generators, and suppress the output and logs of tracers.
 
     Gradients are on, or off, as `grad` says, whatever the caller has. Blocks of other threads wait for this one.
     `torch.seed()` draws its seed from the generator, so that a model which calls it repeats itself.
     """
-    undo.enter(AllOrNothing(PROCESS))
+    undo.enter(PROCESS)
     numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
     undo(partial(random.setstate, random.getstate()))
     if numpy is not None:
@@ -268,8 +267,8 @@ def quiet(undo: Block[Any], grad: bool = True) -> None:
         undo.enter(shared)
     undo.enter(_muted("stdout"))  # an export that fails prints its graph; the reason is in the error
     undo.enter(_muted("stderr"))
+    undo.enter(torch.set_grad_enabled(grad))
     undo.enter(_same_torch_stacks())  # left first, since operations of the other steps would run inside what is left
-    torch._C._set_grad_enabled(grad)  # the block gives it back
 
 
 @_disable_dynamo  # it breaks the graph at torch.seed too
@@ -283,7 +282,7 @@ def _seed_from_generator(reseed: Callable[[], int], thread: int) -> int:
 
 
 @isolated
-def eager(undo: Block[Any]) -> None:
+def eager(undo: Block) -> None:
     """Run what `torch.compile` has compiled as it was written.
 
     Control flow operators (torch.cond, while_loop, scan) still compile their bodies. Otherwise the weights that a body
@@ -350,7 +349,7 @@ _SUMMED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 
 @isolated
-def first_checksums(undo: Block[Any], model: nn.Module) -> dict[str, int]:
+def first_checksums(undo: Block, model: nn.Module) -> dict[str, int]:
     """Return what gets the checksums of the parameters that a first run in this block has left as they were."""
     undo(partial(_SUMMED.pop, model, None))
     return _SUMMED.setdefault(model, {})
@@ -472,7 +471,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @isolated
-def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
+def same_attributes(undo: Block, model: nn.Module) -> Attributes:
     """Restore attributes at the end; yields them as they were."""
     attributes = Attributes.of(model)
     undo(attributes.restore)
@@ -573,7 +572,7 @@ def _for_good(step: Callable[[], object]) -> None:
 
 
 @isolated
-def same_values(undo: Block[Any], model: nn.Module) -> None:
+def same_values(undo: Block, model: nn.Module) -> None:
     """Restore buffers at the end, and parameters that forward writes into: values, and that they have no autograd
     history. A buffer that has one, from a call before, has a copy without in its place while the model runs.
 
@@ -661,7 +660,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
 
 
 @isolated
-def isolated_model(undo: Block[Any], model: nn.Module) -> None:
+def isolated_model(undo: Block, model: nn.Module) -> None:
     """Restore the attributes and values of the model at the end."""
     undo.enter(same_attributes(model))
     undo.enter(same_values(model))
@@ -685,7 +684,7 @@ def has_values(model: nn.Module) -> bool:
 
 @isolated
 def with_fake_tensors(
-    undo: Block[Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    undo: Block, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let a model without numbers here hold fake tensors, of whole shapes, and return fake inputs; any other model and
     its inputs stay as they are.
@@ -709,7 +708,7 @@ def with_fake_tensors(
 
 
 @isolated
-def fake_mode(undo: Block[Any], model: nn.Module) -> None:
+def fake_mode(undo: Block, model: nn.Module) -> None:
     """Run what follows among fake tensors if the model holds such: what it makes itself is fake as well."""
     first = next((parameter for parameter in model.parameters() if isinstance(parameter, FakeTensor)), None)
     if first is not None:

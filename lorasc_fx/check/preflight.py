@@ -12,6 +12,7 @@ autograd graphs of both runs are the same, so are the gradients, and no backward
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections import OrderedDict
@@ -49,13 +50,13 @@ from lorasc_fx.errors import CaptureError
 from lorasc_fx.quantized import QuantizedLinear, is_quantized
 from lorasc_fx.signature import copied
 from lorasc_fx.util.fingerprint import checksum
-from lorasc_fx.util.undo import Block, grad_mode, isolated, raise_of_handler
+from lorasc_fx.util.undo import Block, isolated
 
 PROJECTIONS = 8
 
 
 @isolated
-def requiring_grad(undo: Block[Any], model: nn.Module, names: Collection[str] | None) -> None:
+def requiring_grad(undo: Block, model: nn.Module, names: Collection[str] | None) -> None:
     """Let these parameters require gradients, and no others: the state of training, in which branches move them.
 
     Args:
@@ -108,7 +109,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
 
 
 @isolated
-def without_gradients(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
+def without_gradients(undo: Block, leaves: Sequence[torch.Tensor]) -> None:
     """Remove gradients and accumulation hooks of leaves inside the block."""
 
     def give_back(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
@@ -301,7 +302,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     """
     known = has_run(model)  # of which a cascade may still ask
     try:
-        with quiet(), eager(), fake_mode(model), same_attributes(model) as attributes, grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model) as attributes, torch.set_grad_enabled(grad):
             before = Guards(model)
             seen, draws = _observed(model, model, args, kwargs), False
             if written_by(model):  # known after a first run, and looked at from then on
@@ -321,11 +322,11 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 again = _generators()  # a model that seeds them itself draws the same each time
                 draws = any(drawn[index] != again[index] for index in moved)
             attributes.restore()
-            with grad_mode(not grad):
+            with torch.set_grad_enabled(not grad):
                 other = _observed_or_none(model, args, kwargs)
             if other is not None and not seen.is_whole and _difference(other, seen, gradients=False) is not None:
                 seen = _observed(model, model, args, kwargs, whole=True)
-                with grad_mode(not grad):
+                with torch.set_grad_enabled(not grad):
                     other = _observed_or_none(model, args, kwargs, whole=True)
             by_mode = other is None or _difference(other, seen, gradients=False) is not None
             if not by_mode and other is not None and not grad:
@@ -336,7 +337,6 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     except Exception as fault:
         if not known:
             forget_written(model)
-        raise_of_handler(fault)
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
         raise CaptureError(
@@ -357,26 +357,25 @@ def check_agrees(
     """
     grad = preflight.grad is not False
     try:
-        with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
             ours = _observed(graph, model, args, kwargs, like=preflight.seen, whole=preflight.seen.is_whole)
     except MemoryError:
         raise
     except Exception as fault:
-        raise_of_handler(fault)
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
     difference = _difference(ours, preflight.seen)
     if difference is not None and not (ours.is_whole and preflight.seen.is_whole):
-        with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
             preflight.seen = _observed(model, model, args, kwargs, whole=True)
             ours = _observed(graph, model, args, kwargs, like=preflight.seen, whole=True)
         difference = _difference(ours, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and ours.autograd != preflight.seen.autograd:
-        with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
             preflight.seen = _observed(model, model, args, kwargs, backward=True, whole=ours.is_whole)
         difference = _difference(ours, preflight.seen)
     if difference is None:
         return
-    with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
+    with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
         again = _observed(model, model, args, kwargs, backward=True, whole=preflight.seen.is_whole)
     if _difference(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)
@@ -392,8 +391,7 @@ def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], k
             ours = _observed(graph, model, args, kwargs, whole=True)
     except MemoryError:
         raise
-    except Exception as fault:
-        raise_of_handler(fault)
+    except Exception:
         return True
     with quiet(grad=False), eager(), fake_mode(model), same_attributes(model):
         theirs = _observed_or_none(model, args, kwargs, whole=True)
@@ -408,8 +406,7 @@ def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...
         first = _first_difference(fault, model, args, kwargs)
     except MemoryError:
         raise
-    except Exception as raised:  # as where dynamo compiles a module's call, whose hooks it cannot trace
-        raise_of_handler(raised)
+    except Exception:  # as where dynamo compiles a module's call, whose hooks it cannot trace
         first = ""
     return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
 
@@ -432,11 +429,9 @@ def _first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ..
         owners = {name.rpartition(".")[0] for name in fault.weights}
         return next((name for name in begun if name and name in owners), "")
     made = _Made()
-    with isolation(model, args, kwargs, made, grad=fault.grad) as (inputs, named):
-        try:
-            fault.graph(*inputs, **named)
-        except Exception as raised:  # what it makes before it raises is looked at
-            raise_of_handler(raised)
+    observed = isolation(model, args, kwargs, made, grad=fault.grad)
+    with observed as (inputs, named), contextlib.suppress(Exception):  # what it makes before it raises is looked at
+        fault.graph(*inputs, **named)
     return next((name for name, parts in ended if name and not all(map(made.has, parts))), "")
 
 
@@ -470,8 +465,7 @@ def _observed_or_none(
         return _observed(model, model, args, kwargs, whole=whole)
     except MemoryError:
         raise
-    except Exception as fault:
-        raise_of_handler(fault)
+    except Exception:
         return None
 
 
@@ -516,7 +510,7 @@ class _AutogradUse(OurMode, TorchFunctionMode):
 
 
 @isolated
-def _products_observed(undo: Block[Any], model: nn.Module, use: _AutogradUse) -> None:
+def _products_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             undo(module.register_forward_pre_hook(use.enters).remove)
@@ -601,7 +595,7 @@ _HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate",
 
 
 @isolated
-def _watched_hooks(undo: Block[Any], model: nn.Module) -> set[str]:
+def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
     """Give the names of modules with forward hooks of the user that return nothing; complete after the block."""
     observers: set[str] = set()
 
@@ -637,7 +631,6 @@ def _gradients(
     except MemoryError:
         raise
     except Exception as fault:
-        raise_of_handler(fault)
         return None, one_line(fault)
 
 

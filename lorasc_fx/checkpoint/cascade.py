@@ -18,7 +18,7 @@ from lorasc_fx.checkpoint import given_run, reader, training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
-from lorasc_fx.util.undo import Commit, Undo
+from lorasc_fx.util.undo import Undo, commit
 
 
 class SavedCascade(Cascade):
@@ -172,7 +172,7 @@ class SavedCascade(Cascade):
             sharded: whether the call works on shards.
         """
         run = self._run
-        with run.exclusive(call, sharded=sharded), Commit() as undo:
+        with run.exclusive(call, sharded=sharded), commit() as undo:
             placed = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
             if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine

@@ -33,7 +33,7 @@ from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.util.accelerator import generator_states, set_generator_states
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.files import parse_json
-from lorasc_fx.util.undo import Commit
+from lorasc_fx.util.undo import commit
 
 RANKS = "lorasc_fx.ranks"
 """Key in the extra of a checkpoint that several ranks wrote: the random generators of each rank, as bytes."""
@@ -137,7 +137,7 @@ def _give(
     run's is one commit, and the others are steps of the same block.
     """
     manifest, tensors = checkpoint.manifest, checkpoint.tensors
-    with Commit(run.lock) as undo:
+    with run.lock, commit() as undo:
         if optimizer is not None and state is not None:
             for holder in (optimizer, stepping(optimizer)):
                 for name in ("state", "param_groups"):

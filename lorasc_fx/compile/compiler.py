@@ -45,7 +45,6 @@ from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
-from lorasc_fx.util.undo import raise_of_handler
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
@@ -146,7 +145,6 @@ class Compiler:
                 raise CaptureError(_FAULT.format(name=type(model).__name__, fault=fault)) from fault
             raise
         except Exception as fault:
-            raise_of_handler(fault)
             raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
 
     def _make(

@@ -37,7 +37,7 @@ from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.util.undo import Block, Undo, isolated, raise_of_handler
+from lorasc_fx.util.undo import Block, Undo, isolated
 
 log = logging.getLogger("lorasc_fx")
 
@@ -345,7 +345,6 @@ class Comparison:
                 except MemoryError:
                     raise
                 except Exception as fault:  # as of a model that differentiates inside, and frees its graph in eval mode
-                    raise_of_handler(fault)
                     self._check_not_frozen(fault, merged)
                     log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
                     return ()
@@ -389,8 +388,7 @@ class Comparison:
                 self._run(merged, backward=True)
         except MemoryError:
             raise
-        except Exception as again:
-            raise_of_handler(again)
+        except Exception:
             return
         name = type(self.model).__name__
         raise CaptureError(
@@ -497,7 +495,7 @@ def _holding(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -
 
 
 @isolated
-def _trained(undo: Block[Any], weights: Mapping[str, nn.Parameter]) -> None:
+def _trained(undo: Block, weights: Mapping[str, nn.Parameter]) -> None:
     """Train the weights inside the block; their gradients, flags and hooks are restored afterwards."""
     undo.enter(without_gradients(list(weights.values())))
     for weight in weights.values():

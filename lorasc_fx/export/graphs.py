@@ -22,7 +22,7 @@ from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
 from lorasc_fx.graph import refuse_smaller
 from lorasc_fx.util.extras import require
 from lorasc_fx.util.files import replacing
-from lorasc_fx.util.undo import Block, isolated, raise_of_handler
+from lorasc_fx.util.undo import Block, isolated
 
 
 def pt2(
@@ -106,7 +106,6 @@ def onnx(
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
     except Exception as fault:  # torch.onnx raises what its parts raise
-        raise_of_handler(fault)
         cause: BaseException = fault
         while cause.__cause__ is not None:  # the outer ones say that something failed, not what
             cause = cause.__cause__
@@ -179,7 +178,6 @@ def _program(
             with quiet():
                 exported = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
         except Exception as fault:  # a tracer may raise anything
-            raise_of_handler(fault)
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise CaptureError(
                 f"{call}: torch.export does not take this graph: {reason[0]}; change the model there",
@@ -232,7 +230,7 @@ def _as_given(
 
 
 @isolated
-def _evaluating(undo: Block[Any], cascade: Cascade) -> None:
+def _evaluating(undo: Block, cascade: Cascade) -> None:
     """Put the model in eval mode for a while; each module gets its own mode back."""
     for module in cascade.modules():
         undo(partial(setattr, module, "training", module.training))

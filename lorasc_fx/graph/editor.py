@@ -26,7 +26,7 @@ from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, rec
 from lorasc_fx.graph.weights import BRANCHES, Memory, held_branches, named_weights, owner_of
 from lorasc_fx.parameters import shallow
 from lorasc_fx.quantized import is_opaque_product, quantized_linear
-from lorasc_fx.util.undo import Commit, no_grad
+from lorasc_fx.util.undo import commit
 
 
 class GraphEditor:
@@ -305,7 +305,7 @@ class GraphEditor:
             return self.module
         pairs = [(key, old, holder._modules.get(key)) for key, old in self._renewed.items()]
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
-        with no_grad(), Commit() as undo:
+        with torch.no_grad(), commit() as undo:
             for key, old, new in moves:
                 undo(partial(setattr, old, "scale", old.scale))
                 for factor, value in zip(old.parameters(), new.parameters(), strict=True):

@@ -34,7 +34,6 @@ from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.schedules import Plateau, StageSchedule
 from lorasc_fx.shards import ProcessGroup, full_tensor
 from lorasc_fx.util.extras import require
-from lorasc_fx.util.undo import AllOrNothing
 
 require("loops", "transformers", "accelerate")
 
@@ -266,7 +265,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             if self._best_of(args) == "slow":
-                with AllOrNothing(run.lock):
+                with run.lock:
                     transition.restart(run, optimizer)
         else:
             self._end_last(optimizer)

@@ -27,7 +27,6 @@ from lorasc_fx.checkpoint import training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, digest_of, from_state_dict, packed
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.shards import ONE_PROCESS
-from lorasc_fx.util.undo import raise_of_handler
 
 __all__ = ["load", "state_dict"]
 
@@ -123,7 +122,6 @@ def load(
             warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # it is meant: each rank reads all
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as fault:  # storage of any kind may raise anything
-        raise_of_handler(fault)
         raise CheckpointError(
             f"{where}: torch.distributed.checkpoint cannot read it: {type(fault).__name__}: {fault}"[:400]
             + "; give a reader of the kind of the writer, on its folder",

@@ -108,7 +108,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             return replace(variant, module=SplitGraph(shards, graph, leaves, called))
 
         @isolated
-        def whole(undo: Block[Any]) -> None:
+        def whole(undo: Block) -> None:
             refit()
             undo.enter(gathered(shards, cascade.model))
 

@@ -27,7 +27,7 @@ from lorasc_fx.branch.low_rank import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.shards import local
-from lorasc_fx.util.undo import Block, isolated, no_inference_mode
+from lorasc_fx.util.undo import Block, isolated
 
 __all__ = [
     "ROOT",
@@ -309,7 +309,7 @@ class SplitGraph:
 
 
 @isolated
-def resting(undo: Block[Any], branches: list[Branch]) -> None:
+def resting(undo: Block, branches: list[Branch]) -> None:
     """Let branches add nothing: `base + 0 * term` is base."""
     for branch in branches:
         undo(partial(setattr, branch, "scale", branch.scale))
@@ -317,7 +317,7 @@ def resting(undo: Block[Any], branches: list[Branch]) -> None:
 
 
 @isolated
-def gathered(undo: Block[Any], shards: Shards, model: nn.Module) -> None:
+def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
     """Let methods of the user's model run, which call its modules and no graph: the weights of a block (`layers.3`) are
     gathered while one of its modules runs, and those of no block until the end.
 
@@ -335,7 +335,7 @@ def gathered(undo: Block[Any], shards: Shards, model: nn.Module) -> None:
                 table[slot] = partial(blocks.call, names, inner or module._call_impl)
     for name in (ROOT, *(name for name in shards.names if name not in numbered)):
         undo(shards.unit(name).reshard)
-        with no_inference_mode():
+        with torch.inference_mode(False):
             shards.unit(name).unshard()
 
 
@@ -355,7 +355,7 @@ class _Blocks:
         try:
             for name in names:
                 self.depth[name] += 1
-                with no_inference_mode():  # or FSDP's buffers could not be trained with
+                with torch.inference_mode(False):  # or FSDP's buffers could not be trained with
                     self.shards.unit(name).unshard()
             yield
         finally:

@@ -43,7 +43,7 @@ from lorasc_fx.peft.format import (
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.state import Factors
-from lorasc_fx.util.undo import Block, isolated, raise_of_handler
+from lorasc_fx.util.undo import Block, isolated
 
 
 def targets_of(
@@ -306,14 +306,13 @@ def read_through(
         with isolation(model, args, kwargs, _probed(model, paths, read), grad=False, seeded=False) as (inputs, named):
             model(*inputs, **named)
     except Exception as fault:  # the model's own code may do anything with a module that is not what it expects
-        raise_of_handler(fault)
         sentence = f"the model does not run with a wrapper in place of its module ({type(fault).__name__}: {fault})"
         return {path: read.get(path, sentence) for path in paths}
     return read
 
 
 @isolated
-def _probed(undo: Block[Any], model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
+def _probed(undo: Block, model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
     """Put a probe in place of each of these modules."""
     for path in paths:
         holder, _, name = path.rpartition(".")
@@ -366,7 +365,6 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
             adapted = base + _term(target, module, pair, weight, _wide(call)[0][0])
             moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
     except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
-        raise_of_handler(fault)
         return f"peft's adapter of {type(module).__name__} cannot be tried: {type(fault).__name__}: {fault}"
     if gap <= 1e-6 * moved + 1e-12 * float(full.abs().max()):
         return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -115,7 +114,7 @@ def exact_products(like: torch.Tensor) -> AbstractContextManager[None]:
 
 
 @isolated
-def _ieee(undo: Block[Any]) -> None:
+def _ieee(undo: Block) -> None:
     matmul = torch.backends.cuda.matmul
     undo(partial(setattr, matmul, "fp32_precision", matmul.fp32_precision))
     matmul.fp32_precision = "ieee"

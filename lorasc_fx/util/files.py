@@ -103,7 +103,7 @@ def make_folder(root: Path) -> None:
 
 
 @isolated
-def one_writer(undo: Block[Any], file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
+def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
     """Keep other writers out of a place while a block runs, and return whether the file system locks files.
 
     The lock of the system decides: it is free as soon as its owner is dead. Where a file system has no locks, what the

@@ -100,7 +100,7 @@ def test_a_new_variant_and_a_transition(seed: int) -> None:
 
 def test_a_copy_has_a_lock_of_its_own() -> None:
     cascade, _, _ = made(0)
-    assert lock_of(cascade).acquire(0.0)
+    assert lock_of(cascade).acquire(blocking=False)
     twin = copy.deepcopy(cascade)
     assert not together(lambda: twin.transition(None))
     lock_of(cascade).release()

@@ -21,7 +21,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.capture.graph_breaks import _dynamo_settings
 from lorasc_fx.check.isolation import eager, quiet
-from lorasc_fx.util.undo import PROCESS, Commit, Lock
+from lorasc_fx.util.undo import PROCESS, Lock
 from tests.cascade.test_threads import made, together
 from tests.kit.errors import raises
 from tests.kit.state import lock_of
@@ -145,20 +145,20 @@ def test_a_thread_takes_the_lock_of_the_process_before_that_of_a_cascade(
     """In the other order two threads could wait for each other for ever."""
     held: list[Lock] = []
     wrong: list[str] = []
-    acquire, release = Lock.acquire, Lock.release
+    enter, leave = Lock.__enter__, Lock.__exit__
 
-    def acquired(lock: Lock, seconds: float) -> bool:
+    def entered(lock: Lock) -> bool:
         if lock is PROCESS and held and PROCESS not in held:
             wrong.append("".join(traceback.format_stack(limit=12)))
         held.append(lock)
-        return acquire(lock, seconds)
+        return enter(lock)
 
-    def released(lock: Lock) -> None:
+    def left(lock: Lock, *fault: Any) -> None:
         held.remove(lock)
-        release(lock)
+        leave(lock, *fault)
 
-    monkeypatch.setattr(Lock, "acquire", acquired)
-    monkeypatch.setattr(Lock, "release", released)
+    monkeypatch.setattr(Lock, "__enter__", entered)
+    monkeypatch.setattr(Lock, "__exit__", left)
     cascade, _, _ = made(0)
     x = torch.randn(3, 2, 9)
     cascade(x).sum().backward()
@@ -241,27 +241,9 @@ def test_a_fork_by_the_thread_that_holds_the_lock() -> None:
             signal.alarm(10)
     if pid == 0:
         free: list[bool] = []
-        together(lambda: free.append(lock_of(cascade).acquire(0.0)))
+        together(lambda: free.append(lock_of(cascade).acquire(blocking=False)))
         os._exit(0 if free == [True] else 1)
     assert os.waitpid(pid, 0)[1] == 0
-
-
-@forks
-def test_signals_in_a_fork_of_another_thread() -> None:
-    """Blocks of the main thread, which does not exist there, do not defer them."""
-    before, ended = signal.signal(signal.SIGUSR1, lambda *_: os._exit(0)), list[int]()
-
-    def child() -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.1)
-        raise AssertionError("the signal was kept")
-
-    try:
-        with Commit():
-            assert not together(lambda: ended.append(in_a_fork(child)))
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert ended == [0]
 
 
 class Jacobian(nn.Module):

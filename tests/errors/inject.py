@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -53,8 +54,8 @@ class FailAt(TorchDispatchMode):
 class LineAt:
     """Acts before the k-th line of ours that runs, or before so many lines from then on.
 
-    A line that begins with `with` is another line where the `with` ends: a call that commits is done by then, so such
-    lines, and those of the file that commits, are only for calls that leave everything as it was (`all_lines`).
+    Lines that begin with `with` are left out: such a line runs again where the `with` ends, and what is raised there
+    keeps the manager from being exited. The lines of `undo.py` run before a block and after it.
     """
 
     def __init__(
@@ -62,10 +63,9 @@ class LineAt:
         at: int,
         act: Callable[[], None],
         files: tuple[str, ...] = ("lorasc_fx", "passes"),
-        all_lines: bool = False,
         times: int = 1,
     ) -> None:
-        self.at, self.act, self.count, self.all_lines, self.last = at, act, 0, all_lines, at + times - 1
+        self.at, self.act, self.count, self.last = at, act, 0, at + times - 1
         self.files = tuple(str(ROOT / file) for file in files)
         self.finalizers = 0
 
@@ -79,12 +79,13 @@ class LineAt:
 
     def called(self, frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
-        if frame.f_code.co_name == "__del__":  # Python drops what is raised in a finalizer, or below one
+        by_weakref = frame.f_back is not None and frame.f_back.f_code.co_filename == weakref.__file__
+        if frame.f_code.co_name == "__del__" or by_weakref:  # Python drops what is raised in a finalizer, or below one
             self.finalizers += 1
             return self.finalizer
         if self.finalizers:
             return None
-        return self.line if name.startswith(self.files) and (self.all_lines or not name.endswith("undo.py")) else None
+        return self.line if name.startswith(self.files) and not name.endswith("undo.py") else None
 
     def finalizer(self, frame: FrameType, event: str, _: Any) -> Any:
         self.finalizers -= event == "return"
@@ -93,7 +94,7 @@ class LineAt:
     def line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "line" and self.count < self.last:
             text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            counts = self.all_lines or not text.startswith("with ")
+            counts = not text.startswith("with ")
             self.count += counts
             if counts and self.count >= self.at:
                 self.act()
@@ -161,41 +162,19 @@ def failing(fault: BaseException) -> Callable[[], None]:
     return act
 
 
-class Timeout(Exception):
-    """What the handler of SIGALRM raises here."""
-
-
-SIGNALS: dict[str, tuple[signal.Signals, type[BaseException]]] = {
-    "ctrl-c": (signal.SIGINT, KeyboardInterrupt),
-    "alarm": (signal.SIGALRM, Timeout),
-}
-
-
 def sigint() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def _too_late(number: int, frame: FrameType | None) -> None:
-    raise Timeout
-
-
 @contextlib.contextmanager
 def python_answers() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt and SIGALRM Timeout, whatever the test runner does with them; and do so again
-    afterwards.
-    """
-    answers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGALRM: _too_late}
-    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    """SIGINT raises KeyboardInterrupt, whatever the test runner does with it; and does so again afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
-        for number, answer in answers.items():
-            assert signal.getsignal(number) is answer, "the handler was not given back"
-        for number, fault in SIGNALS.values():
-            with pytest.raises(fault):
-                signal.raise_signal(number)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not restored"
     finally:
-        for number, answer in before.items():
-            signal.signal(number, answer)
+        signal.signal(signal.SIGINT, before)
 
 
 def in_turn(

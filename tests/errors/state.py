@@ -93,7 +93,7 @@ def of_process() -> State:
         "warnings": list(warnings.filters),
         "streams": (id(sys.stdout), id(sys.stderr)),
         "recompile limit": torch._dynamo.config.recompile_limit,
-        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)],
+        "handler": signal.getsignal(signal.SIGINT),
     }
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and a timeout by SIGALRM at any line of ours, and a file call that fails: afterwards all is as it was.
+"""Ctrl-C at any line of ours, and a file call that fails: afterwards all is as it was.
 
 `test_all_or_nothing` has the operations of torch.
 """
@@ -23,19 +23,8 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import capture
-from lorasc_fx.util.undo import AllOrNothing, Block, Commit, Lock, isolated, no_grad
-from tests.errors.inject import (
-    EVERY,
-    SIGNALS,
-    FailAt,
-    FileCallAt,
-    LineAt,
-    Timeout,
-    failing,
-    in_turn,
-    python_answers,
-    sigint,
-)
+from lorasc_fx.util.undo import AllOrNothing, Block, commit, isolated
+from tests.errors.inject import EVERY, FailAt, FileCallAt, LineAt, failing, in_turn, python_answers, sigint
 from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
@@ -199,24 +188,22 @@ LONG = {"load", "late_site", "adapt", "adapt_untied", "capture_export", "capture
 """Calls that take long: fewer lines are tried."""
 
 
-def at_lines(name: str, kinds: Sequence[str], folder: Path, most: int | None) -> None:
-    """Let a call be interrupted at each line, or at so many of them, by each kind of signal in turn; then it goes
+def at_lines(name: str, times: Sequence[int], folder: Path, most: int | None) -> None:
+    """Let a call be interrupted at each line, or at so many of them, each time at so many lines in a row; then it goes
     through, and does what it does on a twin that nothing has disturbed.
     """
-    neutral, struck = name in {each.__name__ for each in NEUTRAL}, 0
+    struck = 0
     twin, twins = CALLS[name](folder / "twin")
-    with LineAt(EVERY, sigint, all_lines=neutral) as counter:
+    with LineAt(EVERY, sigint) as counter:
         twin()
     call, things = CALLS[name](folder / "run")
     before, every = of(*things), max(1, counter.count // most) if most is not None else 1
-    for at in range(1 + zlib.crc32(f"{name} {kinds}".encode()) % every, counter.count + 1, every):
-        kind = kinds[struck % len(kinds)]
-        (number, fault), times = SIGNALS.get(kind, SIGNALS["ctrl-c"]), 30 if kind == "impatient" else 1
+    for at in range(1 + zlib.crc32(name.encode()) % every, counter.count + 1, every):
         with python_answers():
             try:
-                with LineAt(at, partial(signal.raise_signal, number), all_lines=neutral, times=times):
+                with LineAt(at, sigint, times=times[struck % len(times)]):
                     call()
-            except fault:
+            except KeyboardInterrupt:
                 struck += 1
             else:  # what the first call has found out, later ones know
                 break
@@ -230,8 +217,8 @@ def at_lines(name: str, kinds: Sequence[str], folder: Path, most: int | None) ->
 @pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_signal_at_some_lines(name: str, tmp_path: Path) -> None:
-    """Evenly over the call: by Ctrl-C, by an alarm, and by Ctrl-C that comes again at the next 29 lines."""
-    at_lines(name, ("ctrl-c", "alarm", "impatient"), tmp_path, 3 if name in LONG else 6)
+    """Evenly over the call, once, and by an impatient user again at the next 29 lines."""
+    at_lines(name, (1, 30), tmp_path, 3 if name in LONG else 6)
 
 
 @pytest.mark.slow
@@ -240,7 +227,7 @@ def test_a_signal_at_some_lines(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_signal_at_many_lines(name: str, tmp_path: Path) -> None:
     """Every line of `weights`; of the others as many as time allows."""
-    at_lines(name, ("alarm", "ctrl-c"), tmp_path, 20 if name in LONG else None if name == "weights" else 100)
+    at_lines(name, (1,), tmp_path, 20 if name in LONG else None if name == "weights" else 100)
 
 
 def test_no_memory_at_some_lines(tmp_path: Path) -> None:
@@ -395,31 +382,17 @@ def test_steps_run_backwards_and_none_is_left_out() -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         block()
     assert done == [3, 2, 1]
-    assert raised.value.__notes__ == ["and taking back raised ValueError: two"]
+    assert raised.value.__notes__ == ["and the rollback raised ValueError: two"]
 
 
-@pytest.mark.parametrize("block", [AllOrNothing, Commit])
-def test_a_handler_that_does_not_raise_is_called_as_often_as_its_signal_came(block: type[Block[Any]]) -> None:
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
-        with block() as undo:
-            undo(lambda: heard.append(-1))
-            sigint()
-            sigint()
-            assert heard == ([] if block is Commit else [signal.SIGINT, signal.SIGINT])
-        assert heard == [signal.SIGINT, signal.SIGINT]
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_a_signal_in_a_commit_waits_for_its_end_and_takes_it_back() -> None:
+def test_a_commit_defers_ctrl_c_and_is_rolled_back() -> None:
     done: list[str] = []
 
     def block() -> None:
-        with AllOrNothing(), Commit() as undo:
+        with AllOrNothing(), commit() as undo:
             undo(lambda: done.append("back"))
-            sigint()
+            with commit():
+                sigint()
             done.append("written")
 
     with python_answers(), pytest.raises(KeyboardInterrupt):
@@ -427,124 +400,57 @@ def test_a_signal_in_a_commit_waits_for_its_end_and_takes_it_back() -> None:
     assert done == ["written", "back"]
 
 
-def test_each_line_of_a_block_may_be_interrupted() -> None:
-    """A write is whole or none, what is isolated is given back, and neither lock, grad mode nor handler is lost."""
-    lock, held, struck = Lock(), {"written": 0, "lent": 0}, 0
+def test_a_handler_that_does_not_raise_is_called_as_often_as_its_signal_came() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with commit() as undo:
+            undo(lambda: heard.append(-1))
+            sigint()
+            sigint()
+            assert not heard
+        assert heard == [signal.SIGINT, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])
+def test_ctrl_c_during_a_rollback_waits_for_its_end(fault: type[BaseException]) -> None:
+    done: list[int] = []
+
+    def block() -> None:
+        with AllOrNothing() as undo:
+            for number in range(3):
+                undo(partial(done.append, number))
+                undo(sigint)
+            raise fault
+
+    with python_answers(), pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == [2, 1, 0]
+
+
+def test_what_is_isolated_is_restored_at_any_ctrl_c() -> None:
+    state: list[str] = []
 
     @isolated
-    def lent(undo: Block[Any]) -> None:
-        undo(lambda: held.update(lent=0))
-        held.update(lent=1)
-
-    def call() -> None:
-        with AllOrNothing(lock) as outer, lent():
-            outer(lambda: held.update(written=0))
-            with no_grad(), Commit() as undo:
-                undo(lambda: held.update(written=0))
-                held.update(written=1)
-
-    for number, fault in SIGNALS.values():
-        for at in range(1, EVERY):
-            held.update(written=0)
-            with python_answers():
-                try:
-                    with LineAt(at, partial(signal.raise_signal, number), ("lorasc_fx/undo.py", "tests"), True) as mode:
-                        call()
-                except fault:
-                    struck += 1
-                else:
-                    assert mode.count < at
-                    break
-            assert held["lent"] == 0
-            assert torch.is_grad_enabled()
-            assert lock.acquire(0.0)
-            lock.release()
-            assert not _lock_is_held_twice(lock)
-    assert struck > 100
-
-
-def _lock_is_held_twice(lock: Lock) -> bool:
-    """Whether another thread cannot have it."""
-    found: list[bool] = []
-
-    def ask() -> None:
-        found.append(not lock.acquire(0.0))
-        if not found[0]:
-            lock.release()
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-def test_a_handler_that_raises_while_handlers_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each exchange: Ctrl-C works afterwards, and the transition is whole or none."""
-    real = signal.signal
-    for at in range(1, 20):
-        cascade, optimizer = trained()
-        count = 0
-
-        def exchanged(number: Any, handler: Any, at: int = at) -> Any:
-            nonlocal count
-            before = real(number, handler)
-            count += 1
-            if count == at:
-                signal.raise_signal(signal.SIGALRM)
-            return before
-
-        with python_answers():
-            with monkeypatch.context() as patch:
-                patch.setattr(signal, "signal", exchanged)
-                try:
-                    cascade.transition(optimizer)
-                except Timeout:
-                    pass
-                else:
-                    assert count < at
-                    break
-            with AllOrNothing():  # puts back what an exchange that was interrupted has left
-                pass
-        cascade.transition(optimizer)
-        assert cascade.stage in (3, 4)
-    assert at > 2
-
-
-def test_a_handler_that_came_meanwhile_stays() -> None:
-    heard: list[str] = []
-    with python_answers():
-        with AllOrNothing():
-            before: Any = signal.getsignal(signal.SIGINT)
-
-            def theirs(number: int, frame: Any) -> None:
-                heard.append("theirs")
-                before(number, frame)
-
-            signal.signal(signal.SIGINT, theirs)
-            with Commit():
-                pass
-        assert signal.getsignal(signal.SIGINT) is theirs
-        with pytest.raises(KeyboardInterrupt):
+    def changed(undo: Block, where: str) -> None:
+        undo(state.clear)
+        state.append("changed")
+        if where == "entered":
             sigint()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert heard == ["theirs"]
+        undo(sigint if where == "left" else int)
 
+    def block(where: str) -> None:
+        with changed(where):
+            assert state
+            if where == "inside":
+                sigint()
 
-def test_what_a_handler_raises_is_no_fault_of_a_front_end() -> None:
-    """An exception that is an Exception, as that of a timeout, leaves adapt as it is."""
-
-    class Slow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(5, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if not torch.compiler.is_compiling():
-                signal.raise_signal(signal.SIGALRM)
-            return self.layer(x)
-
-    with python_answers(), pytest.raises(Timeout):
-        lx.adapt(Slow(), args=(SMALL,))
+    for where in ("entered", "inside", "left"):
+        with python_answers(), pytest.raises(KeyboardInterrupt):
+            block(where)
+        assert not state
 
 
 def test_an_inner_block_that_is_whole_is_taken_back_by_the_outer_one() -> None:
@@ -552,7 +458,7 @@ def test_an_inner_block_that_is_whole_is_taken_back_by_the_outer_one() -> None:
 
     def block() -> None:
         with AllOrNothing() as outer:
-            with Commit() as inner:
+            with commit() as inner:
                 outer(lambda: done.append("outer"))
                 inner(lambda: done.append("inner"))
             sigint()
@@ -563,14 +469,14 @@ def test_an_inner_block_that_is_whole_is_taken_back_by_the_outer_one() -> None:
 
 
 def test_other_threads_are_left_alone() -> None:
-    found: list[Any] = []
+    handlers: list[Any] = []
 
     def work() -> None:
-        with AllOrNothing():
-            found.append(signal.getsignal(signal.SIGINT))
+        with commit():
+            handlers.append(signal.getsignal(signal.SIGINT))
 
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [before]
+    assert handlers == [before]
