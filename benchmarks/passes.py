@@ -18,11 +18,11 @@ import torch
 from torch import fx, nn
 
 import lorasc_fx as lx
+from benchmarks.coverage.entry import built, seed
+from benchmarks.coverage.examine import SPEC
+from benchmarks.coverage.zoo import ZOO
 from lorasc_fx.compile import compiler
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
-from tests.models.entry import built, seed
-from tests.models.formula import SPEC
-from tests.models.zoo import ZOO
 
 mpl.use("svg")
 

@@ -269,7 +269,7 @@ W0 in files; *of a forward* is what a forward alone adds, with its autograd grap
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 
-Models with graph breaks, of `tests.models.zoo`: CPU seconds of `adapt`, beside dynamo's own first call of the frozen
+Models with graph breaks, of `benchmarks.coverage`: CPU seconds of `adapt`, beside dynamo's own first call of the frozen
 model with its backend `eager`, and of one in which the weights with branches are *trained*: branches need the gradient
 of what a custom function computes, which dynamo traces too then.
 

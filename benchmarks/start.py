@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from benchmarks.coverage.entry import built
+from benchmarks.coverage.zoo import ZOO
 from lorasc_fx.capture import forget
-from tests.forms.compare import seed
-from tests.models.entry import built
-from tests.models.zoo import ZOO
+from tests.kit.compare import seed
 
 from .costs import clocked
 from .measure import Turn, alternate, keep_freed, pin, ratio
@@ -60,7 +60,7 @@ WIDTH, LAYERS, TOKENS = 64, 12, 16
 REPEATS = 20
 """Calls in a round, and tokens that a call of `generate` makes."""
 BROKEN = ("yoso", "hf_whisper")
-"""Entries of `tests.models.zoo` that have graph breaks."""
+"""Entries of `benchmarks.coverage.zoo` that have graph breaks."""
 
 _IMPORT = """
 import time

@@ -98,9 +98,9 @@ SAMPLED = {
     "passes/test_attention_masks.py::test_what_holds_at_every_size_goes": 6,
     "passes/test_fold_branches.py::test_fold": 6,
     "passes/test_fold_branches.py::test_fold_of_a_live_graph_erases_nodes_and_leaves_values": 6,
-    "passes/test_insert_branches.py::test_gradients_are_those_of_the_formula": 6,
     "passes/test_insert_branches.py::test_insert": 6,
     "passes/test_insert_branches.py::test_noise_is_in_the_weights_of_an_own_graph": 6,
+    "passes/test_placements.py::test_gradients_are_those_of_the_formula": 2,
     "passes/test_placements.py::test_the_same_numbers_and_the_way_back": 6,
     "passes/test_stage_transition.py::test_transition_is_fold_then_insert": 6,
     "passes/test_transactions.py::test_an_editor_that_raises_at_any_moment": 6,
@@ -149,8 +149,8 @@ SLOW = {
     "errors/test_all_or_nothing.py::test_load_state_dict[noise, train-memory]",
     "errors/test_all_or_nothing.py::test_release[noise, train-memory]",
     "errors/test_all_or_nothing.py::test_save[memory]",
-    "models/test_zoo.py::test_the_model_is_its_own_oracle[hf_patchtst]",
-    "models/test_zoo.py::test_the_model_is_its_own_oracle[mixtral]",
+    "forms/test_zoo.py::test_the_model_is_its_own_oracle[hf_patchtst]",
+    "forms/test_zoo.py::test_the_model_is_its_own_oracle[mixtral]",
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[auto]",
 }
 """Single rows, and tests, that take long."""

@@ -7,9 +7,7 @@ under torch.func.functional_call, and autograd goes through that formula.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,104 +15,11 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
-from tests.forms.compare import assert_buffers, assert_same, loss_of, quietly, seed
+from tests.kit.compare import Call, assert_buffers, assert_same, loss_of, quietly, run, seed
+from tests.kit.formula import delta
+from tests.kit.operators.case import Case
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)
-NAMED = ("export", "dynamo", "symbolic", "graph-breaks")
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One spelling.
-
-    Args:
-        name: of the row.
-        build: makes the model anew, with random weights from torch's generator.
-        inputs: makes a call's positional arguments, or those and keywords as (tuple, dict), from torch's generator.
-        sites: kind by weight name: what every front end must adapt.
-        refused: reason by weight name: what no front end can adapt.
-        opaque: weights of modules that a symbolic trace calls whole (and there alone); sites for the others.
-        refuses: front ends that cannot take the model, and say so.
-        unreached: weights that no call of the row uses.
-        shapes: of lora_A, where a case tells it.
-        modes: in which the model is compared.
-        close: of the outputs at B = 0, where eager mode has several kernels; 0 is bit for bit.
-        tolerance: of a branch beside the formula; above 1e-12 only where the model computes in fp32 inside.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], Any]
-    sites: Mapping[str, str]
-    refused: Mapping[str, Reason | tuple[Reason, ...]] = field(default_factory=dict)
-    opaque: tuple[str, ...] = ()
-    refuses: tuple[str, ...] = ()
-    unreached: tuple[str, ...] = ()
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    modes: tuple[bool, ...] = (True, False)
-    close: float = 0.0
-    tolerance: float = 1e-12
-
-    def call(self) -> Call:
-        """Return the arguments of a call, the same values each time."""
-        seed(5)
-        made = self.inputs()
-        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict):
-            return made
-        return (made if isinstance(made, tuple) else (made,)), {}
-
-    @property
-    def taken_by(self) -> str:
-        """The front end that auto shall use: the first that takes the model and sees into all of it."""
-        blind = ("symbolic",) if self.opaque else ()
-        return next(name for name in NAMED if name not in self.refuses + blind)
-
-    @property
-    def invisible(self) -> bool:
-        """Whether a symbolic trace sees none of the sites."""
-        return set(self.opaque) == set(self.sites)
-
-    def model(self) -> nn.Module:
-        """Return the model in fp64, without the zeros and ones that biases and gains start with."""
-        seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old hooks of torch.nn.utils are deprecated, and in use
-            model = self.build().double()
-        with torch.no_grad():
-            for value in model.parameters():
-                if value.is_floating_point() and (value.dim() < 2 or not value.any()):
-                    value.add_(0.1 * torch.randn_like(value))
-        return model
-
-
-def rand(*shapes: tuple[int, ...]) -> Callable[[], Any]:
-    """Return a maker of one normal tensor per shape."""
-    return lambda: tuple(torch.randn(*shape, dtype=torch.float64) for shape in shapes)
-
-
-def linear(*names: str) -> dict[str, str]:
-    """Return sites of kind linear."""
-    return dict.fromkeys(names, "linear")
-
-
-class Of(nn.Module):
-    """A function of an input and of parameters w0, w1, ... of these shapes."""
-
-    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.function, self.count = function, len(shapes)
-        for index, shape in enumerate(shapes):
-            setattr(self, f"w{index}", nn.Parameter(torch.randn(*shape) / 2))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(x, *(getattr(self, f"w{index}") for index in range(self.count)))
-
-
-def of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], nn.Module]:
-    """Return a maker of `Of`."""
-    return lambda: Of(function, *shapes)
 
 
 def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> lx.Cascade:
@@ -268,13 +173,6 @@ def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterato
             holder[leaf] = parameter
 
 
-def delta(site: lx.Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return s B A in the weight's shape and layout, by plain products; of a packed weight, slice by slice."""
-    pairs = zip(b.split(site.slices), a.split(SPEC.rank), strict=True) if site.slices else [(b, a)]
-    product = torch.cat([rows @ own for rows, own in pairs]) * (SPEC.lora_alpha / SPEC.rank)
-    return (product if site.layout == "out_in" else product.mT).reshape(site.shape)
-
-
 def branches(cascade: lx.Cascade) -> dict[str, Any]:
     """Return the branches by the names of their weights."""
     return {site.weight: cascade.branches[site.key] for site in cascade.sites}
@@ -286,18 +184,6 @@ def randomize(cascade: lx.Cascade, size: float) -> None:
     with torch.no_grad():
         for branch in cascade.branches.values():
             branch.lora_B.normal_(std=size)
-
-
-def run(model: Any, call: Call, grad: bool = False, fused: bool = True) -> Any:
-    """Call a model under one seed; `fused` lets torch's attention take its path without gradients."""
-    seed(6)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(fast and fused)
-    try:
-        with quietly(), torch.set_grad_enabled(grad):
-            return model(*call[0], **call[1])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def follow(twin: nn.Module, model: nn.Module) -> None:

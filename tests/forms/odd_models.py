@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from lorasc_fx.plan import Reason
-from tests.forms.kit import Case, linear, rand
 from tests.forms.odd_mechanisms import (
     Adversarial,
     ControlFlow,
@@ -50,6 +49,7 @@ from tests.forms.odd_networks import (
     graph,
     scripted,
 )
+from tests.kit.operators.case import Case, linear, rand
 
 
 def convs(*names: str) -> dict[str, str]:
@@ -65,107 +65,57 @@ ORIGINAL = "parametrizations.weight.original"
 NOT = ("export", "dynamo", "symbolic")
 Inputs = Callable[[], Any]
 
+# fmt: off
 ODD: list[Case] = [
-    Case(
-        "unet",
-        UNet,
-        rand((2, 3, 9, 11)),
-        convs("first.0", "down.0", "down.1", "up.0", "up.1", "out"),
-        opaque=("out.weight",),
-    ),
-    Case(
-        "generator",
-        Generator,
-        rand((3, 5)),
-        linear(f"start.{ORIGINAL}") | {f"up.{ORIGINAL}": "conv"} | convs("out"),
-        {"strength": (Reason.NO_FORM, Reason.VECTOR)},
-        refuses=("symbolic",),
-    ),
-    Case(
-        "graph_network",
-        GraphNetwork,
-        graph,
-        {"embed.weight": "embedding", "update.weight_ih": "recurrent", "update.weight_hh": "recurrent"}
-        | lin("message", "read"),
-        refuses=("symbolic",),
-    ),
+    Case("unet", UNet, rand((2, 3, 9, 11)), convs("first.0", "down.0", "down.1", "up.0", "up.1", "out"),
+        opaque=("out.weight",)),
+    Case("generator", Generator, rand((3, 5)), linear(f'start.{ORIGINAL}') | {f'up.{ORIGINAL}': "conv"} | convs("out"),
+        {"strength": (Reason.NO_FORM, Reason.VECTOR)}, refuses=("symbolic",)),
+    Case("graph_network", GraphNetwork, graph, {"embed.weight": "embedding", "update.weight_ih": "recurrent",
+        "update.weight_hh": "recurrent"} | lin("message", "read"), refuses=("symbolic",)),
     Case("field", Field, rand((2, 4, 3), (2, 3)), lin("layers.0", "layers.1", "layers.2", "density", "colour.0")),
-    Case(
-        "diffusion",
-        Diffusion,
-        lambda: (torch.randn(2, 3, 5, 6).double(), torch.tensor([3, 40])),
-        lin("time.0", "time.2") | convs("stem", "conv", "qkv", "out"),
-    ),
+    Case("diffusion", Diffusion, lambda: (torch.randn(2, 3, 5, 6).double(), torch.tensor([3, 40])),
+        lin("time.0", "time.2") | convs("stem", "conv", "qkv", "out")),
     Case("autoencoder", Autoencoder, rand((4, 6)), lin("encode", "decode.0", "decode.2")),
     Case("quantized", Quantized, rand((4, 6)), lin("encode", "decode"), refuses=("symbolic",)),
     Case("siamese", Siamese, rand((4, 5), (4, 5)), lin("trunk.0", "trunk.3", "predict"), refuses=("symbolic",)),
-    Case(
-        "decoder",
-        Decoder,
-        rand((3, 5)),
+    Case("decoder", Decoder, rand((3, 5)),
         {"table.weight": "embedding", "cell.weight_ih": "recurrent", "cell.weight_hh": "recurrent"} | lin("head"),
-        refuses=NOT,
-    ),
-    Case(
-        "detector",
-        Detector,
-        rand((2, 3, 6, 7)),
-        convs("levels.p3", "levels.p4", "boxes", "scores"),
-        refuses=("export", "dynamo"),
-    ),
-    Case(
-        "loose",
-        Loose,
-        lambda: (rand((4, 3), (4, 3))(), {"scale": 2.0, "image": X()[0], "text": X()[0]}),
-        lin("layers.text", "layers.image"),
-        unreached=("layers.sound.weight",),
-        refuses=("symbolic",),
-    ),
+        refuses=NOT),
+    Case("detector", Detector, rand((2, 3, 6, 7)), convs("levels.p3", "levels.p4", "boxes", "scores"),
+        refuses=("export", "dynamo")),
+    Case("loose", Loose, lambda: (rand((4, 3), (4, 3))(), {"scale": 2.0, "image": X()[0], "text": X()[0]}),
+        lin("layers.text", "layers.image"), unreached=("layers.sound.weight",), refuses=("symbolic",)),
     Case("stateful", Stateful, rand((3, 5)), lin("inner", "outer"), refuses=NOT),
     Case("scripted", scripted, X, lin("first"), {"act.0.weight": Reason.OPAQUE}, refuses=("export", "dynamo")),
-    Case(
-        "adaptive_softmax",
-        AdaptiveSoftmax,
-        lambda: (*X(), torch.tensor([1, 7, 4, 8])),
+    Case("adaptive_softmax", AdaptiveSoftmax, lambda: (*X(), torch.tensor([1, 7, 4, 8])),
         lin("body", "loss.head", "loss.tail.0.0", "loss.tail.0.1", "loss.tail.1.0", "loss.tail.1.1"),
-        opaque=tuple(f"loss.{name}.weight" for name in ("head", "tail.0.0", "tail.0.1", "tail.1.0", "tail.1.1")),
-        refuses=("export", "dynamo"),
-    ),
+        opaque=tuple(f'loss.{name}.weight' for name in ("head", "tail.0.0", "tail.0.1", "tail.1.0", "tail.1.1")),
+        refuses=("export", "dynamo")),
     Case("listed", Listed, X, linear("weights.0", "weights.1", "weights.2", "named.key", "named.value")),
-    Case(
-        "spectral",
-        Spectral,
-        rand((2, 8)),
-        lin("lift", "lower") | convs("local") | linear("pair"),
-        refuses=("symbolic",),
-    ),
+    Case("spectral", Spectral, rand((2, 8)), lin("lift", "lower") | convs("local") | linear("pair"),
+        refuses=("symbolic",)),
     Case("adversarial", Adversarial, X, lin("features", "label", "domain"), refuses=NOT),
     Case("talkative", Talkative, X, lin("body", "head"), refuses=NOT),
     Case("halves", Halves, rand((4, 8)), lin("body", "head")),
     Case("recursive", Recursive, rand((3, 5, 5)), lin("join", "head"), refuses=("symbolic",)),
     Case("sparse", Sparse, adjacency, linear("first") | lin("second"), refuses=("export", "dynamo")),
     Case("control_flow", ControlFlow, X, lin("either", "head"), refuses=("symbolic",), modes=(True,)),
-    Case(
-        "ragged",
-        Ragged,
-        lambda: ([torch.randn(size, 5).double() for size in (2, 4, 3)],),
-        lin("body", "head"),
-        refuses=("symbolic",),
-    ),
+    Case("ragged", Ragged, lambda: ([torch.randn(size, 5).double() for size in (2, 4, 3)],), lin("body", "head"),
+        refuses=("symbolic",)),
     Case("energy", Energy, rand((4, 3)), lin("body", "head"), refuses=NOT),
     Case("layer_drop", Penalized, X, lin("layers.0", "layers.1", "layers.2", "head"), refuses=NOT),
     Case("hooked", hooked, X, lin("0", "2"), opaque=("0.weight", "2.weight")),
     Case("hooked_on_top", hooked_on_top, X, lin("0", "2"), refuses=("symbolic",)),
     Case("patched", patched, X, lin("0", "2"), refuses=("symbolic",)),
     Case("momentum", Momentum, X, lin("query", "head"), {"key.weight": Reason.MUTATED}, refuses=("symbolic",)),
-    Case(
-        "weight_data", Raw, X, lin("body", "head"), refuses=("export", "dynamo"), opaque=("body.weight", "head.weight")
-    ),
+    Case("weight_data", Raw, X, lin("body", "head"), refuses=("export", "dynamo"),
+        opaque=("body.weight", "head.weight")),
     Case("nested", Nested, rand((2, 4, 5)), lin("body", "head"), refuses=NOT),
     Case("droppers", Droppers, rand((3, 3, 4, 5)), convs("conv") | lin("head")),
-    Case(
-        "norms", Norms, rand((4, 3, 6)), convs(*(f"convs.{index}" for index in range(4))), refuses=("export", "dynamo")
-    ),
+    Case("norms", Norms, rand((4, 3, 6)), convs(*(f'convs.{index}' for index in range(4))),
+        refuses=("export", "dynamo")),
     Case("frozen", Frozen, X, lin("backbone.0", "head")),
     Case("lazy", lazy, X, lin("0", "3")),
 ]
+# fmt: on

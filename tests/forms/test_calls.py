@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import lorasc_fx as lx
-from tests.forms.compare import assert_same, loss_of, seed
-from tests.forms.kit import SPEC, branches, by_formula, randomize, run
+from tests.forms.kit import SPEC, branches, by_formula, randomize
+from tests.kit.compare import assert_same, loss_of, run, seed
 from tests.kit.errors import raises
 
 # torch's own, of a copy of any exported graph

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
-from tests.forms.cases import CASES
-from tests.forms.compare import assert_same
-from tests.forms.kit import NAMED, SPEC, Case, check, randomize, run
+from tests.forms.kit import SPEC, check, randomize
 from tests.forms.odd_models import ODD
+from tests.kit.compare import assert_same, run
 from tests.kit.errors import raises
+from tests.kit.operators import OPERATORS
+from tests.kit.operators.case import NAMED, Case
 
-EVERY = [*CASES, *ODD]
+EVERY = [*(case for case in OPERATORS if case.modes), *ODD]
 ROWS = pytest.mark.parametrize("case", EVERY, ids=[case.name for case in EVERY])
 
 

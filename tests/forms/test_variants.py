@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
-from tests.forms.compare import assert_same, loss_of, quietly, seed
-from tests.forms.kit import SPEC, by_formula, randomize, run
+from tests.forms.kit import SPEC, by_formula, randomize
+from tests.kit.compare import assert_same, loss_of, quietly, run, seed
 from tests.kit.errors import raises
 
 FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.forms.compare import seed
 from tests.kit import oracle
+from tests.kit.compare import seed
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.05),

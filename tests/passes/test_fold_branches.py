@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch
 from lorasc_fx.graph import branch_nodes, record_of, text
-from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline
+from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises, warns
 from tests.kit.state import noise_drawn
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
@@ -169,34 +169,45 @@ def test_narrow_weights_are_rounded_once() -> None:
 
 # --- non-finite branches --------------------------------------------------------------------------------------------
 
+ENDS = {
+    "fold": FoldBranches(),
+    "fold and insert": Pipeline([FoldBranches(), InsertBranches()]),
+    "transition": StageTransition(),
+}
+"""Passes that end a stage."""
+
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("through", ["alone", "pipeline"])
-def test_a_branch_that_is_not_finite_is_one_error(value: float, through: str) -> None:
+@pytest.mark.parametrize("end", ENDS)
+def test_a_branch_that_is_not_finite_is_one_error(value: float, end: str) -> None:
     case = BY_NAME["module_convs"]
     inserted = fill(insert(case.own(), case.spec))
     with torch.no_grad():
         branches_of(inserted)["0.2.weight"].lora_B[1, 2] = value
     photograph = Photograph(inserted, case)
     with raises(NonFiniteBranch, "non-finite", "0.2.weight", "stage 1", "on_nonfinite='skip'"):
-        (FoldBranches() if through == "alone" else Pipeline([FoldBranches(), InsertBranches()]))(inserted)
+        ENDS[end](inserted)
     photograph.assert_unchanged()
 
 
-def test_a_branch_that_is_not_finite_is_left_out_if_asked() -> None:
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(("factor", "value"), [("lora_A", float("inf")), ("lora_B", float("nan"))])
+def test_a_branch_that_is_not_finite_is_left_out_if_asked(end: str, factor: str, value: float) -> None:
     case = BY_NAME["module_convs"]
     original = case.own()
     inserted = fill(insert(original, replace(case.spec, on_nonfinite="skip")))
     delta = deltas(inserted)
     with torch.no_grad():
-        branches_of(inserted)["0.2.weight"].lora_A[1, 2] = float("inf")
+        getattr(branches_of(inserted)["0.2.weight"], factor)[1, 2] = value
     with warns("non-finite-left-out", "0.2.weight", "1"):
-        folded = weights_of(FoldBranches()(inserted).graph_module)
-    for name, value in weights_of(original).items():
+        after = ENDS[end](inserted).graph_module
+    for name, value_before in weights_of(original).items():
         if name in delta and name != "0.2.weight":
-            assert_close(folded[name].detach(), value.detach() + case.spec.pace * delta[name], **NEAR)
+            assert_close(weights_of(after)[name].detach(), value_before.detach() + case.spec.pace * delta[name], **NEAR)
         else:
-            assert same_bits(folded[name], value)
+            assert same_bits(weights_of(after)[name], value_before)
+    if end != "fold":  # the branch starts anew
+        assert all(branch.finite() for branch in branches_of(after).values())
 
 
 def test_tied_weights_stay_tied() -> None:

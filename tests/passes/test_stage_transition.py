@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasc_fx import Noise, NonFiniteBranch, PassError
+from lorasc_fx import Noise, PassError
 from lorasc_fx.graph import record_of, text
 from lorasc_fx.graph.targets import targeted
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (
     NEAR,
@@ -175,25 +175,3 @@ def test_a_live_graph_is_the_runtimes() -> None:
     with raises(PassError, "requirement-not-met", "stage-transition", "cascade.transition(optimizer)"):
         StageTransition()(inserted)
     photograph.assert_unchanged()
-
-
-def test_a_branch_that_is_not_finite_is_one_error() -> None:
-    case = BY_NAME["aten_conv1d"]
-    inserted = fill(insert(case.own(), case.spec))
-    with torch.no_grad():
-        branches_of(inserted)["2.weight"].lora_A[0, 0] = float("nan")
-    photograph = Photograph(inserted, case)
-    with raises(NonFiniteBranch, "non-finite", "2.weight", "stage 1", "on_nonfinite='skip'"):
-        Pipeline([StageTransition()])(inserted)
-    photograph.assert_unchanged()
-
-
-def test_a_branch_that_is_not_finite_is_left_out_and_starts_anew_if_asked() -> None:
-    case = BY_NAME["aten_conv1d"]
-    inserted = fill(insert(case.own(), replace(case.spec, on_nonfinite="skip")))
-    with torch.no_grad():
-        branches_of(inserted)["2.weight"].lora_B[0, 0] = float("nan")
-    with warns("non-finite-left-out", "2.weight", "1"):
-        after = StageTransition()(inserted).graph_module
-    assert same_bits(weights_of(after)["2.weight"], case.model.get_parameter("2.weight"))
-    assert all(branch.finite() for branch in branches_of(after).values())

@@ -257,7 +257,7 @@ SPECS = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_passed_over_in_silence(case: Case, mode: str) -> None:
     graph_module = case.graph(mode)
-    for spec in SPECS.values():
+    for spec in (case.spec, *SPECS.values()):
         record = record_of(MatchSites(spec)(graph_module).graph_module)
         assert record.plan is not None
         told = [

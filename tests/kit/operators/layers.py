@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 from lorasc_fx.plan import Reason
-from tests.forms.kit import Case, linear, of, rand
+from tests.kit.operators.case import Case, linear, of, rand, row
 
 SEQUENCE = rand((3, 4, 6))
 
@@ -86,72 +86,36 @@ def lengths() -> tuple[Tensor, Tensor]:
 
 
 def recurs(name: str, build: Any, inputs: Any, sites: dict[str, str], **more: Any) -> Case:
-    return Case(name, build, inputs, sites, opaque=tuple(site for site in sites if "head" not in site), **more)
+    return row(name, build, inputs, sites, opaque=tuple(site for site in sites if "head" not in site), **more)
 
 
 HEAD = linear("head.weight")
+TOLD = "head.weight=linear " + " ".join(f"{name}:recurrent=*" for name in recurrent(2, both=True))
+# fmt: off
 RECURRENT = [
     recurs("lstm", layered(lambda: nn.LSTM(6, 5, batch_first=True), 5), SEQUENCE, HEAD | recurrent()),
-    recurs(
-        "lstm_deep",
-        layered(lambda: nn.LSTM(6, 5, 2, dropout=0.3, bidirectional=True), 10),
-        SEQUENCE,
-        HEAD | recurrent(2, both=True),
-    ),
-    recurs(
-        "lstm_projected",
-        layered(lambda: nn.LSTM(6, 5, proj_size=4, bias=False, batch_first=True), 4),
-        SEQUENCE,
-        HEAD | recurrent(projected=True),
-    ),
-    recurs(
-        "gru",
-        layered(lambda: nn.GRU(6, 5, 2, bidirectional=True, batch_first=True), 10),
-        SEQUENCE,
-        HEAD | recurrent(2, both=True),
-    ),
+    recurs("lstm_deep", layered(lambda: nn.LSTM(6, 5, 2, dropout=0.3, bidirectional=True), 10), SEQUENCE,
+        HEAD | recurrent(2, both=True), aten=TOLD),
+    recurs("lstm_projected", layered(lambda: nn.LSTM(6, 5, proj_size=4, bias=False, batch_first=True), 4), SEQUENCE,
+        HEAD | recurrent(projected=True)),
+    recurs("gru", layered(lambda: nn.GRU(6, 5, 2, bidirectional=True, batch_first=True), 10), SEQUENCE,
+        HEAD | recurrent(2, both=True), aten=TOLD),
     recurs("rnn_tanh", layered(lambda: nn.RNN(6, 5), 5), SEQUENCE, HEAD | recurrent()),
     recurs("rnn_relu", layered(lambda: nn.RNN(6, 5, nonlinearity="relu", bias=False), 5), SEQUENCE, HEAD | recurrent()),
     recurs("lstm_state", Stateful, rand((4, 6), (2, 5), (2, 5)), recurrent(2)),
-    recurs(
-        "lstm_packed",
-        lambda: Packed(nn.LSTM(6, 5, batch_first=True, bidirectional=True), 10),
-        lengths,
-        HEAD | recurrent(both=True),
-        refuses=("export", "dynamo", "symbolic"),
-    ),
-    recurs(
-        "gru_packed",
-        lambda: Packed(nn.GRU(6, 5, 2, dropout=0.2, batch_first=True), 5),
-        lengths,
-        HEAD | recurrent(2),
-        refuses=("export", "dynamo", "symbolic"),
-    ),
-    recurs(
-        "cells",
-        Cells,
-        SEQUENCE,
-        {f"{cell}.weight_{kind}": "recurrent" for cell in ("first", "second", "third") for kind in ("ih", "hh")},
-        refuses=("symbolic",),
-    ),
+    recurs("lstm_packed", lambda: Packed(nn.LSTM(6, 5, batch_first=True, bidirectional=True), 10), lengths,
+        HEAD | recurrent(both=True), refuses=("export", "dynamo", "symbolic")),
+    recurs("gru_packed", lambda: Packed(nn.GRU(6, 5, 2, dropout=0.2, batch_first=True), 5), lengths,
+        HEAD | recurrent(2), refuses=("export", "dynamo", "symbolic")),
+    recurs("cells", Cells, SEQUENCE,
+        {f'{cell}.weight_{kind}': "recurrent" for cell in ("first", "second", "third") for kind in ("ih", "hh")},
+        refuses=("symbolic",)),
 ]
+# fmt: on
 
 
 def ids(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(0, 9, shape)
-
-
-class Tied(nn.Module):
-    """A language model whose head is its table."""
-
-    def __init__(self, forward: str = "module") -> None:
-        super().__init__()
-        self.table, self.body, self.head = nn.Embedding(9, 5), nn.Linear(5, 5), nn.Linear(5, 9, bias=False)
-        self.head.weight, self.by = self.table.weight, forward
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = torch.tanh(self.body(self.table(ids)))
-        return self.head(hidden) if self.by == "module" else hidden @ self.table.weight.t()
 
 
 class Bags(nn.Module):
@@ -183,41 +147,30 @@ def embedding(**options: Any) -> Callable[[], nn.Module]:
 TABLE = {"0.weight": "embedding", "1.weight": "linear"}
 LOOKUP = {"w0": "embedding"}
 BAG = {"bag.weight": "embedding", "head.weight": "linear"}
+# fmt: off
 EMBEDDINGS = [
     Case("embedding", embedding(), ids(3, 4), TABLE),
     Case("embedding_padding", embedding(padding_idx=2), ids(3, 4), TABLE),
     Case("embedding_padding_from_end", embedding(padding_idx=-1), ids(3, 4), TABLE),
     Case("embedding_by_frequency", embedding(scale_grad_by_freq=True), ids(3, 4), TABLE, opaque=("0.weight",)),
-    Case(
-        "embedding_max_norm",
-        embedding(max_norm=1.0),
-        ids(3, 4),
-        linear("1.weight"),
-        {"0.weight": (Reason.MUTATED, Reason.OPAQUE)},
-    ),
+    Case("embedding_max_norm", embedding(max_norm=1.0), ids(3, 4), linear("1.weight"),
+        {"0.weight": (Reason.MUTATED, Reason.OPAQUE)}),
     Case("F_embedding", of(lambda x, w: F.embedding(x, w, padding_idx=-2), (9, 5)), ids(3, 4), LOOKUP),
     Case("F_embedding_names", of(lambda x, w: F.embedding(weight=w, input=x), (9, 5)), ids(3, 4), LOOKUP),
     Case("indexed", of(lambda x, w: w[x], (9, 5)), ids(3, 4), LOOKUP),
     Case("index_select", of(lambda x, w: w.index_select(0, x), (9, 5)), ids(4), LOOKUP),
     Case("one_hot", of(lambda x, w: F.one_hot(x, 9).to(w.dtype) @ w, (9, 5)), ids(3, 4), linear("w0")),
-    Case(
-        "positions",
-        Positions,
-        ids(3, 4),
+    Case("positions", Positions, ids(3, 4),
         {"tokens.weight": "embedding", "places.weight": "embedding", "head.weight": "linear"},
-        {"added": Reason.NO_FORM},
-    ),
+        {"added": Reason.NO_FORM}),
     Case("bag_mean", lambda: Bags("mean"), ids(3, 4), BAG, opaque=("bag.weight",)),
     Case("bag_max", lambda: Bags("max", padding_idx=1), ids(3, 4), BAG, opaque=("bag.weight",)),
-    Case(
-        "bag_sum_weighted",
-        lambda: Bags("sum", include_last_offset=True),
-        lambda: (torch.randint(0, 9, (6,)), torch.tensor([0, 2, 6]), torch.rand(6, dtype=torch.float64)),
-        BAG,
-        opaque=("bag.weight",),
-    ),
+    Case("bag_sum_weighted", lambda: Bags("sum", include_last_offset=True),
+        lambda: (torch.randint(0, 9, (6,)), torch.tensor([0, 2, 6]), torch.rand(6, dtype=torch.float64)), BAG,
+        opaque=("bag.weight",)),
     Case("bag_function", of(lambda x, w: F.embedding_bag(x, w, mode="sum"), (9, 5)), ids(3, 4), LOOKUP),
 ]
+# fmt: on
 
 
 class Repeated(nn.Module):
@@ -256,21 +209,12 @@ class Named(nn.Module):
         return self.code(self.graph(self.model(self.branches(x).tanh()).tanh()).tanh())
 
 
+# fmt: off
 SHARED = [
-    Case(
-        "names_of_graph_modules",
-        Named,
-        rand((4, 5)),
-        linear(*(f"{name}.weight" for name in ("code", "graph", "model", "branches"))),
-    ),
-    Case("tied", Tied, ids(3, 4), {"table.weight": "embedding", "body.weight": "linear"}),
-    Case("tied_by_product", lambda: Tied("product"), ids(3, 4), {"table.weight": "embedding", "body.weight": "linear"}),
-    Case(
-        "repeated",
-        Repeated,
-        rand((4, 5)),
-        linear("block.0.weight", "block.2.weight", "twice.0.weight", "encode.weight"),
-        opaque=("encode.weight",),
-    ),
+    Case("names_of_graph_modules", Named, rand((4, 5)),
+        linear(*(f'{name}.weight' for name in ("code", "graph", "model", "branches")))),
+    Case("repeated", Repeated, rand((4, 5)),
+        linear("block.0.weight", "block.2.weight", "twice.0.weight", "encode.weight"), opaque=("encode.weight",)),
     Case("twice", Twice, rand((4, 5)), linear("0.weight", "3.weight")),
 ]
+# fmt: on

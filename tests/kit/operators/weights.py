@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lorasc_fx.plan import Reason
-from tests.forms.kit import Case, linear, rand
+from tests.kit.operators.case import Case, linear, rand, row
 
 X, SIGNAL = rand((4, 5)), rand((2, 4, 11))
 
@@ -26,8 +27,10 @@ def hooked(hook: str, layer: Callable[[], nn.Module], width: int = 7) -> Callabl
     return build
 
 
-def parametrized(register: Callable[[nn.Module], nn.Module], layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(register(layer()), nn.Tanh(), nn.Linear(5, 3))
+def parametrized(
+    register: Callable[[nn.Module], nn.Module], layer: Callable[[], nn.Module], width: int = 5
+) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(register(layer()), nn.Tanh(), nn.Linear(width, 3))
 
 
 class Symmetric(nn.Module):
@@ -191,70 +194,38 @@ def whole(
     inputs: Callable[[], object],
     sites: dict[str, str],
     refused: dict[str, tuple[Reason, ...]] | None = None,
+    **more: Any,
 ) -> Case:
     """Return a row whose first layer computes its weight in a hook or a property: a symbolic trace calls it whole."""
     opaque = tuple(name for name in sites if not name.startswith("2."))
-    return Case(name, build, inputs, sites, refused or {}, opaque)
+    return row(name, build, inputs, sites, refused, opaque=opaque, **more)
 
 
-GAIN = (Reason.NO_FORM, Reason.VECTOR, Reason.OPAQUE)
+GAIN = (Reason.VECTOR, Reason.NO_FORM, Reason.OPAQUE)
+# fmt: off
 COMPUTED = [
-    whole(
-        "old_weight_norm",
-        hooked("weight_norm", lambda: nn.Linear(5, 7)),
-        X,
-        linear("0.weight_v", "2.weight"),
-        {"0.weight_g": GAIN},
-    ),
-    whole(
-        "old_weight_norm_conv",
-        hooked("weight_norm", lambda: nn.Conv1d(4, 6, 3), 9),
-        SIGNAL,
-        {"0.weight_v": "conv", "2.weight": "linear"},
-        {"0.weight_g": GAIN},
-    ),
-    whole(
-        "old_spectral_norm", hooked("spectral_norm", lambda: nn.Linear(5, 7)), X, linear("0.weight_orig", "2.weight")
-    ),
-    whole(
-        "old_spectral_norm_transposed",
-        hooked("spectral_norm", lambda: nn.ConvTranspose1d(4, 6, 3), 13),
-        SIGNAL,
-        {"0.weight_orig": "conv", "2.weight": "linear"},
-    ),
-    whole(
-        "weight_norm",
-        parametrized(parametrizations.weight_norm, lambda: nn.Linear(5, 5)),
-        X,
-        original("linear", "original1"),
-        {"0.parametrizations.weight.original0": GAIN},
-    ),
-    whole("spectral_norm", parametrized(parametrizations.spectral_norm, lambda: nn.Linear(5, 5)), X, original()),
-    whole(
-        "spectral_norm_conv",
-        parametrized(parametrizations.spectral_norm, lambda: nn.Conv1d(4, 6, 7)),
-        SIGNAL,
-        original("conv"),
-    ),
+    whole("old_weight_norm", hooked("weight_norm", lambda: nn.Linear(5, 7)), X, linear("0.weight_v", "2.weight"),
+        {"0.weight_g": GAIN}),
+    whole("old_weight_norm_conv", hooked("weight_norm", lambda: nn.Conv1d(4, 6, 3), 9), SIGNAL,
+        {"0.weight_v": "conv", "2.weight": "linear"}, {"0.weight_g": GAIN}),
+    whole("old_spectral_norm", hooked("spectral_norm", lambda: nn.Linear(5, 7)), X,
+        linear("0.weight_orig", "2.weight")),
+    whole("old_spectral_norm_transposed", hooked("spectral_norm", lambda: nn.ConvTranspose1d(4, 6, 3), 13), SIGNAL,
+        {"0.weight_orig": "conv", "2.weight": "linear"}),
+    whole("weight_norm", parametrized(parametrizations.weight_norm, lambda: nn.Linear(5, 7), 7), X,
+        original("linear", "original1"), {"0.parametrizations.weight.original0": GAIN},
+        aten="0.parametrizations.weight.original1=* 2.weight=linear_1"),
+    whole("spectral_norm", parametrized(parametrizations.spectral_norm, lambda: nn.Linear(5, 7), 7), X, original(),
+        aten="0.parametrizations.weight.original=* 2.weight=linear_1"),
+    whole("spectral_norm_conv", parametrized(parametrizations.spectral_norm, lambda: nn.Conv1d(4, 6, 7)), SIGNAL,
+        original("conv"), aten="0.parametrizations.weight.original:conv=* 2.weight=linear"),
     whole("orthogonal", parametrized(parametrizations.orthogonal, lambda: nn.Linear(5, 5)), X, original()),
-    whole(
-        "orthogonal_cayley",
-        parametrized(
-            lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"), lambda: nn.Linear(5, 5)
-        ),
-        X,
-        original(),
-    ),
+    whole("orthogonal_cayley", parametrized(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"),
+        lambda: nn.Linear(5, 5)), X, original()),
     whole("symmetric", parametrized(symmetric, lambda: nn.Linear(5, 5)), X, original()),
     whole("product", parametrized(product, lambda: nn.Linear(5, 5)), X, original("linear", "original0", "original1")),
-    whole(
-        "straight_through",
-        parametrized(
-            lambda layer: parametrize.register_parametrization(layer, "weight", Straight()), lambda: nn.Linear(5, 5)
-        ),
-        X,
-        original(),
-    ),
+    whole("straight_through", parametrized(lambda layer: parametrize.register_parametrization(layer, "weight",
+        Straight()), lambda: nn.Linear(5, 5)), X, original()),
     whole("cached", Cached, X, linear("layer.parametrizations.weight.original")),
     whole("pruned", pruned, X, linear("0.weight_orig", "2.weight")),
     Case("normalized", Normalized, X, linear("weight")),
@@ -267,3 +238,4 @@ COMPUTED = [
     Case("drop_connect", lambda: Dropped(5, 7), X, linear("weight")),
     Case("parts", Parts, rand((2, 4, 5), (2, 3, 5)), linear("packed")),
 ]
+# fmt: on

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models.examine import examine
-from tests.models.zoo import LIBRARIES, QUICK, TWINS, ZOO
+from benchmarks.coverage.examine import examine
+from benchmarks.coverage.zoo import LIBRARIES, QUICK, TWINS, ZOO
 
 EXAMINED = [name for name in ZOO if name not in TWINS]
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.models.entry import Call, Entry
+from benchmarks.coverage.entry import Call, Entry
 
 Maker = Callable[[], Any]
 

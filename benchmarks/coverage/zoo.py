@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests.models.entry import Entry
-from tests.models.zoo_hf_signals import SERIES, SPEECH, TEXT
-from tests.models.zoo_hf_text import HF_TEXT
-from tests.models.zoo_hf_vision import DENSE, IMAGES
-from tests.models.zoo_timm import TIMM
-from tests.models.zoo_torchvision import TORCHVISION
+from benchmarks.coverage.entry import Entry
+from benchmarks.coverage.zoo_hf_signals import SERIES, SPEECH, TEXT
+from benchmarks.coverage.zoo_hf_text import HF_TEXT
+from benchmarks.coverage.zoo_hf_vision import DENSE, IMAGES
+from benchmarks.coverage.zoo_timm import TIMM
+from benchmarks.coverage.zoo_torchvision import TORCHVISION
 
 LIBRARIES: dict[str, tuple[Entry, ...]] = {
     "timm": tuple(TIMM),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.forms.compare import seed
+from tests.kit.compare import seed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasc_fx.plan import Reason
-from tests.forms.kit import Case, linear, of, rand
+from tests.kit.operators.case import Case, linear, of, rand, row, seq
 
 SIGNAL, IMAGE, VIDEO = rand((2, 4, 11)), rand((2, 4, 9, 11)), rand((2, 4, 6, 7, 5))
 ONE = {"w0": "conv"}
@@ -122,77 +122,40 @@ def _lazy() -> nn.Module:
     return model
 
 
+# fmt: off
 CODED = [
     Case("F_conv1d", of(lambda x, w, b: F.conv1d(x, w, b, 2, "valid", 2), (6, 4, 3), (6,)), SIGNAL, ONE),
-    Case(
-        "F_conv2d_names",
-        of(lambda x, w: F.conv2d(weight=w, input=x, groups=2, padding="same"), (6, 2, 3, 3)),
-        IMAGE,
-        ONE,
-    ),
     Case("torch_conv3d", of(lambda x, w: torch.conv3d(x, w, stride=2, padding=[1, 0, 1]), (6, 4, 3, 3, 3)), VIDEO, ONE),
-    Case(
-        "torch_convolution",
-        of(lambda x, w: torch.convolution(x, w, None, [2], [1], [1], False, [0], 2), (6, 2, 3)),
-        SIGNAL,
-        ONE,
-    ),
+    Case("torch_convolution", of(lambda x, w: torch.convolution(x, w, None, [2], [1], [1], False, [0], 2), (6, 2, 3)),
+        SIGNAL, ONE),
     Case("F_conv_transpose2d", of(lambda x, w: F.conv_transpose2d(x, w, stride=2, groups=2), (4, 3, 3, 3)), IMAGE, ONE),
     Case("conv_tbc", of(lambda x, w, b: torch.conv_tbc(x, w, b, 1), (3, 4, 6), (6,)), rand((7, 2, 4)), ONE),
     Case("conv_of_a_matrix", of(lambda x, w: F.conv2d(x, w[:, :, None, None]), (6, 4)), IMAGE, ONE),
-    Case(
-        "linear_of_a_kernel",
-        of(lambda x, w: F.linear(x.movedim(1, -1), w.squeeze()), (6, 4, 1, 1)),
-        IMAGE,
-        linear("w0"),
-    ),
+    Case("linear_of_a_kernel", of(lambda x, w: F.linear(x.movedim(1, -1), w.squeeze()), (6, 4, 1, 1)), IMAGE,
+        linear("w0")),
     Case("unfolded", of(_unfolded, (6, 4, 3, 3)), IMAGE, linear("w0")),
     Case("conv_and_linear", of(_both, (6, 4, 3, 3)), IMAGE, ONE),
     Case("conv_flipped", of(lambda x, w: F.conv2d(x, w.flip(2, 3).transpose(0, 1)), (4, 6, 3, 3)), IMAGE, ONE),
-    Case(
-        "conv_shared_over_channels",
-        of(lambda x, w: F.conv2d(x, w.repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]), (1, 1, 3, 3)),
-        IMAGE,
-        ONE,
-    ),
-    Case(
-        "conv_of_outer",
-        of(lambda x, v, w: F.conv1d(x, torch.einsum("oc,ck->ock", v, w)), (6, 4), (4, 3)),
-        SIGNAL,
-        {"w0": "conv", "w1": "conv"},
-    ),
-    Case(
-        "conv_same_as_tensorflow",
-        lambda: SameAsTensorFlow(4, 6, 3, stride=2),
-        IMAGE,
-        {"weight": "conv"},
-        refuses=("symbolic",),
-    ),
-    Case("conv_standardized", lambda: Standardized(4, 6, 3, padding=1), IMAGE, {"weight": "conv"}),
+    Case("conv_shared_over_channels",
+        of(lambda x, w: F.conv2d(x, w.repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]), (1, 1, 3, 3)), IMAGE, ONE),
+    Case("conv_of_outer", of(lambda x, v, w: F.conv1d(x, torch.einsum("oc,ck->ock", v, w)), (6, 4), (4, 3)), SIGNAL,
+        {"w0": "conv", "w1": "conv"}),
+    row("conv_same_as_tensorflow",
+        seq(lambda: SameAsTensorFlow(4, 6, 3, stride=2, groups=2), lambda: nn.Conv2d(6, 5, 1)), IMAGE,
+        {"0.weight": "conv", "1.weight": "conv"}, refuses=("symbolic",), leaves=("SameAsTensorFlow",),
+        module="1.weight=nn.Conv2d"),
+    row("conv_standardized", seq(lambda: Standardized(4, 6, 3, stride=2, padding=1), lambda: nn.Conv2d(6, 5, 2)), IMAGE,
+        aten="1.weight=conv2d_1 0.weight:conv=*"),
     Case("conv_standardized_by_norm", lambda: StandardizedByNorm(4, 6, 3, padding=1), IMAGE, {"weight": "conv"}),
     Case("conv_equalized", lambda: Equalized(4, 6, 3), IMAGE, {"weight": "conv"}, refuses=("symbolic",)),
     Case("conv_modulated", Modulated, rand((2, 4, 5, 6), (2, 5)), {"style.weight": "linear", "weight": "conv"}),
     Case("conv_conditional", Conditional, IMAGE, linear("router.weight", "weight")),
-    Case(
-        "conv_deformable",
-        Deformable,
-        IMAGE,
-        {"offset.weight": "conv", "conv.weight": "conv"},
-        refuses=("symbolic",),
-    ),
+    Case("conv_deformable", Deformable, IMAGE, {"offset.weight": "conv", "conv.weight": "conv"}, refuses=("symbolic",)),
     Case("conv_residual", Shuffled, IMAGE, {f"{name}.weight": "conv" for name in ("conv", "squeeze", "excite")}),
     Case("conv_lazy", _lazy, IMAGE, {"0.weight": "conv", "2.weight": "conv"}),
-    Case(
-        "conv_channels_last",
-        lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
-        IMAGE,
-        {"weight": "conv"},
-    ),
-    Case(
-        "gains",
-        of(lambda x, w, g, p: F.conv1d(x, w) * g + p, (6, 4, 3), (6, 1), (6, 9)),
-        SIGNAL,
-        ONE,
-        {"w1": Reason.NO_FORM, "w2": Reason.NO_FORM},
-    ),
+    Case("conv_channels_last", lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), IMAGE,
+        {"weight": "conv"}),
+    Case("gains", of(lambda x, w, g, p: F.conv1d(x, w) * g + p, (6, 4, 3), (6, 1), (6, 9)), SIGNAL, ONE,
+        {"w1": Reason.NO_FORM, "w2": Reason.NO_FORM}),
 ]
+# fmt: on

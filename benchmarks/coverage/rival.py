@@ -8,9 +8,8 @@ import peft
 import torch
 from torch import nn
 
-from tests.models.entry import Entry, built
-from tests.models.examine import difference, run
-from tests.models.formula import SPEC
+from benchmarks.coverage.entry import Entry, built
+from benchmarks.coverage.examine import SPEC, difference, run
 
 
 def peft_on(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""Compares outputs of whatever type, and seeds every generator."""
+"""Seeds every generator, runs models, and compares outputs of whatever type."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def seed(value: int) -> None:
@@ -67,3 +69,18 @@ def assert_buffers(model: nn.Module, twin: nn.Module, close: float = 0.0) -> Non
 def quietly() -> Any:
     """Hear nothing of what eager models warn of."""
     return warnings.catch_warnings(action="ignore")
+
+
+def run(model: Any, call: Call, grad: bool = False, fused: bool = True, start: int = 6) -> Any:
+    """Call a model under one seed.
+
+    `fused` allows torch's attention its kernel for calls without gradients, which no trainable model runs.
+    """
+    seed(start)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast and fused)
+    try:
+        with quietly(), torch.set_grad_enabled(grad):
+            return model(*call[0], **call[1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -24,7 +24,7 @@ from torchvision.models.video import mvit
 from torchvision.models.video.resnet import Conv2Plus1D, Conv3DNoTemporal, Conv3DSimple, R2Plus1dStem
 from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableConv
 
-from tests.models.entry import Call, Entry, images
+from benchmarks.coverage.entry import Call, Entry, images
 
 
 def _scenes(masks: bool = False, keypoints: int = 0) -> Callable[[bool], Call]:
@@ -259,20 +259,13 @@ def _frames(training: bool) -> Call:
 
 _CLASS_TOKEN = "the head reads the last class token only, whose query is not pooled and has no relative position"
 
+# fmt: off
 TORCHVISION: tuple[Entry, ...] = (
     Entry("tv_resnext", "resnet", _resnext, images(2, 3, 64, 64)),
-    Entry(
-        "tv_mobilenet_v2",
-        "mobilenetv2",
-        partial(models.mobilenet_v2, num_classes=5, width_mult=0.25),
-        images(2, 3, 64, 64),
-    ),
-    Entry(
-        "tv_shufflenet_v2",
-        "shufflenetv2",
-        partial(models.ShuffleNetV2, [2, 2, 2], [8, 16, 24, 32, 64], num_classes=5),
-        images(2, 3, 64, 64),
-    ),
+    Entry("tv_mobilenet_v2", "mobilenetv2", partial(models.mobilenet_v2, num_classes=5, width_mult=0.25),
+        images(2, 3, 64, 64)),
+    Entry("tv_shufflenet_v2", "shufflenetv2",
+        partial(models.ShuffleNetV2, [2, 2, 2], [8, 16, 24, 32, 64], num_classes=5), images(2, 3, 64, 64)),
     Entry("tv_squeezenet", "squeezenet", partial(models.squeezenet1_1, num_classes=5), images(2, 3, 48, 48)),
     Entry("tv_googlenet", "googlenet", _googlenet, images(2, 3, 64, 64)),
     Entry("tv_regnet", "regnet", _regnet, images(2, 3, 32, 32)),
@@ -280,26 +273,11 @@ TORCHVISION: tuple[Entry, ...] = (
     Entry("tv_efficientnet_v2", "efficientnet", _efficientnet_v2, images(2, 3, 32, 32)),
     Entry("tv_vit", "vision_transformer", _vit, images(2, 3, 32, 32)),
     Entry("tv_swin_v2", "swin_transformer", _swin_v2, images(2, 3, 32, 32)),
-    Entry(
-        "tv_maxvit",
-        "maxvit",
-        partial(models.MaxVit, (32, 32), 8, 4, [16, 16], [1, 1], 8, 0.2, num_classes=5),
-        images(2, 3, 32, 32),
-    ),
-    Entry(
-        "tv_fcn",
-        "fcn",
-        partial(_segmentation, segmentation.FCN, segmentation.fcn.FCNHead),
-        images(2, 3, 32, 32),
-    ),
-    Entry(
-        "tv_deeplabv3",
-        "deeplabv3",
-        partial(
-            _segmentation, segmentation.DeepLabV3, partial(segmentation.deeplabv3.DeepLabHead, atrous_rates=(1, 2))
-        ),
-        images(2, 3, 32, 32),
-    ),
+    Entry("tv_maxvit", "maxvit", partial(models.MaxVit, (32, 32), 8, 4, [16, 16], [1, 1], 8, 0.2, num_classes=5),
+        images(2, 3, 32, 32)),
+    Entry("tv_fcn", "fcn", partial(_segmentation, segmentation.FCN, segmentation.fcn.FCNHead), images(2, 3, 32, 32)),
+    Entry("tv_deeplabv3", "deeplabv3", partial(_segmentation, segmentation.DeepLabV3,
+        partial(segmentation.deeplabv3.DeepLabHead, atrous_rates=(1, 2))), images(2, 3, 32, 32)),
     Entry("tv_lraspp", "lraspp", _lraspp, images(2, 3, 64, 64)),
     Entry("tv_faster_rcnn", "faster_rcnn", partial(_regions, detection.FasterRCNN), _scenes()),
     Entry("tv_mask_rcnn", "mask_rcnn", _mask_rcnn, _scenes(masks=True)),
@@ -308,13 +286,9 @@ TORCHVISION: tuple[Entry, ...] = (
     Entry("tv_fcos", "fcos", partial(_dense, detection.FCOS, 32, (1.0,)), _scenes()),
     Entry("tv_ssdlite", "ssdlite", _ssdlite, _scenes()),
     Entry("tv_r2plus1d", "resnet", _r2plus1d, images(2, 3, 4, 16, 16)),
-    Entry(
-        "tv_mvit_v2",
-        "mvit",
-        _mvit_v2,
-        images(2, 3, 4, 32, 32),
-        unused={"blocks.1.attn.rel_pos_?": _CLASS_TOKEN, "blocks.1.attn.pool_q.pool.weight": _CLASS_TOKEN},
-    ),
+    Entry("tv_mvit_v2", "mvit", _mvit_v2, images(2, 3, 4, 32, 32),
+        unused={"blocks.1.attn.rel_pos_?": _CLASS_TOKEN, "blocks.1.attn.pool_q.pool.weight": _CLASS_TOKEN}),
     Entry("tv_s3d", "s3d", _s3d, images(2, 3, 8, 64, 64)),
     Entry("tv_raft", "raft", _raft, _frames),
 )
+# fmt: on
