@@ -119,7 +119,7 @@ def _write_parameters(run: RunBase, planned: Planned, plan: Plan, slow: SlowWeig
         """Write what the parameter holds between two steps; a weight that the state does not know yet holds W0."""
         if name in planned.live:
             out.copy_(planned.live[name])
-        elif name in slow.states or name in slow.trained:
+        elif name in slow.states:
             slow.write_resting(name, plan, out, scratch)
         else:
             planned.slow.write_value(name, "base", out)

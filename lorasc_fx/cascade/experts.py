@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
@@ -24,7 +23,7 @@ from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, Part, SlowWeights, Trained, View, WeightState, Which, arithmetic, summing
+from lorasc_fx.state import Expert, Part, SlowWeights, Trainer, View, WeightState, Which, arithmetic, summing
 from lorasc_fx.state.engine import fits
 from lorasc_fx.state.model import host
 from lorasc_fx.util.checks import is_number
@@ -52,7 +51,7 @@ def install_experts(
         before = run.slow
         tensors = dict(run.model.named_buffers())
         for what, given, known in (
-            ("a site", experts, before.states),
+            ("a site", experts, before.states.keys() - before.trained.keys()),
             ("trained in full", trained, before.trained),
             ("a buffer", buffers, tensors),
         ):
@@ -62,17 +61,15 @@ def install_experts(
                     f"install_experts: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ"
                 )
         states = {name: _with_experts(state, experts.get(name, ())) for name, state in before.states.items()}
-        entries = dict(before.trained)
         for name, value in trained.items():
-            base = entries[name].base
-            if value.shape != base.shape:
+            if value.shape != states[name].base.shape:
                 raise StateError(
-                    f"install_experts: {name} is {list(base.shape)}, not {list(value.shape)}", code="sites-differ"
+                    f"install_experts: {name} is {list(states[name].base.shape)}, not {list(value.shape)}",
+                    code="sites-differ",
                 )
-            slow = value.detach().to("cpu", entries[name].slow.dtype, copy=True)
-            entries[name] = Trained.of(base, slow, entries[name].rule)
+            states[name] = states[name].holding(value.detach().to("cpu", copy=True))
         touched = [*(name for name in experts if experts[name]), *trained]
-        install_slow(run, SlowWeights(states, entries, before.idle, averaged=before.averaged), touched, buffers)
+        install_slow(run, SlowWeights(states, before.idle, averaged=before.averaged), touched, buffers)
 
 
 def install_slow(
@@ -112,6 +109,8 @@ def install_slow(
 
 def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -> WeightState:
     """Return the state with these experts added, each with its coefficient."""
+    if not experts:
+        return state
     *stack, rows, columns = state.matrix
     for _, pair in experts:
         rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
@@ -121,8 +120,6 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -
                 f"install_experts: {state.name} is {list(state.base.shape)}, and its factors are {shapes}",
                 code="sites-differ",
             )
-    if not experts:
-        return state
     device = state.base.device
     more = [expert.map(lambda value, _: value.detach().to(device, copy=True)) for _, expert in experts]
     return state.added(more, [float(coefficient) for coefficient, _ in experts])
@@ -132,6 +129,11 @@ def bare(slow: SlowWeights) -> SlowWeights:
     """Return slow weights whose W0 are without numbers."""
     states = {name: replace(state, base=state.base.to("meta")) for name, state in slow.states.items()}
     return replace(slow, states=states)
+
+
+def differ(one: WeightState, other: WeightState) -> bool:
+    """Whether two runs adapted a weight as other kinds of matrices."""
+    return one.stacked != other.stacked and not (one.full or other.full)
 
 
 def other_kind(call: str, name: str, weight: str) -> SpecError:
@@ -166,27 +168,24 @@ class Weights:
         slow: their state.
         which: the weights of it that are meant.
         buffers: of the model, and parameters that forward writes, by name, as far as they belong to these weights.
-        branches: by weight name, where the running stage counts.
+        trainers: by weight name, where the running stage counts: branches, and the present values of what is trained
+            in full.
         plan: of the running stage, where these are the run's own: what does not follow the slow rule is as it is then.
     """
 
     slow: SlowWeights
     which: Which = "slow"
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    branches: Mapping[str, Branch] = field(default_factory=dict)
+    trainers: Mapping[str, Trainer] = field(default_factory=dict)
     plan: Plan | None = None
 
-    def write(self, live: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
-        """Write one of them, by name; `live` are the present values of what is trained in full."""
-        if name in self.slow.trained:
-            entry = self.slow.trained[name]
-            out.copy_(entry.value(self.which, live[name], self.plan is None or entry.follows(self.plan.spec)))
-        else:
-            self.slow.write_value(name, self.which, out, self.branches.get(name), self.plan)
+    def write(self, name: str, out: torch.Tensor) -> None:
+        """Write one of them, by name."""
+        self.slow.write_value(name, self.which, out, self.trainers.get(name), self.plan)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return those of quantized weights, by name, as dense tensors."""
-        return {name: self.slow.value(name, self.which, parameters[name], self.branches.get(name)) for name in names}
+        return {name: self.slow.value(name, self.which, parameters[name], self.trainers.get(name)) for name in names}
 
     def moves(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the buffers of a run's model that belong to them, each with its value."""
@@ -245,20 +244,15 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
         )
     after = weighted_sum(slow, parts, [*weights.values()], 1)
     if alone:
-        held = parts[0].slow
-        states = {
-            name: replace(state, base=slow.states[name].base)
-            for name, state in held.states.items()
-            if name in slow.states
-        }
-        trained = {}
-        for name, entry in slow.trained.items():
-            if name in held.trained:
-                trained[name] = Trained.of(entry.base, held.trained[name].slow, entry.rule)
-            elif name in held.states:
-                state = replace(held.states[name], base=entry.base)
-                trained[name] = Trained.of(entry.base, state.exact("slow", arithmetic(entry.base.dtype)), entry.rule)
-        after = replace(after, states={**after.states, **states}, trained={**after.trained, **trained})
+        states = dict(after.states)
+        for name, state in slow.states.items():
+            held = parts[0].slow.states.get(name)
+            if held is None or (held.full and not state.full):
+                continue
+            held = replace(held, base=state.base)
+            exact = arithmetic(state.base.dtype)
+            states[name] = state.bare().holding(held.exact("slow", exact)) if state.full else held
+        after = replace(after, states=states)
     else:
         _check_fits(after, call)
     return Weights(after, buffers={name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
@@ -266,11 +260,7 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
 
 def _check_fits(after: SlowWeights, call: str) -> None:
     """Raise SpecError where a sum takes a weight beyond its dtype."""
-    beyond = [name for name, state in after.states.items() if not fits(state)]
-    for name, entry in after.trained.items():
-        rounded = entry.slow.to(entry.base.dtype)
-        beyond += [name] * bool((~torch.isfinite(rounded) & torch.isfinite(entry.base)).any())
-    if beyond:
+    if beyond := [name for name, state in after.states.items() if not fits(state)]:
         raise SpecError(
             f"{call}: the sum takes {named(beyond)} beyond the dtype of the weight; give the runs smaller weights"
         )
@@ -280,11 +270,11 @@ def _own(run: Run, call: str, folded: bool) -> Part:
     """Return the slow weights of a run itself as a part; what does not follow the slow rule is as it is now."""
     slow, trained = (ended(run, call), {}) if folded else (run.slow, run.trained_parameters())
     now = {
-        name: replace(entry, views={**entry.views, "slow": host(trained[name]).to(entry.slow.dtype)})
-        for name, entry in slow.trained.items()
-        if name in trained and not entry.follows(run.plan.spec)
+        name: state.holding(host(trained[name]))
+        for name, state in slow.trained.items()
+        if name in trained and not state.follows(run.plan.spec)
     }
-    slow = replace(slow, trained={**slow.trained, **now})
+    slow = replace(slow, states={**slow.states, **now})
     return Part("slow", run.plan, bare(slow), run.model_state())
 
 
@@ -302,24 +292,20 @@ def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[fl
     """
     terms = list(zip(weights, parts, strict=True))
     for part in parts:
-        odd = sorted({*part.slow.states, *part.slow.trained} - {*fresh.states, *fresh.trained})
+        odd = sorted(part.slow.states.keys() - fresh.states.keys())
         if odd:
             raise SpecError(
                 f"merge: {part.name}, keeps noise in {odd[0]}, which is no site of the first run; "
                 "give a run with noise.where='all' first",
                 code="sites-differ",
             )
-    states = {name: _summed(state, terms, stage) for name, state in fresh.states.items()}
-    trained = {}
-    for name, entry in fresh.trained.items():
-        total = entry.base.double() + _dense(name, entry.base, terms)
-        slow = total.to(arithmetic(entry.base.dtype))
-        views = {"slow": slow, "start": total.to(entry.base.dtype), f"stage/{stage}": slow}
-        trained[name] = Trained(entry.base, views, entry.rule)
-    return SlowWeights(states, trained)
+    return SlowWeights({name: _summed(state, terms, stage) for name, state in fresh.states.items()})
 
 
 def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
+    if fresh.full:
+        after = fresh.bare().holding(fresh.base.double() + _dense(fresh.name, fresh.base, terms))
+        return replace(after, views={**after.views, f"stage/{stage}": after.slow})
     experts: list[Expert] = []
     coefficients: list[float] = []
     noises = []
@@ -327,7 +313,7 @@ def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int)
         state = part.slow.states.get(fresh.name)
         if state is None or weight == 0:
             continue
-        if state.stacked != fresh.stacked:
+        if differ(state, fresh):
             raise other_kind("merge", part.name, fresh.name)
         for coefficient, expert in zip(state.slow.coefficients, state.experts, strict=True):
             if coefficient != 0:
@@ -335,7 +321,8 @@ def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int)
                 coefficients.append(weight * coefficient)
         noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
     total = None
-    if any(_holds_dense(fresh.name, part) for weight, part in terms if weight != 0):
+    held = [part.slow.states.get(fresh.name) for weight, part in terms if weight != 0]
+    if any(state is not None and state.slow.dense is not None for state in held):
         total = _dense(fresh.name, fresh.base, terms, factors=False).view(fresh.matrix).to(summing(fresh.base.dtype))
     slow = View(tuple(coefficients), total)
     views = {"slow": slow, "start": slow, f"stage/{stage}": slow}
@@ -345,11 +332,6 @@ def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int)
     return after.compact()
 
 
-def _holds_dense(name: str, part: Part) -> bool:
-    state = part.slow.states.get(name)
-    return name in part.slow.trained or (state is not None and state.slow.dense is not None)
-
-
 def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], factors: bool = True) -> torch.Tensor:
     """Return the weighted sum of the deltas of one weight in fp64, as the weight is stored.
 
@@ -357,16 +339,14 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
     """
     total = torch.zeros(base.shape, dtype=torch.float64)
     for weight, part in terms:
-        if weight == 0:
+        state = part.slow.states.get(name)
+        if weight == 0 or state is None:
             continue
-        if name in part.slow.trained:
-            total += weight * (part.slow.trained[name].slow.cpu().double() - base.cpu().double())
-        elif (state := part.slow.states.get(name)) is not None:
-            if factors:
-                slow = replace(state, base=base).exact("slow", torch.float64, device=total.device)
-                total += weight * (slow - dense(base).cpu().double())
-            elif state.slow.dense is not None:
-                total += weight * state.slow.dense.cpu().double().view(base.shape)
+        if factors or state.full:
+            slow = replace(state, base=base).exact("slow", torch.float64, device=total.device)
+            total += weight * (slow - dense(base).cpu().double())
+        elif state.slow.dense is not None:
+            total += weight * state.slow.dense.cpu().double().view(base.shape)
     return total
 
 
@@ -380,7 +360,7 @@ def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo)
     buffers = dict(run.model.named_buffers())
     taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
     differing = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
-    install_slow(run, after, [*after.states, *after.trained], taken, undo)
+    install_slow(run, after, [*after.states], taken, undo)
     if differing:
         warn(
             f"merge: {len(differing)} buffers differ between the runs and stay those of the base: {named(differing)}; "

@@ -20,7 +20,7 @@ from lorasc_fx.branch.noise import BLOCK
 from lorasc_fx.cascade.commit import SPARE, Planned
 from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which, folded_weights
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.transition import at_stage, trained_moved
+from lorasc_fx.cascade.transition import at_stage
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
@@ -52,7 +52,7 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
             weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
         elif weights is None:
             meant: Which = next(name for name in WHICH if name == which)
-            weights = Weights(run.slow, meant, branches=run.branches_by_weight(), plan=run.plan)
+            weights = Weights(run.slow, meant, trainers={**run.branches_by_weight(), **live}, plan=run.plan)
         held, buffers = Held.of(run, parameters), weights.moves(run)
         undo(partial(_put_back, run, parameters, live, held, _reserve(run, parameters)))
         run.keep_buffers([buffer for buffer, _ in buffers])
@@ -60,8 +60,8 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
             Planned(
                 run.plan,
                 run.slow,
-                run.present([*run.slow.states, *run.slow.trained]),
-                partial(weights.write, live),
+                run.present(run.slow.states),
+                weights.write,
                 weights.dense(run.quantized if weights.which != "base" else (), parameters),
                 tensors=buffers,
                 placed=stage if stage is not None else str(which),
@@ -88,7 +88,7 @@ class Held:
     @staticmethod
     def of(run: Run, parameters: Mapping[str, nn.Parameter]) -> Held:
         """Return those of a run. Of sharded weights there are none: FSDP itself exchanges them."""
-        names = [*run.slow.states, *run.slow.trained]
+        names = [*run.slow.states]
         if run.is_sharded:
             return Held([], (), ())
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
@@ -126,7 +126,7 @@ def _reserve(run: Run, parameters: Mapping[str, nn.Parameter]) -> list[torch.Ten
     if run.slow.idle or not run.plan.spec.noise.is_on:
         return []
     sizes: dict[torch.device, int] = {}
-    for parameter in (parameters[name] for name in run.slow.states):
+    for parameter in run.weights_by_name().values():
         if not is_quantized(parameter) and (weight := local(parameter)).device.type != "cpu":
             exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
             drawn = 8 * min(weight.numel(), BLOCK)
@@ -147,7 +147,7 @@ def _put_back(
         StateError: a weight was written inside `weights`; all of them are back.
     """
     reserve.clear()
-    written = {name: parameters[name] for name in [*run.slow.states, *run.slow.trained]}
+    written = {name: parameters[name] for name in run.slow.states}
     planned = Planned(run.plan, run.slow, written, tensors=run.statistics, live=live)
 
     def put_back() -> None:
@@ -191,7 +191,7 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     dtypes = {name: value.dtype for name, value in parameters.items()}
     if run.fingerprinted or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
         run.fingerprints()
-    unmoved = [name for name, value in trained.items() if not trained_moved(run.slow, {name: value})]
+    unmoved = [name for name, value in trained.items() if not run.slow.moved({name: value})]
 
     def rounded_anew() -> list[str]:
         now = run.weights_by_name()
@@ -314,8 +314,6 @@ def _folded(weights: Weights, name: str, value: Any) -> Any:
     slow = weights.slow
     if name in slow.states and not (is_quantized(value) and slow.states[name].unmerged("slow") is None):
         return slow.value(name, weights.which, value)
-    if name in slow.trained:
-        return slow.trained[name].value(weights.which, value).detach().to(value.device, copy=True)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -324,9 +322,9 @@ def release(run: Run, quantized: Requantize, which: str | Mapping[str, float], u
     weights, parameters = folded_weights(run, which, "release"), run.parameters_by_name()
     dense = weights.dense(check_asked("release", weights.slow, quantized, modules=True), parameters)
     live = trained_now(run, parameters)
-    holders, written = holders_of(run.model, dense), run.present([*weights.slow.states, *live])
-    write, buffers = partial(weights.write, live), weights.moves(run)
-    run.commit(Planned(run.plan, SlowWeights(), written, write, dense, tensors=buffers, live=live), undo)
+    holders, written = holders_of(run.model, dense), run.present(weights.slow.states)
+    buffers = weights.moves(run)
+    run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, tensors=buffers, live=live), undo)
     requantize(holders, quantized, undo)
 
 

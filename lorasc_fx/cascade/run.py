@@ -89,7 +89,7 @@ class Run(RunBase):
         takes_residual = factor_start.from_weight and not factor_start.of_delta
         names = [site.weight for site in self.plan.sites]
         reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
-        without = {*self.slow.trained, *names, *(one.weight for one in self.refusals if one.reason in reasons)}
+        without = {*names, *(one.weight for one in self.refusals if one.reason in reasons)}
         matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
         names += [name for name in noise.on_others(matrices) if name not in without]
         new = [name for name in names if name not in self.slow.states]
@@ -223,13 +223,13 @@ class Run(RunBase):
             empty: as of `start`.
         """
         undo(self.restorer())
-        rules = {name: entry.rule for name, entry in self.slow.trained.items() if entry.rule is not None}
+        rules = {name: state.rule for name, state in self.slow.trained.items() if state.rule is not None}
         trained = self.trained_parameters()
         self.meta, self.base_file, self._fingerprints = None, base_file, dict(fingerprints)
-        self.slow = replace(self.slow, states={}, trained={}).with_trained(trained, rules)
+        self.slow = replace(self.slow, states={}).with_trained(trained, rules)
         self.register_sites(undo, empty)
-        known, parameters = {*self.slow.states, *self.slow.trained}, self.parameters_by_name()
-        self._frozen = checksums({name: value for name, value in parameters.items() if name not in known})
+        parameters = self.parameters_by_name()
+        self._frozen = checksums({name: value for name, value in parameters.items() if name not in self.slow.states})
 
     def add(self, name: str, part: Part) -> None:
         """Keep another run on this base by a name; one of the same name is replaced."""

@@ -15,7 +15,7 @@ from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.errors import StateError
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local
-from lorasc_fx.state import Part, SlowWeights, sums_are_finite
+from lorasc_fx.state import Part, SlowWeights, Trainer, sums_are_finite
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import Lock
 from lorasc_fx.util.version import source_digest, version
@@ -114,6 +114,10 @@ class RunBase:
         """Return the branches by the names of their weights."""
         return {branch.weight_name: branch for branch in self.by_key.values()}
 
+    def trainers(self) -> dict[str, Trainer]:
+        """Return what trains in the running stage, by weight name: branches, and parameters trained in full."""
+        return {**self.branches_by_weight(), **self.trained_parameters()}
+
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Return the user's parameters by their first names."""
         return dict(self.model.named_parameters())
@@ -134,8 +138,8 @@ class RunBase:
         return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
     def weights_by_name(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the slow weights know, as the model has them now; one that is gone is left out."""
-        return self.present(self.slow.states)
+        """Return the parameters that the slow weights know and no optimizer trains; one that is gone is left out."""
+        return self.present(name for name, state in self.slow.states.items() if not state.full)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
@@ -204,7 +208,7 @@ class RunBase:
     @property
     def quantized(self) -> tuple[str, ...]:
         """Names of the sites whose weights are quantized."""
-        return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base))
+        return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base) and not state.full)
 
     def note_weights(self, written: Iterable[str] | None = None, summed: Mapping[str, int] | None = None) -> None:
         """Take the checksums of weights that were written here, by default of all, but for those that are given; those
@@ -240,7 +244,7 @@ class RunBase:
         parameters = self.weights_by_name()
         changed = self.changed(self._checksums)
         if changed is None and self.slow.group is None:  # what is trained in full may have other numbers
-            bases = {name: entry.base for name, entry in self.slow.trained.items()}
+            bases = {name: state.base for name, state in self.slow.trained.items()}
             now = {name: _parameter(self.model, name) for name in bases}
             changed = next(
                 (name for name, base in bases.items() if getattr(now[name], "shape", None) != base.shape), None
@@ -280,7 +284,6 @@ class RunBase:
                 code="weights-changed-outside",
             )
         bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
-        bases |= {name: entry.base for name, entry in slow.trained.items()}
         parameters = {name: value for name, value in self.parameters_by_name().items() if name not in moved}
         frozen = checksums({name: value for name, value in parameters.items() if whole and name not in bases})
         for name in [name for name in frozen if name in self._fingerprints and frozen[name] != self._frozen[name]]:
@@ -327,7 +330,7 @@ class RunBase:
 
     def moved_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that forward itself writes (a momentum teacher); they are state, as buffers are."""
-        names = self.written() - self.slow.states.keys() - self.slow.trained.keys()
+        names = self.written() - self.slow.states.keys()
         parameters = self.parameters_by_name() if names else {}
         return {name: parameters[name] for name in sorted(names) if name in parameters}
 

@@ -24,8 +24,8 @@ from lorasc_fx.cascade.optim import check_holds, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import local, local_like
-from lorasc_fx.state import SlowWeights, Trained, WeightState
+from lorasc_fx.shards import local_like
+from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.undo import commit
 
@@ -45,7 +45,7 @@ def next_stage(
         if optimizer is not None:
             check_holds(optimizer, run.trainable())
         run.check_buffers("transition")
-        after = replace(before.after_stage(plan, branches, trained), idle=idle)
+        after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
         starts = {
             site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites
@@ -68,7 +68,7 @@ def next_stage(
             if then is not None:
                 then()
 
-        unmoved = not moved and (optimizer is not None or trained_moved(before, trained))
+        unmoved = not moved and (optimizer is not None or before.moved(trained))
         begin(run, optimizer, planned, after, starts, state, end)
 
 
@@ -129,7 +129,7 @@ def begin(
     values = Planned(
         planned,
         after,
-        run.present([*after.states, *after.trained]),
+        run.present(after.states),
         factors=factors,
         gradients=Gradients(),
         optimizer=optimizer,
@@ -187,22 +187,12 @@ def end_idle(run: Run) -> None:
                 code="stage-not-ended",
             )
         after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
-        run.commit(Planned(run.plan, after, run.present([*after.states, *after.trained]), factors=factors))
+        run.commit(Planned(run.plan, after, run.present(after.states), factors=factors))
 
 
 def has_begun(run: Run) -> bool:
     """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
-    return run.slow.moved(run.branches_by_weight()) or trained_moved(run.slow, run.trained_parameters())
-
-
-def trained_moved(slow: SlowWeights, trained: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a parameter trained in full has left the value that its stage started from."""
-    return slow.some(
-        any(
-            not torch.equal(local(parameter).detach().cpu(), slow.trained[name].resting(slow.idle).to(parameter.dtype))
-            for name, parameter in trained.items()
-        )
-    )
+    return run.slow.moved(run.trainers())
 
 
 def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
@@ -220,9 +210,9 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             f"{', '.join(map(str, (0, *ended)))} (0 is the base). Of the running stage give weights('fast')",
             code="unknown-stage",
         )
-    states, trained, gone = _looked_up(slow, stage)
-    if gone:
-        can = [end for end in (0, *ended) if not _looked_up(slow, end)[2]]
+    states = {name: state.at(stage) for name, state in slow.states.items()}
+    if gone := [name for name, state in states.items() if state is None]:
+        can = [end for end in (0, *ended) if all(state.at(end) is not None for state in slow.states.values())]
         raise StateError(
             f"{call}: stage {stage} is gone for {named(gone)}: experts that outgrow their weight, or the rank at which "
             "a quantized one carries them, are summed, and what is trained in full is kept a stage at a time only "
@@ -231,19 +221,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             code="unknown-stage",
         )
     # The average, if one is kept, restarts from the slow weights of that stage.
-    return SlowWeights(states, trained, averaged=min(stage, slow.averaged, 1), group=slow.group)
-
-
-def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], dict[str, Trained], list[str]]:
-    """Return the states of a stage, and the names of those that are gone."""
-    states = {name: state.at(stage) for name, state in slow.states.items()}
-    trained = {name: entry.at(stage) for name, entry in slow.trained.items()}
-    gone = [name for name, state in (states | trained).items() if state is None]
-    return (
-        {name: state for name, state in states.items() if state is not None},
-        {name: state for name, state in trained.items() if state is not None},
-        gone,
-    )
+    found = {name: state for name, state in states.items() if state is not None}
+    return SlowWeights(found, averaged=min(stage, slow.averaged, 1), group=slow.group)
 
 
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -270,10 +249,10 @@ def ended(run: Run, call: str) -> SlowWeights:
         StateError: training has made a buffer inf or nan.
     """
     run.check_buffers(call)
-    slow, branches, trained = run.slow, run.branches_by_weight(), run.trained_parameters()
-    if not has_begun(run):
+    slow, trainers = run.slow, run.trainers()
+    if not slow.moved(trainers):
         return slow
-    after, pace = slow.after_stage(run.plan, branches, trained), run.plan.spec.pace_at(run.plan.stage)
+    after, pace = slow.after_stage(run.plan, trainers), run.plan.spec.pace_at(run.plan.stage)
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

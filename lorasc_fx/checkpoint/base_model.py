@@ -98,7 +98,8 @@ class BaseModel:
                 builds another one by this name.
         """
         model = run.model
-        held = next(iter(run.slow.states.values())).base if run.slow.states else next(model.parameters())
+        adapted = (state.base for state in run.slow.states.values() if not state.full)
+        held = next(adapted, next(model.parameters()))
         dtype = str(held.dtype).removeprefix("torch.")
         library, config = _library_of(model), getattr(model, "config", None)
         given = name if name is not None else name_of(model)

@@ -9,9 +9,9 @@ where there is one. Names of tensors:
 | `branch/WEIGHT/FACTOR` | the running branch |
 | `expert/WEIGHT/NUMBER/FIELD` | an expert: its fields that hold numbers, which "experts" names |
 | `row_scale/WEIGHT` | the row scale of W0 |
-| `dense/WEIGHT/VIEW` | the dense delta of a view; `start` where it is not that of `slow` |
+| `dense/WEIGHT/VIEW` | the dense tensor of a view: a delta, or a value. A view without one has that of `slow` |
 | `initial/WEIGHT/b`, `a`, `magnitude` | initial factors and magnitudes |
-| `trained/NAME/value`, `slow`, `start`, `average`, `stage/K` | a parameter trained in full, and its views |
+| `value/NAME` | a parameter trained in full, as it is |
 | `buffer/NAME` | a buffer, or a parameter that forward writes |
 | `base/NAME` | W0 of a parameter trained in full; if the base is named, also of what its files do not have |
 """
@@ -28,15 +28,14 @@ from torch import nn
 from lorasc_fx.branch import Branch, branch_class
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.transition import trained_moved
 from lorasc_fx.checkpoint.layout import sanitized
 from lorasc_fx.checkpoint.manifest import EXPERT_FIELDS, VIEWS
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.shards import local, local_like, shard_axis, shard_of
+from lorasc_fx.shards import local, local_like, shard_axis
 from lorasc_fx.spec import Noise
-from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
+from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trainer, View, WeightState
 from lorasc_fx.util.undo import Undo
 
 Tensors = dict[str, torch.Tensor]
@@ -79,8 +78,10 @@ class RunState:
         buffers = {name: value.detach() for name, value in run.model_state().items()}
         return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model))
 
-    def running_branches(self) -> dict[str, Branch]:
-        """Return the running branches, by weight: their numbers, whatever the way they compute."""
+    def trainers(self) -> dict[str, Trainer]:
+        """Return what trains in the running stage, by weight: branches with these factors, whatever the way they
+        compute, and the values of parameters trained in full.
+        """
         branches: dict[str, Branch] = {}
         for site in self.plan.sites:
             factors = self.branches[site.weight]
@@ -88,43 +89,33 @@ class RunState:
             branches[site.weight] = branch_class(site)(site, self.plan.spec.seed, self.plan.stage, like)
             for name, value in factors.items():
                 setattr(branches[site.weight], name, nn.Parameter(value, False))
-        return branches
+        return {**branches, **self.values}
 
-    def has_begun(self, branches: Mapping[str, Branch]) -> bool:
-        """Whether the running stage, of these branches, has trained."""
-        return self.slow.moved(branches) or trained_moved(self.slow, self.values)
-
-    def without_values(self) -> tuple[list[WeightState], dict[str, Trained]]:
-        """Return bare states of whole weights, and parameters trained in full, on the meta device."""
+    def without_values(self) -> list[WeightState]:
+        """Return bare states of whole weights on the meta device."""
         states = []
         for state in self.slow.states.values():
             shape = state.base.shape if state.shard is None else state.shard.full_shape(state.base.shape)
             base = torch.empty(shape, dtype=state.base.dtype, device="meta")
-            states.append(WeightState(state.name, base, state.stacked, state.transposed))
-        trained = {}
-        for name, entry in self.slow.trained.items():
-            base = torch.empty(self.values[name].shape, dtype=entry.base.dtype, device="meta")
-            trained[name] = Trained.of(base, base.to(entry.slow.dtype), entry.rule)
-        return states, trained
+            states.append(replace(state, shard=None).bare(base))
+        return states
 
     def placed_like(self, other: RunState) -> RunState:
         """Return this state with the W0 of another one of the same weights, and of its shards those that are here.
 
         W0 of a parameter trained in full stays its own, if it is known.
         """
-        slow, states, trained = other.slow, {}, {}
+        slow, states = other.slow, {}
         for name, state in self.slow.states.items():
-            states[name] = replace(state.to_shard(slow.states[name].shard), base=slow.states[name].base)
-        for name, entry in self.slow.trained.items():
-            trained[name] = entry.to_shard(shard_of(other.values[name]))
-            if entry.base.is_meta:
-                trained[name] = replace(trained[name], base=slow.trained[name].base)
+            states[name] = state.to_shard(slow.states[name].shard)
+            if not state.full or state.base.is_meta:
+                states[name] = replace(states[name], base=slow.states[name].base)
         branches = {
             weight: {name: local_like(value, other.branches[weight][name]) for name, value in factors.items()}
             for weight, factors in self.branches.items()
         }
         values = {name: local_like(value, other.values[name]) for name, value in self.values.items()}
-        whole = replace(self.slow, states=states, trained=trained, group=slow.group)
+        whole = replace(self.slow, states=states, group=slow.group)
         return replace(self, slow=whole, branches=branches, values=values)
 
 
@@ -134,26 +125,17 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
     tensors: Tensors = {}
     axes: dict[str, int | None] = {}
     weights: dict[str, Any] = {}
-    ends: dict[str, Any] = {}
     for weight, factors in state.branches.items():
         tensors |= {f"branch/{weight}/{name}": value for name, value in factors.items()}
     for weight, held in slow.states.items():
         weights[weight], more = _encoded(held)
         tensors |= {name: value for name, (value, _) in more.items()}
         axes |= {name: held.axis(side) for name, (_, side) in more.items()}
-    for name, entry in slow.trained.items():
-        tensors[f"trained/{name}/value"] = state.values[name]
-        ends[name] = list(entry.ends)
-        for view, value in entry.views.items():
-            tensors[key := f"trained/{name}/{view}"] = value
-            axes[key] = shard_axis(state.values[name])
-        tensors[key := f"base/{name}"] = entry.base
-        axes[key] = shard_axis(state.values[name])
+    tensors |= {f"value/{name}": value for name, value in state.values.items()}
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
-    manifest: dict[str, Any] = {"idle": slow.idle, "trained": list(slow.trained), "slow": weights, "stage_ends": ends}
-    ruled = {name: entry.rule for name, entry in slow.trained.items() if entry.rule is not None}
-    if ruled:
-        manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
+    rules = {name: held.rule for name, held in slow.trained.items()}
+    trained = {name: None if rule is None else spec.train_rules.index(rule) for name, rule in rules.items()}
+    manifest: dict[str, Any] = {"idle": slow.idle, "trained": trained, "slow": weights}
     if spec.keeps_average:
         manifest["averaged"] = slow.averaged
     axes = {name: shard_axis(tensor) for name, tensor in tensors.items()} | axes
@@ -175,9 +157,11 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.
     entry["stage_ends"] = [[stage, list(view.coefficients)] for stage, view in state.ends.items()]
     if state.row_scale is not None:
         tensors[f"row_scale/{name}"] = state.row_scale, Side.OUT
-    for key, view in views.items():
-        if view.dense is not None and not (key == "start" and view.dense is state.slow.dense):
+    for key, view in state.views.items():
+        if view.dense is not None and (key == "slow" or view.dense is not state.slow.dense):
             tensors[f"dense/{name}/{key}"] = view.dense, Side.WEIGHT
+    if state.full:
+        tensors[f"base/{name}"] = state.base, Side.WEIGHT
     if state.initial is not None:
         pair, magnitude = state.initial.factors, state.initial.magnitude
         if magnitude is not None:
@@ -207,11 +191,11 @@ def decode(
         CheckpointError: a tensor is missing, foreign, not finite, or has another shape or kind than it must have.
     """
     file = _Taken(tensors, where)
-    bare, trained = _bare(manifest, tensors, plan) if taker is None else taker.without_values()
+    bare = _bare(manifest, tensors, plan) if taker is None else taker.without_values()
     entries = manifest["slow"]
     if odd := sorted((entries.keys() ^ {state.name for state in bare}) | (plan.by_weight.keys() - entries.keys())):
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {sanitized(odd[0])}")
-    if set(manifest["trained"]) != trained.keys():
+    if manifest["trained"].keys() != {state.name for state in bare if state.full}:
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     finite = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
     branches = {
@@ -221,40 +205,36 @@ def decode(
         }
         for site in plan.sites
     }
+    values = {
+        state.name: file.take(f"value/{state.name}", state.matrix, state.base.dtype) for state in bare if state.full
+    }
     states = {state.name: _decoded(state, entries[state.name], file) for state in bare}
     for site in plan.sites:
         states[site.weight] = replace(
             states[site.weight], initial=_initial(states[site.weight], site, manifest, plan, file)
         )
-    values = {}
-    for name, entry in trained.items():
-        shape, dtype = tuple(entry.base.shape), entry.slow.dtype
-        values[name] = file.take(f"trained/{name}/value", shape, entry.base.dtype)
-        views = {"slow": file.take(f"trained/{name}/slow", shape, dtype)}
-        views["start"] = file.take(f"trained/{name}/start", shape, entry.base.dtype)
-        keys = [f"stage/{stage}" for stage in manifest["stage_ends"].get(name, ())]
-        keys += ["average"] if f"trained/{name}/average" in file else []
-        views |= {key: file.take(f"trained/{name}/{key}", shape, dtype) for key in keys}
-        base = file.take(f"base/{name}", shape, entry.base.dtype)
-        trained[name] = replace(entry, base=base, views=views)
-        start = trained[name].resting(manifest["idle"])
-        if torch.equal(values[name], start.to(values[name].dtype)):
+    slow = SlowWeights(states, manifest["idle"], averaged=manifest.get("averaged", 0))
+    for name, value in values.items():
+        start = slow.started(name).start.dense
+        if start is not None and not slow.moved({name: value}):
             values[name] = start  # the file may be of a cascade in another dtype: rounding is no training
     prefix = "buffer/"
     buffers = {name.removeprefix(prefix): file.any_of(name) for name in list(file.left) if name.startswith(prefix)}
     layout = {key: manifest[key] for key in ("empty_buffers", "shared_buffers") if key in manifest}
     file.check_all_taken()
-    slow = SlowWeights(states, trained, manifest["idle"], averaged=manifest.get("averaged", 0))
-    state = RunState(plan, slow, branches, values, buffers, layout)
-    return state if taker is None else state.placed_like(taker)
+    found = RunState(plan, slow, branches, values, buffers, layout)
+    return found if taker is None else found.placed_like(taker)
 
 
-def _bare(
-    manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan
-) -> tuple[list[WeightState], dict[str, Trained]]:
+def _bare(manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan) -> list[WeightState]:
     """Return bare states of the shapes that a plan says; where it says none, of those of the file."""
-    states, trained, rules = [], {}, manifest.get("rules", {})
+    states, trained = [], manifest["trained"]
     for name in manifest["slow"]:
+        if name in trained:
+            rule = plan.spec.train_rules[trained[name]] if trained[name] is not None else None
+            base = tensors.get(f"value/{name}", torch.empty(()))
+            states.append(WeightState(name, base, full=True, rule=rule).bare())
+            continue
         site = plan.by_weight.get(name)
         base = torch.empty(site.shape if site is not None else (0,), device="meta")
         stacked, transposed = (
@@ -262,17 +242,14 @@ def _bare(
             site is not None and site.layout == "in_out",
         )
         states.append(WeightState(name, base, stacked, transposed))
-    for name in manifest["trained"]:
-        value = tensors.get(f"trained/{name}/value", torch.empty((), device="meta"))
-        trained[name] = Trained.of(value, value, plan.spec.train_rules[rules[name]] if name in rules else None)
-    return states, trained
+    return states
 
 
 def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> WeightState:
     """Return the slow state that an entry of the manifest and these tensors describe."""
-    *stack, rows, columns = state.matrix
     name, experts = state.name, []
     for number, described in enumerate(entry["experts"]):
+        *stack, rows, columns = state.matrix
         path = f"expert/{name}/{number}"
         a = file.tensors.get(f"{path}/a") if "a" in described["tensors"] else None
         rank = a.shape[-2] if a is not None and a.dim() > 1 else 0
@@ -288,30 +265,27 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> Weig
             for key in sorted(described["tensors"])
         }
         experts.append(Expert(**held, stage=described["stage"]))
+    vectors = {view: entry[view] for view in VIEWS if view in entry}
+    vectors |= {f"stage/{stage}": numbers for stage, numbers in entry["stage_ends"]}
+    kind = state.views["slow"].dense.dtype if state.views["slow"].dense is not None else None
     dense = {
-        view: file.take(f"dense/{name}/{view}", state.matrix, finite=True)
-        for view in VIEWS
-        if f"dense/{name}/{view}" in file
+        view: file.take(f"dense/{name}/{view}", state.matrix, kind, finite=not state.full)
+        for view in vectors
+        if f"dense/{name}/{view}" in file or (state.full and view == "slow")
     }
     if dense and "slow" not in dense:
         raise CheckpointError(
             f"{file.where}: has no tensor {sanitized(repr(f'dense/{name}/slow'))}, which what is dense beside it needs"
         )
+    views = {view: View(_vector(numbers), dense.get(view, dense.get("slow"))) for view, numbers in vectors.items()}
     scale = f"row_scale/{name}"
-    slow = dense.get("slow")
-    views = {
-        "slow": View(_vector(entry["slow"]), slow),
-        "start": View(_vector(entry["start"]), dense.get("start", slow)),
-    }
-    views |= {f"stage/{stage}": View(_vector(numbers), slow) for stage, numbers in entry["stage_ends"]}
-    if "average" in entry:
-        views["average"] = View(_vector(entry["average"]), dense.get("average"))
     return replace(
         state,
+        base=file.take(f"base/{name}", state.matrix, state.base.dtype) if state.full else state.base,
         experts=tuple(experts),
         views=views,
         gone=entry["gone"],
-        row_scale=file.take(scale, (state.out,), finite=True) if scale in file else None,
+        row_scale=file.take(scale, (state.out,), finite=True) if scale in file and not state.full else None,
         noises=tuple(KeptNoise(**{**noise, "noise": Noise(**noise["noise"])}) for noise in entry["noises"]),
     )
 
@@ -404,14 +378,14 @@ def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> 
 
     parameters = run.parameters_by_name()
     live = {  # needs no copy to be put back, as all that is trained in full where a cascade is loaded
-        name: entry.resting(run.slow.idle)
-        for name, entry in run.slow.trained.items()
-        if not trained_moved(run.slow, {name: parameters[name]})
+        name: start
+        for name in run.slow.trained
+        if (start := run.slow.started(name).start.dense) is not None and not run.slow.moved({name: parameters[name]})
     }
     planned = Planned(
         state.plan,
         state.slow,
-        run.present([*state.slow.states, *state.slow.trained]),
+        run.present(state.slow.states),
         write,
         factors=state.branches,
         tensors=moves,
@@ -454,9 +428,8 @@ def _model_state(
         else:
             new = held.any_of(f"buffer/{source}").to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]
-    known = run.slow.states.keys() | run.slow.trained.keys()
     for name, parameter in run.parameters_by_name().items():
-        if f"buffer/{name}" in held and name not in known and name not in buffers:  # forward writes it
+        if f"buffer/{name}" in held and name not in run.slow.states and name not in buffers:  # forward writes it
             here = local(parameter)
             moves.append((here, held.take(f"buffer/{name}", tuple(here.shape), here.dtype)))
     held.check_all_taken()

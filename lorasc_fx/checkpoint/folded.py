@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.experts import check_which
 from lorasc_fx.cascade.folding import check_asked
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.checkpoint.reader import Checkpoint, with_branches
+from lorasc_fx.checkpoint.reader import Checkpoint, with_trainers
 from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state import Which, check_finite
@@ -59,7 +60,7 @@ def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeigh
         for name, state in slow.states.items()
         if state.changed and not is_quantized(state.base)
     }
-    whole = {name: entry.value(meant, parameters[name].detach()) for name, entry in slow.trained.items()}
+    whole = {name: slow.value(name, meant, parameters[name]) for name in slow.trained}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}
     buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
     return FoldedWeights(call, run.fingerprints(), changes, whole, buffers, names_of(run.model))
@@ -75,24 +76,24 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     """
     plan = checkpoint.plan
     check_which(f"fold {checkpoint.path}", which, plan.spec)
-    state, branches = with_branches(checkpoint)
-    slow, begun = state.slow, state.has_begun(branches)
-    trained = slow
+    state, trainers = with_trainers(checkpoint)
+    slow, begun = state.slow, state.slow.moved(trainers)
     if begun:
-        for branch in branches.values():
-            check_finite(branch, plan.spec, plan.stage)
-        trained = replace(slow, states={}).after_stage(plan, {}, state.values)
+        for trainer in trainers.values():
+            if isinstance(trainer, Branch):
+                check_finite(trainer, plan.spec, plan.stage)
 
     def folded(name: str, base: torch.Tensor) -> torch.Tensor:
-        one = replace(slow, states={name: replace(slow.states[name], base=base)}, trained={})
+        held = slow.states[name]
+        one = replace(slow, states={name: held if held.full else replace(held, base=base)})
         if begun:
-            one = one.after_stage(plan, {name: branches[name]} if name in branches else {}, {})
+            one = one.after_stage(plan, {name: trainers[name]} if name in trainers else {})
         return one.value(name, which, base)
 
     changes: dict[str, Change] = {
         name: partial(folded, name) for name, weight in slow.states.items() if begun or weight.changed
     }
-    whole = {name: trained.trained[name].value(which, value) for name, value in state.values.items()}
+    whole = {name: folded(name, value) for name, value in state.values.items()}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
     base, unended = dict(checkpoint.manifest["base"]), plan.stage if begun else None

@@ -8,13 +8,13 @@ from os import PathLike
 
 import torch
 
-from lorasc_fx.cascade.experts import bare, other_kind
+from lorasc_fx.cascade.experts import bare, differ, other_kind
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_branches
+from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_trainers
 from lorasc_fx.errors import SpecError, named
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import Part, Trained, WeightState
+from lorasc_fx.state import Part
 from lorasc_fx.state.model import host
 
 
@@ -69,13 +69,11 @@ class GivenRun:
         if isinstance(self.run, Run):
             buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
             return Part(self.name, self.plan, bare(ended(self.run, "merge")), buffers)
-        state, branches = with_branches(self.run)
+        state, trainers = with_trainers(self.run)
         slow = state.slow
-        if state.has_begun(branches):
-            bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
-            states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
-            trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
-            slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
+        if slow.moved(trainers):
+            states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
+            slow = replace(slow, states=states).after_stage(state.plan, trainers)
         return Part(self.name, state.plan, bare(slow), state.buffers)
 
 
@@ -87,11 +85,10 @@ def add(run: Run, name: str, given: GivenRun) -> None:
     """
     slow, parameters = run.slow, run.parameters_by_name()
     given.check_base(run.fingerprints(), "add")
-    known: dict[str, WeightState | Trained] = {**slow.states, **slow.trained}
+    known = slow.states
     bases = {key: known[key].base if key in known else parameter for key, parameter in parameters.items()}
     part = given.part(bases)
-    changed = [key for key, state in part.slow.states.items() if state.changed]
-    if foreign := [key for key in (*changed, *part.slow.trained) if key not in known]:
+    if foreign := [key for key, state in part.slow.states.items() if state.changed and key not in known]:
         raise SpecError(
             f"add: {given.name}, has changed {named(foreign)}, which is no site here. Adapt by a spec whose targets "
             "have these weights as well, or make the cascade by lorasc_fx.load of that run, and add this one to it",
@@ -99,6 +96,6 @@ def add(run: Run, name: str, given: GivenRun) -> None:
         )
     states = {key: state for key, state in part.slow.states.items() if key in known}
     for key, state in states.items():
-        if key in slow.states and state.stacked != slow.states[key].stacked:
+        if differ(state, known[key]):
             raise other_kind("add", given.name, key)
     run.add(name, replace(part, slow=replace(part.slow, states=states)))

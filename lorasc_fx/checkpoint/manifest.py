@@ -28,8 +28,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "base": (dict, "a table of digests"),
     "frontend": (str, "the name of a front end"),
     "slow": (dict, "a table of slow states"),
-    "trained": (list, "a list of names"),
-    "stage_ends": (dict, "a table of stages"),
+    "trained": (dict, "a table of rules"),
     "idle": (bool, "true or false"),
     "rng": (dict, "a table of random generators"),
     "extra": (dict, "a table"),
@@ -38,7 +37,6 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
     "unapplied_gradients": (list, "a list of names"),
     "tensor_references": (list, "a list of references"),
     "versions": (dict, "a table of versions"),
-    "rules": (dict, "a table of rules"),
     "averaged": (int, "a number of stages"),
     "empty_buffers": (list, "a list of names"),
     "shared_buffers": (dict, "a table of names"),
@@ -109,26 +107,22 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan) -> None:
         for name, digest in manifest[key].items():
             if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
                 raise ValueError(f"{key!r}: {sanitized(name)} has {sanitized(digest)}, which is no digest")
-    trained = manifest["trained"]
-    if any(not isinstance(name, str) for name in trained) or len(set(trained)) != len(trained):
-        raise ValueError("'trained' is no list of names, each once")
     for name, state in manifest["slow"].items():
         _check_state(sanitized(name), state, plan.stage)
-    for name, stages in manifest["stage_ends"].items():
-        if name not in trained:
-            raise ValueError(f"'stage_ends': {sanitized(name)} is not trained in full")
-        _check_ends(sanitized(name), stages, plan.stage)
+    for name, index in manifest["trained"].items():
+        state = manifest["slow"].get(name)
+        if state is None or name in plan.by_weight or state["experts"] or state["noises"]:
+            raise ValueError(f"'trained': {sanitized(name)} has no slow state of a parameter trained in full")
+        if index is not None and (type(index) is not int or not 0 <= index < len(plan.spec.train_rules)):
+            raise ValueError(
+                f"'trained': {sanitized(name)} has {sanitized(index)}, which is no rule of the spec's train_rules"
+            )
     if not plan.spec.keeps_average and any("average" in state for state in manifest["slow"].values()):
         raise ValueError("'slow' holds an average, and the spec keeps none")
     if not 0 <= manifest.get("averaged", 0) < max(plan.stage, 1) or (
         "averaged" in manifest and not plan.spec.keeps_average
     ):
         raise ValueError(f"'averaged' is {manifest['averaged']}, which this plan's stages cannot have made")
-    for name, index in manifest.get("rules", {}).items():
-        if name not in trained or type(index) is not int or not 0 <= index < len(plan.spec.train_rules):
-            raise ValueError(
-                f"'rules': {sanitized(name)} has {sanitized(index)}, which is no rule of the spec's train_rules"
-            )
     _check_random(manifest["rng"])
     for key in ("unapplied_gradients", "empty_buffers", "versions", "shared_buffers"):
         held = manifest.get(key, ())

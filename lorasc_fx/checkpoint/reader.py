@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.codec import RunState, decode, install
 from lorasc_fx.checkpoint.layout import (
@@ -38,6 +37,7 @@ from lorasc_fx.checkpoint.layout import (
 from lorasc_fx.checkpoint.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.errors import CheckpointError, named, path_of, reason_of
 from lorasc_fx.plan import Plan
+from lorasc_fx.state import Trainer
 from lorasc_fx.util.accelerator import RNG
 from lorasc_fx.util.fingerprint import fingerprints, text_digest
 from lorasc_fx.util.undo import Undo
@@ -391,16 +391,16 @@ def decoded(checkpoint: Checkpoint, taker: RunState | None = None) -> RunState:
         return decode(checkpoint.manifest, checkpoint.tensors, checkpoint.plan, str(checkpoint.path), taker)
 
 
-def with_branches(checkpoint: Checkpoint) -> tuple[RunState, dict[str, Branch]]:
-    """Return the state that a checkpoint holds, and its running branches by weight, for which no model is built.
+def with_trainers(checkpoint: Checkpoint) -> tuple[RunState, dict[str, Trainer]]:
+    """Return the state that a checkpoint holds, and what trains in its running stage by weight; no model is built.
 
     Raises:
         CheckpointError: it is not what a checkpoint of its plan holds.
     """
     state = decoded(checkpoint)
     with refused(checkpoint):
-        branches = state.running_branches()
-    return state, branches
+        trainers = state.trainers()
+    return state, trainers
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:

@@ -213,8 +213,7 @@ def _saved_dtypes(run: Run, checkpoint: Checkpoint) -> dict[nn.Parameter, torch.
         for name, parameter in branch.named_parameters()
     }
     saved |= {
-        parameter: checkpoint.tensors.get(f"trained/{name}/value")
-        for name, parameter in run.trained_parameters().items()
+        parameter: checkpoint.tensors.get(f"value/{name}") for name, parameter in run.trained_parameters().items()
     }
     return {parameter: tensor.dtype for parameter, tensor in saved.items() if tensor is not None}
 

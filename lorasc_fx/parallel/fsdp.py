@@ -84,9 +84,13 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
         run.note_frozen()
         if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
-            moved = [name for name, state in run.slow.states.items() if state.changed or state.initial is not None]
-            names = run.slow.states if run.plan.spec.noise.is_on else moved
-            run.commit(Planned(run.plan, run.slow, run.present(names)), undo)
+            noisy, states = run.plan.spec.noise.is_on, run.slow.states
+            moved = {
+                name: parameter
+                for name, parameter in run.weights_by_name().items()
+                if noisy or states[name].changed or states[name].initial is not None
+            }
+            run.commit(Planned(run.plan, run.slow, moved), undo)
 
         def refit() -> None:
             if run.plan.spec.ranks:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.format import RANKS
@@ -169,11 +170,14 @@ def change_of(run: Run, which: Which) -> Change:
     than twice that. Kept noise has full rank, and is refused.
     """
     slow = run.slow if which == "fast" else ended(run, "export.peft")
-    branches, change = run.branches_by_weight(), Change()
+    trainers, change, parameters = run.trainers(), Change(), run.parameters_by_name()
     at = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
-        live, gain, branch = None, None, branches.get(name)
-        if which == "fast" and branch is not None and has_trained(branch, state):
+        live, gain, branch = None, None, trainers.get(name)
+        if state.full:
+            change.trained[name] = slow.value(name, which, parameters[name], branch).cpu()
+            continue
+        if which == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
             live = factors_of(branch, torch.device("cpu"), state)
             gain = gain_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle)
         _, delta, terms = state.terms(at if live is None else "fast", live, gain)
@@ -190,6 +194,4 @@ def change_of(run: Run, which: Which) -> Change:
             _add_scaled(change, state, terms, row_scale)
         elif (pair := _total(terms)) is not None:
             change.pairs[name] = pair
-    for name, value in run.trained_parameters().items():
-        change.trained[name] = slow.trained[name].value(which, value).detach().to("cpu", value.dtype)
     return change

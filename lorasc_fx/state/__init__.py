@@ -1,6 +1,7 @@
 """The slow state of weights as values, and what the start and the end of a stage make of it. No graph in here."""
 
 from lorasc_fx.state.engine import (
+    Trainer,
     all_finite,
     begin_stage,
     check_finite,
@@ -11,7 +12,7 @@ from lorasc_fx.state.engine import (
     start_weight,
     sums_are_finite,
 )
-from lorasc_fx.state.model import Part, SlowWeights, Trained, keep_base
+from lorasc_fx.state.model import Part, SlowWeights, keep_base
 from lorasc_fx.state.products import Scratch, arithmetic, summing
 from lorasc_fx.state.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.state.weight import (
@@ -39,7 +40,7 @@ __all__ = [
     "Scratch",
     "Side",
     "SlowWeights",
-    "Trained",
+    "Trainer",
     "Tree",
     "View",
     "WeightState",

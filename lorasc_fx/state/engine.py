@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -26,8 +27,10 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
+Trainer = Branch | torch.Tensor
+"""What trains a weight in a stage: its branch, or the parameter itself if it is trained in full."""
+
 _LOWER = "Lower the learning rate or clip gradients"
-_ADVICE = f"{_LOWER}, or set on_nonfinite='skip' to leave such branches out"
 
 
 def start_weight(
@@ -63,7 +66,7 @@ def write_start(
     if state.base.dtype not in (out.dtype, arithmetic(state.base.dtype)):  # a narrow weight that was cast since
         out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
     else:
-        stage_noise(spec, noisy).write_start(out, state, spec, stage, step, scratch or Scratch())
+        stage_noise(state, spec, noisy).write_start(out, state, spec, stage, step, scratch or Scratch())
 
 
 class StageNoise:
@@ -121,9 +124,9 @@ class DrawnNoise(StageNoise):
         return (KeptNoise(spec.noise, spec.seed, stage, size),)
 
 
-def stage_noise(spec: CascadeSpec, noisy: bool) -> StageNoise:
-    """Return the strategy of `noise`; without any where a stage does not run."""
-    return DrawnNoise() if noisy and spec.noise.is_on else StageNoise()
+def stage_noise(state: WeightState, spec: CascadeSpec, noisy: bool) -> StageNoise:
+    """Return the strategy of `noise`: no noise if no stage runs, or if the weight is trained in full."""
+    return DrawnNoise() if noisy and spec.noise.is_on and not state.full else StageNoise()
 
 
 def begin_stage(
@@ -202,61 +205,73 @@ def sums_are_finite(tensors: Sequence[torch.Tensor]) -> bool:
 def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
     """Raise NonFiniteBranch if the branch holds inf or nan and spec.on_nonfinite is "raise"."""
     if spec.on_nonfinite == "raise" and not branch.finite():
-        raise NonFiniteBranch(
-            f"the branch of {branch.weight_name} holds inf or nan at the end of stage {stage}; nothing was folded. "
-            f"{_ADVICE}"
-        )
+        raise _not_folded(f"the branch of {branch.weight_name} holds inf or nan at the end of stage {stage}")
+
+
+def _not_folded(fault: str) -> NonFiniteBranch:
+    return NonFiniteBranch(
+        f"{fault}; nothing was folded. {_LOWER}, or set on_nonfinite='skip' to go on from what the stage started from"
+    )
 
 
 def end_stage(
     state: WeightState,
-    branch: Branch | None,
+    trainer: Trainer | None,
     spec: CascadeSpec,
     stage: int,
     noisy: bool,
     checked: bool,
     left_out: set[str],
     share: float | None,
+    keeps: bool,
 ) -> WeightState:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
-    A branch that is not finite, or that would take an entry of the weight beyond its dtype, is not folded.
+    What is not finite, or would take an entry of the weight beyond its dtype, is not folded.
 
     Args:
         state: of the weight when the stage started.
-        branch: None for a weight that only has noise.
+        trainer: None for a weight that only has noise.
         spec, stage: of the plan.
         noisy: whether the stage ran with its noise.
-        checked: whether the factors are known to be finite.
-        left_out: gets the name of a weight whose branch was left out.
+        checked: whether the factors of branches are known to be finite.
+        left_out: gets the name of the weight if it was left out.
         share: of the new slow weights in their average over stages; None where none is kept.
+        keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
 
     Raises:
-        NonFiniteBranch: the branch cannot be folded, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: the stage cannot be folded, and spec.on_nonfinite is "raise".
     """
-    after, pace = None, spec.pace_at(stage)
-    if branch is not None:
-        fault = "holds inf or nan"
-        if checked or state.every(branch.finite()):
-            moved = not state.every(not has_trained(branch, state))
-            live = factors_of(branch, state.base.device, state) if moved else None
-            gain = gain_of(branch, state, spec, stage, noisy) if moved else None
-            folded = state.absorb(stage, live, pace, spec.restart, share, gain, spec.carry_rank)
-            fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
-            after = None if fault else folded
-        if fault and spec.on_nonfinite == "raise":
-            raise NonFiniteBranch(
-                f"the branch of {branch.weight_name} {fault} at the end of stage {stage}; nothing was folded. {_ADVICE}"
-            )
-        if fault:
-            warn(
-                f"the branch of {state.name} {fault} at the end of stage {stage}: it was left out. {_LOWER}",
-                "non-finite-left-out",
-            )
-            left_out.add(state.name)
+    pace = spec.pace_at(stage) if state.follows(spec) else 1.0
+    absorb = partial(
+        state.absorb, stage, pace=pace, restart=spec.restart, share=share, carry_rank=spec.carry_rank, keeps=keeps
+    )
+    after, fault = None, ""
+    if isinstance(trainer, torch.Tensor):
+        value = local(trainer).detach().to("cpu", copy=True)
+        if state.every(not state.broken(value)):
+            after = absorb(value)
+        else:
+            fault = f"{state.name}, which is trained in full, holds inf or nan"
+    elif trainer is not None and (checked or state.every(trainer.finite())):
+        moved = not state.every(not has_trained(trainer, state))
+        live = factors_of(trainer, state.base.device, state) if moved else None
+        after = absorb(live, gain=gain_of(trainer, state, spec, stage, noisy) if moved else None)
+        if not state.every(fits(after)):
+            after, fault = None, f"the branch of {state.name} takes it beyond {state.base.dtype}"
+    elif trainer is not None:
+        fault = f"the branch of {state.name} holds inf or nan"
+    if fault and spec.on_nonfinite == "raise":
+        raise _not_folded(f"{fault} at the end of stage {stage}")
+    if fault:
+        warn(
+            f"{fault} at the end of stage {stage}: it goes on from what the stage started from. {_LOWER}",
+            "non-finite-left-out",
+        )
+        left_out.add(state.name)
     if after is None:
-        after = state.absorb(stage, None, pace, spec.restart, share, carry_rank=spec.carry_rank)
-    return replace(after, noises=(*after.noises, *stage_noise(spec, noisy).kept(state, spec, stage)))
+        after = absorb(None)
+    return replace(after, noises=(*after.noises, *stage_noise(state, spec, noisy).kept(state, spec, stage)))
 
 
 def fits(state: WeightState) -> bool:
@@ -269,15 +284,12 @@ def fits(state: WeightState) -> bool:
         return all(math.isfinite(expert.bound) for expert in state.experts)
     limits = torch.finfo(state.base.dtype)
     room = limits.max * limits.eps / 8
-    if state.reach(state.slow) < room and state.reach(state.start) < room:
+    if not state.full and state.reach(state.slow) < room and state.reach(state.start) < room:
         return True
-    known = torch.isfinite(state.base)
     both: tuple[Which, ...] = ("slow", "fast") if state.start_differs else ("slow",)
-    for which in both:
-        value = state.exact(which, arithmetic(state.base.dtype)).to(state.base.dtype)
-        if not bool((torch.isfinite(value) | ~known).all()):
-            return False
-    return True
+    return not any(
+        state.broken(state.exact(which, arithmetic(state.base.dtype)).to(state.base.dtype)) for which in both
+    )
 
 
 def factors_out_of(
@@ -325,10 +337,14 @@ def initial_factors(branch: Branch) -> Factors:
         return Factors(left.cpu().double() * branch.scale, right.cpu().double().clone())
 
 
-def has_trained(branch: Branch, state: WeightState) -> bool:
+def has_trained(branch: Trainer, state: WeightState) -> bool:
     """Whether a branch, as far as it is here, has left its start: B = 0, or the factors and magnitudes that it began
-    with. One that was cast since has not. Every rank must call this at the same point.
+    with; or a parameter trained in full the value that its stage started from. One that was cast since has not. Every
+    rank must call this at the same point.
     """
+    if isinstance(branch, torch.Tensor):
+        assert state.start.dense is not None
+        return not torch.equal(local(branch).detach().cpu(), state.start.dense.to(branch.dtype))
     initial = state.initial if state.initial is not None else InitialFactors()
     moved = False
     if initial.magnitude is not None and branch.magnitude is not None:

@@ -135,5 +135,5 @@ def summing(dtype: torch.dtype) -> torch.dtype:
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights of this dtype are computed: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Return the dtype in which weights of this dtype are computed: fp64 and complex dtypes themselves, else fp32."""
+    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32

@@ -4,6 +4,9 @@ Algorithm.md, "The slow state is small": slow and fast weights, averages and the
 vectors over the same experts. A state is a value: `absorb` returns the next one, so that a transition that fails has
 changed nothing. Every weight is computed from W0 and rounded once.
 
+A parameter trained in full is a weight without experts: the dense tensor of a view is then its value itself, and not
+what was added to W0, so that it comes back bit for bit.
+
 Every field that holds tensors says once, in its metadata, how they lie beside the weight (`Side`), and `Tree.map`
 reaches all of them: whatever moves, cuts or gathers a state is a call of it.
 
@@ -27,12 +30,15 @@ from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec
-from lorasc_fx.spec import Noise
-from lorasc_fx.state.products import accumulate, cast, exact_products, summing
+from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
+from lorasc_fx.state.products import accumulate, arithmetic, cast, exact_products, summing
 
 Which = Literal["slow", "fast", "base", "averaged"]
 
 log = logging.getLogger("lorasc_fx")
+
+MOST = 100
+"""Ends of stages of which a parameter trained in full keeps its value, the latest."""
 
 
 class Side(Enum):
@@ -127,7 +133,7 @@ class Expert(Factors):
 @dataclass(frozen=True)
 class View(Tree):
     """One value of a weight: a coefficient for each expert of its time, and the dense delta beside them, [rows,
-    columns], where experts were summed.
+    columns], where experts were summed; of a parameter trained in full the value itself, of its shape.
     """
 
     coefficients: tuple[float, ...] = ()
@@ -136,6 +142,10 @@ class View(Tree):
     def same(self, other: View) -> bool:
         """Whether both are the same value of the weight."""
         return self.coefficients == other.coefficients and self.dense is other.dense
+
+    def to(self, dtype: torch.dtype) -> View:
+        """Return the view with its dense tensor in a dtype; the view itself if it has that dtype already."""
+        return self if self.dense is None or self.dense.dtype == dtype else replace(self, dense=self.dense.to(dtype))
 
     def extended(self, more: Sequence[float]) -> View:
         """Return it with the coefficients of more experts."""
@@ -147,7 +157,7 @@ class View(Tree):
         pairs = zip(self.extended([0.0] * missing).coefficients, other.coefficients, strict=True)
         delta = self.dense
         if delta is not None and other.dense is not None and delta is not other.dense:
-            delta = torch.lerp(delta, other.dense, share)
+            delta = other.dense if share == 1 else torch.lerp(delta, other.dense, share)
         return View(tuple(s if s == f else s + share * (f - s) for s, f in pairs), delta)
 
 
@@ -188,6 +198,8 @@ class WeightState(Tree):
         noises: that stay.
         initial: factors of the running stage; None for B = 0.
         shard: which shard of the weight all of this is of, where other processes hold the others.
+        full: it is trained in full. Then there are no experts and no noise.
+        rule: of a parameter trained in full, the first of the spec's train_rules that means it.
     """
 
     name: str
@@ -201,6 +213,25 @@ class WeightState(Tree):
     noises: tuple[KeptNoise, ...] = ()
     initial: InitialFactors | None = None
     shard: ShardSpec | None = None
+    full: bool = False
+    rule: TrainRule | None = None
+
+    # ---- a parameter trained in full
+
+    def holding(self, value: torch.Tensor) -> WeightState:
+        """Return the state of a parameter trained in full whose stage starts from a value; earlier ends are gone."""
+        dtype = arithmetic(self.base.dtype)
+        slow = View((), value.to(dtype))
+        start = slow if self.base.dtype == dtype else View((), value.to(self.base.dtype))
+        return replace(self, views={"slow": slow, "start": start}, gone=max((self.gone, *self.ends)), full=True)
+
+    def follows(self, spec: CascadeSpec) -> bool:
+        """Whether the slow weights follow at the pace of the spec; else they are the fast ones."""
+        return not self.full or (spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow)
+
+    def broken(self, value: torch.Tensor) -> bool:
+        """Whether a value has an inf or nan where W0 has none."""
+        return bool((~torch.isfinite(value) & torch.isfinite(self.base)).any())
 
     # ---- views
 
@@ -244,12 +275,13 @@ class WeightState(Tree):
         self,
         which: Which,
         dtype: torch.dtype,
-        live: Factors | None = None,
+        live: Factors | torch.Tensor | None = None,
         device: torch.device | None = None,
     ) -> torch.Tensor:
         """Return W0 + delta in the dtype of the arithmetic, before the one rounding.
 
-        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md).
+        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md); of a parameter
+        trained in full `live` is the value itself.
         """
         total = torch.empty(self.base.shape, dtype=dtype, device=self.base.device if device is None else device)
         self.write(total, which, dtype, live)
@@ -260,7 +292,7 @@ class WeightState(Tree):
         out: torch.Tensor,
         which: Which,
         dtype: torch.dtype,
-        live: Factors | None = None,
+        live: Factors | torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
     ) -> None:
         """Write what `exact` returns into `out`, of the weight's shape; computed in `dtype`, rounded once to that of
@@ -269,6 +301,12 @@ class WeightState(Tree):
         if which == "base":
             out.copy_(dense(self.base))
             return
+        if self.full:
+            value = self.view(which).dense if which != "fast" or live is None else live
+            assert isinstance(value, torch.Tensor)
+            out.copy_(value)
+            return
+        assert not isinstance(live, torch.Tensor)
         if self.noises and out.dtype != dtype:
             out.copy_(self.exact(which, dtype, live, out.device))
             return
@@ -354,12 +392,13 @@ class WeightState(Tree):
     def absorb(
         self,
         stage: int,
-        live: Factors | None,
+        live: Factors | torch.Tensor | None,
         pace: float,
         restart: str,
         share: float | None = None,
         gain: torch.Tensor | None = None,
         carry_rank: int | None = None,
+        keeps: bool = False,
     ) -> WeightState:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
@@ -367,17 +406,24 @@ class WeightState(Tree):
 
         Args:
             stage: that ends.
-            live: what the branch has added; None for a weight whose branch is left out, or that has none.
+            live: what the branch has added, or the value of a parameter trained in full; None for a weight that is left
+                out, or that has no branch.
             pace, restart: of the spec, in this stage.
             share: of S_t in the average.
             gain: row scale [out] of a branch with magnitudes.
             carry_rank: of the spec.
+            keeps: whether values at the ends of earlier stages are kept where each is a dense tensor of its own.
         """
         experts, old, moved, row_scale = self.experts, self.slow, self.start, None
-        if live is not None and gain is not None:
+        if isinstance(live, Factors) and gain is not None:
             pair, row_scale = scaled(live, gain, self.transposed), 1 - pace + pace * gain
             live = Factors(pair.b.to(live.b.dtype), pair.a.to(live.a.dtype))
-        if live is not None and not self.every(not live.b.any()):
+        if isinstance(live, torch.Tensor):
+            assert old.dense is not None
+            moved = View((), live.to(old.dense.dtype))
+        elif self.full:
+            moved = old
+        elif live is not None and not self.every(not live.b.any()):
             experts, moved = (*experts, Expert(live.b, live.a, stage, row_scale)), moved.extended((1.0,))
         elif live is not None and row_scale is not None:
             b, a = live.b[..., :0].clone(), live.a[..., :0, :].clone()
@@ -387,10 +433,14 @@ class WeightState(Tree):
                 moved.extended((1.0,)),
             )
         slow = old.toward(moved, pace)
-        views = {"slow": slow, "start": RESTARTS[restart].start(slow, moved)}
-        gone, ends = self.gone, self.ends
+        start = RESTARTS[restart].start(slow, moved)
+        if self.full:  # what the parameter then holds, in its own dtype
+            start = start.to(live.dtype) if isinstance(live, torch.Tensor) else self.start
+        views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
         if slow.dense is not self.slow.dense:
-            gone, ends = max((gone, *ends)), {}
+            for end in list(ends)[: 1 - MOST if keeps and self.full else None]:
+                gone = max(gone, end)
+                del ends[end]
         views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
         if (average := self._averaged(slow, share)) is not None:
             views["average"] = average
@@ -408,7 +458,7 @@ class WeightState(Tree):
         return replace(self, experts=(*self.experts, *experts), views=views).compact()
 
     def at(self, stage: int) -> WeightState | None:
-        """Return the state at the end of a stage (0: W0), as both slow and start; None where its experts are gone.
+        """Return the state at the end of a stage (0: W0), as both slow and start; None if it is not kept any more.
 
         A weight that was not known yet had no delta.
         """
@@ -416,17 +466,27 @@ class WeightState(Tree):
             return None
         ends = {end: view for end, view in self.ends.items() if end <= stage}
         if not ends:
-            bare = WeightState(self.name, self.base, self.stacked, self.transposed, shard=self.shard)
-            return bare if stage == 0 or not self.gone else None
+            return self.bare() if stage == 0 or not self.gone else None
         view = ends[max(ends)]
         views = {"slow": view, "start": view} | {f"stage/{end}": past for end, past in ends.items()}
         noises = tuple(noise for noise in self.noises if noise.stage <= stage)
         experts = self.experts[: len(view.coefficients)]
+        if self.full:
+            views["start"] = view.to(self.base.dtype)
         return replace(self, experts=experts, views=views, noises=noises, initial=None)
+
+    def bare(self, base: torch.Tensor | None = None) -> WeightState:
+        """Return the state of the weight before the first stage; of another W0, if one is given."""
+        base = self.base if base is None else base
+        kept = self.name, base, self.stacked, self.transposed
+        bare = WeightState(*kept, shard=self.shard, full=self.full, rule=self.rule)
+        return bare.holding(base) if self.full else bare
 
     @property
     def matrix(self) -> tuple[int, ...]:
-        """Shape of the weight seen as a matrix [rows, columns], or as a stack of them."""
+        """Shape of the weight seen as a matrix [rows, columns], or as a stack of them; if trained in full its own."""
+        if self.full:
+            return tuple(self.base.shape)
         stack, (first, *rest) = (self.base.shape[:1], self.base.shape[1:]) if self.stacked else ((), self.base.shape)
         return (*stack, first, math.prod(rest))
 
@@ -524,7 +584,7 @@ class WeightState(Tree):
         part = replace(self, shard=shard)
 
         def here(value: torch.Tensor, side: Side) -> torch.Tensor:
-            return part.cut(value, side, copied=not (mapped and value is self.base))
+            return part.cut(value, side, copied=not (mapped and not self.full and value is self.base))
 
         return replace(part.map(here), shard=shard)
 
@@ -552,8 +612,8 @@ class WeightState(Tree):
             sentences.append(f"has {len(self.experts)} experts, but {coefficients}")
         elif counts.get("average", len(self.experts)) != len(self.experts):
             sentences.append(f"has {len(self.experts)} experts, but {counts['average']} coefficients of an average")
-        *stack, rows, columns = self.matrix
         for expert in self.experts:
+            *stack, rows, columns = self.matrix
             b, a = tuple(expert.b.shape), tuple(expert.a.shape)
             rank = a[-2] if len(a) > 1 else 0
             if b != (*stack, rows, rank) or a != (*stack, rank, columns):
@@ -571,9 +631,10 @@ class WeightState(Tree):
             for scale in lengths
             if tuple(scale.shape) != (self.out,)
         ]
-        held = [factor for expert in self.experts for factor in (expert.b, expert.a)] + deltas + lengths
+        held = [factor for expert in self.experts for factor in (expert.b, expert.a)] + lengths
         numbers = [number for view in self.views.values() for number in view.coefficients]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in held) or not all(map(math.isfinite, numbers)):
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in held) and all(map(math.isfinite, numbers))
+        if not finite or any(self.broken(delta) if self.full else not torch.isfinite(delta).all() for delta in deltas):
             sentences.append("holds inf or nan")
         return sentences
 

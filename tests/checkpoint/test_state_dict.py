@@ -111,7 +111,7 @@ def test_the_state_holds_no_weight_of_the_base_and_no_noise() -> None:
     large = {tuple(value.shape) for name, value in loop.cascade.model.named_parameters() if value.dim() > 1}
     assert {name for name, value in state.items() if tuple(value.shape) in large} == set()
     assert {name.split("/")[0] for name in state} == {
-        "branch", "expert", "trained", "base", "rng", "lorasc_fx.manifest",
+        "branch", "expert", "value", "dense", "base", "rng", "lorasc_fx.manifest",
     }  # fmt: skip
     memory = {value.data_ptr() for value in loop.cascade.parameters()}
     assert not any(value.data_ptr() in memory for value in state.values())

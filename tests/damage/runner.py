@@ -122,7 +122,6 @@ def says(folder: Path, again: Path) -> str:
         for what in ("optimizer", "scheduler"):  # a field that nobody knows is not looked at
             known = ("class", "groups", "numbers", "state")
             manifest[what] = {key: value for key, value in manifest.get(what, {}).items() if key in known}
-        manifest["trained"].sort()
         manifest.get("tensor_references", []).sort(key=json.dumps)  # in no order
         for group in manifest["optimizer"]["groups"]:
             group.pop("decoupled_weight_decay", None)  # AdamW sets it itself, whatever it is given

@@ -141,6 +141,7 @@ def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]
             state.views["average"].dense if "average" in state.views else None,
         )
         for name, state in states.items()
+        if not state.full
     }
 
 
@@ -179,8 +180,10 @@ def drop_state(graph_module: fx.GraphModule, name: str) -> None:
 
 def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
     """The state of every parameter trained in full, by name."""
-    trained = cascade._run.slow.trained
-    return {name: TrainedState(state.base, state.slow, dict(state.ends)) for name, state in trained.items()}
+    return {
+        name: TrainedState(state.base, state.slow.dense, {end: view.dense for end, view in state.ends.items()})  # type: ignore[arg-type,misc]
+        for name, state in cascade._run.slow.trained.items()
+    }
 
 
 def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
@@ -188,7 +191,6 @@ def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
     slow = cascade._run.slow
     return {
         **{f"slow {name}": _values(state) for name, state in slow.states.items()},
-        **{f"trained {name}": _values(state) for name, state in slow.trained.items()},
         "idle": slow.idle,
         "averaged": slow.averaged,
     }
