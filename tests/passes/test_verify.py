@@ -203,6 +203,10 @@ def another_kind_of_branch(graph_module: fx.GraphModule) -> None:
     held(graph_module)["3/weight"] = MatrixBranch(plan.by_weight["3.weight"], 0, 1, old.lora_A)
 
 
+def branch_too_many(graph_module: fx.GraphModule) -> None:
+    held(graph_module)["2/weight"] = copy.deepcopy(held(graph_module)["3/weight"])
+
+
 def renamed_weight(graph_module: fx.GraphModule) -> None:
     module = graph_module.get_submodule("3")
     module.register_parameter("kernel", module._parameters.pop("weight"))
@@ -284,370 +288,194 @@ GROUPED = "transformers::grouped_mm_fallback"
 SHAPE = "(6, 12, 1, 1)"
 
 Row = tuple[Damage, tuple[str, ...]]
+# fmt: off
 DAMAGE: dict[str, dict[str, Row]] = {
     # input_1 -> conv2d (0) -> conv2d_1 (1, depthwise, same) -> gelu -> conv2d_2 (3) -> conv2d_3 (4, groups, valid)
     "aten_conv2d": {
-        "rewired input": (
-            args("conv2d_1_lora", lambda old, at: (at("conv2d_1"), at("input_1"))),
-            ("branch node conv2d_1_lora does not read the input of conv2d_1",),
-        ),
-        "rewired base": (
-            args("conv2d_1", lambda old, at: (at("input_1"), *old[1:])),
-            ("branch node conv2d_1_lora does not read the input of conv2d_1",),
-        ),
-        "node between": (
-            after("conv2d_1", node_between),
-            (f"branch node conv2d_1_lora {NO_USE}", f"1.weight is used at node conv2d_1 {NO_BRANCH}"),
-        ),
-        "changed branch options": (
-            kwargs("conv2d_lora", lambda old: {**old, "stride": [2, 2]}),
-            (
-                "branch node conv2d_lora has {'stride': [2, 2], 'padding': [1, 2], 'dilation': [1, 2]}, but conv2d has "
-                "{'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}",
-            ),
-        ),
-        "changed base options": (
-            args("conv2d", lambda old, at: (*old[:-1], [2, 2])),
-            (
-                "branch node conv2d_lora has {'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}, but conv2d has "
-                "{'stride': [2, 1], 'padding': [1, 2], 'dilation': [2, 2]}",
-            ),
-        ),
-        "removed branch node": (
-            unhook("conv2d_2_lora", "conv2d_2"),
-            (f"3.weight is used at node conv2d_2 {NO_BRANCH}",),
-        ),
-        "second branch on a base": (
-            after("conv2d_2_lora", lambda graph, lora: graph.node_copy(lora)),
-            (
-                "node conv2d_2 has a branch, but conv2d_2_lora_1 read it without",
-                "node conv2d_2 has a branch, but conv2d_2_lora read it without",
-                f"branch node conv2d_2_lora_1 {NOBODY}",
-                "3.weight is used at node conv2d_2 with 2 branches instead of one",
-            ),
-        ),
+        "rewired input": (args("conv2d_1_lora", lambda old, at: (at("conv2d_1"), at("input_1"))),
+            ("branch node conv2d_1_lora does not read the input of conv2d_1",)),
+        "rewired base": (args("conv2d_1", lambda old, at: (at("input_1"), *old[1:])),
+            ("branch node conv2d_1_lora does not read the input of conv2d_1",)),
+        "node between": (after("conv2d_1", node_between),
+            (f"branch node conv2d_1_lora {NO_USE}", f"1.weight is used at node conv2d_1 {NO_BRANCH}")),
+        "changed branch options": (kwargs("conv2d_lora", lambda old: {**old, "stride": [2, 2]}),
+            ("branch node conv2d_lora has {'stride': [2, 2], 'padding': [1, 2], 'dilation': [1, 2]}, but conv2d has "
+            "{'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}",)),
+        "changed base options": (args("conv2d", lambda old, at: (*old[:-1], [2, 2])),
+            ("branch node conv2d_lora has {'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}, but conv2d has "
+            "{'stride': [2, 1], 'padding': [1, 2], 'dilation': [2, 2]}",)),
+        "removed branch node": (unhook("conv2d_2_lora", "conv2d_2"),
+            (f"3.weight is used at node conv2d_2 {NO_BRANCH}",)),
+        "second branch on a base": (after("conv2d_2_lora", lambda graph, lora: graph.node_copy(lora)),
+            ("node conv2d_2 has a branch, but conv2d_2_lora_1 read it without",
+            "node conv2d_2 has a branch, but conv2d_2_lora read it without", f"branch node conv2d_2_lora_1 {NOBODY}",
+            "3.weight is used at node conv2d_2 with 2 branches instead of one")),
         "branch on a branch": (after("conv2d_2_lora", branch_on_a_branch), (f"branch node conv2d_2_lora_1 {NO_USE}",)),
-        "call of another site's branch": (
-            target("conv2d_1_lora", "branches.3/weight"),
-            ("branch node conv2d_1_lora stands beside 1.weight, but calls branches.3/weight",),
-        ),
-        "another rank": (
-            branch("0.weight", larger_factors),
-            ("lora_A of 0.weight is (4, 24), planned as (3, 24)", "lora_B of 0.weight is (6, 4), planned as (6, 3)"),
-        ),
-        "transposed factor": (
-            branch("1.weight", lambda conv: setattr(conv, "lora_B", nn.Parameter(conv.lora_B.t()))),
-            ("lora_B of 1.weight is (3, 12), planned as (12, 3)",),
-        ),
-        "nan in a factor": (
-            branch("4.weight", lambda conv: conv.lora_A.data[0, 1].fill_(float("nan"))),
-            ("the branch of 4.weight holds inf or nan",),
-        ),
-        "inf in a factor": (
-            branch("3.weight", lambda conv: conv.lora_B.data[1, 0].fill_(float("-inf"))),
-            ("the branch of 3.weight holds inf or nan",),
-        ),
-        "changed scale": (
-            branch("3.weight", lambda conv: setattr(conv, "scale", 2.5)),
-            ("the branch of 3.weight has scale 2.5, planned as 1.6666666666666667",),
-        ),
-        "another kind of branch": (
-            another_kind_of_branch,
-            (f"the branch of 3.weight is a MatrixBranch for {SHAPE}, planned for a conv of {SHAPE}",),
-        ),
-        "missing branch": (
-            lambda graph_module: held(graph_module).pop("1/weight"),
-            (
-                f"{MALFORMED}Node conv2d_1_lora target branches.1/weight references nonexistent attribute 1/weight of "
-                "branches",
-                "node conv2d_1_lora calls branches.1/weight, which the module does not have",
-                f"1.weight is used at node conv2d_1 {NO_BRANCH}",
-                "1.weight is planned, but has no branch",
-            ),
-        ),
-        "branch too many": (
-            lambda graph_module: held(graph_module).update({"2/weight": copy.deepcopy(held(graph_module)["3/weight"])}),
-            ("branch 2/weight belongs to no planned site",),
-        ),
-        "plan of another shape": (
-            site("3.weight", shape=(7, 12, 1, 1)),
-            (
-                f"3.weight is {SHAPE}, planned as (7, 12, 1, 1)",
-                f"the branch of 3.weight is a ConvBranch for {SHAPE}, planned for a conv of (7, 12, 1, 1)",
-                "lora_B of 3.weight is (6, 3), planned as (7, 3)",
-                f"the slow state of 3.weight is {SHAPE}, planned as (7, 12, 1, 1)",
-            ),
-        ),
-        "renamed weight": (
-            renamed_weight,
-            (
-                "3.weight is planned, but the model has no weight of this name",
-                f"{MALFORMED}Node _3_weight target 3.weight references nonexistent attribute weight of 3",
-                "node conv2d_2 is marked as a use of 3.weight, but computes with None",
-            ),
-        ),
-        "another weight": (
-            args("conv2d_2", lambda old, at: (old[0], at("_4_weight"), *old[2:])),
-            ("node conv2d_2 is marked as a use of 3.weight, but computes with 4.weight",),
-        ),
-        "another operator": (
-            target("conv2d_2", torch.ops.aten.convolution.default),
-            ("node conv2d_2 is marked as aten.conv2d, but is in no form",),
-        ),
-        "branch without reader": (
-            args("output", lambda old, at: ((at("conv2d_2_lora"),),)),
-            (f"branch node conv2d_3_lora {NOBODY}",),
-        ),
-        "stray reader": (
-            args("output", lambda old, at: ((at("conv2d_3_lora"), at("conv2d_2")),)),
-            ("node conv2d_2 has a branch, but output read it without",),
-        ),
+        "call of another site's branch": (target("conv2d_1_lora", "branches.3/weight"),
+            ("branch node conv2d_1_lora stands beside 1.weight, but calls branches.3/weight",)),
+        "another rank": (branch("0.weight", larger_factors),
+            ("lora_A of 0.weight is (4, 24), planned as (3, 24)", "lora_B of 0.weight is (6, 4), planned as (6, 3)")),
+        "transposed factor": (branch("1.weight", lambda conv: setattr(conv, "lora_B", nn.Parameter(conv.lora_B.t()))),
+            ("lora_B of 1.weight is (3, 12), planned as (12, 3)",)),
+        "nan in a factor": (branch("4.weight", lambda conv: conv.lora_A.data[0, 1].fill_(float("nan"))),
+            ("the branch of 4.weight holds inf or nan",)),
+        "inf in a factor": (branch("3.weight", lambda conv: conv.lora_B.data[1, 0].fill_(float("-inf"))),
+            ("the branch of 3.weight holds inf or nan",)),
+        "changed scale": (branch("3.weight", lambda conv: setattr(conv, "scale", 2.5)),
+            ("the branch of 3.weight has scale 2.5, planned as 1.6666666666666667",)),
+        "another kind of branch": (another_kind_of_branch,
+            (f"the branch of 3.weight is a MatrixBranch for {SHAPE}, planned for a conv of {SHAPE}",)),
+        "missing branch": (lambda graph_module: held(graph_module).pop("1/weight"),
+            (f"{MALFORMED}Node conv2d_1_lora target branches.1/weight references nonexistent attribute 1/weight of "
+            "branches", "node conv2d_1_lora calls branches.1/weight, which the module does not have",
+            f"1.weight is used at node conv2d_1 {NO_BRANCH}", "1.weight is planned, but has no branch")),
+        "branch too many": (branch_too_many, ("branch 2/weight belongs to no planned site",)),
+        "plan of another shape": (site("3.weight", shape=(7, 12, 1, 1)),
+            (f"3.weight is {SHAPE}, planned as (7, 12, 1, 1)",
+            f"the branch of 3.weight is a ConvBranch for {SHAPE}, planned for a conv of (7, 12, 1, 1)",
+            "lora_B of 3.weight is (6, 3), planned as (7, 3)",
+            f"the slow state of 3.weight is {SHAPE}, planned as (7, 12, 1, 1)")),
+        "renamed weight": (renamed_weight, ("3.weight is planned, but the model has no weight of this name",
+            f"{MALFORMED}Node _3_weight target 3.weight references nonexistent attribute weight of 3",
+            "node conv2d_2 is marked as a use of 3.weight, but computes with None")),
+        "another weight": (args("conv2d_2", lambda old, at: (old[0], at("_4_weight"), *old[2:])),
+            ("node conv2d_2 is marked as a use of 3.weight, but computes with 4.weight",)),
+        "another operator": (target("conv2d_2", torch.ops.aten.convolution.default),
+            ("node conv2d_2 is marked as aten.conv2d, but is in no form",)),
+        "branch without reader": (args("output", lambda old, at: ((at("conv2d_2_lora"),),)),
+            (f"branch node conv2d_3_lora {NOBODY}",)),
+        "stray reader": (args("output", lambda old, at: ((at("conv2d_3_lora"), at("conv2d_2")),)),
+            ("node conv2d_2 has a branch, but output read it without",)),
         "lost stamp": (unmark("conv2d_3_lora", "made_by"), ("branch node conv2d_3_lora was made by no pass of ours",)),
-        "lost mark": (
-            unmark("conv2d_3", "use"),
-            (f"node conv2d_3 reads 4.weight, {NO_MARK}", f"branch node conv2d_3_lora {NO_USE}"),
-        ),
-        "unmarked use": (
-            second_call("", "conv2d_2", "conv2d_3_lora"),
-            (f"node conv2d_default reads 3.weight, {NO_MARK}",),
-        ),
-        "unknown use": (
-            after("_3_weight", lambda graph, weight: graph.call_function(torch.abs, (weight,))),
-            (f"node abs_1 reads 3.weight, {NO_MARK}",),
-        ),
-        "mark of another weight": (
-            mark("conv2d", weight="9.weight"),
-            ("node conv2d is marked as a use of 9.weight, which is not planned",),
-        ),
-        "lost fact": (
-            lost_fact,
-            tuple(
-                f"node conv2d{tail}_lora calls a branch, but no pass has inserted any"
-                for tail in ("", "_1", "_2", "_3")
-            ),
-        ),
-        "lost slow state": (
-            lambda graph_module: drop_state(graph_module, "4.weight"),
-            ("4.weight has a branch, but the record holds no slow state of it",),
-        ),
-        "wrong order": (
-            lambda graph_module: at(graph_module, "conv2d_2_lora").append(at(graph_module, "conv2d_3_lora")),
-            (f"{MALFORMED}Argument 'conv2d_3' of Node 'conv2d_3_lora' was used before it has been defined! Please",),
-        ),
-        "argument too many": (
-            args("conv2d_3_lora", lambda old, at: (*old, None)),
-            ("branch node conv2d_3_lora does not read the input of conv2d_3",),
-        ),
+        "lost mark": (unmark("conv2d_3", "use"),
+            (f"node conv2d_3 reads 4.weight, {NO_MARK}", f"branch node conv2d_3_lora {NO_USE}")),
+        "unmarked use": (second_call("", "conv2d_2", "conv2d_3_lora"),
+            (f"node conv2d_default reads 3.weight, {NO_MARK}",)),
+        "unknown use": (after("_3_weight", lambda graph, weight: graph.call_function(torch.abs, (weight,))),
+            (f"node abs_1 reads 3.weight, {NO_MARK}",)),
+        "mark of another weight": (mark("conv2d", weight="9.weight"),
+            ("node conv2d is marked as a use of 9.weight, which is not planned",)),
+        "lost fact": (lost_fact,
+            tuple(f"node conv2d{tail}_lora calls a branch, but no pass has inserted any" for tail in ("", "_1", "_2",
+            "_3"))),
+        "lost slow state": (lambda graph_module: drop_state(graph_module, "4.weight"),
+            ("4.weight has a branch, but the record holds no slow state of it",)),
+        "wrong order": (lambda graph_module: at(graph_module,
+            "conv2d_2_lora").append(at(graph_module, "conv2d_3_lora")),
+            (f"{MALFORMED}Argument 'conv2d_3' of Node 'conv2d_3_lora' was used before it has been defined! Please",)),
+        "argument too many": (args("conv2d_3_lora", lambda old, at: (*old, None)),
+            ("branch node conv2d_3_lora does not read the input of conv2d_3",)),
         "no arguments": (args("conv2d_3_lora", lambda old, at: ()), (f"branch node conv2d_3_lora {NO_USE}",)),
     },
     "module_conv2d": {
-        "changed module": (
-            lambda graph_module: setattr(graph_module.get_submodule("1"), "stride", (2, 1)),
-            (
-                "branch node _1_lora has {'stride': (1, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}, but "
-                "_1 has {'stride': (2, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}",
-            ),
-        ),
-        "missing module": (
-            lambda graph_module: graph_module._modules.pop("2"),
-            (
-                f"{MALFORMED}Node _2 target 2 references nonexistent attribute 2 of ",
-                "node _2 calls 2, which the module does not have",
-            ),
-        ),
-        "unmarked call": (
-            after("_3", lambda graph, node: graph.call_module("3", node.args)),
-            (f"node _3_1 reads 3.weight, {NO_MARK}",),
-        ),
+        "changed module": (lambda graph_module: setattr(graph_module.get_submodule("1"), "stride", (2, 1)),
+            ("branch node _1_lora has {'stride': (1, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}, but "
+            "_1 has {'stride': (2, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}",)),
+        "missing module": (lambda graph_module: graph_module._modules.pop("2"),
+            (f"{MALFORMED}Node _2 target 2 references nonexistent attribute 2 of ",
+            "node _2 calls 2, which the module does not have")),
+        "unmarked call": (after("_3", lambda graph, node: graph.call_module("3", node.args)),
+            (f"node _3_1 reads 3.weight, {NO_MARK}",)),
     },
     "aten_shared": {
-        "swapped branches": (
-            swapped,
-            (
-                "branch node linear_lora calls the branch of back.weight beside shared.weight",
-                "branch node linear_1_lora calls the branch of shared.weight beside back.weight",
-                "branch node linear_2_lora calls the branch of back.weight beside shared.weight",
-                "the branch of shared.weight is a MatrixBranch for (5, 6), planned for a linear of (6, 5)",
-                "lora_A of shared.weight is (3, 6), planned as (3, 5)",
-                "lora_B of shared.weight is (5, 3), planned as (6, 3)",
-                "the branch of back.weight is a MatrixBranch for (6, 5), planned for a linear of (5, 6)",
-                "lora_A of back.weight is (3, 5), planned as (3, 6)",
-                "lora_B of back.weight is (6, 3), planned as (5, 3)",
-            ),
-        ),
+        "swapped branches": (swapped, ("branch node linear_lora calls the branch of back.weight beside shared.weight",
+            "branch node linear_1_lora calls the branch of shared.weight beside back.weight",
+            "branch node linear_2_lora calls the branch of back.weight beside shared.weight",
+            "the branch of shared.weight is a MatrixBranch for (5, 6), planned for a linear of (6, 5)",
+            "lora_A of shared.weight is (3, 6), planned as (3, 5)",
+            "lora_B of shared.weight is (5, 3), planned as (6, 3)",
+            "the branch of back.weight is a MatrixBranch for (6, 5), planned for a linear of (5, 6)",
+            "lora_A of back.weight is (3, 5), planned as (3, 6)",
+            "lora_B of back.weight is (6, 3), planned as (5, 3)")),
     },
     "module_linear": {
-        "weight of another shape": (
-            lambda graph_module: setattr(
-                graph_module.get_submodule("0"), "weight", nn.Parameter(torch.ones(4, 5, dtype=torch.float64))
-            ),
-            ("0.weight is (4, 5), planned as (7, 5)",),
-        ),
+        "weight of another shape": (lambda graph_module: setattr(graph_module.get_submodule("0"), "weight",
+            nn.Parameter(torch.ones(4, 5, dtype=torch.float64))), ("0.weight is (4, 5), planned as (7, 5)",)),
     },
     "aten_tied_live": {
-        "untied weight": (
-            untied,
-            (
-                "first.weight is tied to (), planned with ('second.weight',)",
-                "node linear_2 is marked as a use of first.weight, but computes with second.weight",
-            ),
-        ),
+        "untied weight": (untied, ("first.weight is tied to (), planned with ('second.weight',)",
+            "node linear_2 is marked as a use of first.weight, but computes with second.weight")),
     },
     "aten_linear": {
-        "wrong dtype in metadata": (
-            both(shapes(torch.float32, linear_1_lora=(6, 2, 3)), shapes(linear_1=(6, 2, 3))),
-            (
-                "branch node linear_1_lora is said to be ('(6, 2, 3)', torch.float32), linear_1 is "
-                "('(6, 2, 3)', torch.float64)",
-            ),
-        ),
-        "wrong shape in metadata": (
-            shapes(linear_lora=(6, 2, 5), linear=(6, 2, 7)),
-            (
-                "branch node linear_lora is said to be ('(6, 2, 5)', torch.float64), linear is "
-                "('(6, 2, 7)', torch.float64)",
-            ),
-        ),
-        "site taken from the plan": (
-            plan(lambda now: replace(now, sites=now.sites[1:])),
-            (
-                "node linear is marked as a use of 0.weight, which is not planned",
-                "branch node linear_lora stands beside 0.weight, but calls branches.0/weight",
-                "branch 0/weight belongs to no planned site",
-            ),
-        ),
-        "site planned twice": (
-            plan(lambda now: replace(now, sites=(now.sites[0], *now.sites))),
-            ("0.weight is planned twice",),
-        ),
-        "plan lost": (
-            plan(lambda now: None),
-            ("node linear is marked as a use of 0.weight, which is not planned",),
-        ),
-        "plan before its first stage": (
-            plan(lambda now: replace(now, stage=0)),
-            ("the plan is in stage 0; the first one is 1",),
-        ),
-        "plan of another rank": (
-            site("0.weight", rank=4),
-            ("lora_A of 0.weight is (3, 5), planned as (4, 5)", "lora_B of 0.weight is (7, 3), planned as (7, 4)"),
-        ),
-        "plan of another lora_alpha": (
-            site("0.weight", lora_alpha=9.0),
-            ("the branch of 0.weight has scale 1.6666666666666667, planned as 3.0",),
-        ),
-        "plan of another scaling": (
-            site("0.weight", use_rslora=True),
-            ("the branch of 0.weight has scale 1.6666666666666667, planned as 2.886751345948129",),
-        ),
-        "plan of another layout": (
-            site("0.weight", layout="in_out"),
-            (
-                "node linear reads 0.weight as out_in, planned as in_out",
-                "the branch of 0.weight is stored transposed against its layout, in_out",
-            ),
-        ),
-        "plan of another kind": (
-            site("0.weight", kind="conv"),
-            ("node linear is a linear, but 0.weight is planned as a conv",),
-        ),
-        "plan of another tie": (
-            site("0.weight", aliases=("2.weight",)),
-            ("0.weight is tied to (), planned with ('2.weight',)",),
-        ),
-        "plan of another dropout": (
-            site("0.weight", dropout=0.25),
-            ("the branch of 0.weight has dropout 0.0, planned as 0.25",),
-        ),
-        "plan of an unknown weight": (
-            plan(lambda now: now.with_sites((replace(now.sites[0], weight="3.weight"),))),
-            ("3.weight is planned, but the model has no weight of this name",),
-        ),
-        "branch of another name": (
-            branch("0.weight", lambda matrix: setattr(matrix, "weight_name", "2.weight")),
-            ("the branch of 0.weight has weight_name 2.weight, planned as 0.weight",),
-        ),
-        "branch with dropout": (
-            branch("0.weight", lambda matrix: setattr(matrix, "dropout", 0.5)),
-            ("the branch of 0.weight has dropout 0.5, planned as 0.0",),
-        ),
+        "wrong dtype in metadata": (both(shapes(torch.float32, linear_1_lora=(6, 2, 3)), shapes(linear_1=(6, 2, 3))),
+            ("branch node linear_1_lora is said to be ('(6, 2, 3)', torch.float32), linear_1 is "
+            "('(6, 2, 3)', torch.float64)",)),
+        "wrong shape in metadata": (shapes(linear_lora=(6, 2, 5), linear=(6, 2, 7)),
+            ("branch node linear_lora is said to be ('(6, 2, 5)', torch.float64), linear is "
+            "('(6, 2, 7)', torch.float64)",)),
+        "site taken from the plan": (plan(lambda now: replace(now, sites=now.sites[1:])),
+            ("node linear is marked as a use of 0.weight, which is not planned",
+            "branch node linear_lora stands beside 0.weight, but calls branches.0/weight",
+            "branch 0/weight belongs to no planned site")),
+        "site planned twice": (plan(lambda now: replace(now, sites=(now.sites[0], *now.sites))),
+            ("0.weight is planned twice",)),
+        "plan lost": (plan(lambda now: None), ("node linear is marked as a use of 0.weight, which is not planned",)),
+        "plan before its first stage": (plan(lambda now: replace(now, stage=0)),
+            ("the plan is in stage 0; the first one is 1",)),
+        "plan of another rank": (site("0.weight", rank=4),
+            ("lora_A of 0.weight is (3, 5), planned as (4, 5)", "lora_B of 0.weight is (7, 3), planned as (7, 4)")),
+        "plan of another lora_alpha": (site("0.weight", lora_alpha=9.0),
+            ("the branch of 0.weight has scale 1.6666666666666667, planned as 3.0",)),
+        "plan of another scaling": (site("0.weight", use_rslora=True),
+            ("the branch of 0.weight has scale 1.6666666666666667, planned as 2.886751345948129",)),
+        "plan of another layout": (site("0.weight", layout="in_out"),
+            ("node linear reads 0.weight as out_in, planned as in_out",
+            "the branch of 0.weight is stored transposed against its layout, in_out")),
+        "plan of another kind": (site("0.weight", kind="conv"),
+            ("node linear is a linear, but 0.weight is planned as a conv",)),
+        "plan of another tie": (site("0.weight", aliases=("2.weight",)),
+            ("0.weight is tied to (), planned with ('2.weight',)",)),
+        "plan of another dropout": (site("0.weight", dropout=0.25),
+            ("the branch of 0.weight has dropout 0.0, planned as 0.25",)),
+        "plan of an unknown weight": (plan(lambda now: now.with_sites((replace(now.sites[0], weight="3.weight"),))),
+            ("3.weight is planned, but the model has no weight of this name",)),
+        "branch of another name": (branch("0.weight", lambda matrix: setattr(matrix, "weight_name", "2.weight")),
+            ("the branch of 0.weight has weight_name 2.weight, planned as 0.weight",)),
+        "branch with dropout": (branch("0.weight", lambda matrix: setattr(matrix, "dropout", 0.5)),
+            ("the branch of 0.weight has dropout 0.5, planned as 0.0",)),
     },
     # w0 -> w0_lora -> chunk -> linear ...; w1 -> w1_lora -> slice -> linear
     "aten_packed": {
         "removed branch on a weight": (unhook("w0_lora", "w0"), (f"w0 is used at node w0 {NO_BRANCH}",)),
-        "stray reader of a weight": (
-            args("slice_1", lambda old, at: (at("w1"), *old[1:])),
-            ("node w1 has a branch, but slice_1 read it without", f"branch node w1_lora {NOBODY}"),
-        ),
-        "branch behind a slice": (
-            branch_behind_a_slice,
-            (f"branch node w1_lora {NO_USE}", f"w1 is used at node w1 {NO_BRANCH}"),
-        ),
-        "input of a branch on a weight": (
-            args("w0_lora", lambda old, at: (at("w0"), at("w1"))),
-            ("branch node w0_lora does not read the input of w0",),
-        ),
-        "option of a branch on a weight": (
-            kwargs("w0_lora", lambda old: {"lookup": True}),
-            ("branch node w0_lora has {'lookup': True}, but w0 has {}",),
-        ),
-        "second read of a weight": (
-            second_call("w0", "linear", "mul"),
-            (f"node linear_default reads w0, {NO_MARK}",),
-        ),
-        "another weight under a branch": (
-            target("w1", "w0"),
-            ("node w1 is marked as a use of w1, but computes with w0",),
-        ),
-        "lost mark of a weight": (
-            unmark("w0", "use"),
-            (f"node linear_1 reads w0, {NO_MARK}", f"branch node w0_lora {NO_USE}"),
-        ),
+        "stray reader of a weight": (args("slice_1", lambda old, at: (at("w1"), *old[1:])),
+            ("node w1 has a branch, but slice_1 read it without", f"branch node w1_lora {NOBODY}")),
+        "branch behind a slice": (branch_behind_a_slice,
+            (f"branch node w1_lora {NO_USE}", f"w1 is used at node w1 {NO_BRANCH}")),
+        "input of a branch on a weight": (args("w0_lora", lambda old, at: (at("w0"), at("w1"))),
+            ("branch node w0_lora does not read the input of w0",)),
+        "option of a branch on a weight": (kwargs("w0_lora", lambda old: {"lookup": True}),
+            ("branch node w0_lora has {'lookup': True}, but w0 has {}",)),
+        "second read of a weight": (second_call("w0", "linear", "mul"), (f"node linear_default reads w0, {NO_MARK}",)),
+        "another weight under a branch": (target("w1", "w0"),
+            ("node w1 is marked as a use of w1, but computes with w0",)),
+        "lost mark of a weight": (unmark("w0", "use"),
+            (f"node linear_1 reads w0, {NO_MARK}", f"branch node w0_lora {NO_USE}")),
     },
     "aten_products": {
-        "transposed branch": (
-            branch("w0", lambda matrix: setattr(matrix, "transposed", False)),
-            ("the branch of w0 is stored transposed against its layout, in_out",),
-        ),
+        "transposed branch": (branch("w0", lambda matrix: setattr(matrix, "transposed", False)),
+            ("the branch of w0 is stored transposed against its layout, in_out",)),
         "transposed weight": (turned_weight, ("node addmm reads w0 as out_in, planned as in_out",)),
     },
     "aten_lookups": {
-        "lost padding row": (
-            args("embedding", lambda old, at: old[:2]),
-            ("branch node embedding_lora has {'lookup': True, 'padding_idx': 1}, but embedding has {'lookup': True}",),
-        ),
+        "lost padding row": (args("embedding", lambda old, at: old[:2]),
+            ("branch node embedding_lora has {'lookup': True, 'padding_idx': 1}, but embedding has {'lookup': True}",)),
     },
     "aten_routed": {
-        "transposed experts": (
-            branch("w1", turned_factors),
-            (
-                "lora_A of w1 is (3, 3, 5), planned as (3, 3, 4)",
-                "lora_B of w1 is (3, 4, 3), planned as (3, 5, 3)",
-            ),
-        ),
+        "transposed experts": (branch("w1", turned_factors),
+            ("lora_A of w1 is (3, 3, 5), planned as (3, 3, 4)", "lora_B of w1 is (3, 4, 3), planned as (3, 5, 3)")),
     },
     "aten_grouped": {
-        "lost ends": (
-            kwargs("grouped_mm_fallback_1_lora", lambda old: {"by": old["by"]}),
-            (
-                f"branch node grouped_mm_fallback_1_lora has {{'by': {GROUPED!r}}}, but grouped_mm_fallback_1 has "
-                f"{{'by': {GROUPED!r}, 'offs': to, 'weight': transpose}}",
-            ),
-        ),
-        "experts read the other way": (
-            args("grouped_mm_fallback_1", lambda old, at: (old[0], at("w1"), old[2])),
-            ("node grouped_mm_fallback_1 reads w1 as in_out, planned as out_in",),
-        ),
-        "experts planned as a matrix": (
-            site("w1", kind="linear"),
-            ("node grouped_mm_fallback_1 is a experts, but w1 is planned as a linear",),
-        ),
+        "lost ends": (kwargs("grouped_mm_fallback_1_lora", lambda old: {"by": old["by"]}),
+            (f"branch node grouped_mm_fallback_1_lora has {{'by': {GROUPED!r}}}, but grouped_mm_fallback_1 has "
+            f"{{'by': {GROUPED!r}, 'offs': to, 'weight': transpose}}",)),
+        "experts read the other way": (args("grouped_mm_fallback_1", lambda old, at: (old[0], at("w1"), old[2])),
+            ("node grouped_mm_fallback_1 reads w1 as in_out, planned as out_in",)),
+        "experts planned as a matrix": (site("w1", kind="linear"),
+            ("node grouped_mm_fallback_1 is a experts, but w1 is planned as a linear",)),
     },
     "aten_slices": {
-        "plan of other slices": (
-            site("w0", slices=(4, 2, 6)),
-            ("the branch of w0 has slices (2, 4, 6), planned as (4, 2, 6)",),
-        ),
+        "plan of other slices": (site("w0", slices=(4, 2, 6)),
+            ("the branch of w0 has slices (2, 4, 6), planned as (4, 2, 6)",)),
     },
     # %linear_lora = branches.q/weight(%relu, %q_weight, %q_bias, op='linear')
     "merged": {
@@ -655,105 +483,57 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "without its weight": (args("linear_lora", lambda old, at: old[:1]), (NO_OP,)),
         "an argument too many": (args("linear_lora", lambda old, at: (*old, old[0])), (NO_OP,)),
         "without its mark": (unmark("linear_lora", "use"), (NO_OP,)),
-        "with another weight": (
-            args("linear_lora", lambda old, at: (old[0], at("linear_1_lora").args[1], *old[2:])),
-            ("node linear_lora is marked as a use of q.weight, but computes with k.weight",),
-        ),
-        "into another product": (
-            kwargs("linear_lora", lambda old: {"op": "matmul"}),
-            ("branch node linear_lora has {'op': 'matmul'}, but linear has {}",),
-        ),
-        "branch of another site": (
-            target("linear_lora", "branches.k/weight"),
-            ("branch node linear_lora computes with q.weight, but calls branches.k/weight",),
-        ),
-        "without its replaced call": (
-            unmark("linear_lora", "replaced_call"),
-            (f"branch node linear_lora {NO_USE}",),
-        ),
-        "marked as beside": (
-            mark("linear_lora", merged=False),
-            ("node linear_lora stands in place of linear, but no pass has marked it so",),
-        ),
-        "without its stamp": (
-            unmark("linear_lora", "made_by"),
-            ("branch node linear_lora was made by no pass of ours",),
-        ),
-        "wrong metadata": (
-            shapes(linear_lora=(3, 8, 9)),
-            ("branch node linear_lora is said to be ('(3, 8, 9)', torch.float64), but q.weight has 4 outputs",),
-        ),
-        "read by nobody": (
-            lambda graph_module: (node := at(graph_module, "linear_3_lora")).replace_all_uses_with(node.args[0]),
-            (f"branch node linear_3_lora {NOBODY}",),
-        ),
-        "planned beside": (
-            site("q.weight", placement="beside"),
-            ("node linear_lora is merged with the branch of q.weight, planned beside",),
-        ),
+        "with another weight": (args("linear_lora", lambda old, at: (old[0], at("linear_1_lora").args[1], *old[2:])),
+            ("node linear_lora is marked as a use of q.weight, but computes with k.weight",)),
+        "into another product": (kwargs("linear_lora", lambda old: {"op": "matmul"}),
+            ("branch node linear_lora has {'op': 'matmul'}, but linear has {}",)),
+        "branch of another site": (target("linear_lora", "branches.k/weight"),
+            ("branch node linear_lora computes with q.weight, but calls branches.k/weight",)),
+        "without its replaced call": (unmark("linear_lora", "replaced_call"), (f"branch node linear_lora {NO_USE}",)),
+        "marked as beside": (mark("linear_lora", merged=False),
+            ("node linear_lora stands in place of linear, but no pass has marked it so",)),
+        "without its stamp": (unmark("linear_lora", "made_by"),
+            ("branch node linear_lora was made by no pass of ours",)),
+        "wrong metadata": (shapes(linear_lora=(3, 8, 9)),
+            ("branch node linear_lora is said to be ('(3, 8, 9)', torch.float64), but q.weight has 4 outputs",)),
+        "read by nobody": (lambda graph_module: (node := at(graph_module,
+            "linear_3_lora")).replace_all_uses_with(node.args[0]), (f"branch node linear_3_lora {NOBODY}",)),
+        "planned beside": (site("q.weight", placement="beside"),
+            ("node linear_lora is merged with the branch of q.weight, planned beside",)),
     },
     # %relu_shared_0 = shared_down(%relu, (q.A, k.A, v.A))[0]; branches.q(%linear, %relu_shared_0, shared=True)
     "shared": {
-        "parts swapped": (
-            swapped_parts,
-            (
-                "branch node linear_lora gets what the lora_A of k/weight makes, not its own",
-                "branch node linear_1_lora gets what the lora_A of q/weight makes, not its own",
-            ),
-        ),
-        "product of another input": (
-            args("relu_shared", lambda old, at: (old[0].args[0], *old[1:])),
-            (OTHER_INPUT,),
-        ),
-        "factor of another": (
-            args("relu_shared", lambda old, at: (old[0], (old[1][1], old[1][1], old[1][2]))),
-            ("branch node linear_lora gets what the lora_A of k/weight makes, not its own",),
-        ),
-        "factor missing": (
-            args("relu_shared", lambda old, at: (old[0], old[1][:2])),
-            ("branch node linear_2_lora does not read the input of linear_2",),
-        ),
+        "parts swapped": (swapped_parts, ("branch node linear_lora gets what the lora_A of k/weight makes, not its own",
+            "branch node linear_1_lora gets what the lora_A of q/weight makes, not its own")),
+        "product of another input": (args("relu_shared", lambda old, at: (old[0].args[0], *old[1:])), (OTHER_INPUT,)),
+        "factor of another": (args("relu_shared", lambda old, at: (old[0], (old[1][1], old[1][1], old[1][2]))),
+            ("branch node linear_lora gets what the lora_A of k/weight makes, not its own",)),
+        "factor missing": (args("relu_shared", lambda old, at: (old[0], old[1][:2])),
+            ("branch node linear_2_lora does not read the input of linear_2",)),
         "part out of range": (args("relu_shared_0", lambda old, at: (old[0], 7)), (OTHER_INPUT,)),
         "node between product and branch": (after("relu_shared_0", relu_between), (OTHER_INPUT,)),
         "option lost": (kwargs("linear_lora", lambda old: {}), (OTHER_INPUT,)),
-        "part left over": (
-            both(
-                args("linear_lora", lambda old, at: (old[0], at("relu"))),
-                kwargs("linear_lora", lambda old: {}),
-            ),
-            ("node relu_shared_0 was made by share-inputs for a branch, and is read by nobody",),
-        ),
-        "product after its branch": (
-            lambda graph_module: at(graph_module, "linear_lora").append(at(graph_module, "relu_shared_0")),
-            (MALFORMED,),
-        ),
+        "part left over": (both(args("linear_lora", lambda old, at: (old[0], at("relu"))),
+            kwargs("linear_lora", lambda old: {})),
+            ("node relu_shared_0 was made by share-inputs for a branch, and is read by nobody",)),
+        "product after its branch": (lambda graph_module: at(graph_module,
+            "linear_lora").append(at(graph_module, "relu_shared_0")), (MALFORMED,)),
     },
     "stage two": {
-        "expert that is not finite": (
-            expert(lambda only: only._replace(b=only.b / 0)),
-            ("the slow state of 0.weight holds inf or nan",),
-        ),
-        "coefficient that is not finite": (
-            state(slow=(float("nan"),)),
-            ("the slow state of 0.weight holds inf or nan",),
-        ),
-        "coefficient too many": (
-            state(slow=(0.5, 0.5)),
-            ("the slow state of 0.weight has 1 experts, but 2 slow and 1 start coefficients",),
-        ),
-        "expert transposed": (
-            expert(lambda only: only._replace(b=only.b.t(), a=only.a.t())),
-            (
-                "the slow state of 0.weight has an expert of stage 1 of (1, 6) and (24, 1), which is no delta of "
-                "(6, 24)",
-            ),
-        ),
-        "dense delta transposed": (
-            state(dense_slow=torch.zeros(24, 6)),
-            ("the slow state of 0.weight has a dense delta of (24, 6), which is none of (6, 24)",),
-        ),
+        "expert that is not finite": (expert(lambda only: only._replace(b=only.b / 0)),
+            ("the slow state of 0.weight holds inf or nan",)),
+        "coefficient that is not finite": (state(slow=(float("nan"),)),
+            ("the slow state of 0.weight holds inf or nan",)),
+        "coefficient too many": (state(slow=(0.5, 0.5)),
+            ("the slow state of 0.weight has 1 experts, but 2 slow and 1 start coefficients",)),
+        "expert transposed": (expert(lambda only: only._replace(b=only.b.t(), a=only.a.t())),
+            ("the slow state of 0.weight has an expert of stage 1 of (1, 6) and (24, 1), which is no delta of "
+            "(6, 24)",)),
+        "dense delta transposed": (state(dense_slow=torch.zeros(24, 6)),
+            ("the slow state of 0.weight has a dense delta of (24, 6), which is none of (6, 24)",)),
     },
 }
+# fmt: on
 ROWS = [(graph, name) for graph, rows in DAMAGE.items() for name in rows]
 
 
