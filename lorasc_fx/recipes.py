@@ -12,8 +12,8 @@ from lorasc_fx.cascade import Cascade
 from lorasc_fx.errors import SpecError
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.spec_checks import check_fields
 from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import check_names
 
 __all__ = ["Recipe", "long_training", "lora", "small_data"]
 
@@ -108,7 +108,7 @@ def _recipe(
             "of your own",
             code="conflicting-options",
         )
-    check_fields("spec", options, CascadeSpec)
+    check_names(CascadeSpec, options, ("spec",))
     ends = [round(stage * steps / stages) for stage in range(stages + 1)]
     lengths = [end - start for start, end in itertools.pairwise(ends)]
     warmup = min(WARMUP, min(lengths) - 1)

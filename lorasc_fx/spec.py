@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from lorasc_fx.errors import SpecError
 from lorasc_fx.options import (
     AVERAGES,
     DISTRIBUTIONS,
@@ -24,23 +23,8 @@ from lorasc_fx.options import (
     RowScale,
     Start,
 )
-from lorasc_fx.spec_checks import (
-    USUAL_DECAY,
-    _choice,
-    _decay,
-    _flag,
-    _number,
-    _paces,
-    _patterns,
-    _positive,
-    _rank,
-    _ranks,
-    check_fields,
-    check_noise,
-    check_pairs,
-    known_fields,
-)
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, OF_PEFT, USUAL_DECAY, USUAL_RANK
+from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
@@ -52,9 +36,19 @@ Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 OnNonFinite = Literal["raise", "skip"]
 Placement = Literal["auto", "beside", "merged", "weight"]
+Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
+Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
+Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "it scales the branch: give a number above 0")]
+Rate = Annotated[float, Check(lambda rate: rate > 0, "it makes a learning rate: give a number above 0")]
+Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is the share that is set to zero: give a number in [0, 1)")]
+Share = Annotated[float, Check(lambda p: 0 < p <= 1, "it is a share of the fast weights: give a number in (0, 1]")]
+Pace = Annotated[
+    Share | tuple[Share, ...] | Annotated[str, choice(PACES)],
+    Check(lambda pace: pace != (), "give a share of the fast weights in (0, 1], one for each stage, or 'mean'"),
+]
 
 
-@known_fields
+@checks_names
 @dataclass(frozen=True)
 class Noise:
     """Noise on the frozen weights while a stage trains: `strength * std(W) * U(-1/2, 1/2)`.
@@ -71,21 +65,16 @@ class Noise:
             each time, at the cost of a fold.
     """
 
-    strength: float = 0.0
-    distribution: str = "uniform"
+    strength: Annotated[
+        float, Check(lambda strength: strength >= 0, "it scales a standard deviation: give 0 (off) or more")
+    ] = 0.0
+    distribution: Annotated[str, choice(DISTRIBUTIONS)] = "uniform"
     keep: bool = False
     where: Where = "sites"
     redraw: Redraw = "stage"
 
     def __post_init__(self) -> None:
-        _number("noise.strength", self.strength)
-        if self.strength < 0:
-            raise SpecError(f"noise.strength is {self.strength}; it scales a standard deviation: give 0 (off) or more")
-        _choice("noise.distribution", self.distribution, tuple(DISTRIBUTIONS))
-        _choice("noise.where", self.where, get_args(Where))
-        _choice("noise.redraw", self.redraw, get_args(Redraw))
-        _flag("noise.keep", self.keep)
-        check_noise(self.keep, self.redraw, self.distribution)
+        check(self, "noise", conflicts=NOISE_CONFLICTS)
 
     @property
     def is_on(self) -> bool:
@@ -102,25 +91,20 @@ class Noise:
         return list(names) if self.is_on and self.where == "all" else []
 
 
-@known_fields
+@checks_names
 @dataclass(frozen=True)
 class Rule:
     """Another rank or lora_alpha for the weights that a pattern (a kind or a glob) matches; the first match counts."""
 
-    pattern: str
-    rank: int | None = None
-    lora_alpha: float | None = None
+    pattern: Pattern
+    rank: Rank | None = None
+    lora_alpha: Alpha | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
-            raise SpecError(f"rules: pattern is {self.pattern!r}; give a kind {KINDS} or a glob on weight names")
-        if self.rank is not None:
-            _rank(f"rules[{self.pattern!r}].rank", self.rank)
-        if self.lora_alpha is not None:
-            _positive(f"rules[{self.pattern!r}].lora_alpha", self.lora_alpha)
+        check(self, "rules", self.pattern)
 
 
-@known_fields
+@checks_names
 @dataclass(frozen=True)
 class TrainRule:
     """How the parameters that a glob matches are trained in full; the first match counts.
@@ -131,20 +115,15 @@ class TrainRule:
         slow: whether they have a slow copy by the slow rule, in place of `CascadeSpec.slow_train`.
     """
 
-    pattern: str
-    lr: float | None = None
+    pattern: Annotated[str, Check(bool, "give a glob on parameter names")]
+    lr: Rate | None = None
     slow: bool | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
-            raise SpecError(f"train_rules: pattern is {self.pattern!r}; give a glob on parameter names")
-        if self.lr is not None:
-            _positive(f"train_rules[{self.pattern!r}].lr", self.lr, "makes a learning rate")
-        if self.slow is not None:
-            _flag(f"train_rules[{self.pattern!r}].slow", self.slow)
+        check(self, "train_rules", self.pattern)
 
 
-@known_fields
+@checks_names
 @dataclass(frozen=True)
 class CascadeSpec:
     """All that a user asks of an adaptation.
@@ -195,84 +174,45 @@ class CascadeSpec:
             them: give another seed for each repetition of an experiment.
     """
 
-    targets: tuple[str, ...] = KINDS
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = OF_PEFT
+
+    targets: Annotated[tuple[str, ...], Check(bool, f"give kinds {KINDS} or globs on weight names")] = KINDS
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     untie: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
-    rank: int = 8
-    lora_alpha: float = 8.0
+    rank: Rank = USUAL_RANK
+    lora_alpha: Alpha = 8.0
     use_rslora: bool = False
-    dropout: float = 0.0
-    ranks: tuple[int, ...] = ()
+    dropout: Dropout = 0.0
+    ranks: tuple[Rank, ...] = ()
     train_A: bool = True
     nearest_full_gradient: bool = False
-    lr_ratio: float = 1.0
+    lr_ratio: Rate = 1.0
     train_rules: tuple[TrainRule, ...] = ()
-    average: str = "off"
-    average_decay: float = USUAL_DECAY
+    average: Annotated[str, choice(AVERAGES)] = "off"
+    average_decay: Annotated[
+        float, Check(lambda decay: 0 < decay < 1, "it is what an average keeps: give a number in (0, 1)")
+    ] = USUAL_DECAY
     placement: Placement = "auto"
-    pace: float | tuple[float, ...] | str = 0.5
-    restart: str = "slow"
+    pace: Pace = 0.5
+    restart: Annotated[str, choice(RESTARTS)] = "slow"
     noise: Noise = field(default_factory=Noise)
-    restart_A: str = "fresh"
-    start: str = "lora"
-    carry_rank: int | None = None
+    restart_A: Annotated[str, choice(NEXT_A)] = "fresh"
+    start: Annotated[str, choice(STARTS)] = "lora"
+    carry_rank: Rank | None = None
     use_dora: bool = False
-    optimizer_state: Literal["reset", "kept"] | float = "reset"
+    optimizer_state: (
+        Literal["reset", "kept"]
+        | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept' or a ratio in (0, 1) to prune")]
+    ) = "reset"
     slow_train: bool = True
     on_nonfinite: OnNonFinite = "raise"
-    seed: int = 0
+    seed: Annotated[int, Check(lambda seed: 0 <= seed < 2**63, "give an integer from 0 to 2**63 - 1")] = 0
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "train", "untie"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        if not isinstance(self.rules, (tuple, list)) or any(not isinstance(rule, Rule) for rule in self.rules):
-            raise SpecError(f"rules is {self.rules!r}; give a sequence of lorasc_fx.Rule")
-        object.__setattr__(self, "rules", tuple(self.rules))
-        if not self.targets:
-            raise SpecError(f"targets is empty; give kinds {KINDS} or globs on weight names")
-        _rank("rank", self.rank)
-        _positive("lora_alpha", self.lora_alpha)
-        self._check_schedules()
-        _number("dropout", self.dropout)
-        if not 0 <= self.dropout < 1:
-            raise SpecError(f"dropout is {self.dropout}; it is the share that is set to zero: give a number in [0, 1)")
-        _choice("placement", self.placement, get_args(Placement))
-        _choice("restart", self.restart, tuple(RESTARTS))
-        _choice("restart_A", self.restart_A, tuple(NEXT_A))
-        _choice("start", self.start, tuple(STARTS))
-        if self.carry_rank is not None:
-            _rank("carry_rank", self.carry_rank)
-        _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
-        if not isinstance(self.noise, Noise):
-            raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
-        for name in ("use_rslora", "slow_train", "use_dora", "train_A", "nearest_full_gradient"):
-            _flag(name, getattr(self, name))
-        if not is_integer(self.seed, 0) or self.seed >= 2**63:
-            raise SpecError(f"seed is {self.seed!r}; give an integer from 0 to 2**63 - 1")
-        if isinstance(self.optimizer_state, str):
-            _choice("optimizer_state", self.optimizer_state, ("reset", "kept"))
-        else:
-            _number("optimizer_state", self.optimizer_state)
-            if not 0 < self.optimizer_state < 1:
-                raise SpecError(
-                    f"optimizer_state is {self.optimizer_state}; give 'reset', 'kept' or a ratio in (0, 1) to prune"
-                )
-        check_pairs(self)
-
-    def _check_schedules(self) -> None:
-        object.__setattr__(self, "ranks", _ranks(self.ranks, self.rank, CascadeSpec.rank))
+        check(self, conflicts=CONFLICTS)
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
-        object.__setattr__(self, "pace", _paces(self.pace))
-        _positive("lr_ratio", self.lr_ratio, "makes a learning rate")
-        if not isinstance(self.train_rules, (tuple, list)) or any(
-            not isinstance(r, TrainRule) for r in self.train_rules
-        ):
-            raise SpecError(f"train_rules is {self.train_rules!r}; give a sequence of lorasc_fx.TrainRule")
-        object.__setattr__(self, "train_rules", tuple(self.train_rules))
-        _choice("average", self.average, tuple(AVERAGES))
-        _decay("average_decay", self.average_decay)
 
     @property
     def factor_start(self) -> Start:
@@ -326,21 +266,8 @@ class CascadeSpec:
         Raises:
             SpecError: an unknown key (with the nearest known one), or a value that the field refuses.
         """
-        values = dict(data)
-        check_fields("spec", values, cls)
-        if isinstance(values.get("noise"), Mapping):
-            check_fields("noise", values["noise"], Noise)
-            values["noise"] = Noise(**values["noise"])
-        for name, kind in (("rules", Rule), ("train_rules", TrainRule)):
-            rules = values.get(name, ())
-            if isinstance(rules, (list, tuple)):
-                for rule in rules:
-                    if isinstance(rule, Mapping):
-                        check_fields(name, rule, kind)
-                values[name] = tuple(
-                    kind(**{"pattern": "", **rule}) if isinstance(rule, Mapping) else rule for rule in rules
-                )
-        return cls(**values)
+        spec: CascadeSpec = decode(cls, data, ("spec",))
+        return spec
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ from tests.kit.seams import SEAMS
         (lambda: TrainConfig(batch_size=0), ("invalid-value", "train.batch_size", "0")),
         (lambda: TrainConfig(warmup=-1), ("invalid-value", "train.warmup", "-1")),
         (lambda: TrainConfig(epochs=0, steps=0), ("invalid-value", "train.epochs")),
-        (lambda: CompareConfig(lrs=(0.0,)), ("invalid-value", "compare.lrs", "[0.0]")),
+        (lambda: CompareConfig(lrs=(0.0,)), ("invalid-value", "compare.lrs[0]", "0.0")),
     ],
 )
 def test_a_configuration(make: Callable[[], Any], sentence: tuple[str, ...]) -> None:

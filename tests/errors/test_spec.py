@@ -11,6 +11,7 @@ import peft
 import pytest
 
 import lorasc_fx as lx
+from lorasc_fx.spec_checks import CONFLICTS
 from tests.kit.errors import raises
 
 FIELDS = (
@@ -21,16 +22,24 @@ FIELDS = (
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
 INVALID: dict[str, tuple[Any, ...]] = {
-    "rank": (0, -1, True, 2.0, "8", None),
-    "pace": (0, -0.5, 1.5, math.nan, math.inf, True, "0.5", None),
+    "rank": (0, -1, True, 2.0, "8", None, 2**31),
+    "pace": (0, -0.5, 1.5, math.nan, math.inf, True, "0.5", None, (), (0.5, 0), (0.5, None)),
     "lora_alpha": (math.nan, "16", True, None, 0, -8.0),
     "targets": ((), "linear", (1,)),
     "exclude": ("head",),
     "train": (None,),
     "untie": ("head", (None,)),
     "dropout": (1,),
-    "rules": (({"pattern": "conv"},), "conv"),
+    "ranks": (4, (4, 0), (4, 2.0)),
+    "rules": ("conv", ("conv",)),
     "use_rslora": (1,),
+    "train_A": (0,),
+    "nearest_full_gradient": (None,),
+    "carry_rank": (0,),
+    "lr_ratio": (0, math.nan),
+    "average": ("mean",),
+    "average_decay": (1.0,),
+    "train_rules": (("head",),),
     "slow_train": ("yes",),
     "restart": (1,),
     "use_dora": (1,),
@@ -45,20 +54,39 @@ MISSPELT = {
     "on_nonfinite": ("skipp", "skip"),
     "optimizer_state": ("rest", "reset"),
 }
-CONFLICTING: list[dict[str, Any]] = [
-    {"start": "olora", "restart_A": "kept"},
-    {"use_dora": True, "restart": "fast"},
-    {"use_dora": True, "dropout": 0.1},
-    {"use_dora": True, "placement": "beside"},
-    {"use_dora": True, "placement": "weight"},
-    {"dropout": 0.1, "placement": "merged"},
+KEPT, REDRAWN = lx.Noise(0.1, keep=True), lx.Noise(0.1, redraw="step")
+CONFLICTING: dict[str, dict[str, Any]] = {
+    "rank, ranks": {"rank": 6, "ranks": (4, 2)},
+    "dropout, placement": {"dropout": 0.1, "placement": "merged"},
+    "lr_ratio, train_A": {"lr_ratio": 16, "train_A": False},
+    "nearest_full_gradient, train_A": {"nearest_full_gradient": True},
+    "train_rules, train": {"train_rules": (lx.TrainRule("head", lr=0.1),)},
+    "average, noise.keep": {"average": "swa", "noise": KEPT},
+    "average_decay, average": {"average": "swa", "average_decay": 0.5},
+    "start, restart_A": {"start": "olora", "restart_A": "kept"},
+    "use_dora, restart": {"use_dora": True, "restart": "fast"},
+    "use_dora, dropout": {"use_dora": True, "dropout": 0.1},
+    "use_dora, placement": {"use_dora": True, "placement": "beside"},
+    "use_dora, noise.keep, noise.strength": {"use_dora": True, "noise": KEPT},
+    "use_dora, noise.redraw, noise.strength": {"use_dora": True, "noise": REDRAWN},
+    "use_dora, average": {"use_dora": True, "average": "ema"},
+    "use_dora, nearest_full_gradient": {"use_dora": True, "train_A": False, "nearest_full_gradient": True},
+}
+NOISE: list[tuple[str, Any, str]] = [
+    ("strength", -0.1, "-0.1"),
+    ("strength", math.nan, "nan"),
+    ("strength", "0.1", "'0.1'"),
+    ("distribution", "norml", "nearest: 'normal'"),
+    ("redraw", "steps", "nearest: 'step'"),
+    ("where", "site", "nearest: 'sites'"),
+    ("keep", 1, "1"),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in INVALID for value in INVALID[name]])
 def test_an_invalid_value(name: str, value: Any) -> None:
-    shown = "empty" if value == () else repr(value)
-    with raises(lx.SpecError, "invalid-value", name, shown):
+    shown = "empty" if value == () else repr(value[-1] if isinstance(value, tuple) else value)
+    with raises(lx.SpecError, "invalid-value", name, f" is {shown}; "):
         lx.CascadeSpec(**{name: value})
 
 
@@ -69,69 +97,62 @@ def test_a_misspelt_value(name: str) -> None:
         lx.CascadeSpec(**{name: value})
 
 
-@pytest.mark.parametrize("fields", CONFLICTING, ids=str)
-def test_conflicting_options(fields: dict[str, Any]) -> None:
-    """Both are named, with their values, and so is what to give instead."""
-    with raises(lx.SpecError, "conflicting-options", *(f"{name} is {value!r}" for name, value in fields.items())):
-        lx.CascadeSpec(**fields)
+@pytest.mark.parametrize("names", CONFLICTING)
+def test_conflicting_options(names: str) -> None:
+    """All are named, with their values, and so is what to give instead."""
+    with raises(lx.SpecError, "conflicting-options", *(f"{name} is " for name in names.split(", ")), "; give "):
+        lx.CascadeSpec(**CONFLICTING[names])
+
+
+def test_every_conflict_is_tested() -> None:
+    assert list(CONFLICTING) == [", ".join(conflict.fields) for conflict in CONFLICTS]
+
+
+@pytest.mark.parametrize("placement", ["weight", "merged"])
+def test_other_values_in_conflict(placement: Any) -> None:
+    with raises(lx.SpecError, "conflicting-options", "dropout", repr(placement)):
+        lx.CascadeSpec(dropout=0.1, placement=placement)
+    with raises(lx.SpecError, "conflicting-options", "average_decay is 0.5 and average is 'off'"):
+        lx.CascadeSpec(average_decay=0.5)
+
+
+@pytest.mark.parametrize(("field", "value", "told"), NOISE)
+def test_wrong_noise(field: str, value: Any, told: str) -> None:
+    noise = {field: value}
+    for make in (lambda: lx.Noise(**noise), lambda: lx.CascadeSpec(noise=noise), lambda: from_dict(noise=noise)):
+        with raises(lx.SpecError, "invalid-value", f"noise.{field} is {value!r}; ", told):
+            make()
+
+
+@pytest.mark.parametrize("other", [{"redraw": "step"}, {"distribution": "filter"}])
+def test_noise_that_cannot_be_kept(other: dict[str, Any]) -> None:
+    ((name, value),) = other.items()
+    with raises(lx.SpecError, "conflicting-options", f"noise.keep is True and noise.{name} is {value!r}"):
+        lx.Noise(keep=True, **other)
 
 
 @pytest.mark.parametrize(
-    ("noise", "field"), [(lx.Noise(0.1, keep=True), "noise.keep"), (lx.Noise(0.1, redraw="step"), "noise.redraw")]
-)
-def test_dora_and_noise(noise: lx.Noise, field: str) -> None:
-    with raises(lx.SpecError, "conflicting-options", "use_dora", field):
-        lx.CascadeSpec(use_dora=True, noise=noise)
-
-
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("name", "kind", "fields", "told"),
     [
-        ({"strength": -0.1}, ("invalid-value", "noise.strength", "-0.1")),
-        ({"strength": math.nan}, ("invalid-value", "noise.strength")),
-        ({"strength": "0.1"}, ("invalid-value", "noise.strength", "0.1")),
-        (
-            {"distribution": "norml"},
-            ("invalid-value", "noise.distribution", "norml", "normal"),
-        ),
-        ({"redraw": "steps"}, ("invalid-value", "noise.redraw", "steps", "step")),
-        (
-            {"redraw": "step", "keep": True},
-            ("conflicting-options", "noise.keep"),
-        ),
-        (
-            {"distribution": "filter", "keep": True},
-            ("conflicting-options", "noise.keep"),
-        ),
-        ({"where": "site"}, ("invalid-value", "noise.where", "site", "sites")),
-        ({"keep": 1}, ("invalid-value", "noise.keep", "1")),
+        ("rules", lx.Rule, {"pattern": ""}, ".pattern is empty"),
+        ("rules", lx.Rule, {"pattern": 3}, ".pattern is 3"),
+        ("rules", lx.Rule, {"pattern": "conv", "rank": 0}, ".rank is 0"),
+        ("rules", lx.Rule, {"pattern": "conv", "rank": True}, ".rank is True"),
+        ("rules", lx.Rule, {"pattern": "conv", "lora_alpha": -1}, ".lora_alpha is -1"),
+        ("train_rules", lx.TrainRule, {"pattern": ""}, ".pattern is empty"),
+        ("train_rules", lx.TrainRule, {"pattern": "a", "lr": 0}, ".lr is 0"),
+        ("train_rules", lx.TrainRule, {"pattern": "a", "slow": 1}, ".slow is 1"),
     ],
 )
-def test_wrong_noise(fields: dict[str, Any], sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        lx.Noise(**fields)
-    with raises(lx.SpecError, *sentence):
-        lx.CascadeSpec.from_dict({"noise": fields})
+def test_wrong_rule(name: str, kind: Any, fields: dict[str, Any], told: str) -> None:
+    with raises(lx.SpecError, "invalid-value", name, told):
+        kind(**fields)
+    with raises(lx.SpecError, "invalid-value", f"spec.{name}[0]{told}; "):
+        from_dict(**{name: [fields], "train": ["a"]})
 
 
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"pattern": ""}, ("invalid-value", "pattern")),
-        ({"pattern": 3}, ("invalid-value", "pattern", "3")),
-        ({"pattern": "conv", "rank": 0}, ("invalid-value", "conv", "0")),
-        ({"pattern": "conv", "rank": True}, ("invalid-value", "conv", "True")),
-        (
-            {"pattern": "conv", "lora_alpha": -1},
-            ("invalid-value", "conv", "lora_alpha", "-1"),
-        ),
-    ],
-)
-def test_wrong_rule(fields: dict[str, Any], sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        lx.Rule(**fields)
-    with raises(lx.SpecError, *sentence):
-        lx.CascadeSpec.from_dict({"rules": [fields]})
+def from_dict(**data: Any) -> lx.CascadeSpec:
+    return lx.CascadeSpec.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +162,7 @@ def test_wrong_rule(fields: dict[str, Any], sentence: tuple[str, ...]) -> None:
         ({"noise": {"strenght": 1}}, ("unknown-name", "noise", "strenght", "strength")),
         ({"rules": [{"patern": "conv"}]}, ("unknown-name", "rules", "patern", "pattern")),
         ({"rules": [{"rank": 4}]}, ("invalid-value", "rules", "pattern", KINDS)),
-        ({"rules": ["conv"]}, ("invalid-value", "rules", "lorasc_fx.Rule")),
+        ({"rules": ["conv"]}, ("invalid-value", "rules[0]", "Rule(...)")),
         ({1: 2}, ("unknown-name", "field 1")),
     ],
 )
@@ -195,7 +216,7 @@ SITE = PLAN["sites"][0]
         (json.dumps({**PLAN, "stage": 0}), ("invalid-checkpoint", "stage", "0")),
         (json.dumps({**PLAN, "stage": "2"}), ("invalid-checkpoint", "stage", "'2'")),
         (json.dumps({**PLAN, "spec": {"rank": 0}}), ("invalid-checkpoint", "SpecError", "rank", "0")),
-        (json.dumps({**PLAN, "spec": {"rules": [{}]}}), ("invalid-checkpoint", "SpecError", "rules: pattern")),
+        (json.dumps({**PLAN, "spec": {"rules": [{}]}}), ("invalid-checkpoint", "spec.rules[0].pattern")),
         (json.dumps({**PLAN, "sites": [{}]}), ("invalid-checkpoint", "KeyError", "'shape'")),
         (json.dumps({**PLAN, "sites": [{**SITE, "colour": "x"}]}), ("invalid-checkpoint",)),
         (json.dumps({**PLAN, "sites": [{**SITE, "kind": "lstm"}]}), ("invalid-checkpoint", "kind", "'lstm'")),
