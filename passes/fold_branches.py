@@ -63,4 +63,4 @@ class FoldBranches(EndsStage):
 
 def absorb_branches(graph: GraphEditor, plan: Plan) -> SlowWeights:
     """Return the slow weights after the running stage."""
-    return graph.record.slow.after_stage(plan, {branch.weight_name: branch for branch in graph.branches.values()}, {})
+    return graph.record.slow.after_stage(plan, {branch.weight_name: branch for branch in graph.branches.values()})
