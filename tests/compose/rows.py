@@ -212,7 +212,7 @@ ROWS: tuple[Row, ...] = (
         Refused("the spec leaves no site to adapt", "the weights are whole numbers in no parameter"),
         Refused("no node calls it any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32),
     Row("int8 weights", "torchao.quantization.quantize_ by Int8WeightOnlyConfig", "eager", quantize_weights,
-        lambda module: (type(next(each for each in module.modules() if type(each) is nn.Linear).weight) is not nn.Parameter),
+        lambda module: any(type(e) is nn.Linear and type(e.weight) is not nn.Parameter for e in module.modules()),
         Yes("`adapt` of the quantized model; `release(quantized=...)` says what becomes of it"),
         Refused("holds other numbers than stage 1 began with", "quantize first"), Yes(), tolerance=1e-5,
         dtype=torch.float32),
