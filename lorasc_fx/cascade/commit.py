@@ -76,7 +76,7 @@ class Planned:
 
 def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
     """Write planned values, and let the run take them over; `undo` gets the steps that take all of it back."""
-    plan, slow, branches = run.plan, run.slow, run.branches_by_weight()
+    branches = run.branches_by_weight()
     if planned.dense:
         quantized = run.present(planned.dense)
         dense = {id(quantized[name]): nn.Parameter(value, False) for name, value in planned.dense.items()}
@@ -98,7 +98,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             table = stepping(optimizer).state
             undo(partial(put_state, optimizer, {parameter: table[parameter] for parameter in planned.states}))
             put_state(optimizer, planned.states)
-        _write_parameters(run, planned, plan, slow, undo)
+        write_parameters(run, planned, undo)
     _put_gradients(run, planned)
     if planned.placed is not None:
         run.placed = planned.placed
@@ -110,10 +110,16 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
     run.set_unmerged()
 
 
-def _write_parameters(run: RunBase, planned: Planned, plan: Plan, slow: SlowWeights, undo: Undo) -> None:
-    """Write the planned parameters in turn; undone, they hold again what they held between two steps of this plan."""
+def write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
+    """Write the planned parameters in turn; undone, they hold again what the run says that they hold between two steps.
+
+    A quantized weight is not written to: its branch computes the unmerged delta (`RunBase.set_unmerged`).
+    """
     scratch = Scratch()
     pages = run.base_file.pages() if run.base_file is not None else None
+    # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
+    devices = {torch.device("cpu")} | {local(each).device for each in planned.parameters.values()}
+    spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
 
     def rest(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
         """Write what the parameter holds between two steps; a weight that the state does not know yet holds W0."""
@@ -125,37 +131,18 @@ def _write_parameters(run: RunBase, planned: Planned, plan: Plan, slow: SlowWeig
             planned.slow.write_value(name, "base", out)
 
     write = planned.write or partial(rest, planned.plan, planned.slow)
-
-    def write_kept(name: str, out: torch.Tensor) -> None:
-        for states in (slow.states, planned.slow.states):  # the first to put W0 back, also after a release
+    restore = partial(rest, run.plan, run.slow)
+    for name, parameter in planned.parameters.items():
+        if is_quantized(parameter):
+            continue
+        out = local(parameter)
+        undo(partial(_again, restore, name, out, out._version, spare))
+        for states in (run.slow.states, planned.slow.states):  # the first to put W0 back, also after a release
             if name in states:
                 keep_base(states[name].base, out)
         write(name, out)
         if pages is not None and name in planned.slow.states:
             pages.release(planned.slow.states[name].base)
-
-    fill(planned.parameters, write_kept, partial(rest, plan, slow), undo)
-
-
-def fill(
-    parameters: Mapping[str, nn.Parameter],
-    new: Callable[[str, torch.Tensor], object],
-    old: Callable[[str, torch.Tensor], object],
-    undo: Undo,
-) -> None:
-    """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
-
-    A quantized weight is not written to: its branch computes the unmerged delta (`RunBase.set_unmerged`).
-    """
-    # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
-    devices = {torch.device("cpu")} | {local(each).device for each in parameters.values()}
-    spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if not is_quantized(parameter):
-                out = local(parameter)
-                undo(partial(_again, old, name, out, out._version, spare))
-                new(name, out)
 
 
 def _again(

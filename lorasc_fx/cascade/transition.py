@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +50,16 @@ def next_stage(
         starts = {
             site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites
         }
-        moved = before.moved(branches)
-        factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
-        anew = _left_out(after, branches, trained) + _resized(planned, branches)
-        state = _after_fold(optimizer, plan, factors, trained.values(), anew) if optimizer is not None else {}
+        moved, state = before.moved(branches), dict[nn.Parameter, Any]()
+        if optimizer is not None:
+            # What made a branch or a weight inf or nan is no start, and what has another shape none either.
+            anew = _resized(planned, branches)
+            for name in after.left_out:
+                anew += branches[name].parameters() if name in branches else [trained[name]]
+            factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
+            state |= treated_state(optimizer, trained.values(), "kept")
+            state |= treated_state(optimizer, factors, plan.spec.optimizer_state)
+            state |= treated_state(optimizer, anew, "reset")
 
         def end() -> None:
             experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
@@ -147,33 +153,6 @@ def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter
     """Return the factors that have another rank in the stage that is planned: no state of an optimizer fits them."""
     changed = [branches[site.weight] for site in planned.sites if branches[site.weight].rank != site.rank]
     return [factor for branch in changed for factor in (branch.lora_A, branch.lora_B)]
-
-
-def _left_out(
-    after: SlowWeights, branches: Mapping[str, Branch], trained: Mapping[str, nn.Parameter]
-) -> list[nn.Parameter]:
-    """Return the parameters that the fold left out because they are not finite, or made a weight so."""
-    parameters = []
-    for name in after.left_out:
-        parameters += list(branches[name].parameters()) if name in branches else [trained[name]]
-    return parameters
-
-
-def _after_fold(
-    optimizer: torch.optim.Optimizer,
-    plan: Plan,
-    factors: Iterable[nn.Parameter],
-    trained: Iterable[nn.Parameter],
-    anew: Iterable[nn.Parameter],
-) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for the next stage, where it changes: what made a branch inf or nan is no start, and
-    what has another shape none either.
-    """
-    return (
-        treated_state(optimizer, trained, "kept")
-        | treated_state(optimizer, factors, plan.spec.optimizer_state)
-        | treated_state(optimizer, anew, "reset")
-    )
 
 
 def end_idle(run: Run) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import lorasc_fx as lx
-from lorasc_fx.cascade.run import Run
 from tests.errors.state import unchanged
 from tests.integrations.kit import adapted, arguments, losses, merged, rows, with_weights
 from tests.kit.errors import raises
+from tests.kit.seams import SEAMS
 from tests.kit.state import replace_plan
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), train=("head.bias",))
@@ -252,7 +252,7 @@ def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(
     for _ in range(2):
         other(torch.ones(3, 6), torch.zeros(3, dtype=torch.long))["loss"].backward()  # gradients that wait
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "gradients_in", refuse)  # the last values to be decoded
+            patch.setattr(*SEAMS["unpack gradients"], refuse)  # the last values to be decoded
             with unchanged(other, optimizer), pytest.raises(MemoryError, match=r"^in the middle$"):
                 nn.ModuleDict({"module": other}).load_state_dict(state)
         optimizer.step()

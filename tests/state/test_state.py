@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lorasc_fx.branch.linear import MatrixBranch
-from lorasc_fx.cascade.commit import SPARE, fill
+from lorasc_fx.cascade.commit import SPARE, Planned, write_parameters
 from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.shards import ShardSpec
@@ -131,7 +132,9 @@ def test_room_for_restoring_weights_is_where_they_are() -> None:
     steps: list[Any] = []
     with fake_device():
         weights = {str(device): torch.nn.Parameter(torch.empty(3, device=device)) for device in ("cpu", DEVICE)}
-        fill(weights, lambda name, out: None, lambda name, out: None, steps.append)
+        plan, slow = Plan(CascadeSpec()), SlowWeights()
+        run: Any = SimpleNamespace(plan=plan, slow=slow, base_file=None)
+        write_parameters(run, Planned(plan, slow, weights, lambda name, out: None), steps.append)
         room = steps[0].args[-1]
         assert sorted(str(each.device) for each in room) == ["cpu", DEVICE]
         assert {each.nbytes for each in room} == {SPARE}
