@@ -280,40 +280,6 @@ def activation_fused_into_the_base(module: fx.GraphModule) -> None:
     module.graph.erase_node(tanh)
 
 
-@case("branch node linear_lora does not stand beside the use of a site")
-def activation_moved_between(module: fx.GraphModule) -> None:
-    branch = at(module, "linear_lora")
-    with module.graph.inserting_before(branch):
-        between = module.graph.call_function(torch.relu, (base_of(branch),))
-    branch.args = (between, *branch.args[1:])
-
-
-@case("first.weight is used at node linear with 0 branches instead of one")
-def branch_bypassed_and_dropped(module: fx.GraphModule) -> None:
-    branch = at(module, "linear_lora")
-    branch.replace_all_uses_with(base_of(branch))
-    module.graph.eliminate_dead_code()
-
-
-@case("node linear_1 has a branch, but relu read it without")
-def branch_bypassed_by_one_reader(module: fx.GraphModule) -> None:
-    branch = at(module, "linear_1_lora")
-    next(iter(branch.users)).replace_input_with(branch, base_of(branch))
-
-
-@case("branch node linear_lora does not read the input of linear")
-def input_of_the_base_replaced(module: fx.GraphModule) -> None:
-    base = at(module, "linear")
-    with module.graph.inserting_before(base):
-        doubled = module.graph.call_function(torch.mul, (base.args[0], 2.0))
-    base.args = (doubled, *base.args[1:])
-
-
-@case("is marked as a use of second.weight, but computes with third.weight")
-def weight_retargeted(module: fx.GraphModule) -> None:
-    next(node for node in module.graph.nodes if node.target == "second.weight").target = "third.weight"
-
-
 @case("table.weight is tied to (), planned with ('head.weight',)", model=Tied)
 def tied_weight_given_two_values(module: fx.GraphModule) -> None:
     module.head = nn.Linear(5, 7, bias=False).double()
@@ -381,29 +347,6 @@ def input_written_between(module: fx.GraphModule) -> None:
         module.graph.create_node("call_function", aten.add_.Tensor, (branch.args[1], 1.0), name="add_")
 
 
-@case("first.weight", "no pass has marked it")
-def base_made_anew_without_its_mark(module: fx.GraphModule) -> None:
-    base = at(module, "linear")
-    instead(base, base.target, base.args)
-
-
-@case("is marked as a use of first.weight, but computes with None", placement="merged")
-def merged_weight_scaled(module: fx.GraphModule) -> None:
-    branch = at(module, "linear_lora")
-    with module.graph.inserting_before(branch):
-        scaled = module.graph.call_function(torch.mul, (branch.args[1], 2.0))
-    branch.args = (branch.args[0], scaled, *branch.args[2:])
-
-
-@case("the branch of first.weight is a Wrapped", dialect="modules")
-def branch_wrapped(module: fx.GraphModule) -> None:
-    """A pass that swaps modules for its own: twice the branch, here."""
-    branch = module.get_submodule("branches.first/weight")
-    kind = type(branch)
-    wrapped = type("Wrapped", (kind,), {"forward": lambda self, base, x: kind.forward(self, base, x * 2)})
-    branch.__class__ = wrapped
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_followed_or_refused(case: Case) -> None:
     inserted, x = make(case.model, case.dialect, case.placement)
@@ -423,7 +366,7 @@ def test_followed_or_refused(case: Case) -> None:
                 )
             return
         with pytest.raises(lx.passes.VerifyError) as raised:
-            Pipeline([case.harm, FoldBranches()])(copy.deepcopy(inserted))
+            Pipeline([case.harm, FoldBranches()])(inserted)
         message = str(raised.value)
         assert [each for each in case.told if each not in message] == [], message
         assert f"after {case.harm.__name__}, the graph does not agree with its plan" in message

@@ -16,7 +16,7 @@ from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn, weight_state
@@ -220,14 +220,6 @@ def test_noise_is_the_runtimes_where_the_weights_are_live() -> None:
     assert all(value is weights_of(graph_module)[name] for name, value in weights_of(inserted).items())
 
 
-def test_tied_and_shared_weights_stay_one_parameter() -> None:
-    spec = CascadeSpec(rank=2, noise=Noise(0.4))
-    tied = insert(BY_NAME["aten_tied"].own(), spec)
-    assert tied.get_parameter("first.weight") is tied.get_parameter("second.weight")
-    one = insert(BY_NAME["module_two_names"].own(), spec)
-    assert one.get_parameter("one.weight") is one.get_parameter("other.weight")
-
-
 # --- what is there already --------------------------------------------------------------------------------------------
 
 
@@ -287,13 +279,6 @@ def test_a_child_of_the_users_named_branches_is_an_error() -> None:
     x = torch.randn(2, 5, dtype=torch.float64)
     live = capture(graph_module, (x,), {}).module  # a live model may have one: it stands beside, not inside
     assert len(branch_nodes(insert(live, SPEC))) == 2
-
-
-def test_the_issues_own_line() -> None:
-    graph_module = fx.symbolic_trace(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).double())
-    result = Pipeline([MatchSites(SPEC), InsertBranches()])(graph_module)
-    assert result.modified
-    assert len(branch_nodes(result.graph_module)) == 2
 
 
 def test_a_copy_of_an_inserted_graph_goes_on() -> None:

@@ -201,18 +201,6 @@ def test_a_convolution_with_its_own_conv_forward_is_opaque() -> None:
     assert parts(matched)[:2] == ({"0.weight"}, {"1.weight": Reason.OPAQUE})
 
 
-def test_timms_conv_with_its_own_forward_is_opaque() -> None:
-    layers = pytest.importorskip("timm.layers")
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
-
-    model = nn.Sequential(layers.Conv2dSame(3, 6, 3, stride=2), nn.Conv2d(6, 4, 1)).double()
-    matched = MatchSites()(fx.GraphModule(model, Tracer().trace(model))).graph_module
-    assert parts(matched)[:2] == ({"1.weight"}, {"0.weight": Reason.OPAQUE})
-
-
 def test_the_weight_as_its_own_input_has_its_branch_on_the_weight() -> None:
     class Gram(nn.Module):
         def __init__(self) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
-from torch.fx.passes.shape_prop import ShapeProp
 
 from lorasc_fx import CascadeSpec, Noise, PassError, Rule, SpecError
 from lorasc_fx.graph import GraphEditor, branch_nodes, record_of, text
@@ -363,65 +362,6 @@ def test_a_foreign_pass_that_says_it_changed_nothing() -> None:
     result = Pipeline([honest, InsertBranches()])(inserted)
     assert not result.modified
     assert result.graph_module is inserted
-
-
-def test_shape_propagation_of_torch() -> None:
-    def shapes(graph_module: fx.GraphModule) -> None:
-        ShapeProp(graph_module).propagate(*CASE.args)
-
-    inserted = Pipeline([shapes, MatchSites(SPEC), InsertBranches(), shapes])(CASE.own()).graph_module
-    for node in branch_nodes(inserted):
-        base = node.args[0]
-        assert isinstance(base, fx.Node)
-        assert node.meta["tensor_meta"].shape == base.meta["tensor_meta"].shape
-    assert text(FoldBranches()(inserted).graph_module) == text(CASE.own())
-
-
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # at torch's own import
-def test_batch_norms_are_fused_before_the_insertion() -> None:
-    from torch.fx.experimental.optimization import fuse
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4))
-    model = model.double()
-    x = torch.randn(3, 3, 6, 7, dtype=torch.float64)
-    model(x)
-    graph_module = fx.symbolic_trace(model.eval())
-    before = {name: value.clone() for name, value in graph_module.state_dict().items()}
-    result = Pipeline([fuse, MatchSites(SPEC), InsertBranches()])(graph_module)
-    assert result.modified
-    fused = result.graph_module
-    assert [node.target for node in fused.graph.nodes if node.op == "call_module"] == [
-        "0",
-        "branches.0/weight",
-        "2",
-        "3",
-        "branches.3/weight",
-    ]
-    with torch.no_grad():
-        assert_close(fused(x), graph_module(x))
-        fill(fused)
-        hidden = nn.functional.conv2d(
-            x, weights_of(fused)["0.weight"] + deltas(fused)["0.weight"], fused.get_parameter("0.bias")
-        )
-        weight = weights_of(fused)["3.weight"] + deltas(fused)["3.weight"]
-        assert_close(fused(x), nn.functional.conv2d(hidden.relu(), weight, fused.get_parameter("3.bias")))
-    assert all(same_bits(value, before[name]) for name, value in graph_module.state_dict().items())
-
-
-def test_a_foreign_pass_that_breaks_the_graph_is_named() -> None:
-    def tear(graph_module: fx.GraphModule) -> None:
-        node = next(iter(branch_nodes(graph_module)))
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-        graph_module.graph.erase_node(node)
-
-    inserted = fill(insert(CASE.own(), SPEC))
-    photograph = Photograph(inserted, CASE)
-    with raises(VerifyError, "graph-not-verified", "after tear", "0.0.weight is used at node _0_0 with 0 branches"):
-        Pipeline([tear, FoldBranches()])(inserted)
-    photograph.assert_unchanged()
 
 
 def test_a_foreign_pass_that_returns_something_else() -> None:
