@@ -101,18 +101,27 @@ def assert_close(got: Any, expected: Any, **tolerance: float) -> None:
 
 
 def assert_gradients(inserted: fx.GraphModule, case: Case) -> None:
-    """Every factor's gradient is that of the eager model with `W + s B A` in place of W."""
-    total(inserted(*case.args)).backward()
+    """Every factor's gradient, and every input's, is that of the eager model with `W + s B A` in place of W."""
+    mine, theirs = case.args, case.args
+    wide = [index for index, value in enumerate(mine) if value.is_floating_point()]
+    for index in wide:
+        mine[index].requires_grad_()
+        theirs[index].requires_grad_()
+    total(inserted(*mine)).backward()
     branches, sites = branches_of(inserted), sites_of(inserted)
     a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
     b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
     model = copy.deepcopy(case.model)
     weights = dict(model.named_parameters())
-    changed = {weight: weights[weight].detach() + delta(site, a[weight], b[weight]) for weight, site in sites.items()}
-    total(functional_call(model, changed, case.args, tie_weights=True)).backward()
+    changed = {
+        weight: weights[weight].detach() + delta(site, a[weight], b[weight]) for weight, site in sites.items()
+    }
+    total(functional_call(model, changed, theirs, tie_weights=True)).backward()
     for weight, branch in branches.items():
         assert_close(branch.lora_A.grad, a[weight].grad)
         assert_close(branch.lora_B.grad, b[weight].grad)
+    for index in wide:
+        assert_close(mine[index].grad, theirs[index].grad)
 
 
 def total(output: Any) -> Tensor:
