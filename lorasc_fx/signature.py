@@ -8,9 +8,11 @@ of other libraries (key-value caches) are known to torch's pytree before it take
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
+import operator
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -170,13 +172,13 @@ class Calls:
             TypeError: the signature does not take these arguments.
         """
         given = (*args, *kwargs.values()) if kwargs else args
-        way = (len(args), *kwargs, *[value is None for value in given])
+        way = (len(args), *kwargs, *map(_is_none, given))
         order = self._orders.get(way)
         if order is None:
             order = self._orders[way] = self._order(args, kwargs, given)
         positions, names = order
-        bound = tuple([given[index] for index in positions])
-        named = {name: given[index] for name, index in names}
+        bound = tuple(map(given.__getitem__, positions))
+        named = {name: given[index] for name, index in names} if names else {}
         leaves: list[Any] = [*bound, *named.values()] if names else list(bound)
         spec: Hashable = (len(bound), *named)
         for leaf in leaves:
@@ -185,7 +187,7 @@ class Calls:
                 if any(isinstance(leaf, torch.fx.Proxy) for leaf in leaves):
                     return Call(bound, named, leaves, None)
                 break
-        key = () if self._alike else (spec, *[_leaf(leaf) for leaf in leaves], _autocast(leaves))
+        key = () if self._alike else (spec, *map(_leaf, leaves), _autocast(leaves))
         return Call(bound, named, leaves, key)
 
     def _order(
@@ -197,6 +199,7 @@ class Calls:
         return bound.args, tuple(bound.kwargs.items())
 
 
+_is_none = functools.partial(operator.is_, None)
 _LEAVES = {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}
 """Types that are leaves wherever they stand."""
 
@@ -208,9 +211,13 @@ def _leaf(leaf: Any) -> Hashable:
 
 
 def _autocast(flat: list[Any]) -> Hashable:
-    kinds = {leaf.device.type for leaf in flat if isinstance(leaf, torch.Tensor)}
-    return tuple(
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in sorted(kinds)
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    )
+    """Return the kinds of devices on which autocast is on, with its dtypes."""
+    kinds: set[str] = set()
+    for leaf in flat:
+        if isinstance(leaf, torch.Tensor):
+            kinds.add(leaf.device.type)
+    casts: tuple[Any, ...] = ()
+    for kind in sorted(kinds):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            casts = (*casts, (kind, torch.get_autocast_dtype(kind)))
+    return casts

@@ -120,22 +120,22 @@ class Cascade(nn.Module):
         """
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
-        if run.inside_weights and (self._eager or not run.is_sharded):
+        if run.placed is not None and (self._eager or not run.is_sharded):
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
             bound, named = graphs.compiler.bind(args, kwargs)
             compiled = graphs.variants.compiled(self.training, pytree.tree_leaves((bound, named)))
             return compiled.module(*bound, **named) if compiled is not None else NOT_COMPILED[0](self, args, kwargs)
-        call = graphs.bind(args, kwargs)
+        call = graphs.compiler.calls.bind(args, kwargs)
         if call.key is None:
             variant, count = graphs.variants.symbolic(self.training)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
-        if self._usage.in_pipeline(run, self):
+        trains = self.training and torch.is_grad_enabled()
+        if not trains and self._usage.check_evaluation(run, self):
             with self.weights("fast"):
                 return self.forward(*args, **kwargs)
-        self._usage.check_mode(run, self.training)
-        run.check_replicas(type(self))
-        return graphs.find(call).run(call)
+        run.check_surroundings(type(self))
+        return (graphs.variants.find(call) or graphs.capture(call)).run(call)
 
     # ---- what was decided
 

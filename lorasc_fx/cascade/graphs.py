@@ -48,20 +48,12 @@ class Graphs:
         if isinstance(decided, Made) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Return a call of the model."""
-        return self.compiler.calls.bind(args, kwargs)
-
-    def find(self, call: Call) -> Variant:
-        """Return the graph for a call, captured if there is none yet."""
-        return self.variants.find(call) or self._capture(call)
-
     def variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> tuple[Variant, Call]:
         """Return the graph for these arguments, and the call. `name` is the method's, for messages."""
         self.run.check_alive(name)
-        self.run.replicas.see(len(self.run.branches), self.run.trainable)
-        call = self.bind(tuple(args), kwargs)
-        return self.find(call), call
+        self.run.surroundings.check_replicas(self.run.trainable)
+        call = self.compiler.calls.bind(tuple(args), kwargs)
+        return self.variants.find(call) or self.capture(call), call
 
     def split_by(
         self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
@@ -98,7 +90,8 @@ class Graphs:
         """
         return self.compiler.fold(variant, self.run.model, self.run.plan.stage, values, call.args, call.kwargs)
 
-    def _capture(self, call: Call) -> Variant:
+    def capture(self, call: Call) -> Variant:
+        """Make the graph of a call; another thread may have made it meanwhile."""
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
         with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):  # tracers work on the whole process
             while (variant := self.variants.find(call) or self._make(call)) is None:

@@ -15,14 +15,13 @@ from lorasc_fx.branch import Decided
 from lorasc_fx.cascade.commit import Planned, write_planned
 from lorasc_fx.cascade.optim import check_holds, check_rates, groups
 from lorasc_fx.cascade.run_base import BaseValues, RunBase
-from lorasc_fx.cascade.watches import check_attention, check_wrappers
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.plan import Reason
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Expert, Part, SlowWeights
-from lorasc_fx.util.finalizers import run_postponed
+from lorasc_fx.util.finalizers import POSTPONED, run_postponed
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Undo, commit
 
@@ -129,7 +128,7 @@ class Run(RunBase):
         if not empty:  # else they are written next
             self.note_weights((name for name in known if name not in written), summed)
         self._watch()
-        self.replicas.see(len(self.branches), self.trainable)
+        self.surroundings.check_replicas(self.trainable)
 
     def _watch(self) -> None:
         """Watch for gradients of what is trained, and for optimizer steps after which noise is drawn."""
@@ -264,32 +263,30 @@ class Run(RunBase):
 
     # ---- gradients that a checkpoint finds: a run that is saved between backward and step, or accumulates, loses none
 
-    def check_replicas(self, kind: type[nn.Module]) -> None:
-        """Refuse context parallelism and wrappers that cut parameters, and compare ranks before the first training call
-        through a DistributedDataParallel, which has given all of them the first one's parameters, but not its W0.
+    def check_surroundings(self, kind: type[nn.Module]) -> None:
+        """Check what is around a call of the cascade, and compare ranks before the first training call through a
+        DistributedDataParallel, which has given all of them the first one's parameters, but not its W0.
 
         Args:
             kind: the class of the cascade.
 
         Raises:
-            StateError: there is such a wrapper, or the ranks are not alike.
+            StateError: see `Surroundings.check`; or the ranks are not alike.
         """
-        self.replicas.see(len(self.branches), self.trainable)
-        check_attention()
-        if torch.is_grad_enabled() and not self.is_sharded:
-            check_wrappers(kind)
-        group = self.replicas.to_compare()
+        occasion = self.plan.stage, len(self.branches), self.grouped
+        group = self.surroundings.check(kind, self.trainable, self.slow.group is None, *occasion)
         if group is not None:
             ProcessGroup.of(group).check_alike("DistributedDataParallel", self.facts(self._checksums))
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and before the model has its numbers, unless the call needs none."""
-        run_postponed()
+        if POSTPONED:
+            run_postponed()
         if self.released:
             raise StateError(
                 f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on", code="released"
             )
-        if not self.holds_numbers and not on_meta:
+        if self.meta is not None and not on_meta:
             raise StateError(
                 f"{call}: the model is on the meta device, without numbers; "
                 "call lorasc_fx.materialize(cascade, folder) with its safetensors first",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Decided
-from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
+from lorasc_fx.cascade.watches import PendingWatch, StepWatch, Surroundings, Warned
 from lorasc_fx.errors import StateError
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local
@@ -88,7 +88,7 @@ class RunBase:
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.steps = StepWatch()
-        self.replicas = Replicas()
+        self.surroundings = Surroundings()
         self.warned = Warned()
         self.placed: str | int | None = None  # a number is that of a stage
         self.released = False

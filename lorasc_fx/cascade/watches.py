@@ -54,13 +54,6 @@ class Warned(Fresh):
         self._codes.add(code)
 
 
-def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
-    """Return an empty table of parameters by id, with weak references: a parameter's hook holds the watch, and Python's
-    garbage collector does not look into the hooks of a tensor, so that a strong reference would be a leak.
-    """
-    return weakref.WeakValueDictionary()
-
-
 class PendingWatch(Fresh):
     """Detects gradients that no optimizer step has consumed, by comparing version counters, without the optimizer.
 
@@ -68,12 +61,21 @@ class PendingWatch(Fresh):
     the parameter is still at the noted one.
     """
 
+    STEPS: ClassVar[int] = 64
+    """Optimizer steps on one uncleared gradient before the warning: no training wants that."""
+    BACKWARDS: ClassVar[int] = 1024
+    """Backwards without a step before the warning: gradients of fewer may be accumulated on purpose."""
+
     def __init__(self) -> None:
         self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
         self._handles: list[Any] = []
         self._seen: dict[int, int] = {}
-        self._watched = _by_id()
-        self._counter = Uncleared()
+        # Weak: a parameter's hook holds this watch, and Python's garbage collector does not look into hooks of tensors.
+        self._watched = weakref.WeakValueDictionary[int, nn.Parameter]()
+        self._counted = 0  # id of the parameter whose gradient is counted
+        self._version = self._steps = self._backwards = 0
+        self._check: Any = None
+        self._warned = False
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """Watch these parameters as well."""
@@ -89,10 +91,10 @@ class PendingWatch(Fresh):
 
     def disarm(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *([self._check] if self._check is not None else ())):
             handle.remove()
-        self._handles, self._watched, self._seen = [], _by_id(), {}
-        self._counter = self._counter.again()
+        self._handles, self._watched, self._seen = [], weakref.WeakValueDictionary(), {}
+        self._counted, self._check = 0, None
 
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores this state: which parameters are watched, and what was noted of them."""
@@ -123,64 +125,35 @@ class PendingWatch(Fresh):
         if self.at_backward is not None:
             check, self.at_backward = self.at_backward, None
             check()
-        self._counter.count(parameter, self._seen.get(id(parameter)))
+        if parameter.grad is not None and self._counted in (0, id(parameter)) and not self._warned:
+            self._count(parameter, parameter.grad._version)
         self.note(parameter)
 
+    def _count(self, parameter: nn.Parameter, version: int) -> None:
+        """Count how often in a row the gradient of one parameter was added to without being cleared.
 
-class Uncleared:
-    """Counts how often in a row one gradient was added to without being cleared, and warns once if that is often.
-
-    `zero_grad` replaces a gradient by None, so that the next one is a new tensor, of a low version. Clipping and
-    `zero_grad(set_to_none=False)` both write it in place; only its value tells them apart, which is read once, before
-    the warning.
-    """
-
-    STEPS: ClassVar[int] = 64
-    """Optimizer steps on one uncleared gradient before the warning: no training wants that."""
-    BACKWARDS: ClassVar[int] = 1024
-    """Backwards without a step before the warning: gradients of fewer may be accumulated on purpose."""
-
-    def __init__(self) -> None:
-        self._parameter: Callable[[], nn.Parameter | None] = lambda: None
-        self._version = self._steps = self._backwards = 0
-        self._done = False
-        self._check: Any = None
-
-    def again(self) -> Uncleared:
-        """Return a counter that starts from zero, and stays silent if this one has warned."""
-        if self._check is not None:
-            self._check.remove()
-        counter = Uncleared()
-        counter._done = self._done
-        return counter
-
-    def count(self, parameter: nn.Parameter, before: int | None) -> None:
-        """Count an accumulation; `before` is the parameter's version at the one before, None if there was none."""
-        if self._done or parameter.grad is None:
-            return
-        counted = self._parameter()
-        if counted is not parameter:
-            if counted is None:
-                self._parameter, self._version = weakref.ref(parameter), parameter.grad._version
-            return
-        version, self._version = self._version, parameter.grad._version
-        if self._version <= version:  # this one is cleared; the next parameter that gets a gradient may not be
-            self._parameter, self._steps, self._backwards = lambda: None, 0, 0
+        `zero_grad` replaces a gradient by None, so that the next one is a new tensor, of a low version. Clipping and
+        `zero_grad(set_to_none=False)` both write it in place; only its value tells them apart, which is read once,
+        before the warning.
+        """
+        before, self._version = self._version, version
+        if not self._counted or version <= before:  # this one is cleared; the next that gets a gradient may not be
+            self._counted = 0 if self._counted else id(parameter)
+            self._steps = self._backwards = 0
             return
         self._backwards += 1
-        self._steps += before != parameter._version
+        self._steps += self._seen.get(id(parameter)) != parameter._version
         if self._check is None and (self._steps >= self.STEPS or self._backwards >= self.BACKWARDS):
-            self._check = parameter.register_hook(self._look)
+            self._check = parameter.register_hook(self._check_cleared)
 
-    def _look(self, _: torch.Tensor) -> None:
-        """Warn if the gradient, to which a backward is about to add, is not zero."""
+    def _check_cleared(self, _: torch.Tensor) -> None:
+        """Warn if the gradient to which a backward is about to add is not zero."""
         self._check.remove()
-        self._check, parameter = None, self._parameter()
-        held = parameter.grad if parameter is not None else None
-        steps, backwards, self._steps, self._backwards = self._steps, self._backwards, 0, 0
-        if held is None or not bool(local(held).any()):
+        parameter, steps, backwards = self._watched.get(self._counted), self._steps, self._backwards
+        self._check, self._steps, self._backwards = None, 0, 0
+        if parameter is None or parameter.grad is None or not bool(local(parameter.grad).any()):
             return
-        self._done = True
+        self._warned = True
         what = f"{steps} optimizer steps" if steps else f"{backwards} backwards without an optimizer step"
         warn(
             f"gradients of a cascade were not cleared in {what}, so that all of them add up. Call "
@@ -219,38 +192,70 @@ class StepWatch(Fresh):
                 call(optimizer)
 
 
-class Replicas(Fresh):
-    """Knows the DistributedDataParallel that a cascade was last called through, which averages the gradients of the
-    parameters that it was made with, and of no others.
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of what has called, innermost first."""
+    frame = sys._getframe(1).f_back  # of the one that iterates
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
-    It is found while its forward runs, through any number of wrappers.
+
+class Surroundings(Fresh):
+    """Checks what is around the calls of a cascade: once for each wrapper, stage, and set of branches.
+
+    DistributedDataParallel averages the gradients of the parameters that it was made with, and of no others. It is
+    found while its forward runs, through any number of wrappers.
     """
 
     def __init__(self) -> None:
+        self._checked: dict[bool, tuple[object, ...]] = {}  # by gradient mode
         self._wrapper: Callable[[], Any] = lambda: None
         self._outdated: Callable[[], Any] = lambda: None
         self._compared: Callable[[], Any] = lambda: None
-        self._sites = 0
 
-    def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
-        """Note the wrapper whose forward runs, if any.
+    def check(
+        self, kind: type[nn.Module], trainable: Callable[[], Mapping[str, nn.Parameter]], whole: bool, *occasion: object
+    ) -> Any:
+        """Check the surroundings of a call, unless they were checked in this gradient mode.
 
         Args:
-            sites: number of the cascade's branches now.
+            kind: the class of the cascade.
             trainable: returns what is trained, by name.
+            whole: whether the weights are not sharded.
+            occasion: what a new check is made for if it changes.
+
+        Returns:
+            The process group of a wrapper whose forward runs with gradients for the first time, or None.
 
         Raises:
-            StateError: a parameter that is trained came after the wrapper was made, or has another shape since.
+            StateError: context parallelism, a wrapper that cuts or copies parameters, or one without some of them.
         """
+        wrapper, grad = DistributedDataParallel._active_ddp_module, torch.is_grad_enabled()
+        reference = None if wrapper is None else weakref.ref(wrapper)
+        around = (reference, F.scaled_dot_product_attention, kind, *occasion)
+        if self._checked.get(grad) == around:
+            return None
+        self.check_replicas(trainable)
+        _check_attention()
+        if grad and whole:
+            _check_engines(kind)
+        self._checked[grad] = around
+        if wrapper is None or not grad or self._compared() is wrapper:
+            return None
+        self._compared = weakref.ref(wrapper)
+        return wrapper.process_group
+
+    def check_replicas(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Raise StateError if a parameter came after the wrapper whose forward runs, or has another shape since."""
         wrapper = DistributedDataParallel._active_ddp_module
-        if wrapper is not None and self._outdated() is wrapper:
+        if wrapper is None:
+            return
+        if self._outdated() is wrapper:
             raise StateError(
                 "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
                 "adds up gradients in buffers of the old shapes: wrap it anew",
                 code="wrapper-not-supported",
             )
-        if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
-            return
         known = {id(parameter) for parameter in wrapper._module_parameters}
         late = [name for name, parameter in trainable().items() if id(parameter) not in known]
         if late:
@@ -260,37 +265,17 @@ class Replicas(Fresh):
                 "each mode and with each kind of arguments before you wrap it, or wrap it anew",
                 code="wrapper-not-supported",
             )
-        self._wrapper, self._sites = weakref.ref(wrapper), sites
-
-    def to_compare(self) -> Any:
-        """Return the process group of a wrapper whose forward runs with gradients, once a wrapper; else None."""
-        wrapper = DistributedDataParallel._active_ddp_module
-        if wrapper is None or not torch.is_grad_enabled() or self._compared() is wrapper:
-            return None
-        self._compared = weakref.ref(wrapper)
-        return wrapper.process_group
+        self._wrapper = weakref.ref(wrapper)
 
     def outdate(self) -> None:
         """Note that parameters have other shapes than the buffers of the present wrapper."""
-        self._outdated = self._wrapper
+        self._outdated, self._checked = self._wrapper, {}
 
 
-def callers() -> Iterator[FrameType]:
-    """Yield the frames of what has called, innermost first."""
-    frame = sys._getframe(1).f_back  # of the one that iterates
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def check_attention() -> None:
-    """Refuse torch's context parallelism, which exchanges the attention that Python calls, and not a graph's.
-
-    Raises:
-        StateError: the call is inside `context_parallel`.
-    """
-    now = F.scaled_dot_product_attention
-    if now is not _ATTENTION and str(getattr(now, "__module__", "")).startswith("torch.distributed"):
+def _check_attention() -> None:
+    """Refuse torch's context parallelism, which exchanges the attention that Python calls, and not a graph's."""
+    attention = F.scaled_dot_product_attention
+    if attention is not _ATTENTION and str(getattr(attention, "__module__", "")).startswith("torch.distributed"):
         raise StateError(
             "forward: inside torch's context_parallel, which splits the attention of a running model, and not that of "
             "a graph: each rank would attend to its own part alone. Leave it, "
@@ -299,20 +284,15 @@ def check_attention() -> None:
         )
 
 
-def check_wrappers(cascade: type[nn.Module]) -> None:
-    """Refuse a training call of a cascade, of this class, whose parameters FSDP or DeepSpeed cuts or copies.
-
-    Raises:
-        StateError: `fully_shard`, FullyShardedDataParallel or DeepSpeed's engine holds it.
-    """
-    wrapper = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
-    if wrapper is None and any(name in sys.modules for name in _ENGINES.values()):
-        for frame in callers():
-            kinds = type(frame.f_locals.get("self")).__mro__ if frame.f_code.co_name == "forward" else ()
-            wrapper = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), wrapper)
-    if wrapper is not None:
+def _check_engines(cascade: type[nn.Module]) -> None:
+    """Refuse a training call of a cascade, of this class, whose parameters FSDP or DeepSpeed cuts or copies."""
+    engine = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
+    for frame in callers() if any(name in sys.modules for name in _ENGINES.values()) else ():
+        kinds = type(frame.f_locals.get("self")).__mro__ if frame.f_code.co_name == "forward" else ()
+        engine = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), engine)
+    if engine is not None:
         raise StateError(
-            f"forward: {wrapper} holds the cascade, and has cut or copied its parameters, so that no transition could "
+            f"forward: {engine} holds the cascade, and has cut or copied its parameters, so that no transition could "
             "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in a training loop of yours (with "
             "accelerate: prepare the data, not the cascade), or wrap the cascade by DistributedDataParallel",
             code="wrapper-not-supported",

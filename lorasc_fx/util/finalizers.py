@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack  # type: igno
 
 from lorasc_fx.util.undo import PROCESS
 
-_POSTPONED: deque[Callable[[], object]] = deque()
+POSTPONED: deque[Callable[[], object]] = deque()
 
 
 def when_idle(action: Callable[[], object]) -> None:
@@ -33,15 +33,15 @@ def _run_or_postpone(action: Callable[[], object]) -> None:
     if not _is_tracing():
         action()
         return
-    _POSTPONED.append(action)
+    POSTPONED.append(action)
     if _after_collection not in gc.callbacks:
         gc.callbacks.append(_after_collection)
 
 
 def run_postponed() -> None:
     """Run the actions that could not run when they were given, unless this thread is tracing."""
-    while _POSTPONED and not _is_tracing() and torch._C._current_graph_task_id() == -1:
-        _Finalizer(_POSTPONED.popleft())  # is garbage at once
+    while POSTPONED and not _is_tracing() and torch._C._current_graph_task_id() == -1:
+        _Finalizer(POSTPONED.popleft())  # is garbage at once
 
 
 class _Finalizer:
@@ -58,7 +58,7 @@ def _after_collection(phase: str, _info: object) -> None:
     """Run what was postponed soon after the trace: Python collects garbage all the time."""
     if phase == "stop":
         run_postponed()
-        if not _POSTPONED and _after_collection in gc.callbacks:
+        if not POSTPONED and _after_collection in gc.callbacks:
             gc.callbacks.remove(_after_collection)
 
 

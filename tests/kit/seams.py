@@ -60,7 +60,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "backwards without a step": ((watches.Uncleared, "BACKWARDS"),),
+    "backwards without a step": ((watches.PendingWatch, "BACKWARDS"),),
     "manifest bytes": ((writer, "LONGEST"), (reader, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),
