@@ -178,7 +178,7 @@ def decode(
     where: str,
     taker: RunState | None = None,
 ) -> RunState:
-    """Return the state that a manifest, checked for itself (`manifest.check_fields`), and tensors describe.
+    """Return the state that a manifest, checked for itself (`manifest.plan_of`), and tensors describe.
 
     Args:
         manifest, tensors: of a checkpoint.

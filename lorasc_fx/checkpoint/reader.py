@@ -8,7 +8,6 @@ not larger than its tensors. No name in a file becomes a path, and nothing in it
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -34,7 +33,7 @@ from lorasc_fx.checkpoint.layout import (
     sanitized,
     way_back,
 )
-from lorasc_fx.checkpoint.manifest import LONGEST, check_fields, check_kinds, parsed
+from lorasc_fx.checkpoint.manifest import LONGEST, parsed, plan_of
 from lorasc_fx.errors import CheckpointError, named, path_of, reason_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import Trainer
@@ -139,9 +138,7 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
     try:
         if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
-        check_kinds(manifest)
-        plan = Plan.from_json(json.dumps(manifest["plan"]))
-        check_fields(manifest, plan)
+        plan = plan_of(manifest)
     except CheckpointError as fault:
         raise CheckpointError(f"{path}: {fault}", code=fault.code) from fault
     except ValueError as fault:

@@ -214,7 +214,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def _required(cls: Any) -> Iterable[str]:
     if is_typeddict(cls):
-        return sorted(cls.__required_keys__)
+        return [name for name, hint in _hints(cls).items() if get_origin(hint) is not NotRequired]
     unset = dataclasses.MISSING
     return [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is unset]
 
@@ -226,7 +226,7 @@ def _remedy(hint: Any) -> str:
         return checks[0].remedy
     if get_origin(kind) in _UNIONS:
         return _remedy(get_args(kind)[0])
-    kind = get_origin(kind) or kind
+    kind = dict if is_typeddict(kind) else get_origin(kind) or kind
     return f"give {_REMEDIES.get(kind) or f'{kind.__name__}(...), or a table of its fields'}"
 
 
