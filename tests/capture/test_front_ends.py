@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils import checkpoint
 
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
@@ -153,41 +152,6 @@ def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> Non
     assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
 
 
-class Recomputed(nn.Module):
-    """A body under torch.utils.checkpoint."""
-
-    def __init__(self, kept: bool = False) -> None:
-        super().__init__()
-        self.kept = kept
-        self.body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 5))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(x + (self.body(x) if self.kept else checkpoint.checkpoint(self.body, x, use_reentrant=False)))
-
-
-@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
-def test_gradient_checkpointing_by_torch(name: str) -> None:
-    torch.manual_seed(4)
-    model = Recomputed().double().train()
-    eager = Recomputed(kept=True).double().train().requires_grad_(False)  # functional_call is over when it recomputes
-    eager.load_state_dict(model.state_dict())
-    x = batches(1, 6, 5)[0]
-    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
-    assert len(cascade.sites) == 3
-    assert torch.equal(run(cascade, x), run(eager, x))
-    randomize(cascade)
-    found, expected = run(cascade, x), merged(cascade, eager, x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    parameters = list(cascade.branches.parameters())
-    for one, other in zip(
-        torch.autograd.grad(loss_of(found), parameters),
-        torch.autograd.grad(loss_of(expected), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
 class Meanwhile(Net):
     """While forward runs, so does another thread."""
 
@@ -222,45 +186,6 @@ def test_a_symbolic_trace_leaves_other_threads_alone() -> None:
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
     assert process_wide() == unpatched
     assert all("_compiled_call_impl" not in vars(module) for module in model.children())
-
-
-class Attends(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.attention(x, x, x, need_weights=False)[0])
-
-
-ATTENTIONS = {
-    "mha": (Attends, 3),
-    "layer": (lambda: nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 4),
-    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 2), 8),
-}
-
-
-@pytest.mark.parametrize("name", ["auto", "export", "graph-breaks"])
-@pytest.mark.parametrize("which", ATTENTIONS)
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-def test_attention_trains_in_eval_mode(which: str, name: str) -> None:
-    """The fused fast path has no gradient and no branch: it is off."""
-    build, sites = ATTENTIONS[which]
-    torch.manual_seed(5)
-    model = build().double().eval()
-    eager = copy.deepcopy(model)
-    x = batches(1, 3, 4, 6)[0]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
-    assert len(cascade.sites) == sites
-    torch.testing.assert_close(cascade(x), eager(x), rtol=0, atol=1e-13)
-    randomize(cascade)
-    found, expected = cascade(x), merged(cascade, eager, x)
-    assert not torch.allclose(found, eager(x), atol=1e-3)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    loss_of(found).backward()
-    assert all(parameter.grad.any() for parameter in cascade.branches.parameters())
-    assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 def llama(**more: Any) -> nn.Module:

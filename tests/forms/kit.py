@@ -30,7 +30,9 @@ def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> l
     before, base = face(model), state(model)
     model.train(modes[0])
     args, kwargs = case.call()
+    fast = torch.backends.mha.get_fastpath_enabled()
     cascade = lx.adapt(model, args, kwargs, spec=SPEC, frontend=frontend)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
     untouched(model, base)
     for training in modes:
         same_at_first(case, cascade, twin, training)

@@ -113,9 +113,7 @@ def assert_gradients(inserted: fx.GraphModule, case: Case) -> None:
     b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
     model = copy.deepcopy(case.model)
     weights = dict(model.named_parameters())
-    changed = {
-        weight: weights[weight].detach() + delta(site, a[weight], b[weight]) for weight, site in sites.items()
-    }
+    changed = {weight: weights[weight].detach() + delta(site, a[weight], b[weight]) for weight, site in sites.items()}
     total(functional_call(model, changed, theirs, tie_weights=True)).backward()
     for weight, branch in branches.items():
         assert_close(branch.lora_A.grad, a[weight].grad)
