@@ -1,7 +1,8 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs.
 
 Rarer names are where they belong: errors of passes in `passes`, `ExportError` in `export`, the warning category and
-`MissingExtra` in `errors`, reasons of refusals in `plan`, and helpers of a training loop in `schedules`.
+`MissingExtra` in `errors`, reasons of refusals and options of sites in `plan`, helpers of a training loop in
+`schedules`.
 """
 
 from lorasc_fx import errors as errors

@@ -9,25 +9,22 @@ import enum
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.options import ROW_SCALES, SCALES, RowScale
-from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec
-from lorasc_fx.util.checks import is_integer, is_number
+from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec, Dropout, SiteOptions
+from lorasc_fx.util.decode import Check, choice, decode
 
-__all__ = ["Plan", "Reason", "Refusal", "Site"]
+__all__ = ["Plan", "Reason", "Refusal", "Site", "SiteOptions"]
 
 FORMAT = 1
-MOST = 2**31 - 1
-"""Of stages, of a rank, of rows: a larger number in a file is none that this package has written."""
 ENTRIES = 2**40
-"""Of a weight: as much again."""
-_LISTS = ("shape", "aliases", "slices", "ranks")
-_OPTIONAL = ("form", "use_dora", "ranks", "train_A", "nearest_full_gradient")
-"""Fields of a site that are written where they are not the default."""
+"""Of a weight: a larger number in a file is none that this package has written."""
+Count = Annotated[int, Check(lambda count: 1 <= count < 2**31, "give an integer of 1 or more")]
+Size = Annotated[int, Check(lambda size: 0 <= size <= ENTRIES, "give the length of an axis")]
+Name = Annotated[str, Check(bool, "give the name of a weight")]
 
 
 class Reason(enum.Enum):
@@ -73,7 +70,7 @@ class Site:
         weight: the weight's own name in the model; of a tied weight, the first name.
         kind: one of spec.KINDS.
         shape: of the weight: [out, in], [out, in/groups, *kernel], or [experts, out, in].
-        rank, lora_alpha, use_rslora: of the branch.
+        options: of its branch.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` for a weight that is stored transposed (transformers' Conv1D).
         slices: numbers of rows of the slices in which a fused weight is used (q, k and v); each slice has a pair of its
@@ -82,42 +79,32 @@ class Site:
             on the weight where no op allows another.
         dropout: share of the entries of the branch's input that are zero while it trains, beside an op.
         form: name of the registered form (`lorasc_fx.graph.register_form`) that made it a site; "" for those built in.
-        use_dora: each row has a magnitude of its own.
-        ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
-        train_A: whether lora_A is trained.
-        nearest_full_gradient: whether the gradient of lora_B is that of the nearest step to full training.
     """
 
-    weight: str
-    kind: str
-    shape: tuple[int, ...]
-    rank: int
-    lora_alpha: float
-    use_rslora: bool = False
-    aliases: tuple[str, ...] = ()
-    layout: str = "out_in"
-    slices: tuple[int, ...] = ()
-    placement: str = "beside"
-    dropout: float = 0.0
+    weight: Name
+    kind: Annotated[str, choice(KINDS)]
+    shape: Annotated[tuple[Size, ...], Check(lambda shape: len(shape) > 1, "give that of a matrix")]
+    options: SiteOptions
+    aliases: tuple[Name, ...] = ()
+    layout: Annotated[str, choice(("out_in", "in_out"))] = "out_in"
+    slices: tuple[Count, ...] = ()
+    placement: Annotated[str, choice(PLACEMENTS)] = "beside"
+    dropout: Dropout = 0.0
     form: str = ""
-    use_dora: bool = False
-    ranks: tuple[int, ...] = ()
-    train_A: bool = True
-    nearest_full_gradient: bool = False
 
     def at_stage(self, stage: int) -> Site:
-        """Return the site as this stage has it: its rank follows `ranks`."""
-        return replace(self, rank=self.ranks[min(stage, len(self.ranks)) - 1]) if self.ranks else self
+        """Return the site as this stage has it."""
+        return replace(self, options=self.options.at_stage(stage))
+
+    @property
+    def rank(self) -> int:
+        """Rank of the branch in the running stage."""
+        return self.options.rank
 
     @property
     def scale(self) -> float:
-        """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA."""
-        return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
-
-    @property
-    def row_scale(self) -> RowScale:
-        """The strategy of `use_dora`."""
-        return ROW_SCALES[self.use_dora]
+        """What the branch is multiplied by."""
+        return self.options.scale
 
     @property
     def key(self) -> str:
@@ -150,7 +137,7 @@ class Site:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all that a branch trains, by name: the factors, and under DoRA the magnitudes [out]."""
         a, b = self.factor_shapes
-        return {"lora_A": a, "lora_B": b, **self.row_scale.shapes(self.matrix_shape[0])}
+        return {"lora_A": a, "lora_B": b, **self.options.row_scale.shapes(self.matrix_shape[0])}
 
     @property
     def parameters(self) -> int:
@@ -166,8 +153,8 @@ class Plan:
 
     spec: CascadeSpec
     sites: tuple[Site, ...] = ()
-    stage: int = 1
-    step: int = 0
+    stage: Count = 1
+    step: Annotated[int, Check(lambda step: 0 <= step < 2**31, "give 0 or more")] = 0
 
     def site(self, weight: str) -> Site | None:
         """Return the site of this weight name, or None."""
@@ -190,14 +177,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        sites = [
-            {
-                field.name: value
-                for field in fields(Site)
-                if (value := getattr(site, field.name)) != field.default or field.name not in _OPTIONAL
-            }
-            for site in self.sites
-        ]
+        sites = [asdict(site) for site in self.sites]
         step = {"step": self.step} if self.step else {}
         return json.dumps(
             {"format": FORMAT, "stage": self.stage, **step, "spec": self.spec.to_dict(), "sites": sites}, indent=1
@@ -218,15 +198,12 @@ class Plan:
                     "read it by the lorasc-fx that wrote it",
                     code="format-not-supported",
                 )
-            sites = tuple(_checked(_site(entry)) for entry in data["sites"])
-            spec = CascadeSpec.from_dict(data["spec"])
-            for rank in (spec.rank, *spec.ranks, *(rule.rank for rule in spec.rules if rule.rank is not None)):
-                _count("rank", rank)
-            names = [name for site in sites for name in (site.weight, *site.aliases)]
+            plan: Plan = decode(cls, {name: value for name, value in data.items() if name != "format"}, ("plan",))
+            for site in plan.sites:
+                _check_site(site)
+            names = [name for site in plan.sites for name in (site.weight, *site.aliases)]
             if len(set(names)) != len(names):
                 raise ValueError("a weight has two sites")
-            steps = _count("step", data.get("step", 0), least=0)
-            plan = cls(spec, sites, _count("stage", data["stage"]), steps)
             if any(site.at_stage(plan.stage) != site for site in plan.sites):
                 raise ValueError(f"a site has another rank than its ranks say for stage {plan.stage}")
             return plan
@@ -234,56 +211,13 @@ class Plan:
             raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
 
 
-def _site(entry: dict[str, Any]) -> Site:
-    return Site(**{**entry, **{name: tuple(entry[name]) for name in _LISTS if name in entry or name != "ranks"}})
-
-
-def _checked(site: Site) -> Site:
-    """Return a site that was read, whose fields are what they are said to be."""
-    for name, value in (("weight", site.weight), *(("aliases", alias) for alias in site.aliases)):
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{name} is {value!r}, not the name of a weight")
-    if site.kind not in KINDS:
-        raise ValueError(f"kind is {site.kind!r}, not one of {', '.join(KINDS)}")
-    if len(site.shape) < 2:
-        raise ValueError(f"shape is {site.shape}, not that of a matrix")
-    for size in site.shape:
-        _count("shape", size, least=0, most=ENTRIES)
+def _check_site(site: Site) -> None:
+    """Refuse a site that was read, whose fields do not belong together."""
     if math.prod(max(size, 1) for size in site.shape) > ENTRIES:
         raise ValueError(f"shape is {site.shape}, more than a weight can have")
     if site.kind == "experts" and len(site.shape) != 3:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
-    if site.layout not in ("out_in", "in_out"):
-        raise ValueError(f"layout is {site.layout!r}, not out_in or in_out")
-    for rank in (site.rank, *site.ranks):
-        _count("rank", rank)
-    for size in site.slices:
-        _count("slices", size)
     if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
         raise ValueError(f"slices is {site.slices}, which are not the rows of a weight of shape {site.shape}")
-    if site.placement not in PLACEMENTS:
-        raise ValueError(f"placement is {site.placement!r}, not one of {', '.join(PLACEMENTS)}")
-    if not is_number(site.dropout) or not 0 <= site.dropout < 1:
-        raise ValueError(f"dropout is {site.dropout!r}, not a share in [0, 1)")
-    if not isinstance(site.form, str):
-        raise ValueError(f"form is {site.form!r}, not the name of a form")
-    for name in ("use_rslora", "train_A", "nearest_full_gradient"):
-        if not isinstance(flag := getattr(site, name), bool):
-            raise ValueError(f"{name} is {flag!r}, not true or false")
-    if not isinstance(site.use_dora, bool) or (site.row_scale.trained and site.placement != "merged"):
-        raise ValueError(f"use_dora is {site.use_dora!r}, not true or false, or its branch stands beside its op")
-    if (
-        isinstance(site.lora_alpha, bool)
-        or not isinstance(site.lora_alpha, (int, float))
-        or not 0 < float(site.lora_alpha) < math.inf
-    ):
-        raise ValueError(f"lora_alpha is {site.lora_alpha!r}, not a finite number above 0")
-    return site
-
-
-def _count(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
-    if not is_integer(value, least):
-        raise ValueError(f"{name} is {value!r}, not an integer of {least} or more")
-    if value > most:
-        raise ValueError(f"{name} is above {most}")
-    return value
+    if site.options.row_scale.trained and site.placement != "merged":
+        raise ValueError("use_dora is true, and its branch stands beside its op")

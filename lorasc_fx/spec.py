@@ -7,7 +7,7 @@ learning rate after a restart open. The defaults are our reading of it (docs/met
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from lorasc_fx.options import (
@@ -17,6 +17,7 @@ from lorasc_fx.options import (
     PACES,
     RESTARTS,
     ROW_SCALES,
+    SCALES,
     STARTS,
     GivenPace,
     NextA,
@@ -123,6 +124,42 @@ class TrainRule:
         check(self, "train_rules", self.pattern)
 
 
+@dataclass(frozen=True)
+class SiteOptions:
+    """What a spec and its rules say of the branch of one site.
+
+    Args:
+        rank: of the branch in the running stage.
+        lora_alpha, use_rslora: of the formula of its scale.
+        use_dora: each row has a magnitude of its own.
+        ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
+        train_A: whether lora_A is trained.
+        nearest_full_gradient: whether the gradient of lora_B is that of the nearest step to full training.
+    """
+
+    rank: Rank
+    lora_alpha: Alpha
+    use_rslora: bool = False
+    use_dora: bool = False
+    ranks: tuple[Rank, ...] = ()
+    train_A: bool = True
+    nearest_full_gradient: bool = False
+
+    def at_stage(self, stage: int) -> SiteOptions:
+        """Return the options as this stage has them: the rank follows `ranks`."""
+        return replace(self, rank=self.ranks[min(stage, len(self.ranks)) - 1]) if self.ranks else self
+
+    @property
+    def scale(self) -> float:
+        """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA."""
+        return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
+
+    @property
+    def row_scale(self) -> RowScale:
+        """The strategy of `use_dora`."""
+        return ROW_SCALES[self.use_dora]
+
+
 @checks_names
 @dataclass(frozen=True)
 class CascadeSpec:
@@ -213,6 +250,15 @@ class CascadeSpec:
     def __post_init__(self) -> None:
         check(self, conflicts=CONFLICTS)
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
+
+    def site_options(self, rule: Rule | None = None) -> SiteOptions:
+        """Return the options of a site that a rule means, or none does, in the first stage."""
+        given = {option.name: getattr(self, option.name) for option in fields(SiteOptions)}
+        if rule is not None and rule.rank is not None:
+            given |= {"rank": rule.rank, "ranks": ()}
+        if rule is not None and rule.lora_alpha is not None:
+            given["lora_alpha"] = rule.lora_alpha
+        return SiteOptions(**{**given, "lora_alpha": float(given["lora_alpha"])})
 
     @property
     def factor_start(self) -> Start:

@@ -334,14 +334,14 @@ def _tell_of_wide_branches(plan: Plan) -> None:
     wide = [
         (site, most)
         for site in plan.sites
-        if max((site.rank, *site.ranks)) > (most := min(*site.matrix_shape, *site.slices))
+        if max((site.rank, *site.options.ranks)) > (most := min(*site.matrix_shape, *site.slices))
     ]
     if wide:
         site, most = wide[0]
         log.info(
             "rank %d is more than %s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
             "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
-            max((site.rank, *site.ranks)),
+            max((site.rank, *site.options.ranks)),
             named([site.weight for site, _ in wide], 1),
             tuple(site.matrix_shape),
             most,

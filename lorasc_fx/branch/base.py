@@ -42,10 +42,10 @@ class Branch(nn.Module, abc.ABC):
         self.transposed = site.layout == "in_out"
         self.slices = site.slices
         self.dropout = site.dropout
-        self.nearest = site.nearest_full_gradient
+        self.nearest = site.options.nearest_full_gradient
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         start = fresh_a(seed, stage, site.weight, a_shape)
-        self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype), requires_grad=site.train_A)
+        self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype), requires_grad=site.options.train_A)
         self.lora_B = nn.Parameter(torch.zeros(b_shape, device=like.device, dtype=dtype))
         self.unmerged_A: torch.Tensor | None
         self.unmerged_B: torch.Tensor | None

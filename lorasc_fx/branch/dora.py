@@ -131,4 +131,4 @@ BRANCH_OF: dict[str, type[Branch]] = {
 
 def branch_class(site: Site) -> type[Branch]:
     """Return the class of a site's branch."""
-    return DoraBranch if site.row_scale.trained else BRANCH_OF[site.kind]
+    return DoraBranch if site.options.row_scale.trained else BRANCH_OF[site.kind]

@@ -304,7 +304,7 @@ def _initial(
         rank = site.factor_shapes[0][-2]
         b = file.take(f"{path}/b", (*stack, rows, rank), finite=True)
         factors = Factors(b.double(), file.take(f"{path}/a", (*stack, rank, columns), finite=True).double())
-    if site.row_scale.trained:
+    if site.options.row_scale.trained:
         magnitude = file.take(f"{path}/magnitude", (state.out,), finite=True).double()
     return None if factors is None and magnitude is None else InitialFactors(factors, magnitude)
 

@@ -163,7 +163,7 @@ def make_fallback(
     matching = survey(fallback.graphs, record, plan.spec, eager_trace(fallback.model, args, kwargs), by_shape)
     if not matching.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
-    scaled = next((site.weight for site in matching.plan.sites if site.row_scale.trained), None)
+    scaled = next((site.weight for site in matching.plan.sites if site.options.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
             f"use_dora is True, and {type(fallback.model).__name__} has graph breaks, where the branch of {scaled} "

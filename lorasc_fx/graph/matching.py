@@ -338,7 +338,7 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
     Raises:
         SpecError: it is to have magnitudes, and is used where none can stand.
     """
-    if site.row_scale.trained:
+    if site.options.row_scale.trained:
         if not _in_place(site, seen) or is_quantized(weight):
             raise SpecError(
                 f"use_dora is True, and {site.weight} is {_seen_as(site, seen, weight)}, where no magnitude can stand: "
@@ -385,7 +385,7 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         seen = uses.get(weight, WeightUses())
-        if site.row_scale.trained and seen.reached and not _in_place(site, seen):
+        if site.options.row_scale.trained and seen.reached and not _in_place(site, seen):
             raise PassError(
                 f"{weight} has magnitudes, and this graph uses it where none can stand. "
                 f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",

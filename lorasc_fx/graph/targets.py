@@ -87,24 +87,5 @@ def describe(
     slices: tuple[int, ...],
 ) -> Site:
     """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
-    rank, lora_alpha, ranks = spec.rank, spec.lora_alpha, spec.ranks
-    for rule in spec.rules:
-        if targeted((rule.pattern,), kind, (weight, *aliases)):
-            rank, ranks = (rule.rank, ()) if rule.rank is not None else (rank, ranks)
-            lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
-            break
-    return Site(
-        weight,
-        kind,
-        tuple(shape),
-        rank,
-        float(lora_alpha),
-        spec.use_rslora,
-        aliases,
-        layout,
-        slices,
-        use_dora=spec.use_dora,
-        ranks=ranks,
-        train_A=spec.train_A,
-        nearest_full_gradient=spec.nearest_full_gradient,
-    )
+    rule = next((rule for rule in spec.rules if targeted((rule.pattern,), kind, (weight, *aliases))), None)
+    return Site(weight, kind, tuple(shape), spec.site_options(rule), aliases, layout, slices)

@@ -394,7 +394,7 @@ def test_a_grouped_product_meets_its_rows() -> None:
     model = nn.Module()
     model.experts = nn.Parameter(stack)
     ends = torch.tensor([2, 2, 6], dtype=torch.int32)
-    site = lx.Site("experts", "experts", (3, 16, 24), rank=2, lora_alpha=2.0, layout="in_out")
+    site = lx.Site("experts", "experts", (3, 16, 24), lx.plan.SiteOptions(2, 2.0), layout="in_out")
     for product in (torch._grouped_mm, moe.torch.ops.transformers.grouped_mm_fallback):
         with Recorder(model, [site]) as recorder:
             product(x, model.experts, ends)

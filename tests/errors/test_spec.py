@@ -11,6 +11,7 @@ import peft
 import pytest
 
 import lorasc_fx as lx
+from lorasc_fx.plan import SiteOptions
 from lorasc_fx.spec_checks import CONFLICTS
 from tests.kit.errors import raises
 
@@ -198,8 +199,10 @@ def peft_names() -> set[str]:
     return found
 
 
-PLAN = json.loads(lx.Plan(lx.CascadeSpec(), (lx.Site("a.weight", "linear", (3, 2), 1, 2.0),)).to_json())
+ONE = lx.Site("a.weight", "linear", (3, 2), SiteOptions(1, 2.0))
+PLAN = json.loads(lx.Plan(lx.CascadeSpec(), (ONE,)).to_json())
 SITE = PLAN["sites"][0]
+OPTIONS = SITE["options"]
 
 
 @pytest.mark.parametrize(
@@ -217,10 +220,13 @@ SITE = PLAN["sites"][0]
         (json.dumps({**PLAN, "stage": "2"}), ("invalid-checkpoint", "stage", "'2'")),
         (json.dumps({**PLAN, "spec": {"rank": 0}}), ("invalid-checkpoint", "SpecError", "rank", "0")),
         (json.dumps({**PLAN, "spec": {"rules": [{}]}}), ("invalid-checkpoint", "spec.rules[0].pattern")),
-        (json.dumps({**PLAN, "sites": [{}]}), ("invalid-checkpoint", "KeyError", "'shape'")),
+        (json.dumps({**PLAN, "sites": [{}]}), ("invalid-checkpoint", "sites[0].weight is missing")),
         (json.dumps({**PLAN, "sites": [{**SITE, "colour": "x"}]}), ("invalid-checkpoint",)),
         (json.dumps({**PLAN, "sites": [{**SITE, "kind": "lstm"}]}), ("invalid-checkpoint", "kind", "'lstm'")),
-        (json.dumps({**PLAN, "sites": [{**SITE, "rank": "4"}]}), ("invalid-checkpoint", "rank", "'4'")),
+        (
+            json.dumps({**PLAN, "sites": [{**SITE, "options": {**OPTIONS, "rank": "4"}}]}),
+            ("invalid-checkpoint", "rank", "'4'"),
+        ),
         (json.dumps({**PLAN, "sites": [{**SITE, "shape": [3, "2"]}]}), ("invalid-checkpoint", "shape")),
         (json.dumps({**PLAN, "sites": [{**SITE, "weight": 5}]}), ("invalid-checkpoint", "weight", "5")),
         (
@@ -238,7 +244,7 @@ SITE = PLAN["sites"][0]
             ("invalid-checkpoint", "slices", "(1, 2)"),
         ),
         (
-            json.dumps({**PLAN, "sites": [{**SITE, "lora_alpha": "x"}]}),
+            json.dumps({**PLAN, "sites": [{**SITE, "options": {**OPTIONS, "lora_alpha": "x"}}]}),
             ("invalid-checkpoint", "lora_alpha"),
         ),
     ],
@@ -249,13 +255,13 @@ def test_not_a_plan(text: str, sentence: tuple[str, ...]) -> None:
 
 
 def test_a_plan_is_read_back() -> None:
-    assert lx.Plan.from_json(json.dumps(PLAN)).sites == (lx.Site("a.weight", "linear", (3, 2), 1, 2.0),)
+    assert lx.Plan.from_json(json.dumps(PLAN)).sites == (ONE,)
 
 
 def test_a_packed_site_is_read_back() -> None:
-    site = lx.Site("a.weight", "linear", (3, 2), 2, 2.0, slices=(1, 2))
+    site = lx.Site("a.weight", "linear", (3, 2), SiteOptions(2, 2.0), slices=(1, 2))
     assert site.factor_shapes == ((4, 2), (3, 2))
     assert site.parameters == 4 * 2 + 3 * 2
     assert lx.Plan.from_json(lx.Plan(lx.CascadeSpec(), (site,)).to_json()).sites == (site,)
-    one = lx.Site("a.weight", "linear", (3, 2), 2, 2.0)
+    one = lx.Site("a.weight", "linear", (3, 2), SiteOptions(2, 2.0))
     assert one.factor_shapes == ((2, 2), (3, 2))

@@ -14,6 +14,6 @@ def delta(site: lx.Site, a: Tensor, b: Tensor) -> Tensor:
     """
     pairs = zip(b.split(site.slices), a.split(site.rank), strict=True) if site.slices else [(b, a)]
     product = cat([rows @ own for rows, own in pairs]) * (
-        site.lora_alpha / site.rank ** (0.5 if site.use_rslora else 1)
+        site.options.lora_alpha / site.rank ** (0.5 if site.options.use_rslora else 1)
     )
     return (product if site.layout == "out_in" else product.mT).reshape(site.shape)

@@ -141,7 +141,7 @@ OPS += [("transformers::grouped_mm_fallback", torch.float32)]
 
 def branch(dtype: torch.dtype) -> MatrixBranch:
     """A branch of three experts [24, 16], B not zero."""
-    site = lx.Site("experts", "experts", (3, 24, 16), rank=3, lora_alpha=5.0)
+    site = lx.Site("experts", "experts", (3, 24, 16), lx.plan.SiteOptions(3, 5.0))
     made = MatrixBranch(site, 0, 1, torch.empty(0, dtype=dtype))
     with torch.no_grad():
         made.lora_B.copy_(torch.randn(made.lora_B.shape, generator=torch.Generator().manual_seed(7)))

@@ -112,7 +112,7 @@ def test_the_first_rule_that_matches_counts() -> None:
             Rule("body.down", rank=3),
         ),
     )
-    found = {weight: (site.rank, site.lora_alpha) for weight, site in sites_of(insert(mixed(), spec)).items()}
+    found = {weight: (site.rank, site.options.lora_alpha) for weight, site in sites_of(insert(mixed(), spec)).items()}
     assert found == {
         "stem.0.weight": (4, 6.0),
         "stem.1.weight": (4, 6.0),

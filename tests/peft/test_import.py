@@ -119,7 +119,7 @@ def test_the_spec_of_an_adapter(tmp_path: Path) -> None:
     assert (spec.rank, spec.lora_alpha, spec.dropout, spec.use_rslora) == (3, 5.0, 0.25, False)
     cascade = lx.from_peft(tmp_path, model, INPUTS["suffixes"](), spec=replace(spec, pace=0.25), frontend="symbolic")
     assert cascade.plan.spec.pace == 0.25
-    assert {site.weight: (site.rank, site.lora_alpha) for site in cascade.sites} == {
+    assert {site.weight: (site.rank, site.options.lora_alpha) for site in cascade.sites} == {
         "1.lin.weight": (2, 5.0),
         "1.other.weight": (1, 9.0),
         "11.lin.weight": (3, 7.0),

@@ -12,7 +12,7 @@ import torch
 from lorasc_fx.branch.linear import MatrixBranch
 from lorasc_fx.cascade.commit import SPARE, Planned, write_parameters
 from lorasc_fx.checkpoint.codec import RunState, decode, encode
-from lorasc_fx.plan import Plan, Site
+from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState
@@ -121,7 +121,7 @@ def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
     with fake_device():
         pair = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
         assert singular_values(pair).dtype == scaled(pair, torch.empty(6), False).b.dtype == torch.float64
-        branch = MatrixBranch(Site("w", "linear", (6, 4), 2, 4.0), 0, 1, torch.empty(6, 4, device=DEVICE))
+        branch = MatrixBranch(Site("w", "linear", (6, 4), SiteOptions(2, 4.0)), 0, 1, torch.empty(6, 4, device=DEVICE))
         first = initial_factors(branch)
         assert (first.b.dtype, first.b.device.type, first.b.shape) == (torch.float64, "cpu", (6, 2))
         state = WeightState("w", torch.empty(6, 4), initial=InitialFactors(first))
@@ -143,7 +143,7 @@ def test_room_for_restoring_weights_is_where_they_are() -> None:
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     """It scales rows and adds nothing: a file has the scale, and no factors for it."""
     spec = CascadeSpec(use_dora=True, rank=1)
-    plan = Plan(spec, (Site("w", "linear", (6, 4), 1, spec.lora_alpha, use_dora=True),)).at_stage(5)
+    plan = Plan(spec, (Site("w", "linear", (6, 4), spec.site_options()),)).at_stage(5)
     pair = Factors(numbers(6, 1), numbers(1, 4))
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
     state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
