@@ -1,4 +1,7 @@
-"""B = 0 and no noise: the adapted graph computes the bits of the eager model, train and eval, on real architectures."""
+"""B = 0 and no noise: the adapted graph computes the bits of the eager model, train and eval, on images in fp32.
+
+Text models: tests/passes/test_masks.py and tests/forms/test_zoo.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ import pytest
 import timm
 import torch
 import torchvision
-import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -25,28 +27,8 @@ def images(size: int) -> dict[str, Any]:
     return {"args": (torch.randn(size, *IMAGES),), "kwargs": {}}
 
 
-def tokens(size: int) -> dict[str, Any]:
-    mask = torch.ones(size, 4 + size, dtype=torch.long)
-    mask[0, 3:] = 0
-    ids = torch.randint(0, 50, mask.shape)
-    return {"args": (), "kwargs": {"input_ids": ids, "attention_mask": mask, "use_cache": False}}
-
-
-def encoder_tokens(size: int) -> dict[str, Any]:
-    call = tokens(size)
-    del call["kwargs"]["use_cache"]
-    return call
-
-
 def timm_model(name: str, **size: Any) -> nn.Module:
     return timm.create_model(name, num_classes=5, **size)
-
-
-def text_model(model: str, config: str, **size: Any) -> nn.Module:
-    given = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32}
-    given |= {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 24, "intermediate_size": 40}
-    made = getattr(transformers, config)(**{**given, **size})
-    return getattr(transformers, model)(made)
 
 
 VIT = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_path_rate": 0.3, "proj_drop_rate": 0.2}
@@ -78,25 +60,14 @@ CASES = {
     "torchvision-mobilenet": Case(
         lambda: torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5), images, 53, ("symbolic",)
     ),
-    "bert": Case(lambda: text_model("BertModel", "BertConfig"), encoder_tokens, 7),
-    "roberta": Case(
-        lambda: text_model("RobertaForSequenceClassification", "RobertaConfig", num_labels=3), encoder_tokens, 8
-    ),
-    "gpt2": Case(lambda: text_model("GPT2LMHeadModel", "GPT2Config", tie_word_embeddings=False), tokens, 1),
-    "llama": Case(lambda: text_model("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=1), tokens, 8),
-    "t5-encoder": Case(
-        lambda: text_model("T5EncoderModel", "T5Config", d_model=24, d_kv=10, d_ff=40, num_layers=1, num_heads=2),
-        encoder_tokens,
-        6,
-    ),
 }
 SLOW = {
     ("timm-resnet", "export"),
     ("timm-convnext", "export"),
     ("timm-vit", "symbolic"),
     ("torchvision-resnet", "symbolic"),
+    ("timm-efficientnet-lite", "export"),
 }
-SLOW |= {("timm-efficientnet-lite", "export"), ("roberta", "export")}
 """Those of which another pair has the library, the layers or the front end."""
 PAIRS = [
     pytest.param(name, frontend, marks=pytest.mark.slow if (name, frontend) in SLOW else ())
@@ -124,9 +95,6 @@ def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend
     cascade = lx.adapt(model, **example, spec=case.spec, frontend=frontend)
     assert len(cascade.sites) >= case.sites
     assert not any(branch.lora_B.any() for branch in branches(cascade).values())
-    for weight, parameter in eager.named_parameters():  # made into attention's mask, which picks the kernel as well
-        parameter.requires_grad_("relative_attention_bias" in weight)
-
     for training, size in ((True, 2), (True, 3), (False, 2), (False, 5)):
         cascade.train(training)
         eager.train(training)

@@ -14,46 +14,20 @@ import lorasc_fx as lx
 from tests.kit.state import variant_for
 from tests.passes.mask_cases import ATTENTION, attention
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+# fmt: off
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ONE = {"num_hidden_layers": 1}
 FEW = {"num_key_value_heads": 2, "use_cache": False}
-PAIR = {
-    "vocab_size": 50,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 64,
-    "use_cache": False,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "forced_eos_token_id": 2,
-}
+PAIR = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
+    "use_cache": False, "pad_token_id": 0, "decoder_start_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+    "forced_eos_token_id": 2}
 T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "use_cache": False}
 GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 64, "use_cache": False}
-VIT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "image_size": 16,
-    "patch_size": 8,
-}
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 16,
+    "patch_size": 8}
+# fmt: on
 MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "bert": ("BertModel", SMALL | ONE, ["none"]),
     "gpt2": ("GPT2LMHeadModel", GPT2 | {"bos_token_id": 1, "eos_token_id": 2}, ["causal"]),
