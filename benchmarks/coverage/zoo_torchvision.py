@@ -50,27 +50,6 @@ def _scenes(masks: bool = False, keypoints: int = 0) -> Callable[[bool], Call]:
     return make
 
 
-def _resnext() -> nn.Module:
-    block = models.resnet.Bottleneck
-    return models.ResNet(block, [1, 1, 1, 1], num_classes=5, groups=2, width_per_group=8, zero_init_residual=True)
-
-
-def _regnet() -> nn.Module:
-    params = regnet.BlockParams([1, 2], [16, 24], [8, 8], [1.0, 1.0], [2, 2], se_ratio=0.25)
-    return models.RegNet(params, num_classes=5, stem_width=8)
-
-
-def _convnext() -> nn.Module:
-    setting = [CNBlockConfig(16, 24, 2), CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 1)]
-    return models.ConvNeXt(setting, stochastic_depth_prob=0.2, num_classes=5)
-
-
-def _efficientnet_v2() -> nn.Module:
-    fused = FusedMBConvConfig(1, 3, 1, 8, 8, 1), FusedMBConvConfig(4, 3, 2, 8, 16, 1)
-    setting = [*fused, MBConvConfig(4, 3, 2, 16, 24, 2)]
-    return models.EfficientNet(setting, dropout=0.2, stochastic_depth_prob=0.2, num_classes=5, last_channel=64)
-
-
 class _Thin(BasicConv2d):
     """GoogLeNet's convolution with an eighth of its channels."""
 
@@ -92,17 +71,6 @@ def _googlenet() -> nn.Module:
     return model
 
 
-def _vit() -> nn.Module:
-    return models.VisionTransformer(32, 8, 2, 4, 32, 64, dropout=0.1, attention_dropout=0.1, num_classes=5)
-
-
-def _swin_v2() -> nn.Module:
-    blocks = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
-    return models.SwinTransformer(
-        [2, 2], 24, [2, 2], [3, 3], [4, 4], stochastic_depth_prob=0.2, num_classes=5, **blocks
-    )
-
-
 def _trunk() -> nn.Sequential:
     """Return the features of a MobileNetV3 with strides 2, 4, 8 and 16, 8 channels where they leave, 48 at the end."""
     block = partial(InvertedResidualConfig, dilation=1, width_mult=1.0)
@@ -116,18 +84,13 @@ def _segmentation(model: type[nn.Module], head: Callable[[int, int], nn.Module])
     return model(backbone, head(48, 5), segmentation.fcn.FCNHead(8, 5))
 
 
-def _lraspp() -> nn.Module:
-    backbone = IntermediateLayerGetter(_trunk(), {"2": "low", "4": "high"})
-    return segmentation.LRASPP(backbone, 8, 48, 5, inter_channels=16)
-
-
 def _pyramid(width: int = 16) -> nn.Module:
     return BackboneWithFPN(_trunk(), {"2": "0", "3": "1"}, [8, 8], width)
 
 
-def _regions(model: type[nn.Module], **heads: Any) -> nn.Module:
-    """Return a two-stage detector that samples few regions."""
-    heads.setdefault("num_classes", 3)
+def _regions(model: type[nn.Module], more: str = "") -> nn.Module:
+    """Return a two-stage detector that samples few regions, with more heads or none."""
+    heads: dict[str, Any] = {"num_classes": 3, **(_HEADS[more]() if more else {})}
     return model(
         _pyramid(),
         min_size=64,
@@ -147,23 +110,6 @@ def _regions(model: type[nn.Module], **heads: Any) -> nn.Module:
     )
 
 
-def _mask_rcnn() -> nn.Module:
-    return _regions(
-        detection.MaskRCNN,
-        mask_head=detection.mask_rcnn.MaskRCNNHeads(16, (16, 16), 1),
-        mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(16, 16, 3),
-    )
-
-
-def _keypoint_rcnn() -> nn.Module:
-    return _regions(
-        detection.KeypointRCNN,
-        num_classes=2,
-        keypoint_head=detection.keypoint_rcnn.KeypointRCNNHeads(16, (16, 16)),
-        keypoint_predictor=detection.keypoint_rcnn.KeypointRCNNPredictor(16, 4),
-    )
-
-
 def _dense(model: type[nn.Module], width: int, ratios: tuple[float, ...]) -> nn.Module:
     """Return a one-stage detector."""
     anchors = detection.rpn.AnchorGenerator(((12,), (24,), (40,)), (ratios,) * 3)
@@ -180,30 +126,6 @@ def _ssdlite() -> nn.Module:
     # Every box is kept in eval mode: the coarsest maps have none that a target matches.
     kept = {"score_thresh": 0.0, "nms_thresh": 1.0, "detections_per_img": 1000}
     return detection.ssd.SSD(backbone, anchors, (64, 64), 3, head=head, **kept)
-
-
-def _r2plus1d() -> nn.Module:
-    makers = [Conv2Plus1D, Conv3DSimple, Conv3DNoTemporal, Conv3DNoTemporal]
-    return video.VideoResNet(video.resnet.BasicBlock, makers, [1, 1, 1, 1], R2Plus1dStem, num_classes=5)
-
-
-def _mvit_v2() -> nn.Module:
-    wide, even = [3, 3, 3], [1, 1, 1]
-    setting = [
-        mvit.MSBlockConfig(1, 16, 16, wide, wide, even, [1, 2, 2]),
-        mvit.MSBlockConfig(2, 16, 32, wide, wide, [1, 2, 2], even),
-    ]
-    return video.MViT(
-        (32, 32),
-        4,
-        setting,
-        residual_pool=True,
-        residual_with_cls_embed=False,
-        rel_pos_embed=True,
-        proj_after_attn=True,
-        stochastic_depth_prob=0.2,
-        num_classes=5,
-    )
 
 
 def _s3d() -> nn.Module:
@@ -257,38 +179,59 @@ def _frames(training: bool) -> Call:
     return tuple(torch.rand(2, 1, 3, 64, 64, dtype=torch.float64)), {"num_flow_updates": 2}
 
 
-_CLASS_TOKEN = "the head reads the last class token only, whose query is not pooled and has no relative position"
+def tv(name: str, source: str, build: Callable[[], nn.Module], *size: int, **more: Any) -> Entry:
+    """Return the entry `tv_NAME`, for two images [3, *size] unless `inputs` are given."""
+    return Entry(f"tv_{name}", source, build, more.pop("inputs", None) or images(2, 3, *size), **more)
+
 
 # fmt: off
+_CLASS_TOKEN = "the head reads the last class token only, whose query is not pooled and has no relative position"
+_FIVE: dict[str, Any] = {"num_classes": 5}
+_FUSED = [FusedMBConvConfig(1, 3, 1, 8, 8, 1), FusedMBConvConfig(4, 3, 2, 8, 16, 1), MBConvConfig(4, 3, 2, 16, 24, 2)]
+_CN = [CNBlockConfig(16, 24, 2), CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 1)]
+_MVIT = [mvit.MSBlockConfig(1, 16, 16, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
+    mvit.MSBlockConfig(2, 16, 32, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1])]
+_HEADS = {
+    "mask": lambda: {"mask_head": detection.mask_rcnn.MaskRCNNHeads(16, (16, 16), 1),
+        "mask_predictor": detection.mask_rcnn.MaskRCNNPredictor(16, 16, 3)},
+    "keypoint": lambda: {"num_classes": 2, "keypoint_head": detection.keypoint_rcnn.KeypointRCNNHeads(16, (16, 16)),
+        "keypoint_predictor": detection.keypoint_rcnn.KeypointRCNNPredictor(16, 4)},
+}
 TORCHVISION: tuple[Entry, ...] = (
-    Entry("tv_resnext", "resnet", _resnext, images(2, 3, 64, 64)),
-    Entry("tv_mobilenet_v2", "mobilenetv2", partial(models.mobilenet_v2, num_classes=5, width_mult=0.25),
-        images(2, 3, 64, 64)),
-    Entry("tv_shufflenet_v2", "shufflenetv2",
-        partial(models.ShuffleNetV2, [2, 2, 2], [8, 16, 24, 32, 64], num_classes=5), images(2, 3, 64, 64)),
-    Entry("tv_squeezenet", "squeezenet", partial(models.squeezenet1_1, num_classes=5), images(2, 3, 48, 48)),
-    Entry("tv_googlenet", "googlenet", _googlenet, images(2, 3, 64, 64)),
-    Entry("tv_regnet", "regnet", _regnet, images(2, 3, 32, 32)),
-    Entry("tv_convnext", "convnext", _convnext, images(2, 3, 32, 32)),
-    Entry("tv_efficientnet_v2", "efficientnet", _efficientnet_v2, images(2, 3, 32, 32)),
-    Entry("tv_vit", "vision_transformer", _vit, images(2, 3, 32, 32)),
-    Entry("tv_swin_v2", "swin_transformer", _swin_v2, images(2, 3, 32, 32)),
-    Entry("tv_maxvit", "maxvit", partial(models.MaxVit, (32, 32), 8, 4, [16, 16], [1, 1], 8, 0.2, num_classes=5),
-        images(2, 3, 32, 32)),
-    Entry("tv_fcn", "fcn", partial(_segmentation, segmentation.FCN, segmentation.fcn.FCNHead), images(2, 3, 32, 32)),
-    Entry("tv_deeplabv3", "deeplabv3", partial(_segmentation, segmentation.DeepLabV3,
-        partial(segmentation.deeplabv3.DeepLabHead, atrous_rates=(1, 2))), images(2, 3, 32, 32)),
-    Entry("tv_lraspp", "lraspp", _lraspp, images(2, 3, 64, 64)),
-    Entry("tv_faster_rcnn", "faster_rcnn", partial(_regions, detection.FasterRCNN), _scenes()),
-    Entry("tv_mask_rcnn", "mask_rcnn", _mask_rcnn, _scenes(masks=True)),
-    Entry("tv_keypoint_rcnn", "keypoint_rcnn", _keypoint_rcnn, _scenes(keypoints=4)),
-    Entry("tv_retinanet", "retinanet", partial(_dense, detection.RetinaNet, 16, (0.5, 1.0, 2.0)), _scenes()),
-    Entry("tv_fcos", "fcos", partial(_dense, detection.FCOS, 32, (1.0,)), _scenes()),
-    Entry("tv_ssdlite", "ssdlite", _ssdlite, _scenes()),
-    Entry("tv_r2plus1d", "resnet", _r2plus1d, images(2, 3, 4, 16, 16)),
-    Entry("tv_mvit_v2", "mvit", _mvit_v2, images(2, 3, 4, 32, 32),
+    tv("resnext", "resnet", lambda: models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], **_FIVE, groups=2,
+        width_per_group=8, zero_init_residual=True), 64, 64),
+    tv("mobilenet_v2", "mobilenetv2", lambda: models.mobilenet_v2(**_FIVE, width_mult=0.25), 64, 64),
+    tv("shufflenet_v2", "shufflenetv2", lambda: models.ShuffleNetV2([2, 2, 2], [8, 16, 24, 32, 64], **_FIVE), 64, 64),
+    tv("squeezenet", "squeezenet", lambda: models.squeezenet1_1(**_FIVE), 48, 48),
+    tv("googlenet", "googlenet", _googlenet, 64, 64),
+    tv("regnet", "regnet", lambda: models.RegNet(regnet.BlockParams([1, 2], [16, 24], [8, 8], [1.0, 1.0], [2, 2],
+        se_ratio=0.25), **_FIVE, stem_width=8), 32, 32),
+    tv("convnext", "convnext", lambda: models.ConvNeXt(_CN, stochastic_depth_prob=0.2, **_FIVE), 32, 32),
+    tv("efficientnet_v2", "efficientnet", lambda: models.EfficientNet(_FUSED, dropout=0.2, stochastic_depth_prob=0.2,
+        last_channel=64, **_FIVE), 32, 32),
+    tv("vit", "vision_transformer", lambda: models.VisionTransformer(32, 8, 2, 4, 32, 64, dropout=0.1,
+        attention_dropout=0.1, **_FIVE), 32, 32),
+    tv("swin_v2", "swin_transformer", lambda: models.SwinTransformer([2, 2], 24, [2, 2], [3, 3], [4, 4],
+        stochastic_depth_prob=0.2, **_FIVE, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), 32, 32),
+    tv("maxvit", "maxvit", lambda: models.MaxVit((32, 32), 8, 4, [16, 16], [1, 1], 8, 0.2, **_FIVE), 32, 32),
+    tv("fcn", "fcn", lambda: _segmentation(segmentation.FCN, segmentation.fcn.FCNHead), 32, 32),
+    tv("deeplabv3", "deeplabv3", lambda: _segmentation(segmentation.DeepLabV3,
+        partial(segmentation.deeplabv3.DeepLabHead, atrous_rates=(1, 2))), 32, 32),
+    tv("lraspp", "lraspp", lambda: segmentation.LRASPP(IntermediateLayerGetter(_trunk(), {"2": "low", "4": "high"}),
+        8, 48, 5, inter_channels=16), 64, 64),
+    tv("faster_rcnn", "faster_rcnn", lambda: _regions(detection.FasterRCNN), inputs=_scenes()),
+    tv("mask_rcnn", "mask_rcnn", lambda: _regions(detection.MaskRCNN, "mask"), inputs=_scenes(masks=True)),
+    tv("keypoint_rcnn", "keypoint_rcnn", lambda: _regions(detection.KeypointRCNN, "keypoint"),
+        inputs=_scenes(keypoints=4)),
+    tv("retinanet", "retinanet", lambda: _dense(detection.RetinaNet, 16, (0.5, 1.0, 2.0)), inputs=_scenes()),
+    tv("fcos", "fcos", lambda: _dense(detection.FCOS, 32, (1.0,)), inputs=_scenes()),
+    tv("ssdlite", "ssdlite", _ssdlite, inputs=_scenes()),
+    tv("r2plus1d", "resnet", lambda: video.VideoResNet(video.resnet.BasicBlock, [Conv2Plus1D, Conv3DSimple,
+        Conv3DNoTemporal, Conv3DNoTemporal], [1, 1, 1, 1], R2Plus1dStem, **_FIVE), 4, 16, 16),
+    tv("mvit_v2", "mvit", lambda: video.MViT((32, 32), 4, _MVIT, residual_pool=True, residual_with_cls_embed=False,
+        rel_pos_embed=True, proj_after_attn=True, stochastic_depth_prob=0.2, **_FIVE), 4, 32, 32,
         unused={"blocks.1.attn.rel_pos_?": _CLASS_TOKEN, "blocks.1.attn.pool_q.pool.weight": _CLASS_TOKEN}),
-    Entry("tv_s3d", "s3d", _s3d, images(2, 3, 8, 64, 64)),
-    Entry("tv_raft", "raft", _raft, _frames),
+    tv("s3d", "s3d", _s3d, 8, 64, 64),
+    tv("raft", "raft", _raft, inputs=_frames),
 )
 # fmt: on
