@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -68,7 +68,7 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
                 live=live,
             )
         )
-        held.note_placed()
+        held.set_versions(placed=True)
     return value
 
 
@@ -95,17 +95,14 @@ class Held:
         versions = tuple((parameter, parameter._version) for parameter in dense if not parameter.is_inference())
         return Held(holders_of(run.model, names), tuple((parameter, parameter.data) for parameter in dense), versions)
 
-    def note_placed(self) -> None:
-        """Give what is in place a version that nothing else has: no graph of other weights can be differentiated."""
-        self._set_versions([next(_VERSIONS)] * len(self.versions))
-
-    def note_put_back(self) -> None:
-        """Give the weights of before, whose bits are back, their versions back: graphs of before are whole."""
-        self._set_versions([version for _, version in self.versions])
-
-    def _set_versions(self, versions: Sequence[int]) -> None:
+    def set_versions(self, placed: bool) -> None:
+        """Give weights in place a version that nothing else has, so that no graph of others can be differentiated; the
+        weights of before get their own versions, so that their graphs still can.
+        """
+        new = next(_VERSIONS)
+        versions = tuple(new if placed else version for _, version in self.versions)
         parameters = tuple(parameter for parameter, _ in self.versions)
-        torch._C._autograd._unsafe_set_version_counter(parameters, tuple(versions))
+        torch._C._autograd._unsafe_set_version_counter(parameters, versions)
 
     def put_back(self) -> None:
         """Undo what was assigned, and casts; a place that is gone stays so."""
@@ -153,14 +150,13 @@ def _put_back(
     def put_back() -> None:
         held.put_back()
         run.commit(planned)
-        run.unplace()
 
     with torch.inference_mode(False), run.lock, commit() as undo:
         undo(put_back)
         changed = run.changed(run.placed_checksums)
         put_back()
     if changed is None:
-        held.note_put_back()
+        held.set_versions(placed=False)
     else:
         raise StateError(
             f"weights: {changed} was written inside the with block (a training step, load_state_dict, half, .data). "

@@ -240,10 +240,6 @@ class Run(RunBase):
         new = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in held]
         self.statistics = [*self.statistics, *new]
 
-    def unplace(self) -> None:
-        """Note that the weights between two steps are in place again."""
-        self.placed, self.placed_checksums, self.statistics = None, {}, []
-
     def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the groups of an optimizer, which holds the present branches; see `Cascade.param_groups`."""
         self.check_alive("param_groups")
