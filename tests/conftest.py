@@ -38,7 +38,7 @@ os.fsync = lambda handle: None
 
 USAGE = (
     "the model of a cascade was (called|copied|pickled) inside",
-    "the state dict of a cascade's model was read inside",
+    "the state dict of the model of a cascade was read inside",
     "the cascade was called in eval mode inside",
     r"stage \d+ ended, and no branch has moved",
     r"\S+ stage 1 has trained and is folded now",

@@ -277,11 +277,3 @@ def test_a_sum_beyond_the_dtype_of_a_weight(kind: str) -> None:
         host.release(which={name: 30 * weight for name, weight in huge.items()})
     with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "beyond the dtype", "4.weight"):
         lx.merge([other, host], model, (X,), weights=[9e39, 3e39])
-
-
-def test_after_a_release() -> None:
-    host = run("plain", 1)
-    host.add("legal", run("plain", 2))
-    host.release()
-    with raises(lx.StateError, "released", "weights"):
-        host.weights("legal").__enter__()

@@ -16,7 +16,6 @@ from torch import fx, nn
 from torch.nn.utils import prune
 
 import lorasc_fx as lx
-from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.errors.models import Net, adapted, inputs, mlp, step
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
@@ -227,11 +226,6 @@ def test_inputs_that_the_model_refuses(frontend: str, build: Any, value: Any, re
     model = build()
     expected = ("model-refuses-inputs", type(model).__name__, reason)
     refuse(lx.CaptureError, expected, model, value, frontend=frontend)
-
-
-def test_inputs_that_the_model_refuses_are_told_what_to_do() -> None:
-    with raises(lx.CaptureError, "model-refuses-inputs"):
-        lx.adapt(mlp(), args=(inputs(2, 6),))
 
 
 class Branchy(nn.Module):
@@ -504,20 +498,6 @@ def test_a_failed_adapt_leaves_nothing_behind() -> None:
     model = mlp()
     refuse(lx.passes.NoSites, ("no-sites",), model, spec=lx.CascadeSpec(targets=("conv",)), frontend="symbolic")
     assert len(adapted(model=model)[0].sites) == 3
-
-
-def test_a_child_named_branches_in_a_graph_module() -> None:
-    root = nn.Module()
-    root.branches = nn.ModuleList([nn.Linear(5, 3)])
-    root.forward = None
-    graph = fx.Graph()
-    graph.output(graph.call_module("branches.0", (graph.placeholder("x"),)))
-    graph_module = fx.GraphModule(root, graph)
-    pipeline = Pipeline([MatchSites(lx.CascadeSpec(rank=1)), InsertBranches()])
-    with unchanged(graph_module), raises(lx.PassError, "not-a-model"):
-        pipeline(graph_module)
-    cascade = lx.adapt(graph_module, args=(X,), spec=lx.CascadeSpec(rank=1))  # a cascade has its own place for them
-    assert [site.weight for site in cascade.sites] == ["branches.0.weight"]
 
 
 def test_integers_cannot_be_trained_in_full() -> None:

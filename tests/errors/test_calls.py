@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.integrations.transformers import CascadeCallback
 from tests.errors.models import SPEC, adapted, inputs, loss_of, mlp, step
 from tests.errors.state import of, unchanged
 from tests.kit.errors import raises
@@ -67,6 +68,11 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "no_weight_decay": lambda cascade, _, __: cascade.no_weight_decay(),
     "save_pretrained": lambda cascade, _, path: cascade.save_pretrained(path / "run"),
     "push_to_hub": lambda cascade, _, __: cascade.push_to_hub("me/run", api=object()),
+    "merge": lambda cascade, _, __: lx.merge([cascade], mlp(), (X,)),
+    "export.peft": lambda cascade, _, path: lx.export.peft(cascade, path / "adapter"),
+    "export.safetensors": lambda cascade, _, path: lx.export.safetensors(cascade, path / "weights"),
+    "export.pt2": lambda cascade, _, path: lx.export.pt2(cascade, path / "model.pt2"),
+    "CascadeCallback": lambda cascade, _, __: CascadeCallback(cascade),
 }
 OTHER_NAMES = {"merge_and_unload": "release", "disable_adapter": "weights"}
 

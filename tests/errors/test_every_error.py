@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx import errors
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.errors.catalogue import ENTRIES
-from tests.errors.models import inputs, mlp
 from tests.errors.page import PAGE, page
 from tests.errors.raises import BY_WORDS, expected_codes, given_codes, uncoded
-from tests.errors.state import unchanged
-from tests.kit.errors import raises, warns
-from tests.kit.state import variant_for
+from tests.kit.errors import raises
 
 PUBLIC = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
 CLASSES = [name for name in PUBLIC if not issubclass(getattr(errors, name), Warning)]
@@ -108,96 +100,3 @@ def test_one_root_catches_them_all() -> None:
         lx.CascadeSpec(rank=0)
     with pytest.raises(ValueError, match="rank"):
         lx.CascadeSpec(rank=0)
-
-
-# ---- passes: the errors that need no cascade
-
-SPEC = lx.CascadeSpec(rank=2)
-
-
-def graph_of(model: nn.Module) -> fx.GraphModule:
-    return fx.symbolic_trace(model)
-
-
-def test_a_pass_whose_requirement_is_not_met() -> None:
-    graph_module = graph_of(mlp())
-    for each, fact in ((InsertBranches(), "sites-matched"), (FoldBranches(), "branches-inserted")):
-        with unchanged(graph_module), raises(lx.PassError, "requirement-not-met", each.name, fact):
-            each(graph_module)
-
-
-@pytest.mark.parametrize(
-    ("passes", "sentence"),
-    [
-        (list, ("invalid-value",)),
-        (
-            lambda: [InsertBranches(), MatchSites(SPEC)],
-            ("pass-order", "insert-branches", "sites-matched"),
-        ),
-        (
-            lambda: [MatchSites(SPEC), InsertBranches(), FoldBranches(), StageTransition()],
-            ("pass-order", "stage-transition", "branches-inserted"),
-        ),
-    ],
-)
-def test_an_impossible_order(passes: object, sentence: tuple[str, ...]) -> None:
-    assert callable(passes)
-    with raises(lx.passes.PassOrderError, *sentence):
-        Pipeline(passes(), order="given")
-
-
-def test_a_graph_that_does_not_agree_with_its_plan() -> None:
-    pipeline = Pipeline([MatchSites(SPEC), InsertBranches()])
-    adapted = pipeline(graph_of(mlp())).graph_module
-    node = next(node for node in adapted.graph.nodes if node.name.endswith("_lora"))
-    node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user is not node)
-    adapted.recompile()
-    with unchanged(adapted), pytest.raises(lx.passes.VerifyError) as caught:
-        FoldBranches()(adapted)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "before fold-branches, the graph does not agree with its plan:"
-    assert f"  branch node {node.name} is read by nobody" in lines
-
-
-def test_a_plan_of_another_kind() -> None:
-    graph_module = graph_of(mlp())
-    matched = MatchSites(SPEC)(graph_module).graph_module
-    plan = json.loads(matched.meta["lorasc_fx"].plan.to_json())
-    plan["sites"][0]["kind"] = "conv"
-    matched.meta["lorasc_fx"] = replace(matched.meta["lorasc_fx"], plan=lx.Plan.from_json(json.dumps(plan)))
-    with (
-        unchanged(matched),
-        raises(lx.passes.VerifyError, "graph-not-verified", "_0", "0.weight"),
-    ):
-        InsertBranches()(matched)
-
-
-def test_a_transition_pass_on_a_live_model() -> None:
-    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=SPEC, frontend="symbolic")
-    module = variant_for(cascade, (inputs(2, 5),), {}).module
-    with unchanged(cascade), raises(lx.PassError, "requirement-not-met"):
-        StageTransition()(module)
-
-
-def test_a_pass_on_a_branch_that_is_not_finite() -> None:
-    adapted = Pipeline([MatchSites(SPEC), InsertBranches()])(graph_of(mlp())).graph_module
-    with torch.no_grad():
-        adapted.branches["2/weight"].lora_B[0, 0] = float("nan")
-    for each in (FoldBranches(), StageTransition()):
-        with (
-            unchanged(adapted),
-            raises(lx.NonFiniteBranch, "non-finite", "2.weight"),
-        ):
-            each(adapted)
-
-
-@pytest.mark.parametrize("restart_A", ["fresh", "kept"])
-def test_a_pass_that_skips_such_a_branch(restart_A: str) -> None:
-    spec = lx.CascadeSpec.from_dict({"rank": 2, "on_nonfinite": "skip", "restart_A": restart_A})
-    adapted = Pipeline([MatchSites(spec), InsertBranches()])(graph_of(mlp())).graph_module
-    with torch.no_grad():
-        adapted.branches["2/weight"].lora_A[0, 0] = float("nan")
-        adapted.branches["2/weight"].lora_B.fill_(1.0)
-    with warns("non-finite-left-out", "2.weight", "1"):
-        went_on = StageTransition()(adapted).graph_module
-    assert torch.equal(went_on(inputs(4, 5)), mlp()(inputs(4, 5)))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,26 +13,12 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from experiments.data import imdb
 from lorasc_fx.cli.compare import Result, Run
-from lorasc_fx.cli.config import CompareConfig, DataConfig, TrainConfig
+from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.cli.data import load_data
 from tests.errors.models import inputs, mlp
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: TrainConfig(batch_size=0), ("invalid-value", "train.batch_size", "0")),
-        (lambda: TrainConfig(warmup=-1), ("invalid-value", "train.warmup", "-1")),
-        (lambda: TrainConfig(epochs=0, steps=0), ("invalid-value", "train.epochs")),
-        (lambda: CompareConfig(lrs=(0.0,)), ("invalid-value", "compare.lrs[0]", "0.0")),
-    ],
-)
-def test_a_configuration(make: Callable[[], Any], sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        make()
 
 
 def test_a_result_of_a_cell_that_is_damaged(tmp_path: Path) -> None:
@@ -82,42 +64,6 @@ def test_a_weight_in_another_layout() -> None:
     cascade.eval()
     with unchanged(cascade), raises(lx.PassError, "branch-not-placeable", "layer.weight"):
         cascade(inputs(4, 5))
-
-
-# ---- checkpoints whose digests are right, and whose content is not
-
-
-@pytest.mark.parametrize(
-    ("edit", "where", "sentence"),
-    [
-        (lambda each: each.update(base=[]), "/manifest.json", ("invalid-checkpoint", "base")),
-        (
-            lambda each: each["slow"]["0.weight"].update(slow="x"),
-            "/manifest.json",
-            ("invalid-checkpoint", "slow", "0.weight"),
-        ),
-        (lambda each: each.update(trained=["0.bias"]), "", ("invalid-checkpoint",)),
-        (
-            lambda each: each["plan"]["spec"].update(targets=["0.wieght"]),
-            "",
-            ("sites-differ", "targets", "0.wieght", "0.weight"),
-        ),
-    ],
-)
-def test_a_manifest_that_was_forged(
-    tmp_path: Path, edit: Callable[[Any], Any], where: str, sentence: tuple[str, ...]
-) -> None:
-    cascade = lx.adapt(mlp(), (inputs(2, 5),), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
-    version = lx.save(cascade, tmp_path)
-    path = version / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    edit(manifest)
-    text = json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
-    manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    model = mlp()
-    with unchanged(model), raises(lx.CheckpointError, *sentence, f"{version}{where}"):
-        lx.load(tmp_path, model, (inputs(2, 5),))
 
 
 # ---- graph breaks

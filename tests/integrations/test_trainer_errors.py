@@ -35,13 +35,6 @@ def test_how_stages_end(how: dict[str, Any], expected: tuple[str, ...]) -> None:
         CallbackOf(adapted(SPEC), **how)
 
 
-def test_after_release() -> None:
-    cascade = adapted(SPEC)
-    cascade.release()
-    with raises(lx.StateError, "released", "CascadeCallback"):
-        CallbackOf(cascade)
-
-
 def test_another_model_than_the_trainers(tmp_path: Path) -> None:
     with raises(lx.StateError, "trainer-not-supported", "Net"):
         Trainer(model=net(), args=arguments(tmp_path), callbacks=[CallbackOf(adapted(SPEC))])

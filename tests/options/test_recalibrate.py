@@ -130,6 +130,3 @@ def test_a_model_without_batch_norm() -> None:
     cascade = lx.adapt(mlp(), (x,), spec=lx.CascadeSpec(rank=2))
     with raises(lx.StateError, "not-available"):
         cascade.recalibrate([x])
-    cascade.release()
-    with raises(lx.StateError, "released"):
-        cascade.recalibrate([x])

@@ -138,13 +138,10 @@ def test_what_cannot_be_drawn(
     assert not list(tmp_path.iterdir())
 
 
-def test_not_after_release(tmp_path: Path) -> None:
+def test_nothing_to_draw(tmp_path: Path) -> None:
     cascade = adapted()
     cascade.double()
     with raises(lx.StateError, "not-available"):
-        cascade.draw(tmp_path / "graph.svg")
-    cascade.release()
-    with raises(lx.StateError, "released"):
         cascade.draw(tmp_path / "graph.svg")
 
 
