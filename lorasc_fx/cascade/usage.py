@@ -245,9 +245,9 @@ class UsageWatch(Fresh):
     def check_end(self) -> None:
         """Warn, where the program ends, of a first stage that has trained and was neither ended, saved nor released."""
         run = self._run()
-        if run is None or "training-not-kept" in run.warned or run.looped or not run.holds_numbers:
+        if run is None or run.looped or not run.holds_numbers or run.is_sharded or run.plan.stage > 1:
             return
-        if run.is_sharded or run.plan.stage > 1 or not run.slow.moved(run.branches_by_weight()):
+        if "training-not-kept" in run.warned or not run.slow.moved(run.branches_by_weight()):
             return
         pace = run.plan.spec.pace_at(1)
         kept = f", and keeps {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
@@ -301,8 +301,8 @@ def _differs(run: Run) -> bool:
     """
     if run.released or run.inside_weights or not run.holds_numbers or run.is_sharded:
         return False
-    if run.exchanged():
-        return False  # torch.func.functional_call puts others in their places
+    if run.exchanged():  # torch.func.functional_call puts others in their places
+        return False
     spec = run.plan.spec
     running = not run.slow.idle and (spec.noise.is_on or spec.factor_start.from_weight)
     unmerged = any(run.slow.states[name].experts for name in run.quantized)

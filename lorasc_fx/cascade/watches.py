@@ -91,8 +91,9 @@ class PendingWatch(Fresh):
 
     def disarm(self) -> None:
         """Remove all hooks."""
-        for handle in (*self._handles, *([self._check] if self._check is not None else ())):
-            handle.remove()
+        for handle in (*self._handles, self._check):
+            if handle is not None:
+                handle.remove()
         self._handles, self._watched, self._seen = [], weakref.WeakValueDictionary(), {}
         self._counted, self._check = 0, None
 
@@ -170,24 +171,22 @@ class StepWatch(Fresh):
     if garbage collection removed one meanwhile. A step that a loss scaler skips does not count.
     """
 
-    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]] | None] = None
+    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]] = weakref.WeakKeyDictionary()
     """The watches in the order in which they were armed, which is the same on all ranks."""
+    _hook: ClassVar[Any] = None
 
     def arm(self, method: Callable[[torch.optim.Optimizer], None]) -> None:
         """Call this method after each optimizer step, as long as its object lives."""
-        if StepWatch._armed is None:
-            StepWatch._armed = weakref.WeakKeyDictionary()
-            register_optimizer_step_post_hook(StepWatch._step)
+        StepWatch._hook = StepWatch._hook or register_optimizer_step_post_hook(StepWatch._step)
         StepWatch._armed[self] = weakref.WeakMethod(method)
 
     def disarm(self) -> None:
         """Stop calling the method."""
-        if StepWatch._armed is not None:
-            StepWatch._armed.pop(self, None)
+        StepWatch._armed.pop(self, None)
 
     @staticmethod
     def _step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for method in tuple(StepWatch._armed.values()) if StepWatch._armed is not None else ():
+        for method in tuple(StepWatch._armed.values()):
             if (call := method()) is not None:
                 call(optimizer)
 
@@ -216,19 +215,10 @@ class Surroundings(Fresh):
     def check(
         self, kind: type[nn.Module], trainable: Callable[[], Mapping[str, nn.Parameter]], whole: bool, *occasion: object
     ) -> Any:
-        """Check the surroundings of a call, unless they were checked in this gradient mode.
+        """Raise StateError for context parallelism, or a wrapper that cuts, copies or lacks parameters.
 
-        Args:
-            kind: the class of the cascade.
-            trainable: returns what is trained, by name.
-            whole: whether the weights are not sharded.
-            occasion: what a new check is made for if it changes.
-
-        Returns:
-            The process group of a wrapper whose forward runs with gradients for the first time, or None.
-
-        Raises:
-            StateError: context parallelism, a wrapper that cuts or copies parameters, or one without some of them.
+        A check is made once for each class of the cascade, wrapper, gradient mode and `occasion`. Returns the process
+        group of a wrapper whose forward runs with gradients for the first time, else None.
         """
         wrapper, grad = DistributedDataParallel._active_ddp_module, torch.is_grad_enabled()
         reference = None if wrapper is None else weakref.ref(wrapper)
