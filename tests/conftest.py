@@ -110,7 +110,6 @@ SAMPLED = {
     "capture/test_bits.py::test_outputs_and_running_statistics_are_the_eager_models": 3,
     "branch/test_by_hand.py::test_convolutions": 3,
     "branch/test_by_hand.py::test_narrow_arithmetic": 3,
-    "capture/test_front_ends.py::test_calls_are_the_eager_models": 3,
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing": 2,
     "capture/test_graph_breaks.py::test_a_checkpoint_goes_on": 3,
     "capture/test_graph_breaks.py::test_copies_find_their_graphs_anew": 4,

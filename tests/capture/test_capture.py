@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import lorasc_fx as lx
 from lorasc_fx.capture import Calls, bind
 from tests.kit.errors import raises, warns
-from tests.kit.models import batches, branches, by_hand, loss_of, optimizer_of, randomize, train
+from tests.kit.models import batches, branches, by_hand, loss_of, optimizer_of, randomize
 
 BOTH = pytest.mark.parametrize("frontend", ["export", "symbolic"])
 
@@ -353,41 +353,6 @@ def test_running_statistics_of_any_batch_norm(frontend: str) -> None:
         assert torch.equal(cascade(x), eager(x))
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
     assert int(model[1].num_batches_tracked) == 2
-
-
-@BOTH
-def test_shared_and_tied_weights_are_one_site(frontend: str) -> None:
-    """Used three times under two names: one branch, and the gradient of the formula."""
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(5, 7, bias=False), nn.Linear(7, 5)
-            self.again = nn.Linear(5, 7)
-            self.again.weight = self.up.weight
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for _ in range(2):
-                x = self.down(torch.tanh(self.up(x)))
-            return self.again(x)
-
-    torch.manual_seed(6)
-    model = Tied().double()
-    original, calls = copy.deepcopy(model), batches(6, 4, 5)
-    spec = lx.CascadeSpec(rank=2, pace=0.5)
-    cascade = lx.adapt(model, (calls[0],), spec=spec, frontend=frontend)
-    assert [(site.weight, site.aliases) for site in cascade.sites] == [
-        ("up.weight", ("again.weight",)),
-        ("down.weight", ()),
-    ]
-    reference = by_hand(original, cascade, pace=0.5)
-    theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.05)
-    own = optimizer_of(cascade)
-    torch.testing.assert_close(train(cascade, own, calls), train(reference, theirs, calls), rtol=0, atol=1e-10)
-    reference.end()
-    released = cascade.release()
-    assert released.again.weight is released.up.weight
-    torch.testing.assert_close(released.up.weight.detach(), reference.weights("slow")["up.weight"], rtol=0, atol=1e-10)
 
 
 def _takes(a: Any, b: Any = None, *rest: Any, c: Any = 1, d: Any = None, **more: Any) -> None: ...

@@ -101,29 +101,6 @@ def test_the_signature_is_the_models(name: str) -> None:
     assert isinstance(cascade, lx.Cascade)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("training", [True, False])
-def test_calls_are_the_eager_models(name: str, training: bool) -> None:
-    torch._dynamo.reset()  # under torch 2.9 strict exports of one class count against the limit of recompilations
-    model = net().train(training)
-    eager = copy.deepcopy(model).requires_grad_(False)
-    cascade = lx.adapt(model, batches(1, 4, 5), spec=SPEC, frontend=name)
-    x, one, shift = batches(1, 6, 5)[0], batches(1, 1, 5)[0], batches(1, 6, 7)[0]
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-        ((x,), {}),
-        ((one,), {}),
-        ((x, 2.0), {}),
-        ((), {"x": x, "scale": 0.5}),
-        ((x,), {"shift": shift}),
-    ]
-    for args, kwargs in calls:
-        assert torch.equal(run(cascade, *args, **kwargs), run(eager, *args, **kwargs))
-    randomize(cascade)
-    for args, kwargs in calls:
-        found, expected = run(cascade, *args, **kwargs), merged(cascade, eager, *args, **kwargs)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
 COMPILERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "script": torch.jit.script,
     "trace": lambda module: torch.jit.trace(module, torch.ones(2, 7, dtype=torch.float64)),
