@@ -307,7 +307,7 @@ class Going:
         with torch.no_grad():
             next(iter(branches_of(self.cascade).values())).lora_B[0, 0] = torch.inf
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the branch of .* was left out", lx.errors.LorascWarning)
+            warnings.filterwarnings("ignore", "the branch of .* holds inf or nan", lx.errors.LorascWarning)
             self.fold(0)
 
     # ---- events
