@@ -16,10 +16,10 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from lorasc_fx.checkpoint.base_file import SINGLE, BaseFile, headers, name_or_pa
 from lorasc_fx.checkpoint.layout import sanitized
 from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.quantized import dense
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import Check, choice, decode
 from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.fingerprint import fingerprint
 
@@ -72,6 +72,16 @@ _TASKS = {
 """Tasks of peft, and what transformers calls its table of models for each."""
 
 
+_Transformers = TypedDict(
+    "_Transformers", {"class": str, "config": dict[str, Any], "attention": Annotated[str, choice(_ATTENTION)] | None}
+)
+
+
+class _Timm(TypedDict):
+    num_classes: Annotated[int, Check(lambda count: count >= 0, "give a number of classes")]
+    file: str | None
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """How a base is built.
@@ -84,10 +94,10 @@ class BaseModel:
             if these are not those of the name.
     """
 
-    library: str
-    name: str
-    dtype: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    library: Annotated[str, choice(_EXTRAS)]
+    name: Annotated[str, Check(lambda name: name and name.isprintable(), "give the name of a base")]
+    dtype: Annotated[str, choice(_DTYPES)]
+    options: dict[str, Any]
 
     @classmethod
     def of(cls, run: Run, call: str, name: str | None = None) -> BaseModel:
@@ -144,27 +154,10 @@ class BaseModel:
         Raises:
             ValueError: it is no such name.
         """
-        strings = [held.get(key) for key in ("library", "name", "dtype")]
-        options = held.get("options")
-        known = isinstance(options, dict) and set(held) == {"library", "name", "dtype", "options"}
-        if not known or not all(isinstance(string, str) and string.isprintable() and string for string in strings):
-            raise ValueError("'model' is not the name of a base: library, name, dtype and options")
-        base = cls(**held)
-        if base.library not in _EXTRAS or base.dtype not in _DTYPES:
-            raise ValueError(f"'model': {sanitized(base.library)} in {sanitized(base.dtype)} is not known")
-        kinds: dict[str, type | tuple[type, ...]] = (
-            {"class": str, "config": dict, "attention": (str, type(None))}
-            if base.library == "transformers"
-            else {"num_classes": int, "file": (str, type(None))}
-        )
-        if {*base.options} != {*kinds} or any(not isinstance(base.options[key], kind) for key, kind in kinds.items()):
-            raise ValueError(f"'model': its options are not {', '.join(kinds)}")
-        if base.options.get("attention") not in (None, *_ATTENTION):
-            raise ValueError(f"'model': its attention is not one of {', '.join(_ATTENTION)}")
+        base: BaseModel = decode(cls, held, ("model",))
+        decode(_Transformers if base.library == "transformers" else _Timm, base.options, ("model", "options"))
         for path, value in _settings_of(base.options.get("config", {})):
             _check_setting(path, value)
-        if not is_integer(base.options.get("num_classes", 0), 0):
-            raise ValueError("'model': its num_classes is no number of classes")
         return base
 
     def build(self, where: str, parameters: int, entries: int = 0) -> nn.Module:

@@ -12,17 +12,17 @@ import glob
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Rule
 from lorasc_fx.state import Factors
-from lorasc_fx.util.checks import is_integer, is_number
+from lorasc_fx.util.decode import Check
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter's folder."""
@@ -54,27 +54,52 @@ UNSUPPORTED = {
 """Features that make an adapter something else than `W + s B A` with or without magnitudes, with the reason."""
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+def _is_safe(pattern: str) -> bool:
+    """Whether a pattern is a regular expression that cannot keep a search busy for long."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(re.findall(r"(?<!\\)[*+{]", pattern)) <= 3 and not re.search(r"\)[*+{]", pattern)
 
 
-FIELDS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "r": (8, lambda value: is_integer(value, 1), "a rank is an integer of 1 or more"),
-    "lora_alpha": (8, lambda value: is_number(value) and 0 < value < 1e30, "it scales the factors: a number above 0"),
-    "rank_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
-    "alpha_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
-    "use_rslora": (False, lambda value: isinstance(value, bool), "give true or false"),
-    "use_dora": (False, lambda value: isinstance(value, bool), "give true or false"),
-    "lora_dropout": (0.0, lambda value: is_number(value) and 0 <= value < 1, "give a share in [0, 1)"),
-    "modules_to_save": ([], _are_names, "give a list of names"),
-    "target_parameters": ([], _are_names, "give a list of names"),
-    "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "give none, all or lora_only"),
-}
-"""Keys of a configuration that the import reads: the value where none is given, what is valid, and in words. A list or
-a table may be null.
-"""
+Pattern = Annotated[str, Check(_is_safe, "give a regular expression that repeats too little to be searched for long")]
+Alpha = Annotated[float, Check(lambda alpha: 0 < alpha < 1e30, "it scales the factors: give a number above 0")]
+Names = tuple[Annotated[str, Check(bool, "give the name of a module or parameter")], ...] | None
 
-READ = {*FIELDS, "init_lora_weights"}
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of a configuration counts, under peft's names; a list or a table may be null.
+
+    Args:
+        r, lora_alpha: where no pattern says otherwise.
+        use_rslora, use_dora, lora_dropout: of all.
+        modules_to_save: ends of paths of modules that are saved whole.
+        target_parameters: names, or ends of names, of adapted parameters.
+    """
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8.0
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, Alpha] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: Dropout = 0.0
+    modules_to_save: Names = None
+    target_parameters: Names = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a module, or parameter, of this name."""
+        return by_pattern(self.rank_pattern or {}, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """Return lora_alpha of a module, or parameter, of this name."""
+        return float(by_pattern(self.alpha_pattern or {}, name, self.lora_alpha))
+
+
+READ = {*(each.name for each in fields(AdapterConfig)), "init_lora_weights"}
 """Keys that a spec is made of."""
 
 PREFIX = "base_model.model."

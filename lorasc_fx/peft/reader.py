@@ -7,12 +7,10 @@ more than the model's own shapes allow.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,21 +18,20 @@ from torch import nn
 
 from lorasc_fx.checkpoint.layout import plain_bytes, sanitized
 from lorasc_fx.checkpoint.manifest import parsed
-from lorasc_fx.errors import CheckpointError, nearest, path_of
+from lorasc_fx.errors import CheckpointError, SpecError, nearest, path_of
 from lorasc_fx.graph import named_weights
 from lorasc_fx.options import SCALES
 from lorasc_fx.peft.format import (
     CONFIG,
     ENDS,
-    FIELDS,
     IGNORED,
     PREFIX,
     RANKS,
     READ,
     TENSORS,
     UNSUPPORTED,
+    AdapterConfig,
     Target,
-    by_pattern,
     keys_of,
     layout_of,
     lora_spec,
@@ -43,6 +40,7 @@ from lorasc_fx.peft.format import (
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Expert, Factors, scaled
+from lorasc_fx.util.decode import decode
 
 
 def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
@@ -61,11 +59,11 @@ def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
     config, canonical = adapter.config, named_weights(model).canonical
     return lora_spec(
         {name: (pair.rank, pair.lora_alpha) for name, pair in adapter.pairs.items()},
-        (config.rank, config.lora_alpha),
+        (config.r, float(config.lora_alpha)),
         (canonical[name] for name in adapter.whole if name in canonical),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        dropout=config.dropout,
+        dropout=float(config.lora_dropout),
     )
 
 
@@ -74,41 +72,7 @@ LONGEST = 1 << 24
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """What `init_lora_weights` may be: the others change the base weights, or need another layer."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What of a configuration counts.
-
-    Args:
-        path: of the file, for messages.
-        rank, lora_alpha: where no pattern says otherwise.
-        ranks, alphas: by pattern.
-        use_rslora, use_dora, dropout: of all.
-        saved: ends of paths of modules that are saved whole.
-        parameters: names, or ends of names, of adapted parameters.
-        bias: `none`, `all` or `lora_only`.
-    """
-
-    path: Path
-    rank: int
-    lora_alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    use_rslora: bool
-    use_dora: bool
-    dropout: float
-    saved: tuple[str, ...]
-    parameters: tuple[str, ...]
-    bias: str
-
-    def rank_of(self, name: str) -> int:
-        """Return the rank of a module, or parameter, of this name."""
-        return by_pattern(self.ranks, name, self.rank)
-
-    def alpha_of(self, name: str) -> float:
-        """Return lora_alpha of a module, or parameter, of this name."""
-        return by_pattern(self.alphas, name, self.lora_alpha)
+_FIELDS = READ - {"init_lora_weights"}
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -151,48 +115,11 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{path}: init_lora_weights is {sanitized(start)}, which changes the base weights themselves",
             code="adapter-not-supported",
         )
-    values = {name: _checked(path, name, data.get(name, default), name) for name, (default, *_) in FIELDS.items()}
-    for name, kind in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        for pattern, value in values[name].items():
-            _check_pattern(path, name, pattern)
-            _checked(path, f"{name}[{pattern!r}]", value, kind)
-    return AdapterConfig(
-        path,
-        rank=values["r"],
-        lora_alpha=float(values["lora_alpha"]),
-        ranks=values["rank_pattern"],
-        alphas={pattern: float(value) for pattern, value in values["alpha_pattern"].items()},
-        use_rslora=values["use_rslora"],
-        use_dora=values["use_dora"],
-        dropout=float(values["lora_dropout"]),
-        saved=tuple(values["modules_to_save"]),
-        parameters=tuple(values["target_parameters"]),
-        bias=values["bias"],
-    )
-
-
-def _checked(path: Path, name: str, value: Any, field: str) -> Any:
-    """Return a value that is valid for a field."""
-    default, is_valid, rule = FIELDS[field]
-    if value is None and isinstance(default, (list, dict)):
-        return default
-    if not is_valid(value):
-        raise CheckpointError(f"{path}: {name} is {sanitized(value)}; {rule}", code="invalid-adapter")
-    return value
-
-
-def _check_pattern(path: Path, name: str, pattern: str) -> None:
-    """Refuse what is no regular expression, and one that could keep a search busy for long."""
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as fault:
-        raise CheckpointError(
-            f"{path}: {name}: {sanitized(pattern)} is no regular expression: {fault}", code="invalid-adapter"
-        ) from fault
-    if len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
-        raise CheckpointError(
-            f"{path}: {name}: {sanitized(pattern)} repeats too much to be searched for safely", code="invalid-adapter"
-        )
+        config: AdapterConfig = decode(AdapterConfig, {key: value for key, value in data.items() if key in _FIELDS})
+    except SpecError as fault:
+        raise CheckpointError(f"{path}: {fault}", code="invalid-adapter") from fault
+    return config
 
 
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -266,7 +193,7 @@ class _Reader:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.tensors = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.saved)]
+        self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.modules_to_save or ())]
         self.targets = [target for path, module in self.modules.items() for target in self._targets(path, module)]
         self.factors = {
             key: (target, index)
@@ -277,7 +204,7 @@ class _Reader:
     def _targets(self, path: str, module: nn.Module) -> list[Target]:
         """Return what peft may adapt of a module's own parameters, under this configuration."""
         parameters = dict(module.named_parameters(recurse=False))
-        ends = tuple(f".{name}" for name in self.config.parameters)
+        ends = tuple(f".{name}" for name in self.config.target_parameters or ())
         named = [leaf for leaf in parameters if f".{path}.{leaf}".endswith(ends)]
         if named:
             return [Target(path, leaf, parameter_layout(module, parameters[leaf].dim())) for leaf in named]
@@ -434,11 +361,12 @@ class _Reader:
 
     def _check_saved(self, names: set[str]) -> None:
         """Refuse an adapter that lacks what its configuration says it trained in full."""
-        for end in self.config.saved:
+        for end in self.config.modules_to_save or ():
             modules = [path for path in self.saved if path.endswith(end)]
             if not modules and end not in _HEADS:
                 raise CheckpointError(
-                    f"{self.config.path}: modules_to_save: the model has no module {end}{nearest(end, self.modules)}",
+                    f"{self.path.with_name(CONFIG)}: modules_to_save: the model has no module {end}"
+                    f"{nearest(end, self.modules)}",
                     code="adapter-does-not-fit",
                 )
             for path in modules:

@@ -288,7 +288,7 @@ def forge(version: Path, **changes: Any) -> None:
         ({"name": "a\nb"}, ("invalid-checkpoint", "model")),
         ({"dtype": "int8"}, ("invalid-checkpoint", "int8")),
         ({"more": 1}, ("invalid-checkpoint", "model")),
-        ({"options": {}}, ("invalid-checkpoint", "class, config, attention")),
+        ({"options": {}}, ("invalid-checkpoint", "model.options.class is missing")),
         ({"options": {"class": "pipeline", "config": {}, "attention": None}}, ("no-base", "pipeline")),
         ({"options": {"class": "os", "config": {}, "attention": None}}, ("no-base", "os")),
         ({"options": {"class": "LlamaForCausalLM", "config": {}, "attention": "me/kernel"}}, ("invalid-checkpoint",)),
