@@ -65,10 +65,10 @@ def _after_collection(phase: str, _info: object) -> None:
 def _is_tracing() -> bool:
     """Whether tensor operations of this thread are observed or compiled."""
     return (
-        _len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch() > 0
+        torch.compiler.is_compiling()  # first: dynamo traces this function, and knows this answer alone
+        or _len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")  # as torch.export traces
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._guards.TracingContext.try_get() is not None
-        or torch.compiler.is_compiling()
         or PROCESS.is_held
     )

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
+from lorasc_fx.util.finalizers import POSTPONED
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, loss_of, randomize
 
@@ -362,3 +363,14 @@ def test_a_compiled_cascade_goes_on_in_another_mode() -> None:
     cascade.eval()
     assert torch.equal(compiled(x), cascade(x))
     assert torch.equal(compiled(x), model(x))
+
+
+def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
+    """It waits while dynamo traces the call, and runs with the next one."""
+    torch._dynamo.reset()
+    cascade, x, ran = lx.adapt(net(), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
+    cascade.eval()(x)
+    POSTPONED.append(lambda: ran.append(1))
+    found = torch.compile(cascade, backend="eager", fullgraph=True)(x)
+    assert torch.equal(found, cascade(x))
+    assert ran == [1]
