@@ -189,55 +189,30 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
         lx.load(tmp_path, net(), args=(X,))
 
 
-@pytest.mark.parametrize(
-    ("form", "message"),
-    [
-        ("linear", ("invalid-value", "form")),
-        (replace(SKEWED, name=""), ("invalid-value",)),
-        (replace(SKEWED, name="aten.mm"), ("invalid-form", "aten.mm")),
-        (
-            replace(SKEWED, kind="lineer"),
-            ("unknown-name", "kind", "my.skewed", "lineer"),
-        ),
-        (replace(SKEWED, kind="recurrent"), ("unknown-name", "kind", "my.skewed", "recurrent")),
-        (
-            replace(own_form.FORM, kind="linears"),
-            ("unknown-name", "my.linear_gelu", "linears", "linear"),
-        ),
-        (
-            replace(SKEWED, weight="kernal"),
-            ("unknown-name", "my.skewed", "kernal", "kernel"),
-        ),
-        (
-            replace(SKEWED, parameters=("kernel", "x")),
-            ("invalid-form", "parameters", "my.skewed", "kernel"),
-        ),
-        (
-            replace(SKEWED, targets=()),
-            ("invalid-value", "targets", "my.skewed"),
-        ),
-        (
-            FunctionForm("my.mm", "linear", (torch.ops.aten.mm.default,), ("self", "mat2"), 2, "mat2", "self"),
-            ("invalid-form", "mm.default", "my.mm", "aten.mm"),
-        ),
-        (
-            FunctionForm("my.matmul", "linear", (torch.matmul,), ("input", "weight"), 2),
-            ("invalid-form", "matmul", "my.matmul", "torch.matmul"),
-        ),
-        (
-            WeightForm("my.bmm", "linear", (torch.ops.aten.bmm.default,), ("self", "mat2"), "mat2"),
-            ("invalid-form", "bmm.default", "my.bmm"),
-        ),
-        (
-            WeightForm("my.einsum", "linear", ("einsum",), ("x", "weight")),
-            ("invalid-form", "einsum", "my.einsum"),
-        ),
-        (
-            ModuleForm("my.Linear", "linear", nn.Linear),
-            ("invalid-form", "my.Linear", "Linear", "nn.Linear"),
-        ),
-    ],
-)
+# fmt: off
+INVALID = [
+    ("linear", ("invalid-value", "form")),
+    (replace(SKEWED, name=""), ("invalid-value",)),
+    (replace(SKEWED, name="aten.mm"), ("invalid-form", "aten.mm")),
+    (replace(SKEWED, kind="lineer"), ("unknown-name", "kind", "my.skewed", "lineer")),
+    (replace(SKEWED, kind="recurrent"), ("unknown-name", "kind", "my.skewed", "recurrent")),
+    (replace(own_form.FORM, kind="linears"), ("unknown-name", "my.linear_gelu", "linears", "linear")),
+    (replace(SKEWED, weight="kernal"), ("unknown-name", "my.skewed", "kernal", "kernel")),
+    (replace(SKEWED, parameters=("kernel", "x")), ("invalid-form", "parameters", "my.skewed", "kernel")),
+    (replace(SKEWED, targets=()), ("invalid-value", "targets", "my.skewed")),
+    (FunctionForm("my.mm", "linear", (torch.ops.aten.mm.default,), ("self", "mat2"), 2, "mat2", "self"),
+        ("invalid-form", "mm.default", "my.mm", "aten.mm")),
+    (FunctionForm("my.matmul", "linear", (torch.matmul,), ("input", "weight"), 2),
+        ("invalid-form", "matmul", "my.matmul", "torch.matmul")),
+    (WeightForm("my.bmm", "linear", (torch.ops.aten.bmm.default,), ("self", "mat2"), "mat2"),
+        ("invalid-form", "bmm.default", "my.bmm")),
+    (WeightForm("my.einsum", "linear", ("einsum",), ("x", "weight")), ("invalid-form", "einsum", "my.einsum")),
+    (ModuleForm("my.Linear", "linear", nn.Linear), ("invalid-form", "my.Linear", "Linear", "nn.Linear")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("form", "message"), INVALID)
 def test_what_cannot_be_registered(form: Any, message: tuple[str, ...]) -> None:
     with raises(lx.SpecError, *message):
         register_form(form)

@@ -267,26 +267,23 @@ def test_every_pass_can_be_parsed() -> None:
 KNOWN = "attention-masks, match-sites, insert-branches, share-inputs, split-inputs, fold-branches, stage-transition"
 
 
-@pytest.mark.parametrize(
-    ("written", "kind", "code", "names"),
-    [
-        ("match-site, insert-branches", PassError, "unknown-name", ("match-site", "nearest: 'match-sites'", KNOWN)),
-        ("match-sites,, fold-branches", PassError, "unknown-name", ("''", KNOWN)),
-        ('match-sites{"specs": {}}', PassError, "unknown-name", ("match-sites", "specs", "nearest: 'spec'")),
-        ('fold-branches{"spec": {}}', PassError, "unknown-name", ("fold-branches", "spec")),
-        ('match-sites{"spec": {"rank": 4}', PassError, "invalid-value", ("match-sites", "line 1 column 21 (char 20)")),
-        ("match-sites{} insert-branches", PassError, "invalid-value", ("match-sites", "insert-branches")),
-        ('match-sites{"spec": 3}', PassError, "invalid-value", ("match-sites", "spec", "3")),
-        ('match-sites{"spec": {"rank": 0}}', SpecError, "invalid-value", ("rank", "0")),
-        ('match-sites{"spec": {"rang": 4}}', SpecError, "unknown-name", ("rang", "nearest: 'rank', 'train', 'ranks'")),
-        (
-            'match-sites{"spec": {"noise": {"strenght": 1}}}',
-            SpecError,
-            "unknown-name",
-            ("noise", "strenght", "strength"),
-        ),
-    ],
-)
+# fmt: off
+UNREADABLE = [
+    ("match-site, insert-branches", PassError, "unknown-name", ("match-site", "nearest: 'match-sites'", KNOWN)),
+    ("match-sites,, fold-branches", PassError, "unknown-name", ("''", KNOWN)),
+    ('match-sites{"specs": {}}', PassError, "unknown-name", ("match-sites", "specs", "nearest: 'spec'")),
+    ('fold-branches{"spec": {}}', PassError, "unknown-name", ("fold-branches", "spec")),
+    ('match-sites{"spec": {"rank": 4}', PassError, "invalid-value", ("match-sites", "line 1 column 21 (char 20)")),
+    ("match-sites{} insert-branches", PassError, "invalid-value", ("match-sites", "insert-branches")),
+    ('match-sites{"spec": 3}', PassError, "invalid-value", ("match-sites", "spec", "3")),
+    ('match-sites{"spec": {"rank": 0}}', SpecError, "invalid-value", ("rank", "0")),
+    ('match-sites{"spec": {"rang": 4}}', SpecError, "unknown-name", ("rang", "nearest: 'rank', 'train', 'ranks'")),
+    ('match-sites{"spec": {"noise": {"strenght": 1}}}', SpecError, "unknown-name", ("noise", "strenght", "strength")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("written", "kind", "code", "names"), UNREADABLE)
 def test_text_that_cannot_be_read(written: str, kind: Any, code: str, names: tuple[str, ...]) -> None:
     with raises(kind, code, *names):
         Pipeline.parse(written)

@@ -50,22 +50,24 @@ def reasons(graph_module: fx.GraphModule, spec: CascadeSpec) -> dict[str, Reason
     }
 
 
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (("linear", "conv"), {"stem.0", "stem.1", "body.up", "body.down", "head"}),
-        (("linear",), {"body.up", "body.down", "head"}),
-        (("conv",), {"stem.0", "stem.1"}),
-        (("stem.0.weight",), {"stem.0"}),
-        (("stem",), {"stem.0", "stem.1"}),  # a glob that names a module means what is in it
-        (("body.up",), {"body.up"}),
-        (("body.*",), {"body.up", "body.down"}),
-        (("*.up", "head"), {"body.up", "head"}),
-        (("conv", "head.weight"), {"stem.0", "stem.1", "head"}),
-        (("stem.[1-9].*",), {"stem.1"}),
-        (("*",), {"stem.0", "stem.1", "body.up", "body.down", "head"}),
-    ],
-)
+# fmt: off
+TARGETS = [
+    (("linear", "conv"), {"stem.0", "stem.1", "body.up", "body.down", "head"}),
+    (("linear",), {"body.up", "body.down", "head"}),
+    (("conv",), {"stem.0", "stem.1"}),
+    (("stem.0.weight",), {"stem.0"}),
+    (("stem",), {"stem.0", "stem.1"}),
+    (("body.up",), {"body.up"}),
+    (("body.*",), {"body.up", "body.down"}),
+    (("*.up", "head"), {"body.up", "head"}),
+    (("conv", "head.weight"), {"stem.0", "stem.1", "head"}),
+    (("stem.[1-9].*",), {"stem.1"}),
+    (("*",), {"stem.0", "stem.1", "body.up", "body.down", "head"}),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("targets", "expected"), TARGETS)
 def test_kinds_and_globs(targets: tuple[str, ...], expected: set[str]) -> None:
     spec = CascadeSpec(targets=targets)
     names = {f"{name}.weight" for name in expected}
@@ -133,50 +135,32 @@ def test_rules_under_rslora() -> None:
     assert sites["head.weight"].scale == 3.0
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (
-            CascadeSpec(targets=("blocks.*.attn.qvk",)),
-            "targets: 'blocks.*.attn.qvk' matches no weight; nearest: 'blocks.1.attn.qkv', 'blocks.0.attn.qkv', "
-            "'blocks.1.attn.proj'",
-        ),
-        (CascadeSpec(targets=("linaer",)), "targets: 'linaer' matches no weight; nearest: 'linear'"),
-        (
-            CascadeSpec(targets=("zzz",)),
-            "targets: 'zzz' matches no weight; known: 'pos', 'blocks.0.attn.qkv.weight', "
-            "'blocks.0.attn.proj.weight', 'blocks.0.fc1.weight', "
-            "'blocks.0.fc2.weight' and 6 more",
-        ),
-        (
-            CascadeSpec(targets=("linear", "head.wieght")),
-            "targets: 'head.wieght' matches no weight; nearest: 'head.weight', 'spare.weight', 'head'",
-        ),
-        (
-            CascadeSpec(targets=("head.bias",)),
-            "targets: 'head.bias' matches no weight; nearest: 'head', 'head.weight'",
-        ),
-        (
-            CascadeSpec(exclude=("head.bais",)),
-            "exclude: 'head.bais' matches no parameter; nearest: 'head.bias', 'head', 'head.weight'",
-        ),
-        (
-            CascadeSpec(exclude=("linear",)),
-            "exclude: 'linear' matches no parameter; known: 'pos', 'blocks.0.norm.weight', 'blocks.0.norm.bias', "
-            "'blocks.0.attn.qkv.weight', 'blocks.0.attn.qkv.bias' and 20 more",
-        ),
-        (
-            CascadeSpec(train=("heads.*",)),
-            "train: 'heads.*' matches no parameter; nearest: 'head', 'head.bias', 'head.weight'",
-        ),
-        (
-            CascadeSpec(rules=(Rule("*.fc3", rank=2),)),
-            "rules: '*.fc3' matches no weight; known: 'pos', 'blocks.0.attn.qkv.weight', "
-            "'blocks.0.attn.proj.weight', 'blocks.0.fc1.weight', "
-            "'blocks.0.fc2.weight' and 6 more",
-        ),
-    ],
-)
+# fmt: off
+UNKNOWN = [
+    (CascadeSpec(targets=("blocks.*.attn.qvk",)),
+        "targets: 'blocks.*.attn.qvk' matches no weight; nearest: 'blocks.1.attn.qkv', 'blocks.0.attn.qkv', "
+        "'blocks.1.attn.proj'"),
+    (CascadeSpec(targets=("linaer",)), "targets: 'linaer' matches no weight; nearest: 'linear'"),
+    (CascadeSpec(targets=("zzz",)), "targets: 'zzz' matches no weight; known: 'pos', 'blocks.0.attn.qkv.weight', "
+        "'blocks.0.attn.proj.weight', 'blocks.0.fc1.weight', " "'blocks.0.fc2.weight' and 6 more"),
+    (CascadeSpec(targets=("linear", "head.wieght")),
+        "targets: 'head.wieght' matches no weight; nearest: 'head.weight', 'spare.weight', 'head'"),
+    (CascadeSpec(targets=("head.bias",)), "targets: 'head.bias' matches no weight; nearest: 'head', 'head.weight'"),
+    (CascadeSpec(exclude=("head.bais",)),
+        "exclude: 'head.bais' matches no parameter; nearest: 'head.bias', 'head', 'head.weight'"),
+    (CascadeSpec(exclude=("linear",)),
+        "exclude: 'linear' matches no parameter; known: 'pos', 'blocks.0.norm.weight', 'blocks.0.norm.bias', "
+        "'blocks.0.attn.qkv.weight', 'blocks.0.attn.qkv.bias' and 20 more"),
+    (CascadeSpec(train=("heads.*",)),
+        "train: 'heads.*' matches no parameter; nearest: 'head', 'head.bias', 'head.weight'"),
+    (CascadeSpec(rules=(Rule("*.fc3", rank=2),)),
+        "rules: '*.fc3' matches no weight; known: 'pos', 'blocks.0.attn.qkv.weight', "
+        "'blocks.0.attn.proj.weight', 'blocks.0.fc1.weight', " "'blocks.0.fc2.weight' and 6 more"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("spec", "message"), UNKNOWN)
 @pytest.mark.parametrize("mode", ["own", "live"])
 def test_a_pattern_that_means_nothing(spec: CascadeSpec, message: str, mode: str) -> None:
     graph_module = ENCODER.graph(mode)
@@ -188,41 +172,24 @@ def test_a_pattern_that_means_nothing(spec: CascadeSpec, message: str, mode: str
     photograph.assert_unchanged()
 
 
-@pytest.mark.parametrize(
-    ("case", "spec", "message"),
-    [
-        (
-            "module_mixed_uses",
-            CascadeSpec(exclude=("back",)),
-            "the spec leaves no site to adapt:\n"
-            "  lin.weight: mixed-uses (module lin is called whole, and node linear (call_function torch._C._nn.linear) "
-            "uses its weight as well)\n"
-            "  back.weight: excluded (excluded by the spec)",
-        ),
-        (
-            "module_linear",
-            CascadeSpec(targets=("conv",)),
-            "the spec leaves no site to adapt:\n"
-            "  no weight that the graph uses is of a kind or name in targets=('conv',)",
-        ),
-        (
-            "module_linear",
-            CascadeSpec(exclude=("0",), train=("2.*",)),
-            "the spec leaves no site to adapt:\n"
-            "  0.weight: excluded (excluded by the spec)\n"
-            "  2.weight: trained-in-full (trained in full, as the spec asks)",
-        ),
-        (
-            "aten_bare_matrices",
-            CascadeSpec(exclude=("w[0-2]",)),
-            "the spec leaves no site to adapt:\n"
-            "  w0: excluded (excluded by the spec)\n"
-            "  w1: excluded (excluded by the spec)\n"
-            "  w2: excluded (excluded by the spec)\n"
-            "  w3: unreached (no node of this graph uses it)",
-        ),
-    ],
-)
+# fmt: off
+WITHOUT_SITES = [
+    ("module_mixed_uses", CascadeSpec(exclude=("back",)), "the spec leaves no site to adapt:\n"
+        "  lin.weight: mixed-uses (module lin is called whole, and node linear (call_function torch._C._nn.linear) "
+        "uses its weight as well)\n  back.weight: excluded (excluded by the spec)"),
+    ("module_linear", CascadeSpec(targets=("conv",)), "the spec leaves no site to adapt:\n"
+        "  no weight that the graph uses is of a kind or name in targets=('conv',)"),
+    ("module_linear", CascadeSpec(exclude=("0",), train=("2.*",)), "the spec leaves no site to adapt:\n"
+        "  0.weight: excluded (excluded by the spec)\n"
+        "  2.weight: trained-in-full (trained in full, as the spec asks)"),
+    ("aten_bare_matrices", CascadeSpec(exclude=("w[0-2]",)), "the spec leaves no site to adapt:\n"
+        "  w0: excluded (excluded by the spec)\n  w1: excluded (excluded by the spec)\n"
+        "  w2: excluded (excluded by the spec)\n  w3: unreached (no node of this graph uses it)"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("case", "spec", "message"), WITHOUT_SITES)
 def test_no_site_at_all(case: str, spec: CascadeSpec, message: str) -> None:
     graph_module = BY_NAME[case].own()
     photograph = Photograph(graph_module, BY_NAME[case])
