@@ -46,9 +46,9 @@ def shard_axis(tensor: Any) -> int | None:
     return next((placement.dim for placement in placements if hasattr(placement, "dim")), None)
 
 
-def shard_of(tensor: Any) -> ShardSpec | None:
-    """Return which shard of a tensor is here; None for one that is whole."""
-    return None if shard_axis(tensor) is None else ShardSpec.of(tensor)
+def shard_of(tensor: Any) -> ShardSpec:
+    """Return which shard of a tensor is here."""
+    return WHOLE if shard_axis(tensor) is None else ShardSpec.of(tensor)
 
 
 def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
@@ -63,7 +63,7 @@ def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the shard of a tensor that this process holds of one like it; of a plain one all."""
     if hasattr(tensor, "to_local"):
         return local(tensor)
-    return ShardSpec.of(like).take(tensor) if shard_axis(like) is not None else tensor
+    return shard_of(like).take(tensor)
 
 
 def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
@@ -277,14 +277,14 @@ class ShardSpec:
     Args:
         first, count, total: of the axis.
         group: the ranks that hold all of the weight together.
-        axis: that is cut.
+        axis: that is cut; None if the weight is whole here (`WHOLE`).
     """
 
-    first: int
-    count: int
-    total: int
-    group: ProcessGroup
-    axis: int = 0
+    first: int = 0
+    count: int = 0
+    total: int = 0
+    group: ProcessGroup = ONE_PROCESS
+    axis: int | None = None
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
@@ -294,7 +294,7 @@ class ShardSpec:
         handle = mesh.get_group(across)
         group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
         if axis is None:
-            return cls(0, tensor.shape[0], tensor.shape[0], group)
+            return cls(0, tensor.shape[0], tensor.shape[0], group, 0)
         total = tensor.shape[axis]
         return cls(*chunk_of(total, mesh.size(across), mesh.get_local_rank(across)), total, group, axis)
 
@@ -310,11 +310,11 @@ class ShardSpec:
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this shard of a whole tensor."""
-        return tensor.narrow(self.axis, self.first, self.count)
+        return tensor if self.axis is None else tensor.narrow(self.axis, self.first, self.count)
 
     def whole(self, shard: torch.Tensor) -> torch.Tensor:
         """Return the whole tensor whose shard is here, on its device. Every rank must call this at the same point."""
-        if self.group.handle is None:
+        if self.group.handle is None or self.axis is None:
             return shard
         rows = shard.movedim(self.axis, 0)
         size = self.group.size
@@ -328,7 +328,7 @@ class ShardSpec:
 
     def full_shape(self, shard: torch.Size) -> torch.Size:
         """Return the shape of a whole tensor whose shard has this one."""
-        return torch.Size((*shard[: self.axis], self.total, *shard[self.axis + 1 :]))
+        return shard if self.axis is None else torch.Size((*shard[: self.axis], self.total, *shard[self.axis + 1 :]))
 
     def std(self, shard: torch.Tensor) -> float:
         """Return the standard deviation of a whole tensor whose shard is here, as `torch.std` does it. All-reduced."""
@@ -338,6 +338,10 @@ class ShardSpec:
         exact = shard.double()
         mean = self.group.sum(exact.sum().item()) / count
         return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))
+
+
+WHOLE = ShardSpec()
+"""The shard spec of a weight on one process: its methods return the weight, and its group is one process."""
 
 
 def chunk_of(total: int, size: int, rank: int) -> tuple[int, int]:

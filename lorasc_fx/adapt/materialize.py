@@ -75,7 +75,7 @@ def materialize(
         )
     path, model = path_of(files), cascade.model
     args, kwargs = cascade._graphs.example if cascade._graphs.example is not None else ((), None)
-    if run.slow.group is not None:
+    if run.is_sharded:
         target = torch.device(run.slow.group.device)
         if device is not None and _device(device).type != target.type:
             raise SpecError(f"materialize: device is {device!r}, and the shards are on {target}; leave it out")
@@ -114,7 +114,6 @@ def _into_shards(
     """Read the shards that are here, and begin on them."""
     run, model, meta, group = cascade._run, cascade.model, cascade._run.meta, cascade._run.slow.group
     assert meta is not None
-    assert group is not None
     with group.agreed("materialize"):
         numbers = find_numbers(model, path, meta.groups, buffers)
         names = {id(value): name for name, value in run.parameters_by_name().items()}

@@ -20,7 +20,7 @@ from torch import fx, nn
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
+from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 
 
@@ -84,7 +84,7 @@ class Branch(nn.Module, abc.ABC):
         """The trainable length of each row [out]; None where nothing scales the rows (`RowScale`)."""
         return None
 
-    def norms(self, weight: torch.Tensor, shard: ShardSpec | None = None) -> torch.Tensor:
+    def norms(self, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> torch.Tensor:
         """Return the length of each row [out] of the adapted weight, where magnitudes scale them."""
         raise NotImplementedError(f"{type(self).__name__} has no magnitudes")
 

@@ -20,7 +20,7 @@ from lorasc_fx.branch.linear import MatrixBranch
 from lorasc_fx.branch.low_rank import plus
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import ShardSpec, full_tensor
+from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor
 
 
 @fx.wrap  # one node in a trace of torch.fx, which records neither no_grad nor autocast
@@ -62,16 +62,13 @@ class DoraBranch(Branch):
         """The magnitudes m [out]."""
         return self.lora_magnitude_vector
 
-    def norms(self, weight: torch.Tensor, shard: ShardSpec | None = None) -> torch.Tensor:
+    def norms(self, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> torch.Tensor:
         """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros.
 
         With a shard the weight is that of W, and the rows are those that are here; all-reduced where rows are cut.
         """
-        left, right = self.oriented()
+        left, right = map(full_tensor, self.oriented())
         axis = 0 if self.transposed else 1
-        if shard is None:
-            return row_norms(weight, left, right, self.scale, axis)
-        left, right = full_tensor(left), full_tensor(right)
         left, right = (shard.take(left), right) if shard.axis == 0 else (left, shard.take(right))
         return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
 

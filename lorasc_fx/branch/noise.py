@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from lorasc_fx.options import DISTRIBUTIONS
-from lorasc_fx.shards import ShardSpec
+from lorasc_fx.shards import WHOLE, ShardSpec
 from lorasc_fx.spec import Noise
 
 BLOCK, WIDE = 32768, 1024
@@ -31,12 +31,12 @@ def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generat
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec | None = None) -> float:
+def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> float:
     """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0.
 
     With a shard the weight is that of W. All-reduced then: every rank must call this at the same point.
     """
-    if noise.strength and shard is not None:
+    if noise.strength and shard.axis is not None:
         return noise.strength * _std_of_all(weight, shard)
     if noise.strength == 0 or weight.numel() < 2:
         return 0.0
@@ -57,7 +57,7 @@ def _std_of_all(weight: torch.Tensor, shard: ShardSpec) -> float:
 
 
 def noise_size(
-    noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec | None
+    noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec
 ) -> torch.Tensor | float:
     """Return what a draw is multiplied by: the `amplitude`, or of a distribution by rows `strength * |W_i| / sqrt(n)`
     of each row i of n entries, of a shape that broadcasts over the weight.
@@ -76,13 +76,13 @@ def noise_size(
     rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != row_axis]
     sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
     shape = weight.shape
-    if shard is not None and shard.axis in rest:
+    if shard.axis in rest:
         sizes, shape = shard.group.sum_of(sizes.square()).sqrt(), shard.full_shape(shape)
     return sizes.mul_(noise.strength / math.sqrt(max(1, math.prod(shape[axis] for axis in rest))))
 
 
 def draw(
-    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, shard: ShardSpec | None = None
+    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, shard: ShardSpec = WHOLE
 ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """Yield the unscaled noise of this address by blocks: where each lies in the weight, and its numbers, in fp32 on
     the CPU.
@@ -91,10 +91,8 @@ def draw(
     in the whole weight: of blocks that lie in it in part, the rest is drawn and dropped.
     """
     distribution, purpose = DISTRIBUTIONS[noise.distribution], f"noise of step {step}" if step else "noise"
-    full = shape if shard is None else shard.full_shape(shape)
-    firsts = [0] * len(full)
-    if shard is not None:
-        firsts[shard.axis] = shard.first
+    full = shard.full_shape(shape)
+    firsts = [shard.first if axis == shard.axis else 0 for axis in range(len(full))]
     axes = [_pieces(*axis) for axis in zip(firsts, shape, full, block_of(full), strict=True)]
     for pieces in itertools.product(*axes) if math.prod(shape) else ():
         index, sizes, places, parts = zip(*pieces, strict=True)

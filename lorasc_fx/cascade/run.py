@@ -270,7 +270,7 @@ class Run(RunBase):
             StateError: see `Surroundings.check`; or the ranks are not alike.
         """
         occasion = self.plan.stage, len(self.branches), self.grouped
-        group = self.surroundings.check(kind, self.trainable, self.slow.group is None, *occasion)
+        group = self.surroundings.check(kind, self.trainable, not self.is_sharded, *occasion)
         if group is not None:
             ProcessGroup.of(group).check_alike("DistributedDataParallel", self.facts(self._checksums))
 
@@ -331,7 +331,7 @@ class Run(RunBase):
             self.base_file.check(call)
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
-        if self.slow.some(bool(waiting)) and ends_stage:
+        if self.slow.group.any(bool(waiting)) and ends_stage:
             waiting = waiting or ["what another process holds"]
             raise StateError(
                 f"{call}: gradients are pending on {named(waiting, 1)}: they belong to the stage that ends. "

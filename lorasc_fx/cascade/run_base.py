@@ -156,7 +156,7 @@ class RunBase:
     @property
     def is_sharded(self) -> bool:
         """Whether a process holds only its share of the weights, as under FSDP."""
-        return self.slow.group is not None
+        return self.slow.group.handle is not None
 
     @property
     def holds_numbers(self) -> bool:
@@ -197,7 +197,7 @@ class RunBase:
         broken = None
         if not sums_are_finite(list(known.values())):
             broken = next((name for name, value in known.items() if not _is_finite(value)), None)
-        if self.slow.some(broken is not None):
+        if self.slow.group.any(broken is not None):
             raise StateError(
                 f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
                 "was adapted; nothing was changed or written. Find the batch that did it, and go on from the last "
@@ -243,20 +243,20 @@ class RunBase:
         """
         parameters = self.weights_by_name()
         changed = self.changed(self._checksums)
-        if changed is None and self.slow.group is None:  # what is trained in full may have other numbers
+        if changed is None and not self.is_sharded:  # what is trained in full may have other numbers
             bases = {name: state.base for name, state in self.slow.trained.items()}
             now = {name: _parameter(self.model, name) for name in bases}
             changed = next(
                 (name for name, base in bases.items() if getattr(now[name], "shape", None) != base.shape), None
             )
-        if self.slow.some(changed is not None):
+        if self.slow.group.any(changed is not None):
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "
                 "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
                 "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load",
                 code="weights-changed-outside",
             )
-        for site in self.plan.sites if self.slow.group is None else ():
+        for site in () if self.is_sharded else self.plan.sites:
             for alias in site.aliases:
                 other = _parameter(self.model, alias)
                 if other is not None and other is not parameters.get(site.weight):
@@ -276,8 +276,8 @@ class RunBase:
         Raises:
             StateError: such a one was written since the weights were sharded: no process has the whole of it.
         """
-        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None
-        if slow.group is not None and (name := self.changed(self._frozen)) is not None:
+        slow, moved = self.slow, self.moved_parameters()
+        if self.is_sharded and (name := self.changed(self._frozen)) is not None:
             raise StateError(
                 f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
                 "checkpoint holds it: put it back, or change it before shard",
@@ -285,7 +285,8 @@ class RunBase:
             )
         bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
         parameters = {name: value for name, value in self.parameters_by_name().items() if name not in moved}
-        frozen = checksums({name: value for name, value in parameters.items() if whole and name not in bases})
+        others = {} if self.is_sharded else {name: value for name, value in parameters.items() if name not in bases}
+        frozen = checksums(others)
         for name in [name for name in frozen if name in self._fingerprints and frozen[name] != self._frozen[name]]:
             del self._fingerprints[name]
             self.warned.once(

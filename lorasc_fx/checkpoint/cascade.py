@@ -17,7 +17,7 @@ from lorasc_fx.cascade import Cascade, experts
 from lorasc_fx.checkpoint import given_run, reader, training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.errors import SpecError, StateError, path_of
-from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
+from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.util.undo import Undo, commit
 
 
@@ -54,7 +54,7 @@ class SavedCascade(Cascade):
                 have loaded different versions, or another rank has failed or is gone.
             CheckpointError: the checkpoint holds no such state, or that of another optimizer.
         """
-        ranks = self._run.slow.group or ProcessGroup.of(group)
+        ranks = self._run.slow.group if self._run.is_sharded else ProcessGroup.of(group)
         with ranks.agreed("resume"):
             self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:
@@ -235,5 +235,5 @@ def save(
             code="invalid-value",
         )
     run = model._run
-    group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group or ONE_PROCESS
+    group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group
     return writer.write_version(run, path_of(folder), optimizer, scheduler, dict(extra or {}), keep, group)

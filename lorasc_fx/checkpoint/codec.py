@@ -33,7 +33,7 @@ from lorasc_fx.checkpoint.manifest import EXPERT_FIELDS, VIEWS
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.shards import local, local_like, shard_axis
+from lorasc_fx.shards import WHOLE, local, local_like, shard_axis
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trainer, View, WeightState
 from lorasc_fx.util.undo import Undo
@@ -95,9 +95,8 @@ class RunState:
         """Return bare states of whole weights on the meta device."""
         states = []
         for state in self.slow.states.values():
-            shape = state.base.shape if state.shard is None else state.shard.full_shape(state.base.shape)
-            base = torch.empty(shape, dtype=state.base.dtype, device="meta")
-            states.append(replace(state, shard=None).bare(base))
+            base = torch.empty(state.shard.full_shape(state.base.shape), dtype=state.base.dtype, device="meta")
+            states.append(replace(state, shard=WHOLE).bare(base))
         return states
 
     def placed_like(self, other: RunState) -> RunState:

@@ -259,6 +259,6 @@ def _shard_of(handle: Any, key: str, like: torch.Tensor) -> torch.Tensor:
     shard = ShardSpec.of(like)
     if not shard.count:
         return torch.empty(local(like).shape)
-    cut = (*(slice(None) for _ in range(shard.axis)), slice(shard.first, shard.first + shard.count))
+    cut = (*(slice(None) for _ in range(shard.axis or 0)), slice(shard.first, shard.first + shard.count))
     tensor = handle.get_slice(key)[cut]
     return tensor

@@ -139,7 +139,7 @@ def check_between_steps(run: Run, call: str) -> None:
 def check_finite(run: Run) -> None:
     """Refuse to keep what a load would refuse; the version before is worth more."""
     run.check_buffers("save")
-    if run.plan.spec.on_nonfinite == "raise" and run.slow.some(not all_finite(run.by_key.values())):
+    if run.plan.spec.on_nonfinite == "raise" and run.slow.group.any(not all_finite(run.by_key.values())):
         broken = next(
             (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"
         )
@@ -198,9 +198,9 @@ def contents(
         ) from fault
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
-    if run.slow.group is not None:
-        sharded = {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
-        manifest["shards"] = axes | sharded
+    axes |= {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
+    if axes:
+        manifest["shards"] = axes
         tensors = {name: local(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not training_state.is_storable(tensor):

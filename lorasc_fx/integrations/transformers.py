@@ -305,7 +305,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                     f"CascadeCallback: {name} is {getattr(args, name)!r}, and the weights are sharded; {advice}",
                     code="trainer-not-supported",
                 )
-        if run.slow.group is not None and run.slow.group.size != args.world_size:
+        if run.is_sharded and run.slow.group.size != args.world_size:
             raise StateError(
                 f"CascadeCallback: the cascade is sharded over other ranks than the {args.world_size} processes of "
                 "the Trainer, which gives each of them data of its own: shard it over all of them",

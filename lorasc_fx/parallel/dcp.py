@@ -26,7 +26,6 @@ from lorasc_fx.cascade import Cascade
 from lorasc_fx.checkpoint import training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, digest_of, from_state_dict, packed
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.shards import ONE_PROCESS
 
 __all__ = ["load", "state_dict"]
 
@@ -54,7 +53,7 @@ def state_dict(
         CheckpointError, StateError, NonFiniteBranch: as of `lorasc_fx.save`.
     """
     run, call = cascade._run, "state_dict"
-    group = run.slow.group or ONE_PROCESS
+    group = run.slow.group
     kept = dict(extra or {})
     with group.agreed(call):
         run.check_ready(call, sharded=True)

@@ -159,7 +159,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
         StateError: the cascade is not sharded, or not between two steps.
     """
     run = cascade._run
-    if run.slow.group is None:
+    if not run.is_sharded:
         raise StateError(
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
@@ -199,7 +199,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "torch.distributed.init_process_group first",
             code="not-sharded",
         )
-    if run.slow.group is not None:
+    if run.is_sharded:
         raise StateError("shard: this cascade is sharded already", code="sharded")
     if (
         mesh is not None

@@ -22,7 +22,7 @@ from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.shards import ShardSpec, full_tensor, local
+from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
@@ -155,8 +155,8 @@ def begin_stage(
             if spec.factor_start.of_delta:
                 exact = exact - dense(state.base).to(exact)
             a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec, a)
-            if state.shard is not None:  # a decomposition is not the same bits on all machines
-                a, b = state.shard.group.of_first(a), state.shard.group.of_first(b)
+            # A decomposition is not the same bits on all machines.
+            a, b = state.shard.group.of_first(a), state.shard.group.of_first(b)
         started.lora_A.copy_(a)
         started.lora_B.copy_(b)
         if noisy and spec.factor_start.from_weight:
@@ -370,22 +370,19 @@ def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Fact
     communication.
     """
     with torch.no_grad():
-        initial, shard = state.initial, state.shard
+        initial = state.initial
         if initial is not None and initial.factors is not None:
             now, first, dtype = initial_factors(branch).map(state.cut), initial.factors, branch.lora_A.dtype
             b = torch.cat([now.b - first.b, first.b], dim=-1)
             a = torch.cat([now.a, now.a - first.a], dim=-2)
             return Factors(cast(b, dtype, device), cast(a, dtype, device))
         left, right = branch.oriented()
-        cut = {side for side in (Side.LEFT, Side.RIGHT) if state.axis(side) is not None}
-        left = _shard_of(left, shard) if shard is not None and Side.LEFT in cut else full_tensor(left)
-        right = _shard_of(right, shard) if shard is not None and Side.RIGHT in cut else full_tensor(right)
+        left, right = _part_of(left, state, Side.LEFT), _part_of(right, state, Side.RIGHT)
         return Factors((left * branch.scale).to(device), right.clone().to(device))
 
 
-def _shard_of(factor: torch.Tensor, shard: ShardSpec) -> torch.Tensor:
-    """Return the shard of a factor: its own where it is cut as the weight is, else of all of it, which is small."""
-    held = ShardSpec.of(factor) if hasattr(factor, "to_local") else None
-    if held is not None and held.axis == shard.axis:
-        return local(factor)
-    return shard.take(full_tensor(factor))
+def _part_of(factor: torch.Tensor, state: WeightState, side: Side) -> torch.Tensor:
+    """Return the part of a factor that this rank needs: its own shard if the factor is cut like the weight."""
+    if state.axis(side) is None:
+        return full_tensor(factor)
+    return local(factor) if shard_of(factor).axis == state.shard.axis else state.shard.take(full_tensor(factor))

@@ -16,7 +16,7 @@ from torch import nn
 from lorasc_fx.branch import Branch
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like, shard_of
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state.engine import (
     Trainer,
@@ -44,25 +44,21 @@ class SlowWeights:
         idle: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
-        group: the processes that hold the weights in shards, of which this one has its own; None for one process.
+        group: the processes that hold the weights in shards, of which this one has its own.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
     idle: bool = False
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
-    group: ProcessGroup | None = None
+    group: ProcessGroup = ONE_PROCESS
 
     @cached_property
     def trained(self) -> Mapping[str, WeightState]:
         """The states of the parameters trained in full."""
         return {name: state for name, state in self.states.items() if state.full}
 
-    def some(self, flag: bool) -> bool:
-        """Whether it holds here, or on a process that holds other shards."""
-        return flag if self.group is None else self.group.any(flag)
-
-    def to_shard(self, specs: Mapping[str, ShardSpec | None], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
+    def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
         """Return the state of this rank's shards of the weights, by name. If `mapped`, W0 stays in its file."""
         states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
         return replace(self, states=states, group=group)
@@ -150,7 +146,7 @@ class SlowWeights:
     def moved(self, trainers: Mapping[str, Trainer]) -> bool:
         """Whether one of these, by weight name, has left the start of its stage, here or elsewhere."""
         trained = [has_trained(trainer, self.started(name)) for name, trainer in trainers.items()]
-        return self.some(any(trained))  # all are asked first: ranks talk
+        return self.group.any(any(trained))  # all are asked first: ranks talk
 
     def after_stage(self, plan: Plan, trainers: Mapping[str, Trainer]) -> SlowWeights:
         """Return the state after the slow update of the running stage (algorithm.md, row "slow update").
@@ -164,7 +160,7 @@ class SlowWeights:
         """
         spec, noisy, left_out = plan.spec, not self.idle, set[str]()
         branches = [trainer for trainer in trainers.values() if isinstance(trainer, Branch)]
-        finite = not self.some(not all_finite(branches))
+        finite = self.group.all(all_finite(branches))
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(AFFORDABLE, size)
         share = spec.average_share(self.averaged)

@@ -29,7 +29,7 @@ import torch
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.shards import ShardSpec
+from lorasc_fx.shards import WHOLE, ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
 from lorasc_fx.state.products import accumulate, arithmetic, cast, exact_products, summing
 
@@ -197,7 +197,7 @@ class WeightState(Tree):
         row_scale: of W0 [out] in fp64, as it was when experts were summed.
         noises: that stay.
         initial: factors of the running stage; None for B = 0.
-        shard: which shard of the weight all of this is of, where other processes hold the others.
+        shard: which shard of the weight all of this is of.
         full: it is trained in full. Then there are no experts and no noise.
         rule: of a parameter trained in full, the first of the spec's train_rules that means it.
     """
@@ -212,7 +212,7 @@ class WeightState(Tree):
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
     noises: tuple[KeptNoise, ...] = ()
     initial: InitialFactors | None = None
-    shard: ShardSpec | None = None
+    shard: ShardSpec = WHOLE
     full: bool = False
     rule: TrainRule | None = None
 
@@ -269,7 +269,7 @@ class WeightState(Tree):
 
     def every(self, flag: bool) -> bool:
         """Whether it holds here, and on every process that holds a shard of this weight. All-reduced."""
-        return flag if self.shard is None else self.shard.group.all(flag)
+        return self.shard.group.all(flag)
 
     def exact(
         self,
@@ -516,10 +516,9 @@ class WeightState(Tree):
             return ranks > self._carried(carry_rank)
         if self.slow.dense is not None:
             return ranks > 0
-        rows, columns = self.matrix[-2:]
-        if self.shard is not None:  # so that all processes come to the same
-            _, *whole = ((1,) if not self.stacked else ()) + self.shard.full_shape(self.base.shape)
-            rows, columns = whole[0], math.prod(whole[1:])
+        # Of the whole weight, so that all processes come to the same.
+        rows, *rest = self.shard.full_shape(self.base.shape)[1 if self.stacked else 0 :]
+        columns = math.prod(rest)
         return ranks * (rows + columns) > rows * columns
 
     def collapsed(self, carry_rank: int | None = None) -> WeightState:
@@ -577,9 +576,9 @@ class WeightState(Tree):
 
     def axis(self, side: Side) -> int | None:
         """Return the axis along which a tensor of this side is cut, as the weight is; None where it is whole."""
-        return None if self.shard is None else side.axis(self.shard.axis, self.stacked, self.transposed)
+        return None if self.shard.axis is None else side.axis(self.shard.axis, self.stacked, self.transposed)
 
-    def to_shard(self, shard: ShardSpec | None, mapped: bool = False) -> WeightState:
+    def to_shard(self, shard: ShardSpec, mapped: bool = False) -> WeightState:
         """Return the state of the shard that is here, in memory of its own; W0 stays in its file where `mapped`."""
         part = replace(self, shard=shard)
 
@@ -591,7 +590,7 @@ class WeightState(Tree):
     def cut(self, value: torch.Tensor, side: Side, copied: bool = True) -> torch.Tensor:
         """Return of a whole tensor that lies beside the weight what is here, in memory of its own where `copied`."""
         axis = self.axis(side)
-        if self.shard is None or axis is None:
+        if axis is None:
             return value
         here = value.narrow(axis, self.shard.first, self.shard.count)
         return here.clone() if copied else here
@@ -599,7 +598,7 @@ class WeightState(Tree):
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
         """Return the whole of a tensor that lies beside the weight. Every rank must call this at the same point."""
         axis = self.axis(side)
-        return value if self.shard is None or axis is None else replace(self.shard, axis=axis).whole(value)
+        return replace(self.shard, axis=axis).whole(value)
 
     # ---- faults
 

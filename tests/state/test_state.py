@@ -100,7 +100,7 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
     state = full(shape, stacked, transposed)
     whole = state.exact(which, torch.float64)
     for axis in axes:
-        shard = ShardSpec(1, shape[axis] - 2, shape[axis], None, axis)  # type: ignore[arg-type]
+        shard = ShardSpec(1, shape[axis] - 2, shape[axis], axis=axis)
         here = state.to_shard(shard).exact(which, torch.float64)
         assert here.shape == shard.take(whole).shape
         torch.testing.assert_close(here, shard.take(whole), rtol=1e-14, atol=1e-14)
