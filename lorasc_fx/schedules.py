@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -14,10 +15,12 @@ from lorasc_fx.branch import generator
 from lorasc_fx.cascade import Cascade
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.checks import is_integer, is_number
+from lorasc_fx.util.decode import Check, check
 
 __all__ = ["Plateau", "StageSchedule", "shuffled_batches"]
 
 
+@dataclass(eq=False)
 class Plateau:
     """Tells when a stage is over: after more than `patience` reports in a row that were not better than the best.
 
@@ -40,24 +43,15 @@ class Plateau:
         SpecError: an invalid value.
     """
 
-    def __init__(
-        self,
-        patience: int = 2,
-        threshold: float = 1e-4,
-        mode: Literal["min", "max"] = "min",
-        threshold_mode: Literal["rel", "abs"] = "rel",
-    ) -> None:
-        if not is_integer(patience, 0):
-            raise SpecError(f"Plateau: patience is {patience!r}; give a number of reports, an integer of 0 or more")
-        if not is_number(threshold) or not 0 <= threshold < math.inf:
-            raise SpecError(f"Plateau: threshold is {threshold!r}; give a finite number of 0 or more")
-        if mode not in ("min", "max"):
-            raise SpecError(f"Plateau: mode is {mode!r}; give 'min' or 'max'")
-        if threshold_mode not in ("rel", "abs"):
-            raise SpecError(f"Plateau: threshold_mode is {threshold_mode!r}; give 'rel' or 'abs'")
-        self.patience, self.threshold, self.mode, self.threshold_mode = patience, threshold, mode, threshold_mode
-        self.best: float | None = None
-        self.waited = 0
+    patience: Annotated[int, Check(lambda reports: reports >= 0, "give a number of reports, 0 or more")] = 2
+    threshold: Annotated[float, Check(lambda share: share >= 0, "give a finite number of 0 or more")] = 1e-4
+    mode: Literal["min", "max"] = "min"
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    best: float | None = field(default=None, init=False)
+    waited: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        check(self, "Plateau")
 
     def over(self, metric: Any) -> bool:
         """Report a metric, a number or a tensor of one; return whether the stage is over.
