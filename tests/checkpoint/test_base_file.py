@@ -355,30 +355,17 @@ def named(folder: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("build", "base", "error", "sentence"),
-    [
-        (
-            mlp,
-            "file",
-            lx.SpecError,
-            ("no-base", "Sequential"),
-        ),
-        (
-            lambda: named("org/model"),
-            "file",
-            lx.SpecError,
-            ("no-base", "Sequential", "org/model"),
-        ),
-        (mlp, 3, lx.SpecError, ("invalid-value", "base", "3")),
-        (
-            mlp,
-            "nowhere",
-            lx.CheckpointError,
-            ("no-base", "nowhere"),
-        ),
-    ],
-)
+# fmt: off
+AMBIGUOUS = [
+    (mlp, "file", lx.SpecError, ("no-base", "Sequential")),
+    (lambda: named("org/model"), "file", lx.SpecError, ("no-base", "Sequential", "org/model")),
+    (mlp, 3, lx.SpecError, ("invalid-value", "base", "3")),
+    (mlp, "nowhere", lx.CheckpointError, ("no-base", "nowhere")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("build", "base", "error", "sentence"), AMBIGUOUS)
 def test_a_base_that_cannot_be_meant(build: Any, base: Any, error: Any, sentence: tuple[str, ...]) -> None:
     model = build()
     with unchanged(model), raises(error, *sentence):

@@ -27,75 +27,58 @@ def none(model):
 """
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["trian", "x.toml"],
-            "no command is called 'trian'; nearest: 'train'; known: train, sites, fold, export, compare, predict",
-        ),
-        (["train"], "train needs a configuration file first: lorasc-fx train CONFIG.toml"),
-        (["compare", "--compare.seeds", "1"], "compare needs a configuration file first"),
-        (["train", "absent.toml"], "absent.toml: the configuration cannot be read: No such file or directory"),
-        (["train", "tiny.toml", "--data.name", "cvs:a"], "no data set is called 'cvs:a'; nearest: 'csv'"),
-        (["train", "tiny.toml", "--data.name", "csv:a.csv"], "a.csv: this file cannot be read: No such file"),
-        (["train", "tiny.toml", "--model.name", "timm:resnet81"], "timm has no model 'resnet81'; nearest: 'resnet18'"),
-        (["train", "tiny.toml", "--train.device", "warp"], "train.device is 'warp': "),
-        (["train", "tiny.toml", "--train.device", "meta"], "train.device is 'meta': this device holds no numbers"),
-        (["train", "tiny.toml", "--output", ""], "output is empty; give the folder that the run writes to"),
-        (["train", "tiny.toml", "--train.lr", "nan"], "train.lr is nan; give a number above 0"),
-        (["train", "tiny.toml", "--train.epochs", "inf", "--train.steps", "0"], "train.epochs is inf; give a number"),
-        (["train", "tiny.toml", "--train.floor", "2"], "train.floor is 2.0; give a share of the learning rate"),
-        (
-            ["train", "tiny.toml", "--train.threads", "100000"],
-            "train.threads is 100000; give a whole number from 0 to 1024",
-        ),
-        (["train", "tiny.toml", "--data.shift-test", "0"], "data.shift_test is 0; give a whole number of 1 or more"),
-        (["train", "tiny.toml", "--model.seed", "-1"], "model.seed is -1; a seed is 0 or more, and less than 21474"),
-        (
-            ["compare", "tiny.toml", "--compare.rates", "probe", "nan"],
-            "compare.rates.probe[0] is nan; give a number above 0",
-        ),
-        (["train", "tiny.toml", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite deletes it"),
-        (["sites", "python::"], "python::: give python:package.module:function"),
-        (["train", "tiny.toml", "--spec.targets", "0.wieght"], "matches no weight; nearest: '0.weight'"),
-        (["compare", "tiny.toml", "--spec.train"], "compare.methods has 'probe', which trains what spec.train names"),
-        (
-            ["compare", "tiny.toml", "--compare.methods", "lorac"],
-            "parsing config.compare: compare.methods[0] is 'lorac'",
-        ),
-        (["compare", "tiny.toml", "--data.shifts", "nose"], "no data set is called 'nose'"),
-        (["sites", "python:tiny_model:build"], "give the shape of its input, as --input 2 3 64 64"),
-        (["sites", "python:tiny_model:build", "--input", "2", "5"], "refuses the example inputs"),
-        (["sites", "timm:absent"], "timm has no model 'absent'"),
-        (["sites", "python:tiny_model:build", "--input", "-1", "5"], "--input is [-1, 5]; sizes are 0 or more"),
-        (["sites", "hf:"], "no model is called 'hf:'; the name after the colon is missing; known: timm:NAME, hf:FOLD"),
-        (
-            ["train", "tiny.toml", "--model.name", "bert-base"],
-            "no model is called 'bert-base'; did you mean 'hf:bert-base' or 'timm:bert-base'; known: ",
-        ),
-        (["train", "tiny.toml", "--model.name", "python:wrong:syntax"], "python:wrong:syntax: SyntaxError: "),
-        (["train", "tiny.toml", "--model.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
-        (["train", "tiny.toml", "--model.name", "python:faulty:two"], "two: TypeError: two() missing 1 required"),
-        (["train", "tiny.toml", "--model.name", "python:builtins:dict"], "ValueError: no signature found for builtin"),
-        (
-            ["train", "tiny.toml", "--model.weights", "python:faulty:boom"],
-            "boom: ValueError: of the user (faulty.py:2)",
-        ),
-        (
-            ["train", "tiny.toml", "--model.weights", "python:faulty:none"],
-            "TypeError: 'NoneType' object is not iterable",
-        ),
-        (["train", "tiny.toml", "--data.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
-        (["train", "tiny.toml", "--data.shifts", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
-        (
-            ["export", "absent", "--to", "onnx", "--output", "a.pt2"],
-            "--output is a.pt2, and a file of --to onnx ends with .onnx: give a.onnx",
-        ),
-        (["fold", "absent"], "absent holds no run: there is no config.toml in it"),
-        (["train", "tiny.toml", "--spec.rnk", "3"], "Perhaps you meant"),
-    ],
-)
+# fmt: off
+MISTAKES = [
+    (["trian", "x.toml"],
+        "no command is called 'trian'; nearest: 'train'; known: train, sites, fold, export, compare, predict"),
+    (["train"], "train needs a configuration file first: lorasc-fx train CONFIG.toml"),
+    (["compare", "--compare.seeds", "1"], "compare needs a configuration file first"),
+    (["train", "absent.toml"], "absent.toml: the configuration cannot be read: No such file or directory"),
+    (["train", "tiny.toml", "--data.name", "cvs:a"], "no data set is called 'cvs:a'; nearest: 'csv'"),
+    (["train", "tiny.toml", "--data.name", "csv:a.csv"], "a.csv: this file cannot be read: No such file"),
+    (["train", "tiny.toml", "--model.name", "timm:resnet81"], "timm has no model 'resnet81'; nearest: 'resnet18'"),
+    (["train", "tiny.toml", "--train.device", "warp"], "train.device is 'warp': "),
+    (["train", "tiny.toml", "--train.device", "meta"], "train.device is 'meta': this device holds no numbers"),
+    (["train", "tiny.toml", "--output", ""], "output is empty; give the folder that the run writes to"),
+    (["train", "tiny.toml", "--train.lr", "nan"], "train.lr is nan; give a number above 0"),
+    (["train", "tiny.toml", "--train.epochs", "inf", "--train.steps", "0"], "train.epochs is inf; give a number"),
+    (["train", "tiny.toml", "--train.floor", "2"], "train.floor is 2.0; give a share of the learning rate"),
+    (["train", "tiny.toml", "--train.threads", "100000"],
+        "train.threads is 100000; give a whole number from 0 to 1024"),
+    (["train", "tiny.toml", "--data.shift-test", "0"], "data.shift_test is 0; give a whole number of 1 or more"),
+    (["train", "tiny.toml", "--model.seed", "-1"], "model.seed is -1; a seed is 0 or more, and less than 21474"),
+    (["compare", "tiny.toml", "--compare.rates", "probe", "nan"],
+        "compare.rates.probe[0] is nan; give a number above 0"),
+    (["train", "tiny.toml", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite deletes it"),
+    (["sites", "python::"], "python::: give python:package.module:function"),
+    (["train", "tiny.toml", "--spec.targets", "0.wieght"], "matches no weight; nearest: '0.weight'"),
+    (["compare", "tiny.toml", "--spec.train"], "compare.methods has 'probe', which trains what spec.train names"),
+    (["compare", "tiny.toml", "--compare.methods", "lorac"], "parsing config.compare: compare.methods[0] is 'lorac'"),
+    (["compare", "tiny.toml", "--data.shifts", "nose"], "no data set is called 'nose'"),
+    (["sites", "python:tiny_model:build"], "give the shape of its input, as --input 2 3 64 64"),
+    (["sites", "python:tiny_model:build", "--input", "2", "5"], "refuses the example inputs"),
+    (["sites", "timm:absent"], "timm has no model 'absent'"),
+    (["sites", "python:tiny_model:build", "--input", "-1", "5"], "--input is [-1, 5]; sizes are 0 or more"),
+    (["sites", "hf:"], "no model is called 'hf:'; the name after the colon is missing; known: timm:NAME, hf:FOLD"),
+    (["train", "tiny.toml", "--model.name", "bert-base"],
+        "no model is called 'bert-base'; did you mean 'hf:bert-base' or 'timm:bert-base'; known: "),
+    (["train", "tiny.toml", "--model.name", "python:wrong:syntax"], "python:wrong:syntax: SyntaxError: "),
+    (["train", "tiny.toml", "--model.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+    (["train", "tiny.toml", "--model.name", "python:faulty:two"], "two: TypeError: two() missing 1 required"),
+    (["train", "tiny.toml", "--model.name", "python:builtins:dict"], "ValueError: no signature found for builtin"),
+    (["train", "tiny.toml", "--model.weights", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+    (["train", "tiny.toml", "--model.weights", "python:faulty:none"], "TypeError: 'NoneType' object is not iterable"),
+    (["train", "tiny.toml", "--data.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+    (["train", "tiny.toml", "--data.shifts", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+    (["export", "absent", "--to", "onnx", "--output", "a.pt2"],
+        "--output is a.pt2, and a file of --to onnx ends with .onnx: give a.onnx"),
+    (["fold", "absent"], "absent holds no run: there is no config.toml in it"),
+    (["train", "tiny.toml", "--spec.rnk", "3"], "Perhaps you meant"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_what_the_user_got_wrong_is_a_sentence_and_2(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:

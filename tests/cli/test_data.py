@@ -169,26 +169,24 @@ def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: 
         load_data(DataConfig(name="python:own_data:odd"), None)
 
 
-@pytest.mark.parametrize(
-    ("config", "tokenizer", "expected"),
-    [
-        (replace(SMALL, name="cvs:a.csv"), None, ("unknown-name", "cvs:a.csv", "nearest: 'csv'", "csv:")),
-        (replace(SMALL, name="csv:"), letters, ("unknown-name", "csv:", "nearest: 'csv'")),
-        (
-            replace(SMALL, train=5000),
-            None,
-            ("invalid-data", "digits", "1797"),
-        ),
-        (replace(SMALL, name="python:experiments.data:imdb"), None, ("invalid-data", "imdb")),
-        (SMALL, letters, ("invalid-data", DIGITS)),
-        (replace(SMALL, shifts=("nose",)), None, ("unknown-name", "nose")),
-        (replace(SMALL, name="docs.csv"), letters, ("unknown-name", "did you mean 'csv:docs.csv'")),
-        (replace(SMALL, name="docs.jsonl"), letters, ("unknown-name", "'json:docs.jsonl'")),
-        (replace(SMALL, name="experiments"), None, ("unknown-name", "'imagefolder:experiments'")),
-        (replace(SMALL, shifts=(DIGITS,)), None, ("invalid-value", "data.shifts", DIGITS)),
-        (replace(SMALL, name="python:experiments.data:gitits"), None, ("unknown-name", "gitits", "nearest: 'digits'")),
-    ],
-)
+# fmt: off
+WRONG = [
+    (replace(SMALL, name="cvs:a.csv"), None, ("unknown-name", "cvs:a.csv", "nearest: 'csv'", "csv:")),
+    (replace(SMALL, name="csv:"), letters, ("unknown-name", "csv:", "nearest: 'csv'")),
+    (replace(SMALL, train=5000), None, ("invalid-data", "digits", "1797")),
+    (replace(SMALL, name="python:experiments.data:imdb"), None, ("invalid-data", "imdb")),
+    (SMALL, letters, ("invalid-data", DIGITS)),
+    (replace(SMALL, shifts=("nose",)), None, ("unknown-name", "nose")),
+    (replace(SMALL, name="docs.csv"), letters, ("unknown-name", "did you mean 'csv:docs.csv'")),
+    (replace(SMALL, name="docs.jsonl"), letters, ("unknown-name", "'json:docs.jsonl'")),
+    (replace(SMALL, name="experiments"), None, ("unknown-name", "'imagefolder:experiments'")),
+    (replace(SMALL, shifts=(DIGITS,)), None, ("invalid-value", "data.shifts", DIGITS)),
+    (replace(SMALL, name="python:experiments.data:gitits"), None, ("unknown-name", "gitits", "nearest: 'digits'")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("config", "tokenizer", "expected"), WRONG)
 def test_what_is_wrong_is_said(config: DataConfig, tokenizer: Any, expected: tuple[str, ...]) -> None:
     with raises(SpecError, *expected):
         load_data(config, tokenizer)
@@ -205,27 +203,29 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
     assert read_csv(path, "said", "mood") == (["two\nlines", "ha"], ["sad", "glad"])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"txt,label\na,0\n", ("unknown-name", ":1", "text", "nearest: 'txt'", "txt, label")),
-        (b"text,label\na,0\nb\n", ("invalid-data", ":3", "label")),
-        (b"text,label\na,0\n,1\n", ("invalid-data", ":3", "text")),
-        (b'text,label\na,0\n"b"c,1\n', ("invalid-data", ":3")),
-        (b"text,label\na,0\n\xff,1\n", ("unreadable-file", ":3")),
-        (b"", ("unknown-name", ":1", "text", "no columns")),
-        (b"text,label\na,0\nb, or c,1\n", ("invalid-data", ":3", "3 cells", "2 (text, label)", "quotes")),
-        (b"text,label,id\na,0,7\nb, or c,8\n", ("invalid-value", ":3", "' or c'", "label", "blanks")),
-        (b"text,label\na,0\nb,1 \n", ("invalid-value", ":3", "'1 '", "blanks")),
-        (b"text,label\na,0\n \t,1\n", ("invalid-data", ":3", "text")),
-        (b"text,label\na,0\n\nb,1\n", ("invalid-data", ":3", "blank")),
-        (b'text,label\na,0\n"b,1\nc,0\nd,1\n', ("invalid-data", ":3", "quote")),
-        (b'text,label\na,0\n"b,1\n"c",0\nd,1\n', ("invalid-data", ":3", "quote")),
-        (b"text\tlabel\na\t0\n", ("invalid-data", ":1", "tabs", "commas", ".tsv")),
-        (b"text;label\na;0\n", ("invalid-data", ":1", "semicolons", "commas")),
-        (b"text,text,label\na,b,0\n", ("invalid-data", ":1", "text")),
-    ],
-)
+# fmt: off
+WRONG_CSV = [
+    (b"txt,label\na,0\n", ("unknown-name", ":1", "text", "nearest: 'txt'", "txt, label")),
+    (b"text,label\na,0\nb\n", ("invalid-data", ":3", "label")),
+    (b"text,label\na,0\n,1\n", ("invalid-data", ":3", "text")),
+    (b'text,label\na,0\n"b"c,1\n', ("invalid-data", ":3")),
+    (b"text,label\na,0\n\xff,1\n", ("unreadable-file", ":3")),
+    (b"", ("unknown-name", ":1", "text", "no columns")),
+    (b"text,label\na,0\nb, or c,1\n", ("invalid-data", ":3", "3 cells", "2 (text, label)", "quotes")),
+    (b"text,label,id\na,0,7\nb, or c,8\n", ("invalid-value", ":3", "' or c'", "label", "blanks")),
+    (b"text,label\na,0\nb,1 \n", ("invalid-value", ":3", "'1 '", "blanks")),
+    (b"text,label\na,0\n \t,1\n", ("invalid-data", ":3", "text")),
+    (b"text,label\na,0\n\nb,1\n", ("invalid-data", ":3", "blank")),
+    (b'text,label\na,0\n"b,1\nc,0\nd,1\n', ("invalid-data", ":3", "quote")),
+    (b'text,label\na,0\n"b,1\n"c",0\nd,1\n', ("invalid-data", ":3", "quote")),
+    (b"text\tlabel\na\t0\n", ("invalid-data", ":1", "tabs", "commas", ".tsv")),
+    (b"text;label\na;0\n", ("invalid-data", ":1", "semicolons", "commas")),
+    (b"text,text,label\na,b,0\n", ("invalid-data", ":1", "text")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG_CSV)
 def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: tuple[str, ...]) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)

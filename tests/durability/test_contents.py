@@ -283,36 +283,20 @@ def test_from_any_step_on(workers: int) -> None:
         assert torch.get_rng_state().equal(before)
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (
-            partial(shuffled_batches, DATA, 0),
-            ("invalid-value", "batch_size", "0", "1"),
-        ),
-        (
-            partial(shuffled_batches, DATA, True),
-            ("invalid-value", "batch_size", "True", "1"),
-        ),
-        (
-            partial(shuffled_batches, DATA, 3, seed=-1),
-            ("invalid-value", "-1", "0"),
-        ),
-        (
-            partial(shuffled_batches, DATA, 3, start=1.0),
-            ("invalid-value", "1.0", "0"),
-        ),
-        (
-            partial(shuffled_batches, DATA, 3, share=(0, 2)),
-            ("invalid-value", "0", "2", "3"),
-        ),
-        (partial(shuffled_batches, DATA, 12), ("invalid-data", "11", "12")),
-        (
-            partial(shuffled_batches, DATA, 3, shuffle=True),
-            ("conflicting-options",),
-        ),
-    ],
-)
+# fmt: off
+REFUSED = [
+    (partial(shuffled_batches, DATA, 0), ("invalid-value", "batch_size", "0", "1")),
+    (partial(shuffled_batches, DATA, True), ("invalid-value", "batch_size", "True", "1")),
+    (partial(shuffled_batches, DATA, 3, seed=-1), ("invalid-value", "-1", "0")),
+    (partial(shuffled_batches, DATA, 3, start=1.0), ("invalid-value", "1.0", "0")),
+    (partial(shuffled_batches, DATA, 3, share=(0, 2)), ("invalid-value", "0", "2", "3")),
+    (partial(shuffled_batches, DATA, 12), ("invalid-data", "11", "12")),
+    (partial(shuffled_batches, DATA, 3, shuffle=True), ("conflicting-options",)),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("call", "sentence"), REFUSED)
 def test_what_shuffled_batches_refuses(call: Any, sentence: tuple[str, ...]) -> None:
     with raises(lx.SpecError, *sentence):
         call()

@@ -91,32 +91,22 @@ def wide() -> Conv1D:
 
 
 Build = Callable[[], nn.Module]
+# fmt: off
 CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
     "packed projection": (Attention, images, {"exclude": ("att.out_proj",)}, ["att.in_proj_weight"]),
-    "a linear below a parameter": (
-        lambda: nn.Sequential(Outer(nn.Linear(6, 6)), nn.Linear(6, 3)),
-        images,
-        {"train": ("1.bias",)},
-        ["0.rows"],
-    ),
+    "a linear below a parameter": (lambda: nn.Sequential(Outer(nn.Linear(6, 6)), nn.Linear(6, 3)), images,
+        {"train": ("1.bias",)}, ["0.rows"]),
     "Conv1D, linear": (lambda: nn.Sequential(wide(), nn.Linear(7, 3)), images, {}, []),
-    "Conv1D beside a parameter": (
-        lambda: nn.Sequential(wide(), nn.Linear(7, 6), Gate()),
-        images,
-        {},
-        ["0.weight", "2.rows"],
-    ),
+    "Conv1D beside a parameter": (lambda: nn.Sequential(wide(), nn.Linear(7, 6), Gate()), images, {},
+        ["0.weight", "2.rows"]),
     "weight norm": (normed, images, {}, ["0.weight_v"]),
     "an embedding of its own": (lambda: Looks(Positions(30, 6)), words, {}, ["table.weight"]),
     "a scaled embedding": (lambda: Looks(Scaled(11, 6)), words, {}, []),
     "a bag": (lambda: Looks(nn.EmbeddingBag(11, 6)), words, {}, ["table.weight"]),
-    "an encoder that is never fused": (
-        lambda: nn.TransformerEncoderLayer(6, 3, 8, 0.0, batch_first=True),
-        images,
-        {"targets": ("linear*",)},
-        [],
-    ),
+    "an encoder that is never fused": (lambda: nn.TransformerEncoderLayer(6, 3, 8, 0.0, batch_first=True), images,
+        {"targets": ("linear*",)}, []),
 }
+# fmt: on
 
 
 TRACED = ("packed projection", "an encoder that is never fused", "weight norm", "a bag", "parametrized")

@@ -47,40 +47,36 @@ def refused(folder: Path, expected: tuple[str, ...]) -> None:
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"peft_type": "LOHA"}, ("adapter-not-supported", "adapter_config.json", "LOHA")),
-        ({"use_dora": 1}, ("invalid-adapter", "use_dora", "1")),
-        ({"use_dora": True}, ("invalid-adapter", "up", "lora_A.weight", "DoRA's magnitudes")),
-        ({"lora_bias": True}, ("adapter-not-supported", "lora_bias", "True")),
-        ({"trainable_token_indices": [1]}, ("adapter-not-supported", "trainable_token_indices", "[1]")),
-        (
-            {"init_lora_weights": "pissa_niter_4"},
-            ("adapter-not-supported", "init_lora_weights", "pissa_niter_4"),
-        ),
-        ({"use_doora": True}, ("adapter-not-supported", "use_doora", "True", "use_dora")),
-        ({"r": 0}, ("invalid-adapter", "r", "0")),
-        ({"r": None}, ("invalid-adapter", "r", "None")),
-        (
-            {"r": 4},
-            ("adapter-does-not-fit", "up.lora_A.weight", "up.weight", "[3, 6]", "[4, 6]"),
-        ),
-        ({"r": True}, ("invalid-adapter", "r", "True")),
-        ({"rank_pattern": {"up": 10**9}}, ("adapter-does-not-fit", "up.weight", "1000000000")),
-        ({"rank_pattern": {"up": 10**12}}, ("invalid-adapter", "rank_pattern.up is 1000000000000")),
-        ({"lora_alpha": -1}, ("invalid-adapter", "lora_alpha", "-1")),
-        ({"lora_alpha": 10**40}, ("invalid-adapter", "lora_alpha")),
-        ({"lora_dropout": 1.5}, ("invalid-adapter", "lora_dropout", "1.5")),
-        ({"bias": "some"}, ("invalid-adapter", "bias", "some", "lora_only")),
-        ({"rank_pattern": {"(": 3}}, ("invalid-adapter", "rank_pattern")),
-        ({"alpha_pattern": {"(a+)+b": 3}}, ("invalid-adapter", "alpha_pattern", "a+)+b")),
-        ({"alpha_pattern": [1]}, ("invalid-adapter", "alpha_pattern", "[1]")),
-        ({"modules_to_save": "norm"}, ("invalid-adapter", "modules_to_save", "norm")),
-        ({"modules_to_save": ["norm", "haed"]}, ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
-        ({"modules_to_save": ["norm", "head"]}, ("invalid-adapter", "head.0.weight")),
-    ],
-)
+# fmt: off
+CONFIGURATIONS = [
+    ({"peft_type": "LOHA"}, ("adapter-not-supported", "adapter_config.json", "LOHA")),
+    ({"use_dora": 1}, ("invalid-adapter", "use_dora", "1")),
+    ({"use_dora": True}, ("invalid-adapter", "up", "lora_A.weight", "DoRA's magnitudes")),
+    ({"lora_bias": True}, ("adapter-not-supported", "lora_bias", "True")),
+    ({"trainable_token_indices": [1]}, ("adapter-not-supported", "trainable_token_indices", "[1]")),
+    ({"init_lora_weights": "pissa_niter_4"}, ("adapter-not-supported", "init_lora_weights", "pissa_niter_4")),
+    ({"use_doora": True}, ("adapter-not-supported", "use_doora", "True", "use_dora")),
+    ({"r": 0}, ("invalid-adapter", "r", "0")),
+    ({"r": None}, ("invalid-adapter", "r", "None")),
+    ({"r": 4}, ("adapter-does-not-fit", "up.lora_A.weight", "up.weight", "[3, 6]", "[4, 6]")),
+    ({"r": True}, ("invalid-adapter", "r", "True")),
+    ({"rank_pattern": {"up": 10**9}}, ("adapter-does-not-fit", "up.weight", "1000000000")),
+    ({"rank_pattern": {"up": 10**12}}, ("invalid-adapter", "rank_pattern.up is 1000000000000")),
+    ({"lora_alpha": -1}, ("invalid-adapter", "lora_alpha", "-1")),
+    ({"lora_alpha": 10**40}, ("invalid-adapter", "lora_alpha")),
+    ({"lora_dropout": 1.5}, ("invalid-adapter", "lora_dropout", "1.5")),
+    ({"bias": "some"}, ("invalid-adapter", "bias", "some", "lora_only")),
+    ({"rank_pattern": {"(": 3}}, ("invalid-adapter", "rank_pattern")),
+    ({"alpha_pattern": {"(a+)+b": 3}}, ("invalid-adapter", "alpha_pattern", "a+)+b")),
+    ({"alpha_pattern": [1]}, ("invalid-adapter", "alpha_pattern", "[1]")),
+    ({"modules_to_save": "norm"}, ("invalid-adapter", "modules_to_save", "norm")),
+    ({"modules_to_save": ["norm", "haed"]}, ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
+    ({"modules_to_save": ["norm", "head"]}, ("invalid-adapter", "head.0.weight")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("config", "expected"), CONFIGURATIONS)
 def test_configurations(config: dict[str, Any], expected: tuple[str, ...], source: Path, tmp_path: Path) -> None:
     refused(changed(source, tmp_path, config, lambda tensors: None), expected)
 
@@ -92,45 +88,31 @@ def move(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
 A, B = "up.lora_A.weight", "up.lora_B.weight"
 
 
-@pytest.mark.parametrize(
-    ("edit", "expected"),
-    [
-        (move(A, "upp.lora_A.weight"), ("adapter-does-not-fit", "upp.lora_A.weight", "up")),
-        (move(A, "head.1.lora_A.weight"), ("adapter-does-not-fit", "head.1", "BatchNorm1d")),
-        (move(A, "up.lora_embedding_A"), ("invalid-adapter", "up.lora_embedding_A")),
-        (lambda tensors: tensors.pop(P + B), ("invalid-adapter", "up", "base_model.model.up.lora_A.weight")),
-        (lambda tensors: [tensors.pop(P + A), tensors.pop(P + B)], ("invalid-adapter",)),
-        (
-            lambda tensors: tensors.update({P + B: tensors[P + B].t()}),
-            ("adapter-does-not-fit", "up.lora_B.weight", "up.weight", "[3, 8]", "[8, 3]"),
-        ),
-        (
-            lambda tensors: tensors.update({P + "up.lora_magnitude_vector": torch.ones(8)}),
-            ("adapter-does-not-fit", "up.lora_magnitude_vector", "DoRA"),
-        ),
-        (
-            lambda tensors: tensors.update({"up.weight": torch.ones(8)}),
-            ("invalid-adapter", "up.weight", "base_model.model"),
-        ),
-        (
-            lambda tensors: tensors.update({P + "norm.weigth": torch.ones(8)}),
-            ("adapter-does-not-fit", "norm.weigth"),
-        ),
-        (
-            lambda tensors: tensors.update({P + "norm.weight": torch.ones(9)}),
-            ("adapter-does-not-fit", "norm.weight", "[9]", "[8]"),
-        ),
-        (
-            lambda tensors: tensors.update({P + "emb.weight": torch.ones(11, 6)}),
-            ("base-differs", "base_model.model.emb.weight"),
-        ),
-        (lambda tensors: tensors[P + A].fill_(float("nan")), ("non-finite", "up")),
-        (
-            lambda tensors: tensors.update({P + A: tensors[P + A].long()}),
-            ("invalid-adapter", "torch.int64"),
-        ),
-    ],
-)
+# fmt: off
+TENSORS = [
+    (move(A, "upp.lora_A.weight"), ("adapter-does-not-fit", "upp.lora_A.weight", "up")),
+    (move(A, "head.1.lora_A.weight"), ("adapter-does-not-fit", "head.1", "BatchNorm1d")),
+    (move(A, "up.lora_embedding_A"), ("invalid-adapter", "up.lora_embedding_A")),
+    (lambda tensors: tensors.pop(P + B), ("invalid-adapter", "up", "base_model.model.up.lora_A.weight")),
+    (lambda tensors: [tensors.pop(P + A), tensors.pop(P + B)], ("invalid-adapter",)),
+    (lambda tensors: tensors.update({P + B: tensors[P + B].t()}),
+        ("adapter-does-not-fit", "up.lora_B.weight", "up.weight", "[3, 8]", "[8, 3]")),
+    (lambda tensors: tensors.update({P + "up.lora_magnitude_vector": torch.ones(8)}),
+        ("adapter-does-not-fit", "up.lora_magnitude_vector", "DoRA")),
+    (lambda tensors: tensors.update({"up.weight": torch.ones(8)}),
+        ("invalid-adapter", "up.weight", "base_model.model")),
+    (lambda tensors: tensors.update({P + "norm.weigth": torch.ones(8)}), ("adapter-does-not-fit", "norm.weigth")),
+    (lambda tensors: tensors.update({P + "norm.weight": torch.ones(9)}),
+        ("adapter-does-not-fit", "norm.weight", "[9]", "[8]")),
+    (lambda tensors: tensors.update({P + "emb.weight": torch.ones(11, 6)}),
+        ("base-differs", "base_model.model.emb.weight")),
+    (lambda tensors: tensors[P + A].fill_(float("nan")), ("non-finite", "up")),
+    (lambda tensors: tensors.update({P + A: tensors[P + A].long()}), ("invalid-adapter", "torch.int64")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("edit", "expected"), TENSORS)
 def test_tensors(
     edit: Callable[[dict[str, torch.Tensor]], Any], expected: tuple[str, ...], source: Path, tmp_path: Path
 ) -> None:

@@ -74,58 +74,33 @@ READ = "reads it from outside its own module, where no adapter of peft computes"
 FUSED = "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
 OTHER = r"peft's adapter of this {} computes something else than its weight would \(off by [\d.e-]+ of the change\)"
 
+# fmt: off
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-    "grouped": (
-        lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image),
-        {"other.weight": "peft's adapter of a grouped convolution mixes the groups"},
-    ),
-    "transposed": (
-        lambda: Net(nn.ConvTranspose2d(4, 3, 2), image),
-        {"other.weight": "peft adapts no ConvTranspose2d of 4 axes"},
-    ),
-    "dilated": (
-        lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image),
-        {"other.weight": OTHER.format("Conv2d")},
-    ),
-    "padding mode": (
-        lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image),
-        {"other.weight": OTHER.format("Conv2d")},
-    ),
-    "attention": (
-        lambda: Net(nn.MultiheadAttention(6, 2), attend),
-        {"other.out_proj.weight": f"MultiheadAttention {READ}"},
-    ),
-    "encoder": (
-        lambda: Net(encoder()),
-        {
-            "other.linear1.weight": FUSED,
-            "other.linear2.weight": FUSED,
-            "other.self_attn.in_proj_weight": FUSED,
-            "other.self_attn.out_proj.weight": f"MultiheadAttention {READ}",
-        },
-    ),
-    "read by another": (
-        lambda: Net(nn.Linear(6, 4), lambda other, x: F.linear(x, other.weight, other.bias)),
-        {"other.weight": f"Net {READ}"},
-    ),
-    "read by another, transposed": (
-        lambda: Net(nn.Linear(6, 4), lambda other, x: x @ other.weight.T),
-        {"other.weight": f"Net {READ}"},
-    ),
-    "called and read": (
-        lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
-        {"other.weight": f"Net {READ}"},
-    ),
-    "recurrent": (
-        lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
-        {
-            "other.weight_hh_l0": "GRU keeps it where peft's adapter of a parameter does not reach",
-            "other.weight_ih_l0": "GRU keeps it where peft's adapter of a parameter does not reach",
-        },
-    ),
+    "grouped": (lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image),
+        {"other.weight": "peft's adapter of a grouped convolution mixes the groups"}),
+    "transposed": (lambda: Net(nn.ConvTranspose2d(4, 3, 2), image),
+        {"other.weight": "peft adapts no ConvTranspose2d of 4 axes"}),
+    "dilated": (lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image),
+        {"other.weight": OTHER.format("Conv2d")}),
+    "padding mode": (lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image),
+        {"other.weight": OTHER.format("Conv2d")}),
+    "attention": (lambda: Net(nn.MultiheadAttention(6, 2), attend),
+        {"other.out_proj.weight": f"MultiheadAttention {READ}"}),
+    "encoder": (lambda: Net(encoder()), {"other.linear1.weight": FUSED, "other.linear2.weight": FUSED,
+        "other.self_attn.in_proj_weight": FUSED, "other.self_attn.out_proj.weight": f"MultiheadAttention {READ}"}),
+    "read by another": (lambda: Net(nn.Linear(6, 4), lambda other, x: F.linear(x, other.weight, other.bias)),
+        {"other.weight": f"Net {READ}"}),
+    "read by another, transposed": (lambda: Net(nn.Linear(6, 4), lambda other, x: x @ other.weight.T),
+        {"other.weight": f"Net {READ}"}),
+    "called and read": (lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
+        {"other.weight": f"Net {READ}"}),
+    "recurrent": (lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
+        {"other.weight_hh_l0": "GRU keeps it where peft's adapter of a parameter does not reach",
+        "other.weight_ih_l0": "GRU keeps it where peft's adapter of a parameter does not reach"}),
     "shared module": (Shared, {"one.weight": "its module is held as one and as two, and peft adapts one of them"}),
     "top module": (Own, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
 }
+# fmt: on
 
 
 TRACED = ("attention", "encoder", "recurrent", "transposed")
