@@ -23,7 +23,7 @@ from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, Part, SlowWeights, Trainer, View, WeightState, Which, arithmetic, summing
+from lorasc_fx.state import Expert, Learner, Part, SlowWeights, View, WeightState, Which, arithmetic, summing
 from lorasc_fx.state.engine import fits
 from lorasc_fx.state.model import host
 from lorasc_fx.util.checks import is_number
@@ -168,7 +168,7 @@ class Weights:
         slow: their state.
         which: the weights of it that are meant.
         buffers: of the model, and parameters that forward writes, by name, as far as they belong to these weights.
-        trainers: by weight name, where the running stage counts: branches, and the present values of what is trained
+        learners: by weight name, where the running stage counts: branches, and the present values of what is trained
             in full.
         plan: of the running stage, where these are the run's own: what does not follow the slow rule is as it is then.
     """
@@ -176,16 +176,16 @@ class Weights:
     slow: SlowWeights
     which: Which = "slow"
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    trainers: Mapping[str, Trainer] = field(default_factory=dict)
+    learners: Mapping[str, Learner] = field(default_factory=dict)
     plan: Plan | None = None
 
     def write(self, name: str, out: torch.Tensor) -> None:
         """Write one of them, by name."""
-        self.slow.write_value(name, self.which, out, self.trainers.get(name), self.plan)
+        self.slow.write_value(name, self.which, out, self.learners.get(name), self.plan)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return those of quantized weights, by name, as dense tensors."""
-        return {name: self.slow.value(name, self.which, parameters[name], self.trainers.get(name)) for name in names}
+        return {name: self.slow.value(name, self.which, parameters[name], self.learners.get(name)) for name in names}
 
     def moves(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the buffers of a run's model that belong to them, each with its value."""

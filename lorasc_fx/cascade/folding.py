@@ -52,7 +52,7 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
             weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
         elif weights is None:
             meant: Which = next(name for name in WHICH if name == which)
-            weights = Weights(run.slow, meant, trainers={**run.branches_by_weight(), **live}, plan=run.plan)
+            weights = Weights(run.slow, meant, learners={**run.branches_by_weight(), **live}, plan=run.plan)
         held, buffers = Held.of(run, parameters), weights.moves(run)
         undo(partial(_put_back, run, parameters, live, held, _reserve(run, parameters)))
         run.keep_buffers([buffer for buffer, _ in buffers])

@@ -15,7 +15,7 @@ from lorasc_fx.cascade.watches import PendingWatch, StepWatch, Surroundings, War
 from lorasc_fx.errors import StateError
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local
-from lorasc_fx.state import Part, SlowWeights, Trainer, sums_are_finite
+from lorasc_fx.state import Learner, Part, SlowWeights, sums_are_finite
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import Lock
 from lorasc_fx.util.version import source_digest, version
@@ -114,7 +114,7 @@ class RunBase:
         """Return the branches by the names of their weights."""
         return {branch.weight_name: branch for branch in self.by_key.values()}
 
-    def trainers(self) -> dict[str, Trainer]:
+    def learners(self) -> dict[str, Learner]:
         """Return what trains in the running stage, by weight name: branches, and parameters trained in full."""
         return {**self.branches_by_weight(), **self.trained_parameters()}
 

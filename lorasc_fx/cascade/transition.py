@@ -171,7 +171,7 @@ def end_idle(run: Run) -> None:
 
 def has_begun(run: Run) -> bool:
     """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
-    return run.slow.moved(run.trainers())
+    return run.slow.moved(run.learners())
 
 
 def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
@@ -228,10 +228,10 @@ def ended(run: Run, call: str) -> SlowWeights:
         StateError: training has made a buffer inf or nan.
     """
     run.check_buffers(call)
-    slow, trainers = run.slow, run.trainers()
-    if not slow.moved(trainers):
+    slow, learners = run.slow, run.learners()
+    if not slow.moved(learners):
         return slow
-    after, pace = slow.after_stage(run.plan, trainers), run.plan.spec.pace_at(run.plan.stage)
+    after, pace = slow.after_stage(run.plan, learners), run.plan.spec.pace_at(run.plan.stage)
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

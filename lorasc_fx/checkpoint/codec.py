@@ -35,7 +35,7 @@ from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.shards import WHOLE, local, local_like, shard_axis
 from lorasc_fx.spec import Noise
-from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trainer, View, WeightState
+from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Learner, Side, SlowWeights, View, WeightState
 from lorasc_fx.util.undo import Undo
 
 Tensors = dict[str, torch.Tensor]
@@ -78,7 +78,7 @@ class RunState:
         buffers = {name: value.detach() for name, value in run.model_state().items()}
         return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model))
 
-    def trainers(self) -> dict[str, Trainer]:
+    def learners(self) -> dict[str, Learner]:
         """Return what trains in the running stage, by weight: branches with these factors, whatever the way they
         compute, and the values of parameters trained in full.
         """

@@ -13,7 +13,7 @@ from lorasc_fx.cascade.experts import check_which
 from lorasc_fx.cascade.folding import check_asked
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.checkpoint.reader import Checkpoint, with_trainers
+from lorasc_fx.checkpoint.reader import Checkpoint, with_learners
 from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state import Which, check_finite
@@ -76,18 +76,18 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     """
     plan = checkpoint.plan
     check_which(f"fold {checkpoint.path}", which, plan.spec)
-    state, trainers = with_trainers(checkpoint)
-    slow, begun = state.slow, state.slow.moved(trainers)
+    state, learners = with_learners(checkpoint)
+    slow, begun = state.slow, state.slow.moved(learners)
     if begun:
-        for trainer in trainers.values():
-            if isinstance(trainer, Branch):
-                check_finite(trainer, plan.spec, plan.stage)
+        for learner in learners.values():
+            if isinstance(learner, Branch):
+                check_finite(learner, plan.spec, plan.stage)
 
     def folded(name: str, base: torch.Tensor) -> torch.Tensor:
         held = slow.states[name]
         one = replace(slow, states={name: held if held.full else replace(held, base=base)})
         if begun:
-            one = one.after_stage(plan, {name: trainers[name]} if name in trainers else {})
+            one = one.after_stage(plan, {name: learners[name]} if name in learners else {})
         return one.value(name, which, base)
 
     changes: dict[str, Change] = {

@@ -11,7 +11,7 @@ import torch
 from lorasc_fx.cascade.experts import bare, differ, other_kind
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_trainers
+from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_learners
 from lorasc_fx.errors import SpecError, named
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import Part
@@ -69,11 +69,11 @@ class GivenRun:
         if isinstance(self.run, Run):
             buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
             return Part(self.name, self.plan, bare(ended(self.run, "merge")), buffers)
-        state, trainers = with_trainers(self.run)
+        state, learners = with_learners(self.run)
         slow = state.slow
-        if slow.moved(trainers):
+        if slow.moved(learners):
             states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
-            slow = replace(slow, states=states).after_stage(state.plan, trainers)
+            slow = replace(slow, states=states).after_stage(state.plan, learners)
         return Part(self.name, state.plan, bare(slow), state.buffers)
 
 

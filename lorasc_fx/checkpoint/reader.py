@@ -36,7 +36,7 @@ from lorasc_fx.checkpoint.layout import (
 from lorasc_fx.checkpoint.manifest import LONGEST, parsed, plan_of
 from lorasc_fx.errors import CheckpointError, named, path_of, reason_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import Trainer
+from lorasc_fx.state import Learner
 from lorasc_fx.util.accelerator import RNG
 from lorasc_fx.util.fingerprint import fingerprints, text_digest
 from lorasc_fx.util.undo import Undo
@@ -388,7 +388,7 @@ def decoded(checkpoint: Checkpoint, taker: RunState | None = None) -> RunState:
         return decode(checkpoint.manifest, checkpoint.tensors, checkpoint.plan, str(checkpoint.path), taker)
 
 
-def with_trainers(checkpoint: Checkpoint) -> tuple[RunState, dict[str, Trainer]]:
+def with_learners(checkpoint: Checkpoint) -> tuple[RunState, dict[str, Learner]]:
     """Return the state that a checkpoint holds, and what trains in its running stage by weight; no model is built.
 
     Raises:
@@ -396,8 +396,8 @@ def with_trainers(checkpoint: Checkpoint) -> tuple[RunState, dict[str, Trainer]]
     """
     state = decoded(checkpoint)
     with refused(checkpoint):
-        trainers = state.trainers()
-    return state, trainers
+        learners = state.learners()
+    return state, learners
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:

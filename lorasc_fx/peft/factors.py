@@ -170,10 +170,10 @@ def change_of(run: Run, which: Which) -> Change:
     than twice that. Kept noise has full rank, and is refused.
     """
     slow = run.slow if which == "fast" else ended(run, "export.peft")
-    trainers, change, parameters = run.trainers(), Change(), run.parameters_by_name()
+    learners, change, parameters = run.learners(), Change(), run.parameters_by_name()
     at = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
-        live, gain, branch = None, None, trainers.get(name)
+        live, gain, branch = None, None, learners.get(name)
         if state.full:
             change.trained[name] = slow.value(name, which, parameters[name], branch).cpu()
             continue

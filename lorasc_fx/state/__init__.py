@@ -1,7 +1,7 @@
 """The slow state of weights as values, and what the start and the end of a stage make of it. No graph in here."""
 
 from lorasc_fx.state.engine import (
-    Trainer,
+    Learner,
     all_finite,
     begin_stage,
     check_finite,
@@ -36,11 +36,11 @@ __all__ = [
     "Factors",
     "InitialFactors",
     "KeptNoise",
+    "Learner",
     "Part",
     "Scratch",
     "Side",
     "SlowWeights",
-    "Trainer",
     "Tree",
     "View",
     "WeightState",

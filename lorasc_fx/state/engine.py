@@ -27,7 +27,7 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
-Trainer = Branch | torch.Tensor
+Learner = Branch | torch.Tensor
 """What trains a weight in a stage: its branch, or the parameter itself if it is trained in full."""
 
 _LOWER = "Lower the learning rate or clip gradients"
@@ -216,7 +216,7 @@ def _not_folded(fault: str) -> NonFiniteBranch:
 
 def end_stage(
     state: WeightState,
-    trainer: Trainer | None,
+    learner: Learner | None,
     spec: CascadeSpec,
     stage: int,
     noisy: bool,
@@ -231,7 +231,7 @@ def end_stage(
 
     Args:
         state: of the weight when the stage started.
-        trainer: None for a weight that only has noise.
+        learner: None for a weight that only has noise.
         spec, stage: of the plan.
         noisy: whether the stage ran with its noise.
         checked: whether the factors of branches are known to be finite.
@@ -247,19 +247,19 @@ def end_stage(
         state.absorb, stage, pace=pace, restart=spec.restart, share=share, carry_rank=spec.carry_rank, keeps=keeps
     )
     after, fault = None, ""
-    if isinstance(trainer, torch.Tensor):
-        value = local(trainer).detach().to("cpu", copy=True)
+    if isinstance(learner, torch.Tensor):
+        value = local(learner).detach().to("cpu", copy=True)
         if state.every(not state.broken(value)):
             after = absorb(value)
         else:
             fault = f"{state.name}, which is trained in full, holds inf or nan"
-    elif trainer is not None and (checked or state.every(trainer.finite())):
-        moved = not state.every(not has_trained(trainer, state))
-        live = factors_of(trainer, state.base.device, state) if moved else None
-        after = absorb(live, gain=gain_of(trainer, state, spec, stage, noisy) if moved else None)
+    elif learner is not None and (checked or state.every(learner.finite())):
+        moved = not state.every(not has_trained(learner, state))
+        live = factors_of(learner, state.base.device, state) if moved else None
+        after = absorb(live, gain=gain_of(learner, state, spec, stage, noisy) if moved else None)
         if not state.every(fits(after)):
             after, fault = None, f"the branch of {state.name} takes it beyond {state.base.dtype}"
-    elif trainer is not None:
+    elif learner is not None:
         fault = f"the branch of {state.name} holds inf or nan"
     if fault and spec.on_nonfinite == "raise":
         raise _not_folded(f"{fault} at the end of stage {stage}")
@@ -337,10 +337,10 @@ def initial_factors(branch: Branch) -> Factors:
         return Factors(left.cpu().double() * branch.scale, right.cpu().double().clone())
 
 
-def has_trained(branch: Trainer, state: WeightState) -> bool:
-    """Whether a branch, as far as it is here, has left its start: B = 0, or the factors and magnitudes that it began
-    with; or a parameter trained in full the value that its stage started from. One that was cast since has not. Every
-    rank must call this at the same point.
+def has_trained(branch: Learner, state: WeightState) -> bool:
+    """Whether a branch has left its start: B = 0, or the factors and magnitudes that it began with; or a parameter
+    trained in full the value that its stage started from. A cast is no training. Of a shard the answer is for the part
+    that is here. Every rank must call this at the same point.
     """
     if isinstance(branch, torch.Tensor):
         assert state.start.dense is not None

@@ -19,7 +19,7 @@ from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state.engine import (
-    Trainer,
+    Learner,
     all_finite,
     begin_stage,
     end_stage,
@@ -111,15 +111,15 @@ class SlowWeights:
         else:
             write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, scratch)
 
-    def value(self, name: str, which: Which, like: torch.Tensor, trainer: Trainer | None = None) -> torch.Tensor:
+    def value(self, name: str, which: Which, like: torch.Tensor, learner: Learner | None = None) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""
         value = torch.empty(self.states[name].base.shape, dtype=like.dtype, device=like.device)
         with torch.no_grad():
-            self.write_value(name, which, value, trainer)
+            self.write_value(name, which, value, learner)
         return value
 
     def write_value(
-        self, name: str, which: Which, out: torch.Tensor, trainer: Trainer | None = None, plan: Plan | None = None
+        self, name: str, which: Which, out: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
     ) -> None:
         """Write what `value` returns into `out`.
 
@@ -128,8 +128,8 @@ class SlowWeights:
         """
         state, gain = self.started(name), None
         live: Factors | torch.Tensor | None = None
-        if isinstance(trainer, torch.Tensor):
-            live = trainer
+        if isinstance(learner, torch.Tensor):
+            live = learner
             if (
                 plan is not None
                 and which != "base"
@@ -137,36 +137,36 @@ class SlowWeights:
                 and not state.follows(plan.spec)
             ):
                 which = "fast"
-        elif trainer is not None and which == "fast" and not state.every(not has_trained(trainer, state)):
-            live = factors_of(trainer, out.device, state)
+        elif learner is not None and which == "fast" and not state.every(not has_trained(learner, state)):
+            live = factors_of(learner, out.device, state)
             if plan is not None:
-                gain = gain_of(trainer, state, plan.spec, plan.stage, not self.idle)
+                gain = gain_of(learner, state, plan.spec, plan.stage, not self.idle)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 
-    def moved(self, trainers: Mapping[str, Trainer]) -> bool:
+    def moved(self, learners: Mapping[str, Learner]) -> bool:
         """Whether one of these, by weight name, has left the start of its stage, here or elsewhere."""
-        trained = [has_trained(trainer, self.started(name)) for name, trainer in trainers.items()]
+        trained = [has_trained(learner, self.started(name)) for name, learner in learners.items()]
         return self.group.any(any(trained))  # all are asked first: ranks talk
 
-    def after_stage(self, plan: Plan, trainers: Mapping[str, Trainer]) -> SlowWeights:
+    def after_stage(self, plan: Plan, learners: Mapping[str, Learner]) -> SlowWeights:
         """Return the state after the slow update of the running stage (algorithm.md, row "slow update").
 
         Args:
             plan: of the stage that ends.
-            trainers: by weight name: branches, and parameters trained in full.
+            learners: by weight name: branches, and parameters trained in full.
 
         Raises:
             NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
         """
         spec, noisy, left_out = plan.spec, not self.idle, set[str]()
-        branches = [trainer for trainer in trainers.values() if isinstance(trainer, Branch)]
+        branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
         finite = self.group.all(all_finite(branches))
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(AFFORDABLE, size)
         share = spec.average_share(self.averaged)
         states = {
             name: end_stage(
-                self.started(name), trainers.get(name), spec, plan.stage, noisy, finite, left_out, share, keeps
+                self.started(name), learners.get(name), spec, plan.stage, noisy, finite, left_out, share, keeps
             )
             for name in self.states
         }

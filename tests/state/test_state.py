@@ -170,3 +170,38 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
         assert other is not None
         assert torch.equal(one.exact("slow", torch.float64), other.exact("slow", torch.float64))
     assert encode(RunState(plan, SlowWeights({"w": found}), {"w": branch}, {}, {}, {}))[0] == manifest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
+    dtype: torch.dtype, restart: str
+) -> None:
+    """The second value is so small beside W0 that no difference to W0 has it; of a half pace the lerp is the oracle."""
+    base = torch.tensor([1.0, -2.0, float("inf")]).to(dtype)
+    values = [torch.tensor([1e-20, 3.0, 5.0]).to(dtype), torch.tensor([-7.0, 0.1, 2.0]).to(dtype)]
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    fast = WeightState("w", base, full=True).bare()
+    for stage, value in enumerate(values, start=1):
+        fast = fast.absorb(stage, value, 1.0, restart, keeps=True)
+        assert torch.equal(fast.exact("slow", wide), value.to(wide))
+        assert torch.equal(fast.exact("fast", dtype), value)
+    first, half = values[0].to(wide), fast.at(1)
+    assert half is not None
+    half = half.absorb(2, values[1], 0.5, restart, keeps=True)
+    slow = torch.lerp(first, values[1].to(wide), 0.5)
+    assert torch.equal(half.exact("slow", wide), slow)
+    assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
+    left_out = half.absorb(3, None, 0.5, restart, keeps=True)
+    assert all(torch.equal(left_out.exact(which, wide), half.exact(which, wide)) for which in ("slow", "fast"))
+    assert fast.absorb(3, base, 1.0, restart).at(2) is None  # without `keeps`, the last end alone
+    assert not half.faults()
+    plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
+    manifest, written, _ = encode(RunState(plan, SlowWeights({"w": half}), {}, {"w": values[1]}, {}, {}))
+    found = decode(manifest, written, plan, "here").slow.states["w"]
+    for stage in (0, 1, 2):
+        one, other = half.at(stage), found.at(stage)
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one.exact("slow", wide), other.exact("slow", wide))
+    assert torch.equal(found.exact("fast", dtype), half.exact("fast", dtype))
