@@ -128,7 +128,7 @@ def adapt(
 
 
 def load(
-    folder: str | PathLike[str],
+    folder: str | PathLike[str] | Checkpoint,
     model: nn.Module | torch.export.ExportedProgram | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -146,8 +146,8 @@ def load(
     works before that call. On several processes give inputs.
 
     Args:
-        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to. For the folder of a run of `lorasc-fx
-            train` there is `lorasc_fx.cli.load`.
+        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to, or what was read from it. For the folder
+            of a run of `lorasc-fx train` there is `lorasc_fx.cli.load`.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted, or is on the meta
             device and gets them by `materialize`, which then takes the checkpoint's state. What is trained in full may
             hold other values, such as a new head: it gets those of the checkpoint. Without a model, the base
@@ -160,18 +160,7 @@ def load(
         SpecError: base is `file`, and the model names no folder.
         MissingExtra: the library of the base is not installed.
     """
-    return load_found(read(folder), model, args, kwargs, base=base)
-
-
-def load_found(
-    checkpoint: Checkpoint,
-    model: nn.Module | torch.export.ExportedProgram | None,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    base: str | PathLike[str] = "memory",
-) -> Cascade:
-    """Adapt a base model as a checkpoint that was read has it; see `load`."""
+    checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
     if checkpoint.frontend not in ("auto", *FRONTENDS):
         known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(

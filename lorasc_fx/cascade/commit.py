@@ -116,7 +116,7 @@ def write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
     A quantized weight is not written to: its branch computes the unmerged delta (`RunBase.set_unmerged`).
     """
     scratch = Scratch()
-    pages = run.base_file.pages() if run.base_file is not None else None
+    release = run.base_file.releaser() if run.base_file is not None else None
     # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
     devices = {torch.device("cpu")} | {local(each).device for each in planned.parameters.values()}
     spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
@@ -141,8 +141,8 @@ def write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
             if name in states:
                 keep_base(states[name].base, out)
         write(name, out)
-        if pages is not None and name in planned.slow.states:
-            pages.release(planned.slow.states[name].base)
+        if release is not None and name in planned.slow.states:
+            release(planned.slow.states[name].base)
 
 
 def _again(

@@ -257,7 +257,7 @@ class Run(RunBase):
         check_rates(optimizer, lambda lr: self._groups(lr, {}))
         self.looped = True
 
-    # ---- gradients that a checkpoint finds: a run that is saved between backward and step, or accumulates, loses none
+    # ---- what may be done now
 
     def check_surroundings(self, kind: type[nn.Module]) -> None:
         """Check what is around a call of the cascade, and compare ranks before the first training call through a

@@ -21,13 +21,6 @@ from lorasc_fx.util.undo import Lock
 from lorasc_fx.util.version import source_digest, version
 
 
-class Pages(Protocol):
-    """Mapped memory of the files that hold W0."""
-
-    def release(self, tensor: torch.Tensor) -> None:
-        """Return the pages of a tensor to the system. The next use reads them from the file again."""
-
-
 class BaseValues(Protocol):
     """Files that hold W0, if it is not kept in memory (`checkpoint.base_file.BaseFile`)."""
 
@@ -37,8 +30,8 @@ class BaseValues(Protocol):
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the values of a weight before it was quantized."""
 
-    def pages(self) -> Pages:
-        """Return the memory of the files that is mapped now."""
+    def releaser(self) -> Callable[[torch.Tensor], None]:
+        """Return a function that gives the pages of a mapped tensor back to the system until their next use."""
 
     def check(self, call: str) -> None:
         """Raise StateError if a file was written to."""

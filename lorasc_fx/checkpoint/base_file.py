@@ -13,7 +13,7 @@ import ctypes
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -76,9 +76,9 @@ class BaseFile:
                 tensors[name] = here
         return tensors
 
-    def pages(self) -> MappedPages:
-        """Return the pages of the files that are mapped now."""
-        return MappedPages.of(self.stamps)
+    def releaser(self) -> Callable[[torch.Tensor], None]:
+        """Return `MappedPages.release` for the pages of the files that are mapped now."""
+        return MappedPages.of(self.stamps).release
 
     def lacking(self, parameters: Mapping[str, torch.Tensor]) -> list[str]:
         """Return those of these parameters that the files have not under their names, or in another shape."""

@@ -33,6 +33,30 @@ _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 """Modules whose methods, of each of their models, put layers of peft into it and switch them."""
 
 
+def _with_fast_weights(name: str) -> Any:
+    """Return a property: the model's method of this name, with the fast weights in place unless `weights` has put
+    others there. On shards every rank must call it; a block is gathered while it runs.
+    """
+
+    def bound(cascade: Cascade) -> Any:
+        method = cascade.__getattr__(name)
+        if not callable(method):
+            return method
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            run = cascade._run
+            if run.is_sharded and "synced_gpus" in inspect.signature(method).parameters:
+                kwargs["synced_gpus"] = True  # ranks that are done compute on until all are
+            placed = run.released or run.inside_weights
+            with nullcontext() if placed else cascade.weights("fast"), cascade._graphs.gathered():
+                return method(*args, **kwargs)
+
+        return call
+
+    return property(bound, doc=f"The model's `{name}`, with the fast weights unless `weights` has put others there.")
+
+
 class Cascade(SavedCascade):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
@@ -53,58 +77,12 @@ class Cascade(SavedCascade):
 
     # ---- methods of the model that compute, for transformers and sentence-transformers
 
-    @property
-    def generate(self) -> Any:
-        """The model's `generate`, with the fast weights in place unless `weights` has put others there."""
-        return self._with_fast_weights("generate")
-
-    @property
-    def encode(self) -> Any:
-        """The model's `encode`, with weights as for `generate`."""
-        return self._with_fast_weights("encode")
-
-    @property
-    def encode_query(self) -> Any:
-        """The model's `encode_query`, with weights as for `generate`."""
-        return self._with_fast_weights("encode_query")
-
-    @property
-    def encode_document(self) -> Any:
-        """The model's `encode_document`, with weights as for `generate`."""
-        return self._with_fast_weights("encode_document")
-
-    @property
-    def predict(self) -> Any:
-        """The model's `predict`, with weights as for `generate`."""
-        return self._with_fast_weights("predict")
-
-    @property
-    def rank(self) -> Any:
-        """The model's `rank`, with weights as for `generate`."""
-        return self._with_fast_weights("rank")
-
-    def _with_fast_weights(self, name: str) -> Any:
-        """Return a method of the model that runs with the fast weights.
-
-        On shards every rank must call it; a block is gathered while it runs.
-
-        Raises:
-            AttributeError: the model has none of this name.
-        """
-        method = self.__getattr__(name)
-        if not callable(method):
-            return method
-
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            run = self._run
-            if run.is_sharded and "synced_gpus" in inspect.signature(method).parameters:
-                kwargs["synced_gpus"] = True  # ranks that are done compute on until all are
-            placed = run.released or run.inside_weights
-            with nullcontext() if placed else self.weights("fast"), self._graphs.gathered():
-                return method(*args, **kwargs)
-
-        return call
+    generate = _with_fast_weights("generate")
+    encode = _with_fast_weights("encode")
+    encode_query = _with_fast_weights("encode_query")
+    encode_document = _with_fast_weights("encode_document")
+    predict = _with_fast_weights("predict")
+    rank = _with_fast_weights("rank")
 
     @property
     def _no_split_modules(self) -> Any:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lorasc_fx.adapt import load_found
+from lorasc_fx.adapt import load as load_checkpoint
 from lorasc_fx.cascade import Cascade
 from lorasc_fx.checkpoint import training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, digest_of, from_state_dict, packed
@@ -126,4 +126,4 @@ def load(
             + "; give a reader of the kind of the writer, on its folder",
             code="unreadable-file",
         ) from fault
-    return load_found(from_state_dict(tensors, str(Path(where))), model, args, kwargs, **options)
+    return load_checkpoint(from_state_dict(tensors, str(Path(where))), model, args, kwargs, **options)
