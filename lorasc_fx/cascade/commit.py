@@ -100,12 +100,11 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             put_state(optimizer, planned.states)
         write_parameters(run, planned, undo)
     _put_gradients(run, planned)
-    run.plan, run.slow, run.placed = planned.plan, planned.slow, planned.placed
     present = run.present(planned.parameters)  # FSDP exchanges parameters itself
     if planned.placed is not None:
-        run.placed_checksums = checksums(present)
+        run.placed, run.placed_checksums = planned.placed, checksums(present)
         return
-    run.placed_checksums, run.statistics = {}, []
+    run.plan, run.slow = planned.plan, planned.slow
     run.note_weights(name for name in present if run.is_sharded or present[name] is planned.parameters[name])
     run.set_unmerged()
 

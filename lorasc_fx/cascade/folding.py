@@ -150,6 +150,7 @@ def _put_back(
     def put_back() -> None:
         held.put_back()
         run.commit(planned)
+        run.placed, run.placed_checksums, run.statistics = None, {}, []
 
     with torch.inference_mode(False), run.lock, commit() as undo:
         undo(put_back)
