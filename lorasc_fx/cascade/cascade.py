@@ -134,7 +134,7 @@ class Cascade(nn.Module):
         if not trains and self._usage.check_evaluation(run, self):
             with self.weights("fast"):
                 return self.forward(*args, **kwargs)
-        run.check_surroundings(type(self))
+        run.surroundings.check(run, type(self))
         return (graphs.variants.find(call) or graphs.capture(call)).run(call)
 
     # ---- what was decided

@@ -259,20 +259,9 @@ class Run(RunBase):
 
     # ---- what may be done now
 
-    def check_surroundings(self, kind: type[nn.Module]) -> None:
-        """Check what is around a call of the cascade, and compare ranks before the first training call through a
-        DistributedDataParallel, which has given all of them the first one's parameters, but not its W0.
-
-        Args:
-            kind: the class of the cascade.
-
-        Raises:
-            StateError: see `Surroundings.check`; or the ranks are not alike.
-        """
-        occasion = self.plan.stage, len(self.branches), self.grouped
-        group = self.surroundings.check(kind, self.trainable, not self.is_sharded, *occasion)
-        if group is not None:
-            ProcessGroup.of(group).check_alike("DistributedDataParallel", self.facts(self._checksums))
+    def check_ranks(self, call: str, group: Any) -> None:
+        """Raise StateError if the ranks of a process group are not alike."""
+        ProcessGroup.of(group).check_alike(call, self.facts(self._checksums))
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and before the model has its numbers, unless the call needs none."""

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorasc_fx.errors import StateError, named, warn
+from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
@@ -199,6 +200,24 @@ def callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+class Surrounded(Protocol):
+    """What `Surroundings` asks of a run."""
+
+    plan: Plan
+    branches: nn.ModuleDict
+    grouped: bool
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds only its share of the weights."""
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Return what is trained, by name."""
+
+    def check_ranks(self, call: str, group: Any) -> None:
+        """Raise StateError if the ranks of a process group are not alike."""
+
+
 class Surroundings(Fresh):
     """Checks what is around the calls of a cascade: once for each wrapper, stage, and set of branches.
 
@@ -212,28 +231,33 @@ class Surroundings(Fresh):
         self._outdated: Callable[[], Any] = lambda: None
         self._compared: Callable[[], Any] = lambda: None
 
-    def check(
-        self, kind: type[nn.Module], trainable: Callable[[], Mapping[str, nn.Parameter]], whole: bool, *occasion: object
-    ) -> Any:
-        """Raise StateError for context parallelism, or a wrapper that cuts, copies or lacks parameters.
+    def check(self, run: Surrounded, kind: type[nn.Module]) -> None:
+        """Check what is around a call, unless it was checked in this gradient mode and stage.
 
-        A check is made once for each class of the cascade, wrapper, gradient mode and `occasion`. Returns the process
-        group of a wrapper whose forward runs with gradients for the first time, else None.
+        Before the first training call through a DistributedDataParallel the ranks are compared: it has given all of
+        them the first one's parameters, but not its W0.
+
+        Args:
+            run: of the cascade.
+            kind: the class of the cascade.
+
+        Raises:
+            StateError: context parallelism, a wrapper that cuts, copies or lacks parameters, or ranks that differ.
         """
         wrapper, grad = DistributedDataParallel._active_ddp_module, torch.is_grad_enabled()
         reference = None if wrapper is None else weakref.ref(wrapper)
-        around = (reference, F.scaled_dot_product_attention, kind, *occasion)
+        attention = F.scaled_dot_product_attention
+        around = (reference, attention, kind, run.plan.stage, len(run.branches), run.grouped)
         if self._checked.get(grad) == around:
-            return None
-        self.check_replicas(trainable)
+            return
+        self.check_replicas(run.trainable)
         _check_attention()
-        if grad and whole:
+        if grad and not run.is_sharded:
             _check_engines(kind)
         self._checked[grad] = around
-        if wrapper is None or not grad or self._compared() is wrapper:
-            return None
-        self._compared = weakref.ref(wrapper)
-        return wrapper.process_group
+        if wrapper is not None and grad and self._compared() is not wrapper:
+            self._compared = weakref.ref(wrapper)
+            run.check_ranks("DistributedDataParallel", wrapper.process_group)
 
     def check_replicas(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         """Raise StateError if a parameter came after the wrapper whose forward runs, or has another shape since."""
