@@ -11,7 +11,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import batches, branches, build, loss_of, randomize
+from tests.kit.models import assert_merged, batches, build, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 X = batches(1, 2, 4, 5)[0]
@@ -109,16 +109,7 @@ def test_graph_breaks_before_a_graph_that_hides_weights(
     }
     assert cascade.refusals == ()
     randomize(cascade)
-    held = dict(build(kind).named_parameters())
-    values = {name: held[name] + 1.5 * (branch.lora_B @ branch.lora_A) for name, branch in branches(cascade).items()}
-    expected = torch.func.functional_call(build(kind), values, (X,))
-    found = cascade(X)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    parameters = list(cascade.branches.parameters())
-    ours, theirs = (torch.autograd.grad(loss_of(each), parameters) for each in (found, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        assert other.any()
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert_merged(cascade, build(kind), X)
 
 
 def test_a_graph_that_hides_nothing_is_taken() -> None:

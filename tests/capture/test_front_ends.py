@@ -19,7 +19,7 @@ import lorasc_fx as lx
 from lorasc_fx.plan import Reason
 from lorasc_fx.util.finalizers import POSTPONED
 from tests.kit.errors import raises
-from tests.kit.models import batches, branches, loss_of, randomize
+from tests.kit.models import assert_merged, batches, branches, loss_of, merged, randomize
 
 NAMES = ("export", "dynamo", "symbolic", "graph-breaks")
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -59,14 +59,6 @@ def net(kind: type[Net] = Net) -> Net:
 def run(model: Any, *args: Any, **kwargs: Any) -> Any:
     torch.manual_seed(7)
     return model(*args, **kwargs)
-
-
-def merged(cascade: lx.Cascade, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The eager model with W + s B A, by the cascade's names."""
-    held = dict(model.named_parameters())
-    values = {name: held[name] + branch.scale * branch.delta() for name, branch in branches(cascade).items()}
-    torch.manual_seed(7)
-    return torch.func.functional_call(model, values, args, kwargs)
 
 
 def test_auto_tells_why_the_earlier_ones_refused() -> None:
@@ -122,7 +114,7 @@ def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> Non
     assert (refusal.weight, refusal.reason) == ("drop.0.weight", Reason.OPAQUE)
     assert "TorchScript module drop;" in refusal.sentence
     randomize(cascade)
-    body, head = (model.get_parameter(name) + each.scale * each.delta() for name, each in branches(cascade).items())
+    body, head = merged(cascade).values()
     hidden = model.drop(torch.tanh(F.linear(x, body, model.body.bias)))
     expected = F.linear(hidden, head, model.head.bias)
     torch.testing.assert_close(run(cascade, x), expected, rtol=0, atol=1e-12)
@@ -242,16 +234,7 @@ def test_llama_with_gradient_checkpointing(name: str) -> None:
     cascade = lx.adapt(model, (), call, spec=SPEC, frontend=name)
     assert_same_outputs(run(cascade, **call), run(eager, **call), 1e-14)
     randomize(cascade, size=0.1)
-    found, expected = run(cascade, **call).logits, merged(cascade, eager, **call).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    parameters = list(cascade.branches.parameters())
-    for one, other in zip(
-        torch.autograd.grad(loss_of(found), parameters),
-        torch.autograd.grad(loss_of(expected), parameters),
-        strict=True,
-    ):
-        assert other.any()
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert_merged(cascade, eager, **call)
 
 
 def test_mamba_is_one_graph_with_its_cache() -> None:
@@ -307,16 +290,11 @@ def test_a_state_that_cannot_be_taken_apart_is_one_leaf() -> None:
     cascade = lx.adapt(model, (x,), spec=SPEC)
     assert cascade.frontend == "graph-breaks"
     randomize(cascade)
-    found, memory = cascade(x)
+    (_, memory), (_, theirs) = assert_merged(cascade, model, x)
     assert type(memory) is Memory
-    expected, theirs = merged(cascade, model, x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(memory.state, theirs.state, rtol=0, atol=1e-12)
-    found, expected = cascade(x, memory)[0], merged(cascade, model, x, theirs)[0]  # the state as an input
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert not torch.allclose(found, merged(cascade, model, x)[0], atol=1e-3)
-    loss_of(found).backward()
-    assert all(parameter.grad.any() for parameter in cascade.branches.parameters())
+    (found, _), _ = assert_merged(cascade, model, x, memory)  # the state as an input
+    assert not torch.allclose(found, cascade(x)[0], atol=1e-3)
 
 
 class Padded(nn.Module):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
-from tests.kit.models import batches, branches, loss_of, optimizer_of, randomize
+from tests.kit.models import TwoLayers, assert_merged, batches, branches, loss_of, merged, optimizer_of, randomize
 from tests.kit.seams import lower
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -38,12 +38,8 @@ class Branchy(nn.Module):
         return self.left(hidden) if x.sum() > 0 else self.right(hidden)
 
 
-class Items(nn.Module):
+class Items(TwoLayers):
     """A number leaves torch by item(), and numpy computes in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.body(x))
@@ -157,12 +153,8 @@ class Counting(nn.Module):
         return self.head(torch.tanh(hidden))
 
 
-class Zipped(nn.Module):
+class Zipped(TwoLayers):
     """Dynamo itself breaks on this one, and eager torch does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(x.shape, dtype=torch.bool)
@@ -202,24 +194,6 @@ def reach_all(cascade: lx.Cascade) -> None:
             cascade(sign * inputs(seed=seed))
 
 
-def merged(model: nn.Module, cascade: lx.Cascade) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The eager model with W + s B A in place of each site's weight."""
-    held = dict(model.named_parameters())
-    values = {
-        name: held[name] + branch.scale * (branch.lora_B @ branch.lora_A).view_as(held[name])
-        for name, branch in branches(cascade).items()
-    }
-    return lambda x: torch.func.functional_call(model, values, (x,))
-
-
-def assert_same_gradients(own: torch.Tensor, theirs: torch.Tensor, parameters: list[nn.Parameter]) -> None:
-    found = torch.autograd.grad(loss_of(own), parameters, materialize_grads=True)
-    expected = torch.autograd.grad(loss_of(theirs), parameters, materialize_grads=True)
-    assert any(other.any() for other in expected)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
 @ALL
 @pytest.mark.parametrize("training", [False, True])
 def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, training: bool) -> None:
@@ -242,20 +216,13 @@ def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, train
     assert cascade.unreached == ()
     randomize(cascade)
     eager.load_state_dict(model.state_dict())
-    parameters = list(cascade.branches.parameters())
     for seed in (2, 3, 4):
         x = inputs(5, seed)
-        own, theirs = run(cascade, x), run(merged(eager, cascade), x)
-        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
-        assert_same_gradients(own, theirs, parameters)
+        assert_merged(cascade, eager, x, every=False)
 
 
-class Masks(nn.Module):
+class Masks(TwoLayers):
     """Resizes, after a break, a tensor that `.data` cut off from the weight, and masks the weight with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, mask = self.body.weight, self.body.weight.data.new()
@@ -272,9 +239,7 @@ def test_what_data_has_cut_off_from_autograd_stays_so() -> None:
     cascade = adapted(model)
     assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
     randomize(cascade)
-    own, theirs = run(cascade, inputs()), run(merged(eager, cascade), inputs())
-    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
-    assert_same_gradients(own, theirs, list(cascade.branches.parameters()))
+    assert_merged(cascade, eager, inputs())
 
 
 @ALL
@@ -369,9 +334,7 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
     randomize(cascade)
     eager = copy.deepcopy(model)
     for seed in range(3):
-        torch.testing.assert_close(
-            run(cascade, inputs(seed=seed)), run(merged(eager, cascade), inputs(seed=seed)), rtol=0, atol=1e-12
-        )
+        assert_merged(cascade, eager, inputs(seed=seed), every=False)
     cascade.transition(optimizer)
 
 
@@ -409,7 +372,7 @@ def test_copies_find_their_graphs_anew(name: str) -> None:
     assert all(torch.equal(value, kept[key]) for key, value in copied.state_dict().items() if "/lora" in key)
     randomize(copied, seed=8)
     assert not torch.allclose(run(copied, inputs()), expected, atol=1e-3)
-    torch.testing.assert_close(run(copied, inputs()), run(merged(copied.model, copied), inputs()), rtol=0, atol=1e-12)
+    assert_merged(copied, copied.model, inputs(), every=False)
     assert torch.equal(run(cascade, inputs()), expected)
 
 
@@ -443,7 +406,8 @@ def test_a_layer_of_one_output_between_graphs_is_a_site() -> None:
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
     assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
     randomize(cascade)
-    torch.testing.assert_close(cascade(x), merged(model, cascade)(x))
+    expected = torch.func.functional_call(model, merged(cascade), (x,))
+    torch.testing.assert_close(cascade(x), expected)
 
 
 def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,8 +431,7 @@ def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     def call_all() -> None:
         nonlocal right
         for length in range(1, 12):
-            found, expected = cascade(x, "a" * length), merged(cascade.model, cascade)(x) * length
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            assert_merged(cascade, cascade.model, x, "a" * length)
             right += 1
 
     with raises(lx.CaptureError, "not-captured", "Numbers", "4"):

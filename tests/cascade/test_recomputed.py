@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import batches, branches, loss_of, randomize
+from tests.kit.models import batches, branches, loss_of, merged, randomize
 from tests.kit.state import oldest_variant
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -202,9 +202,7 @@ def assert_gradients(cascade: lx.Cascade, merged: nn.Module) -> None:
 
 def merged_twin(model: nn.Module, cascade: lx.Cascade) -> nn.Module:
     twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, branch in branches(cascade).items():
-            twin.get_parameter(name).add_(branch.scale * branch.delta())
+    twin.load_state_dict(merged(cascade, model), strict=False)
     return twin.requires_grad_(True)
 
 

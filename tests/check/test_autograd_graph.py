@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.check.autograd_graph import describe
-from tests.check.test_preflight import SPEC, Net
+from tests.check.test_preflight import SPEC
 from tests.kit.errors import raises
-from tests.kit.models import batches, build
+from tests.kit.models import TwoLayers, batches, build
 from tests.kit.seams import SEAMS, seam
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -119,7 +119,7 @@ def test_a_hook_on_a_tensor_that_is_saved_by_name_has_no_description() -> None:
     assert describe([x * v], {"v": v, "w": w}, {"x": x}) is None
 
 
-class Turns(Net):
+class Turns(TwoLayers):
     """Turns gradients around by a hook on a node, which no tracer sees."""
 
     def between(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Turns(Net):
         return x
 
 
-class Slices(Net):
+class Slices(TwoLayers):
     """A slice of all is another node in Python than in a graph."""
 
     def between(self, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_a_hook_on_a_node_is_kept(frontend: str) -> None:
         lx.adapt(build(Turns), (batches(1, 4, 5)[0],), spec=SPEC, frontend=frontend)
 
 
-@pytest.mark.parametrize("make", [Net, Slices])
+@pytest.mark.parametrize("make", [TwoLayers, Slices])
 def test_no_backward_runs_where_graphs_are_the_same(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     before = seam("backward")

@@ -20,27 +20,13 @@ import lorasc_fx as lx
 from lorasc_fx.check import preflight
 from lorasc_fx.check.preflight import Disagreement, check_agrees, first_difference, run_preflight
 from tests.kit.errors import raises, warns
-from tests.kit.models import batches, branches, build, loss_of, randomize, seeded
+from tests.kit.models import TwoLayers, assert_merged, batches, branches, build, merged, randomize
 from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
 X = batches(3, 4, 5)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-class Net(nn.Module):
-    """Two layers, with something in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.head(self.between(torch.tanh(self.body(x))))
-
-    def between(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 def refuse(make: Callable[[], nn.Module], frontend: str, sentence: str) -> None:
@@ -53,21 +39,8 @@ def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> 
     """Some calls, one after the other: outputs and gradients of branches as autograd has them through W + s B A."""
     randomize(cascade)
     twin = build(make).train(cascade.training).requires_grad_(False)
-    held = dict(twin.named_parameters())
-    parameters = list(cascade.branches.parameters())
     for x in X:
-        values = {
-            name: held[name] + 1.5 * (branch.lora_B @ branch.lora_A) for name, branch in branches(cascade).items()
-        }
-        found = seeded(cascade, x)
-        expected = seeded(torch.func.functional_call, twin, values, (x,))
-        assert type(found) is type(expected)
-        found, expected = (each["y"] if isinstance(each, dict) else each for each in (found, expected))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-        ours, theirs = (torch.autograd.grad(loss_of(each), parameters) for each in (found, expected))
-        for one, other in zip(ours, theirs, strict=True):
-            assert other.any()
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert_merged(cascade, twin, x)
 
 
 class Steep(torch.autograd.Function):
@@ -83,14 +56,14 @@ class Steep(torch.autograd.Function):
         return slope * (3.0 - ctx.saved_tensors[0].sin())
 
 
-class Rounds(Net):
+class Rounds(TwoLayers):
     """Rounds what is between the layers."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
         return Steep.apply(x)
 
 
-class RoundsWeights(Net):
+class RoundsWeights(TwoLayers):
     """Rounds a weight."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +72,7 @@ class RoundsWeights(Net):
 
 @pytest.mark.parametrize("make", [Rounds, RoundsWeights])
 @pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "graph-breaks"])
-def test_a_function_keeps_its_own_backward(make: type[Net], frontend: str) -> None:
+def test_a_function_keeps_its_own_backward(make: type[TwoLayers], frontend: str) -> None:
     reason = "RuntimeError: the model uses the autograd.Function Steep, whose backward a traced graph does not keep"
     if frontend in GRAPHS:
         refuse(make, frontend, reason)
@@ -111,7 +84,7 @@ def test_a_function_keeps_its_own_backward(make: type[Net], frontend: str) -> No
     assert_goes_as_eager(make, cascade)
 
 
-class Counts(Net):
+class Counts(TwoLayers):
     def __init__(self) -> None:
         super().__init__()
         self.kept: Any = 0
@@ -156,7 +129,7 @@ def test_state_in_python(make: type[Counts]) -> None:
     assert_goes_as_eager(make, cascade)
 
 
-class Caches(Net):
+class Caches(TwoLayers):
     """Only the first call sets its attribute."""
 
     def __init__(self) -> None:
@@ -178,7 +151,7 @@ def test_what_only_a_first_call_sets_is_no_state(frontend: str) -> None:
     assert_goes_as_eager(Caches, cascade)
 
 
-class Grows(Net):
+class Grows(TwoLayers):
     """A buffer that is another one, of another shape, after each call."""
 
     def __init__(self) -> None:
@@ -205,14 +178,14 @@ def test_a_buffer_of_another_shape() -> None:
 
 
 def hooked() -> nn.Module:
-    model = Net()
+    model = TwoLayers()
     model.register_forward_hook(lambda module, args, output: output * 2)
     return model
 
 
 def patched() -> nn.Module:
-    model = Net()
-    model.forward = lambda x: Net.forward(model, x) * 2
+    model = TwoLayers()
+    model.forward = lambda x: TwoLayers.forward(model, x) * 2
     return model
 
 
@@ -222,7 +195,7 @@ def test_a_hook_and_a_patched_forward(make: Callable[[], nn.Module]) -> None:
     assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
 
 
-class Ordered(Net):
+class Ordered(TwoLayers):
     def forward(self, x: torch.Tensor) -> Any:
         return OrderedDict(y=super().forward(x))
 
@@ -234,7 +207,7 @@ def test_the_type_of_an_output() -> None:
         assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
 
 
-class Modes(Net):
+class Modes(TwoLayers):
     """Does half of it in another mode."""
 
     def __init__(self, mode: Callable[[], Any]) -> None:
@@ -267,7 +240,7 @@ def test_modes_that_forward_switches(name: str) -> None:
         assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
 
 
-class Draws(Net):
+class Draws(TwoLayers):
     """Draws in Python."""
 
     def __init__(self, draw: Callable[[], float]) -> None:
@@ -321,7 +294,7 @@ def test_weights_that_old_hooks_compute_are_one_graph(
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
-    model, kept = build(Net), dict[str, torch.Tensor]()
+    model, kept = build(TwoLayers), dict[str, torch.Tensor]()
 
     def keep(module: nn.Module, given: Any, output: torch.Tensor) -> None:
         kept["body"] = output
@@ -334,7 +307,7 @@ def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
     if not before:
         model.get_submodule("body").register_forward_hook(keep)
     (branch,) = [each for name, each in branches(cascade).items() if name == "body.weight"]
-    body = build(Net).get_submodule("body")
+    body = build(TwoLayers).get_submodule("body")
     for x in X[1:]:
         cascade(x)
         torch.testing.assert_close(
@@ -345,7 +318,7 @@ def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
     refuse(lambda: copy.deepcopy(model), "export", "RuntimeError: body has a forward hook that returns nothing")
 
 
-class Reverses(Net):
+class Reverses(TwoLayers):
     """A tensor hook turns gradients around; in train mode only, if asked for."""
 
     def __init__(self, always: bool = True, breaks: bool = False) -> None:
@@ -384,7 +357,7 @@ def test_a_tensor_hook_of_a_later_mode_is_kept(breaks: bool) -> None:
     assert_goes_as_eager(make, cascade.train())
 
 
-class Asks(Net):
+class Asks(TwoLayers):
     """Does something else where no gradient is asked for."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
@@ -395,23 +368,22 @@ class Asks(Net):
 def test_requires_grad_is_that_of_training(frontend: str) -> None:
     cascade = lx.adapt(build(Asks), (X[0],), spec=SPEC, frontend=frontend)
     assert_goes_as_eager(Asks, cascade)
-    twin, held = build(Asks), branches(cascade)
-    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    twin = build(Asks)
     with torch.no_grad():
-        expected = torch.func.functional_call(twin, values, (X[0],))
+        expected = torch.func.functional_call(twin, merged(cascade, twin), (X[0],))
         torch.testing.assert_close(cascade(X[0]), expected, rtol=0, atol=1e-12)
     assert_goes_as_eager(Asks, cascade)
     assert variant_count(cascade) == (2 if frontend == "export" else 1)
 
 
 def test_a_model_that_does_not_ask_has_one_graph_for_both() -> None:
-    cascade = lx.adapt(build(Net), (X[0],), spec=SPEC)
+    cascade = lx.adapt(build(TwoLayers), (X[0],), spec=SPEC)
     with torch.no_grad():
         cascade(X[0])
     assert variant_count(cascade) == 1
 
 
-class Forces(Net):
+class Forces(TwoLayers):
     """The gradient of an energy, inside forward."""
 
     def __init__(self, switches: bool = False) -> None:
@@ -442,7 +414,7 @@ def test_differentiates_in_forward(switches: bool, training: bool) -> None:
             cascade(X[0])
 
 
-class AsksInput(Net):
+class AsksInput(TwoLayers):
     """Does something else for inputs that require gradients, as in a step of an attack on the inputs."""
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -454,20 +426,19 @@ def test_inputs_that_require_gradients_have_a_graph_of_their_own_where_the_model
     plain, tracked = X[0], X[0].clone().requires_grad_()
     cascade = lx.adapt(build(AsksInput), (tracked if first else plain,), spec=SPEC, frontend="export")
     randomize(cascade)
-    twin, held = build(AsksInput), branches(cascade)
-    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    twin = build(AsksInput)
     compiled = torch.compile(cascade, backend="eager")
     for x in (plain, tracked, plain, tracked):
-        expected = torch.func.functional_call(twin, values, (x,))
+        expected = torch.func.functional_call(twin, merged(cascade, twin), (x,))
         torch.testing.assert_close(cascade(x), expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-12)
     assert variant_count(cascade) == 2
-    never = lx.adapt(build(Net), (plain,), spec=SPEC)
+    never = lx.adapt(build(TwoLayers), (plain,), spec=SPEC)
     never(tracked)
     assert variant_count(never) == 1
 
 
-class FreesItsGraph(Net):
+class FreesItsGraph(TwoLayers):
     """Forces that are no part of a graph in eval mode, and have freed that of the energy by then."""
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -481,14 +452,13 @@ class FreesItsGraph(Net):
 def test_a_model_that_has_no_backward_in_eval_mode_is_called_there(training: bool) -> None:
     cascade = lx.adapt(build(FreesItsGraph).train(training), (X[0],), spec=SPEC)
     randomize(cascade)
-    twin, held = build(FreesItsGraph), branches(cascade)
-    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    twin = build(FreesItsGraph)
     for mode in (False, True, False):
-        expected = torch.func.functional_call(twin.train(mode), values, (X[0],))
+        expected = torch.func.functional_call(twin.train(mode), merged(cascade, twin), (X[0],))
         torch.testing.assert_close(cascade.train(mode)(X[0]), expected, rtol=0, atol=1e-12)
 
 
-class StepsInside(Net):
+class StepsInside(TwoLayers):
     """Takes a step of gradient descent inside forward, as in meta learning."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
@@ -502,7 +472,7 @@ def test_symbolic_refuses_gradients_of_weights() -> None:
 
 
 def test_a_trial_leaves_gradients_flags_and_hooks() -> None:
-    model = build(Net)
+    model = build(TwoLayers)
     model.body.bias.requires_grad_(False)
     gradients = {name: torch.randn_like(value) for name, value in model.named_parameters() if value.requires_grad}
     called = []

@@ -18,6 +18,7 @@ from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, form_n
 from lorasc_fx.graph.forms import REGISTERED
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.kit.errors import raises
+from tests.kit.models import merged, randomize
 from tests.passes.kit import deltas, fill
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0)
@@ -77,20 +78,8 @@ def registered() -> Iterator[None]:
 
 def adapted(frontend: str = "auto") -> lx.Cascade:
     cascade = lx.adapt(net(), args=(X,), spec=SPEC, frontend=frontend)
-    with torch.no_grad():
-        for index, site in enumerate(cascade.sites):
-            generator = torch.Generator().manual_seed(index)
-            b = cascade.branches[site.key].lora_B
-            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64) * 0.3)
+    randomize(cascade)
     return cascade
-
-
-def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
-    values = {name: value.detach().clone() for name, value in net().named_parameters()}
-    for site in cascade.sites:
-        branch = cascade.branches[site.key]
-        values[site.weight] = values[site.weight] + 1.5 * branch.lora_B @ branch.lora_A
-    return values
 
 
 @pytest.mark.usefixtures("registered")
@@ -105,7 +94,7 @@ def test_its_weight_is_a_site(frontend: str) -> None:
     assert cascade.refusals == ()
     if frontend != "graph-breaks":
         assert cascade.placements == {"0.weight": "weight", "1.kernel": "beside", "2.weight": "beside"}
-    values = merged(cascade)
+    values = dict(net().named_parameters()) | merged(cascade, net())
     output = cascade(X)
     torch.testing.assert_close(output, formula(values, X), rtol=0, atol=1e-12)
     factors = dict(cascade.branches.named_parameters())
@@ -292,11 +281,9 @@ def test_spellings(layer: type[Skewed], frontend: str, placement: str, share: fl
     values = {name: value.detach().clone() for name, value in model.named_parameters()}
     cascade = lx.adapt(model, args=(X,), spec=SPEC, frontend=frontend)
     assert cascade.placements["1.kernel"] == placement
+    randomize(cascade)
+    values |= merged(cascade)
     with torch.no_grad():
-        for site in cascade.sites:
-            branch = cascade.branches[site.key]
-            nn.init.normal_(branch.lora_B)
-            values[site.weight] += 1.5 * branch.lora_B @ branch.lora_A
         y = F.linear(X, values["0.weight"], values["0.bias"])
         y = F.linear(y, share * values["1.kernel"]) + torch.sin(y[..., :1])
         expected = F.linear(y, values["2.weight"], values["2.bias"])

@@ -29,16 +29,42 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.GELU(), nn.Linear(6, 2)).double()
 
 
+class TwoLayers(nn.Module):
+    """[7, 5] and [3, 7]; a subclass says what is between them, or all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.between(torch.tanh(self.body(x))))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Breaking(nn.Module):
+    """The values decide, which no whole graph can hold."""
+
+    def __init__(self, inputs: int = 5, outputs: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x if x.sum().item() > 0 else -x)
+        return y
+
+
 def build(make: Callable[[], nn.Module]) -> Any:
     """A model in fp64, the same each time."""
     torch.manual_seed(3)
     return make().double()
 
 
-def seeded(call: Callable[..., Any], *args: Any) -> Any:
+def seeded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a call returns, with all generators where they were for any other."""
     seed(7)
-    return call(*args)
+    return call(*args, **kwargs)
 
 
 def batches(count: int, *shape: int, seed: int = 2) -> list[torch.Tensor]:
@@ -85,6 +111,65 @@ def factors(cascade: lx.Cascade) -> dict[str, torch.Tensor]:
 def by_hand(model: nn.Module, cascade: lx.Cascade, **options: Any) -> oracle.Cascade:
     """The reference for an untouched copy of the cascade's model, from the same A."""
     return oracle.Cascade(model, factors(cascade), cascade.sites[0].scale, **options)
+
+
+def merged(cascade: lx.Cascade, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """W + s B A of each site, for `torch.func.functional_call` on the model or on a twin of it."""
+    held, values = dict((model or cascade.model).named_parameters()), {}
+    for name, branch in branches(cascade).items():
+        delta, weight = branch.lora_B @ branch.lora_A, held[name]
+        values[name] = weight + branch.scale * (delta if len(delta) == len(weight) else delta.t()).view_as(weight)
+    return values
+
+
+def assert_merged(cascade: lx.Cascade, model: nn.Module, *args: Any, every: bool = True, **kwargs: Any) -> Any:
+    """Output and gradients of the factors are those that autograd has through W + s B A of an eager twin; return both
+    outputs.
+
+    Args:
+        every: whether each factor has to have a gradient, or some.
+    """
+    outputs = (
+        seeded(cascade, *args, **kwargs),
+        seeded(torch.func.functional_call, model, merged(cascade, model), args, kwargs),
+    )
+    assert type(outputs[0]) is type(outputs[1])
+    found, expected = (
+        next(iter(each.values())) if isinstance(each, dict) else each if isinstance(each, torch.Tensor) else each[0]
+        for each in outputs
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(cascade.branches.parameters())
+    how = {"allow_unused": not every, "materialize_grads": not every, "retain_graph": True}  # of inputs with a graph
+    ours, theirs = (torch.autograd.grad(loss_of(each), parameters, **how) for each in (found, expected))
+    assert (all if every else any)(other.any() for other in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    return outputs
+
+
+def lora_of(cascade: lx.Cascade, model: nn.Module, targets: Iterable[str], **config: Any) -> Any:
+    """peft's LoRA of the same rank and alpha on a model, with the A that the branches have now."""
+    import peft
+
+    spec = cascade.plan.spec
+    same = {"r": spec.rank, "lora_alpha": spec.lora_alpha, "lora_dropout": 0.0, "target_modules": list(targets)}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**{**same, **config}))
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(cascade.sites)
+    take_start(cascade, theirs.base_model.model)
+    return theirs
+
+
+@torch.no_grad()
+def take_start(cascade: lx.Cascade, theirs: nn.Module) -> None:
+    """Give the layers of peft in a model the A that the branches have now."""
+    for name, branch in branches(cascade).items():
+        own = theirs.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight
+        own.copy_(branch.lora_A.view_as(own))
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def randomize(cascade: lx.Cascade, seed: int = 5, size: float = 0.3) -> None:

@@ -14,8 +14,8 @@ from torch.nn.functional import linear
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import PLAIN, batches, branches, loss_of, mlp, train
-from tests.options.test_rates import LR, X, lora_of
+from tests.kit.models import PLAIN, batches, branches, lora_of, loss_of, mlp, train
+from tests.options.test_rates import LINEARS, LR, X
 
 
 class Hf(torch.optim.Optimizer):
@@ -47,7 +47,7 @@ def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
     )
     cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     before = {name: branch.lora_A.detach().clone() for name, branch in branches(cascade).items()}
-    theirs = lora_of(original, cascade, use_rslora=use_rslora)
+    theirs = lora_of(cascade, original, LINEARS, use_rslora=use_rslora)
     made = create_lorafa_optimizer(theirs, r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], lr=LR)
     calls = batches(20, 4, 5)
     ours, expected = train(cascade, Hf(cascade.param_groups(lr=LR)), calls), train(theirs, made, calls)

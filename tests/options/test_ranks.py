@@ -15,8 +15,17 @@ import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.errors.test_all_or_nothing import everywhere, result
 from tests.kit.errors import raises, warns
-from tests.kit.models import batches, branches, factors, loss_of, mlp, randomize, train
-from tests.state.test_trajectory import set_factors, trainable
+from tests.kit.models import (
+    batches,
+    branches,
+    factors,
+    lora_of,
+    loss_of,
+    mlp,
+    randomize,
+    train,
+    trainable_parameters,
+)
 
 X = batches(1, 4, 5)[0]
 RANKS = (4, 2, 3, 1)
@@ -38,12 +47,10 @@ def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> N
         assert {branch.rank for branch in branches(cascade).values()} == {rank}
         assert {site.rank for site in cascade.sites} == {rank}
         assert cascade.sites[0].scale == 4.5 / rank
-        config = peft.LoraConfig(r=rank, lora_alpha=4.5, target_modules=["0", "2", "4"], lora_dropout=0.0)
-        adapter = peft.get_peft_model(theirs, config)
-        set_factors(adapter, factors(cascade))
+        adapter = lora_of(cascade, theirs, ["0", "2", "4"], r=rank)
         part = calls[stage.number * 5 - 5 : stage.number * 5]
         ours = train(cascade, optimizer, part)
-        expected = train(adapter, torch.optim.AdamW(trainable(adapter), lr=1e-2), part)
+        expected = train(adapter, torch.optim.AdamW(trainable_parameters(adapter), lr=1e-2), part)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
         theirs = adapter.merge_and_unload()
     assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == held

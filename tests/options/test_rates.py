@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
@@ -13,28 +12,18 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import PLAIN, batches, factors, loss_of, mlp, train
-from tests.state.test_trajectory import set_factors
+from tests.kit.models import PLAIN, batches, lora_of, loss_of, mlp, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
 LR = 3e-3
-
-
-def lora_of(model: nn.Module, cascade: lx.Cascade, **options: Any) -> peft.PeftModel:
-    """peft's adapter on all three linears, with the cascade's A."""
-    config = peft.LoraConfig(
-        r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], target_modules=["0", "2", "4"], lora_dropout=0.0, **options
-    )
-    theirs = peft.get_peft_model(model, config)
-    set_factors(theirs, factors(cascade))
-    return theirs
+LINEARS = ("0", "2", "4")
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_lora_plus_is_pefts(optimizer: Any) -> None:
     original = copy.deepcopy(mlp())
     cascade = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(**PLAIN, lr_ratio=16.0))
-    theirs = lora_of(original, cascade)
+    theirs = lora_of(cascade, original, LINEARS)
     plain = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(**PLAIN))
     calls = batches(20, 4, 5)
     ours = train(cascade, optimizer(cascade.param_groups(lr=LR), weight_decay=0.0), calls)
@@ -49,11 +38,10 @@ def test_lora_plus_is_pefts(optimizer: Any) -> None:
 def test_rslora_is_pefts(use_rslora: bool) -> None:
     original = copy.deepcopy(mlp())
     cascade = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(**PLAIN, use_rslora=use_rslora))
-    theirs = lora_of(original, cascade, use_rslora=use_rslora)
+    theirs = lora_of(cascade, original, LINEARS, use_rslora=use_rslora)
     calls = batches(20, 4, 5)
     ours = train(cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-2)), calls)
-    held = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    expected = train(theirs, torch.optim.AdamW(held, lr=1e-2), calls)
+    expected = train(theirs, torch.optim.AdamW(trainable_parameters(theirs), lr=1e-2), calls)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
     assert cascade.sites[0].scale == pytest.approx(4.5 / (3**0.5 if use_rslora else 3))
 

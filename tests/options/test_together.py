@@ -30,6 +30,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "fixed, dora": {"rank": 2, "train_A": False, "use_dora": True},
     "average, pissa": {"rank": 2, "average": "swa", "start": "pissa"},
     "plus, dora": {"rank": 2, "lr_ratio": 4.0, "use_dora": True},
+    "olora, dora, ranks": {"ranks": (1, 3), "start": "olora", "use_dora": True},
+    "olora, average": {"rank": 2, "start": "olora", "average": "ema"},
     "all": {"ranks": (3, 2), "average": "ema", "train_A": False, "start": "olora", "noise": lx.Noise(0.1)},
 }
 
@@ -59,7 +61,9 @@ def test_stages_are_the_recursion(name: str, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         rank = options.get("ranks", (2, 2))[min(number, 2) - 1]
         assert branches(cascade)["0.weight"].rank == rank
+        a = branches(cascade)["0.weight"].lora_A.detach().clone()
         train(cascade, optimizer, batches(3, 6, 12, seed=number))
+        assert torch.equal(branches(cascade)["0.weight"].lora_A, a) == (not options.get("train_A", True))
         with cascade.weights("fast"):
             fast = computed(cascade)
         if "noise" not in options:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import SCALE, batches, branches, mlp
+from tests.kit.models import SCALE, batches, branches, lora_of, mlp
 
 RANK = 3
 PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "use_dora": True}
@@ -47,19 +45,9 @@ def adapted(model: nn.Module, x: torch.Tensor, frontend: str = "auto", **options
     return lx.adapt(model, (x,), spec=lx.CascadeSpec(**{**PLAIN, **options}), frontend=frontend)
 
 
-def theirs_of(model: nn.Module, targets: tuple[str, ...], start: Mapping[str, torch.Tensor]) -> peft.PeftModel:
-    """peft's DoRA, with these A."""
-    config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=list(targets), use_dora=True)
-    theirs = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, a in start.items():
-            own = theirs.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight
-            own.copy_(a.view_as(own))
-    return theirs
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def theirs_of(model: nn.Module, targets: tuple[str, ...], cascade: lx.Cascade) -> Any:
+    """peft's DoRA, with the same A."""
+    return lora_of(cascade, model, targets, use_dora=True)
 
 
 def make(name: str, held: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -12,15 +12,24 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import SCALE, batches, branches, factors, loss_of, mlp, optimizer_of, train
+from tests.kit.models import (
+    SCALE,
+    batches,
+    branches,
+    lora_of,
+    loss_of,
+    mlp,
+    optimizer_of,
+    train,
+    trainable_parameters,
+)
 from tests.kit.state import weight_states
-from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trainable, trained, weights
+from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trained, weights
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -30,9 +39,9 @@ def test_one_stage_is_pefts(name: str, frontend: str, optimizer: str) -> None:
     build, inputs, targets = CASES[name]
     model, calls = build(), inputs(1) * 20
     cascade = adapted(copy.deepcopy(model), calls[0], frontend)
-    theirs = theirs_of(model, targets, factors(cascade))
+    theirs = theirs_of(model, targets, cascade)
     losses = [
-        train(theirs, make(optimizer, trainable(theirs)), calls),
+        train(theirs, make(optimizer, trainable_parameters(theirs)), calls),
         train(cascade, optimizer_of(cascade, optimizer), calls),
     ]
     torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
@@ -53,8 +62,8 @@ def test_stages_are_a_chain_of_pefts(name: str) -> None:
     cascade = adapted(copy.deepcopy(model), calls[0])
     optimizer = optimizer_of(cascade, "sgd")
     for _ in range(3):
-        theirs = theirs_of(model, targets, factors(cascade))
-        losses = [train(theirs, make("sgd", trainable(theirs)), calls), train(cascade, optimizer, calls)]
+        theirs = theirs_of(model, targets, cascade)
+        losses = [train(theirs, make("sgd", trainable_parameters(theirs)), calls), train(cascade, optimizer, calls)]
         torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
         model = theirs.merge_and_unload()
         cascade.transition(optimizer)
@@ -232,13 +241,12 @@ def test_groups_and_weights_stored_as_in_out() -> None:
     spec = lx.CascadeSpec(**PLAIN, targets=tuple(f"*.{name}" for name in targets))
     cascade = lx.adapt(copy.deepcopy(gpt), (ids,), spec=spec)
     assert {site.layout for site in cascade.sites} == {"in_out"}
-    lora = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=list(targets), use_dora=True, fan_in_fan_out=True)
-    theirs = peft.get_peft_model(gpt, lora)
-    with torch.no_grad():
-        for name, value in factors(cascade).items():
-            theirs.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight.copy_(value)
+    theirs = lora_of(cascade, gpt, targets, use_dora=True, fan_in_fan_out=True)
     losses = []
-    for model, optimizer in ((theirs, make("sgd", trainable(theirs))), (cascade, optimizer_of(cascade, "sgd"))):
+    for model, optimizer in (
+        (theirs, make("sgd", trainable_parameters(theirs))),
+        (cascade, optimizer_of(cascade, "sgd")),
+    ):
         for _ in range(4):
             loss = loss_of(model(ids).last_hidden_state)
             loss.backward()
@@ -277,77 +285,3 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
         assert (expected - base(calls[0])).abs().max() > 1e-3
     with raises(lx.SpecError, "dora-not-supported", "max_rank", "2"):
         lx.export.peft(cascade, tmp_path / "cut", max_rank=2)
-
-
-def adapter_of(folder: Path) -> tuple[nn.Module, peft.PeftModel, torch.Tensor]:
-    """A base with linears and convolutions, and peft's DoRA on it, trained for some steps and saved."""
-    build, inputs, targets = CASES["conv"]
-    calls = inputs(5)
-    base = build()
-    config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=list(targets), use_dora=True, use_rslora=True)
-    theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    optimizer = make("sgd", trainable(theirs))
-    for x in calls:
-        loss_of(theirs(x)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    theirs.save_pretrained(folder)
-    return base, theirs, calls[0]
-
-
-def test_an_adapter_of_peft_is_the_first_expert(tmp_path: Path) -> None:
-    base, theirs, x = adapter_of(tmp_path / "theirs")
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    cascade = lx.from_peft(tmp_path / "theirs", base, (x,))
-    assert cascade.plan.spec.use_dora
-    assert cascade.plan.spec.use_rslora
-    torch.testing.assert_close(cascade(x), theirs(x), rtol=0, atol=1e-12)
-    merged = theirs.merge_and_unload()
-    folded = cascade.folded_state_dict()
-    for name, value in merged.named_parameters():
-        torch.testing.assert_close(folded[name], value, rtol=0, atol=1e-12, msg=name)
-        if value.dim() > 1:
-            assert (value - before[name]).norm(dim=1).min() > 1e-4  # every row was scaled, or changed
-    optimizer = optimizer_of(cascade, "sgd")
-    train(cascade, optimizer, [x])
-    cascade.transition(optimizer)
-    lx.save(cascade, tmp_path / "run")
-    plain = copy.deepcopy(base)
-    plain.load_state_dict(before)
-    with raises(lx.CheckpointError, "conflicting-options", "0.weight", "use_dora"):
-        lx.from_peft(tmp_path / "theirs", plain, (x,), spec=lx.CascadeSpec())
-    loaded = lx.load(tmp_path / "run", plain, args=(x,))
-    assert all(
-        torch.equal(value, loaded.folded_state_dict()[name]) for name, value in cascade.folded_state_dict().items()
-    )
-
-
-def test_an_adapter_of_ours_comes_back(tmp_path: Path) -> None:
-    base, _, x = adapter_of(tmp_path / "theirs")
-    cascade = lx.from_peft(tmp_path / "theirs", copy.deepcopy(base), (x,))
-    optimizer = optimizer_of(cascade, "sgd")
-    train(cascade, optimizer, [x])
-    cascade.transition(optimizer)
-    lx.export.peft(cascade, tmp_path / "ours")
-    again = lx.from_peft(tmp_path / "ours", base, (x,))
-    folded = again.folded_state_dict()
-    for name, value in cascade.folded_state_dict().items():
-        torch.testing.assert_close(folded[name], value, rtol=0, atol=1e-11, msg=name)
-
-
-def test_magnitudes_that_are_damaged(tmp_path: Path) -> None:
-    base, _, x = adapter_of(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    key = "base_model.model.0.lora_magnitude_vector"
-    for value, expected in (
-        (tensors[key].flatten(), ("adapter-does-not-fit", "0.weight", "[4]", "[1, 4, 1, 1]")),
-        (tensors[key] * float("nan"), ("non-finite", "magnitudes", "0")),
-        (tensors[key].long(), ("invalid-adapter", "0", "int64")),
-    ):
-        save_file({**tensors, key: value.contiguous()}, path)
-        with raises(lx.CheckpointError, *expected):
-            lx.from_peft(tmp_path, base, (x,))
-    save_file({name: value for name, value in tensors.items() if name != key}, path)
-    with raises(lx.CheckpointError, "invalid-adapter", "0", "lora_B.weight", "DoRA's magnitudes"):
-        lx.from_peft(tmp_path, base, (x,))

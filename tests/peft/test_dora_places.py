@@ -10,7 +10,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import SCALE, batches, branches, mlp, optimizer_of, randomize, train
+from tests.kit.models import SCALE, Breaking, batches, branches, mlp, optimizer_of, randomize, train
 from tests.peft.dora_kit import PLAIN, adapted, norms, weights
 
 
@@ -92,21 +92,9 @@ def test_a_later_use_without_a_place_for_magnitudes() -> None:
     assert torch.equal(cascade(x), held)
 
 
-class Broken(nn.Module):
-    """Decides on its values in Python, so that its graph breaks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.lin(x)
-        return y if y.sum() > 0 else y * 2
-
-
 def test_graph_breaks_are_refused() -> None:
-    model, x = Broken().double(), batches(1, 4, 5)[0]
-    with raises(lx.SpecError, "dora-not-supported", "use_dora", "Broken", "lin.weight"):
+    model, x = Breaking().double(), batches(1, 4, 5)[0]
+    with raises(lx.SpecError, "dora-not-supported", "use_dora", "Breaking", "linear.weight"):
         adapted(model, x, "graph-breaks")
     assert all(value.requires_grad for value in model.parameters())
 

@@ -42,6 +42,14 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "all biases": ("words", {"target_modules": ["up"], "bias": "all"}),
     "embedding, head": ("words", {"target_modules": ["emb", "up"], "modules_to_save": ["head", "norm"]}),
     "convs": ("convs", {"target_modules": ["stem", "same", "down", "short", "line", "box", "head"]}),
+    "dora, rslora": (
+        "convs",
+        {
+            "target_modules": ["stem", "same", "down", "short", "line", "box", "head"],
+            "use_dora": True,
+            "use_rslora": True,
+        },
+    ),
     "parameters": (
         "mixture",
         {
@@ -152,14 +160,26 @@ def test_training_goes_on(tmp_path: Path) -> None:
     assert gap(cascade.folded_state_dict()["up.weight"], before["up.weight"]) > 1e-3
 
 
-def test_an_imported_expert_survives_a_checkpoint(tmp_path: Path) -> None:
-    trained_by_peft("suffixes", tmp_path / "in", target_modules=["lin"])
-    args = INPUTS["suffixes"]()
-    cascade = lx.from_peft(tmp_path / "in", made(BUILD["suffixes"]), args, frontend="symbolic")
+@pytest.mark.parametrize("case", ["plain", "dora, rslora"])
+def test_an_imported_expert_survives_a_checkpoint(case: str, tmp_path: Path) -> None:
+    name, config = ADAPTERS[case]
+    trained_by_peft(name, tmp_path / "in", **config)
+    args = INPUTS[name]()
+    cascade = lx.from_peft(tmp_path / "in", made(BUILD[name]), args, frontend="symbolic")
+    assert cascade.plan.spec.use_dora == cascade.plan.spec.use_rslora == (case != "plain")
+    optimizer = optimizer_of(cascade, "sgd")
+    train(cascade, optimizer, [args[0]])
+    cascade.transition(optimizer)
     lx.save(cascade, tmp_path / "run")
-    again = lx.load(tmp_path / "run", made(BUILD["suffixes"]), args)
+    again = lx.load(tmp_path / "run", made(BUILD[name]), args)
     for key, value in again.folded_state_dict().items():
         assert torch.equal(value, cascade.folded_state_dict()[key])
+
+
+def test_magnitudes_need_a_spec_that_has_them(tmp_path: Path) -> None:
+    trained_by_peft("words", tmp_path, target_modules=["up"], use_dora=True)
+    with raises(lx.CheckpointError, "conflicting-options", "up.weight", "use_dora"):
+        lx.from_peft(tmp_path, made(BUILD["words"]), INPUTS["words"](), spec=lx.CascadeSpec(), frontend="symbolic")
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
@@ -119,6 +121,22 @@ def test_tensors(
     refused(changed(source, tmp_path, {}, edit), expected)
 
 
+M = P + "up.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda tensors: tensors[M][None], ("adapter-does-not-fit", "up.weight", "[1, 8]", "[8]")),
+        (lambda tensors: tensors[M] * float("nan"), ("non-finite", "magnitudes", "up")),
+        (lambda tensors: tensors[M].long(), ("invalid-adapter", "up", "int64")),
+    ],
+)
+def test_magnitudes(edit: Callable[[dict[str, torch.Tensor]], Any], expected: tuple[str, ...], tmp_path: Path) -> None:
+    trained_by_peft("words", tmp_path, target_modules=["up"], use_dora=True)
+    refused(changed(tmp_path, tmp_path, {}, lambda tensors: tensors.update({M: edit(tensors)})), expected)
+
+
 def test_a_parameter_that_is_wrapped_once_and_named_twice(source: Path, tmp_path: Path) -> None:
     folder = changed(source, tmp_path, {"target_parameters": ["up.weight"]}, move(A, "up.base_layer.lora_A.weight"))
     refused(folder, ("invalid-adapter", "up.base_layer.lora_A.weight"))
@@ -151,11 +169,6 @@ def test_files(source: Path, tmp_path: Path) -> None:
 
 def test_a_grouped_convolution(tmp_path: Path) -> None:
     """peft's change of it mixes the groups, so that no weight of the module holds it."""
-    import warnings
-
-    import peft
-    from torch import nn
-
     model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2)).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -165,9 +178,6 @@ def test_a_grouped_convolution(tmp_path: Path) -> None:
 
 
 def test_a_whole_attention(tmp_path: Path) -> None:
-    import peft
-    from torch import nn
-
     def build() -> nn.Module:
         return nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
 

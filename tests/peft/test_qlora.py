@@ -14,7 +14,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import loss_of
+from tests.kit.models import lora_of, loss_of, trainable_parameters
 from tests.quantized.layers import LAYERS, is_missing
 from tests.quantized.test_quantized import Net, inputs
 
@@ -47,17 +47,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 @CASES
 def test_losses_are_those_of_qlora(case: str, tmp_path: Path) -> None:
     cascade = lx.adapt(net(case), (inputs(),), spec=SPEC)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"])
-    theirs = peft.get_peft_model(net(case), config).train()  # type: ignore[arg-type]
+    theirs = lora_of(cascade, net(case), ["up", "down"]).train()
     for site in cascade.sites:
-        layer: Any = theirs.get_submodule(f"base_model.model.{site.weight.removesuffix('.weight')}")
+        layer = theirs.get_submodule(f"base_model.model.{site.weight.removesuffix('.weight')}")
         assert type(layer).__module__ == "peft.tuners.lora.bnb"
-        with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(cascade.branches[site.key].lora_A)
     ours = torch.optim.AdamW(cascade.param_groups(lr=1e-2, weight_decay=0.0))
-    other = torch.optim.AdamW(
-        [parameter for parameter in theirs.parameters() if parameter.requires_grad], lr=1e-2, weight_decay=0.0
-    )
+    other = torch.optim.AdamW(trainable_parameters(theirs), lr=1e-2, weight_decay=0.0)
     losses = [(step(cascade, ours), step(theirs, other)) for _ in range(10)]
     for mine, its in losses:
         assert mine == pytest.approx(its, rel=1e-6)

@@ -119,58 +119,6 @@ def test_a_graph_of_weights_that_are_not_in_place_any_more() -> None:
     outside.backward()
 
 
-def test_slow_restart_is_the_paced_sum() -> None:
-    """restart = slow: `W = W0 + pace * sum_t s_t B_t A_t`, with experts that no optimizer made."""
-    model = wide()
-    before = copy.deepcopy(model)
-    cascade = lx.adapt(model, batches(1, 4, 20), spec=spec_of(2, pace=0.4))
-    total = {name: torch.zeros_like(value) for name, value in before.named_parameters() if value.dim() > 1}
-    for seed in range(3):
-        randomize(cascade, seed)
-        for name, branch in branches(cascade).items():
-            total[name] += 0.4 * 1.5 * (branch.lora_B @ branch.lora_A).detach().view_as(total[name])
-        cascade.transition(None)
-    expected = {name: value + total[name] for name, value in before.named_parameters() if name in total}
-    assert_weights(cascade.release(), expected, rtol=1e-13, atol=1e-13)
-
-
-def test_fast_restart_is_an_exponential_average() -> None:
-    """restart = fast: the start of a stage is the plain sum, S the average `S + pace (F - S)` of the trajectory F."""
-    model = wide()
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    cascade = lx.adapt(model, batches(1, 4, 20), spec=spec_of(2, pace=0.4, restart="fast"))
-    deltas = []
-    for seed in range(3):
-        randomize(cascade, seed)
-        branch = branches(cascade)["0.weight"]
-        deltas.append(1.5 * (branch.lora_B @ branch.lora_A).detach())
-        cascade.transition(None)
-    trajectory = torch.stack(deltas).cumsum(0)
-    torch.testing.assert_close(model[0].weight.detach(), before["0.weight"] + trajectory[-1], rtol=1e-13, atol=1e-13)
-    average = 0.4 * trajectory[2] + 0.6 * 0.4 * trajectory[1] + 0.6**2 * 0.4 * trajectory[0]
-    released = cascade.release()[0].weight.detach()
-    torch.testing.assert_close(released, before["0.weight"] + average, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_slow_weights_change_at_transitions_only(restart: str) -> None:
-    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=spec_of(3, restart=restart))
-    own = optimizer_of(cascade)
-
-    def slow() -> dict[str, torch.Tensor]:
-        with cascade.weights("slow"):
-            return {name: value.clone() for name, value in cascade.model.state_dict().items()}
-
-    seen = [slow()]
-    for _ in range(3):
-        for call in batches(3, 4, 5):
-            train(cascade, own, [call])
-            assert all(torch.equal(value, seen[-1][name]) for name, value in slow().items())
-        cascade.transition(own)
-        seen.append(slow())
-        assert not torch.equal(seen[-1]["0.weight"], seen[-2]["0.weight"])
-
-
 @pytest.mark.parametrize("restart", ["slow", "fast"])
 def test_stages_folds_the_last_stage(restart: str) -> None:
     """After the loop the model holds the slow weights: to evaluate it, to release it, and to go on with more stages."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
 import pytest
 import timm
 import torch
@@ -18,7 +17,19 @@ import transformers
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import OPTIMIZERS, PLAIN, SCALE, batches, branches, by_hand, factors, mlp, optimizer_of, train
+from tests.kit.models import (
+    OPTIMIZERS,
+    PLAIN,
+    SCALE,
+    batches,
+    branches,
+    by_hand,
+    lora_of,
+    mlp,
+    optimizer_of,
+    train,
+    trainable_parameters,
+)
 
 STEPS = 20
 
@@ -89,28 +100,6 @@ def adapted(case: Case, model: nn.Module, call: Any, frontend: str) -> lx.Cascad
     return lx.adapt(model, **given, spec=lx.CascadeSpec(targets=meant, **PLAIN), frontend=frontend)
 
 
-def peft_of(case: Case, model: nn.Module, factors: Mapping[str, torch.Tensor]) -> peft.PeftModel:
-    """Return peft's adapter on the same modules, with these A."""
-    alpha = PLAIN["lora_alpha"]
-    config = peft.LoraConfig(r=PLAIN["rank"], lora_alpha=alpha, target_modules=list(case.targets), lora_dropout=0.0)
-    theirs = peft.get_peft_model(model, config)
-    set_factors(theirs, factors)
-    return theirs
-
-
-def set_factors(theirs: peft.PeftModel, factors: Mapping[str, torch.Tensor]) -> None:
-    held = {name: value for name, value in theirs.named_parameters() if "lora_A" in name}
-    assert len(held) == len(factors)
-    with torch.no_grad():
-        for name, a in factors.items():
-            own = held[f"base_model.model.{name.removesuffix('.weight')}.lora_A.default.weight"]
-            own.copy_(a.view_as(own))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("name", "frontend"), PAIRS)
 def test_one_stage_is_pefts_lora(name: str, frontend: str, optimizer: str) -> None:
@@ -121,10 +110,10 @@ def test_one_stage_is_pefts_lora(name: str, frontend: str, optimizer: str) -> No
     cascade = adapted(case, model, calls[0], frontend)
     assert len(cascade.sites) == case.sites
     assert cascade.sites[0].scale == SCALE
-    theirs = peft_of(case, original, factors(cascade)).train()
+    theirs = lora_of(cascade, original, case.targets).train()
 
     ours = train(cascade, optimizer_of(cascade, optimizer), calls)
-    expected = train(theirs, make(trainable(theirs)), calls)
+    expected = train(theirs, make(trainable_parameters(theirs)), calls)
 
     assert all(branch.lora_B.any() for branch in branches(cascade).values())
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
@@ -163,10 +152,9 @@ def test_stages_are_merge_and_unload_and_a_new_adapter(name: str) -> None:
     cascade = adapted(case, model, calls[0], case.frontends[0])
     optimizer = optimizer_of(cascade, "adamw")
     for stage in cascade.stages(3, optimizer):
-        fresh = factors(cascade)
-        adapter = peft_of(case, theirs, fresh).train()
+        adapter = lora_of(cascade, theirs, case.targets).train()
         part = calls[stage.number * 5 - 5 : stage.number * 5]
-        ours, expected = train(cascade, optimizer, part), train(adapter, make(trainable(adapter)), part)
+        ours, expected = train(cascade, optimizer, part), train(adapter, make(trainable_parameters(adapter)), part)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
         theirs = adapter.merge_and_unload()
     released = cascade.release().state_dict()
