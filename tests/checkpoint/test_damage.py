@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import nn
 
 import lorasc_fx as lx
-from tests.damage.mutations import DEEP, MANIFEST, TENSORS, put, signed
+from tests.damage.mutations import DEEP, MANIFEST, TENSORS, forge, forge_tensors, put
 from tests.damage.runner import SPEC, Small, X, optimizers, written
 from tests.errors.models import inputs
 from tests.errors.state import unchanged
@@ -66,20 +66,6 @@ def made(files: Callable[[str], dict[str, bytes]], tmp_path: Path) -> Callable[[
 @pytest.fixture
 def version(made: Callable[[str], Path]) -> Path:
     return made("plain")
-
-
-def forge(version: Path, change: Edit) -> None:
-    """Change the manifest, and sign it anew as a forger would."""
-    manifest = json.loads((version / MANIFEST).read_bytes())
-    change(manifest)
-    (version / MANIFEST).write_bytes(signed(manifest, (version / TENSORS).read_bytes()))
-
-
-def forge_tensors(version: Path, change: Edit) -> None:
-    tensors = load((version / TENSORS).read_bytes())
-    change(tensors)
-    (version / TENSORS).write_bytes(save(tensors))
-    forge(version, lambda manifest: None)
 
 
 def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None = None) -> None:

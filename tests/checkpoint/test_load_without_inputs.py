@@ -12,26 +12,12 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.checkpoint.runs import THREE_STAGES, Run, X, interrupted, whole
-from tests.checkpoint.test_resume import PLAIN, SPECS, Teacher
+from tests.checkpoint.test_resume import PLAIN, Teacher
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
 from tests.kit.state import variant_count
-
-STOPS = (0, 1, 4, 6, 8, 9)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_run_goes_on_as_if_it_had_not_stopped(spec: str, tmp_path: Path) -> None:
-    run = Run(SPECS[spec], waits=True)
-    assert_same(interrupted(run, THREE_STAGES, STOPS, tmp_path), whole(run, THREE_STAGES))
-
-
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
-def test_other_front_ends(frontend: str, tmp_path: Path) -> None:
-    run = Run(SPECS["train"], waits=True, frontend=frontend)
-    assert_same(interrupted(run, THREE_STAGES, (1, 4), tmp_path), whole(run, THREE_STAGES))
 
 
 def seeded_teacher() -> nn.Module:

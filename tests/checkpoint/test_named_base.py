@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import lorasc_fx as lx
+from tests.damage.mutations import forge
 from tests.errors.models import adapted, mlp
 from tests.errors.state import unchanged
 from tests.integrations.kit import llama
@@ -272,14 +273,6 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return causal(path)[0].save_pretrained(path / "run")
 
 
-def forge(version: Path, **changes: Any) -> None:
-    from tests.damage.mutations import MANIFEST, TENSORS, signed
-
-    manifest = json.loads((version / MANIFEST).read_bytes())
-    manifest["model"] |= changes
-    (version / MANIFEST).write_bytes(signed(manifest, (version / TENSORS).read_bytes()))
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -299,7 +292,7 @@ def forge(version: Path, **changes: Any) -> None:
 )
 def test_a_forged_name(changes: dict[str, Any], expected: tuple[str, ...], named: Path, tmp_path: Path) -> None:
     version = shutil.copytree(named, tmp_path / "run" / named.name)
-    forge(version, **changes)
+    forge(version, lambda manifest: manifest["model"].update(changes))
     with raises(lx.CheckpointError, *expected):
         lx.load(tmp_path / "run")
 
@@ -334,7 +327,12 @@ def test_a_forged_configuration(
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("asks for code"))
     version = shutil.copytree(named, tmp_path / "run" / named.name)
     options = json.loads((version / "manifest.json").read_bytes())["model"]["options"]
-    forge(version, options={**options, "attention": None, "config": {**options["config"], **settings}})
+    forge(
+        version,
+        lambda manifest: manifest["model"].update(
+            options={**options, "attention": None, "config": {**options["config"], **settings}}
+        ),
+    )
     begun = time.process_time()
     with raises(lx.CheckpointError, *expected):
         lx.load(tmp_path / "run")
@@ -346,7 +344,7 @@ def test_a_forged_number_of_classes(tmp_path: Path) -> None:
     cascade, _ = image(tmp_path)
     version = cascade.save_pretrained(tmp_path / "run")
     options = json.loads((version / "manifest.json").read_bytes())["model"]["options"]
-    forge(version, options={**options, "num_classes": 10**6})
+    forge(version, lambda manifest: manifest["model"].update(options={**options, "num_classes": 10**6}))
     with raises(lx.CheckpointError, "no-base", "a larger model"):
         lx.load(tmp_path / "run")
 

@@ -47,8 +47,8 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "filter noise by the step": lx.CascadeSpec(rank=1, noise=lx.Noise(0.3, distribution="filter", redraw="step")),
     "rules, rslora": lx.CascadeSpec(rank=1, lora_alpha=3.3, use_rslora=True, rules=(lx.Rule("head", 2, 0.7),), seed=5),
 }
-STOPS = (1, 3, 4, 6, 8, 10)
-"""Inside a stage, before a transition, right after one, and with a single step left."""
+STOPS = (0, 1, 3, 4, 6, 8, 10)
+"""Before the first step, inside a stage, before a transition, right after one, and with a single step left."""
 
 
 def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> None:
@@ -57,9 +57,11 @@ def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> No
     assert_same(interrupted(run, events, stops, folder), expected)
 
 
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
-def test_three_stages(spec: str, tmp_path: Path) -> None:
-    assert_equal_to_whole(Run(SPECS[spec]), THREE_STAGES, STOPS, tmp_path)
+def test_three_stages(spec: str, waits: bool, tmp_path: Path) -> None:
+    """Loaded with inputs, or without."""
+    assert_equal_to_whole(Run(SPECS[spec], waits=waits), THREE_STAGES, STOPS, tmp_path)
 
 
 @pytest.mark.parametrize("stop", range(len(THREE_STAGES)))
@@ -207,8 +209,9 @@ def test_what_forward_moves_is_state(build: type[nn.Module], monkeypatch: pytest
         lx.load(tmp_path, base, args=(x,))
 
 
-def test_under_export(tmp_path: Path) -> None:
-    assert_equal_to_whole(Run(SPECS["train"], frontend="export"), THREE_STAGES, (2, 4), tmp_path)
+@pytest.mark.parametrize(("frontend", "waits"), [("export", False), ("export", True), ("graph-breaks", True)])
+def test_other_front_ends(frontend: str, waits: bool, tmp_path: Path) -> None:
+    assert_equal_to_whole(Run(SPECS["train"], frontend=frontend, waits=waits), THREE_STAGES, (1, 4), tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["plain", "noise", "noise kept", "restart fast", "train", "train, fast"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +15,13 @@ from torch.optim.swa_utils import AveragedModel
 import lorasc_fx as lx
 from tests.errors.state import of_cascade, unchanged
 from tests.integrations.kit import adapted, rows
+from tests.integrations.loops import SPECS
 from tests.kit.errors import raises
+from tests.kit.seams import SEAMS
+from tests.kit.state import replace_plan
 
 X = torch.stack([row["x"] for row in rows(6)])
 LABELS = torch.stack([row["labels"] for row in rows(6)])
-
-SPECS: dict[str, dict[str, Any]] = {
-    "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("head.bias",)},
-    "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
-    "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
-    "dora": {"use_dora": True},
-    "pissa, average": {"start": "pissa", "average": "ema"},
-}
 
 
 class Loop:
@@ -58,27 +52,6 @@ class Holder(nn.Module):
         super().__init__()
         self.metric = nn.Linear(2, 2)
         self.cascade = cascade
-
-
-@pytest.mark.parametrize("at", [8, 9, 12])
-@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
-def test_a_run_goes_on_from_its_state_dict(fields: dict[str, Any], at: int, tmp_path: Path) -> None:
-    """Against the run that was not interrupted: in the middle of a step (9), and where a stage has just begun (12)."""
-    whole = Loop(fields)
-    whole.go(0, at)
-    file = tmp_path / "run.pt"
-    torch.save({"model": whole.cascade.state_dict(), "optimizer": whole.optimizer.state_dict()}, file)
-    whole.go(at, 20)
-    resumed, saved = Loop(fields), torch.load(file, weights_only=True)  # noqa: TID251 - as users do
-    assert str(resumed.cascade.load_state_dict(saved["model"])) == "<All keys matched successfully>"
-    resumed.optimizer.load_state_dict(saved["optimizer"])
-    resumed.go(at, 20)
-    assert resumed.losses == whole.losses[at:]
-    assert resumed.cascade.stage == whole.cascade.stage == 4
-    for which in ("slow", "fast"):
-        with whole.cascade.weights(which), resumed.cascade.weights(which):  # type: ignore[arg-type]
-            ours, theirs = resumed.cascade.model.state_dict(), whole.cascade.model.state_dict()
-            assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 class OnDevice(Tensor):
@@ -175,6 +148,52 @@ def test_a_state_that_is_not_whole_is_refused(edit: str, strict: bool) -> None:
     change(state)
     with unchanged(other.cascade), raises(lx.CheckpointError, code, "load_state_dict", *names):
         other.cascade.load_state_dict(state, strict=strict)
+
+
+def test_a_state_of_another_cascade() -> None:
+    """Of another spec, on another base, of other sites; and the folded weights, which are no state."""
+    loop = Loop(SPECS["noise"])
+    loop.go(0, 8)
+    state, spec = loop.cascade.state_dict(), loop.cascade.plan.spec
+    model = adapted(spec, 0.0).release()
+    with torch.no_grad():
+        model.first.weight[0, 0] += 1  # type: ignore[union-attr, index, operator]
+    moved = lx.adapt(model, (X,), {"labels": LABELS}, spec=spec, frontend="symbolic")
+    fewer = adapted(spec, 0.0)
+    replace_plan(fewer, fewer.plan.__class__(spec, fewer.plan.sites[:1], 1))
+    for other, code, name, given in (
+        (adapted(lx.CascadeSpec(rank=3)), "spec-differs", "head.bias", state),
+        (moved, "base-differs", "first.weight", state),
+        (fewer, "sites-differ", "head.weight", state),
+        (loop.cascade, "invalid-checkpoint", "first.weight", loop.cascade.folded_state_dict()),
+    ):
+        with raises(lx.CheckpointError, code, "load_state_dict", name):
+            other.load_state_dict(given)
+
+
+def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel and its like put a name before each key; and what raises on the way changes nothing."""
+    loop, other = Loop(SPECS["noise"]), Loop(SPECS["noise"])
+    loop.go(0, 20)
+    state, holder = nn.ModuleDict({"module": loop.cascade}).state_dict(), nn.ModuleDict({"module": other.cascade})
+    assert all(name.startswith("module.") for name in state)
+
+    def refuse(*_: Any) -> None:
+        raise MemoryError("in the middle")
+
+    for _ in range(2):
+        other.cascade(X, LABELS)["loss"].backward()  # gradients that wait
+        with monkeypatch.context() as patch:
+            patch.setattr(*SEAMS["unpack gradients"], refuse)  # the last values to be decoded
+            with unchanged(other.cascade, other.optimizer), pytest.raises(MemoryError, match=r"^in the middle$"):
+                holder.load_state_dict(state)
+        other.optimizer.step()
+        other.optimizer.zero_grad()
+        other.cascade.transition(other.optimizer)
+    assert not any(holder.load_state_dict(state, strict=True))
+    assert other.cascade.stage == loop.cascade.stage == 4
+    for name, value in other.cascade.model.state_dict().items():  # noise included
+        assert torch.equal(value, loop.cascade.model.state_dict()[name])
 
 
 def test_where_there_is_no_state() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from tests.checkpoint.runs import Run, X
@@ -380,12 +381,8 @@ def test_what_is_in_a_version(tmp_path: Path) -> None:
     assert manifest["plan"]["stage"] == 2
     assert manifest["extra"] == {"losses": going.losses}
     assert set(manifest["base"]) == {name for name, _ in going.cascade.model.named_parameters()}
-    sizes = {name: value.numel() for name, value in Net().named_parameters()}
-    from safetensors.torch import load_file
-
     tensors = load_file(folder / "state.safetensors")
     assert not [name for name in tensors if name.endswith(("conv.weight", "body.weight"))]  # W0 is not copied
-    assert sizes["conv.weight"] == 162
 
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
@@ -413,7 +410,8 @@ def test_no_code_that_runs_files() -> None:
 
 def test_saving_and_loading_import_by_no_name_from_a_file() -> None:
     root = Path(lx.__file__).parent
-    for path in [root / "plan.py", root / "spec.py", *(root / "adapt").glob("*.py"), *(root / "runtime").glob("*.py")]:
+    folders = [path for name in ("adapt", "checkpoint") for path in (root / name).glob("*.py")]
+    for path in [root / "plan.py", root / "spec.py", *folders]:
         text = path.read_text(encoding="utf-8")
         assert "importlib" not in text.replace("importlib.metadata", ""), path
         assert "__import__" not in text, path

@@ -66,6 +66,21 @@ def signed(manifest: Any, tensors: bytes) -> bytes:
     return json.dumps(manifest).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).encode()
 
 
+def forge(version: Path, change: Callable[[Any], object]) -> None:
+    """Change the manifest of a version, and sign it anew as a forger would."""
+    manifest = json.loads((version / MANIFEST).read_bytes())
+    change(manifest)
+    (version / MANIFEST).write_bytes(signed(manifest, (version / TENSORS).read_bytes()))
+
+
+def forge_tensors(version: Path, change: Callable[[Any], object]) -> None:
+    """The same with the tensors of a version."""
+    tensors = load((version / TENSORS).read_bytes())
+    change(tensors)
+    (version / TENSORS).write_bytes(save(tensors))
+    forge(version, lambda manifest: None)
+
+
 # ---- bytes and files
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 import lorasc_fx as lx
 from tests.export.cases import CASES, SLOW_CASES, Exported, tensor_of, trained_cascade
 from tests.kit.errors import raises
+from tests.kit.models import Breaking
 
 FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
 EVERY = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)]
@@ -193,16 +194,6 @@ def test_onnx_of_many_bytes_has_its_numbers_beside(tmp_path: Path, monkeypatch: 
     assert_close(run(path, args, kwargs), released(cascade)(*args, **kwargs))
 
 
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.first(x)
-        return self.second(y) if y.sum().item() > -1e9 else y
-
-
 def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["stated"]
     cascade = trained_cascade(case)
@@ -217,7 +208,7 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     with raises(lx.errors.MissingExtra, "missing-extra"):
         lx.export.onnx(cascade, tmp_path / "model.onnx")
     x = torch.randn(2, 3)
-    broken = lx.adapt(Branching(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+    broken = lx.adapt(Breaking(3), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
     for folded in (True, False):
         with raises(lx.CaptureError, "no-whole-graph"):
             lx.export.pt2(broken, tmp_path / "model.pt2", folded=folded)

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from tests.damage.mutations import signed
+from tests.damage.mutations import forge_tensors
 from tests.export.cases import llama
 from tests.kit.errors import raises
 from tests.kit.models import batches, mlp, randomize
@@ -338,15 +337,6 @@ def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def edited(version: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors of a version, and sign it anew, as whoever edits it can."""
-    file = version / "state.safetensors"
-    tensors, manifest = load_file(file), json.loads((version / "manifest.json").read_bytes())
-    change(tensors)
-    save_file(tensors, file)
-    (version / "manifest.json").write_bytes(signed(manifest, file.read_bytes()))
-
-
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
@@ -365,7 +355,7 @@ def test_a_checkpoint_that_was_edited(
     save_file(mlp().state_dict(), tmp_path / "base.safetensors")
     version = lx.save(stepped(small(train=("0.bias",)), 1, running=True), tmp_path / "checkpoint")
     gone: dict[str, torch.Tensor] = {each: torch.ones(3, dtype=torch.float64) for each in parts}
-    edited(version, lambda held: held.update(gone) if gone else held.pop("value/0.bias"))
+    forge_tensors(version, lambda held: held.update(gone) if gone else held.pop("value/0.bias"))
     before = sorted(path.name for path in tmp_path.iterdir())
     arguments = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out.safetensors")]
     assert main(["fold", str(tmp_path / "checkpoint"), *arguments]) == 2

@@ -30,17 +30,6 @@ class Net(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class Branching(nn.Module):
-    """The values decide, which no whole graph can hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
-
-
 def net(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> Net:
     torch.manual_seed(5)
     return Net(dropout).to(dtype)
@@ -98,20 +87,19 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
-    """The weights of a cascade by the formula, in fp64: W0 + S, and W0 + S + s B A for the running branch."""
+def values_of(cascade: lx.Cascade, which: str = "slow") -> dict[str, Tensor]:
+    """The weights of a cascade by the formula, in fp64: W0 + S, or with "fast" W0 + S + s B A of the running branch."""
     found = {}
     for weight, branch in branches_of(cascade).items():
         state = weight_state(cascade, weight)
-        slow = state.base.double().clone()
+        value = state.base.double().clone()
         if state.is_dense:  # experts that outgrew their weight
-            slow += state.dense_slow.double().view_as(slow)
+            value += state.dense_slow.double().view_as(value)
         for coefficient, expert in zip(state.slow, state.experts, strict=True):
-            slow += coefficient * expert.b.double() @ expert.a.double()
-        found[weight] = slow
-        found[f"fast {weight}"] = (
-            slow + branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
-        )
+            value += coefficient * expert.b.double() @ expert.a.double()
+        if which == "fast":
+            value += branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
+        found[weight] = value
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorasc_fx as lx
-from tests.integrations.kit import llama, merged, with_weights
+from tests.integrations.kit import llama, values_of, with_weights
 from tests.kit.models import randomize
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
@@ -69,9 +69,7 @@ def test_layers_of_peft_cannot_be_put_into_the_model(name: str) -> None:
 
 def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
     cascade = made()
-    values = merged(cascade)
-    slow = {name: value for name, value in values.items() if not name.startswith("fast")}
-    fast = {name.removeprefix("fast "): value for name, value in values.items() if name.startswith("fast")}
+    slow, fast = values_of(cascade), values_of(cascade, "fast")
     noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
     expected = {
         which: with_weights(cascade.model, each).generate(IDS, max_new_tokens=6, do_sample=False)
@@ -97,17 +95,16 @@ def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(1.0), targets=("linear",))
     cascade = lx.adapt(Encoder(5, 3).double(), (x,), spec=spec)
     randomize(cascade, 1)
-    values = merged(cascade)
-    for which, name in {None: "fast weight", "slow": "weight"}.items():
+    for which in (None, "slow"):
         with cascade.weights(which) if which else contextlib.nullcontext():
             found = getattr(cascade, method)(x)
-        torch.testing.assert_close(found, x @ values[name].T + cascade.model.bias)
+        torch.testing.assert_close(found, x @ values_of(cascade, which or "fast")["weight"].T + cascade.model.bias)
 
 
 def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
     """The cascade's own writes the run: `tests/checkpoint/test_named_base.py`."""
     cascade = made()
-    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
+    slow = values_of(cascade)
     for which in ("slow", "base"):
         with cascade.weights(which):
             cascade.model.save_pretrained(tmp_path / which)

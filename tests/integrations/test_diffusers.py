@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 import lorasc_fx as lx
-from tests.kit.state import branches_of
+from tests.kit.models import take_start
 
 pytest.importorskip("diffusers", reason="not in the extra `test`; docs/loops.md tells with which version this was run")
 
@@ -49,9 +49,7 @@ def test_the_losses_are_those_of_an_adapter(checkpointing: bool) -> None:
     spec = lx.CascadeSpec(rank=4, lora_alpha=8, pace=1.0, targets=tuple(f"*.{name}.weight" for name in LAYERS))
     kwargs = {"encoder_hidden_states": texts, "return_dict": False}
     cascade = lx.adapt(unet, args=(latents, times), kwargs=kwargs, spec=spec)
-    for name, branch in branches_of(cascade).items():
-        layer: Any = theirs.get_submodule(name.removesuffix(".weight"))
-        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
+    take_start(cascade, theirs)
     adapters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     assert len(adapters) == 2 * len(cascade.sites)
     expected = losses(theirs, torch.optim.AdamW(adapters, lr=0.02), 6)

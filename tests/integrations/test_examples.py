@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorasc_fx as lx
-from tests.integrations.kit import Branching
+from tests.kit.models import Breaking
 
 
 @pytest.mark.slow
@@ -43,8 +43,8 @@ def test_a_model_with_graph_breaks_beside_fabric() -> None:
     import lightning_fabric
 
     assert hasattr(torch.compile, "__wrapped__"), lightning_fabric
-    model = Branching()
+    model = Breaking(4)
     cascade = lx.adapt(model, args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
     assert cascade.frontend == "graph-breaks"
     assert "_compile_kwargs" not in vars(model)
-    assert torch.equal(cascade(-torch.ones(2, 4)), model.inner(torch.ones(2, 4)))
+    assert torch.equal(cascade(-torch.ones(2, 4)), model.linear(torch.ones(2, 4)))

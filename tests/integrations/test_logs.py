@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.integrations.kit import Branching
 from tests.kit.errors import raises
+from tests.kit.models import Breaking
 from tests.kit.seams import SEAMS, seam
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +80,9 @@ def test_captures_variants_and_transitions_are_timed(
 
 def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="lorasc_fx")
-    lx.adapt(Branching(), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
-    assert re.search(r"Branching not captured by export, in \d+\.\d\d s: .+", caplog.text)
-    assert re.search(r"Branching captured by graph-breaks, in \d+\.\d\d s", caplog.text)
+    lx.adapt(Breaking(4), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
+    assert re.search(r"Breaking not captured by export, in \d+\.\d\d s: .+", caplog.text)
+    assert re.search(r"Breaking captured by graph-breaks, in \d+\.\d\d s", caplog.text)
 
 
 def test_a_move_to_where_it_is_keeps_the_graphs(caplog: pytest.LogCaptureFixture) -> None:

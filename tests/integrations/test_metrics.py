@@ -13,8 +13,7 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import rewrite_logs
 
 import lorasc_fx as lx
-from tests.integrations.kit import adapted, arguments, merged, net, rows, with_weights
-from tests.kit.errors import raises
+from tests.integrations.kit import adapted, arguments, net, rows, values_of, with_weights
 
 CallbackOf = lx.integrations.transformers.CascadeCallback
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
@@ -43,10 +42,7 @@ def test_logs_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     class Spy(CallbackOf):  # type: ignore[valid-type, misc]
         def on_evaluate(self, *args: Any, **about: Any) -> None:
-            weights = merged(cascade)
-            slow = {name: value.float() for name, value in weights.items() if not name.startswith("fast ")}
-            fast = {name[5:]: value.float() for name, value in weights.items() if name.startswith("fast ")}
-            expected.append((loss_of(slow), loss_of(fast)))
+            expected.append(tuple(loss_of(values_of(cascade, which)) for which in ("slow", "fast")))
 
     more = {"report_to": ["tensorboard"], "eval_strategy": "steps", "eval_steps": 2, "max_steps": 7}
     trainer = Trainer(
@@ -99,9 +95,3 @@ def test_the_best_model_by_the_fast_weights_keeps_its_branches(tmp_path: Path) -
     best = trainer.state.best_metric
     assert best == min(entry["eval_fast_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     assert trainer.evaluate()["eval_fast_loss"] == pytest.approx(best, abs=1e-6)
-
-
-@pytest.mark.parametrize("evaluate", [(), ("slow", "slow"), ("slow", "best"), "best"], ids=str)
-def test_weights_that_are_none(evaluate: Any) -> None:
-    with raises(lx.SpecError, "invalid-value", "evaluate", "slow, fast, trained"):
-        CallbackOf(adapted(SPEC), evaluate=evaluate)

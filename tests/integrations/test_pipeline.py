@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import lorasc_fx as lx
-from tests.integrations.kit import llama, merged, tokenizer, with_weights
+from tests.integrations.kit import llama, tokenizer, values_of, with_weights
 from tests.kit.models import randomize
 
 SIZES = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -92,11 +92,10 @@ def test_a_pipeline_computes_without_noise(task: str) -> None:
         randomize(cascade, seed)
         if seed == 1:
             cascade.transition(None)
-    values = merged(cascade)
     noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
     weights = {
-        "slow": {name: value for name, value in values.items() if not name.startswith("fast")},
-        "fast": {name.removeprefix("fast "): value for name, value in values.items() if name.startswith("fast")},
+        "slow": values_of(cascade),
+        "fast": values_of(cascade, "fast"),
         "noisy": {},
     }
     expected = {

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 import lorasc_fx as lx
 from tests.integrations.kit import WORDS, losses, tokenizer
 from tests.kit.errors import raises
-from tests.kit.state import branches_of
+from tests.kit.models import take_start
 
 pytest.importorskip("sentence_transformers")
 
@@ -84,8 +84,7 @@ def test_the_losses_are_those_of_peft(base: Path, tmp_path: Path) -> None:
     cascade = adapted(read(base), lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0, targets=("*.query.weight",)))
     theirs = read(base)
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["query"], lora_dropout=0.0), theirs)
-    ((name, branch),) = branches_of(cascade).items()
-    theirs.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight.data.copy_(branch.lora_A.detach())
+    take_start(cascade, theirs)
     trainers = [
         trainer_of(cascade, tmp_path / "ours", callback_of(cascade, epochs=9), loss_of=cascade.model),
         trainer_of(theirs, tmp_path / "theirs"),

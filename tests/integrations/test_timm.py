@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import load_checkpoint, resume_checkpoint
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, unwrap_model
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -111,26 +111,16 @@ class Loop:
                 self.cascade.transition(self.optimizer)
 
 
-def test_a_run_is_saved_and_resumed_as_timm_does(tmp_path: Path) -> None:
-    """In the middle of the second stage, with an average of the slow weights that the plain model reads."""
+def test_an_average_of_slow_weights_is_saved_as_timm_does(tmp_path: Path) -> None:
+    """In the middle of the second stage; the plain model reads it."""
     loop = Loop()
     loop.go(0, 8)
     with loop.cascade.weights("slow"):
         mean = ModelEmaV3(loop.cascade.model, decay=0.5)
         expected = {name: value.clone() for name, value in loop.cascade.model.state_dict().items()}
-    holder = nn.ModuleDict({"module": loop.cascade})  # as DistributedDataParallel; the saver unwraps it
     where = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
-    saver = CheckpointSaver(holder, loop.optimizer, amp_scaler=loop.scaler, model_ema=mean, **where)
-    saver.save_checkpoint(3, metric=1.0)
-    assert unwrap_model(holder) is loop.cascade
-
-    fresh = Loop()
-    last = str(tmp_path / "last.pth.tar")
-    assert resume_checkpoint(fresh.cascade, last, fresh.optimizer, fresh.scaler) == 4
-    loop.go(8, 14)
-    fresh.go(8, 14)
-    assert fresh.losses == loop.losses[8:]
-    model = vit()
+    CheckpointSaver(loop.cascade, loop.optimizer, model_ema=mean, **where).save_checkpoint(3, metric=1.0)
+    model, last = vit(), str(tmp_path / "last.pth.tar")
     load_checkpoint(model, last, use_ema=True)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match="Unexpected key"):

@@ -11,10 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import lorasc_fx as lx
-from tests.integrations.kit import Net, adapted, arguments, losses, net, rows
+from tests.integrations.kit import adapted, arguments, losses, net, rows
+from tests.kit.models import lora_of
 from tests.kit.state import branches_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0)
+TARGETS = ("first", "head")
 LOGGED = 3e-7
 """A Trainer sums its losses in fp32 for its log; the weights, in fp64, say the rest."""
 
@@ -25,17 +27,6 @@ def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], data: Any
     return Trainer(
         model=cascade, args=arguments(folder, **more), train_dataset=data, eval_dataset=data[:6], callbacks=[callback]
     )
-
-
-def with_same_start(model: Net, cascade: lx.Cascade) -> Any:
-    """The same LoRA by peft, with the A that our branches have now."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=["first", "head"])
-    lora = get_peft_model(model, config)
-    for name, branch in branches_of(cascade).items():
-        layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
-        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
-    return lora
 
 
 class PeftTrainer(Trainer):  # type: ignore[misc]
@@ -62,7 +53,7 @@ class PeftTrainer(Trainer):  # type: ignore[misc]
 def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
     cascade = adapted(SPEC, 0.0, torch.float64)
     data = rows(18, torch.float64)
-    lora = with_same_start(net(0.0, torch.float64), cascade)
+    lora = lora_of(cascade, net(0.0, torch.float64), TARGETS)
     theirs = PeftTrainer(model=lora, args=arguments(tmp_path / "peft", **more), train_dataset=data)
     theirs.train()
     ours = trainer_of(cascade, tmp_path / "ours", {"steps": 1000}, data, **more)
@@ -106,7 +97,7 @@ def test_stages_are_a_chain_of_peft_runs(tmp_path: Path, how: dict[str, int], ac
     ours.train()
     assert cascade.stage == epochs // stage + 1
     for start in starts:
-        lora = get_peft_model(plain, LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=["first", "head"]))
+        lora = get_peft_model(plain, LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=list(TARGETS)))
         for name, a in start.items():
             lora.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight.data.copy_(a)
         theirs = PeftTrainer(model=lora, args=arguments(tmp_path, num_train_epochs=stage, **more), train_dataset=data)

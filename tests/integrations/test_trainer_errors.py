@@ -28,44 +28,87 @@ CallbackOf = lx.integrations.transformers.CascadeCallback
         ({"epochs": True}, ("invalid-value", "epochs", "True")),
         ({"schedule": "step"}, ("invalid-value", "schedule", "step", "training, stage")),
         ({"evaluate": "slwo"}, ("invalid-value", "evaluate", "slwo", "slow, fast, trained")),
+        *(
+            ({"evaluate": given}, ("invalid-value", "evaluate", "slow, fast, trained"))
+            for given in ((), ("slow", "slow"), ("slow", "best"), "best")
+        ),
     ],
+    ids=str,
 )
-def test_how_stages_end(how: dict[str, Any], expected: tuple[str, ...]) -> None:
+def test_how_stages_end_and_are_evaluated(how: dict[str, Any], expected: tuple[str, ...]) -> None:
     with raises(lx.SpecError, *expected):
         CallbackOf(adapted(SPEC), **how)
 
 
-def test_another_model_than_the_trainers(tmp_path: Path) -> None:
-    with raises(lx.StateError, "trainer-not-supported", "Net"):
-        Trainer(model=net(), args=arguments(tmp_path), callbacks=[CallbackOf(adapted(SPEC))])
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(rows())
 
 
-def test_a_callback_that_comes_too_late(tmp_path: Path) -> None:
+FOREIGN = torch.optim.SGD(net().parameters(), lr=0.1)
+OPTION, SCHEDULE = "trainer-not-supported", {"schedule": "stage"}
+STEPS = {"eval_strategy": "steps", "eval_steps": 1}
+TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
+    "neftune": ({}, {"neftune_noise_alpha": 5.0}, {}, (OPTION, "neftune_noise_alpha", 5.0)),
+    "cast evaluation": ({}, {"bf16_full_eval": True}, {}, (OPTION, "bf16_full_eval", True)),
+    "rates of no stage": (
+        SCHEDULE, {"lr_scheduler_type": "inverse_sqrt"}, {},
+        ("conflicting-options", "inverse_sqrt", "linear", "StageSchedule"),
+    ),
+    "rates of a plateau": (
+        {"plateau": 1, **SCHEDULE}, {"lr_scheduler_type": "cosine"}, {},
+        ("conflicting-options", "plateau", "constant_with_warmup"),
+    ),
+    "warm-up of a plateau": (
+        {"plateau": 1, **SCHEDULE}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, {},
+        ("conflicting-options", "plateau", "number of"),
+    ),
+    "no length": ({}, {"max_steps": 3}, {"train_dataset": Stream()}, ("invalid-data", "epochs", "1")),
+    "no evaluations": ({"plateau": 2}, {}, {}, ("conflicting-options",)),
+    "which loss": (
+        {"plateau": 2}, STEPS, {"eval_dataset": {"a": rows(4), "b": rows(5)}}, (OPTION, "eval_fast_loss")
+    ),
+    "another optimizer": (
+        {}, {}, {"optimizers": (FOREIGN, torch.optim.lr_scheduler.ConstantLR(FOREIGN))},
+        ("optimizer-lacks-parameters",),
+    ),
+    "another model": ({}, {}, {"model": net()}, (OPTION, "Net")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_trainings(case: str, tmp_path: Path) -> None:
+    how, more, given, expected = TRAININGS[case]
     cascade = adapted(SPEC)
+    usual = {"model": cascade, "train_dataset": rows(), "callbacks": [CallbackOf(cascade, **how)]}
+    with raises((lx.SpecError, lx.StateError), *expected):
+        Trainer(args=arguments(tmp_path, **more), **{**usual, **given}).train()
+
+
+def test_moments_that_are_not_right(tmp_path: Path) -> None:
+    cascade = adapted(SPEC)
+    with raises(lx.StateError, OPTION):
+        CallbackOf(cascade).on_init_end(arguments(Path("unused")), None, None, model=cascade)
     trainer = Trainer(model=cascade, args=arguments(tmp_path), train_dataset=rows())
     trainer.add_callback(CallbackOf(cascade))
-    with raises(lx.StateError, "trainer-not-supported"):
+    with raises(lx.StateError, OPTION):
         trainer.train()
 
 
-def test_no_trainer_at_all() -> None:
-    cascade = adapted(SPEC)
-    with raises(lx.StateError, "trainer-not-supported"):
-        CallbackOf(cascade).on_init_end(arguments(Path("unused")), None, None, model=cascade)
-
-
-@pytest.mark.parametrize("more", [{"neftune_noise_alpha": 5.0}, {"bf16_full_eval": True}], ids=str)
-def test_what_changes_the_model_behind_its_graphs(tmp_path: Path, more: dict[str, Any]) -> None:
-    cascade, ((name, value),) = adapted(SPEC), more.items()
-    with raises(lx.SpecError, "trainer-not-supported", name, value):
-        Trainer(model=cascade, args=arguments(tmp_path, **more), callbacks=[CallbackOf(cascade)])
-
-
-def test_deepspeed(tmp_path: Path) -> None:
-    """A Trainer takes it where it is installed, so that the event is called here."""
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("deepspeed", True, (OPTION, "deepspeed", "fsdp=True")),
+        ("_n_gpu", 2, ("wrapper-not-supported", "2")),
+        ("sync_ref_model", True, (OPTION, "sync_ref_model")),  # of TRL, which write into the model
+        ("cast_lm_head_to_fp32", True, (OPTION, "cast_lm_head_to_fp32")),
+    ],
+)
+def test_what_a_trainer_takes_elsewhere(name: str, value: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
+    """Where a package is installed or there are several devices, so that the event is called here."""
     cascade, args = adapted(SPEC), arguments(tmp_path)
-    args.deepspeed = True
-    with raises(lx.SpecError, "trainer-not-supported", "deepspeed", "fsdp=True"):
+    setattr(args, name, value)
+    with raises(lx.SpecError, *expected):
         CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
 
 
@@ -92,77 +135,9 @@ def test_options_of_fsdp(
         monkeypatch.setenv(name, "false")
     cascade = adapted(SPEC)
     args = arguments(tmp_path, fsdp=True, fsdp_config=config)
-    with raises(lx.SpecError, "trainer-not-supported", *words):
+    with raises(lx.SpecError, OPTION, *words):
         CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
     assert not any(hasattr(value, "to_local") for value in cascade.parameters())
-
-
-@pytest.mark.parametrize("name", ["sync_ref_model", "cast_lm_head_to_fp32"])
-def test_arguments_of_trl_that_write_into_the_model(tmp_path: Path, name: str) -> None:
-    cascade, args = adapted(SPEC), arguments(tmp_path)
-    setattr(args, name, True)
-    with raises(lx.SpecError, "trainer-not-supported", name):
-        Trainer(model=cascade, args=args, callbacks=[CallbackOf(cascade)])
-
-
-@pytest.mark.parametrize(
-    ("how", "more", "words"),
-    [
-        ({}, {"lr_scheduler_type": "inverse_sqrt"}, ("inverse_sqrt", "linear", "StageSchedule")),
-        ({"plateau": 1}, {"lr_scheduler_type": "cosine"}, ("plateau", "constant_with_warmup")),
-        ({"plateau": 1}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, ("plateau", "number of")),
-    ],
-    ids=str,
-)
-def test_a_schedule_that_no_stage_can_have(
-    tmp_path: Path, how: dict[str, Any], more: dict[str, Any], words: tuple[str, ...]
-) -> None:
-    callback = CallbackOf(adapted(SPEC), schedule="stage", **how)
-    with raises(lx.SpecError, "conflicting-options", *words):
-        Trainer(model=callback.cascade, args=arguments(tmp_path, **more), callbacks=[callback])
-
-
-def test_epochs_of_data_without_a_length(tmp_path: Path) -> None:
-    class Stream(IterableDataset):  # type: ignore[type-arg]
-        def __iter__(self) -> Any:
-            return iter(rows())
-
-    cascade = adapted(SPEC)
-    trainer = Trainer(
-        model=cascade, args=arguments(tmp_path, max_steps=3), train_dataset=Stream(), callbacks=[CallbackOf(cascade)]
-    )
-    with raises(lx.SpecError, "invalid-data", "epochs", "1"):  # fmt: skip
-        trainer.train()
-
-
-def test_a_plateau_without_evaluations(tmp_path: Path) -> None:
-    cascade = adapted(SPEC)
-    trainer = Trainer(
-        model=cascade, args=arguments(tmp_path), train_dataset=rows(), callbacks=[CallbackOf(cascade, plateau=2)]
-    )
-    with raises(lx.SpecError, "conflicting-options"):  # fmt: skip
-        trainer.train()
-
-
-def test_a_plateau_of_which_loss(tmp_path: Path) -> None:
-    cascade = adapted(SPEC)
-    trainer = Trainer(
-        model=cascade, args=arguments(tmp_path, eval_strategy="steps", eval_steps=1), train_dataset=rows(),
-        eval_dataset={"a": rows(4), "b": rows(5)}, callbacks=[CallbackOf(cascade, plateau=2)],
-    )  # fmt: skip
-    with raises(lx.SpecError, "trainer-not-supported", "eval_fast_loss"):
-        trainer.train()
-
-
-def test_an_optimizer_without_the_branches(tmp_path: Path) -> None:
-    cascade = adapted(SPEC)
-    optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
-    trainer = Trainer(
-        model=cascade, args=arguments(tmp_path), train_dataset=rows(), callbacks=[CallbackOf(cascade)],
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
-    )  # fmt: skip
-    with raises(lx.StateError, "optimizer-lacks-parameters"):
-        trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -189,30 +164,19 @@ def test_learning_rates_of_the_spec(tmp_path: Path, fields: dict[str, Any], name
     assert cascade.stage == 3
 
 
-def test_copies_on_several_devices(tmp_path: Path) -> None:
-    cascade, args = adapted(SPEC), arguments(tmp_path)
-    args._n_gpu = 2
-    with raises(lx.SpecError, "wrapper-not-supported", "2"):
-        CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
-
-
-@pytest.mark.parametrize("name", ["transformers"])
-def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    getattr(lx.integrations, name)
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, f"lorasc_fx.integrations.{name}")
-    monkeypatch.delattr(lx.integrations, name)
-    with raises(lx.errors.MissingExtra, "missing-extra", name, "lorasc-fx[loops]"):
-        getattr(lx.integrations, name)
-
-
-def test_lightning_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("lightning", "lightning.pytorch"):
+@pytest.mark.parametrize(
+    ("package", "inner", "told"),
+    [("transformers", (), "lorasc-fx[loops]"), ("lightning", ("lightning.pytorch",), "pip install lightning")],
+)
+def test_a_package_that_is_not_there(
+    package: str, inner: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (package, *inner):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "lorasc_fx.integrations.lightning", raising=False)
-    monkeypatch.delitem(vars(lx.integrations), "lightning", raising=False)
-    with raises(lx.errors.MissingExtra, "missing-extra", "lightning"):
-        _ = lx.integrations.lightning
+    monkeypatch.delitem(sys.modules, f"lorasc_fx.integrations.{package}", raising=False)
+    monkeypatch.delitem(vars(lx.integrations), package, raising=False)
+    with raises(lx.errors.MissingExtra, "missing-extra", package, told):
+        getattr(lx.integrations, package)
 
 
 def test_a_loop_that_is_not_there() -> None:
@@ -224,19 +188,17 @@ def test_a_loop_that_is_not_there() -> None:
         _ = lx.integrations.trasnformers
 
 
-def test_a_trainer_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
+def test_a_loop_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
     """Without the callback, by `save_model` and in a checkpoint; with it neither, as the other tests show."""
     trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
     trainer.train()
-    with warns("unfolded-save"):
-        trainer.save_model(str(tmp_path / "saved"))
     more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "b", **more), train_dataset=rows())
-    with warns("unfolded-save"):
-        trainer.train()
-
-
-def test_accelerate_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
+    other = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "b", **more), train_dataset=rows())
     accelerator = accelerate.Accelerator(cpu=True)
-    with warns("unfolded-save"):
-        accelerator.save_model(accelerator.prepare(adapted(SPEC)), str(tmp_path))
+    for call in (
+        lambda: trainer.save_model(str(tmp_path / "saved")),
+        other.train,
+        lambda: accelerator.save_model(accelerator.prepare(adapted(SPEC)), str(tmp_path)),
+    ):
+        with warns("unfolded-save"):
+            call()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +19,8 @@ from transformers import (
 )
 
 import lorasc_fx as lx
-from tests.integrations.kit import arguments, llama, losses, merged, texts, with_weights
+from tests.integrations.kit import arguments, llama, losses, texts, values_of, with_weights
+from tests.kit.models import lora_of
 from tests.kit.state import branches_of
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -34,14 +34,6 @@ def adapted(spec: lx.CascadeSpec = SPEC) -> lx.Cascade:
     kwargs = {name: torch.stack([each[name] for each in rows]) for name in rows[0]}
     kwargs["num_items_in_batch"] = torch.tensor(11)
     return lx.adapt(llama().train(), kwargs=kwargs, spec=spec)
-
-
-def of_peft(cascade: lx.Cascade) -> Any:
-    lora = get_peft_model(llama(), LoraConfig(r=2, lora_alpha=6, target_modules=list(TARGETS)))
-    for name, branch in branches_of(cascade).items():
-        layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
-        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
-    return lora
 
 
 @pytest.mark.slow
@@ -59,7 +51,12 @@ def of_peft(cascade: lx.Cascade) -> Any:
 def test_the_losses_are_those_of_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any], close: float) -> None:
     data = texts(12)
     cascade = adapted()
-    theirs = Trainer(model=of_peft(cascade), args=arguments(tmp_path, **more), train_dataset=data, eval_dataset=data)
+    theirs = Trainer(
+        model=lora_of(cascade, llama(), TARGETS),
+        args=arguments(tmp_path, **more),
+        train_dataset=data,
+        eval_dataset=data,
+    )
     theirs.train()
     callback = lx.integrations.transformers.CascadeCallback(cascade, steps=1000, evaluate="fast")
     ours = Trainer(
@@ -91,8 +88,7 @@ def test_what_is_saved_is_the_librarys_own(tmp_path: Path) -> None:
         path.name for path in (tmp_path / "saved").iterdir()
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64).eval()
-    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
-    plain = with_weights(llama(), slow)
+    plain = with_weights(llama(), values_of(cascade))
     ids = torch.stack([each["input_ids"] for each in texts(3)])
     with torch.no_grad():
         assert (plain(ids).logits - with_weights(llama(), {})(ids).logits).abs().max() > 1e-3
@@ -117,8 +113,7 @@ def test_generate_and_pipeline_inside_weights_and_after_release() -> None:
         for branch in branches_of(cascade).values():
             branch.lora_B.copy_(torch.randn(branch.lora_B.shape, generator=generator, dtype=torch.float64))
     cascade.transition(None)
-    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
-    plain, ids = with_weights(llama(), slow), texts(1, 6)[0]["input_ids"][None]
+    plain, ids = with_weights(llama(), values_of(cascade)), texts(1, 6)[0]["input_ids"][None]
     how = {"max_new_tokens": 8, "do_sample": False}
     expected = plain.generate(ids, **how)
     assert not torch.equal(expected, with_weights(llama(), {}).generate(ids, **how))

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
 
 import lorasc_fx as lx
 from tests.integrations.kit import arguments, llama, losses, texts
 from tests.kit.errors import raises
-from tests.kit.state import branches_of
+from tests.kit.models import lora_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the libraries, about themselves
 
@@ -47,10 +46,7 @@ def test_losses_are_those_of_peft_and_what_is_saved_loads(method: str, tmp_path:
     )
     cascade = lx.adapt(base(), kwargs={"input_ids": IDS, "labels": IDS, "attention_mask": IDS > 0}, spec=spec)
     assert len(cascade.sites) == 2
-    theirs = get_peft_model(base(), LoraConfig(r=2, lora_alpha=6, target_modules=LAYERS))
-    for name, branch in branches_of(cascade).items():
-        layer = theirs.base_model.model.get_submodule(name.removesuffix(".weight"))
-        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
+    theirs = lora_of(cascade, base(), LAYERS)
     callback = lx.integrations.transformers.CascadeCallback(cascade, steps=1000)
     trainers = [
         Trainer(model=each, args=arguments(tmp_path / "run"), train_dataset=texts(), callbacks=callbacks)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorasc_fx as lx
 from tests.integrations.kit import WORDS, llama, losses, tokenizer
+from tests.kit.models import take_start
 from tests.kit.state import branches_of, variant_count
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -109,9 +110,7 @@ def of_peft(cascade: lx.Cascade, model: Any = None) -> Any:
     """A model of peft in fp32 or in the dtype of the base, that starts with the cascade's lora_A."""
     config = LoraConfig(r=2, lora_alpha=6, target_modules=list(LAYERS), lora_dropout=0.0)
     found = get_peft_model(llama().float() if model is None else model, config, autocast_adapter_dtype=False)
-    for name, branch in branches_of(cascade).items():
-        layer = found.base_model.model.get_submodule(name.removesuffix(".weight"))
-        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
+    take_start(cascade, found.base_model.model)
     return found
 
 

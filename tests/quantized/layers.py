@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchao.quantization as torchao
 from torch import nn
 
 from lorasc_fx.quantized import LIBRARIES, Library
@@ -155,6 +156,23 @@ def _awq(linear: nn.Linear, group: int = 32) -> nn.Module:
     return made
 
 
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "int8": torchao.Int8WeightOnlyConfig,
+    "int4": lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
+    "fp8": torchao.Float8WeightOnlyConfig,
+}
+
+
+def _torchao(width: str) -> Quantize:
+    def quantize(linear: nn.Linear) -> nn.Module:
+        torchao.quantize_(linear, CONFIGS[width]())
+        return linear
+
+    return quantize
+
+
+WEIGHTS: dict[str, Quantize] = {f"torchao {width}": _torchao(width) for width in CONFIGS}
+"""Layers of torch whose weight is a tensor of torchao."""
 FIXED: dict[str, Quantize] = {"gptq 8": _gptq(8), "gptq 4": _gptq(4), "awq 4": _awq}
 """Layers that are not quantized again."""
 

@@ -16,8 +16,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.models import loss_of
-from tests.quantized.layers import FIXED, LAYERS, is_missing
-from tests.quantized.test_quantized import CONFIGS
+from tests.quantized.layers import CONFIGS, FIXED, LAYERS, is_missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 PACKAGES = {

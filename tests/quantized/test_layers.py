@@ -1,4 +1,4 @@
-"""A base whose layers a library has quantized: each stays one call with its own product, and the branch beside it."""
+"""A base whose layers or weights a library has quantized: its own product stays, and the branch trains beside it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ import lorasc_fx as lx
 from lorasc_fx.quantized import LIBRARIES, Library, QuantizedLinear, library_of
 from tests.kit.errors import raises, warns
 from tests.kit.models import loss_of
-from tests.quantized.layers import FIXED, LAYERS, Packed, is_missing
-from tests.quantized.test_quantized import CONFIGS, SPEC, Net, delta, inputs, plain, train
+from tests.quantized.layers import FIXED, LAYERS, WEIGHTS, Packed, is_missing
+from tests.quantized.test_quantized import SPEC, Net, delta, inputs, plain, train
 
-CASES = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(is_missing(name) != "", reason=f"{is_missing(name)} is missing"))
-        for name in LAYERS
-    ],
-)
+MISSING = {name: pytest.mark.skipif(is_missing(name) != "", reason=f"{is_missing(name)} is missing") for name in LAYERS}
+CASES = pytest.mark.parametrize("case", [pytest.param(name, marks=MISSING[name]) for name in LAYERS])
+ALL = pytest.mark.parametrize("case", [*WEIGHTS, *(pytest.param(name, marks=MISSING[name]) for name in LAYERS)])
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
     pytest.mark.filterwarnings("ignore:.*register_constant"),
@@ -37,7 +33,7 @@ def net(case: str, seed: int = 3) -> nn.Module:
     torch.manual_seed(seed)
     model = Net().eval()
     for name in ("up", "down"):
-        setattr(model, name, LAYERS[case](model.get_submodule(name)).eval())  # type: ignore[arg-type]
+        setattr(model, name, {**LAYERS, **WEIGHTS}[case](model.get_submodule(name)).eval())  # type: ignore[arg-type]
     return model
 
 
@@ -47,8 +43,8 @@ def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
     for name in ("up", "down"):
         layer = model.get_submodule(name)
         row = library_of(layer)
-        assert row is not None
-        found[f"{name}.weight"] = row.dequantize(layer).detach()
+        weight = row.dequantize(layer) if row is not None else layer.weight.dequantize()  # type: ignore[operator, union-attr]
+        found[f"{name}.weight"] = weight.detach()
     return found
 
 
@@ -64,7 +60,7 @@ def types(model: nn.Module) -> list[type]:
     return [type(child) for child in model.children()]
 
 
-@CASES
+@ALL
 @pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 def test_branches_train_beside_layers(case: str, frontend: str) -> None:
     model, eager = net(case).train(), net(case).train()
@@ -128,7 +124,7 @@ def test_a_fold_is_dense_or_quantized_again(case: str, caplog: pytest.LogCapture
         assert ((value - numbers(model)[name]).abs() > 1e-6).float().mean() < 0.01
 
 
-@CASES
+@ALL
 def test_a_dense_release_has_linear_layers(case: str) -> None:
     model = net(case)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
@@ -139,7 +135,7 @@ def test_a_dense_release_has_linear_layers(case: str) -> None:
     plain(dict(model.state_dict()))
 
 
-@CASES
+@ALL
 def test_a_run_goes_on(case: str, tmp_path: Path) -> None:
     cascade = lx.adapt(net(case), (inputs(),), spec=SPEC)
     train(cascade)
@@ -273,7 +269,7 @@ def test_a_copy_has_layers_of_its_own() -> None:
 
 def test_the_page_has_a_row_of_each_case() -> None:
     page = (Path(__file__).parents[2] / "docs" / "quantized.md").read_text()
-    for case in [*LAYERS, *(f"torchao {width}" for width in CONFIGS)]:
+    for case in [*LAYERS, *WEIGHTS]:
         if case != "packed":
             assert re.search(rf"^\| {re.escape(case)} \| \d\S* \| (0\.\d+ \| ){{2}}\de-0\d \|", page, re.MULTILINE), (
                 case

@@ -1,0 +1,79 @@
+"""What every training loop has to pass: a resumed run with the same bits, and one stage that is peft's in that loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import GradientState
+from safetensors.torch import load_file
+
+import lorasc_fx as lx
+from tests.integrations.kit import net
+from tests.integrations.loops import END, LOOPS, SPECS, STOPS, Accelerated, AcceleratedHalf, Steps, data
+from tests.kit.models import lora_of, trainable_parameters
+
+QUICK = [*(("plain", spec) for spec in SPECS), ("accelerate", "noise"), ("accelerate, bf16", "fast")]
+QUICK += [("timm", "noise"), ("trainer, epochs", "noise")]
+SLOW = [("accelerate", "ranks"), ("trainer, bf16", "fast"), *(("trainer", spec) for spec in SPECS)]
+SLOW += [(loop, "noise") for loop in LOOPS if (loop, "noise") not in QUICK + SLOW]
+
+
+@pytest.fixture(autouse=True)
+def of_no_other_loop() -> None:
+    """Accelerate keeps what a Trainer has iterated over, for the whole process."""
+    GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of lightning, about itself
+@pytest.mark.parametrize(("loop", "fields"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)])
+def test_a_resumed_run_has_the_same_bits(loop: str, fields: str, tmp_path: Path) -> None:
+    """In the middle of a stage, of a step, and right after a transition; dropout and shuffled data go on as well."""
+    spec = lx.CascadeSpec(**{"rank": 2, **SPECS[fields]})
+    losses, whole = LOOPS[loop](spec, tmp_path, 0)
+    assert whole.stage > 1 + (loop != "trainer, best")
+    for at in STOPS:
+        torch.manual_seed(99)  # a new process
+        found, resumed = LOOPS[loop](spec, tmp_path, at)
+        assert found
+        assert found == losses[at:]
+        assert resumed.stage == whole.stage
+        for which in ("slow", "fast"):
+            with whole.weights(which), resumed.weights(which):  # type: ignore[arg-type]
+                ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+                assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("loop", ["accelerate", "trainer"])
+def test_what_is_saved_holds_no_base(loop: str, tmp_path: Path) -> None:
+    _, cascade = LOOPS[loop](lx.CascadeSpec(rank=1), tmp_path, 0)
+    held = load_file(tmp_path / ("6" if loop == "accelerate" else "checkpoint-6") / "model.safetensors")
+    shapes = {tuple(each.shape) for each in cascade.model.parameters()}
+    assert {name for name, value in held.items() if tuple(value.shape) in shapes} == set()
+    assert any(name.startswith("expert/first.weight") for name in held)
+
+
+@pytest.mark.parametrize("kind", [Steps, Accelerated, AcceleratedHalf])
+def test_one_stage_is_pefts(kind: type[Steps], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the plain loop with peft's LoRA."""
+    monkeypatch.setattr(kind, "dropout", 0.0)
+    ours = kind(lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0), stage=END + 1)
+    lora = lora_of(ours.cascade, net(0.0), ["first", "head"])
+    ours.go(0)
+    trained, expected = trainable_parameters(lora), []
+    plain = torch.optim.AdamW(trained, lr=0.05)
+    schedule = torch.optim.lr_scheduler.LinearLR(plain, 1.0, 0.1, 8)
+    for number in range(END):
+        x, labels = data(number)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind.precision == "bf16"):
+            loss = lora(x, labels)["loss"]
+        (loss / 2).backward()
+        expected.append(loss.item())
+        if number % 2:
+            torch.nn.utils.clip_grad_norm_(trained, 0.1)
+            plain.step()
+            schedule.step()
+            plain.zero_grad()
+    assert sum(ours.losses[-4:]) < sum(ours.losses[:4]) - 0.1
+    assert ours.losses == pytest.approx(expected, abs=1e-5 if kind.precision == "no" else 2e-2, rel=0)
