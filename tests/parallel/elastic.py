@@ -22,8 +22,7 @@ from torch import Tensor
 
 import lorasc_fx as lx
 from lorasc_fx.parallel import fsdp
-from tests.parallel import sharding
-from tests.parallel.training import ROWS
+from tests.parallel import sharding, training
 
 PARTS = ("save", "transition", "step")
 UNTIL = 10
@@ -76,19 +75,21 @@ def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: i
     """Train on shards to the end, from the last checkpoint if there is one; a rank that is drawn dies in a part."""
     draw, root = random.Random(seed), Path(folder)
     parts = Parts(root, rank, part if rank == draw.randrange(count) else "", draw)
-    share = (rank, count) if ROWS % count == 0 else (0, 1)  # each rank has the whole batch where it cannot be shared
+    share = (
+        (rank, count) if training.ROWS % count == 0 else (0, 1)
+    )  # each rank has the whole batch where it cannot be shared
     if any(root.glob("run/version-*")):
         cascade = fsdp.shard(lx.load(root / "run", sharding.blocks(), args=(sharding.example(),)))
-        optimizer = sharding.optimizer_of(cascade)
+        optimizer = training.optimizer_of(cascade)
         done = cascade.resume(optimizer)["steps"]
     else:
         cascade, done = fsdp.shard(sharding.adapted(name)), 0
-        optimizer = sharding.optimizer_of(cascade)
+        optimizer = training.optimizer_of(cascade)
     while done < UNTIL:
         with parts("step"):
-            sharding.step(cascade, optimizer, done, share)
+            training.step(cascade, optimizer, done, share)
         done += 1
-        if sharding.ends_stage(done):
+        if training.ends_stage(done):
             with parts("transition"):
                 cascade.transition(optimizer)
         with parts("save"):

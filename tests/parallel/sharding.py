@@ -27,7 +27,7 @@ from lorasc_fx.parallel import dcp, fsdp
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
 from tests.kit.state import trained_states, weight_states
-from tests.parallel.training import ROWS, STAGES, STEPS, data
+from tests.parallel.training import ROWS, STAGES, STEPS, data, optimizer_of, run, step
 
 SPECS: dict[str, dict[str, Any]] = {
     "fresh": {
@@ -117,10 +117,6 @@ def adapted(name: str, model: nn.Module | None = None, base: str = "memory", **s
     return lx.adapt(blocks(**sizes) if model is None else model, args=(example(),), spec=spec, base=base)
 
 
-def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(cascade.param_groups(lr=0.02))
-
-
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
@@ -141,29 +137,6 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
         found["output"] = cascade(tokens)
     cascade.train()
     return found
-
-
-def step(cascade: lx.Cascade, optimizer: Any, done: int, share: tuple[int, int]) -> None:
-    """The step after `done` steps, of two backwards."""
-    source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=2 * done, share=share))
-    for _ in range(2):
-        tokens, labels = next(source)
-        (F.cross_entropy(cascade(tokens), labels) / 2).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def ends_stage(done: int) -> bool:
-    return done % STEPS == 0 and done < STAGES * STEPS
-
-
-def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
-    """Go on from `done` steps; a transition after every STEPS of them."""
-    while done < until:
-        step(cascade, optimizer, done, share)
-        done += 1
-        if ends_stage(done):
-            cascade.transition(optimizer)
 
 
 @functools.cache

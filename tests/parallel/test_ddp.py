@@ -77,7 +77,7 @@ def test_a_process_that_leaves_ends_the_run_which_goes_on_elsewhere(tmp_path: Pa
     assert time.monotonic() - began < 40
     assert caught.value.codes[0] == 1  # it ended by itself, with an error
     assert re.search("closed by peer|Timed out|timed out|reset by peer", caught.value.told[0])
-    wanted = training.uninterrupted(name, until)
+    wanted = training.alone(name, until)
     for count, part in ((2, 0), (4, 0), (3, 2)) if how == "dies" else ((1, 0),):
         ranks = on_ranks(count, training.resumed, name, folder, until, part)[: part or None]
         for found in ranks:
@@ -149,7 +149,7 @@ def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
     wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
     assert all(torch.equal(value, before[name]) for name, value in cascade.named_parameters())
     assert not any(value.requires_grad for name, value in cascade.model.named_parameters() if "norm" not in name)
-    training.run(wrapper, cascade, optimizer, 0, training.STEPS, (0, 1))
+    training.run(wrapper, optimizer, 0, training.STEPS, (0, 1))
     assert cascade.stage == 2
 
 
@@ -222,16 +222,9 @@ def test_an_error_of_one_process_is_one_of_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_runs_by_torchrun() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "examples.ddp",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "examples.ddp"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^stage 3 of 3: loss 0\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout

@@ -31,37 +31,14 @@ from lorasc_fx.cli import main
 from lorasc_fx.parallel import dcp, fsdp, segments
 from tests.errors.inject import LineAt, in_turn, sigint
 from tests.kit.errors import raises
+from tests.kit.models import Breaking
 from tests.kit.state import canonical, file_digest, text_digest, variant_for
-from tests.parallel import elastic, sharding
+from tests.parallel import elastic, sharding, training
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_ddp import close, group
 
 ROOT = Path(__file__).parents[2]
 __all__ = ["group"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("count", "names"),
-    [
-        (2, ["fresh", "fast", "averaged", "merged"]),
-        (4, ["fast"]),
-        (2, ["dora", "dora, olora", "pissa"]),
-        (2, ["nearest", "ranks"]),
-        (4, ["dora, olora"]),
-    ],
-)
-def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
-    wanted = {name: sharding.alone(name) for name in names}
-    ranks = on_ranks(count, sharding.sharded, names, limit=300)
-    for rank, found in enumerate(ranks):
-        for name in names:
-            here = {key: value for key, value in wanted[name].items() if not rank or not key.startswith("folded/")}
-            close(found, here, f"{name}/")
-        assert not rank or not any("/folded/" in key for key in found)  # the first process has them
-    for found in wanted.values():
-        assert not torch.equal(found["slow/output"], found["base/output"])
-        assert not torch.equal(found["slow/output"], found["output"])
 
 
 @pytest.fixture
@@ -73,13 +50,32 @@ def files(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "name", "base"),
-    [(2, "averaged", "memory"), (2, "fresh", "file"), (4, "fast", "memory"), (2, "dora, olora", "memory")],
+    ("count", "names", "base", "mesh"),
+    [
+        (2, ["fresh", "fast", "averaged", "merged"], "", ()),
+        (4, ["fast"], "", ()),
+        (2, ["dora", "dora, olora", "pissa"], "", ()),
+        (2, ["nearest", "ranks"], "", ()),
+        (4, ["dora, olora"], "", ()),
+        (4, ["fresh", "fast"], "", (2, 2)),  # two replicas of two shards
+        (2, ["averaged"], "memory", ()),
+        (2, ["fresh"], "file", ()),
+        (4, ["fast"], "memory", ()),
+        (2, ["dora, olora"], "memory", ()),
+    ],
 )
-def test_the_numbers_of_one_process_where_none_holds_the_model(files: str, count: int, name: str, base: str) -> None:
-    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
-    for found in on_ranks(count, sharding.sharded, [name], files, base, limit=300):
-        close(found, wanted, f"{name}/")
+def test_the_numbers_of_one_process(files: str, count: int, names: list[str], base: str, mesh: tuple[int, ...]) -> None:
+    """With a base, no process ever holds the model."""
+    wanted = {name: sharding.alone(name) for name in names}
+    how = (files, base) if base else ("", "memory")
+    for rank, found in enumerate(on_ranks(count, sharding.sharded, names, *how, mesh, limit=300)):
+        for name in names:
+            here = {key: each for key, each in wanted[name].items() if not (rank or base) or key[:7] != "folded/"}
+            close(found, here, f"{name}/")
+        assert not rank or not any("/folded/" in key for key in found)  # the first process has them
+    for found in wanted.values():
+        assert not torch.equal(found["slow/output"], found["base/output"])
+        assert not torch.equal(found["slow/output"], found["output"])
 
 
 @pytest.mark.slow
@@ -134,26 +130,31 @@ def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "saving", "resuming"),
+    ("name", "saving", "resuming", "bare"),
     [
-        ("fresh", 2, (1, 2, 4)),
-        ("fresh", 1, (2,)),
-        ("ranks", 2, (1, 2)),  # lora_A is cut by its inputs
-        ("averaged", 2, (1, 2)),
-        ("dora, olora", 2, (1, 4)),
+        ("fresh", 2, (1, 2, 4), False),
+        ("fresh", 1, (2,), False),
+        ("ranks", 2, (1, 2), False),  # lora_A is cut by its inputs
+        ("averaged", 2, (1, 2), False),
+        ("dora, olora", 2, (1, 4), False),
+        ("fresh", 2, (2, 1), True),
+        ("averaged", 2, (4,), True),
+        ("dora, olora", 2, (2,), True),
     ],
 )
-def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resuming: tuple[int, ...]) -> None:
-    """The numbers of an uninterrupted run on one process; `keep` versions stay."""
-    at, later = 10, ("folded/", "first/", "back/")
+def test_a_checkpoint_is_cut_anew(
+    tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...], bare: bool
+) -> None:
+    """The numbers of an uninterrupted run on one process, also where none holds the model; `keep` versions stay."""
+    run, later = tmp_path / "run", ("folded/", "first/", "back/")
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith(later)}
-    on_ranks(saving, sharding.saved, name, str(tmp_path), at)
-    assert sorted(version.name for version in tmp_path.iterdir()) == ["version-00000002", "version-00000003"]
-    files = sorted(file.name for file in (tmp_path / "version-00000003").iterdir())
+    on_ranks(saving, sharding.saved, name, str(run), 10)
+    assert sorted(version.name for version in run.iterdir()) == ["version-00000002", "version-00000003"]
     names = [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)] if saving == 2 else ["state.safetensors"]
-    assert files == ["manifest.json", *names]  # nothing to unpickle
+    held = sorted(file.name for file in (run / "version-00000003").iterdir())
+    assert held == ["manifest.json", *names]  # nothing to unpickle
     for count in resuming:
-        ranks = resumed(count, sharding.resumed, str(tmp_path))
+        ranks = resumed(count, sharding.resumed, str(run), files if bare else "")
         for rank, found in enumerate(ranks):
             close(found, wanted)
             if count == saving:  # each rank goes on with its own generators
@@ -162,24 +163,12 @@ def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resumi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "counts"), [("fresh", (2, 1)), ("averaged", (4,)), ("dora, olora", (2,))])
-def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
-    tmp_path: Path, files: str, name: str, counts: tuple[int, ...]
-) -> None:
-    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
-    on_ranks(2, sharding.saved, name, str(tmp_path / "run"), 10)
-    for count in counts:
-        for found in resumed(count, sharding.resumed, str(tmp_path / "run"), files):
-            close(found, wanted)
-
-
-@pytest.mark.slow
 def test_a_checkpoint_of_shards_is_folded_into_the_files_of_the_base(tmp_path: Path, files: str) -> None:
     """By the command line: the numbers of one process."""
     base, run, out = (tmp_path / name for name in ("base.safetensors", "run", "folded.safetensors"))
     save_file(sharding.blocks().state_dict(), base)
     cascade = sharding.adapted("fresh")
-    sharding.run(cascade, sharding.optimizer_of(cascade), 0, 10, (0, 1))
+    training.run(cascade, training.optimizer_of(cascade), 0, 10, (0, 1))
     on_ranks(2, sharding.saved, "fresh", str(run), 10)
     assert main(["fold", str(run), "--base", str(base), "--out", str(out)]) == 0
     close(load_file(out), cascade.folded_state_dict())
@@ -187,14 +176,8 @@ def test_a_checkpoint_of_shards_is_folded_into_the_files_of_the_base(tmp_path: P
 
 
 @pytest.mark.slow
-def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
-    """Two replicas of two shards: the numbers of one process, and checkpoints that hold each shard once."""
-    names = ["fresh", "fast"]
-    wanted = {name: sharding.alone(name) for name in names}
-    for rank, found in enumerate(on_ranks(4, sharding.sharded, names, "", "memory", (2, 2), limit=300)):
-        for name in names:
-            close(found, {k: v for k, v in wanted[name].items() if not rank or not k.startswith("folded/")}, f"{name}/")
-    expected = {key: value for key, value in wanted["fresh"].items() if not key.startswith("folded/")}
+def test_checkpoints_of_replicas_hold_each_shard_once(tmp_path: Path, files: str) -> None:
+    expected = {key: value for key, value in sharding.alone("fresh").items() if not key.startswith("folded/")}
     on_ranks(4, sharding.saved, "fresh", str(tmp_path / "run"), 10, (2, 2))
     files_of_version = sorted(file.name for file in (tmp_path / "run" / "version-00000003").iterdir())
     assert files_of_version[1:] == [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)]
@@ -272,13 +255,8 @@ def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
     assert len(set(nodes)) == len(nodes)
     found = graph.run((tokens,), lambda segment, values: segment.run(graph.interpreter, values))
     assert torch.equal(module.graph.process_outputs(found), cascade(tokens))
-    assert [len(each.inputs) for each in graph.segments[2:]] == [
-        1,
-        1,
-        1,
-        1,
-        2,
-    ]  # the residual stream, and the tokens' sum
+    inputs = [len(each.inputs) for each in graph.segments[2:]]
+    assert inputs == [1, 1, 1, 1, 2]  # the residual stream, and the tokens' sum
 
 
 def small(spec: dict[str, object], model: nn.Module | None = None) -> lx.Cascade:
@@ -295,15 +273,6 @@ class Scaled(nn.Module):
         return self.linear(x * self.gain.sum())
 
 
-class Breaks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) if x.sum().item() > 1e9 else self.linear(-x)
-
-
 def quantized() -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -315,11 +284,7 @@ def quantized() -> nn.Module:
 REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), ("not-shardable", "model.gain")),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), ("not-shardable", "model.gain", "contiguous")),
-    "graph-breaks": (
-        {},
-        Breaks,
-        ("no-whole-graph",),
-    ),
+    "graph-breaks": ({}, Breaking, ("no-whole-graph",)),
     "quantized": ({}, quantized, ("quantized-not-supported", "1.weight")),
 }
 
@@ -713,16 +678,8 @@ def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> N
     wanted, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=300)
     for rank in range(count):
         (tmp_path / "whole" / elastic.CALLS.format(rank)).rename(tmp_path / "killed" / elastic.CALLS.format(rank))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--monitor-interval",
-        "0.1",
-    ]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--monitor-interval", "0.1"]
     command += ["--nproc-per-node", str(count), "--max-restarts", str(kills), "-m", "tests.parallel.elastic"]
     apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or gloo looks for ranks of before the restart (torch 2.13)
     done = subprocess.run(

@@ -69,14 +69,30 @@ def batches(start: int, rank: int, count: int) -> Iterator[Any]:
     return iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=start, share=(rank, count)))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, halves: list[Any]) -> None:
-    """One optimizer step over two batches; processes talk once."""
-    for index, (tokens, labels) in enumerate(halves):
+def step(model: nn.Module, optimizer: Any, done: int, share: tuple[int, int]) -> None:
+    """The step after `done` steps, over two batches; processes talk once."""
+    source = batches(2 * done, *share)
+    for index in range(2):
+        tokens, labels = next(source)
         wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not index else contextlib.nullcontext()
         with wait:
-            (F.cross_entropy(model(tokens), labels) / len(halves)).backward()
+            (F.cross_entropy(model(tokens), labels) / 2).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def ends_stage(done: int) -> bool:
+    return done % STEPS == 0 and done < STAGES * STEPS
+
+
+def run(model: nn.Module, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
+    """Go on from `done` steps, with a cascade or a wrapper around it; a transition after every STEPS of them."""
+    cascade: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    while done < until:
+        step(model, optimizer, done, share)
+        done += 1
+        if ends_stage(done):
+            cascade.transition(optimizer)
 
 
 def values(cascade: lx.Cascade) -> dict[str, Tensor]:
@@ -88,20 +104,10 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     return found
 
 
-def train(model: nn.Module, cascade: lx.Cascade, name: str, rank: int, count: int) -> dict[str, Tensor]:
-    """Stages with transitions between, and a step into the last; returns `values`."""
-    optimizer, source = optimizer_of(cascade), batches(0, rank, count)
-    for stage in range(STAGES):
-        if stage:
-            cascade.transition(optimizer)
-        for _ in range(STEPS):
-            step(model, optimizer, [next(source), next(source)])
-    return values(cascade)
-
-
-def alone(name: str) -> dict[str, Tensor]:
+def alone(name: str, until: int = STAGES * STEPS) -> dict[str, Tensor]:
     cascade = adapted(name)
-    return train(cascade, cascade, name, 0, 1)
+    run(cascade, optimizer_of(cascade), 0, until, (0, 1))
+    return values(cascade)
 
 
 def under_ddp(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
@@ -110,35 +116,19 @@ def under_ddp(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
         torch.manual_seed(100 + rank)  # no process owes its numbers to a common generator
         cascade = adapted(name)
         wrapper = DistributedDataParallel(cascade, find_unused_parameters=False)
-        found |= {f"{name}/{key}": value for key, value in train(wrapper, cascade, name, rank, count).items()}
+        run(wrapper, optimizer_of(cascade), 0, STAGES * STEPS, (rank, count))
+        found |= {f"{name}/{key}": value for key, value in values(cascade).items()}
     return found
 
 
 # ---- a run that is saved, killed and resumed
 
 
-def run(model: nn.Module, cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> int:
-    """Go on from `done` steps; a transition after every STEPS of them."""
-    source = batches(2 * done, *share)
-    while done < until:
-        step(model, optimizer, [next(source), next(source)])
-        done += 1
-        if done % STEPS == 0:
-            cascade.transition(optimizer)
-    return done
-
-
-def uninterrupted(name: str, until: int) -> dict[str, Tensor]:
-    cascade = adapted(name)
-    run(cascade, cascade, optimizer_of(cascade), 0, until, (0, 1))
-    return values(cascade)
-
-
 def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, how: str) -> None:
     """Save after `at` steps; then the last process dies, or stands still, in the middle of a step of the others."""
     cascade = adapted(name)
     wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
-    run(wrapper, cascade, optimizer, 0, at, (rank, count))
+    run(wrapper, optimizer, 0, at, (rank, count))
     torch.manual_seed(rank)
     path = lx.save(wrapper, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
     assert path.parent == Path(folder)
@@ -146,7 +136,7 @@ def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, ho
         os.kill(os.getpid(), signal.SIGKILL)
     elif rank == count - 1:
         time.sleep(1000)
-    run(wrapper, cascade, optimizer, at, at + 2, (rank, count))
+    run(wrapper, optimizer, at, at + 2, (rank, count))
 
 
 def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int = 0) -> dict[str, Tensor]:
@@ -159,7 +149,7 @@ def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int
     wrapper, optimizer = DistributedDataParallel(cascade, process_group=group), optimizer_of(cascade)
     extra = cascade.resume(optimizer, group=group)
     assert list(extra) == ["steps"]
-    run(wrapper, cascade, optimizer, extra["steps"], until, (rank, count))
+    run(wrapper, optimizer, extra["steps"], until, (rank, count))
     return {**values(cascade), "drawn": torch.rand(3)}
 
 
