@@ -36,7 +36,7 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.util.checks import is_number
 
 T = TypeVar("T")
-Path = tuple[Any, ...]
+FieldPath = tuple[Any, ...]
 _LONGEST = 80
 _UNIONS = (Union, UnionType)
 _REMEDIES: dict[Any, str] = {
@@ -75,7 +75,7 @@ def choice(names: Iterable[str]) -> Check:
     return Check(known.__contains__, f"give one of {', '.join(known)}", known)
 
 
-def decode(hint: Any, value: Any, path: Path = ()) -> Any:
+def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
     """Return a value as this type has it: a table becomes a dataclass, a list becomes a tuple.
 
     Raises:
@@ -122,7 +122,7 @@ def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None
             )
 
 
-def check_names(cls: Any, given: Iterable[Any], path: Path) -> None:
+def check_names(cls: Any, given: Iterable[Any], path: FieldPath) -> None:
     """Refuse names that are no fields of a class, all in one error; `cls.OTHER_NAMES` are those of other libraries."""
     known, others = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
     if unknown := [name for name in given if name not in known][:20]:
@@ -150,7 +150,7 @@ def checks_names(cls: type[T]) -> type[T]:
     return cls
 
 
-def path_text(path: Path) -> str:
+def path_text(path: FieldPath) -> str:
     """Return a path as `spec.rules[2].rank`."""
     text = ""
     for part in path:
@@ -186,7 +186,7 @@ def _fits(hint: Any, value: Any) -> bool:
     return kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
 
 
-def _table(cls: Any, data: Mapping[Any, Any], path: Path) -> Any:
+def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
     """Build a dataclass, or a TypedDict, from a table."""
     check_names(cls, data, path)
     hints = _hints(cls)
@@ -230,7 +230,7 @@ def _remedy(hint: Any) -> str:
     return f"give {_REMEDIES.get(kind) or f'{kind.__name__}(...), or a table of its fields'}"
 
 
-def _wrong(path: Path, value: Any, check: Check) -> SpecError:
+def _wrong(path: FieldPath, value: Any, check: Check) -> SpecError:
     near = nearest(str(value)[:_LONGEST], check.known) if check.known else ""
     return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{near}", at=path)
 
