@@ -133,9 +133,7 @@ def test_a_step_neither_copies_nor_waits(case: str) -> None:
 
 @simulated_only
 @pytest.mark.parametrize(
-    "spec",
-    [lx.CascadeSpec(rank=2), NOISY, lx.CascadeSpec(rank=2, use_dora=True)],
-    ids=["plain", "noise", "dora"],
+    "spec", [lx.CascadeSpec(rank=2), NOISY, lx.CascadeSpec(rank=2, use_dora=True)], ids=["plain", "noise", "dora"]
 )
 def test_weights_and_factors_stay_at_their_addresses(spec: lx.CascadeSpec, tmp_path: Path) -> None:
     side = Side("mlp", DEVICE, spec)

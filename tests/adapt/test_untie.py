@@ -173,18 +173,8 @@ def test_a_module_under_two_names_is_one_place(untie: str, frontend: str) -> Non
     ("kind", "untie", "error", "sentence"),
     [
         (Tied, "haed.weight", lx.UnknownTarget, ("unknown-target", "haed.weight", "head.weight")),
-        (
-            Tied,
-            "mix.weight",
-            lx.SpecError,
-            ("unknown-target", "mix.weight", "table.weight=head.weight"),
-        ),
-        (
-            TwoNames,
-            "inner.mix",
-            lx.SpecError,
-            ("unknown-target", "inner.mix", "inner.table.weight=inner.head.weight"),
-        ),
+        (Tied, "mix.weight", lx.SpecError, ("unknown-target", "mix.weight", "table.weight=head.weight")),
+        (TwoNames, "inner.mix", lx.SpecError, ("unknown-target", "inner.mix", "inner.table.weight=inner.head.weight")),
     ],
 )
 def test_patterns_that_mean_nothing_tied(kind: Any, untie: str, error: Any, sentence: tuple[str, ...]) -> None:

@@ -304,8 +304,7 @@ class Jumpy(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("draw", "frontend"),
-    [(random.random, "export"), (random.random, "symbolic"), (lambda: torch.rand(5), "symbolic")],
+    ("draw", "frontend"), [(random.random, "export"), (random.random, "symbolic"), (lambda: torch.rand(5), "symbolic")]
 )
 def test_a_random_choice_is_not_frozen(draw: Any, frontend: str) -> None:
     """A front end that would make a constant of a random number refuses, and gives the generators back."""

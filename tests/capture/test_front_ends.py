@@ -217,9 +217,7 @@ def test_llama(name: str) -> None:
     cache = "cache" if "cache" in inspect.signature(eager.forward).parameters else "past_key_values"
     more = {"input_ids": ids(2, 1)}
     assert_same_outputs(
-        cascade(**more, **{cache: found.past_key_values}),
-        eager(**more, **{cache: expected.past_key_values}),
-        1e-6,
+        cascade(**more, **{cache: found.past_key_values}), eager(**more, **{cache: expected.past_key_values}), 1e-6
     )
 
 

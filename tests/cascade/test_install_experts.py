@@ -90,11 +90,7 @@ def test_many_experts_collapse() -> None:
             {},
             ("sites-differ", "0.weight", "[7", "5]"),
         ),
-        (
-            {"0.weight": [(1.0, Factors(torch.zeros(7), torch.zeros(5)))]},
-            {},
-            ("sites-differ", "0.weight", "[7", "5]"),
-        ),
+        ({"0.weight": [(1.0, Factors(torch.zeros(7), torch.zeros(5)))]}, {}, ("sites-differ", "0.weight", "[7", "5]")),
     ],
 )
 def test_what_does_not_fit(experts: Any, trained: Any, sentence: tuple[str, ...]) -> None:

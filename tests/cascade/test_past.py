@@ -198,11 +198,7 @@ def test_a_stage_that_is_none(number: object) -> None:
 def test_which_or_a_stage_and_not_inside_another() -> None:
     cascade = cascade_of()
     both = cascade.weights("slow", stage=0)
-    with (
-        unchanged(cascade),
-        raises(lx.StateError, "conflicting-options", "slow", "stage=0"),
-        both,
-    ):
+    with unchanged(cascade), raises(lx.StateError, "conflicting-options", "slow", "stage=0"), both:
         pass
     with cascade.weights(stage=0), raises(lx.StateError, "inside-weights", "stage=0"):
         cascade.rewind(0, None)

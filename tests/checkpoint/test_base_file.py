@@ -301,11 +301,7 @@ def zeros(sign: float) -> nn.Module:
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], tuple[str, ...]]] = {
-    "missing": (
-        mlp,
-        lambda: {"2__weight": None},
-        ("base-differs", "2.weight", "3.weight", "0.weight"),
-    ),
+    "missing": (mlp, lambda: {"2__weight": None}, ("base-differs", "2.weight", "3.weight", "0.weight")),
     "shape": (
         mlp,
         lambda: {"2__weight": torch.zeros(7, 6)},
@@ -316,11 +312,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], tu
         lambda: {"3__weight": mlp()[3].weight.detach().bfloat16()},
         ("base-differs", "3.weight", "[2, 6] bfloat16", "[2, 6] float32"),
     ),
-    "one bit": (
-        mlp,
-        lambda: {"3__weight": one_bit(mlp()[3].weight)},
-        ("base-differs", "3.weight"),
-    ),
+    "one bit": (mlp, lambda: {"3__weight": one_bit(mlp()[3].weight)}, ("base-differs", "3.weight")),
     "sign of a zero": (
         lambda: zeros(1.0),
         lambda: {"2__weight": zeros(-1.0)[2].weight.detach()},

@@ -454,10 +454,7 @@ TENSOR: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
             tensor("dense/head.bias/average", torch.zeros(4)),
             ("invalid-checkpoint", "dense/head.bias/average", (4,), (2,)),
         ),
-        (
-            tensor("dense/body.weight/average", torch.zeros(4, 5)),
-            ("invalid-checkpoint", "dense/body.weight/slow"),
-        ),
+        (tensor("dense/body.weight/average", torch.zeros(4, 5)), ("invalid-checkpoint", "dense/body.weight/slow")),
         (filled("dense/mid.weight/average", float("nan")), ("non-finite", "dense/mid.weight/average")),
     ],
 }
@@ -493,18 +490,9 @@ DISAGREE: list[tuple[Edit, tuple[object, ...]]] = [
     (site(shape=[5, 4]), ("invalid-checkpoint", "branch/body.weight/lora_A", (1, 5), (1, 4))),
     (site(weight="body.wieght"), ("invalid-checkpoint", "branch/body.weight/lora_A")),
     (lambda each: each["plan"].update(sites=[]), ("invalid-checkpoint", "'branch/")),
-    (
-        lambda each: each["plan"]["sites"][-1].update(kind="conv"),
-        ("sites-differ", "mid.weight", "linear", "conv"),
-    ),
-    (
-        lambda each: each["plan"]["spec"].update(targets=["cnov"]),
-        ("sites-differ", "cnov"),
-    ),
-    (
-        lambda each: each["slow"].pop("body.weight"),
-        ("invalid-checkpoint", "body.weight"),
-    ),
+    (lambda each: each["plan"]["sites"][-1].update(kind="conv"), ("sites-differ", "mid.weight", "linear", "conv")),
+    (lambda each: each["plan"]["spec"].update(targets=["cnov"]), ("sites-differ", "cnov")),
+    (lambda each: each["slow"].pop("body.weight"), ("invalid-checkpoint", "body.weight")),
     (
         lambda each: each["slow"]["body.weight"]["noises"][0]["noise"].update(strength=-1),
         ("invalid-checkpoint", "noise.strength is -1"),
@@ -555,16 +543,8 @@ PLANS: dict[str, tuple[Edit, Edit, tuple[object, ...]]] = {
         tensor("branch/body.weight/lora_A", torch.ones(1, 6)),
         ("sites-differ", "body.weight", (4, 6), (4, 5)),
     ),
-    "other ties": (
-        site(aliases=["head.tied"]),
-        lambda each: None,
-        ("sites-differ", "body.weight", "head.tied"),
-    ),
-    "a weight that is no matrix": (
-        site(weight="body.bias"),
-        branch_of_bias,
-        ("sites-differ", "body.bias"),
-    ),
+    "other ties": (site(aliases=["head.tied"]), lambda each: None, ("sites-differ", "body.weight", "head.tied")),
+    "a weight that is no matrix": (site(weight="body.bias"), branch_of_bias, ("sites-differ", "body.bias")),
 }
 
 

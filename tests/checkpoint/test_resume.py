@@ -264,8 +264,7 @@ class Narrow(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype"),
-    [(torch.optim.NAdam, torch.float64), (torch.optim.ASGD, torch.bfloat16), (Narrow, torch.float32)],
+    ("make", "dtype"), [(torch.optim.NAdam, torch.float64), (torch.optim.ASGD, torch.bfloat16), (Narrow, torch.float32)]
 )
 def test_states_of_another_dtype_than_their_parameter(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     """torch's load_state_dict casts them all to the dtype of the parameter."""

@@ -136,10 +136,7 @@ def test_extra_that_json_cannot_hold(extra: Any, sentence: str, tmp_path: Path) 
     going = Run(SPEC).started()
     going.save(tmp_path)
     before = contents(tmp_path)
-    with (
-        unchanged(going.cascade, going.optimizer),
-        raises(lx.CheckpointError, "not-serializable", sentence),
-    ):
+    with unchanged(going.cascade, going.optimizer), raises(lx.CheckpointError, "not-serializable", sentence):
         lx.save(going.cascade, tmp_path, optimizer=going.optimizer, extra=extra)
     assert contents(tmp_path) == before
     with pytest.raises(lx.CheckpointError):

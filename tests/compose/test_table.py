@@ -20,8 +20,7 @@ from tests.compose.rows import ROWS, Refused, Row, Yes, fuse
 from tests.passes.kit import deltas, fill, insert
 
 PARAMETRISED = pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, marks=pytest.mark.slow if "PT2E" in row.name else (), id=row.name) for row in ROWS],
+    "row", [pytest.param(row, marks=pytest.mark.slow if "PT2E" in row.name else (), id=row.name) for row in ROWS]
 )
 EFFECT = 1e-3
 """Far more than any tolerance here: a branch that was lost would show."""

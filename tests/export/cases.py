@@ -84,9 +84,7 @@ def texts(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (), {"input_ids": ids, "attention_mask": mask}
 
 
-CASES = {
-    "stated": Exported(lambda: seeded(Stated), images(8)),
-}
+CASES = {"stated": Exported(lambda: seeded(Stated), images(8))}
 SLOW_CASES = {
     "bert": Exported(bert, texts),
     "vit": Exported(

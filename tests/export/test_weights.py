@@ -341,10 +341,7 @@ def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
     ("parts", "sentence"),
     [
         ((), "has no tensor 'value/0.bias'; no version before"),
-        (
-            ("dense/0.bias/slow",),
-            "'dense/0.bias/slow' is (3,), the plan says (7,); no version before",
-        ),
+        (("dense/0.bias/slow",), "'dense/0.bias/slow' is (3,), the plan says (7,); no version before"),
         (("value/0.bias",), "'dense/0.bias/slow' is (7,), the plan says (3,); no version before"),
     ],
 )
@@ -366,10 +363,7 @@ def test_a_checkpoint_that_was_edited(
 def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(mlp().state_dict(), tmp_path / "base.safetensors")
     cascade = stepped(small(), 1, running=False)
-    for fault, raised in (
-        (OSError(28, "No space left"), lx.export.ExportError),
-        (MemoryError(), MemoryError),
-    ):
+    for fault, raised in ((OSError(28, "No space left"), lx.export.ExportError), (MemoryError(), MemoryError)):
         with monkeypatch.context() as patched:
             patched.setattr(*SEAMS["write a tensor"], lambda *_, fault=fault: (_ for _ in ()).throw(fault))
             with pytest.raises(raised):

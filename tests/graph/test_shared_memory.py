@@ -56,10 +56,7 @@ def test_equal_views_are_one_weight(make: Callable[[], Net], frontend: str) -> N
     net, original = make(), make()
     first, second = net.one.weight, net.two.weight
     cascade = lx.adapt(net, (X,), spec=SPEC, frontend=frontend)
-    assert {site.weight: site.aliases for site in cascade.sites} == {
-        "one.weight": ("two.weight",),
-        "last.weight": (),
-    }
+    assert {site.weight: site.aliases for site in cascade.sites} == {"one.weight": ("two.weight",), "last.weight": ()}
     randomize(cascade)
     branch = cascade.branches["one/weight"]
     delta = 1.5 * branch.lora_B.detach() @ branch.lora_A.detach()

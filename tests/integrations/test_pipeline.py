@@ -93,11 +93,7 @@ def test_a_pipeline_computes_without_noise(task: str) -> None:
         if seed == 1:
             cascade.transition(None)
     noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
-    weights = {
-        "slow": values_of(cascade),
-        "fast": values_of(cascade, "fast"),
-        "noisy": {},
-    }
+    weights = {"slow": values_of(cascade), "fast": values_of(cascade, "fast"), "noisy": {}}
     expected = {
         which: numbers(
             [pipeline(task, model=with_weights(cascade.model, each), **tools())(row, **how) for row in given()]

@@ -15,17 +15,7 @@ import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.errors.test_all_or_nothing import everywhere, result
 from tests.kit.errors import raises, warns
-from tests.kit.models import (
-    batches,
-    branches,
-    factors,
-    lora_of,
-    loss_of,
-    mlp,
-    randomize,
-    train,
-    trainable_parameters,
-)
+from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, randomize, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
 RANKS = (4, 2, 3, 1)

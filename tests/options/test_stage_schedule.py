@@ -30,9 +30,7 @@ BASES: dict[str, Any] = {
     "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 4, 0.5),
     "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
     "sequence": lambda optimizer: lr_scheduler.SequentialLR(
-        optimizer,
-        [lr_scheduler.ConstantLR(optimizer, 0.5, 100), lr_scheduler.ExponentialLR(optimizer, 0.9)],
-        [5],
+        optimizer, [lr_scheduler.ConstantLR(optimizer, 0.5, 100), lr_scheduler.ExponentialLR(optimizer, 0.9)], [5]
     ),
 }
 

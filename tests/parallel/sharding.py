@@ -509,12 +509,7 @@ def refused(rank: int, count: int, folder: str) -> None:
     beside_accelerate((rank, count))
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
-    for call in (
-        cascade.release,
-        cascade.folded_state_dict,
-        cascade.folded_graph,
-        lambda: cascade.to(torch.float32),
-    ):
+    for call in (cascade.release, cascade.folded_state_dict, cascade.folded_graph, lambda: cascade.to(torch.float32)):
         with raises(lx.StateError, "sharded"):
             call()
     with warns("evaluated-with-noise", "1"):

@@ -17,17 +17,7 @@ from torch.func import functional_call
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import (
-    SCALE,
-    batches,
-    branches,
-    lora_of,
-    loss_of,
-    mlp,
-    optimizer_of,
-    train,
-    trainable_parameters,
-)
+from tests.kit.models import SCALE, batches, branches, lora_of, loss_of, mlp, optimizer_of, train, trainable_parameters
 from tests.kit.state import weight_states
 from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trained, weights
 

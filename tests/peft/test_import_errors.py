@@ -150,10 +150,7 @@ def test_files(source: Path, tmp_path: Path) -> None:
     weights.write_bytes(whole[:-8])
     refused(folder, ("unreadable-file", "adapter_model.safetensors"))
     weights.rename(folder / "adapter_model.bin")
-    refused(
-        folder,
-        ("unreadable-file", "adapter_model.safetensors", "adapter_model.bin"),
-    )
+    refused(folder, ("unreadable-file", "adapter_model.safetensors", "adapter_model.bin"))
     (folder / "adapter_model.bin").unlink()
     refused(folder, ("unreadable-file", "adapter_model.safetensors"))
     (folder / "adapter_config.json").write_text("[1]", encoding="utf-8")

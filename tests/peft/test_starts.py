@@ -97,10 +97,7 @@ def test_one_stage_is_pefts(start: str, optimizer: str) -> None:
     held = [value for value in theirs.parameters() if value.requires_grad]
     kind = {"adamw": lambda each: torch.optim.AdamW(each, lr=1e-2, weight_decay=0.05)}
     kind["sgd"] = lambda each: torch.optim.SGD(each, lr=5e-2, momentum=0.9)
-    losses = [
-        train(theirs, kind[optimizer](held), calls),
-        train(cascade, optimizer_of(cascade, optimizer), calls),
-    ]
+    losses = [train(theirs, kind[optimizer](held), calls), train(cascade, optimizer_of(cascade, optimizer), calls)]
     torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
     assert losses[0][-1] < 0.9 * losses[0][0]
     merged, ours = theirs.merge_and_unload(), cascade.release()

@@ -12,19 +12,7 @@ from torch import nn
 from torch._dynamo.exc import Unsupported
 
 from tests.kit.models import loss_of
-from tests.peft.kit import (
-    EXACT,
-    Case,
-    buffers_of,
-    by_formula,
-    eager,
-    formula_of,
-    gap,
-    normal,
-    ours_of,
-    peft_of,
-    seeded,
-)
+from tests.peft.kit import EXACT, Case, buffers_of, by_formula, eager, formula_of, gap, normal, ours_of, peft_of, seeded
 from tests.peft.test_attention import Attends
 from tests.peft.test_silent import Experts
 

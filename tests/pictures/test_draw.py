@@ -120,11 +120,7 @@ def test_graph_breaks_are_drawn_side_by_side(tmp_path: Path) -> None:
         ({"file": "graph.png"}, lx.SpecError, ("invalid-value", "graph.png")),
         ({"file": "absent/graph.svg"}, lx.SpecError, ("unreadable-file", "there")),
         ({"sites": "q.weight"}, lx.SpecError, ("invalid-value", "sites", "q.weight")),
-        (
-            {"sites": ["q.wieght"]},
-            lx.UnknownTarget,
-            ("unknown-target", "q.wieght", "q.weight"),
-        ),
+        ({"sites": ["q.wieght"]}, lx.UnknownTarget, ("unknown-target", "q.wieght", "q.weight")),
         ({"radius": -1}, lx.SpecError, ("invalid-value", "radius", "-1")),
     ],
 )

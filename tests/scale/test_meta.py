@@ -184,11 +184,7 @@ def test_buffers_that_no_file_keeps(tmp_path: Path) -> None:
         ("tabel", torch.ones(6), ("unknown-name", "tabel", "table")),
         ("table", torch.ones(5), ("invalid-value", "table", "[5]", "[6]")),
         ("table", torch.ones(6, device="meta"), ("invalid-value", "table")),
-        (
-            "up.bias",
-            torch.ones(10),
-            ("unknown-name", "up.bias", "table", "norm.running_mean"),
-        ),
+        ("up.bias", torch.ones(10), ("unknown-name", "up.bias", "table", "norm.running_mean")),
     ):
         with still_on_meta(cascade), raises(lx.SpecError, *said):
             lx.materialize(cascade, path, buffers={name: value})

@@ -15,18 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
 from benchmarks.fake_ranks import PARTS, RESULTS, Sent, fake_ranks, first_rows, sharded, step
-from benchmarks.scale import (
-    LARGEST,
-    PAGE,
-    RANK,
-    SPEC,
-    Llama,
-    Mixtral,
-    Moves,
-    fsdp2,
-    page,
-    weights_of,
-)
+from benchmarks.scale import LARGEST, PAGE, RANK, SPEC, Llama, Mixtral, Moves, fsdp2, page, weights_of
 from lorasc_fx.parallel import fsdp
 from tests.kit.state import weight_states
 
