@@ -161,6 +161,18 @@ def site(weight: str, **changes: Any) -> Damage:
     )
 
 
+def option(weight: str, **changes: Any) -> Damage:
+    """Let the plan say something else of the options of a site."""
+    return plan(
+        lambda now: replace(
+            now,
+            sites=tuple(
+                replace(s, options=replace(s.options, **changes)) if s.weight == weight else s for s in now.sites
+            ),
+        )
+    )
+
+
 def state(**changes: Any) -> Damage:
     """Let the slow state of 0.weight be another."""
     return lambda graph_module: change_state(graph_module, "0.weight", **changes)
@@ -412,11 +424,11 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "plan lost": (plan(lambda now: None), ("node linear is marked as a use of 0.weight, which is not planned",)),
         "plan before its first stage": (plan(lambda now: replace(now, stage=0)),
             ("the plan is in stage 0; the first one is 1",)),
-        "plan of another rank": (site("0.weight", rank=4),
+        "plan of another rank": (option("0.weight", rank=4),
             ("lora_A of 0.weight is (3, 5), planned as (4, 5)", "lora_B of 0.weight is (7, 3), planned as (7, 4)")),
-        "plan of another lora_alpha": (site("0.weight", lora_alpha=9.0),
+        "plan of another lora_alpha": (option("0.weight", lora_alpha=9.0),
             ("the branch of 0.weight has scale 1.6666666666666667, planned as 3.0",)),
-        "plan of another scaling": (site("0.weight", use_rslora=True),
+        "plan of another scaling": (option("0.weight", use_rslora=True),
             ("the branch of 0.weight has scale 1.6666666666666667, planned as 2.886751345948129",)),
         "plan of another layout": (site("0.weight", layout="in_out"),
             ("node linear reads 0.weight as out_in, planned as in_out",
