@@ -67,7 +67,9 @@ class DoraBranch(Branch):
 
         With a shard the weight is that of W, and the rows are those that are here; all-reduced where rows are cut.
         """
-        left, right = map(full_tensor, self.oriented())
+        left, right = self.oriented()
+        if shard.axis is not None:
+            left, right = full_tensor(left), full_tensor(right)
         axis = 0 if self.transposed else 1
         left, right = (shard.take(left), right) if shard.axis == 0 else (left, shard.take(right))
         return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
