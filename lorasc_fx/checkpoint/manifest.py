@@ -37,6 +37,8 @@ def _is_random(state: list[Any]) -> bool:
     """Whether a state is one of Python's generator."""
     try:
         version, words, gauss = state
+        if version != random.Random().getstate()[0]:  # setstate takes older ones, and changes them
+            return False
         if any(type(word) is not int or not 0 <= word < 2**32 for word in words):
             return False
         random.Random().setstate((version, tuple(words), gauss))

@@ -154,7 +154,7 @@ def path_text(path: FieldPath) -> str:
     """Return a path as `spec.rules[2].rank`."""
     text = ""
     for part in path:
-        is_name = isinstance(part, str) and part.replace(".", "").isidentifier()
+        is_name = isinstance(part, str) and len(part) <= _LONGEST and part.replace(".", "").isidentifier()
         text += f"{'.' if text else ''}{part}" if is_name else f"[{_shown(part)}]"
     return text
 

@@ -17,6 +17,8 @@ from tests.kit.errors import raises
 from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import NAMED, Case
 
+pytestmark = pytest.mark.filterwarnings("ignore:q. quantized, and without branches")  # whole_numbers
+
 EVERY = [*(case for case in OPERATORS if case.modes), *ODD]
 ROWS = pytest.mark.parametrize("case", EVERY, ids=[case.name for case in EVERY])
 

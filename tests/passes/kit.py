@@ -89,6 +89,11 @@ def run(module: nn.Module, case: Case) -> Any:
         return module(*case.args)
 
 
+def run_as_it_is(module: nn.Module, case: Case) -> Any:
+    """The module's detached output, with the gradients that its parameters require now."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, module(*case.args))
+
+
 def run_in_training(module: nn.Module, case: Case) -> Any:
     """The module's output when every parameter requires a gradient; see `kit.trained.with_all_gradients`."""
     return with_all_gradients(module, *case.args)
