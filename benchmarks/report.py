@@ -159,7 +159,8 @@ def _placed(rows: Rows) -> str:
     if not rows:
         return ""
     return f"""\
-The step with the placements that the rule chose, over the same with others (`benchmarks/placement_oracle.py`):
+The step with placements that a cost model chose, before the rule on shapes did, over the same with others
+(`benchmarks/placement_oracle.py`):
 every branch beside its op, every branch merged, and the fastest that has one group of sites in its other placement.
 *Again* is a second model with the placements chosen: its deviation from 1.00 is measurement noise.
 
