@@ -338,6 +338,8 @@ MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
             ("invalid-checkpoint", "tensor_references"),
         ),
         (lambda each: each["rng"]["python"][1].__setitem__(-1, 700), ("invalid-checkpoint", "rng", "Python")),
+        (lambda each: each["rng"]["python"].__setitem__(0, 2), ("invalid-checkpoint", "rng", "Python")),
+        (lambda each: each["base"].update({"x" * 2000: 1}), ("invalid-checkpoint", "base", "... (2002 characters)")),
         (lambda each: each["rng"]["numpy"]["state"].update(pos=10**6), ("invalid-checkpoint", "rng", "numpy")),
         (of(plan={"format": 3}), ("format-not-supported", "plan", "3")),
         (lambda each: each["plan"]["spec"].update(pace=10**400), ("invalid-checkpoint", "plan.spec.pace is")),
