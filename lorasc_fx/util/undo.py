@@ -88,7 +88,7 @@ def commit() -> Iterator[Undo]:
 def interrupts_deferred() -> Iterator[Callable[[], None]]:
     """Defer SIGINT to the end of the block. Yields a function that calls its handler at once if it came.
 
-    Only the main thread is interrupted by signals. In a nested block, the handler is the recorder of the outer one.
+    Only the main thread gets signals. A nested block hands SIGINT on to the outer block, which defers it in turn.
     """
     handler = signal.getsignal(signal.SIGINT)
     received: deque[tuple[Any, ...]] = deque()

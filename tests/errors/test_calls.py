@@ -108,7 +108,7 @@ def test_stages_that_were_asked_for_before_the_release() -> None:
 
 
 def slow_weights(cascade: lx.Cascade) -> None:
-    """Enter and leave: a block that stays open keeps its signal handlers for the tests that follow."""
+    """Enter and leave the block, so that no later test runs inside it."""
     with cascade.weights("slow"):
         pass
 
