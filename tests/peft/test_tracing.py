@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.exc import Unsupported
 
 from tests.kit.models import loss_of
-from tests.peft.kit import EXACT, Case, buffers_of, by_formula, eager, formula_of, gap, normal, ours_of, peft_of, seeded
-from tests.peft.test_attention import Attends
-from tests.peft.test_silent import Experts
+from tests.peft.kit import EXACT, Case, buffers_of, by_formula, eager, normal, ours_of, seeded
+from tests.peft.test_beside_peft import Attends, Experts
 
 Traced = Callable[[nn.Module, tuple[Any, ...]], Callable[..., Any]]
 
@@ -66,44 +63,6 @@ CASES = {
     "layer": Case(layer, rows, ("linear1", "linear2"), ("linear1.weight", "linear2.weight")),
     "experts": Case(Experts, rows, (*EXPERTS, "head"), (*EXPERTS, "head.weight")),
 }
-MUTATES = (Unsupported, "Failed to mutate tensor data attribute")
-PARAMETRIZES = (Unsupported, "Unsupported function call")
-FAILS: dict[tuple[str, Traced], tuple[type[Exception], str]] = {
-    **{(name, symbolic): (torch.fx.proxy.TraceError, "Proxy object cannot be iterated") for name in CASES},
-    ("attention", export): (RuntimeError, "We found a fake tensor in the exported program constant's list"),
-    ("attention", strict): MUTATES,
-    ("attention", compiled): MUTATES,
-    ("experts", strict): PARAMETRIZES,
-    ("experts", compiled): PARAMETRIZES,
-}
-"""What peft raises; where nothing stands here, its trace is right."""
-
-
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # export's, on peft
-@pytest.mark.parametrize("tracer", [symbolic, export, strict, compiled])
-@pytest.mark.parametrize("name", CASES)
-def test_peft(name: str, tracer: Traced) -> None:
-    case = CASES[name]
-    model, args = case.model().eval(), case.inputs()
-    if name == "experts":
-        theirs = peft_of(model, ["head"], target_parameters=list(EXPERTS))
-    else:
-        theirs = peft_of(model, case.targets)
-    if (name, tracer) in FAILS:
-        error, text = FAILS[name, tracer]
-        with pytest.raises(error, match=text):
-            tracer(theirs, args)(*args)
-        return
-    right = eager(model, formula_of(theirs, model), args)
-    found = tracer(copy.deepcopy(theirs), args)(*args)
-    if name == "layer" and tracer is not export:  # the fast path once more: the adapter is not in the graph
-        with torch.no_grad():
-            assert gap(found, model(*args)) < EXACT
-        assert gap(found, right) > 0.1
-    else:  # export by itself takes no fast path: what it makes is right where the module that it was made of is not
-        assert gap(found, right) < EXACT
 
 
 def assert_traced_is_right(case: Case, tracer: Traced) -> None:
