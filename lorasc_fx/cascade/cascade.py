@@ -24,7 +24,7 @@ from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
-from lorasc_fx.cascade.usage import UsageWatch, check_not_averaged
+from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.compile import NOT_COMPILED, Axis, Compiler
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -130,12 +130,18 @@ class Cascade(nn.Module):
         if call.key is None:
             variant, count = graphs.variants.symbolic(self.training)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
-        trains = self.training and torch.is_grad_enabled()
-        if not trains and self._usage.check_evaluation(run, self):
+        if not torch.is_grad_enabled() and run.is_noisy and self._called_by("evaluate"):
             with self.weights("fast"):
                 return self.forward(*args, **kwargs)
-        run.surroundings.check(run, type(self))
+        self._usage.check_call(run, self)
         return (graphs.variants.find(call) or graphs.capture(call)).run(call)
+
+    def _called_by(self, event: str) -> bool:
+        """Whether another library causes this event, so that a call acts differently. It may be refused as well.
+
+        This class knows no other library: `lorasc_fx.Cascade` has their table (`integrations.callers`).
+        """
+        return False
 
     # ---- what was decided
 
@@ -471,7 +477,7 @@ class Cascade(nn.Module):
                 copy of weights that lie in shards.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
-            check_not_averaged()
+            self._called_by("copy")
             if self._run.is_sharded and sys._getframe(1).f_code.co_name == "deepcopy":
                 raise StateError(
                     "deepcopy: the weights lie in shards on several processes, which a copy would not follow: write "

@@ -51,7 +51,7 @@ class Graphs:
     def variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> tuple[Variant, Call]:
         """Return the graph for these arguments, and the call. `name` is the method's, for messages."""
         self.run.check_alive(name)
-        self.run.surroundings.check_replicas(self.run.trainable)
+        self.run.replicas.check(self.run.trainable)
         call = self.compiler.calls.bind(tuple(args), kwargs)
         return self.variants.find(call) or self.capture(call), call
 

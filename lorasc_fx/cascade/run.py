@@ -128,7 +128,7 @@ class Run(RunBase):
         if not empty:  # else they are written next
             self.note_weights((name for name in known if name not in written), summed)
         self._watch()
-        self.surroundings.check_replicas(self.trainable)
+        self.replicas.check(self.trainable)
 
     def _watch(self) -> None:
         """Watch for gradients of what is trained, and for optimizer steps after which noise is drawn."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Decided
-from lorasc_fx.cascade.watches import PendingWatch, StepWatch, Surroundings, Warned
+from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.errors import StateError
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local
@@ -81,7 +81,7 @@ class RunBase:
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.steps = StepWatch()
-        self.surroundings = Surroundings()
+        self.replicas = Replicas()
         self.warned = Warned()
         self.placed: str | int | None = None  # a number is that of a stage
         self.released = False
@@ -155,6 +155,11 @@ class RunBase:
     def holds_numbers(self) -> bool:
         """Whether the model is not on the meta device."""
         return self.meta is None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the weights that are in place hold noise."""
+        return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None
 
     @property
     def inside_weights(self) -> bool:

@@ -146,7 +146,7 @@ def begin(
         if then is not None:
             then()
         if resized:
-            run.surroundings.outdate()
+            run.replicas.outdate()
 
 
 def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter]:

@@ -1,11 +1,11 @@
-"""Mistakes in the use of a cascade that no call would raise for. Each warning is given once a cascade.
+"""Checks for mistakes in the use of a cascade that would raise no error. Each warning is given once per cascade.
 
-Inside a stage the user's model computes without the running branches, and its parameters may hold noise. A
-program that calls or saves it there should call the cascade, or use `weights(...)`.
+Inside a stage the user's model computes without the branches in training, and its parameters may hold noise. A program
+that calls or saves the model there should call the cascade, or use `weights(...)`.
 
-A call is seen through `_compiled_call_impl`, the attribute of an nn.Module that `Module.compile` sets. Copies, pickles,
-tracers and torch.jit leave it out, and it is no hook: hooks change which kernels some modules take, and are part of
-what captured graphs are guarded by.
+Calls of the model are seen through `_compiled_call_impl`, the attribute that `Module.compile` sets. Copies, pickles,
+tracers and torch.jit leave it out. A forward hook would not do: hooks change which kernels some modules use, and
+captured graphs are guarded by them.
 """
 
 from __future__ import annotations
@@ -15,42 +15,34 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import wraps
 from types import FrameType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.watches import Fresh, callers
+from lorasc_fx.cascade.watches import Fresh
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.util.finalizers import run_postponed
 
-_HERE = __file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
-_UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator", "save_model")}
-"""Functions that write the state dict of the model that they were given as its weights."""
-_PIPELINE = ("transformers.pipelines.base", "forward")
-"""The function in which a pipeline calls its model."""
-_PLUGIN = ("accelerate.utils.dataclasses", "set_auto_wrap_policy")
-"""The function with which accelerate's FSDP plugins begin: it asks a model for its blocks."""
-_AVERAGES = (
-    "torch.optim.swa_utils", "timm.utils.model_ema", "ultralytics.utils.torch_utils",
-    "lightning.pytorch.callbacks.stochastic_weight_avg", "pytorch_lightning.callbacks.stochastic_weight_avg",
-)  # fmt: skip
-"""Modules of averages of parameters, which begin with a copy of the model."""
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+"""The original function. Context parallelism replaces it in torch.nn.functional."""
 
 _ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
 
 
 class UsageWatch(Fresh):
-    """Watches a cascade and its model.
+    """Checks calls of a cascade, and calls, saves and copies of its model.
 
-    It is itself the state dict pre-hook of the user's model. So a copy or a pickle of the model copies it too, and that
-    is how it sees them.
+    The watch is the state dict pre-hook of the user's model. A copy or a pickle of the model copies the hook too, which
+    is how the watch notices them.
     """
 
     def __init__(self) -> None:
@@ -58,35 +50,23 @@ class UsageWatch(Fresh):
         self._run: Callable[[], Run | None] = lambda: None
         self._remove: weakref.finalize[Any, Run] | None = None
         self._train_mode = False  # whether the model came in train mode; frozen batch norms are trained in eval mode
+        self._checked: dict[bool, tuple[object, ...]] = {}  # what surrounded the last checked call, by gradient mode
 
     def arm(self, run: Run, cascade: nn.Module) -> None:
-        """Watch the model of this run until `disarm`, or until the run is gone."""
+        """Watch the model of this run until `disarm`, or until the run is garbage collected."""
         if self._remove is not None:
             return
         self._run, self._cascade = weakref.ref(run), weakref.ref(cascade)
         self._train_mode |= run.model.training
-        model = weakref.ref(run.model)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            called, ours = model(), False
-            if not torch.compiler.is_dynamo_compiling():  # which cannot trace a look at frames
-                frame = sys._getframe(1)  # of nn.Module.__call__; a shallow copy (DataParallel) has this function too
-                called = frame.f_locals.get("self", called)
-                ours = frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_PACKAGE)
-            assert called is not None
-            if not (ours or torch.compiler.is_compiling()):
-                _untraced(self._check)("called", called)
-            return called._call_impl(*args, **kwargs)
-
-        handle = run.model.register_state_dict_pre_hook(self)
+        call, handle = self._checked_call(run.model), run.model.register_state_dict_pre_hook(self)
         if run.model._compiled_call_impl is None:
             run.model._compiled_call_impl = call
-        self._remove = weakref.finalize(run, _detach, model, call, handle)
+        self._remove = weakref.finalize(run, _detach, weakref.ref(run.model), call, handle)
         self._remove.atexit = False
         _ARMED.add(self)
 
     def disarm(self) -> None:
-        """Remove what `arm` has put onto the model."""
+        """Remove the hooks from the model."""
         if self._remove is not None:
             self._remove()
         self._run, self._remove = lambda: None, None
@@ -94,28 +74,40 @@ class UsageWatch(Fresh):
 
     # ---- calls, saves and copies of the user's model
 
-    def method(self, value: MethodType) -> Callable[..., Any]:
-        """Return a method of the model that warns where a module computes in it with a weight that is adapted.
+    def _checked_call(self, module: nn.Module) -> Callable[..., Any]:
+        """Return a `_compiled_call_impl` for a module: a check, and the call as it is."""
+        reference = weakref.ref(module)
 
-        The model's own call is not made then: `forward_features` and the like call its modules.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called, from_package = reference(), False
+            if not torch.compiler.is_dynamo_compiling():  # dynamo cannot trace frames
+                frame = sys._getframe(1)  # nn.Module.__call__; a shallow copy (DataParallel) has this function too
+                called = frame.f_locals.get("self", called)
+                from_package = frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_PACKAGE)
+            assert called is not None
+            if not (from_package or torch.compiler.is_compiling()) and _shares_parameters(called, reference()):
+                dynamo: Any = sys.modules.get("torch._dynamo")  # which may run this between two of its graphs
+                check = self._check if dynamo is None else dynamo.disable(self._check)
+                check("called")
+            return called._call_impl(*args, **kwargs)
+
+        return call
+
+    def method(self, value: MethodType) -> Callable[..., Any]:
+        """Return a method of the model that warns if an adapted weight computes in it.
+
+        Methods such as `forward_features` call modules of the model, and not the model itself.
         """
 
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:
             run = self._run()
-            warned = run is None or ("model-called-inside-stage" in run.warned and not run.is_sharded)
-            if run is None or warned or torch.compiler.is_compiling():
+            if run is None or torch.compiler.is_compiling() or self._warned(run, "model-called-inside-stage"):
                 return value(*args, **kwargs)
-            model = run.model
-
-            def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                self._check("called", model)
-                return module._call_impl(*args, **kwargs)
-
-            sites = {model.get_submodule(weight.rpartition(".")[0]) for weight in run.branches_by_weight()}
+            sites = {run.model.get_submodule(weight.rpartition(".")[0]) for weight in run.branches_by_weight()}
             modules = [module for module in sites if module._compiled_call_impl is None]
             for module in modules:
-                vars(module)["_compiled_call_impl"] = partial(watched, module)
+                module._compiled_call_impl = self._checked_call(module)
             try:
                 return value(*args, **kwargs)
             finally:
@@ -126,10 +118,12 @@ class UsageWatch(Fresh):
 
     def __call__(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
         """Check a call of the model's `state_dict`."""
-        self._check("read", module)
+        run = self._run()
+        if run is not None and _shares_parameters(module, run.model):
+            self._check("read")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UsageWatch:
-        """Check a deep copy of the model, unless it is a part of one of the cascade."""
+        """Check a deep copy of the model, unless it is part of a deep copy of the cascade."""
         if id(self._cascade() if self._cascade is not None else None) not in memo:
             self._check("copied")
         return UsageWatch()
@@ -139,27 +133,29 @@ class UsageWatch(Fresh):
         self._check("pickled")
         return super().__reduce__()
 
-    def _check(self, how: str, model: nn.Module | None = None) -> None:
-        """Warn if the user's model is called, read, copied or pickled while it lacks the running branches.
+    @staticmethod
+    def _warned(run: Run, code: str) -> bool:
+        """Whether there is nothing left to say. A call of a sharded model raises each time."""
+        return code in run.warned and not run.is_sharded
 
-        Copies and pickles are told each time: the best model so far is often kept by one.
+    def _check(self, how: str) -> None:
+        """Warn if the user's model is called, read, copied or pickled while it lacks the branches in training.
+
+        Copies and pickles are reported each time, because a loop may keep its best model by one.
         """
         run = self._run()
-        if run is None or (model is not None and model._parameters is not run.model._parameters):
-            return  # a shallow copy has the same dictionary
-        called, once = how == "called", how in ("called", "read")
-        kept = run.inside_weights and run.placed != "base"
-        code = "model-called-inside-stage" if called else "model-saved-inside-stage"
-        if how == "read" and kept:
-            run.note_kept()
-        if (once and code in run.warned and not run.is_sharded) or _inside_package():
+        if run is None:
             return
-        if how in ("copied", "pickled") and kept:
+        if how != "called" and run.inside_weights and run.placed != "base":
             run.note_kept()
-        if run.is_sharded and called and not run.exchanged():
+        code = "model-called-inside-stage" if how == "called" else "model-saved-inside-stage"
+        once = how in ("called", "read")
+        if (once and self._warned(run, code)) or _from_package():
+            return
+        if run.is_sharded and how == "called" and not run.exchanged():
             raise StateError(
-                f"{type(run.model).__name__}: the model of a cascade was called, or a module in it, and its weights "
-                "lie in shards on several processes: call the cascade, inside `with cascade.weights(...)` with other "
+                f"{type(run.model).__name__}: the model of a cascade, or a module in it, was called, and its weights "
+                "are sharded over several processes. Call the cascade, inside `with cascade.weights(...)` for other "
                 "weights, or a method that gathers them (cascade.generate, encode, predict)",
                 code="sharded",
             )
@@ -168,8 +164,8 @@ class UsageWatch(Fresh):
         message = (
             f"the {'state dict of the ' if how == 'read' else ''}model of a cascade was {how} inside stage "
             f"{run.plan.stage}: it has the weights that the stage started from"
-            f"{', with noise' if run.plan.spec.noise.is_on else ''}, and not what the stage has trained. Call the "
-            'cascade; call, save or copy its model inside `with cascade.weights("slow"):` or "fast", or after '
+            f"{', with noise' if run.plan.spec.noise.is_on else ''}, without what the stage has trained. Call the "
+            'cascade. Call, save or copy its model inside `with cascade.weights("slow"):` or "fast", or after '
             "cascade.release()"
         )
         if once:
@@ -177,73 +173,78 @@ class UsageWatch(Fresh):
         else:
             warn(message, code)
 
-    # ---- calls and saves of the cascade
+    # ---- calls of the cascade
 
-    def check_evaluation(self, run: Run, cascade: nn.Module) -> bool:
+    def check_call(self, run: Run, cascade: Any) -> None:
+        """Check a call: wrappers once per stage, gradient mode and wrapper, and noise and dropout in eval mode.
+
+        Raises:
+            StateError: inside context parallelism, in a wrapper that shards, copies or lacks parameters, or the ranks
+                of DistributedDataParallel differ.
+        """
+        grad, wrapper = torch.is_grad_enabled(), DistributedDataParallel._active_ddp_module
+        if not cascade.training:
+            self._check_evaluation(run, grad)
+        reference = None if wrapper is None else weakref.ref(wrapper)
+        attention, kind = F.scaled_dot_product_attention, type(cascade)
+        around = (reference, attention, kind, run.plan.stage, len(run.branches), run.grouped)
+        if self._checked.get(grad) == around:
+            return
+        run.replicas.check(run.trainable)
+        if attention is not _ATTENTION and str(getattr(attention, "__module__", "")).startswith("torch.distributed"):
+            raise StateError(
+                "forward: torch's context_parallel splits the attention of a running model, but not that of a captured "
+                "graph, so each rank would attend only to its own part. Leave context_parallel, and use activation "
+                "checkpointing for long sequences",
+                code="wrapper-not-supported",
+            )
+        if grad and not run.is_sharded:
+            cascade._called_by("train")
+        self._checked[grad] = around
+        # Before the first training call: the wrapper has broadcast the parameters of rank 0, but not its W0.
+        if grad and (group := run.replicas.new_group()) is not None:
+            run.check_ranks("DistributedDataParallel", group)
+
+    def _check_evaluation(self, run: Run, grad: bool) -> None:
         """Warn of a call in eval mode that sees noise, and watch for one that trains without dropout.
 
-        A call with gradients may be an evaluation without torch.no_grad: whether it trains is known at its backward. A
-        model that came in eval mode is trained in it, so such a call sees noise rightly.
-
-        Returns:
-            Whether a pipeline of transformers makes a call that would see noise. By its task it calls `generate` or the
-            model itself, and both shall have the same weights.
+        A call with gradients may be an evaluation without torch.no_grad: its backward tells whether it trains. A model
+        that came in eval mode is trained in it, so its training calls may see noise.
         """
-        noisy, grad = (
-            run.plan.spec.noise.is_on and not run.slow.idle and not run.inside_weights,
-            torch.is_grad_enabled(),
-        )
-        for frame in _called_in(_PIPELINE) if noisy and not grad else ():
-            if getattr(frame.f_locals.get("self"), "model", None) is cascade:
-                return True
-        if cascade.training:
-            return False
         if grad and "dropout-not-applied" not in run.warned:
             run.pending.at_backward = self._check_dropout
-        if noisy and (not grad or self._train_mode):
+        if run.is_noisy and (not grad or self._train_mode):
             run.warned.once(
                 "evaluated-with-noise",
                 f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
-                'Evaluate inside `with cascade.weights("slow"):`, or "fast"; or after `release`',
+                'Evaluate inside `with cascade.weights("slow"):` or "fast", or after `release`',
             )
-        return False
 
     def _check_dropout(self) -> None:
-        """Warn of a backward in eval mode if there is dropout. The modules are looked at once for a cascade."""
+        """Warn of a backward in eval mode if there is dropout. Looks at the modules once per cascade."""
         run = self._run()
         if run is None or run.branches.training:
             return
-        asked = [f"dropout={run.plan.spec.dropout:g} of the spec"] if run.plan.spec.dropout else []
-        asked += [
+        skipped = [f"dropout={run.plan.spec.dropout:g} of the spec"] if run.plan.spec.dropout else []
+        skipped += [
             f"{name}={value:g} of {path or type(run.model).__name__}"
             for path, module in run.model.named_modules()
             for name, value in vars(module).items()
             if "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
             if isinstance(value, float) and value > 0 and not module.training
         ]
-        if not asked:
+        if not skipped:
             run.warned.accept("dropout-not-applied")
             return
         run.warned.once(
             "dropout-not-applied",
-            f"a training step ran in eval mode, in which dropout does nothing: {named(asked)}. Models of "
+            f"a training step ran in eval mode, in which dropout does nothing: {named(skipped)}. Models of "
             "from_pretrained come in eval mode. Call train() of the cascade before training (model.train() if that is "
             "its name), or set dropout to 0",
         )
 
-    def check_saved(self, run: Run) -> None:
-        """Warn of a trainer that writes the state dict of the cascade as if it were that of a model."""
-        if "unfolded-save" in run.warned or run.released or not any(_called_in(*_UNFOLDED_SAVES)):
-            return
-        run.warned.once(
-            "unfolded-save",
-            "a trainer saves an unfolded cascade as a model: the file holds what cascade.load_state_dict takes, "
-            "and the user's model cannot read it. In a Trainer of transformers or trl use "
-            "lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save cascade.release()",
-        )
-
     def check_end(self) -> None:
-        """Warn, where the program ends, of a first stage that has trained and was neither ended, saved nor released."""
+        """Warn at the end of the program if the first stage has trained and was not ended, saved or released."""
         run = self._run()
         if run is None or run.looped or not run.holds_numbers or run.is_sharded or run.plan.stage > 1:
             return
@@ -259,60 +260,37 @@ class UsageWatch(Fresh):
         )
 
 
-def check_not_averaged() -> None:
-    """Raise StateError where a cascade is copied for an average of all parameters, each by itself."""
-    module = next((name for frame in callers() if (name := frame.f_globals.get("__name__")) in _AVERAGES), None)
-    if module is not None:
-        raise StateError(
-            f"an average ({module}) was given a cascade: it would average W_t with its noise, and B and A each by "
-            "itself. Give it cascade.model, and update it from cascade.model inside "
-            '`with cascade.weights("slow"):` or "fast"; or give the spec average="ema" or "swa"',
-            code="wrapper-not-supported",
-        )
-
-
-def check_plugin() -> None:
-    """Raise StateError where one of accelerate's FSDP plugins asks which modules of the cascade it is to cut."""
-    if any(_called_in(_PLUGIN)):
-        raise StateError(
-            "accelerator.prepare: accelerate's FSDP plugin would cut modules that the cascade's graphs never call, and "
-            "parameters that a transition has to write. Make the Accelerator without fsdp_plugin, call "
-            "lorasc_fx.parallel.fsdp.shard(cascade), and then accelerator.prepare_model(cascade, "
-            "evaluation_mode=True), which adds no wrapper, and accelerator.prepare(optimizer, loader)",
-            code="wrapper-not-supported",
-        )
-
-
-def _called_in(*functions: tuple[str, str]) -> Iterator[FrameType]:
-    """Yield the frames of these functions, by module and name, that have called."""
-    return (frame for frame in callers() if (frame.f_globals.get("__name__"), frame.f_code.co_name) in functions)
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that dynamo does not trace where it runs between the graphs of the model."""
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    return function if dynamo is None else dynamo.disable(function)
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of the callers, innermost first."""
+    frame = sys._getframe(1).f_back  # of the caller that iterates
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _differs(run: Run) -> bool:
     """Whether the user's model computes something else than the cascade: it lacks branches, or holds noise.
 
-    On shards it is not known without the other processes, and not asked.
+    False for shards, where the other processes would have to be asked.
     """
     if run.released or run.inside_weights or not run.holds_numbers or run.is_sharded:
         return False
-    if run.exchanged():  # torch.func.functional_call puts others in their places
+    if run.exchanged():  # torch.func.functional_call runs the model with other tensors
         return False
-    spec = run.plan.spec
-    running = not run.slow.idle and (spec.noise.is_on or spec.factor_start.from_weight)
+    running = run.is_noisy or (run.plan.spec.factor_start.from_weight and not run.slow.idle)
     unmerged = any(run.slow.states[name].experts for name in run.quantized)
     return running or unmerged or run.slow.moved(run.branches_by_weight())
 
 
-def _inside_package() -> bool:
-    """Whether the call comes from this package."""
+def _shares_parameters(one: nn.Module, other: nn.Module | None) -> bool:
+    """Whether two modules are the same, or one is a shallow copy of the other."""
+    return other is not None and one._parameters is other._parameters
+
+
+def _from_package() -> bool:
+    """Whether this package itself uses the model."""
     files = (frame.f_code.co_filename for frame in callers())
-    return any(file.startswith(_PACKAGE) and file != _HERE for file in files)
+    return any(file.startswith(_PACKAGE) and file != __file__ for file in files)
 
 
 def _detach(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:

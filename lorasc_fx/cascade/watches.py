@@ -1,42 +1,29 @@
-"""What a cascade sees of the loop that trains it: gradients, optimizer steps, and a wrapper for many processes."""
+"""Watches the loop that trains a cascade: gradients, optimizer steps, and DistributedDataParallel."""
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FrameType
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorasc_fx.errors import StateError, named, warn
-from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local
-
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
-"""What torch.nn.functional has by default."""
-
-_ENGINES = {
-    "DeepSpeedEngine": "deepspeed.runtime.engine",
-    "FullyShardedDataParallel": "torch.distributed.fsdp.fully_sharded_data_parallel",
-}
-"""Wrappers that keep the parameters themselves, by the name of the class, with their modules."""
 
 
 class Fresh:
-    """What belongs to one object in one process: a copy of it (deepcopy, pickle) is a new one."""
+    """State of one object in one process. A deep copy or a pickle of it starts empty."""
 
     def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
         return (type(self), ())
 
 
 class Warned(Fresh):
-    """Gives each warning once a cascade."""
+    """Gives each warning at most once per cascade."""
 
     def __init__(self) -> None:
         self._codes: set[str] = set()
@@ -45,33 +32,33 @@ class Warned(Fresh):
         return code in self._codes
 
     def once(self, code: str, message: str) -> None:
-        """Warn, unless the warning of this code was given."""
+        """Warn, unless a warning with this code was given or accepted before."""
         if code not in self._codes:
             self._codes.add(code)
             warn(message, code)
 
     def accept(self, code: str) -> None:
-        """Never give the warning of this code: the user asked for what it warns of."""
+        """Suppress warnings with this code: the user asked for what they warn about."""
         self._codes.add(code)
 
 
 class PendingWatch(Fresh):
-    """Detects gradients that no optimizer step has consumed, by comparing version counters, without the optimizer.
+    """Detects gradients that no optimizer step has consumed, by comparing version counters.
 
-    A parameter's version grows when a step writes it. Each accumulation notes the version; a gradient is pending while
-    the parameter is still at the noted one.
+    An optimizer step writes a parameter in place, which increments its version. Each accumulation records the version.
+    A gradient is pending while the parameter still has the recorded version.
     """
 
     STEPS: ClassVar[int] = 64
-    """Optimizer steps on one uncleared gradient before the warning: no training wants that."""
+    """Optimizer steps on a gradient that is never cleared before the warning. No training does this on purpose."""
     BACKWARDS: ClassVar[int] = 1024
-    """Backwards without a step before the warning: gradients of fewer may be accumulated on purpose."""
+    """Backwards without a step before the warning. Fewer may be gradient accumulation."""
 
     def __init__(self) -> None:
         self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
         self._handles: list[Any] = []
-        self._seen: dict[int, int] = {}
-        # Weak: a parameter's hook holds this watch, and Python's garbage collector does not look into hooks of tensors.
+        self._versions: dict[int, int] = {}  # of parameters, when their last gradient arrived
+        # Weak references: a parameter's hook refers to this watch, and the garbage collector does not see such hooks.
         self._watched = weakref.WeakValueDictionary[int, nn.Parameter]()
         self._counted = 0  # id of the parameter whose gradient is counted
         self._version = self._steps = self._backwards = 0
@@ -79,7 +66,7 @@ class PendingWatch(Fresh):
         self._warned = False
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Watch these parameters as well."""
+        """Watch these parameters too."""
         for parameter in parameters:
             if id(parameter) not in self._watched:
                 self._watched[id(parameter)] = parameter
@@ -87,41 +74,41 @@ class PendingWatch(Fresh):
 
     @property
     def accumulated(self) -> bool:
-        """Whether some watched parameter has had a gradient."""
-        return bool(self._seen)
+        """Whether a watched parameter has ever received a gradient."""
+        return bool(self._versions)
 
     def disarm(self) -> None:
         """Remove all hooks."""
         for handle in (*self._handles, self._check):
             if handle is not None:
                 handle.remove()
-        self._handles, self._watched, self._seen = [], weakref.WeakValueDictionary(), {}
+        self._handles, self._watched, self._versions = [], weakref.WeakValueDictionary(), {}
         self._counted, self._check = 0, None
 
     def restorer(self) -> Callable[[], None]:
-        """Return a function that restores this state: which parameters are watched, and what was noted of them."""
-        watched, seen = tuple(self._watched.values()), dict(self._seen)
+        """Return a function that restores which parameters are watched and the versions recorded for them."""
+        watched, versions = tuple(self._watched.values()), dict(self._versions)
 
         def restore() -> None:
             self.disarm()
             self.arm(watched)
-            self._seen = dict(seen)
+            self._versions = dict(versions)
 
         return restore
 
     def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names of the parameters whose gradient, if it is not zero, no step has used."""
+        """Return the names of the parameters with a nonzero gradient that no step has consumed."""
         return [
             name
             for name, parameter in parameters.items()
             if parameter.grad is not None
-            and self._seen.get(id(parameter)) == parameter._version
+            and self._versions.get(id(parameter)) == parameter._version
             and bool(local(parameter.grad).any())
         ]
 
     def note(self, parameter: nn.Parameter) -> None:
-        """Note that the gradient that the parameter holds now waits for a step."""
-        self._seen[id(parameter)] = parameter._version
+        """Record that the current gradient of a parameter waits for a step."""
+        self._versions[id(parameter)] = parameter._version
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
         if self.at_backward is not None:
@@ -132,24 +119,25 @@ class PendingWatch(Fresh):
         self.note(parameter)
 
     def _count(self, parameter: nn.Parameter, version: int) -> None:
-        """Count how often in a row the gradient of one parameter was added to without being cleared.
+        """Count how often the gradient of one parameter was accumulated without being cleared.
 
-        `zero_grad` replaces a gradient by None, so that the next one is a new tensor, of a low version. Clipping and
-        `zero_grad(set_to_none=False)` both write it in place; only its value tells them apart, which is read once,
-        before the warning.
+        `zero_grad` sets a gradient to None, so that the next one is a new tensor with a low version. Clipping and
+        `zero_grad(set_to_none=False)` both write in place, and only the values tell them apart. The values are read
+        once, before the warning.
         """
         before, self._version = self._version, version
-        if not self._counted or version <= before:  # this one is cleared; the next that gets a gradient may not be
+        if not self._counted or version <= before:
+            # The loop clears this one. It may not clear another one, so count the next one that gets a gradient.
             self._counted = 0 if self._counted else id(parameter)
             self._steps = self._backwards = 0
             return
         self._backwards += 1
-        self._steps += self._seen.get(id(parameter)) != parameter._version
+        self._steps += self._versions.get(id(parameter)) != parameter._version
         if self._check is None and (self._steps >= self.STEPS or self._backwards >= self.BACKWARDS):
             self._check = parameter.register_hook(self._check_cleared)
 
     def _check_cleared(self, _: torch.Tensor) -> None:
-        """Warn if the gradient to which a backward is about to add is not zero."""
+        """Warn if a backward is about to accumulate into a nonzero gradient."""
         self._check.remove()
         parameter, steps, backwards = self._watched.get(self._counted), self._steps, self._backwards
         self._check, self._steps, self._backwards = None, 0, 0
@@ -158,18 +146,19 @@ class PendingWatch(Fresh):
         self._warned = True
         what = f"{steps} optimizer steps" if steps else f"{backwards} backwards without an optimizer step"
         warn(
-            f"gradients of a cascade were not cleared in {what}, so that all of them add up. Call "
-            "optimizer.zero_grad() with an optimizer made of cascade.param_groups(lr=...), or cascade.zero_grad(): "
-            "zero_grad of the model that was adapted does not reach the branches",
+            f"the gradients of a cascade were not cleared in {what}, so all of them add up: zero_grad of the adapted "
+            "model does not reach the branches. Call optimizer.zero_grad() on an optimizer made from "
+            "cascade.param_groups(lr=...), or cascade.zero_grad()",
             "gradients-not-cleared",
         )
 
 
 class StepWatch(Fresh):
-    """Calls a method after each step of any optimizer, by torch's global step hook, in any loop, compiled or not.
+    """Calls a method after each step of any optimizer, in any loop, compiled or not. Steps that a loss scaler skips do
+    not count.
 
-    One hook serves the whole process and is never removed: torch iterates over its hooks during a step, and would raise
-    if garbage collection removed one meanwhile. A step that a loss scaler skips does not count.
+    One global hook of torch serves the whole process and is never removed. torch iterates over its hooks during a step
+    and would raise if garbage collection removed one meanwhile.
     """
 
     _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]] = weakref.WeakKeyDictionary()
@@ -192,122 +181,47 @@ class StepWatch(Fresh):
                 call(optimizer)
 
 
-def callers() -> Iterator[FrameType]:
-    """Yield the frames of what has called, innermost first."""
-    frame = sys._getframe(1).f_back  # of the one that iterates
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+class Replicas(Fresh):
+    """Checks that DistributedDataParallel knows all trained parameters: it averages the gradients of no others.
 
-
-class Surrounded(Protocol):
-    """What `Surroundings` asks of a run."""
-
-    plan: Plan
-    branches: nn.ModuleDict
-    grouped: bool
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a process holds only its share of the weights."""
-
-    def trainable(self) -> Mapping[str, nn.Parameter]:
-        """Return what is trained, by name."""
-
-    def check_ranks(self, call: str, group: Any) -> None:
-        """Raise StateError if the ranks of a process group are not alike."""
-
-
-class Surroundings(Fresh):
-    """Checks what is around the calls of a cascade: once for each wrapper, stage, and set of branches.
-
-    DistributedDataParallel averages the gradients of the parameters that it was made with, and of no others. It is
-    found while its forward runs, through any number of wrappers.
+    The wrapper is found while its forward runs, through any number of other wrappers.
     """
 
     def __init__(self) -> None:
-        self._checked: dict[bool, tuple[object, ...]] = {}  # by gradient mode
-        self._wrapper: Callable[[], Any] = lambda: None
+        self._wrapper: Callable[[], Any] = lambda: None  # weak references
         self._outdated: Callable[[], Any] = lambda: None
         self._compared: Callable[[], Any] = lambda: None
 
-    def check(self, run: Surrounded, kind: type[nn.Module]) -> None:
-        """Check what is around a call, unless it was checked in this gradient mode and stage.
-
-        Before the first training call through a DistributedDataParallel the ranks are compared: it has given all of
-        them the first one's parameters, but not its W0.
-
-        Args:
-            run: of the cascade.
-            kind: the class of the cascade.
-
-        Raises:
-            StateError: context parallelism, a wrapper that cuts, copies or lacks parameters, or ranks that differ.
-        """
-        wrapper, grad = DistributedDataParallel._active_ddp_module, torch.is_grad_enabled()
-        reference = None if wrapper is None else weakref.ref(wrapper)
-        attention = F.scaled_dot_product_attention
-        around = (reference, attention, kind, run.plan.stage, len(run.branches), run.grouped)
-        if self._checked.get(grad) == around:
-            return
-        self.check_replicas(run.trainable)
-        _check_attention()
-        if grad and not run.is_sharded:
-            _check_engines(kind)
-        self._checked[grad] = around
-        if wrapper is not None and grad and self._compared() is not wrapper:
-            self._compared = weakref.ref(wrapper)
-            run.check_ranks("DistributedDataParallel", wrapper.process_group)
-
-    def check_replicas(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
-        """Raise StateError if a parameter came after the wrapper whose forward runs, or has another shape since."""
+    def check(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Raise StateError if a parameter was added or changed its shape after the model was wrapped."""
         wrapper = DistributedDataParallel._active_ddp_module
         if wrapper is None:
             return
         if self._outdated() is wrapper:
             raise StateError(
-                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
-                "adds up gradients in buffers of the old shapes: wrap it anew",
+                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, so its "
+                "gradient buffers have the old shapes. Wrap the cascade again",
                 code="wrapper-not-supported",
             )
         known = {id(parameter) for parameter in wrapper._module_parameters}
         late = [name for name, parameter in trainable().items() if id(parameter) not in known]
         if late:
             raise StateError(
-                f"{named(late)} came with a graph that was made after DistributedDataParallel wrapped "
-                "the cascade, which would not average their gradients over the processes: call the cascade once in "
-                "each mode and with each kind of arguments before you wrap it, or wrap it anew",
+                f"{named(late)} came with a graph that was captured after DistributedDataParallel wrapped the cascade, "
+                "so their gradients would not be averaged over the processes. Before wrapping it, call the cascade "
+                "once in each mode and with each kind of arguments, or wrap it again",
                 code="wrapper-not-supported",
             )
         self._wrapper = weakref.ref(wrapper)
 
+    def new_group(self) -> Any:
+        """Return the process group of the running wrapper, once per wrapper; None otherwise."""
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is None or self._compared() is wrapper:
+            return None
+        self._compared = weakref.ref(wrapper)
+        return wrapper.process_group
+
     def outdate(self) -> None:
-        """Note that parameters have other shapes than the buffers of the present wrapper."""
-        self._outdated, self._checked = self._wrapper, {}
-
-
-def _check_attention() -> None:
-    """Refuse torch's context parallelism, which exchanges the attention that Python calls, and not a graph's."""
-    attention = F.scaled_dot_product_attention
-    if attention is not _ATTENTION and str(getattr(attention, "__module__", "")).startswith("torch.distributed"):
-        raise StateError(
-            "forward: inside torch's context_parallel, which splits the attention of a running model, and not that of "
-            "a graph: each rank would attend to its own part alone. Leave it, "
-            "and use activation checkpointing for long sequences",
-            code="wrapper-not-supported",
-        )
-
-
-def _check_engines(cascade: type[nn.Module]) -> None:
-    """Refuse a training call of a cascade, of this class, whose parameters FSDP or DeepSpeed cuts or copies."""
-    engine = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
-    for frame in callers() if any(name in sys.modules for name in _ENGINES.values()) else ():
-        kinds = type(frame.f_locals.get("self")).__mro__ if frame.f_code.co_name == "forward" else ()
-        engine = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), engine)
-    if engine is not None:
-        raise StateError(
-            f"forward: {engine} holds the cascade, and has cut or copied its parameters, so that no transition could "
-            "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in a training loop of yours (with "
-            "accelerate: prepare the data, not the cascade), or wrap the cascade by DistributedDataParallel",
-            code="wrapper-not-supported",
-        )
+        """Record that parameters no longer fit the buffers of the current wrapper."""
+        self._outdated = self._wrapper

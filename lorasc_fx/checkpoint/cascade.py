@@ -113,7 +113,7 @@ class SavedCascade(Cascade):
             StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
             NonFiniteBranch: a branch holds inf or nan.
         """
-        self._usage.check_saved(self._run)
+        self._called_by("save")
         state: Any = OrderedDict() if destination is None else destination
         for before in self._state_dict_pre_hooks.values():
             before(self, prefix, keep_vars)

@@ -19,11 +19,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lorasc_fx.cascade.usage import check_plugin
 from lorasc_fx.checkpoint import writer
 from lorasc_fx.checkpoint.base_model import BaseModel
 from lorasc_fx.checkpoint.cascade import SavedCascade
 from lorasc_fx.errors import SpecError, StateError, path_of
+from lorasc_fx.integrations.callers import called_by
 from lorasc_fx.shards import ONE_PROCESS
 from lorasc_fx.util.extras import module_of
 
@@ -75,6 +75,10 @@ class Cascade(SavedCascade):
             )
         return value
 
+    def _called_by(self, event: str) -> bool:
+        """Whether a function of the table of callers causes this event."""
+        return called_by(event, self)
+
     # ---- methods of the model that compute, for transformers and sentence-transformers
 
     generate = _with_fast_weights("generate")
@@ -87,7 +91,7 @@ class Cascade(SavedCascade):
     @property
     def _no_split_modules(self) -> Any:
         """The model's own, for accelerate; its FSDP plugin, which asks for them to cut modules, is refused."""
-        check_plugin()
+        self._called_by("shard")
         return self.__getattr__("_no_split_modules")
 
     # ---- peft

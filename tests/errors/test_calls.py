@@ -576,10 +576,8 @@ def test_deepspeeds_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__()
             self.module = module
 
-        def forward(self, *args: Any) -> Any:
-            return self.module(*args)
+        exec("def forward(self, *args): return self.module(*args)", {"__name__": "deepspeed.runtime.engine"}, vars())  # noqa: S102
 
-    DeepSpeedEngine.__module__ = "deepspeed.runtime.engine"
     monkeypatch.setitem(sys.modules, "deepspeed.runtime.engine", ModuleType("deepspeed.runtime.engine"))
     cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
     engine = DeepSpeedEngine(cascade)
