@@ -56,7 +56,7 @@ test-torch: ## the tests of graphs, branches and state under another torch: make
 	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' $(WITH) -e '.[$(EXTRAS)]'
 	$(OTHER)/bin/python -m pytest -m "not slow" $(WORKERS) $(CORE)
 
-ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
+ci-slow: $(STAMP) ## the tests marked slow; some need a C++ compiler
 	@$(BIN)/python -m pytest -m slow $(WAITING) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }

@@ -10,6 +10,7 @@ from tests.accelerator.kit import Side, compare, tensors
 from tests.accelerator.models import MODELS
 
 NAMES = [name for name in MODELS if name != "dropout"]
+LARGE = ("resnet", "bert", "gpt2")
 
 
 def flow(side: Side) -> None:
@@ -23,6 +24,8 @@ def flow(side: Side) -> None:
     side.show("released", tensors(side.cascade.release()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in NAMES]
+)
 def test_a_run(name: str) -> None:
     compare(name, lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), flow)

@@ -184,12 +184,20 @@ def release(side: Side) -> None:
 
 OPERATIONS = (middle, weights, methods, folded, adapter, state_dict, checkpoint, runs, rewind, release)
 
+QUICK = ("noise of each step", "dora", "average", "ranks")
 NAMES = ("conv", "llama", "attention", "tied", "bert")
+ROWS = [
+    *(pytest.param("mlp", spec, marks=() if spec in QUICK else pytest.mark.slow) for spec in SPECS),
+    # Each model by two specifications, and each specification by one model at least.
+    *(
+        pytest.param(NAMES[index % len(NAMES)], spec, marks=pytest.mark.slow)
+        for index, spec in enumerate([*SPECS, "plain"])
+    ),
+]
 
 
 @pytest.mark.filterwarnings("ignore:merge. 2 buffers differ:lorasc_fx.errors.LorascWarning")
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
+@pytest.mark.parametrize(("name", "spec"), ROWS)
 def test_in_the_middle_of_a_stage(name: str, spec: str, tmp_path: Path) -> None:
     operations = [each for each in OPERATIONS if each is not adapter or not {name, spec} & NOT_BY_PEFT]
     compare(name, spec_of(spec, name), *operations, folder=tmp_path)
@@ -206,6 +214,5 @@ def test_moves(spec: str) -> None:
     compare("mlp", spec_of(spec), middle, places)
 
 
-@pytest.mark.parametrize("name", ["mlp", pytest.param("bert", marks=pytest.mark.slow)])
-def test_exported_graphs(name: str, tmp_path: Path) -> None:
-    compare(name, lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), middle, graphs, folder=tmp_path)
+def test_exported_graphs(tmp_path: Path) -> None:
+    compare("mlp", lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), middle, graphs, folder=tmp_path)

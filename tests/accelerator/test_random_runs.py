@@ -7,7 +7,7 @@ import pytest
 from tests.accelerator.kit import DEVICE, simulated_only
 from tests.property.random_runs import check
 
-QUICK, LONG = 3, 40
+QUICK, LONG = 2, 12
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ import torch
 from scipy.stats import trim_mean
 from torch import nn
 
-import lorasc_fx as lx
-from experiments.evidence import data, page, runner, train
-from experiments.evidence import trace as traced
+from experiments.evidence import page, runner
 from experiments.evidence.data import TASKS, Part, Task
-from experiments.evidence.methods import METHODS, rate_factor
+from experiments.evidence.methods import METHODS
 from experiments.evidence.train import Training, run
 
 TINY: dict[str, Any] = {
@@ -94,12 +91,6 @@ def test_every_method_trains(name: str) -> None:
     assert not first["diverged"]
     assert first["test"]["accuracy"] > 0.6  # of two classes
     assert first["delta"]["norm"] > 0
-
-
-def test_a_mean_over_one_cycle_is_the_last_weights() -> None:
-    one = Training(batch_size=8, warmup=1, cycles=1, clip=1.0)
-    last, mean = (run(linear_task(), [METHODS[name]], one, 40, 10, 0.01, 3)[0] for name in ("lora", "lora-cycles"))
-    assert {**last, "cpu_s": 0} == {**mean, "cpu_s": 0}
 
 
 def test_methods_that_train_alike_share_a_run() -> None:
@@ -228,60 +219,3 @@ def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> N
     verdicts = {entry.budget: entry.verdict for entry in page._decided(results) if entry.claim is claim and entry.p}
     assert verdicts["short"] == f"{len(results.phase('finalists')['tasks']) - 1} tasks so far"
     assert verdicts["long"] in ("supported", "refuted", "undecided")
-
-
-def test_a_trace_ends_at_the_result_of_its_runs(tmp_path: Path) -> None:
-    grid = TINY["phases"][0]
-    protocol = {**TINY, "phases": [grid, {**grid, "name": "restarts", "seeds": [3]}]}
-    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
-    part = {"accuracy": 0.5, "loss": 1.0, "calibration": 0.1}
-    for cell in runner.cells_of(protocol, lines):
-        lines.found[cell] = {"result": {"diverged": False, "validation": part}, "code": "none"}
-    traced.trace(protocol, lines, tmp_path / "trace.json")
-    found = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["teacher-4"]
-    assert set(found) == {"lora", "recipe", "recipe-kept-state"}
-    training = runner.training_of(protocol)
-    for method, parts in found.items():
-        (result,) = run(TASKS["teacher-4"](), [METHODS[method]], training, 16, 6, 0.001, 3)
-        assert len(parts["loss"]) == 6
-        assert parts["loss"][-1] == pytest.approx(result["loss"], abs=1e-5)
-        averaged = METHODS[method].average != "none"  # whose result is of the mean, and the trace of the weights now
-        for name in ("norm", "rank"):
-            assert len(parts[name]) == 3
-            assert (parts[name][-1] == pytest.approx(result["delta"][name], abs=1e-5)) == (not averaged)
-    assert "evidence-restarts.svg" in "".join(page._trace(tmp_path, tmp_path / "trace.json"))
-    assert (tmp_path / "evidence-restarts.svg").exists()
-
-
-def test_a_growing_rank_trains_the_rows_so_far() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
-    cascade = lx.adapt(model, args=(torch.randn(4, 6),), spec=lx.CascadeSpec(rank=4))
-    for branch in cascade.branches.values():
-        nn.init.normal_(branch.lora_B)
-    cascade(torch.randn(4, 6)).square().sum().backward()
-    train.freeze_later(cascade, 3)
-    for branch in cascade.branches.values():
-        assert not branch.lora_A.grad[3:].any()
-        assert not branch.lora_B.grad[:, 3:].any()
-        assert branch.lora_A.grad[:3].any(1).all()
-        assert branch.lora_B.grad[:, :3].any(0).all()
-
-
-@pytest.mark.parametrize(
-    ("pretrained", "build"), [(data._efficientnet, data._last_blocks(10)), (data._minilm, data._last_layer(2))]
-)
-def test_a_new_head_is_the_same_in_the_first_run_of_a_process(
-    pretrained: Any, build: Callable[[int], nn.Module]
-) -> None:
-    pretrained.cache_clear()
-    first, second, other = build(3), build(3), build(4)
-    assert torch.equal(first.head.weight, second.head.weight)
-    assert not torch.equal(first.head.weight, other.head.weight)
-
-
-def test_rates_within_a_cycle() -> None:
-    cycles, decay = METHODS["recipe"], METHODS["lora"]
-    rates = [rate_factor(cycles, step, 30, 3, 1) for step in range(30)]
-    assert rates[0] == rates[10] == rates[20] == 0.5
-    assert rates[9] == rates[29] < 0.05
-    assert [rate_factor(decay, step, 30, 3, 1) for step in (0, 1, 15)] == pytest.approx([0.5, 0.9973, 0.5], abs=1e-3)

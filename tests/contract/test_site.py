@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import lorasc_fx as lx
 from lorasc_fx.cli import config
 from lorasc_fx.util.extras import module_of
-from tests.cli.test_report_browser import BROWSERS, chromium
 from tests.contract import site_pages
 from tests.contract.test_docs import BLOCK
 
@@ -104,8 +102,3 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     assert (tmp_path / "search" / "search_index.js").is_file()  # which a page reads without a server
     asked = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"')
     assert {url for page in pages.values() for url in asked.findall(page)} == set()
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser is not None:  # the search, of a page that is opened as a file
-        page = (tmp_path / "reference" / "lorasc_fx.html").as_uri()
-        shown = chromium(browser, tmp_path / "profile", "--virtual-time-budget=20000", "--dump-dom", f"{page}?q=pace")
-        assert re.search(r"[1-9]\d* matching documents", shown)

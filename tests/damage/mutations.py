@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import random
 import struct
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def mutated(index: int, files: dict[str, bytes], other: dict[str, bytes], folder
     rng = random.Random(index)
     path = folder / "version-00000001"
     path.mkdir(parents=True)
-    kind = rng.choice((of_bytes, of_files, of_manifest, of_manifest, of_manifest, of_tensors, of_tensors, of_header))
+    kind = rng.choice((of_bytes, of_manifest, of_manifest, of_manifest, of_tensors, of_tensors, of_header))
     return f"{kind.__name__}: {kind(rng, files, other, path)}"
 
 
@@ -108,40 +107,6 @@ def of_bytes(rng: random.Random, files: dict[str, bytes], other: dict[str, bytes
         data[place : place + length] = other[name][place : place + length]
     put(path, {**files, name: bytes(data)})
     return f"{name}: {how} at {place}, {length}"
-
-
-def of_files(rng: random.Random, files: dict[str, bytes], other: dict[str, bytes], path: Path) -> str:
-    name = rng.choice((MANIFEST, TENSORS))
-    how = rng.choice(
-        ("missing", "other's", "folder", "link", "link to nothing", "pipe", "exchanged", "extra", "empty", "device")
-    )
-    put(path, files)
-    odd = path / name
-    if how == "extra":
-        (path / rng.choice(("state.pkl", ".hidden", "manifest.json.bak", "x.safetensors", "model.pt"))).write_bytes(
-            b"\x80\x04."
-        )
-        return how
-    odd.unlink()
-    if how == "other's":
-        odd.write_bytes(other[name])
-    elif how == "folder":
-        odd.mkdir()
-    elif how == "link":
-        elsewhere = path.parent / "elsewhere"
-        elsewhere.write_bytes(files[name])
-        odd.symlink_to(elsewhere)
-    elif how == "link to nothing":
-        odd.symlink_to("/nowhere/at/all")
-    elif how == "device":
-        odd.symlink_to("/dev/zero")
-    elif how == "pipe":
-        os.mkfifo(odd)
-    elif how == "exchanged":
-        put(path, {MANIFEST: files[TENSORS], TENSORS: files[MANIFEST]})
-    elif how == "empty":
-        odd.write_bytes(b"")
-    return f"{name}: {how}"
 
 
 # ---- a manifest that was changed and signed anew

@@ -41,20 +41,6 @@ def test_killed_ten_times(server: Server, undisturbed: tuple[str, float], tmp_pa
     only_versions(tmp_path)
 
 
-AFTER = {"early in a transition": (0, 1), "late in a transition": (0, 1), "inside a load": (0,)}
-"""How often these have passed before, where a run has fewer of them than saves."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("moment", "after"), [(each, count) for each in MOMENTS for count in AFTER.get(each, (0, 4))])
-def test_killed_at(moment: str, after: int, server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
-    for die, passed in (("before the rename", 2), (moment, after), (moment, after)):  # the second one meets the first's
-        ended = server.run("train", folder=str(tmp_path), die=die, after=passed, keep=1)
-        assert ended.signal == signal.SIGKILL
-    assert server.run("train", folder=str(tmp_path), keep=1).result == undisturbed[0]
-    only_versions(tmp_path, 1)
-
-
 @pytest.mark.slow
 def test_killed_at_random(server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
     """A hundred kills at times that are drawn, over as many runs as it takes."""
