@@ -22,6 +22,7 @@ from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
 from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
+from lorasc_fx.cascade.placed import placed
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.usage import UsageWatch
@@ -339,7 +340,7 @@ class Cascade(nn.Module):
             SpecError: a sum without names, with what is no number, beyond the dtype of a weight, or with rows scaled by
                 DoRA.
         """
-        return folding.placed(self._run, which, stage, self)
+        return placed(self._run, which, stage, self)
 
     def recalibrate(self, batches: Iterable[Any], call: Callable[[Cascade, Any], Any] | None = None) -> None:
         """Estimate the running statistics of batch norms anew, for the weights that are in place.

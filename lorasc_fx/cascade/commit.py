@@ -18,7 +18,6 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import dtensor_like, local
 from lorasc_fx.state import Scratch, SlowWeights, keep_base
-from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
@@ -55,7 +54,6 @@ class Planned:
         buffers: places of buffers, each with the tensor that it holds then.
         gradients: of what is trained; by default they stay.
         optimizer, states: that gets these states.
-        placed: the weights are in place for a while, and plan and slow weights stay.
         live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
     """
 
@@ -70,12 +68,11 @@ class Planned:
     gradients: Gradients | None = None
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
-    placed: str | int | None = None
     live: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
-    """Write planned values, and let the run take them over; `undo` gets the steps that take all of it back."""
+    """Write planned values and let the run hold them. `undo` gets the steps that restore everything."""
     branches = run.branches_by_weight()
     if planned.dense:
         quantized = run.present(planned.dense)
@@ -98,77 +95,86 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             table = stepping(optimizer).state
             undo(partial(put_state, optimizer, {parameter: table[parameter] for parameter in planned.states}))
             put_state(optimizer, planned.states)
-        write_parameters(run, planned, undo)
-    _put_gradients(run, planned)
-    present = run.present(planned.parameters)  # FSDP exchanges parameters itself
-    if planned.placed is not None:
-        run.placed, run.placed_checksums = planned.placed, checksums(present)
-        return
+        _write_parameters(run, planned, undo)
+    if planned.gradients is not None:
+        for parameter in run.branches.parameters():
+            parameter.grad = None
+        for name, parameter in run.trainable().items():
+            gradient = planned.gradients.values.get(name)
+            if gradient is not None:
+                gradient = dtensor_like(gradient.to(parameter.device, copy=True), parameter)
+            parameter.grad = gradient
+            if name in planned.gradients.pending:
+                run.pending.note(parameter)
     run.plan, run.slow = planned.plan, planned.slow
+    present = run.present(planned.parameters)  # FSDP exchanges parameters itself
     run.note_weights(name for name in present if run.is_sharded or present[name] is planned.parameters[name])
     run.set_unmerged()
 
 
-def write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
-    """Write the planned parameters in turn; undone, they hold again what the run says that they hold between two steps.
-
-    A quantized weight is not written to: its branch computes the unmerged delta (`RunBase.set_unmerged`).
-    """
+def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
+    """Write the planned parameters in turn. Undoing it writes what the run says they hold between two steps."""
     scratch = Scratch()
-    release = run.base_file.releaser() if run.base_file is not None else None
     # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
     devices = {torch.device("cpu")} | {local(each).device for each in planned.parameters.values()}
     spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
 
-    def rest(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
-        """Write what the parameter holds between two steps; a weight that the state does not know yet holds W0."""
+    def resting(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
         if name in planned.live:
             out.copy_(planned.live[name])
         elif name in slow.states:
             slow.write_resting(name, plan, out, scratch)
-        else:
+        else:  # the state does not know this weight yet
             planned.slow.write_value(name, "base", out)
 
-    write = planned.write or partial(rest, planned.plan, planned.slow)
-    restore = partial(rest, run.plan, run.slow)
-    for name, parameter in planned.parameters.items():
+    def restore(name: str, out: torch.Tensor, version: int, plan: Plan, slow: SlowWeights) -> None:
+        spare.clear()
+        with torch.no_grad():
+            try:
+                resting(plan, slow, name, out)
+            except (MemoryError, RuntimeError):  # there is no memory, which is fine if nothing was written here
+                if out._version != version:
+                    raise
+
+    def write(name: str, out: torch.Tensor) -> None:
+        undo(partial(restore, name, out, out._version, before[0], before[1]))
+        if planned.write is not None:
+            planned.write(name, out)
+        else:
+            resting(planned.plan, planned.slow, name, out)
+
+    before = run.plan, run.slow
+    write_weights(run, planned.parameters, write, planned.slow)
+
+
+def write_weights(
+    run: RunBase,
+    parameters: Mapping[str, nn.Parameter],
+    write: Callable[[str, torch.Tensor], object],
+    after: SlowWeights | None = None,
+) -> None:
+    """Call `write(name, local tensor)` for these parameters in turn.
+
+    A quantized weight is not written: its branch computes the unmerged delta (`RunBase.set_unmerged`).
+
+    Args:
+        run: whose W0 is copied before its memory is overwritten, and released after use if it is a mapped file.
+        parameters: by name.
+        write: writes the values.
+        after: slow weights that the run will hold, if they differ.
+    """
+    release = run.base_file.releaser() if run.base_file is not None else None
+    known = [slow.states for slow in (run.slow, after) if slow is not None]
+    for name, parameter in parameters.items():
         if is_quantized(parameter):
             continue
         out = local(parameter)
-        undo(partial(_again, restore, name, out, out._version, spare))
-        for states in (run.slow.states, planned.slow.states):  # the first to put W0 back, also after a release
+        for states in known:
             if name in states:
                 keep_base(states[name].base, out)
         write(name, out)
-        if release is not None and name in planned.slow.states:
-            release(planned.slow.states[name].base)
-
-
-def _again(
-    old: Callable[[str, torch.Tensor], object], name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]
-) -> None:
-    spare.clear()
-    with torch.no_grad():
-        try:
-            old(name, out)
-        except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
-            if out._version != version:
-                raise
-
-
-def _put_gradients(run: RunBase, planned: Planned) -> None:
-    """Write the gradients of planned values."""
-    if planned.gradients is None:
-        return
-    for parameter in run.branches.parameters():
-        parameter.grad = None
-    for name, parameter in run.trainable().items():
-        gradient = planned.gradients.values.get(name)
-        if gradient is not None:
-            gradient = dtensor_like(gradient.to(parameter.device, copy=True), parameter)
-        parameter.grad = gradient
-        if name in planned.gradients.pending:
-            run.pending.note(parameter)
+        if release is not None and name in known[-1]:
+            release(known[-1][name].base)
 
 
 def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:

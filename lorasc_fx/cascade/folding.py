@@ -1,170 +1,28 @@
-"""Values out of a cascade: other weights in place for a while, the folded state dict, and the release.
+"""Weights out of a cascade: the folded state dict, the release, and moves to other devices and dtypes.
 
 A quantized weight cannot hold a delta: its fold is dense, or quantized again, if asked to.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.branch.noise import BLOCK
-from lorasc_fx.cascade.commit import SPARE, Planned
-from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which, folded_weights
+from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.experts import Weights, folded_weights
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.transition import at_stage
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
 from lorasc_fx.shards import local
-from lorasc_fx.state import SlowWeights, Which, arithmetic
-from lorasc_fx.util.undo import Block, Undo, commit, isolated
-
-Value = TypeVar("Value")
-
-_VERSIONS = itertools.count(1 << 24)
-"""Of weights in place for the time of a `with`; torch counts the writes to a parameter from 0."""
-
-
-@isolated
-def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
-    """Put other weights in place; see `Cascade.weights`. Returns `value`, which is what `with ... as` gets."""
-    run.check_alive("weights")
-    if stage is not None and which is not None:
-        raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
-    added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
-    if stage is None and not added:
-        check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
-    # DTensors cannot be read or written in inference mode
-    with torch.inference_mode(False), run.exclusive("weights", sharded=not added):
-        parameters = run.parameters_by_name()
-        live = trained_now(run, parameters)
-        weights = added_weights(run, which, f"weights({which!r})")
-        if stage is not None:
-            weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
-        elif weights is None:
-            meant: Which = next(name for name in WHICH if name == which)
-            weights = Weights(run.slow, meant, learners={**run.branches_by_weight(), **live}, plan=run.plan)
-        held, buffers = Held.of(run, parameters), weights.moves(run)
-        undo(partial(_put_back, run, parameters, live, held, _reserve(run, parameters)))
-        run.keep_buffers([buffer for buffer, _ in buffers])
-        run.commit(
-            Planned(
-                run.plan,
-                run.slow,
-                run.present(run.slow.states),
-                weights.write,
-                weights.dense(run.quantized if weights.which != "base" else (), parameters),
-                tensors=buffers,
-                placed=stage if stage is not None else str(which),
-                live=live,
-            )
-        )
-        held.set_versions(placed=True)
-    return value
-
-
-def trained_now(run: Run, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return copies of the parameters trained in full, as they are here now."""
-    return {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
-
-
-@dataclass(frozen=True)
-class Held:
-    """The parameters that `placed` writes: where modules hold them, their memory, and its versions for autograd."""
-
-    places: list[Holder]
-    memory: tuple[tuple[nn.Parameter, torch.Tensor], ...]
-    versions: tuple[tuple[nn.Parameter, int], ...]
-
-    @staticmethod
-    def of(run: Run, parameters: Mapping[str, nn.Parameter]) -> Held:
-        """Return those of a run. Of sharded weights there are none: FSDP itself exchanges them."""
-        names = [*run.slow.states]
-        if run.is_sharded:
-            return Held([], (), ())
-        dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
-        versions = tuple((parameter, parameter._version) for parameter in dense if not parameter.is_inference())
-        return Held(holders_of(run.model, names), tuple((parameter, parameter.data) for parameter in dense), versions)
-
-    def set_versions(self, placed: bool) -> None:
-        """Give weights in place a version that nothing else has, so that no graph of others can be differentiated; the
-        weights of before get their own versions, so that their graphs still can.
-        """
-        new = next(_VERSIONS)
-        versions = tuple(new if placed else version for _, version in self.versions)
-        parameters = tuple(parameter for parameter, _ in self.versions)
-        torch._C._autograd._unsafe_set_version_counter(parameters, versions)
-
-    def put_back(self) -> None:
-        """Undo what was assigned, and casts; a place that is gone stays so."""
-        for holder in self.places:
-            if holder.is_there:
-                holder.put(holder.value)
-        for parameter, memory in self.memory:
-            if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
-                parameter.data = memory
-
-
-def _reserve(run: Run, parameters: Mapping[str, nn.Parameter]) -> list[torch.Tensor]:
-    """Return memory of each accelerator, to be freed when noisy weights are restored.
-
-    Restoring them takes more than placing others did: a block of noise, and the exact weight if it is narrow. Without
-    this reserve, a device that has become full inside `weights` would keep some of the other weights.
-    """
-    if run.slow.idle or not run.plan.spec.noise.is_on:
-        return []
-    sizes: dict[torch.device, int] = {}
-    for parameter in run.weights_by_name().values():
-        if not is_quantized(parameter) and (weight := local(parameter)).device.type != "cpu":
-            exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
-            drawn = 8 * min(weight.numel(), BLOCK)
-            sizes[weight.device] = max(sizes.get(weight.device, 0), exact + drawn + 2 * SPARE)
-    return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
-
-
-def _put_back(
-    run: Run,
-    parameters: Mapping[str, nn.Parameter],
-    live: Mapping[str, torch.Tensor],
-    held: Held,
-    reserve: list[torch.Tensor],
-) -> None:
-    """Write back what the parameters hold while the stage trains; where that raises, once more.
-
-    Raises:
-        StateError: a weight was written inside `weights`; all of them are back.
-    """
-    reserve.clear()
-    written = {name: parameters[name] for name in run.slow.states}
-    planned = Planned(run.plan, run.slow, written, tensors=run.statistics, live=live)
-
-    def put_back() -> None:
-        held.put_back()
-        run.commit(planned)
-        run.placed, run.placed_checksums, run.statistics = None, {}, []
-
-    with torch.inference_mode(False), run.lock, commit() as undo:
-        undo(put_back)
-        changed = run.changed(run.placed_checksums)
-        put_back()
-    if changed is None:
-        held.set_versions(placed=False)
-    else:
-        raise StateError(
-            f"weights: {changed} was written inside the with block (a training step, load_state_dict, half, .data). "
-            "The weights of before are back, and what was written is dropped. Train the cascade outside of the block; "
-            "cast or change a copy (copy.deepcopy(model) inside the block), or the model after release",
-            code="inside-weights",
-        )
+from lorasc_fx.state import SlowWeights
+from lorasc_fx.util.undo import Undo
 
 
 def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], list[str]] | None:
@@ -318,10 +176,10 @@ def release(run: Run, quantized: Requantize, which: str | Mapping[str, float], u
     """Write slow, averaged or other weights into the user's parameters, for good, and drop W0."""
     weights, parameters = folded_weights(run, which, "release"), run.parameters_by_name()
     dense = weights.dense(check_asked("release", weights.slow, quantized, modules=True), parameters)
-    live = trained_now(run, parameters)
+    trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders, written = holders_of(run.model, dense), run.present(weights.slow.states)
     buffers = weights.moves(run)
-    run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, tensors=buffers, live=live), undo)
+    run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, tensors=buffers, live=trained), undo)
     requantize(holders, quantized, undo)
 
 

@@ -10,7 +10,10 @@ from collections.abc import Callable
 import torch
 import torch._guards
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.utils._python_dispatch import _len_torch_dispatch_stack  # type: ignore[attr-defined]
+from torch.utils._python_dispatch import (  # type: ignore[attr-defined]
+    _len_torch_dispatch_stack,
+    is_in_torch_dispatch_mode,
+)
 
 from lorasc_fx.util.undo import PROCESS
 
@@ -66,6 +69,7 @@ def _is_tracing() -> bool:
     """Whether tensor operations of this thread are observed or compiled."""
     return (
         torch.compiler.is_compiling()  # first: dynamo traces this function, and knows this answer alone
+        or is_in_torch_dispatch_mode()  # inside an operation of a mode, when the stack is empty
         or _len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")  # as torch.export traces
         or torch._C._functorch.peek_interpreter_stack() is not None

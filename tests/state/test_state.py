@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from lorasc_fx.branch.linear import MatrixBranch
-from lorasc_fx.cascade.commit import SPARE, Planned, write_parameters
+from lorasc_fx.cascade.commit import SPARE, Planned, _write_parameters
 from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.shards import ShardSpec
@@ -134,8 +135,8 @@ def test_room_for_restoring_weights_is_where_they_are() -> None:
         weights = {str(device): torch.nn.Parameter(torch.empty(3, device=device)) for device in ("cpu", DEVICE)}
         plan, slow = Plan(CascadeSpec()), SlowWeights()
         run: Any = SimpleNamespace(plan=plan, slow=slow, base_file=None)
-        write_parameters(run, Planned(plan, slow, weights, lambda name, out: None), steps.append)
-        room = steps[0].args[-1]
+        _write_parameters(run, Planned(plan, slow, weights, lambda name, out: None), steps.append)
+        room = inspect.getclosurevars(steps[0].func).nonlocals["spare"]
         assert sorted(str(each.device) for each in room) == ["cpu", DEVICE]
         assert {each.nbytes for each in room} == {SPARE}
 

@@ -1,0 +1,154 @@
+"""Other weights in place of those of the running stage, for the time of a `with`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch.noise import BLOCK
+from lorasc_fx.cascade.commit import SPARE, write_weights
+from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.transition import at_stage
+from lorasc_fx.errors import StateError
+from lorasc_fx.parameters import holders_of
+from lorasc_fx.quantized import is_quantized
+from lorasc_fx.shards import local
+from lorasc_fx.state import Scratch, Which, arithmetic
+from lorasc_fx.util.fingerprint import checksums
+from lorasc_fx.util.undo import AllOrNothing, Block, isolated
+
+Value = TypeVar("Value")
+
+_VERSIONS = itertools.count(1 << 24)
+"""Version counters for weights in place. torch counts the writes to a parameter from 0."""
+
+
+@isolated
+def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
+    """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds."""
+    run.check_alive("weights")
+    if stage is not None and which is not None:
+        raise StateError(f"weights({which!r}, stage={stage!r}): give only one of the two", code="conflicting-options")
+    added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
+    if stage is None and not added:
+        check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
+    # Leave inference mode: DTensors cannot be read or written in it.
+    with torch.inference_mode(False), torch.no_grad(), run.exclusive("weights", sharded=not added):
+        before = Before(run)
+        weights = added_weights(run, which, f"weights({which!r})")
+        if stage is not None:
+            weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
+        elif weights is None:
+            view: Which = next(name for name in WHICH if name == which)
+            weights = Weights(run.slow, view, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
+        # Everything is computed before the first write.
+        buffers = weights.moves(run)
+        dense = weights.dense(run.quantized if weights.which != "base" else (), before.parameters)
+        replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
+        undo(before.restore)
+        run.keep_buffers([buffer for buffer, _ in buffers])
+        for holder in before.places:
+            if id(holder.value) in replaced:
+                holder.put(replaced[id(holder.value)])
+        write_weights(run, before.parameters, weights.write)
+        for buffer, statistics in buffers:
+            buffer.copy_(statistics)
+        run.placed = stage if stage is not None else str(which)
+        run.placed_checksums = checksums(run.present(run.slow.states))
+        # A version that nothing else has: autograd refuses to differentiate graphs that saved the weights from before.
+        before.set_versions(next(_VERSIONS))
+    return value
+
+
+class Before:
+    """What the parameters of a run hold before other weights are put in place, and how to restore it.
+
+    Weights of the slow state are computed anew; only parameters trained in full are copied.
+    """
+
+    def __init__(self, run: Run) -> None:
+        names, parameters = [*run.slow.states], run.parameters_by_name()
+        self.run = run
+        self.parameters = {name: parameters[name] for name in names}
+        self.trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
+        dense = {name: value for name, value in self.parameters.items() if not is_quantized(value)}
+        self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
+        # FSDP exchanges parameters itself, so the places and the memory of shards are not ours to restore.
+        self.places = [] if run.is_sharded else holders_of(run.model, names)
+        self.memory = [] if run.is_sharded else [(parameter, parameter.data) for parameter in dense.values()]
+        self.reserve = self._reserved()
+        self.changed: str | None = None  # the first weight that was written inside the `with`
+
+    def restore(self) -> None:
+        """Write back what the parameters hold while the stage trains. If that raises, try once more.
+
+        Raises:
+            StateError: a weight was written inside the `with`. The weights are restored.
+        """
+        run = self.run
+        self.reserve.clear()
+        with torch.inference_mode(False), torch.no_grad(), run.lock, AllOrNothing() as again:
+            again(self._write)
+            self.changed = run.changed(run.placed_checksums)
+            self._write()
+        if self.changed is not None:
+            raise StateError(
+                f"weights: {self.changed} was written inside the with block (a training step, load_state_dict, half, "
+                ".data). The weights from before are restored, and the write is dropped. Train the cascade outside the "
+                "block. Cast or change a copy (copy.deepcopy(model) inside the block), or the model after release",
+                code="inside-weights",
+            )
+
+    def _write(self) -> None:
+        run, scratch = self.run, Scratch()
+        for holder in self.places:
+            if holder.is_there:
+                holder.put(holder.value)
+        for parameter, memory in self.memory:  # a cast or an assignment inside the block has exchanged it
+            if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
+                parameter.data = memory
+
+        def resting(name: str, out: torch.Tensor) -> None:
+            if name in self.trained:
+                out.copy_(self.trained[name])
+                return
+            try:
+                run.slow.write_resting(name, run.plan, out, scratch)
+            except (MemoryError, RuntimeError):  # there is no memory, which is fine if nothing was written here yet
+                if run.placed is not None or self.versions.get(name) != out._version:
+                    raise
+
+        write_weights(run, self.parameters, resting)
+        for buffer, value in run.statistics:
+            buffer.copy_(value)
+        present = run.present(self.parameters)  # the user may have replaced a module, whose weights are none of ours
+        run.note_weights(name for name in present if run.is_sharded or present[name] is self.parameters[name])
+        run.placed, run.placed_checksums, run.statistics = None, {}, []
+        if self.changed is None:
+            self.set_versions()  # autograd graphs from before can be differentiated again
+
+    def set_versions(self, version: int | None = None) -> None:
+        """Set the version counters of the parameters, by default those that they had before."""
+        names = () if self.run.is_sharded else tuple(self.versions)
+        versions = tuple(self.versions[name] if version is None else version for name in names)
+        torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)
+
+    def _reserved(self) -> list[torch.Tensor]:
+        """Allocate memory that is freed before noisy weights are restored.
+
+        Restoring needs more memory than placing: a block of noise, and the exact weight if it is narrow. Without this
+        reserve, a device that has run full inside the `with` would keep some of the other weights.
+        """
+        run = self.run
+        sizes = {torch.device("cpu"): SPARE} | {local(each).device: SPARE for each in self.parameters.values()}
+        for parameter in self.parameters.values() if run.is_noisy else ():
+            if not is_quantized(parameter) and (weight := local(parameter)).device.type != "cpu":
+                exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
+                drawn = 8 * min(weight.numel(), BLOCK)
+                sizes[weight.device] = max(sizes[weight.device], exact + drawn + 2 * SPARE)
+        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
