@@ -16,12 +16,5 @@ LIBRARIES: dict[str, tuple[Entry, ...]] = {
 }
 ZOO: dict[str, Entry] = {entry.name: entry for entries in LIBRARIES.values() for entry in entries}
 
-QUICK = frozenset(("vit_tiny_patch16_224", "resnet18", "tv_fcn", "gpt2", "llama", "mixtral", "hf_patchtst"))
-"""Those that the suite looks at on each run; `make ci-slow` looks at all but TWINS."""
-
-TWINS = {
-    "tv_faster_rcnn": "tv_mask_rcnn", "tv_keypoint_rcnn": "tv_mask_rcnn", "nasnetalarge": "pnasnet",
-    "inception_v4": "inception_v3", "inception_resnet_v2": "inception_v3",
-    "hf_hubert": "hf_wav2vec2", "hf_sew": "hf_wav2vec2", "hf_unispeech": "hf_wav2vec2",
-}  # fmt: skip
-"""Long ones, and the entry whose modules compute the same: `make coverage` alone looks at them."""
+QUICK = ("vit_tiny_patch16_224", "resnet18", "tv_fcn", "gpt2", "llama", "mixtral", "hf_patchtst")
+"""Those that the suite looks at on each run; `make ci-slow` looks at one of six of the others."""

@@ -53,14 +53,6 @@ def test_a_run_with_options_is_resumed_and_folded(
     assert all(torch.equal(mean[name], load_file(place / "a.safetensors")[name]) for name in mean)
 
 
-@pytest.mark.slow
-def test_a_run_without_an_average_has_none_to_fold(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "tiny.toml", "--train.steps", "2", "--train.stages", "1"]) == 0
-    assert main(["fold", "runs/tiny", "--which", "averaged", "--output", "a.safetensors"]) == 2
-    assert "the spec keeps no average of the slow weights; give it average='ema' or 'swa'" in capsys.readouterr().err
-    assert not (place / "a.safetensors").exists()
-
-
 def test_a_probe_has_one_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "ruled.toml").write_text(CONFIG.replace("\n[spec.noise]\n", OPTIONS))
     assert main(["compare", "ruled.toml"]) == 2

@@ -222,27 +222,3 @@ def test_scores() -> None:
         "b             0      -          3",
     ]
     assert score_lines(counts, many)[-1] == "most frequent confusions: c as b (2), a as b (1)"
-
-
-@pytest.mark.slow
-def test_images_of_a_model_of_timm(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pixels, labels = digits()
-    for number, (image, label) in enumerate(zip(pixels[:60], labels[:60] % 2, strict=True)):
-        name = Path("photos", ("even", "odd")[int(label)], f"{number}.png")
-        name.parent.mkdir(parents=True, exist_ok=True)
-        write_png(image[:, : 20 + number % 5], name)  # of other sizes than that of the model
-    asked = ["--model.name", "timm:test_resnet", "--data.name", "imagefolder:photos", "--data.image_size", "32",
-             "--spec.train", "fc.*", *SHORT]  # fmt: skip
-    assert main(["train", "tiny.toml", *asked]) == 0
-    capsys.readouterr()
-    assert main(["predict", "runs/tiny", "photos/odd"]) == 0
-    said = capsys.readouterr()
-    found = rows(said.out)
-    right = sum(row[1] == "odd" for row in found)
-    assert f": {right} of {len(found)} labelled examples" in said.err
-    cascade = load("runs/tiny")
-    args, kwargs = cascade.preprocessing([row[0] for row in found])
-    with cascade.weights("slow"), torch.no_grad():
-        shares = cascade(*args, **kwargs).softmax(-1)
-    assert [cascade.preprocessing.classes[index] for index in shares.argmax(-1)] == [row[1] for row in found]
-    assert shares.amax(-1).tolist() == pytest.approx([float(row[2]) for row in found], abs=2e-4)

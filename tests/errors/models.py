@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.models import loss_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
 
@@ -47,12 +48,6 @@ def adapted(
     """A cascade of the mlp (or of a model for [2, 5]) and an AdamW that holds its branches."""
     cascade = lx.adapt(mlp() if model is None else model, args=(inputs(2, 5),), spec=spec, frontend=frontend)
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=0.05))
-
-
-def loss_of(output: torch.Tensor) -> torch.Tensor:
-    """A loss with another gradient at every output."""
-    target = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    return (output - target).square().mean()
 
 
 def step(cascade: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor | None = None) -> torch.Tensor:

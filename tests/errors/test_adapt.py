@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +33,6 @@ def pruned(model: nn.Module) -> str:
     return "0.weight_orig"
 
 
-KNOWN = "known: '0.weight', '2.weight', '3.weight'"
-
-
 def refuse(kind: Any, expected: tuple[str, ...], model: nn.Module, *args: Any, **options: Any) -> None:
     """`adapt` raises this code with these names, and leaves the model as it was."""
     for name, parameter in model.named_parameters():
@@ -45,63 +41,6 @@ def refuse(kind: Any, expected: tuple[str, ...], model: nn.Module, *args: Any, *
     next(model.children(), model).train()
     with unchanged(model), raises(kind, *expected):
         lx.adapt(model, args=args or (X,), **options)
-
-
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        (
-            {"targets": ("2.wieght",)},
-            ("unknown-target", "targets", "2.wieght", "nearest: '2.weight', '3.weight', '0.weight'"),
-        ),
-        ({"targets": ("linaer",)}, ("unknown-target", "targets", "linaer", "nearest: 'linear'")),
-        (
-            {"targets": ("linear", "blocks.*")},
-            ("unknown-target", "targets", "blocks.*", KNOWN),
-        ),
-        (
-            {"targets": ("2.bias",)},
-            ("unknown-target", "targets", "2.bias", KNOWN),
-        ),
-        (
-            {"exclude": ("7.weight",)},
-            ("unknown-target", "exclude", "7.weight", "nearest: '3.weight', '2.weight', '0.weight'"),
-        ),
-        (
-            {"train": ("head",)},
-            ("unknown-target", "head", "0.weight", "0.bias"),
-        ),
-        (
-            {"targets": ("weight",)},
-            ("unknown-target", "weight", "*.weight"),
-        ),
-        (
-            {"rules": (lx.Rule("9", rank=2),)},
-            ("unknown-target", "rules", "9", KNOWN),
-        ),
-    ],
-)
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_a_pattern_that_matches_nothing(spec: dict[str, Any], sentence: tuple[str, ...], frontend: str) -> None:
-    refuse(lx.UnknownTarget, sentence, mlp(), spec=lx.CascadeSpec(**spec), frontend=frontend)
-
-
-@pytest.mark.parametrize(
-    ("spec", "names"),
-    [
-        ({"targets": ("conv",)}, ("conv",)),
-        (
-            {"exclude": ("0", "2", "3")},
-            ("0.weight: excluded", "2.weight: excluded", "3.weight: excluded"),
-        ),
-        (
-            {"targets": ("3",), "train": ("3",)},
-            ("3.weight: trained-in-full",),
-        ),
-    ],
-)
-def test_no_sites_by_the_spec(spec: dict[str, Any], names: tuple[str, ...]) -> None:
-    refuse(lx.passes.NoSites, ("no-sites", *names), mlp(), spec=lx.CascadeSpec(**spec), frontend="symbolic")
 
 
 class Odd(nn.Module):
@@ -473,16 +412,6 @@ def test_after_release_it_is_fine_again() -> None:
     again.release()
     part = lx.adapt(released[3], args=(inputs(2, 6),), frontend="symbolic")
     assert [site.weight for site in part.sites] == ["weight"]
-
-
-def test_after_the_cascade_is_gone_it_is_fine_again() -> None:
-    model = mlp()
-    cascade, optimizer = adapted(model=model)
-    step(cascade, optimizer)
-    del cascade, optimizer
-    gc.collect()
-    again, _ = adapted(model=model)
-    assert len(again.sites) == 3
 
 
 @pytest.mark.parametrize("fault", [RecursionError("too deep"), lx.passes.VerifyError("too deep")], ids=repr)

@@ -19,11 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
 from lorasc_fx.cascade import dropped
+from tests.errors.test_warnings import NOISY, QUIET, X, adapted, net, step
 from tests.kit.errors import lacking
 
-X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-NOISY = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
-QUIET = lx.CascadeSpec(rank=2)
 SPECS = {
     "quiet": QUIET,
     "noisy": NOISY,
@@ -38,22 +36,6 @@ SPECS = {
 def real_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests do without (tests/conftest.py)."""
     monkeypatch.setattr(dropped, "gc", gc)
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
-def adapted(model: nn.Module, spec: lx.CascadeSpec = NOISY) -> tuple[lx.Cascade, torch.optim.Optimizer]:
-    cascade = lx.adapt(model, (X,), spec=spec, frontend="symbolic")
-    return cascade, torch.optim.SGD(cascade.param_groups(lr=0.1))
-
-
-def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
-    cascade(X).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,7 +67,7 @@ def test_weights_and_flags_are_as_before_the_stage(name: str, stages: int, train
     model = net()
     model[0].bias.requires_grad_(False)
     flags = {key: value.requires_grad for key, value in model.named_parameters()}
-    cascade, optimizer = adapted(model, SPECS[name])
+    cascade, optimizer = adapted(SPECS[name], model)
     for _ in range(stages):
         step(cascade, optimizer)
         cascade.transition(optimizer)
@@ -131,7 +113,7 @@ def looked_at(cascade: lx.Cascade, _: Path) -> None:
 def test_what_was_kept_is_not_lost(keep: Callable[[lx.Cascade, Path], Any], tmp_path: Path) -> None:
     model = net()
     for later in (False, True):
-        cascade, optimizer = adapted(model)
+        cascade, optimizer = adapted(NOISY, model)
         step(cascade, optimizer)
         keep(cascade, tmp_path)
         if later:
@@ -141,7 +123,7 @@ def test_what_was_kept_is_not_lost(keep: Callable[[lx.Cascade, Path], Any], tmp_
 
 
 def test_a_loaded_run(tmp_path: Path) -> None:
-    cascade, optimizer = adapted(net())
+    cascade, optimizer = adapted(NOISY)
     step(cascade, optimizer)
     lx.save(cascade, tmp_path)
     model = net()
@@ -158,7 +140,7 @@ def test_a_loaded_run(tmp_path: Path) -> None:
 def test_what_is_released_or_gone_with_its_model_is_silent() -> None:
     model = net()
     with told():
-        cascade, optimizer = adapted(model, lx.CascadeSpec(rank=2, pace=1.0))
+        cascade, optimizer = adapted(lx.CascadeSpec(rank=2, pace=1.0), model)
         step(cascade, optimizer)
         cascade.release()
         folded = values(model)
@@ -166,13 +148,13 @@ def test_what_is_released_or_gone_with_its_model_is_silent() -> None:
     assert same(model, folded)
     for cyclic in (False, True):
         with told():
-            cascade, optimizer = adapted(net())
+            cascade, optimizer = adapted(NOISY)
             step(cascade, optimizer)
             if cyclic:
                 cascade.model.owner = [cascade]  # type: ignore[assignment]
             del cascade
     with told():  # the last stage of a loop has ended
-        cascade, optimizer = adapted(model)
+        cascade, optimizer = adapted(NOISY, model)
         for _ in cascade.stages(2, optimizer):
             step(cascade, optimizer)
         folded = values(model)
@@ -183,7 +165,7 @@ def test_what_is_released_or_gone_with_its_model_is_silent() -> None:
 def test_what_the_user_has_changed_meanwhile_stays() -> None:
     """A cascade in a reference cycle is collected late."""
     model = net()
-    cascade, optimizer = adapted(model)
+    cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
     cascade.cycle = [cascade]  # type: ignore[assignment]
     del cascade
@@ -208,7 +190,7 @@ def test_while_a_program_is_traced() -> None:
         return x * 2
 
     model = net()
-    cascade, optimizer = adapted(model)
+    cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
     cascade.cycle = [cascade]  # type: ignore[assignment]
     del cascade
@@ -221,10 +203,10 @@ def test_while_a_program_is_traced() -> None:
 def test_a_second_adapt_collects_the_first_cascade() -> None:
     model = net()
     before = values(model)
-    cascade, _ = adapted(model)
+    cascade, _ = adapted(NOISY, model)
     cascade.cycle = [cascade]  # type: ignore[assignment]
     del cascade
-    again, _ = adapted(model, QUIET)
+    again, _ = adapted(QUIET, model)
     assert same(model, before)
     again.release()
 
@@ -233,7 +215,7 @@ def test_inside_a_backward() -> None:
     """The weights stay until the end of a backward, which has saved them."""
     model = net()
     before, inside = values(model), {}
-    cascade, optimizer = adapted(model)
+    cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
     held, output = [cascade], cascade(X)
 
@@ -252,7 +234,7 @@ def test_inside_a_backward() -> None:
 def test_in_another_thread() -> None:
     model = net()
     before = values(model)
-    cascade, optimizer = adapted(model)
+    cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
     held = [cascade]
     del cascade
@@ -270,7 +252,7 @@ def test_in_another_thread() -> None:
 def test_copies() -> None:
     model = net()
     before = values(model)
-    cascade, optimizer = adapted(model)
+    cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
     noisy = values(model)
     deep, shallow, replica = copy.deepcopy(cascade), copy.copy(cascade), cascade._replicate_for_data_parallel()
@@ -290,6 +272,6 @@ def test_ties_that_were_made() -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     model[1].weight.data = model[0].weight.data
     names = list(values(model))
-    cascade, _ = adapted(model, QUIET)
+    cascade, _ = adapted(QUIET, model)
     del cascade
     assert list(values(model)) == names

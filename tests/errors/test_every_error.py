@@ -77,16 +77,6 @@ def test_the_page_is_what_the_calls_raise() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-def test_the_search_for_raised_errors_finds_what_it_should() -> None:
-    source = "with pytest.raises(lx.A, match='B'):\n    C()\nwith pytest.raises((D, e.F)):\n    raise G"
-    assert set(raised_in(source)) - {"lx", "e"} == {"A", "D", "F"}
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_error_is_documented(name: str) -> None:
-    assert getattr(errors, name).__doc__
-
-
 def test_an_extra_that_is_missing() -> None:
     from lorasc_fx.util.extras import module_of
 

@@ -67,35 +67,6 @@ class Talkative(nn.Module):
         return self.head(hidden)
 
 
-class Halves(nn.Module):
-    """A part computes in bf16, a part in fp16 weights, the rest as it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x.bfloat16(), self.body.weight.bfloat16(), self.body.bias.bfloat16())
-        return self.head(low.to(x.dtype))
-
-
-class Recursive(nn.Module):
-    """Folds a sequence into a tree, two by two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.join, self.head = nn.Linear(10, 5), nn.Linear(5, 2)
-
-    def merge(self, parts: list[Tensor]) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        half = len(parts) // 2
-        return torch.tanh(self.join(torch.cat([self.merge(parts[:half]), self.merge(parts[half:])], -1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.merge(list(x.unbind(1))))
-
-
 class Sparse(nn.Module):
     """A graph convolution by a sparse adjacency."""
 
@@ -118,17 +89,6 @@ class ControlFlow(nn.Module):
         return self.head(
             torch.cond(x.sum() > 0, lambda x: self.either(x).sin(), lambda x: self.either(-x).tanh(), (x,))
         )
-
-
-class Ragged(nn.Module):
-    """A list of sequences of different lengths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        return self.head(torch.stack([F.relu(self.body(part)).amax(0) for part in parts]))
 
 
 class Energy(nn.Module):
@@ -197,23 +157,6 @@ class Norms(nn.Module):
         return x
 
 
-class Frozen(nn.Module):
-    """A backbone that stays in eval mode, whatever the model is set to, without gradients; and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.head = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU()), nn.Linear(6, 3)
-        self.backbone.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Frozen:
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
-
-
 def _doubled(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (2 * args[0], *args[1:])
 
@@ -239,12 +182,6 @@ def patched() -> nn.Module:
     child, top = model[0].forward, model.forward
     model[0].forward = lambda x: child(x) * 2
     model.forward = lambda x: top(x + 1)
-    return model
-
-
-def lazy() -> nn.Module:
-    model = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
-    model(torch.randn(4, 5))
     return model
 
 

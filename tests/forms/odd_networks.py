@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-
-
-class UNet(nn.Module):
-    """Skips, and interpolation to the size of the skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-        self.down = nn.ModuleList([nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)])
-        self.up = nn.ModuleList([nn.Conv2d(14, 6, 3, padding=1), nn.Conv2d(10, 4, 3, padding=1)])
-        self.out = nn.ConvTranspose2d(4, 2, 2, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = [self.first(x)]
-        for layer in self.down:
-            skips.append(F.relu(layer(skips[-1])))
-        x = skips.pop()
-        for layer in self.up:
-            skip = skips.pop()
-            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
-            x = F.relu(layer(torch.cat([x, skip], 1)))
-        return self.out(x)
 
 
 class Generator(nn.Module):
@@ -73,62 +50,6 @@ def graph() -> tuple[Tensor, ...]:
     return (torch.tensor([0, 1, 2, 3, 1]), edges, torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1]))
 
 
-class Field(nn.Module):
-    """A radiance field: Fourier features, a skip, and a density that starts a volume rendering."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", 2.0 ** torch.arange(3))
-        self.layers = nn.ModuleList([nn.Linear(21, 8), nn.Linear(8, 8), nn.Linear(29, 8)])
-        self.density, self.colour = nn.Linear(8, 1), nn.Sequential(nn.Linear(11, 3), nn.Sigmoid())
-
-    def forward(self, points: Tensor, direction: Tensor) -> dict[str, Tensor]:
-        scaled = (points[..., None, :] * self.frequencies[:, None] * math.pi).flatten(-2)
-        x = encoded = torch.cat([points, scaled.sin(), scaled.cos()], -1)
-        for index, layer in enumerate(self.layers):
-            x = F.relu(layer(torch.cat([x, encoded], -1) if index == 2 else x))
-        alpha = 1 - torch.exp(-F.softplus(self.density(x)).squeeze(-1))
-        colour = self.colour(torch.cat([x, direction[:, None].expand(-1, points.shape[1], -1)], -1))
-        ones = torch.ones_like(alpha[:, :1])
-        weights = alpha * torch.cumprod(torch.cat([ones, 1 - alpha + 1e-10], -1), -1)[:, :-1]
-        return {"rgb": (weights[..., None] * colour).sum(1), "depth": (weights * points.norm(dim=-1)).sum(1)}
-
-
-class Diffusion(nn.Module):
-    """A denoiser with an embedding of time, adaptive group norms, and attention over pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.time = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 8))
-        self.stem, self.norm, self.conv = nn.Conv2d(3, 4, 3, 1, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, 1, 1)
-        self.qkv, self.out = nn.Conv1d(4, 12, 1), nn.Conv2d(4, 3, 1)
-
-    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
-        rates = torch.exp(-math.log(10000) * torch.arange(3, dtype=x.dtype, device=x.device) / 3)
-        angles = steps[:, None].to(x.dtype) * rates[None]
-        shift, scale = self.time(torch.cat([angles.sin(), angles.cos()], -1))[:, :, None, None].chunk(2, 1)
-        x = self.stem(x)
-        x = x + self.conv(F.silu(self.norm(x) * (1 + scale) + shift))
-        batch, channels, height, width = x.shape
-        q, k, v = self.qkv(x.reshape(batch, channels, -1)).chunk(3, 1)
-        found = torch.einsum("bcq,bck->bqk", q, k * channels**-0.5).softmax(-1)
-        return self.out(x + torch.einsum("bqk,bck->bcq", found, v).reshape(batch, channels, height, width))
-
-
-class Autoencoder(nn.Module):
-    """Variational: draws in forward, a loss in the output in train mode only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.decode = nn.Linear(6, 8), nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean, spread = self.encode(x).chunk(2, -1)
-        code = mean + torch.randn_like(spread) * (0.5 * spread).exp() if self.training else mean
-        loss = -0.5 * (1 + spread - mean.square() - spread.exp()).sum(-1).mean()
-        return self.decode(code), loss
-
-
 class Quantized(nn.Module):
     """A codebook that is a buffer, moved by forward in train mode, and a straight-through estimator."""
 
@@ -148,21 +69,6 @@ class Quantized(nn.Module):
                 self.book.lerp_((hot.T @ code.detach()) / self.counts[:, None], 0.1)
         found = self.book[chosen]
         return self.decode(code + (found - code).detach()), F.mse_loss(code, found.detach())
-
-
-class Siamese(nn.Module):
-    """One trunk for two inputs, one of them without gradients and in eval mode's numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
-        self.predict = nn.Linear(4, 4)
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        predicted = self.predict(self.trunk(left))
-        with torch.no_grad():
-            target = self.trunk(right)
-        return 2 - 2 * F.cosine_similarity(predicted, target, dim=-1)
 
 
 class Decoder(nn.Module):
@@ -264,18 +170,3 @@ class AdaptiveSoftmax(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return self.loss(self.body(x), target)
-
-
-class Listed(nn.Module):
-    """Weights in a ParameterList and a ParameterDict, used in loops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(5, 5) / 2) for _ in range(3)])
-        self.named = nn.ParameterDict({"key": torch.randn(5, 4), "value": torch.randn(5, 4), "gain": torch.randn(5)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        for weight in self.weights:
-            x = torch.relu(x @ weight) + x
-        x = x * self.named["gain"]
-        return torch.softmax(x @ self.named["key"], -1) * (x @ self.named["value"])
