@@ -1,8 +1,8 @@
-"""The name of a base model, by which a run that is loaded without one builds it: a model of transformers or of timm.
+"""How the base of a run is built again, if it is a model of transformers or timm: its name and its configuration.
 
-The name alone is not enough where a model was built with a head of its own, so the configuration goes with it. Classes
-are looked up in the library's own tables of models, code of a repository is never run, and weights are read from
-safetensors.
+The name alone is not enough, because a model may have a head of its own. Classes are looked up in the library's own
+tables of models, code of a repository is never executed, and weights are read from safetensors files only. What a
+manifest says may be forged, so that settings which could name code or need much memory are refused.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 _QUANTIZED = {"bitsandbytes": "BitsAndBytesConfig", "quanto": "QuantoConfig"}
-"""Classes of transformers that say how a base is quantized as it is loaded, by method; they hold plain values."""
+"""Configuration classes of transformers for methods that quantize a base as it is loaded. They hold plain values."""
 _PREQUANTIZED = (*_QUANTIZED, "awq", "compressed-tensors", "gptq", "hqq", "torchao")
-"""Methods of quantized files that are read by installed packages; others fetch kernels from the hub."""
-_MUCH = 0.1
-"""Share of the numbers of a model that is more than a new head."""
+"""Methods of quantized files that installed packages read. Others fetch kernels from the hub."""
+_MAX_HEAD = 0.1
+"""Largest share of a model's entries that a new head has."""
 _ATTENTION = ("eager", "sdpa")
-"""Implementations that are a part of torch and transformers; others can be code from elsewhere."""
+"""Implementations that are part of torch and transformers. Others can be code from elsewhere."""
 _IMPLEMENTATIONS = {"attn_implementation": _ATTENTION, "experts_implementation": ("eager", "batched_mm", "grouped_mm")}
-"""Settings of a configuration that can name code on the hub, by a part of their key, and the values that do not."""
+"""By a part of their key: settings that can name code on the hub, with the values that do not."""
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "use_pretrained_backbone")
-"""Settings of a configuration by which transformers would fetch code or weights from elsewhere."""
+"""Settings that make transformers fetch code or weights from elsewhere."""
 _COUNT = re.compile("layer|label|expert|group|head|depth|stage|block|position")
-"""Keys of a configuration whose number transformers may count up to in Python, before there is a tensor."""
-_MOST_COUNTED, _MOST = 1 << 17, 1 << 31
-"""Largest number under such a key, and under another one, unless the base's own config.json has it."""
+"""Keys of a configuration up to whose number transformers may loop in Python, before it makes a tensor."""
+_MAX_COUNT, _MAX_NUMBER = 1 << 17, 1 << 31
+"""Largest number under such a key, and under any other one, unless the base's own config.json has it."""
 _MODULES_EACH = 16
-"""Modules, parameters and buffers that a model has for each of its parameters, at most; a layer of Llama has 3."""
-_FEW, _SMALL = 1000, 1 << 26
-"""Of a model with few parameters; entries of buffers and of new heads that no file has."""
+"""Most modules, parameters and buffers that a model has per parameter; a layer of Llama has 3."""
+_FEW_MODULES, _FEW_ENTRIES = 1000, 1 << 26
+"""What any model may have: modules, parameters and buffers; entries of buffers and new heads that no file has."""
 _TASKS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
     "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
@@ -69,7 +69,7 @@ _TASKS = {
     "TOKEN_CLS": "TOKEN_CLASSIFICATION",
     "QUESTION_ANS": "QUESTION_ANSWERING",
 }
-"""Tasks of peft, and what transformers calls its table of models for each."""
+"""Tasks of peft, with the name of the table of models that transformers has for each."""
 
 
 _Transformers = TypedDict(
@@ -90,8 +90,8 @@ class BaseModel:
         library: `transformers` or `timm`.
         name: `name_or_path` of a model of transformers; of timm `architecture.tag`, `hf-hub:ID` or `local-dir:FOLDER`.
         dtype: of its weights, without "torch.".
-        options: of transformers `class`, `config` and `attention`; of timm `num_classes`, and the `file` of the weights
-            if these are not those of the name.
+        options: for transformers `class`, `config` and `attention`; for timm `num_classes`, and the `file` of the
+            weights if they are not those of the name.
     """
 
     library: Annotated[str, choice(_EXTRAS)]
@@ -101,11 +101,11 @@ class BaseModel:
 
     @classmethod
     def of(cls, run: Run, call: str, name: str | None = None) -> BaseModel:
-        """Return how the base of a run is built, under a name of the user's if there is one.
+        """Return how the base of a run is built, under the name that the user gave, if any.
 
         Raises:
             StateError: the model is of neither library, or does not say where its weights come from, or its library
-                builds another one by this name.
+                builds another model by this name.
         """
         model = run.model
         adapted = (state.base for state in run.slow.states.values() if not state.full)
@@ -117,8 +117,8 @@ class BaseModel:
             what = f"is {type(model).__name__}" + (f" of {library}" if library else "")
             raise StateError(
                 f"{call}: the base cannot be named: it {what}, and does not say where its weights come from. Build it "
-                "by from_pretrained of transformers or create_model(pretrained=True) of timm, or give base_model=...; "
-                "for any other model there is lorasc_fx.save(cascade, folder), lorasc_fx.load(folder, model)",
+                "with from_pretrained of transformers or create_model(pretrained=True) of timm, or give base_model=. "
+                "Or use lorasc_fx.save(cascade, folder) and lorasc_fx.load(folder, model)",
                 code="no-base",
             )
         if library == "timm":
@@ -131,9 +131,9 @@ class BaseModel:
         pre_quantized = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
         if method not in (None, *(_PREQUANTIZED if pre_quantized else _QUANTIZED)):
             raise StateError(
-                f"{call}: the base cannot be named: {method} has quantized it as it was loaded, and it is built again "
-                f"for {' and '.join(_QUANTIZED)} alone, and from quantized files of {', '.join(_PREQUANTIZED)}. Use "
-                "lorasc_fx.save(cascade, folder), and give the model to lorasc_fx.load(folder, model)",
+                f"{call}: the base cannot be named: {method} quantized it as it was loaded, which can be repeated only "
+                f"for {' and '.join(_QUANTIZED)}, and for quantized files of {', '.join(_PREQUANTIZED)}. Use "
+                "lorasc_fx.save(cascade, folder) and lorasc_fx.load(folder, model)",
                 code="no-base",
             )
         options = {
@@ -144,15 +144,15 @@ class BaseModel:
         return cls(library, given, dtype, options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+        """Return the fields for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, held: Mapping[str, Any]) -> BaseModel:
-        """Return what a manifest holds.
+        """Return the base that a manifest names.
 
         Raises:
-            ValueError: it is no such name.
+            ValueError: a field is missing or invalid, or a setting could name code of somebody else.
         """
         base: BaseModel = decode(cls, held, ("model",))
         decode(_Transformers if base.library == "transformers" else _Timm, base.options, ("model", "options"))
@@ -165,52 +165,47 @@ class BaseModel:
 
         Args:
             where: for messages.
-            parameters: number of parameters that the base has. A larger model is not built, whatever its configuration
-                says, which may be forged.
-            entries: of those parameters that are not in the files of the base, such as a new head.
+            parameters: number of parameters of the base. A larger model is not built, whatever its configuration says.
+            entries: number of entries of the parameters that the files of the base lack, such as a new head.
 
         Raises:
-            CheckpointError: it cannot be built: no such model, no such files, or it would be larger than these.
+            CheckpointError: there is no such model, or there are no such files, or the model would be larger than them.
             MissingExtra: the library is not installed.
         """
         library = module_of(_EXTRAS[self.library], self.library)
-        random = torch.random.fork_rng(devices=[])  # a head that the name has not is filled at random
         try:
-            with random:
+            with torch.random.fork_rng(devices=[]):  # a new head is filled at random
                 weights = self._weights(fetch=_may_fetch())
                 size = _Size(parameters, self._entries(weights) + entries)
-                model: nn.Module = (
-                    self._transformers(library, size)
-                    if self.library == "transformers"
-                    else self._timm(library, weights, size)
-                )
+                build = self._transformers if self.library == "transformers" else self._timm
+                model: nn.Module = build(library, weights, size)
         except Exception as fault:
             cause = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{where}: {self.library} cannot build its base {sanitized(self.name)!r} here: {sanitized(cause, 300)}"
-                ". Put its files there, set HF_HUB_OFFLINE=0 to have them fetched, or build the model and give it: "
+                ". Put its files there, set HF_HUB_OFFLINE=0 to fetch them, or build the model yourself and call "
                 "lorasc_fx.load(folder, model)",
                 code="no-base",
             ) from fault
         return model.eval()
 
     def _entries(self, weights: Path) -> int:
-        """Return the number of entries that the files of the base hold, as dense tensors."""
+        """Return the number of entries of the tensors in the files of the base, when they are dense."""
         if self.library == "timm" and not (weights.name.endswith(".safetensors") and weights.is_file()):
-            raise FileNotFoundError(f"{sanitized(str(weights))} is no safetensors file")
+            raise FileNotFoundError(f"{sanitized(str(weights))} is not a safetensors file")
         try:
-            shapes, _ = headers(shards_of(weights))
+            held = headers(shards_of(weights))
         except (CheckpointError, OSError):
             if not _may_fetch():
                 raise
-            return sys.maxsize  # they are fetched as the model is built
+            return sys.maxsize  # they are fetched when the model is built
         packed = 16 if self.options.get("config", {}).get("quantization_config") else 1  # two bits in an int32, say
-        return packed * sum(map(math.prod, shapes.values()))
+        return packed * sum(math.prod(tensor.shape) for tensor in held.values())
 
-    def _transformers(self, library: Any, size: _Size) -> Any:
+    def _transformers(self, library: Any, _: Path, size: _Size) -> Any:
         defined = getattr(library, self.options["class"]) if self.options["class"] in dir(library) else None
         if not (isinstance(defined, type) and issubclass(defined, library.PreTrainedModel)):
-            raise ValueError(f"it has no model {sanitized(self.options['class'])}")
+            raise ValueError(f"it does not have the model {sanitized(self.options['class'])}")
         kind: Any = defined
         more: dict[str, Any] = {}
         if self.options["attention"]:
@@ -222,7 +217,7 @@ class BaseModel:
             kind(kind.config_class.from_dict(copy.deepcopy(about)))
         how = about.get("quantization_config")
         if how and "quantization_config" not in own:
-            del about["quantization_config"]  # the files are not quantized: it was done as they were loaded
+            del about["quantization_config"]  # the files are dense, and were quantized as they were loaded
             name = _QUANTIZED[how["quant_method"]]
             more["quantization_config"] = getattr(library, name).from_dict(how)
         return kind.from_pretrained(
@@ -262,8 +257,9 @@ class BaseModel:
         return Path(_hub_file(rest if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
 
     def tensors_beside(self, run: Run, call: str) -> dict[str, torch.Tensor]:
-        """Return W0 of what the files of the base do not have (`_new_in`), by its name in a checkpoint. A checkpoint
-        holds W0 of what is trained in full anyway.
+        """Return W0 of what the files of the base lack (`_new_in`), by its name in a checkpoint.
+
+        Parameters trained in full are left out, because every checkpoint holds their W0.
         """
         states, parameters = run.slow.states, run.parameters_by_name()
         names = [name for name in self._new_in(run.model, run.fingerprints(), call) if name not in run.slow.trained]
@@ -271,12 +267,12 @@ class BaseModel:
         return {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
 
     def _new_in(self, model: nn.Module, fingerprints: Mapping[str, str], call: str) -> list[str]:
-        """Return the parameters that the files of the base have not, or in another shape, such as a new head.
+        """Return the parameters that the files of the base lack, or hold in another shape, such as a new head.
 
-        Where that is much, the files may name it otherwise: the base is built, and what it has otherwise is new.
+        If these are many, the files may have other names: then the base is built, and compared by fingerprints.
 
         Args:
-            model: that was adapted. Its own files are looked at where those of the name are not here.
+            model: that was adapted.
             fingerprints: of W0, by parameter.
             call: for messages.
 
@@ -286,15 +282,15 @@ class BaseModel:
         try:
             parameters = dict(model.named_parameters())
             new = self._files(model).lacking(parameters)
-            numbers = sum(parameter.numel() for parameter in parameters.values())
-            if sum(parameters[name].numel() for name in new) <= _MUCH * numbers:
+            entries = sum(parameter.numel() for parameter in parameters.values())
+            if sum(parameters[name].numel() for name in new) <= _MAX_HEAD * entries:
                 return new
-            built = dict(self.build(call, len(parameters), numbers).named_parameters())
+            built = dict(self.build(call, len(parameters), entries).named_parameters())
         except (CheckpointError, OSError, ValueError) as fault:  # of the hub: it is not in the cache
             raise StateError(
-                f"{call}: the files of the base {self.name!r} are not here, and what they lack, such as a new head, "
-                f"cannot be told: {sanitized(str(fault), 300)}. Put them there, or use lorasc_fx.save(cascade, "
-                "folder), and give the model to lorasc_fx.load(folder, model)",
+                f"{call}: the files of the base {self.name!r} are not here, so it is unknown what they lack, such as a "
+                f"new head: {sanitized(str(fault), 300)}. Put them there, or use lorasc_fx.save(cascade, folder) and "
+                "lorasc_fx.load(folder, model)",
                 code="no-base",
             ) from fault
         return [
@@ -302,7 +298,7 @@ class BaseModel:
         ]
 
     def _files(self, model: nn.Module) -> BaseFile:
-        """Return where the tensors of the base lie, or of the model if it was moved from there to this name."""
+        """Return the files of the base, or those that the model was loaded from if the base has moved to this name."""
         try:
             base = open_base(self._weights(), model)
         except (CheckpointError, OSError, ValueError):
@@ -314,23 +310,26 @@ class BaseModel:
 
 
 class _Size:
-    """Limits for a model that is being built.
+    """Limits the size of a model while it is built.
 
     Args:
         parameters: number of parameters.
-        entries: of all of them.
+        entries: number of entries of all of them.
     """
 
     def __init__(self, parameters: int, entries: int) -> None:
-        self._modules = _FEW + _MODULES_EACH * parameters
-        self._entries = {"parameters": 2 * entries + _SMALL, "buffers": 2 * entries + _SMALL}  # timm makes heads twice
+        self._modules = _FEW_MODULES + _MODULES_EACH * parameters
+        self._entries = {
+            "parameters": 2 * entries + _FEW_ENTRIES,
+            "buffers": 2 * entries + _FEW_ENTRIES,
+        }  # timm makes heads twice
         self._thread = threading.get_ident()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Raise ValueError as soon as a model that this thread builds becomes larger than its files can fill.
+        """Raise ValueError as soon as this thread builds a model that is larger than its files can fill.
 
-        A tensor that is too large has no memory yet: the system gives it as it is filled.
+        A tensor that is too large does not occupy memory yet: the system provides it when the tensor is filled.
         """
         hooks = (
             register_module_parameter_registration_hook(partial(self._count, "parameters")),
@@ -362,11 +361,11 @@ def _settings_of(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_setting(path: str, value: Any) -> None:
-    """Raise ValueError for a setting by which transformers would fetch code, or weights, of somebody else."""
+    """Raise ValueError for a setting that makes transformers fetch code or weights of somebody else."""
     key = path.rpartition(".")[2]
     refused = key in _CODE and bool(value)
     for part, known in _IMPLEMENTATIONS.items():
-        if part in path:  # one for each part of a model is a table under such a key
+        if part in path:  # with several parts of a model, a table under such a key has one for each
             refused |= not (isinstance(value, (dict, bool)) or value in (None, *known))
     if key == "quantization_config" and value is not None:
         refused |= not isinstance(value, dict) or value.get("quant_method") not in _PREQUANTIZED
@@ -377,16 +376,16 @@ def _check_setting(path: str, value: Any) -> None:
 
 
 def _check_numbers(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number so large that a model cannot have it, unless the base's own files have it."""
+    """Raise ValueError for a number that is too large for a model, unless the base's own files have it."""
     known = dict(_settings_of(own))
     for path, value in _settings_of(config):
-        most = _MOST_COUNTED if _COUNT.search(path) else _MOST
+        most = _MAX_COUNT if _COUNT.search(path) else _MAX_NUMBER
         if isinstance(value, (int, float)) and abs(value) > most and known.get(path) != value:
             raise ValueError(f"its config has {sanitized(path[1:])} = {sanitized(value)}; the most is {most}")
 
 
 def name_of(model: nn.Module) -> str | None:
-    """Return what a model of transformers or timm says that it was loaded from; None for one that does not."""
+    """Return where a model of transformers or timm says that it was loaded from; None if it does not."""
     config = getattr(model, "pretrained_cfg", None)
     if _library_of(model) == "timm" and isinstance(config, Mapping):
         if config.get("source") == "local-dir":
@@ -399,7 +398,7 @@ def name_of(model: nn.Module) -> str | None:
 
 
 def task_type_of(model: nn.Module) -> str | None:
-    """Return peft's name of the task of a model of transformers; None for others, and for tasks that peft has not."""
+    """Return peft's name for the task of a model of transformers; None for other models and other tasks."""
     if _library_of(model) != "transformers":
         return None
     tables = sys.modules.get("transformers.models.auto.modeling_auto") or module_of(
@@ -422,7 +421,7 @@ _MARKS = {"transformers": "config", "timm": "pretrained_cfg"}
 
 
 def _timm_options(model: nn.Module, name: str, call: str) -> dict[str, Any]:
-    """Return the options of a model of timm, after a look at whether they build it."""
+    """Return the options of a model of timm, after checking that they build this model."""
     timm = module_of("vision", "timm")
     config: Any = model.pretrained_cfg
     classes, file = int(getattr(model, "num_classes", 0)), config.get("file") if not config.get("source") else None
@@ -431,16 +430,16 @@ def _timm_options(model: nn.Module, name: str, call: str) -> dict[str, Any]:
         built = timm.create_model(architecture, pretrained=False, num_classes=classes)
     if _settings(model) != _settings(built):
         raise StateError(
-            f"{call}: the base cannot be named: timm builds another model as {name} with {classes} classes than this "
-            "one, which was built with other arguments. Use lorasc_fx.save(cascade, folder), and give the model to "
-            "lorasc_fx.load(folder, model)",
+            f"{call}: the base cannot be named: this model was built with other arguments, and timm builds a different "
+            f"one as {name} with {classes} classes. Use lorasc_fx.save(cascade, folder) and lorasc_fx.load(folder, "
+            "model)",
             code="no-base",
         )
     return {"num_classes": classes, "file": file}
 
 
 def _settings(model: nn.Module) -> list[Any]:
-    """Return what tells two models apart but for their numbers: shapes, classes, and settings that modules hold."""
+    """Return what distinguishes two models apart from their values: shapes, classes, and settings of modules."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     plain = (bool, int, float, str, tuple)
     modules = {
@@ -453,14 +452,14 @@ def _settings(model: nn.Module) -> list[Any]:
 
 
 def _hub_file(repository: str | None, name: str, fetch: bool) -> str:
-    """Return the path of a file of a repository on the hub, from the cache, or fetched."""
+    """Return the path of a file of a repository on the hub, from the cache or fetched."""
     hub = module_of("text", "huggingface_hub")
     if not repository:
-        raise FileNotFoundError("it names no repository on the hub")
+        raise FileNotFoundError("it does not name a repository on the hub")
     path: str = hub.hf_hub_download(repository, name, local_files_only=not fetch)
     return path
 
 
 def _may_fetch() -> bool:
-    """Whether the user's environment allows the network: only where HF_HUB_OFFLINE says so in so many words."""
+    """Whether the environment allows the network: only if HF_HUB_OFFLINE is set to a false value."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("0", "no", "off", "false")

@@ -1,4 +1,4 @@
-"""A cascade whose state is written and read back: state dicts, checkpoint folders, and runs beside its own."""
+"""The cascade with what saves and restores its state: state dicts, checkpoint folders, and further runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from lorasc_fx.util.undo import Undo, commit
 
 
 class SavedCascade(Cascade):
-    """A cascade that `save` writes, and that takes over what was written."""
+    """A cascade that can be saved, and restored from a checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loaded: reader.Checkpoint | None = None
-        self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()  # a state, the keys missing before it, and errors
+        # The state to load, the number of keys that were missing before it, and the errors of load_state_dict.
+        self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()
         register: Any = self.register_load_state_dict_post_hook  # torch has no annotations for it
         register(SavedCascade._load_state)
 
@@ -38,55 +39,55 @@ class SavedCascade(Cascade):
         *,
         group: dist.ProcessGroup | None = None,
     ) -> dict[str, Any]:
-        """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
+        """After `lorasc_fx.load`: restore optimizer, scheduler and random generators, and return `extra`.
 
-        Where a process group of torch.distributed is initialized, every rank must call this: under
-        DistributedDataParallel after the wrapper was made, on shards after `shard`. The number of
-        ranks need not be that of the run which saved. On the same number each rank gets its own random generators
-        back, on another number a stream that is a function of the first rank's, of the rank and of the number.
+        If a process group of torch.distributed is initialized, every rank must call this: with DistributedDataParallel
+        after the wrapper was made, on shards after `shard`. The number of ranks may differ from that of the saved run.
+        If it is the same, the random generators of each rank are restored. Otherwise each rank gets a stream that is a
+        function of the first rank's, the rank and the number of ranks.
 
         Args:
-            optimizer, scheduler: built as those that were saved.
+            optimizer, scheduler: built like those that were saved.
             group: of the ranks that go on, if not all of them do.
 
         Raises:
-            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches; ranks
-                have loaded different versions, or another rank has failed or is gone.
-            CheckpointError: the checkpoint holds no such state, or that of another optimizer.
+            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches; the
+                ranks have loaded different versions, or another rank has failed or is gone.
+            CheckpointError: the checkpoint has no such state, or that of another optimizer.
         """
         ranks = self._run.slow.group if self._run.is_sharded else ProcessGroup.of(group)
         with ranks.agreed("resume"):
             self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
-                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model)",
+                    "resume: this cascade was not loaded; make it with lorasc_fx.load(folder, model)",
                     code="not-available",
                 )
         names = ranks.gather_text(loaded.path.name, "resume")
         if len(set(names)) > 1:
             raise StateError(
                 f"resume: the ranks have loaded different versions: {', '.join(names)}, by rank; load from a folder "
-                "that all of them see, and let nobody write into it meanwhile",
+                "that all of them see, while nobody writes into it",
                 code="ranks-differ",
             )
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
             return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
 
     def add(self, name: str, run: Cascade | str | PathLike[str]) -> None:
-        """Give another run on this base a name, under which `weights` and `release` know its weights.
+        """Add another run on the same base under a name, by which `weights` and `release` find its weights.
 
-        Several runs so share one model in memory; weights are computed from W0 at each switch. The other run counts as
-        its `release` would leave it. It stays what it is: this cascade trains and saves its own run only, and after a
-        load the others are added again. Another run of the same name is replaced.
+        Several runs can so share one model in memory. Weights are computed from W0 at each switch, and those of the
+        other run are what its `release` would return. This cascade trains and saves only its own run, and after a load
+        the others must be added again. Another run of the same name is replaced.
 
         Args:
-            name: of your choice, but for those that `weights` knows already.
-            run: a checkpoint folder (its newest version), or a living cascade on a copy of the base. It has changed no
-                weight that is not a site, or trained in full, here as well.
+            name: of your choice, except those that `weights` knows already.
+            run: a checkpoint folder (its newest version), or a cascade on a copy of the base. It may have changed only
+                weights that are sites, or trained in full, here too.
 
         Raises:
-            SpecError: a name that is none, or the other run has changed other weights.
-            CheckpointError: a folder without a whole checkpoint, or a run on another base; names what differs.
+            SpecError: an invalid name, or the other run has changed other weights.
+            CheckpointError: a folder without a complete checkpoint, or a run on another base; names what differs.
             StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
             NonFiniteBranch: a running branch of the other run holds inf or nan.
         """
@@ -98,15 +99,15 @@ class SavedCascade(Cascade):
             given_run.add(self._run, name, given)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return copies of all that a resume needs, without noise, which is drawn again from its key, and without W0,
-        except W0 of what is trained in full.
+        """Return copies of everything that a resume needs from the cascade.
 
-        These are branches, experts, coefficients, the stage, what is trained in full, buffers, gradients that wait for
-        a step, and random generators (which `resume` takes). The optimizer has a state dict of its own, and
-        `folded_state_dict` has the weights of the user's model. Wrappers and containers call this for theirs.
+        These are branches, experts, coefficients, the stage, parameters trained in full with their W0, buffers,
+        gradients that wait for a step, and random generators (for `resume`). Noise is drawn again from its key, and
+        other W0 is that of the model. The optimizer has its own state dict, and `folded_state_dict` returns the weights
+        of the user's model. Wrappers and containers call this method.
 
         Args:
-            destination, prefix: table to add to, and what to put before each name, as torch calls it.
+            destination, prefix: table to add to, and prefix of each name, as torch passes them.
             keep_vars: has no effect.
 
         Raises:
@@ -133,10 +134,11 @@ class SavedCascade(Cascade):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Go on from what `state_dict` returned, all of it: `load_state_dict` calls this, here and in containers.
+        """Restore what `state_dict` returned, all or nothing. `load_state_dict` calls this, here and in containers.
 
-        The model must be the same base, adapted by the same spec. Parameters stay the same objects, also with `assign`.
-        A state without an entry of the cascade is one without a key: an error unless `strict` is False.
+        The model must be the same base, adapted with the same spec. Parameters stay the same objects, also with
+        `assign`. If the state has no entry of the cascade, its key is missing, which is an error unless `strict` is
+        False.
 
         Raises:
             CheckpointError: damage, another base, another spec, other sites. The cascade is as it was.
@@ -152,8 +154,10 @@ class SavedCascade(Cascade):
         self._to_load = checkpoint, len(missing_keys), error_msgs
 
     def _load_state(self, keys: Any) -> None:
-        """Take over what `_load_from_state_dict` has read, when torch has been at model and branches, which have no
-        entries of their own and miss none; not where torch will raise for what it met on the way.
+        """Take over what `_load_from_state_dict` has read, after torch has visited model and branches.
+
+        These have no entries in the state, so that keys which torch misses there do not count. Do nothing if torch has
+        met an error, which it will raise.
         """
         (checkpoint, missing, errors), self._to_load = self._to_load, (None, 0, ())
         del keys.missing_keys[missing:]
@@ -162,9 +166,9 @@ class SavedCascade(Cascade):
         self._go_on(checkpoint, "load_state_dict")
 
     def _go_on(self, checkpoint: reader.Checkpoint, call: str, *, sharded: bool = False) -> None:
-        """Take over a checkpoint of the same base and spec in a cascade that lives; `resume` has the rest of it.
+        """Take over a checkpoint of the same base and spec. `resume` restores the rest of it.
 
-        Where the weights are sharded, every rank must call this at the same point.
+        On sharded weights every rank must call this at the same point.
 
         Args:
             checkpoint: as read.
@@ -175,12 +179,12 @@ class SavedCascade(Cascade):
         with run.exclusive(call, sharded=sharded), commit() as undo:
             placed = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
-            if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine
+            if placed != {site.weight: site.placement for site in run.plan.sites}:  # those of another machine
                 self._graphs.drop(undo)
             self._note_loaded(checkpoint)
 
     def _take_over(self, checkpoint: reader.Checkpoint, undo: Undo | None = None) -> None:
-        """Take over a checkpoint that was read, by itself or as a part of a larger block."""
+        """Take over a checkpoint, by itself or as part of a larger transaction."""
         reader.restore(self._run, checkpoint, undo)
         self._note_loaded(checkpoint)
 
@@ -198,33 +202,33 @@ def save(
     extra: Mapping[str, Any] | None = None,
     keep: int = 1,
 ) -> Path:
-    """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
+    """Write what a resume needs as a new version in `folder`, and delete versions older than the last `keep`.
 
-    A process that is killed at any moment leaves versions that are whole: the new one counts from the moment at which
-    it is on disk, and the old one goes after that. Gradients that wait for a step, and the states of the random
-    generators of torch, python, numpy and CUDA, are written too; `Cascade.resume` gives them back.
+    A process that is killed at any moment leaves only complete versions: the new one exists from the moment at which it
+    is on disk, and old ones are deleted after that. Gradients that wait for a step, and the states of the random
+    generators of torch, Python, numpy and CUDA, are written too; `Cascade.resume` restores them.
 
-    Of a DistributedDataParallel and of sharded weights every rank must call this at the same point, between two steps:
-    each rank writes the shards that it holds, the first rank all else, and an error of one rank is raised on all.
+    With DistributedDataParallel or sharded weights, every rank must call this at the same point, between two steps.
+    Each rank writes its shards, the first rank everything else, and an error on one rank is raised on all.
 
     Args:
         cascade: whose branches, experts, coefficients, trained parameters and buffers are written; or the
             DistributedDataParallel around it.
         optimizer, scheduler: whose state is written.
         folder: that every rank sees.
-        extra: anything of yours that JSON holds, and tensors in it: the number of steps done (the position in the
-            stage, and in the data of `shuffled_batches`), the state of a loader or a GradScaler, an average of weights.
-        keep: number of versions that stay.
+        extra: anything that JSON can store, and tensors in it, such as the number of steps done (for the position in
+            the stage, and in the data of `shuffled_batches`), the state of a loader or GradScaler, or averaged weights.
+        keep: number of versions to keep.
 
     Returns:
         The folder of the new version.
 
     Raises:
         CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
-            neither JSON nor safetensors can. What was there stays.
+            neither JSON nor safetensors can store. What was there stays.
         SpecError: keep is less than 1.
         StateError: after `release`, inside `weights`, or inside a backward; training has made a buffer inf or nan; on
-            several ranks where gradients wait for a step, or another rank has failed or is gone.
+            several ranks, gradients wait for a step, or another rank has failed or is gone.
         NonFiniteBranch: a branch holds inf or nan.
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None

@@ -1,24 +1,25 @@
-"""The state of a cascade as a manifest and tensors, and back: `encode` and `decode`, on values alone.
+"""The state of a cascade as a manifest and tensors, and back: `encode` and `decode`, which only handle values.
 
-A folder that one rank writes or several, a flat state dict, a fold or a sum from a run's folder read and write bytes
-around these two. What a file says is checked in `decode`, against the plan, and against the cascade that takes it
-where there is one. Names of tensors:
+Checkpoint folders of one or several ranks, state dicts, folds and sums of saved runs all use these two functions.
+`decode` checks the content of a file against the plan, and against the cascade that takes it over, if there is one. It
+raises ValueError or CheckpointError without a path: call it inside `layout.refusing`. Names of tensors:
 
 | name | what |
 |---|---|
 | `branch/WEIGHT/FACTOR` | the running branch |
-| `expert/WEIGHT/NUMBER/FIELD` | an expert: its fields that hold numbers, which "experts" names |
+| `expert/WEIGHT/NUMBER/FIELD` | an expert: the tensors that its entry in the manifest names |
 | `row_scale/WEIGHT` | the row scale of W0 |
-| `dense/WEIGHT/VIEW` | the dense tensor of a view: a delta, or a value. A view without one has that of `slow` |
+| `dense/WEIGHT/VIEW` | the dense tensor of a view: a delta, or a value. A view without one uses that of `slow` |
 | `initial/WEIGHT/b`, `a`, `magnitude` | initial factors and magnitudes |
-| `value/NAME` | a parameter trained in full, as it is |
+| `value/NAME` | the current value of a parameter trained in full |
+| `gradient/NAME` | a gradient |
 | `buffer/NAME` | a buffer, or a parameter that forward writes |
-| `base/NAME` | W0 of a parameter trained in full; if the base is named, also of what its files do not have |
+| `base/NAME` | W0 of a parameter trained in full; if the base is named, also of what its files lack |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, branch_class
-from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.commit import Gradients, Planned
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.layout import sanitized
 from lorasc_fx.checkpoint.manifest import EXPERT_FIELDS, VIEWS
@@ -43,20 +44,20 @@ Tensors = dict[str, torch.Tensor]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 ELSEWHERE = ("rng/", "optimizer/", "gradient/", "reference/", "base/")
-"""Tensors that a resume takes, or who builds the base, and no slow state."""
+"""Tensors that are not part of the slow state: `resume`, or the code that builds the base, takes them."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds of a cascade, for the plan of its running stage.
+    """The state of a cascade, as far as a checkpoint holds it.
 
     Args:
         plan: of the running stage.
         slow: the slow state.
-        branches: parameters of the running branches, by weight.
-        values: of the parameters trained in full, as they are.
+        branches: parameters of the running branches, by weight and name.
+        values: current values of the parameters trained in full, by name.
         buffers: of the model, and parameters that forward writes, by name.
-        layout: which buffers hold no tensor, and which that of another one.
+        layout: which buffers hold no tensor, and which share that of another buffer.
     """
 
     plan: Plan
@@ -68,7 +69,7 @@ class RunState:
 
     @classmethod
     def of(cls, run: Run) -> RunState:
-        """Return the state of a living cascade; its tensors are not copied."""
+        """Return the state of a cascade. Its tensors are not copied."""
         parameters = run.parameters_by_name()
         branches = {
             weight: {name: value.detach() for name, value in branch.named_parameters()}
@@ -79,8 +80,8 @@ class RunState:
         return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model))
 
     def learners(self) -> dict[str, Learner]:
-        """Return what trains in the running stage, by weight: branches with these factors, whatever the way they
-        compute, and the values of parameters trained in full.
+        """Return what trains in the running stage, by weight: branches with these factors, and the values of
+        parameters trained in full.
         """
         branches: dict[str, Branch] = {}
         for site in self.plan.sites:
@@ -91,18 +92,10 @@ class RunState:
                 setattr(branches[site.weight], name, nn.Parameter(value, False))
         return {**branches, **self.values}
 
-    def without_values(self) -> list[WeightState]:
-        """Return bare states of whole weights on the meta device."""
-        states = []
-        for state in self.slow.states.values():
-            base = torch.empty(state.shard.full_shape(state.base.shape), dtype=state.base.dtype, device="meta")
-            states.append(replace(state, shard=WHOLE).bare(base))
-        return states
-
     def placed_like(self, other: RunState) -> RunState:
-        """Return this state with the W0 of another one of the same weights, and of its shards those that are here.
+        """Return this state with the W0, the shards and the dtypes of another state of the same weights.
 
-        W0 of a parameter trained in full stays its own, if it is known.
+        W0 of a parameter trained in full stays that of this state, if it is known.
         """
         slow, states = other.slow, {}
         for name, state in self.slow.states.items():
@@ -114,12 +107,12 @@ class RunState:
             for weight, factors in self.branches.items()
         }
         values = {name: local_like(value, other.values[name]) for name, value in self.values.items()}
-        whole = replace(self.slow, states=states, group=slow.group)
-        return replace(self, slow=whole, branches=branches, values=values)
+        placed = replace(self.slow, states=states, group=slow.group)
+        return replace(self, slow=placed, branches=branches, values=values)
 
 
 def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
-    """Return the fields of the manifest, copies of this rank's tensors, and the axis of each sharded tensor."""
+    """Return the fields of the manifest, copies of this rank's tensors, and the axis of each sharded tensor by name."""
     slow, spec = state.slow, state.plan.spec
     tensors: Tensors = {}
     axes: dict[str, int | None] = {}
@@ -143,7 +136,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
 
 
 def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, Side]]]:
-    """Return the manifest's entry and the tensors of one weight, each with how it lies beside the weight."""
+    """Return the manifest's entry and the tensors of one weight, each with the side of the weight that it lies on."""
     name, tensors = state.name, dict[str, tuple[torch.Tensor, Side]]()
     entry: dict[str, Any] = {"experts": [], "gone": state.gone, "noises": [asdict(noise) for noise in state.noises]}
     for number, expert in enumerate(state.experts):
@@ -171,32 +164,27 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.
 
 
 def decode(
-    manifest: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    plan: Plan,
-    where: str,
-    taker: RunState | None = None,
+    manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan, taker: RunState | None = None
 ) -> RunState:
-    """Return the state that a manifest, checked for itself (`manifest.plan_of`), and tensors describe.
+    """Return the state that a manifest, which `manifest.plan_of` has checked, and tensors describe.
 
     Args:
         manifest, tensors: of a checkpoint.
-        plan: the manifest's.
-        where: they come from, for messages.
-        taker: state of the cascade that is to take this one over: of the same weights, whose W0, shards and dtypes it
-            gets. Without, W0 has no numbers, and shapes are those of the plan.
+        plan: of the manifest.
+        taker: state of the cascade that is to take this one over. It has the same weights, and the result gets its W0,
+            shards and dtypes. Without it, W0 is on the meta device, and shapes are those of the plan.
 
     Raises:
-        CheckpointError: a tensor is missing, foreign, not finite, or has another shape or kind than it must have.
+        ValueError, CheckpointError: a tensor is missing, unexpected or not finite, or has another shape or dtype.
     """
-    file = _Taken(tensors, where)
-    bare = _bare(manifest, tensors, plan) if taker is None else taker.without_values()
+    file = _Tensors(tensors)
+    bare = _bare(manifest, tensors, plan, taker)
     entries = manifest["slow"]
     if odd := sorted((entries.keys() ^ {state.name for state in bare}) | (plan.by_weight.keys() - entries.keys())):
-        raise CheckpointError(f"{where}: the slow state and the plan disagree about {sanitized(odd[0])}")
+        raise ValueError(f"the slow state and the plan disagree about {sanitized(odd[0])}")
     if manifest["trained"].keys() != {state.name for state in bare if state.full}:
-        raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
-    finite = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
+        raise ValueError("other parameters were trained in full than the spec names")
+    finite = plan.spec.on_nonfinite == "raise"  # else the fold leaves out a branch with inf or nan
     branches = {
         site.weight: {
             name: file.take(f"branch/{site.weight}/{name}", shape, finite=finite)
@@ -216,39 +204,45 @@ def decode(
     for name, value in values.items():
         start = slow.started(name).start.dense
         if start is not None and not slow.moved({name: value}):
-            values[name] = start  # the file may be of a cascade in another dtype: rounding is no training
-    prefix = "buffer/"
-    buffers = {name.removeprefix(prefix): file.any_of(name) for name in list(file.left) if name.startswith(prefix)}
+            values[name] = start  # the file may be from a cascade in another dtype: rounding is not training
+    buffers = {name.removeprefix("buffer/"): file.take(name) for name in list(file.left) if name.startswith("buffer/")}
     layout = {key: manifest[key] for key in ("empty_buffers", "shared_buffers") if key in manifest}
     file.check_all_taken()
-    found = RunState(plan, slow, branches, values, buffers, layout)
-    return found if taker is None else found.placed_like(taker)
+    state = RunState(plan, slow, branches, values, buffers, layout)
+    return state if taker is None else state.placed_like(taker)
 
 
-def _bare(manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan) -> list[WeightState]:
-    """Return bare states of the shapes that a plan says; where it says none, of those of the file."""
+def _bare(
+    manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan, taker: RunState | None
+) -> list[WeightState]:
+    """Return bare states of full weights without values: of the taker's weights, or else of the shapes in the plan.
+
+    A parameter trained in full has no shape in the plan. Without a taker it has that of its tensor.
+    """
     states, trained = [], manifest["trained"]
+    if taker is not None:
+        for state in taker.slow.states.values():
+            base = torch.empty(state.shard.full_shape(state.base.shape), dtype=state.base.dtype, device="meta")
+            states.append(replace(state, shard=WHOLE).bare(base))
+        return states
     for name in manifest["slow"]:
         if name in trained:
             rule = plan.spec.train_rules[trained[name]] if trained[name] is not None else None
             base = tensors.get(f"value/{name}", torch.empty(()))
             states.append(WeightState(name, base, full=True, rule=rule).bare())
-            continue
-        site = plan.by_weight.get(name)
-        base = torch.empty(site.shape if site is not None else (0,), device="meta")
-        stacked, transposed = (
-            site is not None and site.experts is not None,
-            site is not None and site.layout == "in_out",
-        )
-        states.append(WeightState(name, base, stacked, transposed))
+        elif (site := plan.by_weight.get(name)) is not None:
+            base = torch.empty(site.shape, device="meta")
+            states.append(WeightState(name, base, site.experts is not None, site.layout == "in_out"))
+        else:
+            states.append(WeightState(name, torch.empty((0,), device="meta")))
     return states
 
 
-def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> WeightState:
+def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Tensors) -> WeightState:
     """Return the slow state that an entry of the manifest and these tensors describe."""
     name, experts = state.name, []
     for number, described in enumerate(entry["experts"]):
-        *stack, rows, columns = state.matrix
+        *stack, rows, columns = state.matrix  # a bias has no experts
         path = f"expert/{name}/{number}"
         a = file.tensors.get(f"{path}/a") if "a" in described["tensors"] else None
         rank = a.shape[-2] if a is not None and a.dim() > 1 else 0
@@ -273,10 +267,12 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> Weig
         if f"dense/{name}/{view}" in file or (state.full and view == "slow")
     }
     if dense and "slow" not in dense:
-        raise CheckpointError(
-            f"{file.where}: has no tensor {sanitized(repr(f'dense/{name}/slow'))}, which what is dense beside it needs"
+        raise ValueError(
+            f"has no tensor {sanitized(repr(f'dense/{name}/slow'))}, which the other dense views of this weight need"
         )
-    views = {view: View(_vector(numbers), dense.get(view, dense.get("slow"))) for view, numbers in vectors.items()}
+    views = {
+        view: View(tuple(map(float, numbers)), dense.get(view, dense.get("slow"))) for view, numbers in vectors.items()
+    }
     scale = f"row_scale/{name}"
     return replace(
         state,
@@ -289,14 +285,10 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> Weig
     )
 
 
-def _vector(numbers: Sequence[float]) -> tuple[float, ...]:
-    return tuple(map(float, numbers))
-
-
 def _initial(
-    state: WeightState, site: Site, manifest: Mapping[str, Any], plan: Plan, file: _Taken
+    state: WeightState, site: Site, manifest: Mapping[str, Any], plan: Plan, file: _Tensors
 ) -> InitialFactors | None:
-    """Return the factors and magnitudes that the running stage began with; None for B = 0."""
+    """Return the factors and magnitudes that the running stage started with; None if it started at B = 0."""
     factors, magnitude, path = None, None, f"initial/{state.name}"
     if plan.spec.factor_start.from_weight and not manifest["idle"]:
         *stack, rows, columns = state.matrix
@@ -308,66 +300,62 @@ def _initial(
     return None if factors is None and magnitude is None else InitialFactors(factors, magnitude)
 
 
-class _Taken:
-    """The tensors of a checkpoint: checks each one that is taken, and knows which were not."""
+class _Tensors:
+    """The tensors of a checkpoint: checks each one that is taken, and knows which ones were not."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-        self.tensors, self.where = tensors, where
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
         self.left = dict.fromkeys(name for name in tensors if not name.startswith(ELSEWHERE))
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def any_of(self, name: str) -> torch.Tensor:
-        """Return a tensor that may have any shape and kind."""
-        self.left.pop(name, None)
-        return self.tensors[name]
-
     def take(
-        self, name: str, shape: tuple[int, ...], like: torch.dtype | None = None, finite: bool = False
+        self, name: str, shape: tuple[int, ...] | None = None, like: torch.dtype | None = None, finite: bool = False
     ) -> torch.Tensor:
-        """Return a tensor of this shape, of the kind of numbers that `like` is (real ones by default); `finite`:
-        without inf and nan.
+        """Return a tensor.
+
+        Args:
+            name: in the file.
+            shape: that it must have; without one it may have any shape and dtype.
+            like: a dtype of the same kind (real, complex, or else the very same); float32 by default.
+            finite: refuse inf and nan.
+
+        Raises:
+            ValueError, CheckpointError: it is missing, or anything else than that.
         """
-        tensor = self.tensors.get(name)
+        tensor, shown = self.tensors.get(name), sanitized(repr(name))
         if tensor is None:
-            raise CheckpointError(f"{self.where}: has no tensor {sanitized(repr(name))}")
-        if tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(
-                f"{self.where}: {sanitized(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}"
-            )
+            raise ValueError(f"has no tensor {shown}")
         like = torch.float32 if like is None else like
-        if tensor.dtype != like and not any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX)):
-            raise CheckpointError(f"{self.where}: {sanitized(repr(name))} holds {tensor.dtype}, not {like}")
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{shown} is {tuple(tensor.shape)}, the plan says {tuple(shape)}")
+        same_kind = tensor.dtype == like or any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX))
+        if shape is not None and not same_kind:
+            raise ValueError(f"{shown} holds {tensor.dtype}, not {like}")
         if finite and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{self.where}: {sanitized(repr(name))} holds inf or nan, which save never writes",
-                code="non-finite",
-            )
+            raise CheckpointError(f"{shown} holds inf or nan, which save never writes", code="non-finite")
         self.left.pop(name, None)
         return tensor
 
     def check_all_taken(self) -> None:
-        """Refuse tensors that were not taken."""
+        """Refuse tensors that nobody took."""
         if self.left:
-            raise CheckpointError(
-                f"{self.where}: holds {sanitized(repr(next(iter(self.left))))}, which this plan has no place for"
-            )
+            raise ValueError(f"holds the unexpected tensor {sanitized(repr(next(iter(self.left))))}")
 
 
-# ---- a living cascade takes a state over
+# ---- a cascade takes a state over
 
 
-def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> None:
-    """Put a decoded state into a cascade that has its sites; the cascade's plan is then the state's; all or nothing.
+def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
+    """Put a decoded state into a cascade that has its sites, all or nothing. The cascade then has the state's plan.
 
-    With `undo` this is a part of a larger block.
+    With `undo` this is part of a larger transaction.
 
     Raises:
-        CheckpointError: its buffers do not fit the model. The cascade is as it was.
+        ValueError, CheckpointError: its buffers do not fit the model. The cascade is unchanged.
     """
-    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
-    replaced = _model_state(run, state, where, moves)
+    tensors, buffers = _model_state(run, state)
 
     def write(name: str, out: torch.Tensor) -> None:
         if name in state.values:
@@ -375,8 +363,9 @@ def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> 
         else:
             state.slow.write_resting(name, state.plan, out)
 
+    # Untrained parameters need no copy for a rollback, and when a cascade is loaded all of them are untrained.
     parameters = run.parameters_by_name()
-    live = {  # needs no copy to be put back, as all that is trained in full where a cascade is loaded
+    live = {
         name: start
         for name in run.slow.trained
         if (start := run.slow.started(name).start.dense) is not None and not run.slow.moved({name: parameters[name]})
@@ -387,27 +376,28 @@ def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> 
         run.present(state.slow.states),
         write,
         factors=state.branches,
-        tensors=moves,
-        buffers=replaced,
+        tensors=tensors,
+        buffers=buffers,
         live=live,
     )
     run.commit(planned, undo)
 
 
 def _model_state(
-    run: Run, state: RunState, where: str, moves: list[tuple[torch.Tensor, torch.Tensor]]
-) -> list[tuple[Holder, torch.Tensor | None]]:
-    """Add to `moves` the buffers that keep their tensors, and parameters that forward writes; return the other buffers,
-    each with the tensor that it gets.
+    run: Run, state: RunState
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[Holder, torch.Tensor | None]]]:
+    """Return the tensors of the model that get new values in place, and the buffers that get another tensor or none.
 
-    A tensor of the file takes no more memory than its bytes there, so that a buffer may have any shape.
+    In place: buffers that keep shape and ties, and parameters that forward writes. Any other buffer gets the tensor of
+    the file, which takes no more memory than its bytes there, so its shape is not checked.
     """
+    in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
-    held = _Taken({f"buffer/{name}": value for name, value in state.buffers.items()}, where)
+    held = _Tensors({f"buffer/{name}": value for name, value in state.buffers.items()})
     buffers = buffer_holders(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
-        raise CheckpointError(f"{where}: has a buffer {sanitized(repr(foreign))}, and the model has none of this name")
+        raise ValueError(f"has a buffer {sanitized(repr(foreign))}, and the model has none of this name")
     first: dict[int, str] = {}
     groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
     for name, holder in buffers.items():
@@ -416,20 +406,54 @@ def _model_state(
         if f"buffer/{source}" in held:
             groups.setdefault(source, []).append(name)
         elif holder.value is not None and name not in empty:
-            held.take(f"buffer/{source}", tuple(holder.value.shape), holder.value.dtype)  # raises
+            held.take(f"buffer/{source}")  # raises
     replaced: list[tuple[Holder, torch.Tensor | None]] = [(buffers[name], None) for name in empty]
     for source, names in groups.items():
-        value, before = held.tensors[f"buffer/{source}"], buffers[names[0]].value
+        value, before = held.take(f"buffer/{source}"), buffers[names[0]].value
         holders = [name for name, holder in buffers.items() if holder.value is before]
         if before is not None and value.shape == before.shape and holders == names:
             finite = any(run.started_finite(name, before.shape) for name in names)
-            moves.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype, finite)))
+            in_place.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype, finite)))
         else:
-            new = held.any_of(f"buffer/{source}").to(buffers[names[0]].device, copy=True)
+            new = value.to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]
     for name, parameter in run.parameters_by_name().items():
         if f"buffer/{name}" in held and name not in run.slow.states and name not in buffers:  # forward writes it
             here = local(parameter)
-            moves.append((here, held.take(f"buffer/{name}", tuple(here.shape), here.dtype)))
+            in_place.append((here, held.take(f"buffer/{name}", tuple(here.shape), here.dtype)))
     held.check_all_taken()
-    return replaced
+    return in_place, replaced
+
+
+def gradients_in(run: Run) -> tuple[Tensors, list[str]]:
+    """Return copies of the gradients by their names in a checkpoint, and the parameters whose gradients wait for a
+    step: a run that is saved between backward and step, or accumulates, loses none.
+    """
+    trainable = run.trainable()
+    tensors = {
+        f"gradient/{name}": parameter.grad.detach().clone()
+        for name, parameter in trainable.items()
+        if parameter.grad is not None
+    }
+    return tensors, run.pending.waiting(trainable)
+
+
+def gradients_of(run: Run, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Planned:
+    """Return the commit of the gradients in a checkpoint, for a cascade that has its state.
+
+    Raises:
+        CheckpointError: a gradient is not of a parameter that trains here, or differs from it in shape or dtype.
+    """
+    parameters, values = run.trainable(), {}
+    for key in (key for key in tensors if key.startswith("gradient/")):
+        name, tensor = key.removeprefix("gradient/"), tensors[key]
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"{key!r} is not of a parameter that trains")
+        if parameter.shape != tensor.shape or parameter.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{key!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
+                f"{tuple(parameter.shape)} {parameter.dtype}: it is from another run"
+            )
+        values[name] = tensor
+    return Planned(run.plan, run.slow, gradients=Gradients(values, manifest.get("unapplied_gradients", ())))

@@ -1,4 +1,4 @@
-"""Folded weights one at a time: those of a living cascade, or of a checkpoint alone, for which no model is built."""
+"""Folded weights one at a time: of a cascade, or of a checkpoint alone, for which no model is built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorasc_fx.cascade.experts import check_which
 from lorasc_fx.cascade.folding import check_asked
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.checkpoint.reader import Checkpoint, with_learners
+from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state import Which, check_finite
@@ -24,16 +24,16 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """What a fold makes of a base.
+    """How a fold changes a base.
 
     Args:
-        where: whose they are, for messages.
+        where: the run or checkpoint, for messages.
         base: fingerprint of each base parameter, by its first name.
-        changes: of each parameter that a fold changes, by its first name.
+        changes: function for each parameter that the fold changes, by its first name.
         whole: folded values of the parameters trained in full, which need no base.
-        buffers: the model's buffers as they are, by name.
-        aliases: the names of a tied parameter, by each of them.
-        running: the number of a stage that has trained and had not ended, which counts as ended here; None without one.
+        buffers: current buffers of the model, by name.
+        aliases: all names of a tied parameter, by each of them.
+        running: the number of a stage that has trained without an end, and counts as ended here; None without one.
     """
 
     where: str
@@ -46,10 +46,10 @@ class FoldedWeights:
 
 
 def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeights:
-    """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
+    """Return the folded weights of a cascade. A running stage that has trained counts as ended.
 
     Raises:
-        StateError: a quantized weight has trained, and no file of the base's layout can hold it.
+        StateError: a quantized weight has trained, and a file in the layout of the base cannot hold it.
     """
     check_which(call, str(which), run.plan.spec)
     meant: Which = "averaged" if which == "averaged" else "slow"
@@ -67,16 +67,16 @@ def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeigh
 
 
 def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:
-    """Return the folded weights of a checkpoint; a running stage that has trained counts as ended.
+    """Return the folded weights of a checkpoint. A running stage that has trained counts as ended.
 
     Raises:
-        CheckpointError: it is not what a checkpoint of its plan holds.
+        CheckpointError: its tensors do not fit its plan.
         StateError: which is `averaged`, and its spec keeps no average.
         NonFiniteBranch: a running branch holds inf or nan.
     """
     plan = checkpoint.plan
     check_which(f"fold {checkpoint.path}", which, plan.spec)
-    state, learners = with_learners(checkpoint)
+    state, learners = checkpoint.with_learners()
     slow, begun = state.slow, state.slow.moved(learners)
     if begun:
         for learner in learners.values():

@@ -1,4 +1,4 @@
-"""Other runs on one base, for a sum or beside a cascade: a folder that was saved, or a cascade that lives."""
+"""Other runs on the same base, to be summed or added to a cascade: a checkpoint folder, or a cascade."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lorasc_fx.cascade.experts import bare, differ, other_kind
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read, with_learners
+from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read
 from lorasc_fx.errors import SpecError, named
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import Part
@@ -20,8 +20,15 @@ from lorasc_fx.state.model import host
 
 @dataclass(frozen=True)
 class GivenRun:
-    """A run as given to `merge` or `add`: what it is called in messages, its plan, the fingerprints of its base, and
-    the names of what is no part of the base: buffers, and parameters that forward writes.
+    """A run as given to `merge` or `add`.
+
+    Args:
+        name: for messages.
+        plan: of the run.
+        base: fingerprints of its base.
+        moved: names of what is not part of the base: buffers, and parameters that forward writes.
+        frontend: that the user asked for.
+        run: the run itself.
     """
 
     name: str
@@ -33,7 +40,7 @@ class GivenRun:
 
     @classmethod
     def of(cls, given: Run | str | PathLike[str], name: str, call: str) -> GivenRun:
-        """Read a folder, or look at a living run."""
+        """Read a checkpoint folder, or wrap the run of a cascade."""
         if isinstance(given, Run):
             given.check_ready(call)
             given.note_kept()
@@ -41,35 +48,29 @@ class GivenRun:
             return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
         if not isinstance(given, (str, PathLike)):
             raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
-        checkpoint = read(given)
-        return cls(
-            f"{name}, {checkpoint.path}",
-            checkpoint.plan,
-            checkpoint.manifest["base"],
-            checkpoint.moved,
-            checkpoint.frontend,
-            checkpoint,
-        )
+        saved = read(given)
+        base = saved.manifest["base"]
+        return cls(f"{name}, {saved.path}", saved.plan, base, saved.moved, saved.frontend, saved)
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
-        """Raise CheckpointError where the model is not what this run adapted."""
-        advice = "give runs on the one base that all of them adapted"
+        """Raise CheckpointError if the model is not what this run adapted."""
+        advice = "give runs that all adapted the same base"
         check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
 
     def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
-        """Return the run as a part of the sum; a running stage that has trained is counted, as `release` counts it.
+        """Return the run as a part of the sum. A running stage that has trained counts as ended, as in `release`.
 
         Args:
-            bases: W0 by name, on which the running stage of a folder ends.
+            bases: W0 by name, which ending the running stage of a checkpoint needs.
 
         Raises:
-            CheckpointError: a folder is not what a checkpoint of its plan holds.
+            CheckpointError: the tensors of a checkpoint do not fit its plan.
             NonFiniteBranch: a running branch holds inf or nan.
         """
         if isinstance(self.run, Run):
             buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
             return Part(self.name, self.plan, bare(ended(self.run, "merge")), buffers)
-        state, learners = with_learners(self.run)
+        state, learners = self.run.with_learners()
         slow = state.slow
         if slow.moved(learners):
             states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
@@ -78,10 +79,10 @@ class GivenRun:
 
 
 def add(run: Run, name: str, given: GivenRun) -> None:
-    """Keep what another run on this base has learnt, by a name; nothing is written to the model.
+    """Keep what another run on this base has learned, under a name. Nothing is written to the model.
 
     Raises:
-        CheckpointError: another base. SpecError: the other run has changed a weight that is no site here.
+        CheckpointError: another base. SpecError: the other run has changed a weight that is not a site here.
     """
     slow, parameters = run.slow, run.parameters_by_name()
     given.check_base(run.fingerprints(), "add")
@@ -90,8 +91,8 @@ def add(run: Run, name: str, given: GivenRun) -> None:
     part = given.part(bases)
     if foreign := [key for key, state in part.slow.states.items() if state.changed and key not in known]:
         raise SpecError(
-            f"add: {given.name}, has changed {named(foreign)}, which is no site here. Adapt by a spec whose targets "
-            "have these weights as well, or make the cascade by lorasc_fx.load of that run, and add this one to it",
+            f"add: {given.name}, has changed {named(foreign)}, which is not a site here. Adapt with a spec whose "
+            "targets include these weights, or load that run with lorasc_fx.load and add this one to it",
             code="sites-differ",
         )
     states = {key: state for key, state in part.slow.states.items() if key in known}

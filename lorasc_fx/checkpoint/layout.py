@@ -1,14 +1,14 @@
-"""The files of a checkpoint: versions, each a folder with a manifest and tensors, and how their bytes are read.
+"""The files of a checkpoint, how their bytes are read, and how damage is reported.
 
-The tensors are in one file, or in one of each rank that holds shards: then each file has its shards, in the order of
-ranks, and the first one all else.
+A checkpoint folder holds versions. Each version is a folder with a manifest and the tensors, which are in one file, or
+in one file per rank if several ranks hold shards: each file has the shards of its rank, the first one everything else.
 
-W0 is not copied, except W0 of what is trained in full. A fingerprint of each base parameter refuses another base and
-names what differs. Loading runs no code from a file.
+W0 is not copied, except W0 of parameters trained in full. The manifest has a fingerprint of each base parameter, so
+that another base is refused by name. Loading runs no code from a file.
 
-A file that is mapped, or opened a second time by its path, may have changed since its digest was taken; one that is cut
-short while it is mapped ends the process. So a file is opened once and read, and digest and content come from the same
-bytes.
+A file that is memory-mapped, or opened twice by its path, may change after its digest was computed, and a mapped file
+that is truncated kills the process. So each file is opened once and read into memory, and digest and content come from
+the same bytes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from lorasc_fx.errors import CheckpointError
+from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
 from lorasc_fx.util.version import version
 
 FORMAT = 1
@@ -34,6 +36,39 @@ TENSORS = "state.safetensors"
 _NAME = re.compile(r"version-([0-9]{8,})")
 """A version is numbered by the count of saves."""
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What code that takes files at their word raises for damaged ones."""
+
+
+@contextmanager
+def refusing(
+    where: object, advice: str, code: str | None = None, *, also: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Raise whatever a damaged or forged file causes inside the block as a CheckpointError.
+
+    The message says where, why, and what to do. Other errors of this package pass.
+
+    Args:
+        where: the file or folder.
+        advice: what to do about it.
+        code: of damage that has no code of its own.
+        also: further exceptions to raise so. For MemoryError, the code is "out-of-memory".
+    """
+    damage: tuple[type[Exception], ...] = (*_DAMAGE, *also)
+    try:
+        yield
+    except (CheckpointError, SpecError) as fault:
+        own = fault.code if isinstance(fault, CheckpointError) else code
+        raise CheckpointError(f"{where}: {fault}; {advice}", code=own) from fault
+    except LorascError:
+        raise
+    except (OSError, SafetensorError) as fault:
+        reason = sanitized(reason_of(fault), 300)
+        raise CheckpointError(f"{where}: cannot be read: {reason}; {advice}", code="unreadable-file") from fault
+    except damage as fault:
+        name = "" if isinstance(fault, ValueError) else f"{type(fault).__name__}: "
+        code = "out-of-memory" if isinstance(fault, MemoryError) else code
+        raise CheckpointError(f"{where}: {name}{sanitized(str(fault), 400)}; {advice}", code=code) from fault
 
 
 def is_our_file(name: str) -> bool:
@@ -42,7 +77,7 @@ def is_our_file(name: str) -> bool:
 
 
 def file_names(count: int) -> list[str]:
-    """Return the names of the files of tensors that so many ranks write."""
+    """Return the names of the tensor files that this many ranks write."""
     return [TENSORS] if count == 1 else [f"state-{rank:05d}-of-{count:05d}.safetensors" for rank in range(1, count + 1)]
 
 
@@ -52,7 +87,7 @@ def canonical(manifest: Mapping[str, Any]) -> str:
 
 
 def list_versions(root: Path) -> list[Path]:
-    """Return the versions in a folder, oldest first. A folder without any file of ours is none."""
+    """Return the versions in a folder, oldest first. A folder without any file of ours is not a version."""
     if not root.is_dir():
         return []
     numbered = [(_number(path), path) for path in root.iterdir() if _number(path) and _holds_files(path)]
@@ -65,11 +100,11 @@ def next_name(root: Path) -> str:
 
 
 def way_back(version: Path) -> str:
-    """Return the sentence that says what to do about a version that cannot be loaded: use the one before it."""
+    """Return what to do about a version that cannot be loaded: use the one before it, if there is one."""
     before = [path.name for path in list_versions(version.parent) if _number(path) < _number(version)]
     if not before:
-        return "no version before it is here: start anew, and keep several (save(keep=N))"
-    return f"take {version.name} away, and {before[-1]} is loaded"
+        return "there is no earlier version here: start again, and keep several versions (save(keep=N))"
+    return f"move {version.name} away, and {before[-1]} is loaded"
 
 
 def _number(path: Path) -> int:
@@ -86,43 +121,38 @@ def _holds_files(path: Path) -> bool:
 
 
 def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> bytes:
-    """Return the content of a plain file.
+    """Return the content of a regular file. Errors do not name the path: read inside `refusing`.
 
     Args:
         path: of the file.
-        most: number of bytes that such a file can have; by default what this machine has memory for.
-        links: whether a link is followed.
+        most: largest size that such a file can have; by default the memory of this machine.
+        links: whether to follow a symbolic link.
 
     Raises:
-        CheckpointError: it is a link, a folder, a pipe or a device, or larger than it can be.
+        CheckpointError: it is a link, a folder, a pipe or a device, or larger than such a file or the memory can be.
         OSError: it cannot be read.
     """
     if not links and path.is_symlink():
         raise CheckpointError(
-            f"{path}: is a link; a checkpoint holds its files itself: copy the file there", code="unreadable-file"
+            "is a symbolic link, and a checkpoint holds its files itself: copy the file there", code="unreadable-file"
         )
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe is refused, not waited for
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking, so that a pipe is refused and not waited for
     handle = os.open(path, flags if links else flags | os.O_NOFOLLOW)
-    try:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise CheckpointError(
-                f"{path}: is no plain file; a folder, a pipe or a device is not read", code="unreadable-file"
-            )
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(handle)
+        raise CheckpointError("is not a regular file, but a folder, a pipe or a device", code="unreadable-file")
+    with os.fdopen(handle, "rb") as file:
         limit = most if most is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if about.st_size > limit:
             why = "such a file has" if most is not None else "this machine has memory for"
-            raise CheckpointError(f"{path}: has {about.st_size} bytes, {why} {limit} at most")
+            raise CheckpointError(f"has {about.st_size} bytes; {why} at most {limit}")
         try:
-            with os.fdopen(handle, "rb", closefd=False) as file:
-                return file.read(about.st_size)
+            return file.read(about.st_size)
         except MemoryError as fault:
             raise CheckpointError(
-                f"{path}: has {about.st_size} bytes, for which there is no memory; free some, or take a larger machine",
-                code="out-of-memory",
+                f"has {about.st_size} bytes, and there is not enough memory for them: free some", code="out-of-memory"
             ) from fault
-    finally:
-        os.close(handle)
 
 
 def sanitized(name: object, most: int = 80) -> str:
@@ -132,14 +162,5 @@ def sanitized(name: object, most: int = 80) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of torch, of this package and of python: the same bits are promised under the same ones."""
+    """Return the versions of torch, this package and Python. Equal bits are promised under equal versions only."""
     return {"torch": str(torch.__version__), "lorasc-fx": version(), "python": platform.python_version()}
-
-
-def differences(saved: Any) -> list[str]:
-    """Return what is another version now, as `torch 2.13.0, here 2.14.0`; what was not written down is not compared."""
-    if not isinstance(saved, dict):
-        return []
-    return [
-        f"{name} {saved[name]}, here {now}" for name, now in versions().items() if name in saved and saved[name] != now
-    ]

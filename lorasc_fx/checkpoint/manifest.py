@@ -9,24 +9,26 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from lorasc_fx.checkpoint.layout import file_names, sanitized
+from lorasc_fx.checkpoint.layout import FORMAT, canonical, file_names, sanitized
+from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Side
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.files import parse_json
+from lorasc_fx.util.fingerprint import text_digest
 
 LONGEST = 1 << 26
-"""Bytes that a manifest has at most; parsed, JSON takes some twenty times as much."""
+"""Largest number of bytes of a manifest; parsed JSON takes some twenty times as much memory."""
 VIEWS = ("slow", "start", "average")
-"""Views of a slow state that are coefficient vectors of its entry; the ends of stages stand in its "stage_ends"."""
+"""Views of a slow state that its entry stores as coefficients. The ends of stages are in its "stage_ends"."""
 EXPERT_FIELDS: Mapping[str, Side] = {item.name: item.metadata[Side] for item in fields(Expert) if Side in item.metadata}
-"""Tensors of an expert, which are named by their field, and how they lie beside the weight."""
+"""Tensors of an expert, named like their fields, with the side of the weight that each one lies on."""
 
 
 def _is_expert(tensors: list[str]) -> bool:
@@ -34,10 +36,10 @@ def _is_expert(tensors: list[str]) -> bool:
 
 
 def _is_random(state: list[Any]) -> bool:
-    """Whether a state is one of Python's generator."""
+    """Whether this is a state of Python's random generator."""
     try:
         version, words, gauss = state
-        if version != random.Random().getstate()[0]:  # setstate takes older ones, and changes them
+        if version != random.Random().getstate()[0]:  # setstate accepts older versions, and changes them
             return False
         if any(type(word) is not int or not 0 <= word < 2**32 for word in words):
             return False
@@ -48,7 +50,7 @@ def _is_random(state: list[Any]) -> bool:
 
 
 def _is_reference(reference: dict[str, Any]) -> bool:
-    """Whether a table is the place and the name of a tensor, or a place and a number that JSON cannot hold."""
+    """Whether this is a path with the name of a tensor, or with a number that JSON cannot hold."""
     path, tensor = reference.get("path"), str(reference.get("tensor", ""))
     return (
         len(reference) == 2
@@ -77,14 +79,14 @@ Group = Annotated[dict[str, Any], Check(lambda group: isinstance(group.get("para
 
 
 class ExpertEntry(TypedDict):
-    """One expert of a weight; stage 0 is training elsewhere, and without factors its rank is 0."""
+    """One expert of a weight. Stage 0 is training elsewhere; an expert without factors has rank 0."""
 
     stage: Stage
     tensors: Annotated[list[str], Check(_is_expert, f"give some of {', '.join(EXPERT_FIELDS)}, a and b together")]
 
 
 class NoiseEntry(TypedDict):
-    """Noise that a stage has left in a weight."""
+    """Noise that a stage left in a weight."""
 
     noise: Noise
     seed: Annotated[int, _up_to(2**63 - 1)]
@@ -112,7 +114,7 @@ class Mersenne(TypedDict):
 
 
 class Numpy(TypedDict):
-    """The state of numpy's generator; numpy itself does not look at the position in it."""
+    """The state of numpy's generator. numpy itself does not check the position in it."""
 
     bit_generator: Literal["MT19937"]
     state: Mersenne
@@ -121,7 +123,7 @@ class Numpy(TypedDict):
 
 
 class Generators(TypedDict):
-    """The states of random generators; those of torch are tensors."""
+    """The states of the random generators, except those of torch, which are tensors."""
 
     python: Annotated[list[Any], Check(_is_random, "give the state of Python's random generator")]
     numpy: NotRequired[Numpy | None]
@@ -135,7 +137,7 @@ Scheduler = TypedDict("Scheduler", {"class": str, "state": dict[str, Any]})
 
 
 class Manifest(TypedDict):
-    """All that a version holds beside its tensors."""
+    """Everything that a version holds besides its tensors."""
 
     format: int
     digest: str
@@ -165,10 +167,10 @@ class Manifest(TypedDict):
 
 
 def parsed(data: bytes) -> Any:
-    """Return what JSON text holds; numbers are finite.
+    """Return the value of a JSON text whose numbers are finite.
 
     Raises:
-        ValueError: it is no such JSON, or nested too deeply.
+        ValueError: it is not such JSON, or is nested too deeply.
     """
     return parse_json(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
 
@@ -176,17 +178,26 @@ def parsed(data: bytes) -> Any:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{sanitized(text)} is no number that JSON can hold")
+        raise ValueError(f"{sanitized(text)} is not a number that JSON can hold")
     return value
 
 
-def plan_of(manifest: Mapping[str, Any]) -> Plan:
-    """Check a manifest, and return its plan.
+def plan_of(manifest: Any) -> Plan:
+    """Check a manifest and return its plan.
 
     Raises:
-        ValueError: a field is missing, or of a value that a manifest of its plan cannot have.
-        CheckpointError: its plan is none.
+        ValueError: the manifest was changed after it was written, or a field is missing or impossible for its plan.
+        CheckpointError: another version of lorasc-fx wrote it, or its plan is invalid.
     """
+    written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if type(written) is not int or written != FORMAT:
+        raise CheckpointError(
+            f"has format {sanitized(repr(written))}, and this version reads format {FORMAT}: load it with the version "
+            "of lorasc-fx that wrote it",
+            code="format-not-supported",
+        )
+    if manifest.get("digest") != text_digest(canonical(manifest)):
+        raise ValueError("differs from its own digest: the file is damaged, or was edited")
     decode(Manifest, manifest)
     plan = Plan.from_json(json.dumps(manifest["plan"]))
     names = file_names(max(len(manifest["files"]), 1))
@@ -204,21 +215,21 @@ def plan_of(manifest: Mapping[str, Any]) -> Plan:
         if rule is not None and rule >= len(plan.spec.train_rules):
             raise ValueError(f"trained: {sanitized(name)} has {rule}, which is no rule of the spec's train_rules")
     if "averaged" in manifest and not (plan.spec.keeps_average and manifest["averaged"] < plan.stage):
-        raise ValueError(f"averaged is {manifest['averaged']}, which this plan's stages cannot have made")
+        raise ValueError(f"averaged is {manifest['averaged']}, which the stages of this plan cannot have produced")
     return plan
 
 
 def _problems(state: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    """Yield what a weight of this plan cannot have."""
+    """Yield what is impossible in the entry of a weight of this plan."""
     vectors = [view for view in VIEWS if view in state]
     if any(len(state[view]) != len(state["experts"]) for view in vectors):
         counts = ", ".join(f"{len(state[key])} {key}" for key in ("experts", *vectors))
-        yield f"has {counts}; there is one of each for every expert"
+        yield f"has {counts}, and each expert has one coefficient in each"
     ends = [stage for stage, _ in state["stage_ends"]]
     if any(one >= other for one, other in zip([state["gone"], *ends], ends, strict=False)):
         yield f"has ends of stages out of order: {sanitized([state['gone'], *ends])}"
     if any(len(coefficients) > len(state["experts"]) for _, coefficients in state["stage_ends"]):
-        yield "had at the end of a stage more coefficients than it has experts"
+        yield "has more coefficients at the end of a stage than it has experts"
     parts = (*state["experts"], *state["noises"])
     latest = max([state["gone"], *ends, *(part["stage"] for part in parts)])
     if latest > plan.stage:
@@ -227,17 +238,3 @@ def _problems(state: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         yield "keeps noise of stage 0"
     if "average" in state and not plan.spec.keeps_average:
         yield "holds an average, and the spec keeps none"
-
-
-def optimizer_index(name: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-    """Return the parameter and the name that a tensor `optimizer/INDEX/NAME` has.
-
-    Raises:
-        ValueError: it has neither, or the optimizer has fewer parameters.
-    """
-    _, _, rest = name.partition("/")
-    index, _, key = rest.partition("/")
-    count = sum(len(group["params"]) for group in groups)
-    if not index.isdecimal() or len(index) > 9 or int(index) >= count or not key:
-        raise ValueError(f"{sanitized(name)} is no state of one of {count} parameters")
-    return int(index), key

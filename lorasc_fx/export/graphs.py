@@ -1,4 +1,4 @@
-"""A cascade as one graph of ATen operations: an ExportedProgram, and a `.pt2` or ONNX file made of it."""
+"""A cascade as one graph of ATen operations: an ExportedProgram, or a `.pt2` or ONNX file made from it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def pt2(
     folded: bool = True,
     which: Literal["slow", "averaged"] = "slow",
 ) -> Path:
-    """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads where lorasc_fx is not installed.
+    """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads without lorasc_fx.
 
-    Sizes that the captured graph leaves open stay open, the batch among them; an axis of size 1 in the example is
-    fixed. The file holds no inputs of yours: in their place it has zeros.
+    Dynamic sizes of the captured graph stay dynamic, such as the batch. An axis of size 1 in the example is fixed. The
+    file holds zeros instead of your example inputs.
 
     Args:
-        cascade: goes on as it was.
+        cascade: is not changed.
         path: ends with `.pt2`.
-        args, kwargs: inputs whose graph is wanted; without, those of `adapt`.
-        folded: the slow weights and the captured nodes; otherwise the running cascade, branches and noise included.
-        which: of a folded one: `slow` weights, or their average over stages.
+        args, kwargs: inputs to capture the graph for; by default those of `adapt`.
+        folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
+        which: if folded: `slow` weights, or their average over stages.
 
     Returns:
         The path.
@@ -73,19 +73,19 @@ def onnx(
     folded: bool = True,
     which: Literal["slow", "averaged"] = "slow",
 ) -> Path:
-    """Write the graph of eval mode as an ONNX file, with the sizes open that the captured graph leaves open.
+    """Write the graph of eval mode as an ONNX file. Dynamic sizes of the captured graph stay dynamic.
 
-    ONNX has no check of sizes. If the model computes something else than the graph at a size of 0 or 1, a warning says
-    so, and the metadata of the file has the smallest sizes: `least_sizes`, as JSON by input and axis.
+    ONNX does not check sizes. If the model computes something else than the graph at a size of 0 or 1, this warns, and
+    the metadata of the file has the smallest sizes: `least_sizes`, as JSON by input and axis.
 
-    The version of the operators is torch's choice; for another give `program(...)` to torch.onnx.export.
+    torch chooses the version of the operators. For another version, give `program(...)` to torch.onnx.export.
 
     Args:
-        cascade: goes on as it was.
-        path: ends with `.onnx`. Weights of about 2 GB and more lie in a file beside it, `PATH.data`.
-        args, kwargs: inputs whose graph is wanted; without, those of `adapt`.
-        folded: the slow weights and the captured nodes; otherwise the running cascade, branches and noise included.
-        which: of a folded one: `slow` weights, or their average over stages.
+        cascade: is not changed.
+        path: ends with `.onnx`. Weights of about 2 GB and more are written to a second file, `PATH.data`.
+        args, kwargs: inputs to capture the graph for; by default those of `adapt`.
+        folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
+        which: if folded: `slow` weights, or their average over stages.
 
     Returns:
         The path.
@@ -105,13 +105,13 @@ def onnx(
     try:
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
-    except Exception as fault:  # torch.onnx raises what its parts raise
+    except Exception as fault:  # torch.onnx may raise anything
         cause: BaseException = fault
-        while cause.__cause__ is not None:  # the outer ones say that something failed, not what
+        while cause.__cause__ is not None:  # outer errors say that something failed, but not what
             cause = cause.__cause__
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise CaptureError(
-            f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there",
+            f"export.onnx: torch.onnx cannot convert this graph: {reason[0]}; change the model there",
             code="not-exportable",
         ) from fault
     assert onnx_program is not None
@@ -121,7 +121,7 @@ def onnx(
         warn(
             f"export.onnx: the smallest sizes by input and axis are {sizes}. Below them the model computes something "
             "else than its graph, and ONNX cannot refuse them: check sizes before you run the file, or export the "
-            "model again with example inputs of a smaller size",
+            "model with example inputs of a smaller size",
             "smaller-sizes-not-refused",
         )
     with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
@@ -160,7 +160,7 @@ def _program(
     which: Literal["slow", "averaged"],
     call: str,
 ) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]]]:
-    """Return the program, and by input and axis the smallest sizes that it checks."""
+    """Return the program, and the smallest sizes that it checks, by input and axis."""
     cascade._run.check_ready(call)
     cascade._run.check_buffers(call)
     inputs = cascade._inputs(args, kwargs)
@@ -168,7 +168,7 @@ def _program(
     with _evaluating(cascade):
         variant, captured_call = cascade._graphs.variant_of(bound, named)
         module: nn.Module = cascade
-        if folded or variant.universal:  # of graph breaks, it says where they are
+        if folded or variant.universal:  # of a model with graph breaks: raises, and says where they are
             module, least = cascade._folded(bound, named, None, which)
         else:
             _, least = cascade._graphs.fold(variant, captured_call, None)
@@ -180,7 +180,7 @@ def _program(
         except Exception as fault:  # a tracer may raise anything
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise CaptureError(
-                f"{call}: torch.export does not take this graph: {reason[0]}; change the model there",
+                f"{call}: torch.export cannot export this graph: {reason[0]}; change the model there",
                 code="not-exportable",
             ) from fault
     if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
@@ -196,8 +196,9 @@ def _program(
 
 
 def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what torch.export shall leave open: every size that is no constant of the captured graph; by the names of
-    the module's arguments.
+    """Return which sizes are dynamic, by the names of the module's arguments, for torch.export.
+
+    These are all sizes that are not constants of the captured graph.
     """
     flat = leaves(args, kwargs)
     known = variant.conditions.sizes or (None,) * len(flat)
@@ -212,14 +213,14 @@ def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: 
     signature = inspect.signature(module.forward)
     named: dict[str, Any] = signature.bind(*positional, **by_name).arguments
     if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in named):
-        return None  # torch 2.13 finds no tree for them
+        return None  # torch 2.13 does not support them
     return named
 
 
 def _as_given(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], by_name: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a call in canonical shape with those arguments by name that were given so: a program keeps the manner."""
+    """Return a bound call with the same arguments by name as in the user's call, because a program accepts no other."""
     arguments = signature.bind(*args, **kwargs).arguments
     named = {name: arguments.pop(name) for name in list(arguments) if name in by_name}
     first = list(signature.parameters)[: len(arguments)]
@@ -231,7 +232,7 @@ def _as_given(
 
 @isolated
 def _evaluating(undo: Block, cascade: Cascade) -> None:
-    """Put the model in eval mode for a while; each module gets its own mode back."""
+    """Put the model in eval mode inside the block, and restore the mode of each module after it."""
     for module in cascade.modules():
         undo(partial(setattr, module, "training", module.training))
     cascade.eval()

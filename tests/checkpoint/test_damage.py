@@ -635,7 +635,7 @@ RESUMES: list[tuple[Edit, tuple[object, ...]]] = [
     (group(0, params=[1, 0]), ("optimizer-differs",)),
     (
         lambda each: each["tensor_references"].append({"path": ["extra", "epoch"], "number": "inf"}),
-        ("invalid-checkpoint", "ValueError"),
+        ("invalid-checkpoint", "['extra', 'epoch']"),
     ),
 ]
 STATES: list[tuple[Edit, tuple[object, ...]]] = [

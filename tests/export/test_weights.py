@@ -296,18 +296,18 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
     lx.save(cascade, tmp_path / "checkpoint")
     bent = {**state, "2.weight": state["2.weight"] * 2}
     cases: dict[str, tuple[dict[str, torch.Tensor] | None, str, str]] = {
-        "another base": (bent, "out", "2.weight of {}/given.safetensors holds other numbers than the 2.weight that"),
+        "another base": (bent, "out", "2.weight of {}/given.safetensors holds other values than the 2.weight that"),
         "a weight is missing": (
             {name: value for name, value in state.items() if name != "4.weight"}, "out",
-            "given.safetensors holds no tensor with the numbers that 4.weight had before",
+            "given.safetensors holds no tensor with the values that 4.weight had before",
         ),
         "no tensor is named": (
             {f"{name}x": value for name, value in {**state, "again": state["0.bias"].clone()}.items()}, "out",
-            "0.bias goes by another name in {}/given.safetensors, and cannot be recognized by its numbers",
+            "0.bias has another name in {}/given.safetensors, and cannot be recognized by its values",
         ),
         "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
-        "the place is the base": (state, "given.safetensors", "given.safetensors is the base, and is not overwritten"),
-        "no base": (None, "out", "given.safetensors is no safetensors file, nor a folder with model.safetensors"),
+        "the place is the base": (state, "given.safetensors", "given.safetensors is the base, which is not overwritten"),
+        "no base": (None, "out", "given.safetensors is not a safetensors file, nor a folder with model.safetensors"),
     }  # fmt: skip
     for what, (tensors, out, message) in cases.items():
         given = tmp_path / "given.safetensors"
@@ -321,7 +321,7 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
         assert sorted(path.name for path in tmp_path.rglob("*")) == before
     given.write_bytes(b"\x08\0\0\0\0\0\0\0{}{}{}{}")
     assert main(arguments) == 2
-    assert "given.safetensors cannot be read: " in capsys.readouterr().err
+    assert "given.safetensors: cannot be read: " in capsys.readouterr().err
     assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(given)]) == 2
     assert "checkpoint is no run folder; give --output, the place to write to" in capsys.readouterr().err
     with raises(lx.SpecError, "invalid-value", "max_shard_bytes", "0"):
@@ -340,9 +340,9 @@ def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
-        ((), "has no tensor 'value/0.bias'; no version before"),
-        (("dense/0.bias/slow",), "'dense/0.bias/slow' is (3,), the plan says (7,); no version before"),
-        (("value/0.bias",), "'dense/0.bias/slow' is (7,), the plan says (3,); no version before"),
+        ((), "has no tensor 'value/0.bias'; there is no earlier version"),
+        (("dense/0.bias/slow",), "'dense/0.bias/slow' is (3,), the plan says (7,); there is no earlier version"),
+        (("value/0.bias",), "'dense/0.bias/slow' is (7,), the plan says (3,); there is no earlier version"),
     ],
 )
 def test_a_checkpoint_that_was_edited(

@@ -44,7 +44,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "unpack gradients": (state_dict, "gradients_of"),
     "load into a cascade": (lx.Cascade, "_take_over"),
     "write an adapter": (peft_writer, "save_file"),
-    "write a tensor": (safetensors_files, "write_tensor"),
+    "write a tensor": (safetensors_files, "bytes_of"),
     # stages
     "transition": (transition, "next_stage"),
     "start of a weight": (Branch, "next_a"),

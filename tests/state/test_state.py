@@ -163,7 +163,7 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
         [*own, "row_scale"] for own in tensors
     ]
     assert [name for name in written if name.endswith(("/b", "/a"))] == ["expert/w/1/b", "expert/w/1/a"]
-    found = decode(manifest, written, plan, "here").slow.states["w"]
+    found = decode(manifest, written, plan).slow.states["w"]
     again = dataclasses.replace(found, base=state.base)
     for stage in (1, 2, 3, 4):
         one, other = state.at(stage), again.at(stage)
@@ -199,7 +199,7 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     assert not half.faults()
     plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
     manifest, written, _ = encode(RunState(plan, SlowWeights({"w": half}), {}, {"w": values[1]}, {}, {}))
-    found = decode(manifest, written, plan, "here").slow.states["w"]
+    found = decode(manifest, written, plan).slow.states["w"]
     for stage in (0, 1, 2):
         one, other = half.at(stage), found.at(stage)
         assert one is not None

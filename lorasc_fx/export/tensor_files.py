@@ -1,0 +1,201 @@
+"""Safetensors files, read and written one tensor at a time.
+
+The library writes complete files from memory, and a model may be larger than that. A file is the length of its header
+in eight bytes, the header as JSON, and the bytes of one tensor after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorasc_fx.checkpoint.layout import refusing
+from lorasc_fx.errors import StateError
+from lorasc_fx.util.files import parse_json
+from lorasc_fx.util.fingerprint import Buffer, data_of, fingerprint_of
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+"""By their names in a header. A tensor of any other dtype can only be copied."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file.
+
+    Args:
+        name, dtype, shape: as in the header.
+        begin, end: where its bytes are in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> Entry:
+        """Return the entry of a tensor that is not in a file yet.
+
+        Raises:
+            StateError: a safetensors file cannot store it.
+        """
+        if (wrapped := is_traceable_wrapper_subclass(tensor)) or tensor.dtype not in _NAMES:
+            what = type(tensor).__name__ if wrapped else tensor.dtype
+            raise StateError(
+                f"safetensors: {name} is {what}, which a safetensors file cannot store; give quantized='dequantize', "
+                "or cast it",
+                code="not-serializable",
+            )
+        return cls(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.end - self.begin
+
+    def blocks(self, file: BinaryIO) -> Iterator[Buffer]:
+        """Yield the tensor's bytes in blocks, each of which is valid until the next one."""
+        room = memoryview(bytearray(min(_BLOCK, self.size)))
+        file.seek(self.begin)
+        left = self.size
+        while left:
+            count = file.readinto(room[: min(left, len(room))])  # type: ignore[attr-defined]  # of a file that is read
+            if not count:
+                raise OSError(f"{self.name} ends early")
+            left -= count
+            yield room[:count]
+
+    def read(self, file: BinaryIO) -> torch.Tensor:
+        """Return the tensor in memory of its own."""
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        view, offset = memoryview(data_of(tensor)).cast("B"), 0
+        for block in self.blocks(file):
+            view[offset : offset + len(block)] = block
+            offset += len(block)
+        return tensor
+
+    def fingerprint(self, file: BinaryIO, dtype: torch.dtype | None = None) -> str:
+        """Return the fingerprint (`util.fingerprint`) of the tensor, or of the tensor in another dtype.
+
+        It is empty for a tensor that can only be copied.
+        """
+        own = DTYPES.get(self.dtype)
+        if own is None:
+            return ""
+        blocks: Iterable[Buffer] = self.blocks(file)
+        if dtype is not None:
+            blocks = (data_of(torch.frombuffer(block, dtype=own).to(dtype)) for block in self.blocks(file))
+        return fingerprint_of(dtype or own, self.shape, blocks)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file.
+
+    Args:
+        path: of the file.
+        head: everything before the tensors.
+        entries: the tensors, in the order of their bytes.
+    """
+
+    path: Path
+    head: bytes
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> TensorFile:
+        """Read the header of a file.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not a safetensors file.
+        """
+        with refusing(f"base: {path}", "give safetensors files that are whole", "unreadable-file"):
+            with safe_open(path, framework="pt"):  # checks the header
+                pass
+            with path.open("rb") as file:
+                length = file.read(8)
+                header = file.read(int.from_bytes(length, "little"))
+            named = parse_json(header)
+        start = 8 + len(header)
+        entries = [
+            Entry(name, fields["dtype"], tuple(fields["shape"]), *(start + offset for offset in fields["data_offsets"]))
+            for name, fields in named.items()
+            if name != "__metadata__"
+        ]
+        return cls(path, length + header, tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end))))
+
+    @classmethod
+    def of(cls, path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> TensorFile:
+        """Return a new file with these tensors, which is not written yet.
+
+        Wide dtypes come first, as the library has them, so that each number lies at a multiple of its size.
+        """
+        order = sorted(entries, key=lambda entry: (-DTYPES[entry.dtype].itemsize, entry.name))
+        table: dict[str, object] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for entry in order:
+            offsets = [offset, offset + entry.size]
+            table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+            offset += entry.size
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return cls(path, len(text).to_bytes(8, "little") + text, tuple(order))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The free text in the header."""
+        metadata: dict[str, str] = json.loads(self.head[8:]).get("__metadata__", {})
+        return metadata
+
+    def write(self, path: Path, content: Callable[[Entry], Iterable[Buffer]], done: Callable[[int], None]) -> None:
+        """Write the file to a path.
+
+        Args:
+            path: to write to.
+            content: returns the bytes of a tensor.
+            done: is called with the size of each tensor that was written.
+        """
+        with path.open("wb") as file:
+            file.write(self.head)
+            for entry in self.entries:
+                for block in content(entry):
+                    file.write(block)
+                done(entry.size)
+
+
+def bytes_of(tensor: torch.Tensor) -> Iterable[Buffer]:
+    """Return the bytes of a tensor as one block."""
+    return [data_of(tensor.detach().to("cpu").contiguous())]
+
+
+def extended(files: Sequence[TensorFile], added: Mapping[str, torch.Tensor]) -> list[TensorFile]:
+    """Return the files with these tensors in the last one, and without others of their names."""
+    if not added:
+        return list(files)
+    changed = []
+    for file in files:
+        entries = {entry.name: entry for entry in file.entries if entry.name not in added}
+        if file is files[-1]:
+            entries |= {name: Entry.of(name, tensor) for name, tensor in added.items()}
+        elif len(entries) == len(file.entries):
+            changed.append(file)
+            continue
+        changed.append(TensorFile.of(file.path, entries.values(), file.metadata))
+    return changed
