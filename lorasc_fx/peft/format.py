@@ -1,5 +1,5 @@
-"""The format of peft's LoRA adapters, read and written by what comes in and what goes out: files, keys of the
-configuration, keys of tensors, and how the factors of each kind of layer are stored.
+"""The format of peft's LoRA adapters: files, keys of the configuration, keys of tensors, and how the factors of each
+kind of layer are stored.
 
 Source: peft 0.21, `tuners/lora/layer.py`, `tuners/lora/config.py`, `utils/other.py: get_pattern_key`. Ours are `b`
 [rows, r] and `a` [r, columns] with `b @ a` the delta of the weight as it is stored (`Factors`); peft's are (A, B) with
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Rule
 from lorasc_fx.state import Factors
 from lorasc_fx.util.decode import Check
@@ -28,7 +29,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter's folder."""
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as max_lora_rank, but for 1."""
+"""Values of max_lora_rank in vLLM, except 1."""
 
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
@@ -36,26 +37,26 @@ IGNORED = {
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
     "task_type",
 }  # fmt: skip
-"""Keys of an adapter's file that say nothing of the numbers, or what the names of the tensors say again."""
+"""Keys of a configuration that do not affect the values, or repeat what the names of the tensors say."""
 
 UNSUPPORTED = {
-    "alora_invocation_tokens": "an activated LoRA changes some tokens only",
+    "alora_invocation_tokens": "an activated LoRA changes only some tokens",
     "arrow_config": "Arrow routes between adapters",
     "corda_config": "CorDA changes the base",
     "kasa_config": "KaSA changes the base",
     "layer_replication": "it repeats layers of the base",
-    "lora_bias": "the factors have a bias, which is no part of a weight",
+    "lora_bias": "the factors have a bias, which is not part of a weight",
     "monteclora_config": "MonteCLoRA draws its factors",
     "trainable_token_indices": "single rows of an embedding were trained",
     "use_bdlora": "its factors are block-diagonal",
     "use_qalora": "QA-LoRA pools the input",
     "velora_config": "VeLoRA is another layer",
 }
-"""Features that make an adapter something else than `W + s B A` with or without magnitudes, with the reason."""
+"""Keys of features that are not `W + s B A`, with or without magnitudes, each with the reason."""
 
 
 def _is_safe(pattern: str) -> bool:
-    """Whether a pattern is a regular expression that cannot keep a search busy for long."""
+    """Whether a pattern is a regular expression that is matched quickly on any text."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
@@ -63,19 +64,19 @@ def _is_safe(pattern: str) -> bool:
     return len(re.findall(r"(?<!\\)[*+{]", pattern)) <= 3 and not re.search(r"\)[*+{]", pattern)
 
 
-Pattern = Annotated[str, Check(_is_safe, "give a regular expression that repeats too little to be searched for long")]
+Pattern = Annotated[str, Check(_is_safe, "give a regular expression with few repetitions, which is matched quickly")]
 Alpha = Annotated[float, Check(lambda alpha: 0 < alpha < 1e30, "it scales the factors: give a number above 0")]
 Names = tuple[Annotated[str, Check(bool, "give the name of a module or parameter")], ...] | None
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of a configuration counts, under peft's names; a list or a table may be null.
+    """The keys of a configuration that matter here, under peft's names. A list or a table may be null.
 
     Args:
-        r, lora_alpha: where no pattern says otherwise.
-        use_rslora, use_dora, lora_dropout: of all.
-        modules_to_save: ends of paths of modules that are saved whole.
+        r, lora_alpha: unless a pattern says otherwise.
+        use_rslora, use_dora, lora_dropout: of all targets.
+        modules_to_save: ends of paths of modules that are saved completely.
         target_parameters: names, or ends of names, of adapted parameters.
     """
 
@@ -91,31 +92,31 @@ class AdapterConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
 
     def rank_of(self, name: str) -> int:
-        """Return the rank of a module, or parameter, of this name."""
+        """Return the rank of a module or parameter of this name."""
         return by_pattern(self.rank_pattern or {}, name, self.r)
 
     def alpha_of(self, name: str) -> float:
-        """Return lora_alpha of a module, or parameter, of this name."""
+        """Return lora_alpha of a module or parameter of this name."""
         return float(by_pattern(self.alpha_pattern or {}, name, self.lora_alpha))
 
 
 READ = {*(each.name for each in fields(AdapterConfig)), "init_lora_weights"}
-"""Keys that a spec is made of."""
+"""Keys that a spec is made from."""
 
 PREFIX = "base_model.model."
-"""Of every key of an adapter file."""
+"""Start of every key in an adapter file."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kind of layer stores A and B; by default as we do.
+    """How peft stores A and B for a kind of layer; by default as we do.
 
     Args:
         keys: last parts of the keys of A and B in an adapter file.
         transposed: the weight is [in, out], or a stack of experts [experts, in, out].
-        is_conv: A is a convolution of the same kernel, B one of kernel 1.
+        is_conv: A is a convolution with the same kernel, B one with kernel 1.
         is_parameter: the weight is one of peft's `target_parameters`: any parameter, replaced while its module runs. A
-            stack of experts has one pair; the ranks of A are ordered by expert, those of B by rank.
+            stack of experts has one pair. The ranks of A are ordered by expert, those of B by rank.
     """
 
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
@@ -124,7 +125,7 @@ class Layout:
     is_parameter: bool = False
 
     def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (A, B) of a weight of this shape."""
+        """Return (A, B) of our factors of a weight of this shape."""
         rank = pair.a.shape[-2]
         a, b = (pair.b.mT, pair.a.mT) if self.transposed else (pair.a, pair.b)
         if a.dim() == 3:
@@ -158,7 +159,7 @@ class Layout:
 
 LINEAR = Layout()
 CONV1D = Layout(transposed=True)
-"""transformers' Conv1D, which is a linear layer."""
+"""transformers' Conv1D, a linear layer."""
 EMBEDDING = Layout(("lora_embedding_A", "lora_embedding_B"), transposed=True)
 CONV = Layout(is_conv=True)
 PARAMETER = Layout(is_parameter=True)
@@ -166,16 +167,16 @@ PARAMETER = Layout(is_parameter=True)
 _LAYOUTS: Mapping[type[nn.Module], Layout] = {
     nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
 }  # fmt: skip
-"""Of torch's layers that peft adapts by the module's name."""
+"""For torch's layers that peft adapts by the module's name."""
 
 ENDS = (*LINEAR.keys, *EMBEDDING.keys)
 """Last parts of the keys of factors."""
 
 
 def layout_of(module: nn.Module, axes: int) -> Layout | None:
-    """Return the layout in which peft adapts the `weight`, of so many axes, of a module; None where it does not.
+    """Return the layout in which peft adapts the `weight` of a module, which has this many axes; None if it does not.
 
-    peft's delta of a grouped convolution mixes the groups.
+    Grouped convolutions have none, because peft's delta of them mixes the groups.
     """
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1:
         return None
@@ -186,7 +187,7 @@ def layout_of(module: nn.Module, axes: int) -> Layout | None:
 
 
 def parameter_layout(module: nn.Module, axes: int) -> Layout:
-    """Return the layout of a module's own parameter; stacked experts may be transposed (`is_transposed`)."""
+    """Return the layout of a module's own parameter. Stacked experts may be transposed (`is_transposed`)."""
     return replace(PARAMETER, transposed=axes == 3 and bool(getattr(module, "is_transposed", False)))
 
 
@@ -216,14 +217,14 @@ class Target:
 
     @property
     def pattern(self) -> str:
-        """What peft matches rank_pattern and alpha_pattern against."""
+        """The text that peft matches rank_pattern and alpha_pattern against."""
         return self.name if self.is_parameter else self.path
 
 
 def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[str, str, str]]:
     """Return the keys of A, B and DoRA's magnitudes of each target, in an adapter of all of them.
 
-    peft wraps a module once for each of its `target_parameters`, the first one innermost.
+    peft wraps a module once for each of its `target_parameters`, innermost for the first one.
     """
     targets = list(targets)
     wraps = wrap_counts(targets)
@@ -242,12 +243,12 @@ def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[s
 
 
 def wrap_counts(targets: Iterable[Target]) -> Counter[str]:
-    """Return how often peft wraps each module for parameters of its own, by path."""
+    """Return how often peft wraps each module for its own parameters, by path."""
     return Counter(target.path for target in targets if target.is_parameter)
 
 
 def key_path(path: str, wraps: Mapping[str, int]) -> str:
-    """Return a module's path once peft has wrapped modules above it: `wraps` says which, and how often each."""
+    """Return a module's path after peft has wrapped the modules above it as often as `wraps` says."""
     names = path.split(".")
     above = (".".join(names[:count]) for count in range(1, len(names)))
     parts = ([name, *["base_layer"] * wraps.get(outer, 0)] for name, outer in zip(names, above, strict=False))
@@ -283,6 +284,13 @@ Value = TypeVar("Value")
 
 
 def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
-    """Return the value of the first pattern that means a module, or parameter, of this name."""
+    """Return the value of the first pattern that matches a module or parameter of this name, as peft matches it."""
     matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
     return next(matching, otherwise)
+
+
+def rows_with(weight: torch.Tensor, pair: Factors, transposed: bool) -> torch.Tensor:
+    """Return a weight with the delta of a pair, in fp64 on the host, as rows [out, in]: a view of a new tensor."""
+    values = dense(weight.detach()).cpu().double()
+    total = values + (pair.b.double() @ pair.a.double()).view_as(values)
+    return total.mT if transposed else total.flatten(1)

@@ -1,4 +1,4 @@
-"""A `peft.LoraConfig` as a spec: what it names is looked up in the model, and what has no counterpart is one error.
+"""Turns a `peft.LoraConfig` into a spec. What it names is looked up in the model. Unsupported options are one error.
 
 Source: peft 0.21, `tuners/lora/config.py`, `tuners/tuners_utils.py: check_target_module_exists,
 _maybe_include_all_linear_layers`.
@@ -21,10 +21,10 @@ _UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
-    """Return the spec that asks of a model what a `peft.LoraConfig` does; all else is as in `CascadeSpec()`.
+    """Return the spec that adapts a model as a `peft.LoraConfig` says. Other options are those of `CascadeSpec()`.
 
     Raises:
-        SpecError: what has no counterpart, all of it. UnknownTarget: target_modules mean no module.
+        SpecError: names all options without a counterpart. UnknownTarget: target_modules match no module.
     """
     values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
     usual = type(config)()
@@ -46,13 +46,14 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
         refused.append("target_modules=None (name the modules, or give 'all-linear')")
     if refused:
         raise SpecError(
-            f"spec: the LoraConfig has what a cascade has not: {'; '.join(refused)}", code="adapter-not-supported"
+            f"spec: a cascade does not support these options of the LoraConfig: {'; '.join(refused)}",
+            code="adapter-not-supported",
         )
     saved = _under(model, values["modules_to_save"] or ())
     targets = [path for path in _targets(values, model) if path not in saved]
     names = [f"{path}.weight" for path in targets]
     if values["target_modules"] is not None and not names:
-        raise UnknownTarget(f"spec: target_modules={values['target_modules']!r} mean no module with a weight")
+        raise UnknownTarget(f"spec: target_modules={values['target_modules']!r} match no module with a weight")
     names += values["target_parameters"] or []
     ranks, alphas = values["rank_pattern"] or {}, values["alpha_pattern"] or {}
     pairs = {}
@@ -76,7 +77,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
 
 
 def _targets(values: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Return the paths of the modules that target_modules mean, in the model's order."""
+    """Return the paths of the modules that target_modules match, in the model's order."""
     wanted, excluded = values["target_modules"], values["exclude_modules"] or ()
     layers, pattern = values["layers_to_transform"], values["layers_pattern"]
     layers = [layers] if isinstance(layers, int) else layers
@@ -84,20 +85,20 @@ def _targets(values: Mapping[str, Any], model: nn.Module) -> list[str]:
     paths = []
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not path or not isinstance(weight, nn.Parameter) or weight.dim() < 2 or _means(excluded, path):
+        if not path or not isinstance(weight, nn.Parameter) or weight.dim() < 2 or _matches(excluded, path):
             continue
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not output:
                 paths.append(path)
-        elif (wanted is not None and _means(wanted, path)) and (
+        elif (wanted is not None and _matches(wanted, path)) and (
             layers is None or isinstance(wanted, str) or _layer_of(path, pattern) in layers
         ):
             paths.append(path)
     return paths
 
 
-def _means(patterns: str | Iterable[str], path: str) -> bool:
-    """Whether a regular expression is the whole path, or one of several names its end."""
+def _matches(patterns: str | Iterable[str], path: str) -> bool:
+    """Whether a regular expression matches the complete path, or the path ends with one of several names."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
     return any(path == end or path.endswith(f".{end}") for end in patterns)
@@ -115,7 +116,7 @@ def _layer_of(path: str, patterns: str | Iterable[str] | None) -> int | None:
 
 
 def _under(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the paths of the modules whose paths end with these names, as for peft, and of all that is in them."""
+    """Return the paths of the modules whose paths end with these names, as in peft, and of all modules inside them."""
     paths = [path for path, _ in model.named_modules()]
     tops = [path for path in paths if path.endswith(tuple(names))]
     return {path for path in paths if any(path == top or path.startswith(f"{top}.") for top in tops)}

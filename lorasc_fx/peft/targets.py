@@ -1,14 +1,15 @@
-"""Where peft can adapt each weight of a cascade, or the reason why it cannot; and what it saves of full training.
+"""Finds out where peft can adapt each weight of a cascade, or why it cannot, and what it saves completely.
 
-Three things can go wrong with an adapter of peft in place of a module, and each is tried on the example of the model:
+An adapter of peft replaces a module by a wrapper. This can go wrong in three ways, each of which is tried by running
+the model on its example:
 
-- the adapter computes when its module is called, and others read the weight past the module (`calls_of`);
-- others read an attribute of the module that peft's wrapper in its place does not have (`read_through`);
-- the module is no plain layer of torch, and the adapter is another function than the merged weight: peft's layers are
-  written for torch's own classes, not for a convolution with a dilation or another padding mode, or an embedding that
-  does more than look up (`fault_of`, in fp64 on a recorded call).
+- The adapter computes when its module is called, but others read the weight without calling the module (`calls_of`).
+- Others read an attribute of the module that peft's wrapper does not have (`read_through`).
+- The module is not a plain layer of torch, so that the adapter is another function than the merged weight. peft's
+  layers are written for torch's own classes, not for a convolution with a dilation or another padding mode, or an
+  embedding that does more than look up (`fault_of`, in fp64 on a recorded call).
 
-Parameters trained in full go with their modules (`modules_to_save`), or are biases of adapted modules.
+Parameters trained in full are saved with their modules (`modules_to_save`), or are biases of adapted modules.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ from lorasc_fx.util.undo import Block, isolated
 def targets_of(
     model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
-    """Return what peft adapts for each site's weight (a tied one has several), and the reasons of the others.
+    """Return what peft adapts for each site's weight (several modules for a tied one), and for the others the reason.
 
-    The model runs twice on the arguments, without a trace, and each module of interest once more in fp64.
+    The model runs twice on the arguments, without side effects, and each module of interest once more in fp64.
     """
     sites = list(sites)
     finder = _Finder(model, calls_of(model, [site.weight for site in sites], args, kwargs))
@@ -65,12 +66,12 @@ def targets_of(
             by_weight[site.weight] = targets
     faults = read_through(model, [target.path for targets in by_weight.values() for target in targets], args, kwargs)
     for name, targets in list(by_weight.items()):
-        fault = next((faults[target.path] for target in targets if target.path in faults), None)
-        if fault is not None:
+        if fault := next((faults[target.path] for target in targets if target.path in faults), None):
             refused[name] = fault
             del by_weight[name]
     if any(target.is_parameter for targets in by_weight.values() for target in targets):
-        for name, targets in by_weight.items():  # peft takes no parameters beside fan_in_fan_out
+        # peft does not accept target_parameters together with fan_in_fan_out, which Conv1D needs.
+        for name, targets in by_weight.items():
             by_weight[name] = tuple(
                 replace(target, layout=PARAMETER) if target.layout is CONV1D else target for target in targets
             )
@@ -78,25 +79,25 @@ def targets_of(
 
 
 class _Finder:
-    """A model's modules, and what a run of it showed."""
+    """Finds the targets of sites, from a model's modules and a recorded run."""
 
     def __init__(self, model: nn.Module, calls: Calls) -> None:
         self.calls = calls
         self.modules = dict(model.named_modules())  # by first path
-        self.paths: dict[int, tuple[str, ...]] = {}  # all paths of a module, by its identity
+        self.paths: dict[int, tuple[str, ...]] = {}  # all paths of a module, by id
         for path, module in model.named_modules(remove_duplicate=False):
             self.paths[id(module)] = (*self.paths.get(id(module), ()), path)
-        self.holders: dict[str, tuple[tuple[str, str], ...]] = {}  # paths and names in their modules, by weight
+        self.holders: dict[str, tuple[tuple[str, str], ...]] = {}  # module path and name there, by weight
         canonical = named_weights(model).canonical
         for path, module in self.modules.items():
             for leaf, value in module._parameters.items():
                 if value is not None:
                     name = canonical[f"{path}.{leaf}".lstrip(".")]
                     self.holders[name] = (*self.holders.get(name, ()), (path, leaf))
-        self.encoders = [path for path, module in self.modules.items() if _passes_over(module)]
+        self.encoders = [path for path, module in self.modules.items() if _has_fast_path(module)]
 
     def targets(self, site: Site) -> tuple[Target, ...] | str:
-        """Return what peft adapts for a site's weight, or why it adapts nothing."""
+        """Return what peft adapts for a site's weight, or why it cannot adapt it."""
         called = [(path, leaf) for path, leaf in self.holders[site.weight] if path in self.calls.first]
         if not called:
             return self._read_by(site.weight)
@@ -111,7 +112,7 @@ class _Finder:
     def _target(self, site: Site, path: str, leaf: str) -> Target | str:
         module = self.modules[path]
         if len(self.paths[id(module)]) > 1:
-            return f"its module is held as {' and as '.join(self.paths[id(module)])}, and peft adapts one of them"
+            return f"its module has the paths {' and '.join(self.paths[id(module)])}, and peft adapts only one of them"
         if any(path.startswith(f"{encoder}.") for encoder in self.encoders):
             return "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
         if not path:
@@ -129,21 +130,21 @@ class _Finder:
         if len(site.shape) != 2 and not (site.kind == "experts" and site.shape[0] > 1):
             return fault
         if isinstance(module, (nn.RNNBase, ParametrizationList)):
-            return f"{type(module).__name__} keeps it where peft's adapter of a parameter does not reach"
+            return f"{type(module).__name__} keeps it where peft's adapter of a parameter has no effect"
         return Target(path, leaf, parameter_layout(module, len(site.shape)))
 
     def _read_by(self, weight: str) -> str:
         reader = self.calls.reader.get(weight, "another module")
-        return f"{reader} reads it from outside its own module, where no adapter of peft computes"
+        return f"{reader} reads it outside of its own module, where an adapter of peft has no effect"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Modules that are saved whole, and the keys of all that goes to the file.
+    """What is saved besides factors.
 
     Args:
-        modules: paths, none inside another.
-        keys: of the file, with the name of the parameter or buffer that stands there.
+        modules: paths of modules that are saved completely, none inside another.
+        keys: name of the parameter or buffer for each key in the file.
         biases: whether biases of adapted modules are among them.
     """
 
@@ -153,12 +154,12 @@ class Saved:
 
 
 def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Target]) -> tuple[Saved, dict[str, str]]:
-    """Return what peft saves for the parameters trained in full, and the reasons of those that it cannot.
+    """Return what peft saves for the parameters trained in full, and for those that it cannot save the reason.
 
     Args:
         model: the user's own.
         trained: names of the parameters.
-        targets: that are adapted.
+        targets: what is adapted.
     """
     weights, wraps = named_weights(model), wrap_counts(targets)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -173,26 +174,26 @@ def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Targe
                 depth = "base_layer." * wraps.get(path, 1)
                 biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = parameter
             elif not path:
-                refused[parameter] = "it is a parameter of the top module, and peft saves modules whole"
+                refused[parameter] = "it is a parameter of the top module, and peft saves only modules inside it"
             elif inside := next((other for other in adapted if _within(other, path)), None):
-                refused[parameter] = f"its module holds {inside}, which is adapted, and peft saves modules whole"
+                refused[parameter] = f"its module holds {inside}, which is adapted, and peft saves complete modules"
             elif any(_within(path, other) for other in wraps):
-                refused[parameter] = "peft wraps a module above it, and finds it no more"
+                refused[parameter] = "peft wraps a module above it, and then does not find it"
             else:
                 whole.setdefault(path, parameter)
-    for path in modules:  # peft takes every module whose path ends so
+    for path in modules:  # peft saves every module whose path ends like this
         meant = next((other for other in whole if path.endswith(other) and path != other), None)
         if meant is None or path in whole:
             continue
         if any(_within(other, path) or _within(path, other) for other in adapted):
-            refused[whole[meant]] = f"to save {meant} means {path} to peft as well, which is adapted"
+            refused[whole[meant]] = f"{meant} also means {path} to peft, which is adapted"
         else:
             whole[path] = whole[meant]
     outer = tuple(path for path in whole if not any(_within(path, other) for other in whole if other != path))
     for path in outer:
         hidden = next((other for other in adapted if re.match(rf"(^|.*\.){path}($|\..*)", other)), None)
         if hidden is not None:
-            refused[whole[path]] = f"to save {path} excludes {hidden} from what peft adapts"
+            refused[whole[path]] = f"saving {path} excludes {hidden} from what peft adapts"
     keys = {
         f"{PREFIX}{path}.{name}": f"{path}.{name}"
         for path in outer
@@ -206,8 +207,8 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _passes_over(module: nn.Module) -> bool:
-    """Whether torch's fused path may run in place of the modules inside this one."""
+def _has_fast_path(module: nn.Module) -> bool:
+    """Whether torch's fused implementation may run instead of the modules inside this one."""
     if not isinstance(module, nn.TransformerEncoderLayer) or (
         "forward" in vars(type(module)) and (type(module).forward is not nn.TransformerEncoderLayer.forward)
     ):
@@ -222,7 +223,7 @@ def _passes_over(module: nn.Module) -> bool:
     )
 
 
-# ---- whether the adapter of a module does what the delta of its weight does, found by runs of the model
+# ---- whether an adapter does the same as the delta of its weight, found by running the model
 
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -231,11 +232,11 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass
 class Calls:
-    """What one run showed.
+    """What was recorded in one run.
 
     Args:
         first: the first call of each module of interest, by its first path.
-        reader: by weight, the class of a module that read it while none that holds it was running.
+        reader: class of a module that read a weight while no module that holds it was running, by weight.
     """
 
     first: dict[str, Call] = field(default_factory=dict)
@@ -243,7 +244,7 @@ class Calls:
 
 
 def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
-    """Run the model once, without a trace, and return who read the parameters of these names."""
+    """Run the model once, without side effects, and return who read the parameters of these names."""
     parameters = dict(model.named_parameters())
     known = {id(parameters[name]): name for name in names}
     seen = Calls()
@@ -264,7 +265,7 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwar
 
 
 class _Readers(TorchFunctionMode):
-    """Notes, for each call to torch that makes a tensor out of a weight, which modules are running."""
+    """Records which modules are running when torch computes a tensor from a weight."""
 
     def __init__(self, known: Mapping[int, str], stack: list[nn.Module], seen: Calls) -> None:
         super().__init__()
@@ -290,22 +291,22 @@ class _Readers(TorchFunctionMode):
 
 
 _ANSWERED = {"weight", "bias", "in_features", "out_features"}
-"""What peft's layers answer for the module inside. Source: peft 0.21, `BaseTunerLayer`."""
+"""Attributes that peft's layers forward to the wrapped module. Source: peft 0.21, `BaseTunerLayer`."""
 
 
 def read_through(
     model: nn.Module, paths: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Run the model with a probe in place of each of these modules, and return what is wrong, by path.
+    """Run the model with a wrapper around each of these modules, and return what is wrong, by path.
 
-    The model, its inputs and the random generators stay as they were.
+    The model, its inputs and the random generators are unchanged afterwards.
     """
     read: dict[str, str] = {}
     paths = sorted(set(paths), key=lambda path: path.count("."), reverse=True)  # inner ones first
     try:
         with isolation(model, args, kwargs, _probed(model, paths, read), grad=False, seeded=False) as (inputs, named):
             model(*inputs, **named)
-    except Exception as fault:  # the model's own code may do anything with a module that is not what it expects
+    except Exception as fault:  # the model's own code may do anything with an unexpected module
         sentence = f"the model does not run with a wrapper in place of its module ({type(fault).__name__}: {fault})"
         return {path: read.get(path, sentence) for path in paths}
     return read
@@ -313,7 +314,7 @@ def read_through(
 
 @isolated
 def _probed(undo: Block, model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
-    """Put a probe in place of each of these modules."""
+    """Wrap each of these modules in a probe."""
     for path in paths:
         holder, _, name = path.rpartition(".")
         parent = model.get_submodule(holder)
@@ -322,7 +323,7 @@ def _probed(undo: Block, model: nn.Module, paths: list[str], read: dict[str, str
 
 
 class _AttributeProbe(nn.Module):
-    """Calls the module inside, and notes what else it is asked for."""
+    """Calls the wrapped module, and records which attributes are read through it."""
 
     def __init__(self, inside: nn.Module | None, path: str, read: dict[str, str]) -> None:
         super().__init__()
@@ -342,14 +343,14 @@ class _AttributeProbe(nn.Module):
 
 
 def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
-    """Return what is wrong with peft's adapter of this target, as words for people, or None.
+    """Return what is wrong with peft's adapter of a target, for a message, or None.
 
     Args:
-        target: whose layout is peft's for a module by its name.
-        module: of the target.
+        target: a module that peft adapts by its name.
+        module: the module.
         call: arguments that the module was called with.
     """
-    # On the host: some accelerators (MPS) have no fp64.
+    # On the host, because some accelerators (MPS) have no fp64.
     values = {name: value.cpu() for name, value in module.named_buffers()}
     values |= {name: dense(value.detach()).cpu().double() for name, value in module.named_parameters()}
     weight = values[target.leaf]
@@ -359,17 +360,17 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
     pair = Factors(b, a)
     delta = (pair.b @ pair.a).view(weight.shape)
     try:
-        with quiet(grad=False):  # what peft would build draws random numbers, and may warn
+        with quiet(grad=False):  # building peft's layers draws random numbers, and may warn
             base = _run(module, values, call)
             full = _run(module, values | {target.leaf: weight + delta}, call)
             adapted = base + _term(target, module, pair, weight, _wide(call)[0][0])
             moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
-    except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
-        return f"peft's adapter of {type(module).__name__} cannot be tried: {type(fault).__name__}: {fault}"
+    except Exception as fault:  # whatever the module's own code raises, peft's adapter would fail likewise
+        return f"peft's adapter of {type(module).__name__} cannot be tested: {type(fault).__name__}: {fault}"
     if gap <= 1e-6 * moved + 1e-12 * float(full.abs().max()):
         return None
     return (
-        f"peft's adapter of this {type(module).__name__} computes something else than its weight would "
+        f"peft's adapter of this {type(module).__name__} does not compute what its merged weight would "
         f"(off by {gap / moved if moved else math.inf:.2g} of the change)"
     )
 
@@ -383,7 +384,7 @@ def _run(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torc
 
 
 def _wide(call: Call) -> Call:
-    """Return copies of a call's arguments on the host, floating ones in fp64."""
+    """Return copies of a call's arguments on the host, with floating-point tensors in fp64."""
 
     def widen(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):

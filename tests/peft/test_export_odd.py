@@ -155,7 +155,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
     "nested parameters": (
         lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))),
         "0.inner.rows",
-        "peft wraps 0 for its parameters, and does not find those of 0.inner inside it",
+        "peft wraps 0 for its parameters, and then does not find those of 0.inner",
     ),
     "an attribute": (
         Reads,
@@ -165,7 +165,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
         "0.parametrizations.weight.original1",
-        "ParametrizationList keeps it where peft's adapter of a parameter does not reach",
+        "ParametrizationList keeps it where peft's adapter of a parameter has no effect",
     ),
 }
 

@@ -70,9 +70,9 @@ def image(other: nn.Module, x: torch.Tensor) -> Any:
     return other(x.unflatten(2, (2, 3)))
 
 
-READ = "reads it from outside its own module, where no adapter of peft computes"
+READ = "reads it outside of its own module, where an adapter of peft has no effect"
 FUSED = "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
-OTHER = r"peft's adapter of this {} computes something else than its weight would \(off by [\d.e-]+ of the change\)"
+OTHER = r"peft's adapter of this {} does not compute what its merged weight would \(off by [\d.e-]+ of the change\)"
 
 # fmt: off
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
@@ -95,9 +95,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "called and read": (lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
         {"other.weight": f"Net {READ}"}),
     "recurrent": (lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
-        {"other.weight_hh_l0": "GRU keeps it where peft's adapter of a parameter does not reach",
-        "other.weight_ih_l0": "GRU keeps it where peft's adapter of a parameter does not reach"}),
-    "shared module": (Shared, {"one.weight": "its module is held as one and as two, and peft adapts one of them"}),
+        {"other.weight_hh_l0": "GRU keeps it where peft's adapter of a parameter has no effect",
+        "other.weight_ih_l0": "GRU keeps it where peft's adapter of a parameter has no effect"}),
+    "shared module": (Shared, {"one.weight": "its module has the paths one and two, and peft adapts only one of them"}),
     "top module": (Own, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
 }
 # fmt: on
@@ -119,7 +119,7 @@ def test_what_no_adapter_expresses(case: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         lx.export.peft(cascade, tmp_path / "adapter")
     first, *lines = str(caught.value).splitlines()
-    assert first == "export.peft: no adapter of peft expresses this cascade; nothing was written:"
+    assert first == "export.peft: an adapter of peft cannot express this cascade; nothing was written:"
     assert len(lines) == len(reasons), lines
     for line, (name, reason) in zip(lines, reasons.items(), strict=True):
         assert re.fullmatch(rf"  {re.escape(name)}: {reason}", line), line
