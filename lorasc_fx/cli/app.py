@@ -12,6 +12,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,20 +38,19 @@ _LOADING = {
     "torchao.kernel.intmm": "Warning: Detected no triton",
     "torch.utils._pytree": "%s is an Enum subclass",
 }
-"""By logger, how the warnings begin that torchao causes when transformers imports it. No command uses torchao."""
+"""Starts of warnings, by logger, that torchao causes when transformers imports it. No command uses torchao."""
 
 
-def _keep(record: logging.LogRecord) -> bool:
-    """Return whether a record is none of `_LOADING`."""
-    return not str(record.msg).startswith(_LOADING[record.name])
+def _is_other(start: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(start)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")  # warnings of the package, to standard error
-    for name in _LOADING:
-        logging.getLogger(name).addFilter(_keep)
+    for name, start in _LOADING.items():
+        logging.getLogger(name).addFilter(partial(_is_other, start))
     try:
         return _command(arguments)
     except LorascError as fault:
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        lines = "\n".join(f"  lorasc-fx {line}" for line in COMMANDS.values())
+        print(f"usage:\n{lines}\n\nlorasc-fx COMMAND --help says more.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
@@ -94,20 +95,10 @@ def _command(arguments: list[str]) -> int:
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     if path is None and "-h" not in rest and "--help" not in rest:
         raise SpecError(f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml")
-    default = kind(_loaded(path))
-    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=default))
-
-
-def _loaded(path: Path | None) -> Any:
-    """Return the configuration; a run without an `output` goes to runs/ under the file's name."""
     from lorasc_fx.cli.config import Config, load_config
 
-    if path is None:
-        return Config()
-    config = load_config(path)
-    return config if config.output != Config.output else replace(config, output=f"runs/{path.stem}")
-
-
-def _usage() -> str:
-    lines = "\n".join(f"  lorasc-fx {line}" for line in COMMANDS.values())
-    return f"usage:\n{lines}\n\nlorasc-fx COMMAND --help says more."
+    config = Config() if path is None else load_config(path)
+    if path is not None and config.output == Config.output:
+        config = replace(config, output=f"runs/{path.stem}")
+    default = kind(config)
+    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=default))

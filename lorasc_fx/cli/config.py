@@ -1,15 +1,11 @@
-"""Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the line.
-
-`tomllib` keeps no line numbers: `key_lines` scans for headers and `key =`. Keys inside a
-multi-line array or an inline table have the line of the key that holds them.
-"""
+"""Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the line."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -190,17 +186,16 @@ def load_config(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise SpecError(f"{path}: the configuration cannot be read: {reason}", code="unreadable-file") from fault
-    try:
-        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
         raise SpecError(f"{path}: this is not TOML: {fault}", code="unreadable-file") from fault
     try:
         config: Config = decode(Config, data)
     except SpecError as fault:
-        line = line_of(key_lines(text), tuple(map(str, fault.at)))
+        line = line_of(text, tuple(map(str, fault.at)))
         raise SpecError(f"{path}:{line}: {fault}", code=fault.code) from fault
     return config
 
@@ -223,36 +218,31 @@ _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za
 _PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 
 
-def key_lines(text: str) -> dict[KeyPath, int]:
-    """Return the line (1 is the first) on which each key and each table header of a TOML text stands.
+def line_of(text: str, path: KeyPath) -> int:
+    """Return the line of a key in a TOML text, or of the nearest key or table around it.
 
-    Entries of an array of tables are counted: the second `[[spec.rules]]` is `("spec", "rules", "1")`.
+    `tomllib` has no line numbers, so this scans for headers and `key =`. Keys in a multi-line array or an inline table
+    are found by the key that holds them. The second `[[spec.rules]]` is `("spec", "rules", "1")`.
     """
-    lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
-    counts: dict[KeyPath, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _HEADER.match(line):
-            table = _parts(header[2])
-            lines.setdefault(table, number)
+    counts: Counter[KeyPath] = Counter()
+    nearest, line = 0, 1
+    for number, content in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(content):
+            here = table = _parts(header[2])
             if header[1] == "[[":
-                index = counts.get(table, 0)
-                counts[table] = index + 1
-                table = (*table, str(index))
-                lines[table] = number
-        elif key := _KEY.match(line):
-            path = (*table, *_parts(key[1]))
-            for length in range(len(table) + 1, len(path) + 1):
-                lines.setdefault(path[:length], number)
-    return lines
-
-
-def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
-    """Return the line of a key, or of the nearest table or key around it."""
-    for length in range(len(path), 0, -1):
-        if path[:length] in lines:
-            return lines[path[:length]]
-    return 1
+                here = table = (*table, str(counts[table]))
+                counts[table[:-1]] += 1
+        elif key := _KEY.match(content):
+            here = (*table, *_parts(key[1]))
+        else:
+            continue
+        common = next(
+            (n for n, pair in enumerate(zip(here, path, strict=False)) if len({*pair}) > 1), min(len(here), len(path))
+        )
+        if common > nearest:
+            nearest, line = common, number
+    return line
 
 
 def _parts(dotted: str) -> KeyPath:

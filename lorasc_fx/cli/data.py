@@ -1,8 +1,8 @@
-"""Loads, splits and batches the data that `[data]` names. Nothing is downloaded.
+"""Loads, splits and batches the data set in `[data]`. Nothing is downloaded.
 
-A data set is texts or images with a class each: a CSV file, a folder of images, a file or folder that the package
-datasets reads, or what a function of the user's returns. A shifted test set is another data set of the same classes, or
-a function that changes the test inputs.
+A data set is texts or images with one class each: a CSV file, a folder of images, a file or folder that the package
+datasets reads, or the result of a user's function. A shifted test set is another data set with the same classes, or a
+function that changes the test inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ _KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".par
 """The kind of data set of files with these endings."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
-"""Names of folders that the package datasets takes as splits."""
+"""Folder names that the package datasets reads as splits."""
 
 Inputs = Tensor | Sequence[str]
 """Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
@@ -47,7 +47,7 @@ Encode = Callable[[Any], Arguments]
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call of the model, and the class numbers [batch]."""
+    """The arguments of one call of the model, and class numbers [batch]."""
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
@@ -61,13 +61,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled inputs, which become arguments of the model a batch at a time.
+    """Labelled inputs, which are turned into arguments of the model batch by batch.
 
     Args:
         inputs: pixels or texts.
         labels: class numbers, [examples].
         classes: names of the classes.
-        encode: from some of the inputs to positional and keyword arguments of the model.
+        encode: function from inputs to positional and keyword arguments of the model.
     """
 
     inputs: Inputs
@@ -101,7 +101,7 @@ class Examples:
             yield self.batch(index)
 
     def by_length(self) -> Examples:
-        """Return texts from short to long, so that batches in order have little padding; images as they are."""
+        """Return texts sorted by length, so that batches in order have little padding. Images are unchanged."""
         if isinstance(self.inputs, Tensor):
             return self
         return self.take(torch.tensor([len(text) for text in self.inputs]).argsort(stable=True))
@@ -133,20 +133,20 @@ class Splits:
 
 
 def short_name(name: str) -> str:
-    """Return a data set's name for tables: of a function, the part after the last colon."""
+    """Return a data set's name for tables. For a function, it is the part after the last colon."""
     return name.rpartition(":")[2] if name.startswith("python:") else name
 
 
 def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
-    """Load, split and shift.
+    """Load and split a data set, and load or make its shifted test sets.
 
     Args:
         config: the table `[data]`.
-        tokenizer: of a text model, as transformers makes it; None for a model that takes images.
+        tokenizer: of transformers, for a text model; None for an image model.
 
     Raises:
-        SpecError: an unknown name, data that cannot be read, too few examples, one class alone, or a shift that does
-            not fit.
+        SpecError: an unknown name, data that cannot be read, too few examples, a single class, or a shifted set that
+            does not fit.
     """
     whole = _load(config.name, config, tokenizer)
     sizes = _sizes(config, len(whole))
@@ -182,8 +182,24 @@ def _sizes(config: DataConfig, total: int) -> list[int]:
     return sizes
 
 
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 file.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as fault:
+        looked = "" if path.is_absolute() or path.exists() else f" in {Path.cwd()}, where this command runs"
+        raise SpecError(f"{path}: cannot be read: {fault.strerror}{looked}", code="unreadable-file") from fault
+    except UnicodeDecodeError as fault:
+        line = fault.object[: fault.start].count(b"\n") + 1
+        raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="unreadable-file") from fault
+
+
 def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool = False) -> tuple[list[str], list[str]]:
-    """Return the texts and the classes of a CSV file with a header. Tabs separate the cells of a `.tsv` file.
+    """Return the texts and the classes of a CSV file with a header. In a `.tsv` file, tabs separate the cells.
 
     Args:
         path: of the file.
@@ -192,41 +208,31 @@ def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool 
         optional: allow the column of classes to be missing, and its cells to be empty.
 
     Raises:
-        SpecError: the file cannot be read, lacks a column, or has a wrong row; the message names the line.
+        SpecError: the file cannot be read, lacks a column, or has an invalid row; the message names the line.
     """
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except OSError as fault:
-        raise SpecError(
-            f"{path}: this file cannot be read: {fault.strerror}{_relative_to(path)}", code="unreadable-file"
-        ) from fault
-    except UnicodeDecodeError as fault:
-        line = fault.object[: fault.start].count(b"\n") + 1
-        raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="unreadable-file") from fault
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     texts: list[str] = []
     labels: list[str] = []
-    line = 1  # the first line of the row that is read
-    blank = 0  # the first blank line; none may stand between rows, where a cell, or a row, would be lost silently
+    line = 1  # the first line of the row that is read next
+    blank = ""  # the first blank line; rows after it are refused, because a cell or row may be lost there
     try:
         header = next(reader, [])
         _check_header(path, delimiter, header, [text] if optional or label is None else [text, label])
         label = label if label in header else None
         line = reader.line_num + 1
         for row in reader:
+            source, line = f"{path}:{line}", reader.line_num + 1
             if not row:
-                blank = blank or line
-            elif blank:
-                raise SpecError(
-                    f"{path}:{blank}: this line is blank, and rows follow; take it out", code="invalid-data"
-                )
-            else:
-                _check_row(f"{path}:{line}", delimiter, header, row)
-                texts.append(_filled(f"{path}:{line}", text, row[header.index(text)]))
-                if label is not None:
-                    labels.append(_class(f"{path}:{line}", label, row[header.index(label)], optional))
-            line = reader.line_num + 1
+                blank = blank or source
+                continue
+            if blank:
+                raise SpecError(f"{blank}: this line is blank, and rows follow; remove it", code="invalid-data")
+            if len(row) != len(header):
+                _refuse_row(source, delimiter, header, row)
+            texts.append(_filled(source, text, row[header.index(text)]))
+            if label is not None:
+                labels.append(_class(source, label, row[header.index(label)], optional))
     except csv.Error as fault:
         raise SpecError(
             f"{path}:{line}: the row that begins here is not CSV: {fault}. Close each quote, and write a quote "
@@ -237,7 +243,7 @@ def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool 
 
 
 def _check_header(path: Path, delimiter: str, header: Sequence[str], wanted: Sequence[str]) -> None:
-    """Check that the columns are there, each once."""
+    """Check that each of the wanted columns exists once."""
     others = {",": "commas", "\t": "tabs", ";": "semicolons"}
     other = next((each for each in others if len(header) == 1 and each != delimiter and each in header[0]), None)
     if other is not None and not set(wanted) <= set(header):
@@ -247,30 +253,22 @@ def _check_header(path: Path, delimiter: str, header: Sequence[str], wanted: Seq
             code="invalid-data",
         )
     _check_columns(f"{path}:1", wanted, header)
-    twice = [name for name in wanted if header.count(name) > 1]
-    if twice:
+    if twice := [name for name in wanted if header.count(name) > 1]:
         raise SpecError(f"{path}:1: two columns are called {twice[0]!r}; rename one", code="invalid-data")
 
 
-def _check_row(source: str, delimiter: str, header: Sequence[str], row: Sequence[str]) -> None:
-    """Check that a row has a cell for each column."""
-    if len(row) == len(header):
-        return
-    separator = "tab" if delimiter == "\t" else "comma"
+def _refuse_row(source: str, delimiter: str, header: Sequence[str], row: Sequence[str]) -> NoReturn:
+    """Raise SpecError for a row with fewer or more cells than the header."""
     count = f"{source}: this row has {len(row)} {'cells' if len(row) > 1 else 'cell'}, and the header has {len(header)}"
     if len(row) < len(header):
         raise SpecError(
-            f"{count}: the cell {header[len(row)]!r} is missing. Fill it, or take the row out", code="invalid-data"
+            f"{count}: the cell {header[len(row)]!r} is missing. Fill it, or remove the row", code="invalid-data"
         )
+    separator = "tab" if delimiter == "\t" else "comma"
     raise SpecError(
-        f'{count} ({", ".join(header)}). Put a text that has a {separator} in it into quotes: "..."',
+        f'{count} ({", ".join(header)}). Put a text that contains a {separator} into quotes: "..."',
         code="invalid-data",
     )
-
-
-def _relative_to(path: Path) -> str:
-    """Return where a relative path that does not exist was looked for."""
-    return "" if path.is_absolute() or path.exists() else f" in {Path.cwd()}, where this command runs"
 
 
 def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
@@ -287,7 +285,7 @@ def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -
 def _filled(source: str, name: str, cell: Any) -> Any:
     """Return a cell that is not empty."""
     if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):  # nan differs from itself
-        raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or take the row out", code="invalid-data")
+        raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or remove the row", code="invalid-data")
     return cell
 
 
@@ -297,8 +295,8 @@ def _class(source: str, name: str, cell: Any, optional: bool) -> Any:
         return ""
     if isinstance(_filled(source, name, cell), str) and cell != cell.strip():
         raise SpecError(
-            f"{source}: the class {cell!r} (column {name!r}) has blanks around it. Take them out; if the text before "
-            "it has a comma, put that text into quotes"
+            f"{source}: the class {cell!r} (column {name!r}) has blanks around it. Remove them; if the text before it "
+            "contains a comma, put that text into quotes"
         )
     return cell
 
@@ -315,16 +313,16 @@ def read_table(
     """Return the texts or images, and the classes, of a file or folder that the package datasets reads.
 
     Args:
-        kind: one of `TABLES`; `folder` for what `datasets.load_dataset` reads from a folder, `disk` for a folder of
-            `Dataset.save_to_disk`. The last part of the path of either may be the name of a split.
+        kind: one of `TABLES`; `folder` for a folder that `datasets.load_dataset` reads, `disk` for one that
+            `Dataset.save_to_disk` wrote. The path of either may end with the name of a split.
         path: of the file or folder.
         column: name of the column of texts or images.
-        label, optional: as for `read_csv`; numbers of classes are returned as their names.
+        label, optional: as for `read_csv`. Class numbers are replaced by class names.
         image_size: if given, the column holds images, returned as bytes [3, image_size, image_size].
 
     Raises:
         SpecError: the file cannot be read, lacks a column, or has an empty cell or one of another type; the folder
-            names files of the network, or has several splits.
+            names files on the network, or has several splits.
         MissingExtra: datasets is not installed.
     """
     datasets = module_of("data", "datasets")
@@ -367,10 +365,10 @@ def _check_plain(source: str, name: str, cell: Any) -> None:
 
 
 def _read_folder(path: Path, cache: str) -> Any:
-    """Return the splits that the package datasets reads from a folder, or the one that the path ends with.
+    """Return the splits that the package datasets reads from a folder, or the split that the path ends with.
 
     Raises:
-        SpecError: the folder names files of the network.
+        SpecError: the folder names files on the network.
     """
     folder, split = (path, None) if path.is_dir() or not path.parent.is_dir() else (path.parent, path.name)
     card, settings = folder / "README.md", folder / ".huggingface.yaml"
@@ -389,20 +387,20 @@ def _check_local(source: object, text: str) -> None:
     """Refuse names of files that are not on this machine."""
     if "://" in text:
         raise SpecError(
-            f"{source} names files of the network, and nothing is downloaded; name files of this machine",
+            f"{source} names files on the network, and nothing is downloaded; name files on this machine",
             code="invalid-data",
         )
 
 
 def _several_splits(name: str, splits: Sequence[str]) -> SpecError:
     return SpecError(
-        f"{name} holds the splits {', '.join(splits)}; give one of them, as {name}/{splits[0]}; another one can be a "
-        f'further test set: data.shifts = ["{name}/{splits[-1]}"]'
+        f"{name} holds the splits {', '.join(splits)}; give one, such as {name}/{splits[0]}. Another one can be "
+        f'a further test set: data.shifts = ["{name}/{splits[-1]}"]'
     )
 
 
 def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
-    """Return the images of a folder that has one folder a class, resized.
+    """Return the resized images and the classes of a folder that has one folder per class.
 
     Raises:
         SpecError: there is no such folder, its folders are splits, a class has no images, or an image cannot be read.
@@ -415,7 +413,7 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
         dataset = module_of("vision", "torchvision.datasets").ImageFolder(folder)
     except OSError as fault:
         raise SpecError(
-            f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}",
+            f"imagefolder:{folder}: expected one folder per class, with images in it: {fault}",
             code="invalid-data",
         ) from fault
     pixels = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
@@ -425,7 +423,7 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
 
 
 def read_image(path: str | Path, size: int | None = None) -> Tensor:
-    """Return an image as bytes [3, height, width], resized to a square of this size if one is given.
+    """Return an image as bytes [3, height, width], resized to a square if a size is given.
 
     Raises:
         SpecError: the file cannot be read as an image.
@@ -437,7 +435,7 @@ def read_image(path: str | Path, size: int | None = None) -> Tensor:
 
 
 def _pixels(image: Any, size: int | None) -> Tensor:
-    """Return an image of PIL as bytes [3, height, width]."""
+    """Return a PIL image as bytes [3, height, width]."""
     transforms = module_of("vision", "torchvision.transforms.v2")
     resized = image if size is None else transforms.Resize((size, size))(image)
     pixels: Tensor = transforms.PILToTensor()(resized.convert("RGB"))
@@ -458,20 +456,20 @@ def _encode_images(size: int) -> Encode:
 
 
 def image_examples(pixels: Tensor, labels: Sequence[Any] | Tensor, size: int) -> Examples:
-    """Return images that a model gets in this size; classes are the sorted labels."""
+    """Return images that the model gets in this size. The classes are the sorted labels."""
     return _labelled(pixels, list(labels), _encode_images(size))
 
 
 def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
     """Return a function from texts to `input_ids` and `attention_mask` [batch, tokens].
 
-    The tokens are padded to the longest text, and further to a multiple of 8 that does not exceed `max_length`.
+    Tokens are padded to the longest text, and then to a multiple of 8 that does not exceed `max_length`.
     """
 
     def encode(texts: Sequence[str]) -> Arguments:
         encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        # Not `pad_to_multiple_of`, which refuses a max_length that is no multiple.
+        # Not `pad_to_multiple_of`, which refuses a max_length that is not a multiple.
         missing = min(max_length, -(-ids.shape[1] // 8) * 8) - ids.shape[1]
         if missing > 0:
             sides = (missing, 0) if tokenizer.padding_side == "left" else (0, missing)
@@ -482,15 +480,15 @@ def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
 
 
 def encoder_of(config: DataConfig, tokenizer: Any) -> Encode:
-    """Return the preprocessing of texts, or of images where there is no tokenizer.
+    """Return the preprocessing of texts, or of images if there is no tokenizer.
 
     Raises:
         SpecError: the model takes fewer tokens than the configuration asks for.
     """
-    most = getattr(tokenizer, "model_max_length", math.inf)  # huge where the tokenizer does not know
+    most = getattr(tokenizer, "model_max_length", math.inf)  # huge if the tokenizer does not know
     if config.max_length > most:
         raise SpecError(
-            f"data.max_length is {config.max_length}, and the model takes {most} tokens at most; give {most} or less"
+            f"data.max_length is {config.max_length}, and the model takes at most {most} tokens; give {most} or less"
         )
     return _encode_images(config.image_size) if tokenizer is None else _encode_texts(tokenizer, config.max_length)
 
@@ -530,7 +528,7 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
             returned = function()
         inputs, labels = _returned(name, returned)
     if not len(labels):
-        raise SpecError(f"{name}: it holds no examples; give at least one of each class", code="invalid-data")
+        raise SpecError(f"{name}: there are no examples; give at least one of each class", code="invalid-data")
     if isinstance(inputs, Tensor) and tokenizer is not None:
         raise SpecError(
             f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model",
@@ -546,15 +544,15 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
 
 
 def _check_classes(name: str, examples: Examples) -> None:
-    """Refuse labels that are measurements, and labels of which each example has another one."""
+    """Refuse labels that are measurements, or that differ between all examples."""
     classes, total = examples.classes, len(examples)
     if len(classes) > 2 and all(_NUMBER.fullmatch(label) for label in classes):
         fractions = [label for label in classes if float(label) != round(float(label))]
         if fractions and (len(classes) > 20 or 5 * len(classes) > total):
             raise SpecError(
-                f"{name}: the labels look like numbers with fractions ({named(fractions)}): {len(classes)} different "
-                f"ones in {total} examples, each of which would be a class. Regression is not supported: sort them "
-                "into a few classes, such as low and high, or name the column of classes in data.label_column"
+                f"{name}: the labels look like measurements ({named(fractions)}): {len(classes)} different ones in "
+                f"{total} examples, each of which would be a class. Regression is not supported: sort them into a few "
+                "classes, such as low and high, or name the column of classes in data.label_column"
             )
     if 2 < len(classes) == total:
         raise SpecError(
@@ -578,15 +576,15 @@ def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
         sorted({label.item() if isinstance(label, Tensor) else label for label in labels})
     except (TypeError, ValueError) as fault:
         raise SpecError(
-            f"{name}: the function has to return inputs and labels: a list of texts, or bytes [examples, 1 or 3, "
-            f"height, width], and a class each ({fault})",
+            f"{name}: the function must return inputs and labels: a list of texts, or bytes [examples, 1 or 3, height, "
+            f"width], and one class per example ({fault})",
             code="wrong-function-result",
         ) from fault
     return inputs, list(labels)
 
 
 def _shuffled(total: int, seed: int, *sizes: int) -> tuple[Tensor, ...]:
-    """Return disjoint positions for parts of these sizes."""
+    """Return random disjoint positions for parts of these sizes."""
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return torch.split(shuffled[: sum(sizes)], list(sizes))
 

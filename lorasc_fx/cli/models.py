@@ -1,4 +1,4 @@
-"""Builds the model that `[model]` names. Nothing is downloaded: weights come from files and packages."""
+"""Builds the model in `[model]`. Nothing is downloaded: weights come from files and installed packages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorasc_fx.util.extras import module_of
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function")
 
 CLASSIFIER = "ForSequenceClassification"
-"""End of the names of transformers' classes of text classifiers."""
+"""How the names of transformers' classes of text classifiers end."""
 _INSTALLED = re.compile(r"[/\\]lib[/\\]python3|<frozen|[/\\]lorasc_fx[/\\]")
 Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 """Positional and keyword arguments of a model."""
@@ -48,7 +48,7 @@ class MeanPooled(nn.Module):
 
 
 def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.Module:
-    """Return the model, with a new head for so many classes (None keeps the one that it has).
+    """Return the model, with a new head for this many classes. None keeps its own head.
 
     Raises:
         SpecError: an unknown kind or name, weights that do not fit, or a function that cannot be called.
@@ -62,29 +62,22 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
 
 
 def check_name(config: ModelConfig) -> None:
-    """Check that a name is of a known kind.
-
-    Raises:
-        SpecError: it is not.
-    """
+    """Raise SpecError for a model of an unknown kind."""
     kind, _, name = config.name.partition(":")
     if kind in _BUILDERS and name:
         return
-    if kind in _BUILDERS:
-        meant = "; the name after the colon is missing"
-    else:
-        kinds = f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and ":" not in config.name else ""
-        meant = nearest(kind, _BUILDERS) or kinds
+    kinds = f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and ":" not in config.name else ""
+    meant = "; the name after the colon is missing" if kind in _BUILDERS else nearest(kind, _BUILDERS) or kinds
     raise SpecError(f"no model is called {config.name!r}{meant}; known: {', '.join(MODELS)}", code="unknown-name")
 
 
 def head_seed(config: ModelConfig, seed: int) -> int:
-    """Return the seed of torch's generator with which the model of a run is built."""
+    """Return the seed of torch's generator when the model of a run is built."""
     return config.seed * 1_000_003 + seed
 
 
 def warn_of_random_weights(config: ModelConfig) -> None:
-    """Warn on standard error that the model is not pretrained."""
+    """Warn on standard error if the model is not pretrained."""
     if config.name.startswith("timm:") and not config.weights:
         print(
             f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because nothing is downloaded and "
@@ -94,11 +87,11 @@ def warn_of_random_weights(config: ModelConfig) -> None:
 
 
 def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
-    """Return the tokenizer of a text model, as transformers makes it; None for a model that takes images.
+    """Return the tokenizer of a text model, from transformers; None for an image model.
 
     Args:
         config: of the model.
-        saved: a folder with a tokenizer that is read in place of the model's, if it is there.
+        saved: a folder whose tokenizer is used instead of the model's, if it exists.
     """
     if not config.name.startswith("hf:"):
         return None
@@ -112,7 +105,7 @@ def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
 
 
 def set_mode(model: nn.Module, train: bool) -> nn.Module:
-    """Put a model in train or in eval mode and return it; an exported program has one mode and keeps it."""
+    """Put a model in train or eval mode and return it. An exported program keeps its only mode."""
     return model if "train" in vars(model) else model.train(train)
 
 
@@ -126,18 +119,18 @@ def name_classes(model: nn.Module, classes: Sequence[str]) -> nn.Module:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: a tensor, or what holds one as `logits`."""
+    """Return the logits of a model's output: a tensor, or an object with a tensor `logits`."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise SpecError(
-            f"the model returns {type(output).__name__}; a tensor [batch, classes], or `.logits`, is needed",
+            f"the model returns {type(output).__name__}; it must return a tensor [batch, classes], or `.logits`",
             code="wrong-function-result",
         )
     return logits
 
 
 def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...] = ()) -> Arguments:
-    """Return arguments to capture the model with: floats of this shape, or those that the kind of model implies.
+    """Return arguments to capture the model with: floats of this shape, or inputs for this kind of model.
 
     Raises:
         SpecError: the shape is not known.
@@ -151,12 +144,12 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
         return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     known = getattr(model, "pretrained_cfg", {}).get("input_size")
     if known is None:
-        raise SpecError(f"{config.name} does not say what it takes; give the shape of its input, as --input 2 3 64 64")
+        raise SpecError(f"{config.name} does not name the shape of its input; give it, such as --input 2 3 64 64")
     return (torch.rand(2, *known),), {}
 
 
 def user_function(name: str) -> Callable[..., Any]:
-    """Return the function that a name `python:package.module:function` gives.
+    """Return the function with the name `python:package.module:function`.
 
     Raises:
         SpecError: there is no such module, or no such function in it.
@@ -164,7 +157,7 @@ def user_function(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.removeprefix("python:").partition(":")
     if not module_name or not function_name:
         raise SpecError(f"{name}: give python:package.module:function")
-    if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
+    if os.getcwd() not in sys.path:  # like `python -m`: the user's module is where the command runs
         sys.path.insert(0, os.getcwd())
     with user_code(name, code="wrong-function-result"):
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
@@ -180,13 +173,13 @@ def user_function(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def user_code(name: str, code: str | None = None) -> Iterator[None]:
-    """Turn an error of the user's own code into a SpecError that names the line."""
+    """Raise errors of the user's own code as SpecErrors that name the line."""
     try:
         yield
     except LorascError:
         raise
     except Exception as fault:
-        # The innermost line that is neither of this package nor of an installed one.
+        # The innermost line outside of this and any installed package.
         ours = [line for line in traceback.extract_tb(fault.__traceback__) if not _INSTALLED.search(line.filename)]
         where = f" ({ours[-1].filename}:{ours[-1].lineno})" if ours and not isinstance(fault, SyntaxError) else ""
         raise SpecError(f"{name}: {type(fault).__name__}: {fault}{where}", code=code) from fault
@@ -223,7 +216,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
 
 @contextmanager
 def reading(name: str, package: str, code: str) -> Iterator[None]:
-    """Turn any error of a package about damaged files into a SpecError."""
+    """Raise any error of a package about damaged files as a SpecError."""
     try:
         yield
     except SpecError:
@@ -235,7 +228,7 @@ def reading(name: str, package: str, code: str) -> Iterator[None]:
 
 
 def _hf_folder(name: str) -> Path:
-    """Return the folder of a transformers model; `package:NAME` is the one inside an installed package."""
+    """Return the folder of a transformers model; `package:NAME` is one inside an installed package."""
     kind, _, package = name.partition(":")
     if kind == "package" and package:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -267,7 +260,7 @@ def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
         model = function(classes) if parameters and classes is not None else function()
     if not isinstance(model, nn.Module):
         raise SpecError(
-            f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module",
+            f"python:{name}: the function returned {type(model).__name__}; it must return an nn.Module",
             code="wrong-function-result",
         )
     _load_weights(model, config)
@@ -280,49 +273,47 @@ _BUILDERS: dict[str, Callable[[ModelConfig, str, int | None], nn.Module]] = {
 
 
 def _load_weights(model: nn.Module, config: ModelConfig, head: str = "") -> None:
-    """Put pretrained weights into a model, if the configuration names some.
+    """Put pretrained weights into a model, if the configuration names any.
 
     Args:
         model: the model.
-        config: of it.
-        head: name of the module that may differ: where a shape there is another, the model keeps its own new values.
+        config: of the model.
+        head: name of a module that keeps its own new values if their shapes differ.
 
     Raises:
         SpecError: an unknown source, a file that cannot be read, or weights that do not fit.
     """
-    if not config.weights:
+    source = config.weights
+    if not source:
         return
-    weights = dict(_weights(model, config.weights))
+    if source.startswith("python:"):
+        function = user_function(source)
+        with user_code(source):
+            weights = dict(function(model))
+    elif source.endswith(".safetensors"):
+        weights = dict(read_weights(source))
+    else:
+        raise SpecError(f"model.weights is {source!r}; give a .safetensors file or python:package.module:function")
     for name, value in model.state_dict().items():
         if head and name.startswith(f"{head}.") and name in weights and weights[name].shape != value.shape:
             weights[name] = value
-    put_weights(model, config, weights, config.weights)
+    put_weights(model, config, weights, source)
 
 
 def put_weights(model: nn.Module, config: ModelConfig, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put the weights of a source into a model that was built for them by a configuration.
+    """Put weights into a model that was built from a configuration.
 
     Raises:
-        SpecError: they are not those of this model.
+        SpecError: they are not the weights of this model.
     """
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as fault:
-        reason = textwrap.shorten(str(fault).splitlines()[1], 200, placeholder=" ...")  # of several the first
+        reason = textwrap.shorten(str(fault).splitlines()[1], 200, placeholder=" ...")  # the first of several
         raise SpecError(
             f"{source} does not fit the model that {config.name} builds now: {reason} Give weights of this very model",
             code="base-differs",
         ) from fault
-
-
-def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
-    if source.startswith("python:"):
-        function = user_function(source)
-        with user_code(source):
-            return dict(function(model))
-    if not source.endswith(".safetensors"):
-        raise SpecError(f"model.weights is {source!r}; give a .safetensors file or python:package.module:function")
-    return read_weights(source)
 
 
 def read_weights(source: str | Path) -> Mapping[str, Tensor]:

@@ -18,7 +18,7 @@ import tyro
 from torch import nn
 
 from lorasc_fx.cli.config import Config, DataConfig
-from lorasc_fx.cli.data import TABLES, read_csv, read_table
+from lorasc_fx.cli.data import TABLES, read_csv, read_table, read_text
 from lorasc_fx.cli.models import build_model, logits_of, put_weights, read_weights, set_mode
 from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
@@ -209,11 +209,7 @@ def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[
         texts, cells = read_table(kind, str(path), text, label, optional=optional)
         labels = [str(cell) for cell in cells]
     else:
-        try:
-            lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: `paste` knows no other ends
-        except (OSError, UnicodeDecodeError) as fault:
-            reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
-            raise SpecError(f"{path}: these texts cannot be read: {reason}", code="unreadable-file") from fault
+        lines = read_text(path).split("\n")  # not splitlines: `paste` knows no other ends
         texts = lines if lines[-1] else lines[:-1]
     if not any(map(str.strip, texts)):
         raise SpecError(f"{path} holds no texts; give one a line", code="invalid-data")

@@ -1,4 +1,4 @@
-"""`lorasc-fx report`: one HTML file of a run, that needs no network and no script."""
+"""`lorasc-fx report`: one HTML file about a run, without scripts, which needs no network."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class RunRecord:
     """The records of one run.
 
     Args:
-        name: of its folder.
-        config: its configuration.
-        lines: of its metrics, in order.
-        about: the record of its cascade at the start.
+        name: of the folder.
+        config: of the run.
+        lines: of the metrics, in order.
+        about: the record of the cascade at the start.
         experts: one record per stage and site.
-        spectrum: by site; empty before the end of the run.
+        spectrum: record of each site's slow delta; empty before the end of the run.
         environment: packages and machine.
     """
 
@@ -57,8 +57,8 @@ class RunRecord:
         folder.check_run(checkpoint=False)
         if not folder.cascade.is_file() or not folder.metrics.is_file():
             raise StateError(
-                f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is not there. A run "
-                "writes them in its first steps; one by an older version has to be made again",
+                f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is missing. A run "
+                "writes them in its first steps; a run of an older version must be run again",
                 code="run-has-no-data",
             )
         return cls(
@@ -72,7 +72,7 @@ class RunRecord:
         )
 
     def by_step(self, name: str) -> list[tuple[int, float]]:
-        """Return steps with a number that was logged there; of a repeated step (of a resumed run) the later one."""
+        """Return the steps and values of a metric. If a resumed run has repeated a step, the later value counts."""
         return sorted({line["step"]: line[name] for line in self.lines if name in line}.items())
 
     @cached_property
@@ -97,7 +97,7 @@ class RunRecord:
 
     @cached_property
     def seconds_a_step(self) -> float | None:
-        """Median over the logged stretches in which no stage ended; None where there is none."""
+        """Median over the logged intervals in which no stage ended; None if there are none."""
         timed = [line for line in self.lines if "seconds" in line]
         ends = set(self.transitions)
         rates = [
@@ -117,19 +117,18 @@ class RunRecord:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 LONG = 12
-"""Rows above which a table folds."""
+"""A table with more rows is collapsed."""
 DRAWN = 6
-"""Spectra that are drawn; the table has them all."""
+"""Number of spectra that are drawn; the table has all of them."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; a long one folds.
+    """A table of the page.
 
     Args:
         title: of the table.
-        columns: the style of each column by its title, a class of the page: `name`, `text`, `sentence`, or "" for
-            numbers.
+        columns: title and CSS class of each column: `name`, `text`, `sentence`, or "" for numbers.
         rows: of cells.
     """
 
@@ -139,7 +138,7 @@ class Table:
 
     @property
     def folds(self) -> bool:
-        """Whether it is long."""
+        """Whether the table is collapsed."""
         return len(self.rows) > LONG
 
 
@@ -156,15 +155,14 @@ class Section:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write one HTML page of a run, that needs no network: loss, slow and fast weights, experts, spectra, sites."""
+    """Write one HTML page about a run, which needs no network: loss, slow and fast weights, experts, spectra, sites."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     output: Path | None = None
     """File to write; RUN/report.html if not given."""
     watch: float = 0.0
-    """Seconds after which the page is written anew while the run trains, and a browser reads it anew; 0 writes it once.
-    It ends with the run."""
+    """Write the page again every so many seconds until the run ends, and let the browser reload it; 0: only once."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.watch < math.inf:
@@ -202,7 +200,7 @@ def run_report(arguments: ReportArguments) -> int:
 
 
 def page(record: RunRecord, refresh: float = 0.0) -> str:
-    """Return the page as text; a browser reads it anew after `refresh` seconds, if that is not 0."""
+    """Return the page as text. A browser reloads it every `refresh` seconds, if that is not 0."""
     jinja2 = module_of("report", "jinja2")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     config, about = record.config, record.about
@@ -321,6 +319,12 @@ def _spectrum(record: RunRecord) -> Section:
     return Section("delta", "Final delta", (about,), (picture,), (Table("Final delta by site", columns, cells),))
 
 
+def _facts(key: str, title: str, name: str, rows: Sequence[tuple[str, Any]], value: str, *text: str) -> Section:
+    """Return a section with one table of facts, if there are any."""
+    table = Table(name, [("what", "text"), (value, "text")], rows)
+    return Section(key, title, text, (), (table,) if rows else ())
+
+
 def _settings(record: RunRecord) -> Section:
     train, spec, classes = record.config.train, record.config.spec, record.about.get("classes", ())
     decay = f"{train.decay} decay to {train.floor:g} times it" if train.floor < 1 else "no decay"
@@ -331,8 +335,7 @@ def _settings(record: RunRecord) -> Section:
         ("seeds", f"run {train.seed}, split {record.config.data.seed}, branches and noise {spec.seed}"),
         ("classes", ", ".join(classes) or "not known"),
     ]
-    table = Table("Settings of the run", [("what", "text"), ("value", "text")], rows)
-    return Section("settings", "Settings", (), (), (table,))
+    return _facts("settings", "Settings", "Settings of the run", rows, "value")
 
 
 def _cost(record: RunRecord) -> Section:
@@ -350,9 +353,8 @@ def _cost(record: RunRecord) -> Section:
         ("front end", about["frontend"]),
     ]
     rows += [(f"front end {name} refused", reason) for name, reason in about["refused_frontends"]]
-    text = "After the last fold nothing of this is left: the released model has the nodes of the original."
-    table = Table("Cost of the run", [("what", "text"), ("how much", "text")], rows)
-    return Section("cost", "Cost", (text,), (), (table,))
+    text = "After the last fold none of this cost remains: the released model has the nodes of the original."
+    return _facts("cost", "Cost", "Cost of the run", rows, "how much", text)
 
 
 def _sites(record: RunRecord) -> Section:
@@ -385,8 +387,7 @@ def _environment(record: RunRecord) -> Section:
     machine = {name: value for name, value in record.environment.items() if name != "packages"}
     versions = machine | record.environment.get("packages", {})
     rows = [(name, value) for name, value in versions.items() if value is not None]
-    columns = [("what", "text"), ("version or value", "text")]
-    return Section("made-with", "Made with", (), (), (Table("Machine and packages", columns, rows),) if rows else ())
+    return _facts("made-with", "Made with", "Machine and packages", rows, "version or value")
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,9 @@
 """The folder of a run: resolved configuration, metrics, records, checkpoint, folded weights, environment.
 
-The records are small tables from which `lorasc-fx report` is made. `cascade.json` at the start: sites, refusals,
-placements, cost, classes. `experts.jsonl` at the end of each stage, before its fold: the spectrum of each expert.
-`spectrum.json` at the end: the spectrum of each slow delta. All of it comes from factors; no delta is formed.
+`lorasc-fx report` is made from the records, which are small tables. `cascade.json` is written at the start: sites,
+refusals, placements, cost, classes. `experts.jsonl` gets the spectrum of each expert at the end of each stage, before
+the fold, and `spectrum.json` the spectrum of each slow delta at the end of the run. Spectra are computed from factors;
+no delta is formed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 SINGULAR_VALUES = 64
-"""Largest singular values that are recorded of a slow delta."""
+"""Number of singular values of a slow delta that are recorded, the largest ones."""
 
 _CASCADE = ("model", "frontend", "parameters", "trainable", "sites", "refusals", "unreached",
             "refused_frontends")  # fmt: skip
@@ -54,7 +55,7 @@ class RunFolder:
     """The files of one run.
 
     Args:
-        path: of the folder; it need not be there.
+        path: of the folder, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,11 +70,11 @@ class RunFolder:
         self.checkpoint = path / "checkpoint"  # of lorasc_fx.save
         self.folded = path / "folded.safetensors"  # slow weights, in the layout of the original model
         self.tokenizer = path / "tokenizer"
-        self.results = path / "results"  # of `compare`, one file a run
+        self.results = path / "results"  # of `compare`, one file per run
 
     @property
     def saved(self) -> bool:
-        """Whether there is a complete checkpoint; a run killed in its first save leaves a folder without one."""
+        """Whether there is a complete checkpoint. A run that is killed in its first save leaves none."""
         return bool(list_versions(self.checkpoint))
 
     @property
@@ -115,7 +116,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise SpecError(
-                "--resume goes on with a run and --overwrite deletes it; give one of the two",
+                "--resume continues a run and --overwrite deletes it; give one of the two",
                 code="conflicting-options",
             )
         check_output(self.path, folder=True)
@@ -123,7 +124,7 @@ class RunFolder:
             return
         if self.started and not resume:
             raise StateError(
-                f"{self.path} already holds a run: --resume goes on with it, --overwrite deletes it and starts again, "
+                f"{self.path} already holds a run: --resume continues it, --overwrite deletes it and starts again, "
                 "--output FOLDER starts another",
                 code="path-in-the-way",
             )
@@ -148,13 +149,14 @@ class RunFolder:
         append(self.metrics, entry)
 
     def write_cascade(self, cascade: lx.Cascade, classes: Sequence[str]) -> None:
-        """Write the decisions, and the names of the classes."""
+        """Write what was adapted, and the names of the classes."""
         placements = cascade.placements
         sites = [
             {key: getattr(site, key) for key in _SITE}
             | {"placement": placements.get(site.weight, site.placement), "shape": list(site.shape)}
             for site in cascade.sites
         ]
+        refusals = [{key: getattr(refusal, key) for key in _REFUSAL} for refusal in cascade.refusals]
         about = {
             "model": type(cascade.model).__name__,
             "classes": list(classes),
@@ -162,17 +164,14 @@ class RunFolder:
             "parameters": sum(parameter.numel() for parameter in cascade.model.parameters()),
             "trainable": cascade._run.trained_entries,
             "sites": sites,
-            "refusals": [
-                {"weight": refusal.weight, "reason": refusal.reason.value, "sentence": refusal.sentence}
-                for refusal in cascade.refusals
-            ],
+            "refusals": [refusal | {"reason": refusal["reason"].value} for refusal in refusals],
             "unreached": cascade.unreached,
             "refused_frontends": cascade.refused_frontends,
         }
         write_whole(self.cascade, json.dumps(about, indent=1) + "\n")
 
     def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
-        """Append one record per site: norm and effective rank of the branch before its fold; null if not finite."""
+        """Append one record per site: norm and effective rank of the branch before the fold, or null if not finite."""
         lines = []
         with torch.no_grad():
             for weight, branch in cascade._run.branches_by_weight().items():
@@ -185,7 +184,7 @@ class RunFolder:
         append_text(self.experts, "".join(lines), StateError)
 
     def write_spectrum(self, cascade: lx.Cascade) -> None:
-        """Write the largest singular values of each slow delta, its norm beside that of W0, and its effective rank."""
+        """Write the largest singular values, the norm and the effective rank of each slow delta, and the norm of W0."""
         deltas: dict[str, Any] = {}
         with torch.no_grad():
             for weight in cascade.plan.by_weight:
@@ -203,7 +202,7 @@ class RunFolder:
         """Return what `write_cascade` wrote.
 
         Raises:
-            StateError: it is damaged, as with all these records.
+            StateError: it is damaged, as for all of these records.
         """
         about = _record(self.cascade, _CASCADE)
         for entries, keys in ((about["sites"], _SITE), (about["refusals"], _REFUSAL)):
@@ -216,14 +215,14 @@ class RunFolder:
         classes = self.read_cascade().get("classes") if self.cascade.is_file() else None
         if not classes:
             raise StateError(
-                f"{self.path} does not say its classes: it is no run of lorasc-fx train, or one by an older version, "
-                "which has to be made again",
+                f"{self.path} does not name its classes: it is not a run of lorasc-fx train, or one of an older "
+                "version, which must be run again",
                 code="no-checkpoint",
             )
         return tuple(classes)
 
     def read_spectrum(self) -> dict[str, Any]:
-        """Return what `write_spectrum` wrote; nothing before the end of the run."""
+        """Return what `write_spectrum` wrote, or an empty table before the end of the run."""
         deltas = _record(self.spectrum)
         for entry in deltas.values():
             _check(self.spectrum, 1, entry, _DELTA)
@@ -234,14 +233,14 @@ class RunFolder:
         return _record(self.environment)
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
-        """Write a state dict as safetensors; weights that share memory are written once each by name."""
+        """Write a state dict as safetensors. Tied weights are written under each of their names."""
         file = path or self.folded
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, file)
         return file
 
     def _delete_run(self) -> None:
-        """Delete what a run wrote, and nothing else that is in the folder."""
+        """Delete what a run wrote, and nothing else."""
         for path in (self.metrics, self.cascade, self.experts, self.spectrum, self.report, self.folded):
             path.unlink(missing_ok=True)
         for path in (self.checkpoint, self.results, self.tokenizer, self.path / "tensorboard"):
@@ -262,7 +261,7 @@ class RunFolder:
 
 
 def check_output(path: Path, *, folder: bool) -> None:
-    """Check, before any work, that an output file or folder can be written.
+    """Check, before any work is done, that an output file or folder can be written.
 
     Raises:
         SpecError: it is of the other kind, has a file as a parent, or is not writable.
@@ -287,13 +286,13 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
+    """Write a complete file, or leave the one that was there."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, each with these keys; none where there is no file.
+    """Return the records of a file of JSON lines, each with these keys; none if there is no file.
 
     Raises:
         StateError: a line is damaged.
@@ -303,7 +302,7 @@ def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def _record(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the record that a file holds; an empty one where there is no file."""
+    """Return the record in a file; an empty one if there is no file."""
     return _parsed(path, 1, path.read_bytes(), keys) if path.is_file() else {}
 
 
@@ -311,7 +310,7 @@ def _parsed(path: Path, number: int, text: bytes, keys: Sequence[str]) -> dict[s
     try:
         record = parse_json(text)
     except ValueError as fault:
-        raise _damaged(path, number, f"is no JSON ({fault})") from fault
+        raise _damaged(path, number, f"is not JSON ({fault})") from fault
     _check(path, number, record, keys)
     return dict(record)
 
@@ -319,15 +318,14 @@ def _parsed(path: Path, number: int, text: bytes, keys: Sequence[str]) -> dict[s
 def _check(path: Path, number: int, record: Any, keys: Sequence[str]) -> None:
     """Check that a value is a JSON object with these keys."""
     if not isinstance(record, dict):
-        raise _damaged(path, number, "is no JSON object")
-    missing = [key for key in keys if key not in record]
-    if missing:
+        raise _damaged(path, number, "is not a JSON object")
+    if missing := [key for key in keys if key not in record]:
         raise _damaged(path, number, f"has no key {missing[0]!r}")
 
 
 def _damaged(path: Path, number: int, what: str) -> StateError:
     return StateError(
-        f"{path}: line {number} {what}; the file is damaged: restore it, or train anew", code="invalid-checkpoint"
+        f"{path}: line {number} {what}; the file is damaged: restore it, or train again", code="invalid-checkpoint"
     )
 
 

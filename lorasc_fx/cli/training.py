@@ -1,6 +1,6 @@
-"""Set-up, training loop and predictions of `train` and `compare`.
+"""Setup, training loop and predictions of `train` and `compare`.
 
-Two kinds of model are trained: a cascade, or a plain module of which some parameters are trained.
+Two kinds of model are trained: a cascade, or some parameters of a plain module.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ from lorasc_fx.graph import matches
 from lorasc_fx.spec import CascadeSpec
 
 EVAL_BATCH = 64
-
-
 RARE = 2
-"""A class with fewer training examples is warned of."""
+"""Smallest number of training examples of a class without a warning."""
 
 
 class Diverged(StateError):
@@ -52,7 +50,7 @@ class Diverged(StateError):
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration with its data loaded; models are built from it as often as they are needed.
+    """A configuration with its data loaded. It builds models as often as they are needed.
 
     Args:
         config: of the run.
@@ -74,12 +72,12 @@ class Setup:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         check_device(config.train.device)
-        check_name(config.model)  # before the data: of a wrong name it is not known whether it takes texts
+        check_name(config.model)  # before the data, because the kind of model decides whether it takes texts
         tokenizer = tokenizer_of(config.model)
         return cls(config, load_data(config.data, tokenizer), tokenizer)
 
     def model(self, seed: int) -> nn.Module:
-        """Return a fresh model with a new head from this seed, in the mode in which it is trained."""
+        """Return a new model with a new head from this seed, in the mode in which it is trained."""
         classes = self.splits.classes
         model = name_classes(build_model(self.config.model, len(classes), seed), classes).to(self.config.train.device)
         if self.splits.train.images:
@@ -92,7 +90,7 @@ class Setup:
         return not (self.config.train.frozen_norm and norm)
 
     def adapt(self, seed: int, spec: CascadeSpec) -> lx.Cascade:
-        """Return a fresh cascade."""
+        """Return a new cascade."""
         sample = self.sample()
         return lx.adapt(self.model(seed), args=sample.args, kwargs=sample.kwargs, spec=spec)
 
@@ -102,7 +100,7 @@ class Setup:
         return min(self.config.train.batch_size, len(self.splits.train))
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of the optimizer steps without end, after `start` of them, on the device."""
+        """Yield batches on the device without end, one for each optimizer step, after the first `start` ones."""
         loader = lx.schedules.shuffled_batches(
             self.splits.train, self.batch_size, seed=seed, start=start, collate_fn=lambda batch: batch
         )
@@ -113,7 +111,7 @@ class Setup:
         return self.splits.train.batch(torch.arange(self.batch_size)).to(self.config.train.device)
 
     def stage_steps(self, stages: int) -> list[int]:
-        """Return the optimizer steps of each of so many stages, which divide the run evenly.
+        """Return the number of optimizer steps of each stage, if this many stages divide the run evenly.
 
         Raises:
             SpecError: there are more stages than steps.
@@ -131,13 +129,13 @@ class Setup:
     def schedule(
         self, optimizer: torch.optim.Optimizer, cascade: lx.Cascade | None, steps: Sequence[int]
     ) -> lx.StageSchedule:
-        """Return the learning rate of stages of these steps, or without a cascade of cycles of these steps."""
+        """Return the schedule of the learning rate, for stages or (without a cascade) cycles of these steps."""
         config = self.config.train
         return lx.StageSchedule(optimizer, cascade, steps, warmup=config.warmup, floor=config.floor, decay=config.decay)
 
 
 def describe(setup: Setup) -> None:
-    """Print the splits and the classes, and warn of random weights and of classes with hardly any example."""
+    """Print the splits and the classes, and warn about random weights and classes with hardly any example."""
     splits = setup.splits
     warn_of_random_weights(setup.config.model)
     parts = {"train": splits.train, "validation": splits.validation, **splits.test_sets}
@@ -154,7 +152,7 @@ def describe(setup: Setup) -> None:
     if rare:
         print(
             f"lorasc-fx: WARNING: fewer than {RARE} training examples of the classes {named(rare, 5)}: they are hardly "
-            "learned. Add examples, or take these classes out",
+            "learned. Add examples, or remove these classes",
             file=sys.stderr,
         )
 
@@ -167,7 +165,7 @@ def check_device(device: str) -> None:
         known += [f"{accelerator}:{index}" for index in range(torch.accelerator.device_count())]
     try:
         kind = torch.empty(0, device=device).device.type
-        reason = "this device holds no numbers" if kind == "meta" else ""
+        reason = "tensors on this device have no values" if kind == "meta" else ""
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).partition(". ")[0].splitlines()[0]
     if reason:
@@ -177,7 +175,7 @@ def check_device(device: str) -> None:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Put the weights of 2d convolutions in channels-last order, which is faster, and return the model."""
+    """Put the weights of 2d convolutions in channels-last order, which is faster; return the model."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 4:
@@ -186,7 +184,7 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequence[str]) -> nn.Module:
-    """Let the parameters that match a pattern require gradients, and no others; return the model.
+    """Let only the parameters that match a pattern require gradients, and return the model.
 
     Raises:
         UnknownTarget: a pattern matches no parameter.
@@ -202,7 +200,7 @@ def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequenc
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW on what is trained."""
+    """Return AdamW for the parameters that train."""
     if isinstance(model, lx.Cascade):
         groups = list(model.param_groups(lr=lr))
     else:
@@ -219,7 +217,7 @@ class Interrupt:
 
 @contextmanager
 def on_ctrl_c() -> Iterator[Interrupt]:
-    """Defer a first Ctrl-C inside the block to the end of the step; a second one raises KeyboardInterrupt."""
+    """Defer the first Ctrl-C inside the block to the end of the step. A second one raises KeyboardInterrupt."""
     interrupt = Interrupt()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -240,11 +238,11 @@ class Step:
 
     Args:
         done: optimizer steps done so far.
-        stage: the stage of this step (1 is the first).
+        stage: the stage of this step, counted from 1.
         loss, lr: of this step.
-        seconds: since the training began or went on.
-        ends_stage: whether it is the last step of its stage, whose branches are still there.
-        folded: whether the stage of this step has ended: yielded once more, after the transition.
+        seconds: since the training started or continued.
+        ends_stage: whether it is the last step of its stage, whose branches still exist.
+        folded: whether its stage has ended: the step is yielded again after the transition.
     """
 
     done: int
@@ -267,22 +265,22 @@ def train_steps(
     interrupt: Interrupt,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Train from a step to the end, and yield each step and each transition; stop early after Ctrl-C.
+    """Train from a step to the end, and yield each step and each transition. Stop early after Ctrl-C.
 
-    Batches and dropout are functions of (seed, step), so that a run that stopped and went on gives the same numbers.
+    Batches and dropout are functions of (seed, step), so that a stopped and resumed run gives the same numbers.
 
     Args:
-        model: a cascade, or a module whose parameters are trained as they are, in one stage.
-        optimizer, schedule: of its parameters; the schedule is stepped here.
+        model: a cascade, or a module whose parameters are trained directly, in one stage.
+        optimizer, schedule: of its parameters. The schedule is stepped here.
         setup: the data and the device.
         seed: of the order of the examples, and of dropout.
-        stage_steps: optimizer steps of each stage.
-        interrupt: what ends the training between two steps.
-        start: steps that are done.
+        stage_steps: number of optimizer steps of each stage.
+        interrupt: ends the training between two steps.
+        start: number of steps that are done.
 
     Raises:
-        Diverged: a loss that is inf or nan.
-        SpecError: the model does not give one logit a class.
+        Diverged: the loss is inf or nan.
+        SpecError: the model does not return one logit per class.
     """
     examples, began = setup.splits.train, time.monotonic()
     ends = list(itertools.accumulate(stage_steps))
@@ -322,7 +320,7 @@ def _check_logits(logits: Tensor, examples: Examples) -> None:
     needed = len(examples.classes)
     if logits.dim() != 2 or logits.shape[1] < needed:
         raise SpecError(
-            f"the model returns logits {list(logits.shape)}; [batch, classes] is needed, with {needed} classes",
+            f"the model returns logits {list(logits.shape)}; it must return [batch, classes], with {needed} classes",
             code="wrong-function-result",
         )
 
@@ -331,7 +329,7 @@ def predict(model: nn.Module, examples: Examples, device: str = "cpu") -> Tensor
     """Return the logits of all examples, [examples, classes].
 
     Raises:
-        SpecError: the model does not give one logit a class.
+        SpecError: the model does not return one logit per class.
     """
     with torch.no_grad():
         batches = (batch.to(device) for batch in examples.batches(EVAL_BATCH))
@@ -341,5 +339,5 @@ def predict(model: nn.Module, examples: Examples, device: str = "cpu") -> Tensor
 
 
 def accuracy(logits: Tensor, examples: Examples) -> float:
-    """Return the share of right predictions."""
+    """Return the share of correct predictions."""
     return (logits.argmax(-1) == examples.labels).double().mean().item()

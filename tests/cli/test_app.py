@@ -35,7 +35,7 @@ MISTAKES = [
     (["train", "absent.toml"], "absent.toml: the configuration cannot be read: No such file or directory"),
     (["train", "tiny.toml", "--data.name", "csv:a.csv"], "a.csv: this file cannot be read: No such file"),
     (["train", "tiny.toml", "--train.device", "warp"], "train.device is 'warp': "),
-    (["train", "tiny.toml", "--train.device", "meta"], "train.device is 'meta': this device holds no numbers"),
+    (["train", "tiny.toml", "--train.device", "meta"], "train.device is 'meta': tensors on this device have no values"),
     (["train", "tiny.toml", "--output", ""], "output is empty; give the folder that the run writes to"),
     (["train", "tiny.toml", "--train.epochs", "inf", "--train.steps", "0"], "train.epochs is inf; give a number"),
     (["train", "tiny.toml", "--train.threads", "100000"],

@@ -82,7 +82,7 @@ def test_images_of_a_table_are_resized_as_they_were_in_training(place: Path, tmp
     ("damage", "inputs", "message"),
     [
         (lambda run: (run / "folded.safetensors").unlink(), ".", "runs/tiny has no folded.safetensors: end the"),
-        (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not say its classes"),
+        (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not name its classes"),
         (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
          "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now: "),
         (lambda run: (run / "folded.safetensors").write_bytes(b"no"), ".",

@@ -296,15 +296,15 @@ def damaged(run: Path) -> None:
     ("make", "message"),
     [
         (lambda run: None, "absent holds no run: there is no config.toml in it"),
-        (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is not there"),
+        (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is missing"),
         (
             lambda run: (begin(run), (run / "results").mkdir()),
             "absent holds a comparison, and this command takes one run",
         ),
-        (damaged, "absent/metrics.jsonl: line 2 is no JSON (Expecting value: "),
+        (damaged, "absent/metrics.jsonl: line 2 is not JSON (Expecting value: "),
         (
             lambda run: (damaged(run), (run / "metrics.jsonl").write_text("[]")),
-            "absent/metrics.jsonl: line 1 is no JSON object; the file is damaged: restore it, or train anew",
+            "absent/metrics.jsonl: line 1 is not a JSON object; the file is damaged: restore it, or train again",
         ),
     ],
 )
@@ -320,11 +320,11 @@ def test_a_folder_without_a_run_to_show(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metrics.jsonl", b"\xff", "line 1 is no JSON ('utf-8' codec can't decode byte 0xff"),
-        ("metrics.jsonl", b"[" * 9999, "line 1 is no JSON (it is nested too deeply)"),
-        ("cascade.json", b"{}", "line 1 has no key 'model'; the file is damaged: restore it, or train anew"),
+        ("metrics.jsonl", b"\xff", "line 1 is not JSON ('utf-8' codec can't decode byte 0xff"),
+        ("metrics.jsonl", b"[" * 9999, "line 1 is not JSON (it is nested too deeply)"),
+        ("cascade.json", b"{}", "line 1 has no key 'model'; the file is damaged: restore it, or train again"),
         ("experts.jsonl", b'{"stage": 1}', "line 1 has no key 'site'; the file is damaged"),
-        ("spectrum.json", b'{"a": 3}', "line 1 is no JSON object; the file is damaged"),
+        ("spectrum.json", b'{"a": 3}', "line 1 is not a JSON object; the file is damaged"),
     ],
 )
 def test_a_damaged_record_is_named(

@@ -159,7 +159,9 @@ def test_after_a_loss_that_is_not_finite_a_run_is_made_again(place: Path, capsys
 def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "few.py").write_text("import tiny_model\n\ndef build():\n    return tiny_model.build(4)\n")
     assert main(["train", "tiny.toml", "--model.name", "python:few:build"]) == 2
-    assert "the model returns logits [32, 4]; [batch, classes] is needed, with 10 classes" in capsys.readouterr().err
+    assert (
+        "the model returns logits [32, 4]; it must return [batch, classes], with 10 classes" in capsys.readouterr().err
+    )
 
 
 def test_checkpoints_between_stages(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
