@@ -60,10 +60,10 @@ def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the shard of a tensor that this process holds of one like it; of a plain one all."""
+    """Return this rank's slice of a tensor that is sharded like another one. Without shards it is the tensor itself."""
     if hasattr(tensor, "to_local"):
         return local(tensor)
-    return shard_of(like).take(tensor)
+    return shard_of(like).take(tensor) if hasattr(like, "to_local") else tensor
 
 
 def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
@@ -132,11 +132,11 @@ class ProcessGroup:
 
     def all(self, flag: bool) -> bool:
         """Whether a flag is set on every rank."""
-        return self.sum(float(not flag)) == 0
+        return flag if self.handle is None else self.sum(float(not flag)) == 0
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on some rank."""
-        return self.sum(float(flag)) > 0
+        return flag if self.handle is None else self.sum(float(flag)) > 0
 
     def sum(self, number: float) -> float:
         """Return the sum of a number over the ranks, in fp64."""

@@ -308,7 +308,7 @@ class Run(RunBase):
                 "lorasc_fx.save and resume; lorasc_fx.parallel.fsdp has folded_state_dict for them",
                 code="sharded",
             )
-        if self.inside_weights:
+        if self.placed is not None:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
             raise StateError(f"{call}: inside weights({what}); leave the with block first", code="inside-weights")
         if torch._C._current_graph_task_id() != -1:

@@ -105,7 +105,7 @@ class RunBase:
 
     def branches_by_weight(self) -> dict[str, Branch]:
         """Return the branches by the names of their weights."""
-        return {branch.weight_name: branch for branch in self.by_key.values()}
+        return {branch.weight_name: branch for branch in self.branches.values() if isinstance(branch, Branch)}
 
     def learners(self) -> dict[str, Learner]:
         """Return what trains in the running stage, by weight name: branches, and parameters trained in full."""

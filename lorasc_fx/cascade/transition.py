@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, fresh_a
-from lorasc_fx.cascade.commit import Gradients, Planned
+from lorasc_fx.cascade.commit import Gradients, Planned, write_planned
 from lorasc_fx.cascade.optim import check_holds, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
@@ -142,7 +142,7 @@ def begin(
         states=state,
     )
     with commit() as undo:
-        run.commit(values, undo)
+        write_planned(run, values, undo)
         if then is not None:
             then()
         if resized:

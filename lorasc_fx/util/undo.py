@@ -108,20 +108,21 @@ def interrupts_deferred() -> Iterator[Callable[[], None]]:
         answer()
 
 
-class _Isolated(Generic[T]):
-    def __init__(self, setup: Callable[[Block], T]) -> None:
-        self._setup, self._undo = setup, Block()
+class _Isolated(Block, Generic[P, T]):
+    def __init__(self, setup: Callable[Concatenate[Block, P], T], *args: P.args, **kwargs: P.kwargs) -> None:
+        super().__init__()
+        self._setup, self._args, self._kwargs = setup, args, kwargs
 
     def __enter__(self) -> T:
         try:
             with interrupts_deferred():
-                return self._setup(self._undo)
+                return self._setup(self, *self._args, **self._kwargs)
         except BaseException as fault:
-            self._undo.roll_back(fault)
+            self.roll_back(fault)
             raise
 
     def __exit__(self, _kind: object, fault: BaseException | None, _traceback: object) -> None:
-        self._undo.roll_back(fault)
+        self.roll_back(fault)
 
 
 def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractContextManager[T]]:
@@ -132,7 +133,7 @@ def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractC
 
     @functools.wraps(setup)
     def block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Isolated(lambda undo: setup(undo, *args, **kwargs))
+        return _Isolated(setup, *args, **kwargs)
 
     return block
 

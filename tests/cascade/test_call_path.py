@@ -1,8 +1,9 @@
-"""How much of the package a call runs before the code of its graph."""
+"""How much of the package runs in a call before the code of its graph, in a transition, and in `weights`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -16,8 +17,8 @@ PACKAGE = str(Path(lx.__file__).parent)
 BRANCHES = str(Path(sys.modules[Branch.__module__].__file__ or "").parent)
 
 
-def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> None:
-    """Checks of what is around a cascade run once for each stage, and not at each call."""
+def trained() -> tuple[lx.Cascade, torch.optim.Optimizer, torch.Tensor]:
+    """A cascade of two linear layers after two steps, which have warmed it."""
     model, x = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), torch.randn(4, 5)
     cascade = lx.adapt(model, (x,))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
@@ -25,21 +26,48 @@ def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> Non
         cascade(x).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    return cascade, optimizer, x
+
+
+def functions_in(act: Callable[[], object], until: str | None = None) -> list[str]:
+    """The functions of the package that run, each once, without comprehensions; up to the first one of a folder."""
     functions: dict[str, None] = {}
-    in_graph = False
+    done = False
 
     def see(frame: FrameType, event: str, _: object) -> None:
-        nonlocal in_graph
-        file = frame.f_code.co_filename
-        in_graph |= file.startswith(BRANCHES)
-        if event == "call" and file.startswith(PACKAGE) and not in_graph:
+        nonlocal done
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        done |= until is not None and file.startswith(until)
+        if event == "call" and file.startswith(PACKAGE) and not done and not name.startswith("<"):
             functions[f"{file.removeprefix(PACKAGE)} {frame.f_code.co_qualname}"] = None
 
     sys.setprofile(see)
     try:
-        cascade(x)
+        act()
     finally:
         sys.setprofile(None)
+    assert done is (until is not None)
+    return list(functions)
+
+
+def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> None:
+    """Checks of what is around a cascade run once for each stage, and not at each call."""
+    cascade, _, x = trained()
+    functions = functions_in(lambda: cascade(x), until=BRANCHES)
     cascade.transition(None)  # or the end of the program would warn of lost training
-    assert in_graph
-    assert len(functions) <= 15, list(functions)
+    assert len(functions) <= 13, functions
+
+
+def test_a_transition_and_other_weights_run_few_functions() -> None:
+    cascade, optimizer, _ = trained()
+
+    def look() -> None:
+        with cascade.weights("slow"):
+            pass
+
+    functions = functions_in(look)
+    assert len(functions) <= 82, functions
+    assert len({name.split()[0] for name in functions}) <= 17
+    functions = functions_in(lambda: cascade.transition(optimizer))
+    assert len(functions) <= 144, functions
+    assert len({name.split()[0] for name in functions}) <= 20
