@@ -126,6 +126,11 @@ SAMPLED = {
     "state/test_trajectory.py::test_one_stage_is_the_formula": 3,
     "cascade/test_transition_cost.py::test_memory_beside_the_weights": 4,
     "adapt/test_untie.py::test_a_checkpoint_goes_on": 4,
+    "checkpoint/test_damage.py::test_a_missing_tensor": 2,
+    "checkpoint/test_damage.py::test_a_resume": 2,
+    "checkpoint/test_damage.py::test_a_tensor": 2,
+    "checkpoint/test_damage.py::test_a_file": 3,
+    "checkpoint/test_damage.py::test_a_manifest": 3,
     "passes/test_attention_masks.py::test_what_is_proved_of_every_op_is_what_it_computes": 3,
     "passes/test_pipeline.py::test_a_transition_stands_between_insertion_and_fold": 3,
     "errors/test_adapt.py::test_inputs_that_the_model_refuses": 3,
@@ -170,6 +175,16 @@ SLOW = {
     "forms/test_zoo.py::test_the_model_is_its_own_oracle[hf_patchtst]",
     "forms/test_zoo.py::test_the_model_is_its_own_oracle[mixtral]",
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[auto]",
+    "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[graph-breaks]",
+    "accelerator/test_operations.py::test_exported_graphs",
+    "accelerator/test_operations.py::test_methods_of_a_model[llama]",
+    "cascade/test_release.py::test_a_model_of_a_library_loads_strictly[torchvision-dtype2]",
+    "cli/test_app.py::test_a_missing_extra_is_one_sentence",
+    "contract/test_docs.py::test_page_runs[docs/start.md]",
+    "durability/test_faults.py::test_a_training_outlives_a_full_disk",
+    "export/test_graphs.py::test_onnx_is_the_released_model_of_any_batch[stated]",
+    "passes/test_shared_heads.py::test_what_repeats_the_heads_goes[capture_dynamo]",
+    "pictures/test_notebook.py::test_no_extra_is_needed",
 }
 """Single rows, and tests, that take long."""
 

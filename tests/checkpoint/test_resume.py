@@ -64,11 +64,6 @@ def test_three_stages(spec: str, waits: bool, tmp_path: Path) -> None:
     assert_equal_to_whole(Run(SPECS[spec], waits=waits), THREE_STAGES, STOPS, tmp_path)
 
 
-@pytest.mark.parametrize("stop", range(len(THREE_STAGES)))
-def test_stopped_anywhere(stop: int, tmp_path: Path) -> None:
-    assert_equal_to_whole(Run(SPECS["train"]), THREE_STAGES, (stop,), tmp_path)
-
-
 class Product(nn.Module):
     """One weight, of any shape and layout."""
 
@@ -419,73 +414,6 @@ def test_unreached_weights_stay_unreached(tmp_path: Path) -> None:
     assert again.cascade.unreached == going.cascade.unreached == ("judged.weight", "spare.weight")
     assert again.cascade.refusals == going.cascade.refusals
     assert raw(again.cascade.model.seen) == raw(going.cascade.model.seen)
-
-
-def test_a_loop_that_a_person_would_write(tmp_path: Path) -> None:
-    """Stages in a loop, a save every second step; stopped twice, once in the middle of a stage."""
-    build, spec, steps, stages = Net, SPECS["train"], 3, 3
-
-    def go(kills: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        folder = tmp_path / str(len(kills))
-        while True:
-            x = inputs(5, 3, 4, 4)
-            if folder.exists():
-                cascade = lx.load(folder, build(), args=(x,))
-                optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05), lr=0.05, momentum=0.9)
-                extra = cascade.resume(optimizer)
-                first, begin = extra["stage"], extra["step"]
-            else:
-                torch.manual_seed(3)
-                cascade = lx.adapt(build(), args=(x,), spec=spec, frontend="symbolic")
-                optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05), lr=0.05, momentum=0.9)
-                first, begin = 1, 0
-            killed = False
-            for stage in cascade.stages(stages - first + 1, optimizer):
-                for step in range(begin, steps):
-                    if (stage.number, step) in kills:
-                        kills.remove((stage.number, step))
-                        killed = True
-                        break
-                    cascade(x).square().mean().backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    extra = {"stage": stage.number, "step": step + 1}
-                    lx.save(cascade, folder, optimizer=optimizer, extra=extra)
-                if killed:
-                    break
-                begin = 0
-            if not killed:
-                return cascade.release().state_dict()
-
-    expected = go([])
-    found = go([(1, 2), (2, 0), (3, 1)])
-    assert all(raw(found[name]) == raw(value) for name, value in expected.items())
-
-
-def test_extra_comes_back(tmp_path: Path) -> None:
-    run = Run(PLAIN)
-    going = run.started()
-    extra = {"epoch": 3, "order": [2, 0, 1], "note": "äß✓", "rate": 0.1 + 0.2, "none": None, "deep": {"a": [True, {}]}}
-    lx.save(going.cascade, tmp_path, extra=extra)
-    assert lx.load(tmp_path, Net(), args=(run.x,)).resume() == extra
-
-
-def test_a_loaded_cascade_is_released_as_any_other(tmp_path: Path) -> None:
-    run = Run(SPECS["train"])
-    going = run.started()
-    for event in ("step", "fold", "step"):
-        getattr(going, event)()
-    going.save(tmp_path)
-    base = Net()
-    base.body.bias.requires_grad_(False)
-    base.norm.eval()
-    cascade = lx.load(tmp_path, base, args=(run.x,))
-    expected = going.cascade.release().state_dict()
-    released = cascade.release()
-    assert released is base
-    assert not base.body.bias.requires_grad
-    assert not base.norm.training
-    assert all(raw(released.state_dict()[name]) == raw(value) for name, value in expected.items())
 
 
 def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Path) -> None:

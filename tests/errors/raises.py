@@ -46,7 +46,7 @@ def given_codes() -> dict[str, list[str]]:
                 code = code_of(node)
             elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code":
                 code = node.value
-            for part in ast.walk(code) if isinstance(code, (ast.Constant, ast.IfExp)) else ():
+            for part in (code.body, code.orelse) if isinstance(code, ast.IfExp) else (code,):
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
                     places.setdefault(part.value, []).append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
     return places

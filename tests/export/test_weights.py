@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from tests.damage.mutations import forge_tensors
 from tests.export.cases import llama
 from tests.kit.errors import raises
 from tests.kit.models import batches, mlp, randomize
@@ -204,23 +202,6 @@ def test_the_values_in_the_files_of_a_base(tmp_path: Path, dtype: torch.dtype, a
         torch.testing.assert_close(load_file(out / index[name])[name], expected, rtol=0, atol=atol)
 
 
-def test_after_the_last_stage(tmp_path: Path) -> None:
-    base = tmp_path / "base.safetensors"
-    save_file(mlp().state_dict(), base)
-    cascade = small(train=("0.bias",), noise=lx.Noise(0.3))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    for _ in cascade.stages(2, optimizer):
-        cascade(X).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    lx.save(cascade, tmp_path / "checkpoint")
-    assert (
-        main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(tmp_path / "o.safetensors")]) == 0
-    )
-    expected = cascade.release().state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "o.safetensors").items())
-
-
 class Norms(nn.Module):
     """A tied head and buffers that move."""
 
@@ -337,29 +318,6 @@ def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("parts", "sentence"),
-    [
-        ((), "has no tensor 'value/0.bias'; there is no earlier version"),
-        (("dense/0.bias/slow",), "'dense/0.bias/slow' is (3,), the plan says (7,); there is no earlier version"),
-        (("value/0.bias",), "'dense/0.bias/slow' is (7,), the plan says (3,); there is no earlier version"),
-    ],
-)
-def test_a_checkpoint_that_was_edited(
-    parts: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A part of what was trained in full is gone, or has another shape than the others or than the base."""
-    save_file(mlp().state_dict(), tmp_path / "base.safetensors")
-    version = lx.save(stepped(small(train=("0.bias",)), 1, running=True), tmp_path / "checkpoint")
-    gone: dict[str, torch.Tensor] = {each: torch.ones(3, dtype=torch.float64) for each in parts}
-    forge_tensors(version, lambda held: held.update(gone) if gone else held.pop("value/0.bias"))
-    before = sorted(path.name for path in tmp_path.iterdir())
-    arguments = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out.safetensors")]
-    assert main(["fold", str(tmp_path / "checkpoint"), *arguments]) == 2
-    assert f"version-00000001: {sentence}" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
 def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(mlp().state_dict(), tmp_path / "base.safetensors")
     cascade = stepped(small(), 1, running=False)
@@ -418,22 +376,6 @@ def test_without_a_base(tmp_path: Path) -> None:
         assert each.keys() == expected.keys()
         assert all(torch.equal(each[name], expected[name]) for name in expected)
         mlp().float().load_state_dict(each, strict=True)
-
-
-@pytest.mark.slow
-def test_without_a_base_for_transformers(tmp_path: Path) -> None:
-    model = llama(tie_word_embeddings=True).to(torch.bfloat16)
-    cascade = trained(model)
-    model.config.save_pretrained(tmp_path / "out")
-    shutil.move(tmp_path / "out" / "config.json", tmp_path / "config.json")
-    (tmp_path / "out").rmdir()
-    lx.export.safetensors(cascade, tmp_path / "out", max_shard_bytes=2000)
-    shutil.move(tmp_path / "config.json", tmp_path / "out" / "config.json")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    released = cascade.release().state_dict()
-    assert loaded.state_dict().keys() == released.keys()
-    assert all(torch.equal(released[name], value) for name, value in loaded.state_dict().items())
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_each_number_lies_at_a_multiple_of_its_size(tmp_path: Path) -> None:

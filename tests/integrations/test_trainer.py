@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import lorasc_fx as lx
 from tests.integrations.kit import adapted, arguments, losses, net, rows
 from tests.kit.models import lora_of
-from tests.kit.state import branches_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0)
 TARGETS = ("first", "head")
@@ -63,57 +61,6 @@ def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, A
     expected = lora.merge_and_unload().state_dict()
     for name, value in cascade.release().state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "accumulated", "pace"),
-    [
-        ({"epochs": 1}, 1, 0.4), ({"epochs": 2}, 2, 1.0), ({"steps": 3}, 2, 0.4),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_stages_are_a_chain_of_peft_runs(tmp_path: Path, how: dict[str, int], accumulated: int, pace: float) -> None:
-    """Every step sees all rows, so that their order is nothing. Between runs, W += pace * s B A, by hand."""
-    epochs, data = 6, rows(8, torch.float64)
-    stage = how.get("epochs", how.get("steps", 0))
-    more = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
-    cascade = adapted(lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=pace), 0.0, torch.float64)
-    plain, expected = net(0.0, torch.float64), []
-    starts = []
-
-    class Spy(lx.integrations.transformers.CascadeCallback):  # type: ignore[name-defined, misc]
-        def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-            super().on_step_begin(args, state, control, **about)
-            if state.global_step % stage == 0:
-                branches = branches_of(cascade)
-                starts.append({name: branch.lora_A.detach().clone() for name, branch in branches.items()})
-
-    ours = Trainer(
-        model=cascade, args=arguments(tmp_path, num_train_epochs=epochs, **more), train_dataset=data,
-        callbacks=[Spy(cascade, **how)],
-    )  # fmt: skip
-    ours.train()
-    assert cascade.stage == epochs // stage + 1
-    for start in starts:
-        lora = get_peft_model(plain, LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=list(TARGETS)))
-        for name, a in start.items():
-            lora.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight.data.copy_(a)
-        theirs = PeftTrainer(model=lora, args=arguments(tmp_path, num_train_epochs=stage, **more), train_dataset=data)
-        theirs.train()
-        expected += losses(theirs)
-        layers = {name: lora.base_model.model.get_submodule(name.removesuffix(".weight")) for name in start}
-        deltas = {
-            name: 3.0 * layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
-            for name, layer in layers.items()
-        }
-        plain = lora.unload()
-        with torch.no_grad():
-            for name, delta in deltas.items():
-                plain.get_parameter(name).add_(pace * delta)
-    assert losses(ours) == pytest.approx(expected, abs=LOGGED, rel=0)
-    for name, value in cascade.release().state_dict().items():
-        torch.testing.assert_close(value, plain.state_dict()[name], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

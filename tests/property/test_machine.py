@@ -339,9 +339,9 @@ def run(examples: int, steps: int) -> None:
 
 
 def test_operations_against_the_law() -> None:
-    run(examples=10, steps=8)
+    run(examples=6, steps=8)
 
 
 @pytest.mark.slow
 def test_operations_against_the_law_at_length() -> None:
-    run(examples=100, steps=12)
+    run(examples=60, steps=12)

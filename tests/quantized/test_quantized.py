@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.kit.models import loss_of
 from tests.quantized.layers import CONFIGS
 
@@ -189,21 +189,6 @@ def test_no_noise_on_quantized_weights() -> None:
         lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(noise=lx.Noise(0.1)))
     assert [value.requires_grad for value in model.parameters()] == flags
     lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), noise=lx.Noise(0.1))).release()
-
-
-def test_numbers_that_are_read_in_another_way_are_refused() -> None:
-    class Odd(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + self.up.weight.dequantize().sum()
-
-    torch.manual_seed(3)
-    model = Odd().eval()
-    quantize(model, "int8")
-    with warns("quantized-left-out", "up.weight"):
-        cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="graph-breaks")
-    refused = {refusal.weight: refusal.reason for refusal in cascade.refusals}
-    assert refused == {"up.weight": lx.plan.Reason.QUANTIZED}
-    assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
 
 
 def nearest(delta: torch.Tensor, rank: int) -> torch.Tensor:
