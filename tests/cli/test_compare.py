@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorasc_fx.cli import compare, main
-from lorasc_fx.cli.compare import Result, Run, best_rates
+from lorasc_fx.cli.compare import Result, best_rates
 from lorasc_fx.cli.config import load_config
 
 
@@ -158,23 +158,6 @@ def test_averages_of_lora_by_hand(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {line["stage"] for line in lines} == {1}
 
 
-class WithExtraState(nn.Linear):
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": 3}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        assert state == {"calls": 3}
-
-
-def test_a_mean_leaves_other_state_alone() -> None:
-    model, mean = WithExtraState(2, 2), compare.MeanWeights("cycles", [1, 1])
-    for value in (1.0, 2.0):
-        mean.add({"weight": torch.full((2, 2), value), "bias": torch.full((2,), 3 * value)})
-    assert mean.put(model) is model
-    assert model.weight.unique().tolist() == [1.5]
-    assert model.bias.unique().tolist() == [4.5]
-
-
 def test_the_rate_of_cycles_is_that_of_the_stages(place: Path) -> None:
     asked = ["--compare.methods", "lora-cycles", "lorasc", "--compare.seeds", "0", "--train.log-every", "1"]
     assert main(["compare", "tiny.toml", *asked]) == 0
@@ -199,16 +182,3 @@ def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -
     found = load_file("runs/tiny/results/lorasc-seed0-lr0.01.safetensors")
     assert all(torch.equal(found[name], mean[name]) for name in mean)
     assert not torch.equal(mean["0.weight"], slow["0.weight"])
-
-
-def test_names_of_cells() -> None:
-    assert Run("lora", 3, 0.0005).name == "lora-seed3-lr0.0005"
-
-
-def test_the_runs_configuration_is_written(place: Path) -> None:
-    assert main(["compare", "tiny.toml", "--compare.methods", "probe", "--compare.seeds", "5"]) == 0
-    config = load_config(place / "runs" / "tiny" / "config.toml")
-    assert (config.compare.seeds, config.output, config.train.steps) == ((5,), "runs/tiny", 12)
-    lines = [json.loads(line) for line in (place / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert torch.tensor([line["loss"] for line in lines]).isfinite().all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import sys
@@ -243,15 +242,6 @@ def test_slow_stands_beside_fast_as_measured(trained: Trained) -> None:
         assert row["validation_loss_fast"] != pytest.approx(row["validation_loss"], rel=3e-4)
 
 
-def test_what_a_run_records_is_small(trained: Trained) -> None:
-    folder = RunFolder(trained.run)
-    experts = [json.loads(line) for line in folder.experts.read_text().splitlines()]
-    assert [(each["stage"], each["site"]) for each in experts] == [
-        (stage, weight) for stage in (1, 2, 3) for weight in ("0.weight", "2.weight")
-    ]
-    assert sum(each.stat().st_size for each in (folder.experts, folder.cascade, folder.spectrum)) < 6000
-
-
 def test_a_stopped_run_has_a_page_too_and_steps_made_twice_count_once(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     shutil.copytree(trained.run, run)
@@ -336,12 +326,6 @@ def test_a_damaged_record_is_named(
     assert capsys.readouterr().err.startswith(f"lorasc-fx: {run / file}: {message}")
 
 
-def test_the_folder_of_the_page_is_made(tmp_path: Path) -> None:
-    run = write_long_run(tmp_path / "long", sites=4)
-    assert main(["report", str(run), "--output", str(tmp_path / "new" / "a.html")]) == 0
-    assert (tmp_path / "new" / "a.html").is_file()
-
-
 def test_the_loss_is_smoothed_as_the_formula_says_and_the_rate_is_drawn(tmp_path: Path) -> None:
     record = RunRecord.read(write_long_run(tmp_path / "run"))
     values = [value for _, value in record.by_step("loss")]
@@ -397,9 +381,3 @@ def test_a_page_that_is_watched_follows_the_run_and_ends_with_it(
     assert REFRESH not in page.read_text(encoding="utf-8")
     told = capsys.readouterr().out.splitlines()
     assert [line.endswith("which is still training") for line in told] == [True, False]
-
-
-def test_a_folder_that_holds_no_run_is_not_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path), "--watch", "0.05"]) != 0
-    assert main(["report", str(tmp_path), "--watch", "-1"]) != 0
-    assert "watch" in capsys.readouterr().err

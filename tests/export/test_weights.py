@@ -287,7 +287,7 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
             "0.bias has another name in {}/given.safetensors, and cannot be recognized by its values",
         ),
         "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
-        "the place is the base": (state, "given.safetensors", "given.safetensors is the base, which is not overwritten"),
+        "the place is the base": (state, "given.safetensors", "safetensors is the base, which is not overwritten"),
         "no base": (None, "out", "given.safetensors is not a safetensors file, nor a folder with model.safetensors"),
     }  # fmt: skip
     for what, (tensors, out, message) in cases.items():

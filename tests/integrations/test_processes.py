@@ -82,8 +82,7 @@ def by_accelerate(rank: int, count: int, port: int, folder: str, spec: lx.Cascad
     return {name: value.clone() for name, value in cascade.release().state_dict().items()}
 
 
-@pytest.mark.parametrize("spec", [SPEC, FAST], ids=["noise", "fast"])
-@pytest.mark.parametrize("work", [by_trainer, by_accelerate])
+@pytest.mark.parametrize(("work", "spec"), [(by_trainer, SPEC), (by_accelerate, FAST)], ids=["trainer", "accelerate"])
 def test_two_processes_are_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     folders = [tmp_path / str(count) for count in (1, 2)]
     (one,) = on_ranks(1, work, free_port(), str(folders[0]), spec, 0, group=False)

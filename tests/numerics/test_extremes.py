@@ -450,20 +450,6 @@ def test_a_weight_that_is_not_finite_has_no_noise_but_can_be_adapted() -> None:
 # ---- branches and heads that went non-finite
 
 
-@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-@pytest.mark.parametrize("call", ["transition", "folded_state_dict", "release"])
-def test_a_branch_that_is_skipped_is_named(call: str, factor: str) -> None:
-    model, x = near_the_end(torch.float32, 1e-38)
-    before = model[0].weight.detach().clone()
-    cascade = lx.adapt(model, (x,), spec=spec(on_nonfinite="skip"), frontend="symbolic")
-    put_factors(cascade)
-    with torch.no_grad():
-        getattr(branches_of(cascade)["0.weight"], factor)[0, 0] = float("nan")
-    with warns("non-finite-left-out", "0.weight", "1"):
-        getattr(cascade, call)(*([None] if call == "transition" else []))
-    assert torch.equal(model[0].weight, before)
-
-
 @pytest.mark.parametrize("slow_train", [True, False])
 def test_a_head_that_is_not_finite(slow_train: bool) -> None:
     """What is trained in full is folded as little as a branch, and keeps its last good values if it is skipped."""
