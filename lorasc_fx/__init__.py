@@ -24,8 +24,8 @@ from lorasc_fx.errors import (
     StateError,
     UnknownTarget,
 )
+from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import register_form
-from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorasc_fx.cascade import Cascade
 from lorasc_fx.errors import SpecError
+from lorasc_fx.facade import Cascade
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.checks import is_integer

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from lorasc_fx.branch import generator
-from lorasc_fx.cascade import Cascade
 from lorasc_fx.errors import SpecError
+from lorasc_fx.facade import Cascade
 from lorasc_fx.util.checks import is_integer, is_number
 from lorasc_fx.util.decode import Check, check
 

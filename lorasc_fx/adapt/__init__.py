@@ -40,6 +40,7 @@ from lorasc_fx.checkpoint.layout import MANIFEST, way_back
 from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
 from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
+from lorasc_fx.facade import Cascade, cascade_class
 from lorasc_fx.graph import (
     check_patterns,
     forms_missing,
@@ -49,7 +50,6 @@ from lorasc_fx.graph import (
     shared_memory,
     trained_by,
 )
-from lorasc_fx.integrations.names import Cascade, cascade_class
 from lorasc_fx.peft.spec import spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers

@@ -13,8 +13,8 @@ from lorasc_fx.adapt import adapt
 from lorasc_fx.capture import open_model
 from lorasc_fx.cascade.experts import install_experts
 from lorasc_fx.errors import CheckpointError, path_of
+from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
-from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.peft.reader import Adapter, Pair, read_adapter, spec_of
 from lorasc_fx.spec import CascadeSpec
 

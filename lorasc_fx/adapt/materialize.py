@@ -19,8 +19,8 @@ from lorasc_fx.checkpoint.base_file import open_base
 from lorasc_fx.checkpoint.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
 from lorasc_fx.checkpoint.reader import check_base
 from lorasc_fx.errors import SpecError, StateError, path_of
+from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import local_like

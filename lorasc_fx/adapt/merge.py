@@ -17,8 +17,8 @@ from lorasc_fx.cascade.experts import install_sum, weighted_sum
 from lorasc_fx.checkpoint.base_file import open_base
 from lorasc_fx.checkpoint.given_run import GivenRun
 from lorasc_fx.errors import PassError, SpecError
+from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
-from lorasc_fx.integrations.names import Cascade
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import place_layers
 from lorasc_fx.state import Part

@@ -1,4 +1,4 @@
-"""The cascade: the adapted model as an nn.Module, with the user's model and the branches as its children."""
+"""The adapted model as an nn.Module, with the user's model and the branches as its children."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Stage:
     count: int
 
 
-class Cascade(nn.Module):
+class CascadeModule(nn.Module):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
     Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
@@ -140,7 +140,7 @@ class Cascade(nn.Module):
     def _called_by(self, event: str) -> bool:
         """Whether another library causes this event, so that a call acts differently. It may be refused as well.
 
-        This class knows no other library: `lorasc_fx.Cascade` has their table (`integrations.callers`).
+        This class knows no other library: `lorasc_fx.Cascade` has their table (`facade`).
         """
         return False
 
@@ -342,7 +342,7 @@ class Cascade(nn.Module):
         """
         return placed(self._run, which, stage, self)
 
-    def recalibrate(self, batches: Iterable[Any], call: Callable[[Cascade, Any], Any] | None = None) -> None:
+    def recalibrate(self, batches: Iterable[Any], call: Callable[[Self, Any], Any] | None = None) -> None:
         """Estimate the running statistics of batch norms anew, for the weights that are in place.
 
         As torch.optim.swa_utils.update_bn (SWA, 1803.05407, section 3.2): the statistics are reset, and are then the

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lorasc_fx.cascade import Cascade, experts
+from lorasc_fx.cascade import CascadeModule, experts
 from lorasc_fx.checkpoint import given_run, reader, training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.errors import SpecError, StateError, path_of
@@ -21,7 +21,7 @@ from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.util.undo import Undo, commit
 
 
-class SavedCascade(Cascade):
+class SavedCascade(CascadeModule):
     """A cascade that can be saved, and restored from a checkpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class SavedCascade(Cascade):
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
             return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
 
-    def add(self, name: str, run: Cascade | str | PathLike[str]) -> None:
+    def add(self, name: str, run: CascadeModule | str | PathLike[str]) -> None:
         """Add another run on the same base under a name, by which `weights` and `release` find its weights.
 
         Several runs can so share one model in memory. Weights are computed from W0 at each switch, and those of the
@@ -94,7 +94,7 @@ class SavedCascade(Cascade):
         self._run.check_ready("add")
         if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
             raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
-        given = given_run.GivenRun.of(run._run if isinstance(run, Cascade) else run, repr(name), "add")
+        given = given_run.GivenRun.of(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
         with self._run.exclusive("add"):
             given_run.add(self._run, name, given)
 
@@ -233,7 +233,7 @@ def save(
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None
     model = wrapper.module if wrapper is not None else cascade
-    if not isinstance(model, Cascade):
+    if not isinstance(model, CascadeModule):
         raise StateError(
             f"save: this is {type(model).__name__}; give a cascade, or DistributedDataParallel(cascade)",
             code="invalid-value",

@@ -11,7 +11,7 @@ from torch import nn
 from lorasc_fx.adapt import load as load_checkpoint
 from lorasc_fx.cli.app import main
 from lorasc_fx.errors import path_of
-from lorasc_fx.integrations.names import Cascade
+from lorasc_fx.facade import Cascade
 from lorasc_fx.util.extras import require
 
 __all__ = ["load", "main"]

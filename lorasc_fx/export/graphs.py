@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import bind, least_sizes, leaves, quiet, signature_of, whole
-from lorasc_fx.cascade import Cascade
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
+from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import refuse_smaller
 from lorasc_fx.util.extras import require
 from lorasc_fx.util.files import replacing

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 
-from lorasc_fx.cascade import Cascade
 from lorasc_fx.cascade.folding import folded_each
 from lorasc_fx.checkpoint.base_file import INDEX, SINGLE, shards_of
 from lorasc_fx.checkpoint.folded import Change, FoldedWeights, of_run
@@ -24,6 +23,7 @@ from lorasc_fx.checkpoint.layout import refusing
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_weights import matched
 from lorasc_fx.export.tensor_files import Entry, TensorFile, bytes_of, extended
+from lorasc_fx.facade import Cascade
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.files import parse_json, replacing

@@ -8,7 +8,7 @@ from torch import nn
 
 from lorasc_fx.cascade import transition
 from lorasc_fx.errors import MissingExtra, SpecError, StateError
-from lorasc_fx.integrations.names import Cascade
+from lorasc_fx.facade import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.util.extras import module_of
 

@@ -10,7 +10,7 @@ import torch
 
 from lorasc_fx.cascade import transition
 from lorasc_fx.errors import SpecError
-from lorasc_fx.integrations.names import Cascade
+from lorasc_fx.facade import Cascade
 from lorasc_fx.schedules import Plateau
 from lorasc_fx.util.checks import is_integer
 

@@ -27,7 +27,7 @@ from lorasc_fx.cascade import transition
 from lorasc_fx.checkpoint import reader
 from lorasc_fx.checkpoint.cascade import save
 from lorasc_fx.errors import CheckpointError, SpecError, StateError
-from lorasc_fx.integrations.names import Cascade
+from lorasc_fx.facade import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.parallel import fsdp
 from lorasc_fx.quantized import QuantizedLinear, library_of

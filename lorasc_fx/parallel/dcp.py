@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load as load_checkpoint
-from lorasc_fx.cascade import Cascade
 from lorasc_fx.checkpoint import training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, digest_of, from_state_dict, packed
 from lorasc_fx.errors import CheckpointError
+from lorasc_fx.facade import Cascade
 
 __all__ = ["load", "state_dict"]
 

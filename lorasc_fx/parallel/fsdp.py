@@ -21,10 +21,11 @@ from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from lorasc_fx.capture import leaves
-from lorasc_fx.cascade import Cascade, folding
+from lorasc_fx.cascade import folding
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError, named
+from lorasc_fx.facade import Cascade
 from lorasc_fx.parallel.segments import (
     ROOT,
     SegmentedGraph,

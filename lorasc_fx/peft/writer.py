@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.cascade import Cascade
 from lorasc_fx.cascade.experts import check_which
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.base_model import name_of, task_type_of
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
+from lorasc_fx.facade import Cascade
 from lorasc_fx.peft.factors import Change, CutOff, change_of, merged, nothing
 from lorasc_fx.peft.format import CONFIG, CONV1D, TENSORS, Target, keys_of, wrap_counts
 from lorasc_fx.peft.targets import Saved, save_whole, targets_of

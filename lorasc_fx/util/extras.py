@@ -1,12 +1,15 @@
-"""Optional packages: found when they are needed, and one sentence with the pip command when they are not there."""
+"""Imports on first use: of optional packages, with the pip command if one is missing, and of modules of our own."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from lorasc_fx.errors import MissingExtra
+from lorasc_fx.errors import MissingExtra, nearest
 
 
 def module_of(extra: str, name: str) -> Any:
@@ -33,3 +36,14 @@ def require(extra: str, *names: str) -> None:
     """Check that the modules of an extra can be imported; see `module_of`."""
     for name in names:
         module_of(extra, name)
+
+
+def lazy_modules(package: str, modules: tuple[str, ...]) -> tuple[Callable[[str], ModuleType], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package that imports its own modules when they are first used."""
+
+    def import_on_use(name: str) -> ModuleType:
+        if name in modules:
+            return importlib.import_module(f"{package}.{name}")  # noqa: TID251 - one of our own, listed by the package
+        raise AttributeError(f"module {package!r} has no attribute {name!r}{nearest(name, modules)}")
+
+    return import_on_use, lambda: sorted({*vars(sys.modules[package]), *modules})

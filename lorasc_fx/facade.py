@@ -1,11 +1,13 @@
-"""The names under which other libraries look for things on a model: peft, timm, the Hub, transformers, accelerate.
+"""The class `lorasc_fx.Cascade`: a cascade with the names that other libraries expect of a model.
 
-A cascade is given to their trainers, pipelines and optimizer factories in place of the model.
+Trainers, pipelines and optimizer factories of peft, timm, the Hub, transformers and accelerate get it in place of the
+model. Functions of theirs that would misuse it are found on the call stack, by their names, without importing them.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
@@ -19,18 +21,55 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lorasc_fx.cascade.usage import callers
 from lorasc_fx.checkpoint import writer
 from lorasc_fx.checkpoint.base_model import BaseModel
 from lorasc_fx.checkpoint.cascade import SavedCascade
 from lorasc_fx.errors import SpecError, StateError, path_of
-from lorasc_fx.integrations.callers import called_by
 from lorasc_fx.shards import ONE_PROCESS
 from lorasc_fx.util.extras import module_of
 
 __all__ = ["Cascade"]
 
 _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
-"""Modules whose methods, of each of their models, put layers of peft into it and switch them."""
+"""Modules whose methods put layers of peft into a model and switch them."""
+
+_CALLERS = {
+    # An average of all parameters begins with a copy.
+    "copy": (
+        "torch.optim.swa_utils",
+        "timm.utils.model_ema",
+        "ultralytics.utils.torch_utils",
+        "lightning.pytorch.callbacks.stochastic_weight_avg",
+        "pytorch_lightning.callbacks.stochastic_weight_avg",
+    ),
+    # accelerate's FSDP plugins begin by asking a model for its blocks.
+    "shard": ("accelerate.utils.dataclasses.set_auto_wrap_policy",),
+    # They write the state dict of the model that they were given as its weights.
+    "save": ("transformers.trainer._save", "accelerate.accelerator.save_model"),
+    # They shard the parameters, or train copies of them.
+    "train": (
+        "deepspeed.runtime.engine.forward",
+        "torch.distributed.fsdp.fully_sharded_data_parallel.forward",
+    ),
+    # A pipeline calls `generate` or the model itself, depending on its task. Both must see the same weights.
+    "evaluate": ("transformers.pipelines.base.forward",),
+}
+"""Modules, or functions of modules, by the event of a cascade that they cause."""
+
+_REFUSED = {
+    "copy": "an average of parameters ({caller}) copies a cascade: it would average W_t with its noise, and B and A "
+    "separately. Give it cascade.model, and update it from cascade.model inside "
+    '`with cascade.weights("slow"):` or "fast". Or give the spec average="ema" or "swa"',
+    "shard": "accelerator.prepare: accelerate's FSDP plugin would shard modules that the cascade's graphs never call, "
+    "and parameters that a transition has to write. Make the Accelerator without fsdp_plugin, call "
+    "lorasc_fx.parallel.fsdp.shard(cascade), then accelerator.prepare_model(cascade, evaluation_mode=True), which adds "
+    "no wrapper, and accelerator.prepare(optimizer, loader)",
+    "train": "forward: {caller} holds the cascade and has sharded or copied its parameters, so a transition could not "
+    "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in a training loop of your own (with accelerate: "
+    "prepare the data, not the cascade), or wrap the cascade in DistributedDataParallel",
+}
+"""Messages, by event, where the caller would do something wrong."""
 
 
 def _with_fast_weights(name: str) -> Any:
@@ -76,8 +115,28 @@ class Cascade(SavedCascade):
         return value
 
     def _called_by(self, event: str) -> bool:
-        """Whether a function of the table of callers causes this event."""
-        return called_by(event, self)
+        """Whether a function of the table `_CALLERS` causes this event.
+
+        Raises:
+            StateError: the function would do something wrong with the cascade.
+        """
+        caller = "fully_shard" if event == "train" and hasattr(type(self), "_get_fsdp_state") else ""
+        known = any(name in sys.modules or name.rpartition(".")[0] in sys.modules for name in _CALLERS[event])
+        for frame in callers() if known and not caller else ():
+            module = frame.f_globals.get("__name__")
+            if module in _CALLERS[event] or f"{module}.{frame.f_code.co_name}" in _CALLERS[event]:
+                caller = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else str(module)
+                break
+        if caller and event in _REFUSED:
+            raise StateError(_REFUSED[event].format(caller=caller), code="wrapper-not-supported")
+        if caller and event == "save" and not self._run.released:
+            self._run.warned.once(
+                "unfolded-save",
+                "a trainer saves an unfolded cascade as a model: only cascade.load_state_dict can read the file, the "
+                "user's model cannot. In a Trainer of transformers or trl use "
+                "lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save cascade.release()",
+            )
+        return bool(caller)
 
     # ---- methods of the model that compute, for transformers and sentence-transformers
 
