@@ -26,13 +26,15 @@ def sources() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def code_of(call: ast.Call) -> ast.expr | None:
-    """The code that a call gives: of an error as a keyword, of a warning as an argument; None where it gives none."""
+    """The code that a call gives: of an error as a keyword, of a warning or of `refusing` as an argument; or None."""
     name = ast.unparse(call.func).rpartition(".")[2]
     given = next((keyword.value for keyword in call.keywords if keyword.arg == "code"), None)
     if name in CLASSES or given is not None:
         return given
     if name == "warn" and len(call.args) == 2:
         return call.args[1]
+    if name == "refusing" and len(call.args) == 3:
+        return call.args[2]
     return call.args[0] if name == "once" and len(call.args) == 2 else None
 
 
