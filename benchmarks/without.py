@@ -54,7 +54,7 @@ def _no_masks() -> Any:
 def _no_reuse() -> Any:
     from lorasc_fx.capture import export
 
-    return mock.patch.object(export, "kept", return_value=None)
+    return mock.patch.object(export, "cached", return_value=None)
 
 
 def _no_function() -> Any:

@@ -1,68 +1,34 @@
-"""Adapt a model, or load a run: wires models, compiler and cascade together."""
+"""`lorasc_fx.adapt` and `lorasc_fx.load`."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import torch
-from torch import fx, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
-from lorasc_fx.adapt.untie import settle_ties
-from lorasc_fx.branch import Decided
-from lorasc_fx.capture import (
-    FRONTENDS,
-    Calls,
-    check_binds,
-    first_checksums,
-    is_on_meta,
-    open_model,
-    signature_of,
-    written_by,
-)
-from lorasc_fx.cascade import Flags
-from lorasc_fx.cascade.dropped import Joined
-from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import MetaModel
-from lorasc_fx.checkpoint.base_file import BaseFile, open_base
+from lorasc_fx.adapt.start import Start, check_loaded, check_new
+from lorasc_fx.capture import FRONTENDS, open_model
 from lorasc_fx.checkpoint.base_model import BaseModel
-from lorasc_fx.checkpoint.deferred import check_attributes, groups_of
 from lorasc_fx.checkpoint.layout import MANIFEST, way_back
 from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
-from lorasc_fx.compile import Compiler
-from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
-from lorasc_fx.facade import Cascade, cascade_class
-from lorasc_fx.graph import (
-    check_patterns,
-    forms_missing,
-    matches,
-    named_weights,
-    rules_of,
-    shared_memory,
-    trained_by,
-)
+from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
+from lorasc_fx.facade import Cascade
+from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.graph.forms import forms_missing
 from lorasc_fx.peft.spec import spec_of
 from lorasc_fx.plan import Plan, Reason
-from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
+from lorasc_fx.quantized import LIBRARIES, is_quantized
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.util.finalizers import run_postponed
-from lorasc_fx.util.undo import PROCESS, AllOrNothing, Undo
+from lorasc_fx.util.undo import AllOrNothing
 
 __all__ = ["adapt", "load"]
 
 log = logging.getLogger("lorasc_fx")
-
-_ADAPTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameters that a living cascade has adapted, with a weak reference to it."""
 
 
 def adapt(
@@ -110,17 +76,9 @@ def adapt(
     opened = open_model(model)
     if from_peft:
         plan = Plan(spec_of(spec, opened))
-    _check_new(opened, on_meta=True)
-    meta = MetaModel(base, groups_of(opened)) if is_on_meta(opened) else None
-    if meta is not None:
-        check_attributes(opened)
+    check_new(opened, on_meta=True)
     with torch.inference_mode(False), AllOrNothing() as undo:
-        place_layers(opened, undo)
-        weights = named_weights(opened)
-        check_patterns(plan.spec, weights.matrices, weights.names)
-        source = open_base(base, opened) if meta is None else None
-        joined = settle_ties(opened, plan.spec.untie, undo, strict=True)
-        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, meta=meta, joined=joined)
+        cascade = Start.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
         _tell_of_wide_branches(cascade.plan)
         _warn_of_frozen_sites(cascade)
         _warn_of_quantized_weights(cascade)
@@ -170,28 +128,23 @@ def load(
     if model is None:
         model = _named_base(checkpoint)
     opened = open_model(model)
-    _check_new(opened, on_meta=True)
-    meta = MetaModel(base, groups_of(opened), checkpoint) if is_on_meta(opened) else None
-    if meta is not None:
-        check_attributes(opened)
+    check_new(opened, on_meta=True)
     with torch.inference_mode(False), AllOrNothing() as undo:
-        place_layers(opened, undo)
-        source = open_base(base, opened) if meta is None else None
-        joined = settle_ties(opened, checkpoint.plan.spec.untie, undo)
+        inputs = (args, kwargs)
+        start = Start.of(opened, checkpoint.plan, checkpoint.frontend, inputs, base, undo, checkpoint, loads=True)
         weights = named_weights(opened)
         check_base(checkpoint, weights.parameters)
         check_plan(checkpoint, weights.matrices, weights.parameters)
         _check_forms(checkpoint)
         try:
-            options: Any = {"empty": True, "joined": joined, "moved": checkpoint.moved, "meta": meta}
-            cascade = _adapt(opened, args, kwargs, checkpoint.plan, checkpoint.frontend, source, undo, **options)
+            cascade = start.cascade(undo)
         except (PassError, SpecError) as fault:
             raise CheckpointError(
                 f"{checkpoint.path}: its plan does not fit this model: {fault}", code="sites-differ"
             ) from fault
-        if meta is None:
+        if start.meta is None:
             cascade._take_over(checkpoint, undo)
-            _check_loaded(cascade, checkpoint.path)
+            check_loaded(cascade, checkpoint.path)
         return cascade
 
 
@@ -226,95 +179,6 @@ def _check_forms(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: {sites[form]} was adapted through the form {form!r}, which is not registered "
             f"here{hint}; call lorasc_fx.graph.register_form with it before load",
             code="form-not-registered",
-        )
-
-
-def _adapt(
-    opened: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    plan: Plan,
-    frontend: str,
-    source: BaseFile | None,
-    undo: Undo,
-    empty: bool = False,
-    moved: Collection[str] = (),
-    meta: MetaModel | None = None,
-    into: Cascade | None = None,
-    joined: Joined = (),
-) -> Cascade:
-    """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come.
-
-    With `into` that cascade begins anew. An `empty` one without inputs is captured by its first call; until then
-    `moved` are the parameters that forward writes.
-    """
-    weights = named_weights(opened)
-    waits = empty and not args and kwargs is None
-    bound = check_binds(opened, args, kwargs if kwargs is not None else {}) if not waits else ((), {})
-    compiler = Compiler(frontend, Calls(signature_of(opened), alike=isinstance(opened, fx.GraphModule)))
-    flags = Flags.of(opened)
-    trained = _trained(plan.spec, weights.parameters, weights.names)
-    _check_memory(opened, plan, trained, weights.names)
-    undo(partial(flags.restore, opened))
-    for name, parameter in weights.parameters.items():
-        parameter.requires_grad_(name in trained)
-    decided: Decided
-    summed: Mapping[str, int] = {}
-    if waits:
-        decided = compiler.decide(opened, plan)
-    else:
-        begun = time.monotonic()
-        with PROCESS, first_checksums(opened) as summed:
-            decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
-        sites, seconds = len(made.plan.sites), time.monotonic() - begun
-        log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
-    example = (tuple(args), dict(kwargs or {})) if not waits else None
-    written = partial(written_by, opened, frozenset(moved).intersection(weights.parameters))
-    run = Run(opened, decided, frontend, base_file=source, meta=meta, written=written)
-    if into is None:
-        kind = cascade_class(opened, compiler.calls.signature)
-        cascade = kind(run, compiler, decided, example, flags, joined)
-    else:
-        undo(into._guard.arm)
-        into._guard.disarm()  # of the run without numbers
-        Cascade.__init__(cascade := into, run, compiler, decided, example, flags, joined)
-    undo(cascade._usage.disarm)
-    cascade._usage.arm(run, cascade)
-    undo(cascade._guard.disarm)
-    cascade._guard.arm()
-    run.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty, summed)
-    undo(partial(_forget, weights.parameters.values()))
-    for parameter in weights.parameters.values():
-        _ADAPTED[parameter] = ref(cascade)
-    return cascade
-
-
-def _is_adapted(parameter: nn.Parameter) -> bool:
-    """Whether a living cascade has adapted the model of a parameter."""
-    found = _ADAPTED.get(parameter)
-    cascade = found() if found is not None else None
-    return cascade is not None and not cascade._run.released
-
-
-def _forget(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        _ADAPTED.pop(parameter, None)
-
-
-def _check_loaded(cascade: Cascade, path: Path) -> None:
-    """Check the graphs against their plan, with the values that were loaded.
-
-    Raises:
-        CheckpointError: they do not agree, or values are not finite.
-    """
-    disagreements = cascade._run.faults()
-    variant = cascade._graphs.variants.oldest
-    if variant is not None:
-        disagreements += cascade._graphs.compiler.faults(variant)
-    if disagreements:
-        raise CheckpointError(
-            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),
-            code="sites-differ",
         )
 
 
@@ -387,105 +251,3 @@ def _warn_of_quantized_weights(cascade: Cascade) -> None:
             f"classes {kinds}; exclude these to leave them as they are",
             "quantized-left-out",
         )
-
-
-def _trained(
-    spec: CascadeSpec, parameters: Mapping[str, nn.Parameter], names: Mapping[str, tuple[str, ...]]
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that the spec trains in full.
-
-    Raises:
-        SpecError: one of them holds numbers that cannot be trained.
-    """
-    trained = {name: parameters[name] for name in trained_by(spec, names) if name in parameters}
-    for name, parameter in trained.items():
-        if not parameter.is_floating_point() and not parameter.is_complex():
-            pattern = next(pattern for pattern in spec.train if matches(pattern, names[name]))
-            raise SpecError(
-                f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it",
-                code="not-trainable",
-            )
-    return trained
-
-
-def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse to write to a parameter whose memory is that of others too, as a part or in another order.
-
-    Raises:
-        SpecError: the spec trains it in full. PassError: the plan, which was saved, has it as a site.
-    """
-    shared = shared_memory(model)
-    for name in (weight for weight in trained if weight in shared):
-        pattern = next(pattern for pattern in plan.spec.train if matches(pattern, names[name]))
-        raise SpecError(
-            f"train: {pattern!r} means {name}, which {shared[name]}; exclude it, or give it memory of its own "
-            "(parameter.data = parameter.data.clone())",
-            code="not-trainable",
-        )
-    for name in (weight for weight in plan.by_weight if weight in shared):
-        raise PassError(
-            f"{name} is a site of the plan, and {shared[name]}; give it memory of its own", code="not-trainable"
-        )
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate keeps the module's own weights on the meta device between calls."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ())))
-
-
-def _check_new(model: nn.Module, on_meta: bool = False) -> None:
-    run_postponed()  # an earlier cascade of the model may have been dropped inside a trace
-    if offloaded := [name for name, module in model.named_modules() if _is_offloaded(module)]:
-        raise CaptureError(
-            f"accelerate offloads the weights of {named(offloaded)} to the host or to disk, and puts them on the "
-            "device for a call only: a branch cannot train beside them. Load the model without offloading: leave "
-            "'cpu' and 'disk' out of device_map, or put the whole model on the host with device_map={'': 'cpu'}",
-            code="meta-model",
-        )
-    for name, held in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(held):
-            raise CaptureError(
-                f"{name} has no shape yet (a lazy module): call the model once on the inputs, and adapt it then",
-                code="meta-model",
-            )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and not on_meta:
-            raise CaptureError(
-                f"{name} is on the meta device, without numbers: give the model its weights first", code="meta-model"
-            )
-        if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
-            raise StateError(
-                f"{name} is cut over processes already (FSDP, tensor parallelism, DeepSpeed's ZeRO-3): adapt the whole "
-                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.parallel.fsdp.shard",
-                code="sharded",
-            )
-        if parameter.is_inference():
-            raise CaptureError(
-                f"{name} was made in torch.inference_mode, and nothing can train it: make it outside",
-                code="not-trainable",
-            )
-    for name, module in model.named_modules():
-        bases = [(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__]
-        if ("peft", "BaseTunerLayer") in bases:  # without importing peft
-            raise StateError(
-                f"{name} is a layer of peft ({type(module).__name__}), whose own lora_A and lora_B would be adapted. "
-                "Give the base model: after peft's merge_and_unload() or unload() (delete_adapter for an adapter of "
-                "load_adapter), or a fresh one. To go on from the adapter, save it by save_pretrained and call "
-                "lorasc_fx.from_peft(folder, base_model)",
-                code="already-adapted",
-            )
-    if any(isinstance(module, Cascade) for module in model.modules()):
-        raise StateError(
-            "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns",
-            code="already-adapted",
-        )
-    if any(_is_adapted(parameter) for parameter in model.parameters()):
-        gc.collect()  # a cascade that was dropped may be a part of a reference cycle
-    for name, parameter in model.named_parameters():
-        if _is_adapted(parameter):
-            raise StateError(
-                f"this model is adapted already (its {name} belongs to a living cascade): "
-                "call release() on that one first",
-                code="already-adapted",
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.adapt import _adapt, _check_loaded
+from lorasc_fx.adapt.start import Start, check_loaded
 from lorasc_fx.branch import fresh_a
-from lorasc_fx.capture import device_of
+from lorasc_fx.check.isolation import device_of
 from lorasc_fx.checkpoint.base_file import open_base
 from lorasc_fx.checkpoint.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
 from lorasc_fx.checkpoint.reader import check_base
@@ -94,16 +95,15 @@ def materialize(
             put_numbers(find_numbers(model, path, meta.groups, buffers or {}), model, target, undo)
             checkpoint, flags = meta.checkpoint, cascade._guard.flags
             source = open_base(path if meta.base == "file" else meta.base, model)
-            if checkpoint is None:
-                _adapt(model, args, kwargs, Plan(run.plan.spec), run.frontend, source, undo, into=cascade)
-            else:
+            start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source)
+            if checkpoint is not None:
                 check_base(checkpoint, named_weights(model).parameters)
-                options: Any = {"empty": True, "into": cascade, "moved": checkpoint.moved}
-                _adapt(model, args, kwargs, checkpoint.plan, run.frontend, source, undo, **options)
+                start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.moved)
+            start.cascade(undo, into=cascade)
             cascade._guard.flags = flags
         if meta.checkpoint is not None:
             cascade._take_over(meta.checkpoint, undo)
-            _check_loaded(cascade, meta.checkpoint.path)
+            check_loaded(cascade, meta.checkpoint.path)
         cascade._graphs.example = (args, kwargs) if kwargs is not None else None
         return cascade
 

@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.adapt import _adapt, _check_new
-from lorasc_fx.adapt.untie import settle_ties
+from lorasc_fx.adapt.start import Start, check_new
 from lorasc_fx.capture import open_model
 from lorasc_fx.cascade.experts import install_sum, weighted_sum
-from lorasc_fx.checkpoint.base_file import open_base
 from lorasc_fx.checkpoint.given_run import GivenRun
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.quantized import place_layers
 from lorasc_fx.state import Part
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.fingerprint import fingerprints
@@ -73,20 +70,18 @@ def merge(
             code="dora-not-supported",
         )
     opened = open_model(model)
-    _check_new(opened)
+    check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
-        place_layers(opened, undo)
-        source = open_base(base, opened)
-        joined = settle_ties(opened, named_runs[0].plan.spec.untie, undo)
-        digests = fingerprints(dict(opened.named_parameters()))
+        first = named_runs[0]
+        start = Start.of(opened, first.plan, first.frontend, (args, kwargs), base, undo, loads=True)
+        parameters = dict(opened.named_parameters())
+        digests = fingerprints(parameters)
         for run in named_runs:
             run.check_base(digests, "merge")
-        parts = [run.part(dict(opened.named_parameters())) for run in named_runs]
+        parts = [run.part(parameters) for run in named_runs]
         plan = _plan(parts, named_weights(opened).names)
         try:
-            cascade = _adapt(
-                opened, args, kwargs, plan, named_runs[0].frontend, source, undo, empty=True, joined=joined
-            )
+            cascade = replace(start, plan=plan).cascade(undo)
         except PassError as fault:
             raise SpecError(
                 f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"

@@ -9,7 +9,8 @@ from torch import nn
 
 from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.errors import SpecError
-from lorasc_fx.graph import Memory, matches
+from lorasc_fx.graph import matches
+from lorasc_fx.graph.weights import Memory
 from lorasc_fx.parameters import exchange, holders
 from lorasc_fx.util.undo import Undo
 

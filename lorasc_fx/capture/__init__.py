@@ -1,113 +1,60 @@
-"""The door to the front ends: which are tried, in what order, and why the earlier ones refused."""
+"""Capture a model as a graph: try the front ends in order, compare each graph with the model, report the failures."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from lorasc_fx.capture.captured import OWNER, Captured, Conditions, capture_graph, read_live
-from lorasc_fx.capture.export import capture_dynamo, capture_export
-from lorasc_fx.capture.graph_breaks import GraphBreakFallback, capture_fallback, eager_trace
+from lorasc_fx.capture.captured import GRAPH_MODULE, OWNER, Captured, Conditions, FrontEnd, read_live
+from lorasc_fx.capture.export import DYNAMO, EXPORT
+from lorasc_fx.capture.graph_breaks import GRAPH_BREAKS, GraphBreakFallback, eager_trace
 from lorasc_fx.capture.least_sizes import Axis, least_sizes
 from lorasc_fx.capture.reuse import forget
-from lorasc_fx.capture.symbolic import capture_symbolic
+from lorasc_fx.capture.symbolic import SYMBOLIC
 from lorasc_fx.check.guards import Guards
-from lorasc_fx.check.isolation import (
-    call_recorder,
-    device_of,
-    first_checksums,
-    has_values,
-    is_on_meta,
-    isolated_model,
-    isolation,
-    quiet,
-    with_fake_tensors,
-    written_by,
-)
+from lorasc_fx.check.isolation import has_values, isolated_model, with_fake_tensors
 from lorasc_fx.check.preflight import (
-    Difference,
     Disagreement,
     Preflight,
-    backward_of_projection,
     check_agrees,
     first_difference,
     one_line,
     requiring_grad,
     run_preflight,
-    without_gradients,
 )
 from lorasc_fx.errors import CaptureError, nearest
-from lorasc_fx.signature import (
-    Call,
-    Calls,
-    bind,
-    check_binds,
-    copied,
-    know_trees,
-    leaves,
-    requires_grad,
-    signature_of,
-    whole,
-)
+from lorasc_fx.signature import copied, know_trees, leaves, requires_grad
 
 __all__ = [
     "FRONTENDS",
+    "GRAPH_BREAKS",
     "OWNER",
     "Axis",
-    "Call",
-    "Calls",
     "Captured",
     "Conditions",
-    "Difference",
-    "Disagreement",
+    "FrontEnd",
     "GraphBreakFallback",
-    "Guards",
-    "backward_of_projection",
-    "bind",
-    "call_recorder",
     "capture",
-    "check_binds",
-    "copied",
-    "device_of",
     "eager_trace",
-    "first_checksums",
-    "first_difference",
     "forget",
-    "is_on_meta",
-    "isolation",
     "least_sizes",
-    "leaves",
-    "one_line",
     "open_model",
-    "quiet",
     "read_live",
-    "requiring_grad",
-    "run_preflight",
-    "signature_of",
-    "whole",
-    "without_gradients",
-    "written_by",
 ]
 
 log = logging.getLogger("lorasc_fx")
 
 Rewrite = Callable[[fx.GraphModule], PassResult]
-FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
 
-FRONTENDS: dict[str, FrontEnd] = {
-    "export": capture_export,
-    "dynamo": capture_dynamo,
-    "symbolic": capture_symbolic,
-    "graph-breaks": capture_fallback,
-}
-"""Front ends for eager models, in the order in which `auto` tries them."""
+FRONTENDS: dict[str, FrontEnd] = {row.name: row for row in (EXPORT, DYNAMO, SYMBOLIC, GRAPH_BREAKS)}
+"""The front ends for eager models, in the order in which `auto` tries them."""
 
 
 def capture(
@@ -115,37 +62,44 @@ def capture(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     frontend: str = "auto",
-    wide: bool = False,
+    dynamic: bool = False,
     trained: Collection[str] | None = None,
     rewrites: Sequence[Rewrite] = (),
 ) -> Captured:
-    """Turn a call of the model into a graph that reads the live model; a graph is taken if its values and gradients are
-    those of the eager model.
+    """Turn a call of a model into a graph that reads the live model.
 
-    Where the model computes something else without gradients, the graph is for the gradient mode that is on.
+    A graph is accepted only if its outputs and gradients are those of the eager model. If the model computes something
+    else without gradients, the graph is for the current gradient mode.
 
     Args:
-        model: a graph module needs no front end. One on the meta device, or sharded, is captured without values.
+        model: a GraphModule needs no front end. A model on the meta device, or sharded, is captured on fake tensors.
         args, kwargs: example inputs in canonical shape (`check_binds`).
-        frontend: a name in FRONTENDS, or `auto`: the first that takes the model.
-        wide: sizes that a first capture fixes are dynamic as well (asked for when a second size has come).
-        trained: names of the parameters that require gradients in training, by themselves or by a branch; all, if None.
+        frontend: a name in FRONTENDS, or `auto`: the first front end that works.
+        dynamic: make every size dynamic, also those that a first capture fixes. Set when a second size was seen.
+        trained: names of the parameters that require gradients in training, directly or through a branch. None for all.
         rewrites: passes that run on a whole graph before it is compared with the model.
 
     Raises:
-        CaptureError: the model refuses the inputs, or no front end takes the model; the message has the reason of each.
+        CaptureError: the model raises on the inputs, or no front end works. The message lists the reason of each.
     """
     if frontend != "auto" and frontend not in FRONTENDS:
         known = ("auto", *FRONTENDS)
         raise CaptureError(
             f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}", code="unknown-name"
         )
-    without_values = not has_values(model)
+    on_values = has_values(model)
     with with_fake_tensors(model, args, kwargs) as (inputs, named):
-        captured, preflight = _captured(model, inputs, named, frontend, wide, without_values, trained, rewrites)
+        with requiring_grad(model, trained):
+            preflight = run_preflight(model, inputs, named, torch.is_grad_enabled())
+        example = _Example(model, inputs, named, dynamic, trained, rewrites, preflight, on_values)
+        if isinstance(model, fx.GraphModule):
+            captured = GRAPH_MODULE.trace(model, inputs, named, dynamic)
+        else:
+            tried = FRONTENDS.values() if frontend == "auto" else (FRONTENDS[frontend],)
+            captured = example.first_that_agrees(tuple(tried))
     return replace(
         captured,
-        functions=preflight.functions,
+        own_backward=bool(preflight.functions),
         whole_elsewhere=preflight.only_recomputes,
         conditions=replace(
             captured.conditions,
@@ -156,93 +110,91 @@ def capture(
     )
 
 
-def _captured(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    frontend: str,
-    wide: bool,
-    without_values: bool,
-    trained: Collection[str] | None,
-    rewrites: Sequence[Rewrite],
-) -> tuple[Captured, Preflight]:
-    with requiring_grad(model, trained):
-        preflight = run_preflight(model, args, kwargs, torch.is_grad_enabled())
-    if isinstance(model, fx.GraphModule):
-        return capture_graph(model, args, kwargs), preflight
-    know_trees(model)
-    refused: list[tuple[str, str]] = []
-    faults: list[Exception] = []
-    for name in FRONTENDS if frontend == "auto" else (frontend,):
-        begun = time.monotonic()
+@dataclass(frozen=True)
+class _Example:
+    """The call that is captured, with the arguments of `capture` and what the preflight observed."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dynamic: bool
+    trained: Collection[str] | None
+    rewrites: Sequence[Rewrite]
+    preflight: Preflight
+    on_values: bool
+
+    def first_that_agrees(self, front_ends: Sequence[FrontEnd]) -> Captured:
+        """Return the graph of the first front end that works.
+
+        Raises:
+            CaptureError: none does; the message lists the reason of each.
+        """
+        know_trees(self.model)
+        name = type(self.model).__name__
+        failures: list[tuple[str, str, Exception]] = []
+        for front_end in front_ends:
+            start = time.monotonic()
+            try:
+                captured = self._captured(front_end)
+                log.info("%s captured by %s, in %.2f s", name, front_end.name, time.monotonic() - start)
+                return replace(captured, refused=tuple((failed, reason) for failed, reason, _ in failures))
+            except MemoryError:  # says nothing about the front end
+                raise
+            except Exception as fault:  # a tracer may raise anything
+                failures.append((front_end.name, one_line(fault), fault))
+                seconds = time.monotonic() - start
+                log.info("%s not captured by %s, in %.2f s: %s", name, front_end.name, seconds, one_line(fault))
+        reasons = "".join(f"\n  {failed}: {reason}{self._where(fault)}" for failed, reason, fault in failures)
+        raise CaptureError(
+            f"no front end takes {name}. Change what the reasons name, or adapt a part of it:{reasons}"
+        ) from failures[0][2]
+
+    def _captured(self, front_end: FrontEnd) -> Captured:
+        """Return the graphs of one front end; a whole graph is compared with the model first."""
+        if not front_end.whole:
+            if not self.on_values:
+                raise RuntimeError(
+                    "is tried by values, and the model is on the meta device, or sharded: give it its weights first"
+                )
+            # Not under `requiring_grad`: dynamo guards on requires_grad, which has to be as in every later call.
+            with isolated_model(self.model):
+                return front_end.trace(self.model, self.args, self.kwargs, self.dynamic)
+        self.preflight.check()
+        captured = self._traced(front_end)
         try:
-            if name == "graph-breaks":
-                if without_values:
-                    raise RuntimeError(
-                        "is tried by values, and the model is on the meta device, or sharded: give it its weights first"
-                    )
-                # torch.compile leaves attributes; parameters require gradients as in every call, which dynamo guards
-                with isolated_model(model):
-                    captured = capture_fallback(model, args, kwargs, wide)
-            else:
-                preflight.check()
-                captured = _checked(FRONTENDS[name], preflight, model, args, kwargs, wide, trained, rewrites)
-            log.info("%s captured by %s, in %.2f s", type(model).__name__, name, time.monotonic() - begun)
-            return replace(captured, refused=tuple(refused)), preflight
-        except MemoryError:  # says nothing of the front end
-            raise
-        except Exception as fault:  # a tracer may raise anything; the error has the reasons if none takes the model
-            refused.append((name, one_line(fault)))
-            log.info(
-                "%s not captured by %s, in %.2f s: %s",
-                type(model).__name__,
-                name,
-                time.monotonic() - begun,
-                refused[-1][1],
-            )
-            faults.append(fault)
-    reasons = ""
-    for (name, reason), raised in zip(refused, faults, strict=True):
-        reasons += f"\n  {name}: {reason}"
-        if isinstance(raised, Disagreement) and not without_values:
-            with requiring_grad(model, trained):
-                reasons += f"; the first module that differs is {first_difference(raised, model, args, kwargs)}"
-    raise CaptureError(
-        f"no front end takes {type(model).__name__}. Change what the reasons name, or adapt a part of it:{reasons}"
-    ) from faults[0]
+            with requiring_grad(self.model, self.trained):
+                check_agrees(captured.module, self.preflight, self.model, self.args, self.kwargs)
+        except Disagreement:
+            if captured.drop_cached is None:
+                raise
+            # The cached graph is stale because of something that its key does not cover. Capture once more.
+            captured.drop_cached()
+            return self._captured(front_end)
+        return captured
 
+    def _traced(self, front_end: FrontEnd) -> Captured:
+        """Return the whole graph, traced in the gradient mode of its calls, after the rewrites."""
+        grad = self.preflight.grad is not False
+        with isolated_model(self.model), requiring_grad(self.model, self.trained), torch.set_grad_enabled(grad):
+            captured = front_end.trace(self.model, *copied(self.args, self.kwargs), self.dynamic)
+            for rewrite in self.rewrites:
+                captured = replace(captured, module=rewrite(captured.module).graph_module)
+            return captured
 
-def _checked(
-    front_end: FrontEnd,
-    preflight: Preflight,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    wide: bool,
-    trained: Collection[str] | None,
-    rewrites: Sequence[Rewrite],
-) -> Captured:
-    """Return a whole graph that does what the model does, captured in the gradient state of its calls."""
-    with isolated_model(model), requiring_grad(model, trained), torch.set_grad_enabled(preflight.grad is not False):
-        captured = front_end(model, *copied(args, kwargs), wide)
-        for rewrite in rewrites:
-            captured = replace(captured, module=rewrite(captured.module).graph_module)
-    try:
-        with requiring_grad(model, trained):
-            check_agrees(captured.module, preflight, model, args, kwargs)
-    except Disagreement:
-        if not captured.reused:
-            raise
-        forget()  # something has changed that no state tells
-        return _checked(front_end, preflight, model, args, kwargs, wide, trained, rewrites)
-    return captured
+    def _where(self, fault: Exception) -> str:
+        """Return where a graph first differs from the model, as the end of a sentence, or ""."""
+        if not isinstance(fault, Disagreement) or not self.on_values:
+            return ""
+        with requiring_grad(self.model, self.trained):
+            first = first_difference(fault, self.model, self.args, self.kwargs)
+        return f"; the first module that differs is {first}"
 
 
 def open_model(model: Any) -> nn.Module:
-    """Return the module to adapt: a module as it is, or the graph module of an exported program.
+    """Return the module to adapt: a module itself, or the graph module of an exported program.
 
     Raises:
-        CaptureError: it is neither.
+        CaptureError: the model is neither.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()

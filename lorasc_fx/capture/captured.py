@@ -11,25 +11,45 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.check.guards import Guards
-from lorasc_fx.graph import Record, copy_graph, graph_module_like, products_with_weights, retarget, set_record
+from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
+from lorasc_fx.graph.editor import products_with_weights, retarget
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.util.accelerator import generator_states
 
 OWNER = "model"
+"""Name of the child of a graph module that is the live model."""
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """One way to get graphs of a model.
+
+    Args:
+        name: as the option `frontend` and checkpoints spell it.
+        trace: returns the graph of a call (model, args, kwargs, dynamic). It may raise anything.
+        whole: whether it returns one graph of the whole model, to be compared with the model. Otherwise it returns a
+            `GraphBreakFallback`: several graphs with Python in between.
+        sees_inside: whether it traces into modules of torch.nn. If not, a weight in one of them may stay hidden.
+        serves_all_calls: whether one graph serves every call, whatever its inputs.
+    """
+
+    name: str
+    trace: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
+    whole: bool = True
+    sees_inside: bool = True
+    serves_all_calls: bool = False
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The calls that a graph is for: what it holds as constants of inputs, gradient mode and Python state.
+    """The calls that a graph is valid for: what it holds as constants, the gradient mode, and the Python state.
 
     Args:
-        guards: raises AssertionError for inputs, given as their leaves, that the graph is not for; None for no more
-            than the key of a call.
-        sizes: of each leaf that is a tensor, the sizes that are constants of the graph, and None for each dynamic one;
-            None for the other leaves.
+        guards: takes the leaves of the arguments and raises AssertionError if the graph is not valid for them.
+        sizes: for each tensor leaf its sizes, with None for a dynamic one; None for a leaf that is no tensor.
         state: guards on the model's Python state.
-        grad: gradient mode of the calls; None where the model computes the same in both.
-        requires_grad: of each leaf, where the model asks tensors for it; None where it does not.
+        grad: gradient mode of the calls; None if the model computes the same in both.
+        requires_grad: the flag of each leaf, if the model asks tensors for it.
     """
 
     guards: Callable[..., Any] | None = None
@@ -39,7 +59,7 @@ class Conditions:
     requires_grad: tuple[bool, ...] | None = None
 
     def accepts_gradients(self, leaves: list[Any]) -> bool:
-        """Whether inputs require gradients as those of the graph did; plain enough for dynamo to trace."""
+        """Whether the inputs require gradients as those of the capture did. Simple enough for dynamo to trace."""
         if self.requires_grad is not None:
             for leaf, expected in zip(leaves, self.requires_grad, strict=True):
                 if expected != (isinstance(leaf, torch.Tensor) and leaf.requires_grad):
@@ -47,10 +67,10 @@ class Conditions:
         return True
 
     def accepts_sizes(self, leaves: list[Any]) -> bool:
-        """Whether inputs have the sizes that are constants of the graph, and 2 or more where it is dynamic.
+        """Whether the inputs have the constant sizes of the graph, and 2 or more where it is dynamic.
 
-        torch.export takes for granted that a dynamic size is neither 0 nor 1. It keeps no guard for what Python asks
-        about these two, so they are captured on their own. Plain enough for dynamo to trace.
+        torch.export assumes that a dynamic size is neither 0 nor 1, and keeps no guard for it. Such calls are captured
+        on their own. Simple enough for dynamo to trace.
         """
         for leaf, sizes in zip(leaves, self.sizes, strict=False):
             if isinstance(leaf, torch.Tensor) and sizes is not None:
@@ -60,7 +80,7 @@ class Conditions:
         return True
 
     def accepts(self, leaves: list[Any]) -> bool:
-        """Whether the graph is for inputs of these sizes and gradient flags."""
+        """Whether the graph is valid for inputs of these sizes and gradient flags."""
         if not (self.accepts_gradients(leaves) and self.accepts_sizes(leaves)):
             return False
         if self.guards is None:
@@ -72,7 +92,7 @@ class Conditions:
         return True
 
     def refuses_small_sizes(self, leaves: list[Any]) -> bool:
-        """Whether inputs have other sizes than the graph, and these are 0 or 1 on one of the two sides."""
+        """Whether sizes of 0 or 1, in the inputs or in the graph, are the only ones that differ."""
         pairs = [
             (size, 2 if fixed is None else fixed)
             for leaf, sizes in zip(leaves, self.sizes, strict=False)
@@ -80,11 +100,11 @@ class Conditions:
             for size, fixed in zip(leaf.shape, sizes, strict=True)
             if fixed is not None or size < 2
         ]
-        other = [min(pair) for pair in pairs if pair[0] != pair[1]]
-        return bool(other) and max(other) < 2
+        different = [min(pair) for pair in pairs if pair[0] != pair[1]]
+        return bool(different) and max(different) < 2
 
     def hold(self, traced: bool = False) -> bool:
-        """Whether gradient mode and the model's Python state are those of the graph; `traced` by dynamo."""
+        """Whether gradient mode and Python state are as at the capture; `traced` while dynamo traces this."""
         if self.grad is not None and self.grad != torch.is_grad_enabled():
             return False
         return self.state is None or (self.state.hold_traced() if traced else self.state.hold())
@@ -92,46 +112,46 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Captured:
-    """What a front end returns.
+    """What a front end returns, completed by `capture`.
 
     Args:
-        module: graph module that reads the live model under `model.`; an empty one where there is a fallback.
-        frontend: name of the front end that made it.
-        conditions: the calls that the graph is for.
-        refused: names and reasons of the front ends that were tried before.
-        fallback: a `GraphBreakFallback`, from the front end that finds several graphs.
-        functions: what only the model's own Python does, see `Preflight`.
-        whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
-        reused: whether the graph was captured for another model, or another time.
+        module: graph module that reads the live model under `model.`. An empty one if there is a fallback.
+        frontend: the front end that made it.
+        conditions: the calls that the graph is valid for.
+        refused: names and reasons of the front ends that failed before.
+        fallback: a `GraphBreakFallback`, if the front end finds several graphs.
+        own_backward: whether the model has backward code of its own, such as a custom autograd.Function.
+        whole_elsewhere: whether only gradient checkpointing ruled out a whole graph. In another mode it may be off.
+        drop_cached: drops the graph from the cache that it was taken from; None for a new graph.
     """
 
     module: fx.GraphModule
-    frontend: str
+    frontend: FrontEnd
     conditions: Conditions = field(default_factory=Conditions)
     refused: tuple[tuple[str, str], ...] = ()
     fallback: Any = None
-    functions: tuple[str, ...] = ()
+    own_backward: bool = False
     whole_elsewhere: bool = False
-    reused: bool = False
+    drop_cached: Callable[[], None] | None = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:
-    """Return a graph module in which every name of the model is read from the model.
+    """Return a graph module that reads everything that belongs to the model from the live model.
 
     Args:
-        holder: module on which the graph's names resolve now; what is not the model's is taken from it.
-        graph: is changed.
+        holder: module in which the graph's names resolve now. What does not belong to the model is taken from it.
+        graph: is changed in place.
         model: the live model.
-        prefix: that may stand before the model's names in the graph.
+        prefix: of the model's names in the graph, if they have one.
     """
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    rest, foreign = nn.Module(), dict[str, str]()
+    new, foreign = nn.Module(), dict[str, str]()
 
     def rename(node: fx.Node) -> str:
         target = str(node.target)
-        region = node.op == "get_attr" and hasattr(holder, target)  # a graph that a higher-order op runs
+        region = node.op == "get_attr" and hasattr(holder, target)  # the body of a higher-order op
         name = target.removeprefix(prefix)
         if name in tensors or (name in modules and not region):
             return f"{OWNER}.{name}"
@@ -140,7 +160,7 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
             while flat == OWNER or flat in foreign.values():
                 flat += "_"
             foreign[target] = flat
-            _put(rest, flat, operator.attrgetter(target)(holder))
+            _put(new, flat, operator.attrgetter(target)(holder))
         return foreign[target]
 
     retarget(graph, rename)
@@ -150,9 +170,9 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         if isinstance(module, QuantizedLinear)
     }
     products_with_weights(graph, layers)
-    rest._modules[OWNER] = model
-    rest.training = model.training
-    live = graph_module_like(rest, graph)
+    new._modules[OWNER] = model
+    new.training = model.training
+    live = graph_module_like(new, graph)
     live.meta = {}
     set_record(live, Record(owner=OWNER))
     live.graph.lint()
@@ -167,19 +187,20 @@ def _put(module: nn.Module, name: str, value: Any) -> None:
 
 
 def check_drew_nothing(before: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a trace that has drawn random numbers of torch: no call of its graph would draw others.
+    """Raise RuntimeError if a trace has drawn random numbers: every call of its graph would repeat them.
 
     Args:
-        before: states of the generators before the trace.
-
-    Raises:
-        RuntimeError: it has.
+        before: states of torch's generators before the trace.
     """
     if any(not torch.equal(state, before.get(name, state)) for name, state in generator_states().items()):
         raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
 
 
-def capture_graph(model: nn.Module, args: Any, kwargs: Any) -> Captured:
-    """Return the module's graph, reading the module itself; one graph serves every signature."""
+def _capture_graph(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> Captured:
+    """Return the graph of a graph module, reading the module itself."""
     assert isinstance(model, fx.GraphModule)
-    return Captured(read_live(model, copy_graph(model.graph), model), "graph")
+    return Captured(read_live(model, copy_graph(model.graph), model), GRAPH_MODULE)
+
+
+GRAPH_MODULE = FrontEnd("graph", _capture_graph, serves_all_calls=True)
+"""For a model that is a graph already."""

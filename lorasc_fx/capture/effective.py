@@ -1,9 +1,9 @@
-"""Let a model read effective weights, `f(weight)`, in a call and wherever its backward runs code of the model again.
+"""Let a model read effective weights, `f(weight)`, during a call and wherever its backward runs the model's code again.
 
 Code that runs again in backward (torch.utils.checkpoint, reversible blocks, adjoint methods, hooks) reads the weights
-of the model then, long after the call. So the value is computed where a module reads its parameter, each time anew: a
-region that is checkpointed keeps no copy of it, and every inner backward has a graph of its own. A read counts if it
-comes from a running call, or from a backward at a node that a call has made. All other reads get the parameter.
+long after the call. So a value is computed each time a module reads its parameter: a checkpointed region keeps no copy
+of it, and each inner backward has its own graph. A read counts if it comes from a running call, or from a backward at a
+node that a call has made. All other reads get the parameter.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lorasc_fx.util.undo import Undo, isolated
 
 Effective = Callable[[torch.Tensor], torch.Tensor]
 
-SPANS = 1 << 17
-"""How many calls are remembered; the graphs of as many fit no memory."""
+MAX_SPANS = 1 << 17
+"""Maximum number of calls remembered. Autograd graphs of more calls would not fit in memory."""
 
 _MARK = "_lorasc_effective"
 
 
 class _Parameters(dict[str, Any]):
-    """The parameters of one module, some of which are read as effective weights; pickled and copied as a plain dict."""
+    """The parameters of one module, some of them read as effective weights. Pickled and copied as a plain dict."""
 
     def __init__(self, held: Mapping[str, Any], sites: Mapping[str, str], reader: EffectiveWeights) -> None:
         super().__init__(held)
@@ -48,25 +48,25 @@ class _Parameters(dict[str, Any]):
         return self._read(leaf, super().__getitem__(leaf))
 
     def __setitem__(self, leaf: str, value: Any) -> None:
-        """Put a parameter; an effective weight that is put back (as functional_call does) stands for its parameter."""
+        """Set a parameter. For an effective weight that is written back, as functional_call does, set its parameter."""
         reader = self.reader()
         if reader is not None and getattr(value, _MARK, False) and leaf in self.sites:
             value = reader.parameters[self.sites[leaf]]
         super().__setitem__(leaf, value)
 
     def get(self, leaf: str, default: Any = None) -> Any:
-        """Return the value to be read now."""
+        """Return the current value."""
         return self._read(leaf, super().get(leaf, default))
 
     def items(self) -> Any:
-        """Return names and the values to be read now, each computed as it is reached."""
+        """Return names and current values, each computed lazily."""
         reader = self.reader()
         if reader is None or not reader.reading:
             return super().items()
         return ((leaf, self._read(leaf, value)) for leaf, value in super().items())
 
     def values(self) -> Any:
-        """Return the values to be read now, each computed as it is reached."""
+        """Return the current values, each computed lazily."""
         return (value for _, value in self.items())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -74,7 +74,7 @@ class _Parameters(dict[str, Any]):
 
 
 class _Call:
-    """A call of the model: its thread's numbers of autograd nodes, and the values that it reads, if they are kept."""
+    """A call of the model: the sequence numbers of its autograd nodes, and its effective weights if they are kept."""
 
     def __init__(self) -> None:
         self.begin: int = torch._C._autograd._get_sequence_nr()
@@ -82,21 +82,21 @@ class _Call:
         self.values: dict[str, torch.Tensor] = {}
 
     def holds(self, number: int) -> bool:
-        """Whether a node of this number was made in the call."""
+        """Whether a node with this sequence number was made in the call."""
         return self.begin <= number and (self.end is None or number < self.end)
 
 
 class EffectiveWeights:
-    """Reads of some weights of a model, during its calls and in their backward.
+    """Replaces reads of some weights of a model, during its calls and in their backward.
 
     Args:
         model: whose modules read.
-        effective: what is read in place of each weight, as a function of it.
+        effective: computes the value to read from each weight, by name.
     """
 
     once = False
-    """Whether one value of each weight is kept for a call and its backward, for code that asks for gradients by the
-    tensors of `model.parameters()`; it takes the memory of these weights."""
+    """Whether each value is computed once for a call and its backward. Code that asks for gradients of the tensors in
+    `model.parameters()` needs that. It costs the memory of these weights."""
 
     def __init__(self, model: nn.Module, effective: Mapping[str, Effective]) -> None:
         self.model = model
@@ -111,7 +111,7 @@ class EffectiveWeights:
         self.read_as(effective)
 
     def read_as(self, effective: Mapping[str, Effective]) -> None:
-        """Replace the effective weights from now on, also for earlier calls whose backward is still to run."""
+        """Replace the effective weights, also for earlier calls whose backward has not run yet."""
         self.effective = dict(effective)
         self.parameters = {name: self.model.get_parameter(name) for name in self.effective}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -119,7 +119,7 @@ class EffectiveWeights:
             (holder, names[id(holder.value)])
             for holder in holders(self.model)
             if isinstance(holder.store, list) and id(holder.value) in names
-            if not isinstance(holder.module, nn.RNNBase)  # these gather theirs anew in each forward
+            if not isinstance(holder.module, nn.RNNBase)  # they collect their lists again in each forward
         ]
         self._open = False
 
@@ -137,7 +137,7 @@ class EffectiveWeights:
         self._open = True
 
     def close(self) -> None:
-        """Restore the parameters of every module, until the next call."""
+        """Restore the parameters of every module. The next call opens again."""
         self._open = False
         for module in self.model.modules():
             held = vars(module).get("_parameters")
@@ -146,14 +146,18 @@ class EffectiveWeights:
 
     @property
     def reading(self) -> bool:
-        """Whether a read on this thread gets effective weights now."""
+        """Whether a read on this thread gets effective weights."""
         return self._node_number() is not None
 
     def read(self, name: str, value: Any) -> Any:
-        """Return what a module reads now, of a weight or of what stands in its place.
+        """Return what a module reads.
+
+        Args:
+            name: of the weight.
+            value: what the module holds: the parameter, or something that replaces it.
 
         Raises:
-            StateError: one value a call is kept, and that of the call whose backward this is has gone with its output.
+            StateError: values are kept for a call, and those of the call that this backward belongs to are gone.
         """
         number = self._node_number() if value is self.parameters[name] else None
         if number is None:
@@ -177,7 +181,7 @@ class EffectiveWeights:
         self.open()
         with _running(self) as call:
             output = self.model(*args, **kwargs)
-        if self.once:  # the values live as long as the graph does
+        if self.once:  # the values live as long as the autograd graph
             for leaf in pytree.tree_leaves(output, is_leaf=whole):
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
                     cast("dict[str, Any]", leaf.grad_fn.metadata).setdefault(_MARK, []).append(call)
@@ -185,11 +189,11 @@ class EffectiveWeights:
 
     @property
     def running(self) -> tuple[_Call, ...]:
-        """The calls that this thread is in."""
+        """The running calls of this thread."""
         return getattr(self._local, "running", ())
 
     def _node_number(self) -> int | None:
-        """Return the number of a node of the call that reads now on this thread, or None."""
+        """Return a sequence number of the call that this thread reads for, or None."""
         if self.running:
             return self.running[-1].begin
         task: int = torch._C._current_graph_task_id()
@@ -216,7 +220,7 @@ class EffectiveWeights:
         return value
 
     def _is_of_a_call(self, number: int) -> bool:
-        """Whether a node was made in a call. Numbers are those of the thread that made it, which no node tells."""
+        """Whether a node was made in a call. Each thread counts by itself, and a node does not tell its thread."""
         for begins, ends in self._spans:
             index = bisect_right(begins, number) - 1
             if index >= 0 and number < ends[index]:
@@ -230,20 +234,20 @@ class EffectiveWeights:
             self._local.spans = ([], [])
             self._spans.append(self._local.spans)
         begins, ends = self._local.spans
-        while begins and begin <= ends[-1]:  # it follows at once, or was inside
+        while begins and begin <= ends[-1]:  # adjacent or nested spans become one
             begin = min(begin, begins.pop())
             ends.pop()
         begins.append(begin)
         ends.append(end)
-        if len(begins) > SPANS:
-            del begins[: SPANS // 2], ends[: SPANS // 2]
+        if len(begins) > MAX_SPANS:
+            del begins[: MAX_SPANS // 2], ends[: MAX_SPANS // 2]
 
     def _backward_ends(self) -> None:
         self._local.backward = None
-        self.put_back_lists()
+        self.restore_lists()
 
     def begin(self) -> _Call:
-        """Read effective weights on this thread from now on."""
+        """Start reading effective weights on this thread."""
         call = _Call()
         if self.once:
             self._calls.add(call)
@@ -253,17 +257,17 @@ class EffectiveWeights:
         return call
 
     def end(self, running: tuple[_Call, ...]) -> None:
-        """Read them as before, and in the backward of what was computed meanwhile."""
+        """Return to the calls that were running before. From now on, the backward of the ended ones is recognized."""
         for call in self.running[len(running) :]:
             call.end = torch._C._autograd._get_sequence_nr()
             self._remember(call.begin, call.end)
         self._local.running = running
         if not running:
             self._local.backward = None
-        self.put_back_lists()
+        self.restore_lists()
 
-    def put_back_lists(self) -> None:
-        """Restore the parameters in lists."""
+    def restore_lists(self) -> None:
+        """Restore the parameters in lists of modules."""
         for holder, name in self._lists:
             holder.put(self.parameters[name])
         for module, held in self._recurrent:

@@ -1,11 +1,11 @@
-"""The graph-break fallback, front end `graph-breaks`: graphs between dynamo's graph breaks, your Python in between.
+"""Front end `graph-breaks`: the graphs between dynamo's graph breaks, with the model's Python in between.
 
-torch.compile passes each subgraph to a backend of ours; its weights are inputs, and the names follow from the identity
-of the Parameters. dynamo's guards choose the subgraph, as a call's key chooses a variant. Layers of one class share a
-subgraph: there is one rewritten graph for each set of weights with which it is called. A first run collects the graphs,
-before it is decided which weights get a branch.
+torch.compile passes each subgraph to a backend of this package. The weights are inputs of a subgraph; their names
+follow from the identity of the Parameters. Dynamo's guards choose the subgraph, as the key of a call chooses a variant.
+Layers of one class share a subgraph, so there is one rewritten graph for each set of weights that it is called with. A
+first run collects the graphs before it is decided which weights get a branch.
 
-`eager_trace` finds the weights that the Python in between uses: it follows tensors made of weights alone, as
+`eager_trace` finds the weights that the Python in between uses. It follows tensors computed from weights alone, as
 graph/flow.py does in graphs, until they meet an input.
 """
 
@@ -30,26 +30,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lorasc_fx.capture.captured import OWNER, Captured, read_live
+from lorasc_fx.capture.captured import OWNER, Captured, FrontEnd, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
 from lorasc_fx.check.isolation import Shared, isolation, no_fastpath, own_warnings, written_by
 from lorasc_fx.errors import CaptureError
-from lorasc_fx.graph import (
-    ADDED_FIRST,
-    CONTRACTIONS,
-    LIKE_ANOTHER,
-    SCALES,
-    copy_graph,
-    regions_as_modules,
-    weighs,
-    weights_from_inputs,
-)
-from lorasc_fx.graph.forms import registered_form
+from lorasc_fx.graph import copy_graph
+from lorasc_fx.graph.editor import regions_as_modules, weights_from_inputs
+from lorasc_fx.graph.forms import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, registered_form, weighs
 from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
 from lorasc_fx.util.undo import PROCESS, Block, isolated
 
-LIMIT = 64
+MAX_CAPTURES = 64
+"""Captures of one code object for the same modules, after which a call raises."""
 
 Names = tuple[str | None, ...]
 Rewrite = Callable[[fx.GraphModule], Callable[..., Any]]
@@ -57,7 +50,7 @@ Rewrite = Callable[[fx.GraphModule], Callable[..., Any]]
 
 @dataclass
 class _Subgraph:
-    """A subgraph as dynamo gave it, and by the weights that it is called with, the graph as found and as it runs."""
+    """A subgraph of dynamo, with its graphs before and after rewriting, by the weights that it is called with."""
 
     source: fx.GraphModule
     graphs: dict[Names, fx.GraphModule] = field(default_factory=dict)
@@ -65,10 +58,12 @@ class _Subgraph:
 
 
 class GraphBreakFallback:
-    """A model that runs as graphs with Python in between; called as the model is.
+    """A model that runs as graphs with Python in between. It is called as the model is.
 
-    `graphs` are the subgraphs found so far, each reading the live model. After `rewrite_by(f)`, every subgraph runs as
-    `f(graph)`, those that later calls bring as well.
+    Attributes:
+        model: the user's model.
+        swapped: functions of weights, by name. While the model runs it reads `f(weight)` in place of the weight, in
+            graphs and in between.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,35 +71,35 @@ class GraphBreakFallback:
         self._rewrite: Rewrite | None = None
         self._subgraphs: list[_Subgraph] = []
         self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
-        self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._effective: EffectiveWeights | None = None
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
         self._discovering = False
-        compiler = inspect.unwrap(torch.compile)  # Lightning Fabric's copies the backend, onto the user's model
+        compiler = inspect.unwrap(torch.compile)  # Lightning Fabric wraps it, and would copy the backend
         backend = _Backend(ref(self))
         self._compiled: Any = compiler(model, backend=backend)
         finalize(self, backend.invalidate)
 
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Run the model once as it is, and find its subgraphs; buffers and random generators stay as they were.
+        """Run the model once, and collect its subgraphs. The model and the random generators are left unchanged.
 
-        Weights require gradients in this run, inside the subgraphs, as they will with branches. dynamo guards on
-        `requires_grad` of a subgraph's outputs, and would otherwise capture everything after them once more. There may
-        be no subgraph: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
+        Inside the subgraphs, weights require gradients in this run, as they will with branches: dynamo guards on
+        `requires_grad` of a subgraph's outputs, and would otherwise capture everything after them again. There may be
+        no subgraph at all: dynamo leaves a loop with a break in it to Python, with the modules called there.
         """
         try:
             with isolation(self.model, args, kwargs, seeded=False) as (inputs, named):
                 _reset_codes_without_entries()
                 self._discovering = True
                 self(*inputs, **named)
-        except torch._dynamo.exc.TorchDynamoException:  # a fault of dynamo's own, in a model that runs
+        except torch._dynamo.exc.TorchDynamoException:  # a bug of dynamo: the model itself runs
             self._subgraphs.clear()
             self.run_eager()
         finally:
             self._discovering = False
 
     def rewrite_by(self, rewrite: Rewrite) -> None:
-        """Run every subgraph as `rewrite` returns it, from now on."""
+        """Rewrite every subgraph, also those that later calls bring."""
         rewritten = [
             {names: rewrite(graph) for names, graph in subgraph.graphs.items()} for subgraph in self._subgraphs
         ]
@@ -113,10 +108,10 @@ class GraphBreakFallback:
             subgraph.running = running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the model computes, with the subgraphs rewritten.
+        """Run the model with rewritten subgraphs.
 
         Raises:
-            CaptureError: the calls vary so much that dynamo would go on without graphs, and so without branches.
+            CaptureError: the calls vary too much: dynamo would continue without graphs, and so without branches.
         """
         if self._look is not None:
             self._look(args, kwargs)
@@ -124,55 +119,50 @@ class GraphBreakFallback:
 
     @_disable_dynamo  # torch.compile around a cascade would trace the model itself, without branches
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Compute a call without a look before it; raises as a call does."""
+        """Run a call without the function of `look_before_calls`. Raises as a call does."""
         try:
             with _dynamo_settings(), as_opaque_products():
                 return self._call(args, kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as fault:
             raise fault.inner_exception from fault
-        except torch._dynamo.exc.TorchRuntimeError:  # an op refuses the sizes: let the model say so itself
+        except torch._dynamo.exc.TorchRuntimeError:  # an op refuses the sizes: let the model raise its own error
             with isolation(self.model, args, kwargs, grad=torch.is_grad_enabled(), seeded=False) as (inputs, named):
                 self.model(*inputs, **named)
             raise
 
     def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        """Let the model read `f(weight)` in place of these weights while it runs, in graphs and in between."""
-        self._swapped = dict(swapped)
+        """Replace the functions of weights."""
+        self.swapped = dict(swapped)
         if self._effective is not None:
             self._effective.read_as(swapped)
 
     @property
     def eager(self) -> bool:
-        """Whether the model runs as it is, without graphs."""
+        """Whether the model runs eagerly, without graphs."""
         return self._effective is not None
 
     def run_eager(self, once: bool = False) -> None:
-        """Run the model as it is from now on; what is swapped is swapped in the backward of a call as well.
+        """Run the model eagerly from now on. Swapped weights are swapped in the backward of a call as well.
 
-        With `once`, one value of each weight is kept for a call and its backward.
+        With `once`, each weight is computed once for a call and its backward.
         """
         if self._effective is None:
-            self._effective = EffectiveWeights(self.model, self._swapped)
+            self._effective = EffectiveWeights(self.model, self.swapped)
         self._effective.once = once
 
     @property
     def once(self) -> bool:
-        """Whether one value of each weight is kept for a call."""
+        """Whether each swapped weight is computed once for a call and its backward."""
         return self._effective is not None and self._effective.once
 
     def detach(self) -> None:
-        """Restore the parameters of the model's modules; a later call swaps them again."""
+        """Restore the parameters of the model's modules. A later call swaps them again."""
         if self._effective is not None:
             self._effective.close()
 
     def look_before_calls(self, look: Callable[[Any, Mapping[str, Any]], None]) -> None:
-        """Register a function that gets the arguments of each call before it runs."""
+        """Set a function that gets the arguments of each call before it runs."""
         self._look = look
-
-    @property
-    def swapped(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """The functions that replace weights, by name."""
-        return self._swapped
 
     @property
     def located(self) -> set[str]:
@@ -180,22 +170,22 @@ class GraphBreakFallback:
         read = {name for subgraph in self._subgraphs for names in subgraph.graphs for name in names if name is not None}
         graphs = [graph for subgraph in self._subgraphs for graph in subgraph.graphs.values()]
         nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"]
-        return read | {str(node.target).removeprefix(f"{OWNER}.") for node in nodes} | self._swapped.keys()
+        return read | {str(node.target).removeprefix(f"{OWNER}.") for node in nodes} | self.swapped.keys()
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._effective is not None:
             return self._effective(*args, **kwargs)
-        if not self._swapped:
+        if not self.swapped:
             return self._compiled(*args, **kwargs)
-        values = {name: f(self.model.get_parameter(name)) for name, f in self._swapped.items()}
+        values = {name: f(self.model.get_parameter(name)) for name, f in self.swapped.items()}
         with substituted(self.model, values):
             return self._compiled(*args, **kwargs)
 
     def why_not_whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return why no one graph holds the whole model: file, line and reason of the first graph break, or another."""
+        """Return why there is no whole graph: file, line and reason of the first graph break, or another reason."""
         if self.eager:
             return "the model runs as it is, by its own Python"
-        with isolation(self.model, args, kwargs) as (inputs, named), _dynamo_settings():  # it runs the model
+        with isolation(self.model, args, kwargs) as (inputs, named), _dynamo_settings():  # explain runs the model
             explained = torch._dynamo.explain(self.model)(*inputs, **named)
         for reason in explained.break_reasons:
             if reason.user_stack:
@@ -205,17 +195,17 @@ class GraphBreakFallback:
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
-        """The graphs found so far, each reading the live model; one without nodes where there are none."""
+        """The graphs so far, each reading the live model. One empty graph if there are none."""
         graphs = [graph for subgraph in self._subgraphs for graph in subgraph.graphs.values()]
         return graphs or [read_live(nn.Module(), fx.Graph(), self.model)]
 
     @property
     def rewritten(self) -> list[Callable[..., Any]]:
-        """The subgraphs as they run."""
+        """The rewritten subgraphs."""
         return [running for subgraph in self._subgraphs for running in subgraph.running.values()]
 
     def take(self, source: fx.GraphModule) -> Callable[..., Any]:
-        """Return what dynamo runs in place of a subgraph. Dynamo's cache keeps it, and it must not keep the model."""
+        """Return what dynamo runs instead of a subgraph. It does not hold the model, because dynamo caches it."""
         subgraph = _Subgraph(source)
         self._subgraphs.append(subgraph)
         owner, held = ref(self), ref(subgraph)
@@ -231,10 +221,10 @@ class GraphBreakFallback:
     def _run(self, subgraph: _Subgraph, inputs: tuple[Any, ...]) -> Any:
         names = self._names(inputs)
         running = subgraph.running.get(names)
-        running = self._bring(subgraph, names) if running is None else running
+        running = self._add_graph(subgraph, names) if running is None else running
         if not self._discovering:
             return running(*inputs)
-        written = written_by(self.model)  # these get no branch, and a leaf that requires grad cannot be written
+        written = written_by(self.model)  # they get no branch, and a leaf that requires grad cannot be written
         named = [value for value, name in zip(inputs, names, strict=True) if name not in (None, *written)]
         with _weights_require_grad(value for value in named if isinstance(value, nn.Parameter)):
             return running(*inputs)
@@ -243,7 +233,7 @@ class GraphBreakFallback:
         return tuple(self._name(value) for value in inputs)
 
     def _name(self, value: Any) -> str | None:
-        """Return the model's name of an input, if it is a parameter or buffer that is there still."""
+        """Return the name of an input that is a current parameter or buffer of the model, or None."""
         name = self._own.get(id(value)) if isinstance(value, torch.Tensor) else None
         if name is None:
             return None
@@ -251,7 +241,7 @@ class GraphBreakFallback:
         module = self.model.get_submodule(holder)
         return name if value is module._parameters.get(leaf, module._buffers.get(leaf)) else None
 
-    def _bring(self, subgraph: _Subgraph, names: Names) -> Callable[..., Any]:
+    def _add_graph(self, subgraph: _Subgraph, names: Names) -> Callable[..., Any]:
         graph = copy_graph(subgraph.source.graph)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         weights = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
@@ -262,7 +252,7 @@ class GraphBreakFallback:
         def region(body: str, given: Names, options: Mapping[str, Any]) -> str:
             inner, name = _Subgraph(getattr(subgraph.source, body)), f"{body}_region"
             self._subgraphs.append(inner)
-            self._bring(inner, tuple(name if name in weights.values() else None for name in given))
+            self._add_graph(inner, tuple(name if name in weights.values() else None for name in given))
             holder._modules[name] = _Region(inner, next(iter(inner.graphs)), options)
             return name
 
@@ -273,20 +263,23 @@ class GraphBreakFallback:
         return running
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphBreakFallback:
-        """Refuse: a copy would run the original's branches; variants are dropped by copies and found anew."""
+        """Refuse: a copy would run the branches of the original. Copies of a cascade drop its variants."""
         raise TypeError("the subgraphs of a model are not copied")
 
 
-def capture_fallback(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool) -> Captured:
-    """Return the model's subgraphs; raises what the model raises."""
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool) -> Captured:
+    """Return the model's subgraphs. Raises what the model raises."""
     fallback = GraphBreakFallback(model)
     fallback.discover(args, kwargs)
-    return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "graph-breaks", fallback=fallback)
+    return Captured(fx.GraphModule(nn.Module(), fx.Graph()), GRAPH_BREAKS, fallback=fallback)
+
+
+GRAPH_BREAKS = FrontEnd("graph-breaks", _capture, whole=False)
 
 
 @isolated
 def _weights_require_grad(undo: Block, weights: Iterable[torch.Tensor]) -> None:
-    """Let matrices require gradients inside the block, as if each had a branch."""
+    """Let matrices require gradients inside the block, as the outputs of branches do."""
     for weight in weights:
         if weight.dim() > 1 and weight.is_floating_point() and not (weight.requires_grad or is_quantized(weight)):
             undo(partial(weight.requires_grad_, False))
@@ -294,33 +287,33 @@ def _weights_require_grad(undo: Block, weights: Iterable[torch.Tensor]) -> None:
 
 
 class _Backend:
-    """The backend of one fallback. Dynamo keeps it in the cache of each code object that it compiles.
+    """The backend of one fallback, which dynamo keeps in its cache of each code object.
 
-    All models of a class share the cache of its methods, and the limits in dynamo's configuration count all entries.
-    So these limits are lifted, and the entries of each backend are counted here.
+    All models of a class share this cache, and dynamo's limits count all entries. So these limits are lifted, and the
+    entries of each backend are counted here.
     """
 
     def __init__(self, owner: ref[GraphBreakFallback]) -> None:
         self._owner = owner
 
     def __call__(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        """Take over a subgraph."""
+        """Compile a subgraph."""
         fallback = self._owner()
         assert fallback is not None
         self._check_limit(type(fallback.model).__name__)
         return fallback.take(source)
 
     def _check_limit(self, model: str) -> None:
-        """Raise CaptureError if this code was compiled too often for the same modules, as dynamo counts it."""
+        """Raise CaptureError if the current code was compiled too often for the same modules."""
         frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
         entries = [entry for entry in _entries_of(frame.f_code) if self._owns(entry)]
         alike = sum(torch._dynamo.cache_size._has_same_id_matched_objs(frame, entry) for entry in entries)
-        if alike < LIMIT and len(entries) < 4 * LIMIT:
+        if alike < MAX_CAPTURES and len(entries) < 4 * MAX_CAPTURES:
             return
         guards = torch._dynamo.utils.guard_failures.get(frame.f_code, ["its inputs"])
         guard = str(guards[-1]).splitlines()[0].partition(" #")[0].strip()
         raise CaptureError(
-            f"{model} was captured anew {LIMIT} times. The last graph did not fit because of "
+            f"{model} was captured anew {MAX_CAPTURES} times. The last graph did not fit because of "
             f"{guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing state in Python, or "
             "adapt a part of the model"
         )
@@ -329,7 +322,7 @@ class _Backend:
         return getattr(entry.backend, "compiler_fn", None) is self  # torch.compile wraps a backend
 
     def invalidate(self) -> None:
-        """Let dynamo drop the code that it has compiled for this backend; what others have compiled stays."""
+        """Drop the code that dynamo has compiled for this backend."""
         deleted = torch._dynamo.guards.DeletedGuardManagerWrapper
         for code in _compiled_codes():
             for entry in _entries_of(code):
@@ -351,7 +344,7 @@ def _entries_of(code: CodeType) -> list[Any]:
 
 
 def _reset_codes_without_entries() -> None:
-    """Free the caches in which all entries are invalidated; dynamo keeps such entries, and counts them."""
+    """Free the caches with invalidated entries only, because dynamo keeps and counts such entries."""
     deleted = torch._dynamo.guards.DeletedGuardManagerWrapper
     for code in _compiled_codes():
         entries = _entries_of(code)
@@ -360,7 +353,7 @@ def _reset_codes_without_entries() -> None:
 
 
 class _Region(nn.Module):
-    """Runs a region of a subgraph as torch.utils.checkpoint runs a function; what it runs is a subgraph of its own."""
+    """Runs a region of a subgraph under torch.utils.checkpoint. The region is a subgraph itself."""
 
     def __init__(self, subgraph: _Subgraph, names: Names, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -373,7 +366,7 @@ class _Region(nn.Module):
 
     def forward(self, *values: Any) -> Any:
         given = iter(values)
-        inputs = [next(given) if name is None else None for name in self.names]  # it reads its weights itself
+        inputs = [next(given) if name is None else None for name in self.names]  # the region reads its weights itself
         return checkpoint(
             self.subgraph.running[self.names], *inputs, use_reentrant=False, preserve_rng_state=True, **self.options
         )
@@ -381,12 +374,12 @@ class _Region(nn.Module):
 
 @contextlib.contextmanager
 def _no_graph_break_messages() -> Iterator[None]:
-    """Silence dynamo's messages about graph breaks, which are expected; inside `own_warnings`."""
+    """Silence dynamo's messages about graph breaks, which are expected. Only inside `own_warnings`."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    # dynamo reads .grad of what a subgraph gets from another, and makes tensors of arrays that are tensors by then
+    # Dynamo reads .grad of tensors between subgraphs, and makes tensors of arrays that are tensors already.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")
@@ -400,20 +393,20 @@ _quiet_dynamo = Shared(_no_graph_break_messages)
 
 @isolated
 def _dynamo_settings(undo: Block) -> None:
-    """Let dynamo compile all that it comes to: otherwise it would go on without graphs, and so without branches."""
+    """Let dynamo compile everything. Without graphs the model would run without branches."""
     if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_on_recompile"):
-        undo.enter(PROCESS)  # the stance of a capture in another thread goes; one of the user stays
+        undo.enter(PROCESS)  # waits for a capture in another thread, which sets a stance
         undo.enter(torch.compiler.set_stance("default"))
     for shared in (own_warnings, _quiet_dynamo, no_fastpath):
         undo.enter(shared)
     undo.enter(
         torch._dynamo.config.patch(
             fail_on_recompile_limit_hit=True,
-            recompile_limit=sys.maxsize,  # `_Backend` has limits of its own
+            recompile_limit=sys.maxsize,  # `_Backend` has its own limits
             accumulated_recompile_limit=sys.maxsize,
-            use_numpy_random_stream=True,  # numpy's own, not draws of torch in its place
-            skip_nnmodule_hook_guards=False,  # hooks come and go after the capture, too
-            allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values
+            use_numpy_random_stream=True,  # draw from numpy's generator, not from torch's
+            skip_nnmodule_hook_guards=False,  # hooks may change after the capture
+            allow_unspec_int_on_nn_module=True,  # or each value of a counter would get its own graph
         )
     )
 
@@ -422,11 +415,9 @@ _READS_NO_VALUE = {"__get__", "size", "dim", "numel", "stride", "is_floating_poi
 
 
 def eager_trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Run the model once and return each weight that it uses, with the kind of site that it makes of it.
+    """Run the model once and return the kind of site of each weight that it uses.
 
-    The kind is empty for a weight that is neither multiplied by nor looked up.
-
-    The model, its inputs and the random generators stay as they were.
+    The kind is "" if the weight is neither multiplied nor looked up. Model, inputs and generators are left unchanged.
     """
     watcher = _Watcher(model, list(model.buffers()))
     with isolation(model, args, kwargs, watcher, seeded=False) as (inputs, named):
@@ -435,20 +426,20 @@ def eager_trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[
 
 
 class _Watcher(TorchFunctionMode):
-    """Follows tensors that are made of weights, in the ways that graph/flow.py lists, the first of which counts."""
+    """Follows tensors that are computed from weights. The ways to a site are those that graph/flow.py lists."""
 
     def __init__(self, model: nn.Module, constants: list[torch.Tensor]) -> None:
         super().__init__()
         self.seen: set[str] = set()
-        self._kinds: tuple[dict[str, str], ...] = ({}, {}, {}, {})
+        self._kinds: tuple[dict[str, str], ...] = ({}, {}, {}, {})  # one for each way
         self._made_of: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
         self._made_of |= {id(value): set() for value in constants}
         self._scaled: dict[int, set[str]] = {}
-        self._alive: list[Any] = []  # an id is only good while its tensor lives
+        self._alive: list[Any] = []  # an id is valid only while its tensor lives
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kinds of sites by weight."""
+        """Kinds of sites by weight. The first way that makes a site counts."""
         return {name: kind for kinds in reversed(self._kinds) for name, kind in kinds.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -463,13 +454,11 @@ class _Watcher(TorchFunctionMode):
         kind = CONTRACTIONS.get(name) if form is None else form.kind
         inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of]
         if weights and (kind == "embedding" or any(tensor.is_floating_point() for tensor in inputs)):
-            multiplied = self._weights(
-                [tensor for tensor in tensors if name not in ADDED_FIRST or tensor is not args[0]]
-            )
-            self._note(0, multiplied, kind)
+            added = args[0] if name in ADDED_FIRST else None
+            self._note(0, self._weights([tensor for tensor in tensors if tensor is not added]), kind)
             if name in SCALES:
                 self._follow(output, self._scaled, weights)
-        elif weights:  # an index that depends on inputs only selects
+        elif weights:  # with constants alone, or with an index that only selects
             self._note(1, weights, kind)
             self._note(3, weights if inputs and id(args[0]) in self._made_of else (), "embedding")
             self._follow(output, self._made_of, weights)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.check.preflight import agrees
-from lorasc_fx.graph import takes_leaves
+from lorasc_fx.graph.function import takes_leaves
 from lorasc_fx.signature import whole
 
 Axis = tuple[int, int]

@@ -1,20 +1,21 @@
-"""Graphs of torch.export, kept to be used again for another model in the same state.
+"""A cache of exported graphs: a second model in the same state gets a copy of the first one's graph.
 
-What an export reads is the key of its graph, `state_of`: the classes of the modules, all Python state that guards know
-(guards.py), by what it holds; names, shapes and ties of parameters and buffers, and the buffers' values; the inputs but
-for their values; the global variables that the code of the model's classes names, and the functions behind these;
-torch's settings and the environment. Where something in it cannot be compared by value (a hook, a tensor that is
-neither parameter nor buffer, an object of a foreign library that belongs to one model), there is no key, and nothing is
-kept.
+The key of a graph is everything that an export reads (`key_of`). Most of it is one pickle: the modules with their
+Python state, the inputs without their values, and the classes, functions and global variables behind them. The pickler
+writes a tensor by name, and a class or code object by its identity. If the model holds something that has no value to
+compare by (a hook, a tensor that is neither parameter nor buffer, an object of a foreign library), there is no key, and
+nothing is cached.
 
-A kept graph has no weights and no model. It is held against the new model on the example, as a new one is.
+A cached graph holds no weights and no model. `capture` compares it with the new model, as it does with a new graph.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import io
 import os
+import pickle  # noqa: TID251 - only writes keys, which nothing reads back
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -24,305 +25,261 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import fx, nn
+from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
-from lorasc_fx.check.guards import DEPTH, MISSING, OPAQUE, STORES, UNREAD, Held, is_followed, package_of, walk
+from lorasc_fx.check.guards import HOOKS, OPAQUE, UNREAD, is_followed, package_of
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
 from lorasc_fx.signature import whole
 from lorasc_fx.util.accelerator import autocast_state
 from lorasc_fx.util.fingerprint import checksum
 
-MOST = 16
-"""Graphs that are kept; the one used least recently goes first."""
-FOLLOWED = 1 << 16
-"""Objects behind classes and global variables that are followed, and functions that are followed to their globals."""
-BYTES = 1 << 20
-"""Constants of a graph that is kept."""
+MAX_GRAPHS = 16
+"""Graphs in the cache; the least recently used one is dropped first."""
+MAX_OBJECTS = 1 << 16
+"""Objects that the key of a graph may depend on."""
+MAX_BYTES = 1 << 20
+"""Size of the constants of a cached graph."""
 
-_KEPT: OrderedDict[Hashable, Kept] = OrderedDict()
-
-_VALUES = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_TENSORS = (torch.Tensor, nn.Parameter)
+_CACHE: OrderedDict[Hashable, CachedGraph] = OrderedDict()
 
 
 class _NoKey(Exception):
     """Something that cannot be compared by value."""
 
 
-class _Same:
-    """Equal to another one of the same object while that lives; does not keep it alive where it can be helped."""
+def key_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *options: Hashable) -> Hashable | None:
+    """Return all that an export of a call depends on, or None if it cannot be compared.
+
+    Args:
+        model: as it is now.
+        args, kwargs: of the call; the values of tensors do not count.
+        options: of the export.
+    """
+    try:
+        return (*options, _Pickler(model).key(args, kwargs), _settings())
+    except (_NoKey, RecursionError):
+        return None
+
+
+class _Identity:
+    """Equal to another one of the same object, while that lives. Holds the object weakly if it can."""
 
     def __init__(self, value: Any) -> None:
         self._id = id(value)
         try:
             self._ref: Callable[[], Any] = ref(value)
-        except TypeError:  # a builtin function, a descriptor
-            if isinstance(value, (torch.Tensor, nn.Module)):
-                raise
-            self._ref = functools.partial(_given, value)
+        except TypeError:  # such as a builtin function
+            self._ref = lambda: value
 
     def __hash__(self) -> int:
         return self._id
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (value := self._ref()) is other._ref() and id(value) == self._id
+        return isinstance(other, _Identity) and (value := self._ref()) is other._ref() and id(value) == self._id
 
 
-def _given(value: Any) -> Any:
-    return value
+_BY_VALUE = frozenset(
+    (bool, int, float, complex, str, bytes, type(None), tuple, list, dict, set, frozenset, slice, range, types.CellType)
+)
+_NUMBERS = (int, float, complex, str, bytes)
+_BY_NAME = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_BY_IDENTITY = (type, types.BuiltinFunctionType, types.ModuleType, types.CodeType, enum.Enum)
+_UNREAD = (ReferenceType, RemovableHandle)
+_DESCRIPTORS = (property, staticmethod, classmethod, functools.cached_property)
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_FOLLOWED = (*_FUNCTIONS, *_DESCRIPTORS, *_CONTAINERS, types.MappingProxyType)
+_TENSORS = (torch.Tensor, nn.Parameter)
 
 
-def state_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *more: Hashable) -> Hashable | None:
-    """Return all that an export of a call depends on, to be compared; None where it cannot be compared.
+class _Pickler(pickle.Pickler):
+    """Writes what an export of a model reads. Nothing ever reads the pickle back.
 
-    Args:
-        model: as it is now.
-        args, kwargs: of the call; of tensors all but the values.
-        more: options of the export.
+    References between objects are written as such, so that equal keys mean equal ties. Names and code are compared by
+    `identities`, in the order in which they were reached.
     """
-    try:
-        return (*more, _KeyBuilder(model).state(args, kwargs), _settings())
-    except (_NoKey, RecursionError):
-        return None
-
-
-class _KeyBuilder:
-    """Numbers the objects that a model holds, in the order in which they are reached, and makes a key of them."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._file = io.BytesIO()
+        super().__init__(self._file, pickle.HIGHEST_PROTOCOL)
         self._model = model
-        self._tensors: dict[int, str] = {}
-        self._memory: dict[int, str] = {}
-        self._numbers: dict[int, int] = {}
-        self._open: set[int] = set()  # what has been numbered and whose contents are still to come
-        self._alive: list[Any] = []
-        self._left = FOLLOWED
+        self._names: dict[int, str] = {}  # of parameters and buffers
+        self._identities: dict[int, tuple[int, Any]] = {}  # number and object, which lives as long as its id is used
+        self._functions: list[types.FunctionType] = []
+        self._of_model = True
 
-    def state(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
+    def key(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
+        """Return the key of a call."""
+        if any(vars(torch_module)[f"_global{name}"] for name in HOOKS):
+            raise _NoKey("a hook of all modules")
         tensors = tuple(self._registered())
         inputs = self._inputs(args, kwargs)
-        holders = tuple([self._holder(held) for held in walk(self._model)])
-        attributes = tuple([self._attributes(module) for module in self._model.modules()])
-        classes = dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__)
-        forwards = tuple([(_Same(kind), _Same(vars(kind).get("forward", MISSING))) for kind in classes])
-        if self._open:
-            raise _NoKey("an object that is not followed")
-        return (tensors, inputs, holders, attributes, forwards, tuple(self._globals(classes)))
-
-    def _registered(self) -> Iterator[Hashable]:
-        model = self._model
-        parameters = model.named_parameters(remove_duplicate=False)
-        buffers = model.named_buffers(remove_duplicate=False)
-        for is_buffer, named in enumerate((parameters, buffers)):
-            for name, value in named:
-                same = self._tensors.setdefault(id(value), name)
-                layout = self._layout(value)
-                memory = self._memory.setdefault(value.untyped_storage().data_ptr(), name) if value.numel() else ""
-                yield (name, same, memory, layout, value.storage_offset(), checksum(value) if is_buffer else None)
-
-    def _layout(self, value: torch.Tensor) -> Hashable:
-        if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_meta or value.is_nested:
-            raise _NoKey("a tensor of another kind")
-        sizes = (tuple(value.shape), value.stride(), value.dtype, value.device)
-        return (type(value), *sizes, value.requires_grad, value.is_leaf, value.is_conj(), value.is_neg())
-
-    def _inputs(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
-        first: dict[int, int] = {}
-        parts: list[Hashable] = []
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                if id(leaf) in self._tensors:
-                    raise _NoKey("a weight as an input")
-                parts.append((first.setdefault(id(leaf), index), self._layout(leaf)))
-            else:
-                parts.append(self._value(leaf))
-        return (str(spec), tuple(parts))
-
-    def _holder(self, held: Held) -> Hashable:
-        where = held.where
-        if held.ordered and len(where):
-            raise _NoKey("a hook")
-        of_class = isinstance(where, types.MappingProxyType)
-        self._open.discard(id(where))
-        number = None if of_class else self._number(where)
-        self._open.discard(id(where))
-        keys = tuple([(type(key), key) if isinstance(key, _VALUES) else _Same(key) for key in held.keys])
-        key_of = self._shared if of_class else self._value
-        values = tuple([key_of(held.read(key)) for key in held.keys])
-        many = isinstance(where, (list, dict, deque, set)) and len(where) > len(held.keys) and not held.attributes
-        more = self._plain(where) if many else None
-        return (held.name, number, type(where), keys, values, more)
-
-    def _number(self, where: Any) -> int:
-        """Return the number of an object, by the first place where it was met."""
-        if id(where) not in self._numbers:
-            self._numbers[id(where)] = len(self._numbers)
-            self._alive.append(where)
-            self._open.add(id(where))
-        return self._numbers[id(where)]
-
-    def _plain(self, value: Any) -> Hashable:
-        """Return the key of a container of plain values."""
-        if isinstance(value, dict):
-            return (type(value), tuple([(self._plain(key), self._plain(item)) for key, item in value.items()]))
-        if isinstance(value, (list, tuple, deque)):
-            return (type(value), tuple(map(self._plain, value)))
-        if isinstance(value, (set, frozenset)):
-            return (type(value), frozenset(map(self._plain, value)))
-        if isinstance(value, float):
-            return (type(value), value.hex())
-        if isinstance(value, (slice, range)):
-            return (type(value), repr(value))
-        if isinstance(value, enum.Enum):
-            return _Same(value)
-        if type(value) in _VALUES:
-            return (type(value), value)
-        raise _NoKey(type(value).__name__)
-
-    def _value(self, value: Any) -> Hashable:
-        if value is MISSING or isinstance(value, (ReferenceType, RemovableHandle)):
-            return type(value).__name__
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self._tensors:
-                raise _NoKey("a tensor")
-            return ("tensor", self._tensors[id(value)])
-        if isinstance(value, tuple):
-            return (type(value), tuple(map(self._value, value)))
-        if isinstance(value, (list, dict, set, deque)):
-            more = self._number(vars(value)) if hasattr(value, "__dict__") else None
-            return (type(value), self._number(value), more)
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, types.MethodType):
-            return ("method", self._value(value.__self__), self._value(value.__func__))
-        if isinstance(value, functools.partial):
-            return ("partial", *map(self._value, (value.func, value.args, value.keywords)))
-        if isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType)):
-            return _Same(value)
-        if isinstance(value, (*_VALUES, float, enum.Enum)) or not (isinstance(value, nn.Module) or is_followed(value)):
-            return self._plain(value)
-        attributes = self._number(vars(value)) if hasattr(value, "__dict__") else None
-        slots = any(vars(kind).get("__slots__") for kind in type(value).__mro__)
-        if attributes is None and not slots:
-            raise _NoKey(type(value).__name__)
-        return (_Same(type(value)), attributes, self._number(value) if slots else None)
-
-    def _function(self, value: types.FunctionType) -> Hashable:
-        cells = tuple([self._number(cell) for cell in value.__closure__ or ()])
-        return (_Same(value.__code__), self._value(value.__defaults__), self._value(value.__kwdefaults__), cells)
-
-    def _attributes(self, module: nn.Module) -> Hashable:
-        """Return the keys of all attributes of a module, also of those that its own forward does not read."""
-        parts: list[Hashable] = []
-        for key, value in vars(module).items():
-            if key not in STORES and key not in UNREAD:
-                try:
-                    parts.append((key, self._plain(value)))
-                except _NoKey:
-                    parts.append((key, self._value(value)))
-        return tuple(parts)
-
-    def _shared(self, value: Any, depth: int = DEPTH) -> Hashable:
-        """Return the key of what is the same object for both models, a global variable or what a class holds: it may
-        hold other things by now, or have been exchanged.
-        """
-        try:
-            return self._plain(value)
-        except _NoKey:
-            pass
-        if isinstance(value, torch.Tensor):
-            return (_Same(value), value._version)
-        self._left -= 1
-        if self._left < 0:
-            raise _NoKey("much that is shared")
-        parts: list[Hashable] = [_Same(value), _code(value)]
-        if depth and isinstance(value, (dict, types.MappingProxyType)):
-            parts += [(self._shared(key, 0), self._shared(item, depth - 1)) for key, item in list(value.items())]
-        elif depth and isinstance(value, (list, tuple, deque)):
-            parts += [self._shared(item, depth - 1) for item in value]
-        elif depth and not isinstance(value, (types.FunctionType, type)) and is_followed(value):
-            members = [item for kind in type(value).__mro__ if _own(kind) for item in vars(kind).items()]
-            parts += [(key, self._shared(item, depth - 1)) for key, item in members if not key.startswith("__")]
-            parts.append(self._shared(vars(value), depth - 1) if hasattr(value, "__dict__") else None)
-        return tuple(parts)
-
-    def _globals(self, classes: Mapping[type, None]) -> Iterator[Hashable]:
-        """Yield the keys of global variables that the code of classes, and of functions among them, names."""
-        waiting: list[Any] = [
-            function
-            for kind in classes
-            if _own(kind)
-            for member in vars(kind).values()
-            for function in _functions(member)
-        ]
-        waiting += [function for value in self._alive if isinstance(value, dict) for function in _patched(value)]
+        self.dump(self._model)
+        # What follows is shared by all models, and so the same object for each: its identity is a value.
+        self._of_model = False
+        self.clear_memo()
+        kinds = dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__)
+        waiting = [*self._functions]
+        for kind in kinds:
+            self.dump(vars(kind) if _is_own(kind) else vars(kind).get("forward"))
+            waiting += [function for member in vars(kind).values() if _is_own(kind) for function in _functions(member)]
         seen = set[int]()
         while waiting:
             function = waiting.pop()
-            if id(function) in seen or (function.__module__ or "").partition(".")[0] in OPAQUE:
-                continue
-            seen.add(id(function))
-            self._alive.append(function)
-            if len(seen) > FOLLOWED:
-                raise _NoKey("many functions")
-            names = dict.fromkeys(_names(function.__code__))
-            for name in names:
-                if name not in function.__globals__:
-                    continue
-                value = function.__globals__[name]
-                items = [value]
-                if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in OPAQUE:
-                    items += [vars(value)[other] for other in names if other in vars(value)]
-                for item in items:
-                    yield (name, self._shared(item))
-                    waiting += _functions(item)
-            for value in map(_contents, function.__closure__ or ()):
-                yield self._shared(value)
-                waiting += _functions(value)
+            if id(function) not in seen:
+                seen.add(id(function))
+                values = list(_globals_of(function))
+                self.dump(values)
+                waiting += [other for _, value in values for other in _functions(value)]
+        identities = tuple([_Identity(value) for _, value in self._identities.values()])
+        return (tensors, inputs, self._file.getvalue(), identities)
+
+    def _registered(self) -> Iterator[Hashable]:
+        """Yield what an export reads of each parameter and buffer, and learn its name."""
+        memory: dict[int, str] = {}
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        buffers = self._model.named_buffers(remove_duplicate=False)
+        for is_buffer, named in enumerate((parameters, buffers)):
+            for name, value in named:
+                tied = self._names.setdefault(id(value), name)
+                shared = memory.setdefault(value.untyped_storage().data_ptr(), name) if value.numel() else ""
+                yield name, tied, shared, _layout(value), value.storage_offset(), is_buffer and checksum(value)
+
+    def _inputs(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
+        """Return the structure of the arguments. Other leaves than tensors are written as state of the model is."""
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+        first: dict[int, int] = {}
+        layouts: list[Hashable] = []
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
+                self.dump(leaf)
+            elif id(leaf) in self._names:
+                raise _NoKey("a weight as an input")
+            else:
+                layouts.append((index, first.setdefault(id(leaf), index), _layout(leaf)))
+        return str(spec), tuple(layouts)
+
+    def persistent_id(self, value: Any) -> Any:
+        """Return what is written in place of an object; None to write the object itself."""
+        if type(value) in _BY_VALUE:
+            return None
+        if isinstance(value, torch.Tensor):
+            if id(value) in self._names:
+                return self._names[id(value)]
+            if self._of_model:  # the graph reads it from the model, and a copy would not
+                raise _NoKey("a tensor")
+            return self._identity(value), value._version
+        if isinstance(value, _BY_NAME):
+            return repr(value)
+        if isinstance(value, _UNREAD):
+            return type(value).__name__
+        return self._identity(value) if isinstance(value, _BY_IDENTITY) or self._is_opaque(value) else None
+
+    def _is_opaque(self, value: Any) -> bool:
+        """Whether nothing can be said of a shared object except which one it is."""
+        return not (self._of_model or isinstance(value, _FOLLOWED) or is_followed(value))
+
+    def _identity(self, value: Any) -> int:
+        if len(self._identities) > MAX_OBJECTS:
+            raise _NoKey("too many objects")
+        return self._identities.setdefault(id(value), (len(self._identities), value))[0]
+
+    def reducer_override(self, value: Any) -> Any:
+        """Return how an object is written: as its type and its contents."""
+        if type(value) in _BY_VALUE - {types.CellType}:
+            return NotImplemented  # pickle knows these
+        return tuple, (), self._contents(value)
+
+    def _contents(self, value: Any) -> tuple[Any, ...]:
+        """Return what an object holds, which may lead back to it."""
+        kind = type(value)
+        if isinstance(value, types.FunctionType):
+            if self._of_model:
+                self._functions += _functions(value)
+            return value.__code__, value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
+        if isinstance(value, types.MethodType):
+            return value.__self__, value.__func__
+        if isinstance(value, functools.partial):
+            return value.func, value.args, value.keywords
+        if isinstance(value, types.CellType):
+            return (_cell_contents(value),)
+        if isinstance(value, _DESCRIPTORS):
+            return kind, [getattr(value, name, None) for name in ("fget", "__func__", "func")]
+        if isinstance(value, types.MappingProxyType):  # of a class; what torch and Python keep there does not count
+            return ([(name, member) for name, member in value.items() if not name.startswith("__")],)
+        if isinstance(value, nn.Module):
+            if any(getattr(value, name, None) for name in HOOKS):
+                raise _NoKey("a hook")
+            return kind, [(name, held) for name, held in vars(value).items() if name not in UNREAD]
+        if isinstance(value, dict):
+            return kind, list(value.items()), getattr(value, "__dict__", None)
+        if isinstance(value, _CONTAINERS):
+            return kind, list(value), getattr(value, "__dict__", None)
+        if isinstance(value, _NUMBERS):
+            return kind, repr(value), getattr(value, "__dict__", None)
+        if not is_followed(value):
+            raise _NoKey(kind.__name__)
+        slots = [slot for base in kind.__mro__ for slot in _slots(base)]
+        if not hasattr(value, "__dict__") and not slots:
+            raise _NoKey(kind.__name__)
+        members = [] if self._of_model else [vars(base) for base in kind.__mro__ if _is_own(base)]
+        return kind, getattr(value, "__dict__", None), [getattr(value, slot, None) for slot in slots], members
 
 
-def _own(kind: type) -> bool:
-    """Whether a class is of the model's author: neither torch's nor of Python itself."""
+def _layout(value: torch.Tensor) -> Hashable:
+    if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_meta or value.is_nested:
+        raise _NoKey("a tensor of another kind")
+    sizes = (tuple(value.shape), value.stride(), value.dtype, value.device)
+    return (type(value), *sizes, value.requires_grad, value.is_leaf, value.is_conj(), value.is_neg())
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is of the model's author: neither torch's nor Python's."""
     return kind is not object and package_of(kind) not in OPAQUE
 
 
-def _contents(cell: Any) -> Any:
+def _cell_contents(cell: Any) -> Any:
     return getattr(cell, "cell_contents", None)
 
 
-def _code(value: Any) -> Hashable:
-    """Return the code of a function, which may be exchanged, and that of what it wraps."""
-    return tuple([(_Same(function.__code__), _Same(function.__defaults__)) for function in _functions(value)])
+def _slots(kind: type) -> list[str]:
+    slots = vars(kind).get("__slots__", ())
+    return [slot for slot in ([slots] if isinstance(slots, str) else slots) if not slot.startswith("__")]
 
 
-def _functions(member: Any) -> list[types.FunctionType]:
-    """Return the functions of a member of a class, a property among them, or of a module; with what they wrap."""
-    if isinstance(member, (staticmethod, classmethod, types.MethodType)):
-        member = member.__func__
-    elif isinstance(member, property):
-        member = member.fget
-    elif isinstance(member, (functools.cached_property, functools.partial)):
-        member = member.func
-    functions = []
+def _functions(member: Any) -> Iterator[types.FunctionType]:
+    """Yield the function of a class member or of a variable, and those that it wraps."""
+    for name in ("fget", "__func__", "func"):  # of a property, a method, a partial
+        member = getattr(member, name, member) if isinstance(member, (*_DESCRIPTORS, *_FUNCTIONS)) else member
     while isinstance(member, types.FunctionType):
-        functions.append(member)
-        member = member.__dict__.get("__wrapped__")
-    return functions
+        yield member
+        member = vars(member).get("__wrapped__")
 
 
-def _patched(attributes: dict[Any, Any]) -> list[types.FunctionType]:
-    return [function for value in attributes.values() for function in _functions(value)]
+def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables from outside that the code of a function names, also those of modules that it names."""
+    if (function.__module__ or "").partition(".")[0] in OPAQUE:
+        return
+    yield from (("", _cell_contents(cell)) for cell in function.__closure__ or ())
+    names = dict.fromkeys(_names_in(function.__code__))
+    for name in names:
+        if name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        yield name, value
+        if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in OPAQUE:
+            yield from ((other, vars(value)[other]) for other in names if other in vars(value))
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def _names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from _names_in(constant)
 
 
 def _settings() -> Hashable:
@@ -340,18 +297,13 @@ def _settings() -> Hashable:
     )
 
 
-def _environment() -> Hashable:
-    """Return the environment, which a first export adds to."""
-    return tuple(sorted(os.environ.items()))
-
-
 @dataclass(frozen=True)
-class Kept:
-    """A graph of the names `model.*`, with what else an export gives.
+class CachedGraph:
+    """A graph that reads `model.*`, and what else an export returns.
 
     Args:
         graph: is copied for each model.
-        constants: of the graph, by name; each model's graph has its own copies.
+        constants: of the graph, by name. Each model's graph gets its own copies.
         training: mode of the model.
         guards, sizes: as in `Conditions`.
     """
@@ -363,7 +315,7 @@ class Kept:
     sizes: tuple[tuple[int | None, ...] | None, ...]
 
     def on(self, model: nn.Module, owner: str) -> fx.GraphModule:
-        """Return a graph module that reads this model."""
+        """Return a graph module that reads this model, as its child `owner`."""
         holder = nn.Module()
         for name, value in self.constants.items():
             holder._buffers[name] = value.clone()
@@ -375,33 +327,36 @@ class Kept:
         return live
 
 
-def kept(state: Hashable | None) -> Kept | None:
-    """Return the graph that was kept for a state."""
-    key = (state, _environment())
-    graph = _KEPT.pop(key, None) if state is not None else None
+def _environment() -> Hashable:
+    """Return the environment variables. A first export adds some, so they are read at the time of each access."""
+    return tuple(sorted(os.environ.items()))
+
+
+def cached(key: Hashable | None) -> CachedGraph | None:
+    """Return the cached graph of a key, or None."""
+    entry = (key, _environment())
+    graph = _CACHE.get(entry) if key is not None else None
     if graph is not None:
-        _KEPT[key] = graph
+        _CACHE.move_to_end(entry)
     return graph
 
 
-def keep(state: Hashable | None, live: fx.GraphModule, owner: str, guards: Any, sizes: Any) -> None:
-    """Keep a graph for a state, unless it holds more than names and small constants."""
-    if state is None:
-        return
-    constants = {**live._parameters, **live._buffers}
+def store(key: Hashable | None, live: fx.GraphModule, owner: str, guards: Any, sizes: Any) -> None:
+    """Cache a graph, unless it holds more than names and small constants."""
+    constants = {
+        name: value for name, value in (*live._parameters.items(), *live._buffers.items()) if value is not None
+    }
     names = {str(node.target) for node in live.graph.nodes if node.op in ("get_attr", "call_module")}
-    if any(name not in constants and not name.startswith(f"{owner}.") for name in names):
+    foreign = any(name not in constants and not name.startswith(f"{owner}.") for name in names)
+    plain = all(type(value) is torch.Tensor and not value.requires_grad for value in constants.values())
+    if key is None or foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:
         return
-    if any(type(value) is not torch.Tensor or value.requires_grad for value in constants.values()):
-        return
-    if sum(value.nbytes for value in constants.values() if value is not None) > BYTES:
-        return
-    copies = {name: value.detach().clone() for name, value in constants.items() if value is not None}
-    _KEPT[state, _environment()] = Kept(copy_graph(live.graph), copies, live.training, guards, sizes)
-    while len(_KEPT) > MOST:
-        _KEPT.popitem(last=False)
+    copies = {name: value.detach().clone() for name, value in constants.items()}
+    _CACHE[key, _environment()] = CachedGraph(copy_graph(live.graph), copies, live.training, guards, sizes)
+    while len(_CACHE) > MAX_GRAPHS:
+        _CACHE.popitem(last=False)
 
 
 def forget() -> None:
-    """Drop all graphs that are kept."""
-    _KEPT.clear()
+    """Drop all cached graphs."""
+    _CACHE.clear()

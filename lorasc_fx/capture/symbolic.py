@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
-from lorasc_fx.capture.captured import Captured, check_drew_nothing, read_live
+from lorasc_fx.capture.captured import Captured, FrontEnd, check_drew_nothing, read_live
 from lorasc_fx.check.isolation import quiet
-from lorasc_fx.graph import drop_nodes, rename_inputs
+from lorasc_fx.graph.editor import drop_nodes, rename_inputs
 from lorasc_fx.signature import signature_of
 from lorasc_fx.util.accelerator import autocast_state, generator_states
 from lorasc_fx.util.undo import Block, isolated
@@ -25,12 +25,12 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def capture_symbolic(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool = False
 ) -> Captured:
-    """Return the model's graph of functions and modules; raises what torch.fx raises.
+    """Return the model's graph of functions and modules. Raises what torch.fx raises.
 
-    Arguments that are not tensors, and those left to their defaults, are constants of the graph, which their values
-    in a variant's key allow. fx numbers the names of such arguments; they get their own back, to be called by.
+    Arguments that are not tensors, and defaults, become constants of the graph: their values are in the key of a call.
+    `dynamic` has no effect, because no size is recorded.
     """
     given = signature_of(model).bind(*args, **kwargs)
     given.apply_defaults()
@@ -42,29 +42,29 @@ def capture_symbolic(
         check_drew_nothing(drawn)
     drop_nodes(graph, _checks_a_constant)
     _check_differentiates_activations(graph)
-    rename_inputs(
-        graph,
-        [parameter.name for parameter in signature_of(model).parameters.values() if parameter.kind not in _VARIADIC],
-    )
-    holder = tracer.root
-    return Captured(read_live(holder, graph, model), "symbolic")
+    # fx numbers the names of constant arguments; a call may pass them by their own names.
+    named = [name for name, parameter in signature_of(model).parameters.items() if parameter.kind not in _VARIADIC]
+    rename_inputs(graph, named)
+    return Captured(read_live(tracer.root, graph, model), SYMBOLIC)
+
+
+SYMBOLIC = FrontEnd("symbolic", capture_symbolic, sees_inside=False)
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer without its patches of nn.Module and math, which other threads would meet as well.
+    """fx's tracer without its patches of nn.Module and math, which other threads would see as well.
 
-    Calls of modules are intercepted on the model's own modules, in the tracing thread only. Functions that were
-    registered by `torch.fx.wrap` are exchanged as fx does; for arguments that are no proxies they are as before.
-
-    A norm with running statistics is a leaf under whatever class name: it updates them as no symbol shows.
+    Calls of modules are intercepted on the model's own modules, in the tracing thread only. Functions registered by
+    `torch.fx.wrap` are patched as fx does it; with arguments that are not proxies they work as before.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether the module is called whole."""
+        """Whether the module is one node of the graph."""
+        # A subclass of a norm would update its running statistics in ways that no symbol shows.
         return isinstance(m, nn.modules.batchnorm._NormBase) or super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record an op; refuse one under another autocast or inference mode than the call's."""
+        """Record an op. Raise RuntimeError if autocast or inference mode differ from those of the call."""
         if _modes() != self._modes:
             raise RuntimeError(_SWITCHES)
         return super().create_node(*args, **kwargs)
@@ -90,8 +90,9 @@ class _Tracer(fx.Tracer):
 
 @isolated
 def _intercepted(undo: Block, tracer: _Tracer, root: nn.Module) -> None:
-    """Route calls of the model's modules to `call_module`, by the attribute that nn.Module.__call__ tries first, and
-    reads of its parameters to proxies.
+    """Route calls of the model's modules to `call_module`, and reads of its parameters to proxies.
+
+    A call is intercepted through `_compiled_call_impl`, the attribute that nn.Module.__call__ tries first.
     """
     tracing, proxies = threading.get_ident(), dict[str, fx.Proxy]()
 
@@ -108,25 +109,25 @@ def _intercepted(undo: Block, tracer: _Tracer, root: nn.Module) -> None:
 
         return call
 
-    held = [(vars(module), vars(module).get(_CALL, tracer), module._parameters) for module in root.modules()]
+    originals = [(vars(module), vars(module).get(_CALL), module._parameters) for module in root.modules()]
 
-    def put_back() -> None:
-        for attributes, call, parameters in held:
-            attributes[_CALL] = call
-            if call is tracer:
-                del attributes[_CALL]
+    def restore() -> None:
+        for attributes, call, parameters in originals:
+            attributes.pop(_CALL, None)
+            if call is not None:
+                attributes[_CALL] = call
             if isinstance(parameters, dict):
                 attributes["_parameters"] = parameters
 
-    undo(put_back)
+    undo(restore)
     for module in root.modules():
         vars(module)[_CALL] = interceptor(module)
-        if isinstance(module._parameters, dict):  # a script module has its own kind
+        if isinstance(module._parameters, dict):  # a script module has a container of its own
             vars(module)["_parameters"] = Parameters(module._parameters)
 
 
 class _Modes(TorchFunctionMode):
-    """Refuse a model that switches gradients on or off, in this thread: no symbolic graph holds that."""
+    """Raise RuntimeError if the model switches gradients on or off, because a symbolic graph cannot hold that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled:
@@ -135,19 +136,19 @@ class _Modes(TorchFunctionMode):
 
 
 def _modes() -> tuple[Any, ...]:
-    """Return the calling thread's inference mode, and its autocast."""
+    """Return the inference mode and the autocast state of this thread."""
     return (torch.is_inference_mode_enabled(), autocast_state())
 
 
 @isolated
 def _exchanged_functions(undo: Block) -> None:
-    """Record functions registered by `torch.fx.wrap` as one call each. The caller is inside `quiet`, one at a time."""
+    """Record functions registered by `torch.fx.wrap` as one call each. The caller holds the lock of `quiet`."""
     _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
 
 
 def _check_differentiates_activations(graph: fx.Graph) -> None:
-    """Raise RuntimeError for a graph that asks for gradients of weights, which are frozen beside their branches."""
-    weights: set[fx.Node] = set()  # and what is made of them alone
+    """Raise RuntimeError if the graph asks for gradients of weights, because weights with a branch are frozen."""
+    weights: set[fx.Node] = set()  # weights, and nodes computed from weights alone
     for node in graph.nodes:
         if node.op == "get_attr" or (
             node.op == "call_function" and node.all_input_nodes and weights.issuperset(node.all_input_nodes)
@@ -165,9 +166,9 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _checks_a_constant(node: fx.Node) -> bool:
-    """Whether the node is fx's check that an argument still has the value it was traced with; the key holds that.
+    """Whether the node is fx's check that an argument has the value it was traced with, which the key ensures.
 
-    An assert of the model has another message, and stays.
+    Asserts of the model have another message and stay.
     """
     checks = (fx._symbolic_trace._assert_is_none, torch._assert)
     message = str(node.args[-1]) if node.args else ""

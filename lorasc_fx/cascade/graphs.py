@@ -103,7 +103,9 @@ class Graphs:
         run, wide, begun = self.run, self.variants.known(call), time.monotonic()
         plan = run.plan
         try:
-            made = self.compiler.make(run.model, plan, run.by_key, run.refusals, call.args, call.kwargs, wide)
+            made = self.compiler.make(
+                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, wide
+            )
             disagreements = self.compiler.faults(made.variant) if not self.frontend else []
         except (PassError, SpecError) as fault:
             if self.frontend:
@@ -126,7 +128,7 @@ class Graphs:
                 )
             made = replace(made, variant=self._split(made.variant))
         number, sizes, seconds = len(self.variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
-        log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
+        log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend.name, sizes, seconds)
         with run.lock, commit() as undo:
             if run.plan is not plan:
                 return None
@@ -147,7 +149,7 @@ class Graphs:
         if made.variant.attach is not None:
             made.variant.attach(self.run)
         if not self.frontend:
-            self.frontend, self.refused_frontends = made.variant.frontend, made.refused_frontends
+            self.frontend, self.refused_frontends = made.variant.frontend.name, made.refused_frontends
         if self.example is None:  # loaded without inputs
             self.example = pytree.tree_map_only(torch.Tensor, _without_graph, (call.args, call.kwargs))
 

@@ -1,8 +1,8 @@
-"""The Python state that a model's forward can read, and guards on it: is a graph still valid for this model?
+"""Guards on the Python state that a model's forward can read: is a graph still valid for this model?
 
-A graph holds as constants what forward read from Python while it was traced: numbers, names, modes, what containers and
-objects hold, tensors that are neither parameters nor buffers, hooks, submodules, a `forward` set on an instance.
-`walk` yields the objects in which a model keeps such state, and `Guards` records their contents. docs/capture.md lists
+A graph holds as constants what forward read from Python while it was traced: numbers, strings, modes, the contents of
+containers and objects, tensors that are neither parameters nor buffers, hooks, submodules, and a `forward` set on an
+instance. `walk` yields the objects that hold such state, and `Guards` records their contents. docs/capture.md lists
 what is guarded and what is not.
 """
 
@@ -27,16 +27,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-LARGE = 256
-"""A container with more entries is guarded by its length alone: a vocabulary, a list of samples."""
-DEPTH = 8
-"""Levels of containers and objects that are compared where another object has come."""
-MOST = 4096
-"""Containers and objects beside the modules that are followed; what lies behind the rest is guarded by identity."""
+MAX_ENTRIES = 256
+"""A container with more entries, such as a vocabulary, is guarded by its length alone."""
+MAX_DEPTH = 8
+"""Levels of containers and objects that are compared if an object was replaced by another one."""
+MAX_OBJECTS = 4096
+"""Containers and objects that are followed, apart from modules. The others are guarded by identity."""
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-STORES = {"_parameters", "_buffers", "_modules", *_HOOKS}
-"""Dictionaries of a module that are never exchanged; each has a rule of its own for what it holds."""
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+STORES = {"_parameters", "_buffers", "_modules", *HOOKS}
+"""Dictionaries of a module that are never replaced. Each has its own rule for its contents."""
 UNREAD = {
     "_non_persistent_buffers_set",
     "_is_full_backward_hook",
@@ -50,23 +50,23 @@ UNREAD = {
     "_flat_weight_refs",
     "_compiled_call_impl",
 }
-"""Attributes of modules that no forward reads; the flags of hooks come and go with the hooks."""
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+"""Attributes of modules that no forward reads. The flags of hooks change together with the hooks."""
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, frozenset, slice, range, enum.Enum, types.MethodType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
-"""Types whose values are compared by `==` where they are not the same object."""
+"""Types whose values are compared by `==`."""
 _VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
 _OBJECTS = (nn.Module, torch.Tensor, dict, list, set, type, types.FunctionType, types.BuiltinFunctionType)
-"""Types that dynamo can compare while it traces: by value, and by identity."""
+"""Types that dynamo can compare while it traces: `_VALUES` by value, `_OBJECTS` by identity."""
 OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
-"""Packages whose objects are guarded by identity alone: they count, log and lock, and hold no settings of a model."""
+"""Packages whose objects are guarded by identity alone: they count, log and lock, but hold no settings of a model."""
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 MISSING = object()
-"""Stands for an entry that is not there."""
+"""Stands for an entry that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Held:
 
     Args:
         name: of the object, as the model's Python would write it.
-        where: a dict (that of an object's attributes as well), list, deque, set, the names of a class, or an object.
+        where: a dict (also the `__dict__` of an object), list, deque, set, the namespace of a class, or an object.
         keys: entries that forward may read.
-        attributes: whether entries are attributes rather than items.
-        restored: whether an isolated run gives it back.
+        attributes: whether the entries are attributes rather than items.
+        restored: whether an isolated run restores it.
         of_model: whether it is state of the model, and not of a function that the model calls.
-        sized: whether it matters how many entries there are.
-        ordered: whether the keys are places in the order of a dict: torch numbers hooks, and each has a new number.
+        sized: whether the number of entries matters.
+        ordered: whether the keys are positions in a dict. Torch gives each hook a new number as its key.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Held:
         return f"{self.name}.{key}".lstrip(".") if self.attributes else f"{self.name}[{key!r}]"
 
     def read(self, key: Any) -> Any:
-        """Return an entry as it is now, MISSING where there is none; a defaultdict is not asked to make one."""
+        """Return the current value of an entry, or MISSING. A defaultdict is not asked to make one."""
         if self.ordered:
             return next(itertools.islice(self.where.values(), key, None), MISSING)
         if isinstance(self.where, dict):
@@ -110,18 +110,35 @@ class Held:
         return getattr(self.where, key, MISSING)
 
     def contents(self) -> Any:
-        """Return a copy of a container; of a module's attributes without parameters, buffers and modules."""
+        """Return a copy of a container. Of a module's attributes, parameters, buffers and modules are left out."""
         if isinstance(self.where, dict):
             return {key: value for key, value in self.where.items() if not self.attributes or key not in STORES}
         return self.where.copy()
 
+    def shape(self, without: frozenset[Any]) -> Any:
+        """Return what a container holds besides the values of its entries: its keys, its elements, or its length."""
+        if self.ordered:
+            return range(len(self.where))
+        if isinstance(self.where, dict):
+            return self.where.keys() - without if without else tuple(self.where)
+        if isinstance(self.where, set):
+            return frozenset(self.where)
+        return len(self.where) if isinstance(self.where, (list, deque)) else None
+
 
 class Change(NamedTuple):
-    """An entry that has changed; `key` is None where a whole container has other entries."""
+    """An entry that has changed.
+
+    Args:
+        holder, key: name of the holder, and key of the entry in it. The key is None for a container as a whole.
+        entry: name of the entry.
+        is_new: whether state of the model has another value, and not only another object of the same value.
+    """
 
     holder: str
     key: Any
     entry: str
+    is_new: bool
 
 
 def walk(model: nn.Module) -> Iterator[Held]:
@@ -130,11 +147,11 @@ def walk(model: nn.Module) -> Iterator[Held]:
 
 
 def attribute_tensors(model: nn.Module, places: Iterable[Held] | None = None) -> list[tuple[str, torch.Tensor]]:
-    """Return the tensors that Python state holds, by name, without parameters and buffers.
+    """Return the tensors in the model's Python state, by name, without parameters and buffers.
 
     Args:
         model: whose state it is.
-        places: what `walk` has yielded, where that is known.
+        places: what `walk` yields, if the caller has it.
     """
     registered = {id(value) for value in (*model.parameters(), *model.buffers())}
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
@@ -147,7 +164,7 @@ def attribute_tensors(model: nn.Module, places: Iterable[Held] | None = None) ->
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
-    """Return a value, or what a tuple holds."""
+    """Return the items of a tuple, nested ones too, or the value itself."""
     return tuple(part for item in value for part in _parts(item)) if type(value) is tuple else (value,)
 
 
@@ -157,10 +174,10 @@ class _Walk:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen: set[int] = set()
-        self._alive: list[Any] = []  # an id is only good while its object lives
+        self._alive: list[Any] = []  # an id is valid only while its object lives
         self._waiting: list[tuple[str, Any, bool]] = [("", model, True)]
-        self._left = MOST
-        self._keeps_mode = isinstance(model, fx.GraphModule)  # its modules are called whole
+        self._left = MAX_OBJECTS
+        self._is_graph = isinstance(model, fx.GraphModule)
 
     def places(self) -> Iterator[Held]:
         while self._waiting:
@@ -182,18 +199,19 @@ class _Walk:
         if package_of(type(module)) == "lorasc_fx":  # a cascade that a hook knows
             return
         held, dot = vars(module), f"{name}." if name else ""
-        skipped = UNREAD | STORES | ({"training"} if self._keeps_mode else set())
-        plain = "forward" not in held and not any(held.get(store) for store in _HOOKS)
+        # The graph of a GraphModule does not depend on the mode: its modules are called, and read it then.
+        skipped = UNREAD | STORES | ({"training"} if self._is_graph else set())
+        plain = "forward" not in held and not any(held.get(store) for store in HOOKS)
         kind: Any = type(module)
         read = _read_by(kind) if plain and module is not self._model else None
         keys = tuple(key for key in held if key not in skipped and (read is None or key in read))
         yield Held(name, held, keys, attributes=True, of_model=of_model)
         behind = [(f"{dot}{key}", held[key], of_model) for key in keys]
-        for store in ("_parameters", "_buffers"):  # tensors there are read at each call
+        for store in ("_parameters", "_buffers"):  # only which are None: the tensors are read at each call
             if isinstance(values := held.get(store), dict):
                 none = tuple(key for key, value in values.items() if value is None)
                 yield Held(name, values, none, attributes=True, restored=False, of_model=of_model, sized=False)
-        for store in _HOOKS:
+        for store in HOOKS:
             if isinstance(hooks := held.get(store), dict):
                 yield Held(f"{dot}{store}", hooks, tuple(range(len(hooks))), of_model=of_model, ordered=True)
                 behind += [(f"{dot}{store}", hook, of_model) for hook in hooks.values()]
@@ -211,23 +229,23 @@ class _Walk:
             self._waiting += [(name, value.__self__, of_model), (name, value.__func__, of_model)]
         elif isinstance(value, types.FunctionType):
             for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-                yield from self._behind(Held(f"{name}.{variable}", cell, ("cell_contents",), True, False, False))
-        elif isinstance(value, (list, deque)):
-            keys = range(len(value) if len(value) <= LARGE else 0)
-            yield from self._behind(Held(name, value, tuple(keys), of_model=of_model))
-        elif isinstance(value, dict):
-            yield from self._behind(Held(name, value, tuple(value) if len(value) <= LARGE else (), of_model=of_model))
-            if hasattr(value, "__dict__"):
-                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
-        elif isinstance(value, set):
-            yield from self._behind(Held(name, value, of_model=of_model))
+                yield from self._followed(Held(f"{name}.{variable}", cell, ("cell_contents",), True, False, False))
+        elif isinstance(value, (list, deque, dict, set)):
+            keys: Iterable[Any] = value if isinstance(value, dict) else range(len(value))
+            unread = isinstance(value, set) or len(value) > MAX_ENTRIES
+            yield from self._followed(Held(name, value, () if unread else tuple(keys), of_model=of_model))
+            if isinstance(value, dict):
+                yield from self._attributes(name, value, of_model)
         elif is_followed(value):
-            if hasattr(value, "__dict__"):
-                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
-            if slots := tuple(slot for kind in type(value).__mro__ for slot in _slots(kind)):
-                yield from self._behind(Held(name, value, slots, True, False, of_model))
+            yield from self._attributes(name, value, of_model)
+            if slots := tuple(slot for kind in type(value).__mro__ for slot in slots_of(kind)):
+                yield from self._followed(Held(name, value, slots, True, False, of_model))
 
-    def _behind(self, held: Held) -> Iterator[Held]:
+    def _attributes(self, name: str, value: Any, of_model: bool) -> Iterator[Held]:
+        if hasattr(value, "__dict__"):
+            yield from self._followed(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
+
+    def _followed(self, held: Held) -> Iterator[Held]:
         self._left -= 1
         if self._left >= 0:
             yield held
@@ -236,9 +254,9 @@ class _Walk:
 
 @functools.cache
 def _read_by(kind: type[nn.Module]) -> frozenset[str] | None:
-    """Return the names that forward of a module of torch.nn reads, by its code; None for all other classes.
+    """Return the names that the forward of a class of torch.nn reads, from its code. None for all other classes.
 
-    A linear layer does not read its numbers of features, nor its mode.
+    For example, a linear layer reads neither its numbers of features nor its mode.
     """
     if not kind.__module__.startswith("torch.nn.modules."):
         return None
@@ -264,44 +282,57 @@ def package_of(kind: type) -> str:
     return str(kind.__module__).partition(".")[0]
 
 
-def _slots(kind: type) -> tuple[str, ...]:
+def slots_of(kind: type) -> tuple[str, ...]:
+    """Return the names in `__slots__` of a class."""
     slots = vars(kind).get("__slots__", ())
     return tuple(slot for slot in ((slots,) if isinstance(slots, str) else slots) if not slot.startswith("__"))
 
 
 def is_followed(value: Any) -> bool:
-    """Whether an object's attributes are state of the model: one of its author's classes, or a namespace."""
+    """Whether an object is state of the model: an instance of a class of the model's author, or a namespace."""
     if isinstance(value, (torch.Tensor, type, enum.Enum, types.ModuleType)):
         return False
     return isinstance(value, _NAMESPACES) or package_of(type(value)) not in OPAQUE
 
 
-def _alike(now: Any, before: Any, depth: int = DEPTH) -> bool:
-    """Whether a value that is another object may stand where the earlier one stood, by what it holds.
+def _alike(value: Any, before: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether a value may replace an earlier object, because it holds the same.
 
-    What the earlier one holds has guards of its own, so that it is as it was.
+    The earlier object itself is unchanged: what it holds has its own guards.
     """
-    if now is before:
+    if value is before:
         return True
-    if type(now) is not type(before) or not depth:
+    if type(value) is not type(before) or not depth:
         return False
     if isinstance(before, (tuple, list, deque)):
-        return len(now) == len(before) and all(_alike(*pair, depth - 1) for pair in zip(now, before, strict=True))
+        return len(value) == len(before) and all(_alike(*pair, depth - 1) for pair in zip(value, before, strict=True))
     if isinstance(before, dict):
-        return now.keys() == before.keys() and all(_alike(now[key], before[key], depth - 1) for key in before)
+        return value.keys() == before.keys() and all(_alike(value[key], before[key], depth - 1) for key in before)
     if isinstance(before, (*_PLAIN, set)):
-        return bool(now == before) or (isinstance(before, float) and math.isnan(now) and math.isnan(before))
+        return bool(value == before) or (isinstance(before, float) and math.isnan(value) and math.isnan(before))
     if isinstance(before, RemovableHandle):
-        return True  # it removes a hook, which has a guard of its own
+        return True  # the hook that it removes has its own guard
     if isinstance(before, functools.partial):
-        return _alike((now.func, now.args, now.keywords), (before.func, before.args, before.keywords), depth - 1)
+        return _alike((value.func, value.args, value.keywords), (before.func, before.args, before.keywords), depth - 1)
     if isinstance(before, types.FunctionType):
-        return now.__code__ is before.__code__ and _alike(_bound(now), _bound(before), depth - 1)
-    return is_followed(before) and hasattr(before, "__dict__") and _alike(vars(now), vars(before), depth - 1)
+        return value.__code__ is before.__code__ and _alike(_bound(value), _bound(before), depth - 1)
+    return is_followed(before) and hasattr(before, "__dict__") and _alike(vars(value), vars(before), depth - 1)
+
+
+def same_value(value: Any, before: Any) -> bool:
+    """Whether two values are equal. Unlike guards, this compares the values of tensors."""
+    if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor) and value is not before:
+        alike = type(value) is type(before) and value.shape == before.shape and value.dtype == before.dtype
+        return alike and (isinstance(value, FakeTensor) or torch.equal(value, before))
+    if isinstance(value, (list, tuple, deque)) and type(value) is type(before):
+        return len(value) == len(before) and all(map(same_value, value, before))
+    if isinstance(value, dict) and type(value) is type(before):
+        return list(value) == list(before) and all(map(same_value, value.values(), before.values()))
+    return _alike(value, before)
 
 
 def _bound(function: types.FunctionType) -> tuple[Any, ...]:
-    """Return what a function has beside its code: defaults, and the variables around it."""
+    """Return what a function holds besides its code: defaults and closure."""
     cells = [getattr(cell, "cell_contents", MISSING) for cell in function.__closure__ or ()]
     return (function.__defaults__, function.__kwdefaults__, *cells)
 
@@ -313,26 +344,16 @@ def _by_value(value: Any) -> bool:
     return all(map(_by_value, value)) if type(value) in (list, tuple) else isinstance(value, _VALUES)
 
 
-def _contents(held: Held, without: frozenset[Any]) -> Any:
-    """Return what a container holds beside the values of its entries: its keys, its elements, or how many there are."""
-    where = held.where
-    if held.ordered:
-        return range(len(where))
-    if isinstance(where, dict):
-        return where.keys() - without if without else tuple(where)
-    return frozenset(where) if isinstance(where, set) else len(where) if isinstance(where, (list, deque)) else None
-
-
 class Guards:
-    """What a model's Python state was when a graph was made of it.
+    """A record of a model's Python state at the time when a graph was made.
 
-    `hold` is asked before each call of the graph. It compares identities in flat lists that were made once, and values
-    only of plain ones that are other objects.
+    `hold` is asked before each call of the graph. It compares identities in flat lists, and values only of plain
+    objects that were replaced.
 
     Args:
         model: whose state is guarded.
-        without: place and key of the entries that forward itself sets at each call.
-        written: tensors that forward, and so the graph, writes into: they are read at each call.
+        without: holder and key of the entries that forward itself sets at each call.
+        written: tensors that forward, and so the graph, writes into. They are read at each call.
     """
 
     def __init__(
@@ -343,19 +364,19 @@ class Guards:
     ) -> None:
         registered = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
         self._held: list[tuple[Held, frozenset[Any], Any, dict[Any, Any]]] = []
-        self._empty: list[Any] = []
-        self._filled: list[Any] = []
+        self._sized: list[Any] = []
         self._sizes: list[int] = []
-        self._entries: list[tuple[dict[Any, Any], Any, Any]] = []  # alone in their loop: Python is quicker so
+        # Three lists of the same kind, because a loop over one kind of holder is faster.
+        self._entries: list[tuple[dict[Any, Any], Any, Any]] = []
         self._items: list[tuple[Any, Any, Any]] = []
-        self._traced: list[tuple[Any, Any, Any, bool]] = []
-        self._hooks: list[tuple[Any, int, Any]] = []  # by place
-        self._keys: list[tuple[Callable[[], Any], Any]] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []
         self._versions: list[tuple[torch.Tensor, int, str]] = []
+        # What dynamo can compare, for `hold_traced`; hooks by their position.
+        self._traced: list[tuple[Any, Any, Any, bool]] = []
+        self._hooks: list[tuple[Any, int, Any]] = []
         self._modules = list(model.modules())
         self._kinds = [type(module) for module in self._modules]
-        unstable: dict[str, set[Any]] = {}  # by place
+        unstable: dict[str, set[Any]] = {}
         for holder, key in without:
             unstable.setdefault(holder, set()).add(key)
         for held in walk(model):
@@ -370,16 +391,12 @@ class Guards:
             for key, value in ((key, held.read(key)) for key in held.keys if key not in skipped)
             if id(value) not in registered and not isinstance(value, ReferenceType)
         }
-        self._held.append((held, skipped, _contents(held, skipped) if held.sized else None, values))
+        self._held.append((held, skipped, held.shape(skipped) if held.sized else None, values))
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
-            self._keys.append((functools.partial(_contents, held, skipped), _contents(held, skipped)))
-        elif not held.sized:
-            pass
-        elif isinstance(where, (dict, list, deque)) and where:
-            self._filled.append(where)
+            self._others.append((functools.partial(held.shape, skipped), held.shape(skipped)))
+        elif held.sized and isinstance(where, (dict, list, deque)):
+            self._sized.append(where)
             self._sizes.append(len(where))
-        elif isinstance(where, (dict, list, deque)):
-            self._empty.append(where)
         for key, value in values.items():
             if isinstance(where, (dict, list)) and (_by_value(value) or isinstance(value, _OBJECTS)):
                 if held.ordered:
@@ -396,25 +413,22 @@ class Guards:
                 if isinstance(part, torch.Tensor) and id(part) not in registered:
                     if not isinstance(part, FakeTensor) and not part.is_inference():
                         self._versions.append((part, part._version, held.entry(key)))
-                elif type(part).__module__ == "numpy" and type(part).__name__ == "ndarray" and part.size <= LARGE:
+                elif type(part).__module__ == "numpy" and type(part).__name__ == "ndarray" and part.size <= MAX_ENTRIES:
                     self._others.append((part.tobytes, part.tobytes()))
 
     def hold(self) -> bool:
-        """Whether the state is what it was."""
+        """Whether the state is unchanged."""
         try:
-            for where, key, expected in self._entries:  # first, since modes are among them
+            for where, key, expected in self._entries:  # first, because they include the modes
                 if where[key] is not expected and not _alike(where[key], expected):
                     return False
-            if any(self._empty) or list(map(len, self._filled)) != self._sizes:
+            if list(map(len, self._sized)) != self._sizes:
                 return False
             for items, key, expected in self._items:
                 if items[key] is not expected and not _alike(items[key], expected):
                     return False
         except KeyError:
             return False
-        for read, expected in self._keys:
-            if read() != expected:
-                return False
         for read, expected in self._others:
             if (value := read()) is not expected and not _alike(value, expected):
                 return False
@@ -424,21 +438,18 @@ class Guards:
         return list(map(type, self._modules)) == self._kinds
 
     def hold_traced(self) -> bool:
-        """As `hold`, plain enough for dynamo to trace, which then guards what is read here.
+        """As `hold`, simple enough for dynamo to trace, which then guards what is read here.
 
-        What it cannot compare is left out: in-place writes, entries of sets, classes and slots, rare types.
+        Leaves out what dynamo cannot compare: in-place writes, entries of sets, classes and slots, and rare types.
         """
-        for where in self._empty:
-            if len(where) != 0:
-                return False
-        for where, size in zip(self._filled, self._sizes, strict=True):
+        for where, size in zip(self._sized, self._sizes, strict=True):
             if len(where) != size:
                 return False
         for where, key, expected, by_value in self._traced:
             if isinstance(where, dict) and key not in where:
                 return False
-            now = where[key]
-            if now is not expected and not (by_value and type(now) is type(expected) and now == expected):
+            value = where[key]
+            if value is not expected and not (by_value and type(value) is type(expected) and value == expected):
                 return False
         for where, index, expected in self._hooks:  # noqa: SIM110 - dynamo traces a loop
             if list(where.values())[index] is not expected:
@@ -446,19 +457,22 @@ class Guards:
         return True
 
     def changes(self) -> list[Change]:
-        """Return what differs from what it was; for messages and the preflight, not for each call."""
+        """Return the changes since. For messages and the preflight; too slow for each call."""
         changes = []
-        for held, skipped, contents, values in self._held:
-            if contents is not None and (now := _contents(held, skipped)) != contents:
-                added = [key for key in now if key not in contents] if isinstance(held.where, dict) else [None]
-                changes += [Change(held.name, key, held.name if key is None else held.entry(key)) for key in added]
-            for key, value in values.items():
-                if not _alike(held.read(key), value):
-                    changes.append(Change(held.name, key, held.entry(key)))
-        changes += [Change(name, None, name) for tensor, version, name in self._versions if tensor._version != version]
+        for held, skipped, shape, before in self._held:
+            if shape is not None and (current := held.shape(skipped)) != shape:
+                added = [key for key in current if key not in shape] if isinstance(held.where, dict) else [None]
+                names = [held.name if key is None else held.entry(key) for key in added]
+                changes += [Change(held.name, *pair, held.of_model) for pair in zip(added, names, strict=True)]
+            for key, value in before.items():
+                if not _alike(current := held.read(key), value):
+                    is_new = held.of_model and not same_value(current, value)
+                    changes.append(Change(held.name, key, held.entry(key), is_new))
+        written = [name for tensor, version, name in self._versions if tensor._version != version]
+        changes += [Change(name, None, name, False) for name in written]
         for module, kind in zip(self._modules, self._kinds, strict=True):
             if type(module) is not kind:
-                changes.append(Change(kind.__qualname__, "__class__", f"{kind.__qualname__}.__class__"))
+                changes.append(Change(kind.__qualname__, "__class__", f"{kind.__qualname__}.__class__", False))
         return changes
 
     def written(self) -> list[torch.Tensor]:

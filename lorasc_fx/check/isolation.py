@@ -1,9 +1,8 @@
-"""Isolated runs: the model, the random generators and the standard streams are unchanged afterwards.
+"""Isolated runs: afterwards the model, the random generators and the standard streams are as before.
 
-Buffers, parameters that forward writes into and the attributes that its Python sets are given back. A model without
-values here, on the meta device or sharded, runs on fake tensors: a fake tensor has a shape, a dtype and the device of
-the inputs, and no memory. With them the model's Python runs and is traced as it will be with its values; what looks at
-a value (`.item()`, a branch on a sum) raises.
+Buffers, parameters that forward writes into, and attributes that its Python sets are restored. A model without values
+here, on the meta device or sharded, runs on fake tensors, which have a shape, a dtype and the device of the inputs, but
+no memory. The model's Python runs and is traced as usual then, but whatever reads a value (`.item()`) raises.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
 
-from lorasc_fx.check.guards import Held, attribute_tensors, walk
+from lorasc_fx.check.guards import MISSING, Held, attribute_tensors, same_value, walk
 from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import is_quantized
@@ -55,16 +54,14 @@ def isolation(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Isolate runs of the model in this block, and return copies of the arguments of a call.
 
-    Buffers, the Python state of the model, its hooks and all random generators are restored.
-
     Args:
-        undo: restores everything.
-        model: that is to run.
+        undo: restores the state.
+        model: the model to run.
         args, kwargs: of the call.
-        observers: entered last, and left first: hooks, dispatch modes, other weights in place.
+        observers: context managers that are entered last, such as hooks, dispatch modes and other weights.
         grad: whether gradients are on.
-        seeded: whether the generators start from a fixed seed, so that two runs draw the same. A run that looks for
-            what any call may do draws what this call would draw, a layer that is skipped at random among it.
+        seeded: whether the generators start from a fixed seed, so that two runs draw the same numbers. Otherwise they
+            draw what the next call would draw, for example which layers are skipped.
     """
     inputs = copied(args, kwargs)
     undo.enter(quiet(grad))
@@ -83,13 +80,13 @@ def call_recorder(
     enters: Callable[[str, nn.Module, Any, Any], None],
     leaves: Callable[[str, nn.Module, Any], None],
 ) -> None:
-    """An observer of the calls of modules.
+    """Observe the calls of the model's modules.
 
     Args:
         undo: removes the hooks.
-        model: whose modules are observed, each by its first path.
+        model: its modules are known by their first path.
         enters: gets path, module and arguments before a call.
-        leaves: gets path, module and output after it, None where the call raises.
+        leaves: gets path, module and output after a call; None if the call raised.
     """
 
     def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -104,18 +101,18 @@ def call_recorder(
 
 
 class Shared:
-    """A change of process-wide state that several threads need at once, undone when the last of them leaves.
+    """A process-wide change that several threads may need at once. The last thread that leaves undoes it.
 
-    Each of them would otherwise restore what it found, which may be what another thread has set.
+    If each thread restored the state that it found, it could restore what another one had set.
 
     Args:
-        change: returns a context manager that makes the change. It may be exited in another thread.
+        change: returns a context manager that makes the change. It may exit in another thread.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
         self._change = change
         self._guard = threading.Lock()
-        self._threads: list[int] = []  # that are inside, once for each time
+        self._threads: list[int] = []  # threads inside; one entry for each time a thread has entered
         self._manager: AbstractContextManager[Any] | None = None
         os.register_at_fork(after_in_child=self._after_fork)
 
@@ -176,10 +173,10 @@ _no_logs, _no_warnings = Shared(_logs_off), Shared(_warnings_off)
 
 
 class _Muted:
-    """A standard stream without the output of one thread; other threads, which may print, write to the stream.
+    """A standard stream that drops the output of one thread.
 
     Attributes:
-        thread: whose output is dropped; None if no output is.
+        thread: the muted thread, or None.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -206,7 +203,7 @@ def _muted(undo: Block, name: str) -> None:
     muted = _Muted(stream)
 
     def unmute() -> None:
-        muted.thread = None  # a handler of logs that was made inside may hold it
+        muted.thread = None  # a log handler made inside the block may hold it
         if getattr(sys, name) is muted:
             setattr(sys, name, stream)
 
@@ -216,15 +213,12 @@ def _muted(undo: Block, name: str) -> None:
 
 @isolated
 def _same_torch_stacks(undo: Block) -> None:
-    """Restore this thread's torch.func levels, modes, dispatch keys and autocast.
-
-    A tracer that raises may leave entries behind.
-    """
+    """Restore this thread's torch.func levels, modes, dispatch keys and autocast: a tracer that raises leaves some."""
     keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     undo.enter(torch._C._ForceDispatchKeyGuard(*keys))
     refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
 
-    def same_hooks() -> None:  # a level of torch.func disables the hooks of checkpoints
+    def same_hooks() -> None:  # torch.func disables hooks on saved tensors, which checkpointing needs
         if refused is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
@@ -250,30 +244,30 @@ def _same_torch_stacks(undo: Block) -> None:
 
 @isolated
 def quiet(undo: Block, grad: bool = True) -> None:
-    """Restore random generators, and suppress the output and logs of tracers.
+    """Restore random generators, suppress the output and logs of tracers, and switch gradients on or off.
 
-    Gradients are on, or off, as `grad` says, whatever the caller has. Blocks of other threads wait for this one.
-    `torch.seed()` draws its seed from the generator, so that a model which calls it repeats itself.
+    Other threads wait until the block ends.
     """
     undo.enter(PROCESS)
-    numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
+    numpy = sys.modules.get("numpy")  # if it is not imported, the model does not draw from it
     undo(partial(random.setstate, random.getstate()))
     if numpy is not None:
         undo(partial(numpy.random.set_state, numpy.random.get_state()))
+    # A model that calls `torch.seed()` has to repeat itself, so that its runs can be compared.
     undo(partial(setattr, torch, "seed", torch.seed))
     torch.seed = partial(_seed_from_generator, torch.seed, threading.get_ident())
     undo(partial(set_generator_states, generator_states()))
     for shared in (_no_logs, no_fastpath, own_warnings, _no_warnings):
         undo.enter(shared)
-    undo.enter(_muted("stdout"))  # an export that fails prints its graph; the reason is in the error
+    undo.enter(_muted("stdout"))  # a failing export prints its graph; the error has the reason
     undo.enter(_muted("stderr"))
     undo.enter(torch.set_grad_enabled(grad))
-    undo.enter(_same_torch_stacks())  # left first, since operations of the other steps would run inside what is left
+    undo.enter(_same_torch_stacks())  # undone first: the other steps would run inside what a tracer has left
 
 
-@_disable_dynamo  # it breaks the graph at torch.seed too
+@_disable_dynamo  # as torch.seed does
 def _seed_from_generator(reseed: Callable[[], int], thread: int) -> int:
-    """Seed all generators by a number that the default one draws, and return it; other threads call `reseed`."""
+    """Seed all generators with a number drawn from the default one, and return it. Other threads call `reseed`."""
     if threading.get_ident() != thread:
         return reseed()
     number = int(torch.randint(1 << 62, ()))
@@ -283,20 +277,20 @@ def _seed_from_generator(reseed: Callable[[], int], thread: int) -> int:
 
 @isolated
 def eager(undo: Block) -> None:
-    """Run what `torch.compile` has compiled as it was written.
+    """Run code under `torch.compile` eagerly.
 
-    Control flow operators (torch.cond, while_loop, scan) still compile their bodies. Otherwise the weights that a body
-    reads from its closure would get no gradients.
+    Control flow operators (torch.cond, while_loop, scan) still compile their bodies, because weights that a body reads
+    from its closure would get no gradients otherwise.
     """
     undo.enter(torch.compiler.set_stance("force_eager"))
     compile_body = getattr(higher_order, "_hop_compile_and_call", None)
-    if compile_body is not None:  # torch 2.9 has another structure
+    if compile_body is not None:  # torch 2.9 has none
         undo(partial(setattr, higher_order, "_hop_compile_and_call", compile_body))
         higher_order._hop_compile_and_call = partial(_with_compiler, compile_body)
 
 
 def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a control flow operator, outside the modes of this package: dynamo cannot compile its body under them."""
+    """Call a control flow operator outside the modes of this package, under which dynamo cannot compile its body."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("default"))
         while isinstance(mode := _python_dispatch._get_current_dispatch_mode(), OurMode):
@@ -309,7 +303,7 @@ def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 class OurMode:
-    """Marks the modes of this package, which only observe."""
+    """Base class of the modes of this package, which only observe."""
 
 
 def seed(value: int = 0) -> None:
@@ -321,28 +315,28 @@ def seed(value: int = 0) -> None:
     seed_generators(value)
 
 
-_MISSING = object()
-
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-"""Names of the parameters that each model's forward writes into, and of the buffers that it registers, of models that
-have had a preflight."""
+"""For each model that has run: names of the parameters that forward writes, and of the buffers that it registers."""
 
 
 def has_run(model: nn.Module) -> bool:
-    """Whether a first run has shown what forward writes."""
+    """Whether a first isolated run has shown what forward writes."""
     return model in _WRITTEN
 
 
 def forget_written(model: nn.Module) -> None:
-    """Let the next run of a model be its first, as where the first one has raised."""
+    """Forget which tensors forward writes, so that the next run records them again. For a first run that raised."""
     _WRITTEN.pop(model, None)
 
 
-def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Return the names of the parameters that forward writes and of the buffers that it registers, of a model that has
-    had a preflight.
+def written_by(model: nn.Module, default: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return names of the parameters that forward writes and of the buffers that it registers.
+
+    Args:
+        model: whose forward it is.
+        default: returned for a model without an isolated run.
     """
-    return _WRITTEN.get(model, otherwise)
+    return _WRITTEN.get(model, default)
 
 
 _SUMMED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
@@ -350,18 +344,21 @@ _SUMMED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 @isolated
 def first_checksums(undo: Block, model: nn.Module) -> dict[str, int]:
-    """Return what gets the checksums of the parameters that a first run in this block has left as they were."""
+    """Return a dictionary that the first run in this block fills with checksums of the parameters, by name.
+
+    A parameter that forward writes has none. The caller need not compute them again.
+    """
     undo(partial(_SUMMED.pop, model, None))
     return _SUMMED.setdefault(model, {})
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """The Python state of a model: the contents of its holders, and the values of the tensors in them.
+    """A snapshot of the Python state of a model.
 
     Args:
         places: each holder, and a copy of its contents.
-        tensors: each tensor with its version, a copy of its values, and whether it had an autograd history.
+        tensors: each tensor in them, with its version, a copy of its values, and whether it had an autograd history.
     """
 
     places: list[tuple[Held, Any]]
@@ -369,29 +366,16 @@ class Attributes:
 
     @classmethod
     def of(cls, model: nn.Module) -> Attributes:
-        """Return those of a model as they are."""
-        held_now = list(walk(model))
-        places = [(held, held.contents()) for held in held_now if held.restored]
+        """Take a snapshot."""
+        held = list(walk(model))
+        places = [(each, each.contents()) for each in held if each.restored]
         tensors = [
             (tensor, tensor._version, tensor.detach().clone(), tensor.grad_fn is not None)
-            for _, tensor in attribute_tensors(model, held_now)
+            for _, tensor in attribute_tensors(model, held)
             if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
             if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
         ]
         return cls(places, tensors)
-
-    def moved(self) -> list[str]:
-        """Return the names of the attributes whose values have changed."""
-        names = []
-        for held, before in self.places:
-            now = held.contents()
-            if held.of_model and held.attributes:
-                keys = dict.fromkeys((*before, *now))
-                moved = [key for key in keys if not _same(now.get(key, _MISSING), before.get(key, _MISSING))]
-                names += [held.entry(key) for key in moved]
-            elif held.of_model and not _same(now, before):
-                names.append(held.name)
-        return sorted(names)
 
     def restore(self) -> None:
         """Restore the contents of every holder, and the values and the missing history of every tensor."""
@@ -411,15 +395,15 @@ class Attributes:
                 if not held.attributes and list(where) != list(before):
                     where.clear()
                 for key, value in before.items():
-                    if where.get(key, _MISSING) is not value:
+                    if where.get(key, MISSING) is not value:
                         where[key] = value
-            elif len(where) != len(before) or not _same(held.contents(), before):
+            elif len(where) != len(before) or not same_value(held.contents(), before):
                 where.clear()
                 where.extend(before) if isinstance(where, (list, deque)) else where.update(before)
 
 
 def _exchanged(contents: Any, new: Mapping[int, torch.Tensor]) -> Any:
-    """Return the contents of a holder with other tensors in the places of some, by id."""
+    """Return the contents of a holder with some tensors replaced, by id."""
     if not new:
         return contents
     if isinstance(contents, dict):
@@ -428,10 +412,10 @@ def _exchanged(contents: Any, new: Mapping[int, torch.Tensor]) -> Any:
 
 
 def without_history(tensor: torch.Tensor) -> torch.Tensor:
-    """Detach a tensor that a forward with gradients has written into, in place.
+    """Detach in place a tensor that a forward with gradients has written into, and return it.
 
-    Torch detaches no view in place: it gets a new TensorImpl on the same memory. If something else holds the old one,
-    return a new tensor, which is to take the place of this one.
+    Torch cannot detach a view in place, so a view gets a new TensorImpl on the same memory. If something else holds the
+    old one, a new tensor is returned, and the caller has to replace the old one.
     """
     if tensor.grad_fn is None:
         return tensor
@@ -445,25 +429,8 @@ def without_history(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        alike = one.shape == other.shape and one.dtype == other.dtype
-        return alike and ((isinstance(one, FakeTensor) and isinstance(other, FakeTensor)) or torch.equal(one, other))
-    if isinstance(one, (bool, int, float, str, bytes)):
-        return bool(one == other)
-    if isinstance(one, (list, tuple, deque)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(map(_same, one.values(), other.values()))
-    return isinstance(one, (set, torch.Size, torch.dtype, torch.device)) and bool(one == other)
-
-
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape are known to have the same bits."""
+    """Whether two tensors of one shape have the same bits. False for kinds of tensors that cannot be compared so."""
     odd = type(one) is not torch.Tensor or one.is_meta or one.is_quantized or one.layout is not torch.strided
     if odd or one.is_conj() or one.is_neg():
         return False
@@ -472,7 +439,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @isolated
 def same_attributes(undo: Block, model: nn.Module) -> Attributes:
-    """Restore attributes at the end; yields them as they were."""
+    """Restore the model's Python state at the end. Returns the snapshot."""
     attributes = Attributes.of(model)
     undo(attributes.restore)
     return attributes
@@ -494,11 +461,11 @@ _ADDRESSES = (
     torch.Tensor.map_,
     torch.Tensor.map2_,
 )
-"""What writes by other means than ops, or gives Python the memory of a tensor, into which it can write so."""
+"""Functions that write by other means than ops, or give Python the memory of a tensor."""
 
 
 class _Writes(OurMode, TorchDispatchMode):
-    """Keeps a copy of tensors, in host memory, each before an op writes into its storage.
+    """Copies tensors to host memory, each just before the first op that writes into its storage.
 
     Args:
         tensors: by name.
@@ -518,7 +485,7 @@ class _Writes(OurMode, TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        if not isinstance(func, torch._ops.OpOverload):  # a higher-order op: what it runs is not seen here
+        if not isinstance(func, torch._ops.OpOverload):  # the ops inside a higher-order op are not seen here
             self.keep_all()
         elif func.namespace not in _DECLARED:
             self.keep((args, given))
@@ -530,7 +497,7 @@ class _Writes(OurMode, TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def keep_all(self) -> None:
-        """Copy every tensor, before code runs whose writes are not seen."""
+        """Copy every tensor, before code runs whose writes cannot be seen."""
         self.keep([tensor for group in self._unwritten.values() for tensor in group.values()])
 
     def keep(self, values: Any) -> None:
@@ -546,7 +513,7 @@ def _is_written(alias: Any) -> bool:
 
 
 class _Addresses(OurMode, TorchFunctionMode):
-    """Keeps the tensors of which Python asks for the memory."""
+    """Copies tensors before Python gets access to their memory."""
 
     def __init__(self, writes: _Writes) -> None:
         super().__init__()
@@ -568,40 +535,41 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 
 def _for_good(step: Callable[[], object]) -> None:
-    """Drop the step that would undo a change."""
+    """Make a change permanent: ignore the step that would undo it."""
 
 
 @isolated
 def same_values(undo: Block, model: nn.Module) -> None:
-    """Restore buffers at the end, and parameters that forward writes into: values, and that they have no autograd
-    history. A buffer that has one, from a call before, has a copy without in its place while the model runs.
+    """Restore buffers, and parameters that forward writes into, at the end: their values and their missing history.
 
-    Which ones these are is known after a first run, in which each is copied to host memory before it is written;
-    `torch.compile` compiles nothing in it, as a kernel that it makes does not tell.
+    The first run of a model shows which parameters these are. It copies each to host memory before it is written.
+    `torch.compile` compiles nothing in it, because the writes of compiled kernels cannot be seen.
 
     Raises:
-        CaptureError: at the end, for a parameter that a first run has written by means that are not seen.
+        CaptureError: at the end, if a first run has written into a parameter by means that cannot be seen.
     """
+    # Buffers of an earlier call with gradients: a backward through this run would go on into the graph of that call.
     with_history = {id(value): value.detach().clone() for value in model.buffers() if value.grad_fn is not None}
-    if with_history:  # a backward through the run would go on into the graph of that call
+    if with_history:
         exchange(model, lambda holder: with_history.get(id(holder.value)), undo)
     clean = [parameter for parameter in model.parameters() if parameter.grad_fn is None]
-    paths = {module: path for path, module in model.named_modules()}
     buffers = [
         (
+            path,
             module,
             dict(module._buffers),
             {name: value.detach().clone() for name, value in module._buffers.items() if value is not None},
         )
-        for module in model.modules()
+        for path, module in model.named_modules()
     ]
     known = _WRITTEN.get(model)
     memory = {
         name: (parameter, parameter.data)
         for name, parameter in model.named_parameters()
         if (known is None or name in known) and not isinstance(parameter, FakeTensor)
-        if not is_quantized(parameter)  # these have few ops, and none that a forward would write with
+        if not is_quantized(parameter)  # they have few ops, and none that forward would write with
     }
+    # In a first run, most parameters are never written, so each is copied only when an op writes into it.
     lazily = {
         name: tensor
         for name, (_, tensor) in memory.items()
@@ -609,14 +577,14 @@ def same_values(undo: Block, model: nn.Module) -> None:
     }
     writes, before = _Writes(lazily), checksums(lazily)
     writes.kept |= {name: tensor.to("cpu", copy=True) for name, (_, tensor) in memory.items() if name not in lazily}
-    versions = [
+    fakes = [
         (name, parameter, parameter._version)
         for name, parameter in model.named_parameters()
         if isinstance(parameter, FakeTensor)
     ]
     written = set(known or ())
 
-    def put_back() -> None:
+    def restore() -> None:
         with torch.no_grad():
             for name, (parameter, tensor) in memory.items():
                 if _place(parameter) != _place(tensor):
@@ -627,17 +595,18 @@ def same_values(undo: Block, model: nn.Module) -> None:
                     written.add(name)
             for parameter in clean:
                 without_history(parameter)
-            written.update(name for name, parameter, version in versions if parameter._version != version)
-            for module, objects, values in buffers:
-                if isinstance(module._buffers, dict):  # a script module keeps its own
+            written.update(name for name, parameter, version in fakes if parameter._version != version)
+            for path, module, objects, values in buffers:
+                if isinstance(module._buffers, dict):  # a script module has another container
                     added = module._buffers.keys() - objects.keys()
-                    written.update(f"{paths[module]}.{leaf}".lstrip(".") for leaf in added)
+                    written.update(f"{path}.{leaf}".lstrip(".") for leaf in added)
                     module._buffers.clear()
                     module._buffers.update(objects)
                 for name, value in values.items():
                     buffer = module._buffers[name]
+                    # Only if it differs: a write would invalidate an autograd graph that has saved the buffer.
                     if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
-                        buffer.copy_(value)  # and only then, as an autograd graph of before may have kept the buffer
+                        buffer.copy_(value)
             views = {id(value): new for value in model.buffers() if (new := without_history(value)) is not value}
             if views:
                 exchange(model, lambda holder: views.get(id(holder.value)), _for_good)
@@ -652,7 +621,7 @@ def same_values(undo: Block, model: nn.Module) -> None:
         _WRITTEN[model] = frozenset(written)
         _SUMMED.get(model, {}).update({name: before[name] for name in unseen})
 
-    undo(put_back)
+    undo(restore)
     if lazily:
         undo.enter(eager())
         undo.enter(_Addresses(writes))
@@ -661,7 +630,7 @@ def same_values(undo: Block, model: nn.Module) -> None:
 
 @isolated
 def isolated_model(undo: Block, model: nn.Module) -> None:
-    """Restore the attributes and values of the model at the end."""
+    """Restore the model's Python state and values at the end."""
     undo.enter(same_attributes(model))
     undo.enter(same_values(model))
 
@@ -672,13 +641,13 @@ def is_on_meta(model: nn.Module) -> bool:
 
 
 def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
-    """Return the device of the first tensor among inputs that has one; the CPU where none has."""
+    """Return the device of the first input tensor that is not on the meta device; the CPU if there is none."""
     tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=whole) if isinstance(leaf, torch.Tensor))
     return next((leaf.device for leaf in tensors if not leaf.is_meta), torch.device("cpu"))
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether plain code can compute with the model: nothing is on the meta device, or sharded."""
+    """Whether the model can run here: no tensor is on the meta device or sharded."""
     return not is_on_meta(model) and not any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
@@ -686,8 +655,9 @@ def has_values(model: nn.Module) -> bool:
 def with_fake_tensors(
     undo: Block, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let a model without numbers here hold fake tensors, of whole shapes, and return fake inputs; any other model and
-    its inputs stay as they are.
+    """Replace the tensors of a model without values by fake ones of full shapes, and return fake inputs.
+
+    Another model and its inputs are left unchanged.
     """
     if has_values(model):
         return args, dict(kwargs)
@@ -698,18 +668,18 @@ def with_fake_tensors(
 
     def fake(value: torch.Tensor) -> torch.Tensor:
         with mode:
-            made = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
-            return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+            empty = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+            return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
-    held = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
     inputs, named = pytree.tree_map_only(torch.Tensor, fake, (args, dict(kwargs)))
-    undo.enter(substituted(model, held))
+    undo.enter(substituted(model, tensors))
     return inputs, named
 
 
 @isolated
 def fake_mode(undo: Block, model: nn.Module) -> None:
-    """Run what follows among fake tensors if the model holds such: what it makes itself is fake as well."""
+    """Make every new tensor fake if the model holds fake tensors."""
     first = next((parameter for parameter in model.parameters() if isinstance(parameter, FakeTensor)), None)
     if first is not None:
         undo.enter(first.fake_mode)

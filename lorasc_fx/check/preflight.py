@@ -1,13 +1,13 @@
-"""The preflight: runs of the eager model that observe what a tracer misses, and the comparison of a graph with it.
+"""The preflight: run the eager model, observe what a tracer misses, and compare a graph with it.
 
-A tracer sees no values and no gradients: it lets pass what the model refuses, keeps no attribute that Python sets from
-call to call, inlines the forward of a custom autograd.Function, and may leave out a write to a buffer, a tensor hook, a
-branch of Python on `requires_grad`, or the type of an output. So the model runs first, and each whole graph is compared
-with it, in values and gradients, before it is taken.
+A tracer sees neither values nor gradients. It misses that the model refuses an input, that Python sets an attribute in
+each call, that a custom autograd.Function has its own backward, and perhaps a write to a buffer, a tensor hook, a
+branch on `requires_grad`, or the type of an output. So the model runs first, and each whole graph is compared with it,
+in outputs and gradients, before it is accepted.
 
-Each gradient is reduced to a few random projections as soon as it is there, so that none is kept. Projections are
-linear, so that a weight whose gradient comes in several parts (reentrant checkpoints) is handled as well. Where the
-autograd graphs of both runs are the same, so are the gradients, and no backward pass is run.
+Each gradient is reduced to a few random projections at once, so that no gradient is kept. Projections are linear, so a
+gradient may come in several parts (reentrant checkpoints). If the autograd graphs of both runs are equal, so are the
+gradients, and no backward pass is run.
 """
 
 from __future__ import annotations
@@ -57,13 +57,7 @@ PROJECTIONS = 8
 
 @isolated
 def requiring_grad(undo: Block, model: nn.Module, names: Collection[str] | None) -> None:
-    """Let these parameters require gradients, and no others: the state of training, in which branches move them.
-
-    Args:
-        undo: restores the flags.
-        model: whose parameters these are.
-        names: of parameters; None for all that can.
-    """
+    """Let these parameters require gradients, and no others, as in training. None means all that can."""
     for name, parameter in model.named_parameters():
         undo(partial(parameter.requires_grad_, parameter.requires_grad))
         possible = (parameter.is_floating_point() or parameter.is_complex()) and not is_quantized(parameter)
@@ -73,20 +67,19 @@ def requiring_grad(undo: Block, model: nn.Module, names: Collection[str] | None)
 def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
     """Return the nodes of the autograd graph behind some tensors."""
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(waiting)
+    nodes = set(waiting)
     while waiting:
-        for after, _ in waiting.pop().next_functions:
-            if after is not None and after not in seen:
-                seen.add(after)
-                waiting.append(after)
-    return seen
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                waiting.append(node)
+    return nodes
 
 
 def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return projections of the gradients of a random projection of outputs, by name of a leaf that has one.
+    """Return projections of the gradients of a random projection of outputs, for each leaf that has one.
 
-    What is accumulated in `.grad` by then stays there, and hooks after accumulation are not called. Raises what the
-    backward pass raises.
+    `.grad` of the leaves is left unchanged, and their hooks are not called. Raises what the backward pass raises.
     """
     roots = [
         output for output in outputs if output.requires_grad and output.layout is torch.strided and not output.is_nested
@@ -112,32 +105,32 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
 def without_gradients(undo: Block, leaves: Sequence[torch.Tensor]) -> None:
     """Remove gradients and accumulation hooks of leaves inside the block."""
 
-    def give_back(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
-        ours.clear()  # torch goes on calling them where there were none before
+    def restore(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
+        ours.clear()  # if the leaf had no hooks, torch would keep calling ours
         leaf._post_accumulate_grad_hooks = hooks
         leaf.grad = gradient
 
     unique: list[Any] = list({id(leaf): leaf for leaf in leaves}.values())
     for leaf in unique:
         ours = OrderedDict[int, Any]()
-        undo(partial(give_back, leaf, leaf.grad, leaf._post_accumulate_grad_hooks, ours))
+        undo(partial(restore, leaf, leaf.grad, leaf._post_accumulate_grad_hooks, ours))
         leaf.grad, leaf._post_accumulate_grad_hooks = None, ours
 
 
 def backward_of_projection(outputs: Sequence[torch.Tensor]) -> None:
-    """Go backward from a random projection of outputs, of which there may be none."""
+    """Run backward from a random projection of the outputs, if there are any."""
     if outputs:
         torch.autograd.backward(outputs, [_coefficients(output, index) for index, output in enumerate(outputs)])
 
 
 def _coefficients(output: torch.Tensor, key: int) -> torch.Tensor:
-    """Return coefficients of an output's entries in a random projection, by shape and key; 0 where it is not finite."""
+    """Return the coefficients of a random projection, by shape and key; 0 for entries that are not finite."""
     drawn = _normal(output.shape, key).to(output.device, output.dtype)
     return torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn))
 
 
 def projected(value: torch.Tensor) -> torch.Tensor:
-    """Return some bilinear forms of a tensor, with vectors that depend on its shape alone; linear in the tensor."""
+    """Return some random projections of a tensor, which depend on its shape alone and are linear in the tensor."""
     value = value.detach()
     if value.layout is not torch.strided:
         value = value.to_dense()
@@ -155,33 +148,31 @@ def _normal(shape: Sequence[int], key: int) -> torch.Tensor:
 
 
 ROUNDING = 1e4
-"""Units in the last place, of the output's scale, by which a graph may differ: torch may take other kernels for it."""
-CLOSE = 1e-3
-"""Share of its size by which the output of a module may differ from what an op of the graph makes."""
+"""Units in the last place, relative to the output's scale, by which a graph may differ: torch may use other kernels."""
+MAX_MODULE_ERROR = 1e-3
+"""Relative difference between a module's output and that of an op of the graph that are taken as the same."""
 CANCELLED = 1e-3
-"""Share of the largest gradient below which a gradient is taken as what rounding leaves of terms that cancel."""
-COARSE = 0.1
-"""Share of the scale that is no rounding in any dtype, however few bits it has."""
+"""Fraction of the largest gradient below which a gradient counts as the rounding error of terms that cancel."""
+MAX_ROUNDING = 0.1
+"""Relative difference that is never rounding, however few bits the dtype has."""
+LARGE = 1 << 26
+"""Bytes of an output from which on only a digest of it is kept."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two runs differ, and the weights (and inputs) whose gradients do."""
+    """How two runs differ, and the weights and inputs whose gradients do."""
 
     sentence: str
     weights: tuple[str, ...] = ()
 
 
 class Disagreement(RuntimeError):
-    """A graph that does something else than its model."""
+    """A graph that computes something else than its model."""
 
     def __init__(self, graph: Callable[..., Any], difference: Difference, grad: bool) -> None:
         super().__init__(f"its graph does something else than the model: {difference.sentence}")
         self.graph, self.weights, self.grad = graph, difference.weights, grad
-
-
-LARGE = 1 << 26
-"""Bytes of an output of which no copy is kept while the next run makes its own."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +185,7 @@ class Digest:
 
     @classmethod
     def of(cls, output: torch.Tensor) -> torch.Tensor | Digest:
-        """Return the output without its autograd graph, or what is kept of it."""
+        """Return a digest of a large output, or the detached output itself."""
         dense = output.layout is torch.strided and not output.is_nested and not isinstance(output, FakeTensor)
         if not dense or output.nbytes < LARGE:
             return output.detach()
@@ -203,9 +194,18 @@ class Digest:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; which
-    modules have hooks that return nothing (`observers`); the autograd graph, None where not all of it is visible; and
-    projections of the gradients of weights and inputs, None where the backward pass raised (`broken`) or none was run.
+    """What one run showed.
+
+    Args:
+        output, arguments: types and tensors of the output, and of the arguments after the call.
+        buffers: buffers and other tensors of the model after the call, by name.
+        functions: reasons why only the model's own Python can run it (custom autograd.Functions, new seeds).
+        recomputes: whether it has its own hooks on saved tensors, as gradient checkpointing has.
+        asks: whether its Python asks tensors for their gradient state.
+        observers: modules with hooks of the user that return nothing.
+        autograd: description of the autograd graph; None if not all of it is visible.
+        gradients: projections of the gradients of weights and inputs; None if no backward was run or it raised.
+        broken: why the backward pass raised.
     """
 
     output: tuple[Any, list[torch.Tensor | Digest]]
@@ -225,17 +225,23 @@ class Observed:
         return not any(isinstance(output, Digest) for output in self.output[1])
 
 
+_RECOMPUTES = (
+    "the model recomputes in backward what it does not keep (gradient checkpointing), and a traced graph would keep it "
+    "all"
+)
+
+
 @dataclass
 class Preflight:
     """What runs of the eager model showed.
 
     Args:
-        seen: the run against which graphs are held; one with gradients takes its place where they are asked for.
-        restless: attributes that Python sets anew at each call.
-        draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
-        assigned: place and key of the Python state that forward sets at each call, to whatever value.
-        written: tensors of that state into which forward writes at each call.
-        grad: whether gradients are on in the calls that the graph is for; None where the model computes the same.
+        seen: the run that graphs are compared with. A later run replaces it if gradients or values are needed.
+        restless: names of attributes that Python sets to new values in each call.
+        draws: whether its Python draws from the generators of Python or numpy without seeding them.
+        assigned: holder and key of the Python state that forward sets in each call, to whatever value.
+        written: tensors of that state that forward writes into in each call.
+        grad: gradient mode that the graph is for; None if the model computes the same in both modes.
     """
 
     seen: Observed
@@ -247,91 +253,92 @@ class Preflight:
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """What only the model's own Python does: custom autograd Functions through which gradients go, new seeds."""
+        """Reasons why only the model's own Python can run it."""
         return self.seen.functions
 
     @property
-    def recomputes(self) -> bool:
-        """Whether it saves tensors by hooks of its own, as the regions of torch.utils.checkpoint do."""
-        return self.seen.recomputes
-
-    @property
     def asks(self) -> bool:
-        """Whether its Python asks tensors whether they require gradients."""
+        """Whether the model's Python asks tensors for their gradient state."""
         return self.seen.asks
 
     @property
+    def obstacles(self) -> list[str]:
+        """Why no whole graph does what the model does."""
+        obstacles = [
+            f"{name} has a forward hook that returns nothing, and what it does besides, such as keeping outputs, no "
+            "graph repeats"
+            for name in self.seen.observers
+        ]
+        obstacles += [
+            f"the model sets its attribute {name} at each call, which no graph repeats" for name in self.restless
+        ]
+        if self.draws:
+            obstacles.append("the model draws random numbers in Python, which the graph would hold as constants")
+        obstacles += [f"the model uses {function}" for function in self.functions]
+        return obstacles + [_RECOMPUTES] * self.seen.recomputes
+
+    @property
     def only_recomputes(self) -> bool:
-        """Whether nothing but that speaks against a whole graph."""
-        return self.recomputes and not (self.restless or self.functions or self.draws or self.seen.observers)
+        """Whether gradient checkpointing is the only obstacle."""
+        return self.obstacles == [_RECOMPUTES]
 
     def check(self) -> None:
-        """Refuse the model for a whole graph.
+        """Raise RuntimeError if no whole graph does what the model does."""
+        if self.obstacles:
+            raise RuntimeError(self.obstacles[0])
 
-        Raises:
-            RuntimeError: no graph of it would do what it does.
-        """
-        if self.seen.observers:
-            raise RuntimeError(
-                f"{self.seen.observers[0]} has a forward hook that returns nothing, and what it does besides, such as "
-                "keeping outputs, no graph repeats"
-            )
-        if self.restless:
-            raise RuntimeError(f"the model sets its attribute {self.restless[0]} at each call, which no graph repeats")
-        if self.draws:
-            raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
-        if self.functions:
-            raise RuntimeError(f"the model uses {self.functions[0]}")
-        if self.recomputes:
-            raise RuntimeError(
-                "the model recomputes in backward what it does not keep (gradient checkpointing), and a traced graph "
-                "would keep it all"
-            )
+
+@isolated
+def _trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
+    """Leave the model and the process unchanged by runs in the block. Returns a snapshot of its Python state."""
+    undo.enter(quiet(grad))
+    undo.enter(eager())
+    undo.enter(fake_mode(model))
+    return undo.enter(same_attributes(model))
 
 
 def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool = True) -> Preflight:
-    """Run the model as it is, with gradients and without, and leave it as it was.
+    """Run the model and observe what it does. The model is left unchanged.
 
     Args:
         model: its parameters require gradients as in training.
         args, kwargs: of the call.
-        grad: whether gradients are on in the call, which counts where the model computes something else without them.
+        grad: gradient mode of the call. It matters only if the model computes something else in the other mode.
 
     Raises:
         CaptureError: the model itself raises.
     """
-    known = has_run(model)  # of which a cascade may still ask
+    known = has_run(model)
     try:
-        with quiet(), eager(), fake_mode(model), same_attributes(model) as attributes, torch.set_grad_enabled(grad):
-            before = Guards(model)
-            seen, draws = _observed(model, model, args, kwargs), False
-            if written_by(model):  # known after a first run, and looked at from then on
+        with _trial(model, grad) as attributes:
+            guards = Guards(model)
+            seen = _observed(model, model, args, kwargs)
+            if written_by(model):  # known only now, and observed from the next run on
                 attributes.restore()
                 seen = _observed(model, model, args, kwargs)
-            drawn = _generators()
-            restless, assigned, written = tuple[str, ...](), frozenset[tuple[str, Any]](), tuple[torch.Tensor, ...]()
-            if before.changes():
-                once, held = Attributes.of(model), Guards(model)  # what only a first call sets, a cache, is not meant
+            states = _generators()
+            restless: list[str] = []
+            assigned: set[tuple[str, Any]] = set()
+            written: list[torch.Tensor] = []
+            if guards.changes():
+                guards = Guards(model)  # again, because a first call may fill caches
                 _run(model, args, kwargs)
-                restless, written = tuple(once.moved()), tuple(held.written())
-                assigned = frozenset((change.holder, change.key) for change in held.changes())
-            seed()
-            moved = [index for index, state in enumerate(_generators()) if state != drawn[index]]
-            if moved:
-                _run(model, args, kwargs, start=1)
-                again = _generators()  # a model that seeds them itself draws the same each time
-                draws = any(drawn[index] != again[index] for index in moved)
+                changes, written = guards.changes(), guards.written()
+                restless = sorted(change.entry for change in changes if change.is_new)
+                assigned = {(change.holder, change.key) for change in changes}
+            draws = _draws(model, args, kwargs, states)
             attributes.restore()
             with torch.set_grad_enabled(not grad):
                 other = _observed_or_none(model, args, kwargs)
             if other is not None and not seen.is_whole and _difference(other, seen, gradients=False) is not None:
-                seen = _observed(model, model, args, kwargs, whole=True)
+                seen = _observed(model, model, args, kwargs, whole=True)  # the digests differ: compare the values
                 with torch.set_grad_enabled(not grad):
                     other = _observed_or_none(model, args, kwargs, whole=True)
-            by_mode = other is None or _difference(other, seen, gradients=False) is not None
-            if not by_mode and other is not None and not grad:
-                seen = other
-            return Preflight(seen, restless, draws, assigned, written, grad if by_mode else None)
+            depends = other is None or _difference(other, seen, gradients=False) is not None
+            if not depends and other is not None and not grad:
+                seen = other  # it has gradients
+            mode = grad if depends else None
+            return Preflight(seen, tuple(restless), draws, frozenset(assigned), tuple(written), mode)
     except (MemoryError, CaptureError):
         raise
     except Exception as fault:
@@ -346,97 +353,108 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         ) from fault
 
 
+def _draws(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], states: Sequence[Any]) -> bool:
+    """Whether the model draws from the generators of Python or numpy, of which it left these states under one seed."""
+    seed()
+    moved = [index for index, state in enumerate(_generators()) if state != states[index]]
+    if not moved:
+        return False
+    _run(model, args, kwargs, start=1)
+    again = _generators()  # a model that seeds them itself leaves the same state under another seed
+    return any(states[index] != again[index] for index in moved)
+
+
 def check_agrees(
     graph: Callable[..., Any], preflight: Preflight, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Hold a graph against its model on one call: types, values, buffers and arguments afterwards (a cache that forward
-    writes into), and gradients.
+    """Compare a graph with its model on one call: types, outputs, buffers, arguments after the call, and gradients.
 
     Raises:
-        Disagreement: they differ by more than rounding, though the model repeats itself under one seed.
+        Disagreement: they differ by more than rounding, and the model repeats itself under one seed.
     """
     grad = preflight.grad is not False
+
+    def observe(call: Callable[..., Any], whole: bool, **options: Any) -> Observed:
+        with _trial(model, grad):
+            return _observed(call, model, args, kwargs, whole=whole, **options)
+
     try:
-        with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
-            ours = _observed(graph, model, args, kwargs, like=preflight.seen, whole=preflight.seen.is_whole)
+        ours = observe(graph, preflight.seen.is_whole, like=preflight.seen)
     except MemoryError:
         raise
     except Exception as fault:
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
     difference = _difference(ours, preflight.seen)
     if difference is not None and not (ours.is_whole and preflight.seen.is_whole):
-        with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
-            preflight.seen = _observed(model, model, args, kwargs, whole=True)
-            ours = _observed(graph, model, args, kwargs, like=preflight.seen, whole=True)
+        # The digests differ. Compare the values, which may differ by rounding.
+        preflight.seen = observe(model, True)
+        ours = observe(graph, True, like=preflight.seen)
         difference = _difference(ours, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and ours.autograd != preflight.seen.autograd:
-        with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
-            preflight.seen = _observed(model, model, args, kwargs, backward=True, whole=ours.is_whole)
+        # The graph ran a backward pass, because its autograd graph is another one. The model has to do so too.
+        preflight.seen = observe(model, ours.is_whole, backward=True)
         difference = _difference(ours, preflight.seen)
     if difference is None:
         return
-    with quiet(), eager(), fake_mode(model), same_attributes(model), torch.set_grad_enabled(grad):
-        again = _observed(model, model, args, kwargs, backward=True, whole=preflight.seen.is_whole)
+    again = observe(model, preflight.seen.is_whole, backward=True)
     if _difference(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)
 
 
 def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a graph computes what its model computes on one call without gradients, or raises.
-
-    A graph that computes something where the model raises does not agree.
-    """
+    """Whether a graph raises, or computes what its model computes, on one call without gradients."""
     try:
-        with quiet(grad=False), eager(), fake_mode(model), same_attributes(model):
+        with _trial(model, grad=False):
             ours = _observed(graph, model, args, kwargs, whole=True)
     except MemoryError:
         raise
     except Exception:
         return True
-    with quiet(grad=False), eager(), fake_mode(model), same_attributes(model):
+    with _trial(model, grad=False):
         theirs = _observed_or_none(model, args, kwargs, whole=True)
     return theirs is not None and _difference(ours, theirs, gradients=False) is None
 
 
 def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return the first module, in the order of calls, whose output a graph does not compute, or whose weights have
-    other gradients in it; the model's own class if that cannot be found.
+    """Return the first module called whose output the graph does not compute, or whose weights have other gradients.
+
+    Returns the model's class if that module cannot be found.
     """
     try:
         first = _first_difference(fault, model, args, kwargs)
     except MemoryError:
         raise
-    except Exception:  # as where dynamo compiles a module's call, whose hooks it cannot trace
+    except Exception:  # for example, dynamo compiles a call of a module, and cannot trace the hooks
         first = ""
     return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
 
 
 def _first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Return the path of that module, or ""."""
-    begun: list[str] = []
-    ended: list[tuple[str, list[torch.Tensor]]] = []
+    entered: list[str] = []
+    outputs: list[tuple[str, list[torch.Tensor]]] = []
 
     def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        begun.append(path)
+        entered.append(path)
 
     def leaves(path: str, module: nn.Module, output: Any) -> None:
         floating = [value for value in _tensors(output) if value.is_floating_point() or value.is_complex()]
-        ended.append((path, [projected(value) for value in floating]))
+        outputs.append((path, [projected(value) for value in floating]))
 
     with isolation(model, args, kwargs, call_recorder(model, enters, leaves), grad=fault.grad) as (inputs, named):
         model(*inputs, **named)
     if fault.weights:
         owners = {name.rpartition(".")[0] for name in fault.weights}
-        return next((name for name in begun if name and name in owners), "")
-    made = _Made()
-    observed = isolation(model, args, kwargs, made, grad=fault.grad)
-    with observed as (inputs, named), contextlib.suppress(Exception):  # what it makes before it raises is looked at
+        return next((name for name in entered if name and name in owners), "")
+    results = _OpOutputs()
+    observed = isolation(model, args, kwargs, results, grad=fault.grad)
+    with observed as (inputs, named), contextlib.suppress(Exception):  # what it computes before it raises counts
         fault.graph(*inputs, **named)
-    return next((name for name, parts in ended if name and not all(map(made.has, parts))), "")
+    return next((name for name, parts in outputs if name and not all(map(results.has, parts))), "")
 
 
 def one_line(fault: Exception) -> str:
-    """Return type and first line of an exception."""
+    """Return the type and the first line of an exception."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return f"{type(fault).__name__}: {lines[0] if lines else 'no message'}"
 
@@ -458,9 +476,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sta
 def _observed_or_none(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool = False
 ) -> Observed | None:
-    """Return what a run shows; None if the model raises. Some models that differentiate in forward do so in one of the
-    two gradient modes.
-    """
+    """Return what a run shows, or None if the model raises, as some models do in one of the two gradient modes."""
     try:
         return _observed(model, model, args, kwargs, whole=whole)
     except MemoryError:
@@ -473,9 +489,13 @@ _ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 
 
 class _AutogradUse(OurMode, TorchFunctionMode):
-    """Observes whether a model computes under hooks on saved tensors of its own (`recomputes`), whether it asks tensors
-    for their gradient state (`asks`), and whether it may put hooks on tensors or on their nodes (`hooks`); not what the
-    quantized layers of libraries do inside (`products`).
+    """Observes how a model uses autograd, except inside the quantized layers of libraries.
+
+    Attributes:
+        recomputes: whether it computes under its own hooks on saved tensors.
+        asks: whether it asks tensors for their gradient state.
+        hooks: whether it may put hooks on tensors or on autograd nodes.
+        products: arguments and outputs of the calls of quantized layers.
     """
 
     def __init__(self) -> None:
@@ -492,16 +512,16 @@ class _AutogradUse(OurMode, TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def enters(self, module: nn.Module, args: Any) -> None:
-        """Note that a product of a quantized layer begins."""
+        """Note that a call of a quantized layer begins."""
         self._inside += 1
 
     def leaves(self, module: nn.Module, args: Any, output: torch.Tensor | None) -> None:
-        """Note that it ends; it has no output where it raises."""
+        """Note that the call ends. The output is None if it raised."""
         self._inside -= 1
         self.products.append((args, output))
 
     def nodes_of_products(self) -> set[Any]:
-        """Return the nodes of the autograd graph between inputs and outputs of these products."""
+        """Return the autograd nodes inside the quantized layers."""
         nodes = set[Any]()
         for args, output in self.products:
             if output is not None:
@@ -511,6 +531,7 @@ class _AutogradUse(OurMode, TorchFunctionMode):
 
 @isolated
 def _products_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None:
+    """Let `use` know of the calls of quantized layers."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             undo(module.register_forward_pre_hook(use.enters).remove)
@@ -526,15 +547,16 @@ def _observed(
     backward: bool = False,
     whole: bool = False,
 ) -> Observed:
-    """Run once, in the gradient mode that is on.
+    """Run once, in the current gradient mode, and observe.
+
+    Backward runs only if the autograd graph is not visible, or is not that of `like`.
 
     Args:
         call: the model, or its graph.
         model, args, kwargs: of the run.
-        like: another run. Backward runs where gradients are on and the autograd graph is not that of `like`; without
-            `like`, where not all of the graph is visible.
-        backward: whether backward runs in any case.
-        whole: whether the values of large outputs are kept.
+        like: another run.
+        backward: run backward in any case.
+        whole: keep the values of large outputs too.
     """
     inputs, named = copied(args, kwargs)
     with same_values(model):
@@ -542,20 +564,15 @@ def _observed(
         held = attribute_tensors(model)
         with _AutogradUse() as use, _watched_hooks(model) as observers, _products_observed(model, use):
             output = call(*inputs, **named)
-        reseeded = torch.initial_seed() != 0  # which `seed` has set
+        reseeded = torch.initial_seed() != 0  # as `seed` has set it
         tensors = _tensors(output)
+        # Buffers, tensors among the attributes and parameters that forward writes: what a call may leave changed.
         held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
         buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
-        custom = torch.autograd.function.BackwardCFunction
-        nodes = [node for node in backward_nodes(tensors) - use.nodes_of_products() if isinstance(node, custom)]
-        # control flow operators are ops of a graph, with a backward of their own
-        nodes = [node for node in nodes if not _module_of(node).startswith("torch._higher_order_ops.")]
-        reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
-        names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
-        names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}
-        functions = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
+        functions, reentrant = _custom_functions(backward_nodes(tensors) - use.nodes_of_products())
         if reseeded:  # dynamo would keep the seed as a constant
             functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
+        # Gradients, by the autograd graph if that is enough.
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         differentiates = torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(_tensors((inputs, named)))}
@@ -564,19 +581,18 @@ def _observed(
         autograd = describe(_differentiable(tensors), parameters, leaves) if visible else None
         same = autograd is not None and (like is None or autograd == like.autograd)
         gradients, broken = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
-    if isinstance(call, fx.GraphModule):  # torch.export gives it constants of its own on the memory of the model's
+    if isinstance(call, fx.GraphModule):  # torch.export gives it constants on the memory of the model's tensors
         for value in (*vars(call).values(), *call._buffers.values()):
             if isinstance(value, torch.Tensor):
                 without_history(value)
     outputs = [tensor.detach() if whole else Digest.of(tensor) for tensor in tensors]
     changed = (inputs, named)
-    recomputes = use.recomputes or bool(reentrant)
     return Observed(
         (_types(output), outputs),
         (_types(changed), [tensor.detach() for tensor in _tensors(changed)]),
         buffers,
         tuple(sorted(functions)),
-        recomputes,
+        use.recomputes or reentrant,
         use.asks,
         tuple(sorted(observers)),
         autograd,
@@ -585,18 +601,30 @@ def _observed(
     )
 
 
+def _custom_functions(nodes: set[Any]) -> tuple[set[str], bool]:
+    """Return a phrase for each custom autograd.Function among nodes, and whether one is a reentrant checkpoint."""
+    custom = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    # Control flow operators are ops of a graph, with their own backward.
+    custom = [node for node in custom if not _module_of(node).startswith("torch._higher_order_ops.")]
+    reentrant = [node for node in custom if getattr(node, "_forward_cls", None) is CheckpointFunction]
+    names = {type(node).__name__.removesuffix("Backward") for node in custom if node not in reentrant}
+    names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}
+    phrases = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
+    return phrases, bool(reentrant)
+
+
 def _module_of(node: Any) -> str:
     """Return the name of the Python module that defines the autograd.Function of a node, or ""."""
     return getattr(getattr(node, "_forward_cls", None), "__module__", "")
 
 
 _HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate", "lightning", "pytorch_lightning"}
-"""Packages whose hooks set what the same forward reads (norms of weights, features), or nothing that counts."""
+"""Packages whose hooks do nothing that a graph would miss: they set what the same forward reads, or count."""
 
 
 @isolated
 def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
-    """Give the names of modules with forward hooks of the user that return nothing; complete after the block."""
+    """Return a set that the block fills with the names of modules with hooks of the user that return nothing."""
     observers: set[str] = set()
 
     def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -625,7 +653,7 @@ def _differentiable(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 def _gradients(
     outputs: list[torch.Tensor], leaves: Mapping[str, torch.Tensor]
 ) -> tuple[Mapping[str, torch.Tensor] | None, str]:
-    """Return projections of the gradients of leaves, or why the backward pass raises: an eager model may have none."""
+    """Return projections of the gradients of leaves, or None and why the backward pass raises."""
     try:
         return projected_gradients(_differentiable(outputs), leaves), ""
     except MemoryError:
@@ -635,7 +663,7 @@ def _gradients(
 
 
 def _difference(ours: Observed, theirs: Observed, gradients: bool = True) -> Difference | None:
-    """Return how two observations differ, or None."""
+    """Return how two runs differ, or None."""
     for what, computed, expected in (
         ("an output", ours.output, theirs.output),
         ("an argument after the call", ours.arguments, theirs.arguments),
@@ -663,9 +691,12 @@ def _difference(ours: Observed, theirs: Observed, gradients: bool = True) -> Dif
 def _other_gradients(
     ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], dtypes: set[torch.dtype]
 ) -> Difference | None:
-    """Return which gradients differ by more than rounding, which is of the scale of the largest where terms cancel."""
+    """Return which gradients differ by more than rounding.
+
+    A small gradient may be a sum of large terms that cancel, so its rounding error is relative to the largest gradient.
+    """
     none = torch.zeros(PROJECTIONS, dtype=torch.float64)
-    allowed = min(ROUNDING * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0), COARSE)
+    allowed = min(ROUNDING * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0), MAX_ROUNDING)
     finite = [float(gradient.norm()) for gradient in theirs.values() if bool(gradient.isfinite().all())]
     least = CANCELLED * max(finite, default=0.0)
     wrong: dict[str, float] = {}
@@ -696,12 +727,12 @@ def _apart(one: torch.Tensor | Digest, other: torch.Tensor | Digest) -> str | No
         return "not finite in the same places"
     scale = float(other[finite].abs().max()) if bool(finite.any()) else 0.0
     gap = float((one - other)[finite].abs().max()) if bool(finite.any()) else 0.0
-    allowed = min(ROUNDING * torch.finfo(one.dtype).eps, COARSE)
+    allowed = min(ROUNDING * torch.finfo(one.dtype).eps, MAX_ROUNDING)
     return f"off by {gap / scale:.1e} of its scale" if gap > allowed * scale else None
 
 
 def _types(value: Any) -> Any:
-    """Return the types of a value and of what it holds, as far as containers go."""
+    """Return the type of a value, and the types of the items of containers."""
     if isinstance(value, Mapping):
         return (type(value).__name__, tuple((str(key), _types(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
@@ -710,7 +741,7 @@ def _types(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """Return the tensors of an output, of whatever type, each object once."""
+    """Return the tensors in an output of any type, each once."""
     tensors: list[torch.Tensor] = []
     seen: set[int] = set()
     waiting = [value]
@@ -730,21 +761,21 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return tensors
 
 
-class _Made(TorchDispatchMode):
+class _OpOutputs(TorchDispatchMode):
     """Records projections of the outputs of all ops of a run."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made: list[torch.Tensor] = []
+        self._projections: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         real = [tensor for tensor in _tensors(output) if not isinstance(tensor, FakeTensor)]  # a graph may hold fakes
-        self._made += [projected(tensor) for tensor in real if tensor.is_floating_point() or tensor.is_complex()]
+        self._projections += [projected(value) for value in real if value.is_floating_point() or value.is_complex()]
         return output
 
     def has(self, value: torch.Tensor) -> bool:
-        """Whether an op has made a tensor with these projections."""
-        return any(bool((made - value).norm() <= CLOSE * value.norm()) for made in self._made)
+        """Whether an op has computed a tensor with these projections."""
+        return any(bool((other - value).norm() <= MAX_MODULE_ERROR * value.norm()) for other in self._projections)

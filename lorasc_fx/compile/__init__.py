@@ -1,7 +1,8 @@
 """Adapted graphs: made for a call (capture, match, insert), kept by signature, folded and drawn."""
 
-from lorasc_fx.capture import Axis, Call
+from lorasc_fx.capture import Axis
 from lorasc_fx.compile.compiler import Compiler
 from lorasc_fx.compile.variants import NOT_COMPILED, Growable, Made, Variant, Variants
+from lorasc_fx.signature import Call
 
 __all__ = ["NOT_COMPILED", "Axis", "Call", "Compiler", "Growable", "Made", "Variant", "Variants"]

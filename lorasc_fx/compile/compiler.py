@@ -1,4 +1,4 @@
-"""Makes variants for a cascade: capture, match, insert; and folds them."""
+"""Makes variants for a cascade (capture, match, insert), and folds and draws them."""
 
 from __future__ import annotations
 
@@ -11,181 +11,122 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, Decided
+from lorasc_fx.branch import Decided
 from lorasc_fx.capture import (
+    GRAPH_BREAKS,
     OWNER,
     Axis,
-    Calls,
     Captured,
     Conditions,
     GraphBreakFallback,
-    bind,
     capture,
     least_sizes,
-    one_line,
     read_live,
-    written_by,
 )
+from lorasc_fx.check.isolation import written_by
+from lorasc_fx.check.preflight import one_line
 from lorasc_fx.compile.fallback import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
-from lorasc_fx.graph import (
-    Record,
-    at_stage,
-    candidates,
-    faults,
-    matches,
-    named_weights,
-    own_copy,
-    refuse_smaller,
-    shared_memory,
-    survey,
-)
+from lorasc_fx.graph import Record, faults, matches, named_weights, shared_memory
+from lorasc_fx.graph.copies import own_copy
+from lorasc_fx.graph.editor import refuse_smaller
+from lorasc_fx.graph.matching import candidates, survey
+from lorasc_fx.graph.record import at_stage
 from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
+from lorasc_fx.signature import Calls, bind
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
     "the weights of the part that is named; a fault that the model does not raise itself is one of lorasc-fx to report"
 )
-_HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
-"""Reasons, at a node, of a symbolic graph that graph breaks do not have: `auto` then tries the fallback first."""
-
-
-def _refused(
-    model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...], reason: Reason, sentences: Mapping[str, str]
-) -> tuple[Refusal, ...]:
-    """Return refusals with those of other parameters, as far as they are matrices of which the spec leaves it open."""
-    weights, spec = named_weights(model), plan.spec
-    known = {refusal.weight for refusal in refusals} | plan.by_weight.keys()
-    return (
-        *refusals,
-        *(
-            Refusal(name, "", reason, sentence)
-            for name, sentence in sentences.items()
-            if name in weights.matrices and name not in known
-            if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
-        ),
-    )
-
-
-def _trained(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> set[str]:
-    """Return the parameters that training moves, by themselves or by a branch, as far as is known before a capture."""
-    moved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return moved | (candidates(model, plan.spec) - {refusal.weight for refusal in refusals})
-
-
-def _of_fallback(
-    captured: Captured,
-    plan: Plan,
-    branches: Mapping[str, Branch],
-    refusals: tuple[Refusal, ...],
-    args: Any,
-    kwargs: Any,
-) -> Made:
-    functions, whole = bool(captured.functions), captured.whole_elsewhere
-    made = make_fallback(captured.fallback, plan, branches, refusals, args, kwargs, functions, universal=not whole)
-    variant = made.variant
-    if not variant.universal:  # dynamo has guards of its own on inputs
-        variant = replace(variant, conditions=Conditions(state=captured.conditions.state))
-    return replace(made, variant=variant, refused_frontends=captured.refused)
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Makes variants: capture, match, insert. A cascade holds one, and knows nothing of graphs.
+    """Makes variants. A cascade holds one, and knows nothing of graphs itself.
 
     Args:
-        frontend: a front end's name, or `auto`.
-        calls: of the user's forward.
+        frontend: name of a front end, or `auto`.
+        calls: binds the arguments of the user's forward.
     """
 
     frontend: str
     calls: Calls
 
     def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
+        """Return a call's arguments in canonical shape. Simple enough for dynamo to trace."""
         return bind(self.calls.signature, args, kwargs)
 
     def decide(self, model: nn.Module, plan: Plan) -> Decided:
-        """Make the branches of a plan without a graph: what is refused is what the spec leaves out."""
-        refusals = _refused(model, plan, (), Reason.SHARED_MEMORY, shared_memory(model))
-        record, nothing = Record(owner=OWNER, plan=plan, refusals=refusals), read_live(nn.Module(), fx.Graph(), model)
-        matching = survey([nothing], record, plan.spec, {})
+        """Make the branches of a plan without a graph. Only the spec refuses weights then."""
+        refusals = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model)).refusals
+        record, empty = Record(owner=OWNER, plan=plan, refusals=refusals), read_live(nn.Module(), fx.Graph(), model)
+        matching = survey([empty], record, plan.spec, {})
         branches = missing_branches(plan, {}, named_weights(model).parameters)
         return Decided(plan, branches, matching.refusals, matching.unreached)
 
     def faults(self, variant: Variant) -> list[str]:
-        """Return where a variant disagrees with its plan; a subgraph is verified when it is rewritten."""
+        """Return where a variant disagrees with its plan. Subgraphs of a fallback were verified when rewritten."""
         return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
 
-    def make(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        branches: Mapping[str, Branch],
-        refusals: tuple[Refusal, ...],
-        args: Any,
-        kwargs: Any,
-        wide: bool,
-    ) -> Made:
-        """Capture the call and insert the branches, into graphs that nobody else holds yet.
+    def make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: bool = False) -> Made:
+        """Capture a call and insert the branches, into graphs that nothing else holds yet.
+
+        Args:
+            model: is left unchanged.
+            decided: the plan to follow, the branches that exist, and what was refused.
+            args, kwargs: of the call, in canonical shape.
+            dynamic: make every size dynamic, see `capture`.
 
         Raises:
-            CaptureError: among others, for what torch or the model raises on the way.
+            CaptureError: no graph can be made, or torch or the model raises.
+            PassError: the graph cannot follow the plan.
         """
         try:
-            return self._make(model, plan, branches, refusals, args, kwargs, wide)
+            return self._make(model, decided, args, kwargs, dynamic)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except LorascError as fault:
-            if isinstance(fault, VerifyError) and not plan.sites:  # of a saved plan, it tells what does not fit
+            if isinstance(fault, VerifyError) and not decided.plan.sites:  # with sites, it says what a saved plan lacks
                 raise CaptureError(_FAULT.format(name=type(model).__name__, fault=fault)) from fault
             raise
         except Exception as fault:
             raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
 
-    def _make(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        branches: Mapping[str, Branch],
-        refusals: tuple[Refusal, ...],
-        args: Any,
-        kwargs: Any,
-        wide: bool,
-    ) -> Made:
-        refusals = _refused(model, plan, refusals, Reason.SHARED_MEMORY, shared_memory(model))
-        trained = _trained(model, plan, refusals)
-        captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))
-        written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")  # which no node may show
-        refusals = _refused(model, plan, refusals, Reason.MUTATED, written)
+    def _make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: bool) -> Made:
+        decided = _with_refusals(decided, model, Reason.SHARED_MEMORY, shared_memory(model))
+        trained = _trained(model, decided)
+        captured = capture(model, args, kwargs, self.frontend, dynamic, trained, rewrites=(AttentionMasks(),))
+        # Forward may write into a parameter in ways that no node of a graph shows.
+        written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
+        decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.fallback is not None:
-            return _of_fallback(captured, plan, branches, refusals, args, kwargs)
-        whole: Made | None = None
+            return _of_fallback(captured, decided, args, kwargs)
+        made: Made | None = None
         fault: PassError | None = None
         try:
-            whole = insert(captured.module, plan, branches, refusals)
-            variant = replace(whole.variant, frontend=captured.frontend, conditions=captured.conditions)
-            whole = replace(whole, variant=variant, refused_frontends=captured.refused)
-            hidden = next(
-                (str(refusal) for refusal in whole.refusals if refusal.reason in _HIDDEN and refusal.node), ""
-            )
-        except PassError as raised:  # NoSites, or a branch that exists already cannot be placed in this graph
+            made = insert(captured.module, decided)
+            variant = replace(made.variant, frontend=captured.frontend, conditions=captured.conditions)
+            made = replace(made, variant=variant, refused_frontends=captured.refused)
+            hidden = next((str(refusal) for refusal in made.refusals if _may_be_hidden(refusal)), "")
+        except PassError as raised:  # no sites, or an existing branch cannot be placed in this graph
             hidden, fault = str(raised).splitlines()[-1].strip(), raised
-        if hidden and self.frontend == "auto" and captured.frontend == "symbolic":
+        if hidden and self.frontend == "auto" and not captured.frontend.sees_inside:
+            # Graphs with breaks show what a module hides that this graph calls whole.
             try:
-                fallback = capture(model, args, kwargs, "graph-breaks", wide, trained)
-                made = _of_fallback(fallback, plan, branches, refusals, args, kwargs)
-                return replace(made, refused_frontends=(*captured.refused, ("symbolic", hidden)))
-            except (CaptureError, PassError):  # what the symbolic graph said stands
+                fallback = capture(model, args, kwargs, GRAPH_BREAKS.name, dynamic, trained)
+                more = _of_fallback(fallback, decided, args, kwargs)
+                return replace(more, refused_frontends=(*captured.refused, (captured.frontend.name, hidden)))
+            except (CaptureError, PassError):  # the first result is the better one
                 pass
-        if whole is None:
+        if made is None:
             assert fault is not None
             raise fault
-        return whole
+        return made
 
     def fold(
         self,
@@ -199,10 +140,10 @@ class Compiler:
         """Return the variant's captured graph without branches, and the smallest sizes that it may be called with.
 
         Args:
-            variant: whose graph is meant.
+            variant: whose graph is folded.
             model, args, kwargs: of the call that it was captured for.
             stage: of the branches.
-            values: constants of its own for the graph, which then refuses smaller sizes. None to read the live model.
+            values: constants of the new graph, which then refuses smaller sizes. None to read the live model.
         """
         if isinstance(variant.module, GraphBreakFallback):
             raise CaptureError(
@@ -211,15 +152,15 @@ class Compiler:
                 code="no-whole-graph",
             )
         assert isinstance(variant.module, fx.GraphModule)
-        at_stage(variant.module, stage)  # the plan of the stage that it was made in may have other ranks
+        at_stage(variant.module, stage)  # ranks differ by stage, and the graph may be of an earlier one
         folded = FoldBranches()(variant.module).graph_module
-        least = {} if variant.frontend == "graph" else least_sizes(folded, model, args, kwargs)
+        least = {} if variant.frontend.serves_all_calls else least_sizes(folded, model, args, kwargs)
         if values is None:
             return folded, least
-        own = own_copy(folded, OWNER, values)
-        refuse_smaller(own.graph, [node.name for node in own.graph.nodes if node.op == "placeholder"], least)
-        own.recompile()
-        return own, least
+        copy = own_copy(folded, OWNER, values)
+        refuse_smaller(copy.graph, [node.name for node in copy.graph.nodes if node.op == "placeholder"], least)
+        copy.recompile()
+        return copy, least
 
     def html(
         self, text: str, model: nn.Module, plan: Plan, variant: Variant | None, refusals: tuple[Refusal, ...]
@@ -231,5 +172,39 @@ class Compiler:
     def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
         """Draw the variant around some sites into an SVG file; of a fallback, the graphs that have run."""
         module = variant.module
-        graphs = getattr(module, "rewritten", [module])  # of a fallback, and of what shards have split
+        graphs = getattr(module, "rewritten", [module])  # of a fallback, or of a graph split for shards
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)
+
+
+def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences: Mapping[str, str]) -> Decided:
+    """Refuse the matrices that have a sentence, unless they are sites or refused already or the spec names them."""
+    weights, spec = named_weights(model), decided.plan.spec
+    known = {refusal.weight for refusal in decided.refusals} | decided.plan.by_weight.keys()
+    added = [
+        Refusal(name, "", reason, sentence)
+        for name, sentence in sentences.items()
+        if name in weights.matrices and name not in known
+        if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
+    ]
+    return replace(decided, refusals=(*decided.refusals, *added))
+
+
+def _trained(model: nn.Module, decided: Decided) -> set[str]:
+    """Return the parameters that training changes, directly or by a branch, as far as is known before a capture."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trainable | (candidates(model, decided.plan.spec) - {refusal.weight for refusal in decided.refusals})
+
+
+def _may_be_hidden(refusal: Refusal) -> bool:
+    """Whether a graph that sees inside modules might adapt this weight."""
+    return bool(refusal.node) and refusal.reason in (Reason.OPAQUE, Reason.MIXED_USES)
+
+
+def _of_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Any) -> Made:
+    """Return the variant of a model with graph breaks."""
+    serves_all = not captured.whole_elsewhere
+    made = make_fallback(captured.fallback, decided, args, kwargs, swap_all=captured.own_backward, universal=serves_all)
+    variant = made.variant
+    if not variant.universal:  # dynamo has its own guards on inputs
+        variant = replace(variant, conditions=Conditions(state=captured.conditions.state))
+    return replace(made, variant=variant, refused_frontends=captured.refused)

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture import bind, least_sizes, leaves, quiet, signature_of, whole
+from lorasc_fx.capture import least_sizes
+from lorasc_fx.check.isolation import quiet
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
 from lorasc_fx.facade import Cascade
-from lorasc_fx.graph import refuse_smaller
+from lorasc_fx.graph.editor import refuse_smaller
+from lorasc_fx.signature import bind, leaves, signature_of, whole
 from lorasc_fx.util.extras import require
 from lorasc_fx.util.files import replacing
 from lorasc_fx.util.undo import Block, isolated

@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lorasc_fx.capture import leaves
 from lorasc_fx.cascade import folding
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.compile import Variant
@@ -38,6 +37,7 @@ from lorasc_fx.parallel.segments import (
     unit_of,
 )
 from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local
+from lorasc_fx.signature import leaves
 from lorasc_fx.util.undo import AllOrNothing, Block, Undo, isolated
 
 __all__ = ["folded_state_dict", "shard"]

@@ -28,8 +28,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture import call_recorder, copied, isolation, quiet
-from lorasc_fx.graph import LIKE_ANOTHER, named_weights
+from lorasc_fx.check.isolation import call_recorder, isolation, quiet
+from lorasc_fx.graph import named_weights
+from lorasc_fx.graph.forms import LIKE_ANOTHER
 from lorasc_fx.parameters import substituted
 from lorasc_fx.peft.format import (
     CONV1D,
@@ -43,6 +44,7 @@ from lorasc_fx.peft.format import (
 )
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
+from lorasc_fx.signature import copied
 from lorasc_fx.state import Factors
 from lorasc_fx.util.undo import Block, isolated
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
-from lorasc_fx.capture import Calls, bind
+from lorasc_fx.signature import Calls, bind
 from tests.kit.errors import raises, warns
 from tests.kit.models import batches, branches, by_hand, loss_of, optimizer_of, randomize
 

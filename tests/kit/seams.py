@@ -30,7 +30,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
     "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
-    "kept graphs": (reuse, "_KEPT"),
+    "kept graphs": (reuse, "_CACHE"),
     "backward": (preflight, "projected_gradients"),
     "outside use": (_MODULES["lorasc_fx.compile.fallback"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
@@ -64,9 +64,9 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "manifest bytes": ((writer, "LONGEST"), (reader, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),
-    "changes of a setting": ((variants, "OFTEN"),),
-    "graphs that are kept": ((reuse, "MOST"),),
-    "captures of the fallback": ((graph_breaks, "LIMIT"),),
+    "changes of a setting": ((variants, "MAX_CHANGES"),),
+    "graphs that are kept": ((reuse, "MAX_GRAPHS"),),
+    "captures of the fallback": ((graph_breaks, "MAX_CAPTURES"),),
 }
 
 

@@ -242,7 +242,7 @@ def oldest_variant(cascade: lx.Cascade) -> Any:
 
 def graphs_of(cascade: lx.Cascade) -> list[Any]:
     """The adapted graph of each variant."""
-    return [variant.module for variants in cascade._graphs.variants.held.values() for variant in variants]
+    return [variant.module for variant in cascade._graphs.variants.all]
 
 
 # ---- checkpoint files
