@@ -15,7 +15,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph import GraphEditor, calls_branches, record_of, verify
+from lorasc_fx.graph import GraphEditor, record_of, verify
+from lorasc_fx.graph.branch_calls import calls_branches
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class FoldBranches(EndsStage):
     def rewrite(self, graph: GraphEditor) -> None:
         """Take out nodes, then write values and go on to the next stage."""
         for node in branch_nodes(graph.module):
-            graph.take_out(node)
+            graph.remove_branch(node)
         plan = graph.record.plan
         if plan is not None and not graph.record.owner:
             named = named_weights(graph.owner)

@@ -11,19 +11,9 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, branch_class
 from lorasc_fx.errors import NoSites, PassError
-from lorasc_fx.graph import (
-    ON_INDEXED_EXPERT,
-    ON_WEIGHT,
-    GraphEditor,
-    Record,
-    branch_nodes,
-    call_template,
-    expert_index,
-    form_named,
-    named_weights,
-    trained_by,
-    use_of,
-)
+from lorasc_fx.graph import GraphEditor, Record, branch_nodes, call_template, named_weights, trained_by, use_of
+from lorasc_fx.graph.flow import expert_index
+from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT, form_named
 from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.state import start_weight
@@ -62,15 +52,15 @@ class InsertBranches(CascadePass):
                 continue
             site = plan.by_weight[use.weight]
             if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-                graph.put_on(base, site.key, {} if use.form == ON_WEIGHT else {"expert": expert_index(base)})
+                graph.insert_after(base, site.key, (), {} if use.form == ON_WEIGHT else {"expert": expert_index(base)})
                 continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)
             reading = form.reads(base, module)
             if use.merged:
-                graph.put_in_place(base, site.key, reading, form.product)
+                graph.replace_op(base, site.key, reading, form.product)
             else:
-                graph.put_beside(base, site.key, reading.x, reading.options)
+                graph.insert_after(base, site.key, (reading.x,), reading.options)
         if not graph.record.owner:
             start_values(graph, plan, [branch.weight_name for key, branch in branches.items() if key not in before])
             graph.freeze(trained_by(plan.spec, named_weights(graph.owner).names))

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from lorasc_fx.errors import SpecError
-from lorasc_fx.graph import GraphEditor, by_shape, match
+from lorasc_fx.graph import GraphEditor
+from lorasc_fx.graph.matching import match
+from lorasc_fx.graph.placement import by_shape
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 

@@ -124,7 +124,7 @@ def name_of(pass_: AnyPass) -> str:
 
 
 def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> GraphEditor:
-    before, record = editor.lend(), editor.record
+    before, record = editor.release_module(), editor.record
     result = pass_(before)
     changed = True
     if isinstance(result, PassResult):
@@ -138,7 +138,7 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     if not record_of(result).facts and "branches-folded" not in record.facts:
         set_record(result, record)  # made anew; of a folded graph nothing has to be known any more
     verify(result, f"after {name_of(pass_)}")
-    after = editor.go_on(result)
+    after = editor.resume(result)
     after.modified |= changed
     return after
 

@@ -12,7 +12,9 @@ from typing import ClassVar
 from torch import fx
 
 from lorasc_fx.branch import Branch, MatrixBranch
-from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, entries, shared_input, written_between
+from lorasc_fx.graph import GraphEditor, branch_nodes, call_template
+from lorasc_fx.graph.branch_calls import shared_input
+from lorasc_fx.graph.flow import entries, written_between
 
 from .base import CascadePass
 

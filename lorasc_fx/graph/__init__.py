@@ -1,112 +1,38 @@
-"""Graphs: the table of forms, matching, the one surgeon, the verifier, canonical text."""
+"""Graphs: the table of forms, matching, the editor, the verifier, and canonical text.
 
-from lorasc_fx.graph.branch_calls import branch_nodes, call_template, calls_branches, made_by, shared_input, use_of
-from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
-from lorasc_fx.graph.editor import (
-    GraphEditor,
-    call_instead,
-    drop_nodes,
-    products_with_weights,
-    refuse_smaller,
-    regions_as_modules,
-    rename_inputs,
-    retarget,
-    weights_from_inputs,
-)
-from lorasc_fx.graph.flow import entries, expert_index, written_between
-from lorasc_fx.graph.forms import (
-    ADDED_FIRST,
-    CONTRACTIONS,
-    FORMS,
-    LIKE_ANOTHER,
-    ON_INDEXED_EXPERT,
-    ON_WEIGHT,
-    SCALES,
-    Form,
-    FunctionForm,
-    ModuleForm,
-    Reading,
-    WeightForm,
-    form_named,
-    form_of,
-    forms_missing,
-    register_form,
-    weighs,
-)
-from lorasc_fx.graph.function import as_function, hooks_of, takes_leaves
-from lorasc_fx.graph.matching import Matching, Placer, candidates, match, survey
-from lorasc_fx.graph.placement import by_shape, placements_of
+Other names are imported from the file that defines them.
+"""
+
+from lorasc_fx.graph.branch_calls import branch_nodes, call_template, use_of
+from lorasc_fx.graph.copies import copy_graph, graph_module_like
+from lorasc_fx.graph.editor import GraphEditor
+from lorasc_fx.graph.forms import FORMS, FunctionForm, ModuleForm, WeightForm, register_form
 from lorasc_fx.graph.printer import text
-from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
-from lorasc_fx.graph.targets import check_patterns, matches, rules_of, trained_by
+from lorasc_fx.graph.record import Record, record_of, set_record
+from lorasc_fx.graph.targets import matches, trained_by
 from lorasc_fx.graph.verifier import faults, verify
-from lorasc_fx.graph.weights import BRANCHES, Memory, named_weights, owner_of, shared_memory
+from lorasc_fx.graph.weights import named_weights, shared_memory
 
 __all__ = [
-    "ADDED_FIRST",
-    "BRANCHES",
-    "CONTRACTIONS",
     "FORMS",
-    "LIKE_ANOTHER",
-    "ON_INDEXED_EXPERT",
-    "ON_WEIGHT",
-    "SCALES",
-    "Form",
     "FunctionForm",
     "GraphEditor",
-    "Matching",
-    "Memory",
     "ModuleForm",
-    "Placer",
-    "Reading",
     "Record",
-    "Use",
     "WeightForm",
-    "as_function",
-    "at_stage",
     "branch_nodes",
-    "by_shape",
-    "call_instead",
     "call_template",
-    "calls_branches",
-    "candidates",
-    "check_patterns",
     "copy_graph",
-    "drop_nodes",
-    "entries",
-    "expert_index",
     "faults",
-    "form_named",
-    "form_of",
-    "forms_missing",
     "graph_module_like",
-    "hooks_of",
-    "made_by",
-    "match",
     "matches",
     "named_weights",
-    "own_copy",
-    "owner_of",
-    "placements_of",
-    "products_with_weights",
     "record_of",
-    "refuse_smaller",
-    "regions_as_modules",
     "register_form",
-    "rename_inputs",
-    "retarget",
-    "rules_of",
     "set_record",
-    "shared_input",
     "shared_memory",
-    "strip",
-    "survey",
-    "takes_leaves",
     "text",
     "trained_by",
     "use_of",
     "verify",
-    "weighs",
-    "weights_from_inputs",
-    "written_between",
 ]

@@ -1,9 +1,8 @@
-"""The one surgeon: the only code that makes, erases or rewires nodes, or puts other tensors into a graph module.
+"""The only code that creates, erases or rewires nodes, or puts other tensors into a graph module.
 
-A `GraphEditor` works on a copy of a graph module that shares every module and tensor with the original; what it changes
-it copies first, so that the original stays as it was, whatever happens. It copies `node.meta`, stamps the pass that
-made a node, keeps names stable, and lints. The functions below it edit a graph that a front end has just made, and that
-nobody else holds.
+A `GraphEditor` works on a copy that shares every module and tensor with the original. What it changes it copies first,
+so the original is never changed. It copies `node.meta`, stamps the nodes that it makes with the name of the pass, keeps
+names stable, and lints. The functions below it edit in place the graph that a front end has just made.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from lorasc_fx.util.undo import commit
 
 
 class GraphEditor:
-    """A graph module under the knife, and what is known of it.
+    """Edits a copy of one GraphModule, and keeps its record up to date.
 
     Args:
-        graph_module: the original, which stays untouched.
+        graph_module: the original, which stays unchanged.
         name: of the pass, stamped on the nodes that it makes.
     """
 
@@ -47,7 +46,7 @@ class GraphEditor:
 
     @property
     def record(self) -> Record:
-        """What the graph module carries; assign to replace it."""
+        """The metadata of the graph module. Assign to replace them."""
         return record_of(self.module)
 
     @record.setter
@@ -57,7 +56,7 @@ class GraphEditor:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes in order, as they are now."""
+        """The current nodes, in order."""
         return tuple(self.module.graph.nodes)
 
     @property
@@ -66,7 +65,7 @@ class GraphEditor:
         return owner_of(self.module, self.record)
 
     def mark(self, uses: Mapping[fx.Node, Use]) -> None:
-        """Mark the nodes that use a site, and take the mark from all others."""
+        """Mark the nodes that use a site, and unmark all others."""
         for node in self.nodes:
             use = uses.get(node)
             if use_of(node) != use:
@@ -77,7 +76,7 @@ class GraphEditor:
 
     @property
     def branches(self) -> Mapping[str, Branch]:
-        """The branches that the graph module holds, by key."""
+        """The branches of the graph module, by key."""
         if self.module._modules.get(BRANCHES) is None:
             return {}
         branches = held_branches(self.module)
@@ -89,7 +88,7 @@ class GraphEditor:
         return branches
 
     def set_branches(self, branches: Mapping[str, Branch]) -> None:
-        """Hold these branches, in a dictionary of this copy's own; without any, the child goes."""
+        """Replace the branches. Without any, the child that holds them is removed."""
         before = self.branches
         self.module._modules.pop(BRANCHES, None)
         if branches:
@@ -97,15 +96,15 @@ class GraphEditor:
         self.modified |= dict(before) != dict(branches)
 
     def renew_branches(self, renewed: Mapping[str, Branch]) -> None:
-        """Hold new values for these branches; `finish` writes them into the old Parameters, which stay in use."""
+        """Set new values for these branches. `finish` writes them into the old Parameters, which stay in use."""
         old = self.branches
         for key in renewed:
             self._renewed.setdefault(key, old[key])
         self.set_branches({**old, **renewed})
 
-    def put_beside(self, base: fx.Node, key: str, x: Any, options: Mapping[str, Any]) -> fx.Node:
-        """Insert `branches.KEY(base, x, **options)` after `base`, and give its value to all users of `base`."""
-        return self._insert(base, key, (base, x), options)
+    def insert_after(self, base: fx.Node, key: str, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
+        """Insert `branches.KEY(base, *inputs, **options)` after a node, and let all users of the node read it."""
+        return self._insert(base, key, (base, *inputs), options)
 
     def _insert(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
         graph = self.module.graph
@@ -113,23 +112,19 @@ class GraphEditor:
             node = graph.create_node("call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{base.name}_lora")
         node.meta = {name: value for name, value in base.meta.items() if name != USE}
         node.meta[MADE_BY] = self.name
-        if f"{base.name}_lora" not in self._names:  # a name that a fold gave back is free again, fx would number it
+        if f"{base.name}_lora" not in self._names:  # fx numbers a name that was used before, even if a fold freed it
             node.name = f"{base.name}_lora"
         self._names.add(node.name)
         base.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
         self.modified = True
         return node
 
-    def put_on(self, weight: fx.Node, key: str, options: Mapping[str, Any]) -> fx.Node:
-        """Insert `branches.KEY(weight, **options)` after a weight's node, and give its value to all users of it."""
-        return self._insert(weight, key, (weight,), options)
-
-    def put_in_place(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
-        """Put `branches.KEY(x, weight, bias, **options, op=product)` in place of `base`, which a fold writes again."""
+    def replace_op(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
+        """Replace `base` by `branches.KEY(x, weight, bias, **options, op=product)`. A fold restores it."""
         graph = self.module.graph
         inputs: list[Any] = [reading.x]
         for what, tensor in (("weight", reading.weight), ("bias", reading.bias)):
-            if isinstance(tensor, str):  # a module's own, which the graph does not show
+            if isinstance(tensor, str):  # an attribute of the module that `base` calls
                 with graph.inserting_before(base):
                     inputs.append(self._made("get_attr", tensor, (), f"{base.name}_{what}"))
             elif tensor is not None:
@@ -142,7 +137,7 @@ class GraphEditor:
         return node
 
     def cut_before(self, nodes: Collection[fx.Node], cut: Any) -> None:
-        """Let a call of `cut` stand right before each of these nodes, and nowhere else."""
+        """Put a call of `cut` right before each of these nodes, and erase all others."""
         for node in self.nodes:
             if (node.op, node.target) == ("call_function", cut) and node.next not in nodes:
                 self._erase(node)
@@ -153,7 +148,7 @@ class GraphEditor:
                 self.modified = True
 
     def share(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """Let branch nodes that read one input read one stacked product of it instead."""
+        """Let branch nodes with the same input read slices of one stacked product of it."""
         graph, x = self.module.graph, nodes[0].args[1]
         assert isinstance(x, fx.Node)
         with graph.inserting_before(nodes[0]):
@@ -171,7 +166,7 @@ class GraphEditor:
         return group
 
     def unshare(self, node: fx.Node) -> None:
-        """Let a branch node read its input itself again."""
+        """Let a branch node read its input directly again."""
         shared = shared_input(node)
         assert shared is not None
         low = node.args[1]
@@ -188,19 +183,19 @@ class GraphEditor:
         self._names.add(node.name)
         return node
 
-    def take_out(self, node: fx.Node) -> None:
-        """Erase a branch node; its users get the base op's value again."""
+    def remove_branch(self, node: fx.Node) -> None:
+        """Erase a branch node. Its users read the base op again."""
         op = replaced_call(node)
         if op is not None:
-            self._write_again(node, op)
+            self._restore_op(node, op)
             return
         base = node.args[0]
         assert isinstance(base, fx.Node)
         node.replace_all_uses_with(base)
         self._erase(node)
 
-    def _write_again(self, node: fx.Node, op: ReplacedCall) -> None:
-        """Put the op back in whose place a branch node stands."""
+    def _restore_op(self, node: fx.Node, op: ReplacedCall) -> None:
+        """Restore the op that a merged branch replaced."""
         graph = self.module.graph
         with graph.inserting_before(node):
             base = graph.create_node(op.op, op.target, op.args, dict(op.kwargs), name=op.name)
@@ -212,7 +207,7 @@ class GraphEditor:
         self._erase(node)
 
     def _erase(self, node: fx.Node) -> None:
-        """Erase a node that nobody reads, and what passes made for it alone."""
+        """Erase a node without users, and the nodes that passes made for it alone."""
         read = [source for source in node.all_input_nodes if made_by(source)]
         self.module.graph.erase_node(node)
         self._names.discard(node.name)
@@ -222,18 +217,18 @@ class GraphEditor:
         self.modified = True
 
     def give_arguments(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Call a node with other arguments."""
+        """Replace the arguments of a node."""
         node.args, node.kwargs = args, dict(kwargs)
         self.modified = True
 
     def drop_unused(self, drop: Callable[[fx.Node], bool]) -> None:
-        """Erase the nodes without users that `drop` names, last first."""
+        """Erase the nodes without users for which `drop` is true, last first."""
         for node in drop_nodes(self.module.graph, drop):
             self._names.discard(node.name)
             self.modified = True
 
     def set_tensor(self, names: tuple[str, ...], value: torch.Tensor) -> None:
-        """Put a new Parameter at these names of the owner, in copies of the modules on the way there."""
+        """Put a new Parameter at these names of the owner, in copies of the modules on the path."""
         old = self.module.get_parameter(f"{self.record.prefix}{names[0]}")
         self._put(names, nn.Parameter(value, requires_grad=old.requires_grad))
 
@@ -249,9 +244,9 @@ class GraphEditor:
         self.modified = True
 
     def freeze(self, trained: Collection[str]) -> None:
-        """Freeze all weights but those that are trained in full, as peft does: by new Parameters on the same memory.
+        """Freeze all weights except those that are trained in full, by new Parameters on the same memory.
 
-        The original ones, which others hold, stay trainable; `unfreeze` puts them back.
+        The original ones, which others hold, stay trainable. `unfreeze` restores them.
         """
         named, frozen = named_weights(self.owner), {}
         for name, parameter in named.parameters.items():
@@ -261,21 +256,19 @@ class GraphEditor:
         self.record = replace(self.record, frozen={**self.record.frozen, **frozen})
 
     def unfreeze(self) -> None:
-        """Let what `freeze` has frozen be trainable again: the original Parameter, unless the weight has another value
-        by now.
-        """
+        """Restore the Parameters that `freeze` replaced. A weight with another value gets a new trainable one."""
         named = named_weights(self.owner)
         for name, original in self.record.frozen.items():
-            now = named.parameters.get(name)
-            if now is not None:
-                same = Memory.of(now) is not None and Memory.of(now) == Memory.of(original)
-                self._put(named.names[name], original if same else nn.Parameter(now.detach()))
+            current = named.parameters.get(name)
+            if current is not None:
+                same = Memory.of(current) is not None and Memory.of(current) == Memory.of(original)
+                self._put(named.names[name], original if same else nn.Parameter(current.detach()))
         self.record = replace(self.record, frozen={})
 
-    def lend(self) -> fx.GraphModule:
-        """Lint, compile, and return the copy for another's pass, which may exchange modules and parameters in it.
+    def release_module(self) -> fx.GraphModule:
+        """Lint, compile, and return the copy for a foreign pass, which may replace modules and parameters in it.
 
-        Only tensors are shared with the original, and a live model, which is the runtime's.
+        It shares only tensors with the original, and the live model if there is one.
         """
         self.compiled()
         memo: dict[nn.Module, nn.Module] = {}
@@ -285,20 +278,20 @@ class GraphEditor:
         return self.module
 
     def compiled(self) -> fx.GraphModule:
-        """Lint, compile, and return the copy as it is."""
+        """Lint, compile, and return the copy."""
         self.module.graph.lint()
         self.module.recompile()
         return self.module
 
-    def go_on(self, graph_module: fx.GraphModule) -> GraphEditor:
-        """Return an editor of what such a pass made of the copy; what was renewed here is still to be written."""
+    def resume(self, graph_module: fx.GraphModule) -> GraphEditor:
+        """Return an editor of the result of a foreign pass, which still writes the renewed branches."""
         after = GraphEditor(graph_module, self.name)
         after.modified = self.modified
         after._renewed = dict(self._renewed)
         return after
 
     def finish(self) -> fx.GraphModule:
-        """Lint, compile, write renewed branches in place, all or none, and return the edited copy."""
+        """Lint, compile, write renewed branches in place (all or none), and return the edited copy."""
         self.compiled()
         holder = self.module._modules.get(BRANCHES)
         if not isinstance(holder, nn.ModuleDict):
@@ -316,7 +309,7 @@ class GraphEditor:
             return self.module
 
     def _own(self, path: list[str]) -> nn.Module:
-        """Return the module at a path, with each module on the way replaced by a copy that is this editor's own."""
+        """Return the module at a path, after replacing each module on the path by a copy."""
         holder: nn.Module = self.module
         for part in path:
             child = holder._modules[part]
@@ -330,7 +323,7 @@ class GraphEditor:
 
 
 def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Erase the nodes without users that `drop` names, last first, and return them."""
+    """Erase the nodes without users for which `drop` is true, last first, and return them."""
     erased = []
     for node in reversed(list(graph.nodes)):
         if not node.users and drop(node):
@@ -340,7 +333,7 @@ def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node
 
 
 def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
-    """Let a graph read weights by name that it gets as inputs; the inputs stay, unread, for the caller's sake."""
+    """Let a graph read weights by name that it gets as inputs. The inputs stay, unread: the caller passes them."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for placeholder, name in names.items():
         with graph.inserting_after(last):
@@ -355,13 +348,14 @@ def regions_as_modules(
     weights: Collection[str],
     module_for: Callable[[str, tuple[str | None, ...], Mapping[str, Any]], str],
 ) -> None:
-    """Let each node that runs a region by a higher-order op call a module instead, which reads its weights itself.
+    """Replace each call of a higher-order op by a call of a module, which reads its weights itself.
 
     Args:
-        op: called with the region's body and its inputs.
-        weights: names that the graph reads as weights; these are no inputs any more.
-        module_for: is given the name of the body, for each input the weight's name or None, and the options of the op;
-            returns the name of the module.
+        graph: is changed.
+        op: called with a body and its inputs.
+        weights: names that the graph reads as weights; the module does not get them as inputs.
+        module_for: gets the name of the body, for each input the weight's name or None, and the options of the op.
+            Returns the name of the module.
     """
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target is op]:
         body, *inputs = node.args
@@ -389,7 +383,7 @@ def call_instead(
     new: Callable[..., Any],
     where: Callable[[fx.Node], bool],
 ) -> bool:
-    """Let every node that calls one function (and that `where` means) call another one; whether there was any."""
+    """Let the nodes that call `old`, and for which `where` is true, call `new`. Return whether there were any."""
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
     for node in calls:
         node.target = new
@@ -397,7 +391,7 @@ def call_instead(
 
 
 def products_with_weights(graph: fx.Graph, modules: Mapping[str, tuple[str, bool]]) -> None:
-    """Let each opaque product of a `QuantizedLinear` read the weight and bias of its module.
+    """Let each opaque product of a `QuantizedLinear` read weight and bias of its module.
 
     Args:
         graph: is changed.
@@ -412,18 +406,18 @@ def products_with_weights(graph: fx.Graph, modules: Mapping[str, tuple[str, bool
 
 
 def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
-    """Give each node that names an attribute or module the target that `rename` returns."""
+    """Rename the target of each node that reads an attribute or calls a module."""
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             node.target = rename(node)
 
 
 def refuse_smaller(graph: fx.Graph, inputs: Sequence[str], least: Mapping[tuple[int, int], int]) -> None:
-    """Let a graph raise RuntimeError if an axis of an input is smaller than it may be.
+    """Let a graph raise RuntimeError if an axis of an input is too small.
 
     Args:
         graph: of ATen operators; is changed.
-        inputs: names of the placeholders that are inputs, in order.
+        inputs: names of the placeholders of inputs, in order.
         least: smallest size, by the number of the input and of the axis.
     """
     nodes = {node.name: node for node in graph.nodes}
@@ -443,7 +437,7 @@ def refuse_smaller(graph: fx.Graph, inputs: Sequence[str], least: Mapping[tuple[
 
 
 def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Give the inputs these names, in order, by which a call may pass them; as they are if there are not as many."""
+    """Rename the inputs, in order, unless their number differs."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) == len(names):
         for node, name in zip(inputs, names, strict=True):

@@ -1,14 +1,13 @@
-"""Data flow of weights: where a weight goes, at which nodes it meets an input, and which memory nodes may share.
+"""Data flow of weights: where a weight goes, at which nodes it meets an input, and which nodes may share memory.
 
-A weight may be transposed, sliced, cast, normalized or standardized before anything is multiplied by it. Nodes that
-depend on weights, buffers and literals alone are `constant`; the nodes that read a constant and are not constant
-themselves consume the weight.
+A weight may be transposed, sliced, cast, normalized or standardized before it is used. Nodes that depend on weights,
+buffers and literals alone are `constant`. The other nodes that read a constant consume the weight.
 
 A weight may reach an input in several ways. `uses_of` tries them in this order, and the first that makes a site counts:
 
-1. what is computed of the weight alone is multiplied with an input, or looked up, or it is the weight of a product
-   beside which a branch can stand, whatever is multiplied with it;
-2. it is multiplied with a constant in some other form;
+1. what is computed from the weight alone is multiplied by an input or looked up, or is the weight of a product that a
+   branch can stand beside, whatever it is multiplied by;
+2. it is multiplied by a constant in some other form;
 3. scaled by an input, it is the weight of a linear or a convolution (a modulated convolution);
 4. an input selects rows of it.
 """
@@ -16,7 +15,6 @@ A weight may reach an input in several ways. `uses_of` tries them in this order,
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +31,7 @@ from lorasc_fx.graph.weights import module_at
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return the sizes of a node's tensor in the call that was captured; None where nothing is known of it."""
+    """Return the sizes of a node's tensor in the captured call, or None if they are unknown."""
     for name in ("val", "example_value", "tensor_meta"):
         value = node.meta.get(name)
         shape = getattr(value, "shape", None)
@@ -44,43 +42,36 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def entries(node: fx.Node) -> int:
-    """Return how many entries a node's tensor has; 0 where nothing is known of it."""
+    """Return the number of entries of a node's tensor, or 0 if it is unknown."""
     shape = shape_of(node)
     return math.prod(shape) if shape is not None else 0
 
 
 def _number(size: int | torch.SymInt) -> int | None:
-    """Return a size as it was in that call; None for one that follows from values, or differs within a tensor."""
+    """Return a size in the captured call, or None if it depends on values or differs within a tensor."""
     hint = size if isinstance(size, int) else getattr(size.node, "hint", None)
     return hint if isinstance(hint, int) else None
 
 
-_SHAPE_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
-_SELECTIONS = {
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.index_select.default,
-    torch.ops.aten.select.int,
-    torch.ops.aten.gather.default,
-    torch.index_select,
-    torch.select,
-    torch.gather,
-    operator.getitem,
-    "index_select",
-    "select",
-    "gather",
-}
-_LOOKUPS = {torch.ops.aten.embedding.default, torch.embedding, F.embedding}
-"""Targets that use a weight even where the indices are constant."""
+_SHAPE_FUNCTIONS = {"sym_size", "_assert_tensor_metadata"}
 _SHAPE_METHODS = {"size", "dim", "numel", "is_floating_point", "stride"}
+_SELECTIONS = {"index", "index_select", "select", "gather", "getitem"}
+_LOOKUPS = {torch.ops.aten.embedding.default, torch.embedding, F.embedding}
+"""Targets that use a weight even if the indices are constant."""
 _FACTORIES = {"eye", "ones", "zeros", "full", "arange", "linspace", "tensor", "scalar_tensor", "tril_indices"}
-_WRITING_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__", "__setitem__")
+_INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "imatmul", "setitem"}
+_INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A node at which a weight meets an input, and the constants made of the weight that it reads there; `aliases` are
-    those that may share the weight's memory.
+    """A node where a weight meets an input.
+
+    Args:
+        node: the node.
+        reads: its arguments that are computed from the weight.
+        aliases: those of them that may share the weight's memory.
     """
 
     node: fx.Node
@@ -89,9 +80,9 @@ class Consumer:
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that depend on no input's values: get_attr, sizes, and calls whose arguments are such nodes.
+    """Return the nodes that depend on no values of inputs: get_attr, sizes, and calls of such nodes.
 
-    What is made of sizes alone (a state of zeros for this batch) is none of them.
+    A tensor that is made of sizes alone, such as zeros for this batch, is not constant.
     """
     constant: set[fx.Node] = set()
     sizes: set[fx.Node] = set()
@@ -108,14 +99,14 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def read_values(node: fx.Node) -> list[fx.Node]:
-    """Return the inputs whose values a node reads: of `x.type_as(y)`, only x."""
+    """Return the arguments whose values a node reads. For example, `x.type_as(y)` reads only x."""
     if name_of(node) not in LIKE_ANOTHER:
         return node.all_input_nodes
     return [source for source in node.all_input_nodes if source is node.args[0]]
 
 
 def _arithmetic(node: fx.Node) -> bool:
-    """Whether a node computes numbers of numbers."""
+    """Whether a node computes a number from numbers."""
     home = getattr(node.target, "__module__", "")
     return home in ("_operator", "builtins", "math") or name_of(node).startswith("sym_")
 
@@ -129,16 +120,16 @@ def consumers(
     is_use: Test = lambda node, reads: False,
     is_passed: Test = lambda node, reads: False,
 ) -> Iterator[Consumer]:
-    """Yield where a weight's get_attr node, or what is computed of it, meets an input; each node once.
+    """Yield the nodes where a weight, or what is computed from it, meets an input; each node once.
 
     Args:
-        weight: the node.
+        weight: its get_attr node.
         constant: nodes that depend on no input.
-        is_use: of nodes that are to count as uses though they depend on no input.
-        is_passed: of nodes that are to be passed though they depend on one. Both are given the arguments made of the
-            weight.
+        is_use: whether a node counts as a use although it depends on no input.
+        is_passed: whether to follow a node although it depends on an input. Both get the node, and its arguments that
+            are computed from the weight.
     """
-    derived, met = {weight: True}, dict[fx.Node, None]()  # whether it may share the weight's memory
+    derived, met = {weight: True}, dict[fx.Node, None]()  # values: whether the node may share the weight's memory
     waiting = [weight]
     while waiting:
         for user in waiting.pop().users:
@@ -149,7 +140,7 @@ def consumers(
             made = (made or is_passed(user, sources)) and not any(
                 derived[source] and mutates(user, source) for source in sources
             )
-            # a merged branch stands for its op: it is a use even if the input is constant
+            # A merged branch stands for its op: it is a use even if the input is constant.
             apart = user.target in _LOOKUPS or call_template(user) is not None or is_use(user, sources)
             if user.users and not apart and user.op != "output" and (made or selects(user, derived)):
                 derived[user] = any(derived[source] for source in sources) and may_alias(user)
@@ -162,28 +153,28 @@ def consumers(
 
 
 def may_alias(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with an argument; unknown where the op has no schema."""
+    """Whether a node's value may share memory with an argument. True if the op has no schema."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
-    """Whether a node takes rows out of its first argument by an index that depends on inputs."""
+    """Whether a node selects rows of its first argument by an index that depends on inputs."""
     return any(index not in constant for index in _indices(node))
 
 
 def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
-    """Whether a node takes a part of a weight, by an index that may depend on inputs (an expert, by a router)."""
+    """Whether a node selects a part of a weight by an index, as a router that depends on inputs selects an expert."""
     return _is_selection(node) and node.args[0] in derived and not any(index in derived for index in _indices(node))
 
 
 def _is_selection(node: fx.Node) -> bool:
-    """Whether a node takes a part of its first argument by an index."""
-    return node.op in ("call_function", "call_method") and node.target in _SELECTIONS
+    """Whether a node selects a part of its first argument by an index."""
+    return node.op in ("call_function", "call_method") and name_of(node) in _SELECTIONS
 
 
 def _indices(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes by whose values a selection takes a part; none of another node."""
+    """Return the index nodes of a selection; an empty list for another node."""
     rest: list[fx.Node] = []
     if _is_selection(node):
         fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
@@ -191,18 +182,18 @@ def _indices(node: fx.Node) -> list[fx.Node]:
 
 
 def reads_shape_only(node: fx.Node) -> bool:
-    """Whether a node reads no value of its argument, only shape, dtype or device."""
+    """Whether a node reads only shape, dtype or device of its argument."""
     if node.op == "call_method":
         return node.target in _SHAPE_METHODS
     if node.op != "call_function":
         return False
-    return node.target in _SHAPE_ONLY or (
-        node.target is getattr and any(name in _SHAPE_ATTRIBUTES for name in node.args[1:2])
-    )
+    if node.target is getattr:
+        return any(name in _SHAPE_ATTRIBUTES for name in node.args[1:2])
+    return name_of(node) in _SHAPE_FUNCTIONS
 
 
 def mutates(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node writes into this argument, itself or in a region that it runs."""
+    """Whether a node writes into this argument, directly or in the body of a higher-order op."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return any(mutates(user, inner) for inner in inside(node, source) for user in inner.users)
     if node.target in (F.embedding, F.embedding_bag):
@@ -211,7 +202,7 @@ def mutates(node: fx.Node, source: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         name = str(node.target)
-        writes = name in _WRITING_METHODS or (name.endswith("_") and not name.endswith("__"))
+        writes = name in _INPLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
         return node.op == "call_method" and writes and node.args[:1] == (source,)
     for position, argument in enumerate(schema.arguments):
         value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
@@ -221,7 +212,7 @@ def mutates(node: fx.Node, source: fx.Node) -> bool:
 
 
 def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
-    """Yield what stands for an argument inside the regions that a node runs, if it is a higher-order op."""
+    """Yield the placeholders of an argument in the bodies that a higher-order op runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
     owner, given = node.graph.owning_module, pytree.tree_leaves(node.args)
@@ -238,27 +229,23 @@ def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_impure(node: fx.Node) -> bool:
-    """Whether a node has to run once, in its place: it writes, or draws random numbers."""
+    """Whether a node has side effects: it writes, or draws random numbers."""
     tags = getattr(node.target, "tags", ())
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 
 
-_SELECTS = (torch.ops.aten.select.int, torch.select, "select")
-_INDEXES = (torch.ops.aten.index.Tensor, operator.getitem)
-
-
 def expert_index(node: fx.Node) -> fx.Node | None:
-    """Return the index by which a node takes one matrix out of a stack, where it is computed; else None.
+    """Return the index node by which a node selects one matrix of a stack, or None.
 
-    An index that is a number in the graph is none: the experts that are read so make up the stack, read once.
+    A number in the graph is no such index: all experts are read then, each once, and together they are the stack.
     """
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    rest = node.args[1:]
-    if node.target in _SELECTS:
+    rest, name = node.args[1:], name_of(node)
+    if name == "select":
         index = rest[1] if len(rest) == 2 and rest[0] == 0 else None
     else:
-        index = rest[0] if node.target in _INDEXES and len(rest) == 1 else None
+        index = rest[0] if name in ("index", "getitem") and len(rest) == 1 else None
     if isinstance(index, (tuple, list)) and len(index) == 1:
         index = index[0]
     stack, taken = shape_of(node.args[0]), shape_of(node)
@@ -267,13 +254,13 @@ def expert_index(node: fx.Node) -> fx.Node | None:
 
 
 def indexed_experts(stack: fx.Node) -> list[fx.Node]:
-    """Return the nodes that take one matrix each out of a stack; none if anything else reads it."""
+    """Return the nodes that each select one matrix of a stack; an empty list if anything else reads it."""
     users = [user for user in stack.users if not reads_shape_only(user)]
     return users if users and all(expert_index(user) is not None and user.args[0] is stack for user in users) else []
 
 
 def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
-    """Return where a weight is used, in the first way of the module's list that makes a site of it.
+    """Return where a weight is used, in the first way of the list above that makes a site.
 
     Args:
         weight: a get_attr node, or the node of a branch that stands on one.
@@ -295,7 +282,7 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
 
 
 def kind_of(consumer: Consumer) -> str | None:
-    """Return the kind of site that a consumer makes of its weight, itself or in a region that it runs, or None."""
+    """Return the kind of site that a consumer makes of its weight, also in the body of a higher-order op, or None."""
     replaced = replaced_call(consumer.node)
     if replaced is not None and replaced.form is not None:
         return replaced.form.kind
@@ -318,27 +305,17 @@ def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
 
 
 def _as_weight(consumer: Consumer) -> bool:
-    """Whether the node takes what is made of the weight as its weight, and something else as its input."""
+    """Whether the node reads what is computed from the weight as its weight, and something else as its input."""
     args = consumer.node.args
     return (
         weighs(name_of(consumer.node)) and len(args) > 1 and args[1] in consumer.reads and args[0] not in consumer.reads
     )
 
 
-_WRITING_FUNCTIONS = {
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.imatmul,
-    operator.setitem,
-}
-
-
 def written_between(first: fx.Node, last: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
-    """Return a node after `first` and before `last` that may write into the memory of one of `values`, or None.
+    """Return a node between `first` and `last` that may write into the memory of one of `values`, or None.
 
-    What a node without a schema returns may share memory with its arguments, but for the ops that have a form.
+    The value of a node without a schema may share memory with its arguments, unless the op has a form.
     """
     roots: set[fx.Node] | None = None
     node = first.next
@@ -357,13 +334,13 @@ def _writes(node: fx.Node, source: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(_called(node), "inplace", False))
     name = name_of(node)
-    into = node.target in _WRITING_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
+    into = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     stated = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
     return stated or mutates(node, source) or (into and node.args[:1] == (source,))
 
 
 def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
-    """Return the nodes whose memory these values may share, themselves among them."""
+    """Return the nodes that these values may share memory with, including themselves."""
     reached, waiting = set[fx.Node](), list(values)
     while waiting:
         node = waiting.pop()
@@ -395,25 +372,26 @@ Slice = tuple[int, int]
 
 
 def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice | None:
-    """Return the first row that a node holds of a weight, and the one after the last; None for other ways to it.
+    """Return the first row of a weight that a node holds, and the one after the last.
 
     Args:
-        node: made of the weight by slicing and views alone, or None is returned.
-        weight: where the way starts.
+        node: None is returned unless it is computed from the weight by slices and views alone.
+        weight: the weight's node.
         shape: of the weight.
     """
-    way: list[fx.Node] = []
-    here = node
-    while here is not weight:
-        if name_of(here) not in _CUTS | _VIEWS or len(here.all_input_nodes) != 1:
+    path: list[fx.Node] = []
+    while node is not weight:
+        if name_of(node) not in _CUTS | _VIEWS or len(node.all_input_nodes) != 1:
             return None
-        way.append(here)
-        here = here.all_input_nodes[0]
-    if not any(name_of(step) in _CUTS for step in way):
+        path.append(node)
+        node = node.all_input_nodes[0]
+    if not any(name_of(step) in _CUTS for step in path):
         return (0, shape[0])
+    # Run the same ops on a tensor that has the number of its row in each entry.
     value: Any = torch.arange(shape[0], dtype=torch.int32).view(-1, *(1 for _ in shape[1:])).expand(shape)
-    for step in reversed(way):
-        args, kwargs = _filled((step.args, step.kwargs), value)
+    for step in reversed(path):
+        current = value
+        args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda _: current)  # noqa: B023
         call: Any = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
         value = call(*args[step.op == "call_method" :], **kwargs)
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
@@ -423,13 +401,8 @@ def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice 
     return (first, last + 1) if whole and value.unique().numel() == last + 1 - first else None
 
 
-def _filled(arguments: Any, value: Any) -> Any:
-    """Return arguments with a value in place of the one node among them."""
-    return fx.node.map_arg(arguments, lambda _: value)
-
-
 def slices_of(reads: Iterable[Slice | None], rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows of the slices that divide a weight among its uses; () where they do not."""
+    """Return the numbers of rows of the slices that divide a weight among its uses, or () if they do not."""
     ranges = set(reads)
     if None in ranges:
         return ()

@@ -1,12 +1,12 @@
-"""Forms: the kinds of calls beside which a branch can stand, one row each, and the ops that contract.
+"""Forms: the kinds of calls that a branch can stand beside, one row each, and the ops that contract with a weight.
 
-A row says which node it is, where its input and weight stand, how the op reads the weight, and which of its arguments
-the branch must repeat. Adding an operator is adding a row to FORMS and a case in tests/passes; no pass changes. Three
-dialects: ATen (torch.export), functional (the builtins that F.linear and F.conv* trace to, and methods) and modules
-(`call_module`).
+A row says which node it is, where its input and weight stand, how the op reads the weight, and which arguments the
+branch must repeat. Adding an operator is adding a row to FORMS and a case in tests/kit/operators; no pass changes.
+There are three dialects: ATen (torch.export), functional (the builtins that F.linear and F.conv* trace to, and methods)
+and modules (`call_module`).
 
-An op that multiplies by a weight, or looks rows of it up, and stands in no row is in CONTRACTIONS: its branch stands
-on the weight. `register_form` adds a user's own rows.
+An op in no row that multiplies by a weight, or looks rows of it up, is in CONTRACTIONS: its branch stands on the
+weight. `register_form` adds rows of the user.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -31,11 +31,11 @@ from lorasc_fx.spec import KINDS
 
 
 class AnyNode(Protocol):
-    """A node, or a call that a branch node has replaced."""
+    """An `fx.Node`, or the stored call of an op that a merged branch replaced."""
 
     @property
     def op(self) -> str:
-        """Kind of node."""
+        """The kind of node."""
 
     @property
     def target(self) -> Any:
@@ -52,8 +52,9 @@ class AnyNode(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a form reads off its node: the input, and the arguments that the branch repeats; with the weight and bias,
-    nodes or, of a module's, their names.
+    """The parts of a node: input, arguments that the branch repeats, weight and bias.
+
+    Weight and bias are nodes, or names if a module holds them.
     """
 
     x: fx.node.Argument
@@ -64,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form(abc.ABC):
-    """A row: `name` for people, the `kind` of its sites, and the layout in which the op reads the weight."""
+    """A row: a `name` for messages, and the `kind` of its sites."""
 
     name: str
     kind: str
@@ -75,14 +76,26 @@ class Form(abc.ABC):
 
     @property
     def product(self) -> str:
-        """The op that a branch may be merged into, as `lorasc_fx.branch` names it; "" where it may not."""
+        """The op that a branch may be merged into, as `lorasc_fx.branch` names it, or ""."""
         return {"linear": self.name.rpartition(".")[2].lower(), "conv": "conv"}.get(self.kind, "")
 
 
 @dataclass(frozen=True)
 class FunctionForm(Form):
-    """A call of one of these targets with these parameters: functions, names of methods, or `space::name` of ops that
-    another library defines.
+    """A call that a branch can stand beside: the op is linear in its weight.
+
+    Args:
+        name, kind: see `Form`.
+        targets: functions, names of methods, or `namespace::name` of ops that another library defines.
+        parameters: names of the target's arguments, in order.
+        dims: number of axes of the weight.
+        weight, x: which parameters are the weight and the input.
+        repeats: parameters that the branch repeats.
+        plain: parameters that must have this value or None.
+        counted: parameters that must not be negative.
+        options: more options of the branch.
+        needs: parameters that must be given.
+        layout: `out_in` if the op reads the weight as [out, in], or `in_out`.
     """
 
     targets: tuple[Callable[..., Any] | str, ...]
@@ -98,13 +111,11 @@ class FunctionForm(Form):
     layout: str = "out_in"
 
     def argument(self, node: AnyNode, name: str) -> Any:
-        """Return the node's argument of this name, wherever it stands, or None."""
+        """Return an argument of the node by name, or None."""
         return _argument(self.parameters, node, name)
 
     def fits(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether the node reads `source` as its weight and nowhere else, has no argument that the row cannot repeat,
-        and those that it needs.
-        """
+        """Whether the node reads `source` as its weight and nowhere else, and its other arguments fit the row."""
         reads: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), reads.append)
         plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
@@ -113,7 +124,7 @@ class FunctionForm(Form):
         return plain and self.argument(node, self.weight) is source and reads.count(source) == 1
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
-        """Return the input and those of the arguments to repeat that the node gives."""
+        """Return the parts of the node."""
         given = {name: self.argument(node, name) for name in self.repeats}
         options = {name: value for name, value in given.items() if value is not None}
         bias = self.argument(node, "bias") if "bias" in self.parameters else None
@@ -124,12 +135,13 @@ class FunctionForm(Form):
 
 @dataclass(frozen=True)
 class WeightForm:
-    """A call of one of these targets that computes with its weight in any way: the branch stands on the weight, before
-    it. The op may do what it likes with `W + s B A`; the weight's whole gradient is made.
+    """A call that computes with its weight in any way. The branch stands on the weight, before the op.
+
+    The op may do anything with `W + s B A`. The full gradient of the weight is computed.
 
     Args:
-        name: for people, in plans and in messages.
-        kind: of the sites, one of `lorasc_fx.spec.KINDS`; a spec's targets may name it.
+        name: in plans and messages.
+        kind: of the sites, one of `lorasc_fx.spec.KINDS`. The targets of a spec may name it.
         targets: functions, torch ops, or names of methods.
         parameters: names of the target's arguments, in order.
         weight: which of them is the weight.
@@ -142,7 +154,7 @@ class WeightForm:
     weight: str = "weight"
 
     def argument(self, node: AnyNode, name: str) -> Any:
-        """Return the node's argument of this name, wherever it stands, or None."""
+        """Return an argument of the node by name, or None."""
         return _argument(self.parameters, node, name)
 
 
@@ -153,13 +165,13 @@ def _argument(parameters: tuple[str, ...], node: AnyNode, name: str) -> Any:
 
 @dataclass(frozen=True)
 class ModuleForm(Form):
-    """A `call_module` of a module whose forward is that of `module`, under whatever class name."""
+    """A call of a module whose forward is that of the class `module`. Its own class may be a subclass."""
 
     module: type[nn.Module]
     layout: str = "out_in"
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether the module computes as the row's class does; with its own forward, or with hooks, it does not."""
+        """Whether the module computes as the class of the row: without hooks, and without a forward of its own."""
         kind = type(module)
         if module._forward_pre_hooks or module._forward_hooks:
             return False
@@ -171,7 +183,7 @@ class ModuleForm(Form):
         return same and plain
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
-        """Return the input and the module's own stride, padding, dilation and groups, or padding_idx."""
+        """Return the parts of the call; the options are attributes of the module."""
         x = node.args[0] if node.args else node.kwargs["input"]
         bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
         weights = (f"{node.target}.weight", bias)
@@ -190,7 +202,7 @@ class ModuleForm(Form):
 RegisteredForm = FunctionForm | ModuleForm | WeightForm
 
 REGISTERED: OrderedDict[int, RegisteredForm] = OrderedDict()
-"""The registered rows by the number of their handle; torch's handles want a dictionary of this type."""
+"""The registered rows by the id of their handle. Torch's handles need a dictionary of this type."""
 
 
 def registered_form(target: Any) -> FunctionForm | WeightForm | None:
@@ -207,20 +219,15 @@ def registered_named(name: str) -> RegisteredForm | None:
 
 
 def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
-    """Return what a row's nodes may call: its targets, and the packet of an op whose default overload is one."""
-    return (*form.targets, *_packets(form.targets))
-
-
-def _packets(targets: tuple[Any, ...]) -> Iterator[Any]:
-    for target in targets:
-        if isinstance(target, OpOverload) and target._overloadname == "default":
-            yield target.overloadpacket
+    """Return the targets of a row, and the packet of each op whose default overload is one of them."""
+    ops = [target for target in form.targets if isinstance(target, OpOverload)]
+    return (*form.targets, *(op.overloadpacket for op in ops if op._overloadname == "default"))
 
 
 aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
-"""Name of the form in which a branch stands on the weight, before whatever computes with it."""
+"""Name of the form in which a branch stands on the weight, before the op that computes with it."""
 
 ON_INDEXED_EXPERT = "on-indexed-expert"
 """Name of the form in which a branch stands on the matrix that an input selects from a stack."""
@@ -268,7 +275,7 @@ def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str, *more
         weight=parameters[1],
         x=parameters[0],
         repeats=("offs", *more),
-        needs=("offs",),  # without, or with rows that are no matrix, it is another product
+        needs=("offs",),  # without offsets it is another product
         plain=(("bias", None), ("out_dtype", None)),
         options=(("by", by),),
         layout="in_out",
@@ -285,7 +292,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("aten.conv3d", (aten.conv3d.default, aten.conv3d.padding), 5),
     _lookup("aten.embedding", aten.embedding.default),
     _grouped("aten._grouped_mm", aten._grouped_mm.default, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
-    # its backward makes the gradient of any weight: the branch, which knows of a frozen one, makes the input's itself
+    # Its own backward computes the gradient of a frozen weight too. The branch computes that of the input alone.
     _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK, "weight"),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
     FunctionForm("quantized_linear", "linear", (quantized_linear,), _LINEAR, 2),
@@ -305,7 +312,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
         2,
         repeats=("padding_idx",),
         plain=(("max_norm", None), *_EVENLY),
-        counted=("padding_idx",),  # here, and not in torch.embedding, a row may be counted from the end
+        counted=("padding_idx",),  # F.embedding, unlike torch.embedding, counts a negative one from the end
         options=(("lookup", True),),
     ),
     ModuleForm("nn.Linear", "linear", nn.Linear),
@@ -314,33 +321,29 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     ModuleForm("nn.Conv3d", "conv", nn.Conv3d),
     ModuleForm("nn.Embedding", "embedding", nn.Embedding),
 )
-"""Every form beside which a branch stands, in the order in which they are tried."""
+"""Every form that a branch can stand beside, in the order in which they are tried."""
 
-CONTRACTIONS: dict[str, str] = {
-    **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "tensordot"), "linear"),
-    **dict.fromkeys(
-        ("mv", "addmv", "inner", "bilinear", "_trilinear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"), "linear"
-    ),
-    **dict.fromkeys(("__matmul__", "__rmatmul__", "__imatmul__", "linalg_matmul", "chain_matmul"), "linear"),
-    **dict.fromkeys(("linalg_multi_dot", "multi_dot", "linalg_vecdot", "vecdot", "_scaled_mm", "_int_mm"), "linear"),
-    **dict.fromkeys(("conv_tbc", "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "deform_conv2d"), "conv"),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "conv"),
-    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "embedding"),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), "recurrent"),
-    **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), "recurrent"),
-    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), "linear"),
-    **dict.fromkeys(("multi_head_attention_forward", "scaled_dot_product_attention"), "linear"),
+_CONTRACTIONS = {
+    "linear": "linear addmm mm matmul bmm baddbmm addbmm einsum tensordot mv addmv inner bilinear _trilinear "
+    "grouped_mm _grouped_mm grouped_mm_fallback __matmul__ __rmatmul__ __imatmul__ linalg_matmul chain_matmul "
+    "linalg_multi_dot multi_dot linalg_vecdot vecdot _scaled_mm _int_mm _native_multi_head_attention "
+    "_transformer_encoder_layer_fwd multi_head_attention_forward scaled_dot_product_attention",
+    "conv": "conv_tbc conv1d conv2d conv3d convolution _convolution deform_conv2d conv_transpose1d conv_transpose2d "
+    "conv_transpose3d",
+    "embedding": "embedding embedding_bag _embedding_bag",
+    "recurrent": "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
 }
-"""Names of the ops that multiply by a weight or look it up, whatever their dialect, with the kind of site they make."""
+CONTRACTIONS = {name: kind for kind, names in _CONTRACTIONS.items() for name in names.split()}
+"""Names of the ops that multiply by a weight or look it up, in all dialects, with the kind of site they make."""
 
 ADDED_FIRST = {"addmm", "baddbmm", "addbmm", "addmv"}
-"""Those that only add their first argument."""
+"""Contractions that only add their first argument."""
 
 SCALES = {"mul", "div", "truediv", "multiply", "divide", "true_divide", "__mul__", "__rmul__", "__truediv__"}
 """Names of the ops that scale one argument by another."""
 
 LIKE_ANOTHER = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
-"""Names of the ops that read no values but those of their first argument."""
+"""Names of the ops that read only the values of their first argument."""
 
 _BY_TARGET = {target: form for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
 _BY_NAME = {form.name: form for form in FORMS}
@@ -350,10 +353,10 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     """Return the row of this name.
 
     Raises:
-        PassError: it is a registered one, and is so no more.
+        PassError: there is none; a registered row may have been removed.
     """
     form = _BY_NAME.get(name) or registered_named(name)
-    if form is None or isinstance(form, WeightForm):  # the latter are no node's
+    if form is None or isinstance(form, WeightForm):  # no use is marked with the name of a WeightForm
         raise PassError(
             f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)",
             code="form-not-registered",
@@ -362,18 +365,18 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
 
 
 def built_in(target: Any) -> FunctionForm | None:
-    """Return the row of this table whose nodes call this target."""
+    """Return the built-in row that has this target, or None."""
     packet = getattr(target, "overloadpacket", target)
     return _BY_TARGET.get(target) or _BY_TARGET.get(getattr(packet, "_qualified_op_name", ""))
 
 
 def is_form(name: str) -> bool:
-    """Whether a row has this name now."""
+    """Whether a row has this name."""
     return name in (ON_WEIGHT, ON_INDEXED_EXPERT) or name in _BY_NAME or registered_named(name) is not None
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
-    """Return the row that fits a node; `module` is the one that a `call_module` calls."""
+    """Return the row that fits a node, or None. `module` is the module that a `call_module` calls."""
     if node.op in ("call_function", "call_method"):
         form = built_in(node.target) or registered_form(node.target)
         return form if isinstance(form, FunctionForm) else None
@@ -384,7 +387,7 @@ def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleFor
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the name of what a node calls, whatever the dialect."""
+    """Return the name of the target of a node, the same in all dialects."""
     return _name(node.target)
 
 
@@ -394,9 +397,11 @@ def weighs(name: str) -> bool:
 
 
 def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
-    """Return the kind of site that a node makes of a weight which it multiplies by or looks up, or None.
+    """Return the kind of site if the node multiplies by the weight or looks it up, otherwise None.
 
-    `reads` are the node's arguments that are made of the weight; a matrix that is only added is not multiplied by.
+    Args:
+        node: any node.
+        reads: its arguments that are computed from the weight. A matrix that is only added does not count.
     """
     if node.op not in ("call_function", "call_method"):
         return None
@@ -416,8 +421,21 @@ _SWAP = (aten.transpose.int, torch.transpose, torch.swapaxes, "transpose", "swap
 _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
-def transposes(node: fx.Node, dims: int) -> bool:
-    """Whether a node transposes a matrix, or each in a stack of `dims` axes, and does nothing else."""
+def without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
+    """Return the node where a chain of transposes starts, and whether the chain transposes it."""
+    transposed = False
+    while isinstance(source, fx.Node) and source.all_input_nodes and _transposes(source, dims):
+        source, transposed = source.all_input_nodes[0], not transposed
+    return source, transposed
+
+
+def turned(layout: str, transposed: bool) -> str:
+    """Return the layout of a weight that an op reads in `layout`, perhaps behind a transpose."""
+    return {"out_in": "in_out", "in_out": "out_in"}[layout] if transposed else layout
+
+
+def _transposes(node: fx.Node, dims: int) -> bool:
+    """Whether a node transposes a matrix, or each matrix of a stack with `dims` axes, and does nothing else."""
     if node.target is getattr:
         return node.args[1:2] == ("mT",) or (dims == 2 and node.args[1:2] == ("T",))
     rest: Any = node.args[1:]
@@ -435,20 +453,20 @@ BESIDE = ("linear", "conv", "embedding")
 
 
 def register_form(form: RegisteredForm) -> RemovableHandle:
-    """Let an operator be known, until `remove()` is called on the handle, or the end of its `with` block.
+    """Add a form, until `remove()` is called on the handle or its `with` block ends.
 
     `WeightForm` is always right: the branch stands on the weight, before the op. `FunctionForm` and `ModuleForm` say
-    that a branch may stand beside the op, `op(x, W + D) = op(x, W) + D x`, which needs less memory; nothing checks that
-    but your own tests. What was captured before keeps its graph.
+    that a branch may stand beside the op, `op(x, W + D) = op(x, W) + D x`, which needs less memory. Only your own tests
+    check that. Graphs that were captured before stay as they are.
 
     Args:
-        form: the row; its name shows in plans and messages, its `kind` is one of `lorasc_fx.spec.KINDS`.
+        form: the row. Its name appears in plans and messages; its `kind` is one of `lorasc_fx.spec.KINDS`.
 
     Returns:
-        torch's own kind of handle, as for hooks.
+        A handle as torch returns it for hooks.
 
     Raises:
-        SpecError: the row is not whole, its name is taken, or it would stand before one that is built in.
+        SpecError: the row is incomplete, its name is taken, or a built-in row has its target.
     """
     form = _with_overloads(form)
     _check(form)
@@ -458,13 +476,13 @@ def register_form(form: RegisteredForm) -> RemovableHandle:
 
 
 def forms_missing(names: Iterable[str]) -> dict[str, str]:
-    """Return of these names of registered forms those that are not registered now, each with a hint."""
+    """Return the names among these that are not registered, each with a hint."""
     known = [form.name for form in REGISTERED.values()]
     return {name: nearest(name, known) for name in names if name and registered_named(name) is None}
 
 
 def _with_overloads(form: RegisteredForm) -> RegisteredForm:
-    """Return the row with the op of each `torch.library.custom_op` in its place, as graphs name it."""
+    """Return the row with each `torch.library.custom_op` replaced by its op, which graphs call."""
     if not isinstance(form, (FunctionForm, WeightForm)):
         return form
     if not isinstance(form.targets, tuple) or not form.targets:

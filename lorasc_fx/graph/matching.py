@@ -1,8 +1,8 @@
-"""Matching: what a graph does with each weight matrix, and what becomes of it: site, refusal, or unreached.
+"""Matching: how a graph uses each weight matrix, and whether it becomes a site, is refused, or is not reached.
 
-A weight is adapted at all of its uses or at none: a fold moves the weight itself, so one use without a branch would
-make the folded model differ from the trained one. Where every use has a form, branches stand beside the uses; else
-one branch stands on the weight, before all of them.
+A weight is adapted at all of its uses or at none: a fold changes the weight itself, so with a use without a branch the
+folded model would differ from the trained one. If every use has a form, branches stand beside the uses. Otherwise one
+branch stands on the weight, before all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from lorasc_fx.graph.forms import (
     form_of,
     registered_form,
     registered_named,
-    transposes,
+    turned,
+    without_transposes,
 )
 from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
@@ -47,7 +48,7 @@ from lorasc_fx.spec import KINDS, CascadeSpec
 
 @dataclass(frozen=True)
 class BesideUse:
-    """A node beside which a branch can stand."""
+    """A node that a branch can stand beside."""
 
     node: fx.Node
     form: str
@@ -58,10 +59,20 @@ class BesideUse:
 
 @dataclass
 class WeightUses:
-    """The uses of one weight in a graph: its get_attr nodes, and the nodes that read it.
+    """The uses of one weight in one or several graphs.
 
-    `layer`: it is the weight of a linear, conv or embedding module of torch.nn.
-    `script`: path of the TorchScript module that holds it, or "".
+    Args:
+        sources: its get_attr nodes.
+        beside: uses that a branch can stand beside.
+        contracted: other nodes that multiply by it or look it up, with the kind of site.
+        others: nodes that use it in any other way.
+        opaque: calls of modules that hold it, and whose inside the graph does not show.
+        written: nodes that write into it.
+        outside: kinds of its uses in Python between the graphs.
+        touched: whether Python between the graphs uses it, in whatever way.
+        rows: the rows that each use reads, None if unknown.
+        layer: whether it is the weight of a linear, conv or embedding module of torch.nn.
+        script: path of the TorchScript module that holds it, or "".
     """
 
     sources: list[fx.Node] = field(default_factory=list)
@@ -84,17 +95,17 @@ class WeightUses:
 
     @property
     def can_follow(self) -> bool:
-        """Whether a branch that the weight has already can stand here: on the weight at least, or nothing reads it."""
+        """Whether an existing branch of the weight can be placed in this graph, on the weight at least."""
         return not (self.written or self.opaque or (self.called and not self.all_beside))
 
     def join(self, other: WeightUses) -> None:
-        """Add the uses of the same weight in another graph."""
+        """Add the uses of this weight in another graph."""
         for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
             getattr(self, name).extend(getattr(other, name))
 
     @property
     def kinds(self) -> list[str]:
-        """The kind of site that each use makes."""
+        """The kind of site of each use."""
         return [use.kind for use in self.beside] + [kind for _, kind in self.contracted] + self.outside
 
     @property
@@ -103,31 +114,31 @@ class WeightUses:
         return not (self.contracted or self.others or self.outside) and len({use.layout for use in self.beside}) == 1
 
     def slices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The rows of the slices in which all uses together read the weight, or ()."""
+        """The numbers of rows of the slices in which the uses read the weight, or ()."""
         sliced = not (self.beside or self.others or self.outside) and kind_at(shape, self) != "experts"
         return slices_of(self.rows, shape[0]) if sliced else ()
 
     @property
     def registered_form(self) -> str:
-        """Name of the first form that a user has registered among those of the uses, or ""."""
+        """Name of the first registered form among the uses, or ""."""
         names = [use.form for use in self.beside if registered_named(use.form) is not None]
         forms = [form for node, _ in self.contracted if (form := registered_form(node.target)) is not None]
         return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
     def called(self) -> list[fx.Node]:
-        """Nodes that call a module which holds the weight: a branch on the weight would not be seen by them."""
+        """Uses that call a module which holds the weight. They would not see a branch on the weight."""
         return [use.node for use in self.beside if (replaced_call(use.node) or use.node).op == "call_module"]
 
 
 def kind_at(shape: tuple[int, ...], seen: WeightUses) -> str:
-    """Return the kind of site that a weight of this shape makes, used so."""
+    """Return the kind of site of a weight with this shape and these uses."""
     kind = seen.kinds[0]
     return "experts" if kind == "linear" and len(shape) == 3 else kind
 
 
 def _no_uses(owner: nn.Module, weights: Weights) -> dict[str, WeightUses]:
-    """Return what is known of each weight before a graph is read."""
+    """Return what is known of each weight without a graph."""
     uses: dict[str, WeightUses] = defaultdict(WeightUses)
     for name, script in scripted_weights(owner).items():
         uses[weights.canonical[name]].script = script
@@ -154,7 +165,7 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
 
 
 def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
-    """Return the branch nodes that stand on a weight already, or on an expert of it; or the weight's own node."""
+    """Return the branch nodes that stand on a weight or on an expert of it, or else the weight's own node."""
     for holders in ([source], indexed_experts(source)):
         branches = [user for holder in holders for user in holder.users if _stands_on(graph_module, user, holder)]
         if branches:
@@ -182,17 +193,15 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         uses.written.append(node)
         return
     op = replaced_call(node)
-    if op is not None and op.form is not None:  # a branch stands in place of the op already
+    if op is not None and op.form is not None:  # a merged branch has replaced the op
         uses.beside.append(BesideUse(node, op.form.name, op.form.kind, op.form.layout, mergeable=True))
         return
     form, layout = form_of(node, None), None
     if isinstance(form, FunctionForm) and form.dims == dims and len(consumer.reads) == 1:
-        source, transposed = consumer.reads[0], False
-        fits = form.fits(node, source)
-        while source is not start and form.kind != "conv" and transposes(source, dims):
-            source, transposed = source.all_input_nodes[0], not transposed
-        if fits and source is start:
-            layout = form.layout if not transposed else {"out_in": "in_out", "in_out": "out_in"}[form.layout]
+        read = consumer.reads[0]
+        source, transposed = (read, False) if form.kind == "conv" else without_transposes(read, dims)
+        if source is start and form.fits(node, read):
+            layout = turned(form.layout, transposed)
     if isinstance(form, FunctionForm) and layout is not None:
         uses.beside.append(BesideUse(node, form.name, form.kind, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:
@@ -221,7 +230,7 @@ def _read_module(
 
 
 Placer = Callable[[Site, Sequence[fx.Node]], str]
-"""Returns the cheapest placement of a site, given the nodes beside which its branch could stand."""
+"""Returns the placement of a site, given the nodes that its branch can stand beside."""
 
 
 def reference(site: Site, nodes: Sequence[fx.Node]) -> str:
@@ -231,7 +240,7 @@ def reference(site: Site, nodes: Sequence[fx.Node]) -> str:
 
 @dataclass(frozen=True)
 class Matching:
-    """Outcome of a match: the plan with its sites, the use of each node that has one, and the rest of the matrices."""
+    """The result of a match: the plan with its sites, the use of each marked node, and the other matrices."""
 
     plan: Plan
     uses: dict[fx.Node, Use]
@@ -240,7 +249,7 @@ class Matching:
 
 
 def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
-    """Return the weights to which the spec may give a branch, before a graph shows how they are used."""
+    """Return the weights that may become sites, before a graph shows how they are used."""
     weights = named_weights(owner)
     uses = _no_uses(owner, weights)
     return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, uses[name]) is None)
@@ -253,14 +262,14 @@ def survey(
     outside: Mapping[str, str],
     placer: Placer = reference,
 ) -> Matching:
-    """Classify the weights of a model that several graphs make up; no node is marked.
+    """Classify the weights of a model that runs as several graphs. No node is marked.
 
     Args:
-        graph_modules: that read one live model.
-        record: with the plan to be followed, if any.
-        spec: what is asked.
-        outside: kinds of the weights that the model is seen to use, in graphs or in between; empty for other uses.
-        placer: chooses the placement of a new site's branch, where the spec leaves it open.
+        graph_modules: they read one live model.
+        record: with the plan to follow, if there is one.
+        spec: what the user asks for.
+        outside: weights that a run of the model uses, in graphs or in between, with their kind, or "" for other uses.
+        placer: chooses the placement of a new site's branch if the spec leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -283,15 +292,15 @@ def survey(
 
 
 def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, placer: Placer = reference) -> Matching:
-    """Classify every weight matrix that the graph module's owner has.
+    """Classify every weight matrix of the graph module's owner.
 
-    A plan in the record is followed: its sites keep their branches, what was refused stays refused, and a weight that
-    was unreached becomes a site when this graph uses it. `placer` chooses the placement of a new site's branch where
-    the spec leaves it open.
+    A plan in the record is followed: its sites keep their branches, refused weights stay refused, and a weight that was
+    not reached becomes a site if this graph uses it. `placer` chooses the placement of a new site's branch if the spec
+    leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        PassError: a planned site is used here in a way that no branch can follow.
+        PassError: the graph uses a planned site where no branch can stand.
     """
     weights = named_weights(owner_of(graph_module, record))
     check_patterns(spec, weights.matrices, weights.names)
@@ -333,10 +342,10 @@ def _classify(
 
 
 def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec, placer: Placer) -> Site:
-    """Return the site with its placement, and with dropout where the branch sees an input that can be dropped.
+    """Return the site with its placement, and with dropout if the branch has an input to drop.
 
     Raises:
-        SpecError: it is to have magnitudes, and is used where none can stand.
+        SpecError: the site uses DoRA, and is used where no branch can replace the op.
     """
     if site.options.row_scale.trained:
         if not _in_place(site, seen) or is_quantized(weight):
@@ -348,7 +357,7 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
             )
         return replace(site, placement="merged")
     if not _beside(site, seen):
-        return site  # on the weight wherever it is used so
+        return site  # its placement is that on the weight, whatever the plan says
     if spec.placement == "weight" and not seen.called and not is_quantized(weight):
         return replace(site, placement="weight")
     if site.kind not in ("linear", "conv"):
@@ -358,13 +367,13 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
     if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in seen.beside):
         return site
     if spec.placement != "merged" and not spec.train_A:
-        return site  # where only A x is kept
+        return site  # beside the op, a branch with frozen A keeps only A x
     merged = spec.placement == "merged" or placer(site, [use.node for use in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 
 
 def _in_place(site: Site, seen: WeightUses) -> bool:
-    """Whether a branch can stand in place of every use."""
+    """Whether a branch can replace every use."""
     return site.kind in ("linear", "conv") and _beside(site, seen) and all(use.mergeable for use in seen.beside)
 
 
@@ -376,7 +385,7 @@ def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
 
 
 def _beside(site: Site, seen: WeightUses) -> bool:
-    """Whether a branch can stand beside every use: a stack of experts only where all forms are of experts."""
+    """Whether a branch can stand beside every use. A stack of experts needs forms of experts."""
     kinds = {use.kind for use in seen.beside}
     return seen.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
@@ -412,7 +421,7 @@ _UNUSED = "uses it neither in a matrix product or convolution nor as a table"
 
 
 def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) -> Refusal | None:
-    """Return why a weight gets no branch, or None where it can have one (or is not reached)."""
+    """Return why a weight gets no branch, or None if it can have one or is not reached."""
     names, parameter = weights.names[weight], weights.parameters[weight]
     if any(matches(pattern, names) for pattern in spec.exclude):
         return Refusal(weight, "", Reason.EXCLUDED, "excluded by the spec")
@@ -426,7 +435,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
         return Refusal(weight, "", Reason.NOT_TARGETED, "matches no target of the spec")
     if not parameter.numel():
         return Refusal(weight, "", Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
-    if seen.script:  # how torch.export sees inside depends on how often the module has run
+    if seen.script:  # whether torch.export sees inside depends on how often the module has run
         sentence = f"it is inside the TorchScript module {seen.script}; give the nn.Module that it was made of"
         return Refusal(weight, "", Reason.OPAQUE, sentence)
     if not parameter.is_floating_point():
@@ -457,7 +466,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
         other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
         sentence = f"module {seen.called[0].target} is called whole, and node {_shown(other)} uses its weight as well"
         return Refusal(weight, other.name, Reason.MIXED_USES, sentence)
-    # a layer of one output that only Python between the graphs calls is no vector: its branch stands on the weight
+    # A layer with one output that only Python between the graphs calls is no vector: its branch stands on the weight.
     single = parameter.numel() == max(parameter.shape, default=0)
     if single and not seen.all_beside and not (seen.layer and not seen.contracted and not seen.others):
         return Refusal(weight, "", Reason.VECTOR, f"of shape {tuple(parameter.shape)}, has one axis longer than 1")

@@ -1,9 +1,9 @@
-"""Checks a graph against its plan: a table of rules, separate from the code that edits, run around every pass.
+"""Checks a graph against its plan: a table of rules, independent of the code that edits, run before and after a pass.
 
-A rule yields a sentence for each fault that it finds, naming the node or the weight; `verify` raises them all at once.
-Besides the plan, the rules look at what other people's passes do that a fold cannot follow. A fold erases branches and
-writes the weights anew, so each inserted branch must be called in this graph, compute what its op computed when they
-were put together, and stand over the weights that its stage began with.
+A rule yields a sentence for each fault, which names the node or the weight. `verify` raises all of them at once.
+Besides the plan, the rules check what passes of other people may do that a fold cannot follow. A fold erases branches
+and computes the weights again. So each inserted branch has to be called in this graph and to compute what its op
+computed, and the weights have to be those that the stage began with.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from lorasc_fx.graph.forms import (
     form_named,
     form_of,
     is_form,
-    transposes,
+    turned,
+    without_transposes,
 )
 from lorasc_fx.graph.record import Record, record_of
 from lorasc_fx.graph.weights import BRANCHES, Weights, module_at, named_weights, owner_of
@@ -39,8 +40,8 @@ from lorasc_fx.state import WeightState, start_weight
 
 
 @dataclass(frozen=True)
-class View:
-    """What a rule looks at."""
+class Subject:
+    """What the rules look at: a graph module, its record, its branch nodes, and the first name of every weight name."""
 
     module: fx.GraphModule
     record: Record
@@ -49,34 +50,34 @@ class View:
 
     @property
     def inserted(self) -> bool:
-        """Whether branches are there."""
+        """Whether branches were inserted."""
         return "branches-inserted" in self.record.facts
 
 
-Rule = Callable[[View], Iterator[str]]
-"""Yields a sentence for each fault that it finds, naming the node or the weight."""
+Check = Callable[[Subject], Iterator[str]]
+"""A rule: yields a sentence for each fault, which names the node or the weight."""
 
 
-def _graph_is_sound(view: View) -> Iterator[str]:
+def _graph_is_sound(subject: Subject) -> Iterator[str]:
     try:
-        view.module.graph.lint()
+        subject.module.graph.lint()
     except (RuntimeError, ValueError) as fault:
         yield f"the graph is malformed: {fault}"
 
 
-def _targets_exist(view: View) -> Iterator[str]:
-    for node in view.module.graph.nodes:
-        if node.op == "call_module" and module_at(view.module, node.target) is None:
+def _targets_exist(subject: Subject) -> Iterator[str]:
+    for node in subject.module.graph.nodes:
+        if node.op == "call_module" and module_at(subject.module, node.target) is None:
             yield f"node {node.name} calls {node.target}, which the module does not have"
 
 
-def _plan_fits_weights(view: View) -> Iterator[str]:
-    if view.record.plan is None:
+def _plan_fits_weights(subject: Subject) -> Iterator[str]:
+    if subject.record.plan is None:
         return
-    if view.record.plan.stage < 1:
-        yield f"the plan is in stage {view.record.plan.stage}; the first one is 1"
-    weights, seen = named_weights(owner_of(view.module, view.record)), set()
-    for site in view.record.plan.sites:
+    if subject.record.plan.stage < 1:
+        yield f"the plan is in stage {subject.record.plan.stage}; the first one is 1"
+    weights, seen = named_weights(owner_of(subject.module, subject.record)), set()
+    for site in subject.record.plan.sites:
         if site.weight in seen:
             yield f"{site.weight} is planned twice"
         seen.add(site.weight)
@@ -90,14 +91,14 @@ def _plan_fits_weights(view: View) -> Iterator[str]:
 
 
 def _ties_differ(weights: Weights, site: Site) -> bool:
-    """Whether a name is tied that was not, or the other way; one that nobody reads may be gone from a graph module."""
+    """Whether the ties differ from those of the plan. A name that nothing reads may be missing in a graph module."""
     new = set(weights.names[site.weight][1:]) - set(site.aliases)
     return bool(new) or any(weights.canonical.get(alias, site.weight) != site.weight for alias in site.aliases)
 
 
-def _uses_fit_plan(view: View) -> Iterator[str]:
-    plan = view.record.plan
-    for node in view.module.graph.nodes:
+def _uses_fit_plan(subject: Subject) -> Iterator[str]:
+    plan = subject.record.plan
+    for node in subject.module.graph.nodes:
         use = use_of(node)
         if use is None:
             continue
@@ -106,7 +107,7 @@ def _uses_fit_plan(view: View) -> Iterator[str]:
             yield f"node {node.name} is marked as a use of {use.weight}, which is not planned"
             continue
         op = replaced_call(node)
-        module = module_at(view.module, node.target) if node.op == "call_module" else None
+        module = module_at(subject.module, node.target) if node.op == "call_module" else None
         form = op.form if op is not None else form_of(node, module)
         indexed = form is None and expert_index(node) is not None
         on = ON_INDEXED_EXPERT if indexed else ON_WEIGHT if node.op == "get_attr" else "in no form"
@@ -117,8 +118,8 @@ def _uses_fit_plan(view: View) -> Iterator[str]:
             yield f"node {node.name} is merged with the branch of {use.weight}, planned {site.placement}"
         elif name != use.form:
             yield f"node {node.name} is marked as {use.form}, but is {name}"
-        elif _weight_of(view, node) != use.weight:
-            yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(view, node)}"
+        elif _weight_of(subject, node) != use.weight:
+            yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(subject, node)}"
         elif form is not None and not _alike(form.kind, site.kind):
             yield f"node {node.name} is a {form.kind}, but {use.weight} is planned as a {site.kind}"
         elif form is not None and _layout_of(node, form) != site.layout:
@@ -130,14 +131,14 @@ def _alike(used: str, planned: str) -> bool:
     return BRANCH_OF[used] is BRANCH_OF[planned] and (used == "experts") == (planned == "experts")
 
 
-def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
-    plan = view.record.plan
-    if not view.inserted or plan is None:
+def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
+    plan = subject.record.plan
+    if not subject.inserted or plan is None:
         return
-    planned, constant = plan.by_weight, constants(view.module.graph)
-    for node in view.module.graph.nodes:
-        name = str(node.target).removeprefix(view.record.prefix)
-        if node.op == "get_attr" and view.canonical.get(name) in planned:
+    planned, constant = plan.by_weight, constants(subject.module.graph)
+    for node in subject.module.graph.nodes:
+        name = str(node.target).removeprefix(subject.record.prefix)
+        if node.op == "get_attr" and subject.canonical.get(name) in planned:
             experts = indexed_experts(node)
             if use_of(node) is not None:
                 readers = []
@@ -145,58 +146,49 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
                 readers = experts
             else:
                 readers = [use.node for use in uses_of(node, constant)]
-            weight = view.canonical[name]
-        elif node.op == "call_module" and node not in view.branches:
-            inside = module_at(view.module, node.target)
+            weight = subject.canonical[name]
+        elif node.op == "call_module" and node not in subject.branches:
+            inside = module_at(subject.module, node.target)
             held = [f"{name}.{leaf}" for leaf, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
-            sites = [view.canonical[name] for name in held if view.canonical.get(name) in planned]
+            sites = [subject.canonical[name] for name in held if subject.canonical.get(name) in planned]
             readers, weight = [node] if sites else [], sites[0] if sites else ""
         else:
             continue
-        for reader in readers:  # what a branch reads is held against its op by _branches_stand_at_sites
-            if use_of(reader) is None and reader not in view.branches:
+        for reader in readers:  # _branches_stand_at_sites checks what a branch reads
+            if use_of(reader) is None and reader not in subject.branches:
                 yield f"node {reader.name} reads {weight}, a site, but no pass has marked it as a use"
 
 
-def _weight_of(view: View, node: fx.Node) -> str | None:
+def _weight_of(subject: Subject, node: fx.Node) -> str | None:
     op = replaced_call(node)
     if op is None and node.op == "call_module":
-        return view.canonical.get(f"{str(node.target).removeprefix(view.record.prefix)}.weight")
+        return subject.canonical.get(f"{str(node.target).removeprefix(subject.record.prefix)}.weight")
     form = form_of(node, None)
     source: Any = node
     if isinstance(form, FunctionForm):
-        source, _ = _without_transposes(form.argument(node, form.weight), form.dims)
+        source, _ = without_transposes(form.argument(node, form.weight), form.dims)
     if form is None and expert_index(node) is not None:
         source = node.args[0]
     if op is not None:
         source = node.args[1] if len(node.args) > 1 else None
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
-    return view.canonical.get(str(source.target).removeprefix(view.record.prefix))
+    return subject.canonical.get(str(source.target).removeprefix(subject.record.prefix))
 
 
 def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
-    """Return how a use reads its weight, with the transposes on the way to it."""
+    """Return the layout in which a use reads its weight, including transposes."""
     if replaced_call(node) is not None or isinstance(form, ModuleForm):
         return form.layout
-    transposed = _without_transposes(form.argument(node, form.weight), form.dims)[1]
-    return {"out_in": "in_out", "in_out": "out_in"}[form.layout] if transposed else form.layout
+    return turned(form.layout, without_transposes(form.argument(node, form.weight), form.dims)[1])
 
 
-def _without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
-    """Return what a chain of transposes starts from, and whether it transposes it."""
-    transposed = False
-    while isinstance(source, fx.Node) and source.all_input_nodes and transposes(source, dims):
-        source, transposed = source.all_input_nodes[0], not transposed
-    return source, transposed
-
-
-def _slow_state_is_kept(view: View) -> Iterator[str]:
-    plan = view.record.plan
-    if not view.inserted or plan is None or view.record.owner:
+def _slow_state_is_kept(subject: Subject) -> Iterator[str]:
+    plan = subject.record.plan
+    if not subject.inserted or plan is None or subject.record.owner:
         return
     for site in plan.sites:
-        state = view.record.slow.states.get(site.weight)
+        state = subject.record.slow.states.get(site.weight)
         if state is None:
             yield f"{site.weight} has a branch, but the record holds no slow state of it"
         elif tuple(state.base.shape) != site.shape:
@@ -205,15 +197,15 @@ def _slow_state_is_kept(view: View) -> Iterator[str]:
             yield from (f"the slow state of {site.weight} {fault}" for fault in state.faults())
 
 
-def _branches_stand_at_sites(view: View) -> Iterator[str]:
+def _branches_stand_at_sites(subject: Subject) -> Iterator[str]:
     """Each branch stands beside, on or in place of a use of its own site, and reads what the op reads."""
-    plan = view.record.plan
-    for node, branch in view.branches.items():
-        if not view.inserted:
+    plan = subject.record.plan
+    for node, branch in subject.branches.items():
+        if not subject.inserted:
             yield f"node {node.name} calls a branch, but no pass has inserted any"
             continue
         if call_template(node) is not None:
-            yield from _stands_in_place(view, node, branch)
+            yield from _stands_in_place(subject, node, branch)
             continue
         base = node.args[0] if node.args else None
         use = use_of(base) if isinstance(base, fx.Node) else None
@@ -228,7 +220,7 @@ def _branches_stand_at_sites(view: View) -> Iterator[str]:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
         if not is_form(use.form):
             continue  # a fault of _uses_fit_plan
-        reading = _reading(view, use.form, base)
+        reading = _reading(subject, use.form, base)
         if reading is None:
             yield f"node {base.name} has not the arguments of {use.form}"
             continue
@@ -249,9 +241,9 @@ def _branches_stand_at_sites(view: View) -> Iterator[str]:
             yield f"branch node {node.name} is read by nobody"
 
 
-def _stands_in_place(view: View, node: fx.Node, branch: Branch) -> Iterator[str]:
-    """Hold a branch node that stands in place of an op against the op as it would be written now."""
-    plan, use, op = view.record.plan, use_of(node), replaced_call(node)
+def _stands_in_place(subject: Subject, node: fx.Node, branch: Branch) -> Iterator[str]:
+    """Compare a merged branch with the op that it replaced, as a fold would write it now."""
+    plan, use, op = subject.record.plan, use_of(node), replaced_call(node)
     site = plan.site(use.weight) if plan is not None and use is not None else None
     if op is None or op.form is None or op.reading is None or use is None or site is None:
         yield f"branch node {node.name} stands in place of an op that is no use of a site"
@@ -269,43 +261,43 @@ def _stands_in_place(view: View, node: fx.Node, branch: Branch) -> Iterator[str]
 
 
 def _named(read: Any, wanted: Any) -> Any:
-    """Return what a node reads by name where a name is wanted."""
+    """Return the name of a node if a name is wanted, otherwise the node."""
     return read.target if isinstance(read, fx.Node) and isinstance(wanted, str) else read
 
 
-def _reading(view: View, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return what a branch at this use must read besides its base, and with which options; None without any input."""
+def _reading(subject: Subject, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the inputs and options that a branch at this use must have, or None if the op has no input."""
     if form == ON_WEIGHT:
         return (), {}
     if form == ON_INDEXED_EXPERT:
         return (), {"expert": expert_index(base)}
-    module = module_at(view.module, str(base.target)) if base.op == "call_module" else None
+    module = module_at(subject.module, str(base.target)) if base.op == "call_module" else None
     if base.op == "call_module" and not (base.args or "input" in base.kwargs):
         return None
     reading = form_named(form).reads(base, module)
     return (reading.x,), dict(reading.options)
 
 
-def _every_use_has_a_branch(view: View) -> Iterator[str]:
-    """Each use has one branch; dead code needs none."""
-    if not view.inserted:
+def _every_use_has_a_branch(subject: Subject) -> Iterator[str]:
+    """Each use has one branch, unless it is dead code."""
+    if not subject.inserted:
         return
     count: dict[fx.Node, int] = {}
-    for node in view.branches:
+    for node in subject.branches:
         stands = node if call_template(node) is not None else node.args[0] if node.args else None
         if isinstance(stands, fx.Node):
             count[stands] = count.get(stands, 0) + 1
-    for node in view.module.graph.nodes:
+    for node in subject.module.graph.nodes:
         use = use_of(node)
-        if use is not None and count.get(node, 0) != (1 if node.users else 0):  # dead code needs no branch
+        if use is not None and count.get(node, 0) != (1 if node.users else 0):
             yield f"{use.weight} is used at node {node.name} with {count.get(node, 0)} branches instead of one"
 
 
-def _branches_fit_plan(view: View) -> Iterator[str]:
-    """The branches are those of the plan, in shape, scale and numbers."""
-    holder = view.module._modules.get(BRANCHES)
-    plan = view.record.plan
-    if not view.inserted or plan is None or holder is None:
+def _branches_fit_plan(subject: Subject) -> Iterator[str]:
+    """The branches are those of the plan, in shape, scale and values."""
+    holder = subject.module._modules.get(BRANCHES)
+    plan = subject.record.plan
+    if not subject.inserted or plan is None or holder is None:
         return
     for site in plan.sites:
         branch = holder._modules.get(site.key)
@@ -333,9 +325,9 @@ def _branches_fit_plan(view: View) -> Iterator[str]:
             yield f"branch {key} belongs to no planned site"
 
 
-def _metadata_is_the_base_ops(view: View) -> Iterator[str]:
-    """A branch's node says of itself what its op's node says."""
-    for node in view.branches:
+def _metadata_is_the_base_ops(subject: Subject) -> Iterator[str]:
+    """The metadata of a branch node are those of its op."""
+    for node in subject.branches:
         base = node.args[0] if node.args else None
         if not isinstance(base, fx.Node):
             continue
@@ -344,7 +336,7 @@ def _metadata_is_the_base_ops(view: View) -> Iterator[str]:
         if not made_by(node):
             yield f"branch node {node.name} was made by no pass of ours"
         made, theirs = node.meta.get("val"), base.meta.get("val")
-        use, plan = use_of(base), view.record.plan
+        use, plan = use_of(base), subject.record.plan
         site = plan.site(use.weight) if plan is not None and use is not None else None
         if site is not None and base is node and isinstance(made, torch.Tensor):
             axis = made.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
@@ -355,10 +347,10 @@ def _metadata_is_the_base_ops(view: View) -> Iterator[str]:
             yield f"branch node {node.name} is said to be {_shape(made)}, {base.name} is {_shape(theirs)}"
 
 
-def _nothing_is_left_over(view: View) -> Iterator[str]:
-    """What passes made for a branch is read by one."""
-    for node in view.module.graph.nodes:
-        if made_by(node) and node not in view.branches and not node.users:
+def _nothing_is_left_over(subject: Subject) -> Iterator[str]:
+    """Nodes that passes made for a branch are read."""
+    for node in subject.module.graph.nodes:
+        if made_by(node) and node not in subject.branches and not node.users:
             yield f"node {node.name} was made by {made_by(node)} for a branch, and is read by nobody"
 
 
@@ -366,34 +358,34 @@ def _shape(value: Any) -> tuple[str, torch.dtype] | None:
     return (str(tuple(value.shape)), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
-def _branches_stand_in_this_graph(view: View) -> Iterator[str]:
-    """Each branch that was inserted is called by a node of this graph, not by one of a graph inside it, or by none."""
-    called = {branch.weight_name for branch in view.branches.values()}
-    for node in view.module.graph.nodes:
-        module = module_at(view.module, str(node.target)) if node.op == "call_module" else None
+def _branches_stand_in_this_graph(subject: Subject) -> Iterator[str]:
+    """Each inserted branch is called by a node of this graph, and not only inside another module."""
+    called = {branch.weight_name for branch in subject.branches.values()}
+    for node in subject.module.graph.nodes:
+        module = module_at(subject.module, str(node.target)) if node.op == "call_module" else None
         inside = [inner.weight_name for inner in module.modules() if isinstance(inner, Branch)] if module else []
-        if inside and node not in view.branches:
+        if inside and node not in subject.branches:
             called |= set(inside)
             yield f"node {node.name} calls a module inside which the branch of {inside[0]} stands; no fold reaches it"
-    used = {use.weight for node in view.module.graph.nodes if (use := use_of(node)) is not None}
-    for weight in sorted(view.record.branched - called - used):
+    used = {use.weight for node in subject.module.graph.nodes if (use := use_of(node)) is not None}
+    for weight in sorted(subject.record.branched - called - used):
         yield f"{weight} had a branch in this graph, and no node calls it any more; fold before what takes it out"
 
 
-def _factors_are_read_by_branches(view: View) -> Iterator[str]:
-    """No node but a branch, or a product that branches share, reads the factors of one."""
-    for node in view.module.graph.nodes:
+def _factors_are_read_by_branches(subject: Subject) -> Iterator[str]:
+    """Only a branch, or the shared product of several, reads the factors of a branch."""
+    for node in subject.module.graph.nodes:
         if node.op != "get_attr" or not str(node.target).startswith(f"{BRANCHES}."):
             continue
-        branch = module_at(view.module, str(node.target).rpartition(".")[0])
+        branch = module_at(subject.module, str(node.target).rpartition(".")[0])
         strays = [user.name for user in node.users if user.target is not shared_down]
         if isinstance(branch, Branch) and strays:
             yield f"node {strays[0]} reads {node.target} past the branch of {branch.weight_name}"
 
 
-def _nothing_is_written_in_between(view: View) -> Iterator[str]:
-    """What an op read is still the same where its branch reads it."""
-    for node in view.branches:
+def _nothing_is_written_in_between(subject: Subject) -> Iterator[str]:
+    """Nothing writes into the input of an op before its branch reads it."""
+    for node in subject.branches:
         base = node.args[0] if node.args else None
         if call_template(node) is not None or not isinstance(base, fx.Node):
             continue
@@ -407,13 +399,13 @@ def _nothing_is_written_in_between(view: View) -> Iterator[str]:
                 break
 
 
-def _weights_are_the_stages(view: View) -> Iterator[str]:
-    """The weights are those that the stage began with: a fold starts from W0, and would lose what was done to them."""
-    plan = view.record.plan
-    if not view.inserted or plan is None or view.record.owner:
+def _weights_are_the_stages(subject: Subject) -> Iterator[str]:
+    """The weights are those that the stage began with: a fold starts from W0, and would lose any other change."""
+    plan = subject.record.plan
+    if not subject.inserted or plan is None or subject.record.owner:
         return
-    parameters = named_weights(owner_of(view.module, view.record)).parameters
-    for weight, state in view.record.slow.states.items():
+    parameters = named_weights(owner_of(subject.module, subject.record)).parameters
+    for weight, state in subject.record.slow.states.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
         fits = fits and not state.faults()  # these are faults of _slow_state_is_kept
@@ -433,14 +425,14 @@ def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, st
     plain = not (spec.noise.is_on or state.experts or state.noises or state.initial or state.start_differs)
     plain = plain and state.scale() is None
     if plain and state.start.dense is None and parameter.data_ptr() == state.base.data_ptr():
-        return True  # the very memory
+        return True  # the same memory
     with torch.no_grad():
         start = start_weight(state, spec, stage).to(parameter)
         same = (parameter == start) | (parameter.isnan() & start.isnan())
         return bool(same.all())
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Check, ...] = (
     _graph_is_sound,
     _targets_exist,
     _plan_fits_weights,
@@ -461,19 +453,15 @@ RULES: tuple[Rule, ...] = (
 
 
 def faults(graph_module: fx.GraphModule) -> list[str]:
-    """Return a sentence for each way in which the graph does not agree with its plan."""
+    """Return a sentence for each fault."""
     record = record_of(graph_module)
     canonical = named_weights(owner_of(graph_module, record)).canonical
-    view = View(graph_module, record, branch_nodes(graph_module), canonical)
-    return [fault for rule in RULES for fault in rule(view)]
+    subject = Subject(graph_module, record, branch_nodes(graph_module), canonical)
+    return [fault for rule in RULES for fault in rule(subject)]
 
 
 def verify(graph_module: fx.GraphModule, when: str) -> None:
-    """Raise if the graph does not agree with its plan.
-
-    Raises:
-        VerifyError: lists every fault, and says `when` it was found.
-    """
+    """Raise VerifyError, with every fault and `when` it was found, if the graph does not agree with its plan."""
     sentences = faults(graph_module)
     if sentences:
         raise VerifyError(f"{when}, the graph does not agree with its plan:\n  " + "\n  ".join(sentences))

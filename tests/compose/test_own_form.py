@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from examples import own_form
-from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, form_named, register_form
-from lorasc_fx.graph.forms import REGISTERED
+from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, register_form
+from lorasc_fx.graph.forms import REGISTERED, form_named
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.kit.errors import raises
 from tests.kit.models import merged, randomize

@@ -204,7 +204,7 @@ def assigned(target: ast.expr) -> Iterator[str]:
 
 
 def test_only_the_surgeon_makes_or_erases_nodes() -> None:
-    assert (ROOT / "lorasc_fx" / "graph" / "editor.py").exists(), "the surgeon, lorasc_fx/graph/editor.py, is not there"
+    assert (ROOT / "lorasc_fx" / "graph" / "editor.py").exists(), "lorasc_fx/graph/editor.py is not there"
     found = [
         f"{where(path)}:{line}: {name}"
         for path in sources()

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.graph import as_function
+from lorasc_fx.graph.function import as_function
 from tests.kit.models import batches, branches, mlp, randomize
 
 

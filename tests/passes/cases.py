@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from lorasc_fx import CascadeSpec, Rule
 from lorasc_fx.capture import OWNER, capture
-from lorasc_fx.graph import copy_graph, graph_module_like, retarget
+from lorasc_fx.graph import copy_graph, graph_module_like
+from lorasc_fx.graph.editor import retarget
 from lorasc_fx.plan import Reason
 from tests.kit import operators
 from tests.kit.operators import OPERATORS

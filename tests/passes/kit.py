@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, Site
 from lorasc_fx.branch import Branch
-from lorasc_fx.graph import named_weights, owner_of, record_of, text, use_of
+from lorasc_fx.graph import named_weights, record_of, text, use_of
+from lorasc_fx.graph.weights import owner_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.kit.formula import delta
 from tests.kit.trained import with_all_gradients

@@ -15,7 +15,8 @@ from lorasc_fx import CascadeSpec, Noise, PassError
 from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
-from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
+from lorasc_fx.graph import branch_nodes, record_of, text, use_of
+from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises

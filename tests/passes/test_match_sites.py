@@ -9,7 +9,9 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from lorasc_fx import CascadeSpec, PassError, SpecError
-from lorasc_fx.graph import FORMS, ON_INDEXED_EXPERT, ON_WEIGHT, FunctionForm, record_of, strip, text
+from lorasc_fx.graph import FORMS, FunctionForm, record_of, text
+from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT
+from lorasc_fx.graph.record import strip
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lorasc_fx import CascadeSpec
-from lorasc_fx.graph import BRANCHES, branch_nodes, call_template, shared_input, text
+from lorasc_fx.graph import branch_nodes, call_template, text
+from lorasc_fx.graph.branch_calls import shared_input
+from lorasc_fx.graph.weights import BRANCHES
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, SplitInputs
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (

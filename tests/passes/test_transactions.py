@@ -48,10 +48,10 @@ class Wreck(CascadePass):
             graph.set_tensor(named.names[weight], torch.full_like(parameter, 7.0))
         graph.renew_branches({key: _zero(branch) for key, branch in graph.branches.items()})
         for node in branch_nodes(graph.module):
-            graph.take_out(node)
+            graph.remove_branch(node)
         for node in graph.nodes:
             if use_of(node) is not None:
-                graph.put_beside(node, "nowhere", node, {})
+                graph.insert_after(node, "nowhere", (node,), {})
         graph.set_branches({})
         graph.mark({})
         graph.record = replace(graph.record, plan=None, facts=frozenset(), slow={})
@@ -103,7 +103,16 @@ RUNS: dict[str, tuple[str, Callable[[Case], Any]]] = {
         lambda case: Pipeline([MatchSites(case.spec), InsertBranches(), StageTransition(), FoldBranches()]),
     ),
 }
-METHODS = ("mark", "set_branches", "renew_branches", "put_beside", "take_out", "set_tensor", "finish", "compiled")
+METHODS = (
+    "mark",
+    "set_branches",
+    "renew_branches",
+    "insert_after",
+    "remove_branch",
+    "set_tensor",
+    "finish",
+    "compiled",
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,7 +210,7 @@ def test_damage_by_a_pass_is_found_and_nothing_is_committed() -> None:
         requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
         def rewrite(self, graph: GraphEditor) -> None:
-            graph.take_out(next(iter(branch_nodes(graph.module))))
+            graph.remove_branch(next(iter(branch_nodes(graph.module))))
 
     case = BY_NAME["module_conv2d"]
     inserted = fill(insert(case.own(), case.spec))
