@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import peft
@@ -389,97 +388,44 @@ def test_only_local_files_unless_the_environment_allows_more(
 # ---- the hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The four requests that an upload of small files makes."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-    tokens: list[str | None]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.asked.append(self.path)
-        answer: dict[str, Any] = {}
-        if self.path == "/api/repos/create":
-            self.asked[-1] += f" {json.loads(body)['name']} {json.loads(body).get('visibility')}"
-            answer = {"url": f"http://{self.headers['Host']}/me/run"}
-        elif "/preupload/" in self.path:
-            kinds = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            answer = {"files": kinds}
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": f"http://{self.headers['Host']}/me/run/commit/abc", "commitOid": "abc"}
-        self._answer(answer)
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        self._answer({"id": "me/run", "sha": "abc", "siblings": []})
-
-    def _answer(self, answer: dict[str, Any]) -> None:
-        self.tokens.append(self.headers.get("Authorization"))
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on standard error."""
-
-
 @pytest.fixture
-def hub() -> Iterator[tuple[str, type[Hub]]]:
-    kind = type("OneHub", (Hub,), {"files": {}, "asked": [], "tokens": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", kind
-        server.shutdown()
-        thread.join()
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The calls of huggingface_hub's own class, by their signatures; what is uploaded is kept in `brought`."""
+    api = mock.create_autospec(huggingface_hub.HfApi, instance=True)
+
+    def upload(*, folder_path: str, **_: Any) -> SimpleNamespace:
+        shutil.copytree(folder_path, tmp_path / "brought")
+        return SimpleNamespace(commit_url="https://huggingface.co/me/run/commit/abc")
+
+    api.upload_folder.side_effect = upload
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **how: api.made(**how) or api)
+    api.made = mock.Mock(return_value=None)
+    return api
 
 
-def test_a_run_on_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as the tests have it
-    endpoint, seen = hub
+def test_a_run_on_the_hub(hub: Any, tmp_path: Path) -> None:
     cascade, args = causal(tmp_path)
     in_a_second_stage(cascade.eval())
-    api = huggingface_hub.HfApi(endpoint=endpoint, token="hf_of_nobody")
     with unchanged(cascade):
-        url = cascade.push_to_hub("me/run", private=True, api=api)
-    assert url == f"{endpoint}/me/run/commit/abc"
-    assert seen.asked[0] == "/api/repos/create run private"
-    assert sorted(seen.files) == ["version-00000001/manifest.json", "version-00000001/state.safetensors"]
-    for name, data in seen.files.items():
-        path = tmp_path / "brought" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        url = cascade.push_to_hub("me/run", private=True, commit_message="two stages", api=hub)
+    assert url == "https://huggingface.co/me/run/commit/abc"
+    hub.create_repo.assert_called_once_with("me/run", private=True, exist_ok=True)
+    assert hub.upload_folder.call_args.kwargs["commit_message"] == "two stages"
+    (version,) = (tmp_path / "brought").iterdir()
+    assert sorted(path.name for path in version.iterdir()) == ["manifest.json", "state.safetensors"]
     again = lx.load(tmp_path / "brought")
     with torch.no_grad():
         assert torch.equal(again(*args).logits, cascade(*args).logits)
 
 
-def test_token_and_branch_are_given_as_to_peft(
-    hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    endpoint, seen = hub
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+def test_token_and_branch_are_given_as_to_peft(hub: Any, tmp_path: Path) -> None:
     cascade, _ = causal(tmp_path)
     cascade.push_to_hub("me/run", token="hf_of_somebody", revision="v1")
-    assert "/api/models/me/run/branch/v1" in seen.asked
-    assert "/api/models/me/run/commit/v1" in seen.asked
-    assert set(seen.tokens) == {"Bearer hf_of_somebody"}
-    assert sorted(seen.files) == ["version-00000001/manifest.json", "version-00000001/state.safetensors"]
+    hub.made.assert_called_once_with(token="hf_of_somebody")
+    hub.create_branch.assert_called_once_with("me/run", branch="v1", exist_ok=True)
+    assert hub.upload_folder.call_args.kwargs["revision"] == "v1"
     with raises(lx.SpecError, "conflicting-options", "token", "api"):
-        cascade.push_to_hub("me/run", token="hf_of_somebody", api=huggingface_hub.HfApi(endpoint=endpoint))
+        cascade.push_to_hub("me/run", token="hf_of_somebody", api=hub)
 
 
 # ---- peft's Auto classes

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
 from tests.errors.models import Net, inputs, loss_of
-from tests.errors.state import assert_same, of, of_optimizer, of_slow, raw
+from tests.errors.state import of, of_optimizer, of_slow, raw
 from tests.kit.seams import SEAMS, seam
 
 SPEC = lx.CascadeSpec(
@@ -262,56 +262,3 @@ def a_read_only_folder(folder: str) -> list[str]:
         assert of(cascade) == before
         return [str(fault), *sorted(path.name for path in Path(folder).iterdir())]
     raise AssertionError("it was written")
-
-
-def no_memory_in_a_transition(folder: str, dtype: str, strength: float, keep: bool) -> list[str]:
-    """Let the system refuse memory inside the second transition, earlier and later; return what was raised. Without
-    noise it is the first one, which copies W0.
-
-    Then the same transition goes through, and gives what it gives to a twin that never lacked memory.
-    """
-    x = inputs(2, 3001).to(getattr(torch, dtype))
-    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(strength, keep=keep))
-
-    def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
-        loss_of(cascade(x)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def going() -> tuple[lx.Cascade, torch.optim.Optimizer]:
-        torch.manual_seed(1)
-        layers = torch.nn.Linear(3001, 3000, bias=False), torch.nn.Tanh(), torch.nn.Linear(3000, 2999)
-        cascade = lx.adapt(torch.nn.Sequential(*layers).to(x.dtype), args=(x,), spec=spec, frontend="symbolic")
-        optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
-        step(cascade, optimizer)
-        if strength:
-            cascade.transition(optimizer)
-            step(cascade, optimizer)
-        return cascade, optimizer
-
-    cascade, optimizer = going()
-    stage = cascade.stage
-    written = lx.save(cascade, folder, optimizer=optimizer)
-    files = {path.name: path.read_bytes() for path in written.iterdir()}
-    before, raised = of(cascade, optimizer), []
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    for spare in range(1, 400, 9):  # MiB: a weight has 34 in fp32
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (spare << 20), hard))
-        try:
-            cascade.transition(optimizer)
-        except (MemoryError, RuntimeError) as fault:
-            raised.append(f"{type(fault).__name__}: {fault}")
-        else:
-            break
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        assert_same(of(cascade, optimizer), before)
-        assert {path.name: path.read_bytes() for path in written.iterdir()} == files
-    assert cascade.stage == stage + 1
-    twin, other = going()
-    twin.transition(other)
-    assert_same(of_slow(cascade) | of_optimizer(optimizer), of_slow(twin) | of_optimizer(other))
-    state, expected = cascade.state_dict(), twin.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in expected.items())
-    return raised

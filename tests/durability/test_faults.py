@@ -10,8 +10,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import pytest
-
 from tests.durability.server import Server
 
 
@@ -31,15 +29,3 @@ def test_a_folder_that_may_not_be_written(server: Server) -> None:
         assert said == f"{folder}: cannot be written: Permission denied; what was there stays"
         assert not left
         os.chmod(folder, 0o755)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "strength", "keep"), [("float32", 0.0, False), ("float32", 0.1, True), ("bfloat16", 0.1, False)]
-)
-def test_no_memory_inside_a_transition(dtype: str, strength: float, keep: bool, server: Server, tmp_path: Path) -> None:
-    """Noise on fp32 weights that is not kept needs some blocks only; without noise W0 is copied."""
-    options = {"dtype": dtype, "strength": strength, "keep": keep}
-    raised = server.run("no_memory_in_a_transition", folder=str(tmp_path), **options).result
-    assert len(raised) > 1
-    assert all("can't allocate memory" in each or each.startswith("MemoryError") for each in raised)

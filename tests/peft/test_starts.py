@@ -1,4 +1,4 @@
-"""Stages that start from the weight (`start="pissa"`, `"olora"`): held against peft's own, and against the formula.
+"""Stages that start from the weight: held against peft's own (`start="pissa"`, `"olora"`), and against the formula.
 
 peft decomposes in fp32 only and refuses fp64, so trajectories in fp64 are compared with peft's adapter on factors and a
 residual made here, by torch.linalg; its own starts, and a chain of them, are compared in fp32.
@@ -23,7 +23,7 @@ from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_o
 from tests.kit.oracle import Cascade as Reference
 from tests.kit.state import weight_states
 
-STARTS = pytest.mark.parametrize("start", ["pissa", "olora"])
+STARTS = pytest.mark.parametrize("start", ["pissa", "olora", "milora"])
 RANK = 3
 PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0}
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -35,8 +35,9 @@ def split(matrix: torch.Tensor, start: str, rank: int = RANK, scale: float = SCA
         q, r = torch.linalg.qr(matrix)
         return q[:, :rank], r[:rank]
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-    root = (values[:rank] / scale).sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    kept = slice(-rank, None) if start == "milora" else slice(rank)
+    root = (values[kept] / scale).sqrt()
+    return u[:, kept] * root, root[:, None] * vh[kept]
 
 
 def adapted(model: nn.Module, x: Any, start: str, **options: Any) -> lx.Cascade:
@@ -105,7 +106,7 @@ def test_one_stage_is_pefts(start: str, optimizer: str) -> None:
         torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=1e-10, msg=name)
 
 
-@STARTS
+@pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_stages_are_a_chain_of_pefts_own(start: str) -> None:
     """`merge_and_unload`, then a new `get_peft_model` with peft's start, per stage; in fp32."""
     model, calls = mlp().float(), [call.float() for call in batches(6, 4, 5)]
@@ -309,7 +310,7 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
         ours = copy.deepcopy(base)
         ours.load_state_dict(state)
         torch.testing.assert_close(theirs(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
-        assert (ours(calls[0]) - base(calls[0])).abs().max() > 1e-2
+        assert (ours(calls[0]) - base(calls[0])).abs().max() > 1e-3
     spec = lx.CascadeSpec(targets=("0", "2"), rank=1, lora_alpha=SCALE, start=start)
     again = lx.from_peft(tmp_path / "slow", copy.deepcopy(base), args=(calls[0],), spec=spec)
     torch.testing.assert_close(again(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
