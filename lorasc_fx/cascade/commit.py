@@ -107,8 +107,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             if name in planned.gradients.pending:
                 run.pending.note(parameter)
     run.plan, run.slow = planned.plan, planned.slow
-    present = run.present(planned.parameters)  # FSDP exchanges parameters itself
-    run.note_weights(name for name in present if run.is_sharded or present[name] is planned.parameters[name])
+    run.note_written(planned.parameters)
     run.set_unmerged()
 
 

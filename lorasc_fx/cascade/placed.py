@@ -126,8 +126,7 @@ class Before:
         write_weights(run, self.parameters, resting)
         for buffer, value in run.statistics:
             buffer.copy_(value)
-        present = run.present(self.parameters)  # the user may have replaced a module, whose weights are none of ours
-        run.note_weights(name for name in present if run.is_sharded or present[name] is self.parameters[name])
+        run.note_written(self.parameters)
         run.placed, run.placed_checksums, run.statistics = None, {}, []
         if self.changed is None:
             self.set_versions()  # autograd graphs from before can be differentiated again

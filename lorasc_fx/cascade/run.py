@@ -1,4 +1,4 @@
-"""A run: how it starts and grows, what may be done with it now, and which steps write to it."""
+"""A run: how it starts, takes over new graphs and commits values, and what it allows at a given moment."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ log = logging.getLogger("lorasc_fx")
 _KEEPS_NOTHING = {
     "add", "load_state_dict", "resume", "rewind", "shard", "stages", "to", "transition", "weights",
 }  # fmt: skip
-"""Calls that look at the weights or change them, and leave what the running stage has trained in the cascade only."""
+"""Calls that do not save or fold what the running stage has trained."""
 
 
 class Run(RunBase):
-    """What a run holds, and the steps that write to it; each is all or nothing."""
+    """A run and the steps that write to it. A step that raises leaves everything as it was."""
 
     def start(
         self,
@@ -44,18 +44,21 @@ class Run(RunBase):
         empty: bool = False,
         summed: Mapping[str, int] | None = None,
     ) -> None:
-        """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn.
+        """Start the first stage: keep W0 of the sites and draw the noise.
 
-        `rules` are those of the spec's train_rules that mean some of the parameters. An `empty` one waits for a slow
-        state and branches from elsewhere: no factors are taken out of its weights. `summed` are known checksums of
-        parameters.
+        Args:
+            trained: the parameters trained in full, by name.
+            undo: gets the steps that restore everything.
+            rules: the spec's train_rules for some of these parameters, by name.
+            empty: whether slow state and branches are loaded next, so that no factors are taken out of the weights.
+            summed: known checksums of parameters.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
         if self.holds_numbers:
             self.register_sites(undo, empty, summed)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
-        """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
+        """Add the sites, refusals and branches of a new graph. With `undo` this is part of a larger block."""
         if undo is None:
             with self.lock, commit() as block:
                 self.grow(decided, block)
@@ -73,14 +76,14 @@ class Run(RunBase):
             log.info("%d sites came with a new variant: %s", len(new), weights)
         elif new:
             warn(
-                f"{len(new)} sites came with a call that no earlier one was like: {named(weights)}. The optimizer does "
-                "not hold their branches: add_param_group them, or call the cascade once in each mode and with each "
+                f"{len(new)} sites were added by a call of a new kind: {named(weights)}. The optimizer does not hold "
+                "their branches. Give them to add_param_group, or call the cascade once in each mode and with each "
                 "kind of arguments before you make the optimizer",
                 "late-sites",
             )
 
     def register_sites(self, undo: Undo, empty: bool = False, summed: Mapping[str, int] | None = None) -> None:
-        """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
+        """Keep W0 of new sites and start their stage. `adapt` and new graphs end with this; see `start`."""
         undo(self.pending.restorer())
         self.note_finite()
         parameters = self.parameters_by_name()
@@ -99,8 +102,8 @@ class Run(RunBase):
         ):
             if asked and quantized is not None:
                 raise SpecError(
-                    f"{option}, and {quantized} is quantized: {what} cannot be written into it. "
-                    f"Give {instead}, or exclude it (exclude=({quantized!r},))",
+                    f"{option}, but {quantized} is quantized, and {what} cannot be written into it. "
+                    f"Give {instead}, or exclude the weight (exclude=({quantized!r},))",
                     code="quantized-not-supported",
                 )
         known = {name: parameters[name] for name in new}
@@ -108,7 +111,7 @@ class Run(RunBase):
         if hooked:
             warn(
                 f"{named(hooked)}: a hook on this parameter (register_hook, register_post_accumulate_grad_hook) is not "
-                "called while the weight is adapted: the gradient goes to lora_A and lora_B, and the weight gets none. "
+                "called while the weight is adapted, because the weight gets no gradient, only lora_A and lora_B do. "
                 "Exclude the weight, train it in full (train=...), or put the hook on the branch's parameters",
                 "hook-not-called",
             )
@@ -117,7 +120,7 @@ class Run(RunBase):
         if factor_start.of_delta and not empty:
             if not any(is_quantized(state.base) for state in slow.states.values()):
                 raise SpecError(
-                    f"start is {start!r}, which is for quantized weights, and none of the sites' is: give start='lora'",
+                    f"start is {start!r}, which needs quantized weights, but no site has one. Give start='lora'",
                     code="conflicting-options",
                 )
             slow = self._with_corrections(slow, known)
@@ -125,30 +128,30 @@ class Run(RunBase):
         slow, factors = slow.begin_stage(self.plan, starting)
         written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
-        if not empty:  # else they are written next
-            self.note_weights((name for name in known if name not in written), summed)
+        if not empty:  # otherwise the weights are written next
+            self.note_weights({name for name in known if name not in written}, summed)
         self._watch()
         self.replicas.check(self.trainable)
 
     def _watch(self) -> None:
-        """Watch for gradients of what is trained, and for optimizer steps after which noise is drawn."""
+        """Watch gradients, and the optimizer steps after which noise is drawn."""
         if not self.is_sharded:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
         if self.plan.spec.noise.follows_steps:
             self.steps.arm(self._redraw)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin as a deep copy, whose watches are new and know nothing of its parameters yet."""
+        """Restore a deep copy. Its watches are new and must watch the copied parameters."""
         vars(self).update(state)
         if self.holds_numbers and not self.released:
             self._watch()
 
     def _with_corrections(self, slow: SlowWeights, known: Mapping[str, nn.Parameter]) -> SlowWeights:
-        """Return slow weights that begin with the nearest delta of a site's rank to what quantization took (LoftQ).
+        """Return slow weights that start with a correction of the quantization error, of the site's rank (LoftQ).
 
         Raises:
-            SpecError: no file has the numbers of before.
-            CheckpointError: it does not have one of them.
+            SpecError: there is no file with the values before quantization.
+            CheckpointError: the file lacks a weight.
         """
         states = dict(slow.states)
         for name, value in known.items():
@@ -156,7 +159,7 @@ class Run(RunBase):
                 continue
             if self.base_file is None:
                 raise SpecError(
-                    f"start is 'loftq', which needs the numbers of {name} before it was quantized: give base, the "
+                    f"start is 'loftq', which needs the values of {name} before it was quantized. Give base=, the "
                     "safetensors file or folder of the model that was quantized",
                     code="no-base",
                 )
@@ -168,7 +171,7 @@ class Run(RunBase):
         return replace(slow, states=states)
 
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:
-        """Write planned values and take them over, all or nothing. With `undo` this is a part of a larger block."""
+        """Write planned values, all or nothing. With `undo` this is part of a larger block."""
         if undo is not None:
             write_planned(self, planned, undo)
             return
@@ -176,17 +179,17 @@ class Run(RunBase):
             write_planned(self, planned, block)
 
     def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write the next noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
+        """Draw new noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
 
-        W_t is written anew from W0, S and the noise of (seed, stage, step, weight), rounded once: nothing accumulates,
-        and nothing is kept on the training device.
+        W_t is computed again from W0, S and the noise of (seed, stage, step, weight), and rounded once. So no rounding
+        accumulates, and no copy is kept on the training device.
         """
         first = next((branch.lora_B for branch in self.by_key.values()), None)
         trains = any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
         if self.slow.idle or not trains:
             return
         after = replace(self.plan, step=self.plan.step + 1)
-        if self.inside_weights:  # the new noise comes with the way back
+        if self.inside_weights:  # the noise is drawn when the weights are restored
             self.plan = after
             return
         with self.lock, commit() as undo:
@@ -196,7 +199,7 @@ class Run(RunBase):
             self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
 
     def detach(self) -> None:
-        """Remove all hooks."""
+        """Remove all hooks and forget the files of the base and added runs."""
         self.released, self.base_file, self.added = True, None, {}
         self.pending.disarm()
         self.steps.disarm()
@@ -213,13 +216,13 @@ class Run(RunBase):
     def start_sharded(
         self, base_file: BaseValues | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
     ) -> None:
-        """Begin on shards whose parameters have got their numbers: what `start` does on one process.
+        """Start a run on sharded parameters that have just got their values. On one process this is `start`.
 
         Args:
-            base_file: where W0 lies, if not in memory.
-            fingerprints: of all parameters, whole.
-            undo: takes all back.
-            empty: as of `start`.
+            base_file: the files that hold W0 if it is not kept in memory.
+            fingerprints: of the full parameters, by name.
+            undo: gets the steps that restore everything.
+            empty: as for `start`.
         """
         undo(self.restorer())
         rules = {name: state.rule for name, state in self.slow.trained.items() if state.rule is not None}
@@ -231,17 +234,17 @@ class Run(RunBase):
         self._frozen = checksums({name: value for name, value in parameters.items() if name not in self.slow.states})
 
     def add(self, name: str, part: Part) -> None:
-        """Keep another run on this base by a name; one of the same name is replaced."""
+        """Keep another run on the same base under a name. It replaces one of the same name."""
         self.added = {**self.added, name: part}
 
     def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Keep buffers, as they are, for the end of `weights`; those that are kept already stay as they were."""
+        """Keep copies of buffers until the end of `weights`. A buffer that has a copy keeps the first one."""
         held = {id(buffer) for buffer, _ in self.statistics}
         new = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in held]
         self.statistics = [*self.statistics, *new]
 
     def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the groups of an optimizer, which holds the present branches; see `Cascade.param_groups`."""
+        """Return parameter groups for an optimizer; see `Cascade.param_groups`."""
         self.check_alive("param_groups")
         self.grouped = True
         return self._groups(lr, options)
@@ -251,7 +254,7 @@ class Run(RunBase):
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
     def begin_loop(self, optimizer: torch.optim.Optimizer, call: str = "stages") -> None:
-        """Check that a loop over stages can begin, and note that there is one; `call` is its name in messages."""
+        """Check that a loop over stages can begin, and record that there is one. `call` names it in messages."""
         self.check_ready(call, sharded=True)
         check_holds(optimizer, self.trainable())
         check_rates(optimizer, lambda lr: self._groups(lr, {}))
@@ -260,27 +263,27 @@ class Run(RunBase):
     # ---- what may be done now
 
     def check_ranks(self, call: str, group: Any) -> None:
-        """Raise StateError if the ranks of a process group are not alike."""
+        """Raise StateError if the ranks of a process group hold different runs."""
         ProcessGroup.of(group).check_alike(call, self.facts(self._checksums))
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
-        """Raise StateError after `release`, and before the model has its numbers, unless the call needs none."""
+        """Raise StateError after `release`, and while the model is on the meta device unless `on_meta` allows it."""
         if POSTPONED:
             run_postponed()
         if self.released:
             raise StateError(
-                f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on", code="released"
+                f"{call}: this cascade was released. Adapt its model again to train it further", code="released"
             )
         if self.meta is not None and not on_meta:
             raise StateError(
-                f"{call}: the model is on the meta device, without numbers; "
-                "call lorasc_fx.materialize(cascade, folder) with its safetensors first",
+                f"{call}: the model is on the meta device and has no values. "
+                "Call lorasc_fx.materialize(cascade, folder) with its safetensors first",
                 code="meta-model",
             )
 
     @contextmanager
     def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
-        """Hold the lock for the time of a `with`, in which weights may change; arguments and errors: `check_ready`."""
+        """Hold the lock inside a `with` that may change weights. Arguments and errors are those of `check_ready`."""
         with self.lock:
             self.check_ready(call, **allowed)
             yield
@@ -293,27 +296,27 @@ class Run(RunBase):
         ends_stage: bool = False,
         on_meta: bool = False,
     ) -> None:
-        """Raise StateError where weights must not change: after release, inside `weights`, inside a backward.
+        """Raise StateError if weights must not change now: after release, inside `weights`, inside a backward.
 
         Args:
             call: name of the method, for messages.
-            sharded: the call works where FSDP holds the weights.
-            ends_stage: it ends the running stage, which no gradient may outlive.
-            on_meta: it needs no numbers.
+            sharded: whether the call works on sharded weights.
+            ends_stage: whether it ends the running stage, which no pending gradient may outlive.
+            on_meta: whether it works without values.
         """
         self.check_alive(call, on_meta=on_meta)
         if self.is_sharded and not sharded:
             raise StateError(
-                f"{call}: the weights are sharded over processes, where there is transition, stages, rewind, weights, "
-                "lorasc_fx.save and resume; lorasc_fx.parallel.fsdp has folded_state_dict for them",
+                f"{call}: not supported for sharded weights. They support transition, stages, rewind, weights, "
+                "lorasc_fx.save, resume, and lorasc_fx.parallel.fsdp.folded_state_dict",
                 code="sharded",
             )
         if self.placed is not None:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
-            raise StateError(f"{call}: inside weights({what}); leave the with block first", code="inside-weights")
+            raise StateError(f"{call}: inside weights({what}). Leave the with block first", code="inside-weights")
         if torch._C._current_graph_task_id() != -1:
             raise StateError(
-                f"{call}: inside a backward, which still needs the weights; call it after the backward",
+                f"{call}: called inside a backward, which still needs the weights. Call it after the backward",
                 code="inside-backward",
             )
         if self.base_file is not None:
@@ -323,9 +326,9 @@ class Run(RunBase):
         if self.slow.group.any(bool(waiting)) and ends_stage:
             waiting = waiting or ["what another process holds"]
             raise StateError(
-                f"{call}: gradients are pending on {named(waiting, 1)}: they belong to the stage that ends. "
+                f"{call}: gradients are pending on {named(waiting, 1)}, and they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first. If you did, the optimizer holds other Parameter "
-                "objects (a move to some devices makes new ones): build it from cascade.param_groups(lr=...), after "
+                "objects (a move to some devices makes new ones): build it from cascade.param_groups(lr=...) after "
                 "any move. cascade.zero_grad() drops the gradients",
                 code="gradients-pending",
             )
@@ -334,11 +337,11 @@ class Run(RunBase):
             self.note_kept()
 
     def note_kept(self) -> None:
-        """Note that what is trained now is in a file, a state dict or another run."""
+        """Record that what is trained now is kept in a file, a state dict or another run."""
         self._kept = sum(parameter._version for parameter in self.branches.parameters())
 
     def loses_training(self) -> bool:
-        """Whether something was trained that is nowhere else, and goes with the run. On shards this is a guess."""
+        """Whether dropping the run would lose training that is kept nowhere else. For shards this is a guess."""
         if not self.holds_numbers:
             return False
         if self.is_sharded:

@@ -1,4 +1,4 @@
-"""What a run holds, and what can be asked of it; nothing in here writes to the user's model."""
+"""State of a run, and queries about it. Nothing in this file writes to the user's model."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from lorasc_fx.util.version import source_digest, version
 
 
 class BaseValues(Protocol):
-    """Files that hold W0, if it is not kept in memory (`checkpoint.base_file.BaseFile`)."""
+    """Files that hold W0 if it is not kept in memory (`checkpoint.base_file.BaseFile`)."""
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W0 of these parameters as mapped tensors, by name."""
+        """Return W0 of these parameters as memory-mapped tensors, by name."""
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the values of a weight before it was quantized."""
 
     def releaser(self) -> Callable[[torch.Tensor], None]:
-        """Return a function that gives the pages of a mapped tensor back to the system until their next use."""
+        """Return a function that releases the pages of a mapped tensor until their next use."""
 
     def check(self, call: str) -> None:
-        """Raise StateError if a file was written to."""
+        """Raise StateError if a file was changed."""
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """What a cascade of a model on the meta device remembers until the model gets its values.
+    """What a cascade of a model on the meta device needs when the model gets its values.
 
     Args:
         base: the argument of `adapt`.
         groups: the names of each tensor of the model, before any was untied.
-        checkpoint: that the cascade was loaded from, if it was; its state is taken over then.
+        checkpoint: the checkpoint to load then, if the cascade came from one.
     """
 
     base: Any
@@ -56,11 +56,11 @@ class RunBase:
     """The user's model, the branches, the plan of the running stage, and the slow weights.
 
     Args:
-        model: the user's own.
-        decided: the plan of the running stage, the branches, and the weights without one.
-        frontend: the front end that was asked for.
-        base_file: where W0 lies, if not in memory.
-        meta: what is known of a model on the meta device, until it has its numbers.
+        model: the user's model.
+        decided: the plan of the running stage, the branches, and the weights without a branch.
+        frontend: the requested front end.
+        base_file: the files that hold W0 if it is not kept in memory.
+        meta: set while the model is on the meta device.
         written: returns the names of the parameters that forward writes.
     """
 
@@ -83,20 +83,20 @@ class RunBase:
         self.steps = StepWatch()
         self.replicas = Replicas()
         self.warned = Warned()
-        self.placed: str | int | None = None  # a number is that of a stage
+        self.placed: str | int | None = None  # the weights that weights() has put in place; a number is a stage
         self.released = False
-        self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
+        self.placed_checksums: dict[str, int] = {}
         self.base_file, self.meta, self.written = base_file, meta, written
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
-        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
-        self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite at the start
-        self._kept: int | None = None  # versions of the branches, as they were last folded or written
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers and their values before weights()
+        self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
+        self._kept: int | None = None  # sum of the branches' version counters when they were last saved or folded
         self._fingerprints: dict[str, str] = {}
-        self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, as they had theirs
-        self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
-        self._objects: dict[str, int] = {}  # ids of their parameters, as they were last seen
+        self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, at their fingerprints
+        self._checksums: dict[str, int] = {}  # of the weights, when they were last written here or first seen
+        self._objects: dict[str, int] = {}  # ids of the weights' Parameter objects, at the same time
 
     @property
     def by_key(self) -> dict[str, Branch]:
@@ -123,15 +123,13 @@ class RunBase:
         return {name: parameters[name] for name in self.slow.trained}
 
     def present(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Return the parameters of these names, as the model has them now; one that is gone is left out.
-
-        Looked up by name: a walk over all modules takes longer than the smaller weights take to write.
-        """
+        """Return the parameters that the model has now under these names. Missing ones are left out."""
+        # Looked up by name: a walk over all modules would take longer than writing the smaller weights.
         parameters = {name: _parameter(self.model, name) for name in names}
         return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
     def weights_by_name(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the slow weights know and no optimizer trains; one that is gone is left out."""
+        """Return the parameters of the slow state, except those trained in full. Missing ones are left out."""
         return self.present(name for name, state in self.slow.states.items() if not state.full)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -148,7 +146,7 @@ class RunBase:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a process holds only its share of the weights, as under FSDP."""
+        """Whether the weights are sharded over processes by FSDP."""
         return self.slow.group.handle is not None
 
     @property
@@ -167,14 +165,14 @@ class RunBase:
         return self.placed is not None
 
     def faults(self) -> list[str]:
-        """Return a sentence for each slow state with inf or nan, and each branch unless such ones are left out."""
+        """Return a sentence for each slow state with inf or nan, and each such branch unless the spec skips them."""
         if self.plan.spec.on_nonfinite == "skip":
             return self.slow.faults()
         broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
         return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 
     def note_finite(self) -> None:
-        """Note which buffers are finite now, with their shapes; the first call counts."""
+        """Record which buffers are finite now, and their shapes. Only the first call has an effect."""
         if not self._finite:
             buffers = _floating_buffers(self.model)
             all_finite = sums_are_finite(list(buffers.values()))
@@ -185,10 +183,10 @@ class RunBase:
         return self._finite.get(name) == shape
 
     def check_buffers(self, call: str) -> None:
-        """Raise StateError if a buffer holds inf or nan, and was finite when the model was adapted.
+        """Raise StateError if a buffer holds inf or nan and was finite when the model was adapted.
 
-        A mask with -inf may stay, and so may a buffer that forward has made anew in another size. All-reduced where
-        weights are sharded.
+        A mask with -inf is allowed, and so is a buffer that forward has created again in another size. All-reduced if
+        the weights are sharded.
         """
         buffers = _floating_buffers(self.model)
         known = {name: value for name, value in buffers.items() if self.started_finite(name, value.shape)}
@@ -198,8 +196,8 @@ class RunBase:
         if self.slow.group.any(broken is not None):
             raise StateError(
                 f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
-                "was adapted; nothing was changed or written. Find the batch that did it, and go on from the last "
-                "checkpoint, or estimate running statistics anew by cascade.recalibrate(batches)",
+                "was adapted; nothing was changed or written. Find the batch that caused it and resume from the last "
+                "checkpoint, or estimate the running statistics again by cascade.recalibrate(batches)",
                 code="non-finite",
             )
 
@@ -209,49 +207,50 @@ class RunBase:
         return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base) and not state.full)
 
     def note_weights(self, written: Iterable[str] | None = None, summed: Mapping[str, int] | None = None) -> None:
-        """Take the checksums of weights that were written here, by default of all, but for those that are given; those
-        of others stay.
-        """
-        parameters, given = self.weights_by_name(), summed or {}
-        names = parameters if written is None else [name for name in written if name in parameters]
-        taken = {name: given[name] for name in names if name in given}
-        new = checksums({name: parameters[name] for name in names if name not in taken})
-        self._checksums = {**self._checksums, **taken, **new}
+        """Record the checksums of weights that were written here, by default of all. `summed` are known ones."""
+        parameters, summed = self.weights_by_name(), summed or {}
+        names = [name for name in parameters if written is None or name in written]
+        new = checksums({name: parameters[name] for name in names if name not in summed})
+        self._checksums = {**self._checksums, **{name: new.get(name, summed.get(name, 0)) for name in names}}
         self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
 
+    def note_written(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Record the checksums of parameters that were written here, if they are still those of the model."""
+        now = self.present(parameters)
+        # FSDP exchanges parameters itself. Without it, the user has replaced a parameter that is another one now.
+        self.note_weights({name for name in now if self.is_sharded or now[name] is parameters[name]})
+
     def exchanged(self) -> bool:
-        """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
+        """Whether the model holds other objects than its weights, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
     def changed_weights(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names of the weights, among these, that hold other numbers than were written here."""
+        """Return the names of those of these weights whose values were not written here."""
         return [name for name, value in checksums(dict(parameters)).items() if value != self._checksums.get(name)]
 
     def changed(self, known: Mapping[str, int]) -> str | None:
-        """Return the first parameter that is gone, or no longer has the checksum that it has here."""
-        held = {name: parameter for name in known if (parameter := _parameter(self.model, name)) is not None}
-        now = checksums(held)
+        """Return the first parameter that is missing or does not have this checksum."""
+        now = checksums(self.present(known))
         return next((name for name in known if now.get(name) != known[name]), None)
 
     def check_weights(self, call: str) -> None:
-        """Raise StateError where a weight holds other numbers than were written here, or is gone.
+        """Raise StateError if a weight is missing or holds values that were not written here.
 
-        By value, as a write through `.data`, numpy or another Parameter leaves no trace. All-reduced where weights are
-        sharded. Every rank must call this at the same point.
+        Values are compared by checksums, because a write through `.data`, numpy or another Parameter leaves no other
+        trace. All-reduced if the weights are sharded: every rank must call this at the same point.
         """
         parameters = self.weights_by_name()
         changed = self.changed(self._checksums)
-        if changed is None and not self.is_sharded:  # what is trained in full may have other numbers
-            bases = {name: state.base for name, state in self.slow.trained.items()}
-            now = {name: _parameter(self.model, name) for name in bases}
-            changed = next(
-                (name for name, base in bases.items() if getattr(now[name], "shape", None) != base.shape), None
-            )
+        if changed is None and not self.is_sharded:  # parameters trained in full may have other values
+            trained = self.slow.trained
+            now = self.present(trained)
+            same = {name for name in now if now[name].shape == trained[name].base.shape}
+            changed = next((name for name in trained if name not in same), None)
         if self.slow.group.any(changed is not None):
             raise StateError(
-                f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "
-                "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
-                "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load",
+                f"{call}: {changed or 'a weight on another process'} was changed from outside the cascade "
+                "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite the change. "
+                "Restore the weight. Write weights before adapt, and resume a run by lorasc_fx.save and load",
                 code="weights-changed-outside",
             )
         for site in () if self.is_sharded else self.plan.sites:
@@ -259,26 +258,26 @@ class RunBase:
                 other = _parameter(self.model, alias)
                 if other is not None and other is not parameters.get(site.weight):
                     raise StateError(
-                        f"{call}: {alias} was tied to {site.weight} when the model was adapted, and is another "
+                        f"{call}: {alias} was tied to {site.weight} when the model was adapted. It is another "
                         "parameter now, which a fold would not reach. Tie them again, or adapt with untie",
                         code="tied-weights-differ",
                     )
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of every base parameter that only training moves.
+        """Return the fingerprint of every parameter of the base, except those that forward writes.
 
-        Each is computed once, and anew where a parameter that no training moves was written since: a checkpoint does
-        not hold it, and has to say onto which numbers it loads.
+        Each is computed once. It is computed again if a parameter that no training moves was written since: a
+        checkpoint does not hold the parameter, and has to say onto which values it loads.
 
         Raises:
-            StateError: such a one was written since the weights were sharded: no process has the whole of it.
+            StateError: such a parameter was written after the weights were sharded, so no process has all of it.
         """
         slow, moved = self.slow, self.moved_parameters()
         if self.is_sharded and (name := self.changed(self._frozen)) is not None:
             raise StateError(
-                f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
-                "checkpoint holds it: put it back, or change it before shard",
+                f"save: {name} was changed after the weights were sharded. It is neither adapted nor trained, so no "
+                "checkpoint holds it. Restore it, or change it before shard",
                 code="weights-changed-outside",
             )
         bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
@@ -289,9 +288,9 @@ class RunBase:
             del self._fingerprints[name]
             self.warned.once(
                 "frozen-parameter-changed",
-                f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
-                "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
-                "in them, give train=(...) to the spec",
+                f"{name} was changed after an earlier save. It is neither adapted nor trained, so checkpoints do not "
+                "hold it: new ones load only onto a model with its new values. To store it in them, give train=(...) "
+                "to the spec",
             )
         self._frozen |= frozen
         new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self._fingerprints}
@@ -299,7 +298,7 @@ class RunBase:
         return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
-        """Return what all ranks of a run must have alike (`ProcessGroup.check_alike`).
+        """Return what must be equal on all ranks of a run (`ProcessGroup.check_alike`).
 
         Args:
             weights: fingerprints or checksums, by name.
@@ -313,22 +312,22 @@ class RunBase:
         return {**code, **spec, "stage": f"{self.plan.stage}, step {self.plan.step}", **sites, **digests}
 
     def note_fingerprints(self, digests: Mapping[str, str]) -> None:
-        """Take over the fingerprints of W0 that came with a checkpoint, if those of before are known."""
+        """Add the fingerprints of W0 from a checkpoint, if fingerprints were computed before."""
         if self._fingerprints:
             self._fingerprints = {**self._fingerprints, **digests}
 
     @property
     def fingerprinted(self) -> bool:
-        """Whether fingerprints were taken."""
+        """Whether fingerprints were computed."""
         return bool(self._fingerprints)
 
     def note_frozen(self) -> None:
-        """Take the checksums of what no training moves again: it was moved or cast here, and its fingerprint stays."""
+        """Record new checksums of parameters that no training moves, after a move or a cast. Fingerprints stay."""
         parameters = self.parameters_by_name()
         self._frozen = checksums({name: parameters[name] for name in self._frozen})
 
     def moved_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that forward itself writes (a momentum teacher); they are state, as buffers are."""
+        """Return the parameters that forward itself writes (a momentum teacher). They are state, like buffers."""
         names = self.written() - self.slow.states.keys()
         parameters = self.parameters_by_name() if names else {}
         return {name: parameters[name] for name in sorted(names) if name in parameters}
@@ -338,23 +337,18 @@ class RunBase:
         return {**dict(self.model.named_buffers()), **self.moved_parameters()}
 
     def restorer(self) -> Callable[[], None]:
-        """Return what brings back what was decided, slow weights and flags, which weights are in place, their
-        checksums, and which gradients wait for a step. Values are not among it (`commit`).
-        """
-        decided = (self.plan, self.slow, self.base_file, self.released, self.added)
-        noted, branches = (self._checksums, self._objects, self._frozen), set(self.branches)
-        meta, fingerprints, left = self.meta, self._fingerprints, (self.refusals, self.unreached)
-        placed = (self.placed, self.placed_checksums)
+        """Return a function that restores this state, except values of parameters and buffers (see `commit`)."""
+        names = (
+            *("plan", "slow", "base_file", "released", "added", "refusals", "unreached", "meta", "placed"),
+            *("placed_checksums", "_fingerprints", "_frozen", "_checksums", "_objects"),
+        )
+        fields, branches = {name: getattr(self, name) for name in names}, set(self.branches)
         restore_pending = self.pending.restorer()
 
         def restore() -> None:
-            self.plan, self.slow, self.base_file, self.released, self.added = decided
-            self.refusals, self.unreached = left
+            vars(self).update(fields)
             for key in self.branches.keys() - branches:
                 del self.branches[key]
-            self.meta, self._fingerprints = meta, fingerprints
-            self._checksums, self._objects, self._frozen = noted
-            self.placed, self.placed_checksums = placed
             restore_pending()
             self.set_unmerged()
 
@@ -371,7 +365,7 @@ class RunBase:
 
 
 def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the local values of the buffers that can hold inf or nan, by name."""
+    """Return the local part of the buffers that can hold inf or nan, by name."""
     return {
         name: local(buffer)
         for name, buffer in model.named_buffers()
