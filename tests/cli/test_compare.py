@@ -15,7 +15,6 @@ from torch import nn
 
 from lorasc_fx.cli import compare, main
 from lorasc_fx.cli.compare import Result, best_rates
-from lorasc_fx.cli.config import load_config
 
 
 def cell(folder: Path, name: str) -> Result:
@@ -72,25 +71,6 @@ def test_it_goes_on_where_it_stopped(place: Path, capsys: pytest.CaptureFixture[
     assert (place / "parts" / "results" / "lora-seed1-lr0.01.json").stat().st_mtime_ns == before
     for name in ("lora-seed0-lr0.01", "lorasc-seed0-lr0.01", "lorasc-seed1-lr0.01"):
         assert without_time(cell(place / "whole", name)) == without_time(cell(place / "parts", name))
-
-
-def test_another_configuration_is_not_mixed_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--compare.methods", "probe", "--compare.seeds", "0"]
-    assert main(["compare", "tiny.toml", *quick]) == 0
-    capsys.readouterr()
-    assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4"]) == 2
-    assert "runs/tiny holds a run with spec.rank = 2, and this one has 4" in capsys.readouterr().err
-    assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4", "--overwrite"]) == 0
-    assert load_config(place / "runs" / "tiny" / "config.toml").spec.rank == 4
-    assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4", "--compare.seeds", "1"]) == 0
-    assert len(list((place / "runs" / "tiny" / "results").iterdir())) == 2
-
-
-def test_a_mistake_that_ran_nothing_can_be_mended(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--compare.methods", "lora", "--compare.seeds", "0"]
-    assert main(["compare", "tiny.toml", *quick, "--spec.targets", "3.wieght"]) == 2
-    assert "nearest: '3.weight'" in capsys.readouterr().err
-    assert main(["compare", "tiny.toml", *quick]) == 0
 
 
 def test_a_damaged_result_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,19 +136,6 @@ def test_averages_of_lora_by_hand(place: Path, monkeypatch: pytest.MonkeyPatch) 
             assert (states.std(0) > 0).any()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {1}
-
-
-def test_the_rate_of_cycles_is_that_of_the_stages(place: Path) -> None:
-    asked = ["--compare.methods", "lora-cycles", "lorasc", "--compare.seeds", "0", "--train.log-every", "1"]
-    assert main(["compare", "tiny.toml", *asked]) == 0
-    rates: dict[str, list[float]] = {}
-    for line in (place / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        rates.setdefault(entry["run"], []).append(entry["lr"])
-    cycles, stages = rates.values()
-    assert cycles == pytest.approx(stages)
-    assert cycles[:4] == pytest.approx(cycles[4:8])
-    assert cycles[3] < cycles[1]
 
 
 def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -54,7 +52,6 @@ TINY: dict[str, Any] = {
         for metric in ("accuracy", "loss", "sensitivity")
     ],
 }
-DECIDES = ("finalists", "recipe", "short")
 TRAINING = Training(batch_size=8, warmup=1, cycles=3, clip=1.0)
 
 
@@ -104,15 +101,6 @@ def test_methods_that_train_alike_share_a_run() -> None:
         run(linear_task(), [METHODS["lora"], METHODS["recipe"]], TRAINING, 40, 30, 0.03, 3)
 
 
-def test_which_weights_are_averaged_or_chosen_from() -> None:
-    ends = (20, 40, 60)
-    moments = {name: METHODS[name].moments(ends, 60) for name in ("lora", "lora-average", "lora-early", "recipe")}
-    assert moments["lora"] == ()
-    assert moments["lora-average"] == (36, 42, 48, 54, 60)  # of the second half
-    assert moments["lora-early"] == (6, 12, 18, 24, 30, 36, 42, 48, 54, 60)
-    assert moments["recipe"] == ends
-
-
 @pytest.mark.slow
 def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
@@ -145,37 +133,6 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
     assert runner.check(TINY, again) == 1
 
 
-def test_the_best_rate_is_of_validation_and_never_one_that_diverged(tmp_path: Path) -> None:
-    lines = runner.Lines(tmp_path / "results.jsonl", TINY)
-    values = {(0.001, 0): (0.5, 0.8), (0.001, 1): (0.5, 0.8), (0.01, 0): (0.4, 0.7), (0.01, 1): (0.7, 0.99)}
-    for (rate, seed), (loss, accuracy) in values.items():
-        cell = runner.Cell(7, "grid", "teacher-4", 16, "short", "lora", rate, seed)
-        lines.add(cell, {"diverged": False, "validation": {"loss": loss, "accuracy": accuracy}})
-    chosen = [runner.best_rate(TINY, lines, "teacher-4", 16, "short", "lora", by) for by in ("loss", "accuracy")]
-    assert chosen == [0.001, 0.01]
-    lines.found[runner.Cell(7, "grid", "teacher-4", 16, "short", "lora", 0.01, 1)]["result"]["diverged"] = True
-    assert runner.best_rate(TINY, lines, "teacher-4", 16, "short", "lora", "accuracy") == 0.001
-    assert json.loads(lines.path.read_text(encoding="utf-8").splitlines()[0])["cell"]["phase"] == "grid"
-
-
-def test_a_grid_goes_on_while_its_largest_rate_is_a_best_one(tmp_path: Path) -> None:
-    protocol = TINY | {"rates": {"branches": [0.001, 0.01], "beyond": [0.03, 0.1], "full": [0.001]}}
-    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
-
-    def known(loss: dict[float, float]) -> list[float]:
-        for (rate, value), seed in itertools.product(loss.items(), (0, 1)):
-            cell = runner.Cell(6, "grid", "teacher-4", 16, "short", "lora", rate, seed)  # of a version that counts
-            lines.add(cell, {"diverged": False, "validation": {"loss": value, "accuracy": 0.5}})
-        again = runner.Lines(lines.path, protocol)
-        return sorted({cell.rate for cell in runner.cells_of(protocol, again) if cell.method == "lora"})
-
-    assert known({}) == [0.001, 0.01]
-    assert known({0.001: 0.5, 0.01: 0.4}) == [0.001, 0.01, 0.03]
-    assert known({0.03: 0.45}) == [0.001, 0.01, 0.03]
-    assert known({0.03: 0.3}) == [0.001, 0.01, 0.03, 0.1]
-    assert known({0.1: 0.9}) == [0.001, 0.01, 0.03, 0.1]
-
-
 def test_statistics_by_hand() -> None:
     scores = numpy.random.default_rng(3).normal(0.5, 1.0, (12, 4))
     found = page.difference_over_tasks(scores, 4000)
@@ -184,38 +141,3 @@ def test_statistics_by_hand() -> None:
     deviation = scores.std() / numpy.sqrt(scores.size)
     assert 2 * deviation < found.high - found.low < 8 * deviation
     assert page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as R's p.adjust
-
-
-@pytest.mark.slow
-def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> None:
-    """Every cell has the accuracy that its parts add up to, so that the effects of the design are known."""
-    protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
-    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
-    for _ in range(2):  # the design's rates are known once the grid is there
-        for cell in list(runner.cells_of(protocol, lines)):
-            parts = set(cell.method.split("+")[1:])
-            accuracy = 0.5 + 0.02 * ("restart" in parts) - 0.01 * ("noise" in parts) + 0.1 * (cell.rate == 0.001)
-            part = {"accuracy": accuracy, "loss": 1 - accuracy, "calibration": 0.1}
-            kept = [{"share": tenth / 10, "target": 0.5, "source": 0.5} for tenth in range(11)]
-            result = {"diverged": False, "validation": part, "test": part, "shifts": {"one": part}, "kept": kept}
-            lines.found[cell] = {"result": result | {"delta": {"norm": 0.1, "rank": 2.0}}, "code": "none"}
-    effects = {effect[:3]: effect[3] for effect in page.design_effects(page.Results(protocol, lines))}
-    assert effects["restart", "long", "test"].value == pytest.approx(2)
-    assert effects["noise", "short", "shifts"].value == pytest.approx(-1)
-    assert effects["average", "short", "test"].value == pytest.approx(0)
-    page.write(protocol, lines, tmp_path)
-    written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
-    assert "No runs yet" not in written
-    short = written.partition("## In short")[2].partition("##")[0]
-    assert short.count("\n- ") == sum(len(claim["budgets"]) for claim in protocol["claims"])
-    assert "tasks so far" not in short
-    assert "| digits | long | LoRA | 60.0 | 50.0 | 20 % |" in written
-    results, claim = page.Results(protocol, lines), protocol["claims"][0]
-    assert results.complete(claim, "short", "loss")
-    of_recipe = (cell for cell in lines.found if (cell.phase, cell.method, cell.budget) == DECIDES)
-    del lines.found[next(of_recipe)]
-    assert not results.complete(claim, "short", "loss")
-    assert results.complete(claim, "long", "loss")
-    verdicts = {entry.budget: entry.verdict for entry in page._decided(results) if entry.claim is claim and entry.p}
-    assert verdicts["short"] == f"{len(results.phase('finalists')['tasks']) - 1} tasks so far"
-    assert verdicts["long"] in ("supported", "refuted", "undecided")

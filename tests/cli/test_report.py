@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.cli.charts import smoothed
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.report import RunRecord
 from lorasc_fx.cli.report import page as render
@@ -324,27 +323,6 @@ def test_a_damaged_record_is_named(
     (run / file).write_bytes(content)
     assert main(["report", str(run)]) == 2
     assert capsys.readouterr().err.startswith(f"lorasc-fx: {run / file}: {message}")
-
-
-def test_the_loss_is_smoothed_as_the_formula_says_and_the_rate_is_drawn(tmp_path: Path) -> None:
-    record = RunRecord.read(write_long_run(tmp_path / "run"))
-    values = [value for _, value in record.by_step("loss")]
-    keep = 0.5 ** (20 / len(values))
-    expected = []
-    for last in range(1, len(values) + 1):
-        weights = [keep ** (last - 1 - place) for place in range(last)]
-        expected.append(sum(w * value for w, value in zip(weights, values, strict=False)) / sum(weights))
-    assert smoothed(values) == pytest.approx(expected, rel=1e-12)
-    assert smoothed([3.0] * 7) == pytest.approx([3.0] * 7)
-    text = render(record)
-    assert f"Smoothed it ends at {expected[-1]:.4g}." in text
-    assert "as logged (faint) and smoothed" in text
-    assert 'id="rate-title"' in text
-    assert "From 0.001 at step 10 to 0.001 at step 500; at most 0.001." in text
-    lines = [{**line, "lr": line["step"] * 1e-5} if "lr" in line else line for line in record.lines]
-    few = render(replace(record, lines=[line for line in lines if line.get("step", 0) <= 100]))
-    assert "smoothed" not in few.split("</style>")[1]
-    assert "From 0.0001 at step 10 to 0.001 at step 100; at most 0.001." in few
 
 
 REFRESH = '<meta http-equiv="refresh"'

@@ -111,15 +111,6 @@ def slow_by_hand(cascade: lx.Cascade, paces: tuple[float, ...]) -> dict[str, tor
     return weights
 
 
-@pytest.mark.parametrize("pace", [(1.0, 0.5, 0.25), 0.4])
-def test_pace_by_stage(pace: Any) -> None:
-    cascade, _ = adapted(pace=pace)
-    paces = (1.0, 0.5, 0.25, 0.25, 0.25) if isinstance(pace, tuple) else (0.4,) * 5
-    for name, value in slow_by_hand(cascade, paces).items():
-        torch.testing.assert_close(dict(cascade.model.named_parameters())[name].detach(), value, rtol=0, atol=1e-12)
-    assert str(cascade).splitlines()[1].startswith(f"  stage 6, pace {paces[-1]:g}, ")
-
-
 def test_a_rule_with_a_rank_of_its_own_stays() -> None:
     cascade, _ = adapted(rules=(lx.Rule("2.weight", rank=5), lx.Rule("4.weight", lora_alpha=9.0)))
     seen = []
@@ -128,28 +119,6 @@ def test_a_rule_with_a_rank_of_its_own_stays() -> None:
         assert [branches(cascade)[site.weight].rank for site in cascade.sites] == seen[-1]
         cascade.transition(None)
     assert seen == [[4, 5, 4], [2, 5, 2], [3, 5, 3], [1, 5, 1], [1, 5, 1]]
-
-
-def test_checkpoints_resume_with_the_rank_of_their_stage(tmp_path: Path) -> None:
-    calls = batches(12, 4, 5)
-    whole, one = adapted(noise=lx.Noise(0.2))
-    parts, other = adapted(noise=lx.Noise(0.2))
-    for each, optimizer in ((whole, one), (parts, other)):
-        train(each, optimizer, calls[:3])
-        each.transition(optimizer)
-        train(each, optimizer, calls[3:6])
-    lx.save(parts, tmp_path, optimizer=other)
-    again = lx.load(tmp_path, mlp(), (X,))
-    assert again.plan == whole.plan
-    optimizer = torch.optim.AdamW(again.param_groups(lr=1e-2))
-    again.resume(optimizer)
-    for each, held in ((whole, one), (again, optimizer)):
-        train(each, held, calls[6:9])
-        each.transition(held)
-        train(each, held, calls[9:])
-    found = again.release().state_dict()
-    for name, value in whole.release().state_dict().items():
-        assert torch.equal(value, found[name])
 
 
 def test_earlier_stages_come_back_and_the_next_has_the_rank_of_its_number() -> None:
