@@ -124,16 +124,6 @@ def base_of(node: fx.Node) -> fx.Node:
     return base
 
 
-def instead(node: fx.Node, target: Any, args: tuple[Any, ...], meta: bool = False) -> fx.Node:
-    """A new node in the place of another, as a careless pass makes it (or a careful one, with its metadata)."""
-    with node.graph.inserting_before(node):
-        new = node.graph.call_function(target, args)
-    new.meta = dict(node.meta) if meta else {}
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-    return new
-
-
 # --- followed -------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ def test_a_signal_at_some_lines(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_signal_at_many_lines(name: str, tmp_path: Path) -> None:
     """Every line of `weights`; of the others as many as time allows."""
-    at_lines(name, (1,), tmp_path, 20 if name in LONG else None if name == "weights" else 100)
+    at_lines(name, (1,), tmp_path, 10 if name in LONG else None if name == "weights" else 40)
 
 
 def test_no_memory_at_some_lines(tmp_path: Path) -> None:

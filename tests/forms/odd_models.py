@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from lorasc_fx.plan import Reason
@@ -52,7 +49,6 @@ def lin(*names: str) -> dict[str, str]:
 X = rand((4, 5))
 ORIGINAL = "parametrizations.weight.original"
 NOT = ("export", "dynamo", "symbolic")
-Inputs = Callable[[], Any]
 
 # fmt: off
 ODD: list[Case] = [

@@ -15,7 +15,7 @@ import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.errors.test_all_or_nothing import everywhere, result
 from tests.kit.errors import raises, warns
-from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, randomize, train, trainable_parameters
+from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
 RANKS = (4, 2, 3, 1)
@@ -96,19 +96,6 @@ def test_kept_factors_are_fresh_where_the_rank_changes() -> None:
     for _ in range(2):
         plain.transition(None)
     assert all(torch.equal(value, factors(plain)[name]) for name, value in factors(cascade).items())
-
-
-def slow_by_hand(cascade: lx.Cascade, paces: tuple[float, ...]) -> dict[str, torch.Tensor]:
-    """End a stage for each pace, after other values in B; returns W0 + S by the recursion in dense fp64."""
-    weights = {
-        name: value.detach().clone() for name, value in mlp().named_parameters() if name in cascade.plan.by_weight
-    }
-    for seed, pace in enumerate(paces):
-        randomize(cascade, seed)
-        for name, branch in branches(cascade).items():
-            weights[name] += pace * (branch.scale * branch.lora_B @ branch.lora_A).detach()
-        cascade.transition(None)
-    return weights
 
 
 def test_a_rule_with_a_rank_of_its_own_stays() -> None:

@@ -127,15 +127,6 @@ def eager(model: nn.Module, weights: dict[str, torch.Tensor], args: Sequence[Any
         return seeded(lambda *given: torch.func.functional_call(copy.deepcopy(model), weights, given), args)
 
 
-def peft_gaps(case: Case, training: bool, **more: Any) -> tuple[float, float]:
-    """How far peft's adapter, and what peft merges, are from the formula, in one mode."""
-    model, args = case.model().train(training), case.inputs()
-    theirs = peft_of(model, case.targets, **more)
-    right = eager(model, formula_of(theirs, model), args)
-    adapter = seeded(copy.deepcopy(theirs), args)  # a copy, as a batch norm moves its statistics
-    return gap(adapter, right), gap(seeded(theirs.merge_and_unload(), args), right)
-
-
 # ---- ours
 
 
