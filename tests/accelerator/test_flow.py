@@ -10,7 +10,7 @@ from tests.accelerator.kit import Side, compare, tensors
 from tests.accelerator.models import MODELS
 
 NAMES = [name for name in MODELS if name != "dropout"]
-LARGE = ("resnet", "bert", "gpt2")
+LARGE = ("resnet", "bert", "gpt2", "llama")
 
 
 def flow(side: Side) -> None:

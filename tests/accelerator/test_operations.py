@@ -184,7 +184,7 @@ def release(side: Side) -> None:
 
 OPERATIONS = (middle, weights, methods, folded, adapter, state_dict, checkpoint, runs, rewind, release)
 
-QUICK = ("noise of each step", "dora", "average", "ranks")
+QUICK = ("dora", "ranks")
 NAMES = ("conv", "llama", "attention", "tied", "bert")
 ROWS = [
     *(pytest.param("mlp", spec, marks=() if spec in QUICK else pytest.mark.slow) for spec in SPECS),
