@@ -77,22 +77,22 @@ class BaseFile:
             read = mapped_tensors(path, keys.values())
             pages = MappedPages.of([path])
             for name, tensor in zip(keys, read, strict=True):
-                held, where = parameters[name].detach(), f"base: {keys[name]} of {path}"
-                here = local_like(tensor, held) if tensor.shape == held.shape else tensor
-                held = local(held)
-                if (here.shape, here.dtype) != (held.shape, held.dtype):
+                value, where = parameters[name].detach(), f"base: {keys[name]} of {path}"
+                shard = local_like(tensor, value) if tensor.shape == value.shape else tensor
+                value = local(value)
+                if (shard.shape, shard.dtype) != (value.shape, value.dtype):
                     there, ours = (
-                        f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (here, held)
+                        f"{list(item.shape)} {str(item.dtype).removeprefix('torch.')}" for item in (shard, value)
                     )
                     raise CheckpointError(
                         f"{where} is {there}, and {name} of the model is {ours}. {_ADVICE}", code="base-differs"
                     )
-                if not pages.same_bits(here, held):
+                if not pages.same_bits(shard, value):
                     raise CheckpointError(
                         f"{where} holds other values than {name} of the model. {_ADVICE}", code="base-differs"
                     )
                 pages.release(tensor)  # a shard may be a copy of it
-                tensors[name] = here
+                tensors[name] = shard
         return tensors
 
     def releaser(self) -> Callable[[torch.Tensor], None]:
@@ -118,23 +118,23 @@ class BaseFile:
             CheckpointError: it is missing, or has another shape.
         """
         key = self._key(name)
-        found = self.tensors[key]
-        if found.shape != tuple(shape):
+        entry = self.tensors[key]
+        if entry.shape != tuple(shape):
             raise CheckpointError(
-                f"base: {key} of {found.path} is {list(found.shape)}, and {name} is {list(shape)}. Give the files of "
+                f"base: {key} of {entry.path} is {list(entry.shape)}, and {name} is {list(shape)}. Give the files of "
                 "the model that was quantized",
                 code="base-differs",
             )
-        return mapped_tensors(found.path, [key])[0]
+        return mapped_tensors(entry.path, [key])[0]
 
     def check(self, call: str) -> None:
         """Raise StateError if a file was written to. A file that was deleted or replaced is still mapped.
 
         A change of permissions or hard links looks like a write.
         """
-        for path, (device, inode, *rest) in self.stamps.items():
-            now = _stamp(path) if path.exists() else None
-            if now is not None and now[:2] == (device, inode) and [*now[2:]] != rest:
+        for path, (device, inode, *written) in self.stamps.items():
+            stamp = _stamp(path) if path.exists() else None
+            if stamp is not None and stamp[:2] == (device, inode) and [*stamp[2:]] != written:
                 raise StateError(
                     f"{call}: {path} was written to while the cascade lives (or its permissions or links changed), and "
                     "W0 is read from it (base=...). Load the model and the newest checkpoint anew, and write to other "
@@ -188,11 +188,11 @@ class MappedPages:
         if begin < end and tensor.is_contiguous() and any(low <= begin and end <= high for low, high in self.spans):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
-    def same_bits(self, tensor: torch.Tensor, held: torch.Tensor) -> bool:
+    def same_bits(self, tensor: torch.Tensor, expected: torch.Tensor) -> bool:
         """Whether a mapped tensor equals one of its shape and dtype bit for bit. Releases the pages as it goes."""
-        parts = [value.contiguous().view(-1).view(torch.uint8).split(_PART) for value in (tensor, held.detach())]
-        for part, other in zip(*parts, strict=True):
-            same = torch.equal(part, other.to("cpu"))
+        parts = [value.contiguous().view(-1).view(torch.uint8).split(_PART) for value in (tensor, expected.detach())]
+        for part, expected_part in zip(*parts, strict=True):
+            same = torch.equal(part, expected_part.to("cpu"))
             self.release(part)
             if not same:
                 return False
@@ -242,7 +242,9 @@ def shards_of(path: Path) -> list[Path]:
         raise CheckpointError(
             f"base: {path} is not a safetensors file, nor a folder with {SINGLE} or {INDEX}", code="no-base"
         )
-    with refusing(f"base: {index}", "give a safetensors file, or a folder that transformers wrote", "unreadable-file"):
+    with refusing(
+        f"base: {index}", "give a safetensors file, or a folder that transformers wrote", code="unreadable-file"
+    ):
         names = sorted(set(parsed(plain_bytes(index, LONGEST, links=True))["weight_map"].values()))
         if any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError("names files outside its folder")
@@ -251,12 +253,12 @@ def shards_of(path: Path) -> list[Path]:
 
 def headers(shards: Iterable[Path]) -> dict[str, FileTensor]:
     """Return what safetensors files hold, by key."""
-    found = {}
+    tensors = {}
     for shard in shards:
         with _refusing(shard), safe_open(shard, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - no mapping
-                found[key] = FileTensor(shard, tuple(handle.get_slice(key).get_shape()))
-    return found
+                tensors[key] = FileTensor(shard, tuple(handle.get_slice(key).get_shape()))
+    return tensors
 
 
 def mapped_tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
@@ -269,16 +271,18 @@ def mapped_tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
 def _refusing(path: Path) -> Iterator[None]:
     """Raise anything odd about a safetensors file as a CheckpointError. The library checks header against size."""
     # RuntimeError: a dtype that torch does not have.
-    with refusing(f"base: {path}", "give safetensors files that are whole", "unreadable-file", also=(RuntimeError,)):
+    with refusing(
+        f"base: {path}", "give safetensors files that are whole", code="unreadable-file", also=(RuntimeError,)
+    ):
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise ValueError("is not a regular file")
         yield
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    now = os.stat(path)
+    status = os.stat(path)
     # A program can put mtime back after a write (rsync -t, cp -p, touch -r), but not ctime.
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
@@ -286,19 +290,19 @@ def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
 
     Names without a key are left out. Those with a key of their own come last.
     """
-    names, known = set(names), set(keys)
-    missing = names - known
+    names, available = set(names), set(keys)
+    missing = names - available
     counts: Counter[tuple[str, str]] = Counter()
-    for key in known:
-        counts.update((prefix, "") for prefix, rest in _cuts(key) if rest in missing)
+    for key in available:
+        counts.update((prefix, "") for prefix, suffix in _cuts(key) if suffix in missing)
     for name in missing:
-        counts.update(("", prefix) for prefix, rest in _cuts(name) if rest in known)
-    found = {}
+        counts.update(("", prefix) for prefix, suffix in _cuts(name) if suffix in available)
+    keys_by_name = {}
     if counts:
         theirs, ours = min(counts, key=lambda prefixes: (-counts[prefixes], sum(map(len, prefixes)), prefixes))
         renamed = {name: theirs + name.removeprefix(ours) for name in missing if name.startswith(ours)}
-        found = {name: key for name, key in renamed.items() if key in known}
-    return found | {name: name for name in names & known}
+        keys_by_name = {name: key for name, key in renamed.items() if key in available}
+    return keys_by_name | {name: name for name in names & available}
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:

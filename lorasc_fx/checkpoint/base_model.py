@@ -109,20 +109,20 @@ class BaseModel:
         """
         model = run.model
         adapted = (state.base for state in run.slow.states.values() if not state.full)
-        held = next(adapted, next(model.parameters()))
-        dtype = str(held.dtype).removeprefix("torch.")
+        parameter = next(adapted, next(model.parameters()))
+        dtype = str(parameter.dtype).removeprefix("torch.")
         library, config = _library_of(model), getattr(model, "config", None)
-        given = name if name is not None else name_of(model)
-        if library is None or given is None or dtype not in _DTYPES:
-            what = f"is {type(model).__name__}" + (f" of {library}" if library else "")
+        base_name = name if name is not None else name_of(model)
+        if library is None or base_name is None or dtype not in _DTYPES:
+            description = f"is {type(model).__name__}" + (f" of {library}" if library else "")
             raise StateError(
-                f"{call}: the base cannot be named: it {what}, and does not say where its weights come from. Build it "
+                f"{call}: the base cannot be named: it {description}, and its weights have no known source. Build it "
                 "with from_pretrained of transformers or create_model(pretrained=True) of timm, or give base_model=. "
                 "Or use lorasc_fx.save(cascade, folder) and lorasc_fx.load(folder, model)",
                 code="no-base",
             )
         if library == "timm":
-            return cls(library, given, dtype, _timm_options(model, given, call))
+            return cls(library, base_name, dtype, _timm_options(model, base_name, call))
         assert config is not None
         attention = getattr(config, "_attn_implementation", None)
         about = json.loads(config.to_json_string(use_diff=True))
@@ -141,20 +141,20 @@ class BaseModel:
             "config": about,
             "attention": attention if attention in _ATTENTION else None,
         }
-        return cls(library, given, dtype, options)
+        return cls(library, base_name, dtype, options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, held: Mapping[str, Any]) -> BaseModel:
+    def from_dict(cls, fields: Mapping[str, Any]) -> BaseModel:
         """Return the base that a manifest names.
 
         Raises:
             ValueError: a field is missing or invalid, or a setting could name code of somebody else.
         """
-        base: BaseModel = decode(cls, held, ("model",))
+        base: BaseModel = decode(cls, fields, ("model",))
         decode(_Transformers if base.library == "transformers" else _Timm, base.options, ("model", "options"))
         for path, value in _settings_of(base.options.get("config", {})):
             _check_setting(path, value)
@@ -194,13 +194,13 @@ class BaseModel:
         if self.library == "timm" and not (weights.name.endswith(".safetensors") and weights.is_file()):
             raise FileNotFoundError(f"{sanitized(str(weights))} is not a safetensors file")
         try:
-            held = headers(shards_of(weights))
+            tensors = headers(shards_of(weights))
         except (CheckpointError, OSError):
             if not _may_fetch():
                 raise
             return sys.maxsize  # they are fetched when the model is built
         packed = 16 if self.options.get("config", {}).get("quantization_config") else 1  # two bits in an int32, say
-        return packed * sum(math.prod(tensor.shape) for tensor in held.values())
+        return packed * sum(math.prod(tensor.shape) for tensor in tensors.values())
 
     def _transformers(self, library: Any, _: Path, size: _Size) -> Any:
         defined = getattr(library, self.options["class"]) if self.options["class"] in dir(library) else None
@@ -211,12 +211,12 @@ class BaseModel:
         if self.options["attention"]:
             more["attn_implementation"] = self.options["attention"]
         about, safe = dict(self.options["config"]), {"local_files_only": not _may_fetch(), "trust_remote_code": False}
-        own = kind.config_class.get_config_dict(self.name, **safe)[0]
-        _check_numbers(about, own)
+        own_config = kind.config_class.get_config_dict(self.name, **safe)[0]
+        _check_numbers(about, own_config)
         with torch.device("meta"), size.held():
             kind(kind.config_class.from_dict(copy.deepcopy(about)))
         how = about.get("quantization_config")
-        if how and "quantization_config" not in own:
+        if how and "quantization_config" not in own_config:
             del about["quantization_config"]  # the files are dense, and were quantized as they were loaded
             name = _QUANTIZED[how["quant_method"]]
             more["quantization_config"] = getattr(library, name).from_dict(how)
@@ -231,10 +231,10 @@ class BaseModel:
         )
 
     def _timm(self, library: Any, weights: Path, size: _Size) -> Any:
-        source, _, rest = self.name.rpartition(":")
+        source, _, location = self.name.rpartition(":")
         name, overlay = self.name, {}
         if source == "hf-hub":
-            _hub_file(rest, "config.json", _may_fetch())
+            _hub_file(location, "config.json", _may_fetch())
             name = f"local-dir:{weights.parent}"
         elif not source:
             overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
@@ -248,13 +248,13 @@ class BaseModel:
             return (
                 Path(self.name) if Path(self.name).is_dir() else Path(_hub_file(self.name, "config.json", fetch)).parent
             )
-        source, _, rest = self.name.rpartition(":")
+        source, _, location = self.name.rpartition(":")
         if source == "local-dir":
-            return Path(rest, SINGLE)
+            return Path(location, SINGLE)
         if not source and self.options["file"]:
             return Path(self.options["file"])
         timm = module_of("vision", "timm")
-        return Path(_hub_file(rest if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
+        return Path(_hub_file(location if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
 
     def tensors_beside(self, run: Run, call: str) -> dict[str, torch.Tensor]:
         """Return W0 of what the files of the base lack (`_new_in`), by its name in a checkpoint.
@@ -364,9 +364,9 @@ def _check_setting(path: str, value: Any) -> None:
     """Raise ValueError for a setting that makes transformers fetch code or weights of somebody else."""
     key = path.rpartition(".")[2]
     refused = key in _CODE and bool(value)
-    for part, known in _IMPLEMENTATIONS.items():
+    for part, allowed in _IMPLEMENTATIONS.items():
         if part in path:  # with several parts of a model, a table under such a key has one for each
-            refused |= not (isinstance(value, (dict, bool)) or value in (None, *known))
+            refused |= not (isinstance(value, (dict, bool)) or value in (None, *allowed))
     if key == "quantization_config" and value is not None:
         refused |= not isinstance(value, dict) or value.get("quant_method") not in _PREQUANTIZED
     if refused:
@@ -375,12 +375,12 @@ def _check_setting(path: str, value: Any) -> None:
         )
 
 
-def _check_numbers(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_numbers(config: Mapping[str, Any], own_config: Mapping[str, Any]) -> None:
     """Raise ValueError for a number that is too large for a model, unless the base's own files have it."""
-    known = dict(_settings_of(own))
+    own_values = dict(_settings_of(own_config))
     for path, value in _settings_of(config):
         most = _MAX_COUNT if _COUNT.search(path) else _MAX_NUMBER
-        if isinstance(value, (int, float)) and abs(value) > most and known.get(path) != value:
+        if isinstance(value, (int, float)) and abs(value) > most and own_values.get(path) != value:
             raise ValueError(f"its config has {sanitized(path[1:])} = {sanitized(value)}; the most is {most}")
 
 

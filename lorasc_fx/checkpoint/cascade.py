@@ -94,9 +94,9 @@ class SavedCascade(CascadeModule):
         self._run.check_ready("add")
         if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
             raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
-        given = given_run.GivenRun.of(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
+        added = given_run.GivenRun.of(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
         with self._run.exclusive("add"):
-            given_run.add(self._run, name, given)
+            given_run.add(self._run, name, added)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return copies of everything that a resume needs from the cascade.
@@ -147,10 +147,10 @@ class SavedCascade(CascadeModule):
         for before in self._load_state_dict_pre_hooks.values():
             before(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         table = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        whole = bool(table) or not prefix
-        if not whole:
+        is_present = bool(table) or not prefix
+        if not is_present:
             missing_keys.append(prefix + KEY)
-        checkpoint = from_state_dict(table, "load_state_dict") if whole else None
+        checkpoint = from_state_dict(table, "load_state_dict") if is_present else None
         self._to_load = checkpoint, len(missing_keys), error_msgs
 
     def _load_state(self, keys: Any) -> None:

@@ -92,21 +92,21 @@ class RunState:
                 setattr(branches[site.weight], name, nn.Parameter(value, False))
         return {**branches, **self.values}
 
-    def placed_like(self, other: RunState) -> RunState:
+    def placed_like(self, taker: RunState) -> RunState:
         """Return this state with the W0, the shards and the dtypes of another state of the same weights.
 
         W0 of a parameter trained in full stays that of this state, if it is known.
         """
-        slow, states = other.slow, {}
+        slow, states = taker.slow, {}
         for name, state in self.slow.states.items():
             states[name] = state.to_shard(slow.states[name].shard)
             if not state.full or state.base.is_meta:
                 states[name] = replace(states[name], base=slow.states[name].base)
         branches = {
-            weight: {name: local_like(value, other.branches[weight][name]) for name, value in factors.items()}
+            weight: {name: local_like(value, taker.branches[weight][name]) for name, value in factors.items()}
             for weight, factors in self.branches.items()
         }
-        values = {name: local_like(value, other.values[name]) for name, value in self.values.items()}
+        values = {name: local_like(value, taker.values[name]) for name, value in self.values.items()}
         placed = replace(self.slow, states=states, group=slow.group)
         return replace(self, slow=placed, branches=branches, values=values)
 
@@ -119,13 +119,13 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
     weights: dict[str, Any] = {}
     for weight, factors in state.branches.items():
         tensors |= {f"branch/{weight}/{name}": value for name, value in factors.items()}
-    for weight, held in slow.states.items():
-        weights[weight], more = _encoded(held)
+    for weight, weight_state in slow.states.items():
+        weights[weight], more = _encoded(weight_state)
         tensors |= {name: value for name, (value, _) in more.items()}
-        axes |= {name: held.axis(side) for name, (_, side) in more.items()}
+        axes |= {name: weight_state.axis(side) for name, (_, side) in more.items()}
     tensors |= {f"value/{name}": value for name, value in state.values.items()}
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
-    rules = {name: held.rule for name, held in slow.trained.items()}
+    rules = {name: weight_state.rule for name, weight_state in slow.trained.items()}
     trained = {name: None if rule is None else spec.train_rules.index(rule) for name, rule in rules.items()}
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": trained, "slow": weights}
     if spec.keeps_average:
@@ -140,10 +140,10 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.
     name, tensors = state.name, dict[str, tuple[torch.Tensor, Side]]()
     entry: dict[str, Any] = {"experts": [], "gone": state.gone, "noises": [asdict(noise) for noise in state.noises]}
     for number, expert in enumerate(state.experts):
-        held = {key: getattr(expert, key) for key, side in EXPERT_FIELDS.items() if expert.rank or side is Side.OUT}
-        held = {key: value for key, value in held.items() if value is not None}
-        entry["experts"].append({"stage": expert.stage, "tensors": list(held)})
-        tensors |= {f"expert/{name}/{number}/{key}": (value, EXPERT_FIELDS[key]) for key, value in held.items()}
+        fields = {key: getattr(expert, key) for key, side in EXPERT_FIELDS.items() if expert.rank or side is Side.OUT}
+        fields = {key: value for key, value in fields.items() if value is not None}
+        entry["experts"].append({"stage": expert.stage, "tensors": list(fields)})
+        tensors |= {f"expert/{name}/{number}/{key}": (value, EXPERT_FIELDS[key]) for key, value in fields.items()}
     views = {key: view for key, view in state.views.items() if key in VIEWS}
     entry |= {key: list(view.coefficients) for key, view in views.items()}
     entry["stage_ends"] = [[stage, list(view.coefficients)] for stage, view in state.ends.items()]
@@ -252,12 +252,12 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Tensors) -> We
             Side.WEIGHT: state.matrix,
             Side.OUT: (state.out,),
         }
-        held = {key: torch.zeros(shapes[EXPERT_FIELDS[key]]) for key in ("b", "a") if not rank}
-        held |= {
+        fields = {key: torch.zeros(shapes[EXPERT_FIELDS[key]]) for key in ("b", "a") if not rank}
+        fields |= {
             key: file.take(f"{path}/{key}", shapes[EXPERT_FIELDS[key]], finite=True)
             for key in sorted(described["tensors"])
         }
-        experts.append(Expert(**held, stage=described["stage"]))
+        experts.append(Expert(**fields, stage=described["stage"]))
     vectors = {view: entry[view] for view in VIEWS if view in entry}
     vectors |= {f"stage/{stage}": numbers for stage, numbers in entry["stage_ends"]}
     kind = state.views["slow"].dense.dtype if state.views["slow"].dense is not None else None
@@ -365,7 +365,7 @@ def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
 
     # Untrained parameters need no copy for a rollback, and when a cascade is loaded all of them are untrained.
     parameters = run.parameters_by_name()
-    live = {
+    untrained = {
         name: start
         for name in run.slow.trained
         if (start := run.slow.started(name).start.dense) is not None and not run.slow.moved({name: parameters[name]})
@@ -378,7 +378,7 @@ def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
         factors=state.branches,
         tensors=tensors,
         buffers=buffers,
-        live=live,
+        live=untrained,
     )
     run.commit(planned, undo)
 
@@ -393,35 +393,35 @@ def _model_state(
     """
     in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
-    held = _Tensors({f"buffer/{name}": value for name, value in state.buffers.items()})
+    tensors = _Tensors({f"buffer/{name}": value for name, value in state.buffers.items()})
     buffers = buffer_holders(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
         raise ValueError(f"has a buffer {sanitized(repr(foreign))}, and the model has none of this name")
-    first: dict[int, str] = {}
+    names_by_id: dict[int, str] = {}
     groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
     for name, holder in buffers.items():
-        same = first.setdefault(id(holder.value), name) if holder.value is not None else name
-        source = shared.get(name, name if f"buffer/{name}" in held else same)
-        if f"buffer/{source}" in held:
+        same = names_by_id.setdefault(id(holder.value), name) if holder.value is not None else name
+        source = shared.get(name, name if f"buffer/{name}" in tensors else same)
+        if f"buffer/{source}" in tensors:
             groups.setdefault(source, []).append(name)
         elif holder.value is not None and name not in empty:
-            held.take(f"buffer/{source}")  # raises
+            tensors.take(f"buffer/{source}")  # raises
     replaced: list[tuple[Holder, torch.Tensor | None]] = [(buffers[name], None) for name in empty]
     for source, names in groups.items():
-        value, before = held.take(f"buffer/{source}"), buffers[names[0]].value
+        value, before = tensors.take(f"buffer/{source}"), buffers[names[0]].value
         holders = [name for name, holder in buffers.items() if holder.value is before]
         if before is not None and value.shape == before.shape and holders == names:
             finite = any(run.started_finite(name, before.shape) for name in names)
-            in_place.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype, finite)))
+            in_place.append((before, tensors.take(f"buffer/{source}", tuple(before.shape), before.dtype, finite)))
         else:
             new = value.to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]
     for name, parameter in run.parameters_by_name().items():
-        if f"buffer/{name}" in held and name not in run.slow.states and name not in buffers:  # forward writes it
-            here = local(parameter)
-            in_place.append((here, held.take(f"buffer/{name}", tuple(here.shape), here.dtype)))
-    held.check_all_taken()
+        if f"buffer/{name}" in tensors and name not in run.slow.states and name not in buffers:  # forward writes it
+            local_value = local(parameter)
+            in_place.append((local_value, tensors.take(f"buffer/{name}", tuple(local_value.shape), local_value.dtype)))
+    tensors.check_all_taken()
     return in_place, replaced
 
 

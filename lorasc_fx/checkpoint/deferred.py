@@ -101,33 +101,33 @@ def find_numbers(
     tensors = _tensors(model)
     by_name = {name: tensor for tensor in tensors for name in tensor.names}
     _check_given(by_name, buffers)
-    held = headers(shards_of(path))
+    stored = headers(shards_of(path))
     tied = {name: group for group in groups for name in group}
-    keys = keys_of({*by_name, *tied}, held)
+    keys = keys_of({*by_name, *tied}, stored)
     for tensor in tensors:
         names = dict.fromkeys([*tensor.names, *(name for alias in tensor.names for name in tied.get(alias, ()))])
-        known = [keys[name] for name in names if name in keys]
+        candidates = [keys[name] for name in names if name in keys]
         # A key that is the name of another tensor now, after an untie, is only used if there is no other.
-        own = [key for key in known if by_name.get(key, tensor) is tensor]
-        tensor.keys = list(dict.fromkeys(own or known))
-    _check_names(path, tensors, held, buffers)
+        certain = [key for key in candidates if by_name.get(key, tensor) is tensor]
+        tensor.keys = list(dict.fromkeys(certain or candidates))
+    _check_names(path, tensors, stored, buffers)
     files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
     for tensor in tensors:
         if tensor.keys and not any(name in buffers for name in tensor.names):
-            files.setdefault(held[tensor.keys[0]].path, []).append((tensor.keys[0], tensor.value))
-            _check_tied(tensor.keys, held)
-    given = [(by_name[name].value, value) for name, value in buffers.items()]
-    filled = {id(tensor) for pairs in files.values() for _, tensor in pairs} | {id(tensor) for tensor, _ in given}
-    return Numbers(files, given, [tensor.value for tensor in tensors if id(tensor.value) not in filled])
+            files.setdefault(stored[tensor.keys[0]].path, []).append((tensor.keys[0], tensor.value))
+            _check_tied(tensor.keys, stored)
+    replaced = [(by_name[name].value, value) for name, value in buffers.items()]
+    filled = {id(tensor) for pairs in files.values() for _, tensor in pairs} | {id(tensor) for tensor, _ in replaced}
+    return Numbers(files, replaced, [tensor.value for tensor in tensors if id(tensor.value) not in filled])
 
 
 def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
     for name, value in buffers.items():
         tensor = by_name.get(name)
         if tensor is None or isinstance(tensor.value, nn.Parameter):
-            known = [key for key, other in by_name.items() if not isinstance(other.value, nn.Parameter)]
+            names = [key for key, other in by_name.items() if not isinstance(other.value, nn.Parameter)]
             raise SpecError(
-                f"buffers: {name!r} is not a buffer of the model{nearest(name, known) or listed(known)}; "
+                f"buffers: {name!r} is not a buffer of the model{nearest(name, names) or listed(names)}; "
                 "give values of buffers by their names",
                 code="unknown-name",
             )
@@ -137,7 +137,7 @@ def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Ten
 
 
 def _check_names(
-    path: Path, tensors: list[_Tensor], held: Mapping[str, FileTensor], buffers: Mapping[str, torch.Tensor]
+    path: Path, tensors: list[_Tensor], stored: Mapping[str, FileTensor], buffers: Mapping[str, torch.Tensor]
 ) -> None:
     """Raise one error for all that is missing, unexpected, or of another shape."""
     used = {key for tensor in tensors for key in tensor.keys}
@@ -148,15 +148,15 @@ def _check_names(
         "buffers that no file stores, give them as buffers={name: tensor}": [
             tensor.names[0] for tensor in missing if not tensor.persistent
         ],
-        "unexpected": [key for key in held if key not in used],
+        "unexpected": [key for key in stored if key not in used],
         "of another shape": [
-            f"{key} {list(held[key].shape)} for {list(tensor.value.shape)}"
+            f"{key} {list(stored[key].shape)} for {list(tensor.value.shape)}"
             for tensor in tensors
             for key in tensor.keys
-            if held[key].shape != tuple(tensor.value.shape)
+            if stored[key].shape != tuple(tensor.value.shape)
         ],
     }
-    lines = [f"  {what}: {named(names, 5)}" for what, names in faults.items() if names]
+    lines = [f"  {title}: {named(names, 5)}" for title, names in faults.items() if names]
     if lines:
         raise CheckpointError(
             f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
@@ -165,14 +165,14 @@ def _check_names(
         )
 
 
-def _check_tied(keys: list[str], held: Mapping[str, FileTensor]) -> None:
+def _check_tied(keys: list[str], stored: Mapping[str, FileTensor]) -> None:
     """Refuse the keys of one tensor under which the files hold different values."""
-    for other in keys[1:]:
-        pair = [mapped_tensors(held[key].path, [key])[0] for key in (keys[0], other)]
-        pages = MappedPages.of([held[keys[0]].path])
+    for alias in keys[1:]:
+        pair = [mapped_tensors(stored[key].path, [key])[0] for key in (keys[0], alias)]
+        pages = MappedPages.of([stored[keys[0]].path])
         if pair[0].dtype != pair[1].dtype or not pages.same_bits(*pair):
             raise CheckpointError(
-                f"materialize: {keys[0]} and {other} are one tensor in the model, and differ in the files; build the "
+                f"materialize: {keys[0]} and {alias} are one tensor in the model, and differ in the files; build the "
                 "model without that tie",
                 code="tied-weights-differ",
             )
@@ -220,8 +220,8 @@ def put_numbers(numbers: Numbers, model: nn.Module, device: torch.device, undo: 
 
 def with_numbers(old: torch.Tensor, numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor like an old one on a device, with these values; for a DTensor they are those of its shard."""
-    held = local(old)
-    value = torch.empty_strided(held.size(), held.stride(), dtype=old.dtype, device=device)
+    shard = local(old)
+    value = torch.empty_strided(shard.size(), shard.stride(), dtype=old.dtype, device=device)
     value.copy_(numbers)
     if hasattr(old, "to_local"):
         return nn.Parameter(ShardSpec.of(old).dtensor(value, old), old.requires_grad)

@@ -78,25 +78,25 @@ class GivenRun:
         return Part(self.name, state.plan, bare(slow), state.buffers)
 
 
-def add(run: Run, name: str, given: GivenRun) -> None:
+def add(run: Run, name: str, added: GivenRun) -> None:
     """Keep what another run on this base has learned, under a name. Nothing is written to the model.
 
     Raises:
         CheckpointError: another base. SpecError: the other run has changed a weight that is not a site here.
     """
     slow, parameters = run.slow, run.parameters_by_name()
-    given.check_base(run.fingerprints(), "add")
-    known = slow.states
-    bases = {key: known[key].base if key in known else parameter for key, parameter in parameters.items()}
-    part = given.part(bases)
-    if foreign := [key for key, state in part.slow.states.items() if state.changed and key not in known]:
+    added.check_base(run.fingerprints(), "add")
+    sites = slow.states
+    bases = {key: sites[key].base if key in sites else parameter for key, parameter in parameters.items()}
+    part = added.part(bases)
+    if foreign := [key for key, state in part.slow.states.items() if state.changed and key not in sites]:
         raise SpecError(
-            f"add: {given.name}, has changed {named(foreign)}, which is not a site here. Adapt with a spec whose "
+            f"add: {added.name}, has changed {named(foreign)}, which is not a site here. Adapt with a spec whose "
             "targets include these weights, or load that run with lorasc_fx.load and add this one to it",
             code="sites-differ",
         )
-    states = {key: state for key, state in part.slow.states.items() if key in known}
+    states = {key: state for key, state in part.slow.states.items() if key in sites}
     for key, state in states.items():
-        if differ(state, known[key]):
-            raise other_kind("add", given.name, key)
+        if differ(state, sites[key]):
+            raise other_kind("add", added.name, key)
     run.add(name, replace(part, slow=replace(part.slow, states=states)))

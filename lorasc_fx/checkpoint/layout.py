@@ -42,7 +42,7 @@ _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErr
 
 @contextmanager
 def refusing(
-    where: object, advice: str, code: str | None = None, *, also: tuple[type[Exception], ...] = ()
+    where: object, advice: str, *, code: str | None = None, also: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """Raise whatever a damaged or forged file causes inside the block as a CheckpointError.
 

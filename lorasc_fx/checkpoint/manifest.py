@@ -226,7 +226,7 @@ def _problems(state: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         counts = ", ".join(f"{len(state[key])} {key}" for key in ("experts", *vectors))
         yield f"has {counts}, and each expert has one coefficient in each"
     ends = [stage for stage, _ in state["stage_ends"]]
-    if any(one >= other for one, other in zip([state["gone"], *ends], ends, strict=False)):
+    if any(earlier >= later for earlier, later in zip([state["gone"], *ends], ends, strict=False)):
         yield f"has ends of stages out of order: {sanitized([state['gone'], *ends])}"
     if any(len(coefficients) > len(state["experts"]) for _, coefficients in state["stage_ends"]):
         yield "has more coefficients at the end of a stage than it has experts"

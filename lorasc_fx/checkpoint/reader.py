@@ -65,8 +65,8 @@ class Checkpoint:
     @property
     def bases(self) -> dict[str, torch.Tensor]:
         """W0 of the parameters trained in full, by name."""
-        held = {name: self.tensors.get(f"base/{name}") for name in self.manifest["trained"]}
-        return {name: value for name, value in held.items() if value is not None}
+        values = {name: self.tensors.get(f"base/{name}") for name in self.manifest["trained"]}
+        return {name: value for name, value in values.items() if value is not None}
 
     def refusing(self) -> AbstractContextManager[None]:
         """Raise errors inside the block as errors of this checkpoint."""
@@ -105,7 +105,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{root}: no checkpoint in this folder; {advice}", code="no-checkpoint")
     path = versions[-1]
     advice = way_back(path)
-    with refusing(path / MANIFEST, advice, "unreadable-file"):
+    with refusing(path / MANIFEST, advice, code="unreadable-file"):
         data = plain_bytes(path / MANIFEST, LONGEST)
     manifest, plan = read_manifest(data, path, advice)
     files = []
@@ -131,7 +131,7 @@ def read_manifest(data: bytes, path: Path, advice: str) -> tuple[dict[str, Any],
     Raises:
         CheckpointError: it is damaged.
     """
-    with refusing(path / MANIFEST, advice, "unreadable-file"):
+    with refusing(path / MANIFEST, advice, code="unreadable-file"):
         manifest = parsed(data)
     with refusing(path / MANIFEST, advice):
         return manifest, plan_of(manifest)
@@ -167,8 +167,8 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
                 raise ValueError(f"has no tensor {sanitized(repr(name))}")
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{sanitized(repr(name))} is {tuple(tensors[name].shape)}, the plan says {shape}")
-        held = {name: value for name, value in tensors.items() if name.startswith("base/")}
-        for key, digest in fingerprints(held).items():
+        base_values = {name: value for name, value in tensors.items() if name.startswith("base/")}
+        for key, digest in fingerprints(base_values).items():
             name = key.removeprefix("base/")
             if name not in bases and name not in checkpoint.manifest["trained"]:
                 raise ValueError(f"holds {sanitized(repr(key))}, a parameter that the base does not have")
@@ -228,21 +228,21 @@ def check_base(
         CheckpointError: names the parameters that are missing, unexpected, or different.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    own = {}
+    replaced = {}
     for name, value in checkpoint.bases.items():
         parameter = parameters.get(name)
         if parameter is not None and (parameter.shape, parameter.dtype) == (value.shape, value.dtype):
-            own[name] = value
+            replaced[name] = value
     if digests is None:
-        here = {name: value for name, value in parameters.items() if name in base and name not in own}
-        digests = {name: base[name] for name, value in here.items() if value.is_meta}
-        digests |= fingerprints({name: value for name, value in here.items() if not value.is_meta})
-    digests = {**digests, **fingerprints(own)}
+        to_compare = {name: value for name, value in parameters.items() if name in base and name not in replaced}
+        digests = {name: base[name] for name, value in to_compare.items() if value.is_meta}
+        digests |= fingerprints({name: value for name, value in to_compare.items() if not value.is_meta})
+    digests = {**digests, **fingerprints(replaced)}
     check_digests(f"{checkpoint.path}: this is", base, digests, parameters, {*checkpoint.moved, *moved}, advice)
 
 
 def check_digests(
-    what: str,
+    subject: str,
     base: Mapping[str, str],
     digests: Mapping[str, str],
     names: Iterable[str],
@@ -268,7 +268,7 @@ def check_digests(
     for how, parameters in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
         if parameters:
             raise CheckpointError(
-                f"{what} another base: the model {how} {named(map(sanitized, parameters))}; {advice}",
+                f"{subject} another base: the model {how} {named(map(sanitized, parameters))}; {advice}",
                 code="base-differs",
             )
 
@@ -288,8 +288,8 @@ def check_plan(
     """
     plan, spec, as_it_was = checkpoint.plan, checkpoint.plan.spec, "build the model as it was when it was adapted"
 
-    def fault(what: str, advice: str) -> CheckpointError:
-        return CheckpointError(f"{checkpoint.path / MANIFEST}: {what}; {advice}", code="sites-differ")
+    def fault(problem: str, advice: str) -> CheckpointError:
+        return CheckpointError(f"{checkpoint.path / MANIFEST}: {problem}; {advice}", code="sites-differ")
 
     for site in plan.sites:
         names = matrices.get(site.weight)

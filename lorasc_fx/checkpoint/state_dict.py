@@ -55,9 +55,9 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> reader.Che
     """
     packed, advice = table.get(KEY), "use another checkpoint"
     if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
-        first = ", ".join(sanitized(name) for name in list(table)[:2]) or "nothing"
+        names = ", ".join(sanitized(name) for name in list(table)[:2]) or "nothing"
         raise CheckpointError(
-            f"{where}: is not the state of a cascade: it has no {KEY}, and holds {first}. Load weights of the model "
+            f"{where}: is not the state of a cascade: it has no {KEY}, and holds {names}. Load weights of the model "
             "itself before you adapt it"
         )
     foreign = next((name for name in table if name != KEY and "/" not in name), None)
@@ -98,9 +98,9 @@ def take_over(run: Run, checkpoint: reader.Checkpoint, undo: Undo) -> None:
                 f"{sanitized(ours.get(name))}; adapt with the same spec",
                 code="spec-differs",
             )
-    here, there = run.plan.by_weight, checkpoint.plan.by_weight
-    if odd := sorted(here.keys() ^ there.keys()):
-        where = "there, but not here" if odd[0] in there else "here, but not there"
+    sites, saved_sites = run.plan.by_weight, checkpoint.plan.by_weight
+    if odd := sorted(sites.keys() ^ saved_sites.keys()):
+        where = "there, but not here" if odd[0] in saved_sites else "here, but not there"
         raise CheckpointError(
             f"{checkpoint.path}: {sanitized(odd[0])} is a site {where}; adapt in the same mode and with the same "
             "example inputs, or make the cascade with lorasc_fx.load",

@@ -62,18 +62,18 @@ def resume(
     with checkpoint.refusing():
         manifest = _with_tensors(checkpoint)
     saved = manifest.get("versions", {})
-    for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if given is None:
+    for part, owner in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if owner is None:
             continue
-        if what not in manifest:
+        if part not in manifest:
             raise CheckpointError(
-                f"{where}: has no {what} state, because it was saved without one; call resume without it",
+                f"{where}: has no {part} state, because it was saved without one; call resume without it",
                 code="state-not-saved",
             )
-        kind = manifest[what]["class"]
-        if type(given).__name__ != kind:
+        kind = manifest[part]["class"]
+        if type(owner).__name__ != kind:
             raise CheckpointError(
-                f"{where}: has the state of {sanitized(kind)}, and this {what} is {type(given).__name__}; give one of "
+                f"{where}: has the state of {sanitized(kind)}, and this {part} is {type(owner).__name__}; give one of "
                 "the class that was saved",
                 code="optimizer-differs",
             )
@@ -81,7 +81,7 @@ def resume(
         check_holds(optimizer, run.trainable())
     same_way = "build optimizer and scheduler the same way"
     optimizer_state: dict[str, Any] = {}
-    with refusing(where, same_way, "optimizer-differs"):
+    with refusing(where, same_way, code="optimizer-differs"):
         if optimizer is not None:
             optimizer_state = _state_for(optimizer, manifest["optimizer"], tensors)
             check_numbers(optimizer_state, "optimizer", finite=run.plan.spec.on_nonfinite == "raise")
@@ -93,7 +93,7 @@ def resume(
     # Optimizer and scheduler take their state through their own methods, and the generators belong to the process:
     # what belongs to the run is one commit, and the others are steps of the same transaction.
     with (
-        refusing(where, f"{same_way}, or go on without them", "optimizer-differs", also=(RuntimeError,)),
+        refusing(where, f"{same_way}, or go on without them", code="optimizer-differs", also=(RuntimeError,)),
         run.lock,
         commit() as undo,
     ):
@@ -111,7 +111,11 @@ def resume(
         undo(partial(set_random_state, *random_state()))
         set_random_state(tensors, manifest["rng"])
         set_rank_random_state(ranks, group, run.plan.stage)
-    changed = [f"{name} {saved[name]}, here {now}" for name, now in versions().items() if saved.get(name, now) != now]
+    changed = [
+        f"{name} {saved[name]}, here {current}"
+        for name, current in versions().items()
+        if saved.get(name, current) != current
+    ]
     if changed:
         names = sanitized(", ".join(changed), 300)
         warn(f"{where}: was written with {names}; the run goes on, but perhaps not bit for bit", "other-versions")
@@ -170,8 +174,8 @@ def _state_for(
     Raises:
         ValueError: it is the state of another optimizer.
     """
-    now, then = optimizer.state_dict()["param_groups"], meta["groups"]
-    if [group["params"] for group in now] != [group["params"] for group in then]:
+    current_groups, saved_groups = optimizer.state_dict()["param_groups"], meta["groups"]
+    if [group["params"] for group in current_groups] != [group["params"] for group in saved_groups]:
         raise ValueError("the optimizer has other groups than the saved one")
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["numbers"].items()}
     parameters = _parameters(optimizer)
@@ -186,7 +190,7 @@ def _state_for(
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
                 entries[key] = dtensor_like(value, parameters[number])
-    groups = [_group(group, old, optimizer.defaults) for group, old in zip(now, then, strict=True)]
+    groups = [_group(group, old, optimizer.defaults) for group, old in zip(current_groups, saved_groups, strict=True)]
     return {"state": state, "param_groups": groups}
 
 
@@ -235,10 +239,10 @@ def _as_saved(loaded: Any, saved: Any, follows: torch.dtype | None, on_host: boo
         device = torch.device("cpu") if on_host else loaded.device
         return loaded if (loaded.dtype, loaded.device) == (dtype, device) else saved.to(device, dtype)
     if isinstance(loaded, dict) and isinstance(saved, Mapping):
-        known = loaded.keys() & saved.keys()
-        return loaded | {key: _as_saved(loaded[key], saved[key], follows, on_host) for key in known}
+        common = loaded.keys() & saved.keys()
+        return loaded | {key: _as_saved(loaded[key], saved[key], follows, on_host) for key in common}
     if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
-        return [_as_saved(one, other, follows, on_host) for one, other in zip(loaded, saved, strict=True)]
+        return [_as_saved(before, after, follows, on_host) for before, after in zip(loaded, saved, strict=True)]
     return loaded
 
 
@@ -253,79 +257,85 @@ def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[s
     numbers = itertools.count()
     for group in optimizer.param_groups:
         numbered = zip(group["params"], numbers, strict=False)
-        held = [(index, parameter, state[index]) for parameter, index in numbered if index in state]
-        for index, parameter, entries in held:
-            if odd := sorted(entries.keys() ^ held[0][2].keys()):
+        entries_of_group = [(index, parameter, state[index]) for parameter, index in numbered if index in state]
+        for index, parameter, entries in entries_of_group:
+            if odd := sorted(entries.keys() ^ entries_of_group[0][2].keys()):
                 raise ValueError(
                     f"optimizer: only some parameters of a group have {sanitized(odd[0])}, unlike parameter {index}"
                 )
             for name, value in entries.items():
-                what = f"optimizer: {sanitized(name)} of parameter {index}"
+                entry = f"optimizer: {sanitized(name)} of parameter {index}"
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError(f"{what} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+                    raise ValueError(f"{entry} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
                 if isinstance(value, (dict, list, str)):
-                    raise ValueError(f"{what} is not a number")
+                    raise ValueError(f"{entry} is not a number")
 
 
-def _group(now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _group(current: Mapping[str, Any], saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the saved options of a group. A scheduler may add numbers of its own to a group, or lack them."""
-    lost = next((key for key in now if key not in then and key in defaults), None)
+    lost = next((key for key in current if key not in saved and key in defaults), None)
     if lost is not None:
         raise ValueError(f"optimizer: a group has no {lost!r}")
-    for key, value in then.items():
-        if key not in now and not is_number(value):
+    for key, value in saved.items():
+        if key not in current and not is_number(value):
             raise ValueError(f"optimizer: a group has {sanitized(repr(key))}, and this one has not")
-    return {key: like(now[key], value, f"optimizer: {key}") if key in now else value for key, value in then.items()}
+    return {
+        key: like(current[key], value, f"optimizer: {key}") if key in current else value for key, value in saved.items()
+    }
 
 
-def like(now: Any, then: Any, path: str) -> Any:
+def like(current: Any, saved: Any, path: str) -> Any:
     """Return a value from JSON with the types of the current one: tuples and integer keys are restored.
 
     Raises:
         ValueError: it is of another kind, or has other keys; names the path.
     """
-    if isinstance(now, dict):
-        return _like_table(now, then, path)
-    if isinstance(now, (list, tuple)):
-        return _like_list(now, then, path)
-    number = isinstance(then, float) or is_number(then)  # inf and nan come from references beside the JSON
-    if isinstance(now, torch.Tensor):
-        fits = isinstance(then, torch.Tensor) and then.shape == now.shape and then.dtype == now.dtype
-    elif now is None:
-        fits = then is None or isinstance(then, (bool, str)) or number
-    elif isinstance(now, bool):
-        fits = isinstance(then, bool) or then is None
+    if isinstance(current, dict):
+        return _like_table(current, saved, path)
+    if isinstance(current, (list, tuple)):
+        return _like_list(current, saved, path)
+    number = isinstance(saved, float) or is_number(saved)  # inf and nan come from references beside the JSON
+    if isinstance(current, torch.Tensor):
+        fits = isinstance(saved, torch.Tensor) and saved.shape == current.shape and saved.dtype == current.dtype
+    elif current is None:
+        fits = saved is None or isinstance(saved, (bool, str)) or number
+    elif isinstance(current, bool):
+        fits = isinstance(saved, bool) or saved is None
     else:
-        fits = number if isinstance(now, (int, float)) else isinstance(now, str) and isinstance(then, str)
+        fits = number if isinstance(current, (int, float)) else isinstance(current, str) and isinstance(saved, str)
     if not fits:
-        raise ValueError(f"{path} is {sanitized(repr(then))}, and {type(now).__name__} is expected")
-    return then.to(now.device) if isinstance(now, torch.Tensor) else then
+        raise ValueError(f"{path} is {sanitized(repr(saved))}, and {type(current).__name__} is expected")
+    return saved.to(current.device) if isinstance(current, torch.Tensor) else saved
 
 
-def _like_table(now: dict[Any, Any], then: Any, path: str) -> Any:
-    if not isinstance(then, dict):
-        raise ValueError(f"{path} is {type(then).__name__}, not a table")
-    if now and all(type(key) is int for key in now):
-        sample = next(iter(now.values()))
-        numbered = {int(name): value for name, value in then.items()}
-        return type(now)({key: like(now.get(key, sample), value, f"{path}[{key}]") for key, value in numbered.items()})
-    odd = sorted(set(then) ^ set(now)) if now else [name for name in then if name.startswith("_")]
+def _like_table(current: dict[Any, Any], saved: Any, path: str) -> Any:
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is {type(saved).__name__}, not a table")
+    if current and all(type(key) is int for key in current):
+        sample = next(iter(current.values()))
+        numbered = {int(name): value for name, value in saved.items()}
+        return type(current)(
+            {key: like(current.get(key, sample), value, f"{path}[{key}]") for key, value in numbered.items()}
+        )
+    odd = sorted(set(saved) ^ set(current)) if current else [name for name in saved if name.startswith("_")]
     if odd:
-        there = "has" if odd[0] in then else "has no"
-        raise ValueError(f"{path} {there} {sanitized(repr(odd[0]))}, unlike the current one")
-    return type(now)({name: like(now.get(name), value, f"{path}.{sanitized(name)}") for name, value in then.items()})
+        verb = "has" if odd[0] in saved else "has no"
+        raise ValueError(f"{path} {verb} {sanitized(repr(odd[0]))}, unlike the current one")
+    return type(current)(
+        {name: like(current.get(name), value, f"{path}.{sanitized(name)}") for name, value in saved.items()}
+    )
 
 
-def _like_list(now: list[Any] | tuple[Any, ...], then: Any, path: str) -> Any:
-    if not isinstance(then, list):
-        raise ValueError(f"{path} is {type(then).__name__}, not a list")
-    nested = any(isinstance(value, (dict, list, tuple)) for value in now)
-    fixed = nested or isinstance(now, tuple) or path.endswith(("lr", "lrs", "momentums"))
-    if fixed and len(now) != len(then):
-        raise ValueError(f"{path} has {len(then)} entries, {len(now)} are expected")
-    samples = now if fixed else [now[0] if now else None] * len(then)
-    values = [like(sample, then[index], f"{path}[{index}]") for index, sample in enumerate(samples)]
-    return tuple(values) if isinstance(now, tuple) else values
+def _like_list(current: list[Any] | tuple[Any, ...], saved: Any, path: str) -> Any:
+    if not isinstance(saved, list):
+        raise ValueError(f"{path} is {type(saved).__name__}, not a list")
+    nested = any(isinstance(value, (dict, list, tuple)) for value in current)
+    fixed = nested or isinstance(current, tuple) or path.endswith(("lr", "lrs", "momentums"))
+    if fixed and len(current) != len(saved):
+        raise ValueError(f"{path} has {len(saved)} entries, {len(current)} are expected")
+    samples = current if fixed else [current[0] if current else None] * len(saved)
+    values = [like(sample, saved[index], f"{path}[{index}]") for index, sample in enumerate(samples)]
+    return tuple(values) if isinstance(current, tuple) else values
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -440,7 +450,7 @@ def insert_tensors(value: Any, references: Sequence[Mapping[str, Any]], tensors:
         KeyError, IndexError, TypeError, ValueError: the references do not fit the value.
     """
     restored = copy.deepcopy(value)
-    made: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
     for reference in references:
         *keys, last = reference["path"]
         inner = restored
@@ -450,7 +460,7 @@ def insert_tensors(value: Any, references: Sequence[Mapping[str, Any]], tensors:
             raise ValueError(f"something else stands at {sanitized(reference['path'])}, the place of a reference")
         if "tensor" in reference:
             name = reference["tensor"]
-            inner[last] = made.setdefault(name, tensors[name].clone())
+            inner[last] = copies.setdefault(name, tensors[name].clone())
         else:
             inner[last] = float(reference["number"])
     return restored

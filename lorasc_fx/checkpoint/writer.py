@@ -77,14 +77,14 @@ def write_version(
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary = root
-    made: Path | None = None  # what is deleted if anything fails
-    with contextlib.ExitStack() as held:
+    created: Path | None = None  # what is deleted if anything fails
+    with contextlib.ExitStack() as stack:
         try:
             with group.agreed("save"):
                 if not is_alone:
                     check_between_steps(run, "save")
                 if takes_part:
-                    held.enter_context(run.exclusive("save", sharded=True))
+                    stack.enter_context(run.exclusive("save", sharded=True))
                     check_finite(run)
             if not is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
@@ -94,21 +94,21 @@ def write_version(
                     tensors |= beside or {}
                 if is_first:
                     make_folder(root)
-                    if held.enter_context(one_writer(root / ".lock", root)):
+                    if stack.enter_context(one_writer(root / ".lock", root)):
                         for path in root.iterdir():  # left by killed writers
                             if _TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                                 remove(path)
                     version = root / next_name(root)
-                    made = temporary = root / f"{_WRITING}{uuid.uuid4().hex}"
-                    made.mkdir()
+                    created = temporary = root / f"{_WRITING}{uuid.uuid4().hex}"
+                    created.mkdir()
             temporary = Path(group.gather_text(str(temporary), "save")[0])
             names, digest = file_names(len(order)), ""
             with group.agreed("save"), _as_checkpoint_error(root):
                 if group.rank in order:
                     shards = manifest.get("shards", {})
-                    own = {name: value for name, value in tensors.items() if is_first or name in shards}
+                    to_write = {name: value for name, value in tensors.items() if is_first or name in shards}
                     path = temporary / names[order.index(group.rank)]
-                    write_tensors(own, path)
+                    write_tensors(to_write, path)
                     sync(path)
                     digest = file_digest(path)
             digests = group.gather_text(digest, "save")
@@ -117,11 +117,11 @@ def write_version(
                     manifest["files"] = {name: digests[rank] for name, rank in zip(names, order, strict=True)}
                     _write_manifest(manifest, temporary)
                     temporary.rename(version)
-                    made = version
+                    created = version
                     sync(root)
         except BaseException:
-            if made is not None:
-                _drop(made)
+            if created is not None:
+                _drop(created)
             raise
         for old in list_versions(root)[:-keep] if is_first else ():
             if _replaces(manifest, old):
@@ -226,13 +226,13 @@ def _check_keys(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _as_checkpoint_error(root: Path, what: str = "the checkpoint was not written") -> Iterator[None]:
+def _as_checkpoint_error(root: Path, failure: str = "the checkpoint was not written") -> Iterator[None]:
     """Raise errors of the file system as CheckpointErrors."""
     try:
         yield
     except (OSError, SafetensorError) as fault:
         raise CheckpointError(
-            f"{root}: {what}: {reason_of(fault)}; what was there stays", code="write-failed"
+            f"{root}: {failure}: {reason_of(fault)}; what was there stays", code="write-failed"
         ) from fault
 
 
@@ -280,10 +280,10 @@ def _drop(version: Path) -> None:
 
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
     """Whether an older version has an undamaged manifest of ours, for the same base and spec as this one."""
-    other = _undamaged(version)
+    older = _undamaged(version)
     try:
-        then, now = (Plan.from_json(json.dumps(each["plan"])).spec for each in (other, manifest))
-        return bool(other["base"] == manifest["base"] and then == now)
+        old_spec, new_spec = (Plan.from_json(json.dumps(one["plan"])).spec for one in (older, manifest))
+        return bool(older["base"] == manifest["base"] and old_spec == new_spec)
     except (CheckpointError, KeyError, TypeError):
         return False
 

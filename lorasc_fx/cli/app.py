@@ -77,7 +77,7 @@ def _command(arguments: list[str]) -> int:
         lines = "\n".join(f"  lorasc-fx {line}" for line in COMMANDS.values())
         print(f"usage:\n{lines}\n\nlorasc-fx COMMAND --help says more.")
         return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
+    name, options = arguments[0], arguments[1:]
     if name == "--version":
         print(version())
         return 0
@@ -91,9 +91,9 @@ def _command(arguments: list[str]) -> int:
     run: Callable[[Any], int] = pkgutil.resolve_name(f"lorasc_fx.cli.{_MODULES.get(name, name)}:run_{name}")
     kind = get_type_hints(run)["arguments"]
     if name not in ("train", "compare"):
-        return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=rest))
-    path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    if path is None and "-h" not in rest and "--help" not in rest:
+        return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=options))
+    path = Path(options.pop(0)) if options and not options[0].startswith("-") else None
+    if path is None and "-h" not in options and "--help" not in options:
         raise SpecError(f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml")
     from lorasc_fx.cli.config import Config, load_config
 
@@ -101,4 +101,4 @@ def _command(arguments: list[str]) -> int:
     if path is not None and config.output == Config.output:
         config = replace(config, output=f"runs/{path.stem}")
     default = kind(config)
-    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=default))
+    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=options, default=default))

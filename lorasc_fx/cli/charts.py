@@ -1,4 +1,4 @@
-"""The charts of a report: pure functions from numbers to pictures, sized so that their type is read on a phone."""
+"""The charts of a report: pure functions from numbers to pictures, whose text can be read on a phone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from lorasc_fx.pictures.svg import MUTED, SERIES, Picture, figure, finished, library
 
 WIDTH, HEIGHT = 320.0, 216.0
-"""Points: in a phone's column of 343 CSS pixels type of 9 points, the smallest, has 9.6 pixels."""
+"""In points. In a phone's column of 343 CSS pixels, the smallest text, of 9 points, has 9.6 pixels."""
 FEW = 20
-"""Values below which a curve is not smoothed."""
+"""A curve of fewer values is not smoothed."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
@@ -40,7 +40,7 @@ def loss_over_steps(losses: Sequence[tuple[int, float]], transitions: Sequence[i
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average whose weights halve in a twentieth of the values, without a bias of 0."""
+    """Return the bias-corrected exponential moving average, whose weights halve in a twentieth of the values."""
     keep = 0.5 ** (20 / len(values))
     total, weight, means = 0.0, 0.0, []
     for value in values:
@@ -65,7 +65,7 @@ def rate_over_steps(rates: Sequence[tuple[int, float]], transitions: Sequence[in
 
 
 def _axes_of_steps(drawn: Any, up: str, transitions: Sequence[int]) -> Any:
-    """Return axes with a line at each transition, and the number of the stage that ends where there are few."""
+    """Return axes with a line at each transition, and the number of the ending stage if there are few."""
     axes = _axes(drawn, "step", up)
     for number, step in enumerate(transitions, start=1):
         axes.axvline(step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
@@ -75,10 +75,10 @@ def _axes_of_steps(drawn: Any, up: str, transitions: Sequence[int]) -> Any:
     return axes
 
 
-def slow_and_fast(points: Sequence[tuple[int, float | None, float | None]], key: str, what: str) -> Picture:
+def slow_and_fast(points: Sequence[tuple[int, float | None, float | None]], key: str, measure: str) -> Picture:
     """Draw a measure of slow and fast weights at the end of each stage, from (stage, slow, fast)."""
     with figure(WIDTH, HEIGHT) as drawn:
-        axes = _axes(drawn, "stage", what)
+        axes = _axes(drawn, "stage", measure)
         caption = []
         for index, name in enumerate(("slow", "fast")):
             curve = [(stage, values[index]) for stage, *values in points if values[index] is not None]
@@ -87,28 +87,34 @@ def slow_and_fast(points: Sequence[tuple[int, float | None, float | None]], key:
                 caption.append(f"{name}: " + ", ".join(f"{value:.4g}" for _, value in curve))
         axes.set_xticks(_ticks([stage for stage, *_ in points]))
         axes.legend(loc="best", fontsize=9)
-        title = f"{what.capitalize()} of slow beside fast weights, at the end of each stage"
+        title = f"{measure.capitalize()} of slow beside fast weights, at the end of each stage"
         return finished(drawn, key, title, "; ".join(caption) + ".")
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Return what tells one curve from others, without its colour too."""
+    """Return a style that distinguishes a curve from others, also without its colour."""
     series = {"marker": MARKERS, "linestyle": DASHES, "color": SERIES}
     return {name: choices[index % len(choices)] for name, choices in series.items()}
 
 
-def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, sites: int) -> Picture:
-    """Draw a number of each expert as a field of colours: sites across in the model's order, stages downwards."""
+def by_site(values: Mapping[int, Sequence[float | None]], key: str, measure: str, sites: int) -> Picture:
+    """Draw a measure of each expert as colours: sites across in the model's order, stages downwards."""
     stages = sorted(values)
-    known = [number for row in values.values() for number in row if number is not None]
-    colours = library("matplotlib").colormaps["viridis"].resampled(32)  # of more, the bar would become an image
+    finite_values = [number for row in values.values() for number in row if number is not None]
+    colours = library("matplotlib").colormaps["viridis"].resampled(32)  # with more, the bar would become an image
     with figure(WIDTH, 96.0 + 15.0 * min(len(stages), 16)) as drawn:
         axes = _axes(drawn, "site (number in the table)", "stage", right=54)
         axes.grid(visible=False)
         field = [[math.nan if number is None else number for number in values[stage]] for stage in stages]
         edges = [number + 0.5 for number in range(sites + 1)], [number + 0.5 for number in range(len(stages) + 1)]
         drawing = axes.pcolormesh(
-            *edges, field, cmap=colours, edgecolors="face", linewidth=0.4, vmin=0, vmax=max(known, default=1) or 1
+            *edges,
+            field,
+            cmap=colours,
+            edgecolors="face",
+            linewidth=0.4,
+            vmin=0,
+            vmax=max(finite_values, default=1) or 1,
         )
         axes.set(xlim=(0.5, sites + 0.5), ylim=(len(stages) + 0.5, 0.5))
         axes.set_xticks(_ticks(range(1, sites + 1)))
@@ -124,7 +130,7 @@ def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, s
             if (finite := [number for number in values[stage] if number is not None])
         ]
         caption = f"{sites} sites. " + "; ".join(means) + ". The table below has every number."
-        return finished(drawn, key, f"{what.capitalize()} of each expert, by site and stage", caption)
+        return finished(drawn, key, f"{measure.capitalize()} of each expert, by site and stage", caption)
 
 
 def spectra(deltas: Mapping[str, Sequence[float]]) -> Picture:

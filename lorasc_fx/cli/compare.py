@@ -1,9 +1,9 @@
 """`lorasc-fx compare`: methods side by side, on the same steps, seeds and examples, with paired differences.
 
-Each run (a method, a seed, a learning rate) writes one small file, so that a stopped comparison goes on. Differences
-have two intervals. Over seeds (Student's t): would other training runs show the difference, on these test examples?
-Over examples (bootstrap): would other test examples show it, with these runs? A result that holds under only one of
-them is not settled.
+Each run (a method, a seed, a learning rate) writes one small file, so that a stopped comparison can continue.
+Differences have two intervals. Over seeds (Student's t): would other training runs show the difference, on these test
+examples? Over examples (bootstrap): would other test examples show it, with these runs? A result that holds for only
+one of them is not settled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -64,38 +64,38 @@ class Run:
 
 @dataclass(frozen=True)
 class Result(Run):
-    """What one run gave.
+    """The result of one run.
 
     Args:
         steps: optimizer steps taken.
         seconds: of capture and training, without evaluation.
-        parameters: trained entries.
-        validation: accuracy on the validation examples (0 where the run diverged).
+        parameters: number of trained entries.
+        validation: accuracy on the validation examples (0 if the run diverged).
         losses: mean loss on `validation`, `test` and each shift.
-        predicted: for `test` and each shift, the class predicted for each example.
-        labels: the classes that they have.
-        diverged: the loss became inf or nan; nothing else of the run counts.
+        predicted: class number predicted for each example of `test` and each shift.
+        labels: their true class numbers.
+        diverged: whether the loss became inf or nan; then nothing else counts.
     """
 
     steps: int
     seconds: float
     parameters: int
-    validation: float
-    losses: dict[str, float]
-    predicted: dict[str, list[int]]
-    labels: dict[str, list[int]]
+    validation: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, list[int]] = field(default_factory=dict)
+    labels: dict[str, list[int]] = field(default_factory=dict)
     diverged: bool = False
 
     def right(self, part: str) -> Tensor:
-        """Return whether each prediction of a part was right, [examples] of bool."""
+        """Return whether each prediction of a part is correct, [examples] of bool."""
         return torch.tensor(self.predicted[part]) == torch.tensor(self.labels[part])
 
     def accuracy(self, part: str) -> float:
-        """Return the share of right predictions of a part."""
+        """Return the share of correct predictions of a part."""
         return self.right(part).double().mean().item()
 
     def score(self, select: str) -> float:
-        """Return what chooses the learning rate, larger is better: validation accuracy, or minus the loss."""
+        """Return the score that chooses the learning rate: validation accuracy, or minus the loss."""
         return self.validation if select == "accuracy" else -self.losses.get("validation", math.inf)
 
     def write(self, folder: Path) -> None:
@@ -115,12 +115,12 @@ class Result(Run):
         try:
             return cls(**parse_json(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as fault:
-            raise CheckpointError(f"{path} is damaged ({fault}); delete it, and this run is made again") from fault
+            raise CheckpointError(f"{path} is damaged ({fault}); delete it, and this run is repeated") from fault
 
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Train several methods as a configuration file says; each of its keys can be given here as well."""
+    """Train several methods as a configuration file says. Each of its keys can also be given here."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     overwrite: bool = False
@@ -138,22 +138,18 @@ def run_compare(arguments: CompareArguments) -> int:
 
 def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     """Train each run that has no result yet and return all results, or None after Ctrl-C."""
-    if "probe" in config.compare.methods and not config.spec.train:
-        raise SpecError(
-            "compare.methods has 'probe', which trains what spec.train names, and spec.train is empty",
-            code="conflicting-options",
-        )
-    ruled = next((rule.pattern for rule in config.spec.train_rules if rule.lr is not None), None)
-    if "probe" in config.compare.methods and ruled is not None:
-        raise SpecError(
-            f"compare.methods has 'probe', which trains at one rate (compare.rates), and spec.train_rules gives "
-            f"{ruled!r} a rate of its own: drop one of the two",
-            code="conflicting-options",
-        )
+    if "probe" in config.compare.methods:
+        ruled = next((rule.pattern for rule in config.spec.train_rules if rule.lr is not None), None)
+        if not config.spec.train:
+            why = "which trains what spec.train names, and spec.train is empty: name parameters there, or drop 'probe'"
+        else:
+            why = f"which trains at one rate (compare.rates), and spec.train_rules gives {ruled!r} its own: drop one"
+        if not config.spec.train or ruled is not None:
+            raise SpecError(f"compare.methods has 'probe', {why}", code="conflicting-options")
     folder = RunFolder(Path(config.output))
     started = folder.started and not overwrite
     folder.check(config, resume=started, overwrite=overwrite)
-    setup = None if started else Setup.of(config)  # wrong data must not leave a folder behind
+    setup = None if started else Setup.of(config)  # before the folder is made, because the data may be invalid
     folder.begin(config, resume=started, overwrite=overwrite)
     runs = [
         Run(method, seed, lr)
@@ -181,7 +177,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
 def _make(
     run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Interrupt
 ) -> Result | None:
-    """Train and evaluate; None if Ctrl-C ended it."""
+    """Train and evaluate one run. None if Ctrl-C ended it."""
     config, method = setup.config, METHODS[run.method]
     began = time.monotonic()
     stages = config.train.stages if method.staged else 1
@@ -218,7 +214,7 @@ def _make(
     except (Diverged, NonFiniteBranch) as fault:
         reporter.say(f"{title}: diverged ({fault})")
         seconds = time.monotonic() - began
-        result = Result(run.method, run.seed, run.lr, 0, seconds, entries, 0.0, {}, {}, {}, diverged=True)
+        result = Result(run.method, run.seed, run.lr, 0, seconds, entries, diverged=True)
         result.write(folder.results)
         return result
     seconds = time.monotonic() - began
@@ -246,11 +242,11 @@ def _make(
 
 
 class MeanWeights:
-    """The mean of weights at some moments of a run, of which there may be none.
+    """The mean of weights at some steps of a run, possibly none.
 
     Args:
-        average: which moments; see `Method`.
-        cycles: optimizer steps of each cycle.
+        average: which steps; see `Method`.
+        cycles: number of optimizer steps of each cycle.
     """
 
     def __init__(self, average: str, cycles: Sequence[int]) -> None:
@@ -261,7 +257,7 @@ class MeanWeights:
         self._count = 0
 
     def add(self, state: Mapping[str, Tensor]) -> None:
-        """Add weights to the mean, which is kept in float64."""
+        """Add weights to the mean, which is in float64."""
         self._count += 1
         for name, value in state.items():
             if value.is_floating_point():
@@ -270,7 +266,7 @@ class MeanWeights:
                 self._mean[name] = before + (exact - before) / self._count
 
     def put(self, model: nn.Module) -> nn.Module:
-        """Put the mean into a model, if there is one, and return the model."""
+        """Write the mean into a model, if there is one, and return the model."""
         state = model.state_dict()
         model.load_state_dict(state | {name: mean.to(state[name].dtype) for name, mean in self._mean.items()})
         return model
@@ -289,12 +285,12 @@ class Interval:
 
     @property
     def settled(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether 0 is outside."""
         return self.low > 0 or self.high < 0
 
 
 def t_interval(differences: Sequence[float]) -> Interval:
-    """Return the t interval of paired differences, one a seed; with one seed it is unbounded."""
+    """Return the t interval of paired differences, one per seed. With one seed it is unbounded."""
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
         return Interval(mean, -math.inf, math.inf)
@@ -304,11 +300,10 @@ def t_interval(differences: Sequence[float]) -> Interval:
 
 
 def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Return the percentile bootstrap interval of a difference in accuracy.
+    """Return the percentile bootstrap interval of a difference in accuracy, which resamples the examples.
 
     Args:
-        ours, theirs: whether each prediction was right, [seeds, examples]; both on the same examples. The seeds of an
-            example stay together: examples are resampled.
+        ours, theirs: whether each prediction is correct, [seeds, examples]; both on the same examples.
         resamples: number of bootstrap samples.
         seed: of the resampling.
     """
@@ -325,9 +320,9 @@ def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed
 
 
 def best_rates(results: Sequence[Result], select: str) -> dict[str, list[Result]]:
-    """Return, for each method, its runs (one a seed) at the best learning rate: by mean validation loss or accuracy.
+    """Return, for each method, its runs (one per seed) at the best learning rate, by mean validation loss or accuracy.
 
-    Of equal ones the smaller rate is taken. A run that diverged has accuracy 0 and an infinite loss.
+    Of equally good rates the smallest is chosen. A run that diverged has accuracy 0 and an infinite loss.
     """
     best: dict[str, list[Result]] = {}
     for method in METHODS:

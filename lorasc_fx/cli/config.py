@@ -229,16 +229,17 @@ def line_of(text: str, path: KeyPath) -> int:
     nearest, line = 0, 1
     for number, content in enumerate(text.splitlines(), start=1):
         if header := _HEADER.match(content):
-            here = table = _parts(header[2])
+            current = table = _parts(header[2])
             if header[1] == "[[":
-                here = table = (*table, str(counts[table]))
+                current = table = (*table, str(counts[table]))
                 counts[table[:-1]] += 1
         elif key := _KEY.match(content):
-            here = (*table, *_parts(key[1]))
+            current = (*table, *_parts(key[1]))
         else:
             continue
         common = next(
-            (n for n, pair in enumerate(zip(here, path, strict=False)) if len({*pair}) > 1), min(len(here), len(path))
+            (n for n, pair in enumerate(zip(current, path, strict=False)) if len({*pair}) > 1),
+            min(len(current), len(path)),
         )
         if common > nearest:
             nearest, line = common, number

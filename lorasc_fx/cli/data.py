@@ -148,17 +148,17 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
         SpecError: an unknown name, data that cannot be read, too few examples, a single class, or a shifted set that
             does not fit.
     """
-    whole = _load(config.name, config, tokenizer)
-    sizes = _sizes(config, len(whole))
-    train, validation, test = (whole.take(index) for index in _shuffled(len(whole), config.seed, *sizes))
-    for name, examples in ((config.name, whole), (f"the {len(train)} training examples", train)):
-        (first, *others) = examples.labels.unique().tolist()
+    complete = _load(config.name, config, tokenizer)
+    sizes = _sizes(config, len(complete))
+    train, validation, test = (complete.take(index) for index in _shuffled(len(complete), config.seed, *sizes))
+    for name, examples in ((config.name, complete), (f"the {len(train)} training examples", train)):
+        (label, *others) = examples.labels.unique().tolist()
         if not others:
             raise SpecError(
-                f"{name}: every label is {whole.classes[first]!r}; a classifier needs examples of two classes or more",
+                f"{name}: every label is {complete.classes[label]!r}; give examples of at least two classes",
                 code="invalid-data",
             )
-    shifts = {short_name(name): _shift(name, config, whole, test, tokenizer).by_length() for name in config.shifts}
+    shifts = {short_name(name): _shift(name, config, complete, test, tokenizer).by_length() for name in config.shifts}
     return Splits(train, validation.by_length(), test.by_length(), shifts)
 
 
@@ -245,10 +245,13 @@ def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool 
 def _check_header(path: Path, delimiter: str, header: Sequence[str], wanted: Sequence[str]) -> None:
     """Check that each of the wanted columns exists once."""
     others = {",": "commas", "\t": "tabs", ";": "semicolons"}
-    other = next((each for each in others if len(header) == 1 and each != delimiter and each in header[0]), None)
-    if other is not None and not set(wanted) <= set(header):
+    separator = next(
+        (candidate for candidate in others if len(header) == 1 and candidate != delimiter and candidate in header[0]),
+        None,
+    )
+    if separator is not None and not set(wanted) <= set(header):
         raise SpecError(
-            f"{path}:1: {others[other]} separate the columns {header[0]!r}; separate them by "
+            f"{path}:1: {others[separator]} separate the columns {header[0]!r}; separate them by "
             f"{others[delimiter]}, or by tabs in a file whose name ends with .tsv",
             code="invalid-data",
         )
@@ -274,9 +277,9 @@ def _refuse_row(source: str, delimiter: str, header: Sequence[str], row: Sequenc
 def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
     for name in wanted:
         if name not in columns:
-            known = ", ".join(columns) or "no columns"
+            columns_shown = ", ".join(columns) or "no columns"
             raise SpecError(
-                f"{source}: no column {name!r}{nearest(name, columns)}; it has {known}; "
+                f"{source}: no column {name!r}{nearest(name, columns)}; it has {columns_shown}; "
                 "data.text_column, data.image_column and data.label_column choose others",
                 code="unknown-name",
             )
@@ -351,8 +354,8 @@ def read_table(
         if label is not None and label in table.column_names:
             classes = getattr(table.features[label], "names", None)
             for row, entry in enumerate(table.select_columns([label]), start=1):
-                known = None if classes and entry[label] == -1 else entry[label]  # -1 is a class that is not known
-                cell = _class(f"{source}: row {row}", label, known, optional)
+                value = None if classes and entry[label] == -1 else entry[label]  # -1 is a class that is not known
+                cell = _class(f"{source}: row {row}", label, value, optional)
                 _check_plain(f"{source}: row {row}", label, cell)
                 labels.append(classes[cell] if classes and cell != "" else cell)
     return cells, labels
@@ -502,26 +505,26 @@ def _labelled(inputs: Inputs, labels: list[Any], encode: Encode) -> Examples:
 
 def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     inputs: Inputs
-    kind, _, rest = name.partition(":")
-    kinds = [known.partition(":")[0] for known in DATA]
-    if kind not in kinds or not rest:
+    kind, _, location = name.partition(":")
+    kinds = [choice.partition(":")[0] for choice in DATA]
+    if kind not in kinds or not location:
         prefix = "imagefolder" if Path(name).is_dir() else _KINDS.get(Path(name).suffix.lower())
-        meant = nearest(kind, kinds) if rest or not prefix else f"; did you mean '{prefix}:{name}'"
+        meant = nearest(kind, kinds) if location or not prefix else f"; did you mean '{prefix}:{name}'"
         raise SpecError(f"no data set is called {name!r}{meant}; known: {', '.join(DATA)}", code="unknown-name")
     if kind != "python":
-        _check_local(f"data set {name}", rest)
+        _check_local(f"data set {name}", location)
     if kind == "csv":
-        inputs, labels = read_csv(Path(rest), config.text_column, config.label_column)
+        inputs, labels = read_csv(Path(location), config.text_column, config.label_column)
     elif kind == "imagefolder":
-        inputs, labels = _read_images(Path(rest), config.image_size)
+        inputs, labels = _read_images(Path(location), config.image_size)
     elif kind in (*TABLES, "folder", "disk"):
         if tokenizer is None:
             pictures, labels = read_table(
-                kind, rest, config.image_column, config.label_column, image_size=config.image_size
+                kind, location, config.image_column, config.label_column, image_size=config.image_size
             )
             inputs = torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         else:
-            inputs, labels = read_table(kind, rest, config.text_column, config.label_column)
+            inputs, labels = read_table(kind, location, config.text_column, config.label_column)
     else:
         function = user_function(name)
         with user_code(name):
@@ -589,7 +592,7 @@ def _shuffled(total: int, seed: int, *sizes: int) -> tuple[Tensor, ...]:
     return torch.split(shuffled[: sum(sizes)], list(sizes))
 
 
-def _shift(name: str, config: DataConfig, whole: Examples, test: Examples, tokenizer: Any) -> Examples:
+def _shift(name: str, config: DataConfig, complete: Examples, test: Examples, tokenizer: Any) -> Examples:
     if name.startswith("python:"):
         change = user_function(name)
         with user_code(name):
@@ -601,10 +604,10 @@ def _shift(name: str, config: DataConfig, whole: Examples, test: Examples, token
             return replace(some, inputs=_returned(name, (changed, some.labels))[0])
     if name == config.name:
         raise SpecError(f"data.shifts has {name}, which is the data set itself; give others, or none")
-    other = _load(name, config, tokenizer)
-    if other.classes != whole.classes:
+    shifted = _load(name, config, tokenizer)
+    if shifted.classes != complete.classes:
         raise SpecError(
             f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones",
             code="invalid-data",
         )
-    return other.take(_shuffled(len(other), config.seed, min(len(other), config.shift_test))[0])
+    return shifted.take(_shuffled(len(shifted), config.seed, min(len(shifted), config.shift_test))[0])

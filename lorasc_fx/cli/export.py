@@ -25,7 +25,7 @@ Which = Literal["slow", "averaged"]
 
 
 def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]:
-    """Build the run's model again and load its last checkpoint; return a description of its weights as well.
+    """Build the run's model again and load its last checkpoint. Return the cascade and a description of its weights.
 
     Raises:
         StateError: the folder holds no run, or no checkpoint yet.
@@ -48,11 +48,11 @@ def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]
 
 
 def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
-    """Warn of a running stage that a fold counts as ended."""
+    """Warn that a fold counts a running stage as ended."""
     warn(
         f"{source}: stage {stage} has trained and never ended. It is folded as it is, and {plan.spec.pace_at(stage):g} "
-        "of what it has trained is kept, the pace of the spec. Let the run go on (lorasc-fx train RUN/config.toml "
-        "--resume, or cascade.transition) to fold a stage that has ended",
+        "of its change is kept, the pace of the spec. Continue the run (lorasc-fx train RUN/config.toml --resume, or "
+        "cascade.transition) to fold a stage that has ended",
         "running-stage-folded",
     )
 
@@ -64,12 +64,12 @@ class FoldArguments:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, or with --base a folder that `lorasc_fx.save` wrote to."""
     base: Path | None = None
-    """Safetensors file or folder that the model came from: its files, names and dtypes are kept, what did not change is
+    """Safetensors file or folder that the model came from. Its files, names and dtypes are kept, unchanged tensors are
     copied, and no model is built."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
     """File or folder to write; RUN/folded.safetensors, or RUN/folded with a --base folder, if not given."""
     which: Which = "slow"
-    """The slow weights, or their average over stages, where the run's spec keeps one."""
+    """The slow weights, or their average over stages, if the run's spec keeps one."""
 
 
 def run_fold(arguments: FoldArguments) -> int:
@@ -82,7 +82,7 @@ def run_fold(arguments: FoldArguments) -> int:
     folder = RunFolder(arguments.run)
     if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
         raise StateError(
-            f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model",
+            f"{arguments.run} is a checkpoint, not a run; give --base, the files of its base model",
             code="invalid-value",
         )
     if arguments.base is None:
@@ -98,7 +98,7 @@ def run_fold(arguments: FoldArguments) -> int:
     output = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
     if arguments.output is None and not folder.config.is_file():
         raise StateError(
-            f"{arguments.run} is no run folder; give --output, the place to write to", code="invalid-value"
+            f"{arguments.run} is not a run folder; give --output, the place to write to", code="invalid-value"
         )
     check_output(output, folder=not single)
     checkpoint = read(path)
@@ -129,11 +129,11 @@ class ExportArguments:
     output: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """File or folder to write."""
     max_rank: int | None = None
-    """Of `peft`: no weight gets a higher rank; what is cut off is printed, weight by weight."""
+    """For `peft`: no weight gets a higher rank. The error is printed for each weight."""
     uniform_rank: bool = False
-    """Of `peft`: one rank for all weights, by zeros, for loaders that ignore patterns (vLLM)."""
+    """For `peft`: one rank for all weights, padded with zeros, for loaders that ignore patterns (vLLM)."""
     which: Which = "slow"
-    """The slow weights, or their average over stages, where the run's spec keeps one."""
+    """The slow weights, or their average over stages, if the run's spec keeps one."""
 
 
 def run_export(arguments: ExportArguments) -> int:
@@ -152,7 +152,7 @@ def run_export(arguments: ExportArguments) -> int:
     adapter, ranks = arguments.to == "peft", (arguments.max_rank, arguments.uniform_rank)
     if not adapter and ranks != (None, False):
         raise SpecError(
-            f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft",
+            f"--max-rank and --uniform-rank are for adapters, not for {arguments.to}: drop them, or give --to peft",
             code="conflicting-options",
         )
     folder = adapter or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")

@@ -17,10 +17,10 @@ class Method:
         about: a description.
         spec: the cascade that is trained, from the configuration's spec and number of stages; None trains parameters
             of the plain model.
-        staged: whether the steps are divided into the configuration's stages; otherwise there is one.
-        average: the weights that are evaluated. `spec`: the slow ones, or their average where the spec keeps one;
-            `cycles`: the learning rate follows the configuration's stages although there is one stage, and the weights
-            at the ends of these cycles are averaged; `tail`: those at ten moments of the second half are.
+        staged: whether the steps are divided into the configuration's stages; otherwise there is one stage.
+        average: the weights that are evaluated. `spec`: the slow ones, or their average if the spec keeps one.
+            `cycles`: the mean at the ends of cycles: there is one stage, but the learning rate follows the
+            configuration's stages. `tail`: the mean at ten steps in the second half.
         parameters: for a plain model, globs on the names of the parameters that are trained.
     """
 

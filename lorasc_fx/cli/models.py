@@ -142,10 +142,10 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
     if config.name.startswith("hf:"):
         ids = torch.ones(2, 16, dtype=torch.long)
         return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    known = getattr(model, "pretrained_cfg", {}).get("input_size")
-    if known is None:
+    size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    if size is None:
         raise SpecError(f"{config.name} does not name the shape of its input; give it, such as --input 2 3 64 64")
-    return (torch.rand(2, *known),), {}
+    return (torch.rand(2, *size),), {}
 
 
 def user_function(name: str) -> Callable[..., Any]:
@@ -163,9 +163,9 @@ def user_function(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
     function: Any = getattr(module, function_name, None)
     if not callable(function):
-        known = [known for known in vars(module) if not known.startswith("_")]
+        public = [public for public in vars(module) if not public.startswith("_")]
         raise SpecError(
-            f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}",
+            f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, public)}",
             code="unknown-name",
         )
     return function  # type: ignore[no-any-return]  # callable

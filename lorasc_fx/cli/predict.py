@@ -1,6 +1,6 @@
-"""`lorasc-fx predict`: classes of images or texts, by the folded weights of a run.
+"""`lorasc-fx predict`: predicts classes of images or texts with the folded weights of a run.
 
-The original model is built and gets the run's folded weights; nothing is captured and the data set is not read. The
+The original model is built with the run's folded weights. Nothing is captured, and the data set is not read. The
 preprocessing is that of the run: its configuration, its tokenizer, and the names of the classes in its records.
 """
 
@@ -27,10 +27,10 @@ from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.util.extras import module_of
 
 MATRIX = 12
-"""Classes that a confusion matrix shows, at most; of more the most frequent confusions are listed."""
+"""Largest number of classes for a confusion matrix. With more classes, the most frequent confusions are listed."""
 
 Inputs = tuple[list[str], list[str], list[str]]
-"""Names, texts or paths, and classes; the class is empty where it is not known."""
+"""Names, texts or paths, and classes. An unknown class is empty."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Columns:
 class PredictArguments:
     """Print a line for each image or text: its name, the predicted class and the probability, separated by tabs.
 
-    Where the classes are known, the accuracy and a confusion matrix follow on standard error.
+    If the true classes are known, the accuracy and a confusion matrix follow on standard error.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -71,7 +71,7 @@ def run_predict(arguments: PredictArguments) -> int:
     config, classes, images = preprocessing.config, preprocessing.classes, preprocessing.tokenizer is None
     if not folder.folded.is_file():
         raise StateError(
-            f"{arguments.run} has no {folder.folded.name}: end the run with lorasc-fx train CONFIG.toml --resume, or "
+            f"{arguments.run} has no {folder.folded.name}: finish it with lorasc-fx train CONFIG.toml --resume, or "
             f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
             code="stage-not-ended",
         )
@@ -81,19 +81,19 @@ def run_predict(arguments: PredictArguments) -> int:
     model = _folded_model(config, folder.folded, len(classes), images=images)
     counts: Counter[tuple[str, str]] = Counter()  # of (class, predicted class)
     for names, inputs, labels in read:
-        given = [position for position, entry in enumerate(inputs) if entry.strip()]
+        filled = [position for position, entry in enumerate(inputs) if entry.strip()]
         said = [("", "")] * len(inputs)
-        if given:
-            args, kwargs = preprocessing([inputs[position] for position in given])
+        if filled:
+            args, kwargs = preprocessing([inputs[position] for position in filled])
             moved = {key: value.to(device) for key, value in kwargs.items()}
             with torch.no_grad():
                 logits = logits_of(model(*(value.to(device) for value in args), **moved))
-            for position, row in zip(given, logits.float().softmax(-1), strict=True):
+            for position, row in zip(filled, logits.float().softmax(-1), strict=True):
                 said[position] = classes[int(row.argmax())], f"{row.max():.4f}"
-        for name, label, (found, share) in zip(names, labels, said, strict=True):
-            print(f"{name}\t{found}\t{share}")
-            if label and found:
-                counts[label, found] += 1
+        for name, label, (predicted, share) in zip(names, labels, said, strict=True):
+            print(f"{name}\t{predicted}\t{share}")
+            if label and predicted:
+                counts[label, predicted] += 1
     for line in score_lines(counts, classes):
         print(line, file=sys.stderr)
     return 0
@@ -103,33 +103,36 @@ def score_lines(counts: Counter[tuple[str, str]], classes: Sequence[str]) -> lis
     """Return the accuracy, the counts of each class and the confusion matrix as lines.
 
     Args:
-        counts: examples by (class, predicted class).
-        classes: of the run. Examples of another class are counted as wrong.
+        counts: number of examples by (class, predicted class).
+        classes: of the run. Examples of another class count as wrong.
     """
     labels = {label for label, _ in counts}
+    if not labels:
+        return []
     if not labels & set(classes):
-        known = f"; the run has {named(classes, 5)}" if labels else ""
-        return [f"no score: none of the labels ({named(sorted(labels), 5)}) is a class of the run{known}"] * bool(
-            labels
-        )
-    total, right = counts.total(), sum(count for (label, found), count in counts.items() if label == found)
+        shown_classes = f"the run has {named(classes, 5)}"
+        return [f"no score: none of the labels ({named(sorted(labels), 5)}) is a class of the run; {shown_classes}"]
+    total, right = (
+        counts.total(),
+        sum(count for (label, predicted_class), count in counts.items() if label == predicted_class),
+    )
     lines = [f"accuracy {right / total:.3f}: {right} of {total} labelled examples"]
-    other = sorted(labels - set(classes))
-    if other:
-        lines.append(f"labels that are no class of the run count as wrong: {named(other, 5)}")
-    rows = [*classes, *other]
+    unknown = sorted(labels - set(classes))
+    if unknown:
+        lines.append(f"labels that are not a class of the run count as wrong: {named(unknown, 5)}")
+    rows = [*classes, *unknown]
     if len(rows) <= MATRIX:
         table = [["class", *classes, "examples", "right"]]
         for label in rows:
-            cells = [counts[label, found] for found in classes]
+            cells = [counts[label, predicted_class] for predicted_class in classes]
             share = f"{counts[label, label] / sum(cells):.3f}" if sum(cells) else "-"
             table.append([label, *map(str, cells), str(sum(cells)), share])
         lines.append("examples of each class (rows) by the predicted class (columns):")
     else:
         table = [["class", "examples", "right", "predicted"]]
         for label in rows:
-            examples = sum(count for (each, _), count in counts.items() if each == label)
-            predicted = sum(count for (_, found), count in counts.items() if found == label)
+            examples = sum(count for (true_class, _), count in counts.items() if true_class == label)
+            predicted = sum(count for (_, predicted_class), count in counts.items() if predicted_class == label)
             share = f"{counts[label, label] / examples:.3f}" if examples else "-"
             table.append([label, str(examples), share, str(predicted)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -138,7 +141,9 @@ def score_lines(counts: Counter[tuple[str, str]], classes: Sequence[str]) -> lis
         lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
     if len(rows) > MATRIX:
         wrong = Counter({pair: count for pair, count in counts.items() if pair[0] != pair[1]})
-        shown = [f"{label} as {found} ({count})" for (label, found), count in wrong.most_common(MATRIX)]
+        shown = [
+            f"{label} as {predicted_class} ({count})" for (label, predicted_class), count in wrong.most_common(MATRIX)
+        ]
         lines += [f"most frequent confusions: {', '.join(shown)}"] if shown else []
     return lines
 
@@ -157,8 +162,8 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
     return set_mode(channels_last(model) if images else model, False)
 
 
-def _files(path: Path, endings: Collection[str], what: str) -> list[Path]:
-    """Return the file at a path, or those in a folder whose names end so, in order.
+def _files(path: Path, endings: Collection[str], content: str) -> list[Path]:
+    """Return the file at a path, or the files in a folder whose names end like this, in order.
 
     Raises:
         SpecError: the folder holds none.
@@ -168,14 +173,14 @@ def _files(path: Path, endings: Collection[str], what: str) -> list[Path]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in endings)
     if not files:
         raise SpecError(
-            f"{path} holds no files of {what} ({', '.join(sorted(endings))}); give one, or a folder of them",
+            f"{path} holds no {content} ({', '.join(sorted(endings))}); give a file, or a folder of files",
             code="invalid-data",
         )
     return files
 
 
 def _images(path: Path, classes: Sequence[str]) -> Iterator[Inputs]:
-    """Yield the image at a path, or those in a folder. Where each lies in a folder of a class, that is its class."""
+    """Yield the image at a path, or those in a folder. If each is in a folder named like a class, that is its class."""
     endings = module_of("vision", "torchvision.datasets.folder").IMG_EXTENSIONS
     files = _files(path, endings, "images")
     labelled = all(file.parent.name in classes for file in files)
@@ -194,10 +199,10 @@ def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]
 
 
 def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[str], list[str]]:
-    """Return the texts and classes of a table, or the lines of another file; an unknown class is empty.
+    """Return the texts and classes of a table, or the lines of any other file. An unknown class is empty.
 
     Raises:
-        SpecError: the file cannot be read, or holds none.
+        SpecError: the file cannot be read, or holds no texts.
     """
     kind = path.suffix.lower().removeprefix(".").replace("jsonl", "json")
     text, label = columns.text_column or config.text_column, columns.label_column or config.label_column
@@ -209,8 +214,8 @@ def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[
         texts, cells = read_table(kind, str(path), text, label, optional=optional)
         labels = [str(cell) for cell in cells]
     else:
-        lines = read_text(path).split("\n")  # not splitlines: `paste` knows no other ends
+        lines = read_text(path).split("\n")  # not splitlines: `paste` has no other line ends
         texts = lines if lines[-1] else lines[:-1]
     if not any(map(str.strip, texts)):
-        raise SpecError(f"{path} holds no texts; give one a line", code="invalid-data")
+        raise SpecError(f"{path} holds no texts; give one per line", code="invalid-data")
     return texts, labels or [""] * len(texts)

@@ -1,4 +1,4 @@
-"""What a run folder says of its inputs: how texts or images become arguments of the model, and the class of an output.
+"""The preprocessing of a run: how texts or images become arguments of the model, and what the classes are called.
 
 `lorasc-fx predict` and `lorasc_fx.cli.load` use it. The data set is not read.
 """
@@ -21,17 +21,17 @@ from lorasc_fx.errors import SpecError
 
 
 class Preprocessing:
-    """Makes arguments of the model of inputs, as the run has had them: `args, kwargs = preprocessing(inputs)`.
+    """Turns inputs into arguments of the model, as in the run: `args, kwargs = preprocessing(inputs)`.
 
     Args:
         folder: of the run.
 
     Attributes:
-        classes: their names, in the order of the logits.
+        classes: names of the classes, in the order of the logits.
         tokenizer: of a text model; None for images.
 
     Raises:
-        StateError: the folder does not say its classes.
+        StateError: the folder does not name its classes.
         SpecError: its configuration or its tokenizer cannot be read.
     """
 
@@ -49,30 +49,29 @@ class Preprocessing:
             inputs: texts, or paths of images.
 
         Raises:
-            SpecError: one text in place of a list, none at all, or an image that cannot be read.
+            SpecError: inputs are one text, or empty, or an image cannot be read.
         """
         if isinstance(inputs, (str, PathLike)) or not len(inputs):
             raise SpecError(f"preprocessing: inputs are {inputs!r}; give a list of texts, or of paths of images")
         if self.tokenizer is not None:
             return self._encode(list(inputs))
         data = self.config.data
-        size = None if data.name.startswith("python:") else data.image_size  # files are resized before they are kept
+        size = None if data.name.startswith("python:") else data.image_size  # the run resizes files as it reads them
         images = [self._encode(read_image(Path(path), size)[None])[0][0] for path in inputs]
         return (torch.cat(images).contiguous(memory_format=torch.channels_last),), {}
 
     def base(self) -> nn.Module:
-        """Return the model that the run has adapted, in eval mode; a function that its configuration names is not
-        called.
+        """Return the model that the run has adapted, in eval mode. A user's function is not called.
 
         Raises:
-            SpecError: the model or its weights are such a function, or cannot be built; see `build_model`.
+            SpecError: the model or its weights come from a user's function, or cannot be built; see `build_model`.
         """
         model = self.config.model
         for key, name in (("model.name", model.name), ("model.weights", model.weights)):
             if name.startswith("python:"):
                 raise SpecError(
                     f"{self._folder.path}: its {key} is {name}, a function that is not called here. Build the model as "
-                    f"the run has, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and give it: "
+                    f"in the run, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and call "
                     "lorasc_fx.cli.load(folder, model)",
                     code="no-base",
                 )

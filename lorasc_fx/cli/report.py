@@ -259,10 +259,10 @@ def _slow_and_fast(record: RunRecord) -> Section:
     if not rows:
         return Section("slow-fast", title)
     pictures = []
-    for measure, what in (("validation", "accuracy"), ("validation_loss", "validation loss")):
+    for measure, title_of_measure in (("validation", "accuracy"), ("validation_loss", "validation loss")):
         points = [(row["stage"], row.get(measure), row.get(f"{measure}_fast")) for row in rows]
         if any(value is not None for _, *pair in points for value in pair):
-            pictures.append(slow_and_fast(points, measure.replace("_", "-"), what))
+            pictures.append(slow_and_fast(points, measure.replace("_", "-"), title_of_measure))
     columns = [(name, "") for name in ("stage", "step", "accuracy, slow", "fast", "loss, slow", "fast")]
     measures = ("validation", "validation_fast", "validation_loss", "validation_loss_fast")
     cells = [(row["stage"], row["step"], *(_number(row.get(name)) for name in measures)) for row in rows]
@@ -283,8 +283,8 @@ def _experts(record: RunRecord) -> Section:
 
     measures = (("norm", "norm", "norm", "norm"), ("effective_rank", "rank", "effective rank", "eff. rank"))
     pictures = [
-        by_site({stage: values(measure, stage) for stage in stages}, key, what, len(sites))
-        for measure, key, what, _ in measures
+        by_site({stage: values(measure, stage) for stage in stages}, key, title_of_measure, len(sites))
+        for measure, key, title_of_measure, _ in measures
     ]
     columns = [("no.", ""), ("site", "name")]
     columns += [(f"{short}, stage {stage}", "") for stage in stages for *_, short in measures]

@@ -248,10 +248,10 @@ class RunFolder:
                 shutil.rmtree(path)
 
     def _check_same(self, config: Config) -> None:
-        before, now = (json.loads(json.dumps(config_to_dict(one))) for one in (load_config(self.config), config))
+        old, new = (json.loads(json.dumps(config_to_dict(one))) for one in (load_config(self.config), config))
         for section in SECTIONS:
-            for key, value in now[section].items():
-                was = before[section].get(key)
+            for key, value in new[section].items():
+                was = old[section].get(key)
                 if was != value:
                     raise StateError(
                         f"{self.path} holds a run with {section}.{key} = {was!r}, and this one has {value!r}; "
@@ -323,9 +323,9 @@ def _check(path: Path, number: int, record: Any, keys: Sequence[str]) -> None:
         raise _damaged(path, number, f"has no key {missing[0]!r}")
 
 
-def _damaged(path: Path, number: int, what: str) -> StateError:
+def _damaged(path: Path, number: int, problem: str) -> StateError:
     return StateError(
-        f"{path}: line {number} {what}; the file is damaged: restore it, or train again", code="invalid-checkpoint"
+        f"{path}: line {number} {problem}; the file is damaged: restore it, or train again", code="invalid-checkpoint"
     )
 
 

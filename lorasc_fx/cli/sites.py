@@ -1,4 +1,4 @@
-"""`lorasc-fx sites`: what would be adapted, what would not, and why."""
+"""`lorasc-fx sites`: shows which weights would be adapted, and why others would not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorasc_fx.spec import KINDS, CascadeSpec
 
 @dataclass(frozen=True)
 class SitesArguments:
-    """Show every weight matrix of a model: site, refusal with its reason, or unreached."""
+    """Show every weight matrix of a model: adapted, refused (with the reason), or not reached."""
 
     model: Annotated[str, tyro.conf.Positional]
     """`timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, or `python:package.module:function`."""
@@ -30,7 +30,7 @@ class SitesArguments:
     rank: int = 8
     """Rank of the branches."""
     input: tuple[int, ...] = field(default=())
-    """Shape of the input, where the model does not say it: `--input 2 3 64 64`."""
+    """Shape of the input, if the model does not name it: `--input 2 3 64 64`."""
     frontend: str = "auto"
     """Front end of the capture: `auto`, `export`, `symbolic`, ..."""
     training: bool = False

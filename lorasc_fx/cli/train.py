@@ -33,7 +33,7 @@ from lorasc_fx.integrations.progress import Metrics, reporting
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Adapt a model as a configuration file says; each of its keys can be given here as well."""
+    """Adapt a model as a configuration file says. Each of its keys can also be given here."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
@@ -95,10 +95,10 @@ def run_train(arguments: TrainArguments) -> int:
             raise Diverged(f"{fault}; --overwrite starts this run again") from fault
         if done < total:
             save()
-            reporter.say(f"Stopped after step {done}; go on with: lorasc-fx train {folder.config} --resume")
+            reporter.say(f"Stopped after step {done}; continue with: lorasc-fx train {folder.config} --resume")
             return 130
         if start == total:
-            reporter.say("This run was at its end already.")
+            reporter.say("This run had already ended.")
         folder.write_spectrum(cascade)
         folder.write_weights(cascade.folded_state_dict())
         model = set_mode(cascade.release(), False)
@@ -111,7 +111,7 @@ def run_train(arguments: TrainArguments) -> int:
 
 
 def _describe_cascade(cascade: lx.Cascade) -> None:
-    """Print what is adapted, and how many parameters are trained."""
+    """Print how many weights are adapted, and how many parameters are trained."""
     trained = cascade._run.trained_entries
     total = sum(parameter.numel() for parameter in cascade.model.parameters())
     reasons = Counter(refusal.reason.value for refusal in cascade.refusals)
@@ -124,7 +124,7 @@ def _describe_cascade(cascade: lx.Cascade) -> None:
 
 
 def _validation_before(folder: RunFolder) -> float | None:
-    """Return the accuracy before training that a resumed run has recorded, if it has."""
+    """Return the accuracy before training, which a resumed run has recorded, if any."""
     return next((line["validation_before"] for line in read_lines(folder.metrics) if "validation_before" in line), None)
 
 
@@ -142,7 +142,7 @@ def _begin(
         cascade.train(mode)
     else:
         cascade = setup.adapt(seed, config.spec)
-    folder.begin(config, resume=resume, overwrite=overwrite)  # last: what is refused must not leave a run folder behind
+    folder.begin(config, resume=resume, overwrite=overwrite)  # last, so that nothing is written if anything fails
     optimizer = make_optimizer(cascade, lr, decay)
     schedule = setup.schedule(optimizer, cascade, steps)
     if resumed:

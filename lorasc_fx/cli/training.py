@@ -159,10 +159,10 @@ def describe(setup: Setup) -> None:
 
 def check_device(device: str) -> None:
     """Refuse a device that this machine lacks."""
-    known = ["cpu"]
+    available = ["cpu"]
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
-        known += [f"{accelerator}:{index}" for index in range(torch.accelerator.device_count())]
+        available += [f"{accelerator}:{index}" for index in range(torch.accelerator.device_count())]
     try:
         kind = torch.empty(0, device=device).device.type
         reason = "tensors on this device have no values" if kind == "meta" else ""
@@ -170,7 +170,7 @@ def check_device(device: str) -> None:
         reason = str(fault).partition(". ")[0].splitlines()[0]
     if reason:
         raise SpecError(
-            f"train.device is {device!r}: {reason}; this machine has {', '.join(known)}", code="unknown-name"
+            f"train.device is {device!r}: {reason}; this machine has {', '.join(available)}", code="unknown-name"
         )
 
 

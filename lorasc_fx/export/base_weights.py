@@ -77,9 +77,9 @@ class _Matching:
             by_digest.setdefault(digest, []).append((path, entry))
             if self.wider:
                 with path.open("rb") as file:
-                    for other, dtype in _wide(entry, file).items():
-                        by_digest.setdefault(other, []).append((path, entry))
-                        if other in expected:
+                    for wide_digest, dtype in _wide(entry, file).items():
+                        by_digest.setdefault(wide_digest, []).append((path, entry))
+                        if wide_digest in expected:
                             self.wider[entry.name] = dtype
         named = {*self.names.values(), *self.added}
         missing = [name for name in weights.changes if name not in named]
@@ -87,7 +87,7 @@ class _Matching:
             if name in self.added:
                 continue
             entries = by_digest.get(weights.base.get(name, "-"), [])
-            rivals = [other for other in missing if weights.base[other] == weights.base[name]]
+            rivals = [wide_digest for wide_digest in missing if weights.base[wide_digest] == weights.base[name]]
             distinct = all(_distinct(path, entry) for path, entry in entries)
             if name in named:
                 entries = entries if distinct else []
@@ -127,8 +127,8 @@ def matched(
         CheckpointError: the files are another base, or hold no tensor with the old values of a changed weight.
     """
     keys = [entry.name for file in files for entry in file.entries]
-    known = {*weights.base, *weights.aliases, *weights.buffers}
-    names = {key: weights.aliases.get(name, (name,))[0] for name, key in keys_of(known, keys).items()}
+    all_names = {*weights.base, *weights.aliases, *weights.buffers}
+    names = {key: weights.aliases.get(name, (name,))[0] for name, key in keys_of(all_names, keys).items()}
     matching, changes = _Matching(weights, base), dict[str, Change]()
     for tensors in files:
         with tensors.path.open("rb") as file:

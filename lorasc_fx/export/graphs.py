@@ -203,12 +203,12 @@ def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: 
     These are all sizes that are not constants of the captured graph.
     """
     flat = leaves(args, kwargs)
-    known = variant.conditions.sizes or (None,) * len(flat)
+    sizes_of_inputs = variant.conditions.sizes or (None,) * len(flat)
     open_axes = [
         {axis: torch.export.Dim.AUTO for axis in range(leaf.dim()) if sizes is None or sizes[axis] is None}
         if isinstance(leaf, torch.Tensor)
         else None
-        for leaf, sizes in zip(flat, known, strict=True)
+        for leaf, sizes in zip(flat, sizes_of_inputs, strict=True)
     ]
     _, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
     positional, by_name = pytree.tree_unflatten(open_axes, tree)
@@ -225,11 +225,11 @@ def _as_given(
     """Return a bound call with the same arguments by name as in the user's call, because a program accepts no other."""
     arguments = signature.bind(*args, **kwargs).arguments
     named = {name: arguments.pop(name) for name in list(arguments) if name in by_name}
-    first = list(signature.parameters)[: len(arguments)]
+    leading = list(signature.parameters)[: len(arguments)]
     plain = all(
         signature.parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in (*arguments, *named)
     )
-    return (tuple(arguments.values()), named) if plain and list(arguments) == first else (args, kwargs)
+    return (tuple(arguments.values()), named) if plain and list(arguments) == leading else (args, kwargs)
 
 
 @isolated

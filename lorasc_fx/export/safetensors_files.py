@@ -96,17 +96,17 @@ def safetensors(
         _check_free(out)
         values: dict[str, Callable[[], torch.Tensor]] = {}
         entries: list[Entry] = []
-        for name, held, folded in folded_each(cascade._run, call, quantized, which):
-            if not isinstance(held, torch.Tensor):
+        for name, value, folded in folded_each(cascade._run, call, quantized, which):
+            if not isinstance(value, torch.Tensor):
                 raise StateError(
-                    f"{call}: {name} of the state dict is {type(held).__name__}, not a tensor",
+                    f"{call}: {name} of the state dict is {type(value).__name__}, not a tensor",
                     code="not-serializable",
                 )
-            if quantized is not None and is_quantized(held):
-                entries.append(Entry.of(name, torch.empty(held.shape, dtype=held.dtype, device="meta")))
+            if quantized is not None and is_quantized(value):
+                entries.append(Entry.of(name, torch.empty(value.shape, dtype=value.dtype, device="meta")))
                 values[name] = partial(_dense, folded)
             else:
-                entries.append(Entry.of(name, held))
+                entries.append(Entry.of(name, value))
                 values[name] = folded
         done = _counter(progress, sum(entry.size for entry in entries))
         with replacing(out) as new:
@@ -140,7 +140,7 @@ def _shards(folder: Path, entries: list[Entry], most: int) -> list[TensorFile]:
     """Divide tensors into files of at most this many bytes, and write the index of several files."""
     groups: list[list[Entry]] = [[]]
     for entry in entries:
-        if groups[-1] and sum(other.size for other in groups[-1]) + entry.size > most:
+        if groups[-1] and sum(member.size for member in groups[-1]) + entry.size > most:
             groups.append([])
         groups[-1].append(entry)
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
@@ -209,13 +209,15 @@ def _name_classes(config: Path, classes: Sequence[str]) -> None:
     Raises:
         CheckpointError: the configuration is not JSON.
     """
-    with refusing(f"base: {config.name}", "give the folder of the model that was adapted", "unreadable-file"):
+    with refusing(f"base: {config.name}", "give the folder of the model that was adapted", code="unreadable-file"):
         about = parse_json(config.read_text(encoding="utf-8"))
     if not isinstance(about, dict) or "Classification" not in str(about.get("architectures")):
         return
-    given = about.get("id2label") or {str(number): f"LABEL_{number}" for number in range(about.get("num_labels", 2))}
+    old_labels = about.get("id2label") or {
+        str(number): f"LABEL_{number}" for number in range(about.get("num_labels", 2))
+    }
     labels = {str(number): name for number, name in enumerate(classes)}
-    if given != labels:
+    if old_labels != labels:
         about |= {"id2label": labels, "label2id": {name: number for number, name in enumerate(classes)}}
         about.pop("num_labels", None)
         config.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -57,9 +57,9 @@ class Entry:
             StateError: a safetensors file cannot store it.
         """
         if (wrapped := is_traceable_wrapper_subclass(tensor)) or tensor.dtype not in _NAMES:
-            what = type(tensor).__name__ if wrapped else tensor.dtype
+            kind = type(tensor).__name__ if wrapped else tensor.dtype
             raise StateError(
-                f"safetensors: {name} is {what}, which a safetensors file cannot store; give quantized='dequantize', "
+                f"safetensors: {name} is {kind}, which a safetensors file cannot store; give quantized='dequantize', "
                 "or cast it",
                 code="not-serializable",
             )
@@ -72,15 +72,15 @@ class Entry:
 
     def blocks(self, file: BinaryIO) -> Iterator[Buffer]:
         """Yield the tensor's bytes in blocks, each of which is valid until the next one."""
-        room = memoryview(bytearray(min(_BLOCK, self.size)))
+        buffer = memoryview(bytearray(min(_BLOCK, self.size)))
         file.seek(self.begin)
-        left = self.size
-        while left:
-            count = file.readinto(room[: min(left, len(room))])  # type: ignore[attr-defined]  # of a file that is read
+        remaining = self.size
+        while remaining:
+            count = file.readinto(buffer[: min(remaining, len(buffer))])  # type: ignore[attr-defined]  # of a file that is read
             if not count:
                 raise OSError(f"{self.name} ends early")
-            left -= count
-            yield room[:count]
+            remaining -= count
+            yield buffer[:count]
 
     def read(self, file: BinaryIO) -> torch.Tensor:
         """Return the tensor in memory of its own."""
@@ -96,13 +96,13 @@ class Entry:
 
         It is empty for a tensor that can only be copied.
         """
-        own = DTYPES.get(self.dtype)
-        if own is None:
+        file_dtype = DTYPES.get(self.dtype)
+        if file_dtype is None:
             return ""
         blocks: Iterable[Buffer] = self.blocks(file)
         if dtype is not None:
-            blocks = (data_of(torch.frombuffer(block, dtype=own).to(dtype)) for block in self.blocks(file))
-        return fingerprint_of(dtype or own, self.shape, blocks)
+            blocks = (data_of(torch.frombuffer(block, dtype=file_dtype).to(dtype)) for block in self.blocks(file))
+        return fingerprint_of(dtype or file_dtype, self.shape, blocks)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TensorFile:
         Raises:
             CheckpointError: it cannot be read, or is not a safetensors file.
         """
-        with refusing(f"base: {path}", "give safetensors files that are whole", "unreadable-file"):
+        with refusing(f"base: {path}", "give safetensors files that are whole", code="unreadable-file"):
             with safe_open(path, framework="pt"):  # checks the header
                 pass
             with path.open("rb") as file:

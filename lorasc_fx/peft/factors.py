@@ -145,14 +145,14 @@ def change_of(run: Run, which: Which) -> Change:
     learners, change, parameters = run.learners(), Change(), run.parameters_by_name()
     view = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
-        live, gain, branch = None, None, learners.get(name)
+        running, gain, branch = None, None, learners.get(name)
         if state.full:
             change.trained[name] = slow.value(name, which, parameters[name], branch).cpu()
             continue
         if which == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
-            live = factors_of(branch, torch.device("cpu"), state)
+            running = factors_of(branch, torch.device("cpu"), state)
             gain = gain_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle)
-        _, delta, terms = state.terms(view if live is None else "fast", live, gain)
+        _, delta, terms = state.terms(view if running is None else "fast", running, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
         pair = sum_of(terms, torch.float64, torch.device("cpu")) if terms else None

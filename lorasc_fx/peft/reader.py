@@ -115,24 +115,24 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     Raises:
         CheckpointError: it is damaged, not a LoRA, or for another model; names file and tensor.
     """
-    with refusing(folder / CONFIG, _ADVICE, "invalid-adapter"):
+    with refusing(folder / CONFIG, _ADVICE, code="invalid-adapter"):
         config = _config(parsed(plain_bytes(folder / CONFIG, LONGEST, links=True)))
     path = folder / TENSORS
     # RuntimeError: a dtype that torch does not have.
-    with refusing(path, _ADVICE, "invalid-adapter", also=(RuntimeError,)):
+    with refusing(path, _ADVICE, code="invalid-adapter", also=(RuntimeError,)):
         if not path.is_file():
-            other = sorted(file.name for file in folder.glob("adapter_model.*"))
-            hint = f"; {other[0]} is a pickle, which can run code: save it again as safetensors" if other else ""
+            others = sorted(file.name for file in folder.glob("adapter_model.*"))
+            hint = f"; {others[0]} is a pickle, which can run code: save it again as safetensors" if others else ""
             raise CheckpointError(f"does not exist{hint}", code="unreadable-file")
         with safe_open(path, framework="pt") as handle:
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
             reader = _Reader(config, model, shapes)
-            factors, whole, copies = reader.sorted()
+            factors, trained, copies = reader.sorted()
             pairs = {
                 target.name: reader.pair(target, [handle.get_tensor(keys[index]) for index in sorted(keys)])
                 for target, keys in factors.items()
             }
-            values = {name: handle.get_tensor(key) for key, name in whole.items()}
+            values = {name: handle.get_tensor(key) for key, name in trained.items()}
             for key, name in copies.items():
                 weight, value = dense(reader.tensors[name].detach()), handle.get_tensor(key)
                 if not torch.equal(value.to(weight.device, weight.dtype), weight):
@@ -150,7 +150,7 @@ def _config(data: object) -> AdapterConfig:
     """
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a table")
-    known, unsupported = {*IGNORED, *READ, *UNSUPPORTED}, "adapter-not-supported"
+    known_keys, unsupported = {*IGNORED, *READ, *UNSUPPORTED}, "adapter-not-supported"
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
             f"peft_type is {data.get('peft_type')!r}, and only adapters of type LORA are factors", code=unsupported
@@ -158,10 +158,10 @@ def _config(data: object) -> AdapterConfig:
     for key, value in data.items():
         if value and key in UNSUPPORTED:
             raise CheckpointError(f"{key} is {sanitized(value)}: {UNSUPPORTED[key]}", code=unsupported)
-        if value and key not in known:
+        if value and key not in known_keys:
             raise CheckpointError(
                 f"{key!r} is {sanitized(value)}, an unknown key, which may change what the adapter computes"
-                f"{nearest(key, known)}",
+                f"{nearest(key, known_keys)}",
                 code=unsupported,
             )
     start = data.get("init_lora_weights", True)
@@ -265,8 +265,8 @@ class _Reader:
         end = next((end for end in ENDS if name.endswith(f".{end}")), None)
         if end is None:
             of_dora = "DoRA's magnitudes of something that is not adapted with use_dora"
-            what = of_dora if "lora_magnitude_vector" in name else "neither in the model nor a factor"
-            return _does_not_fit(f"{key!r} is {what}{nearest(name, self.tensors)}")
+            meaning = of_dora if "lora_magnitude_vector" in name else "neither in the model nor a factor"
+            return _does_not_fit(f"{key!r} is {meaning}{nearest(name, self.tensors)}")
         path = _unwrapped(name.removesuffix(f".{end}"))
         module, parent = self.modules.get(path), self.modules.get(path.rpartition(".")[0])
         if module is None:
@@ -319,8 +319,8 @@ class _Reader:
                     raise ValueError(f"has no {lacking}, which was trained according to modules_to_save")
 
 
-def _does_not_fit(what: str) -> CheckpointError:
-    return CheckpointError(what, code="adapter-does-not-fit")
+def _does_not_fit(problem: str) -> CheckpointError:
+    return CheckpointError(problem, code="adapter-does-not-fit")
 
 
 def _unwrapped(name: str) -> str:

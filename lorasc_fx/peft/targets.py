@@ -167,7 +167,7 @@ def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Targe
     modules = dict(model.named_modules(remove_duplicate=False))
     adapted = dict.fromkeys(target.path for target in targets)
     refused: dict[str, str] = {}
-    whole: dict[str, str] = {}
+    saved_paths: dict[str, str] = {}
     biases: dict[str, str] = {}
     for parameter in trained:
         for name in weights.names[parameter]:
@@ -182,20 +182,22 @@ def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Targe
             elif any(_within(path, other) for other in wraps):
                 refused[parameter] = "peft wraps a module above it, and then does not find it"
             else:
-                whole.setdefault(path, parameter)
+                saved_paths.setdefault(path, parameter)
     for path in modules:  # peft saves every module whose path ends like this
-        meant = next((other for other in whole if path.endswith(other) and path != other), None)
-        if meant is None or path in whole:
+        meant = next((other for other in saved_paths if path.endswith(other) and path != other), None)
+        if meant is None or path in saved_paths:
             continue
         if any(_within(other, path) or _within(path, other) for other in adapted):
-            refused[whole[meant]] = f"{meant} also means {path} to peft, which is adapted"
+            refused[saved_paths[meant]] = f"{meant} also means {path} to peft, which is adapted"
         else:
-            whole[path] = whole[meant]
-    outer = tuple(path for path in whole if not any(_within(path, other) for other in whole if other != path))
+            saved_paths[path] = saved_paths[meant]
+    outer = tuple(
+        path for path in saved_paths if not any(_within(path, other) for other in saved_paths if other != path)
+    )
     for path in outer:
         hidden = next((other for other in adapted if re.match(rf"(^|.*\.){path}($|\..*)", other)), None)
         if hidden is not None:
-            refused[whole[path]] = f"saving {path} excludes {hidden} from what peft adapts"
+            refused[saved_paths[path]] = f"saving {path} excludes {hidden} from what peft adapts"
     keys = {
         f"{PREFIX}{path}.{name}": f"{path}.{name}"
         for path in outer
@@ -248,19 +250,19 @@ class Calls:
 def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
     """Run the model once, without side effects, and return who read the parameters of these names."""
     parameters = dict(model.named_parameters())
-    known = {id(parameters[name]): name for name in names}
+    names_by_id = {id(parameters[name]): name for name in names}
     seen = Calls()
     stack: list[nn.Module] = []
 
     def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         stack.append(module)
-        if path not in seen.first and any(id(value) in known for value in module._parameters.values()):
+        if path not in seen.first and any(id(value) in names_by_id for value in module._parameters.values()):
             seen.first[path] = copied(args, kwargs)
 
     def leaves(path: str, module: nn.Module, output: Any) -> None:
         stack.pop()
 
-    observers = (_Readers(known, stack, seen), call_recorder(model, enters, leaves))
+    observers = (_Readers(names_by_id, stack, seen), call_recorder(model, enters, leaves))
     with isolation(model, args, kwargs, *observers, grad=False, seeded=False) as (inputs, named):
         model(*inputs, **named)
     return seen
@@ -393,8 +395,8 @@ def _wide(call: Call) -> Call:
             return leaf
         return leaf.cpu().double() if leaf.is_floating_point() else leaf.cpu()
 
-    wide: Call = pytree.tree_map(widen, copied(*call))
-    return wide
+    widened: Call = pytree.tree_map(widen, copied(*call))
+    return widened
 
 
 def _term(target: Target, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

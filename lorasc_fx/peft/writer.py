@@ -212,15 +212,15 @@ def _factors(
 
 def _saved_tensors(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers of modules that are saved completely, by their keys in the file."""
-    held: dict[str, torch.Tensor] = {**run.parameters_by_name(), **dict(run.model.named_buffers())}
+    current: dict[str, torch.Tensor] = {**run.parameters_by_name(), **dict(run.model.named_buffers())}
     tensors = {}
     for key, name in saved.keys.items():
         if name in change.trained:
             value = change.trained[name]
         elif name in run.slow.states:  # a matrix that holds noise
-            value = run.slow.value(name, "slow", held[name])
+            value = run.slow.value(name, "slow", current[name])
         else:
-            value = held[name].detach()
+            value = current[name].detach()
         tensors[key] = value.to("cpu", copy=True).contiguous()
     return tensors
 
@@ -233,11 +233,13 @@ def _out_of_reach(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]
     reasons = {}
     for name, target in wanted.items():
         outer = next((path for path in wraps if target.path.startswith(f"{path}.")), None)
-        other = next((other for other in names if other.endswith(f".{name}") and other not in wanted), None)
+        confused = next(
+            (confused for confused in names if confused.endswith(f".{name}") and confused not in wanted), None
+        )
         if outer is not None:
             reasons[name] = f"peft wraps {outer} for its parameters, and then does not find those of {target.path}"
-        elif other is not None:  # peft compares the ends of names
-            reasons[name] = f"its name also means {other} to peft"
+        elif confused is not None:  # peft compares the ends of names
+            reasons[name] = f"its name also means {confused} to peft"
     return reasons
 
 
@@ -267,7 +269,7 @@ def _heads_of(
     return {name: merged(change, states[name]) if name in states else parameters[name].detach() for name in inside}
 
 
-def _auto_class(model: nn.Module, task: str | None, asked: bool, saved: Sequence[str]) -> dict[str, Any]:
+def _auto_class(model: nn.Module, task: str | None, given_by_user: bool, saved: Sequence[str]) -> dict[str, Any]:
     """Return the keys of a configuration by which peft's Auto classes build the base.
 
     Args:
@@ -280,7 +282,7 @@ def _auto_class(model: nn.Module, task: str | None, asked: bool, saved: Sequence
         SpecError: the user gave a task whose class in peft takes a head from the adapter that is not among `saved`.
     """
     lacking = next((path for path in _head_paths(model, task) if path not in saved), None)
-    if lacking is not None and asked:
+    if lacking is not None and given_by_user:
         raise SpecError(
             f"export.peft: task_type is {task!r}, and peft's class for this task takes {lacking} from the adapter, "
             "which cannot store it here. Leave task_type out, or train the head in full (train=...)",

@@ -42,7 +42,7 @@ def test_a_run_is_exported(
         assert main(["export", "runs/tiny", "--to", to, "--out", path]) == 0
         assert capsys.readouterr().out == f"{path}: slow weights at step 4 of 4\n"
     assert main(["export", "runs/tiny", "--to", "safetensors", "--out", "a/folder"]) == 2
-    assert "a/folder is there already, and is not written into; give another place" in capsys.readouterr().err
+    assert "a/folder is not empty; give another place" in capsys.readouterr().err
     assert main(["export", "runs/tiny", "--to", "peft", "--out", "a/adapter"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"a/adapter: \d+ weights adapted, ranks .*", told[0])
@@ -186,7 +186,7 @@ def test_a_base_without_an_adapted_weight_is_refused(run: Path, capsys: pytest.C
     del tensors["3.weight"]
     save_file(tensors, "other.safetensors")
     assert main(["fold", "runs/tiny", "--base", "other.safetensors", "--output", "new.safetensors"]) == 2
-    assert "holds no tensor with the numbers that 3.weight had before" in capsys.readouterr().err
+    assert "holds no tensor with the values that 3.weight had before" in capsys.readouterr().err
     assert not Path("new.safetensors").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Calla
         (["absent", "--to", "onnx", "--out", "a.onnx"], "absent holds no run: there is no config.toml in it"),
         (["absent", "--to", "onxn", "--out", "a"], "no format is called 'onxn'; nearest: 'onnx'; known: pt2, onnx, "),
         (["absent", "--to", "pt2"], "--output"),
-        (["absent", "--to", "onnx", "--out", "a", "--max-rank", "2"], "are of an adapter, onnx has none: drop them"),
+        (["absent", "--to", "onnx", "--out", "a", "--max-rank", "2"], "are for adapters, not for onnx: drop them"),
     ],
 )
 def test_what_the_user_got_wrong_is_a_sentence(

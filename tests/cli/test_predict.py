@@ -81,14 +81,14 @@ def test_images_of_a_table_are_resized_as_they_were_in_training(place: Path, tmp
 @pytest.mark.parametrize(
     ("damage", "inputs", "message"),
     [
-        (lambda run: (run / "folded.safetensors").unlink(), ".", "runs/tiny has no folded.safetensors: end the"),
+        (lambda run: (run / "folded.safetensors").unlink(), ".", "runs/tiny has no folded.safetensors: finish it"),
         (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not name its classes"),
         (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
          "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now: "),
         (lambda run: (run / "folded.safetensors").write_bytes(b"no"), ".",
          "runs/tiny/folded.safetensors: these weights cannot be read: "),
         (lambda run: None, "tiny.toml", "tiny.toml: this image cannot be read"),
-        (lambda run: Path("empty").mkdir(), "empty", "empty holds no files of images (.bmp, "),
+        (lambda run: Path("empty").mkdir(), "empty", "empty holds no images (.bmp, "),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -182,8 +182,8 @@ sad       0   20        20  1.000
     Path("none.txt").write_text("\n")
     Path("odd.txt").write_bytes(b"\xff")
     for name, message in (
-        ("none.txt", "none.txt holds no texts; give one a line"),
-        ("odd.txt", "odd.txt: these texts cannot be read: it is not UTF-8 text"),
+        ("none.txt", "none.txt holds no texts; give one per line"),
+        ("odd.txt", "odd.txt:1: this is not UTF-8 text; save it as UTF-8"),
     ):
         assert main(["predict", "runs/tiny", name]) == 2
         assert f"lorasc-fx: {message}" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_scores() -> None:
     counts = Counter({("a", "a"): 3, ("a", "b"): 1, ("c", "b"): 2})
     assert score_lines(counts, ("a", "b")) == [
         "accuracy 0.500: 3 of 6 labelled examples",
-        "labels that are no class of the run count as wrong: c",
+        "labels that are not a class of the run count as wrong: c",
         "examples of each class (rows) by the predicted class (columns):",
         "class  a  b  examples  right",
         "a      3  1         4  0.750",

@@ -84,7 +84,7 @@ def test_a_run_folder_is_whole(
 def test_a_second_run_is_the_same_and_does_not_overwrite(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny.toml"]) == 0
     assert main(["train", "tiny.toml"]) == 2
-    assert "runs/tiny already holds a run: --resume goes on with it" in capsys.readouterr().err
+    assert "runs/tiny already holds a run: --resume continues it" in capsys.readouterr().err
     assert main(["train", "tiny.toml", "--output", "second"]) == 0
     assert losses(place / "runs" / "tiny") == losses(place / "second")
     assert_same(
@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(
         assert main(["train", "tiny.toml", "--output", "parts"]) == (130 if stop < 12 else 0)
     said = capsys.readouterr().out
     if stop < 12:
-        assert f"Stopped after step {stop}; go on with: lorasc-fx train parts/config.toml --resume" in said
+        assert f"Stopped after step {stop}; continue with: lorasc-fx train parts/config.toml --resume" in said
     assert main(["train", "parts/config.toml", "--resume"]) == 0
     assert losses(place / "parts") == losses(place / "whole")
     assert_same(weights(place / "parts" / "folded.safetensors"), weights(place / "whole" / "folded.safetensors"))
