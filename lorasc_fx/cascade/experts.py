@@ -1,10 +1,10 @@
-"""Experts that were trained elsewhere become part of the slow state: another tool's adapter, or runs on one base.
+"""Adds experts that were trained elsewhere to the slow state: another tool's adapter, or other runs on the same base.
 
-All or nothing: everything is checked and computed before anything is written.
+Everything is checked and computed before the first write.
 
-A sum of runs is `sum_i w_i S_i`, exactly. The experts of all runs stand side by side, each coefficient times its run's
-weight; what is dense already (a collapsed delta, a parameter trained in full) is summed in fp64 and rounded once. No
-rounded weight of any run is read. Relatives: model soups (2203.05482), task arithmetic (2212.04089).
+A sum of runs is `sum_i w_i S_i`, exactly. It has the experts of all runs, each coefficient times the weight of its run.
+Dense parts (collapsed deltas, parameters trained in full) are summed in fp64 and rounded once. No rounded weight of a
+run is read. Related: model soups (2203.05482), task arithmetic (2212.04089).
 """
 
 from __future__ import annotations
@@ -36,35 +36,36 @@ def install_experts(
     trained: Mapping[str, torch.Tensor],
     buffers: Mapping[str, torch.Tensor],
 ) -> None:
-    """Add experts to slow weights and start of the running stage, and set parameters trained in full.
+    """Add experts to the slow weights and to the start of the running stage, and set parameters trained in full.
 
     Args:
-        run: of a cascade.
-        experts: by weight name, each with its coefficient; `b` [rows, r] and `a` [r, columns] as the weight is stored.
-        trained: slow values of parameters that the spec trains in full, by name.
+        run: of the cascade.
+        experts: pairs of coefficient and expert by weight name, with `b` [rows, r] and `a` [r, columns] as the weight
+            is stored.
+        trained: slow values of parameters trained in full, by name.
         buffers: values of the model's buffers, by name.
 
     Raises:
-        StateError: a name that the cascade does not know as such, or factors of another shape.
+        StateError: the cascade does not have this name, or a factor has another shape.
     """
     with run.exclusive("install_experts"):
         before = run.slow
         tensors = dict(run.model.named_buffers())
         for what, given, known in (
             ("a site", experts, before.states.keys() - before.trained.keys()),
-            ("trained in full", trained, before.trained),
+            ("a parameter trained in full", trained, before.trained),
             ("a buffer", buffers, tensors),
         ):
             foreign = [name for name in given if name not in known]
             if foreign:
                 raise StateError(
-                    f"install_experts: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ"
+                    f"install_experts: {', '.join(sorted(foreign))} is not {what} of this cascade", code="sites-differ"
                 )
         states = {name: _with_experts(state, experts.get(name, ())) for name, state in before.states.items()}
         for name, value in trained.items():
             if value.shape != states[name].base.shape:
                 raise StateError(
-                    f"install_experts: {name} is {list(states[name].base.shape)}, not {list(value.shape)}",
+                    f"install_experts: {name} has the shape {list(states[name].base.shape)}, not {list(value.shape)}",
                     code="sites-differ",
                 )
             states[name] = states[name].holding(value.detach().to("cpu", copy=True))
@@ -79,16 +80,16 @@ def install_slow(
     buffers: Mapping[str, torch.Tensor],
     undo: Undo | None = None,
 ) -> None:
-    """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
+    """Replace the slow weights inside the running stage. Branches and noise stay.
 
-    Branches that start from the weights and have not trained yet start from the new ones.
+    Branches that take their start from the weights start again from the new ones, unless they have trained.
 
     Args:
-        run: of a cascade.
+        run: of the cascade.
         after: the slow weights.
-        names: of the weights that they change, trained in full or not.
+        names: the weights that they change, whether trained in full or not.
         buffers: values of the model's buffers, by name.
-        undo: of a block that this is a part of.
+        undo: of the block that this is part of, if any.
     """
     before, plan = run.slow, run.plan
     branches = run.branches_by_weight()
@@ -108,7 +109,7 @@ def install_slow(
 
 
 def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -> WeightState:
-    """Return the state with these experts added, each with its coefficient."""
+    """Return the state with these pairs of coefficient and expert added."""
     if not experts:
         return state
     *stack, rows, columns = state.matrix
@@ -117,7 +118,7 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -
         if tuple(pair.b.shape) != (*stack, rows, rank) or tuple(pair.a.shape) != (*stack, rank, columns):
             shapes = f"b {list(pair.b.shape)} and a {list(pair.a.shape)}"
             raise StateError(
-                f"install_experts: {state.name} is {list(state.base.shape)}, and its factors are {shapes}",
+                f"install_experts: {state.name} has the shape {list(state.base.shape)}, which does not fit {shapes}",
                 code="sites-differ",
             )
     device = state.base.device
@@ -126,51 +127,52 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -
 
 
 def bare(slow: SlowWeights) -> SlowWeights:
-    """Return slow weights whose W0 are without numbers."""
+    """Return slow weights whose W0 have no values."""
     states = {name: replace(state, base=state.base.to("meta")) for name, state in slow.states.items()}
     return replace(slow, states=states)
 
 
 def differ(one: WeightState, other: WeightState) -> bool:
-    """Whether two runs adapted a weight as other kinds of matrices."""
+    """Whether two runs adapted a weight as different kinds of matrices."""
     return one.stacked != other.stacked and not (one.full or other.full)
 
 
 def other_kind(call: str, name: str, weight: str) -> SpecError:
-    """Return the error of a run that adapted a weight as another kind of matrix."""
+    """Return the error for a run that adapted a weight as another kind of matrix."""
     return SpecError(
-        f"{call}: {name}, adapted {weight} as another kind of matrix than the first run; sum runs of one model",
+        f"{call}: {name}, adapted {weight} as another kind of matrix than the first run. Sum only runs of one model",
         code="sites-differ",
     )
 
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
 FOLDED: tuple[Which, ...] = ("slow", "averaged")
-"""What a fold can leave in the weights."""
+"""The weights that a fold can write."""
 
 
 def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
-    """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
+    """Raise StateError for an unknown name, and for averaged weights if the spec keeps no average."""
     if which not in known:
         raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
     if which == "averaged" and not spec.keeps_average:
         raise StateError(
-            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'",
+            f"{call}: the spec keeps no average of the slow weights. Give it average='ema' or 'swa'",
             code="not-available",
         )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that a call puts in place or folds: those of a run as it is, of a stage that has ended, or of other runs.
+    """The weights that a call puts in place or folds: of the run itself, of an earlier stage, or of other runs.
 
     Args:
-        slow: their state.
-        which: the weights of it that are meant.
-        buffers: of the model, and parameters that forward writes, by name, as far as they belong to these weights.
-        learners: by weight name, where the running stage counts: branches, and the present values of what is trained
-            in full.
-        plan: of the running stage, where these are the run's own: what does not follow the slow rule is as it is then.
+        slow: the slow state.
+        which: the view of the state.
+        buffers: buffers, and parameters that forward writes, by name, if these weights have their own.
+        learners: branches and current values of parameters trained in full, by weight name, if the running stage
+            counts.
+        plan: of the running stage, for the run's own weights. Parameters outside the slow rule have their current
+            values then.
     """
 
     slow: SlowWeights
@@ -180,23 +182,22 @@ class Weights:
     plan: Plan | None = None
 
     def write(self, name: str, out: torch.Tensor) -> None:
-        """Write one of them, by name."""
+        """Write the weight of this name."""
         self.slow.write_value(name, self.which, out, self.learners.get(name), self.plan)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return those of quantized weights, by name, as dense tensors."""
+        """Return the values of quantized weights as dense tensors, by name."""
         return {name: self.slow.value(name, self.which, parameters[name], self.learners.get(name)) for name in names}
 
     def moves(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the buffers of a run's model that belong to them, each with its value."""
+        """Return pairs of a buffer of the run's model and its value for these weights."""
         held = run.model_state() if self.buffers else {}
         pairs = [(held[name], value) for name, value in self.buffers.items() if name in held]
         return [(buffer, value) for buffer, value in pairs if buffer.shape == value.shape]
 
 
 def folded_weights(run: Run, which: str | Mapping[str, float], call: str) -> Weights:
-    """Return the weights that a fold is of: slow or averaged ones, a stage that has trained counted as ended, or those
-    of runs that were added.
+    """Return the weights that a fold writes. A running stage that has trained is folded first.
 
     Raises:
         StateError, SpecError, NonFiniteBranch: as of `Cascade.weights` and `Cascade.release`.
@@ -208,38 +209,38 @@ def folded_weights(run: Run, which: str | Mapping[str, float], call: str) -> Wei
 
 
 def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weights | None:
-    """Return the weights of a run that was added, or a sum of several on W0 of this one, `W0 + sum_i w_i S_i`; None
-    where `which` means the run's own. Of one run alone they have the bits of its own fold.
+    """Return the weights of an added run, or a sum of several, `W0 + sum_i w_i S_i`. None if `which` is another name.
+
+    A single run has the same bits as its own fold.
 
     Args:
-        run: that they were added to.
-        which: the name of a run that was added, or weights by such names; `slow` are those of the run itself.
+        run: to which the runs were added.
+        which: the name of an added run, or numbers by such names. `slow` is the run itself.
         call: for messages.
-        folded: whether a running stage of the run itself that has trained is counted.
+        folded: whether the running stage of the run itself is folded first.
 
     Raises:
-        StateError: a name that is not known.
-        SpecError: a sum without names, a weight that is no finite number, a sum beyond the dtype of a weight, or with
-            rows scaled by DoRA.
+        StateError: an unknown name.
+        SpecError: no name, a number that is not finite, a sum beyond the dtype of a weight, or a sum with DoRA.
     """
     weights: Mapping[str, float] = {which: 1} if isinstance(which, str) and which in run.added else which
     if not isinstance(weights, Mapping):
         return None
     if not weights:
-        raise SpecError(f"{call}: names no run; give numbers by the names of runs that were added, or 'slow'")
+        raise SpecError(f"{call}: no run is named. Give numbers by the names of added runs, or 'slow'")
     for name in weights:
         check_which(call, name, run.plan.spec, ("slow", *run.added))
     for name, weight in weights.items():
         if not is_number(weight):
-            raise SpecError(f"{call}: {name!r} has the weight {weight!r}; give finite numbers")
+            raise SpecError(f"{call}: {name!r} has the weight {weight!r}. Give finite numbers")
     slow = run.slow
     parts = [run.added[name] if name in run.added else _own(run, call, folded) for name in weights]
     alone = [*weights.values()] == [1]
     scaled = next((part.name for part in parts if part.plan.spec.row_scale.trained), None)
     if scaled is not None and not alone:
         raise SpecError(
-            f"{call}: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
-            "Give one run by its name",
+            f"{call}: {scaled}, has magnitudes (use_dora), which scale rows, and a sum of runs only adds experts. Give "
+            "one run by its name",
             code="dora-not-supported",
         )
     after = weighted_sum(slow, parts, [*weights.values()], 1)
@@ -259,15 +260,15 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
 
 
 def _check_fits(after: SlowWeights, call: str) -> None:
-    """Raise SpecError where a sum takes a weight beyond its dtype."""
+    """Raise SpecError if a weight of a sum overflows its dtype."""
     if beyond := [name for name, state in after.states.items() if not fits(state)]:
         raise SpecError(
-            f"{call}: the sum takes {named(beyond)} beyond the dtype of the weight; give the runs smaller weights"
+            f"{call}: the sum takes {named(beyond)} beyond the dtype of the weight. Give the runs smaller numbers"
         )
 
 
 def _own(run: Run, call: str, folded: bool) -> Part:
-    """Return the slow weights of a run itself as a part; what does not follow the slow rule is as it is now."""
+    """Return the run itself as a part of a sum. Parameters outside the slow rule have their current values."""
     slow, trained = (ended(run, call), {}) if folded else (run.slow, run.trained_parameters())
     now = {
         name: state.holding(host(trained[name]))
@@ -279,24 +280,24 @@ def _own(run: Run, call: str, folded: bool) -> Part:
 
 
 def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
-    """Return `W0 + sum_i w_i S_i` for every weight that `own` knows; a run that did not adapt one has S = 0 there.
+    """Return `W0 + sum_i w_i S_i` for every weight of `fresh`. A run that did not adapt a weight has S = 0 there.
 
     Args:
-        fresh: slow weights of a fresh cascade on the common base, which knows every weight of every part.
+        fresh: slow weights of a fresh cascade on the common base, with every weight of every part.
         parts: the runs.
-        weights: one a run; they need not sum to 1.
-        stage: number of the stage that the sum counts as the end of.
+        weights: one number per run. They need not sum to 1.
+        stage: the stage that counts as ended with the sum.
 
     Raises:
-        SpecError: a run knows a weight that `own` does not, or reads one as another kind of matrix.
+        SpecError: a run has a weight that `fresh` lacks, or adapted one as another kind of matrix.
     """
     terms = list(zip(weights, parts, strict=True))
     for part in parts:
         odd = sorted(part.slow.states.keys() - fresh.states.keys())
         if odd:
             raise SpecError(
-                f"merge: {part.name}, keeps noise in {odd[0]}, which is no site of the first run; "
-                "give a run with noise.where='all' first",
+                f"merge: {part.name}, keeps noise in {odd[0]}, which is not a site of the first run. "
+                "Give a run with noise.where='all' first",
                 code="sites-differ",
             )
     return SlowWeights({name: _summed(state, terms, stage) for name, state in fresh.states.items()})
@@ -335,7 +336,7 @@ def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int)
 def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], factors: bool = True) -> torch.Tensor:
     """Return the weighted sum of the deltas of one weight in fp64, as the weight is stored.
 
-    Without `factors` it is only what is dense in the runs: collapsed deltas, and what was trained in full.
+    Without `factors` it has only the dense parts: collapsed deltas and parameters trained in full.
     """
     total = torch.zeros(base.shape, dtype=torch.float64)
     for weight, part in terms:
@@ -351,10 +352,10 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
 
 
 def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
-    """Let the first stage of a fresh cascade start from these slow weights; a part of a larger block.
+    """Start the first stage of a fresh cascade from these slow weights, as part of a larger block.
 
-    Buffers (running statistics) have no sum: those that agree in all runs are taken over; the others stay those of the
-    base, with a warning.
+    Buffers (running statistics) cannot be summed. Those that are equal in all runs are taken, the others stay those of
+    the base, with a warning.
     """
     _check_fits(after, "merge")
     buffers = dict(run.model.named_buffers())
@@ -363,8 +364,8 @@ def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo)
     install_slow(run, after, [*after.states], taken, undo)
     if differing:
         warn(
-            f"merge: {len(differing)} buffers differ between the runs and stay those of the base: {named(differing)}; "
-            "torch.optim.swa_utils.update_bn makes running statistics anew",
+            f"merge: {len(differing)} buffers differ between the runs and stay those of the base: {named(differing)}. "
+            "Estimate running statistics again by cascade.recalibrate(batches)",
             "buffers-differ",
         )
 
