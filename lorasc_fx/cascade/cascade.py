@@ -36,7 +36,7 @@ from lorasc_fx.util.undo import AllOrNothing, commit
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a loop: its `number` in the cascade (the address of its noise), and its place, `index` of `count`."""
+    """A stage of a loop: its `number` in the cascade (part of the key of its noise), and its `index` of `count`."""
 
     number: int
     index: int
@@ -65,29 +65,29 @@ class CascadeModule(nn.Module):
         self._run, self._usage = run, UsageWatch()
         self._graphs = Graphs(run, compiler, decided, example)
         self._eager = False  # whether calls inside `weights` run the model itself on shards, too
-        # Last, so that the cascade's other references to the model are gone before the guard looks whether it lives.
+        # Last: when the guard checks whether the model is alive, the cascade's other references to it must be gone.
         self._guard = DropGuard(run, self._usage, flags, joined)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; the model and the branches stay those of `adapt`, of which graphs and folds are.
+        """Set an attribute.
 
         Raises:
-            StateError: another model, or other branches.
+            StateError: another model or other branches. Graphs and folds use those of `adapt`.
         """
         held = self.__dict__.get("_modules", {}).get(name) if name in ("model", "branches") else None
         if held is not None and value is not held:
             raise StateError(
-                f"cascade.{name} cannot be exchanged: the cascade computes with, and folds into, the one of adapt. "
-                "Call release and adapt the other model; to compile, compile the cascade",
+                f"cascade.{name} cannot be replaced: graphs and folds use the one of adapt. Call release and adapt the "
+                "other model. To compile, compile the cascade",
                 code="weights-changed-outside",
             )
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model: `config`, `device` and what else trainers read of a model.
+        """Return an attribute of the user's model, such as `config` or `device`.
 
-        Submodules are left out: called by themselves they compute without branches. Methods run as they are, and a
-        warning is given if they compute with an adapted weight inside a stage.
+        Methods run unchanged, with a warning if they compute with an adapted weight inside a stage. Submodules are not
+        available, because a call of one computes without branches.
 
         Raises:
             AttributeError: neither the cascade nor the model has it, or it is a submodule.
@@ -103,7 +103,7 @@ class CascadeModule(nn.Module):
         value = getattr(model, name)
         if isinstance(value, nn.Module):
             raise AttributeError(
-                f"{name} is a module of the user's model, and computes without branches; take cascade.model.{name}. "
+                f"{name} is a module of the user's model and computes without branches. Use cascade.model.{name}. "
                 "A Trainer needs lorasc_fx.integrations.transformers.CascadeCallback(cascade) among its callbacks"
             )
         of_model = isinstance(value, MethodType) and value.__self__ is model
@@ -112,18 +112,18 @@ class CascadeModule(nn.Module):
     # ---- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the user's model computes for these arguments, with the branches; the model's own types.
+        """Compute what the user's model computes for these arguments, with the branches. Types are the model's own.
 
         Raises:
             StateError: after `release`.
-            CaptureError: a new signature that no front end takes.
+            CaptureError: no front end can capture a new kind of call.
             Exception: what the model itself raises for these arguments.
         """
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
         if run.placed is not None and (self._eager or not run.is_sharded):
             return self.model(*args, **kwargs)
-        if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
+        if torch.compiler.is_compiling():  # dynamo guards inputs itself and cannot hash a signature
             bound, named = graphs.compiler.bind(args, kwargs)
             compiled = graphs.variants.compiled(self.training, pytree.tree_leaves((bound, named)))
             return compiled.module(*bound, **named) if compiled is not None else NOT_COMPILED[0](self, args, kwargs)
@@ -138,9 +138,9 @@ class CascadeModule(nn.Module):
         return (graphs.variants.find(call) or graphs.capture(call)).run(call)
 
     def _called_by(self, event: str) -> bool:
-        """Whether another library causes this event, so that a call acts differently. It may be refused as well.
+        """Whether another library causes this event, so that a call acts differently. May refuse it.
 
-        This class knows no other library: `lorasc_fx.Cascade` has their table (`facade`).
+        This class knows no other library: `lorasc_fx.Cascade` has the table (`facade`).
         """
         return False
 
@@ -148,7 +148,7 @@ class CascadeModule(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """What was decided."""
+        """The spec, the sites and the stage."""
         return self._run.plan
 
     @property
@@ -168,36 +168,35 @@ class CascadeModule(nn.Module):
 
     @property
     def stage(self) -> int:
-        """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
+        """Number of the running stage, from 1. After the last fold it is that of the next stage."""
         return self._run.plan.stage
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs of `adapt`, positional, and by name; after a `load` without inputs those of the first
-        call.
+        """The example inputs of `adapt`, positional and by name. After a `load` without inputs, of the first call.
 
         Raises:
-            StateError: that call is still to come.
+            StateError: there was no call yet.
         """
         if self._graphs.example is None:
             raise StateError(
-                "there are no example inputs: the cascade was loaded without; call it once, or give args or kwargs",
+                "the cascade was loaded without example inputs. Call it once, or give args or kwargs",
                 code="not-available",
             )
         return self._graphs.example
 
     def _inputs(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Example:
-        """Return the inputs that a call gives; without any the example inputs."""
+        """Return these inputs, or the example inputs if there are none."""
         return self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
 
     @property
     def frontend(self) -> str:
-        """Name of the front end that took the model; empty before the first call after a `load` without inputs."""
+        """Name of the front end that captured the model. Empty after a `load` without inputs, until the first call."""
         return self._graphs.frontend
 
     @property
     def refused_frontends(self) -> tuple[tuple[str, str], ...]:
-        """Names and reasons of the front ends that `auto` tried before."""
+        """Names of the front ends that `auto` tried before, and why they failed."""
         return self._graphs.refused_frontends
 
     @property
@@ -206,19 +205,19 @@ class CascadeModule(nn.Module):
         return dict(first.placements) if (first := self._graphs.variants.oldest) is not None else {}
 
     def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path:
-        """Draw the rewritten graph around some sites: branches marked by placement, names, dtypes and shapes.
+        """Draw the rewritten graph around some sites: placements of branches, names, dtypes and shapes.
 
         Args:
-            file: the .svg to write.
-            sites: kinds or globs on weight names, as in a spec; the first three sites if not given.
-            radius: arrows to follow from each branch, in both directions.
+            file: path of the .svg to write.
+            sites: kinds or globs on weight names, as in a spec. The default is the first three sites.
+            radius: number of arrows to follow from each branch, in both directions.
 
         Returns:
-            The file.
+            The path.
 
         Raises:
-            UnknownTarget: a pattern means no site.
-            SpecError: the file is no .svg, its folder is not there, or radius is no count.
+            UnknownTarget: a pattern matches no site.
+            SpecError: the path is not an .svg, its folder does not exist, or radius is not a count.
             StateError: after `release`, or no graph has one of these branches.
             MissingExtra: the extra `report` is not installed.
         """
@@ -226,40 +225,40 @@ class CascadeModule(nn.Module):
         return self._graphs.draw(file, sites, radius)
 
     def __str__(self) -> str:
-        """Return sites, refusals, parameters and front end, for people."""
+        """Return a readable summary: sites, refusals, parameters and front end."""
         return summary(self._run, self.frontend, self.refused_frontends, self.placements)
 
     def _repr_html_(self) -> str:
-        """Return parameters, a bar for each weight, sites and refusals, for a notebook."""
+        """Return a summary for a notebook: parameters, a bar for each weight, sites and refusals."""
         graphs = self._graphs
         return graphs.compiler.html(str(self), self.model, self.plan, graphs.variants.oldest, self.refusals)
 
     # ---- stages
 
     def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Return groups for a torch optimizer: `lora_A`, `lora_B`, and `train` (what the spec trains in full).
+        """Return groups for a torch optimizer: `lora_A`, `lora_B`, and `train` (parameters trained in full).
 
-        Each rule of the spec's train_rules with a learning rate has a group of its own, `train:PATTERN`; without
-        train_A there is no `lora_A`.
+        Each rule of the spec's train_rules with a learning rate has its own group, `train:PATTERN`. With train_A=False
+        there is no `lora_A`.
 
         Args:
-            lr: learning rate of every group without its own; of `lora_B` it is `lr * lr_ratio` (LoRA+, 2402.12354).
-            options: anything else that the optimizer's groups take.
+            lr: learning rate. That of `lora_B` is `lr * lr_ratio` (LoRA+, 2402.12354).
+            options: further options of the optimizer's groups.
         """
         return self._run.param_groups(lr, options)
 
     def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
-        """Yield `count` stages; between them fold, renew the branches and redraw the noise, and fold after the last.
+        """Yield `count` stages, with a transition between them and a fold after the last one.
 
-        The arguments are checked at the call. A loop that is left early leaves its stage running.
+        Arguments are checked at the call. A loop that is left early leaves its stage running.
 
         Args:
             count: number of stages.
-            optimizer: holds the branches; its state for them is treated as the spec says.
-            scheduler: a torch learning rate scheduler whose unit is the stage: stepped once at each transition.
+            optimizer: holds the branches. Its state for them is treated as the spec says.
+            scheduler: a torch learning rate scheduler that is stepped once per transition.
 
         Raises:
-            StateError: the optimizer does not hold the branches. SpecError: count is no count.
+            StateError: the optimizer does not hold the branches. SpecError: an invalid count.
         """
         if not is_integer(count, 1):
             raise SpecError(f"stages({count!r}): give the number of stages, an integer of 1 or more")
@@ -276,33 +275,33 @@ class CascadeModule(nn.Module):
     def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
         """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
 
-        All or nothing, also where a signal's handler raises (Ctrl-C). Of several threads that call this, or another
-        method that reads or writes weights, one waits for the other. Calls of the cascade do not wait: one that runs in
-        another thread meanwhile may see weights of both stages.
+        If anything raises, Ctrl-C included, nothing is changed. Threads that call this, or another method that reads or
+        writes weights, wait for each other. Calls of the cascade do not wait, so a call in another thread may see
+        weights of both stages.
 
-        Parameter objects stay the same, so that optimizers, compiled code and wrappers stay valid;
-        where the spec's `ranks` change their shape, compiled code is compiled again, and the optimizer's state starts
-        anew.
+        Parameter objects stay the same, so optimizers, compiled code and wrappers stay valid. If the spec's `ranks`
+        change shapes, compiled code is compiled again and the optimizer's state is reset.
 
         Args:
-            optimizer: holds the branches; None if there is none to be treated.
+            optimizer: holds the branches; None if there is none.
 
         Raises:
             StateError: inside a backward, with gradients pending, inside `weights`, an optimizer without the branches,
-            or training has made a buffer inf or nan. NonFiniteBranch: a branch holds inf or nan.
+                or training has made a buffer inf or nan.
+            NonFiniteBranch: a branch holds inf or nan.
         """
         transition.next_stage(self._run, optimizer)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
+        """Start a stage from the slow weights of an earlier one, and drop what came after it. All or nothing.
 
-        All or nothing. The new stage has a number that no stage had, so that its noise and its lora_A are new. Under
-        either restart it starts from the slow weights. The optimizer's state of all that trains is reset; buffers of
-        the model (running statistics) stay as they are. Without `stages` it runs until `transition`.
+        The new stage has a new number, so its noise and lora_A are new. It starts from the slow weights under either
+        restart. The optimizer's state is reset. Buffers of the model (running statistics) stay. Outside `stages` it
+        runs until `transition`.
 
         Args:
             stage: number of a stage that has ended; 0 is the base.
-            optimizer: holds the branches; None if there is none to be treated.
+            optimizer: holds the branches; None if there is none.
 
         Raises:
             StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
@@ -313,51 +312,51 @@ class CascadeModule(nn.Module):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The names that `weights` knows: slow, fast and base weights, averaged ones if they are kept, added runs."""
+        """The names for `weights`: slow, fast and base weights, averaged ones if they are kept, and added runs."""
         names = [name for name in experts.WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
         return (*names, *self._run.added)
 
     def weights(
         self, which: Which | str | Mapping[str, float] | None = None, *, stage: int | None = None
     ) -> AbstractContextManager[Self]:
-        """Put slow, fast, base, averaged, an earlier stage's or another run's weights in place, for a `with`, exactly.
+        """Put other weights in place for a `with`: slow, fast, base, averaged, of an earlier stage, or of another run.
 
-        Inside, the branches rest, cascade and model compute the same, and the model's own methods (`generate`) work.
-        `slow` is W0 + S as of the last transition, `fast` is W0 + F with the running branches in it, `base` is W0, and
-        `averaged` the mean of the slow weights that the spec's `average` asks for; none holds noise.
+        Inside, no branch computes, so the cascade and the model compute the same, and methods of the model (`generate`)
+        work. `slow` is W0 + S as of the last transition, `fast` is W0 + F including the running branches, `base` is W0,
+        and `averaged` is the mean of slow weights that the spec's `average` asks for. None of them holds noise. At the
+        end the weights from before are restored exactly.
 
         Args:
-            which: `slow`, `fast`, `base` or `averaged`; the name of a run that was added; or numbers by such names and
-                `slow`, `{"legal": 0.7, "slow": 0.3}`, for the weighted sum `W0 + sum_i w_i S_i`. A run comes with its
-                buffers (running statistics), a sum with those on which its runs agree.
-            stage: in its place the number of a stage that has ended: the slow weights at its end; 0 is the base.
+            which: `slow`, `fast`, `base`, `averaged` or the name of an added run. Or numbers by such names,
+                `{"legal": 0.7, "slow": 0.3}`, for the sum `W0 + sum_i w_i S_i`. A run comes with its buffers (running
+                statistics), a sum with those that are equal in all its runs.
+            stage: instead of `which`, the number of a stage that has ended, for the slow weights at its end. 0 is the
+                base.
 
         Raises:
-            StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, averaged
-                weights where none are kept, inside another `weights`, inside a backward, or after `release`; a run that
-                was added, of sharded weights. At the end of the `with`: a weight was written inside; that write is
-                dropped, and the weights are back.
-            SpecError: a sum without names, with what is no number, beyond the dtype of a weight, or with rows scaled by
-                DoRA.
+            StateError: an unknown name, a stage that has not ended or is not kept, averaged weights that are not kept,
+                an added run if the weights are sharded, inside another `weights`, inside a backward, or after
+                `release`. At the end of the `with`: a weight was written inside, and that write is dropped.
+            SpecError: a sum without names or with invalid numbers, beyond the dtype of a weight, or with DoRA.
         """
         return placed(self._run, which, stage, self)
 
     def recalibrate(self, batches: Iterable[Any], call: Callable[[Self, Any], Any] | None = None) -> None:
-        """Estimate the running statistics of batch norms anew, for the weights that are in place.
+        """Estimate the running statistics of batch norms again, for the weights in place.
 
-        As torch.optim.swa_utils.update_bn (SWA, 1803.05407, section 3.2): the statistics are reset, and are then the
-        mean over the batches, without gradients, in train mode. The model itself runs, not a captured graph, in which
-        the momentum of a batch norm is a constant. Inside `weights(...)` those weights count, and the statistics of
-        before are put back at its end; elsewhere the fast weights count, and the new statistics stay. Of weights that
-        `fsdp.shard` has cut every rank must call this with as many batches, and has the statistics of its own.
+        Like torch.optim.swa_utils.update_bn (SWA, 1803.05407, section 3.2): the statistics become the mean over the
+        batches, without gradients, in train mode. Inside `weights(...)` this is for those weights, and the statistics
+        from before are restored at its end. Elsewhere it is for the fast weights, and the new statistics stay. The
+        model itself runs, because the momentum of a batch norm is a constant in a captured graph. If the weights are
+        sharded, every rank must call this with the same number of batches, and gets its own statistics.
 
         Args:
-            batches: of inputs; a mapping is given by name, of a tuple or list the first entry.
-            call: runs the cascade on a batch, where another reading is wanted.
+            batches: inputs. A mapping is passed by name, and of a tuple or list the first entry.
+            call: runs the cascade on a batch, to pass it in another way.
 
         Raises:
-            StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`.
-                Whatever raises, the statistics are as they were.
+            StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`. If
+                anything raises, the statistics stay as they were.
         """
         self._run.check_alive("recalibrate")
         norms = statistics.batch_norms(self.model)
@@ -371,13 +370,14 @@ class CascadeModule(nn.Module):
     def folded_state_dict(
         self, quantized: Literal["dequantize"] | None = None, *, which: str | Mapping[str, float] = "slow"
     ) -> dict[str, torch.Tensor]:
-        """Return the model's state dict with the slow weights in it, as copies; loads with strict=True.
+        """Return a copy of the model's state dict with the slow weights. It loads with strict=True.
 
-        A stage that has trained is counted as `release` would: it is folded.
+        A running stage that has trained is folded, as in `release`.
 
         Args:
-            quantized: `dequantize` to get dense tensors for quantized weights that have trained; else they are refused.
-            which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
+            quantized: `dequantize` for dense tensors in place of quantized weights that have trained, which are refused
+                otherwise.
+            which: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
         """
         with self._run.exclusive("folded_state_dict"):
             return folding.folded_state(self._run, "folded_state_dict", quantized, which)
@@ -390,20 +390,20 @@ class CascadeModule(nn.Module):
         *,
         which: str | Mapping[str, float] = "slow",
     ) -> nn.Module:
-        """Return a plain GraphModule: names, nodes and shapes as captured, slow weights as its own constants.
+        """Return a plain GraphModule with the captured nodes, names and shapes, and slow weights as its own constants.
+
+        It raises RuntimeError for a size of 0 or 1 at which it would compute something else than the model.
 
         Args:
-            args, kwargs: inputs whose graph is wanted; without, those of `adapt`. The model's present mode counts.
+            args, kwargs: inputs that choose the graph, by default those of `adapt`. The current mode counts too.
             quantized, which: as for `folded_state_dict`.
-
-        The graph raises RuntimeError for a size of 0 or 1 at which it would compute something else than the model.
         """
         return self._folded(*self._inputs(args, kwargs), quantized, which)[0]
 
     def _folded(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, which: Any
     ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the folded graph, and the smallest size of each axis that does not take all sizes."""
+        """Return the folded graph, and the smallest size of each axis that does not accept all sizes."""
         self._run.check_ready("folded_graph")
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph")
         with self._run.exclusive("folded_graph"):
@@ -411,20 +411,20 @@ class CascadeModule(nn.Module):
         return self._graphs.fold(variant, call, state)
 
     def release(self, quantized: Requantize = None, *, which: str | Mapping[str, float] = "slow") -> nn.Module:
-        """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
+        """End the cascade and return the user's model, with the slow weights and its original flags.
 
-        A running stage that has trained is folded first, so that nothing is lost.
+        A running stage that has trained is folded first, so nothing is lost.
 
         Args:
-            quantized: what to do with quantized weights that have trained: `dequantize` leaves them dense;
-                `requantize` quantizes them again by the method of their layer (bitsandbytes, HQQ, quanto); a callable
-                is given each module with its dense weight and quantizes it again, as torchao's
-                `lambda module: quantize_(module, config)` does. What was done is logged, with the error.
-            which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
+            quantized: what to do with quantized weights that have trained. `dequantize` leaves them dense. `requantize`
+                quantizes them again by the method of their layer (bitsandbytes, HQQ, quanto). A callable gets each
+                module with its dense weight and quantizes it in place, such as torchao's
+                `lambda module: quantize_(module, config)`. The rounding error is logged.
+            which: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
 
         Raises:
-            StateError: gradients are pending, it was released before, training has made a buffer inf or nan, or
-                quantized weights have trained and `quantized` does not say what to do.
+            StateError: gradients are pending, after `release`, training has made a buffer inf or nan, or quantized
+                weights have trained and `quantized` is None.
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
         with self._run.exclusive("release", ends_stage=True), commit() as undo:
@@ -444,7 +444,7 @@ class CascadeModule(nn.Module):
     # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
+        """Move or cast. Graphs are dropped, because their constants do not move. Branches and slow state stay."""
         graphs = self._graphs
         with self._run.lock, AllOrNothing() as undo:
             if (rounded_anew := folding.cast_weights(self._run, fn)) is None:
@@ -463,7 +463,7 @@ class CascadeModule(nn.Module):
             return self
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of model and cascade; an exported program's graph has one mode and keeps it."""
+        """Set the mode of model and cascade. The graph of an exported program has only one mode and keeps it."""
         self._run.check_alive("train", on_meta=True)
         self.training = self.branches.train(mode).training
         if "train" not in vars(self.model):
@@ -471,23 +471,23 @@ class CascadeModule(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Allow `copy`, and refuse pickling: graphs read the model that they were made of.
+        """Allow `copy` but not pickling, because graphs read the model that they were made from.
 
         Raises:
             StateError: the caller is not Python's `copy`, it copies for an average of parameters, or it makes a deep
-                copy of weights that lie in shards.
+                copy of sharded weights.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
             self._called_by("copy")
             if self._run.is_sharded and sys._getframe(1).f_code.co_name == "deepcopy":
                 raise StateError(
-                    "deepcopy: the weights lie in shards on several processes, which a copy would not follow: write "
-                    "a checkpoint by lorasc_fx.save, and lorasc_fx.load it onto another model",
+                    "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
+                    "lorasc_fx.save and lorasc_fx.load it onto another model",
                     code="sharded",
                 )
             return super().__reduce_ex__(protocol)
         raise StateError(
-            "a cascade cannot be pickled, by torch.save, a spawned process or otherwise: write a checkpoint by "
+            "a cascade cannot be pickled, by torch.save, a spawned process or otherwise. Write a checkpoint by "
             "lorasc_fx.save and read it by lorasc_fx.load, or pickle the model after cascade.release()",
             code="not-serializable",
         )

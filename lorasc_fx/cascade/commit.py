@@ -1,4 +1,4 @@
-"""The commit of planned values: the only code that writes to the user's model and to the branches."""
+"""Writes planned values. Only this file and `placed` write to the user's model and to the branches."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lorasc_fx.state import Scratch, SlowWeights, keep_base
 from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
-"""Bytes that are kept free for putting weights back where memory is short: for what is small. A block of noise goes
-where the one before it was."""
+"""Bytes that are kept free so that weights can be restored if memory runs out: for small tensors. A block of noise
+reuses the memory of the block before it."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the running stage; a trained parameter without one has none.
+    """Gradients of the running stage. A trained parameter that is not named has none.
 
     Args:
         values: by the names of `Run.trainable`.
-        pending: names of those that no optimizer step has used.
+        pending: names of the gradients that no optimizer step has consumed.
     """
 
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -40,21 +40,21 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Planned:
-    """Values that a cascade is to hold next; all of them are known before the first is written.
+    """The next state of a cascade. All values are known before the first one is written.
 
     Args:
-        plan: of the stage that runs then.
-        slow: the slow weights then.
-        parameters: of the model, that get other numbers, by name; a quantized one keeps its own.
-        write: writes the numbers of one of them, by name; by default those that it holds between two steps, and the
-            `live` ones of what is trained in full.
-        dense: values of quantized weights, by name: dense parameters take their places.
-        factors: values of branches' parameters, by weight and by name, as far as they are here.
-        tensors: other tensors, each with its value.
-        buffers: places of buffers, each with the tensor that it holds then.
-        gradients: of what is trained; by default they stay.
-        optimizer, states: that gets these states.
-        live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
+        plan: the next plan.
+        slow: the next slow weights.
+        parameters: parameters of the model to write, by name. Quantized ones are not written.
+        write: writes one of them, by name. The default writes what the parameter holds between two steps, and `live`
+            values of parameters trained in full.
+        dense: dense values that replace quantized weights, by name.
+        factors: local values of the branches' parameters, by weight and by name.
+        tensors: pairs of another tensor and its value.
+        buffers: pairs of the place of a buffer and the tensor to put there.
+        gradients: of trained parameters; None to keep them.
+        optimizer, states: an optimizer, and the states that it gets.
+        live: copies of parameters trained in full, if the caller has them. Otherwise a copy is made for the rollback.
     """
 
     plan: Plan
@@ -177,8 +177,9 @@ def write_weights(
 
 
 def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
-    """Return a function that restores the values and gradients that a commit changes, except weights of the slow state,
-    which are computed anew, and parameters that the caller has copies of.
+    """Return a function that restores the values and gradients that a commit changes.
+
+    Weights of the slow state are computed again, and for parameters in `live` there is a copy: both are left out.
     """
     branches, trained = run.branches_by_weight(), run.slow.trained
     written = [branches[weight] for weight in planned.factors]

@@ -1,6 +1,6 @@
 """Weights out of a cascade: the folded state dict, the release, and moves to other devices and dtypes.
 
-A quantized weight cannot hold a delta: its fold is dense, or quantized again, if asked to.
+A quantized weight cannot hold a delta. Its fold is a dense weight, or one that is quantized again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lorasc_fx.util.undo import Undo
 
 
 def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], list[str]] | None:
-    """Check a cast, before `fn` moves or casts every parameter; None if it leaves them as they are.
+    """Check that every parameter may be moved or cast by `fn` now.
 
-    Fingerprints are of the base as it was adapted: they are taken now if its numbers are about to change.
+    Fingerprints belong to the base as it was adapted, so they are computed here if its values are about to change.
 
     Returns:
-        A function to be called after the cast: the names of the weights that have another dtype, and of those trained
-        in full that stand at the start of their stage. Both are rounded anew.
+        None if `fn` changes nothing. Otherwise a function to call after the cast. It returns the names of the weights
+        that must be rounded again: those with another dtype, and those trained in full that have not moved yet.
 
     Raises:
-        StateError: after `release`; and where something moves, inside `weights` or inside a backward.
+        StateError: after `release`, or if something changes, inside `weights` or inside a backward.
     """
     run.check_alive("to")
     parameters, trained = run.parameters_by_name(), run.trained_parameters()
@@ -56,7 +56,7 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
 
 
 def wide(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what moves and casts factors as `fn` does weights, but to fp32 where these are narrower."""
+    """Return a function that moves and casts factors like `fn`, but never to a dtype narrower than fp32."""
 
     def cast(factor: torch.Tensor) -> torch.Tensor:
         value = fn(factor)
@@ -66,7 +66,7 @@ def wide(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor],
 
 
 def tensors_writer(run: Run, cascade: nn.Module) -> Callable[[], None]:
-    """Return what gives every module its own parameters and buffers back, with the memory that they have now."""
+    """Return a function that restores every module's parameters and buffers, with the memory that they have now."""
     held = [(module, dict(module._parameters), dict(module._buffers)) for module in cascade.modules()]
     lists = [
         (store, list(store)) for module in cascade.modules() for store in vars(module).values() if type(store) is list
@@ -96,8 +96,9 @@ def tensors_writer(run: Run, cascade: nn.Module) -> Callable[[], None]:
 
 
 def replace_quantized(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Move or cast weights that are tensor subclasses, as new parameters: torch swaps the old ones with theirs, which
-    it refuses where a weak reference to one is held.
+    """Move or cast quantized weights as new parameters.
+
+    torch would swap the old parameters with new ones, and refuses to if there is a weak reference to one.
     """
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -109,7 +110,7 @@ def replace_quantized(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tenso
 
 
 def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether a tensor was left as it is, or only copied to where it is: torch does so for the device `cpu:0`."""
+    """Whether a tensor is unchanged, or is a plain copy: torch makes one for the device `cpu:0`."""
     if after is before:
         return True
     if is_traceable_wrapper_subclass(before) and type(after) is type(before):  # a quantized weight
@@ -123,15 +124,13 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
     if kind != (after.device, after.dtype, after.is_pinned()):
         return False
     bits = [value.view(torch.uint8) if value.dtype.itemsize == 1 else value for value in (before, after)]
-    return torch.equal(*bits)  # of fp8 torch compares no numbers
+    return torch.equal(*bits)  # torch cannot compare fp8 values
 
 
 def folded_state(
     run: Run, call: str, quantized: Requantize, which: str | Mapping[str, float]
 ) -> dict[str, torch.Tensor]:
-    """Return copies of the model's state dict with slow weights, its own or others; tied names share one tensor as in
-    the model.
-    """
+    """Return a copy of the model's state dict with the folded weights. Tied names share one tensor."""
     folded: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
     for name, value, new in folded_each(run, call, quantized, which):
@@ -147,7 +146,7 @@ def folded_state(
 def folded_each(
     run: Run, call: str, quantized: Requantize = None, which: str | Mapping[str, float] = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
-    """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
+    """Yield each entry of the model's state dict: name, current value, and a function that returns the folded value."""
     weights, parameters = folded_weights(run, which, call), run.parameters_by_name()
     buffers = weights.buffers
     names = {name: parameters[name] for name in check_asked(call, weights.slow, quantized)}
@@ -155,7 +154,7 @@ def folded_each(
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), False)
         for name, value in names.items()
     }
-    with substituted(run.model, changed):  # a dense weight is saved by another name than a layer's packed numbers
+    with substituted(run.model, changed):  # a layer saves a dense weight under another name than its packed values
         held = run.model.state_dict(keep_vars=True)
     first = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
     for key, value in held.items():
@@ -165,7 +164,7 @@ def folded_each(
 
 
 def _folded(weights: Weights, name: str, value: Any) -> Any:
-    """Return a copy of an entry of the state dict, with the folded weights if it is the parameter of this name."""
+    """Return a copy of an entry of the state dict, with the folded value if `name` is a weight of the slow state."""
     slow = weights.slow
     if name in slow.states and not (is_quantized(value) and slow.states[name].unmerged("slow") is None):
         return slow.value(name, weights.which, value)
@@ -186,38 +185,39 @@ def release(run: Run, quantized: Requantize, which: str | Mapping[str, float], u
 log = logging.getLogger("lorasc_fx")
 
 Requantize = Literal["dequantize", "requantize"] | Callable[[nn.Module], object] | None
-"""What a fold does to quantized weights that have trained: refuse (None), leave them dense, quantize them again by the
-layer's own method, or call this on each of the modules that hold one, with the dense weight in it, to quantize it."""
+"""What a fold does with quantized weights that have trained: refuse (None), leave them dense, quantize them again by
+the method of their layer, or call a function on each module, with the dense weight in it, which quantizes the module.
+"""
 
 
 def check_asked(call: str, slow: SlowWeights, how: Requantize, modules: bool = False) -> list[str]:
-    """Return the quantized weights that a fold changes.
+    """Return the names of the quantized weights that a fold changes.
 
     Args:
         call: for messages.
-        slow: what is folded.
-        how: what the call was asked to do with them.
-        modules: whether the fold is into modules, which can be quantized again, and not into tensors.
+        slow: the slow weights to fold.
+        how: the argument `quantized` of the call.
+        modules: whether the fold is written into modules, which can be quantized again, and not into tensors.
 
     Raises:
-        StateError: there are some, and the call does not say what to do with them.
-        SpecError: `how` is none of what it may be.
+        StateError: there are such weights, and `how` is None.
+        SpecError: an invalid `how`.
     """
     if not (how in (None, "dequantize") or (modules and (how == "requantize" or callable(how)))):
         more = ", 'requantize' or a callable that quantizes a module" if modules else ""
-        raise SpecError(f"{call}: quantized is {how!r}; give None or 'dequantize'{more}")
+        raise SpecError(f"{call}: quantized is {how!r}. Give None or 'dequantize'{more}")
     names = [
         name for name, state in slow.states.items() if is_quantized(state.base) and state.unmerged("slow") is not None
     ]
     if names and how is None:
         raise StateError(
-            f"{call}: {named(names, 1)} is quantized, and its numbers cannot hold what was trained; nothing was "
-            "changed. Give quantized='dequantize' for dense weights"
+            f"{call}: {named(names, 1)} is quantized and cannot hold what was trained; nothing was changed. Give "
+            "quantized='dequantize' for dense weights"
             + (
-                ", 'requantize' to quantize them again by the method of their layer, or quantized=f, which quantizes a "
-                "module again"
+                ", 'requantize' to quantize them again by the method of their layer, or a function that quantizes a "
+                "module"
                 if modules
-                else "; release can quantize them again (quantized='requantize'), save and export.peft keep branches"
+                else ". release can quantize them again (quantized='requantize'); save and export.peft keep branches"
             ),
             code="quantized-not-supported",
         )
@@ -225,15 +225,15 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize, modules: bool = F
 
 
 def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
-    """Quantize again where asked to, and log what was done to each weight.
+    """Quantize weights again if `how` asks for it, and log what was done to each weight.
 
     Args:
-        held: the places in which there are dense weights now, with the quantized ones that they held.
-        how: of the call.
-        undo: gets the steps that put the layers of libraries back.
+        held: the places that hold dense weights now, found when they held quantized ones.
+        how: the argument `quantized` of the call.
+        undo: gets the steps that restore the layers of libraries.
 
     Raises:
-        StateError: what shall quantize a module does not.
+        StateError: the given function does not quantize its module.
     """
     named = [holder for holder in held if holder.store is holder.module._parameters]
     exact = {id(holder.value): holder.module._parameters[holder.leaf] for holder in named}
@@ -252,8 +252,8 @@ def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
         now = module._parameters[leaf]
         if now is None or not is_quantized(now):
             raise StateError(
-                f"release: quantized={how!r} did not quantize the {leaf} of {kind}; "
-                "nothing was changed. Give a callable that quantizes the module that it is given, in place",
+                f"release: quantized={how!r} did not quantize the {leaf} of {kind}; nothing was changed. Give a "
+                "callable that quantizes its module in place",
                 code="quantized-not-supported",
             )
         size = dense(old).float().norm().clamp_min(1e-30)
@@ -270,7 +270,7 @@ def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
 
 
 def _by_its_own_method(module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
-    """Quantize a dense weight as the layer did that it has taken the place of.
+    """Re-quantize a dense weight with the settings of the original layer.
 
     Raises:
         StateError: there is no such layer, or its method needs more than the weight.
@@ -278,9 +278,9 @@ def _by_its_own_method(module: nn.Module, kind: str, weight: nn.Parameter, undo:
     row = library_of(module.layer) if isinstance(module, QuantizedLinear) else None
     if row is None or row.requantize is None:
         raise StateError(
-            f"release: quantized='requantize', and no method is known by which {kind} was quantized; "
-            "nothing was changed. Give quantized=f, which quantizes a module in place, as torchao's "
-            "lambda module: quantize_(module, config) does, or 'dequantize'",
+            f"release: quantized='requantize', but it is not known how {kind} was quantized; nothing was changed. Give "
+            "'dequantize', or a function that quantizes a module in place, such as torchao's "
+            "lambda module: quantize_(module, config)",
             code="quantized-not-supported",
         )
     assert isinstance(module, QuantizedLinear)
