@@ -51,7 +51,7 @@ def test_a_submodule_is_taken_of_the_model() -> None:
     """By itself it has no branches; a wrapper's `module` is not one of the model either."""
     cascade = made()
     for name in ("base_model", "lm_head"):
-        with pytest.raises(AttributeError, match=rf"take cascade\.model\.{name}"):
+        with pytest.raises(AttributeError, match=rf"Use cascade\.model\.{name}"):
             getattr(cascade, name)
     inner = lx.adapt(nn.ModuleDict({"module": nn.Linear(5, 3)})["module"], (torch.ones(2, 5),))
     assert not hasattr(inner, "module")
