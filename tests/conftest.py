@@ -101,7 +101,6 @@ SAMPLED = {
     "passes/test_placements.py::test_the_same_numbers_and_the_way_back": 6,
     "passes/test_stage_transition.py::test_transition_is_fold_then_insert": 6,
     "passes/test_transactions.py::test_an_editor_that_raises_at_any_moment": 6,
-    "peft/test_beside_peft.py::test_ours_is_right": 2,
     "peft/test_tracing.py::test_ours": 3,
     "capture/test_bits.py::test_outputs_and_running_statistics_are_the_eager_models": 3,
     "branch/test_by_hand.py::test_convolutions": 3,

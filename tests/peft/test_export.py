@@ -19,8 +19,7 @@ from tests.kit.seams import SEAMS
 from tests.kit.state import install_experts, weight_state, weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
 from tests.peft.kit import gap, seeded
-from tests.peft.models import BUILD, INPUTS, made
-from tests.peft.test_beside_peft import Tied
+from tests.peft.models import BUILD, INPUTS, Tied, made
 
 slow = pytest.mark.slow
 pytestmark = [

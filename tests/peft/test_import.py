@@ -187,7 +187,7 @@ def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
     """peft trains a head beside its embedding: that is the untied model, and the error says so."""
     import copy
 
-    from tests.peft.test_beside_peft import Tied
+    from tests.peft.models import Tied
 
     torch.manual_seed(1)
     model = Tied().double().eval()

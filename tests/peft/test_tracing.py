@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.kit.models import loss_of
 from tests.peft.kit import EXACT, Case, buffers_of, by_formula, eager, normal, ours_of, seeded
-from tests.peft.test_beside_peft import Attends, Experts
+from tests.peft.models import Attends, Chosen
 
 Traced = Callable[[nn.Module, tuple[Any, ...]], Callable[..., Any]]
 
@@ -61,7 +61,7 @@ CASES = {
     "convs": Case(convs, images, ("0", "3"), ("0.weight", "3.weight")),
     "attention": Case(Attends, rows, ("attn", "head"), ("attn.in_proj_weight", "attn.out_proj.weight", "head.weight")),
     "layer": Case(layer, rows, ("linear1", "linear2"), ("linear1.weight", "linear2.weight")),
-    "experts": Case(Experts, rows, (*EXPERTS, "head"), (*EXPERTS, "head.weight")),
+    "experts": Case(Chosen, rows, (*EXPERTS, "head"), (*EXPERTS, "head.weight")),
 }
 
 
