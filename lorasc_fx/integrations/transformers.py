@@ -1,11 +1,11 @@
-"""A cascade in transformers' Trainer, which is given the cascade itself as its model.
+"""A callback for transformers' Trainer, whose model is the cascade itself.
 
-The Trainer calls its callbacks when a step, an epoch and an evaluation end, but not before it evaluates or saves: so
-the callback wraps `evaluation_loop`, `save_model` and some more methods of its own Trainer, and of no other.
+The Trainer calls its callbacks after a step, an epoch and an evaluation, but not before it evaluates or saves. So the
+callback wraps `evaluation_loop`, `save_model` and a few more methods of its own Trainer instance.
 
-With `fsdp` the weights are sharded when the Trainer is made, by `parallel.fsdp`, and the Trainer is told that its
-model was sharded at load time: it then adds no wrapper. What it would write by torch's state dicts is written, and read
-back, by `lorasc_fx.save`.
+With `fsdp` the weights are sharded by `parallel.fsdp` when the Trainer is made. The Trainer is told that its model was
+sharded at load time, so it adds no wrapper. Its checkpoints are written and read by `lorasc_fx.save` instead of torch's
+state dicts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lorasc_fx.util.extras import require
 require("loops", "transformers", "accelerate")
 
 from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402 - after the sentence on how to install it
+from transformers import Trainer, TrainerCallback  # noqa: E402 - after the message on how to install it
 from transformers.trainer_utils import has_length  # noqa: E402
 from transformers.utils.generic import find_labels  # noqa: E402
 
@@ -47,13 +47,13 @@ __all__ = ["CascadeCallback"]
 Scheduled = Literal["training", "stage"]
 
 _PLATEAU = "lorasc_fx.plateau"
-"""Entry of the Trainer's state."""
+"""Key of the plateau in the Trainer's state."""
 
 _TIME = "_model_preparation_time"
-"""The end of a name among the metrics of a pass that is none of them."""
+"""Suffix of an entry among the metrics that is not a metric."""
 
 _REFERENCE = "reference"
-"""Name of the weights with which a preference training compares."""
+"""Name of the reference weights of a preference training."""
 
 _SHAPES: dict[str, tuple[float, Literal["cosine", "linear"]]] = {
     "linear": (0.0, "linear"),
@@ -63,73 +63,71 @@ _SHAPES: dict[str, tuple[float, Literal["cosine", "linear"]]] = {
 }
 """Floor and decay of a StageSchedule by the Trainer's `lr_scheduler_type`."""
 
-_BEHIND = (
+_CHANGE_MODEL = (
     *("neftune_noise_alpha", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval"),
     *("cast_lm_head_to_fp32", "sync_ref_model"),
 )
-"""Arguments by which a Trainer changes a model behind the captured graphs: its Python, its dtype, or its weights."""
-
+"""Arguments with which a Trainer changes the code, the dtype or the weights of a model. Captured graphs miss that."""
 
 _FOLDER = "cascade"
-"""Folder of a `checkpoint-N` that `lorasc_fx.save` writes where the weights are sharded."""
+"""Folder in a `checkpoint-N` that `lorasc_fx.save` writes if the weights are sharded."""
 
 _FOLLOWED: dict[str, tuple[Any, str]] = {
-    "fsdp_version": (2, "FSDP1 flattens parameters, and a transition has to write them"),
-    "reshard_after_forward": (True, "a block's weights are freed after its part of the forward"),
+    "fsdp_version": (2, "FSDP1 flattens parameters, but a transition has to write them"),
+    "reshard_after_forward": (True, "the weights of a block are always freed after its part of the forward"),
     "activation_checkpointing": (False, "it wraps modules that the graphs never call"),
     "cpu_ram_efficient_loading": (
         False,
-        "each process needs W0; for models that none holds whole build it on the meta device, call "
+        "each process needs W0. If the model does not fit on one process, build it on the meta device, call "
         "lorasc_fx.parallel.fsdp.shard and lorasc_fx.materialize, and leave fsdp out",
     ),
-    "cpu_offload": (False, "shards stay on the device, where a transition computes"),
+    "cpu_offload": (False, "a transition computes on the device, so shards stay there"),
     "ignored_modules": (None, "all parameters are sharded"),
 }
-"""Options of accelerate's FSDP plugin that matter: the value that sharding a cascade follows, and why no other."""
+"""Options of accelerate's FSDP plugin: the only value that sharding a cascade supports, and the reason."""
 
 _UNSHARDED = {
     "activation_checkpointing": "give gradient_checkpointing=False, which TRL's trainers have on by default: shards "
     "need a whole graph. Smaller batches and gradient_accumulation_steps save memory too",
     "fp16": "use bf16",
-    "torch_compile": "leave it out: segments of a graph run between gathers",
-    "parallelism_config": "leave it out: shard by a mesh of yours before",
+    "torch_compile": "leave it out, because segments of a graph run between gathers",
+    "parallelism_config": "leave it out, and shard the cascade by your own mesh before",
 }
-"""Arguments that a Trainer of sharded weights cannot follow, with what to do."""
+"""Arguments that a Trainer of sharded weights does not support, and what to do instead."""
 
 
 class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
-    """Makes the transitions of a cascade that a Trainer trains, after the optimizer's step and before the next forward.
+    """Runs the transitions of a cascade in a Trainer, after the optimizer's step and before the next forward.
 
     Give the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
-    Evaluations and predictions see the slow weights. `trainer.save_model(folder)` writes the user's own model with the
-    slow weights, in its own library's layout. The `checkpoint-N` of a Trainer hold what a resume needs, without W0;
-    `trainer.train(resume_from_checkpoint=...)` takes them, in a process that has adapted the same weights by the same
-    spec. A stage that the end of the training cuts short is folded, but after `load_best_model_at_end`: the weights
-    are then those that were found best.
+    Evaluations and predictions see the slow weights. `trainer.save_model(folder)` writes the user's model with the slow
+    weights, in the layout of its library. Each `checkpoint-N` holds what a resume needs, without W0. To resume, adapt
+    the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. A stage that is running at
+    the end of the training is folded, except after `load_best_model_at_end`: then the weights are the best ones.
 
-    With `fsdp=True` among its arguments (FSDP2) the Trainer trains shards, as made by `parallel.fsdp.shard` when
-    the Trainer is made; a cascade that was sharded before needs no argument. Their `checkpoint-N` hold a folder of
-    `lorasc_fx.save`, and go on on any number of processes, sharded or not.
+    With the argument `fsdp=True` (FSDP2) the cascade is sharded by `parallel.fsdp.shard` when the Trainer is made. A
+    cascade that was sharded before needs no argument. Each `checkpoint-N` then holds a folder of `lorasc_fx.save`, and
+    can be resumed on any number of processes, sharded or not.
 
-    Logs of the training, and so W&B and TensorBoard, have `stage`, that of the step, and `transition`, the number of
-    stages that have ended since the log before. Evaluations have each metric by the weights that it is of as well:
-    `eval_slow_loss`, `eval_fast_loss`.
+    Training logs (also for W&B and TensorBoard) have `stage`, that of the step, and `transition`, the number of stages
+    that have ended since the last log. Evaluations also report each metric by the evaluated weights, such as
+    `eval_slow_loss` and `eval_fast_loss`.
 
     Args:
         cascade: the Trainer's model.
-        epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
-        steps: a stage ends with every so many optimizer steps.
-        plateau: a stage ends when evaluations find no lower `eval_fast_loss`: a `schedules.Plateau`, or its patience.
-            The slow weights do not change within a stage.
-        evaluate: what evaluations and predictions see: the `slow` weights, the `fast` ones, or the cascade as it is
-            `trained` at this moment, noise included. Of several, as in `("slow", "fast")`, each is a pass of its own,
-            and the first one has the predictions and `eval_loss`.
-        schedule: what the Trainer's `lr_scheduler_type` and `warmup_steps` are over: the whole `training`, or each
-            `stage`, by an `lx.StageSchedule` (types linear, cosine, constant, constant_with_warmup).
+        epochs: epochs per stage. The default is 1, as in the paper, unless `steps` or `plateau` is given.
+        steps: optimizer steps per stage.
+        plateau: end a stage when `eval_fast_loss` stops improving: a `schedules.Plateau`, or its patience. The slow
+            weights do not change within a stage.
+        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or `trained` (the cascade as it is now,
+            including noise). With several, such as `("slow", "fast")`, each gets its own pass, and the first one gives
+            the predictions and `eval_loss`.
+        schedule: whether the Trainer's `lr_scheduler_type` and `warmup_steps` cover the whole `training`, or each
+            `stage` by an `lx.StageSchedule` (types linear, cosine, constant, constant_with_warmup).
 
     Raises:
-        SpecError: two ways of ending stages, a count below 1, or arguments of the Trainer that a cascade cannot follow.
-        StateError: another model than the Trainer's, or a callback that the Trainer was given after it was made.
+        SpecError: two ways to end stages, a count below 1, or arguments of the Trainer that a cascade does not support.
+        StateError: the Trainer has another model, or got the callback after it was made.
     """
 
     def __init__(
@@ -153,17 +151,17 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._reference: _Reference | None = None
         self._compared = _REFERENCE
         self._other_reference = False
-        vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
+        vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by it whether to shift labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
         vars(cascade)["_hf_peft_config_loaded"] = True  # a Trainer trains no quantized model without adapters
 
     @property
     def reference(self) -> torch.nn.Module:
-        """The reference model of a preference training, without weights of its own: the cascade before the training.
+        """The reference model of a preference training: the cascade before it, without a copy of the weights.
 
-        `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. It computes with the weights that the cascade
-        has under the name `reference`. If there are none when the training begins, they are `cascade.add("reference",
-        cascade)`: the base of a new cascade, what a run that was loaded has learnt.
+        `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. It computes with the added run `reference`. If
+        there is none when the training begins, the callback calls `cascade.add("reference", cascade)`, which keeps the
+        base of a new cascade, or what a loaded run has learnt.
         """
         if self._reference is None:
             self._reference = _Reference(self)
@@ -179,7 +177,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         self._shard(trainer)
         if args.label_names is None:
-            trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
+            trainer.label_names = find_labels(type(self.cascade.model))  # it also depends on the name of the class
         reference = arguments.get("ref_model")
         self._other_reference = reference is not None and reference is not self._reference
         replaced: dict[str, Callable[..., Any]] = {
@@ -205,22 +203,21 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Check that the training can go as it was asked for."""
+        """Check that the training can run as configured."""
         self._check_model(about["model"])
         if self._trainer is None:
             raise StateError(
-                "CascadeCallback: the Trainer was made without it, and has read off the cascade what it needs; "
-                "give it as Trainer(callbacks=[...])",
+                "CascadeCallback: the Trainer was made without this callback. Give it as Trainer(callbacks=[...])",
                 code="trainer-not-supported",
             )
         if self.epochs is not None and not has_length(about["train_dataloader"]):
             raise SpecError(
-                f"CascadeCallback: epochs is {self.epochs}, and the data have no length; give steps=...",
+                f"CascadeCallback: epochs is {self.epochs}, but the data have no length. Give steps=...",
                 code="invalid-data",
             )
         if self.plateau is not None and args.eval_strategy == "no":
             raise SpecError(
-                "CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another",
+                "CascadeCallback: plateau needs evaluations, but eval_strategy is 'no'. Give another one",
                 code="conflicting-options",
             )
         run, optimizer = self.cascade._run, about["optimizer"]
@@ -229,7 +226,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._restore_plateau(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """End a stage on a plateau: after the evaluation that found it was saved as it was measured."""
+        """End a stage on a plateau. By now the weights that were evaluated have been saved."""
         if self._over:
             self.cascade.transition(about["optimizer"])
             self._over = False
@@ -237,7 +234,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._stage = self.cascade.stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """End a stage by its count of steps or epochs: before an evaluation or a checkpoint of the same step."""
+        """End a stage after its steps or epochs, before an evaluation or a checkpoint of the same step."""
         whole = state.epoch is not None and state.epoch == int(state.epoch)
         if (self.steps is not None and state.global_step % self.steps == 0) or (
             self.epochs is not None and whole and int(state.epoch) % self.epochs == 0
@@ -245,21 +242,21 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             self.cascade.transition(about["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **about: Any) -> None:
-        """Look at the loss."""
+        """Report the loss to the plateau."""
         if self.plateau is None or not self._trainer.is_in_train:
             return
         name = "eval_fast_loss"
         if name not in metrics:
             raise SpecError(
-                f"CascadeCallback: plateau looks at {name}, and the evaluation gives {', '.join(sorted(metrics))}; "
-                "give the Trainer one eval_dataset, with labels",
+                f"CascadeCallback: plateau needs {name}, but the evaluation gives {', '.join(sorted(metrics))}. "
+                "Give the Trainer one eval_dataset, with labels",
                 code="trainer-not-supported",
             )
         self._over = self.plateau.over(metrics[name]) or self._over
         self._store_plateau(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
+        """Fold a stage that was cut short, or drop it if the best model was loaded: it was not evaluated."""
         run, optimizer = self.cascade._run, about["optimizer"]
         if not transition.has_begun(run):
             return
@@ -277,9 +274,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         return self.cascade._run.is_sharded
 
     def _shard(self, trainer: Any) -> None:
-        """Shard the cascade if the Trainer was given `fsdp`, and let the Trainer add no wrapper to sharded weights.
+        """Shard the cascade if the Trainer has the argument `fsdp`, and keep the Trainer from wrapping sharded weights.
 
-        On a CPU accelerate takes no FSDP plugin; elsewhere the Trainer's accelerator has one.
+        Except on a CPU, the Trainer's accelerator has an FSDP plugin then.
         """
         args, cascade = trainer.args, self.cascade
         if trainer.is_fsdp_enabled:
@@ -302,26 +299,26 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         for name, advice in _UNSHARDED.items():
             if getattr(args, name, None):
                 raise SpecError(
-                    f"CascadeCallback: {name} is {getattr(args, name)!r}, and the weights are sharded; {advice}",
+                    f"CascadeCallback: {name} is {getattr(args, name)!r}, but the weights are sharded: {advice}",
                     code="trainer-not-supported",
                 )
         if run.is_sharded and run.slow.group.size != args.world_size:
             raise StateError(
-                f"CascadeCallback: the cascade is sharded over other ranks than the {args.world_size} processes of "
-                "the Trainer, which gives each of them data of its own: shard it over all of them",
+                f"CascadeCallback: the Trainer has {args.world_size} processes, each with its own data, but the "
+                f"cascade is sharded over {run.slow.group.size}. Shard it over all of them",
                 code="invalid-value",
             )
         if trainer.optimizer is not None and not self._sharded:
             raise SpecError(
-                "CascadeCallback: fsdp exchanges the parameters that the optimizer of optimizers=(...) holds. Call "
-                "lorasc_fx.parallel.fsdp.shard(cascade) first, build the optimizer then, and leave fsdp out",
+                "CascadeCallback: fsdp replaces the parameters that the optimizer of optimizers=(...) holds. Call "
+                "lorasc_fx.parallel.fsdp.shard(cascade) first, then build the optimizer, and leave fsdp out",
                 code="conflicting-options",
             )
 
     def _save(self, original: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write a checkpoint's shards, or on the first process the user's model, whose weights it gathers one by one.
+        """Write the shards of a checkpoint, or the user's model, whose weights the first process gathers one by one.
 
-        All processes come here.
+        All processes call this.
         """
         trainer = self._trainer
         folder = output_dir or trainer.args.output_dir
@@ -338,12 +335,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             original(folder, whole)
 
     def _load_from_checkpoint(self, original: Any, checkpoint: str, model: Any = None) -> None:
-        """Load the cascade from a `checkpoint-N`, whichever number of processes has written it."""
+        """Load the cascade from a `checkpoint-N`, which any number of processes may have written."""
         if self._take(checkpoint):
             return
         if self._sharded:
             raise CheckpointError(
-                f"{checkpoint}: was written by a Trainer whose weights were not sharded: resume it without fsdp",
+                f"{checkpoint}: it was written by a Trainer without sharded weights. Resume it without fsdp",
                 code="no-checkpoint",
             )
         original(checkpoint, model)
@@ -354,7 +351,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             original()
 
     def _take(self, checkpoint: str) -> bool:
-        """Take over what `_save` has written into a checkpoint; return whether it has."""
+        """Load what `_save` has written into a checkpoint. Returns whether there is something."""
         if not Path(checkpoint, _FOLDER).is_dir():
             return False
         ranks = ProcessGroup.of()
@@ -364,7 +361,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         return True
 
     def _load_optimizer_and_scheduler(self, original: Any, checkpoint: str | None) -> None:
-        """Give optimizer and scheduler the state that a checkpoint has for them."""
+        """Load the state of optimizer and scheduler from a checkpoint."""
         if checkpoint is None or not Path(checkpoint, _FOLDER).is_dir():
             original(checkpoint)
             return
@@ -373,12 +370,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     # ---- inside
 
     def _best_of(self, args: Any) -> str:
-        """Return the weights by which the best model was found."""
+        """Return which weights the best model was chosen by."""
         metric = f"_{args.metric_for_best_model}"
         return next((which for which in get_args(Evaluated) if f"_{which}_" in metric), self._passes[0])
 
     def _store_plateau(self, state: Any) -> None:
-        """Store the plateau in the Trainer's state, which its checkpoints hold."""
+        """Store the plateau in the Trainer's state, which is part of its checkpoints."""
         if self.plateau is not None:
             state.stateful_callbacks[_PLATEAU] = {"over": self._over, "plateau": self.plateau.state_dict()}
 
@@ -389,8 +386,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             self._over = saved["over"]
 
     def _replace_references(self) -> None:
-        """Replace what trainers have set up since: TRL's forward and its second copy of the base, and the model in the
-        losses of sentence-transformers.
+        """Replace what a trainer has set up with the user's model by the cascade.
+
+        In TRL these are a forward and a second copy of the base, in sentence-transformers the model in the losses.
         """
         trainer = self._trainer
         losses = getattr(trainer, "loss", None)
@@ -408,10 +406,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             trainer.ref_model = self.reference
 
     def _keep_reference(self) -> None:
-        """Keep the weights with which the training compares; of shards the base, which is W0.
+        """Keep the reference weights. For sharded weights it is the base, W0.
 
         Raises:
-            StateError: sharded weights that have learnt something before.
+            StateError: sharded weights have been trained before.
         """
         run = self.cascade._run
         if not self._sharded:
@@ -420,15 +418,15 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         elif self._compared != "base":
             if run.plan.stage > 1 or transition.has_begun(run):
                 raise StateError(
-                    "CascadeCallback: the weights are sharded, and what the cascade has learnt before this training, "
-                    "with which it is to be compared, cannot be kept beside them. Give the trainer a ref_model, or "
-                    "release the cascade first, and adapt its model anew: its base is the reference then",
+                    "CascadeCallback: the reference of this training is what the cascade has learnt before, which "
+                    "cannot be kept beside sharded weights. Give the trainer a ref_model, or release the cascade and "
+                    "adapt its model again: then its base is the reference",
                     code="sharded",
                 )
             self._compared = "base"
 
     def _replace_model_in(self, module: torch.nn.Module) -> None:
-        """Replace the user's model by the cascade, in this module and those in it."""
+        """Replace the user's model by the cascade in this module and its submodules."""
         for name, child in list(module.named_children()):
             if child is self.cascade.model:
                 setattr(module, name, self.cascade)
@@ -436,13 +434,13 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 self._replace_model_in(child)
 
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
-        """Compute what the policy is compared with, before the training and where no reference model is held."""
+        """Compute the reference log-probabilities with the reference weights, if there is no reference model."""
         self._replace_references()
         with self._placing(self._compared) if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does."""
+        """Replace references to the user's model, then train."""
         self._replace_references()
         return original(*args, **kwargs)
 
@@ -455,11 +453,11 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate as the Trainer does, with the weights that are asked for in place."""
+        """Evaluate once for each of the requested weights."""
         self._replace_references()
         passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
         if self.plateau is not None and self._trainer.is_in_train:
-            passes.setdefault("fast", True)  # of which the plateau needs the loss alone
+            passes.setdefault("fast", True)  # the plateau needs only its loss
         first: Any = None
         for which, loss_only in passes.items():
             sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
@@ -468,14 +466,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             if first is None:
                 first = output
             elif sums is not None:
-                self._trainer._metrics = sums  # where TRL's trainers sum what they measure: of the first pass
+                self._trainer._metrics = sums  # TRL's trainers add up metrics there: keep those of the first pass
             prefix = f"{metric_key_prefix}_"
             metrics = {f"{prefix}{which}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
             first.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
         return first
 
     def _log(self, original: Any, logs: dict[str, Any], *about: Any, **more: Any) -> None:
-        """Log as the Trainer does, of a step of the training with its stage."""
+        """Log, and add the stage to training logs."""
         if "loss" in logs:
             history = self._trainer.state.log_history
             before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
@@ -483,14 +481,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         original(logs, *about, **more)
 
     def _get_train_dataloader(self, original: Any) -> Any:
-        """Return the Trainer's batches, whose number is asked for when the scheduler is made."""
+        """Return the Trainer's batches, and keep them: the scheduler needs their number."""
         self._batches = original()
         return self._batches
 
     def _create_scheduler(
         self, original: Any, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Make a schedule of each stage, with the Trainer's warm-up and decay."""
+        """Create a schedule per stage, with the Trainer's warm-up and decay."""
         trainer = self._trainer
         if trainer.lr_scheduler is None:
             optimizer = optimizer or trainer.optimizer
@@ -510,7 +508,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         return trainer.lr_scheduler
 
     def _stage_steps(self, args: Any) -> int | None:
-        """Return the optimizer steps of a stage; None where a plateau ends it."""
+        """Return the optimizer steps of a stage. None if a plateau ends it."""
         if self.plateau is not None or self.steps is not None:
             return self.steps
         assert self.epochs is not None
@@ -518,7 +516,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         return self.epochs * max(1, updates)
 
     def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the user's model with the slow weights; a checkpoint gets the cascade's state dict."""
+        """Write the user's model with the slow weights, or for a checkpoint the state dict of the cascade."""
         if _internal_call:
             original(output_dir, _internal_call=True)
             return
@@ -530,9 +528,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 self._trainer.model = self.cascade
 
     def _keep_state_dicts(self, trainer: Any) -> None:
-        """Let checkpoints of a sentence-transformers trainer hold the state dict of the cascade, as those of others do.
+        """Make a sentence-transformers trainer write state dicts of the cascade into checkpoints, as a Trainer does.
 
-        Its own are models by `save_pretrained`, and an error in reading the best one back is a line in the log.
+        It would write a model by `save_pretrained`, and would only log an error when it loads the best one.
         """
         if type(trainer)._save.__module__ != "sentence_transformers.base.trainer":
             return
@@ -550,8 +548,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def _check_model(self, model: Any) -> None:
         if model is not self.cascade:
             raise StateError(
-                f"CascadeCallback: the Trainer's model is {type(model).__name__}, and not the cascade that the "
-                "callback was given; give both the same (and no model_init)",
+                f"CascadeCallback: the Trainer's model is {type(model).__name__}, not the cascade of the callback. "
+                "Give both the same cascade, and no model_init",
                 code="trainer-not-supported",
             )
 
@@ -559,31 +557,31 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if args.n_gpu > 1:
             raise SpecError(
                 f"CascadeCallback: the Trainer would copy the cascade to {args.n_gpu} devices at each step "
-                "(DataParallel), and no copy has graphs; start one process a device by torchrun, or show one device "
-                "only",
+                "(DataParallel), and copies have no graphs. Start one process per device by torchrun, or make only one "
+                "device visible",
                 code="wrapper-not-supported",
             )
         if args.deepspeed:
             raise SpecError(
-                f"CascadeCallback: deepspeed is {args.deepspeed!r}; it would cut the cascade's parameters behind "
-                "its transitions. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel, and "
-                "with fsdp=True it shards the cascade",
+                f"CascadeCallback: deepspeed is {args.deepspeed!r}. It shards parameters, and transitions could not "
+                "write them. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel, and with "
+                "fsdp=True it shards the cascade",
                 code="trainer-not-supported",
             )
         if args.fsdp and args.fsdp_plugin_args is None:
             raise SpecError(
-                f"CascadeCallback: fsdp_config is {args.fsdp_config!r}, which is of XLA; leave out xla",
+                f"CascadeCallback: fsdp_config is {args.fsdp_config!r}, which is for XLA. Leave out xla",
                 code="trainer-not-supported",
             )
         if args.fsdp:
             _check_plugin(FullyShardedDataParallelPlugin(**args.fsdp_plugin_args))
         if self.schedule == "stage":
             self._check_schedule(args)
-        for name in _BEHIND:
+        for name in _CHANGE_MODEL:
             if getattr(args, name, None):
                 raise SpecError(
-                    f"CascadeCallback: {name} is {getattr(args, name)!r}; it changes the model behind the graphs that "
-                    "were captured of it. Leave it out",
+                    f"CascadeCallback: {name} is {getattr(args, name)!r}. It changes the model, but not the captured "
+                    "graphs. Leave it out",
                     code="trainer-not-supported",
                 )
 
@@ -591,23 +589,23 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if args.lr_scheduler_type not in _SHAPES or args.lr_scheduler_kwargs:
             scheduler = f"{args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}".strip()
             raise SpecError(
-                f"CascadeCallback: schedule is 'stage', and lr_scheduler_type is {scheduler}; give one of "
+                f"CascadeCallback: schedule is 'stage', but lr_scheduler_type is {scheduler}. Give one of "
                 f"{', '.join(_SHAPES)}, or optimizers=(optimizer, lx.StageSchedule(...))",
                 code="conflicting-options",
             )
         if self.plateau is not None and (_SHAPES[args.lr_scheduler_type][0] < 1 or 0 < args.warmup_steps < 1):
             raise SpecError(
-                "CascadeCallback: schedule is 'stage', and a plateau says how long a stage is; give lr_scheduler_type "
-                "'constant' or 'constant_with_warmup', and warmup_steps as a number of steps",
+                "CascadeCallback: schedule is 'stage', but with a plateau the length of a stage is not known. Give "
+                "lr_scheduler_type 'constant' or 'constant_with_warmup', and warmup_steps as a number of steps",
                 code="conflicting-options",
             )
 
 
 @contextlib.contextmanager
 def _naming_dense(model: Any) -> Iterator[None]:
-    """Let the configuration of a model that bitsandbytes has quantized name the modules whose weights are dense now.
+    """Name the dense modules in the configuration of a model that bitsandbytes has quantized.
 
-    What has trained is dense in a saved model, and transformers would take all modules for quantized ones.
+    Trained weights are dense in a saved model, but transformers would load all modules as quantized.
     """
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if getattr(config, "quant_method", None) != "bitsandbytes":
@@ -629,9 +627,9 @@ def _naming_dense(model: Any) -> Iterator[None]:
 
 
 def _replace_fused_head(cascade: Cascade) -> None:
-    """Let the cascade's own logits answer what TRL's trainers ask of the forward that they put before the model's.
+    """Replace TRL's forward with a fused head by one that uses the logits of the cascade.
 
-    With `fused_lm_head=True` theirs calls the backbone and the head by themselves, where no branches are.
+    With `fused_lm_head=True` TRL's forward calls the backbone and the head separately, without branches.
     """
     fused: Any = getattr(vars(cascade).get("forward"), "__func__", None)
     if getattr(fused, "__globals__", {}).get("__name__") != "trl.trainer.utils":
@@ -675,9 +673,9 @@ def _replace_fused_head(cascade: Cascade) -> None:
 
 
 def _replace_switch(cascade: Cascade) -> None:
-    """Let the hooks of gradient checkpointing go with it: transformers adds one more each time that it is turned on.
+    """Remove the hook of gradient checkpointing when it is turned off. transformers only adds one each time.
 
-    TRL's trainers turn it off and on at each step, and a graph is captured anew for other hooks.
+    TRL's trainers turn it off and on at each step, and other hooks would make the cascade capture a new graph.
     """
     model: Any = cascade.model
     if not hasattr(model, "disable_input_require_grads"):
@@ -691,7 +689,7 @@ def _replace_switch(cascade: Cascade) -> None:
 
 
 class _Reference(torch.nn.Module):
-    """The cascade with the weights that it has under the name `reference`."""
+    """The cascade with its reference weights."""
 
     def __init__(self, callback: CascadeCallback) -> None:
         super().__init__()
@@ -699,32 +697,31 @@ class _Reference(torch.nn.Module):
         self._callback = callback
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the cascade computes with these weights."""
+        """Call the cascade with the reference weights in place."""
         with self._callback._placing(self._callback._compared):
             return self._callback.cascade(*args, **kwargs)
 
 
 def _check_plugin(plugin: Any) -> None:
-    """Refuse options of accelerate's FSDP plugin that sharding a cascade does not follow.
+    """Refuse options of accelerate's FSDP plugin that sharding a cascade does not support.
 
-    Blocks come from the graph, whatever `auto_wrap_policy` says, and no state dict of torch's is read
-    (`state_dict_type`).
+    `auto_wrap_policy` has no effect, because blocks come from the graph, and neither has `state_dict_type`.
     """
     for name, (followed, why) in _FOLLOWED.items():
         value = getattr(plugin, name)
         value = isinstance(value, CPUOffloadPolicy) if isinstance(value, OffloadPolicy) else value
         if value != followed:
             raise SpecError(
-                f"CascadeCallback: {name} of fsdp_config is {value!r}: {why}. Give {followed!r}",
+                f"CascadeCallback: {name} of fsdp_config is {value!r}, but {why}. Give {followed!r}",
                 code="trainer-not-supported",
             )
 
 
 def _drop_plugin(trainer: Any) -> None:
-    """Make the Trainer's accelerator anew without its FSDP plugin, by which it would cut the model again."""
+    """Create the Trainer's accelerator again without its FSDP plugin, which would shard the model a second time."""
     args = trainer.args
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the first one, and asks for a plugin
-    vars(args).pop("_setup_devices", None)  # accelerate's state is reset where the device is asked for
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # the first accelerator has set it, and it asks for a plugin
+    vars(args).pop("_setup_devices", None)  # so that the next line resets accelerate's state
     assert args.device is not None
     options, args.fsdp_plugin_args = args.fsdp_plugin_args, None
     try:
@@ -734,18 +731,18 @@ def _drop_plugin(trainer: Any) -> None:
 
 
 def _inner(optimizer: Any) -> Any:
-    """Return the optimizer that steps, which accelerate's is around."""
+    """Return the optimizer that accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _saved_with_the_model(original: Any, output_dir: str) -> None:
-    """Write no second state of optimizer and scheduler."""
+    """Write nothing: `_save` has written the state of optimizer and scheduler."""
 
 
 def _gathered(model: torch.nn.Module, holds: bool) -> dict[str, torch.Tensor]:
-    """Return a model's state dict, each tensor gathered, in host memory; {} on processes that hold nothing of it.
+    """Return the model's state dict with full tensors in host memory; {} unless this process `holds` it.
 
-    Every rank must call this at the same point. Ties stay ties.
+    Every rank must call this at the same point. Tied names share one tensor.
     """
     tensors: dict[int, torch.Tensor] = {}
     named = model.state_dict(keep_vars=True)
@@ -757,9 +754,9 @@ def _gathered(model: torch.nn.Module, holds: bool) -> dict[str, torch.Tensor]:
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:
-    """Return the Trainer that calls the event that calls this, and the arguments that it was made with.
+    """Return the Trainer that has called the callback, and the arguments of its constructor.
 
-    No event is given the Trainer, and one Trainer is meant.
+    A callback does not get the Trainer as an argument, so it is found on the call stack.
     """
     frame, trainer, arguments = inspect.currentframe(), None, dict[str, Any]()
     while frame is not None:
@@ -771,6 +768,6 @@ def _calling_trainer() -> tuple[Any, dict[str, Any]]:
     if trainer is not None:
         return trainer, arguments
     raise StateError(
-        "CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only",
+        "CascadeCallback: on_init_end was not called by a Trainer, and the callback works only in one",
         code="trainer-not-supported",
     )
