@@ -364,7 +364,7 @@ class Guards:
     ) -> None:
         registered = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
         self._held: list[tuple[Held, frozenset[Any], Any, dict[Any, Any]]] = []
-        self._shapes: list[tuple[Callable[[], Any], Any]] = []
+        self._shapes: list[tuple[Any, frozenset[Any], Any]] = []
         self._sized: list[Any] = []
         self._sizes: list[int] = []
         # Three lists of the same kind, because a loop over one kind of holder is faster.
@@ -394,7 +394,7 @@ class Guards:
         }
         self._held.append((held, skipped, held.shape(skipped) if held.sized else None, values))
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
-            self._shapes.append((functools.partial(held.shape, skipped), held.shape(skipped)))
+            self._shapes.append((where, skipped, held.shape(skipped)))
         elif held.sized and isinstance(where, (dict, list, deque)):
             self._sized.append(where)
             self._sizes.append(len(where))
@@ -430,8 +430,8 @@ class Guards:
                     return False
         except KeyError:
             return False
-        for shape, expected in self._shapes:
-            if shape() != expected:
+        for where, skipped, expected in self._shapes:  # dicts with unstable entries, and sets
+            if (where.keys() - skipped if skipped else where) != expected:
                 return False
         for read, expected in self._others:
             if (value := read()) is not expected and not _alike(value, expected):

@@ -390,6 +390,14 @@ def call_instead(
     return bool(calls)
 
 
+def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:
+    """Let each node call the function that `function_of` returns for it, unless that is None."""
+    functions = {node: function for node in graph.nodes if (function := function_of(node)) is not None}
+    for node, function in functions.items():
+        node.op, node.target, node.type = "call_function", function, None
+        node.meta.pop("is_wrapped", None)  # or fx would wrap the function
+
+
 def products_with_weights(graph: fx.Graph, modules: Mapping[str, tuple[str, bool]]) -> None:
     """Let each opaque product of a `QuantizedLinear` read weight and bias of its module.
 
