@@ -52,9 +52,9 @@ def _no_masks() -> Any:
 
 
 def _no_reuse() -> Any:
-    from lorasc_fx.capture import export
+    from lorasc_fx.capture import torch_export
 
-    return mock.patch.object(export, "cached", return_value=None)
+    return mock.patch.object(torch_export, "cached", return_value=None)
 
 
 def _no_function() -> Any:

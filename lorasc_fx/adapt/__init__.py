@@ -40,32 +40,31 @@ def adapt(
     frontend: str = "auto",
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a model by cascaded low-rank branches, without touching its source.
+    """Adapt a model by cascaded low-rank branches, without changing its source.
 
     Args:
-        model: an nn.Module, a GraphModule or an ExportedProgram. One on the meta device is
-            adapted without memory, and gets its numbers by `materialize`; until then the cascade only shows its plan.
-        args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
-            leaving no trace, to see what it does and that its graph does the same.
-        spec: what is asked, see `CascadeSpec`; or a `peft.LoraConfig`, where the rest is as in `CascadeSpec()`.
-        frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`, the first that takes the model.
-        base: what keeps W0 of the sites: `memory`, a copy on the host, which of weights that lie there is made before
-            something is first written to them (noise, the end of a stage, `weights`); the path of a safetensors file,
-            or of a folder with `model.safetensors` or its shards, which is mapped and not read; or `file`, the folder
-            that a model of transformers was loaded from. These files have to hold the model's numbers, and to stay as
-            they are.
+        model: an nn.Module, a GraphModule or an ExportedProgram. A model on the meta device is adapted without memory.
+            Until `materialize` gives it its values, the cascade only shows its plan.
+        args, kwargs: example inputs. Their sizes do not matter, their types do. The model runs on them a few times,
+            without side effects, so that its graph can be compared with it.
+        spec: a `CascadeSpec`, or a `peft.LoraConfig` with the defaults of `CascadeSpec` for all other options.
+        frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`: the first that works.
+        base: what keeps W0 of the sites. `memory`: a copy on the host; for a weight on the host it is made before the
+            first write (noise, the end of a stage, `weights`). A path: a safetensors file, or a folder with
+            `model.safetensors` or its shards, which is mapped and not read. `file`: the folder that a model of
+            transformers was loaded from. Files have to hold the model's values, and must not change.
 
     Returns:
-        The cascade. The model's parameters now hold the start of stage 1 (with noise, if asked for) and need no
-        gradient, but for those under `spec.train`; `cascade.release()` gives the model back.
+        The cascade. The model's parameters hold the start of stage 1 (with noise, if any) and require no gradients,
+        except those under `spec.train`. `cascade.release()` restores the model.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        SpecError: the spec leaves no site at all, is no CascadeSpec, or unties what is not tied; or base is `file` and
-            the model names no folder.
-        CheckpointError: base is a path, and a site is not there as the model has it; names both. Nothing was changed.
+        SpecError: the spec leaves no site, is not a CascadeSpec, or unties what is not tied; or base is `file` and the
+            model names no folder.
+        CheckpointError: base is a path, and a site differs there. The model is left unchanged.
         StateError: the model is adapted already.
-        CaptureError: the model refuses the inputs, or no front end takes the model.
+        CaptureError: the model raises on the inputs, or no front end works.
     """
     if (from_peft := getattr(spec, "peft_type", None) == "LORA") or spec is None:
         plan = Plan(CascadeSpec())
@@ -93,28 +92,27 @@ def load(
     *,
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a base model as the newest checkpoint in a folder has it, and go on with the same numbers.
+    """Adapt a base model as in the newest checkpoint of a folder, and continue with the same values.
 
-    `cascade.resume(optimizer, scheduler)` then gives these two and the random generators their state. It does not
-    matter how many ranks wrote the checkpoint: each rank that loads it has the whole cascade, to be wrapped or sharded
-    as one from `adapt`.
+    `cascade.resume(optimizer, scheduler)` then restores these two and the random generators. The number of ranks that
+    wrote the checkpoint does not matter: each rank that loads it has the full cascade, to be wrapped or sharded as one
+    from `adapt`.
 
-    Without args and kwargs nothing is captured: the checkpoint says which weights have branches, and the first call
-    makes the graph, or raises what `adapt` would raise for it. All that needs no graph (resume, weights, save, release)
-    works before that call. On several processes give inputs.
+    Without args and kwargs nothing is captured. The checkpoint says which weights have branches, and the first call
+    makes the graph, or raises what `adapt` would raise. What needs no graph (resume, weights, save, release) works
+    before that call. On several processes give inputs.
 
     Args:
-        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to, or what was read from it. For the folder
-            of a run of `lorasc-fx train` there is `lorasc_fx.cli.load`.
-        model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted, or is on the meta
-            device and gets them by `materialize`, which then takes the checkpoint's state. What is trained in full may
-            hold other values, such as a new head: it gets those of the checkpoint. Without a model, the base
-            that `save_pretrained` has named is built, in eval mode. Only local files are read for it, unless
-            HF_HUB_OFFLINE is 0 in the environment.
+        folder: written by `lorasc_fx.save` or `Cascade.save_pretrained`, or a checkpoint that was read from it. For the
+            folder of a run of `lorasc-fx train` there is `lorasc_fx.cli.load`.
+        model, args, kwargs, base: as for `adapt`. The model holds the weights that were adapted, or is on the meta
+            device and gets them by `materialize`. Parameters that are trained in full, such as a new head, may have
+            other values: they get the values of the checkpoint. Without a model, the base that `save_pretrained` has
+            named is built, in eval mode, from local files only, unless HF_HUB_OFFLINE is 0 in the environment.
 
     Raises:
-        CheckpointError: nothing to load, damage, or another base; the model is as it was. Without a model: the folder
-            names no base, or that cannot be built here.
+        CheckpointError: nothing to load, damage, or another base. The model is left unchanged. Without a model: the
+            folder names no base, or the base cannot be built here.
         SpecError: base is `file`, and the model names no folder.
         MissingExtra: the library of the base is not installed.
     """
@@ -172,7 +170,7 @@ def _named_base(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _check_forms(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose sites were found through forms that are not registered here."""
+    """Refuse a checkpoint with sites of forms that are not registered in this process."""
     sites = {site.form: site.weight for site in reversed(checkpoint.plan.sites)}
     for form, hint in forms_missing(sites).items():
         raise CheckpointError(
@@ -183,7 +181,7 @@ def _check_forms(checkpoint: Checkpoint) -> None:
 
 
 def _tell_of_wide_branches(plan: Plan) -> None:
-    """Log ranks that no matrix of such a shape can have."""
+    """Log ranks that are larger than a matrix of the site's shape can have."""
     wide = [
         (site, most)
         for site in plan.sites
@@ -202,10 +200,9 @@ def _tell_of_wide_branches(plan: Plan) -> None:
 
 
 def _warn_of_frozen_sites(cascade: Cascade) -> None:
-    """Warn of sites that the model's author had frozen, where they are fewer than half of all sites, in number and in
-    entries; a weight that a target names in full is meant.
+    """Warn of sites that the model's author had frozen, unless a target names them in full.
 
-    Where most sites were frozen, the user froze a backbone to adapt it.
+    If half of the sites or more were frozen, in number or in entries, the user froze a backbone to adapt it.
     """
     trainable, sites = cascade._guard.flags.requires_grad, cascade.sites
     frozen = [site for site in sites if not trainable.get(site.weight, True)]
@@ -223,8 +220,9 @@ def _warn_of_frozen_sites(cascade: Cascade) -> None:
 
 
 def _warn_of_quantized_weights(cascade: Cascade) -> None:
-    """Warn of quantized weights that are no sites, though the spec would have them: of layers of a library that is not
-    known here, and those that are used in another way than in a product.
+    """Warn of quantized weights that the spec targets and that are not sites.
+
+    They belong to layers of an unknown library, or are not used in a product.
     """
     spec, parameters = cascade.plan.spec, dict(cascade.model.named_parameters())
     complex_ones = {name for name, value in parameters.items() if value.is_complex()}

@@ -1,4 +1,4 @@
-"""A LoRA or DoRA adapter of peft as the first expert of a cascade, whose slow weights are then what peft merges."""
+"""`lorasc_fx.from_peft`: an adapter of peft as the first expert of a cascade. Its slow weights are what peft merges."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def from_peft(
     frontend: str = "auto",
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a model, and take a LoRA adapter that peft trained as the first expert, with coefficient 1.
+    """Adapt a model, with a LoRA adapter trained by peft as the first expert, with coefficient 1.
 
-    LoRA, rsLoRA, DoRA, patterns of ranks and alphas, linears, transformers' Conv1D, convolutions, embeddings,
-    parameters (`target_parameters`), `modules_to_save`, biases. JSON and safetensors are read, and nothing else.
+    Supports LoRA, rsLoRA, DoRA, patterns of ranks and alphas, linears, transformers' Conv1D, convolutions, embeddings,
+    parameters (`target_parameters`), `modules_to_save` and biases. Only JSON and safetensors are read.
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         model, args, kwargs, frontend, base: as for `adapt`; the model is the adapter's base.
-        spec: what is asked of the training that follows; by default `export.peft_spec(folder, model)`. It has to adapt
-            every weight that the adapter does, and to train in full what the adapter did.
+        spec: of the training that follows; by default `export.peft_spec(folder, model)`. It has to adapt every weight
+            of the adapter, and to train in full every parameter that the adapter holds in full.
 
     Returns:
         The cascade at stage 1. Its slow weights are the base with the adapter merged, exactly; its branches are new.
 
     Raises:
-        CheckpointError: the adapter is damaged, of another model, or no LoRA; or the spec leaves out what it
-        holds. And what `adapt` raises. The model is as it was.
+        CheckpointError: the adapter is damaged, of another model, or not LoRA; or the spec leaves out a part of it.
+            Besides, whatever `adapt` raises. The model is left unchanged.
     """
     opened = open_model(model)
     adapter = read_adapter(path_of(folder), opened)
@@ -61,10 +61,10 @@ def from_peft(
 
 
 def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str, Pair]:
-    """Return the pairs, one for each weight as it will be tied.
+    """Return one pair of factors for each weight, with the ties that the spec keeps.
 
     Raises:
-        CheckpointError: of a tied weight the adapter changes one name only, or each in another way.
+        CheckpointError: the adapter changes only one name of a tied weight, or each name differently.
     """
     changes = {}
     groups: list[list[str]] = []
@@ -88,7 +88,7 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
 
 
 def _same(one: Pair, other: Pair) -> bool:
-    """Whether both change a weight alike; of one adapter all have magnitudes, or none has."""
+    """Whether two pairs are equal."""
     ours, theirs = ((pair.expert.b, pair.expert.a, pair.expert.row_scale) for pair in (one, other))
     return all(
         x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
@@ -96,7 +96,7 @@ def _same(one: Pair, other: Pair) -> bool:
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
-    """Put an adapter into a cascade whose stage has not begun."""
+    """Install an adapter in a cascade before its first stage."""
     run, canonical = cascade._run, named_weights(cascade.model).canonical
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
     experts, left_out = {}, []

@@ -1,4 +1,4 @@
-"""`lorasc_fx.materialize`: numbers for a model that was adapted on the meta device."""
+"""`lorasc_fx.materialize`: values for a model that was adapted on the meta device."""
 
 from __future__ import annotations
 
@@ -35,37 +35,33 @@ def materialize(
     device: torch.device | str | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> Cascade:
-    """Give the model of a cascade its numbers, one tensor at a time, where it was adapted on the meta device.
+    """Load the values of a model that was adapted on the meta device, one tensor at a time. All or nothing.
 
-    The model then runs on the example inputs, and branches, noise and placements start, as if it had been loaded before
-    `adapt`. Numbers are cast to the model's dtypes. All or nothing.
+    The model then runs on the example inputs, and branches, noise and placements start as if it had been loaded before
+    `adapt`. Values are cast to the model's dtypes. A cascade from `lorasc_fx.load` continues from its checkpoint.
 
-    A cascade that `parallel.fsdp.shard` has sharded gets the shards of each rank:
-    a rank reads its part of each tensor, and all of one share of the tensors, block by block, for their fingerprints.
-    Every rank must call this. The model is not run: the graph is that of its shapes.
-
-    One that `lorasc_fx.load` has made goes on from its checkpoint.
+    A cascade that `parallel.fsdp.shard` has sharded gets the shards of each rank. A rank reads its part of each tensor,
+    and a share of the full tensors, block by block, for their fingerprints. Every rank must call this. The model does
+    not run: the graph was captured from shapes.
 
     Args:
         cascade: of a model with parameters on the meta device; without numbers it only shows its plan.
         files: a safetensors file, or a folder with `model.safetensors`, or with its shards and their index. They have
-            to hold all parameters and persistent buffers of the model, one name of tied ones, and nothing else. A
-            prefix that all names have more, or less, is found.
-        device: of the model; without, that of the example inputs, or of the shards. The inputs are moved there, and
-            become ones if they are on the meta device themselves.
-        buffers: numbers of buffers that no file keeps, by name, where the model was built with them on the meta device
-            (tables of rotary positions, say).
+            to hold all parameters and persistent buffers of the model, one name of tied ones, and nothing else. The
+            names may have one more or one less common prefix.
+        device: of the model; by default the device of the example inputs, or of the shards. The inputs are moved there.
+            Inputs on the meta device become ones.
+        buffers: values of buffers on the meta device that no file holds, such as tables of rotary positions, by name.
 
     Returns:
         The cascade itself.
 
     Raises:
-        CheckpointError: the files lack a tensor, hold another or one of another shape, or cannot be read; or, with
-            base="file" at `adapt`, a site has another dtype there; or they are not the base of the checkpoint.
-        SpecError: `device` is none, or not that of the shards, or `buffers` names none of the model's, or one of
-            another shape.
-        CaptureError: the model refuses the example inputs, or its graph does something else than the model.
-        StateError: the model has its numbers; or another rank has failed, or sees other files.
+        CheckpointError: the files lack a tensor, hold another one or another shape, or cannot be read; or, with
+            base="file" at `adapt`, a site has another dtype; or they are not the base of the checkpoint.
+        SpecError: `device` is unknown or differs from the shards', or `buffers` has a wrong name or shape.
+        CaptureError: the model raises on the example inputs, or its graph computes something else than the model.
+        StateError: the model has values already; or another rank has failed, or sees other files.
     """
     run = cascade._run
     meta = run.meta
@@ -88,7 +84,7 @@ def materialize(
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
     with torch.inference_mode(False), AllOrNothing() as undo:
-        undo(partial(_put_back, cascade, dict(vars(cascade))))
+        undo(partial(_restore, cascade, dict(vars(cascade))))
         if run.is_sharded:
             _into_shards(cascade, path, target, buffers or {}, undo)
         else:
@@ -111,7 +107,7 @@ def materialize(
 def _into_shards(
     cascade: Cascade, path: Path, device: torch.device, buffers: Mapping[str, torch.Tensor], undo: Undo
 ) -> None:
-    """Read the shards that are here, and begin on them."""
+    """Read the shards of this rank, and start the run on them."""
     run, model, meta, group = cascade._run, cascade.model, cascade._run.meta, cascade._run.slow.group
     assert meta is not None
     with group.agreed("materialize"):
@@ -151,6 +147,6 @@ def _device(asked: torch.device | str) -> torch.device:
     return device
 
 
-def _put_back(cascade: Cascade, held: dict[str, Any]) -> None:
+def _restore(cascade: Cascade, held: dict[str, Any]) -> None:
     vars(cascade).clear()
     vars(cascade).update(held)

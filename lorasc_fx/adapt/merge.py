@@ -33,29 +33,28 @@ def merge(
     weights: Sequence[float] | None = None,
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a base model by the weighted sum of what several runs on it have learnt: `W0 + sum_i w_i S_i`.
+    """Adapt a base model by the weighted sum of several runs on it: `W0 + sum_i w_i S_i`.
 
-    The sum goes through the experts, side by side with their coefficients multiplied, and is rounded once; no rounded
-    weight is read. A stage that runs and has trained is counted, as `release` counts it. Runs may differ in ranks and
-    in sites: a weight that a run did not adapt has S = 0 there. What a run trained in full is summed as well.
+    The experts are concatenated, with their coefficients multiplied, and the sum is rounded once. A running stage that
+    has trained counts, as for `release`. Runs may differ in ranks and sites: a weight that a run did not adapt has
+    S = 0 there. Parameters that a run trained in full are summed too.
 
     Args:
         runs: checkpoint folders (the newest version of each), or living cascades on copies of the base, which are only
-            read. The first one's spec is that of the result, and its branches where it has them.
-        model, args, kwargs, base: as for `load`, which needs no inputs; the model holds the weights that every run
+            read. The result has the spec of the first one, and its branches where they exist.
+        model, args, kwargs, base: as for `load`, which needs no inputs. The model holds the weights that every run
             adapted.
-        weights: one finite number a run; equal ones that sum to 1 if not given. They need not sum to 1: other sums are
-            task arithmetic, and a negative weight takes away what a run has learnt.
+        weights: one finite number for each run; by default equal ones that sum to 1. Other sums are task arithmetic,
+            and a negative weight subtracts a run.
 
     Returns:
         A cascade whose slow weights are the sum, at the start of a stage that no run had; it trains on or releases.
 
     Raises:
-        SpecError: no runs, weights that are not one finite number a run, a sum beyond the dtype of a weight, or runs
-            that cannot be summed.
+        SpecError: no runs, wrong weights, a sum beyond the dtype of a weight, or runs that cannot be summed.
         CheckpointError: a folder without a whole checkpoint, or a run on another base; names what differs.
         StateError: the model is adapted already, or a cascade was released.
-        NonFiniteBranch: a running branch holds inf or nan. The model is as it was, whatever is raised.
+        NonFiniteBranch: a running branch holds inf or nan. The model is left unchanged by every error.
     """
     if isinstance(runs, (str, PathLike, Cascade)) or not runs:
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
@@ -103,7 +102,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
-    """Return the first run's plan, with the sites that other runs have besides, at a stage that none of them had."""
+    """Return the first run's plan, with the sites of all runs, at a stage after those of all runs."""
     first = parts[0].plan
     trained = {name for part in parts for name in part.slow.trained}
     sites: dict[str, Site] = {}
@@ -119,7 +118,7 @@ def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
 
 
 def _without(patterns: Iterable[str], added: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
-    """Yield the patterns; one that means a name that was added, as the names that it means besides."""
+    """Yield the patterns. A pattern that matches an added name is replaced by the other names that it matches."""
     for pattern in patterns:
         meant = [name for name in names if matches(pattern, names[name])]
         if set(meant) & set(added):

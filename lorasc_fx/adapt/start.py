@@ -30,7 +30,7 @@ from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade, cascade_class
 from lorasc_fx.graph import matches, named_weights, shared_memory, trained_by
-from lorasc_fx.graph.targets import check_patterns, rules_of
+from lorasc_fx.graph.patterns import check_patterns, rules_of
 from lorasc_fx.graph.weights import Weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import place_layers

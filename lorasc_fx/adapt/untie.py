@@ -1,4 +1,4 @@
-"""Ties: equal views of one memory become one parameter; `CascadeSpec.untie` gives some places a copy of their own."""
+"""Ties: equal views of one memory become one parameter, and `CascadeSpec.untie` gives some places a separate copy."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lorasc_fx.util.undo import Undo
 
 
 def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
-    """Make a tie of parameters that are equal views of one memory, and untie what the patterns mean.
+    """Tie parameters that are equal views of one memory, and untie those that match a pattern.
 
-    Two parameters on one memory (`b.weight.data = a.weight.data`) are one weight: it gets one branch, and is written
+    Two parameters on one memory (`b.weight.data = a.weight.data`) are one weight, which gets one branch and is written
     once. The first place keeps its object.
 
     Returns:
-        What `lorasc_fx.cascade.dropped.DropGuard` needs at the end.
+        The places that `lorasc_fx.cascade.dropped.DropGuard` restores at the end, with their parameters.
 
     Raises:
-        SpecError: `strict`, and a pattern means no tied parameter.
+        SpecError: `strict`, and a pattern matches no tied parameter.
     """
     first: dict[Memory, nn.Parameter] = {}
     shared: dict[int, nn.Parameter] = {}
@@ -46,11 +46,7 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
 
 
 def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Refuse a pattern that means no tied parameter.
-
-    Raises:
-        SpecError: the pattern, and what it means.
-    """
+    """Raise SpecError for a pattern that matches no tied parameter."""
     ties = _ties(model)
     for pattern in patterns:
         if not any(matches(pattern, names) for tie in ties for names in tie.places.values()):
@@ -63,17 +59,17 @@ def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> set[_Place]:
-    """Give each place that a pattern means a parameter of its own, equal to the shared one; return these places.
+    """Give each place that matches a pattern a separate, equal parameter. Return the places that changed.
 
-    The first place keeps the shared object; places that no pattern means stay tied to each other.
+    The first place keeps the shared object. Places that match no pattern stay tied to each other.
     """
     new: dict[_Place, nn.Parameter] = {}
     for tie in _ties(model) if patterns else ():
-        first, shared = next(iter(tie.places)), tie.parameter
-        apart = [place for place, names in tie.places.items() if any(matches(pattern, names) for pattern in patterns)]
-        rest = [place for place in tie.places if place not in apart]
-        for group in [rest, *([place] for place in apart)]:
-            if first not in group:
+        shared = tie.parameter
+        untie = [key for key, names in tie.places.items() if any(matches(pattern, names) for pattern in patterns)]
+        tied = [key for key in tie.places if key not in untie]
+        for group in [tied, *([key] for key in untie)]:
+            if next(iter(tie.places)) not in group:
                 untied = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
                 new |= dict.fromkeys(group, untied)
     exchange(model, lambda holder: new.get((id(holder.module), holder.leaf)), undo)
@@ -81,19 +77,19 @@ def _untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> set[_Place]
 
 
 _Place = tuple[int, str]
-"""A module, by its id, and the name under which it holds a parameter."""
+"""Id of a module, and the name under which it holds a parameter."""
 
 
 @dataclass(frozen=True)
 class _Tie:
-    """A parameter that is held in several places, and all full names of each."""
+    """A parameter in several places, with all full names of each place."""
 
     parameter: nn.Parameter
     places: dict[_Place, tuple[str, ...]]
 
 
 def _ties(model: nn.Module) -> list[_Tie]:
-    """Return every parameter that is held in more than one place."""
+    """Return every parameter in more than one place."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)

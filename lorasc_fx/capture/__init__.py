@@ -13,11 +13,11 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lorasc_fx.capture.captured import GRAPH_MODULE, OWNER, Captured, Conditions, FrontEnd, read_live
-from lorasc_fx.capture.export import DYNAMO, EXPORT
 from lorasc_fx.capture.graph_breaks import GRAPH_BREAKS, GraphBreakFallback, eager_trace
 from lorasc_fx.capture.least_sizes import Axis, least_sizes
 from lorasc_fx.capture.reuse import forget
 from lorasc_fx.capture.symbolic import SYMBOLIC
+from lorasc_fx.capture.torch_export import DYNAMO, EXPORT
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import has_values, isolated_model, with_fake_tensors
 from lorasc_fx.check.preflight import (

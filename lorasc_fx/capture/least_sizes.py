@@ -1,7 +1,7 @@
 """Find the smallest sizes at which a graph with dynamic sizes computes what its model computes.
 
-torch.export takes for granted that a dynamic size is 2 or more, but what it returns does not refuse 0 and 1. A cascade
-captures such calls on their own. A graph that leaves the cascade cannot, so it is tried at these sizes once.
+torch.export assumes that a dynamic size is 2 or more, but its graph does not refuse 0 and 1. A cascade captures such
+calls on their own. A graph that leaves the cascade cannot do that, so it is tried at these sizes once.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lorasc_fx.graph.function import takes_leaves
 from lorasc_fx.signature import whole
 
 Axis = tuple[int, int]
-"""Number of an input, among the leaves of the arguments, and one of its axes."""
+"""Index of an input among the leaves of the arguments, and one of its axes."""
 
 
 def least_sizes(
     graph: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[Axis, int]:
-    """Return the smallest right size of each dynamic axis, 1 or 2; an axis that takes all sizes is left out.
+    """Return the smallest correct size, 1 or 2, of each dynamic axis. An axis that takes all sizes is left out.
 
-    Axes of one symbol shrink together. Each symbol is tried alone, at 1 and at 0, and at 1 beside the others that may
-    be 1. Runs leave no trace in the model.
+    Axes of one symbol shrink together. Each symbol is tried alone, at 1 and at 0, and at 1 together with the others
+    that may be 1. The model is left unchanged.
 
     Args:
-        graph: as captured, and without branches; reads the live model.
-        model, args, kwargs: of the call that the graph is of.
+        graph: as captured, without branches. It reads the live model.
+        model, args, kwargs: of the captured call.
     """
     leaves, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]

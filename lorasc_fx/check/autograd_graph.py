@@ -1,9 +1,8 @@
 """The autograd graph behind the outputs of a run, as plain data.
 
-What a backward pass computes is a function of its nodes, of what they have saved, and of how they are connected. So two
-runs whose descriptions are equal have equal gradients, bit for bit, and neither backward pass has to be run. A node
-whose class is not torch's own, or that keeps what Python does not see, has no description; nor have hooks, which the
-caller has to look for.
+The gradients follow from the nodes, the values that they have saved, and their connections. So two runs with equal
+descriptions have equal gradients, bit for bit, and no backward pass has to run. There is no description of a node whose
+class is not torch's, or that saves something that Python cannot read. Hooks do not show: the caller checks for them.
 """
 
 from __future__ import annotations
@@ -20,34 +19,34 @@ Description = tuple[Any, ...]
 """Equal for graphs that compute the same."""
 
 _OPAQUE = ("AsStrided", "BlockDiag", "CopySlices", "DelayedError", "Error", "MkldnnRnn", "NativeDropout", "ToDense")
-"""Beginnings of the names of nodes that do not show all that they keep."""
+"""Prefixes of the names of nodes that do not show everything they have saved."""
 _SAME_SHAPE = {f"{name}Backward0" for name in ("Expand", "ReshapeAlias", "Slice", "UnsafeView", "View")}
-"""Nodes that hand on the gradient as it is where they change no size: tracers write `x[:]` where Python has none."""
+"""Nodes that pass the gradient on unchanged if they change no size. Tracers add such nodes, for example `x[:]`."""
 _SAME_BACKWARD = {"ReshapeAliasBackward0": "ViewBackward0"}
-"""Nodes that compute the same backward: under a dispatch mode torch records `reshape` as a view."""
+"""Nodes with the same backward: under a dispatch mode, torch records `reshape` as a view."""
 _SIZES = "_saved_self_sym_sizes"
 _ALIAS = "AliasBackward0"
 
 
 class _NotVisible(Exception):
-    """A node keeps what cannot be compared."""
+    """A node has saved something that cannot be compared."""
 
 
 def describe(
     outputs: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
 ) -> Description | None:
-    """Return a description of the graph behind some tensors, or None where not all of it is visible.
+    """Return a description of the graph behind some tensors, or None if a part of it is not visible.
 
     Args:
-        outputs: from which a backward pass would begin.
-        parameters: by name, into which no run writes: what is saved of their memory is told by name, and all else by
-            a checksum of its values.
+        outputs: where a backward pass would start.
+        parameters: by name. No run writes into them, so saved views of them are described by name, and all other
+            tensors by a checksum.
         inputs: other leaves, by name.
     """
     try:
-        with torch._C.DisableTorchFunction(), _disable_current_modes():  # these addresses and ops are not the model's
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # modes must not see what happens here
             return _Describer(parameters, inputs).graph(outputs)
-    except (_NotVisible, RuntimeError):  # torch refuses a saved tensor that was written since, as the backward would
+    except (_NotVisible, RuntimeError):  # torch raises for a saved tensor that was written in place since
         return None
 
 
@@ -59,7 +58,7 @@ class _Describer:
         self._memory: dict[int, Any] = {
             leaf.untyped_storage().data_ptr(): name for name, leaf in parameters.items() if type(leaf) in _PLAIN
         }
-        self._held: list[torch.UntypedStorage] = []  # an address is only good while its memory lives
+        self._alive: list[torch.UntypedStorage] = []  # an address is valid only while its memory lives
 
     def graph(self, outputs: Sequence[torch.Tensor]) -> Description:
         numbers: dict[Any, int] = {}
@@ -92,7 +91,7 @@ class _Describer:
         if getattr(torch._C._functions, name, None) is not kind or name.startswith(_OPAQUE):
             raise _NotVisible(name)
         if name.startswith("Cat") and any(after is None for after, _ in node.next_functions):
-            raise _NotVisible(name)  # of what needs no gradient the size is hidden
+            raise _NotVisible(name)  # the size of an input without a gradient is hidden
         takes = tuple([(tuple(taken.shape), taken.dtype, taken.device) for taken in node._input_metadata])
         if (variable := getattr(node, "variable", None)) is not None:
             if variable._backward_hooks:
@@ -117,9 +116,9 @@ class _Describer:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address not in self._memory:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            self._memory[address] = (storage.nbytes(), checksum(whole))
-            self._held.append(storage)
+            memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            self._memory[address] = (storage.nbytes(), checksum(memory))
+            self._alive.append(storage)
         layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
         return (*layout, tensor.is_conj(), tensor.is_neg(), self._memory[address])
 
@@ -132,7 +131,7 @@ def _saved(kind: type) -> list[str]:
 
 
 def _passes_on(node: Any) -> tuple[Any, int] | None:
-    """Return where a node hands on its gradient unchanged; None for any other node."""
+    """Return the next node if this one passes its gradient on unchanged, otherwise None."""
     name = type(node).__name__
     if name not in (*_SAME_SHAPE, _ALIAS) or len(node.next_functions) != 1 or len(node._input_metadata) != 1:
         return None

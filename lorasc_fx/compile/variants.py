@@ -141,7 +141,7 @@ class Variants:
         return next(iter(self.all), None)
 
     def known(self, call: Call) -> bool:
-        """Whether there is a variant for such calls and this state, but for other sizes. If not, count what changed.
+        """Whether there is a variant for such calls and this state, of other sizes. If not, count what changed.
 
         Sizes of 0 and 1 do not count: each is captured on its own, so more dynamic sizes would not help.
         """

@@ -7,9 +7,9 @@ from lorasc_fx.graph.branch_calls import branch_nodes, call_template, use_of
 from lorasc_fx.graph.copies import copy_graph, graph_module_like
 from lorasc_fx.graph.editor import GraphEditor
 from lorasc_fx.graph.forms import FORMS, FunctionForm, ModuleForm, WeightForm, register_form
+from lorasc_fx.graph.patterns import matches, trained_by
 from lorasc_fx.graph.printer import text
 from lorasc_fx.graph.record import Record, record_of, set_record
-from lorasc_fx.graph.targets import matches, trained_by
 from lorasc_fx.graph.verifier import faults, verify
 from lorasc_fx.graph.weights import named_weights, shared_memory
 

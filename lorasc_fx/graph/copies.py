@@ -1,4 +1,4 @@
-"""Copies: of a graph's nodes, of a module that shares all it holds, and of a graph with constants of its own."""
+"""Copies of graphs and graph modules, which share tensors with the original or have their own constants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorasc_fx.parameters import shallow
 
 
 def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module and of all modules in it; what stood at two places stands there again."""
+    """Return a shallow copy of a module and of all its submodules. A shared submodule stays shared."""
     if module not in memo:
         memo[module] = new = shallow(module)
         for name, child in module._modules.items():
@@ -25,9 +25,9 @@ def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of the nodes, names and metadata, with the same calling convention.
+    """Return a copy of a graph, with names, metadata and calling convention.
 
-    The tracer's class is not taken along: unpickling would trace with it, and a front end's own cannot do that.
+    The tracer's class is not copied: unpickling would trace with it, and the tracer of a front end cannot do that.
     """
     new = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -40,7 +40,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Return a graph module of this graph with the original's children, tensors and attributes, none of them copied."""
+    """Return a graph module of this graph that shares the original's children, tensors and attributes."""
     new = fx.GraphModule(nn.Module(), fx.Graph())
     for store in ("_modules", "_parameters", "_buffers"):
         getattr(new, store).update(getattr(original, store))
@@ -55,12 +55,12 @@ def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 
 def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """Return a plain graph module with the captured names, whose constants are its own.
+    """Return a plain graph module with the model's names and copies of all tensors.
 
     Args:
         live: reads its weights from the child `owner`.
         owner: name of that child.
-        values: what the owner's parameters and buffers shall be, by name; others are copied as they are.
+        values: other values of the owner's parameters and buffers, by name.
     """
     graph, model = copy_graph(live.graph), live.get_submodule(owner)
     memo: dict[int, Any] = {}

@@ -38,8 +38,8 @@ from lorasc_fx.graph.forms import (
     turned,
     without_transposes,
 )
+from lorasc_fx.graph.patterns import check_patterns, describe, matches, targeted
 from lorasc_fx.graph.record import Record, Use
-from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
 from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import is_quantized

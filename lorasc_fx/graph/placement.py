@@ -1,4 +1,4 @@
-"""Placements of branches: the rule for those that the spec leaves open, and those of a graph."""
+"""Placements of branches: the rule for sites whose placement the spec leaves open, and the placements in a graph."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lorasc_fx.plan import Site
 MIN_WORK = 1 << 25
 """Multiply-adds of an op below which its branch stays beside it."""
 MIN_RATIO = 1.5
-"""Entries of input and output over those of the weight, from which on a branch is merged."""
+"""Ratio of the entries of input and output to those of the weight, from which on a branch is merged."""
 
 
 def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
-    """Return `merged` where input and output of each op are large beside its weight, else `beside`.
+    """Return `merged` if input and output of each op are large compared with its weight, otherwise `beside`.
 
-    A branch beside its op reads the input and writes the output once more; a merged one reads and writes the weight.
-    Always beside: sizes that are not known, small ops, and less than fp32, to which `W + s B A` would be rounded.
+    A branch beside its op reads the input and writes the output once more. A merged one reads and writes the weight.
+    Always beside: unknown sizes, small ops, and less than fp32, to which `W + s B A` would be rounded.
     """
     for node in nodes:
         owner = node.graph.owning_module
@@ -52,7 +52,7 @@ def _is_full_precision(node: fx.Node) -> bool:
 
 
 def placements_of(module: fx.GraphModule) -> dict[str, str]:
-    """Return by weight where its branch computes in a graph: `beside`, `merged` or `weight`."""
+    """Return the placement of each weight's branch in a graph: `beside`, `merged` or `weight`."""
     return {branch.weight_name: _placement(node) for node, branch in branch_nodes(module).items()}
 
 

@@ -1,7 +1,7 @@
-"""The metadata of a graph between passes: facts, plan and refusals of the module; uses and stamps of its nodes.
+"""The metadata of a graph between passes: facts, plan and refusals of the module, uses and stamps of its nodes.
 
-A record lives in `graph_module.meta`, a use or a stamp in `node.meta`; both survive copies of the graph and other
-people's passes. `strip` removes all of it.
+A record is kept in `graph_module.meta`, a use or a stamp in `node.meta`. Both survive copies of the graph and foreign
+passes. `strip` removes them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ REPLACED_CALL = "lorasc_fx.replaced_call"
 
 @dataclass(frozen=True)
 class Use:
-    """A node that consumes a site's weight, in the form of this name; the branch stands beside it, or with `merged` in
-    its place.
+    """Marks a node that uses a site's weight.
+
+    Args:
+        weight: the site.
+        form: name of the form of the node.
+        merged: whether the branch replaces the node, or stands beside it.
     """
 
     weight: str
@@ -36,14 +40,14 @@ class Record:
     """The metadata of a graph module.
 
     Args:
-        facts: what the passes so far provide (`sites-matched`, `branches-inserted`, ...).
-        owner: name of the child that owns the weights (`model`: live weights, their values are the runtime's), or ""
-            for a graph module that owns its weights itself (a fold then writes new constants).
+        facts: provided by the passes so far (`sites-matched`, `branches-inserted`, ...).
+        owner: name of the child that owns the weights (`model`, whose values the runtime changes), or "" for a graph
+            module that owns its weights itself (a fold then writes new constants).
         plan: what was decided, or None.
-        refusals, unreached: what was not adapted; with the sites, every weight matrix.
-        slow: weights of a graph module that owns its weights: those of the sites, and those that have noise.
-        branched: the weights whose branch nodes of this graph call, since they were inserted.
-        frozen: the Parameters in whose places frozen ones stand since then, by name.
+        refusals, unreached: the weight matrices that are not sites.
+        slow: state of the sites and of weights with noise, for a graph module that owns its weights.
+        branched: the weights whose branches nodes of this graph called after the insertion.
+        frozen: the Parameters that were replaced by frozen ones at the insertion, by name.
     """
 
     facts: frozenset[str] = frozenset()
@@ -57,7 +61,7 @@ class Record:
 
     @property
     def prefix(self) -> str:
-        """What stands before a weight's name in a node's target."""
+        """Prefix of a weight's name in the target of a node."""
         return f"{self.owner}." if self.owner else ""
 
 
@@ -73,14 +77,14 @@ def set_record(graph_module: fx.GraphModule, record: Record) -> None:
 
 
 def at_stage(graph_module: fx.GraphModule, stage: int) -> None:
-    """Set the module's plan to this stage, whose branches it has."""
+    """Set the stage of the module's plan to that of its branches."""
     record = record_of(graph_module)
     if record.plan is not None:
         set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
 
 
 def strip(graph_module: fx.GraphModule) -> None:
-    """Remove every record, use and stamp of ours."""
+    """Remove the record, and all uses and stamps."""
     graph_module.meta.pop(_RECORD, None)
     for node in graph_module.graph.nodes:
         node.meta.pop(USE, None)

@@ -19,7 +19,7 @@ from lorasc_fx.graph.record import Record
 from lorasc_fx.shards import local
 
 BRANCHES = "branches"
-"""Name of the child that holds the branches; it is not the model's."""
+"""Name of the child of a graph module that holds the branches. It does not belong to the model."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Weights:
 
     Args:
         parameters: by their first name.
-        names: of each parameter, all its names, the first one first.
-        canonical: the first name of every name.
+        names: all names of each parameter, the first one first.
+        canonical: the first name, by every name.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -43,7 +43,7 @@ class Weights:
 
 
 def named_weights(owner: nn.Module) -> Weights:
-    """Return the parameters of a module, those of inserted branches left out."""
+    """Return the parameters of a module without those of inserted branches."""
     first: dict[int, str] = {}
     parameters: dict[str, nn.Parameter] = {}
     names: dict[str, list[str]] = {}
@@ -60,9 +60,9 @@ def named_weights(owner: nn.Module) -> Weights:
 
 
 def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
-    """Return the branches that a graph module holds, by key; None if it has no child for them, or one of its own.
+    """Return the branches of a graph module, by key. None without such a child, or if the child is the model's.
 
-    A graph module that was made of another by its graph has a plain module in place of our dictionary.
+    A graph module that was made from the graph of another one has a plain module instead of a ModuleDict.
     """
     holder = graph_module._modules.get(BRANCHES)
     if type(holder) not in (nn.ModuleDict, nn.Module) or holder is None or holder._parameters or holder._buffers:
@@ -73,7 +73,7 @@ def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
 
 
 def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
-    """Return the module that owns the weights which the graph reads."""
+    """Return the module that owns the weights of the graph."""
     return graph_module.get_submodule(record.owner) if record.owner else graph_module
 
 
@@ -86,18 +86,18 @@ def module_at(root: nn.Module, target: str) -> nn.Module | None:
 
 
 def scripted_weights(owner: nn.Module) -> dict[str, str]:
-    """Return the parameters inside TorchScript modules, each with the path of the outermost such module."""
-    found: dict[str, str] = {}
+    """Return the parameters in TorchScript modules, each with the path of the outermost such module."""
+    paths: dict[str, str] = {}
     for path, module in owner.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
             for leaf, _ in module.named_parameters(remove_duplicate=False):
-                found.setdefault(f"{path}.{leaf}".lstrip("."), path)
-    return found
+                paths.setdefault(f"{path}.{leaf}".lstrip("."), path)
+    return paths
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Where the entries of a strided tensor lie: equal for equal views.
+    """The memory of a strided tensor. Equal for equal views.
 
     Args:
         device, dtype, shape, stride: of the tensor.
@@ -112,7 +112,7 @@ class Memory:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Memory | None:
-        """Return where a tensor lies; None for one without memory of its own (meta, quantized, sparse, empty)."""
+        """Return the memory of a tensor; None if it has none (meta, quantized, sparse, empty)."""
         bare = local(tensor.detach())
         if is_traceable_wrapper_subclass(bare) or isinstance(bare, FakeTensor):
             return None
@@ -145,7 +145,7 @@ class Memory:
         return False
 
     def overlaps(self, other: Memory) -> bool:
-        """Whether an entry of one is, in memory, a part of an entry of the other."""
+        """Whether an entry of one shares bytes with an entry of the other."""
         first, last = max(self.start, other.start), min(self.end, other.end)
         if self.device != other.device or first >= last:
             return False
@@ -155,7 +155,7 @@ class Memory:
         return bool((self._mark(low, high) & other._mark(low, high)).any())
 
     def _mark(self, low: int, high: int) -> torch.Tensor:
-        """Return, of each byte from `low` to `high`, whether an entry lies there."""
+        """Return for each byte from `low` to `high` whether it belongs to an entry."""
         size = self.dtype.itemsize
         marks = torch.zeros(high - low, dtype=torch.bool, device="cpu")
         strides = (*(stride * size for stride in self.stride), 1)
@@ -164,9 +164,9 @@ class Memory:
 
 
 def shared_memory(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that share memory with another tensor of the model, or with themselves, with a sentence.
+    """Return the parameters that share memory with another tensor of the model, or overlap themselves, and why.
 
-    A write to one of them changes what the other holds. A tie, one Parameter in two places, is none of these.
+    A write into such a parameter changes another tensor. A tie, one Parameter in two places, does not count.
     """
     parameters = dict(model.named_parameters())
     tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]

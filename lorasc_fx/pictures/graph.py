@@ -21,8 +21,8 @@ from torch import fx
 from lorasc_fx.branch import shared_down
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
 from lorasc_fx.graph import branch_nodes, call_template, text
+from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.graph.printer import SYMBOL
-from lorasc_fx.graph.targets import targeted
 from lorasc_fx.pictures.svg import INK, MUTED, PAPER, Picture, element, library, named
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lorasc_fx.capture import Captured
-from lorasc_fx.capture.export import capture_dynamo, capture_export
+from lorasc_fx.capture.torch_export import capture_dynamo, capture_export
 from lorasc_fx.passes import AttentionMasks
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

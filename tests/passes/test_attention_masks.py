@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lorasc_fx.capture.export import capture_export
+from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.graph import text
 from lorasc_fx.passes import AttentionMasks, Pipeline
 from lorasc_fx.passes.attention_masks import Truth, follow

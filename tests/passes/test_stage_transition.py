@@ -9,7 +9,7 @@ import torch
 
 from lorasc_fx import Noise, PassError
 from lorasc_fx.graph import record_of, text
-from lorasc_fx.graph.targets import targeted
+from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case

@@ -1,4 +1,4 @@
-"""Which weights a pattern means: kinds, or globs on a weight's names, or on the name of a module that holds it."""
+"""The patterns of a spec: kinds of sites, or globs on the names of weights and of modules that hold them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lorasc_fx.spec import KINDS, CascadeSpec, TrainRule
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a glob means one of these names, or a module above one of them."""
+    """Whether a glob matches one of these names, or the name of a module that holds one."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
 
 
 def targeted(patterns: Sequence[str], kind: str, names: Iterable[str]) -> bool:
-    """Whether one of the patterns is this kind, or means one of the names."""
+    """Whether one of the patterns is this kind, or matches one of the names."""
     names = tuple(names)
     return any(pattern == kind if pattern in KINDS else matches(pattern, names) for pattern in patterns)
 
@@ -24,15 +24,15 @@ def targeted(patterns: Sequence[str], kind: str, names: Iterable[str]) -> bool:
 def check_patterns(
     spec: CascadeSpec, weights: Mapping[str, tuple[str, ...]], parameters: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """Refuse a pattern that matches nothing.
+    """Refuse a spec with a pattern that matches nothing.
 
     Args:
-        spec: whose targets, exclude, rules, train, train_rules and untie are looked at.
-        weights: every weight matrix, by its name, with all its names.
-        parameters: every parameter, likewise; `train`, `exclude` and `untie` may name any.
+        spec: its targets, exclude, rules, train, train_rules and untie are checked.
+        weights: all names of every weight matrix, by its first name.
+        parameters: all names of every parameter. `train`, `exclude` and `untie` may match any.
 
     Raises:
-        UnknownTarget: with the field, the pattern, and the nearest names.
+        UnknownTarget: names the field, the pattern, and similar names.
     """
     asked = [("targets", pattern, weights) for pattern in spec.targets]
     asked += [("exclude", pattern, parameters) for pattern in spec.exclude]
@@ -48,7 +48,7 @@ def check_patterns(
         if not matches(pattern, names):
             modules = {name.rpartition(".")[0] for name in names} - {""}
             what = "weight" if known is weights else "parameter" if known is parameters else "parameter under train"
-            if matches(f"*.{pattern}", names):  # as peft's target_modules means it
+            if matches(f"*.{pattern}", names):  # peft's target_modules would match
                 raise UnknownTarget(
                     f"{field}: {pattern!r} matches no {what}: a pattern means a whole name, from its start; "
                     f"give {f'*.{pattern}'!r}"
@@ -58,7 +58,7 @@ def check_patterns(
 
 
 def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that the spec trains in full, with all their names; what it excludes is not trained."""
+    """Return the parameters that the spec trains in full and does not exclude, with all their names."""
     return {
         name: group
         for name, group in names.items()
@@ -68,7 +68,7 @@ def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[
 
 
 def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> dict[str, TrainRule]:
-    """Return the first of the spec's train_rules that means each of these parameters, where one does."""
+    """Return for each of these parameters the first of the spec's train_rules that matches it, if any."""
     rules = {}
     for name in trained:
         rule = next((rule for rule in spec.train_rules if matches(rule.pattern, names[name])), None)
@@ -86,6 +86,6 @@ def describe(
     layout: str,
     slices: tuple[int, ...],
 ) -> Site:
-    """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
+    """Return the site of a weight, with the options of the first rule that matches it, otherwise of the spec."""
     rule = next((rule for rule in spec.rules if targeted((rule.pattern,), kind, (weight, *aliases))), None)
     return Site(weight, kind, tuple(shape), spec.site_options(rule), aliases, layout, slices)
