@@ -1,14 +1,14 @@
-"""Quantized weights: what is one, and the layers of libraries that keep one in a form of their own.
+"""Quantized weights, and the layers of libraries that store them in their own format.
 
-torchao quantizes a weight: the parameter of an nn.Linear becomes a tensor subclass, with a shape, a dtype and a
-`dequantize`. bitsandbytes, HQQ and quanto quantize a layer: a module of their own holds packed numbers, and computes
-with them in its forward. While a cascade lives, a `QuantizedLinear` stands in the place of such a layer. Its weight, a
-`QuantizedWeight`, is a tensor subclass of the first kind: it has the shape of the dense weight, and
-`F.linear(x, weight, bias)` is the layer's own forward. So there is one kind of quantized weight, whatever the library:
-the graph computes with it as it is, and the branch stands beside.
+torchao quantizes a weight: the parameter of an nn.Linear becomes a tensor subclass with a shape, a dtype and a
+`dequantize`. bitsandbytes, HQQ and quanto quantize a layer: their own module holds packed values and computes with them
+in its forward. While a cascade is alive, a `QuantizedLinear` replaces such a layer. Its weight, a `QuantizedWeight`, is
+also a tensor subclass: it has the shape of the dense weight, and `F.linear(x, weight, bias)` calls the layer's forward.
+So all libraries give the same kind of quantized weight. The graph computes with it unchanged, and the branch computes
+beside the op.
 
-What differs between libraries is a row of `LIBRARIES`: how to dequantize, and how to quantize again. No library is
-imported before a model holds a layer of it.
+A row of `LIBRARIES` says how a library dequantizes and re-quantizes. No library is imported before a model holds one of
+its layers.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lorasc_fx.util.undo import Block, Undo, isolated
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a quantized weight: a tensor subclass with a `dequantize` of its own, as torchao's are.
+    """Whether a tensor is a quantized weight: a tensor subclass with its own `dequantize`, as in torchao.
 
-    Such a weight is never written to; its branch computes the unmerged delta.
+    Such a weight is never written. Its branch computes the unmerged delta.
     """
     return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of a weight as a plain tensor, in its own dtype."""
+    """Return a weight as a plain tensor in its own dtype, dequantized if necessary."""
     plain: torch.Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
     return plain
 
@@ -51,14 +51,14 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Library:
-    """How a library keeps the weight of a layer.
+    """How a library stores the weight of a layer.
 
     Args:
-        holds: whether a layer of its class has been quantized, and computes a plain product.
-        dequantize: returns the weight of a layer, dense, [out, in].
-        requantize: returns a copy of a layer that holds another weight [out, in], quantized by the layer's own method;
-            None where the method needs more than the weight.
-        attributes: of the layer, while a cascade lives.
+        holds: whether a layer of the class is quantized and computes a plain product.
+        dequantize: returns the dense weight [out, in] of a layer.
+        requantize: returns a copy of a layer with another weight [out, in], quantized with the layer's settings. None
+            if this needs more than the weight.
+        attributes: values for attributes of the layer while a cascade is alive.
     """
 
     holds: Callable[[Any], bool]
@@ -126,7 +126,7 @@ LIBRARIES: dict[str, Library] = {
         lambda layer: getattr(layer.weight, "quant_state", None) is not None,
         _dequantize_4bit,
         _requantize_4bit,
-        # On CPUs with bf16 instructions it packs the weight anew in eval mode, for a product that has no gradient.
+        # On CPUs with bf16 instructions, eval mode would repack the weight for a product without gradients.
         {"support_avx512bf16_for_cpu": False},
     ),
     "bitsandbytes.nn.modules.Linear8bitLt": Library(
@@ -137,7 +137,7 @@ LIBRARIES: dict[str, Library] = {
     "hqq.core.quantize.HQQLinear": Library(
         lambda layer: layer.is_initialized(), lambda layer: layer.dequantize(), _requantize_hqq
     ),
-    # GPTQ and AWQ: packed numbers that are the result of an optimization, which is not made again here.
+    # GPTQ and AWQ: the packed values come from an optimization, which is not repeated here.
     "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear": Library(
         lambda layer: layer.adapter is None, _dequantize_awq
     ),
@@ -150,11 +150,11 @@ LIBRARIES: dict[str, Library] = {
         _requantize_quanto,
     ),
 }
-"""By the full name of the class of a layer."""
+"""Rows by the full name of the layer's class."""
 
 
 def library_of(layer: nn.Module) -> Library | None:
-    """Return the row of a quantized layer; None for any other module."""
+    """Return the row of a quantized layer. None for any other module."""
     rows = (LIBRARIES.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(layer).__mro__)
     return next((row for row in rows if row is not None and row.holds(layer)), None)
 
@@ -163,17 +163,17 @@ def library_of(layer: nn.Module) -> Library | None:
 
 
 class QuantizedWeight(torch.Tensor):
-    """The weight [out, in] of a library's layer: without memory of its own, the layer holds its numbers.
+    """The weight [out, in] of a library's layer. It has no memory of its own: the layer holds the values.
 
-    `F.linear` with it is the layer's forward, in the layer's mode, with its gradient for the input. Any other operation
-    computes with the dequantized weight; none writes to it.
+    `F.linear` calls the layer's forward, in the layer's mode and with its gradient for the input. Any other operation
+    computes with the dequantized weight. No operation may write to it.
     """
 
     layer: Any
 
     @staticmethod
     def __new__(cls, layer: nn.Module, device: torch.device | None = None) -> Self:
-        """Return the weight of a layer of a library in `LIBRARIES`, on its device or another."""
+        """Return the weight of a layer of a library in `LIBRARIES`, on its device or on another one."""
         row = library_of(layer)
         assert row is not None
         with torch.no_grad():
@@ -185,14 +185,14 @@ class QuantizedWeight(torch.Tensor):
         return made
 
     def dequantize(self) -> torch.Tensor:
-        """Return the weight [out, in], dense."""
+        """Return the dense weight [out, in]."""
         row = library_of(self.layer)
         assert row is not None
         with torch.no_grad():
             return row.dequantize(self.layer).detach()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return what the layer computes of x [..., in], with this bias [out] in the place of its own."""
+        """Return the output of the layer for x [..., in], with this bias [out] instead of its own."""
         stores = (self.layer._parameters, self.layer._buffers, vars(self.layer))
         store: Any = next(store for store in stores if "bias" in store)
         held = store["bias"]
@@ -207,7 +207,7 @@ class QuantizedWeight(torch.Tensor):
             store["bias"] = held
 
     def entries(self) -> dict[str, torch.Tensor]:
-        """Return what the layer saves of its weight, by name."""
+        """Return the entries of the layer's state dict that store its weight."""
         saved = self.layer.state_dict(keep_vars=True)
         return {
             name: value.detach() for name, value in saved.items() if isinstance(value, torch.Tensor) and name != "bias"
@@ -223,7 +223,7 @@ class QuantizedWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(*args: Any) -> torch.Tensor:
-        raise NotImplementedError("a quantized layer is not traced: its product is one call")
+        raise NotImplementedError("a quantized layer cannot be traced: its product is one call")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -231,7 +231,7 @@ class QuantizedWeight(torch.Tensor):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             if isinstance(given["weight"], cls):
                 return given["weight"].product(given["input"], given.get("bias"))
-        with torch._C.DisableTorchFunctionSubclass():  # what is computed of it is a plain tensor
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -239,12 +239,16 @@ class QuantizedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, aten = kwargs or {}, torch.ops.aten
-        if func in (aten.detach.default, aten.alias.default, aten.clone.default):  # nothing writes to it
+        if func in (
+            aten.detach.default,
+            aten.alias.default,
+            aten.clone.default,
+        ):  # nothing writes to it
             return _alias(args[0])
         if func is aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
             return cls(args[0].layer, torch.device("meta"))
         if func._schema.is_mutable:
-            raise RuntimeError(f"{func} would write into a quantized weight, which holds no numbers of its own")
+            raise RuntimeError(f"{func} would write to a quantized weight, which has no memory of its own")
         args, kwargs = pytree.tree_map_only(cls, lambda weight: weight.dequantize(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -256,7 +260,7 @@ class QuantizedWeight(torch.Tensor):
         return copied
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Return shape and library, and no numbers."""
+        """Return shape and layer class, without values."""
         return (
             f"QuantizedWeight(shape={tuple(self.shape)}, of {type(self.layer).__module__}.{type(self.layer).__name__})"
         )
@@ -276,19 +280,19 @@ _PLACED: WeakValueDictionary[str, QuantizedLinear] = WeakValueDictionary()
 
 
 class QuantizedLinear(nn.Linear):
-    """Stands in the model for a library's layer, which it calls; with a dense weight in place it is a linear layer.
+    """Replaces a library's layer in the model and calls it. With a dense weight in place it is a linear layer.
 
-    Mode, device and saved entries are the layer's own, and attributes that it does not have are read from the layer.
+    Mode, device and saved entries are those of the layer. Missing attributes are read from the layer.
 
     Args:
-        layer: of a library in `LIBRARIES`.
+        layer: a layer of a library in `LIBRARIES`.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
         row = library_of(layer)
         assert row is not None
-        layer.state_dict()  # bitsandbytes undoes its packing for inference where it saves
+        layer.state_dict()  # when it saves, bitsandbytes undoes its packing for inference
         self.__dict__["layer"] = layer
         self.__dict__["before"] = {name: getattr(layer, name) for name in row.attributes if hasattr(layer, name)}
         for name in self.before:
@@ -298,21 +302,21 @@ class QuantizedLinear(nn.Linear):
         store: Any = self._parameters if bias is None or isinstance(bias, nn.Parameter) else self._buffers
         store["bias"] = bias
         self.out_features, self.in_features = self.weight.shape
-        self.key = str(next(_KEYS))  # a number may become a symbol
+        self.key = str(next(_KEYS))  # a string: tracers would make a symbol of a number
         _PLACED[self.key] = self
 
     def hold(self, layer: nn.Module) -> None:
-        """Let another layer stand here."""
+        """Replace the layer."""
         self.__dict__["layer"] = layer
         self._parameters["weight"] = nn.Parameter(QuantizedWeight(layer), False)
 
     @property
     def holds_layer(self) -> bool:
-        """Whether it calls the layer; else a dense weight, or one of another library, has been put in place."""
+        """Whether it calls the layer. Otherwise a dense weight, or one of another library, is in place."""
         return isinstance(self._parameters["weight"], QuantizedWeight)
 
     def released(self) -> nn.Module:
-        """Return what stands in its place in the end: the layer, or a linear layer with the weight that is here."""
+        """Return the module to put back into the model: the layer, or a linear layer with the current weight."""
         if self.holds_layer:
             layer: nn.Module = self.layer
             return layer
@@ -333,7 +337,7 @@ class QuantizedLinear(nn.Linear):
             self.layer.train(mode)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the product of the layer, or that of the dense weight in its place."""
+        """Return the product of the layer, or of the dense weight in its place."""
         if _capturing and torch.compiler.is_compiling():
             opaque: torch.Tensor = torch.ops.lorasc_fx.quantized_linear(input, self.key)
             return opaque
@@ -376,9 +380,9 @@ class QuantizedLinear(nn.Linear):
 
 @fx.wrap  # one node in a trace of torch.fx
 def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the product of a library's layer: of its weight as it is, or of a dense one that was put in its place.
+    """Return the product with a quantized weight, or with a dense weight that replaces it.
 
-    The dense one computes in its own dtype and returns that of the input, as the layers do.
+    A dense weight computes in its own dtype, and the result has the dtype of the input, as for the layers.
 
     Args:
         input: [..., in].
@@ -391,14 +395,14 @@ def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
 
-# ---- capture: one op whose weight is found by the number of its module
+# ---- capture: one op that finds its weight by the key of its module
 
 _capturing = 0
 
 
 @isolated
 def as_opaque_products(undo: Block) -> None:
-    """Let tracers see the product of each `QuantizedLinear` as one op, into which they do not look."""
+    """Let tracers record the product of each `QuantizedLinear` as one opaque op."""
     global _capturing  # noqa: PLW0603 - dynamo guards it
     _capturing += 1
 
@@ -411,7 +415,7 @@ def as_opaque_products(undo: Block) -> None:
 
 @torch.library.custom_op("lorasc_fx::quantized_linear", mutates_args=())
 def _product(input: torch.Tensor, key: str) -> torch.Tensor:
-    raise NotImplementedError("stands in graphs until their weights are read from the model")
+    raise NotImplementedError("this op is only in graphs whose weights are not yet read from the model")
 
 
 @_product.register_fake
@@ -420,7 +424,7 @@ def _(input: torch.Tensor, key: str) -> torch.Tensor:
 
 
 def is_opaque_product(target: Any) -> bool:
-    """Whether a node that calls this target has that op: of input [..., in] and the key of a module."""
+    """Whether a call target is that op, which takes input [..., in] and the key of a module."""
     op = torch.ops.lorasc_fx.quantized_linear
     return target is op or target is op.default
 
@@ -436,7 +440,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 
 def place_layers(model: nn.Module, undo: Undo) -> None:
-    """Put a `QuantizedLinear` in the place of each quantized layer of a library; one at two places stays one."""
+    """Replace each quantized layer of a library by a `QuantizedLinear`. A layer that is shared stays shared."""
     made: dict[int, QuantizedLinear] = {}
     for parent, name, child in list(_places(model)):
         if not isinstance(child, QuantizedLinear) and library_of(child) is not None:
@@ -447,8 +451,8 @@ def place_layers(model: nn.Module, undo: Undo) -> None:
             parent._modules[name] = made[id(child)]
 
 
-def give_layers_back(model: nn.Module, undo: Undo) -> None:
-    """Put the layers back in their places, or a linear layer where the weight is dense now."""
+def restore_layers(model: nn.Module, undo: Undo) -> None:
+    """Put the layers back into the model, or a linear layer if the weight is dense now."""
     made: dict[int, nn.Module] = {}
     for parent, name, child in list(_places(model)):
         if isinstance(child, QuantizedLinear):

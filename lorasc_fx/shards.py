@@ -1,8 +1,8 @@
-"""Cascades on several ranks: the process group, and the shard of a tensor that is here.
+"""Sharded tensors: the process group, and which slice of a tensor this rank holds.
 
-A row shard of `S = sum c b a` is made of the same rows of `b` and of all of `a`, so that each rank folds its rows by
-itself; and a shard of columns, of all of `b` and of the same columns of `a`. Decisions that all ranks share (a branch
-that is not finite) and numbers of a whole weight (its standard deviation) are all-reduced.
+A row shard of `S = sum c b a` needs the same rows of `b` and all of `a`, so each rank folds its rows alone. A column
+shard needs all of `b` and the same columns of `a`. Shared decisions (whether a branch is finite) and statistics of a
+full weight (its standard deviation) are all-reduced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorasc_fx.errors import StateError, named
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor, with the same memory: of a plain one all of it."""
+    """Return the local tensor of a DTensor. A plain tensor is returned unchanged. Does not copy."""
     if not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
@@ -32,7 +32,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a tensor; of a sharded one every process asks at the same time."""
+    """Return the full tensor of a DTensor; every rank must call this. A plain tensor is returned unchanged."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     with torch.no_grad():
@@ -41,18 +41,18 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_axis(tensor: Any) -> int | None:
-    """Return the axis along which a tensor lies in shards on several ranks; None for one that is whole here."""
+    """Return the axis along which a tensor is sharded. None if it is not."""
     placements = tensor.placements if hasattr(tensor, "to_local") else ()
     return next((placement.dim for placement in placements if hasattr(placement, "dim")), None)
 
 
 def shard_of(tensor: Any) -> ShardSpec:
-    """Return which shard of a tensor is here."""
+    """Return which slice of a tensor this rank holds."""
     return WHOLE if shard_axis(tensor) is None else ShardSpec.of(tensor)
 
 
 def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Return a whole tensor as another one is: for a DTensor a DTensor of the shard that is here, on its device."""
+    """Return a full tensor sharded like a DTensor, on its device. For a plain tensor it is returned unchanged."""
     if not hasattr(like, "to_local") or hasattr(tensor, "to_local"):
         return tensor
     spec = ShardSpec.of(like)
@@ -67,7 +67,7 @@ def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return zeros of another shape; for a DTensor one that is placed as it is, where the cut axis is as long."""
+    """Return zeros of another shape, placed like a DTensor if it is one. The sharded axis must have the same length."""
     if not hasattr(tensor, "to_local"):
         zeros: torch.Tensor = tensor.new_zeros(shape)
         return zeros
@@ -87,14 +87,14 @@ def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The ranks that work on one cascade, and what they exchange besides gradients. By default it is one process alone.
+    """The ranks that work on one cascade, and their collectives. The default is a single process.
 
-    Every rank must call a method at the same point, as it must a collective of torch.distributed.
+    Every rank must call a method at the same point, as for the collectives of torch.distributed.
 
     Args:
         handle: a process group of torch.distributed; None for one process.
-        device: of the tensors that are exchanged.
-        replicas: how often the ranks hold all of the weights: on a mesh of two axes (HSDP) the size of the first one.
+        device: device for the exchanged tensors.
+        replicas: number of copies of the weights on the ranks: for HSDP the size of the first axis of the mesh.
     """
 
     handle: Any = None
@@ -103,7 +103,7 @@ class ProcessGroup:
 
     @classmethod
     def of(cls, handle: Any = None) -> ProcessGroup:
-        """Return that of a process group of torch.distributed; by default all ranks, or one process without any."""
+        """Wrap a process group of torch.distributed, by default all ranks, or one process if it is not initialized."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         handle = dist.group.WORLD if handle is None else handle
@@ -124,9 +124,9 @@ class ProcessGroup:
 
     @property
     def order(self) -> list[int]:
-        """The ranks that hold all of the weights together, in the order of their shards.
+        """The first ranks of the group that hold all weights together, in the order of their shards.
 
-        They are the first ones of the group; the others are replicas of these.
+        The other ranks are replicas of these.
         """
         return list(range(self.size // self.replicas))
 
@@ -143,7 +143,7 @@ class ProcessGroup:
         return self._reduced(number, "SUM")
 
     def sum_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over the ranks, on its device; it has the same shape on each."""
+        """Return the sum of a tensor over the ranks, on its device. Its shape must be the same on all ranks."""
         if self.handle is None:
             return tensor
         held = tensor.to(self.device, copy=True)
@@ -152,7 +152,7 @@ class ProcessGroup:
         return held.to(tensor.device)
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor of the first rank, on its device; it has the same shape on each."""
+        """Return the tensor of the first rank, on its device. Its shape must be the same on all ranks."""
         if self.handle is None:
             return tensor
         held = tensor.to(self.device, copy=True).contiguous()
@@ -161,7 +161,7 @@ class ProcessGroup:
         return held.to(tensor.device)
 
     def max(self, number: float) -> float:
-        """Return the largest of a number over the ranks; nan where it is nan on one."""
+        """Return the maximum of a number over the ranks. nan if it is nan on a rank."""
         missing = math.isnan(number)
         top = self._reduced(-math.inf if missing else number, "MAX")
         return math.nan if self.any(missing) else top
@@ -178,7 +178,7 @@ class ProcessGroup:
         """Return the bytes of every rank, by rank.
 
         Raises:
-            StateError: a process is gone, or has not come within the group's timeout.
+            StateError: a process has ended, or did not call this within the group's timeout.
         """
         if self.handle is None:
             return [data]
@@ -194,21 +194,21 @@ class ProcessGroup:
         return [row[: int(size)].cpu() for row, size in zip(gathered, sizes, strict=True)]
 
     def gather_text(self, text: str, call: str) -> list[str]:
-        """Return the text of every rank, by rank; raises as `gather`."""
+        """Return the text of every rank, by rank. Raises like `gather`."""
         if self.handle is None:
             return [text]
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
 
     def check_alike(self, call: str, facts: Mapping[str, str]) -> None:
-        """Refuse ranks that are not alike.
+        """Check that all ranks have the same facts.
 
         Args:
             call: for messages.
-            facts: what each rank must have as the others do, by what it is. They are sent only where digests differ.
+            facts: values that must be equal on all ranks, by what they are. They are only sent if digests differ.
 
         Raises:
-            StateError: some rank has other facts than most; names the ranks and the facts.
+            StateError: a rank differs from the others. Names the ranks and the facts.
         """
         digests = self.gather_text(hashlib.sha256(json.dumps(sorted(facts.items())).encode()).hexdigest(), call)
         if len(set(digests)) == 1:
@@ -223,15 +223,16 @@ class ProcessGroup:
                 here, there = (each.get(odd[0], "missing") for each in (table, tables[first]))
                 lines.append(f"  rank {rank} differs in {named(odd)}: {odd[0]} is {here}, on rank {first} {there}")
         raise StateError(
-            f"{call}: the ranks are not alike, and would train different models; start all of them from the same "
+            f"{call}: the ranks are not alike and would train different models. Start all of them from the same "
             "weights, spec and code:\n" + "\n".join(lines),
             code="ranks-differ",
         )
 
     @contextlib.contextmanager
     def agreed(self, call: str) -> Iterator[None]:
-        """Let a block succeed on all ranks, or raise on all of them, when all have left it. What it asks other ranks
-        for inside is asked for on every rank, or on none.
+        """Wait for all ranks at the end of the block, and raise on all of them if it has raised on one.
+
+        A collective inside the block must be called on every rank or on none.
 
         Raises:
             StateError: the block has raised on another rank.
@@ -246,23 +247,23 @@ class ProcessGroup:
             raise fault
         for rank, text in enumerate(faults):
             if text:
-                raise StateError(f"{call}: rank {rank} has failed, and with it the others: {text}", code="rank-failed")
+                raise StateError(f"{call}: rank {rank} has failed, so all ranks stop: {text}", code="rank-failed")
 
 
 @contextlib.contextmanager
 def _together(call: str = "") -> Iterator[None]:
-    """Name what a collective that does not end means, in the place of the backend's own error.
+    """Explain a collective that fails, instead of the backend's error.
 
     Raises:
-        StateError: a process is gone, or has not come within the group's timeout.
+        StateError: a process has ended, or did not call this within the group's timeout.
     """
     try:
         yield
     except RuntimeError as fault:
         raise StateError(
-            f"{call}another process is gone, or has not come within the timeout of the process group: {fault}; every "
-            "rank has to make this call (transition, save, weights, ...). Start the run anew from its last checkpoint, "
-            "on any number of processes",
+            f"{call}another process has ended, or did not make this call within the timeout of the process group: "
+            f"{fault}. Every rank has to make this call (transition, save, weights, ...). Start the run again from its "
+            "last checkpoint, on any number of processes",
             code="rank-failed",
         ) from fault
 
@@ -272,12 +273,12 @@ ONE_PROCESS = ProcessGroup()
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which shard of a weight is here: `first` to `first + count` of `total` on an axis, and who holds the others.
+    """The slice of a weight on this rank: `first` to `first + count` of `total` along an axis.
 
     Args:
-        first, count, total: of the axis.
-        group: the ranks that hold all of the weight together.
-        axis: that is cut; None if the weight is whole here (`WHOLE`).
+        first, count, total: the slice, and the length of the axis.
+        group: the ranks that hold the full weight together.
+        axis: the sharded axis. None if the weight is not sharded (`WHOLE`).
     """
 
     first: int = 0
@@ -288,7 +289,7 @@ class ShardSpec:
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
-        """Return the shard spec of a DTensor that FSDP sharded along one axis, or of a replicated one."""
+        """Return the shard spec of a DTensor that FSDP has sharded along one axis, or of a replicated one."""
         mesh, axis = tensor.device_mesh, shard_axis(tensor)
         across = next((place for place, each in enumerate(tensor.placements) if hasattr(each, "dim")), 0)
         handle = mesh.get_group(across)
@@ -299,7 +300,7 @@ class ShardSpec:
         return cls(*chunk_of(total, mesh.size(across), mesh.get_local_rank(across)), total, group, axis)
 
     def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
-        """Return the DTensor of which this shard is here, cut as the DTensor `like` is."""
+        """Return a DTensor with this local slice, sharded like the DTensor `like`."""
         shape = self.full_shape(shard.shape)
         stride = torch.empty(shape, device="meta").stride()
         mesh, placements = like.device_mesh, like.placements
@@ -309,11 +310,11 @@ class ShardSpec:
         return made
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this shard of a whole tensor."""
+        """Return this rank's slice of a full tensor."""
         return tensor if self.axis is None else tensor.narrow(self.axis, self.first, self.count)
 
     def whole(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return the whole tensor whose shard is here, on its device. Every rank must call this at the same point."""
+        """Return the full tensor of a local slice, on its device. Every rank must call this at the same point."""
         if self.group.handle is None or self.axis is None:
             return shard
         rows = shard.movedim(self.axis, 0)
@@ -327,11 +328,11 @@ class ShardSpec:
         return gathered.movedim(0, self.axis).contiguous().to(shard.device)
 
     def full_shape(self, shard: torch.Size) -> torch.Size:
-        """Return the shape of a whole tensor whose shard has this one."""
+        """Return the shape of the full tensor for the shape of a local slice."""
         return shard if self.axis is None else torch.Size((*shard[: self.axis], self.total, *shard[self.axis + 1 :]))
 
     def std(self, shard: torch.Tensor) -> float:
-        """Return the standard deviation of a whole tensor whose shard is here, as `torch.std` does it. All-reduced."""
+        """Return the standard deviation of the full tensor of a local slice, like `torch.std`. All-reduced."""
         count = self.group.sum(shard.numel())
         if count < 2:
             return 0.0
@@ -341,11 +342,11 @@ class ShardSpec:
 
 
 WHOLE = ShardSpec()
-"""The shard spec of a weight on one process: its methods return the weight, and its group is one process."""
+"""The shard spec of a weight that is not sharded."""
 
 
 def chunk_of(total: int, size: int, rank: int) -> tuple[int, int]:
-    """Return the first index and the number of entries of a rank's chunk, as `torch.chunk` divides an axis."""
+    """Return the first index and the length of a rank's chunk, like `torch.chunk`."""
     chunk = -(-total // size)
     first = min(rank * chunk, total)
     return first, min(chunk, total - first)

@@ -434,7 +434,7 @@ class CascadeModule(nn.Module):
             undo(self._guard.arm)
             folding.release(self._run, quantized, which, undo)
             self._guard.flags.restore(self.model)
-            self._guard.give_back(self.model, undo)
+            self._guard.restore_structure(self.model, undo)
             self._graphs.drop(undo)
             self._usage.disarm()
             self._guard.disarm()

@@ -1,4 +1,4 @@
-"""Gives the user's model back when its cascade is garbage collected without `release`."""
+"""Restores the user's model when its cascade is garbage collected without `release`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch import nn
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.errors import warn
-from lorasc_fx.quantized import give_layers_back, is_quantized
+from lorasc_fx.quantized import is_quantized, restore_layers
 from lorasc_fx.util.finalizers import when_idle
 from lorasc_fx.util.undo import Undo
 
 Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
-"""Places in modules, each with the parameter that was there before it became a tie."""
+"""Places in modules (module and name), each with the parameter that it held before it was tied."""
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What `release` restores: requires_grad of every parameter, training of every module."""
+    """The flags that `release` restores: requires_grad of every parameter, training of every module."""
 
     requires_grad: Mapping[str, bool]
     training: Mapping[str, bool]
@@ -40,7 +40,7 @@ class Flags:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Restore the flags; parameters and modules that are new keep their own."""
+        """Restore the flags. New parameters and modules keep theirs."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for name, module in model.named_modules():
@@ -48,13 +48,12 @@ class Flags:
 
 
 class DropGuard:
-    """Removes the noise, restores requires_grad, ties and layers, and warns of lost training, when its cascade is
-    dropped.
+    """Cleans up when its cascade is garbage collected, and warns if training is lost.
 
-    Only the cascade and its shallow copies hold it. The finalizer may run in any thread, inside any allocation, and
-    waits for no lock. Inside a backward or a trace it is postponed (`util.finalizers`). It may also run late, by the
-    garbage collector. It leaves alone what the user has changed since: weights with other values, other flags, and the
-    mode of modules. If the model is garbage too, nothing is done: nobody can mistake it for the trained one.
+    It removes noise and restores requires_grad, ties and layers. Only the cascade and its shallow copies refer to it.
+    The finalizer may run late, in any thread and inside any allocation, and takes no lock. Inside a backward or a trace
+    it is postponed (`util.finalizers`). Changes by the user are kept: weights with other values, other flags, and the
+    mode of modules. If the model is garbage too, nothing is done.
 
     Args:
         run, usage: of the cascade.
@@ -62,7 +61,7 @@ class DropGuard:
         armed: whether to act.
     """
 
-    armed = False  # also of an instance whose construction failed
+    armed = False  # on the class, for an instance whose construction failed
 
     def __init__(self, run: Run, usage: UsageWatch, flags: Flags, joined: Joined, armed: bool = False) -> None:
         self.run, self.usage, self.flags, self.joined = run, usage, flags, joined
@@ -70,7 +69,7 @@ class DropGuard:
             self.arm()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Make a deep copy guard the copy of the model."""
+        """Let a deep copy guard the copied model."""
         return (type(self), (self.run, self.usage, self.flags, self.joined, self.armed))
 
     def arm(self) -> None:
@@ -83,8 +82,8 @@ class DropGuard:
         self.armed = False
         _MODELS.pop(id(self), None)
 
-    def give_back(self, model: nn.Module, undo: Undo) -> None:
-        """Restore parameters that were tied, and layers of libraries."""
+    def restore_structure(self, model: nn.Module, undo: Undo) -> None:
+        """Restore the separate parameters that `adapt` has tied, and layers of libraries."""
         for module, leaf, value in self.joined:
             shared = module._parameters[leaf]
             if shared is not None:
@@ -92,7 +91,7 @@ class DropGuard:
                 undo(partial(setattr, module, leaf, shared))
                 value.data = shared.data  # the memory that the tie has now
                 setattr(module, leaf, value)
-        give_layers_back(model, undo)
+        restore_layers(model, undo)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Act, unless the interpreter is shutting down."""
@@ -122,11 +121,11 @@ class DropGuard:
         changed = self._remove_noise() if run.holds_numbers else []
         if all(p.requires_grad == (name in run.slow.trained) for name, p in model.named_parameters()):
             replace(self.flags, training={}).restore(model)
-        self.give_back(model, lambda _: None)
+        self.restore_structure(model, lambda _: None)
         self.usage.disarm()
         run.detach()
         if lost:
-            left = f", but for {changed[0]}, which was changed from outside" if changed else ""
+            left = f", except {changed[0]}, which was changed from outside" if changed else ""
             warn(
                 f"{_LOST} stage {run.plan.stage} had trained. {type(model).__name__} holds the slow weights again, "
                 f"without noise{left}. {_ADVICE}",
@@ -134,10 +133,10 @@ class DropGuard:
             )
 
     def _remove_noise(self) -> list[str]:
-        """Write the slow weights where the running stage started from others.
+        """Write the slow weights if the running stage started from other ones.
 
         Returns:
-            Names of the weights that hold what the cascade did not write. They are the user's, and stay.
+            Names of the weights that the user has changed. They are kept.
         """
         run, slow = self.run, self.run.slow
         if slow.idle:
@@ -155,11 +154,11 @@ class DropGuard:
 
 
 _MODELS: dict[int, weakref.ref[nn.Module]] = {}
-"""The models of living cascades, by the ids of their guards. References that are garbage themselves are cleared before
-finalizers run, and these are not; with a callback, a reference to a model that is garbage is."""
+"""The models of living cascades, by the ids of their guards. Weak references that are garbage are cleared before
+finalizers run, so they are held here. With a callback, those to a model that is garbage are cleared too."""
 
 _LOST = "a cascade was garbage collected without release(), and what it had trained is lost:"
-_ADVICE = "Keep the cascade (model = lorasc_fx.adapt(model, ...)), fold it by release(), or write it by lorasc_fx.save"
+_ADVICE = "Keep the cascade (model = lorasc_fx.adapt(model, ...)), fold it by release(), or save it by lorasc_fx.save"
 
 
 def _nothing(_: Any) -> None:

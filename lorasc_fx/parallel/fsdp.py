@@ -1,9 +1,9 @@
 """A cascade whose weights are sharded over processes, by torch's fully_shard (FSDP2).
 
-`fully_shard` gathers a module's parameters while the module's forward runs. A graph calls no blocks: it is cut where it
-goes on to the weights of another block, and each part runs in a module that holds that block's parameters and branches.
-Base and branches keep their dtypes. A transition works on shards: each rank holds the same rows of `S` as of W0,
-computed from its rows of B and all of A, so that no weight is gathered (algorithm.md, "One site").
+`fully_shard` gathers a module's parameters while the module's forward runs, but a graph calls no modules. So the graph
+is split into segments that read one block's weights each, and a segment runs in a module that holds the parameters and
+branches of its block. Base and branches keep their dtypes. A transition works on shards: each rank computes its rows of
+`S` from its rows of B and all of A, so no weight is gathered (algorithm.md, "One site").
 """
 
 from __future__ import annotations
@@ -46,25 +46,26 @@ __all__ = ["folded_state_dict", "shard"]
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     """Shard the weights, branches and slow state of a cascade over ranks, in place.
 
-    Every rank must call this, on the same cascade, before the optimizer is built. Then calls of the cascade, backward,
-    `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process, on a share
-    of each batch; gradients are averaged. Inside `weights(...)` call the cascade, not the model. A call in another mode
-    or with another kind of arguments makes its graph from shapes; it must adapt no weight that no graph has used yet.
+    Every rank must call this on the same cascade before it builds the optimizer. Then calls of the cascade, backward,
+    `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process. Each rank
+    gets a share of each batch, and gradients are averaged. Inside `weights(...)` call the cascade, not the model. A
+    call in another mode, or with another kind of arguments, captures a graph from shapes. It must not adapt a new
+    weight.
 
-    A model on the meta device is sharded without numbers; then `lorasc_fx.materialize` reads the shards of each rank.
+    A model on the meta device is sharded without values. Then `lorasc_fx.materialize` reads the shards of each rank.
 
     Args:
-        cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
-        mesh: of one axis, over the ranks that hold the shards, all of them by default; or of two, of replicas and of
-            the ranks that hold the shards of each (HSDP).
+        cascade: its parameters are on the device of this process, or on the meta device.
+        mesh: one axis over the ranks that hold the shards, by default all ranks. Or two axes, of replicas and of
+            shards (HSDP).
 
     Returns:
-        The cascade. Each parameter is now a DTensor of which a rank holds some rows.
+        The cascade. Each parameter is now a DTensor.
 
     Raises:
-        StateError: what cannot be sharded, with names, or ranks with other weights, another spec or other code; nothing
-            was changed. Whatever else raises here, Ctrl-C included,
-            the cascade of this process is as it was; another process may have gone on.
+        StateError: something cannot be sharded (with its name), or ranks have other weights, another spec or other
+            code; nothing was changed. If anything else raises, Ctrl-C included, this process is unchanged, but other
+            processes may have continued.
     """
     run = cascade._run
     with run.exclusive("shard", sharded=True, on_meta=True), AllOrNothing() as undo:
@@ -73,7 +74,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
-            weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
+            weights = run.fingerprints() if run.holds_numbers else {}  # of the full weights, before they are sharded
         with ranks.agreed("shard"):
             ranks.check_alike("shard", run.facts(weights))
         mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
@@ -84,7 +85,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
         run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
         run.note_frozen()
-        if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
+        if run.holds_numbers:  # write them as a transition does: products of shards may round differently
             noisy, states = run.plan.spec.noise.is_on, run.slow.states
             moved = {
                 name: parameter
@@ -99,7 +100,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
         def called() -> bool:
             refit()
-            if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
+            if torch.is_grad_enabled():  # FSDP sets gradients without the hooks that note them elsewhere
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
             return run.placed is not None
@@ -118,43 +119,43 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             undo.enter(gathered(shards, cascade.model))
 
         cascade._graphs.split_by(split, whole, undo)
-        return cascade  # inside: an interrupt before it undoes all
+        return cascade  # inside the block: an interrupt before this rolls back
 
 
 def _device_kind(cascade: Cascade) -> str:
-    """Return the kind of device of the shards: that of the parameters, or without numbers that of the group."""
+    """Return the device type for the shards: of the parameters, or of the group if they are on the meta device."""
     kind = next(iter(cascade._run.model.parameters())).device.type
     return torch.device(ProcessGroup.of().device).type if kind == "meta" else kind
 
 
 def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
-    """Return a graph that was made after the weights were sharded, cut.
+    """Split a graph that was captured after the weights were sharded.
 
     Raises:
-        StateError: it is none that can be cut by these units.
+        StateError: it cannot be split by these units.
     """
     graph = variant.module
     if not isinstance(graph, fx.GraphModule):
         raise StateError(
-            "forward: the model has graph breaks in this call, and only a whole graph can be cut into blocks; "
-            "adapt it by another front end",
+            "forward: the model has graph breaks in this call, and only a whole graph can be split into blocks. "
+            "Adapt it with another front end",
             code="no-whole-graph",
         )
     if sets := inseparable(graph, units):
         names = named(sorted({units[number] or "the root" for number in sets[0]}))
         raise StateError(
-            f"forward: in this call one operation reads weights of {names}, which FSDP gathers at different times: "
-            "call the cascade once so before shard",
+            f"forward: in this call one operation reads weights of {names}, which FSDP gathers at different times. "
+            "Make such a call before shard",
             code="sharded",
         )
     return segmented(graph, units)
 
 
 def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
-    """Return the model's state dict with the slow weights in it, whole, in host memory of rank 0; {} on other ranks.
+    """Return the model's full state dict with the slow weights, in host memory of rank 0; {} on other ranks.
 
-    One weight is gathered at a time; every rank must call this. A stage that has trained is counted as folded, as by
-    `Cascade.folded_state_dict`, and the cascade goes on after it.
+    One weight is gathered at a time. Every rank must call this. A stage that has trained is folded in the result, as in
+    `Cascade.folded_state_dict`, and keeps running.
 
     Raises:
         StateError: the cascade is not sharded, or not between two steps.
@@ -162,7 +163,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     run = cascade._run
     if not run.is_sharded:
         raise StateError(
-            "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
+            "folded_state_dict: this cascade is not sharded. Call cascade.folded_state_dict()", code="not-sharded"
         )
     run.check_ready("folded_state_dict", sharded=True)
     is_first, state_dict = run.slow.group.rank == 0, {}
@@ -186,48 +187,48 @@ def _units(cascade: Cascade) -> dict[int, str]:
         if isinstance(graph := variant.module, fx.GraphModule):
             while sets := inseparable(graph, units):
                 units |= dict.fromkeys((number for read in sets for number in read), ROOT)
-    for branch in cascade._run.by_key.values():  # a weight that had to go to the root takes its branch along
+    for branch in cascade._run.by_key.values():  # a weight that had to move to the root moves its branch too
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     return units
 
 
 def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
-    """Return the graph of each variant, by id, cut; or raise StateError for what cannot be sharded."""
+    """Return the split graph of each variant, by id, or raise StateError if something cannot be sharded."""
     run = cascade._run
     if not dist.is_initialized():
         raise StateError(
-            "shard: no process group is there; start the processes by torchrun and call "
+            "shard: there is no process group. Start the processes by torchrun and call "
             "torch.distributed.init_process_group first",
             code="not-sharded",
         )
     if run.is_sharded:
-        raise StateError("shard: this cascade is sharded already", code="sharded")
+        raise StateError("shard: this cascade is already sharded", code="sharded")
     if (
         mesh is not None
         and mesh.ndim > 1
         and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
     ):
         raise StateError(
-            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks; give one axis, mesh['name'], or two over "
-            "all ranks in their order, of replicas and of shards",
+            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks. Give one axis, mesh['name'], or two axes "
+            "over all ranks in order, of replicas and of shards",
             code="invalid-value",
         )
     variants = cascade._graphs.variants.all
     if not variants:
         raise StateError(
-            "shard: there is no graph yet, or none since the cascade was moved; call it once before",
+            "shard: there is no graph yet, or none since the cascade was moved. Call it once before",
             code="not-available",
         )
     graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
     if len(graphs) < len(variants):
         raise StateError(
-            "shard: the model has graph breaks, and only a whole graph can be cut into blocks; "
-            "adapt it by another front end",
+            "shard: the model has graph breaks, and only a whole graph can be split into blocks. "
+            "Adapt it with another front end",
             code="no-whole-graph",
         )
     if run.quantized:
         raise StateError(
-            f"shard: {run.quantized[0]} is quantized, which FSDP does not cut; exclude it",
+            f"shard: {run.quantized[0]} is quantized, and FSDP cannot shard it. Exclude it",
             code="quantized-not-supported",
         )
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
@@ -238,17 +239,17 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             what = "has no axis" if not parameter.dim() else "is not contiguous"
             what = "is a DTensor already" if cut else what
             raise StateError(
-                f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors", code="not-shardable"
+                f"shard: {name} {what}, but FSDP shards the first axis of plain tensors", code="not-shardable"
             )
         if parameter.is_meta == run.holds_numbers:
             raise StateError(
-                f"shard: {name} has numbers, and other parameters are on the meta device; build all of them there, or "
+                f"shard: {name} has values, but other parameters are on the meta device. Build all of them there, or "
                 "none",
                 code="meta-model",
             )
         if parameter.grad is not None:
             raise StateError(
-                f"shard: {name} has a gradient; call optimizer.zero_grad() first, and build it anew after",
+                f"shard: {name} has a gradient. Call optimizer.zero_grad() first, and build a new optimizer after",
                 code="gradients-pending",
             )
     kinds: dict[str, dict[torch.dtype, str]] = {}
@@ -258,7 +259,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         if len(seen) > 1:
             odd = " and ".join(f"{first} {dtype}" for dtype, first in seen.items())
             raise StateError(
-                f"shard: {odd} have gradients in one block, where FSDP adds up those of one dtype; cast them",
+                f"shard: {odd} have gradients in one block, but FSDP reduces only one dtype per block. Cast them",
                 code="not-shardable",
             )
     return {number: segmented(graph, units) for number, graph in graphs.items()}
@@ -267,12 +268,12 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
 def _fully_sharded(
     cascade: Cascade, units: Mapping[int, str], axes: Mapping[int, int], mesh: DeviceMesh, undo: Undo
 ) -> Shards:
-    """Let FSDP take the parameters of each unit, and those of none as the root."""
+    """Let FSDP shard the parameters of each unit, and all others as the root."""
     for module in cascade.modules():
         undo(partial(module._parameters.update, dict(module._parameters)))
         undo(partial(_unmark, module))
     holders: dict[str, list[nn.Module]] = {}
-    originals = list(cascade.parameters())  # held, so that no other object gets the id of one
+    originals = list(cascade.parameters())  # keep them alive, so that no other object gets one of their ids
     for root in (cascade.model, cascade.branches):
         for module in root.modules():
             held = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -283,7 +284,7 @@ def _fully_sharded(
     for name, unit in (*blocks.items(), (ROOT, shards)):
         others = {
             parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name
-        }  # those of other units, cut or not
+        }  # those of other units, sharded or not
         cut_up = fully_shard(
             unit,
             mesh=mesh,
@@ -291,7 +292,7 @@ def _fully_sharded(
             shard_placement_fn=lambda parameter: Shard(axes[id(parameter)]) if id(parameter) in axes else None,
             ignored_params=others,
         )
-        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # which has no mean
+        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # gloo has no mean
             cut_up.set_force_sum_reduction_for_comms(True)
     del originals
     for module in cascade.modules():
@@ -305,9 +306,9 @@ def _placement(old: Any, _: nn.Parameter) -> Shard:
 
 
 def _refit(shards: Shards) -> None:
-    """Let FSDP take on factors that have another rank since (`ranks`): it keeps the shape of what it has cut.
+    """Update FSDP's records of factors whose rank has changed (`ranks`), which still have the old shape.
 
-    torch has no public way: `fully_shard` would make other Parameters, which no optimizer holds.
+    torch has no public way to do this: `fully_shard` would create new Parameters, which no optimizer holds.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
@@ -330,11 +331,11 @@ def _refit(shards: Shards) -> None:
 
 
 def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
-    """Return the axis along which a parameter is cut, by id, where it is not the first one.
+    """Return the sharded axis of the parameters, by id, for which it is not the first one.
 
-    FSDP pads an axis that does not divide by the ranks, and what is shorter than the ranks lies on a few of them: so
-    lora_A [rank, in] is cut by inputs then, or where its rank changes, and experts [experts, out, in] by the axis
-    after, as their lora_B [experts, out, rank] is.
+    FSDP pads an axis that the number of ranks does not divide, and a short axis would be on a few ranks only. So lora_A
+    [rank, in] is sharded by inputs then, or if its rank changes. Stacked experts [experts, out, in] and their lora_B
+    [experts, out, rank] are sharded by the second axis.
     """
     axes: dict[int, int] = {}
     model = cascade._run.parameters_by_name()
@@ -348,8 +349,9 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
             continue
         if resized and branch.lora_A.shape[inputs] % parts:
             raise StateError(
-                f"shard: with ranks by stage FSDP cuts lora_A by its inputs, and the {branch.lora_A.shape[inputs]} of "
-                f"{branch.weight_name} do not divide by {parts} ranks; exclude it, or give one rank for all stages",
+                f"shard: if ranks change by stage, FSDP shards lora_A by its inputs, but {parts} ranks do not divide "
+                f"the {branch.lora_A.shape[inputs]} inputs of {branch.weight_name}. Exclude it, or give one rank for "
+                "all stages",
                 code="not-shardable",
             )
         if branch.lora_A.shape[inputs] % parts == 0:
@@ -360,6 +362,6 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
 
 
 def _unmark(module: nn.Module) -> None:
-    """Remove the marks that FSDP sets for dynamo, which would be settings of another signature."""
+    """Remove the marks that FSDP sets for dynamo. Guards would take them for another setting of the model."""
     for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(mark, None)

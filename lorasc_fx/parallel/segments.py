@@ -1,10 +1,9 @@
-"""An adapted graph split where it goes on to the weights of another unit, so that a unit's weights are gathered only
-while its own nodes run.
+"""Splits an adapted graph into segments that read the weights of one unit each, so FSDP gathers one unit at a time.
 
-The graph is only read. A node that computes from weights alone (a transpose, a cast, a branch on a weight) belongs to
-whoever uses it and is computed there, so that nothing of a unit's weights outlives the unit's segments. The other nodes
-keep their order: each stays with the unit before it until one reads the weights of another. `Unit` and `Shards` are the
-modules that torch's fully_shard takes for blocks; `SplitGraph` runs a graph through them, segment by segment.
+The graph itself is not changed. A node that computes only from weights (a transpose, a cast, a branch on a weight) is
+computed where it is used, so no tensor keeps a unit's weights alive after its segments. The other nodes keep their
+order, and a new segment begins when a node reads the weights of another unit. `Unit` and `Shards` are the modules that
+torch's fully_shard gets as blocks. `SplitGraph` runs a graph through them, segment by segment.
 """
 
 from __future__ import annotations
@@ -44,14 +43,15 @@ __all__ = [
 
 
 ROOT = ""
-"""The unit whose weights are whole for a whole forward: what is read in several units, and small things between."""
+"""The unit whose weights stay gathered for the whole forward: those read in several units, and small ones."""
 
 _NUMBER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 def unit_of(name: str, parameter: nn.Parameter) -> str:
-    """Return the unit of a parameter by its name: up to its first number (`layers.3`), else the module that holds it,
-    where it is a matrix (`head`); a vector outside of numbered modules is in the root unit.
+    """Return the unit of a parameter by its name: the name up to its first number (`layers.3`).
+
+    Without a number it is the module that holds a matrix (`head`), and the root unit for a vector.
     """
     if (numbered := _NUMBER.match(name)) is not None:
         return numbered.group()
@@ -60,14 +60,14 @@ def unit_of(name: str, parameter: nn.Parameter) -> str:
 
 @dataclass(frozen=True)
 class Segment:
-    """Nodes that run in one go.
+    """Consecutive nodes that read the weights of one unit.
 
     Args:
-        unit: whose weights they read, or ROOT.
-        nodes: in order, without those that compute from weights alone.
-        inputs: nodes of earlier segments whose values these need.
-        outputs: nodes of this one whose values later ones need.
-        last: by node, the values that nobody needs after it.
+        unit: the unit, or ROOT.
+        nodes: in order, without those that compute only from weights.
+        inputs: nodes of earlier segments whose values are needed.
+        outputs: nodes of this segment whose values are needed later.
+        last: by node, the values that are not needed after it.
     """
 
     unit: str
@@ -77,7 +77,7 @@ class Segment:
     last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     def run(self, interpreter: fx.Interpreter, values: Iterable[Any]) -> tuple[Any, ...]:
-        """Return the values of the outputs, from those of the inputs; the interpreter computes each node."""
+        """Return the values of the outputs for those of the inputs. The interpreter computes each node."""
         held: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
 
         def value_of(node: fx.Node) -> Any:
@@ -94,17 +94,17 @@ class Segment:
 
 
 def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
-    """Return the sets of parameters (by id) of several units that one node reads, which no split can part."""
+    """Return the sets of parameters (by id) that one node reads together although they belong to several units."""
     reads = _reads(graph_module)
     together = [reads.of(node) for node in graph_module.graph.nodes if node not in reads.lazy]
     return [group for group in together if len({units[parameter] for parameter in group} - {ROOT}) > 1]
 
 
 class SegmentedGraph:
-    """A graph in segments, and the values that are still needed after each of them.
+    """A graph in segments, with the values that are still needed after each of them.
 
     Args:
-        module: the graph module, from which the nodes read their names.
+        module: the graph module.
         segments: in order.
     """
 
@@ -116,9 +116,9 @@ class SegmentedGraph:
         self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
 
     def run(self, inputs: tuple[Any, ...], run_segment: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
-        """Return what the output node has; `run_segment` runs a segment on the values of its inputs.
+        """Return the value of the output node. `run_segment` runs a segment on the values of its inputs.
 
-        Arguments that were left out have their defaults.
+        Missing arguments get their defaults.
         """
         arguments = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, arguments, strict=True))
@@ -132,10 +132,10 @@ class SegmentedGraph:
 
 
 def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
-    """Return a graph in segments.
+    """Split a graph into segments.
 
     Args:
-        graph_module: whose nodes read the parameters of its children.
+        graph_module: reads the parameters of its children.
         units: the unit of every parameter, by the parameter's id.
     """
     reads = _reads(graph_module)
@@ -162,13 +162,13 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
 
 @dataclass(frozen=True)
 class _Reads:
-    """Which nodes compute from weights alone, and the parameters that each node reads itself, by id."""
+    """The nodes that compute only from weights, and the parameters that each node reads directly, by id."""
 
     lazy: frozenset[fx.Node]
     own: Mapping[fx.Node, set[int]]
 
     def of(self, node: fx.Node) -> set[int]:
-        """Return the parameters that a node reads, through those that compute from weights alone."""
+        """Return the parameters that a node reads, directly or through nodes that compute only from weights."""
         through = (self.of(source) for source in node.all_input_nodes if source in self.lazy)
         return set(self.own.get(node, ())).union(*through)
 
@@ -189,7 +189,7 @@ def _reads(graph_module: fx.GraphModule) -> _Reads:
 
 
 def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
-    """Return what the nodes read, seen through what computes from weights alone, in order."""
+    """Return the inputs of these nodes in order, looking through nodes that compute only from weights."""
     needs: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -205,7 +205,7 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
 
 
 def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Return by node what nobody reads after it in these nodes: inputs and nodes that are no outputs."""
+    """Return by node the values that none of these nodes reads after it, except outputs."""
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for source in _needs([node], lazy):
@@ -219,9 +219,9 @@ def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) 
 
 
 class Unit(nn.Module):
-    """Holds the modules whose parameters are sharded together; its forward runs a segment that reads them.
+    """Holds the modules whose parameters are sharded together. Its forward runs a segment that reads them.
 
-    The modules stay where they are in the user's model: `fully_shard` changes their parameters in place.
+    The modules stay in the user's model: `fully_shard` changes their parameters in place.
     """
 
     def __init__(self, holders: Iterable[nn.Module]) -> None:
@@ -229,7 +229,7 @@ class Unit(nn.Module):
         self.holders = nn.ModuleList(holders)
 
     def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
-        """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
+        """Return the segment's outputs. None shares memory with a weight, which is freed when this returns."""
         storages = {local(parameter).untyped_storage()._cdata for parameter in self.parameters()}
         outputs: tuple[Any, ...] = segment.run(interpreter, values)
         outputs = pytree.tree_map_only(torch.Tensor, partial(_own, storages=storages), outputs)
@@ -237,7 +237,7 @@ class Unit(nn.Module):
 
 
 class Shards(nn.Module):
-    """All units; its forward runs a graph, and `rest` holds what is in no unit."""
+    """All units. Its forward runs a graph, and `rest` holds the modules of the root unit."""
 
     def __init__(self, units: Mapping[str, Unit], rest: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -246,11 +246,11 @@ class Shards(nn.Module):
         self.rest = nn.ModuleList(rest)
 
     def unit(self, name: str) -> Any:
-        """Return the module that FSDP was given for a unit."""
+        """Return the module of a unit, for FSDP."""
         return self if name == ROOT else self.units[self.names[name]]
 
     def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
-        """Return what the graph's output node has."""
+        """Return the value of the graph's output node."""
 
         def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
             if segment.unit == ROOT:
@@ -262,13 +262,13 @@ class Shards(nn.Module):
 
 
 class SplitGraph:
-    """Stands in a variant for its graph module: the same call, through the units.
+    """Replaces the graph module of a variant: the same call, through the units.
 
     Args:
-        shards: whose units hold the parameters.
-        graph: in segments of these.
+        shards: the units that hold the parameters.
+        graph: in segments of these units.
         leaves: returns the leaves of a call's arguments, in the order of the placeholders.
-        called: is called before each call; returns whether the branches rest, as other weights are in place.
+        called: called before each run; returns whether other weights are in place, so that branches must add nothing.
     """
 
     def __init__(
@@ -294,12 +294,12 @@ class SplitGraph:
         """
         if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
             raise StateError(
-                "torch.compile: a cascade whose weights are sharded runs as it is; call it uncompiled", code="sharded"
+                "torch.compile: a cascade with sharded weights cannot be compiled. Call it uncompiled", code="sharded"
             )
         return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *self.leaves(args, kwargs)))
 
     def run(self, interpreter: fx.Interpreter, *inputs: Any) -> Any:
-        """Return what the graph's output node has, for the leaves of a call's arguments."""
+        """Return the value of the graph's output node for the leaves of a call's arguments."""
         with resting(self.branches) if self.called() else contextlib.nullcontext():
             try:
                 return self.shards(self.graph, interpreter, *inputs)
@@ -310,7 +310,7 @@ class SplitGraph:
 
 @isolated
 def resting(undo: Block, branches: list[Branch]) -> None:
-    """Let branches add nothing: `base + 0 * term` is base."""
+    """Let branches add nothing, by a scale of 0."""
     for branch in branches:
         undo(partial(setattr, branch, "scale", branch.scale))
         branch.scale = 0.0
@@ -318,10 +318,10 @@ def resting(undo: Block, branches: list[Branch]) -> None:
 
 @isolated
 def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
-    """Let methods of the user's model run, which call its modules and no graph: the weights of a block (`layers.3`) are
-    gathered while one of its modules runs, and those of no block until the end.
+    """Let methods of the user's model run: they call its modules, not a graph.
 
-    Every rank must call the same modules in the same order.
+    The weights of a block (`layers.3`) are gathered while one of its modules runs, and all others until the end. Every
+    rank must call the same modules in the same order.
     """
     modules, blocks = dict(model.named_modules()), _Blocks(shards)
     units = {id(held): name for name in shards.names for held in shards.unit(name).parameters()}
@@ -329,7 +329,7 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
     for name in numbered:
         for module in _called(modules[name]):
             if names := sorted({units[id(held)] for held in module.parameters() if id(held) in units} & numbered):
-                table, slot = vars(module), "_compiled_call_impl"  # no hook, of which graphs know (cascade/usage.py)
+                table, slot = vars(module), "_compiled_call_impl"  # not a hook, see cascade/usage.py
                 inner = module._compiled_call_impl
                 undo(partial(table.pop, slot) if inner is None else partial(table.update, {slot: inner}))
                 table[slot] = partial(blocks.call, names, inner or module._call_impl)
@@ -340,13 +340,13 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
 
 
 class _Blocks:
-    """Gathers units while calls run that read them, once where such calls are inside one another."""
+    """Gathers units while calls run that read them, only once for nested calls."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards, self.depth = shards, Counter[str]()
 
     def call(self, names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function with the weights of some units whole."""
+        """Call a function with the weights of some units gathered."""
         with self._whole(names):
             return function(*args, **kwargs)
 
@@ -355,7 +355,7 @@ class _Blocks:
         try:
             for name in names:
                 self.depth[name] += 1
-                with torch.inference_mode(False):  # or FSDP's buffers could not be trained with
+                with torch.inference_mode(False):  # otherwise FSDP would create its buffers in inference mode
                     self.shards.unit(name).unshard()
             yield
         finally:
@@ -366,7 +366,7 @@ class _Blocks:
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module, or in the place of one that only holds others these."""
+    """Yield a module, or its children if it is only a container."""
     if type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         yield module
         return
@@ -375,7 +375,7 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """Return a value that is no view: FSDP's hooks hang on it, and a view of a weight would lose its memory."""
+    """Return a value that is not a view. FSDP puts hooks on it, and the memory of a weight is freed."""
     if local(value).untyped_storage()._cdata in storages:  # a fake tensor has no address
         return value.clone()
     if value.requires_grad and value._base is not None:
@@ -384,14 +384,14 @@ def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
 
 
 class _NoView(torch.autograd.Function):
-    """`apply(x)`: the same memory, as nobody's view."""
+    """`apply(x)`: the same memory, but not a view."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return it."""
+        """Return x, detached."""
         return x.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient as it is."""
+        """Return the gradient unchanged."""
         return gradient
