@@ -85,7 +85,7 @@ def _with_fast_weights(name: str) -> Any:
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             run = cascade._run
-            if run.is_sharded and "synced_gpus" in inspect.signature(method).parameters:
+            if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
                 kwargs["synced_gpus"] = True  # ranks that are done compute on until all are
             placed = run.released or run.inside_weights
             with nullcontext() if placed else cascade.weights("fast"), cascade._graphs.gathered():

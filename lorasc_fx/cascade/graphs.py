@@ -66,6 +66,11 @@ class Graphs:
         self.variants.exchange(split)
         self._split, self.gathered = split, gathered
 
+    @property
+    def are_split(self) -> bool:
+        """Whether graphs gather sharded weights, which the model itself cannot."""
+        return self._split is not None
+
     def drop(self, undo: Undo) -> None:
         """Detach and drop all graphs; the next call makes new ones."""
         undo(partial(setattr, self, "variants", self.variants))

@@ -78,9 +78,9 @@ class Before:
         self.trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
         dense = {name: value for name, value in self.parameters.items() if not is_quantized(value)}
         self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
-        # FSDP exchanges parameters itself, so the places and the memory of shards are not ours to restore.
-        self.places = [] if run.is_sharded else holders_of(run.model, names)
-        self.memory = [] if run.is_sharded else [(parameter, parameter.data) for parameter in dense.values()]
+        self.owned = run.owned(names)
+        self.places = holders_of(run.model, self.owned)
+        self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = self._reserved()
         self.changed: str | None = None  # the first weight that was written inside the `with`
 
@@ -133,7 +133,7 @@ class Before:
 
     def set_versions(self, version: int | None = None) -> None:
         """Set the version counters of the parameters, by default those that they had before."""
-        names = () if self.run.is_sharded else tuple(self.versions)
+        names = tuple(name for name in self.versions if name in self.owned)
         versions = tuple(self.versions[name] if version is None else version for name in names)
         torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)
 

@@ -210,6 +210,7 @@ class Run(RunBase):
         Hooks on parameters are removed, because FSDP does not call them.
         """
         self.slow = slow
+        self.warned.forget("model-called-inside-stage")  # from now on such a call raises, see `check_model_call`
         self.pending.disarm()
         self.note_weights()
 
@@ -279,6 +280,25 @@ class Run(RunBase):
                 f"{call}: the model is on the meta device and has no values. "
                 "Call lorasc_fx.materialize(cascade, folder) with its safetensors first",
                 code="meta-model",
+            )
+
+    def check_model_call(self) -> None:
+        """Raise StateError if the user's model is called and its weights are sharded."""
+        if self.is_sharded and not self.exchanged():
+            raise StateError(
+                f"{type(self.model).__name__}: the model of a cascade, or a module in it, was called, and its weights "
+                "are sharded over several processes. Call the cascade, inside `with cascade.weights(...)` for other "
+                "weights, or a method that gathers them (cascade.generate, encode, predict)",
+                code="sharded",
+            )
+
+    def check_copy(self) -> None:
+        """Raise StateError for a deep copy of sharded weights, which FSDP would not shard."""
+        if self.is_sharded:
+            raise StateError(
+                "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
+                "lorasc_fx.save and lorasc_fx.load it onto another model",
+                code="sharded",
             )
 
     @contextmanager

@@ -128,6 +128,10 @@ class RunBase:
         parameters = {name: _parameter(self.model, name) for name in names}
         return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
+    def owned(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Return those of these parameters whose places and memory we may restore. FSDP exchanges sharded ones."""
+        return {} if self.is_sharded else self.present(names)
+
     def weights_by_name(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the slow state, except those trained in full. Missing ones are left out."""
         return self.present(name for name, state in self.slow.states.items() if not state.full)
@@ -153,6 +157,11 @@ class RunBase:
     def holds_numbers(self) -> bool:
         """Whether the model is not on the meta device."""
         return self.meta is None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this process alone has all values: the weights are neither sharded nor on the meta device."""
+        return self.holds_numbers and not self.is_sharded
 
     @property
     def is_noisy(self) -> bool:

@@ -102,7 +102,7 @@ class UsageWatch(Fresh):
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:
             run = self._run()
-            if run is None or torch.compiler.is_compiling() or self._warned(run, "model-called-inside-stage"):
+            if run is None or torch.compiler.is_compiling() or "model-called-inside-stage" in run.warned:
                 return value(*args, **kwargs)
             sites = {run.model.get_submodule(weight.rpartition(".")[0]) for weight in run.branches_by_weight()}
             modules = [module for module in sites if module._compiled_call_impl is None]
@@ -133,11 +133,6 @@ class UsageWatch(Fresh):
         self._check("pickled")
         return super().__reduce__()
 
-    @staticmethod
-    def _warned(run: Run, code: str) -> bool:
-        """Whether there is nothing left to say. A call of a sharded model raises each time."""
-        return code in run.warned and not run.is_sharded
-
     def _check(self, how: str) -> None:
         """Warn if the user's model is called, read, copied or pickled while it lacks the branches in training.
 
@@ -150,15 +145,10 @@ class UsageWatch(Fresh):
             run.note_kept()
         code = "model-called-inside-stage" if how == "called" else "model-saved-inside-stage"
         once = how in ("called", "read")
-        if (once and self._warned(run, code)) or _from_package():
+        if (once and code in run.warned) or _from_package():
             return
-        if run.is_sharded and how == "called" and not run.exchanged():
-            raise StateError(
-                f"{type(run.model).__name__}: the model of a cascade, or a module in it, was called, and its weights "
-                "are sharded over several processes. Call the cascade, inside `with cascade.weights(...)` for other "
-                "weights, or a method that gathers them (cascade.generate, encode, predict)",
-                code="sharded",
-            )
+        if how == "called":
+            run.check_model_call()
         if not _differs(run):
             return
         message = (
@@ -198,7 +188,7 @@ class UsageWatch(Fresh):
                 "checkpointing for long sequences",
                 code="wrapper-not-supported",
             )
-        if grad and not run.is_sharded:
+        if grad:
             cascade._called_by("train")
         self._checked[grad] = around
         # Before the first training call: the wrapper has broadcast the parameters of rank 0, but not its W0.
@@ -246,7 +236,7 @@ class UsageWatch(Fresh):
     def check_end(self) -> None:
         """Warn at the end of the program if the first stage has trained and was not ended, saved or released."""
         run = self._run()
-        if run is None or run.looped or not run.holds_numbers or run.is_sharded or run.plan.stage > 1:
+        if run is None or run.looped or not run.is_local or run.plan.stage > 1:
             return
         if "training-not-kept" in run.warned or not run.slow.moved(run.branches_by_weight()):
             return
@@ -273,7 +263,7 @@ def _differs(run: Run) -> bool:
 
     False for shards, where the other processes would have to be asked.
     """
-    if run.released or run.inside_weights or not run.holds_numbers or run.is_sharded:
+    if run.released or run.inside_weights or not run.is_local:
         return False
     if run.exchanged():  # torch.func.functional_call runs the model with other tensors
         return False

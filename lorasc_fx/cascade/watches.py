@@ -37,6 +37,10 @@ class Warned(Fresh):
             self._codes.add(code)
             warn(message, code)
 
+    def forget(self, code: str) -> None:
+        """Allow this warning once more."""
+        self._codes.discard(code)
+
     def accept(self, code: str) -> None:
         """Suppress warnings with this code: the user asked for what they warn about."""
         self._codes.add(code)
