@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.kit import tiny
+
 Inputs = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 # So many classes that two experts of rank 2 do not outgrow a head, and no stage is gone.
 CLASSES, VOCABULARY, BATCH = 12, 64, 4
@@ -69,33 +71,15 @@ class Dropout(nn.Module):
 
 
 def bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40,
-        max_position_embeddings=16, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
+    return tiny.bert(vocab_size=VOCABULARY, hidden_size=24, num_labels=CLASSES, **tiny.QUIET)
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=40, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return tiny.llama(vocab_size=VOCABULARY, hidden_size=24)
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=24, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    return tiny.gpt2(vocab_size=VOCABULARY, n_embd=24)
 
 
 def resnet() -> nn.Module:

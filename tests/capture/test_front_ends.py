@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
 from lorasc_fx.util.finalizers import POSTPONED
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import assert_merged, batches, branches, loss_of, merged, randomize
 
@@ -159,19 +160,9 @@ def test_a_symbolic_trace_leaves_other_threads_alone() -> None:
 
 
 def llama(**more: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=30,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        **more,
-    )
+    pytest.importorskip("transformers")
     torch.manual_seed(6)
-    return transformers.LlamaForCausalLM(config)
+    return tiny.llama(**{"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, **more})
 
 
 def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, factors, randomize
 
@@ -189,12 +190,7 @@ def test_folded_graph_for_other_inputs() -> None:
 def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     """save_pretrained, from_pretrained: equal outputs, in the dtype; tied weights, generate and its settings too."""
     torch.manual_seed(52)
-    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
-    config = transformers.LlamaConfig(
-        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=tied, **size,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model = tiny.llama(num_hidden_layers=2, tie_word_embeddings=tied).to(dtype).eval()
     model.generation_config.max_new_tokens, model.generation_config.pad_token_id = 4, 0
     ids = torch.randint(3, 30, (2, 7))
     cascade = lx.adapt(model, kwargs={"input_ids": ids, "use_cache": False}, spec=SPEC)
@@ -208,7 +204,7 @@ def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype:
     state = cascade.folded_state_dict()
     released = cascade.release()
     assert (slow - before).abs().max() > 1e-3
-    fresh = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    fresh = type(model)(model.config).to(dtype).eval()
     assert str(fresh.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
     released.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()

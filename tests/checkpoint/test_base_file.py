@@ -21,6 +21,7 @@ import lorasc_fx as lx
 from lorasc_fx.checkpoint.base_file import MappedPages
 from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import of_slow, unchanged
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
 from tests.kit.state import is_released, weight_states
@@ -263,9 +264,7 @@ def test_a_weight_that_forward_writes_is_not_of_the_file(tmp_path: Path) -> None
 def test_shards_and_prefixes_of_transformers(tmp_path: Path) -> None:
     """`file` is the folder that the model names: a head's for the body, the body's for a head, one file or more."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
-    )
+    config = tiny.bert().config
     torch.manual_seed(0)
     ids = {"input_ids": torch.randint(0, 30, (2, 6))}
     spec = lx.CascadeSpec(targets=("*.query", "*layer.*.dense", "*word_embeddings"), rank=2)

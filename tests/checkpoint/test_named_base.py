@@ -22,8 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForMaskedLM,
     MixtralConfig,
     MixtralForCausalLM,
     modeling_utils,
@@ -34,6 +32,7 @@ from tests.damage.mutations import forge
 from tests.errors.models import adapted, mlp
 from tests.errors.state import unchanged
 from tests.integrations.kit import llama
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 
@@ -81,10 +80,9 @@ def classifier(path: Path) -> tuple[lx.Cascade, tuple[Any, ...]]:
     return lx.adapt(model, kwargs={"input_ids": IDS}, spec=spec), (IDS,)
 
 
-def bert() -> BertForMaskedLM:
+def bert(kind: str = "ForMaskedLM") -> Any:
     torch.manual_seed(3)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    return BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
+    return tiny.bert(kind)
 
 
 def image(path: Path) -> tuple[lx.Cascade, tuple[Any, ...]]:
@@ -239,10 +237,7 @@ def test_a_resume_from_a_folder_that_names_its_base(tmp_path: Path) -> None:
 def test_a_base_whose_files_have_other_names(tmp_path: Path) -> None:
     """One tensor for each expert there, and one of all here: none of them is new, and the folder holds none."""
     torch.manual_seed(3)
-    config = MixtralConfig(
-        vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+    config = MixtralConfig(**tiny.SIZES, num_key_value_heads=1, num_local_experts=4)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
     assert any("experts.3" in key for key in load_file(tmp_path / "base" / "model.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -463,9 +458,7 @@ def cascade_slow_after(cascade: lx.Cascade, args: tuple[Any, ...]) -> torch.Tens
     ids=["trained in full", "adapted", "neither", "magnitudes", "noise"],
 )
 def test_the_head_of_a_classifier_of_texts(options: dict[str, Any], tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    config = BertConfig(**{**bert().config.to_dict(), "num_labels": 3})
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    bert("ForSequenceClassification").save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     cascade = lx.adapt(model.eval(), kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(rank=2, **options))
     in_a_second_stage(cascade)
@@ -480,9 +473,7 @@ def test_the_head_of_a_classifier_of_texts(options: dict[str, Any], tmp_path: Pa
 
 
 def test_a_head_alone_is_an_adapter_of_no_task(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    config = BertConfig(**{**bert().config.to_dict(), "num_labels": 3})
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    bert("ForSequenceClassification").save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
     cascade = lx.adapt(model, kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(("classifier.*",), rank=2))
     in_a_second_stage(cascade)

@@ -16,6 +16,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.cli import load, main
 from lorasc_fx.cli.export import FORMATS
+from tests.kit import tiny
 from tests.kit.errors import raises, warns
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "16", "--data.validation", "16",
@@ -141,17 +142,12 @@ def test_a_classifier_of_other_classes(place: Path) -> None:
     """A base with two classes, a run with three: transformers loads what is folded, and knows the names."""
     from transformers import (
         AutoModelForSequenceClassification,
-        BertConfig,
-        BertForSequenceClassification,
         BertTokenizer,
         pipeline,
     )
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "dull", "long", "film"]
-    about = BertConfig(
-        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
-    )
-    BertForSequenceClassification(about).save_pretrained("bert")
+    tiny.bert(vocab_size=len(words), max_position_embeddings=512, num_labels=2).save_pretrained("bert")
     Path("vocab.txt").write_text("\n".join(words))
     BertTokenizer("vocab.txt").save_pretrained("bert")
     lines = "".join(

@@ -18,6 +18,7 @@ from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.cli.models import MeanPooled, build_model, example_inputs, logits_of, tokenizer_of
 from lorasc_fx.errors import LorascError, SpecError
 from tests.kit.errors import raises
+from tests.kit.tiny import bert
 
 LITE = ModelConfig("timm:tf_efficientnet_lite0", "python:experiments.models:efficientnet_lite0")
 
@@ -78,14 +79,10 @@ def test_minilm_is_mean_pooled() -> None:
 
 
 def test_a_classifier_folder_keeps_its_class(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    about = BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, num_labels=4
-    )
-    BertForSequenceClassification(about).save_pretrained(tmp_path)
+    own = bert(num_labels=4)
+    own.save_pretrained(tmp_path)
     model = build_model(ModelConfig(f"hf:{tmp_path}"), 4)
-    assert isinstance(model, BertForSequenceClassification)
+    assert type(model) is type(own)
     _, kwargs = example_inputs(ModelConfig(f"hf:{tmp_path}"), model)
     assert logits_of(model(**kwargs)).shape == (2, 4)
 

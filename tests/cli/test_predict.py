@@ -20,6 +20,7 @@ from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.data import image_examples, load_data
 from lorasc_fx.cli.predict import score_lines
 from lorasc_fx.cli.preprocessing import Preprocessing
+from tests.kit import tiny
 from tests.kit.errors import raises
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "32", "--data.validation", "16",
@@ -117,14 +118,11 @@ def test_a_tie_that_the_run_broke(place: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import BertConfig, BertModel, BertTokenizer
+    from transformers import BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "dull", "a", "film"]
     Path("vocab.txt").write_text("\n".join(words))
-    about = BertConfig(
-        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
-    )
-    BertModel(about).save_pretrained("bert")
+    tiny.bert("Model", vocab_size=len(words), max_position_embeddings=512).save_pretrained("bert")
     BertTokenizer("vocab.txt").save_pretrained("bert")
     lines = "".join(f"a {word} film,{mood}\n" for word, mood in (("fine", "glad"), ("dull", "sad")) * 20)
     Path("said.csv").write_text("text,label\n" + lines)

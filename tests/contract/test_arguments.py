@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 import lorasc_fx as lx
 from lorasc_fx.parallel import dcp as ours
 from lorasc_fx.passes import InsertBranches, MatchSites, PassOrderError, Pipeline
+from tests.kit import tiny
 
 
 class Net(nn.Module):
@@ -102,10 +103,7 @@ def test_dcp_keeps_a_scheduler(run: Any, tmp_path: Path) -> None:
 
 def test_a_folder_that_names_its_base_keeps_a_scheduler(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=30
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tiny.bert().save_pretrained(tmp_path / "base")
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     call = {"input_ids": torch.arange(10).view(2, 5)}
     cascade = lx.adapt(model, kwargs=call, spec=lx.CascadeSpec(rank=2, targets=("*query*",)))

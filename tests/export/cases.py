@@ -8,10 +8,10 @@ from typing import Any
 
 import timm
 import torch
-import transformers
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.models import randomize
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), restart_A="kept")
@@ -45,21 +45,12 @@ class Exported:
 def llama(**options: Any) -> nn.Module:
     """A language model of two layers, [30, 12] embeddings, whose head is tied to them if asked for."""
     torch.manual_seed(52)
-    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
-    config = transformers.LlamaConfig(
-        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
-        **size, **options,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny.llama(vocab_size=30, num_hidden_layers=2, **options).eval()
 
 
 def bert() -> nn.Module:
     torch.manual_seed(53)
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        max_position_embeddings=16, num_labels=3,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
+    return tiny.bert(num_hidden_layers=2)
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:

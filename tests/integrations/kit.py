@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.state import branches_of, weight_state
 
 
@@ -51,14 +52,8 @@ def adapted(spec: lx.CascadeSpec, dropout: float = 0.1, dtype: torch.dtype = tor
 
 def llama(**more: Any) -> LlamaForCausalLM:
     torch.manual_seed(3)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, **more,
-        }
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double()
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    return tiny.llama(**{**sizes, "use_cache": False, **more}).double()
 
 
 def texts(count: int = 8, length: int = 9) -> list[dict[str, Tensor]]:

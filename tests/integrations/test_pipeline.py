@@ -11,9 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -22,6 +19,7 @@ from transformers import (
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama, tokenizer, values_of, with_weights
+from tests.kit import tiny
 from tests.kit.models import randomize
 
 SIZES = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -32,8 +30,8 @@ IDS = {
 TEXTS = ["w1 w2 w3 w4", "w9 w30", "w7 w7 w21 w5 w4 w2"]
 
 
-def bert(kind: Any) -> Callable[[], nn.Module]:
-    return lambda: kind(BertConfig(vocab_size=40, max_position_embeddings=32, pad_token_id=0, num_labels=3, **SIZES))
+def bert(kind: str) -> Callable[[], nn.Module]:
+    return lambda: tiny.bert(kind, pad_token_id=0)
 
 
 def vit() -> nn.Module:
@@ -58,8 +56,8 @@ Case = tuple[
 ]
 
 CASES: dict[str, Case] = {
-    "text-classification": (bert(BertForSequenceClassification), IDS, words, lambda: TEXTS, {}),
-    "feature-extraction": (bert(BertModel), IDS, words, lambda: TEXTS, {}),
+    "text-classification": (bert("ForSequenceClassification"), IDS, words, lambda: TEXTS, {}),
+    "feature-extraction": (bert("Model"), IDS, words, lambda: TEXTS, {}),
     "image-classification": (vit, {"pixel_values": torch.randn(2, 3, 16, 16)}, pixels, images, {}),
     "text-generation": (
         lambda: llama().float(), IDS, words, lambda: TEXTS, {"max_new_tokens": 5, "do_sample": False},

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
 import lorasc_fx as lx
 from tests.integrations.kit import WORDS, losses, tokenizer
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import take_start
 
@@ -31,11 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentenceTransformer without dropout, in a folder."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40, max_position_embeddings=32, pad_token_id=0, hidden_size=24, intermediate_size=36,
-        num_hidden_layers=1, num_attention_heads=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
+    tiny.bert("Model", hidden_size=24, **tiny.QUIET).save_pretrained(folder / "bert")
     tokenizer().save_pretrained(folder / "bert")
     transformer = Transformer(str(folder / "bert"), max_seq_length=16)
     SentenceTransformer(modules=[transformer, Pooling(24)], device="cpu").save(str(folder / "whole"))

@@ -11,8 +11,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForQuestionAnswering,
     PreTrainedTokenizerFast,
     Trainer,
     pipeline,
@@ -20,6 +18,7 @@ from transformers import (
 
 import lorasc_fx as lx
 from tests.integrations.kit import arguments, llama, losses, texts, values_of, with_weights
+from tests.kit import tiny
 from tests.kit.models import lora_of
 from tests.kit.state import branches_of
 
@@ -138,16 +137,12 @@ def test_generate_and_pipeline_inside_weights_and_after_release() -> None:
 @pytest.mark.slow
 def test_labels_whose_names_the_trainer_knows_by_the_class(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16,
-    )  # fmt: skip
     data = [
         {"input_ids": each["input_ids"], "start_positions": torch.tensor(1), "end_positions": torch.tensor(3)}
         for each in texts(4)
     ]
     kwargs = {name: torch.stack([each[name] for each in data]) for name in data[0]}
-    model = BertForQuestionAnswering(config).eval()
+    model = tiny.bert("ForQuestionAnswering", num_labels=2).eval()
     with torch.no_grad():
         expected = model(**kwargs).loss.item()
     cascade = lx.adapt(model, kwargs=kwargs, spec=lx.CascadeSpec(rank=2))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
+from tests.kit import tiny
 from tests.peft.kit import normal
 
 
@@ -159,26 +159,15 @@ class Chosen(nn.Module):
 
 
 def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    return tiny.llama(vocab_size=11, num_hidden_layers=2, tie_word_embeddings=False, use_cache=False)
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16, use_cache=False, tie_word_embeddings=False
-    )
-    return transformers.GPT2LMHeadModel(config)
+    return tiny.gpt2(vocab_size=11, use_cache=False, tie_word_embeddings=False)
 
 
 def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, num_labels=3,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
+    return tiny.bert(vocab_size=11)
 
 
 def made(build: Callable[[], nn.Module]) -> nn.Module:

@@ -11,11 +11,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.func import functional_call
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import SCALE, batches, branches, lora_of, loss_of, mlp, optimizer_of, train, trainable_parameters
 from tests.kit.state import weight_states
@@ -222,10 +222,8 @@ def test_groups_and_weights_stored_as_in_out() -> None:
         ]
         torch.testing.assert_close(*losses, rtol=0, atol=1e-11)
 
-    size = {"n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 17, "n_positions": 9}
-    config = transformers.GPT2Config(**size, use_cache=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     torch.manual_seed(5)
-    gpt = transformers.GPT2Model(config).double().eval()
+    gpt = tiny.gpt2("Model", use_cache=False).double().eval()
     ids = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(1))
     targets = ("c_attn", "c_proj", "c_fc")
     spec = lx.CascadeSpec(**PLAIN, targets=tuple(f"*.{name}" for name in targets))

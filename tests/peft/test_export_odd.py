@@ -17,6 +17,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.peft.kit import gap, normal, seeded
@@ -206,18 +207,12 @@ def test_a_quantized_base(tmp_path: Path) -> None:
         assert gap(theirs(x), base()(x)) > 0.1
 
 
-def small(**more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 16, "use_cache": False, **more,
-    }  # fmt: skip
-
-
+SMALL = {"vocab_size": 11, "hidden_size": 8, "num_key_value_heads": 1, "use_cache": False}
 MIXTURES: dict[str, Build] = {
     "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**small(num_local_experts=3, tie_word_embeddings=False))
+        transformers.MixtralConfig(**{**tiny.SIZES, **SMALL}, num_local_experts=3, tie_word_embeddings=False)
     ),
-    "tied llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small(tie_word_embeddings=True))),
+    "tied llama": lambda: tiny.llama(**SMALL, tie_word_embeddings=True),
 }
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
 from tests.kit.oracle import Cascade as Reference
@@ -244,8 +244,7 @@ class Odd(nn.Module):
 
 
 def gpt2() -> nn.Module:
-    size = {"n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 17, "n_positions": 9}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, use_cache=False)).double().eval()
+    return tiny.gpt2(use_cache=False).double().eval()
 
 
 @pytest.mark.slow

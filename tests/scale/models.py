@@ -11,24 +11,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.kit import tiny
 
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(3))
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+def llama(tied: bool = False) -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny.llama(**sizes, num_key_value_heads=2, intermediate_size=48, tie_word_embeddings=tied)
 
 
 def image_net() -> nn.Module:

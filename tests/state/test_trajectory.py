@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-import transformers
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.models import (
     OPTIMIZERS,
     PLAIN,
@@ -71,10 +71,7 @@ def vit() -> nn.Module:
 
 def bert() -> nn.Module:
     torch.manual_seed(5)
-    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.BertConfig(vocab_size=30, max_position_embeddings=16, **size, **quiet)
-    return transformers.BertModel(config, add_pooling_layer=False).double()
+    return tiny.bert("ForTokenClassification", vocab_size=30, num_hidden_layers=2, **tiny.QUIET).double()
 
 
 def sentences() -> list[dict[str, torch.Tensor]]:
