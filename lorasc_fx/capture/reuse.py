@@ -25,6 +25,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
@@ -145,8 +146,8 @@ class _Pickler(pickle.Pickler):
         buffers = self._model.named_buffers(remove_duplicate=False)
         for is_buffer, named in enumerate((parameters, buffers)):
             for name, value in named:
-                if is_traceable_wrapper_subclass(value):
-                    raise _NoKey("a quantized weight, which has no memory of its own")
+                if is_traceable_wrapper_subclass(value) or isinstance(value, FakeTensor):
+                    raise _NoKey("a quantized or fake tensor, which has no memory of its own")
                 tied = self._names.setdefault(id(value), name)
                 shared = memory.setdefault(value.untyped_storage().data_ptr(), name) if value.numel() else ""
                 yield name, tied, shared, _layout(value), value.storage_offset(), is_buffer and checksum(value)
