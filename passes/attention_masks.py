@@ -1,16 +1,22 @@
-"""Attention as the eager model has it: without masks that mask nothing, and with keys and values that no copy repeats.
+"""Remove attention masks that mask nothing, and copies of keys and values for several heads of queries.
 
-transformers leaves out a mask that lets all through, and asks for `is_causal` in place of a triangle, but not under
-torch.export, which sees no values. Attention with a mask takes a slower kernel. So this pass removes a mask if it is
-proved to mask nothing more at any size of the inputs; one with a sliding window stays.
+The eager code of transformers leaves out a mask that lets everything through, and asks for `is_causal` instead of a
+triangle. Under torch.export it does not, because it sees no values then. Attention with a mask uses a slower kernel. So
+this pass removes a mask if it is proved to mask nothing more, whatever the sizes of the inputs:
 
-The proof follows what is made of sizes through its ops. A mask is `key <= query`, `position >= 0`, or several such
-conditions at once. Each number on the way to it is `start + sum(slope * index)`, and the mask is the set of those
-numbers that must not be negative. Where that set is empty the mask lets all through, whatever the sizes. An op that is
-not in the table ends the proof, and the mask stays.
+    %ge = ge(%query_index, %key_index)
+    %out = scaled_dot_product_attention(%q, %k, %v, %ge)
 
-Where there is a mask, transformers also copies each head of the keys and values for all the heads of queries that read
-it. Without one, attention reads the few heads as they are.
+becomes
+
+    %out = scaled_dot_product_attention(%q, %k, %v, None, 0.0, True)
+
+A mask with a sliding window stays. The proof follows tensors that are made from sizes through their ops. An element of
+such a tensor is a number `start + sum(slope * index)`, or a truth: none of several such numbers is negative. A mask
+without a condition lets everything through. An op that is not in the table ends the proof, and the mask stays.
+
+With a mask, transformers also copies each head of keys and values for all heads of queries that read it. Without one,
+attention reads the few heads directly.
 """
 
 from __future__ import annotations
@@ -36,16 +42,15 @@ _METADATA = torch.ops.aten._assert_tensor_metadata.default
 _SLICE = torch.ops.aten.slice.Tensor
 _REPETITION = (torch.ops.aten.reshape.default, torch.ops.aten.expand.default, torch.ops.aten.unsqueeze.default)
 _NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
-_WIDEST = 256
-"""Up to this size of a head, transformers gives attention fewer heads of keys than of queries."""
+_MAX_HEAD_SIZE = 256
+"""Largest size of a head for which transformers passes fewer heads of keys than of queries to attention."""
 
 
 @dataclass(frozen=True)
 class AttentionMasks(CascadePass):
-    """Take out attention masks that mask nothing at any size, the repetition of heads for such attention, and what only
-    these needed.
+    """Remove attention masks that mask nothing at any size, copies of heads for such attention, and their dead nodes.
 
-    It reads the metadata that torch.export leaves on nodes; a graph without it stays as it is.
+    It needs the metadata that torch.export leaves on nodes. A graph without them is not changed.
     """
 
     name: ClassVar[str] = "attention-masks"
@@ -76,13 +81,13 @@ def _argument(call: fx.Node, name: str) -> Any:
 
 
 def _shape(node: fx.Node) -> Sequence[Any]:
-    """Return the sizes of a node's value, numbers or symbols; none if it is no tensor."""
+    """Return the sizes of a node's tensor, numbers or symbols; () for another value."""
     value = node.meta.get("val")
     return value.shape if isinstance(value, torch.Tensor) else ()
 
 
 def _replaceable(call: fx.Node) -> bool:
-    """Whether attention has a mask, and its output has the batch and heads of its query without it."""
+    """Whether attention has a mask, and would have an output of the same shape without it."""
     query = _shape(_argument(call, "query"))
     return (
         isinstance(_argument(call, "attn_mask"), fx.Node)
@@ -93,7 +98,7 @@ def _replaceable(call: fx.Node) -> bool:
 
 
 def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether sizes are the same numbers or the same symbols; asks nothing of the symbols, which would be a guard."""
+    """Whether sizes are the same numbers or the same symbols. Comparing the symbols themselves would add a guard."""
 
     def plain(size: Any) -> Any:
         return size if isinstance(size, int) else size.node.expr
@@ -102,7 +107,7 @@ def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def _equivalent(mask: Value, call: fx.Node) -> Literal["none", "causal"] | None:
-    """Return what attention may have in place of a mask, or None if it needs the mask."""
+    """Return what attention may use instead of a mask, or None if it needs the mask."""
     if mask in _NOTHING:
         return "none"
     rows = _shape(_argument(call, "query"))[-2:-1]
@@ -120,9 +125,9 @@ def _simplify(graph: GraphEditor, call: fx.Node, instead: Literal["none", "causa
 
 
 def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
-    """Let attention read keys and values whose heads are not repeated yet; return the nodes that repeat them.
+    """Let attention read keys and values before their heads are copied. Return the nodes that copy them.
 
-    It is what transformers' eager code does without a mask (`use_gqa_in_sdpa`), for heads of the same sizes.
+    The eager code of transformers does so without a mask (`use_gqa_in_sdpa`), for heads of the same sizes.
     """
     query, key, value = call.args[:3]
     assert isinstance(query, fx.Node)
@@ -131,7 +136,7 @@ def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
     if keys is None or values is None or not _alike(_shape(keys)[:2], _shape(values)[:2]):
         return set()
     size = _shape(keys)[-1]
-    narrow = isinstance(size, int) and size <= _WIDEST and _alike(_shape(values)[-1:], [size])
+    narrow = isinstance(size, int) and size <= _MAX_HEAD_SIZE and _alike(_shape(values)[-1:], [size])
     if not narrow or not _alike(_shape(query)[:1], _shape(keys)[:1]) or _written([keys, values]):
         return set()
     graph.give_arguments(call, (query, keys, values, *call.args[3:]), {**call.kwargs, "enable_gqa": True})
@@ -139,7 +144,7 @@ def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
 
 
 def _repetition(last: Any) -> list[fx.Node]:
-    """Return the nodes, last first, that repeat each head of what the last of them makes; none if it is no such."""
+    """Return the nodes, last first, that copy each head of a tensor, with the tensor; [] for other nodes."""
     chain: list[fx.Node] = []
     for target in (*_REPETITION, None):
         while isinstance(last, fx.Node) and _is_whole(last):
@@ -159,26 +164,26 @@ def _repetition(last: Any) -> list[fx.Node]:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a node is a slice from the first to the last."""
+    """Whether a node is a slice of all entries."""
     return node.target is _SLICE and node.args[2:] == (0, sys.maxsize) and not node.kwargs
 
 
 def _sources(mask: fx.Node, known: Mapping[fx.Node, Value]) -> set[fx.Node]:
-    """Return a mask and the nodes that what is known of it comes from."""
+    """Return a mask and the nodes that its value was proved from."""
     return _reached([mask], lambda node: [source for source in node.all_input_nodes if source in known])
 
 
 def _written(nodes: Iterable[fx.Node]) -> bool:
-    """Whether anything may write into one of these nodes, or into what shares their memory."""
+    """Whether anything may write into one of these nodes, or into a tensor that shares their memory."""
     owners = _reached(nodes, lambda node: node.all_input_nodes if _shares(node) else [])
     if any(node.op != "call_function" for node in owners):
-        return True  # an input or a buffer may have another name, by which it is written into
+        return True  # an input or a buffer may be written under another name
     views = _reached(owners, lambda node: [user for user in node.users if _shares(user)])
     return any(mutates(user, node) for node in views for user in node.users)
 
 
 def _reached(nodes: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Return these nodes and what is reached from them; numbers share nothing, and lead nowhere."""
+    """Return these nodes and all reached from them. Numbers share no memory, so they are left out."""
     waiting = list(nodes)
     reached = set(waiting)
     while waiting:
@@ -190,12 +195,12 @@ def _reached(nodes: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Nod
 
 
 def _shares(node: fx.Node) -> bool:
-    """Whether what a node makes may share memory with what it reads."""
+    """Whether a node's value may share memory with its arguments."""
     return node.op != "output" and may_alias(node)
 
 
 def _erase(graph: GraphEditor, spare: set[fx.Node]) -> None:
-    """Erase those of these nodes, and of the sizes, that nothing needs but each other, and assertions on them."""
+    """Erase nodes among these, and sizes, that only each other and assertions read."""
     dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
@@ -209,11 +214,11 @@ def _erase(graph: GraphEditor, spare: set[fx.Node]) -> None:
 
 @dataclass(frozen=True)
 class Affine:
-    """A whole number for each index: `start + sum(slope * index)`.
+    """An integer for each index: `start + sum(slope * index)`.
 
     Args:
-        slopes: pairs of an axis, counted from the last one (-1), and its slope; none is zero.
-        start: the number where all indices are zero.
+        slopes: pairs of an axis, counted from the last one (-1), and its slope, which is not zero.
+        start: the number at index 0.
     """
 
     slopes: tuple[tuple[int, int], ...] = ()
@@ -225,7 +230,7 @@ class Affine:
         return Affine(tuple(sorted((axis, slope) for axis, slope in slopes.items() if slope)), start)
 
     def plus(self, other: Affine, factor: int = 1) -> Affine:
-        """Return the sum with a multiple of another one."""
+        """Return the sum with a multiple of another number."""
         slopes = dict(self.slopes)
         for axis, slope in other.slopes:
             slopes[axis] = slopes.get(axis, 0) + factor * slope
@@ -258,15 +263,15 @@ class Affine:
 
 @dataclass(frozen=True)
 class Truth:
-    """True where none of these numbers is negative: everywhere, if there is none."""
+    """True at an index if none of these numbers is negative there."""
 
     conditions: frozenset[Affine] = frozenset()
 
     @staticmethod
     def of(conditions: Iterable[Affine]) -> Truth:
         """Return the truth of these conditions, without those that always hold."""
-        left = frozenset(number.reduced for number in conditions if not number.never_negative)
-        return NEVER if any(number.always_negative for number in left) else Truth(left)
+        unproved = frozenset(number.reduced for number in conditions if not number.never_negative)
+        return NEVER if any(number.always_negative for number in unproved) else Truth(unproved)
 
     def over(self, change: Callable[[Affine], Affine]) -> Truth:
         """Return the truth with each condition changed."""
@@ -283,16 +288,16 @@ _TRIANGLE = Truth(frozenset({Affine.of({-2: 1, -1: -1}, 0)}))
 # ---- the proof
 
 _EXACT = 256
-"""Whole numbers up to here are exact in every floating dtype."""
+"""Integers up to this one are exact in every floating dtype."""
 _LARGE = 2**20
-"""Slopes and starts up to here: their sums over indices overflow nowhere."""
+"""Largest slope or start. Sums over indices do not overflow then."""
 
 
 def follow(nodes: Iterable[fx.Node]) -> dict[fx.Node, Value]:
-    """Return what is known of the nodes' values at every size, if nothing writes into them.
+    """Return the values that are known at every size, if nothing writes into them.
 
     Args:
-        nodes: in the graph's order, with all that they depend on.
+        nodes: in the graph's order, with all their arguments.
     """
     known: dict[fx.Node, Value] = {}
     for node in nodes:
@@ -319,7 +324,7 @@ def _value(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | None:
     value = rule(_Call(given, made, known))
     for axis in range(-made.dim(), 0):
         if value is not None and isinstance(size := made.shape[axis], int) and size == 1:
-            value = _changed(value, partial(Affine.first, axis=axis))  # it may be broadcast from here on
+            value = _changed(value, partial(Affine.first, axis=axis))  # later it may be broadcast
     return value if value is not None and _holds(value, made.dtype) else None
 
 
@@ -338,14 +343,14 @@ def _changed(value: Value, change: Callable[[Affine], Affine]) -> Value:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call: its arguments by name, the tensor that it makes (a fake one), and what is known of the others."""
+    """One call: its arguments by name, the fake tensor that it returns, and the known values."""
 
     given: Mapping[str, Any]
     made: torch.Tensor
     known: Mapping[fx.Node, Value]
 
     def of(self, name: str) -> Value | None:
-        """Return what is known of an argument."""
+        """Return the value of an argument, if it is known."""
         argument = self.given.get(name)
         if isinstance(argument, fx.Node):
             return self.known.get(argument)
@@ -354,19 +359,44 @@ class _Call:
         return Affine((), int(argument)) if argument == int(argument) else None
 
     def number(self, name: str) -> Affine | None:
-        """Return an argument that is a whole number."""
+        """Return the value of an argument that is an integer for each index."""
         value = self.of(name)
         return value if isinstance(value, Affine) else None
 
-    def whole(self, name: str) -> int | None:
+    def literal(self, name: str) -> int | None:
         """Return an argument that is a Python int."""
         argument = self.given.get(name)
         return argument if type(argument) is int else None
 
     def axis(self, name: str = "dim") -> int:
-        """Return an argument that names an axis of what is made, counted from the last."""
+        """Return an axis of the result that an argument names, counted from the last one."""
         axis = int(self.given[name])
         return axis if axis < 0 else axis - self.made.dim()
+
+
+Rule = Callable[[_Call], Value | None]
+Move = Callable[[Affine], Affine]
+
+
+def _moved(rule: Callable[[_Call, Value], Move | None]) -> Rule:
+    """Make a rule of a function that returns how each number of `self` changes."""
+
+    def moved(call: _Call) -> Value | None:
+        value = call.of("self")
+        move = rule(call, value) if value is not None else None
+        return _changed(value, move) if value is not None and move is not None else None
+
+    return moved
+
+
+def _of_two(rule: Callable[[_Call, Affine, Affine], Value | None]) -> Rule:
+    """Make a rule of a function of two numbers, `self` and `other`."""
+
+    def of_two(call: _Call) -> Value | None:
+        one, other = call.number("self"), call.number("other")
+        return rule(call, one, other) if one is not None and other is not None else None
+
+    return of_two
 
 
 def _arange(call: _Call) -> Value | None:
@@ -374,7 +404,7 @@ def _arange(call: _Call) -> Value | None:
     return Affine.of({-1: step}, start) if type(start) is int and type(step) is int else None
 
 
-def _filled(fill: float | None) -> Callable[[_Call], Value | None]:
+def _filled(fill: float | None) -> Rule:
     def rule(call: _Call) -> Value | None:
         value = call.given.get("fill_value") if fill is None else fill
         if call.made.dtype is torch.bool and isinstance(value, (bool, int, float)):
@@ -385,7 +415,7 @@ def _filled(fill: float | None) -> Callable[[_Call], Value | None]:
 
 
 def _same(call: _Call) -> Value | None:
-    """The values stay, and an axis that grows was of one index."""
+    """The values stay. An axis that grows had one index."""
     return call.of("self")
 
 
@@ -399,76 +429,76 @@ def _cast(call: _Call) -> Value | None:
 
 
 def _uniform(call: _Call) -> Value | None:
-    """The elements go to other places, and all are one."""
+    """The elements are reordered, which does not matter if all are equal."""
     value = call.of("self")
     uniform = value in (ALWAYS, NEVER) or (isinstance(value, Affine) and not value.slopes)
     return value if uniform else None
 
 
-def _unsqueeze(call: _Call) -> Value | None:
-    value, axis = call.of("self"), call.axis()
-    return (
-        None
-        if value is None
-        else _changed(value, lambda number: number.moved(lambda old: old - 1 if old <= axis else old))
-    )
+def _unsqueeze(call: _Call, value: Value) -> Move:
+    axis = call.axis()
+    return lambda number: number.moved(lambda old: old - 1 if old <= axis else old)
 
 
-def _transpose(call: _Call) -> Value | None:
-    value, one, other = call.of("self"), call.axis("dim0"), call.axis("dim1")
-    swapped = {one: other, other: one}
-    return None if value is None else _changed(value, lambda number: number.moved(lambda old: swapped.get(old, old)))
+def _transpose(call: _Call, value: Value) -> Move:
+    one, other = call.axis("dim0"), call.axis("dim1")
+    return lambda number: number.moved(lambda old: {one: other, other: one}.get(old, old))
 
 
-def _slice(call: _Call) -> Value | None:
-    value, axis, step = call.of("self"), call.axis(), call.whole("step")
-    start = call.whole("start") if call.given.get("start") is not None else 0
-    if value is None or start is None or start < 0 or step is None:
+def _slice(call: _Call, value: Value) -> Move | None:
+    axis, step = call.axis(), call.literal("step")
+    start = call.literal("start") if call.given.get("start") is not None else 0
+    if start is None or start < 0 or step is None:
         return None
 
     def part(number: Affine) -> Affine:
         slope = dict(number.slopes).get(axis, 0)
         return number.plus(Affine.of({axis: slope * (step - 1)}, slope * start))
 
-    return _changed(value, part)
+    return part
 
 
-def _repeat(call: _Call) -> Value | None:
-    value, repeats = call.of("self"), call.given["repeats"]
-    if value is None:
+def _repeat(call: _Call, value: Value) -> Move | None:
+    """Repeat along axes on which nothing depends."""
+    numbers = value.conditions if isinstance(value, Truth) else {value}
+    repeats = call.given["repeats"]
+    return (lambda number: number) if all(repeats[axis] == 1 for each in numbers for axis, _ in each.slopes) else None
+
+
+def _index(call: _Call, value: Value) -> Move | None:
+    indices = call.given["indices"]
+    known = [call.known.get(index) if isinstance(index, fx.Node) else None for index in indices]
+    rows = [index for index in known if isinstance(index, Affine) and index.never_negative]
+    if len(rows) != call.given["self"].meta["val"].dim() or len(rows) != len(known):
         return None
-    moving = {
-        axis for number in (value.conditions if isinstance(value, Truth) else {value}) for axis, _ in number.slopes
-    }
-    return value if all(repeats[axis] == 1 for axis in moving) else None
+
+    def picked(number: Affine) -> Affine:
+        total = Affine((), number.start)
+        for axis, slope in number.slopes:
+            total = total.plus(rows[axis], slope)
+        return total
+
+    return picked
 
 
-def _sum(factor: int) -> Callable[[_Call], Value | None]:
-    def rule(call: _Call) -> Value | None:
-        one, other, alpha = call.number("self"), call.number("other"), call.whole("alpha")
-        return None if one is None or other is None or alpha is None else one.plus(other, factor * alpha)
-
-    return rule
+def _sum(call: _Call, one: Affine, other: Affine, sign: int) -> Value | None:
+    alpha = call.literal("alpha")
+    return None if alpha is None else one.plus(other, sign * alpha)
 
 
-def _mul(call: _Call) -> Value | None:
-    one, other = call.number("self"), call.number("other")
-    if one is None or other is None or (one.slopes and other.slopes):
+def _mul(call: _Call, one: Affine, other: Affine) -> Value | None:
+    if one.slopes and other.slopes:
         return None
-    many, factor = (one, other.start) if not other.slopes else (other, one.start)
-    return Affine().plus(many, factor)
+    return Affine().plus(one, other.start) if not other.slopes else Affine().plus(other, one.start)
 
 
-def _compare(conditions: Callable[[Affine], Truth | None]) -> Callable[[_Call], Value | None]:
-    def rule(call: _Call) -> Value | None:
-        one, other = call.number("self"), call.number("other")
-        return None if one is None or other is None else conditions(one.plus(other, -1))
-
-    return rule
+def _compare(conditions: Callable[[Affine], Truth | None]) -> Rule:
+    """Make a rule of the conditions on `self - other`."""
+    return _of_two(lambda call, one, other: conditions(one.plus(other, -1)))
 
 
 def _negative(number: Affine) -> Affine:
-    """Return a number that is not negative where this one is."""
+    """Return a number that is not negative exactly where this one is negative."""
     return Affine((), -1).plus(number, -1)
 
 
@@ -476,31 +506,22 @@ def _equal(gap: Affine) -> Truth:
     return Truth.of((gap, Affine().plus(gap, -1)))
 
 
-def _not(truth: Truth) -> Truth | None:
+def _not(truth: Value | None) -> Truth | None:
     if truth in (ALWAYS, NEVER):
         return NEVER if truth == ALWAYS else ALWAYS
-    return Truth.of(map(_negative, truth.conditions)) if len(truth.conditions) == 1 else None
-
-
-def _unequal(gap: Affine) -> Truth | None:
-    return _not(_equal(gap))
+    single = isinstance(truth, Truth) and len(truth.conditions) == 1
+    return Truth.of(map(_negative, truth.conditions)) if single and isinstance(truth, Truth) else None
 
 
 def _and(call: _Call) -> Value | None:
     one, other = call.of("self"), call.of("other")
-    if not isinstance(one, Truth) or not isinstance(other, Truth):
-        return None
-    return Truth.of(one.conditions | other.conditions)
+    both = isinstance(one, Truth) and isinstance(other, Truth)
+    return Truth.of(one.conditions | other.conditions) if both else None  # type: ignore[union-attr]
 
 
-def _inverse(call: _Call) -> Value | None:
-    value = call.of("self")
-    return _not(value) if isinstance(value, Truth) else None
-
-
-def _triangle(sign: int) -> Callable[[_Call], Value | None]:
+def _triangle(sign: int) -> Rule:
     def rule(call: _Call) -> Value | None:
-        value, diagonal = call.of("self"), call.whole("diagonal")
+        value, diagonal = call.of("self"), call.literal("diagonal")
         if not isinstance(value, Truth) or diagonal is None:
             return None
         return Truth.of({*value.conditions, Affine.of({-2: sign, -1: -sign}, sign * diagonal)})
@@ -520,27 +541,7 @@ def _diff(call: _Call) -> Value | None:
     return slope
 
 
-def _cumsum(call: _Call) -> Value | None:
-    return Affine() if call.of("self") in (NEVER, Affine()) else None
-
-
-def _index(call: _Call) -> Value | None:
-    value, indices = call.of("self"), call.given["indices"]
-    known = [call.known.get(index) if isinstance(index, fx.Node) else None for index in indices]
-    rows = [index for index in known if isinstance(index, Affine) and index.never_negative]
-    if value is None or len(rows) != call.given["self"].meta["val"].dim() or len(rows) != len(known):
-        return None
-
-    def picked(number: Affine) -> Affine:
-        total = Affine((), number.start)
-        for axis, slope in number.slopes:
-            total = total.plus(rows[axis], slope)
-        return total
-
-    return _changed(value, picked)
-
-
-def _where(condition: str, yes: str, no: str) -> Callable[[_Call], Value | None]:
+def _where(condition: str, yes: str, no: str) -> Rule:
     def rule(call: _Call) -> Value | None:
         truth = call.of(condition)
         return call.of(yes if truth == ALWAYS else no) if truth in (ALWAYS, NEVER) else None
@@ -548,7 +549,7 @@ def _where(condition: str, yes: str, no: str) -> Callable[[_Call], Value | None]
     return rule
 
 
-_RULES: dict[str, Callable[[_Call], Value | None]] = {
+_RULES: dict[str, Rule] = {
     "arange": _arange,
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
@@ -556,26 +557,27 @@ _RULES: dict[str, Callable[[_Call], Value | None]] = {
     **dict.fromkeys(("expand", "contiguous", "clone", "alias", "detach"), _same),
     **dict.fromkeys(("to", "_to_copy"), _cast),
     **dict.fromkeys(("view", "reshape", "flatten"), _uniform),
-    "unsqueeze": _unsqueeze,
-    "transpose": _transpose,
-    "slice": _slice,
-    "repeat": _repeat,
-    "add": _sum(1),
-    "sub": _sum(-1),
-    "mul": _mul,
+    "unsqueeze": _moved(_unsqueeze),
+    "transpose": _moved(_transpose),
+    "slice": _moved(_slice),
+    "repeat": _moved(_repeat),
+    "index": _moved(_index),
+    "add": _of_two(partial(_sum, sign=1)),
+    "sub": _of_two(partial(_sum, sign=-1)),
+    "mul": _of_two(_mul),
     "ge": _compare(lambda gap: Truth.of((gap,))),
     "lt": _compare(lambda gap: Truth.of((_negative(gap),))),
     "le": _compare(lambda gap: Truth.of((Affine().plus(gap, -1),))),
     "gt": _compare(lambda gap: Truth.of((gap.plus(Affine((), -1)),))),
     "eq": _compare(_equal),
-    "ne": _compare(_unequal),
+    "ne": _compare(lambda gap: _not(_equal(gap))),
     **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _and),
-    **dict.fromkeys(("logical_not", "bitwise_not"), _inverse),
+    **dict.fromkeys(("logical_not", "bitwise_not"), lambda call: _not(call.of("self"))),
     "tril": _triangle(1),
     "triu": _triangle(-1),
     "diff": _diff,
-    "cumsum": _cumsum,
-    "index": _index,
+    "cumsum": lambda call: Affine() if call.of("self") in (NEVER, Affine()) else None,
     "where": _where("condition", "self", "other"),
     "masked_fill": _where("mask", "value", "self"),
 }
+"""By name of an op: returns the value of a call from the values of its arguments, or None if it is unknown."""
