@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.captured import OWNER, Captured, FrontEnd, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.check.isolation import Shared, isolation, no_fastpath, own_warnings, written_by
+from lorasc_fx.check.isolation import isolation, written_by
+from lorasc_fx.check.process_state import Shared, no_fastpath, own_warnings
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import regions_as_modules, weights_from_inputs

@@ -13,7 +13,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
 from lorasc_fx.capture.captured import Captured, FrontEnd, check_drew_nothing, read_live
-from lorasc_fx.check.isolation import quiet
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import drop_nodes, rename_inputs
 from lorasc_fx.signature import signature_of
 from lorasc_fx.util.accelerator import autocast_state, generator_states

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, FrontEnd, check_drew_nothing, read_live
 from lorasc_fx.capture.reuse import cached, forget, key_of, store
-from lorasc_fx.check.isolation import quiet
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized

@@ -32,20 +32,17 @@ from lorasc_fx.check.autograd_graph import Description, describe
 from lorasc_fx.check.guards import Guards, attribute_tensors
 from lorasc_fx.check.isolation import (
     Attributes,
-    OurMode,
     call_recorder,
-    eager,
     fake_mode,
     forget_written,
     has_run,
     isolation,
-    quiet,
     same_attributes,
     same_values,
-    seed,
     without_history,
     written_by,
 )
+from lorasc_fx.check.process_state import OurMode, eager, quiet, seed
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.quantized import QuantizedLinear, is_quantized
 from lorasc_fx.signature import copied

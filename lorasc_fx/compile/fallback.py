@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import GRAPH_BREAKS, OWNER, GraphBreakFallback, eager_trace
-from lorasc_fx.check.isolation import isolation, quiet
+from lorasc_fx.check.isolation import isolation
 from lorasc_fx.check.preflight import (
     Difference,
     Disagreement,
@@ -26,6 +26,7 @@ from lorasc_fx.check.preflight import (
     run_preflight,
     without_gradients,
 )
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile.variants import Growable, Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import Record, named_weights, record_of, set_record

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import least_sizes
-from lorasc_fx.check.isolation import quiet
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
 from lorasc_fx.facade import Cascade

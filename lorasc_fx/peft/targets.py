@@ -28,7 +28,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.check.isolation import call_recorder, isolation, quiet
+from lorasc_fx.check.isolation import call_recorder, isolation
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import named_weights
 from lorasc_fx.graph.forms import LIKE_ANOTHER
 from lorasc_fx.parameters import substituted

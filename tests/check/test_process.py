@@ -20,7 +20,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture.graph_breaks import _dynamo_settings
-from lorasc_fx.check.isolation import eager, quiet
+from lorasc_fx.check.process_state import eager, quiet
 from lorasc_fx.util.undo import PROCESS, Lock
 from tests.cascade.test_threads import made, together
 from tests.kit.errors import raises
