@@ -52,7 +52,9 @@ class InsertBranches(CascadePass):
                 continue
             site = plan.by_weight[use.weight]
             if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-                graph.insert_after(base, site.key, (), {} if use.form == ON_WEIGHT else {"expert": expert_index(base)})
+                graph.insert_after(
+                    base, site.key, (base,), {} if use.form == ON_WEIGHT else {"expert": expert_index(base)}
+                )
                 continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)
@@ -60,7 +62,7 @@ class InsertBranches(CascadePass):
             if use.merged:
                 graph.replace_op(base, site.key, reading, form.product)
             else:
-                graph.insert_after(base, site.key, (reading.x,), reading.options)
+                graph.insert_after(base, site.key, (base, reading.x), reading.options)
         if not graph.record.owner:
             start_values(graph, plan, [branch.weight_name for key, branch in branches.items() if key not in before])
             graph.freeze(trained_by(plan.spec, named_weights(graph.owner).names))

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
-from lorasc_fx.check.guards import HOOKS, OPAQUE, UNREAD, is_followed, package_of
+from lorasc_fx.check.guards import HOOKS, OPAQUE, UNREAD, is_followed, package_of, slots_of
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
 from lorasc_fx.signature import whole
 from lorasc_fx.util.accelerator import autocast_state
@@ -226,7 +226,7 @@ class _Pickler(pickle.Pickler):
             return kind, repr(value), getattr(value, "__dict__", None)
         if not is_followed(value):
             raise _NoKey(kind.__name__)
-        slots = [slot for base in kind.__mro__ for slot in _slots(base)]
+        slots = [slot for base in kind.__mro__ for slot in slots_of(base)]
         if not hasattr(value, "__dict__") and not slots:
             raise _NoKey(kind.__name__)
         members = [] if self._of_model else [vars(base) for base in kind.__mro__ if _is_own(base)]
@@ -247,11 +247,6 @@ def _is_own(kind: type) -> bool:
 
 def _cell_contents(cell: Any) -> Any:
     return getattr(cell, "cell_contents", None)
-
-
-def _slots(kind: type) -> list[str]:
-    slots = vars(kind).get("__slots__", ())
-    return [slot for slot in ([slots] if isinstance(slots, str) else slots) if not slot.startswith("__")]
 
 
 def _functions(member: Any) -> Iterator[types.FunctionType]:

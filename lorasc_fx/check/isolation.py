@@ -267,8 +267,9 @@ class _Writes(OurMode, TorchDispatchMode):
         else:
             arguments = func._schema.arguments
             given |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-            aliases = {argument.name: argument.alias_info for argument in arguments}
-            self.keep([value for name, value in given.items() if name in _STATISTICS or _is_written(aliases[name])])
+            aliases = {argument.name: argument.alias_info for argument in arguments if argument.alias_info is not None}
+            written = {name for name, alias in aliases.items() if alias.is_write} | _STATISTICS
+            self.keep([value for name, value in given.items() if name in written])
         return func(*args, **(kwargs or {}))
 
     def unseen(self) -> None:
@@ -281,10 +282,6 @@ class _Writes(OurMode, TorchDispatchMode):
             if isinstance(value, torch.Tensor) and torch._C._has_storage(value):
                 for name, tensor in self._unwritten.pop(_storage_of(value), {}).items():
                     self.kept[name] = tensor.to("cpu", copy=True)
-
-
-def _is_written(alias: Any) -> bool:
-    return alias is not None and alias.is_write
 
 
 class _Addresses(OurMode, TorchFunctionMode):
@@ -307,10 +304,6 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _for_good(step: Callable[[], object]) -> None:
-    """Make a change permanent: ignore the step that would undo it."""
 
 
 @isolated
@@ -384,7 +377,7 @@ def same_values(undo: Block, model: nn.Module) -> None:
                         buffer.copy_(value)
             views = {id(value): new for value in model.buffers() if (new := without_history(value)) is not value}
             if views:
-                exchange(model, lambda holder: views.get(id(holder.value)), _for_good)
+                exchange(model, lambda holder: views.get(id(holder.value)), lambda step: None)  # for good
         unseen = {name: tensor for name, tensor in lazily.items() if name not in writes.kept}
         changed = [name for name, value in checksums(unseen).items() if value != before[name]]
         if changed:

@@ -24,7 +24,7 @@ from lorasc_fx.capture import (
     read_live,
 )
 from lorasc_fx.check.isolation import written_by
-from lorasc_fx.check.preflight import one_line
+from lorasc_fx.check.observe import one_line
 from lorasc_fx.compile.fallback import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError

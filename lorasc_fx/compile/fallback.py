@@ -16,17 +16,10 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import GRAPH_BREAKS, OWNER, GraphBreakFallback, eager_trace
 from lorasc_fx.check.isolation import isolation
-from lorasc_fx.check.preflight import (
-    Difference,
-    Disagreement,
-    backward_of_projection,
-    first_difference,
-    one_line,
-    requiring_grad,
-    run_preflight,
-    without_gradients,
-)
+from lorasc_fx.check.observe import Difference, one_line
+from lorasc_fx.check.preflight import Disagreement, first_difference, run_preflight
 from lorasc_fx.check.process_state import quiet
+from lorasc_fx.check.projections import backward_of_projection, requiring_grad, without_gradients
 from lorasc_fx.compile.variants import Growable, Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import Record, named_weights, record_of, set_record

@@ -102,11 +102,8 @@ class GraphEditor:
             self._renewed.setdefault(key, old[key])
         self.set_branches({**old, **renewed})
 
-    def insert_after(self, base: fx.Node, key: str, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
-        """Insert `branches.KEY(base, *inputs, **options)` after a node, and let all users of the node read it."""
-        return self._insert(base, key, (base, *inputs), options)
-
-    def _insert(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
+    def insert_after(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
+        """Insert `branches.KEY(*args, **options)` after a node, and let all users of the node read it."""
         graph = self.module.graph
         with graph.inserting_after(base):
             node = graph.create_node("call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{base.name}_lora")
@@ -130,7 +127,7 @@ class GraphEditor:
             elif tensor is not None:
                 inputs.append(tensor)
         replaced = CallTemplate.of(base, inputs)
-        node = self._insert(base, key, tuple(inputs), {**reading.options, "op": product})
+        node = self.insert_after(base, key, tuple(inputs), {**reading.options, "op": product})
         node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
         graph.erase_node(base)
         self._names.discard(base.name)

@@ -1,7 +1,4 @@
-"""Pictures as SVG: rewritten graphs around sites (placed by igraph), and the charts of a report (drawn by matplotlib).
-
-What a notebook shows of a cascade needs neither.
-"""
+"""SVG pictures: rewritten graphs around sites (placed by igraph), charts of a report (matplotlib), notebook HTML."""
 
 from lorasc_fx.pictures.graph import draw_graphs
 from lorasc_fx.pictures.notebook import cascade_html

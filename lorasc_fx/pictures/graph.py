@@ -1,7 +1,7 @@
 """`cascade.draw`: the rewritten graph around some sites, as an SVG file.
 
-`scene` chooses the nodes, `placed` puts them in layers from input to output (igraph's Sugiyama layout), `draw_graphs`
-draws them.
+`scene` selects the nodes, `placed` puts them in layers from input to output (igraph's Sugiyama layout), and
+`draw_graphs` draws them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorasc_fx.spec import KINDS
 from lorasc_fx.util.checks import is_integer
 
 LETTER, LINE = 5.1, 11.5
-"""Points of a letter and of a line of the boxes' type, a monospaced one of 8.5 points."""
+"""Width of a letter and height of a line, in points, of the monospaced 8.5 point type in the boxes."""
 PAD, GAP = 9.0, 22.0
 """Points between a box's text and its edge, and between boxes."""
 
@@ -45,12 +45,12 @@ STYLES = {
 }
 """Edge, face and meaning of a box, by kind."""
 
-FIRST = 3
-"""Sites that are shown where none is asked for."""
-CROWD = 12
-"""Neighbours from which on a node is shown and not looked past: a residual stream would bring the whole model."""
-WIDTH = 34
-"""Letters of a line; a longer name loses its middle."""
+DEFAULT_SITES = 3
+"""Number of sites shown by default."""
+MAX_NEIGHBOURS = 12
+"""Neighbours from which on the search stops at a node. A residual stream would bring in the whole model."""
+MAX_LETTERS = 34
+"""Letters of a line. The middle of a longer name is left out."""
 
 
 def draw_graphs(
@@ -63,8 +63,8 @@ def draw_graphs(
     """Draw rewritten graphs around some sites; see `Cascade.draw`.
 
     Raises:
-        UnknownTarget: a pattern means no site.
-        SpecError: the file is no SVG, or its folder is not there; or the radius is no count.
+        UnknownTarget: a pattern matches no site.
+        SpecError: the file is not an SVG file, its folder does not exist, or the radius is not a count.
         StateError: no graph has a branch of these sites.
         MissingExtra: igraph is not installed.
     """
@@ -137,7 +137,7 @@ def _box(box: Box, centre: tuple[float, float], width: float) -> str:
 
 
 def _arrow(points: Sequence[tuple[float, float]], above: float, below: float) -> str:
-    """Return an arrow from the lower edge of the first box (`above` high) through the points to the last (`below`)."""
+    """Return an arrow through points, between the edges of two boxes whose heights are `above` and `below`."""
     (x0, y0), (x1, y1) = points[0], points[-1]
     stops = [(x0, y0 + above / 2), *points[1:-1], (x1, y1 - below / 2)]
     path = f"M {x0:.1f} {stops[0][1]:.1f}"
@@ -151,12 +151,12 @@ def _arrow(points: Sequence[tuple[float, float]], above: float, below: float) ->
 
 
 def _text(x: float, y: float, size: float, line: str, colour: str = INK, **style: str) -> str:
-    """Return a line of text, centred on y by the height of its capitals."""
+    """Return a line of text, vertically centred on y."""
     return element("text", {"x": x, "y": y + 0.35 * size, "font-size": size, "fill": colour, **style}, line)
 
 
 def _words(scene: Scene, layout: Placed) -> str:
-    """Return what there is to see: the branches by placement, and how much is around them."""
+    """Return a description: the branches by placement, and the numbers of nodes and arrows."""
     counted = Counter(box.kind for box in scene.boxes.values())
     counts = [f"{counted[kind]} × {STYLES[kind][2]}" for kind in ("beside", "merged", "weight") if counted[kind]]
     branches = "; ".join(
@@ -170,7 +170,7 @@ def _words(scene: Scene, layout: Placed) -> str:
 
 @dataclass(frozen=True)
 class Box:
-    """A node as it is shown.
+    """A node in the picture.
 
     Args:
         kind: `beside`, `merged` or `weight`, the placement of a branch; `shared`, a stacked product of several; `site`,
@@ -191,23 +191,23 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: boxes and arrows between them, by the names of the nodes."""
+    """Boxes and arrows between them, by the names of the nodes."""
 
     boxes: dict[str, Box]
     arrows: tuple[tuple[str, str], ...]
 
 
 def chosen_sites(plan: Plan, patterns: Sequence[str]) -> list[Site]:
-    """Return the sites that patterns mean (kinds or globs, as in a spec), or the first few.
+    """Return the sites that match patterns (kinds or globs, as in a spec). Without patterns, the first few.
 
     Raises:
-        SpecError: a single string in place of a sequence.
-        UnknownTarget: a pattern means no site.
+        SpecError: a single string instead of a sequence.
+        UnknownTarget: a pattern matches no site.
     """
     if isinstance(patterns, str):
         raise SpecError(f"draw: sites is {patterns!r}; give a sequence of kinds or globs")
     if not patterns:
-        return list(plan.sites[:FIRST])
+        return list(plan.sites[:DEFAULT_SITES])
     for pattern in patterns:
         if not any(targeted((pattern,), site.kind, (site.weight, *site.aliases)) for site in plan.sites):
             hint = nearest(pattern, [*(site.weight for site in plan.sites), *KINDS])
@@ -228,7 +228,7 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     for number, graph_module in enumerate(graphs):
         branches = branch_nodes(graph_module)
         seeds = [node for node, branch in branches.items() if branch.weight_name in weights]
-        if not seeds or text(graph_module) in known:  # the same code is captured again for other sizes
+        if not seeds or text(graph_module) in known:  # other sizes of a call that is drawn already
             continue
         known.add(text(graph_module))
         prefix = f"{number}:" if len(graphs) > 1 else ""
@@ -261,7 +261,7 @@ def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
         reached = []
         for node in front:
             neighbours = [*node.all_input_nodes, *node.users]
-            if node in seeds or len(neighbours) <= CROWD:
+            if node in seeds or len(neighbours) <= MAX_NEIGHBOURS:
                 reached += [neighbour for neighbour in neighbours if neighbour not in near]
                 near.update(neighbours)
         front = reached
@@ -300,7 +300,7 @@ def _weight(node: fx.Node) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= WIDTH else f"{name[: WIDTH // 2 - 1]}…{name[-(WIDTH // 2) :]}"
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2 - 1]}…{name[-(MAX_LETTERS // 2) :]}"
 
 
 def _shape(node: fx.Node, symbols: dict[str, str]) -> tuple[str, ...]:
@@ -340,7 +340,7 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
     layers = _layers(names, arrows)
     edges: list[tuple[int, int]] = []
     routes = []
-    for source, target in arrows:  # a long arrow goes through a point of its own in each layer between
+    for source, target in arrows:  # a long arrow gets a point in each layer that it crosses
         between = range(layers[index[source]] + 1, layers[index[target]])
         route = [index[source], *range(len(layers), len(layers) + len(between)), index[target]]
         layers += between
@@ -353,9 +353,9 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
 
 
 def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
-    """Return the points with those of a layer moved apart where two stand too near, which igraph lets happen.
+    """Move the points of a layer apart if two are too close, which igraph does not prevent.
 
-    The first `boxes` are centres of boxes, the others are points of arrows, which need half the room.
+    The first `boxes` points are centres of boxes. The others are points of arrows, which need half the distance.
     """
     moved = list(points)
     for height in {y for _, y in points}:
@@ -367,7 +367,7 @@ def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
 
 
 def _layers(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> list[int]:
-    """Return the layer of each box: as far down as its longest path; what has no input, just above its reader."""
+    """Return the layer of each box: the length of its longest path. A box without inputs is just above its reader."""
     import networkx as nx  # noqa: PLC0415 - it takes longer to import than this package
 
     graph = nx.DiGraph()

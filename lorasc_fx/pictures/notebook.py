@@ -1,4 +1,4 @@
-"""What a notebook shows of a cascade: parameters, a bar for each weight, sites and refusals. Nothing else is needed."""
+"""The HTML of a cascade in a notebook: parameters, a bar for each weight, sites and refusals."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lorasc_fx.plan import Plan, Refusal
 
 WIDTH, HEIGHT = 560, 48
 """CSS pixels of the drawing."""
-SHOWN = 50
-"""Rows of a table; a count stands for the others."""
+MAX_ROWS = 50
+"""Maximum number of rows of a table, which then ends with the number of the others."""
 
 
 def cascade_html(
@@ -21,10 +21,10 @@ def cascade_html(
     """Return HTML of a cascade.
 
     Args:
-        text: what `print` shows; its first lines are the heading, stage, kinds of sites, and parameters.
+        text: as printed. Its first lines are the heading, stage, kinds of sites, and parameters.
         names: of the weights, in the model's order.
         plan: of the running stage.
-        placements: where the branch of each weight computes, as far as that is known.
+        placements: of the branch of each weight, if known.
         refusals: of the weights that are not adapted.
     """
     head, *lines = text.splitlines()
@@ -43,7 +43,7 @@ def cascade_html(
 
 
 def _bars(names: Sequence[str], plan: Plan, placements: Mapping[str, str], refused: Mapping[str, str]) -> str:
-    """Return a bar for each weight that was decided on: as high as its rank, in the colour of its placement."""
+    """Return a bar for each site or refused weight. Its height is the rank, its colour the placement."""
     chosen = [name for name in names if name in plan.by_weight or name in refused]
     step, most = WIDTH / max(len(chosen), 1), max((site.rank for site in plan.sites), default=1)
     bars = []
@@ -65,8 +65,8 @@ def _bars(names: Sequence[str], plan: Plan, placements: Mapping[str, str], refus
 
 def _table(title: str, head: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
     cells = "".join(f"<th>{html.escape(column)}</th>" for column in head)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[:SHOWN])
-    more = f"<div>and {len(rows) - SHOWN} more</div>" if len(rows) > SHOWN else ""
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[:MAX_ROWS])
+    more = f"<div>and {len(rows) - MAX_ROWS} more</div>" if len(rows) > MAX_ROWS else ""
     return (
         f"<details><summary>{html.escape(title)}</summary><table><thead><tr>{cells}</tr></thead>"
         f"<tbody>{body}</tbody></table>{more}</details>"

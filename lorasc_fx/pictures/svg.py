@@ -1,8 +1,8 @@
-"""Pictures as SVG for people: texts that stay texts, a title and a description for those who do not see it.
+"""Accessible SVG pictures, with text as text, a title and a description.
 
-A chart is a figure of matplotlib that stands in a page: its colours are CSS variables, of which the page has a light
-and a dark set. A drawing is made of elements and is a file of its own, with plain colours, which every viewer knows.
-Ids are prefixed, so that several pictures can stand in one page.
+A chart is a matplotlib figure in a page. Its colours are CSS variables, which the page defines for light and dark mode.
+A drawing is a separate file made of elements, with plain colours that every viewer knows. Ids have a prefix, so that a
+page can hold several pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from lorasc_fx.util.extras import module_of
 
 library = partial(module_of, "report")
-"""Import a module of the extra `report` when something is drawn; raises MissingExtra with the pip command."""
+"""Import a module of the extra `report`. Raises MissingExtra with the pip command."""
 
 INK, MUTED, PAPER = "#1f2430", "#68707f", "#fdfdfc"
 SERIES = ("#0969b3", "#b5480b", "#16784a", "#7a3fa8", "#8a6a00", "#b0255f", "#00727d", "#5b5f66")
@@ -55,7 +55,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element: its text, its title, and what it shows in words."""
+    """An SVG element with its title and a description in words."""
 
     svg: str
     title: str
@@ -64,7 +64,7 @@ class Picture:
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Any]:
-    """Give a matplotlib figure of this size in points, under our settings."""
+    """Yield a matplotlib figure of this size in points, with our settings."""
     matplotlib, figures = library("matplotlib"), library("matplotlib.figure")
     with matplotlib.rc_context(_SETTINGS):
         yield figures.Figure(figsize=(width / 72, height / 72), layout="none")
@@ -75,9 +75,9 @@ def finished(drawn: Any, key: str, title: str, description: str) -> Picture:
 
     Args:
         drawn: a matplotlib figure.
-        key: of the picture, before each of its ids; letters, digits and dashes.
-        title: a few words, the picture's accessible name.
-        description: what there is to see, for those who do not see it.
+        key: prefix of the ids: letters, digits and dashes.
+        title: a few words, the accessible name.
+        description: of what the picture shows.
     """
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

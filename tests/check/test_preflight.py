@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lorasc_fx as lx
-from lorasc_fx.check import preflight
+from lorasc_fx.check import observe, preflight
 from lorasc_fx.check.preflight import Disagreement, check_agrees, first_difference, run_preflight
 from tests.kit.errors import raises, warns
 from tests.kit.models import TwoLayers, assert_merged, batches, branches, build, merged, randomize
@@ -517,15 +517,15 @@ def test_the_first_module_that_differs(wrong: str) -> None:
 @pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-7, 1.1], ids=["bits", "rounding", "values"])
 def test_of_a_large_output_the_bits_are_compared_first(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """No values are kept; only where bits differ both are run again for them."""
-    monkeypatch.setattr(preflight, "LARGE", 4 * 5 * 4)
+    monkeypatch.setattr(observe, "LARGE", 4 * 5 * 4)
     torch.manual_seed(3)
-    model, runs, observed = nn.Linear(5, 5), list[str](), preflight._observed
+    model, runs, observed = nn.Linear(5, 5), list[str](), observe.observe
 
-    def noted(call: Callable[..., Any], *rest: Any, **options: Any) -> preflight.Observed:
+    def noted(call: Callable[..., Any], *rest: Any, **options: Any) -> observe.Observed:
         runs.append("model" if call is model else "graph")
         return observed(call, *rest, **options)
 
-    monkeypatch.setattr(preflight, "_observed", noted)
+    monkeypatch.setattr(preflight, "observe", noted)
 
     def graph(x: torch.Tensor) -> torch.Tensor:
         output = F.linear(x, model.weight, model.bias)
@@ -533,7 +533,7 @@ def test_of_a_large_output_the_bits_are_compared_first(factor: float, monkeypatc
 
     call = (torch.randn(4, 5),), {}
     trial = run_preflight(model, *call)
-    assert isinstance(trial.seen.output[1][0], preflight.Digest)
+    assert isinstance(trial.seen.output[1][0], observe.Digest)
     runs.clear()
     if factor < 1.05:
         check_agrees(graph, trial, model, *call)

@@ -13,7 +13,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.capture import graph_breaks, reuse
 from lorasc_fx.cascade import run_base, transition, watches
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.check import preflight
+from lorasc_fx.check import observe
 from lorasc_fx.checkpoint import reader, state_dict, writer
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
@@ -31,7 +31,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
     "kept graphs": (reuse, "_CACHE"),
-    "backward": (preflight, "projected_gradients"),
+    "backward": (observe, "projected_gradients"),
     "outside use": (_MODULES["lorasc_fx.compile.fallback"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints

@@ -51,7 +51,7 @@ class Wreck(CascadePass):
             graph.remove_branch(node)
         for node in graph.nodes:
             if use_of(node) is not None:
-                graph.insert_after(node, "nowhere", (node,), {})
+                graph.insert_after(node, "nowhere", (node, node), {})
         graph.set_branches({})
         graph.mark({})
         graph.record = replace(graph.record, plan=None, facts=frozenset(), slow={})
