@@ -1,14 +1,14 @@
-"""Turns a `peft.LoraConfig` into a spec. What it names is looked up in the model. Unsupported options are one error.
+"""Turns a `peft.LoraConfig` into a spec. peft itself finds the modules. Unsupported options are one error.
 
-Source: peft 0.21, `tuners/lora/config.py`, `tuners/tuners_utils.py: check_target_module_exists,
-_maybe_include_all_linear_layers`.
+Source: peft 0.21, `tuners/lora/config.py`, `tuners/tuners_utils.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ _UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
-    """Return the spec that adapts a model as a `peft.LoraConfig` says. Other options are those of `CascadeSpec()`.
+    """Return the spec that adapts a model as a `peft.LoraConfig` says. Other options have their defaults.
 
     Raises:
         SpecError: names all options without a counterpart. UnknownTarget: target_modules match no module.
@@ -50,7 +50,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
             code="adapter-not-supported",
         )
     saved = _under(model, values["modules_to_save"] or ())
-    targets = [path for path in _targets(values, model) if path not in saved]
+    targets = [path for path in _targets(config, model) if path not in saved]
     names = [f"{path}.weight" for path in targets]
     if values["target_modules"] is not None and not names:
         raise UnknownTarget(f"spec: target_modules={values['target_modules']!r} match no module with a weight")
@@ -76,43 +76,17 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     )
 
 
-def _targets(values: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Return the paths of the modules that target_modules match, in the model's order."""
-    wanted, excluded = values["target_modules"], values["exclude_modules"] or ()
-    layers, pattern = values["layers_to_transform"], values["layers_pattern"]
-    layers = [layers] if isinstance(layers, int) else layers
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    paths = []
-    for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not path or not isinstance(weight, nn.Parameter) or weight.dim() < 2 or _matches(excluded, path):
-            continue
-        if isinstance(wanted, str) and wanted.lower() == "all-linear":
-            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not output:
-                paths.append(path)
-        elif (wanted is not None and _matches(wanted, path)) and (
-            layers is None or isinstance(wanted, str) or _layer_of(path, pattern) in layers
-        ):
-            paths.append(path)
-    return paths
-
-
-def _matches(patterns: str | Iterable[str], path: str) -> bool:
-    """Whether a regular expression matches the complete path, or the path ends with one of several names."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
-    return any(path == end or path.endswith(f".{end}") for end in patterns)
-
-
-def _layer_of(path: str, patterns: str | Iterable[str] | None) -> int | None:
-    """Return the number of the layer that a module is in."""
-    if not patterns:
-        match = re.match(r".*\.[^.]*\.(\d+)\.", path)
-        return int(match[1]) if match else None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf".*\.{pattern}\.(\d+)\.", path):
-            return int(match[1])
-    return None
+def _targets(config: Any, model: nn.Module) -> list[str]:
+    """Return the paths of the modules that target_modules match by peft's own rules, in the model's order."""
+    utils = sys.modules["peft.tuners.tuners_utils"]  # loaded, because the configuration is an object of peft
+    config = copy.copy(config)
+    utils._maybe_include_all_linear_layers(config, model)
+    matrices = [
+        path
+        for path, module in model.named_modules()
+        if path and isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() >= 2
+    ]
+    return [path for path in matrices if config.target_modules and utils.check_target_module_exists(config, path)]
 
 
 def _under(model: nn.Module, names: Iterable[str]) -> set[str]:
