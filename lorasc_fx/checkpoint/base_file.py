@@ -49,10 +49,10 @@ class BaseFile:
 
     Args:
         path: the file or folder that the user gave.
-        tensors: what the files hold, by key.
-        keys: the key of each of the model's names that is there.
+        tensors: location and shape of each tensor, by its key in the files.
+        keys: key by name in the model; names without a key are left out.
         aliases: all names of a parameter, by each of them.
-        stamps: of the files, as they were first seen.
+        stamps: identity, size and times of each file when it was first seen.
     """
 
     path: Path
@@ -112,7 +112,7 @@ class BaseFile:
         ]
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return a weight as it was before it was quantized.
+        """Return a weight from before it was quantized.
 
         Raises:
             CheckpointError: it is missing, or has another shape.
@@ -137,7 +137,7 @@ class BaseFile:
             if stamp is not None and stamp[:2] == (device, inode) and [*stamp[2:]] != written:
                 raise StateError(
                     f"{call}: {path} was written to while the cascade lives (or its permissions or links changed), and "
-                    "W0 is read from it (base=...). Load the model and the newest checkpoint anew, and write to other "
+                    "W0 is read from it (base=...). Load the model and the newest checkpoint again, and write to other "
                     "files",
                     code="weights-changed-outside",
                 )
@@ -232,7 +232,7 @@ def name_or_path(model: nn.Module) -> str | None:
 
 
 def shards_of(path: Path) -> list[Path]:
-    """Return the safetensors files at a path: the file itself, or those of a folder as transformers writes it."""
+    """Return the safetensors files at a path: the file itself, or the files in a folder that transformers wrote."""
     if path.is_file() and path.suffix != ".json":
         return [path]
     index = path if path.is_file() else path / INDEX
@@ -252,7 +252,7 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def headers(shards: Iterable[Path]) -> dict[str, FileTensor]:
-    """Return what safetensors files hold, by key."""
+    """Return location and shape of each tensor in safetensors files, by key."""
     tensors = {}
     for shard in shards:
         with _refusing(shard), safe_open(shard, framework="pt") as handle:
@@ -281,14 +281,14 @@ def _refusing(path: Path) -> Iterator[None]:
 
 def _stamp(path: Path) -> tuple[int, ...]:
     status = os.stat(path)
-    # A program can put mtime back after a write (rsync -t, cp -p, touch -r), but not ctime.
+    # A program can reset mtime after a write (rsync -t, cp -p, touch -r), but not ctime.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
     """Return the key of each name: the name itself, or with the one prefix more or less that finds most of the others.
 
-    Names without a key are left out. Those with a key of their own come last.
+    Names without a key are left out. Names that are keys themselves come last.
     """
     names, available = set(names), set(keys)
     missing = names - available

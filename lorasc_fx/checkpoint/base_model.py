@@ -1,8 +1,8 @@
 """How the base of a run is built again, if it is a model of transformers or timm: its name and its configuration.
 
-The name alone is not enough, because a model may have a head of its own. Classes are looked up in the library's own
-tables of models, code of a repository is never executed, and weights are read from safetensors files only. What a
-manifest says may be forged, so that settings which could name code or need much memory are refused.
+The name alone is not enough, because a model may have a new head. Classes are looked up in the library's tables of
+models. Code from a repository is never executed, and weights are read from safetensors files only. A manifest may be
+forged, so settings that could name code or need much memory are refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 _QUANTIZED = {"bitsandbytes": "BitsAndBytesConfig", "quanto": "QuantoConfig"}
-"""Configuration classes of transformers for methods that quantize a base as it is loaded. They hold plain values."""
+"""Configuration classes of transformers for methods that quantize a base while loading it. They hold plain values."""
 _PREQUANTIZED = (*_QUANTIZED, "awq", "compressed-tensors", "gptq", "hqq", "torchao")
 """Methods of quantized files that installed packages read. Others fetch kernels from the hub."""
 _MAX_HEAD = 0.1
@@ -91,7 +91,7 @@ class BaseModel:
         name: `name_or_path` of a model of transformers; of timm `architecture.tag`, `hf-hub:ID` or `local-dir:FOLDER`.
         dtype: of its weights, without "torch.".
         options: for transformers `class`, `config` and `attention`; for timm `num_classes`, and the `file` of the
-            weights if they are not those of the name.
+            weights if the user chose another one.
     """
 
     library: Annotated[str, choice(_EXTRAS)]
@@ -131,8 +131,8 @@ class BaseModel:
         pre_quantized = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
         if method not in (None, *(_PREQUANTIZED if pre_quantized else _QUANTIZED)):
             raise StateError(
-                f"{call}: the base cannot be named: {method} quantized it as it was loaded, which can be repeated only "
-                f"for {' and '.join(_QUANTIZED)}, and for quantized files of {', '.join(_PREQUANTIZED)}. Use "
+                f"{call}: the base cannot be named: {method} quantized it during loading. This is repeated only for "
+                f"{' and '.join(_QUANTIZED)}, and for quantized files of {', '.join(_PREQUANTIZED)}. Use "
                 "lorasc_fx.save(cascade, folder) and lorasc_fx.load(folder, model)",
                 code="no-base",
             )
@@ -217,7 +217,7 @@ class BaseModel:
             kind(kind.config_class.from_dict(copy.deepcopy(about)))
         how = about.get("quantization_config")
         if how and "quantization_config" not in own_config:
-            del about["quantization_config"]  # the files are dense, and were quantized as they were loaded
+            del about["quantization_config"]  # the files are dense: transformers quantizes them while loading
             name = _QUANTIZED[how["quant_method"]]
             more["quantization_config"] = getattr(library, name).from_dict(how)
         return kind.from_pretrained(
@@ -298,7 +298,7 @@ class BaseModel:
         ]
 
     def _files(self, model: nn.Module) -> BaseFile:
-        """Return the files of the base, or those that the model was loaded from if the base has moved to this name."""
+        """Return the files of the base, or the files that the model was loaded from if the base has moved since."""
         try:
             base = open_base(self._weights(), model)
         except (CheckpointError, OSError, ValueError):
@@ -314,7 +314,7 @@ class _Size:
 
     Args:
         parameters: number of parameters.
-        entries: number of entries of all of them.
+        entries: number of their entries.
     """
 
     def __init__(self, parameters: int, entries: int) -> None:

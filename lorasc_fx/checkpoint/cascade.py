@@ -42,13 +42,13 @@ class SavedCascade(CascadeModule):
         """After `lorasc_fx.load`: restore optimizer, scheduler and random generators, and return `extra`.
 
         If a process group of torch.distributed is initialized, every rank must call this: with DistributedDataParallel
-        after the wrapper was made, on shards after `shard`. The number of ranks may differ from that of the saved run.
+        after the wrapper was made, on shards after `shard`. The saved run may have had another number of ranks.
         If it is the same, the random generators of each rank are restored. Otherwise each rank gets a stream that is a
         function of the first rank's, the rank and the number of ranks.
 
         Args:
-            optimizer, scheduler: built like those that were saved.
-            group: of the ranks that go on, if not all of them do.
+            optimizer, scheduler: built like the saved ones.
+            group: of the ranks that go on; by default all ranks.
 
         Raises:
             StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches; the
@@ -67,7 +67,7 @@ class SavedCascade(CascadeModule):
         if len(set(names)) > 1:
             raise StateError(
                 f"resume: the ranks have loaded different versions: {', '.join(names)}, by rank; load from a folder "
-                "that all of them see, while nobody writes into it",
+                "that every rank sees, while nobody writes into it",
                 code="ranks-differ",
             )
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
@@ -76,12 +76,12 @@ class SavedCascade(CascadeModule):
     def add(self, name: str, run: CascadeModule | str | PathLike[str]) -> None:
         """Add another run on the same base under a name, by which `weights` and `release` find its weights.
 
-        Several runs can so share one model in memory. Weights are computed from W0 at each switch, and those of the
-        other run are what its `release` would return. This cascade trains and saves only its own run, and after a load
-        the others must be added again. Another run of the same name is replaced.
+        Several runs can so share one model in memory. Weights are computed from W0 at each switch. The other run
+        counts as its `release` would leave it. This cascade trains and saves only its own run, and after a load the
+        others must be added again. Another run of the same name is replaced.
 
         Args:
-            name: of your choice, except those that `weights` knows already.
+            name: of your choice, except the names that `weights` knows already.
             run: a checkpoint folder (its newest version), or a cascade on a copy of the base. It may have changed only
                 weights that are sites, or trained in full, here too.
 
@@ -101,10 +101,10 @@ class SavedCascade(CascadeModule):
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return copies of everything that a resume needs from the cascade.
 
-        These are branches, experts, coefficients, the stage, parameters trained in full with their W0, buffers,
-        gradients that wait for a step, and random generators (for `resume`). Noise is drawn again from its key, and
-        other W0 is that of the model. The optimizer has its own state dict, and `folded_state_dict` returns the weights
-        of the user's model. Wrappers and containers call this method.
+        These are branches, experts, coefficients, the stage, buffers, gradients that wait for a step, random generators
+        (for `resume`), and parameters trained in full with their W0. Noise is drawn again from its key. The optimizer
+        has its own state dict, and `folded_state_dict` returns the weights of the user's model. Wrappers and containers
+        call this method.
 
         Args:
             destination, prefix: table to add to, and prefix of each name, as torch passes them.
@@ -154,7 +154,7 @@ class SavedCascade(CascadeModule):
         self._to_load = checkpoint, len(missing_keys), error_msgs
 
     def _load_state(self, keys: Any) -> None:
-        """Take over what `_load_from_state_dict` has read, after torch has visited model and branches.
+        """Take over the checkpoint that `_load_from_state_dict` has read, after torch has visited model and branches.
 
         These have no entries in the state, so that keys which torch misses there do not count. Do nothing if torch has
         met an error, which it will raise.
@@ -179,7 +179,7 @@ class SavedCascade(CascadeModule):
         with run.exclusive(call, sharded=sharded), commit() as undo:
             placed = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
-            if placed != {site.weight: site.placement for site in run.plan.sites}:  # those of another machine
+            if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine
                 self._graphs.drop(undo)
             self._note_loaded(checkpoint)
 
@@ -216,8 +216,8 @@ def save(
             DistributedDataParallel around it.
         optimizer, scheduler: whose state is written.
         folder: that every rank sees.
-        extra: anything that JSON can store, and tensors in it, such as the number of steps done (for the position in
-            the stage, and in the data of `shuffled_batches`), the state of a loader or GradScaler, or averaged weights.
+        extra: anything that JSON can store, and tensors in it. Examples: the number of steps done, from which the
+            position in the stage and in `shuffled_batches` follows; the state of a GradScaler; averaged weights.
         keep: number of versions to keep.
 
     Returns:

@@ -49,7 +49,7 @@ ELSEWHERE = ("rng/", "optimizer/", "gradient/", "reference/", "base/")
 
 @dataclass(frozen=True)
 class RunState:
-    """The state of a cascade, as far as a checkpoint holds it.
+    """The part of a cascade's state that a checkpoint stores.
 
     Args:
         plan: of the running stage.
@@ -172,7 +172,7 @@ def decode(
         manifest, tensors: of a checkpoint.
         plan: of the manifest.
         taker: state of the cascade that is to take this one over. It has the same weights, and the result gets its W0,
-            shards and dtypes. Without it, W0 is on the meta device, and shapes are those of the plan.
+            shards and dtypes. Without it, W0 is on the meta device, and the plan gives the shapes.
 
     Raises:
         ValueError, CheckpointError: a tensor is missing, unexpected or not finite, or has another shape or dtype.
@@ -363,7 +363,7 @@ def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
         else:
             state.slow.write_resting(name, state.plan, out)
 
-    # Untrained parameters need no copy for a rollback, and when a cascade is loaded all of them are untrained.
+    # Untrained parameters need no copy for a rollback. When a cascade is loaded, every parameter is untrained.
     parameters = run.parameters_by_name()
     untrained = {
         name: start

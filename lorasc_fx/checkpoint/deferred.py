@@ -51,7 +51,7 @@ class Numbers:
 
 
 def groups_of(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each parameter and buffer of a model, those of a tied one together."""
+    """Return the names of each parameter and buffer of a model; a tied one has several."""
     return tuple(tensor.names for tensor in _tensors(model))
 
 
@@ -133,7 +133,7 @@ def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Ten
             )
         if value.shape != tensor.value.shape or value.is_meta:
             shape = "on the meta device" if value.is_meta else f"{list(value.shape)}"
-            raise SpecError(f"buffers: {name!r} is {shape}, and that of the model is {list(tensor.value.shape)}")
+            raise SpecError(f"buffers: {name!r} is {shape}, and the model's is {list(tensor.value.shape)}")
 
 
 def _check_names(
@@ -219,7 +219,7 @@ def put_numbers(numbers: Numbers, model: nn.Module, device: torch.device, undo: 
 
 
 def with_numbers(old: torch.Tensor, numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor like an old one on a device, with these values; for a DTensor they are those of its shard."""
+    """Return a tensor like an old one on a device, with these values. For a DTensor, give the local shard's values."""
     shard = local(old)
     value = torch.empty_strided(shard.size(), shard.stride(), dtype=old.dtype, device=device)
     value.copy_(numbers)

@@ -6,9 +6,9 @@ in one file per rank if several ranks hold shards: each file has the shards of i
 W0 is not copied, except W0 of parameters trained in full. The manifest has a fingerprint of each base parameter, so
 that another base is refused by name. Loading runs no code from a file.
 
-A file that is memory-mapped, or opened twice by its path, may change after its digest was computed, and a mapped file
-that is truncated kills the process. So each file is opened once and read into memory, and digest and content come from
-the same bytes.
+A file that is memory-mapped, or opened twice by its path, may change after its digest was computed. If a mapped file is
+truncated, the process is killed. So each file is opened once and read into memory, and digest and content come from the
+same bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAME = re.compile(r"version-([0-9]{8,})")
 """A version is numbered by the count of saves."""
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What code that takes files at their word raises for damaged ones."""
+"""Exceptions that unsuspecting code raises for damaged content."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def refusing(
     Args:
         where: the file or folder.
         advice: what to do about it.
-        code: of damage that has no code of its own.
+        code: for errors without a code.
         also: further exceptions to raise so. For MemoryError, the code is "out-of-memory".
     """
     damage: tuple[type[Exception], ...] = (*_DAMAGE, *also)

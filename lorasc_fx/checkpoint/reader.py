@@ -41,7 +41,7 @@ class Checkpoint:
     """A version as read.
 
     Args:
-        path: of the version, or what a state dict is called in messages.
+        path: of the version; for a state dict, its name in messages.
         manifest, tensors, plan: its content.
         advice: what to do if it cannot be used, for messages.
     """
@@ -249,7 +249,7 @@ def check_digests(
     moved: Collection[str],
     advice: str,
 ) -> None:
-    """Refuse the fingerprints of a model that are not those of a base.
+    """Refuse a model whose fingerprints differ from the base's.
 
     Args:
         what: the start of the message, before "another base".
@@ -286,7 +286,7 @@ def check_plan(
     Raises:
         CheckpointError: names the weight.
     """
-    plan, spec, as_it_was = checkpoint.plan, checkpoint.plan.spec, "build the model as it was when it was adapted"
+    plan, spec, as_it_was = checkpoint.plan, checkpoint.plan.spec, "build the same model that was adapted"
 
     def fault(problem: str, advice: str) -> CheckpointError:
         return CheckpointError(f"{checkpoint.path / MANIFEST}: {problem}; {advice}", code="sites-differ")

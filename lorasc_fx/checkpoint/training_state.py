@@ -1,8 +1,8 @@
-"""What a checkpoint holds besides the cascade: the state of optimizer, scheduler and random generators, and `extra`.
+"""The rest of a checkpoint: the state of optimizer, scheduler and random generators, and `extra`.
 
-It is stored as JSON with references to tensors, and `resume` restores all of it or nothing. The `load_state_dict`
-methods of torch accept anything: that of a scheduler updates its `__dict__`, where an entry could hide a method. So a
-saved value is accepted only in place of a current value of the same kind.
+It is stored as JSON with references to tensors. `resume` restores everything or nothing. The `load_state_dict` methods
+of torch accept anything: a scheduler updates its `__dict__`, where an entry could hide a method. So a saved value is
+accepted only if the current value is of the same kind.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def resume(
 ) -> dict[str, Any]:
     """Restore optimizer, scheduler, pending gradients and random generators, all or nothing, and return `extra`.
 
-    The group is that of the ranks that go on; each has its own random generators.
+    The ranks of the group go on; each has its own random generators.
 
     Raises:
         CheckpointError: the checkpoint holds no such state, or that of another optimizer or scheduler. All are
@@ -213,12 +213,12 @@ def keep_as_saved(
 ) -> None:
     """Give the tensors of an optimizer's state their saved dtypes, and keep on the host what was there.
 
-    `Optimizer.load_state_dict` casts and moves all of them except `step` to the dtype and device of the parameter. The
+    `Optimizer.load_state_dict` casts and moves them, except `step`, to the dtype and device of the parameter. The
     dtype is right only for a moment that had the dtype of its parameter, if the parameter now has another one.
 
     Args:
         optimizer: has loaded the state.
-        state: as it was saved, by the index of the parameter.
+        state: the saved state, by the index of the parameter.
         host: names of tensors that were on the host while their parameters were not (`optimizer_state`).
         dtypes: of the parameters when they were saved.
     """
@@ -233,7 +233,7 @@ def keep_as_saved(
 
 
 def _as_saved(loaded: Any, saved: Any, follows: torch.dtype | None, on_host: bool) -> Any:
-    """Return loaded values in their saved dtypes. Tensors whose saved dtype is `follows` stay as they are."""
+    """Return loaded values in their saved dtypes. Tensors whose saved dtype is `follows` are unchanged."""
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor) and loaded.shape == saved.shape:
         dtype = loaded.dtype if saved.dtype == follows else saved.dtype
         device = torch.device("cpu") if on_host else loaded.device
@@ -272,7 +272,7 @@ def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[s
 
 
 def _group(current: Mapping[str, Any], saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved options of a group. A scheduler may add numbers of its own to a group, or lack them."""
+    """Return the saved options of a group. A scheduler may add its own numbers to a group, or lack them."""
     lost = next((key for key in current if key not in saved and key in defaults), None)
     if lost is not None:
         raise ValueError(f"optimizer: a group has no {lost!r}")

@@ -43,7 +43,7 @@ def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]
     if step not in ends:
         cascade._run.warned.accept("running-stage-folded")
         _warn_of_running(f"{run} at step {step} of {ends[-1]}", cascade.plan, cascade.stage)
-    running = "" if step in ends else ", its running stage folded as it is"
+    running = "" if step in ends else ", its running stage folded"
     return cascade, f"weights at step {step} of {ends[-1]}{running}"
 
 

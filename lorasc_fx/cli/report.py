@@ -266,7 +266,7 @@ def _slow_and_fast(record: RunRecord) -> Section:
     columns = [(name, "") for name in ("stage", "step", "accuracy, slow", "fast", "loss, slow", "fast")]
     measures = ("validation", "validation_fast", "validation_loss", "validation_loss_fast")
     cells = [(row["stage"], row["step"], *(_number(row.get(name)) for name in measures)) for row in rows]
-    about = "Fast weights are those that the stage trained, without its noise; slow ones are what a release would give."
+    about = "Fast weights are the trained ones of the stage, without noise. A release returns the slow weights."
     table = Table("On the validation examples, at the end of each stage", columns, cells)
     return Section("slow-fast", title, (about,), pictures, (table,))
 

@@ -188,7 +188,7 @@ def _program(
     if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
         least = least_sizes(exported.module(), module, bound, named)
     names = [str(name) for name in exported.graph_signature.user_inputs]
-    refuse_smaller(exported.graph, names, least)  # torch drops a check of what it takes for granted
+    refuse_smaller(exported.graph, names, least)  # torch drops checks that it considers redundant
     exported.graph_module.recompile()
     exported.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
     by_name: dict[str, dict[int, int]] = {}
@@ -200,7 +200,7 @@ def _program(
 def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return which sizes are dynamic, by the names of the module's arguments, for torch.export.
 
-    These are all sizes that are not constants of the captured graph.
+    These are all sizes except the constants of the captured graph.
     """
     flat = leaves(args, kwargs)
     sizes_of_inputs = variant.conditions.sizes or (None,) * len(flat)

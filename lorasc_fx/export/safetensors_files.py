@@ -1,7 +1,7 @@
 """Folded weights as safetensors, under the model's names or in the files of the base, one tensor in memory at a time.
 
-In the files of the base, names, dtypes and metadata stay, and what the fold does not change is copied byte for byte.
-This needs no model.
+In the files of the base, names, dtypes and metadata stay, and unchanged tensors are copied byte for byte. This needs no
+model.
 """
 
 from __future__ import annotations

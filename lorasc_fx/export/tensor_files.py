@@ -71,7 +71,7 @@ class Entry:
         return self.end - self.begin
 
     def blocks(self, file: BinaryIO) -> Iterator[Buffer]:
-        """Yield the tensor's bytes in blocks, each of which is valid until the next one."""
+        """Yield the tensor's bytes in blocks. A block is valid until the next one."""
         buffer = memoryview(bytearray(min(_BLOCK, self.size)))
         file.seek(self.begin)
         remaining = self.size
@@ -83,7 +83,7 @@ class Entry:
             yield buffer[:count]
 
     def read(self, file: BinaryIO) -> torch.Tensor:
-        """Return the tensor in memory of its own."""
+        """Return the tensor in new memory."""
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         view, offset = memoryview(data_of(tensor)).cast("B"), 0
         for block in self.blocks(file):

@@ -222,7 +222,7 @@ class Target:
 
 
 def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[str, str, str]]:
-    """Return the keys of A, B and DoRA's magnitudes of each target, in an adapter of all of them.
+    """Return the keys of A, B and DoRA's magnitudes of each target, in one adapter for all targets.
 
     peft wraps a module once for each of its `target_parameters`, innermost for the first one.
     """

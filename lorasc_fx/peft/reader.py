@@ -1,7 +1,7 @@
 """Read and check a LoRA or DoRA adapter that peft saved.
 
-The header of the safetensors file is compared with the model before a tensor is read, so that no file makes us allocate
-more memory than the shapes of the model need.
+The header of the safetensors file is compared with the model before a tensor is read. So no file makes us allocate more
+memory than the shapes of the model need.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lorasc_fx.state import Expert, Factors, scaled
 from lorasc_fx.util.decode import decode
 
 LONGEST = 1 << 24
-"""Largest number of bytes of a configuration; those of large models have a few hundred thousand."""
+"""Largest number of bytes of a configuration; large models have a few hundred thousand."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Accepted values of `init_lora_weights`. Others change the base weights, or need another layer."""
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -146,7 +146,7 @@ def _config(data: object) -> AdapterConfig:
     """Check a configuration.
 
     Raises:
-        ValueError, CheckpointError: it is damaged, or not that of a LoRA; says what and why.
+        ValueError, CheckpointError: it is damaged, or not for a LoRA; says what and why.
     """
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a table")
@@ -175,7 +175,7 @@ def _config(data: object) -> AdapterConfig:
 
 
 class _Reader:
-    """Compares the keys of a file with those that peft writes for a model. Errors do not name the file."""
+    """Compares the keys of a file with the keys that peft writes for a model. Errors do not name the file."""
 
     def __init__(self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.config, self.shapes = config, shapes

@@ -1,13 +1,13 @@
 """Finds out where peft can adapt each weight of a cascade, or why it cannot, and what it saves completely.
 
-An adapter of peft replaces a module by a wrapper. This can go wrong in three ways, each of which is tried by running
-the model on its example:
+An adapter of peft replaces a module by a wrapper. Three things can go wrong. Each is tried by running the model on its
+example:
 
 - The adapter computes when its module is called, but others read the weight without calling the module (`calls_of`).
 - Others read an attribute of the module that peft's wrapper does not have (`read_through`).
-- The module is not a plain layer of torch, so that the adapter is another function than the merged weight. peft's
-  layers are written for torch's own classes, not for a convolution with a dilation or another padding mode, or an
-  embedding that does more than look up (`fault_of`, in fp64 on a recorded call).
+- The module is not a plain layer of torch, so that the adapter is another function than the merged weight. Examples are
+  a convolution with a dilation or another padding mode, or an embedding that does more than look up (`fault_of`, in
+  fp64 on a recorded call).
 
 Parameters trained in full are saved with their modules (`modules_to_save`), or are biases of adapted modules.
 """
@@ -157,7 +157,7 @@ class Saved:
 
 
 def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Target]) -> tuple[Saved, dict[str, str]]:
-    """Return what peft saves for the parameters trained in full, and for those that it cannot save the reason.
+    """Return what peft saves for the parameters trained in full, and the reason for each one that it cannot save.
 
     Args:
         model: the user's own.
@@ -334,7 +334,7 @@ class _AttributeProbe(nn.Module):
         super().__init__()
         self.inside = inside
         self.__dict__["note"] = lambda name: read.setdefault(
-            path, f"the model reads {name} of its module, and peft's wrapper in its place has no {name}"
+            path, f"the model reads {name} of its module, and peft's wrapper has no {name}"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ def peft(
     modules (`modules_to_save`). Other buffers, such as the statistics of a batch norm, are not part of an adapter.
 
     Args:
-        cascade: stays as it is. Its model runs on the example inputs, to find out where an adapter has an effect.
+        cascade: is not changed. Its model runs on the example inputs, to find out where an adapter has an effect.
         folder: absent, empty, or an adapter, which is replaced when the new one is complete.
         which: `slow` or `averaged`, for which a stage that has trained is folded as by `release`; or `fast`.
         max_rank: no site gets a higher rank: a sum of experts is replaced by the nearest pair of this rank. The exact
@@ -100,7 +100,7 @@ def peft(
         uniform_rank: pad all sites with zeros to one rank of 8, 16, 32, 64, 128, 256, 320, 512, for loaders that ignore
             patterns (vLLM).
         dtype: of the factors; by default fp64 for weights in fp64, otherwise fp32.
-        task_type: of peft, such as `CAUSAL_LM`; by default that of a class of transformers, so that
+        task_type: of peft, such as `CAUSAL_LM`; by default the task of a class of transformers, so that
             `AutoPeftModelForCausalLM` and the like load the folder. The head of a classifier, adapted or not, is saved
             completely with its merged weights, as peft's classes for these tasks do. For tasks unknown to peft, or if
             only a head is adapted, `AutoPeftModel` loads the folder.

@@ -116,7 +116,7 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
         assert main(["train", "tiny.toml"]) == 130
     with warns("running-stage-folded", "tiny", "step 6 of 12"):
         assert main(["fold", "runs/tiny"]) == 0
-    assert "slow weights at step 6 of 12, its running stage folded as it is" in capsys.readouterr().out
+    assert "slow weights at step 6 of 12, its running stage folded" in capsys.readouterr().out
     folded = weights(place / "runs" / "tiny" / "folded.safetensors")
     setup = Setup.of(load_config(place / "runs" / "tiny" / "config.toml"))
     cascade = lx.load(place / "runs" / "tiny" / "checkpoint", setup.model(0).eval(), args=setup.sample().args)

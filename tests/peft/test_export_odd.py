@@ -161,7 +161,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
     "an attribute": (
         Reads,
         "gate.rows",
-        "the model reads number of its module, and peft's wrapper in its place has no number",
+        "the model reads number of its module, and peft's wrapper has no number",
     ),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
