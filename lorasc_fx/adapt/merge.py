@@ -60,7 +60,7 @@ def merge(
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
     given = [run._run if isinstance(run, Cascade) else run for run in runs]
-    named_runs = [GivenRun.of(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
+    named_runs = [GivenRun(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
     scaled = next((run.name for run in named_runs if run.plan.spec.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(

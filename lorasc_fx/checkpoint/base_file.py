@@ -43,23 +43,22 @@ class FileTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class BaseFile:
     """Where the tensors of a base are.
 
     Args:
-        path: the file or folder that the user gave.
-        tensors: location and shape of each tensor, by its key in the files.
-        keys: key by name in the model; names without a key are left out.
-        aliases: all names of a parameter, by each of them.
-        stamps: identity, size and times of each file when it was first seen.
+        path: a safetensors file, or a folder with `model.safetensors` or its shards.
+        model: whose parameters they are.
+
+    Raises:
+        CheckpointError: the path holds no safetensors file, or cannot be read.
     """
 
-    path: Path
-    tensors: Mapping[str, FileTensor]
-    keys: Mapping[str, str]
-    aliases: Mapping[str, tuple[str, ...]]
-    stamps: Mapping[Path, tuple[int, ...]]
+    def __init__(self, path: Path, model: nn.Module) -> None:
+        shards = shards_of(path)
+        self.path, self.tensors, self.aliases = path, headers(shards), names_of(model)
+        self.keys = keys_of(self.aliases, self.tensors)
+        self.stamps = {shard: _stamp(shard) for shard in shards}
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W0 of these parameters as mapped tensors, of a DTensor its local shard, without quantized ones.
@@ -219,10 +218,7 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
                 code="no-base",
             )
         base = named
-    path = path_of(base)
-    shards, aliases = shards_of(path), names_of(model)
-    tensors = headers(shards)
-    return BaseFile(path, tensors, keys_of(aliases, tensors), aliases, {shard: _stamp(shard) for shard in shards})
+    return BaseFile(path_of(base), model)
 
 
 def name_or_path(model: nn.Module) -> str | None:

@@ -30,7 +30,7 @@ from torch.nn.modules.module import (
 )
 
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.base_file import SINGLE, BaseFile, headers, name_or_path, open_base, shards_of
+from lorasc_fx.checkpoint.base_file import SINGLE, BaseFile, headers, name_or_path, shards_of
 from lorasc_fx.checkpoint.layout import sanitized
 from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.quantized import dense
@@ -300,13 +300,11 @@ class BaseModel:
     def _files(self, model: nn.Module) -> BaseFile:
         """Return the files of the base, or the files that the model was loaded from if the base has moved since."""
         try:
-            base = open_base(self._weights(), model)
+            return BaseFile(self._weights(), model)
         except (CheckpointError, OSError, ValueError):
             if (before := name_of(model)) is None or before == self.name:
                 raise
-            base = open_base(replace(self, name=before)._weights(), model)
-        assert base is not None
-        return base
+            return BaseFile(replace(self, name=before)._weights(), model)
 
 
 class _Size:

@@ -94,7 +94,7 @@ class SavedCascade(CascadeModule):
         self._run.check_ready("add")
         if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
             raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
-        added = given_run.GivenRun.of(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
+        added = given_run.GivenRun(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
         with self._run.exclusive("add"):
             given_run.add(self._run, name, added)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -13,44 +13,40 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read
 from lorasc_fx.errors import SpecError, named
-from lorasc_fx.plan import Plan
 from lorasc_fx.state import Part
 from lorasc_fx.state.model import host
 
 
-@dataclass(frozen=True)
 class GivenRun:
     """A run as given to `merge` or `add`.
 
     Args:
+        given: a run, or a checkpoint folder.
         name: for messages.
-        plan: of the run.
+        call: that it was given to, for messages.
+
+    Attributes:
+        plan, frontend: of the run.
         base: fingerprints of its base.
         moved: names of what is not part of the base: buffers, and parameters that forward writes.
-        frontend: that the user asked for.
-        run: the run itself.
     """
 
-    name: str
-    plan: Plan
-    base: Mapping[str, str]
-    moved: Collection[str]
-    frontend: str
-    run: Run | Checkpoint
-
-    @classmethod
-    def of(cls, given: Run | str | PathLike[str], name: str, call: str) -> GivenRun:
-        """Read a checkpoint folder, or wrap the run of a cascade."""
+    def __init__(self, given: Run | str | PathLike[str], name: str, call: str) -> None:
+        self.base: Mapping[str, str]
+        self.moved: Collection[str]
+        self.run: Run | Checkpoint
         if isinstance(given, Run):
             given.check_ready(call)
             given.note_kept()
-            moved = given.moved_parameters()
-            return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
-        if not isinstance(given, (str, PathLike)):
+            self.run, self.name = given, f"{name}, a cascade"
+            self.base, self.moved = given.fingerprints(), given.moved_parameters()
+        elif isinstance(given, (str, PathLike)):
+            self.run = read(given)
+            self.name = f"{name}, {self.run.path}"
+            self.base, self.moved = self.run.manifest["base"], self.run.moved
+        else:
             raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
-        saved = read(given)
-        base = saved.manifest["base"]
-        return cls(f"{name}, {saved.path}", saved.plan, base, saved.moved, saved.frontend, saved)
+        self.plan, self.frontend = self.run.plan, self.run.frontend
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
         """Raise CheckpointError if the model is not what this run adapted."""

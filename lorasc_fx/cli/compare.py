@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import torch
@@ -32,7 +33,6 @@ from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.run_folder import RunFolder, write_whole
 from lorasc_fx.cli.training import (
     Diverged,
-    Interrupt,
     Setup,
     accuracy,
     describe,
@@ -164,7 +164,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
         describe(setup)
         with reporting() as reporter, on_ctrl_c() as interrupt:
             for number, run in enumerate(runs, start=1):
-                if results[run] is None and not interrupt.asked:
+                if results[run] is None and not interrupt.is_set():
                     title = f"{number}/{len(runs)} {run.name}"
                     results[run] = _make(run, title, setup, folder, reporter, interrupt)
                 if results[run] is None:
@@ -174,9 +174,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     return [result for result in results.values() if result is not None]
 
 
-def _make(
-    run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Interrupt
-) -> Result | None:
+def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Event) -> Result | None:
     """Train and evaluate one run. None if Ctrl-C ended it."""
     config, method = setup.config, METHODS[run.method]
     began = time.monotonic()

@@ -85,11 +85,13 @@ class Examples:
 
     def take(self, index: Tensor) -> Examples:
         """Return the examples at these positions."""
-        return replace(self, inputs=self._inputs(index), labels=self.labels[index])
+        inputs = self.inputs[index] if isinstance(self.inputs, Tensor) else [self.inputs[at] for at in index.tolist()]
+        return replace(self, inputs=inputs, labels=self.labels[index])
 
     def batch(self, index: Tensor) -> Batch:
         """Return the examples at these positions as one batch."""
-        return Batch(*self.encode(self._inputs(index)), self.labels[index])
+        part = self.take(index)
+        return Batch(*self.encode(part.inputs), part.labels)
 
     def __getitems__(self, index: list[int]) -> Batch:
         """Return the examples at these positions as one batch, for a DataLoader."""
@@ -105,11 +107,6 @@ class Examples:
         if isinstance(self.inputs, Tensor):
             return self
         return self.take(torch.tensor([len(text) for text in self.inputs]).argsort(stable=True))
-
-    def _inputs(self, index: Tensor) -> Inputs:
-        if isinstance(self.inputs, Tensor):
-            return self.inputs[index]
-        return [self.inputs[position] for position in index.tolist()]
 
 
 @dataclass(frozen=True)

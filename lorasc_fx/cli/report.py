@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from lorasc_fx.cli.charts import by_site, loss_over_steps, rate_over_steps, slow_and_fast, spectra
-from lorasc_fx.cli.config import Config, load_config
+from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.report_page import PAGE, STYLE
 from lorasc_fx.cli.run_folder import EXPERT, RunFolder, check_output, read_lines, write_whole
 from lorasc_fx.errors import SpecError, StateError
@@ -24,35 +24,17 @@ from lorasc_fx.pictures import Picture
 from lorasc_fx.util.extras import module_of, require
 
 
-@dataclass(frozen=True)
 class RunRecord:
     """The records of one run.
 
     Args:
-        name: of the folder.
-        config: of the run.
-        lines: of the metrics, in order.
-        about: the record of the cascade at the start.
-        experts: one record per stage and site.
-        spectrum: record of each site's slow delta; empty before the end of the run.
-        environment: packages and machine.
+        run: folder of the run.
+
+    Raises:
+        StateError: the folder holds no run of `train`, or one without records yet; or a file is damaged.
     """
 
-    name: str
-    config: Config
-    lines: list[dict[str, Any]]
-    about: dict[str, Any]
-    experts: list[dict[str, Any]]
-    spectrum: dict[str, Any]
-    environment: dict[str, Any]
-
-    @classmethod
-    def read(cls, run: Path) -> RunRecord:
-        """Read a run folder.
-
-        Raises:
-            StateError: the folder holds no run of `train`, or one without records yet; or a file is damaged.
-        """
+    def __init__(self, run: Path) -> None:
         folder = RunFolder(run)
         folder.check_run(checkpoint=False)
         if not folder.cascade.is_file() or not folder.metrics.is_file():
@@ -61,15 +43,13 @@ class RunRecord:
                 "writes them in its first steps; a run of an older version must be run again",
                 code="run-has-no-data",
             )
-        return cls(
-            run.resolve().name,
-            load_config(folder.config),
-            read_lines(folder.metrics),
-            folder.read_cascade(),
-            read_lines(folder.experts, EXPERT),
-            folder.read_spectrum(),
-            folder.read_environment(),
-        )
+        self.name = run.resolve().name
+        self.config = load_config(folder.config)
+        self.lines = read_lines(folder.metrics)
+        self.about = folder.read_cascade()
+        self.experts = read_lines(folder.experts, EXPERT)  # one record per stage and site
+        self.spectrum = folder.read_spectrum()  # by site; empty before the end of the run
+        self.environment = folder.read_environment()
 
     def by_step(self, name: str) -> list[tuple[int, float]]:
         """Return the steps and values of a metric. If a resumed run has repeated a step, the later value counts."""
@@ -181,7 +161,7 @@ def run_report(arguments: ReportArguments) -> int:
     output, seen = arguments.output or RunFolder(arguments.run).report, -1
     while True:
         try:
-            record = RunRecord.read(arguments.run)
+            record = RunRecord(arguments.run)
         except StateError as fault:
             if not arguments.watch or fault.code != "run-has-no-data":
                 raise

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Event
 from types import FrameType
 from typing import Any
 
@@ -208,22 +209,15 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
 
-@dataclass
-class Interrupt:
-    """Whether Ctrl-C was pressed."""
-
-    asked: bool = False
-
-
 @contextmanager
-def on_ctrl_c() -> Iterator[Interrupt]:
-    """Defer the first Ctrl-C inside the block to the end of the step. A second one raises KeyboardInterrupt."""
-    interrupt = Interrupt()
+def on_ctrl_c() -> Iterator[Event]:
+    """Set an event at the first Ctrl-C inside the block. A second one raises KeyboardInterrupt."""
+    interrupt = Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if interrupt.asked:
+        if interrupt.is_set():
             raise KeyboardInterrupt
-        interrupt.asked = True
+        interrupt.set()
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -262,7 +256,7 @@ def train_steps(
     seed: int,
     stage_steps: Sequence[int],
     *,
-    interrupt: Interrupt,
+    interrupt: Event,
     start: int = 0,
 ) -> Iterator[Step]:
     """Train from a step to the end, and yield each step and each transition. Stop early after Ctrl-C.
@@ -275,7 +269,7 @@ def train_steps(
         setup: the data and the device.
         seed: of the order of the examples, and of dropout.
         stage_steps: number of optimizer steps of each stage.
-        interrupt: ends the training between two steps.
+        interrupt: if set, training stops before the next step.
         start: number of steps that are done.
 
     Raises:
@@ -290,7 +284,7 @@ def train_steps(
         stages = model.stages(len(ends) - stage + 1, optimizer)
         next(stages)
     for done, batch in zip(range(start + 1, ends[-1] + 1), setup.batches(seed, start), strict=False):
-        if interrupt.asked:
+        if interrupt.is_set():
             return
         torch.manual_seed(seed * 1_000_003 + done - 1)
         logits = logits_of(model(*batch.args, **batch.kwargs))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -235,64 +235,57 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """The arguments of one call of a module."""
 
 
-@dataclass
-class Calls:
-    """What was recorded in one run.
+class Calls(TorchFunctionMode):
+    """Records the calls of modules, and which modules are running when torch computes a tensor from a weight.
 
     Args:
-        first: the first call of each module of interest, by its first path.
+        names: of the weights, by id.
+
+    Attributes:
+        first: the first call of each module that holds one of the weights, by its first path.
         reader: class of a module that read a weight while no module that holds it was running, by weight.
     """
 
-    first: dict[str, Call] = field(default_factory=dict)
-    reader: dict[str, str] = field(default_factory=dict)
-
-
-def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
-    """Run the model once, without side effects, and return who read the parameters of these names."""
-    parameters = dict(model.named_parameters())
-    names_by_id = {id(parameters[name]): name for name in names}
-    seen = Calls()
-    stack: list[nn.Module] = []
-
-    def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        stack.append(module)
-        if path not in seen.first and any(id(value) in names_by_id for value in module._parameters.values()):
-            seen.first[path] = copied(args, kwargs)
-
-    def leaves(path: str, module: nn.Module, output: Any) -> None:
-        stack.pop()
-
-    observers = (_Readers(names_by_id, stack, seen), call_recorder(model, enters, leaves))
-    with isolation(model, args, kwargs, *observers, grad=False, seeded=False) as (inputs, named):
-        model(*inputs, **named)
-    return seen
-
-
-class _Readers(TorchFunctionMode):
-    """Records which modules are running when torch computes a tensor from a weight."""
-
-    def __init__(self, known: Mapping[int, str], stack: list[nn.Module], seen: Calls) -> None:
+    def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
-        self._known, self._stack, self._seen = known, stack, seen
+        self.first: dict[str, Call] = {}
+        self.reader: dict[str, str] = {}
+        self._names, self._stack = names, list[nn.Module]()
+
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Record the start of a call."""
+        self._stack.append(module)
+        if path not in self.first and any(id(value) in self._names for value in module._parameters.values()):
+            self.first[path] = copied(args, kwargs)
+
+    def leave(self, path: str, module: nn.Module, output: Any) -> None:
+        """Record the end of a call."""
+        self._stack.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})
-        weights = [leaf for leaf in pytree.tree_leaves(read) if id(leaf) in self._known]
+        weights = [leaf for leaf in pytree.tree_leaves(read) if id(leaf) in self._names]
         if not weights or name == "requires_grad_":
             return output
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
+            held = {id(value) for module in self._stack for value in module._parameters.values()}
+            reader = type(self._stack[-1]).__name__ if self._stack else "the model"
             for weight in weights:
-                self._note(weight)
+                if id(weight) not in held:
+                    self.reader.setdefault(self._names[id(weight)], reader)
         return output
 
-    def _note(self, weight: torch.Tensor) -> None:
-        if any(value is weight for module in self._stack for value in module._parameters.values()):
-            return
-        reader = type(self._stack[-1]).__name__ if self._stack else "the model"
-        self._seen.reader.setdefault(self._known[id(weight)], reader)
+
+def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
+    """Run the model once, without side effects, and return who read the parameters of these names."""
+    parameters = dict(model.named_parameters())
+    calls = Calls({id(parameters[name]): name for name in names})
+    recorder = call_recorder(model, calls.enter, calls.leave)
+    with isolation(model, args, kwargs, calls, recorder, grad=False, seeded=False) as (inputs, named):
+        model(*inputs, **named)
+    return calls
 
 
 _ANSWERED = {"weight", "bias", "in_features", "out_features"}

@@ -173,7 +173,7 @@ def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytes
                         "Refusals", "Made with"]  # fmt: skip
     told = page.said("desc")
     assert "Stages end at steps 4, 8, 12." in told
-    losses = {line["step"]: line["loss"] for line in RunRecord.read(trained.run).lines if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in RunRecord(trained.run).lines if "loss" in line}
     assert f"to {losses[12]:.4g} at step 12" in told
     settings = dict(page.tables["Settings of the run"][1:])
     assert settings["classes"] == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
@@ -188,7 +188,7 @@ def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytes
 
 
 def test_experts_and_delta_are_those_of_the_checkpoint(trained: Trained) -> None:
-    page = check_page(render(RunRecord.read(trained.run)))
+    page = check_page(render(RunRecord(trained.run)))
     experts = {row[1]: row[2:] for row in page.tables["Experts by site"][1:]}
     delta = {row[0]: row[1:] for row in page.tables["Final delta by site"][1:]}
     for weight, state in weight_states(trained.cascade(3)).items():
@@ -215,7 +215,7 @@ def test_experts_and_delta_are_those_of_the_checkpoint(trained: Trained) -> None
 
 def test_slow_stands_beside_fast_as_measured(trained: Trained) -> None:
     """Fast weights of stage t are S_{t-1} + s B A: made by hand from the checkpoints at the ends of stages."""
-    record = RunRecord.read(trained.run)
+    record = RunRecord(trained.run)
     assert [row["stage"] for row in record.stages] == [1, 2, 3]
     examples = trained.setup.splits.validation
     batch = examples.batch(torch.arange(len(examples)))
@@ -252,7 +252,7 @@ def test_a_stopped_run_has_a_page_too_and_steps_made_twice_count_once(trained: T
     page = check_page((tmp_path / "page.html").read_text())
     assert "this run has not ended yet" in page.said("header")
     assert "Final delta" not in page.said("h2")
-    assert [step for step, _ in RunRecord.read(run).by_step("loss")] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, _ in RunRecord(run).by_step("loss")] == [2, 4, 6, 8, 10, 12]
 
 
 def test_long_tables_fold_and_names_are_shown_as_they_are(tmp_path: Path) -> None:

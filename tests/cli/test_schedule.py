@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from threading import Event
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from lorasc_fx.cli.config import Config, TrainConfig
 from lorasc_fx.cli.data import Splits, image_examples
-from lorasc_fx.cli.training import Interrupt, Setup, train_steps
+from lorasc_fx.cli.training import Setup, train_steps
 from lorasc_fx.errors import SpecError
 from tests.kit.errors import raises
 
@@ -57,7 +58,7 @@ def test_gradients_are_scaled_down_to_a_norm_over_all_parameters(largest: float)
     loss = nn.functional.cross_entropy(model(*batch.args), batch.labels)
     gradient = torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(model.parameters()))])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    list(train_steps(model, optimizer, own.schedule(optimizer, None, [1]), own, 0, [1], interrupt=Interrupt()))
+    list(train_steps(model, optimizer, own.schedule(optimizer, None, [1]), own, 0, [1], interrupt=Event()))
     step = before - torch.cat([value.detach().flatten() for value in model.parameters()])
     assert gradient.norm() > 0.1
     wanted = gradient * (largest / gradient.norm()) if largest else gradient
