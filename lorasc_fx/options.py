@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -159,30 +159,9 @@ SCALES: Mapping[bool, Scale] = {False: Scale(), True: RsloraScale()}
 """By the value of `CascadeSpec.use_rslora`."""
 
 
-class RowScale:
-    """What scales the rows of a weight with its branch (`CascadeSpec.use_dora`): here nothing does."""
-
-    trained: ClassVar[bool] = False
-    """Whether each row has a trainable magnitude. The branch then computes in place of its op, and no sum of experts is
-    the whole of what a stage has learnt."""
-
-    def shapes(self, out: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the branch's parameters besides its factors, by name, for a weight of `out` rows."""
-        return {}
-
-
-class DoraScale(RowScale):
-    """DoRA (2402.09353): `diag(m / |W + s B A|) (W + s B A)`."""
-
-    trained: ClassVar[bool] = True
-
-    def shapes(self, out: int) -> dict[str, tuple[int, ...]]:
-        """Return that of the magnitudes."""
-        return {"lora_magnitude_vector": (out,)}
-
-
-ROW_SCALES: Mapping[bool, RowScale] = {False: RowScale(), True: DoraScale()}
-"""By the value of `CascadeSpec.use_dora`."""
+ADAPTERS: dict[str, type[Any]] = {}
+"""Branch classes (`lorasc_fx.branch.Branch`) by the value of `CascadeSpec.adapter`; `lorasc_fx.branch.methods` fills
+the table, and `register_branch` adds to it."""
 
 
 class NextA:

@@ -125,9 +125,9 @@ class Site:
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of lora_A [rank, in] and lora_B [out, rank], with the axis of experts before them if there is one.
+        """Shapes of a pair A [rank, in] and B [out, rank], with the axis of experts before them if there is one.
 
-        With slices lora_A is [slices * rank, in]: the A of each slice, one after the other.
+        With slices A is [slices * rank, in]: the A of each slice, one after the other.
         """
         out, columns = self.matrix_shape
         stack = (self.experts,) if self.experts else ()
@@ -135,9 +135,9 @@ class Site:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all that a branch trains, by name: the factors, and under DoRA the magnitudes [out]."""
-        a, b = self.factor_shapes
-        return {"lora_A": a, "lora_B": b, **self.options.row_scale.shapes(self.matrix_shape[0])}
+        """Shapes of the parameters of the branch, by name."""
+        shapes: dict[str, tuple[int, ...]] = self.options.method.shapes(self)
+        return shapes
 
     @property
     def parameters(self) -> int:
@@ -219,5 +219,5 @@ def _check_site(site: Site) -> None:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
     if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
         raise ValueError(f"slices is {site.slices}, which are not the rows of a weight of shape {site.shape}")
-    if site.options.row_scale.trained and site.placement != "merged":
-        raise ValueError("use_dora is true, and its branch stands beside its op")
+    if site.options.method.placement not in (None, site.placement):
+        raise ValueError(f"placement is {site.placement}, and {site.options.adapter} computes at another one")

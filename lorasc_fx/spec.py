@@ -11,17 +11,16 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from lorasc_fx.options import (
+    ADAPTERS,
     AVERAGES,
     DISTRIBUTIONS,
     NEXT_A,
     PACES,
     RESTARTS,
-    ROW_SCALES,
     SCALES,
     STARTS,
     GivenPace,
     NextA,
-    RowScale,
     Start,
 )
 from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, OF_PEFT, USUAL_DECAY, USUAL_RANK
@@ -37,6 +36,14 @@ Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 OnNonFinite = Literal["raise", "skip"]
 Placement = Literal["auto", "beside", "merged", "weight"]
+Adapter = Annotated[
+    str,
+    Check(
+        ADAPTERS.__contains__,
+        "give the name of a method in docs/method.md, or one that register_branch knows",
+        ADAPTERS,
+    ),
+]
 Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
 Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
 Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "it scales the branch: give a number above 0")]
@@ -129,9 +136,9 @@ class SiteOptions:
     """What a spec and its rules say of the branch of one site.
 
     Args:
+        adapter: name of the method.
         rank: of the branch in the running stage.
         lora_alpha, use_rslora: of the formula of its scale.
-        use_dora: each row has a magnitude of its own.
         ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
         train_A: whether lora_A is trained.
         nearest_full_gradient: whether the gradient of lora_B is that of the nearest step to full training.
@@ -139,8 +146,8 @@ class SiteOptions:
 
     rank: Rank
     lora_alpha: Alpha
+    adapter: Adapter = "lora"
     use_rslora: bool = False
-    use_dora: bool = False
     ranks: tuple[Rank, ...] = ()
     train_A: bool = True
     nearest_full_gradient: bool = False
@@ -155,9 +162,9 @@ class SiteOptions:
         return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
 
     @property
-    def row_scale(self) -> RowScale:
-        """The strategy of `use_dora`."""
-        return ROW_SCALES[self.use_dora]
+    def method(self) -> type[Any]:
+        """The branch class of `adapter`."""
+        return ADAPTERS[self.adapter]
 
 
 @checks_names
@@ -173,6 +180,8 @@ class CascadeSpec:
         untie: globs on names of tied parameters (a head that is the embedding as well) that are to be parameters of
             their own, adapted apart; they stay so after a release.
         rules: another rank or lora_alpha by pattern, the first match counts.
+        adapter: the method: `lora`, `dora` (2402.09353), or another row of docs/method.md, or one of your own
+            (`register_branch`).
         rank: r of the branches.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
         dropout: share of the entries of a branch's input that are set to zero in train mode, the rest scaled up (LoRA's
@@ -201,8 +210,6 @@ class CascadeSpec:
             it; `adapt` is given the files of the model before by `base`.
         carry_rank: rank at which the delta that earlier stages added to a quantized weight is carried beside it, by the
             nearest pair of factors of that rank; by default as it is, up to the rank of the matrix.
-        use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);
-            for products and convolutions, in place of their ops.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).
         slow_train: parameters under `train` follow the slow rule as well.
@@ -218,6 +225,7 @@ class CascadeSpec:
     train: tuple[str, ...] = ()
     untie: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    adapter: Adapter = "lora"
     rank: Rank = USUAL_RANK
     lora_alpha: Alpha = 8.0
     use_rslora: bool = False
@@ -238,7 +246,6 @@ class CascadeSpec:
     restart_A: Annotated[str, choice(NEXT_A)] = "fresh"
     start: Annotated[str, choice(STARTS)] = "lora"
     carry_rank: Rank | None = None
-    use_dora: bool = False
     optimizer_state: (
         Literal["reset", "kept"]
         | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept' or a ratio in (0, 1) to prune")]
@@ -271,18 +278,14 @@ class CascadeSpec:
         return NEXT_A[self.restart_A]
 
     @property
-    def row_scale(self) -> RowScale:
-        """The strategy of `use_dora`."""
-        return ROW_SCALES[self.use_dora]
+    def method(self) -> type[Any]:
+        """The branch class of `adapter`."""
+        return ADAPTERS[self.adapter]
 
     @property
     def keeps_average(self) -> bool:
         """Whether an average of the slow weights is kept."""
         return AVERAGES[self.average].kept
-
-    def starts_from_weights(self, running: bool) -> bool:
-        """Whether a stage, one that runs or an idle one, computes factors or magnitudes from the weights."""
-        return self.row_scale.trained or (running and self.factor_start.from_weight)
 
     def pace_at(self, stage: int) -> float:
         """Return the pace of a stage, 1 is the first."""

@@ -4,7 +4,7 @@ pairs. They are refused when the spec is made, before there is a model to change
 
 from __future__ import annotations
 
-from lorasc_fx.options import AVERAGES, STARTS, one_of
+from lorasc_fx.options import ADAPTERS, AVERAGES, STARTS, one_of
 from lorasc_fx.util.decode import Conflict
 
 USUAL_RANK, USUAL_DECAY = 8, 0.9
@@ -27,6 +27,7 @@ OF_PEFT = {
     "alpha_pattern": "rules, of lorasc_fx.Rule",
     "init_lora_weights": f"start: {one_of(STARTS)}",
     "loraplus_lr_ratio": "lr_ratio",
+    "use_dora": "adapter='dora'",
     "ensure_weight_tying": "nothing: tied weights stay tied",
     "fan_in_fan_out": "nothing: the layout is read off the graph",
     "task_type": "nothing: it is given to export.peft",
@@ -48,6 +49,16 @@ NOISE_CONFLICTS = (
         "give keep=False, or distribution='normal'",
     ),
 )
+
+OPTIONS = {
+    "start": "lora",
+    "restart_A": "fresh",
+    "train_A": True,
+    "nearest_full_gradient": False,
+    "lr_ratio": 1.0,
+    "dropout": 0.0,
+}
+"""Options that not every adapter method has (`Branch.options`), with the values that ask for nothing."""
 
 CONFLICTS = (
     Conflict(
@@ -99,46 +110,45 @@ CONFLICTS = (
         "give restart_A='fresh', or start='lora'",
     ),
     Conflict(
-        ("use_dora", "restart"),
-        lambda dora, restart: dora and restart != "slow",
+        ("adapter", "restart"),
+        lambda adapter, restart: ADAPTERS[adapter].scales_rows and restart != "slow",
         "the rows of slow and fast weights would be scaled apart, and no one list of experts has both",
-        "give restart='slow', or use_dora=False",
+        "give restart='slow', or adapter='lora'",
     ),
     Conflict(
-        ("use_dora", "dropout"),
-        lambda dora, dropout: dora and dropout,
-        "the branch stands in place of its op, whose input is not dropped",
-        "give dropout=0, or use_dora=False",
-    ),
-    Conflict(
-        ("use_dora", "placement"),
-        lambda dora, placement: dora and placement not in ("auto", "merged"),
-        "magnitudes scale the op's own product, so the branch stands in its place",
-        "give placement='auto' or 'merged', or use_dora=False",
-    ),
-    Conflict(
-        ("use_dora", "noise.keep", "noise.strength"),
-        lambda dora, keep, strength: dora and keep and strength,
+        ("adapter", "noise.keep", "noise.strength"),
+        lambda adapter, keep, strength: ADAPTERS[adapter].scales_rows and keep and strength,
         "noise that stays would be scaled by every later stage",
-        "give keep=False, or use_dora=False",
+        "give keep=False, or adapter='lora'",
     ),
     Conflict(
-        ("use_dora", "noise.redraw", "noise.strength"),
-        lambda dora, redraw, strength: dora and redraw != "stage" and strength,
+        ("adapter", "noise.redraw", "noise.strength"),
+        lambda adapter, redraw, strength: ADAPTERS[adapter].scales_rows and redraw != "stage" and strength,
         "the norms of a stage would be those of its last draw",
-        "give redraw='stage', or use_dora=False",
+        "give redraw='stage', or adapter='lora'",
     ),
     Conflict(
-        ("use_dora", "average"),
-        lambda dora, average: dora and AVERAGES[average].kept,
+        ("adapter", "average"),
+        lambda adapter, average: ADAPTERS[adapter].scales_rows and AVERAGES[average].kept,
         "an average of weights whose rows were scaled apart has no coefficients over one list of experts",
-        "give average='off', or use_dora=False",
+        "give average='off', or adapter='lora'",
     ),
     Conflict(
-        ("use_dora", "nearest_full_gradient"),
-        lambda dora, nearest: dora and nearest,
-        "the correction is that of a plain branch, whose rows no magnitude scales",
-        "give one of the two",
+        ("adapter", "placement"),
+        lambda adapter, placement: ADAPTERS[adapter].placement not in (None, placement) and placement != "auto",
+        "this method computes at one placement",
+        "give placement='auto'",
+    ),
+    *(
+        Conflict(
+            ("adapter", option),
+            lambda adapter, value, option=option, usual=usual: (
+                value != usual and option not in ADAPTERS[adapter].options
+            ),
+            "this method has no such option",
+            f"give adapter='lora', or leave {option} out",
+        )
+        for option, usual in OPTIONS.items()
     ),
 )
 """Of a `CascadeSpec` whose fields are valid one by one."""

@@ -52,9 +52,8 @@ class InsertBranches(CascadePass):
                 continue
             site = plan.by_weight[use.weight]
             if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-                graph.insert_after(
-                    base, site.key, (base,), {} if use.form == ON_WEIGHT else {"expert": expert_index(base)}
-                )
+                expert = {} if use.form == ON_WEIGHT else {"expert": expert_index(base)}
+                graph.insert_after(base, site.key, (base,), {"at": "on_weight", **expert})
                 continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)
@@ -62,7 +61,7 @@ class InsertBranches(CascadePass):
             if use.merged:
                 graph.replace_op(base, site.key, reading, form.product)
             else:
-                graph.insert_after(base, site.key, (base, reading.x), reading.options)
+                graph.insert_after(base, site.key, (base, reading.x), {"at": "beside", **reading.options})
         if not graph.record.owner:
             start_values(graph, plan, [branch.weight_name for key, branch in branches.items() if key not in before])
             graph.freeze(trained_by(plan.spec, named_weights(graph.owner).names))

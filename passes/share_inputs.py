@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from lorasc_fx.branch import Branch, MatrixBranch
-from lorasc_fx.graph import GraphEditor, branch_nodes, call_template
+from lorasc_fx.branch import Branch, LowRankBranch
+from lorasc_fx.graph import GraphEditor, branch_nodes
 from lorasc_fx.graph.branch_calls import shared_input
 from lorasc_fx.graph.flow import entries, written_between
 
@@ -21,7 +21,7 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class ShareInputs(CascadePass):
-    """Let branches beside linear ops that read one input share one product of it with their stacked lora_A.
+    """Let branches beside linear ops that read one input share one product of it with their stacked A.
 
     A branch with dropout has an input of its own, and stays apart. The inverse is split-inputs.
 
@@ -64,9 +64,8 @@ class SplitInputs(CascadePass):
 
 
 def shares(node: fx.Node, branch: Branch) -> bool:
-    """Whether a branch node multiplies its input by lora_A, and does nothing to it before."""
-    plain = type(branch) is MatrixBranch and not branch.dropout and branch.unmerged_A is None
-    beside = (
-        len(node.args) == 2 and not node.kwargs and call_template(node) is None and isinstance(node.args[1], fx.Node)
-    )
+    """Whether a branch node multiplies its input by its A, and does nothing to it before."""
+    plain = isinstance(branch, LowRankBranch) and branch.shared_factor is not None
+    plain = plain and not branch.dropout and branch.unmerged_A is None
+    beside = len(node.args) == 2 and node.kwargs == {"at": "beside"} and isinstance(node.args[1], fx.Node)
     return plain and beside

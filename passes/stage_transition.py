@@ -29,7 +29,7 @@ class StageTransition(EndsStage):
     provides: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Change values only: W_{t+1}, lora_A by the spec's restart_A, lora_B = 0."""
+        """Change values only: W_{t+1}, and the parameters of the branches."""
         plan = graph.record.plan
         if graph.record.owner or plan is None:
             raise PassError(
@@ -40,9 +40,8 @@ class StageTransition(EndsStage):
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:
-            a = branches[site.key].next_a(site, after.spec, after.stage)
-            begun = begin_stage(states[site.weight], branches[site.key], site, after.spec, after.stage, a)
-            states[site.weight], new[site.key] = begun
+            started = begin_stage(states[site.weight], branches[site.key], site, after.spec, after.stage)
+            states[site.weight], new[site.key] = started
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         graph.renew_branches(new)

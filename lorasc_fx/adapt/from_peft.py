@@ -105,8 +105,8 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         site = run.plan.site(weight)
         if site is None:
             left_out.append(f"{weight} is not adapted here: {reasons.get(weight, 'no call has used it yet')}")
-        elif pair.expert.row_scale is not None and not site.options.use_dora:
-            left_out.append(f"{weight} has DoRA's magnitudes; give use_dora=True")
+        elif pair.expert.row_scale is not None and not site.options.method.scales_rows:
+            left_out.append(f"{weight} has DoRA's magnitudes; give adapter='dora'")
         else:
             experts[weight] = [(1.0, pair.expert)]
     trained, buffers = {}, {}

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt.start import Start, check_loaded
-from lorasc_fx.branch import fresh_a
+from lorasc_fx.branch import branch_class
 from lorasc_fx.check.isolation import device_of
 from lorasc_fx.checkpoint.base_file import open_base
 from lorasc_fx.checkpoint.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
@@ -126,10 +126,9 @@ def _into_shards(
         spec, stage = run.plan.spec, run.plan.stage
         new = {}
         for site in run.plan.sites:
-            for name, factor in cascade.branches[site.key].named_parameters(recurse=False):
-                first = fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]) if name == "lora_A" else None
-                value = torch.zeros(factor.shape) if first is None else first
-                new[id(factor)] = with_numbers(factor, local_like(value, factor), device)
+            initial = branch_class(site).initial_values(site, spec.seed, stage)
+            for name, parameter in cascade.branches[site.key].named_parameters(recurse=False):
+                new[id(parameter)] = with_numbers(parameter, local_like(initial[name], parameter), device)
         exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
         source = open_base(path if meta.base == "file" else meta.base, model)
     run.start_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)

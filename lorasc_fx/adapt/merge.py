@@ -61,12 +61,12 @@ def merge(
     shares = _shares(weights, len(runs))
     given = [run._run if isinstance(run, Cascade) else run for run in runs]
     named_runs = [GivenRun(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
-    scaled = next((run.name for run in named_runs if run.plan.spec.row_scale.trained), None)
+    scaled = next((run.name for run in named_runs if run.plan.spec.method.scales_rows), None)
     if scaled is not None:
         raise SpecError(
-            f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
+            f"merge: {scaled}, has magnitudes (DoRA): its rows are scaled, and a sum of runs is one of experts. "
             "Release the runs and sum their weights",
-            code="dora-not-supported",
+            code="method-not-supported",
         )
     opened = open_model(model)
     check_new(opened)

@@ -1,24 +1,28 @@
-"""Tensor maths as modules: the trainable branches, their noise and their weights as stored. No graph in here."""
+"""Branches as modules, their noise, and the values that they leave. This package knows no graph."""
 
-from lorasc_fx.branch.base import Branch, Decided, fill_factor, fresh_a
-from lorasc_fx.branch.conv import ConvBranch
-from lorasc_fx.branch.dora import BRANCH_OF, DoraBranch, branch_class
+from lorasc_fx.branch.base import Branch, Decided, StartWeight, fill
+from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.functions import shared_down
-from lorasc_fx.branch.linear import MatrixBranch
+from lorasc_fx.branch.lora import LowRankBranch, ops_of
+from lorasc_fx.branch.methods import METHODS, branch_class
 from lorasc_fx.branch.noise import amplitude, draw, generator
 
 __all__ = [
-    "BRANCH_OF",
+    "METHODS",
     "Branch",
-    "ConvBranch",
     "Decided",
-    "DoraBranch",
-    "MatrixBranch",
+    "Delta",
+    "Factors",
+    "InitialFactors",
+    "LowRankBranch",
+    "Side",
+    "StartWeight",
+    "Tree",
     "amplitude",
     "branch_class",
     "draw",
-    "fill_factor",
-    "fresh_a",
+    "fill",
     "generator",
+    "ops_of",
     "shared_down",
 ]

@@ -1,248 +1,259 @@
-"""The trainable low-rank pair of one site, and the contract of its subclasses.
+"""The contract of a branch: a trainable module that changes one weight for the duration of a stage.
 
-`lora_A` is [rank, in] and `lora_B` is [out, rank], where a weight [out, in/groups, *kernel] is seen as the matrix
-[out, in]; for stacked experts both have their axis before. The delta that a branch stands for is `scale * lora_B @
-lora_A` (algorithm.md, rows "branch" and "training"), transposed where the weight is stored so. How it is added depends
-on where the branch stands: each place is a method of the subclass.
+Engine, optimizer groups, checkpoints, sharding, passes and exports call the methods of `Branch` and nothing else. An
+adapter method is one subclass in one file, and one row in `methods.METHODS`.
 """
 
 from __future__ import annotations
 
 import abc
-import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from lorasc_fx.branch.functions import draw_seed
-from lorasc_fx.branch.noise import generator
+from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor, local, zeros_like
+from lorasc_fx.shards import WHOLE, ShardSpec, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 
 
-class Branch(nn.Module, abc.ABC):
-    """Factors of a site; a subclass computes with them, one method for each place of a branch in a graph.
+def unchanged(value: torch.Tensor, side: Side) -> torch.Tensor:
+    """Return a value that one process holds as a whole."""
+    return value
+
+
+@dataclass(frozen=True)
+class StartWeight:
+    """The weight of a branch as its stage starts. Both functions compute; a branch that needs neither costs nothing.
 
     Args:
-        site: the site's description.
-        seed, stage: address of the first lora_A.
-        like: the site's weight, for device and dtype. Factors of a weight narrower than fp32 are fp32.
+        exact: returns the whole weight as it is stored, without noise, in the dtype of the arithmetic.
+        trained: returns this rank's slice of the weight as the stage trains on it, with noise, in its own dtype.
+        shard: the slice of the weight that is on this rank.
+        cut: returns this rank's slice of a whole tensor.
+        whole: gathers a tensor from the slices on all ranks. Every rank must call it at the same point.
+        agreed: returns the value of the first rank: a decomposition does not have the same bits on all machines.
     """
+
+    exact: Callable[[], torch.Tensor]
+    trained: Callable[[], torch.Tensor]
+    shard: ShardSpec = WHOLE
+    cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
+    whole: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
+    agreed: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+
+
+class Branch(nn.Module, abc.ABC):
+    """Trainable parameters of a site, with one method for each placement in a graph.
+
+    With untrained parameters a branch adds nothing: every output keeps its bits.
+
+    Args:
+        site: description of the site.
+        seed, stage: together with the name of the weight, the key of the random initial values.
+        like: tensor with the device and dtype of the weight. Parameters of a weight narrower than fp32 are fp32.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "recurrent", "experts"})
+    """Kinds of weights (`spec.KINDS`) that can have such a branch."""
+
+    zeros: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that are zero as a stage starts; while all of them are zero, the delta is zero."""
+
+    placement: ClassVar[str | None] = None
+    """The one placement (`spec.PLACEMENTS`) of such a branch; None if it can compute at each."""
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    """The options of `spec_checks.OPTIONS` that the method has; not every method has them."""
+
+    scales_rows: ClassVar[bool] = False
+    """Whether the rows of a weight are scaled (`gain`); a stage is then more than a term of a sum."""
+
+    beside_quantized: ClassVar[bool] = False
+    """Whether the branch can compute beside a product with a quantized weight."""
+
+    uses_weight: ClassVar[bool] = False
+    """Whether the delta depends on the weight."""
+
+    slices: tuple[int, ...] = ()
+    """Rows of the slices of a fused weight that have separate factors (q, k and v)."""
+
+    slices_apart: ClassVar[bool] = False
+    """Whether the slices of a fused weight have separate factors."""
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__()
-        a_shape, b_shape = site.factor_shapes
+        self.kind = site.kind
         self.weight_name = site.weight
         self.weight_shape = tuple(site.shape)
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
-        self.slices = site.slices
         self.dropout = site.dropout
-        self.nearest = site.options.nearest_full_gradient
+        self._trained = frozenset(self.trained_names(site))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        start = fresh_a(seed, stage, site.weight, a_shape)
-        self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype), requires_grad=site.options.train_A)
-        self.lora_B = nn.Parameter(torch.zeros(b_shape, device=like.device, dtype=dtype))
-        self.unmerged_A: torch.Tensor | None
-        self.unmerged_B: torch.Tensor | None
-        self.register_buffer("unmerged_A", None, persistent=False)
-        self.register_buffer("unmerged_B", None, persistent=False)
+        for name, value in self.initial_values(site, seed, stage).items():
+            placed = value.to(device=like.device, dtype=dtype)
+            setattr(self, name, nn.Parameter(placed, requires_grad=name in self._trained))
 
-    def forward(self, first: torch.Tensor, second: Any = None, *rest: Any, **options: Any) -> torch.Tensor:
-        """Compute at the branch's placement in the graph, which follows from the arguments of its node.
+    # ---- parameters
 
-        - `forward(weight, ...)`: `on_weight`;
-        - `forward(x, weight, bias, op=NAME, ...)`: `in_place`;
-        - `forward(base, x, ...)`: `beside`.
+    @classmethod
+    @abc.abstractmethod
+    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters by name; all of them are written to a checkpoint."""
+
+    @classmethod
+    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return the parameters in fp32 on the host as a stage starts, before `start` has seen the weight."""
+        return {name: torch.zeros(shape) for name, shape in cls.shapes(site).items()}
+
+    @classmethod
+    def trained_names(cls, site: Site) -> Collection[str]:
+        """Return the names of the parameters that are trained."""
+        return cls.shapes(site).keys()
+
+    @classmethod
+    def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
+        """Return the fields of `InitialFactors` that a stage, one that runs or an idle one, computes from its weight.
+
+        An empty tuple means that `start` does not look at the weight.
         """
-        if second is None:
-            return self.on_weight(first, **options)
-        if "op" in options:
-            return self.in_place(first, second, *rest, **options)
-        return self.beside(first, second, *rest, **options)
+        return ()
 
-    @abc.abstractmethod
-    def beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return what the base op computes, plus the branch's term of the op's input."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that an optimizer trains, by name; the names are those of its groups."""
+        return {name: value for name, value in self.named_parameters() if name in self._trained}
 
-    @abc.abstractmethod
-    def in_place(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
-    ) -> torch.Tensor:
-        """Return what the op of this name computes with the adapted weight."""
+    def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
+        """Return the learning rate of a parameter (LoRA+ has two)."""
+        return lr
 
-    @abc.abstractmethod
-    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the adapted weight, as it is stored."""
+    # ---- a stage
 
-    @property
-    def magnitude(self) -> nn.Parameter | None:
-        """The trainable length of each row [out]; None where nothing scales the rows (`RowScale`)."""
+    def follow(self, previous: Branch, spec: CascadeSpec) -> None:
+        """Take over from the branch of the stage before what the spec keeps."""
+
+    def start(self, weight: StartWeight) -> torch.Tensor | None:
+        """Initialize from the weight; return the row norms that training starts from, in fp64, if there are any."""
         return None
 
-    def norms(self, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> torch.Tensor:
-        """Return the length of each row [out] of the adapted weight, where magnitudes scale them."""
-        raise NotImplementedError(f"{type(self).__name__} has no magnitudes")
+    @abc.abstractmethod
+    def delta(self, weight: torch.Tensor | None = None) -> Factors | torch.Tensor:
+        """Return what the branch adds to its weight as stored, differentiable: factors, or a tensor of its shape.
 
-    def whole(self) -> Branch:
-        """Return a copy whose factors are plain tensors, whole. Of a sharded one every rank must call this."""
-        factors = {
-            id(factor): nn.Parameter(full_tensor(factor.detach()).clone(), factor.requires_grad)
-            for factor in self.parameters()
-        }
-        return copy.deepcopy(self, factors)
-
-    @property
-    def rank(self) -> int:
-        """r: number of columns of lora_B."""
-        return self.lora_B.shape[-1]
-
-    @property
-    def up(self) -> torch.Tensor:
-        """lora_B with the gradient that the spec asks for (`nearest_full`)."""
-        return nearest_full(self.lora_B, self.lora_A, self.scale, self.slices) if self.nearest else self.lora_B
-
-    @property
-    def drops(self) -> bool:
-        """Whether entries of the branch's input are set to zero now."""
-        return self.training and self.dropout > 0
-
-    def seed(self) -> int | None:
-        """Return a fresh seed for this call's dropout, or None without any."""
-        return draw_seed() if self.drops else None
-
-    def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale.
-
-        With slices, left holds the rows of lora_B of each slice as a block on its diagonal.
+        Args:
+            weight: that the stage started from; None if `uses_weight` is False.
         """
-        if self.transposed:
-            return self.lora_A.transpose(-2, -1), self.up.transpose(-2, -1)
-        if self.slices:
-            return torch.block_diag(*full_tensor(self.up).split(self.slices)), self.lora_A
-        return self.up, self.lora_A
 
-    def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return the pairs (A, B) as views, each with its rows of a matrix [out, in]; without slices there is one."""
-        if not self.slices:
-            return [(self.lora_A, self.lora_B, matrix)]
-        return list(
-            zip(self.lora_A.split(self.rank), self.lora_B.split(self.slices), matrix.split(self.slices), strict=True)
-        )
+    def gain(self, weight: StartWeight) -> torch.Tensor | None:
+        """Return the factor of each row [out] of weight and delta, for the rows on this rank; None for 1."""
+        return None
 
-    def delta(self) -> torch.Tensor:
-        """Return the delta in the weight's own shape, without the scale."""
-        if self.slices:
-            up, down = self.up.split(self.slices), self.lora_A.split(self.rank)
-            count = range(len(self.slices))  # a proxy of torch.fx cannot be iterated
-            return torch.cat([up[index] @ down[index] for index in count]).view(self.weight_shape)
-        left, right = self.oriented()
-        return (left @ right).view(self.weight_shape)
+    def moved(
+        self,
+        initial: InitialFactors | None = None,
+        cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
+    ) -> bool:
+        """Whether training has changed the delta from zero, judged by the slice on this rank.
 
-    def set_unmerged(self, b: torch.Tensor | None, a: torch.Tensor | None) -> None:
-        """Add `b @ a` beside the product as well: the delta of earlier stages, which a quantized weight cannot hold."""
-        like = self.lora_A.detach()
-        self.unmerged_B, self.unmerged_A = (None, None) if b is None or a is None else (b.to(like), a.to(like))
+        Args:
+            initial: the values that training started from, for the slice on this rank.
+            cut: returns this rank's slice of a whole tensor.
+        """
+        return any(bool(local(self.get_parameter(name)).any()) for name in self.zeros)
 
-    def to_rank(self, site: Site) -> None:
-        """Take on another rank, in the same Parameter objects, so that optimizers and wrappers hold them still.
+    def set_unmerged(self, pair: Factors | None) -> None:
+        """Take the delta of earlier stages, which a quantized weight cannot hold, if `beside_quantized`."""
+        raise NotImplementedError(f"{type(self).__name__} does not adapt quantized weights")
 
-        The factors of another shape are zero then, without a gradient.
+    # ---- placements
+
+    def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
+        """Compute at the placement that the graph node names; `args` and `options` are those of its method."""
+        output: torch.Tensor = getattr(self, at)(*args, **options)
+        return output
+
+    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the adapted weight, as it is stored."""
+        if not self.scale:  # other weights are in place, and the branch adds nothing
+            return weight
+        return weight + self.dense_delta(weight).to(weight.dtype)
+
+    # ---- helpers
+
+    def dense_delta(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the delta in the shape of the weight, differentiable."""
+        delta = self.delta(weight if self.uses_weight else None)
+        return (delta.b @ delta.a).view(self.weight_shape) if isinstance(delta, Factors) else delta
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight, or a delta, as a view [out, in], or [experts, out, in]."""
+        lead = 1 if self.kind == "experts" else 0
+        flat = weight.reshape(*weight.shape[: lead + 1], -1)
+        return flat.mT if self.transposed else flat
+
+    def resize(self, site: Site) -> None:
+        """Take the rank and scale of a site, in the same Parameter objects, so that optimizers keep them.
+
+        Parameters whose shape changes are zero and without a gradient then.
         """
         self.scale = site.scale
-        for factor, shape in zip((self.lora_A, self.lora_B), site.factor_shapes, strict=True):
-            if tuple(factor.shape) != shape:
-                fill_factor(factor, zeros_like(factor.detach(), shape))
+        for name, shape in self.shapes(site).items():
+            parameter = self.get_parameter(name)
+            if tuple(parameter.shape) != shape:
+                fill(parameter, zeros_like(parameter.detach(), shape))
 
-    def next_a(self, site: Site, spec: CascadeSpec, stage: int) -> torch.Tensor:
-        """Return lora_A as the stage starts it, of the site's rank, by the spec's restart_A."""
-        return spec.next_a.next_a(self.lora_A, fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]))
+    def resized(self, site: Site) -> list[nn.Parameter]:
+        """Return the parameters that have another shape at this site, as if the rank changes by stage."""
+        shapes = self.shapes(site)
+        return [value for name, value in self.named_parameters() if tuple(value.shape) != shapes[name]]
 
     def finite(self) -> bool:
-        """Whether no entry of the factors, as far as they are here, is inf or nan; without numbers none is."""
-        if self.lora_A.is_meta:
-            return True
-        return all(bool(torch.isfinite(local(factor)).all()) for factor in self.parameters())
+        """Whether no entry of the parameters on this rank is inf or nan; True on the meta device."""
+        return all(value.is_meta or bool(torch.isfinite(local(value)).all()) for value in self.parameters())
+
+    def shard_axes(self, weight: torch.Tensor, parts: int, resized: bool) -> dict[str, int]:
+        """Return the axis along which FSDP cuts a parameter, or the weight (`weight`), if it is not the first one.
+
+        Args:
+            weight: of the site.
+            parts: number of ranks.
+            resized: whether the rank changes by stage.
+        """
+        return {}
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the branch."""
-        return f"{self.weight_name}, rank={self.rank}, scale={self.scale:g}"
+        entries = sum(math.prod(value.shape) for value in self.trained().values())
+        return f"{self.weight_name}, {entries} trained, scale={self.scale:g}"
 
 
-def fresh_a(seed: int, stage: int, weight: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return lora_A [rank, in], or [experts, rank, in], in fp32: Kaiming uniform with a = sqrt(5), which is
-    U(-1/sqrt(in), 1/sqrt(in)).
+def fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Write a value into a Parameter. A value of another shape replaces its data and drops its gradient.
 
-    Source: LoRA's reference code and PEFT's default; algorithm.md, row "branch". The values are drawn in fp32
-    whatever the dtype of the branch, so that they depend on the address alone.
+    The autograd node that accumulates the gradient remembers the shape, and lives as long as any earlier loss. torch
+    releases it if the dtype changes, so the data has another dtype for a moment.
     """
-    bound = shape[-1] ** -0.5 if shape[-1] else 0.0
-    draw = torch.rand(shape, generator=generator(seed, stage, "lora_A", weight), dtype=torch.float32)
-    return draw.mul_(2 * bound).sub_(bound)
-
-
-def fill_factor(factor: nn.Parameter, value: torch.Tensor) -> None:
-    """Write a value into a Parameter; one of another shape becomes its own data, and its gradient goes.
-
-    The node at which autograd gathers its gradient remembers the shape, and lives as long as any loss of before. torch
-    lets go of it where the dtype changes, so that it does so for a moment.
-    """
-    if factor.shape == value.shape:
+    if parameter.shape == value.shape:
         with torch.no_grad():
-            factor.copy_(value)
+            parameter.copy_(value)
         return
-    factor.grad = None
-    held: Any = factor
+    parameter.grad = None
+    target: Any = parameter
     data: Any
     for data in (value.detach().half(), value.detach()):
-        held.data = data
-        if hasattr(data, "to_local"):  # `.data` exchanges no more of a DTensor than what C++ holds
-            held._local_tensor, held._spec = data._local_tensor, data._spec
-
-
-_DIAGONAL = 1e-8
-
-
-@fx.wrap  # one node in a trace of torch.fx, which records no autocast
-def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, slices: tuple[int, ...]) -> torch.Tensor:
-    """Return lora_B; its gradient is multiplied by `(A A^T)^-1 / scale^2`, the nearest to full training for a fixed A.
-
-    A step of B moves the weight by `s dB A`. The dB for which that is nearest to the weight's own gradient G, in the
-    Frobenius norm, is `G A^T (A A^T)^-1 / s`, which is lora_B's gradient `s G A^T` times `(A A^T)^-1 / s^2`. Source:
-    LoRA-Pro (2407.18242), equation for a fixed A; peft's optimizer for LoRA-FA (2308.03303) steps so, and adds the same
-    1e-8 to the diagonal.
-
-    Plain operations, for whoever compiles or transforms them: what is added to the values is a product of zeros.
-
-    Args:
-        b: lora_B [out, rank], or with an axis of experts before.
-        a: lora_A [rank, in], likewise; with slices [slices * rank, in].
-        scale: s of the branch.
-        slices: rows of lora_B of each slice that has a lora_A of its own; empty for one of all.
-    """
-    if not torch.is_grad_enabled():
-        return b
-    slices = slices or (b.shape[-2],)
-    with torch.autocast(b.device.type, enabled=False):
-        pairs = zip((b - b.detach()).split(slices, -2), a.detach().chunk(len(slices), -2), strict=True)
-        return b.detach() + torch.cat([zero @ _inverse(down, scale) for zero, down in pairs], -2)
-
-
-def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `(A A^T)^-1 / scale^2`, [rank, rank]."""
-    gram = a @ a.transpose(-2, -1)
-    steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse: torch.Tensor = torch.linalg.pinv(steady)
-    return inverse / scale**2
+        target.data = data
+        if hasattr(data, "to_local"):  # `.data` of a DTensor replaces the C++ tensor only
+            target._local_tensor, target._spec = data._local_tensor, data._spec
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What is known of the weights, in all graphs so far."""
+    """The decisions about all weights, over all graphs so far."""
 
     plan: Plan
     branches: Mapping[str, Branch]

@@ -1,4 +1,4 @@
-"""The branch of a convolution site, with the base op's own stride, padding, dilation and groups.
+"""Low-rank branches of convolutions, with the base op's own stride, padding, dilation and groups.
 
 Without groups A is a convolution with the site's kernel to `rank` channels and B a 1x1 convolution (LoRA for
 convolutions, as in PEFT). With groups the delta keeps its matrix form, [out, in/groups * kernel], and is itself the
@@ -8,14 +8,16 @@ kernel of a grouped convolution: exact, and for depthwise sites cheaper than `ra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.base import Branch
 from lorasc_fx.branch.functions import BesideConv, MergedConv
 from lorasc_fx.branch.low_rank import CONV, Grid, apply, by_hand, computes_in, plus
+
+if TYPE_CHECKING:
+    from lorasc_fx.branch.lora import LowRankBranch
 
 
 class ConvCall(NamedTuple):
@@ -53,25 +55,35 @@ class ConvCall(NamedTuple):
         return Grid.of(kernel, self.stride, self.padding, self.dilation, self.groups)
 
 
-class ConvBranch(Branch):
-    """Beside a convolution, in place of it, or on its kernel (algorithm.md, "Conv").
+class ConvOps:
+    """The placements of a low-rank branch: beside a convolution, in place of it, or on its kernel (algorithm.md,
+    "Conv").
 
     The options of `beside` and `in_place` are the fields of a `ConvCall`.
     """
 
-    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def on_weight(branch: LowRankBranch, weight: torch.Tensor) -> torch.Tensor:
         """Return `W + s B A` of the kernel [out, in/groups, *kernel]."""
-        return plus(weight, self.delta().to(weight.dtype), self.scale)
+        return plus(weight, branch.product().to(weight.dtype), branch.scale)
 
-    def beside(self, base: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    @staticmethod
+    def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
         """Return `base + s B (A * x)` of base [batch, out, *places], x [batch, in, *space]."""
         call = ConvCall(**options)
         image = call.padded(x)
-        grid = call.grid(image, self.weight_shape[2:]) if by_hand(base, x) else None
-        return self._beside(base, image, call, grid)
+        grid = call.grid(image, branch.weight_shape[2:]) if by_hand(base, x) else None
+        return ConvOps._beside(branch, base, image, call, grid)
 
+    @staticmethod
     def in_place(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
+        branch: LowRankBranch,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        op: str,
+        **options: Any,
     ) -> torch.Tensor:
         """Return `(W + s B A) * x + bias`.
 
@@ -79,28 +91,31 @@ class ConvBranch(Branch):
         """
         call = ConvCall(**options)
         image = call.padded(x)
-        grid = call.grid(image, self.weight_shape[2:]) if by_hand(x, weight) else None
+        grid = call.grid(image, branch.weight_shape[2:]) if by_hand(x, weight) else None
         if grid is None:
-            base = call.conv(len(self.weight_shape) - 2, image, weight, bias)
-            return self._beside(base, image, call, grid)
-        a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(image)
+            base = call.conv(len(branch.weight_shape) - 2, image, weight, bias)
+            return ConvOps._beside(branch, base, image, call, grid)
+        a, dtype = branch.down.view(-1, *branch.weight_shape[1:]), computes_in(image)
         bias = bias.to(dtype) if bias is not None else None
-        return apply(MergedConv, image.to(dtype), weight, bias, a, self.up, grid, self.scale)
+        return apply(MergedConv, image.to(dtype), weight, bias, a, branch.up, grid, branch.scale)
 
-    def _beside(self, base: torch.Tensor, image: torch.Tensor, call: ConvCall, grid: Grid | None) -> torch.Tensor:
+    @staticmethod
+    def _beside(
+        branch: LowRankBranch, base: torch.Tensor, image: torch.Tensor, call: ConvCall, grid: Grid | None
+    ) -> torch.Tensor:
         if grid is not None and call.groups == 1:
-            image, seed = image.to(base.dtype), self.seed()
-            a, b = self.lora_A.to(base.dtype).view(-1, *self.weight_shape[1:]), self.up.to(base.dtype)
-            return apply(BesideConv, base, image, a, b, grid, self.scale, self.dropout, seed)
-        image = F.dropout(image, self.dropout) if self.drops else image
-        return plus(base, low_rank_conv(self, image, call), self.scale)
+            image, seed = image.to(base.dtype), branch.dropout_seed()
+            a, b = branch.down.to(base.dtype).view(-1, *branch.weight_shape[1:]), branch.up.to(base.dtype)
+            return apply(BesideConv, base, image, a, b, grid, branch.scale, branch.dropout, seed)
+        image = F.dropout(image, branch.dropout) if branch.drops else image
+        return plus(base, low_rank_conv(branch, image, call), branch.scale)
 
 
-def low_rank_conv(branch: Branch, image: torch.Tensor, call: ConvCall) -> torch.Tensor:
+def low_rank_conv(branch: LowRankBranch, image: torch.Tensor, call: ConvCall) -> torch.Tensor:
     """Return `B (A * x)` of a padded input by plain operations; with groups as one convolution with the delta."""
     kernel = branch.weight_shape[2:]
     if call.groups != 1:
-        return call.conv(len(kernel), image, branch.delta().to(image.dtype))
-    a, b = branch.lora_A.to(image.dtype), branch.up.to(image.dtype)
+        return call.conv(len(kernel), image, branch.product().to(image.dtype))
+    a, b = branch.down.to(image.dtype), branch.up.to(image.dtype)
     low = call.conv(len(kernel), image, a.view(-1, *branch.weight_shape[1:]))
     return ConvCall().conv(len(kernel), low, b[(..., *(None for _ in kernel))])

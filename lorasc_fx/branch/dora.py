@@ -1,26 +1,27 @@
-"""The branch of a site under DoRA (2402.09353): direction by the low-rank pair, length of each row by a magnitude.
+"""DoRA (2402.09353): direction by a low-rank pair, length of each row by a magnitude.
 
-`W' = diag(g) (W + s B A)` with `g = m / |W + s B A|`, the norms taken by rows [out] and, as peft does, held constant in
-the backward. It stands in place of its op, so that the product is scaled and the bias is not: `y = g (x W^T + s B A x)
-+ b`. Source: DoRA, equation 5 and section 4.3.
+`W' = diag(g) (W + s B A)` with `g = m / |W + s B A|`, the norms taken by rows [out] and, as in peft, held constant in
+the backward. The branch computes in place of its op, so that the product is scaled and the bias is not:
+`y = g (x W^T + s B A x) + b`. Source: DoRA, equation 5 and section 4.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch.base import Branch
-from lorasc_fx.branch.conv import ConvBranch, ConvCall, low_rank_conv
-from lorasc_fx.branch.linear import MatrixBranch
+from lorasc_fx.branch.base import StartWeight, unchanged
+from lorasc_fx.branch.conv import ConvCall, low_rank_conv
+from lorasc_fx.branch.factors import InitialFactors, Side
+from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.low_rank import plus
-from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor
+from lorasc_fx.spec import CascadeSpec
 
 
 @fx.wrap  # one node in a trace of torch.fx, which records neither no_grad nor autocast
@@ -34,7 +35,7 @@ def row_norms(
 ) -> torch.Tensor:
     """Return the norms of `W + scale * left @ right` along an axis of the matrix, without a gradient; 1 for 0.
 
-    Where only a part of the axis is here, `total_of` sums the squares over those who hold the others.
+    If only a slice of the axis is on this rank, `total_of` sums the squares over the ranks.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         matrix = weight.detach().to(left.dtype).reshape(left.shape[0], right.shape[1])
@@ -45,27 +46,71 @@ def row_norms(
         return torch.where(norms == 0, 1.0, norms)
 
 
-class DoraBranch(Branch):
-    """In place of a product or a convolution.
+class DoraBranch(LoraBranch):
+    """LoRA with a trained magnitude for each row, in place of a product or a convolution.
 
     Attributes:
-        lora_magnitude_vector: m [out]; a new branch has the norms of the weight's rows.
+        lora_magnitude_vector: m [out]; a stage starts from the row norms of its weight.
     """
 
-    def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
-        super().__init__(site, seed, stage, like)
-        ones = self.lora_A.detach().new_ones(site.matrix_shape[0])  # on the meta device, until `materialize`
-        self.lora_magnitude_vector = nn.Parameter(ones if like.is_meta else self.norms(like))
+    lora_magnitude_vector: nn.Parameter
+    kinds = frozenset({"linear", "conv"})
+    placement = "merged"
+    options = LoraBranch.options - {"nearest_full_gradient", "dropout"}
+    scales_rows = True
+    beside_quantized = False
+
+    @classmethod
+    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B and m."""
+        return {**super().shapes(site), "lora_magnitude_vector": (site.matrix_shape[0],)}
+
+    @classmethod
+    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return a random A, zeros, and ones, which `start` replaces by the norms of the weight."""
+        values = super().initial_values(site, seed, stage)
+        return {**values, "lora_magnitude_vector": torch.ones(site.matrix_shape[0])}
+
+    @classmethod
+    def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
+        """Return what LoRA starts from, and the magnitude, which follows the weight of an idle stage too."""
+        return (*super().starts_from(spec, running), "magnitude")
 
     @property
-    def magnitude(self) -> nn.Parameter:
-        """The magnitudes m [out]."""
-        return self.lora_magnitude_vector
+    def shared_factor(self) -> str | None:
+        """No other branch can compute A x, which the magnitude scales."""
+        return None
+
+    def start(self, weight: StartWeight) -> torch.Tensor | None:
+        """Set m to the row norms, and return the norms of this rank's rows."""
+        norms = self.norms(weight.trained(), weight.shard)
+        with torch.no_grad():
+            self.lora_magnitude_vector.copy_(weight.whole(norms, Side.OUT))
+        return norms.cpu().double().clone()
+
+    def gain(self, weight: StartWeight) -> torch.Tensor | None:
+        """Return g = m / |W + s B A| for the weight that was trained, noise included."""
+        magnitude = weight.cut(full_tensor(self.lora_magnitude_vector), Side.OUT)
+        return (magnitude / self.norms(weight.trained(), weight.shard)).cpu().double()
+
+    def moved(
+        self,
+        initial: InitialFactors | None = None,
+        cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
+    ) -> bool:
+        """Whether the factors or the magnitude have left their start."""
+        if initial is not None and initial.magnitude is not None:
+            current = cut(full_tensor(self.lora_magnitude_vector.detach()), Side.OUT).cpu()
+            if not torch.equal(current, initial.magnitude.to(current.dtype)):
+                return True
+        return super().moved(initial, cut)
 
     def norms(self, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> torch.Tensor:
         """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros.
 
-        With a shard the weight is that of W, and the rows are those that are here; all-reduced where rows are cut.
+        Args:
+            weight: this rank's slice of the weight.
+            shard: which slice that is; all-reduced if rows are cut.
         """
         left, right = self.oriented()
         if shard.axis is not None:
@@ -74,13 +119,10 @@ class DoraBranch(Branch):
         left, right = (shard.take(left), right) if shard.axis == 0 else (left, shard.take(right))
         return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
 
-    def gain(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return g = m / |W + s B A| [out], for a weight as it is stored; 1 where the branch adds nothing, as other
-        weights are in place (its scale is 0 then).
-        """
-        if not self.scale:
-            return torch.ones_like(self.lora_magnitude_vector)
-        return self.lora_magnitude_vector / self.norms(weight)
+    def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
+        """Compute in place of the op, the only placement of this branch."""
+        assert at == "in_place"
+        return self.in_place(*args, **options)
 
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
@@ -88,25 +130,16 @@ class DoraBranch(Branch):
         """Return `g (op(x, W) + s B A x) + bias`; the options are those of a convolution (`ConvCall`)."""
         total = self._conv(x, weight, ConvCall(**options)) if op == "conv" else self._product(x, weight, op)
         spread = (-1, *(1 for _ in self.weight_shape[2:])) if op == "conv" else (-1,)
-        total = total * self.gain(weight).to(total.dtype).view(spread)
+        # With the scale 0 other weights are in place, and the branch adds nothing.
+        gain = (
+            self.lora_magnitude_vector / self.norms(weight)
+            if self.scale
+            else torch.ones_like(self.lora_magnitude_vector)
+        )
+        total = total * gain.to(total.dtype).view(spread)
         if bias is None:
             return total
         return total + (bias.view(spread) if op == "conv" else bias).to(total.dtype)
-
-    def beside(self, base: torch.Tensor, x: torch.Tensor, **options: Any) -> NoReturn:
-        """Raise StateError: the product of the op has to be scaled as well."""
-        raise self._misplaced()
-
-    def on_weight(self, weight: torch.Tensor, **options: Any) -> NoReturn:
-        """Raise StateError: no magnitude stands on a weight."""
-        raise self._misplaced()
-
-    def _misplaced(self) -> StateError:
-        return StateError(
-            f"the branch of {self.weight_name} has magnitudes and stands in place of its op only; exclude the "
-            f"weight (exclude=({self.weight_name!r},)), or give use_dora=False",
-            code="dora-not-supported",
-        )
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, op: str) -> torch.Tensor:
         """Return `x (W + s B A)^T`; the weight is stored as [in, out] for every op but `linear`."""
@@ -119,15 +152,3 @@ class DoraBranch(Branch):
         image = call.padded(x)
         base = call.conv(len(self.weight_shape) - 2, image, weight)
         return plus(base, low_rank_conv(self, image, call), self.scale)
-
-
-BRANCH_OF: dict[str, type[Branch]] = {
-    **dict.fromkeys(("linear", "embedding", "recurrent", "experts"), MatrixBranch),
-    "conv": ConvBranch,
-}
-"""The branch of each kind of site, without magnitudes."""
-
-
-def branch_class(site: Site) -> type[Branch]:
-    """Return the class of a site's branch."""
-    return DoraBranch if site.options.row_scale.trained else BRANCH_OF[site.kind]

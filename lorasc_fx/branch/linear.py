@@ -1,16 +1,18 @@
-"""The branch of a weight that is a matrix, or a stack of matrices: one method for each place where it can stand."""
+"""Low-rank branches of matrices, and of stacks of matrices: one function for each placement."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.base import Branch
 from lorasc_fx.branch.functions import Beside, DenseGradient, MergedProduct, SharedUp
 from lorasc_fx.branch.low_rank import apply, by_hand, computes_in, plus
 from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped
+
+if TYPE_CHECKING:
+    from lorasc_fx.branch.lora import LowRankBranch
 
 _ALIGNED = 8
 """Entries of 2 bytes in the 16 bytes by which torch's grouped matmul wants every stride to be divisible."""
@@ -21,77 +23,79 @@ _SMALL = 1 << 15
 than one by hand: Python runs that for longer than both compute."""
 
 
-class MatrixBranch(Branch):
-    """Beside a product, a lookup or a grouped product, after a shared product, in place of a product, or on the weight.
+class MatrixOps:
+    """The placements of a low-rank branch: beside an op, after a shared product, in place of an op, or on the weight.
 
     Source of all: algorithm.md, row "training", `W_t x + s B A x`.
     """
 
-    def forward(self, first: torch.Tensor, second: Any = None, *rest: Any, **options: Any) -> torch.Tensor:
-        """Compute at the branch's placement in the graph, as `Branch.forward` does; further, beside an op:
-
-        - `forward(base, indices, lookup=True, padding_idx=...)`: `at_lookup`;
-        - `forward(base, low, shared=True)`: `after_shared`;
-        - `forward(base, x, offs=..., by=..., weight=...)`: `grouped`.
-        """
-        if options.pop("lookup", False):
-            return self.at_lookup(first, second, **options)
-        if options.pop("shared", False):
-            return self.after_shared(first, second)
-        if "offs" in options:
-            return self.grouped(first, second, **options)
-        return super().forward(first, second, *rest, **options)
-
-    def beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return `base + s B A x` of base [..., out], x [..., in]; of a quantized weight with what stages added."""
-        if self.unmerged_A is not None and self.unmerged_B is not None:
-            base = base + F.linear(F.linear(x, self.unmerged_A.to(x.dtype)), self.unmerged_B.to(x.dtype)).to(base.dtype)
-        return self._beside(base, x)
+        if branch.unmerged_A is not None and branch.unmerged_B is not None:
+            base = base + F.linear(F.linear(x, branch.unmerged_A.to(x.dtype)), branch.unmerged_B.to(x.dtype)).to(
+                base.dtype
+            )
+        return MatrixOps._beside(branch, base, x)
 
-    def on_weight(self, weight: torch.Tensor, expert: int | torch.Tensor | None = None) -> torch.Tensor:
+    @staticmethod
+    def on_weight(
+        branch: LowRankBranch, weight: torch.Tensor, expert: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return `W + s B A` as the weight is stored.
 
         With an expert, an index of no axis, the weight is the matrix that it takes out of the stack.
         """
         if expert is None:
-            delta = self.delta()
+            delta = branch.product()
         else:
-            delta = self.up[expert] @ self.lora_A[expert]
-            delta = delta.transpose(-2, -1) if self.transposed else delta
-        total = plus(weight, delta.to(weight.dtype), self.scale)
+            delta = branch.up[expert] @ branch.down[expert]
+            delta = delta.transpose(-2, -1) if branch.transposed else delta
+        total = plus(weight, delta.to(weight.dtype), branch.scale)
         return apply(DenseGradient, total) if by_hand(weight) and total.dim() == 2 else total
 
+    @staticmethod
     def in_place(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
+        branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
     ) -> torch.Tensor:
         """Return `op(x, W + s B A, bias)`: the product of this name, with the merged weight as it is stored.
 
         Where no backward by hand may run, `op(x, W, bias) + s B A x`, the same up to rounding.
         """
         if not by_hand(x, weight):
-            return self._beside(PRODUCTS[op](x, weight, bias), x)
+            return MatrixOps._beside(branch, PRODUCTS[op](x, weight, bias), x)
         dtype = computes_in(x)
         bias = bias.to(dtype) if bias is not None else None
-        return apply(MergedProduct, x.to(dtype), weight, bias, self.lora_A, self.up, self.scale, op)
+        return apply(MergedProduct, x.to(dtype), weight, bias, branch.down, branch.up, branch.scale, op)
 
-    def at_lookup(self, base: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1) -> torch.Tensor:
+    @staticmethod
+    def at_lookup(
+        branch: LowRankBranch, base: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1
+    ) -> torch.Tensor:
         """Return `base + s B[indices] A` of base [..., out], indices [...]; B is [entries, rank].
 
         What is looked up at padding_idx gives no factor a gradient, as it gives the table none.
         """
-        low = F.embedding(indices, self.up.to(base.dtype), padding_idx if padding_idx >= 0 else None)
-        delta = (low @ self.lora_A.to(low.dtype)).to(base.dtype)  # autocast does not change the dtype of a lookup
-        total = plus(base, delta, self.scale)
+        low = F.embedding(indices, branch.up.to(base.dtype), padding_idx if padding_idx >= 0 else None)
+        delta = (low @ branch.down.to(low.dtype)).to(base.dtype)  # autocast does not change the dtype of a lookup
+        total = plus(base, delta, branch.scale)
         return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
 
-    def after_shared(self, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def after_shared(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Return `base + s B low` of base [..., out], low [..., rank]: A x is made with that of other branches."""
         if by_hand(base, low):
-            return apply(SharedUp, base, low.to(base.dtype), self.up.to(base.dtype), self.scale)
-        return self._added(base, low)
+            return apply(SharedUp, base, low.to(base.dtype), branch.up.to(base.dtype), branch.scale)
+        return MatrixOps._added(branch, base, low)
 
+    @staticmethod
     def grouped(
-        self, base: torch.Tensor, x: torch.Tensor, offs: torch.Tensor, by: str, weight: torch.Tensor | None = None
+        branch: LowRankBranch,
+        base: torch.Tensor,
+        x: torch.Tensor,
+        offs: torch.Tensor,
+        by: str,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return `base + s B_e (A_e x)` for the rows x of expert e, beside a grouped product.
 
@@ -109,21 +113,23 @@ class MatrixBranch(Branch):
         product: Any = getattr(getattr(torch.ops, space), name)
         if weight is not None and not weight.requires_grad and x.requires_grad and by_hand(base, x, weight):
             base = apply(FrozenGrouped, base.detach(), x, weight, offs, product)
-        a, b, short = self.lora_A.to(x.dtype), self.up.to(x.dtype), -self.rank % _ALIGNED
+        a, b, short = branch.down.to(x.dtype), branch.up.to(x.dtype), -branch.rank % _ALIGNED
         if short and space == "aten":
             a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
         term: torch.Tensor = product(product(x, a.transpose(-2, -1), offs), b.transpose(-2, -1), offs)
-        return plus(base, term.to(base.dtype), self.scale)
+        return plus(base, term.to(base.dtype), branch.scale)
 
-    def _beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if by_hand(base, x) and (self.drops or max(base.numel(), x.numel()) > _SMALL):
-            a, b, seed = self.lora_A.to(base.dtype), self.up.to(base.dtype), self.seed()
-            return apply(Beside, base, x.to(base.dtype), a, b, self.scale, self.dropout, seed)
-        x = F.dropout(x, self.dropout) if self.drops else x
-        return self._added(base, F.linear(x, self.lora_A.to(x.dtype)))
+    @staticmethod
+    def _beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if by_hand(base, x) and (branch.drops or max(base.numel(), x.numel()) > _SMALL):
+            a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
+            return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)
+        x = F.dropout(x, branch.dropout) if branch.drops else x
+        return MatrixOps._added(branch, base, F.linear(x, branch.down.to(x.dtype)))
 
-    def _added(self, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _added(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         if isinstance(base, torch.Tensor) and base.is_nested:  # a proxy of a tracer is neither
-            return base + F.linear(low, self.up.to(low.dtype)) * self.scale
-        rows, up = base.reshape(-1, base.shape[-1]), self.up.t().to(low.dtype)
-        return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=self.scale).view(base.shape)
+            return base + F.linear(low, branch.up.to(low.dtype)) * branch.scale
+        rows, up = base.reshape(-1, base.shape[-1]), branch.up.t().to(low.dtype)
+        return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=branch.scale).view(base.shape)

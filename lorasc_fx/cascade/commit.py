@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import fill_factor
+from lorasc_fx.branch import fill
 from lorasc_fx.cascade.optim import put_state, stepping
 from lorasc_fx.cascade.run_base import RunBase
 from lorasc_fx.parameters import Holder, exchange
@@ -82,7 +82,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
     undo(_values_restorer(run, planned))
     with torch.no_grad():
         for weight, values in planned.factors.items():
-            branches[weight].to_rank(planned.plan.by_weight[weight])
+            branches[weight].resize(planned.plan.by_weight[weight])
             for name, factor in branches[weight].named_parameters():
                 if name in values:
                     local(factor).copy_(values[name])
@@ -196,7 +196,7 @@ def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
 
     def restore() -> None:
         for parameter, value in values:
-            fill_factor(parameter, value)
+            fill(parameter, value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for branch, scale in scales:

@@ -187,7 +187,10 @@ class Weights:
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the values of quantized weights as dense tensors, by name."""
-        return {name: self.slow.value(name, self.which, parameters[name], self.learners.get(name)) for name in names}
+        return {
+            name: self.slow.value(name, self.which, parameters[name], self.learners.get(name), self.plan)
+            for name in names
+        }
 
     def moves(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return pairs of a buffer of the run's model and its value for these weights."""
@@ -236,12 +239,12 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
     slow = run.slow
     parts = [run.added[name] if name in run.added else _own(run, call, folded) for name in weights]
     alone = [*weights.values()] == [1]
-    scaled = next((part.name for part in parts if part.plan.spec.row_scale.trained), None)
+    scaled = next((part.name for part in parts if part.plan.spec.method.scales_rows), None)
     if scaled is not None and not alone:
         raise SpecError(
-            f"{call}: {scaled}, has magnitudes (use_dora), which scale rows, and a sum of runs only adds experts. Give "
+            f"{call}: {scaled}, has magnitudes (DoRA), which scale rows, and a sum of runs only adds experts. Give "
             "one run by its name",
-            code="dora-not-supported",
+            code="method-not-supported",
         )
     after = weighted_sum(slow, parts, [*weights.values()], 1)
     if alone:

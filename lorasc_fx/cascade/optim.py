@@ -172,17 +172,13 @@ def groups(
     lr: float,
     options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups `lora_A`, `lora_B`, `lora_magnitude_vector`, `train`, and `train:PATTERN` of each
-    rule with a learning rate of its own; those that are not empty.
+    """Return the optimizer's groups: one for each name of a branch parameter (`lora_A`, `lora_B`), then `train`, and
+    `train:PATTERN` for each rule with its own learning rate. No group is empty.
     """
-    rates = {"lora_B": lr * spec.lr_ratio}
-    parts: dict[str, tuple[float, list[nn.Parameter]]] = {
-        name: (rates.get(name, lr), []) for name in ("lora_A", "lora_B", "lora_magnitude_vector", "train")
-    }
+    parts: dict[str, tuple[float, list[nn.Parameter]]] = {}
     for branch in branches:
-        for name, parameter in branch.named_parameters():
-            if spec.train_A or name != "lora_A":
-                parts[name][1].append(parameter)
+        for name, parameter in branch.trained().items():
+            parts.setdefault(name, (branch.learning_rate(name, lr, spec), []))[1].append(parameter)
     for parameter, rule in trained:
         name, rate = (f"train:{rule.pattern}", rule.lr) if rule is not None and rule.lr is not None else ("train", lr)
         parts.setdefault(name, (rate, []))[1].append(parameter)

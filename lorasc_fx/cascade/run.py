@@ -111,7 +111,7 @@ class Run(RunBase):
         if hooked:
             warn(
                 f"{named(hooked)}: a hook on this parameter (register_hook, register_post_accumulate_grad_hook) is not "
-                "called while the weight is adapted, because the weight gets no gradient, only lora_A and lora_B do. "
+                "called while the weight is adapted, because the weight gets no gradient, only the branch does. "
                 "Exclude the weight, train it in full (train=...), or put the hook on the branch's parameters",
                 "hook-not-called",
             )
@@ -184,7 +184,7 @@ class Run(RunBase):
         W_t is computed again from W0, S and the noise of (seed, stage, step, weight), and rounded once. So no rounding
         accumulates, and no copy is kept on the training device.
         """
-        first = next((branch.lora_B for branch in self.by_key.values()), None)
+        first = next((branch.get_parameter(branch.zeros[0]) for branch in self.by_key.values()), None)
         trains = any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
         if self.slow.idle or not trains:
             return

@@ -138,9 +138,11 @@ class RunBase:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
-        parameters = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
-        if not self.plan.spec.train_A:
-            parameters = {name: parameter for name, parameter in parameters.items() if not name.endswith(".lora_A")}
+        parameters = {
+            f"branches.{key}.{name}": parameter
+            for key, branch in self.by_key.items()
+            for name, parameter in branch.trained().items()
+        }
         return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
     @property
@@ -369,8 +371,7 @@ class RunBase:
         for name, branch in self.branches_by_weight().items():
             state = slow.states.get(name)
             if state is not None and is_quantized(state.base):
-                pair = state.unmerged("slow") if slow.idle else state.beside
-                branch.set_unmerged(*((pair.b, pair.a) if pair is not None else (None, None)))
+                branch.set_unmerged(state.unmerged("slow") if slow.idle else state.beside)
 
 
 def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, fresh_a
+from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.commit import Gradients, Planned, write_planned
 from lorasc_fx.cascade.optim import check_holds, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import local_like
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.undo import commit
@@ -52,9 +51,6 @@ def next_stage(
         # Fold: the slow state after this stage.
         after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
-        starts = {
-            site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites
-        }
         moved, state = before.moved(branches), dict[nn.Parameter, Any]()
         if optimizer is not None:
             factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
@@ -80,7 +76,7 @@ def next_stage(
             if then is not None:
                 then()
 
-        begin(run, Planned(planned, after, optimizer=optimizer, states=state), starts, end)
+        begin(run, Planned(planned, after, optimizer=optimizer, states=state), end)
 
 
 def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
@@ -98,37 +94,23 @@ def _begin_reset(
     slow: SlowWeights,
     then: Callable[[], object] | None = None,
 ) -> None:
-    """Start a stage from slow weights, with a fresh lora_A and a reset optimizer state."""
-    starts = {
-        site.weight: fresh_a(planned.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
-        for site in planned.sites
-    }
+    """Start a stage from slow weights, with new branches and a reset optimizer state."""
     state = treated_state(optimizer, run.trainable().values(), "reset") if optimizer is not None else {}
-    begin(run, Planned(planned, replace(slow, idle=False), optimizer=optimizer, states=state), starts, then)
+    begin(run, Planned(planned, replace(slow, idle=False), optimizer=optimizer, states=state), then, keep=False)
 
 
-def begin(
-    run: Run, planned: Planned, starts: Mapping[str, torch.Tensor], then: Callable[[], object] | None = None
-) -> None:
-    """Start a stage: write its weights, lora_A, B = 0 and the optimizer's state, all or nothing.
+def begin(run: Run, planned: Planned, then: Callable[[], object] | None = None, keep: bool = True) -> None:
+    """Start a stage: write its weights, new values of the branches, and the optimizer's state, all or nothing.
 
     Args:
         run: of the cascade.
         planned: plan, slow weights and optimizer state of the stage.
-        starts: lora_A by weight name.
         then: called at the end. Everything is rolled back if it raises.
+        keep: whether branches take over what the spec keeps of the stage before.
     """
     branches = run.branches_by_weight()
     resized = bool(_resized(planned.plan, branches))
-    after, started = planned.slow.begin_stage(planned.plan, branches, starts)
-    factors = {
-        weight: {
-            "lora_A": local_like(starts[weight], branch.lora_A),
-            "lora_B": torch.zeros((), dtype=branch.lora_B.dtype, device=branch.lora_B.device),
-            **started.get(weight, {}),
-        }
-        for weight, branch in branches.items()
-    }
+    after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
     planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients=Gradients())
     with commit() as undo:
         write_planned(run, planned, undo)
@@ -139,9 +121,8 @@ def begin(
 
 
 def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter]:
-    """Return the factors whose rank changes in the planned stage. The optimizer's state does not fit them."""
-    changed = [branches[site.weight] for site in planned.sites if branches[site.weight].rank != site.rank]
-    return [factor for branch in changed for factor in (branch.lora_A, branch.lora_B)]
+    """Return the parameters that have another shape in the planned stage, so that no optimizer state fits."""
+    return [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
 
 
 def end_idle(run: Run) -> None:

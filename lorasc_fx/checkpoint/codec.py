@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, branch_class
+from lorasc_fx.branch import Branch, Factors, InitialFactors, Side, branch_class
 from lorasc_fx.cascade.commit import Gradients, Planned
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.layout import sanitized
@@ -36,7 +36,7 @@ from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.shards import WHOLE, local, local_like, shard_axis
 from lorasc_fx.spec import Noise
-from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Learner, Side, SlowWeights, View, WeightState
+from lorasc_fx.state import Expert, KeptNoise, Learner, SlowWeights, View, WeightState
 from lorasc_fx.util.undo import Undo
 
 Tensors = dict[str, torch.Tensor]
@@ -86,7 +86,7 @@ class RunState:
         branches: dict[str, Branch] = {}
         for site in self.plan.sites:
             factors = self.branches[site.weight]
-            like = factors["lora_A"].new_zeros(()).expand(site.shape)
+            like = next(iter(factors.values())).new_zeros(()).expand(site.shape)
             branches[site.weight] = branch_class(site)(site, self.plan.spec.seed, self.plan.stage, like)
             for name, value in factors.items():
                 setattr(branches[site.weight], name, nn.Parameter(value, False))
@@ -290,12 +290,13 @@ def _initial(
 ) -> InitialFactors | None:
     """Return the factors and magnitudes that the running stage started with; None if it started at B = 0."""
     factors, magnitude, path = None, None, f"initial/{state.name}"
-    if plan.spec.factor_start.from_weight and not manifest["idle"]:
+    fields = site.options.method.starts_from(plan.spec, not manifest["idle"])
+    if "factors" in fields:
         *stack, rows, columns = state.matrix
         rank = site.factor_shapes[0][-2]
         b = file.take(f"{path}/b", (*stack, rows, rank), finite=True)
         factors = Factors(b.double(), file.take(f"{path}/a", (*stack, rank, columns), finite=True).double())
-    if site.options.row_scale.trained:
+    if "magnitude" in fields:
         magnitude = file.take(f"{path}/magnitude", (state.out,), finite=True).double()
     return None if factors is None and magnitude is None else InitialFactors(factors, magnitude)
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+from lorasc_fx.branch import Side
 from lorasc_fx.checkpoint.layout import FORMAT, canonical, file_names, sanitized
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import Noise
-from lorasc_fx.state import Expert, Side
+from lorasc_fx.state import Expert
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.files import parse_json

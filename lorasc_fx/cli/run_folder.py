@@ -27,7 +27,7 @@ from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_conf
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.progress import FILE, append
 from lorasc_fx.quantized import dense
-from lorasc_fx.state import effective_rank, factors_of, norm_of, singular_values, slow_spectrum
+from lorasc_fx.state import delta_of, effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.util.accelerator import name_of
 from lorasc_fx.util.files import append_text, parse_json, replacing
 
@@ -178,7 +178,9 @@ class RunFolder:
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
                     state = cascade._run.slow.states[weight]
-                    values = singular_values(factors_of(branch, torch.device("cpu"), state))
+                    plan, host = cascade.plan, torch.device("cpu")
+                    delta = delta_of(branch, state, plan.spec, plan.stage, not cascade._run.slow.idle, host)
+                    values = singular_values(delta)
                     line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
                 lines.append(json.dumps(line) + "\n")
         append_text(self.experts, "".join(lines), StateError)

@@ -95,12 +95,12 @@ def make_fallback(
     matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs), by_shape)
     if not matching.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
-    scaled = next((site.weight for site in matching.plan.sites if site.options.row_scale.trained), None)
+    scaled = next((site.weight for site in matching.plan.sites if "weight" not in site.options.method.placements), None)
     if scaled is not None:
         raise SpecError(
-            f"use_dora is True, and {type(model).__name__} has graph breaks, where the branch of {scaled} "
-            "cannot stand in place of its op; give use_dora=False, or a front end that takes the whole model",
-            code="dora-not-supported",
+            f"adapter is {plan.spec.adapter!r}, and {type(model).__name__} has graph breaks, where the branch of "
+            f"{scaled} cannot replace its op; give another adapter, or a front end that takes the whole model",
+            code="method-not-supported",
         )
     branches = missing_branches(matching.plan, decided.branches, named_weights(model).parameters)
     growing = Growing(fallback, Decided(matching.plan, branches, matching.refusals, matching.unreached))
@@ -108,7 +108,7 @@ def make_fallback(
     located = fallback.located
     fallback.rewrite_by(growing.rewrite)
     comparison = growing.comparison(args, kwargs)
-    plain = {branch.weight_name: branch for branch in comparison.branches}
+    plain = {branch.weight_name: branch.on_weight for branch in comparison.branches}
     fallback.swap({name: branch for name, branch in plain.items() if name not in located})
     if not (swap_all or fallback.eager):
         fallback.swap({**fallback.swapped, **{name: plain[name] for name in comparison.hidden(SUSPECT)}})
@@ -221,7 +221,7 @@ class Growing:
         matching = survey(fallback.graphs, record, plan.spec, kinds, by_shape)
         branches = missing_branches(matching.plan, self.decided.branches, weights.parameters)
         self._grow(Decided(matching.plan, branches, matching.refusals, matching.unreached))
-        added = {branch.weight_name: branch for branch in branches.values() if branch.weight_name in kinds}
+        added = {branch.weight_name: branch.on_weight for branch in branches.values() if branch.weight_name in kinds}
         fallback.swap({**fallback.swapped, **added})
 
     def settle(self, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
@@ -243,7 +243,7 @@ class Growing:
                     f"(exclude=({branch.weight_name!r},))",
                     code="quantized-not-supported",
                 )
-        fallback.swap({branch.weight_name: branch for branch in self.branches})
+        fallback.swap({branch.weight_name: branch.on_weight for branch in self.branches})
         wrong: tuple[str, ...] = ()
         for once in (True,) if fallback.once else (False, True):
             fallback.run_eager(once)
@@ -298,12 +298,12 @@ class Comparison:
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         trained |= {branch.weight_name for branch in self.branches}
         hidden = []
-        with _temporary_factors(self.branches):
+        with _temporary_parameters(self.branches):
             groups = [list(self.branches)]
             while groups:
                 group = groups.pop()
                 for branch in self.branches:
-                    branch.lora_B.data = torch.zeros_like(branch.lora_B)
+                    _change_zeros(branch, torch.zeros_like)
                 torch.clear_autocast_cache()
                 if not all(self._differ(group, trained, share, probe) for probe in self._probes):
                     continue
@@ -332,7 +332,7 @@ class Comparison:
         model = self.model
         weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches}
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        temporary = _temporary_factors([*self.branches, *self.quantized])
+        temporary = _temporary_parameters([*self.branches, *self.quantized])
         leaves = [value for value in model.parameters() if value.is_leaf and not is_quantized(value)]
         with quiet(), without_gradients(leaves), temporary:
             for branch in self.branches:
@@ -351,8 +351,8 @@ class Comparison:
             for branch in self.branches:
                 gradient = weights[branch.weight_name].grad
                 if gradient is not None:
-                    delta = _scaled(branch, model)
-                    expected[branch] = torch.autograd.grad(delta, _factors(branch), gradient.to_dense())
+                    delta, parameters = _delta(branch, model), list(branch.trained().values())
+                    expected[branch] = torch.autograd.grad(delta, parameters, gradient.to_dense())
             for leaf in leaves:
                 leaf.grad = None
             if not expected:
@@ -372,7 +372,7 @@ class Comparison:
                 if any(
                     _norm(gradient if factor.grad is None else factor.grad - gradient)
                     > allowed * (_norm(gradient) + FLOOR * largest)
-                    for factor, gradient in zip(_factors(branch), pair, strict=True)
+                    for factor, gradient in zip(branch.trained().values(), pair, strict=True)
                 )
             )
 
@@ -413,14 +413,19 @@ class Comparison:
     def _probe(self, branch: Branch, number: int) -> None:
         """Give a branch a delta, relative to the norm of its weight; another one for each number."""
         weight = self.model.get_parameter(branch.weight_name)
-        values = torch.linspace(-1, 1, branch.lora_B.numel(), device=weight.device, dtype=branch.lora_B.dtype)
-        if number:
-            order = torch.randperm(len(values), generator=torch.Generator().manual_seed(number))
-            values = values[order.to(values.device)]
-        branch.lora_B.data = values.view_as(branch.lora_B).clone()
-        size, share = (branch.delta() * branch.scale).norm(), COARSE_PROBE if self.coarse else PROBE
+
+        def values(parameter: torch.Tensor) -> torch.Tensor:
+            numbers = torch.linspace(-1, 1, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+            if number:
+                order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(number))
+                numbers = numbers[order.to(numbers.device)]
+            return numbers.view_as(parameter).clone()
+
+        _change_zeros(branch, values)
+        size, share = branch.dense_delta(weight).norm(), COARSE_PROBE if self.coarse else PROBE
         if size > 0:
-            branch.lora_B.data = branch.lora_B.data * (share * weight.norm().to(size.dtype).clamp_min(1e-3) / size)
+            factor = share * weight.norm().to(size.dtype).clamp_min(1e-3) / size
+            _change_zeros(branch, lambda parameter: parameter * factor)
         torch.clear_autocast_cache()  # it has casts of the old values
 
     def _differ(
@@ -464,22 +469,26 @@ class Comparison:
         return [output.detach() for output in outputs]
 
 
-def _factors(branch: Branch) -> list[nn.Parameter]:
-    return [factor for factor in (branch.lora_A, branch.lora_B) if factor.requires_grad]
+def _change_zeros(branch: Branch, values: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the parameters that are zero at the start of a stage; `values` maps a current value to a new one."""
+    for name in branch.zeros:
+        parameter = branch.get_parameter(name)
+        parameter.data = values(parameter.data)
 
 
 def _norm(tensor: torch.Tensor) -> float:
     return float(tensor.cpu().double().norm())
 
 
-def _scaled(branch: Branch, model: nn.Module) -> torch.Tensor:
-    return (branch.delta() * branch.scale).to(model.get_parameter(branch.weight_name).dtype)
+def _delta(branch: Branch, model: nn.Module) -> torch.Tensor:
+    weight = model.get_parameter(branch.weight_name)
+    return branch.dense_delta(weight.detach()).to(weight.dtype)
 
 
 def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
     """Return the weights with the deltas of these branches merged."""
     return {
-        branch.weight_name: (model.get_parameter(branch.weight_name) + _scaled(branch, model)).detach()
+        branch.weight_name: (model.get_parameter(branch.weight_name) + _delta(branch, model)).detach()
         for branch in branches
     }
 
@@ -496,16 +505,14 @@ def _other_values(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tenso
 
 
 @isolated
-def _temporary_factors(undo: Undo, branches: Sequence[Branch]) -> None:
-    """Give branches factors that optimizers and hooks do not know, and no dropout, which the merged model lacks."""
+def _temporary_parameters(undo: Undo, branches: Sequence[Branch]) -> None:
+    """Give branches parameters that optimizers and hooks do not know, and no dropout, which the merged model lacks."""
     for branch in branches:
         undo(partial(branch._parameters.update, dict(branch._parameters)))
         undo(partial(setattr, branch, "training", branch.training))
         branch.training = False
-        for name in ("lora_A", "lora_B"):
-            factor = branch._parameters[name]
-            assert factor is not None
-            branch._parameters[name] = nn.Parameter(factor.detach().clone(), factor.requires_grad)
+        for name, parameter in dict(branch.named_parameters()).items():
+            branch._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:

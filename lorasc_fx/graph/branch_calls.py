@@ -1,9 +1,10 @@
 """Nodes that call a branch: which they are, what they stand in place of, and where their input comes from.
 
-- beside an op: `%out = branches.KEY(%base, %x)`;
-- with a shared product: `%low = shared_down(%x, (lora_A, ...))`, `branches.KEY(%base, %low[i], shared=True)`;
-- in place of an op: `%out = branches.KEY(%x, %weight, %bias, op=...)`. The replaced call is kept in the metadata of
-  the node, so that a fold can write it again.
+- beside an op: `%out = branches.KEY(%base, %x, at="beside")`;
+- with a shared product: `%low = shared_down(%x, (A, ...))`, `branches.KEY(%base, %low[i], at="after_shared")`;
+- in place of an op: `%out = branches.KEY(%x, %weight, %bias, at="in_place", op=...)`. The replaced call is kept in the
+  metadata of the node, so that a fold can write it again;
+- on a weight: `%adapted = branches.KEY(%weight, at="on_weight")`.
 
 Everything here only reads; `GraphEditor` makes and erases the nodes.
 """
@@ -145,7 +146,9 @@ def _filled(value: Any, inputs: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Where a branch's input comes from: the group's node, its x, and the key of the branch whose lora_A it met."""
+    """Where a branch's input comes from: the node of the shared product, its x, and the key of the branch whose factor
+    it was multiplied by.
+    """
 
     group: fx.Node
     x: fx.node.Argument
@@ -154,7 +157,7 @@ class SharedInput:
 
 def shared_input(node: fx.Node) -> SharedInput | None:
     """Return the shared input of a branch node; None for one that has its own, or whose input is no group's."""
-    if not node.kwargs.get("shared") or len(node.args) < 2:
+    if node.kwargs.get("at") != "after_shared" or len(node.args) < 2:
         return None
     part = node.args[1]
     if not isinstance(part, fx.Node) or part.target is not operator.getitem:
@@ -167,4 +170,4 @@ def shared_input(node: fx.Node) -> SharedInput | None:
         return None
     factor = factors[index]
     name = str(factor.target) if isinstance(factor, fx.Node) else ""
-    return SharedInput(group, x, name.removeprefix(f"{BRANCHES}.").removesuffix(".lora_A"))
+    return SharedInput(group, x, name.removeprefix(f"{BRANCHES}.").rpartition(".")[0])

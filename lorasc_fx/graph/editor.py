@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, fill_factor, shared_down
+from lorasc_fx.branch import Branch, fill, shared_down
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph.branch_calls import CallTemplate, ReplacedCall, made_by, replaced_call, shared_input, use_of
+from lorasc_fx.graph.branch_calls import (
+    CallTemplate,
+    ReplacedCall,
+    branch_nodes,
+    made_by,
+    replaced_call,
+    shared_input,
+    use_of,
+)
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
 from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
@@ -117,7 +125,7 @@ class GraphEditor:
         return node
 
     def replace_op(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
-        """Replace `base` by `branches.KEY(x, weight, bias, **options, op=product)`. A fold restores it."""
+        """Replace `base` by `branches.KEY(x, weight, bias, at="in_place", op=product)`. A fold restores it."""
         graph = self.module.graph
         inputs: list[Any] = [reading.x]
         for what, tensor in (("weight", reading.weight), ("bias", reading.bias)):
@@ -127,7 +135,7 @@ class GraphEditor:
             elif tensor is not None:
                 inputs.append(tensor)
         replaced = CallTemplate.of(base, inputs)
-        node = self.insert_after(base, key, tuple(inputs), {**reading.options, "op": product})
+        node = self.insert_after(base, key, tuple(inputs), {"at": "in_place", **reading.options, "op": product})
         node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
         graph.erase_node(base)
         self._names.discard(base.name)
@@ -146,11 +154,12 @@ class GraphEditor:
 
     def share(self, nodes: Sequence[fx.Node]) -> fx.Node:
         """Let branch nodes with the same input read slices of one stacked product of it."""
-        graph, x = self.module.graph, nodes[0].args[1]
+        graph, x, branches = self.module.graph, nodes[0].args[1], branch_nodes(self.module)
         assert isinstance(x, fx.Node)
         with graph.inserting_before(nodes[0]):
             factors = tuple(
-                self._made("get_attr", f"{branch.target}.lora_A", (), f"{branch.name}_A") for branch in nodes
+                self._made("get_attr", f"{node.target}.{branches[node].shared_factor}", (), f"{node.name}_A")
+                for node in nodes
             )
             group = self._made("call_function", shared_down, (x, factors), f"{x.name}_shared")
             products = [
@@ -158,7 +167,7 @@ class GraphEditor:
                 for index in range(len(nodes))
             ]
         for node, low in zip(nodes, products, strict=True):
-            node.args, node.kwargs = (node.args[0], low, *node.args[2:]), {**node.kwargs, "shared": True}
+            node.args, node.kwargs = (node.args[0], low, *node.args[2:]), {**node.kwargs, "at": "after_shared"}
         self.modified = True
         return group
 
@@ -169,7 +178,7 @@ class GraphEditor:
         low = node.args[1]
         assert isinstance(low, fx.Node)
         node.args = (node.args[0], shared.x, *node.args[2:])
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "shared"}
+        node.kwargs = {**node.kwargs, "at": "beside"}
         if not low.users:
             self._erase(low)
         self.modified = True
@@ -299,8 +308,8 @@ class GraphEditor:
             for key, old, new in moves:
                 undo(partial(setattr, old, "scale", old.scale))
                 for factor, value in zip(old.parameters(), new.parameters(), strict=True):
-                    undo(partial(fill_factor, factor, factor.detach().clone()))
-                    fill_factor(factor, value)
+                    undo(partial(fill, factor, factor.detach().clone()))
+                    fill(factor, value)
                 old.scale = new.scale
                 holder[key] = old
             return self.module

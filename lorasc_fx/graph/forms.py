@@ -188,7 +188,9 @@ class ModuleForm(Form):
         bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
         weights = (f"{node.target}.weight", bias)
         if isinstance(module, nn.Embedding):
-            return Reading(x, {"lookup": True, "padding_idx": -1 if module.padding_idx is None else module.padding_idx})
+            return Reading(
+                x, {"at": "at_lookup", "padding_idx": -1 if module.padding_idx is None else module.padding_idx}
+            )
         if not isinstance(module, nn.modules.conv._ConvNd):
             return Reading(x, {}, *weights)
         options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
@@ -261,7 +263,7 @@ def _lookup(name: str, target: Any) -> FunctionForm:
         2,
         repeats=("padding_idx",),
         plain=_EVENLY,
-        options=(("lookup", True),),
+        options=(("at", "at_lookup"),),
     )
 
 
@@ -277,7 +279,7 @@ def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str, *more
         repeats=("offs", *more),
         needs=("offs",),  # without offsets it is another product
         plain=(("bias", None), ("out_dtype", None)),
-        options=(("by", by),),
+        options=(("at", "grouped"), ("by", by)),
         layout="in_out",
     )
 
@@ -313,7 +315,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
         repeats=("padding_idx",),
         plain=(("max_norm", None), *_EVENLY),
         counted=("padding_idx",),  # F.embedding, unlike torch.embedding, counts a negative one from the end
-        options=(("lookup", True),),
+        options=(("at", "at_lookup"),),
     ),
     ModuleForm("nn.Linear", "linear", nn.Linear),
     ModuleForm("nn.Conv1d", "conv", nn.Conv1d),

@@ -347,15 +347,24 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
     Raises:
         SpecError: the site uses DoRA, and is used where no branch can replace the op.
     """
-    if site.options.row_scale.trained:
-        if not _in_place(site, seen) or is_quantized(weight):
+    method, adapter = site.options.method, site.options.adapter
+    if site.kind not in method.kinds or (is_quantized(weight) and not method.beside_quantized):
+        raise SpecError(
+            f"adapter is {adapter!r}, and {site.weight} is {_seen_as(site, seen, weight)}, which this method does not "
+            f"adapt. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
+            code="method-not-supported",
+        )
+    if method.placement == "merged":
+        if not _in_place(site, seen):
             raise SpecError(
-                f"use_dora is True, and {site.weight} is {_seen_as(site, seen, weight)}, where no magnitude can stand: "
-                "only products and convolutions that read the weight as it is stored. "
-                f"Exclude it (exclude=({site.weight!r},)), or give use_dora=False",
-                code="dora-not-supported",
+                f"adapter is {adapter!r}, and {site.weight} is {_seen_as(site, seen, weight)}. This method replaces "
+                "the op: only products and convolutions that read the weight as it is stored. "
+                f"Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
+                code="method-not-supported",
             )
         return replace(site, placement="merged")
+    if method.placement == "weight":
+        return replace(site, placement="weight")
     if not _beside(site, seen):
         return site  # its placement is that on the weight, whatever the plan says
     if spec.placement == "weight" and not seen.called and not is_quantized(weight):
@@ -394,11 +403,12 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         seen = uses.get(weight, WeightUses())
-        if site.options.row_scale.trained and seen.reached and not _in_place(site, seen):
+        if site.options.method.placement == "merged" and seen.reached and not _in_place(site, seen):
             raise PassError(
-                f"{weight} has magnitudes, and this graph uses it where none can stand. "
-                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
-                code="dora-not-supported",
+                f"The branch of {weight} replaces its op ({site.options.adapter}), and this graph uses the weight in "
+                f"an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model in this "
+                "mode",
+                code="method-not-supported",
             )
         if _beside(site, seen) and seen.beside[0].layout == site.layout and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"

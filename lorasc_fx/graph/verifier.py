@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import BRANCH_OF, Branch, branch_class, shared_down
+from lorasc_fx.branch import Branch, branch_class, ops_of, shared_down
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import branch_nodes, call_template, made_by, replaced_call, shared_input, use_of
 from lorasc_fx.graph.flow import constants, expert_index, indexed_experts, uses_of, written_between
@@ -128,7 +128,7 @@ def _uses_fit_plan(subject: Subject) -> Iterator[str]:
 
 def _alike(used: str, planned: str) -> bool:
     """Whether the branch of a site of one kind can stand beside a use of another."""
-    return BRANCH_OF[used] is BRANCH_OF[planned] and (used == "experts") == (planned == "experts")
+    return ops_of(used) is ops_of(planned) and (used == "experts") == (planned == "experts")
 
 
 def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
@@ -227,9 +227,9 @@ def _branches_stand_at_sites(subject: Subject) -> Iterator[str]:
         inputs, options = reading
         shared = shared_input(node)
         if shared is not None:
-            options |= {"shared": True}
+            options |= {"at": "after_shared"}
             if shared.factor != site.key:
-                yield f"branch node {node.name} gets what the lora_A of {shared.factor} makes, not its own"
+                yield f"branch node {node.name} gets the product of {shared.factor}, not its own"
         if ((shared.x,) if shared is not None else node.args[1:]) != inputs:
             yield f"branch node {node.name} does not read the input of {base.name}"
         if dict(node.kwargs) != options:
@@ -254,7 +254,7 @@ def _stands_in_place(subject: Subject, node: fx.Node, branch: Branch) -> Iterato
     wanted = [read for read in (reading.x, reading.weight, reading.bias) if read is not None]
     if [_named(read, had) for read, had in zip_longest(node.args, wanted)] != wanted:
         yield f"branch node {node.name} does not read what {op.name}, in whose place it stands, would read"
-    if dict(node.kwargs) != {**reading.options, "op": op.form.product}:
+    if dict(node.kwargs) != {"at": "in_place", **reading.options, "op": op.form.product}:
         yield f"branch node {node.name} has {dict(node.kwargs)}, but {op.name} has {dict(reading.options)}"
     if not node.users:
         yield f"branch node {node.name} is read by nobody"
@@ -268,14 +268,14 @@ def _named(read: Any, wanted: Any) -> Any:
 def _reading(subject: Subject, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return the inputs and options that a branch at this use must have, or None if the op has no input."""
     if form == ON_WEIGHT:
-        return (), {}
+        return (), {"at": "on_weight"}
     if form == ON_INDEXED_EXPERT:
-        return (), {"expert": expert_index(base)}
+        return (), {"at": "on_weight", "expert": expert_index(base)}
     module = module_at(subject.module, str(base.target)) if base.op == "call_module" else None
     if base.op == "call_module" and not (base.args or "input" in base.kwargs):
         return None
     reading = form_named(form).reads(base, module)
-    return (reading.x,), dict(reading.options)
+    return (reading.x,), {"at": "beside", **reading.options}
 
 
 def _every_use_has_a_branch(subject: Subject) -> Iterator[str]:
@@ -304,8 +304,9 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
         if not isinstance(branch, Branch):
             yield f"{site.weight} is planned, but has no branch"
             continue
-        if type(branch) is not branch_class(site) or branch.weight_shape != site.shape:
-            made = f"{type(branch).__name__} for {branch.weight_shape}"
+        alike = type(branch) is branch_class(site) and _alike(branch.kind, site.kind)
+        if not alike or branch.weight_shape != site.shape:
+            made = f"{type(branch).__name__} for a {branch.kind} of {branch.weight_shape}"
             yield f"the branch of {site.weight} is a {made}, planned for a {site.kind} of {site.shape}"
         parameters = dict(branch.named_parameters())
         for name, shape in site.parameter_shapes.items():

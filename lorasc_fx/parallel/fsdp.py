@@ -333,31 +333,14 @@ def _refit(shards: Shards) -> None:
 def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     """Return the sharded axis of the parameters, by id, for which it is not the first one.
 
-    FSDP pads an axis that the number of ranks does not divide, and a short axis would be on a few ranks only. So lora_A
-    [rank, in] is sharded by inputs then, or if its rank changes. Stacked experts [experts, out, in] and their lora_B
-    [experts, out, rank] are sharded by the second axis.
+    FSDP pads an axis that the number of ranks does not divide, so branches choose other axes (`Branch.shard_axes`).
     """
     axes: dict[int, int] = {}
-    model = cascade._run.parameters_by_name()
+    model, resized = cascade._run.parameters_by_name(), bool(cascade.plan.spec.ranks)
     for branch in cascade._run.by_key.values():
-        weight, stacked = model[branch.weight_name], branch.lora_A.dim() == 3
-        inputs, first = branch.lora_A.dim() - 1, branch.lora_A.shape[0]
-        resized = bool(cascade.plan.spec.ranks) and not stacked
-        if stacked and branch.magnitude is not None:
-            continue
-        if first % parts == 0 and not resized:
-            continue
-        if resized and branch.lora_A.shape[inputs] % parts:
-            raise StateError(
-                f"shard: if ranks change by stage, FSDP shards lora_A by its inputs, but {parts} ranks do not divide "
-                f"the {branch.lora_A.shape[inputs]} inputs of {branch.weight_name}. Exclude it, or give one rank for "
-                "all stages",
-                code="not-shardable",
-            )
-        if branch.lora_A.shape[inputs] % parts == 0:
-            axes[id(branch.lora_A)] = inputs
-        if stacked and weight.dim() == 3:
-            axes |= {id(held): 1 for held in (weight, branch.lora_B) if held.shape[1] % parts == 0}
+        weight = model[branch.weight_name]
+        held = {"weight": weight, **dict(branch.named_parameters())}
+        axes |= {id(held[name]): axis for name, axis in branch.shard_axes(weight, parts, resized).items()}
     return axes
 
 

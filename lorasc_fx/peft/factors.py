@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Factors
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.format import RANKS, rows_with
 from lorasc_fx.state import (
-    Factors,
     WeightState,
     Which,
-    factors_of,
-    gain_of,
+    delta_of,
     has_trained,
     scaled,
     sum_of,
@@ -145,19 +143,18 @@ def change_of(run: Run, which: Which) -> Change:
     learners, change, parameters = run.learners(), Change(), run.parameters_by_name()
     view = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
-        running, gain, branch = None, None, learners.get(name)
+        running, branch = None, learners.get(name)
         if state.full:
             change.trained[name] = slow.value(name, which, parameters[name], branch).cpu()
             continue
         if which == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
-            running = factors_of(branch, torch.device("cpu"), state)
-            gain = gain_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle)
-        _, delta, terms = state.terms(view if running is None else "fast", running, gain)
+            running = delta_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle, torch.device("cpu"))
+        _, delta, terms = state.terms(view if running is None else "fast", running)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
         pair = sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
-        row_scale = state.scale(gain)
-        if row_scale is None and terms and run.plan.spec.row_scale.trained:  # experts that came from elsewhere
+        row_scale = state.scale(running.gain if running is not None else None)
+        if row_scale is None and terms and run.plan.spec.method.scales_rows:  # experts that came from elsewhere
             row_scale = torch.ones(state.out, dtype=torch.float64)
         if state.noises:
             change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from lorasc_fx.branch import Factors
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Rule
-from lorasc_fx.state import Factors
 from lorasc_fx.util.decode import Check
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lorasc_fx.branch import Factors
 from lorasc_fx.checkpoint.layout import plain_bytes, refusing, sanitized
 from lorasc_fx.checkpoint.manifest import parsed
 from lorasc_fx.errors import CheckpointError, nearest, path_of
@@ -40,7 +41,7 @@ from lorasc_fx.peft.format import (
 )
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, Factors, scaled
+from lorasc_fx.state import Expert, scaled
 from lorasc_fx.util.decode import decode
 
 LONGEST = 1 << 24
@@ -104,7 +105,7 @@ def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
         (config.r, float(config.lora_alpha)),
         (canonical[name] for name in adapter.whole if name in canonical),
         use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
+        adapter="dora" if config.use_dora else "lora",
         dropout=float(config.lora_dropout),
     )
 
@@ -264,7 +265,7 @@ class _Reader:
         name = key.removeprefix(PREFIX)
         end = next((end for end in ENDS if name.endswith(f".{end}")), None)
         if end is None:
-            of_dora = "DoRA's magnitudes of something that is not adapted with use_dora"
+            of_dora = "DoRA's magnitudes of something that is not adapted with adapter='dora'"
             meaning = of_dora if "lora_magnitude_vector" in name else "neither in the model nor a factor"
             return _does_not_fit(f"{key!r} is {meaning}{nearest(name, self.tensors)}")
         path = _unwrapped(name.removesuffix(f".{end}"))

@@ -70,7 +70,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
         (values["r"], values["lora_alpha"]),
         train,
         use_rslora=bool(values["use_rslora"]),
-        use_dora=bool(values["use_dora"]),
+        adapter="dora" if values["use_dora"] else "lora",
         dropout=float(values["lora_dropout"]),
         start=starts[start.partition("_niter_")[0]] if isinstance(start, str) else "lora",
     )

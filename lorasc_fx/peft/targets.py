@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.branch import Factors
 from lorasc_fx.check.isolation import call_recorder, isolation
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import named_weights
@@ -46,7 +47,6 @@ from lorasc_fx.peft.format import (
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.signature import copied
-from lorasc_fx.state import Factors
 from lorasc_fx.util.undo import Block, isolated
 
 

@@ -133,9 +133,9 @@ def peft(
         change.pairs[first] = nothing(run.slow.states[first])
     if max_rank is not None and change.magnitudes:
         raise SpecError(
-            f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (use_dora): a pair of a "
-            "smaller rank would have other row norms; give max_rank=None",
-            code="dora-not-supported",
+            f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (DoRA): a pair of a smaller "
+            "rank would have other row norms; give max_rank=None",
+            code="method-not-supported",
         )
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
     by_weight, unreached = targets_of(model, sites, *cascade.example)

@@ -17,7 +17,8 @@ from functools import partial
 
 import torch
 
-from lorasc_fx.branch import Branch, amplitude, draw
+from lorasc_fx.branch import Branch, Delta, Factors, InitialFactors, Side, StartWeight, amplitude, draw
+from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
@@ -25,7 +26,7 @@ from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
-from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
+from lorasc_fx.state.weight import KeptNoise, WeightState, Which
 
 Learner = Branch | torch.Tensor
 """What trains a weight in a stage: its branch, or the parameter itself if it is trained in full."""
@@ -76,7 +77,7 @@ class StageNoise:
         self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, scratch: Scratch
     ) -> None:
         """Write the weight that the stage starts from, or has after a step, less what the branch took out of it."""
-        state.write(out, "fast", arithmetic(state.base.dtype), state.taken_out)
+        state.write(out, "fast", arithmetic(state.base.dtype), state.residual)
 
     def kept(self, state: WeightState, spec: CascadeSpec, stage: int) -> tuple[KeptNoise, ...]:
         """Return what stays in the slow weights when the stage ends."""
@@ -105,7 +106,7 @@ class DrawnNoise(StageNoise):
                 f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
             )
         if state.initial is not None:
-            state.write(exact, "fast", dtype, state.taken_out)
+            state.write(exact, "fast", dtype, state.residual)
         if top:
             add_noise(exact, draw(spec.noise, spec.seed, stage, state.name, exact.shape, step, state.shard), size)
         if exact is not out:
@@ -129,58 +130,55 @@ def stage_noise(state: WeightState, spec: CascadeSpec, noisy: bool) -> StageNois
     return DrawnNoise() if noisy and spec.noise.is_on and not state.full else StageNoise()
 
 
-def begin_stage(
-    state: WeightState, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
-) -> tuple[WeightState, Branch]:
-    """Return the state of a stage that starts, and a copy of the branch, whole, as it starts: factors out of the weight
-    (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
+def start_weight_of(
+    state: WeightState, spec: CascadeSpec, stage: int, noisy: bool, device: torch.device
+) -> StartWeight:
+    """Return the weight of a state as its branch sees it in a stage."""
+    return StartWeight(
+        exact=lambda: state.whole(state.exact("fast", arithmetic(state.base.dtype), device=device), Side.WEIGHT),
+        trained=lambda: start_weight(state, spec, stage, noisy, device),
+        shard=state.shard,
+        cut=state.cut,
+        whole=state.whole,
+        agreed=state.shard.group.of_first,
+    )
 
-    Of a shard the weight is gathered where it is decomposed, and the rest is computed from what is here. Every rank
-    must call this at the same point.
+
+def begin_stage(
+    state: WeightState, branch: Branch, site: Site, spec: CascadeSpec, stage: int, keep: bool = True, noisy: bool = True
+) -> tuple[WeightState, Branch]:
+    """Return the state of a stage that starts, and a new branch with plain tensors as it starts.
+
+    If the weight is sharded, every rank must call this at the same point: the weight is gathered if it is decomposed.
 
     Args:
         state: that the stage starts from.
-        branch: of the weight.
-        site, spec, stage: of the plan; the copy has the rank of this site.
-        a: lora_A as LoRA starts it.
-        noisy: whether the stage runs; else its weight is without noise, and B = 0.
+        branch: of the stage before.
+        site, spec, stage: of the plan; the new branch has the rank of this site.
+        keep: whether the new branch takes over what the spec keeps of the branch before.
+        noisy: whether the stage runs; else its weight has no noise, and nothing is subtracted from it.
     """
-    started = branch.whole()
-    started.to_rank(site)
-    taken, lengths = None, None
+    parameter = next(branch.parameters()).detach()
+    started = type(branch)(site, spec.seed, stage, parameter)
+    initial = InitialFactors()
     with torch.no_grad():
-        a, b = full_tensor(a), torch.zeros_like(started.lora_B)
-        if noisy and spec.factor_start.from_weight:
-            exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
+        if keep:
+            started.follow(branch, spec)
+        if "factors" in started.starts_from(spec, noisy):
+            assert isinstance(started, LoraBranch)
+            exact = state.exact("fast", arithmetic(state.base.dtype), device=parameter.device)
             if spec.factor_start.of_delta:
                 exact = exact - dense(state.base).to(exact)
-            a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec, a)
-            # A decomposition is not the same bits on all machines.
-            a, b = state.shard.group.of_first(a), state.shard.group.of_first(b)
-        started.lora_A.copy_(a)
-        started.lora_B.copy_(b)
-        if noisy and spec.factor_start.from_weight:
-            taken = initial_factors(started).map(state.cut)
-        state = replace(state, initial=InitialFactors(taken))
-        if started.magnitude is not None:
-            weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
-            norms = started.norms(weight, state.shard)
-            started.magnitude.copy_(state.whole(norms, Side.OUT))
-            lengths = norms.cpu().double().clone()
-    initial = None if taken is None and lengths is None else InitialFactors(taken, lengths)
-    return replace(state, initial=initial), started
-
-
-def gain_of(branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool) -> torch.Tensor | None:
-    """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
-    on, noise included; of a shard that of the rows that are here. None for any other branch.
-    """
-    if branch.magnitude is None:
-        return None
-    with torch.no_grad():
-        weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
-        magnitude = state.cut(full_tensor(branch.magnitude), Side.OUT)
-        return (magnitude / branch.norms(weight, state.shard)).cpu().double()
+            a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec)
+            # A decomposition does not have the same bits on all machines.
+            started.set_factors(state.shard.group.of_first(b), state.shard.group.of_first(a))
+            initial = InitialFactors(started.exact_factors().map(state.cut))
+        state = replace(state, initial=initial)
+        initial = replace(
+            initial, magnitude=started.start(start_weight_of(state, spec, stage, noisy, parameter.device))
+        )
+    unchanged = initial.factors is None and initial.magnitude is None
+    return replace(state, initial=None if unchanged else initial), started
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
@@ -255,8 +253,7 @@ def end_stage(
             fault = f"{state.name}, which is trained in full, holds inf or nan"
     elif learner is not None and (checked or state.every(learner.finite())):
         moved = not state.every(not has_trained(learner, state))
-        live = factors_of(learner, state.base.device, state) if moved else None
-        after = absorb(live, gain=gain_of(learner, state, spec, stage, noisy) if moved else None)
+        after = absorb(delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None)
         if not state.every(fits(after)):
             after, fault = None, f"the branch of {state.name} takes it beyond {state.base.dtype}"
     elif learner is not None:
@@ -292,18 +289,15 @@ def fits(state: WeightState) -> bool:
     )
 
 
-def factors_out_of(
-    weight: torch.Tensor, branch: Branch, spec: CascadeSpec, a: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return lora_A and lora_B as `spec.start` takes them out of a weight, in its dtype, on its device.
+def factors_out_of(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B as `spec.start` finds them in a weight, in its dtype, on its device.
 
-    A rank beyond the matrix's own starts as in LoRA.
+    A rank beyond the rank of the matrix starts as in LoRA.
 
     Args:
-        weight: as it is stored; each slice of a fused one, and each of stacked experts, is decomposed by itself.
-        branch: whose shapes, scale and slices count; its values do not.
-        spec: whose start is meant.
-        a: lora_A as LoRA starts it.
+        weight: as it is stored; each slice of a fused weight, and each expert, is decomposed separately.
+        branch: that starts, with A as LoRA starts it.
+        spec: whose start is used.
 
     Raises:
         SpecError: the weight holds inf or nan.
@@ -314,75 +308,63 @@ def factors_out_of(
             f"Exclude it (exclude=({branch.weight_name!r},)), or give start='lora'",
             code="non-finite",
         )
-    out, columns = branch.lora_B.shape[-2], branch.lora_A.shape[-1]
-    stack = tuple(branch.lora_B.shape[:-2])
-    full = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
-    a = a.to(full, copy=True)
-    b = torch.zeros(branch.lora_B.shape, dtype=a.dtype, device=a.device)
-    matrices = full.split(branch.slices) if branch.slices else (full,)
+    a, b = branch.down.to(weight, copy=True), branch.up.new_zeros(branch.up.shape).to(weight)
+    out, columns, stack = b.shape[-2], a.shape[-1], tuple(b.shape[:-2])
+    matrix = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
+    matrices = matrix.split(branch.slices) if branch.slices else (matrix,)
     ups = b.split(branch.slices) if branch.slices else (b,)
     downs = a.split(branch.rank) if branch.slices else (a,)
-    with exact_products(full):
-        for matrix, up, down in zip(matrices, ups, downs, strict=True):
-            left, right = spec.factor_start.initial_factors(matrix, branch.rank, branch.scale)
+    with exact_products(matrix):
+        for part, up, down in zip(matrices, ups, downs, strict=True):
+            left, right = spec.factor_start.initial_factors(part, branch.rank, branch.scale)
             up[..., : left.shape[-1]] = left
             down[..., : right.shape[-2], :] = right
     return a, b
 
 
-def initial_factors(branch: Branch) -> Factors:
-    """Return the factors as they are, whole, in fp64 with the scale folded in, on the host: where a stage begins."""
-    with torch.no_grad():
-        left, right = map(full_tensor, branch.oriented())
-        return Factors(left.cpu().double() * branch.scale, right.cpu().double().clone())
+def has_trained(learner: Learner, state: WeightState) -> bool:
+    """Whether a branch, or a parameter trained in full, has left the start of its stage. A cast is no training.
 
-
-def has_trained(branch: Learner, state: WeightState) -> bool:
-    """Whether a branch has left its start: B = 0, or the factors and magnitudes that it began with; or a parameter
-    trained in full the value that its stage started from. A cast is no training. Of a shard the answer is for the part
-    that is here. Every rank must call this at the same point.
+    The answer is for the slice on this rank. Every rank must call this at the same point.
     """
-    if isinstance(branch, torch.Tensor):
-        assert state.start.dense is not None
-        return not torch.equal(local(branch).detach().cpu(), state.start.dense.to(branch.dtype))
-    initial = state.initial if state.initial is not None else InitialFactors()
-    moved = False
-    if initial.magnitude is not None and branch.magnitude is not None:
-        now_long = state.cut(full_tensor(branch.magnitude.detach()), Side.OUT).cpu()
-        moved = not torch.equal(now_long, initial.magnitude.to(now_long.dtype))
-    if initial.factors is None:
-        return moved or bool(local(branch.lora_B).any())
-    now, first = initial_factors(branch).map(state.cut), initial.factors
-    if moved or (torch.equal(now.b, first.b) and torch.equal(now.a, first.a)):
-        return moved
-    dtype = branch.lora_A.dtype
-    return not (
-        torch.equal((now.b / branch.scale).to(dtype), (first.b / branch.scale).to(dtype))
-        and torch.equal(now.a.to(dtype), first.a.to(dtype))
-    )
+    if isinstance(learner, Branch):
+        return learner.moved(state.initial, state.cut)
+    assert state.start.dense is not None
+    return not torch.equal(local(learner).detach().cpu(), state.start.dense.to(learner.dtype))
 
 
-def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Factors:
-    """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
-    folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
+def delta_of(
+    branch: Branch,
+    state: WeightState,
+    spec: CascadeSpec,
+    stage: int,
+    noisy: bool,
+    device: torch.device,
+) -> Delta:
+    """Return what a branch has added to its weight since the stage started, on a device: copies, for this rank's slice.
 
-    Of a shard `b @ a` is that of the shard: where a factor is cut as the weight is, its own shard is taken, without
-    communication.
+    A branch that started from zero leaves its own factors; one that started from factors of the weight leaves
+    `[B - B_0, B_0]` and `[A; A - A_0]`.
     """
+    parameter = next(branch.parameters())
+    weight = start_weight_of(state, spec, stage, noisy, parameter.device)
     with torch.no_grad():
-        initial = state.initial
-        if initial is not None and initial.factors is not None:
-            now, first, dtype = initial_factors(branch).map(state.cut), initial.factors, branch.lora_A.dtype
-            b = torch.cat([now.b - first.b, first.b], dim=-1)
-            a = torch.cat([now.a, now.a - first.a], dim=-2)
-            return Factors(cast(b, dtype, device), cast(a, dtype, device))
-        left, right = branch.oriented()
-        left, right = _part_of(left, state, Side.LEFT), _part_of(right, state, Side.RIGHT)
-        return Factors((left * branch.scale).to(device), right.clone().to(device))
+        gain = branch.gain(weight)
+        if state.initial is not None and state.initial.factors is not None:
+            assert isinstance(branch, LoraBranch)
+            current, start = branch.exact_factors().map(state.cut), state.initial.factors
+            b = torch.cat([current.b - start.b, start.b], dim=-1)
+            a = torch.cat([current.a, current.a - start.a], dim=-2)
+            return Delta(Factors(cast(b, parameter.dtype, device), cast(a, parameter.dtype, device)), gain=gain)
+        delta = branch.delta(weight.exact() if branch.uses_weight else None)
+        if isinstance(delta, torch.Tensor):
+            return Delta(dense=state.cut(full_tensor(delta), Side.WEIGHT).to(device, copy=True), gain=gain)
+        left, right = _part_of(delta.b, state, Side.LEFT), _part_of(delta.a, state, Side.RIGHT)
+        return Delta(Factors(left.to(device, copy=True), right.to(device, copy=True)), gain=gain)
 
 
 def _part_of(factor: torch.Tensor, state: WeightState, side: Side) -> torch.Tensor:
-    """Return the part of a factor that this rank needs: its own shard if the factor is cut like the weight."""
+    """Return this rank's slice of a factor if the weight is cut along it, otherwise the whole factor."""
     if state.axis(side) is None:
         return full_tensor(factor)
     return local(factor) if shard_of(factor).axis == state.shard.axis else state.shard.take(full_tensor(factor))

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Delta
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
@@ -22,14 +22,13 @@ from lorasc_fx.state.engine import (
     Learner,
     all_finite,
     begin_stage,
+    delta_of,
     end_stage,
-    factors_of,
-    gain_of,
     has_trained,
     write_start,
 )
 from lorasc_fx.state.products import Scratch, arithmetic
-from lorasc_fx.state.weight import Factors, WeightState, Which
+from lorasc_fx.state.weight import WeightState, Which
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -111,11 +110,13 @@ class SlowWeights:
         else:
             write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, scratch)
 
-    def value(self, name: str, which: Which, like: torch.Tensor, learner: Learner | None = None) -> torch.Tensor:
+    def value(
+        self, name: str, which: Which, like: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
+    ) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""
         value = torch.empty(self.states[name].base.shape, dtype=like.dtype, device=like.device)
         with torch.no_grad():
-            self.write_value(name, which, value, learner)
+            self.write_value(name, which, value, learner, plan)
         return value
 
     def write_value(
@@ -126,8 +127,8 @@ class SlowWeights:
         With the plan of the running stage the magnitudes of its branch count, and what does not follow the slow rule is
         as it is now.
         """
-        state, gain = self.started(name), None
-        live: Factors | torch.Tensor | None = None
+        state = self.started(name)
+        live: Delta | torch.Tensor | None = None
         if isinstance(learner, torch.Tensor):
             live = learner
             if (
@@ -138,10 +139,9 @@ class SlowWeights:
             ):
                 which = "fast"
         elif learner is not None and which == "fast" and not state.every(not has_trained(learner, state)):
-            live = factors_of(learner, out.device, state)
-            if plan is not None:
-                gain = gain_of(learner, state, plan.spec, plan.stage, not self.idle)
-        state.write(out, which, arithmetic(out.dtype), live, gain)
+            assert plan is not None, "the delta of a branch depends on the plan of its stage"
+            live = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
+        state.write(out, which, arithmetic(out.dtype), live)
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
         """Whether one of these, by weight name, has left the start of its stage, here or elsewhere."""
@@ -174,28 +174,27 @@ class SlowWeights:
         return after if share is None else replace(after, averaged=self.averaged + 1)
 
     def begin_stage(
-        self, plan: Plan, branches: Mapping[str, Branch], starts: Mapping[str, torch.Tensor] | None = None
+        self, plan: Plan, branches: Mapping[str, Branch], restart: bool = False, keep: bool = True
     ) -> tuple[SlowWeights, dict[str, dict[str, torch.Tensor]]]:
-        """Return the state with what these branches take out of it, and the values of their parameters as they start.
-
-        There are none where the factors start as in LoRA, or no stage runs; magnitudes always start from the weight.
+        """Return the state of a stage that starts, and the initial values of its branches' parameters by weight name.
 
         Args:
             plan: of the stage that starts.
             branches: by weight name.
-            starts: lora_A by weight name, as LoRA starts it; by default as it is.
+            restart: whether all branches start again; else only those whose start depends on the weight.
+            keep: whether they take over what the spec keeps of the stage before.
         """
-        spec = plan.spec
-        if not spec.starts_from_weights(running=not self.idle):
-            return self, {}
-        states, factors = dict(self.states), {}
+        states, values = dict(self.states), {}
         for name, branch in branches.items():
-            a = starts[name] if starts is not None else branch.lora_A.detach()
+            if not restart and not branch.starts_from(plan.spec, not self.idle):
+                continue
             site = plan.by_weight[name]
-            states[name], started = begin_stage(states[name], branch, site, spec, plan.stage, a, not self.idle)
-            held = dict(branch.named_parameters())
-            factors[name] = {key: local_like(value.detach(), held[key]) for key, value in started.named_parameters()}
-        return replace(self, states=states), factors
+            states[name], started = begin_stage(states[name], branch, site, plan.spec, plan.stage, keep, not self.idle)
+            parameters = dict(branch.named_parameters())
+            values[name] = {
+                key: local_like(value.detach(), parameters[key]) for key, value in started.named_parameters()
+            }
+        return replace(self, states=states), values
 
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""

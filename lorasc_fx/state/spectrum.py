@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import torch
 
+from lorasc_fx.branch import Delta
 from lorasc_fx.quantized import dense
-from lorasc_fx.state.weight import Factors, WeightState
+from lorasc_fx.state.weight import WeightState
 
 
-def singular_values(factors: Factors) -> torch.Tensor:
-    """Return the singular values of `b @ a` [min(rank, rows, columns)], or [experts, ...], in fp64, largest first."""
+def singular_values(delta: Delta) -> torch.Tensor:
+    """Return the singular values of a delta [min(rank, rows, columns)], or [experts, ...], in fp64, largest first."""
+    if delta.dense is not None:
+        dense_values: torch.Tensor = torch.linalg.svdvals(delta.dense.detach().flatten(1).cpu().double())
+        return dense_values
+    assert delta.factors is not None
+    factors = delta.factors
     b, a = factors.b.detach().cpu().double(), factors.a.detach().cpu().double()
     _, left = torch.linalg.qr(b)
     _, right = torch.linalg.qr(a.transpose(-2, -1))
@@ -40,7 +46,7 @@ def slow_spectrum(state: WeightState) -> torch.Tensor:
         return values
     if factors is None:
         return torch.zeros((*state.matrix[:-2], 0), dtype=torch.float64)
-    return singular_values(factors)
+    return singular_values(Delta(factors))
 
 
 def norm_of(values: torch.Tensor) -> float:

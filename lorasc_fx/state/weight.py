@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
-from functools import cached_property
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 
+from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
@@ -39,81 +38,6 @@ log = logging.getLogger("lorasc_fx")
 
 MOST = 100
 """Ends of stages of which a parameter trained in full keeps its value, the latest."""
-
-
-class Side(Enum):
-    """How a tensor of the state lies beside its weight, which is stored as [rows, columns], or as a stack of these."""
-
-    WEIGHT = "as the weight is"
-    LEFT = "[rows, rank]"
-    RIGHT = "[rank, columns]"
-    OUT = "[out]"
-
-    def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
-        """Return the axis of such a tensor that is cut where the weight is cut along an axis; None where it is whole.
-
-        Args:
-            along: axis of the weight.
-            stacked, transposed: how the weight is stored.
-        """
-        lead = 1 if stacked else 0
-        if self is Side.OUT:
-            return 0 if along == lead + transposed else None
-        if self is Side.WEIGHT or along < lead:
-            return along
-        return along if (along == lead) == (self is Side.LEFT) else None
-
-
-class Tree:
-    """A frozen dataclass with tensors, or tuples or tables of them, in fields whose metadata has a `Side`, and in
-    fields that are trees.
-    """
-
-    def map(self, change: Callable[[torch.Tensor, Side], torch.Tensor]) -> Self:
-        """Return it with every tensor changed; one that stands in two places is changed once, and stays one."""
-        done: dict[int, Any] = {}
-
-        def walk(value: Any, side: Side | None) -> Any:
-            if isinstance(value, torch.Tensor):
-                assert side is not None, "a field with tensors has a Side in its metadata"
-                if id(value) not in done:
-                    done[id(value)] = change(value, side)
-                return done[id(value)]
-            if isinstance(value, tuple):
-                return tuple(walk(inner, side) for inner in value)
-            if isinstance(value, Mapping):
-                return {key: walk(inner, side) for key, inner in value.items()}
-            return made(value) if isinstance(value, Tree) else value
-
-        def made(tree: Any) -> Any:
-            return replace(
-                tree, **{item.name: walk(getattr(tree, item.name), item.metadata.get(Side)) for item in fields(tree)}
-            )
-
-        mapped: Self = made(self)
-        return mapped
-
-
-@dataclass(frozen=True)
-class Factors(Tree):
-    """`b` [rows, r] with the branch's scale folded in, and `a` [r, columns]: `b @ a` is added to the weight as stored.
-
-    For stacked experts both have the axis of experts before.
-    """
-
-    b: torch.Tensor = field(metadata={Side: Side.LEFT})
-    a: torch.Tensor = field(metadata={Side: Side.RIGHT})
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of `b`."""
-        return self.b.shape[-1]
-
-    @cached_property
-    def bound(self) -> float:
-        """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
-        b, a = (torch.linalg.vector_norm(factor.cpu(), dtype=torch.float64).item() for factor in (self.b, self.a))
-        return b * a if math.isfinite(b * a) else math.inf
 
 
 @dataclass(frozen=True)
@@ -159,16 +83,6 @@ class View(Tree):
         if delta is not None and other.dense is not None and delta is not other.dense:
             delta = other.dense if share == 1 else torch.lerp(delta, other.dense, share)
         return View(tuple(s if s == f else s + share * (f - s) for s, f in pairs), delta)
-
-
-@dataclass(frozen=True)
-class InitialFactors(Tree):
-    """Where the running stage began, if not at B = 0: the factors that were taken out of the weight, and the magnitudes
-    [out] of DoRA. In fp64, on the host.
-    """
-
-    factors: Factors | None = None
-    magnitude: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
 
 
 @dataclass(frozen=True)
@@ -275,7 +189,7 @@ class WeightState(Tree):
         self,
         which: Which,
         dtype: torch.dtype,
-        live: Factors | torch.Tensor | None = None,
+        live: Delta | torch.Tensor | None = None,
         device: torch.device | None = None,
     ) -> torch.Tensor:
         """Return W0 + delta in the dtype of the arithmetic, before the one rounding.
@@ -292,11 +206,10 @@ class WeightState(Tree):
         out: torch.Tensor,
         which: Which,
         dtype: torch.dtype,
-        live: Factors | torch.Tensor | None = None,
-        gain: torch.Tensor | None = None,
+        live: Delta | torch.Tensor | None = None,
     ) -> None:
-        """Write what `exact` returns into `out`, of the weight's shape; computed in `dtype`, rounded once to that of
-        `out`. The rows are scaled by the `gain` [out] of a running branch with magnitudes.
+        """Write what `exact` returns into `out`, of the weight's shape: computed in `dtype`, rounded once to that of
+        `out`.
         """
         if which == "base":
             out.copy_(dense(self.base))
@@ -310,7 +223,7 @@ class WeightState(Tree):
         if self.noises and out.dtype != dtype:
             out.copy_(self.exact(which, dtype, live, out.device))
             return
-        base, delta, pairs = self.terms(which, live, gain)
+        base, delta, pairs = self.terms(which, live)
         pair = sum_of(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
@@ -319,17 +232,22 @@ class WeightState(Tree):
             add_noise(out, drawn, kept.amplitude)
 
     def terms(
-        self, which: Which, live: Factors | None, gain: torch.Tensor | None
+        self, which: Which, live: Delta | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
-        """Return what slow, fast or averaged weights are the sum of: W0, the dense delta, and pairs with their
-        coefficients; under DoRA each with its rows scaled.
+        """Return the terms of slow, fast or averaged weights: W0, the dense delta, and pairs with their coefficients;
+        with their rows scaled if a method scales rows.
         """
-        view = self.view(which)
+        live = live if which == "fast" and live is not None else Delta()
+        view, gain = self.view(which), live.gain
         base, delta, pairs = dense(self.base), view.dense, self._pairs(view, gain)
-        if which == "fast" and live is not None:
-            pairs.append((1.0, scaled(live, gain, self.transposed)))
+        if live.factors is not None:
+            pairs.append((1.0, scaled(live.factors, gain, self.transposed)))
         if delta is not None and (rows := _times(self._scale_since(), gain)) is not None:
             delta = _along(rows, delta, self.transposed)
+        if live.dense is not None:
+            more = live.dense.reshape(self.matrix)
+            more = more if gain is None else _along(gain, more, self.transposed)
+            delta = more if delta is None else delta.to(more) + more
         if (rows := self.scale(gain)) is not None:
             base = _along(rows, base.double(), self.transposed)
         return base, delta, pairs
@@ -383,6 +301,11 @@ class WeightState(Tree):
         return Factors(-taken.b, taken.a) if taken is not None else None
 
     @property
+    def residual(self) -> Delta | None:
+        """`taken_out` as a delta of the weight."""
+        return Delta(self.taken_out) if self.taken_out is not None else None
+
+    @property
     def changed(self) -> bool:
         """Whether the stages left anything in the weight."""
         return bool(self.experts or self.noises) or self.slow.dense is not None or self.scale() is not None
@@ -392,11 +315,10 @@ class WeightState(Tree):
     def absorb(
         self,
         stage: int,
-        live: Factors | torch.Tensor | None,
+        live: Delta | torch.Tensor | None,
         pace: float,
         restart: str,
         share: float | None = None,
-        gain: torch.Tensor | None = None,
         carry_rank: int | None = None,
         keeps: bool = False,
     ) -> WeightState:
@@ -410,28 +332,31 @@ class WeightState(Tree):
                 out, or that has no branch.
             pace, restart: of the spec, in this stage.
             share: of S_t in the average.
-            gain: row scale [out] of a branch with magnitudes.
             carry_rank: of the spec.
             keeps: whether values at the ends of earlier stages are kept where each is a dense tensor of its own.
         """
-        experts, old, moved, row_scale = self.experts, self.slow, self.start, None
-        if isinstance(live, Factors) and gain is not None:
-            pair, row_scale = scaled(live, gain, self.transposed), 1 - pace + pace * gain
-            live = Factors(pair.b.to(live.b.dtype), pair.a.to(live.a.dtype))
+        experts, old, moved = self.experts, self.slow, self.start
         if isinstance(live, torch.Tensor):
             assert old.dense is not None
             moved = View((), live.to(old.dense.dtype))
         elif self.full:
             moved = old
-        elif live is not None and not self.every(not live.b.any()):
-            experts, moved = (*experts, Expert(live.b, live.a, stage, row_scale)), moved.extended((1.0,))
-        elif live is not None and row_scale is not None:
-            b, a = live.b[..., :0].clone(), live.a[..., :0, :].clone()
-            experts, old, moved = (
-                (*experts, Expert(b, a, stage, row_scale)),
-                old.extended((1.0,)),
-                moved.extended((1.0,)),
-            )
+        elif live is not None and live.factors is not None:
+            pair, row_scale = live.factors, None
+            if live.gain is not None:
+                wide, row_scale = scaled(pair, live.gain, self.transposed), 1 - pace + pace * live.gain
+                pair = Factors(wide.b.to(pair.b.dtype), wide.a.to(pair.a.dtype))
+            if not self.every(not pair.b.any()):
+                experts, moved = (*experts, Expert(pair.b, pair.a, stage, row_scale)), moved.extended((1.0,))
+            elif row_scale is not None:
+                b, a = pair.b[..., :0].clone(), pair.a[..., :0, :].clone()
+                experts = (*experts, Expert(b, a, stage, row_scale))
+                old, moved = old.extended((1.0,)), moved.extended((1.0,))
+        elif live is not None and live.dense is not None:
+            # Views share one dtype, and every view of such a weight has a dense delta from its first stage on.
+            more = live.dense.reshape(self.matrix).to(summing(self.base.dtype))
+            old = replace(old, dense=torch.zeros_like(more)) if old.dense is None else old
+            moved = replace(moved, dense=more if moved.dense is None else moved.dense + more)
         slow = old.toward(moved, pace)
         start = RESTARTS[restart].start(slow, moved)
         if self.full:  # what the parameter then holds, in its own dtype

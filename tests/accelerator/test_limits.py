@@ -32,7 +32,7 @@ def collapsed(side: Side) -> None:
 @simulated_only
 @pytest.mark.parametrize("start", ["lora", "dora", "pissa", "milora", "olora"])
 def test_without_fp64(start: str) -> None:
-    more: dict[str, Any] = {"use_dora": True} if start == "dora" else {"start": start}
+    more: dict[str, Any] = {"adapter": "dora"} if start == "dora" else {"start": start}
     with without_fp64():
         # Experts of such a rank outgrow a weight at once, and are summed in fp64.
         compare("mlp", lx.CascadeSpec(rank=8, **more), collapsed if start == "lora" else stages)
@@ -45,7 +45,7 @@ MEMORY: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "noise fp32": (NOISY, torch.float32),
     "noise bf16": (NOISY, torch.bfloat16),
     "noise of filters bf16": ({"noise": lx.Noise(0.1, distribution="filter")}, torch.bfloat16),
-    "dora bf16": ({"use_dora": True}, torch.bfloat16),
+    "dora bf16": ({"adapter": "dora"}, torch.bfloat16),
     "pissa fp32": ({"start": "pissa"}, torch.float32),
 }
 

@@ -18,7 +18,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "noise": {"noise": lx.Noise(0.1)},
     "noise of each step": {"noise": lx.Noise(0.1, redraw="step")},
     "noise that stays": {"noise": lx.Noise(0.1, keep=True, distribution="normal")},
-    "dora": {"use_dora": True},
+    "dora": {"adapter": "dora"},
     "pissa": {"start": "pissa"},
     "average": {"average": "ema", "restart": "fast"},
     "train": {"train": ("*.bias",)},
@@ -161,7 +161,7 @@ def runs(side: Side) -> None:
         side.cascade.add("other", other.cascade)
         with side.cascade.weights("other"), torch.no_grad():
             side.show("weights of an added run", side.call())
-        if side.spec.use_dora:
+        if side.spec.adapter == "dora":
             continue  # sums are refused
         with side.cascade.weights({"other": 0.5, "slow": 0.25}), torch.no_grad():
             side.show("sum of runs", side.call())

@@ -111,7 +111,7 @@ def test_autocast_with_a_scaler(name: str, dtype: torch.dtype) -> None:
 
 FROZEN: dict[str, tuple[str, torch.dtype, lx.CascadeSpec]] = {
     "plain": ("mlp", torch.float32, lx.CascadeSpec(rank=2)),
-    "dora": ("mlp", torch.float32, lx.CascadeSpec(rank=2, use_dora=True)),
+    "dora": ("mlp", torch.float32, lx.CascadeSpec(rank=2, adapter="dora")),
     "adapter dropout": ("mlp", torch.float32, lx.CascadeSpec(rank=2, dropout=0.1)),
     "Llama in bf16": ("llama", torch.bfloat16, lx.CascadeSpec(rank=2)),
     "BERT": ("bert", torch.float32, lx.CascadeSpec(rank=2)),
@@ -133,7 +133,7 @@ def test_a_step_neither_copies_nor_waits(case: str) -> None:
 
 @simulated_only
 @pytest.mark.parametrize(
-    "spec", [lx.CascadeSpec(rank=2), NOISY, lx.CascadeSpec(rank=2, use_dora=True)], ids=["plain", "noise", "dora"]
+    "spec", [lx.CascadeSpec(rank=2), NOISY, lx.CascadeSpec(rank=2, adapter="dora")], ids=["plain", "noise", "dora"]
 )
 def test_weights_and_factors_stay_at_their_addresses(spec: lx.CascadeSpec, tmp_path: Path) -> None:
     side = Side("mlp", DEVICE, spec)

@@ -25,7 +25,7 @@ SPECS = {
     "plain": SPEC,
     "more ranks": replace(SPEC, rank=3, pace=1.0, restart="slow"),
     "dense": replace(SPEC, rank=6),  # of two stages the experts outgrow the weights
-    "dora": replace(SPEC, use_dora=True),
+    "dora": replace(SPEC, adapter="dora"),
     "pissa": replace(SPEC, start="pissa", noise=lx.Noise()),
     "kept noise": replace(SPEC, noise=lx.Noise(0.1, keep=True)),
     "other kinds": replace(SPEC, targets=("0.weight", "4.weight"), train=("3.*",)),
@@ -243,8 +243,8 @@ def test_what_is_no_sum() -> None:
         ({}, "invalid-value"),
         ({"legal": float("nan")}, "invalid-value"),
         ({"legal": "much"}, "invalid-value"),
-        ({"legal": 0.5, "scaled": 0.5}, "dora-not-supported"),
-        ({"scaled": 0.5}, "dora-not-supported"),
+        ({"legal": 0.5, "scaled": 0.5}, "method-not-supported"),
+        ({"scaled": 0.5}, "method-not-supported"),
     ):
         for act in (lambda which=which: host.weights(which).__enter__(), lambda which=which: host.release(which=which)):
             with unchanged(host), raises(lx.SpecError, code):

@@ -40,7 +40,7 @@ SPECS = {
         SPEC, average="ema", ranks=(1, 1), train_rules=(lx.TrainRule("head.bias", lr=0.1, slow=True),), noise=lx.Noise()
     ),
     "pissa": replace(SPEC, start="pissa"),
-    "dora": replace(SPEC, use_dora=True, restart="slow", noise=lx.Noise(0.2)),
+    "dora": replace(SPEC, adapter="dora", restart="slow", noise=lx.Noise(0.2)),
 }
 """Of each a version: two stages ended, one under way, a dense delta of `mid`, experts of `body`, a trained head."""
 

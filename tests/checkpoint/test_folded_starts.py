@@ -16,8 +16,8 @@ from tests.kit.state import branches_of, folded_changes
 SPECS = {
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
     "olora": lx.CascadeSpec(rank=1, pace=0.4, start="olora", restart="fast"),
-    "dora": lx.CascadeSpec(rank=1, pace=0.4, use_dora=True, noise=lx.Noise(0.2)),
-    "dora, collapsed": lx.CascadeSpec(rank=4, pace=0.4, use_dora=True, start="pissa"),
+    "dora": lx.CascadeSpec(rank=1, pace=0.4, adapter="dora", noise=lx.Noise(0.2)),
+    "dora, collapsed": lx.CascadeSpec(rank=4, pace=0.4, adapter="dora", start="pissa"),
     "by the step": lx.CascadeSpec(rank=1, pace=0.4, noise=lx.Noise(0.2, redraw="step")),
 }
 
@@ -43,7 +43,7 @@ def test_the_fold_of_a_checkpoint(spec: str, events: str, tmp_path: Path) -> Non
 
 def test_magnitudes_that_moved_without_an_expert(tmp_path: Path) -> None:
     """B = 0 all along: no expert, and yet another weight, in a file and in a checkpoint."""
-    going = Run(lx.CascadeSpec(targets=("body", "head"), pace=0.5, rank=1, use_dora=True)).started()
+    going = Run(lx.CascadeSpec(targets=("body", "head"), pace=0.5, rank=1, adapter="dora")).started()
     with torch.no_grad():
         for branch in branches_of(going.cascade).values():
             branch.lora_magnitude_vector.mul_(3)

@@ -80,8 +80,8 @@ def test_a_fold_of_the_file_alone_gives_the_same(name: str, folder: Path) -> Non
 
 
 def test_a_sum_of_one_run_is_the_run(name: str, folder: Path) -> None:
-    if SPECS[name].use_dora:
-        with raises(lx.SpecError, "dora-not-supported", "use_dora"):
+    if SPECS[name].adapter == "dora":
+        with raises(lx.SpecError, "method-not-supported", "DoRA"):
             lx.merge([folder], base(), args=(inputs(),), weights=[1.0])
         return
     merged = lx.merge([folder], base(), args=(inputs(),), weights=[1.0])

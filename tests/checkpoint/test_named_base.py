@@ -452,7 +452,7 @@ def cascade_slow_after(cascade: lx.Cascade, args: tuple[Any, ...]) -> torch.Tens
         {"train": ("classifier.*",)},
         {},
         {"targets": ("*.query.*",)},
-        {"use_dora": True, "exclude": ("*embeddings*",)},
+        {"adapter": "dora", "exclude": ("*embeddings*",)},
         {"noise": lx.Noise(0.3)},
     ],
     ids=["trained in full", "adapted", "neither", "magnitudes", "noise"],

@@ -41,8 +41,8 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "pruned": lx.CascadeSpec(rank=2, optimizer_state=0.6),
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
     "olora, fast": lx.CascadeSpec(rank=1, pace=0.4, start="olora", restart="fast"),
-    "dora": lx.CascadeSpec(rank=1, pace=0.4, use_dora=True, noise=lx.Noise(0.2)),
-    "dora, dense collapse": lx.CascadeSpec(rank=4, pace=0.4, use_dora=True, start="olora"),
+    "dora": lx.CascadeSpec(rank=1, pace=0.4, adapter="dora", noise=lx.Noise(0.2)),
+    "dora, dense collapse": lx.CascadeSpec(rank=4, pace=0.4, adapter="dora", start="olora"),
     "noise by the step": lx.CascadeSpec(rank=1, pace=0.4, noise=lx.Noise(0.3, redraw="step")),
     "filter noise by the step": lx.CascadeSpec(rank=1, noise=lx.Noise(0.3, distribution="filter", redraw="step")),
     "rules, rslora": lx.CascadeSpec(rank=1, lora_alpha=3.3, use_rslora=True, rules=(lx.Rule("head", 2, 0.7),), seed=5),
@@ -100,7 +100,10 @@ def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Pa
     dtype = getattr(torch, setting, torch.float32)
     base, x = Product(*kind).to(dtype), product_input(*kind).to(dtype)
     for rank in (1, 2, 3):
-        model, spec = deepcopy(base), lx.CascadeSpec(rank=rank, pace=0.4, use_dora=setting == "dora" and len(kind) == 3)
+        model, spec = (
+            deepcopy(base),
+            lx.CascadeSpec(rank=rank, pace=0.4, adapter="dora" if setting == "dora" and len(kind) == 3 else "lora"),
+        )
         cascade = lx.adapt(model, args=(x,), spec=spec, frontend="symbolic")
         for stage in range(2):
             generator = torch.Generator().manual_seed(stage)

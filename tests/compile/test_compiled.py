@@ -148,7 +148,7 @@ class Fused(nn.Module):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_dora": True, "exclude": ("qkv",)}, {"nearest_full_gradient": True, "train_A": False}],
+    [{}, {"adapter": "dora", "exclude": ("qkv",)}, {"nearest_full_gradient": True, "train_A": False}],
     ids=["lora", "dora", "nearest"],
 )
 def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None
         [] if "exclude" in options else [(4, 4, 4)]
     )
     factors = [parameter for name, parameter in cascade.named_parameters() if ".lora_" in name]
-    assert len(factors) == len(cascade.sites) * (3 if "use_dora" in options else 2)
+    assert len(factors) == len(cascade.sites) * (3 if "adapter" in options else 2)
     with torch.no_grad():
         for factor in factors:
             factor.add_(torch.randn_like(factor), alpha=0.1)

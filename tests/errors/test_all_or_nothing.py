@@ -52,7 +52,7 @@ SPECS = {
         restart_A="kept",
     ),
     "pissa, dora": lx.CascadeSpec(
-        targets=("conv", "linear"), rank=1, pace=0.4, start="pissa", use_dora=True, noise=lx.Noise(0.2)
+        targets=("conv", "linear"), rank=1, pace=0.4, start="pissa", adapter="dora", noise=lx.Noise(0.2)
     ),
     "olora, fast, by step": lx.CascadeSpec(
         targets=("conv", "linear"), rank=1, start="olora", restart="fast", noise=lx.Noise(0.2, redraw="step")

@@ -16,9 +16,9 @@ from lorasc_fx.spec_checks import CONFLICTS
 from tests.kit.errors import raises
 
 FIELDS = (
-    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, ranks, train_A, "
+    "targets, exclude, train, untie, rules, adapter, rank, lora_alpha, use_rslora, dropout, ranks, train_A, "
     "nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, restart_A, "
-    "start, carry_rank, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
+    "start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -43,7 +43,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "train_rules": (("head",),),
     "slow_train": ("yes",),
     "restart": (1,),
-    "use_dora": (1,),
+    "adapter": (1, "unknown"),
     "noise": (0.1,),
     "optimizer_state": (0.0, 1, -0.2, None),
     "seed": (-1, True, 1.0, 2**63),
@@ -65,13 +65,17 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "average, noise.keep": {"average": "swa", "noise": KEPT},
     "average_decay, average": {"average": "swa", "average_decay": 0.5},
     "start, restart_A": {"start": "olora", "restart_A": "kept"},
-    "use_dora, restart": {"use_dora": True, "restart": "fast"},
-    "use_dora, dropout": {"use_dora": True, "dropout": 0.1},
-    "use_dora, placement": {"use_dora": True, "placement": "beside"},
-    "use_dora, noise.keep, noise.strength": {"use_dora": True, "noise": KEPT},
-    "use_dora, noise.redraw, noise.strength": {"use_dora": True, "noise": REDRAWN},
-    "use_dora, average": {"use_dora": True, "average": "ema"},
-    "use_dora, nearest_full_gradient": {"use_dora": True, "train_A": False, "nearest_full_gradient": True},
+    "adapter, restart": {"adapter": "dora", "restart": "fast"},
+    "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
+    "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
+    "adapter, average": {"adapter": "dora", "average": "ema"},
+    "adapter, placement": {"adapter": "dora", "placement": "beside"},
+    "adapter, start": {"adapter": "lora-xs", "start": "pissa"},
+    "adapter, restart_A": {"adapter": "lora-xs", "restart_A": "kept"},
+    "adapter, train_A": {"adapter": "lora-xs", "train_A": False},
+    "adapter, nearest_full_gradient": {"adapter": "dora", "train_A": False, "nearest_full_gradient": True},
+    "adapter, lr_ratio": {"adapter": "lora-xs", "lr_ratio": 2.0},
+    "adapter, dropout": {"adapter": "dora", "dropout": 0.1},
 }
 NOISE: list[tuple[str, Any, str]] = [
     ("strength", -0.1, "-0.1"),

@@ -28,7 +28,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("*head.bias",)},
     "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
     "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
-    "dora": {"use_dora": True},
+    "dora": {"adapter": "dora"},
     "pissa, average": {"start": "pissa", "average": "ema"},
 }
 STOPS = (4, 5, 6, 7)

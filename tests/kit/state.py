@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import draw
+from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade import experts as elsewhere
 from lorasc_fx.cascade.commit import SPARE
@@ -25,7 +25,7 @@ from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import WHOLE, ShardSpec
 from lorasc_fx.state import Expert as StageExpert
-from lorasc_fx.state import Factors, View
+from lorasc_fx.state import View
 from lorasc_fx.state import WeightState as StateOfWeight
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 

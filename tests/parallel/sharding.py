@@ -49,9 +49,9 @@ SPECS: dict[str, dict[str, Any]] = {
         "noise": {"strength": 0.1, "redraw": "step", "distribution": "filter"},
         "train_rules": ({"pattern": "norm.*", "slow": False},),
     },
-    "dora": {"use_dora": True, "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
+    "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
-    "dora, olora": {"use_dora": True, "start": "olora", "exclude": ("table.*",)},
+    "dora, olora": {"adapter": "dora", "start": "olora", "exclude": ("table.*",)},
     "nearest": {"nearest_full_gradient": True, "train_A": False, "average": "swa"},
     "ranks": {
         "rank": 3,

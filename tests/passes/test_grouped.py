@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import moe
 
 import lorasc_fx as lx
-from lorasc_fx.branch import MatrixBranch
+from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.capture import capture
 from lorasc_fx.graph import FORMS, FunctionForm
 from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, uses_of
@@ -139,10 +139,10 @@ OPS = [("aten::_grouped_mm", torch.float32), ("aten::_grouped_mm", torch.bfloat1
 OPS += [("transformers::grouped_mm_fallback", torch.float32)]
 
 
-def branch(dtype: torch.dtype) -> MatrixBranch:
+def branch(dtype: torch.dtype) -> LoraBranch:
     """A branch of three experts [24, 16], B not zero."""
     site = lx.Site("experts", "experts", (3, 24, 16), lx.plan.SiteOptions(3, 5.0))
-    made = MatrixBranch(site, 0, 1, torch.empty(0, dtype=dtype))
+    made = LoraBranch(site, 0, 1, torch.empty(0, dtype=dtype))
     with torch.no_grad():
         made.lora_B.copy_(torch.randn(made.lora_B.shape, generator=torch.Generator().manual_seed(7)))
     return made
@@ -158,7 +158,7 @@ def test_rows_of_no_expert_move_no_factor(op: str, dtype: torch.dtype) -> None:
     for more in (0, 4):
         made.zero_grad(set_to_none=True)
         longer = torch.cat([x, wild[:more, :16]]).requires_grad_()
-        found = made(torch.cat([base, wild[:more]]), longer, offs=ends, by=op)
+        found = made(torch.cat([base, wild[:more]]), longer, at="grouped", offs=ends, by=op)
         found.backward(torch.cat([torch.ones_like(base), wild[:more]]))
         assert longer.grad is not None
         gradients.append([found[: ENDS[-1]], longer.grad[: ENDS[-1]], made.lora_A.grad, made.lora_B.grad])
@@ -181,7 +181,7 @@ def test_nothing_is_kept_but_x_and_what_a_makes_of_it(op: str, dtype: torch.dtyp
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        made(torch.zeros(ENDS[-1], 24, dtype=dtype), x, offs=torch.tensor(ENDS, dtype=torch.int32), by=op)
+        made(torch.zeros(ENDS[-1], 24, dtype=dtype), x, at="grouped", offs=torch.tensor(ENDS, dtype=torch.int32), by=op)
     rank = 8 if op.startswith("aten") else 3  # padded to strides of 16 bytes
     assert sorted(kept.values()) == sorted([(3, 16, rank), (3, rank, 24), (ENDS[-1], rank)])
 

@@ -7,6 +7,7 @@ graph, the verifier tells faults; it raises nothing of its own.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 import random
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, MatrixBranch
+from lorasc_fx.branch import Branch
+from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
 from lorasc_fx.passes import (
     FoldBranches,
@@ -212,7 +214,8 @@ def swapped(graph_module: fx.GraphModule) -> None:
 def another_kind_of_branch(graph_module: fx.GraphModule) -> None:
     old, plan = branches_of(graph_module)["3.weight"], record_of(graph_module).plan
     assert plan is not None
-    held(graph_module)["3/weight"] = MatrixBranch(plan.by_weight["3.weight"], 0, 1, old.lora_A)
+    site = dataclasses.replace(plan.by_weight["3.weight"], kind="linear")
+    held(graph_module)["3/weight"] = LoraBranch(site, 0, 1, old.lora_A)
 
 
 def branch_too_many(graph_module: fx.GraphModule) -> None:
@@ -311,11 +314,11 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "node between": (after("conv2d_1", node_between),
             (f"branch node conv2d_1_lora {NO_USE}", f"1.weight is used at node conv2d_1 {NO_BRANCH}")),
         "changed branch options": (kwargs("conv2d_lora", lambda old: {**old, "stride": [2, 2]}),
-            ("branch node conv2d_lora has {'stride': [2, 2], 'padding': [1, 2], 'dilation': [1, 2]}, but conv2d has "
-            "{'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}",)),
+            ("branch node conv2d_lora has {'at': 'beside', 'stride': [2, 2], 'padding': [1, 2], 'dilation': [1, 2]}, "
+            "but conv2d has {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}",)),
         "changed base options": (args("conv2d", lambda old, at: (*old[:-1], [2, 2])),
-            ("branch node conv2d_lora has {'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}, but conv2d has "
-            "{'stride': [2, 1], 'padding': [1, 2], 'dilation': [2, 2]}",)),
+            ("branch node conv2d_lora has {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}, "
+            "but conv2d has {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [2, 2]}",)),
         "removed branch node": (unhook("conv2d_2_lora", "conv2d_2"),
             (f"3.weight is used at node conv2d_2 {NO_BRANCH}",)),
         "second branch on a base": (after("conv2d_2_lora", lambda graph, lora: graph.node_copy(lora)),
@@ -336,7 +339,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "changed scale": (branch("3.weight", lambda conv: setattr(conv, "scale", 2.5)),
             ("the branch of 3.weight has scale 2.5, planned as 1.6666666666666667",)),
         "another kind of branch": (another_kind_of_branch,
-            (f"the branch of 3.weight is a MatrixBranch for {SHAPE}, planned for a conv of {SHAPE}",)),
+            (f"the branch of 3.weight is a LoraBranch for a linear of {SHAPE}, planned for a conv of {SHAPE}",)),
         "missing branch": (lambda graph_module: held(graph_module).pop("1/weight"),
             (f"{MALFORMED}Node conv2d_1_lora target branches.1/weight references nonexistent attribute 1/weight of "
             "branches", "node conv2d_1_lora calls branches.1/weight, which the module does not have",
@@ -344,7 +347,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "branch too many": (branch_too_many, ("branch 2/weight belongs to no planned site",)),
         "plan of another shape": (site("3.weight", shape=(7, 12, 1, 1)),
             (f"3.weight is {SHAPE}, planned as (7, 12, 1, 1)",
-            f"the branch of 3.weight is a ConvBranch for {SHAPE}, planned for a conv of (7, 12, 1, 1)",
+            f"the branch of 3.weight is a LoraBranch for a conv of {SHAPE}, planned for a conv of (7, 12, 1, 1)",
             "lora_B of 3.weight is (6, 3), planned as (7, 3)",
             f"the slow state of 3.weight is {SHAPE}, planned as (7, 12, 1, 1)")),
         "renamed weight": (renamed_weight, ("3.weight is planned, but the model has no weight of this name",
@@ -381,8 +384,9 @@ DAMAGE: dict[str, dict[str, Row]] = {
     },
     "module_conv2d": {
         "changed module": (lambda graph_module: setattr(graph_module.get_submodule("1"), "stride", (2, 1)),
-            ("branch node _1_lora has {'stride': (1, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}, but "
-            "_1 has {'stride': (2, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}",)),
+            ("branch node _1_lora has {'at': 'beside', 'stride': (1, 1), 'padding': 'same', 'dilation': (1, 1), "
+            "'groups': 6}, but "
+            "_1 has {'at': 'beside', 'stride': (2, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}",)),
         "missing module": (lambda graph_module: graph_module._modules.pop("2"),
             (f"{MALFORMED}Node _2 target 2 references nonexistent attribute 2 of ",
             "node _2 calls 2, which the module does not have")),
@@ -393,10 +397,10 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "swapped branches": (swapped, ("branch node linear_lora calls the branch of back.weight beside shared.weight",
             "branch node linear_1_lora calls the branch of shared.weight beside back.weight",
             "branch node linear_2_lora calls the branch of back.weight beside shared.weight",
-            "the branch of shared.weight is a MatrixBranch for (5, 6), planned for a linear of (6, 5)",
+            "the branch of shared.weight is a LoraBranch for a linear of (5, 6), planned for a linear of (6, 5)",
             "lora_A of shared.weight is (3, 6), planned as (3, 5)",
             "lora_B of shared.weight is (5, 3), planned as (6, 3)",
-            "the branch of back.weight is a MatrixBranch for (6, 5), planned for a linear of (5, 6)",
+            "the branch of back.weight is a LoraBranch for a linear of (6, 5), planned for a linear of (5, 6)",
             "lora_A of back.weight is (3, 5), planned as (3, 6)",
             "lora_B of back.weight is (6, 3), planned as (5, 3)")),
     },
@@ -455,8 +459,8 @@ DAMAGE: dict[str, dict[str, Row]] = {
             (f"branch node w1_lora {NO_USE}", f"w1 is used at node w1 {NO_BRANCH}")),
         "input of a branch on a weight": (args("w0_lora", lambda old, at: (at("w0"), at("w1"))),
             ("branch node w0_lora does not read the input of w0",)),
-        "option of a branch on a weight": (kwargs("w0_lora", lambda old: {"lookup": True}),
-            ("branch node w0_lora has {'lookup': True}, but w0 has {}",)),
+        "option of a branch on a weight": (kwargs("w0_lora", lambda old: {"at": "at_lookup"}),
+            ("branch node w0_lora has {'at': 'at_lookup'}, but w0 has {'at': 'on_weight'}",)),
         "second read of a weight": (second_call("w0", "linear", "mul"), (f"node linear_default reads w0, {NO_MARK}",)),
         "another weight under a branch": (target("w1", "w0"),
             ("node w1 is marked as a use of w1, but computes with w0",)),
@@ -470,16 +474,18 @@ DAMAGE: dict[str, dict[str, Row]] = {
     },
     "aten_lookups": {
         "lost padding row": (args("embedding", lambda old, at: old[:2]),
-            ("branch node embedding_lora has {'lookup': True, 'padding_idx': 1}, but embedding has {'lookup': True}",)),
+            ("branch node embedding_lora has {'at': 'at_lookup', 'padding_idx': 1}, but "
+            "embedding has {'at': 'at_lookup'}",)),
     },
     "aten_routed": {
         "transposed experts": (branch("w1", turned_factors),
             ("lora_A of w1 is (3, 3, 5), planned as (3, 3, 4)", "lora_B of w1 is (3, 4, 3), planned as (3, 5, 3)")),
     },
     "aten_grouped": {
-        "lost ends": (kwargs("grouped_mm_fallback_1_lora", lambda old: {"by": old["by"]}),
-            (f"branch node grouped_mm_fallback_1_lora has {{'by': {GROUPED!r}}}, but grouped_mm_fallback_1 has "
-            f"{{'by': {GROUPED!r}, 'offs': to, 'weight': transpose}}",)),
+        "lost ends": (kwargs("grouped_mm_fallback_1_lora", lambda old: {"at": old["at"], "by": old["by"]}),
+            (f"branch node grouped_mm_fallback_1_lora has {{'at': 'grouped', 'by': {GROUPED!r}}}, but "
+            "grouped_mm_fallback_1 has "
+            f"{{'at': 'grouped', 'by': {GROUPED!r}, 'offs': to, 'weight': transpose}}",)),
         "experts read the other way": (args("grouped_mm_fallback_1", lambda old, at: (old[0], at("w1"), old[2])),
             ("node grouped_mm_fallback_1 reads w1 as in_out, planned as out_in",)),
         "experts planned as a matrix": (site("w1", kind="linear"),
@@ -513,20 +519,20 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "planned beside": (site("q.weight", placement="beside"),
             ("node linear_lora is merged with the branch of q.weight, planned beside",)),
     },
-    # %relu_shared_0 = shared_down(%relu, (q.A, k.A, v.A))[0]; branches.q(%linear, %relu_shared_0, shared=True)
+    # %relu_shared_0 = shared_down(%relu, (q.A, k.A, v.A))[0]; branches.q(%linear, %relu_shared_0, at="after_shared")
     "shared": {
-        "parts swapped": (swapped_parts, ("branch node linear_lora gets what the lora_A of k/weight makes, not its own",
-            "branch node linear_1_lora gets what the lora_A of q/weight makes, not its own")),
+        "parts swapped": (swapped_parts, ("branch node linear_lora gets the product of k/weight, not its own",
+            "branch node linear_1_lora gets the product of q/weight, not its own")),
         "product of another input": (args("relu_shared", lambda old, at: (old[0].args[0], *old[1:])), (OTHER_INPUT,)),
         "factor of another": (args("relu_shared", lambda old, at: (old[0], (old[1][1], old[1][1], old[1][2]))),
-            ("branch node linear_lora gets what the lora_A of k/weight makes, not its own",)),
+            ("branch node linear_lora gets the product of k/weight, not its own",)),
         "factor missing": (args("relu_shared", lambda old, at: (old[0], old[1][:2])),
             ("branch node linear_2_lora does not read the input of linear_2",)),
         "part out of range": (args("relu_shared_0", lambda old, at: (old[0], 7)), (OTHER_INPUT,)),
         "node between product and branch": (after("relu_shared_0", relu_between), (OTHER_INPUT,)),
-        "option lost": (kwargs("linear_lora", lambda old: {}), (OTHER_INPUT,)),
+        "option lost": (kwargs("linear_lora", lambda old: {"at": "beside"}), (OTHER_INPUT,)),
         "part left over": (both(args("linear_lora", lambda old, at: (old[0], at("relu"))),
-            kwargs("linear_lora", lambda old: {})),
+            kwargs("linear_lora", lambda old: {"at": "beside"})),
             ("node relu_shared_0 was made by share-inputs for a branch, and is read by nobody",)),
         "product after its branch": (lambda graph_module: at(graph_module,
             "linear_lora").append(at(graph_module, "relu_shared_0")), (MALFORMED,)),

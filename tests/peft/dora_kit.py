@@ -11,7 +11,7 @@ import lorasc_fx as lx
 from tests.kit.models import SCALE, batches, branches, lora_of, mlp
 
 RANK = 3
-PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "use_dora": True}
+PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "adapter": "dora"}
 
 
 def conv_net() -> nn.Module:

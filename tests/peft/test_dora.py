@@ -1,4 +1,4 @@
-"""DoRA (`use_dora=True`): peft's own in fp64, step by step and stage by stage; and the slow rule by its formula,
+"""DoRA (`adapter="dora"`): peft's own in fp64, step by step and stage by stage; and the slow rule by its formula,
 `W <- (1 - p) W + p diag(m / |W + s B A|) (W + s B A)`, in dense tensors.
 """
 
@@ -271,5 +271,5 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
             expected = folded(calls[0])
         torch.testing.assert_close(theirs(calls[0]), expected, rtol=0, atol=1e-12)
         assert (expected - base(calls[0])).abs().max() > 1e-3
-    with raises(lx.SpecError, "dora-not-supported", "max_rank", "2"):
+    with raises(lx.SpecError, "method-not-supported", "max_rank", "2"):
         lx.export.peft(cascade, tmp_path / "cut", max_rank=2)

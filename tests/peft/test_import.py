@@ -166,7 +166,7 @@ def test_an_imported_expert_survives_a_checkpoint(case: str, tmp_path: Path) -> 
     trained_by_peft(name, tmp_path / "in", **config)
     args = INPUTS[name]()
     cascade = lx.from_peft(tmp_path / "in", made(BUILD[name]), args, frontend="symbolic")
-    assert cascade.plan.spec.use_dora == cascade.plan.spec.use_rslora == (case != "plain")
+    assert (cascade.plan.spec.adapter == "dora") == cascade.plan.spec.use_rslora == (case != "plain")
     optimizer = optimizer_of(cascade, "sgd")
     train(cascade, optimizer, [args[0]])
     cascade.transition(optimizer)
@@ -178,7 +178,7 @@ def test_an_imported_expert_survives_a_checkpoint(case: str, tmp_path: Path) -> 
 
 def test_magnitudes_need_a_spec_that_has_them(tmp_path: Path) -> None:
     trained_by_peft("words", tmp_path, target_modules=["up"], use_dora=True)
-    with raises(lx.CheckpointError, "conflicting-options", "up.weight", "use_dora"):
+    with raises(lx.CheckpointError, "conflicting-options", "up.weight", "dora"):
         lx.from_peft(tmp_path, made(BUILD["words"]), INPUTS["words"](), spec=lx.CascadeSpec(), frontend="symbolic")
 
 

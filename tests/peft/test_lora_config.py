@@ -75,7 +75,7 @@ def test_what_is_adapted_is_what_peft_adapts(name: str) -> None:
         assert branch.scale == pytest.approx(layer.scaling["default"], rel=1e-12), path
     config = LoraConfig(**CONFIGS[name])
     assert cascade.plan.spec.dropout == config.lora_dropout
-    assert cascade.plan.spec.use_dora == config.use_dora
+    assert cascade.plan.spec.adapter == ("dora" if config.use_dora else "lora")
     start = config.init_lora_weights
     assert cascade.plan.spec.start == (start[:5] if isinstance(start, str) else "lora")
     trained = {

@@ -372,7 +372,7 @@ def test_what_has_no_decomposition_is_refused() -> None:
         torch.testing.assert_close(value, held[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("more", [{"start": "pissa"}, {"start": "olora"}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("more", [{"start": "pissa"}, {"start": "olora"}, {"adapter": "dora"}], ids=str)
 def test_a_second_loop_goes_on(more: dict[str, Any]) -> None:
     """Between two loops no stage runs, and nothing counts as trained: together they are one loop."""
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -116,7 +116,7 @@ OPTIONS: dict[str, Callable[[Draw], Any]] = {
     "restart": lambda draw: "fast",
     "restart_A": lambda draw: "kept",
     "start": lambda draw: draw.choice(["pissa", "milora", "olora"]),
-    "use_dora": lambda draw: True,
+    "adapter": lambda draw: "dora",
     "use_rslora": lambda draw: True,
     "train": lambda draw: draw.choice([("*.bias",), ("*head.*",), ("*head.*", "*.bias")]),
     "train_rules": lambda draw: (lx.TrainRule("*", lr=0.01, slow=draw.choice([None, False])),),

@@ -64,7 +64,7 @@ def test_it_is_as_if_the_model_had_been_loaded_before(name: str, tmp_path: Path)
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, use_dora=True)], ids=["lora", "dora"])
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, adapter="dora")], ids=["lora", "dora"])
 @pytest.mark.parametrize("base", ["memory", "file"])
 def test_a_small_net(base: str, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     files = MLP.files(tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorasc_fx.branch import Delta
 from lorasc_fx.state import effective_rank, norm_of, singular_values, slow_spectrum
 from tests.kit.state import Expert, Factors, made_weight
 
@@ -24,7 +25,7 @@ def test_singular_values_are_those_of_the_product(shape: tuple[int, int, int], s
     pair = factors(*shape, *stack)
     dense = pair.b.double().numpy() @ pair.a.double().numpy()
     expected = np.linalg.svd(dense, compute_uv=False)
-    values = singular_values(pair)
+    values = singular_values(Delta(pair))
     assert values.shape == (*stack, min(shape))
     np.testing.assert_allclose(values.numpy(), expected[..., : min(shape)], rtol=1e-10, atol=1e-12)
     assert norm_of(values) == pytest.approx(np.linalg.norm(dense), rel=1e-10)

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from lorasc_fx.branch.linear import MatrixBranch
+from lorasc_fx.branch import Delta, Factors, InitialFactors, Side, Tree
+from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.cascade.commit import SPARE, Planned, _write_parameters
 from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState
-from lorasc_fx.state.engine import factors_of, initial_factors
+from lorasc_fx.state import Expert, KeptNoise, SlowWeights, View, WeightState
+from lorasc_fx.state.engine import delta_of
 from lorasc_fx.state.spectrum import singular_values
 from lorasc_fx.state.weight import scaled
 from tests.kit.devices import DEVICE, fake_device
@@ -113,20 +114,22 @@ def test_a_weight_on_a_device_is_computed_from_experts_on_the_host(which: Any, d
     with fake_device() as mode:
         state = dataclasses.replace(full((6, 4)), noises=()).map(lambda value, _: mode.from_tensor(value))
         out = torch.empty(6, 4, dtype=dtype, device=DEVICE)
-        live = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
+        factors = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
         for gain in (None, torch.empty(6, dtype=torch.float64)):
-            state.write(out, which, torch.float32, live, gain)
+            state.write(out, which, torch.float32, Delta(factors, gain=gain))
 
 
 def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
     with fake_device():
         pair = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
-        assert singular_values(pair).dtype == scaled(pair, torch.empty(6), False).b.dtype == torch.float64
-        branch = MatrixBranch(Site("w", "linear", (6, 4), SiteOptions(2, 4.0)), 0, 1, torch.empty(6, 4, device=DEVICE))
-        first = initial_factors(branch)
+        assert singular_values(Delta(pair)).dtype == scaled(pair, torch.empty(6), False).b.dtype == torch.float64
+        branch = LoraBranch(Site("w", "linear", (6, 4), SiteOptions(2, 4.0)), 0, 1, torch.empty(6, 4, device=DEVICE))
+        first = branch.exact_factors()
         assert (first.b.dtype, first.b.device.type, first.b.shape) == (torch.float64, "cpu", (6, 2))
         state = WeightState("w", torch.empty(6, 4), initial=InitialFactors(first))
-        assert factors_of(branch, torch.device(DEVICE), state).b.shape == (6, 4)
+        delta = delta_of(branch, state, CascadeSpec(), 1, False, torch.device(DEVICE))
+        assert delta.factors is not None
+        assert delta.factors.b.shape == (6, 4)
 
 
 def test_room_for_restoring_weights_is_where_they_are() -> None:
@@ -143,13 +146,13 @@ def test_room_for_restoring_weights_is_where_they_are() -> None:
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     """It scales rows and adds nothing: a file has the scale, and no factors for it."""
-    spec = CascadeSpec(use_dora=True, rank=1)
+    spec = CascadeSpec(adapter="dora", rank=1)
     plan = Plan(spec, (Site("w", "linear", (6, 4), spec.site_options()),)).at_stage(5)
     pair = Factors(numbers(6, 1), numbers(1, 4))
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
     state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
     for stage, live in enumerate((zero, pair, zero, zero), start=1):
-        state = state.absorb(stage, live, 0.5, "slow", gain=gains[stage - 1])
+        state = state.absorb(stage, Delta(live, gain=gains[stage - 1]), 0.5, "slow")
     expected = state.base * torch.stack([0.5 + 0.5 * gain for gain in gains]).prod(0)[:, None]
     late = torch.stack([0.5 + 0.5 * gain for gain in gains[2:]]).prod(0) * 0.5 * gains[1]
     expected = expected + late[:, None] * (pair.b @ pair.a)

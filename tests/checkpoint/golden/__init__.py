@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parent
 
 SPECS = {
     "plain": lx.CascadeSpec(rank=1, pace=0.5),
-    "dora": lx.CascadeSpec(rank=1, pace=0.5, use_dora=True),
-    "dora_dense": lx.CascadeSpec(targets=("body",), rank=3, use_dora=True),
+    "dora": lx.CascadeSpec(rank=1, pace=0.5, adapter="dora"),
+    "dora_dense": lx.CascadeSpec(targets=("body",), rank=3, adapter="dora"),
     "pissa": lx.CascadeSpec(rank=1, start="pissa", restart="fast", pace=0.5),
     "average": lx.CascadeSpec(rank=1, average="ema", average_decay=0.5),
     "noise": lx.CascadeSpec(rank=1, noise=lx.Noise(0.2, keep=True)),
