@@ -44,6 +44,7 @@ Adapter = Annotated[
         ADAPTERS,
     ),
 ]
+AdapterOptions = tuple[tuple[str, float], ...]
 Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
 Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
 Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "it scales the branch: give a number above 0")]
@@ -139,6 +140,7 @@ class SiteOptions:
         adapter: name of the method.
         rank: of the branch in the running stage.
         lora_alpha, use_rslora: of the formula of its scale.
+        adapter_options: options of the method, as pairs.
         ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
         train_A: whether lora_A is trained.
         nearest_full_gradient: whether the gradient of lora_B is that of the nearest step to full training.
@@ -148,6 +150,7 @@ class SiteOptions:
     lora_alpha: Alpha
     adapter: Adapter = "lora"
     use_rslora: bool = False
+    adapter_options: AdapterOptions = ()
     ranks: tuple[Rank, ...] = ()
     train_A: bool = True
     nearest_full_gradient: bool = False
@@ -158,7 +161,9 @@ class SiteOptions:
 
     @property
     def scale(self) -> float:
-        """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA."""
+        """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA; 1 for a method without a scale."""
+        if "lora_alpha" not in self.method.options:
+            return 1.0
         return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
 
     @property
@@ -182,6 +187,7 @@ class CascadeSpec:
         rules: another rank or lora_alpha by pattern, the first match counts.
         adapter: the method: `lora`, `dora` (2402.09353), or another row of docs/method.md, or one of your own
             (`register_branch`).
+        adapter_options: options of the method, by name (docs/method.md); a mapping, kept as pairs.
         rank: r of the branches.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
         dropout: share of the entries of a branch's input that are set to zero in train mode, the rest scaled up (LoRA's
@@ -226,6 +232,7 @@ class CascadeSpec:
     untie: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     adapter: Adapter = "lora"
+    adapter_options: AdapterOptions = ()
     rank: Rank = USUAL_RANK
     lora_alpha: Alpha = 8.0
     use_rslora: bool = False
@@ -255,6 +262,8 @@ class CascadeSpec:
     seed: Annotated[int, Check(lambda seed: 0 <= seed < 2**63, "give an integer from 0 to 2**63 - 1")] = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.adapter_options, Mapping):
+            object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
         check(self, conflicts=CONFLICTS)
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
 

@@ -51,6 +51,8 @@ NOISE_CONFLICTS = (
 )
 
 OPTIONS = {
+    "lora_alpha": 8.0,
+    "use_rslora": False,
     "start": "lora",
     "restart_A": "fresh",
     "train_A": True,
@@ -135,9 +137,15 @@ CONFLICTS = (
     ),
     Conflict(
         ("adapter", "placement"),
-        lambda adapter, placement: ADAPTERS[adapter].placement not in (None, placement) and placement != "auto",
-        "this method computes at one placement",
+        lambda adapter, placement: placement != "auto" and placement not in ADAPTERS[adapter].placements,
+        "this method does not compute there",
         "give placement='auto'",
+    ),
+    Conflict(
+        ("adapter", "adapter_options"),
+        lambda adapter, options: {name for name, _ in options} - ADAPTERS[adapter].defaults.keys(),
+        "this method has no such option",
+        "give the options that docs/method.md lists for the method",
     ),
     *(
         Conflict(

@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.factors import Factors, InitialFactors, Side
+from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.shards import WHOLE, ShardSpec, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
@@ -64,8 +66,11 @@ class Branch(nn.Module, abc.ABC):
     zeros: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that are zero as a stage starts; while all of them are zero, the delta is zero."""
 
-    placement: ClassVar[str | None] = None
-    """The one placement (`spec.PLACEMENTS`) of such a branch; None if it can compute at each."""
+    placements: ClassVar[frozenset[str]] = frozenset({"merged", "weight"})
+    """Where such a branch can compute (`spec.PLACEMENTS`)."""
+
+    defaults: ClassVar[Mapping[str, float]] = {}
+    """Default values of the method's own options (`CascadeSpec.adapter_options`)."""
 
     options: ClassVar[frozenset[str]] = frozenset()
     """The options of `spec_checks.OPTIONS` that the method has; not every method has them."""
@@ -110,6 +115,11 @@ class Branch(nn.Module, abc.ABC):
     def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
         """Return the parameters in fp32 on the host as a stage starts, before `start` has seen the weight."""
         return {name: torch.zeros(shape) for name, shape in cls.shapes(site).items()}
+
+    @classmethod
+    def options_at(cls, site: Site) -> dict[str, float]:
+        """Return the method's own options at a site."""
+        return {**cls.defaults, **dict(site.options.adapter_options)}
 
     @classmethod
     def trained_names(cls, site: Site) -> Collection[str]:
@@ -182,6 +192,18 @@ class Branch(nn.Module, abc.ABC):
         if not self.scale:  # other weights are in place, and the branch adds nothing
             return weight
         return weight + self.dense_delta(weight).to(weight.dtype)
+
+    def in_place(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
+    ) -> torch.Tensor:
+        """Return what the op of this name computes with the adapted weight; the options are those of a convolution
+        (`ConvCall`).
+        """
+        adapted = self.on_weight(weight)
+        if op != "conv":
+            return PRODUCTS[op](x, adapted, bias)
+        call = ConvCall(**options)
+        return call.conv(len(self.weight_shape) - 2, call.padded(x), adapted, bias)
 
     # ---- helpers
 

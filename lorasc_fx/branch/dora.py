@@ -55,7 +55,7 @@ class DoraBranch(LoraBranch):
 
     lora_magnitude_vector: nn.Parameter
     kinds = frozenset({"linear", "conv"})
-    placement = "merged"
+    placements = frozenset({"merged"})
     options = LoraBranch.options - {"nearest_full_gradient", "dropout"}
     scales_rows = True
     beside_quantized = False

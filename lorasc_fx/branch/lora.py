@@ -28,6 +28,7 @@ from lorasc_fx.spec import CascadeSpec
 class LowRankBranch(Branch):
     """A branch that adds `s B A`. A subclass defines its parameters, and A and B as functions of them."""
 
+    placements = frozenset({"beside", "merged", "weight"})
     beside_quantized: ClassVar[bool] = True
     unmerged_A: torch.Tensor | None
     unmerged_B: torch.Tensor | None
@@ -126,7 +127,9 @@ class LoraBranch(LowRankBranch):
     lora_B: nn.Parameter
     zeros: ClassVar[tuple[str, ...]] = ("lora_B",)
     slices_apart = True
-    options = frozenset({"start", "restart_A", "train_A", "nearest_full_gradient", "lr_ratio", "dropout"})
+    options = frozenset(
+        {"lora_alpha", "use_rslora", "start", "restart_A", "train_A", "nearest_full_gradient", "lr_ratio", "dropout"}
+    )
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)

@@ -31,6 +31,7 @@ class LoraXsBranch(LowRankBranch):
     xs_A: nn.Parameter
     xs_B: nn.Parameter
     zeros: ClassVar[tuple[str, ...]] = ("xs_R",)
+    options = frozenset({"lora_alpha", "use_rslora"})
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:

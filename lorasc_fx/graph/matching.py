@@ -354,17 +354,17 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
             f"adapt. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
             code="method-not-supported",
         )
-    if method.placement == "merged":
-        if not _in_place(site, seen):
-            raise SpecError(
-                f"adapter is {adapter!r}, and {site.weight} is {_seen_as(site, seen, weight)}. This method replaces "
-                "the op: only products and convolutions that read the weight as it is stored. "
-                f"Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
-                code="method-not-supported",
-            )
-        return replace(site, placement="merged")
-    if method.placement == "weight":
-        return replace(site, placement="weight")
+    if "beside" not in method.placements:
+        if _in_place(site, seen) and (spec.placement != "weight" or seen.called):
+            return replace(site, placement="merged")
+        if "weight" in method.placements and not seen.called:
+            return replace(site, placement="weight")
+        raise SpecError(
+            f"adapter is {adapter!r}, and {site.weight} is {_seen_as(site, seen, weight)}. This method replaces "
+            "the op: only products and convolutions that read the weight as it is stored. "
+            f"Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
+            code="method-not-supported",
+        )
     if not _beside(site, seen):
         return site  # its placement is that on the weight, whatever the plan says
     if spec.placement == "weight" and not seen.called and not is_quantized(weight):
@@ -403,14 +403,17 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         seen = uses.get(weight, WeightUses())
-        if site.options.method.placement == "merged" and seen.reached and not _in_place(site, seen):
+        method, in_place = site.options.method, _in_place(site, seen)
+        if "weight" not in method.placements and seen.reached and not in_place:
             raise PassError(
                 f"The branch of {weight} replaces its op ({site.options.adapter}), and this graph uses the weight in "
                 f"an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model in this "
                 "mode",
                 code="method-not-supported",
             )
-        if _beside(site, seen) and seen.beside[0].layout == site.layout and (site.placement != "weight" or seen.called):
+        at_op = in_place or "beside" in method.placements
+        at_op = at_op and _beside(site, seen) and seen.beside[0].layout == site.layout
+        if at_op and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"
             marks |= {use.node: Use(weight, use.form, merged and use.mergeable) for use in seen.beside}
         elif seen.reached and not seen.called:

@@ -16,9 +16,9 @@ from lorasc_fx.spec_checks import CONFLICTS
 from tests.kit.errors import raises
 
 FIELDS = (
-    "targets, exclude, train, untie, rules, adapter, rank, lora_alpha, use_rslora, dropout, ranks, train_A, "
-    "nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, restart_A, "
-    "start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
+    "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, ranks, "
+    "train_A, nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, "
+    "restart_A, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -70,6 +70,9 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
     "adapter, average": {"adapter": "dora", "average": "ema"},
     "adapter, placement": {"adapter": "dora", "placement": "beside"},
+    "adapter, adapter_options": {"adapter": "vera", "adapter_options": {"bound": 1.0}},
+    "adapter, lora_alpha": {"adapter": "vera", "lora_alpha": 4.0},
+    "adapter, use_rslora": {"adapter": "vera", "use_rslora": True},
     "adapter, start": {"adapter": "lora-xs", "start": "pissa"},
     "adapter, restart_A": {"adapter": "lora-xs", "restart_A": "kept"},
     "adapter, train_A": {"adapter": "lora-xs", "train_A": False},

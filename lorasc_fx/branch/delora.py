@@ -1,0 +1,88 @@
+"""DeLoRA (2503.18225): a sum of normalized rank-1 terms: the distance from the start of the stage is bounded.
+
+`delta = B diag(lambda / (r |a_i| |b_i|)) A diag(w)` with rows a_i of A, columns b_i of B, and the norms w [in] of the
+columns of the weight that the stage starts from. A is random, B zero and lambda `bound` at the start. Source: DeLoRA,
+equation 8; peft's `DeloraModel`. There is no scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch.base import StartWeight
+from lorasc_fx.branch.lora import LowRankBranch, random_factor
+from lorasc_fx.plan import Site
+from lorasc_fx.spec import CascadeSpec
+
+LEAST_NORM = 1e-4
+"""Norms of a_i and b_i below this count as this; B is zero as a stage starts. As in peft."""
+
+
+class DeloraBranch(LowRankBranch):
+    """DeLoRA.
+
+    Attributes:
+        delora_A, delora_B: A [rank, in] and B [out, rank].
+        delora_lambda: lambda [1].
+        delora_w_norm: w [in], frozen.
+    """
+
+    delora_A: nn.Parameter
+    delora_B: nn.Parameter
+    delora_lambda: nn.Parameter
+    delora_w_norm: nn.Parameter
+    kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
+    zeros: ClassVar[tuple[str, ...]] = ("delora_B",)
+    defaults: ClassVar[Mapping[str, float]] = {"bound": 15.0}
+
+    @classmethod
+    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B, lambda and w."""
+        a, b = site.factor_shapes
+        return {"delora_A": a, "delora_B": b, "delora_lambda": (1,), "delora_w_norm": (a[-1],)}
+
+    @classmethod
+    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return a random A, zeros for B, and the bound; w follows in `start`."""
+        return {
+            **super().initial_values(site, seed, stage),
+            "delora_A": random_factor(seed, stage, "delora_A", site.weight, site.factor_shapes[0]),
+            "delora_lambda": torch.full((1,), float(cls.options_at(site)["bound"])),
+        }
+
+    @classmethod
+    def trained_names(cls, site: Site) -> Collection[str]:
+        """Return the names of A, B and lambda."""
+        return ("delora_A", "delora_B", "delora_lambda")
+
+    @classmethod
+    def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
+        """Return `weight`: w is computed from it."""
+        return ("weight",)
+
+    @property
+    def down(self) -> torch.Tensor:
+        """`A diag(w)`."""
+        return self.delora_A * self.delora_w_norm
+
+    @property
+    def up(self) -> torch.Tensor:
+        """`B diag(lambda / (r |a_i| |b_i|))`."""
+        rows = self.delora_A.norm(dim=1).clamp_min(LEAST_NORM)
+        columns = self.delora_B.norm(dim=0).clamp_min(LEAST_NORM)
+        factors: torch.Tensor = self.delora_B * (self.delora_lambda / self.rank / (rows * columns))
+        return factors
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-1 terms."""
+        return self.delora_A.shape[0]
+
+    def start(self, weight: StartWeight) -> None:
+        """Set w to the norms of the weight's columns."""
+        with torch.no_grad():
+            self.delora_w_norm.copy_(self.matrix(weight.exact()).norm(dim=0))

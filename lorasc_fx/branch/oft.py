@@ -1,0 +1,91 @@
+"""OFT (2306.07280): `W' = W R^T` with a trained block-diagonal rotation R of the inputs.
+
+Each block is the Cayley transform of a trained skew-symmetric matrix Q: `R = (I + Q)(I - Q)^-1`, or the first terms of
+its Neumann series, `I + 2 Q + 2 Q^2 + ... + Q^n` (peft's default, OFTv2, 2506.19847). Q starts at zero. Source: OFT,
+section 3; peft's `OFTModel`. `rank` is the size of a block; a size that does not divide the inputs is replaced by the
+nearest one that does, as in peft. There is no scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch.base import Branch
+from lorasc_fx.errors import SpecError
+from lorasc_fx.plan import Site
+
+
+class OftBranch(Branch):
+    """OFT, on the weight.
+
+    Attributes:
+        oft_R: the entries of each Q above its diagonal [blocks, size * (size - 1) / 2].
+        positions: their indices in the flattened Q.
+    """
+
+    oft_R: nn.Parameter
+    positions: torch.Tensor
+    kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
+    zeros: ClassVar[tuple[str, ...]] = ("oft_R",)
+    defaults: ClassVar[Mapping[str, float]] = {"neumann_terms": 5}
+    uses_weight = True
+
+    def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
+        super().__init__(site, seed, stage, like)
+        self.size = block_size(site.matrix_shape[1], site.rank)
+        self.terms = int(self.options_at(site)["neumann_terms"])
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=like.device)
+        self.register_buffer("positions", rows * self.size + columns, persistent=False)
+
+    @classmethod
+    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the entries of Q."""
+        columns = site.matrix_shape[1]
+        size = block_size(columns, site.rank)
+        if size == 1:
+            raise SpecError(
+                f"adapter is 'oft', and the {columns} inputs of {site.weight} have no divisor near rank={site.rank} "
+                "except 1, a block with nothing to train. "
+                f"Exclude it (exclude=({site.weight!r},)), or give another rank",
+                code="method-not-supported",
+            )
+        return {"oft_R": (columns // size, size * (size - 1) // 2)}
+
+    def rotation(self) -> torch.Tensor:
+        """Return R - I, [blocks, size, size]."""
+        blocks, size = self.oft_R.shape[0], self.size
+        upper = self.oft_R.new_zeros(blocks, size * size).scatter(1, self.positions.expand(blocks, -1), self.oft_R)
+        upper = upper.view(blocks, size, size)
+        skew = upper - upper.transpose(-2, -1)
+        if not self.terms:
+            identity = torch.eye(size, device=skew.device, dtype=skew.dtype)
+            rotation: torch.Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
+            return rotation - identity
+        # The last power has the coefficient 1, if there is more than the linear one. As in peft, 3 terms are 4.
+        last = max(self.terms, 4) - 1 if self.terms > 2 else self.terms - 1
+        total, power = torch.zeros_like(skew), skew
+        for exponent in range(1, last + 1):
+            total = total + (power if exponent == last > 1 else 2 * power)
+            power = power @ skew
+        return total
+
+    def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `W (R - I)^T`, in the shape of the weight."""
+        assert weight is not None
+        matrix, rotation = self.matrix(weight), self.rotation().to(weight.dtype)
+        blocks = matrix.reshape(matrix.shape[0], -1, self.size).transpose(0, 1)
+        moved = (blocks @ rotation.transpose(-2, -1)).transpose(0, 1).reshape(matrix.shape)
+        return (moved.t() if self.transposed else moved).reshape(weight.shape)
+
+
+def block_size(columns: int, size: int) -> int:
+    """Return the divisor of the number of inputs that is nearest to a size; of two the smaller one."""
+    if size >= columns:
+        return columns
+    above = next(value for value in range(size, columns + 1) if columns % value == 0)
+    below = next(value for value in range(size, 0, -1) if columns % value == 0)
+    return below if size - below <= above - size else above

@@ -1,0 +1,76 @@
+"""VeRA (2310.11454): `delta = diag(b) B diag(d) A` with trained vectors b and d between frozen random A and B.
+
+All sites with as many inputs share A, and all with as many outputs share B. b starts at zero, d at `d_initial`. Source:
+VeRA, equation 2; peft's `VeraModel`, which slices one large pair instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch.lora import LowRankBranch
+from lorasc_fx.branch.shared import shared_tensor
+from lorasc_fx.plan import Site
+
+
+class VeraBranch(LowRankBranch):
+    """VeRA.
+
+    Attributes:
+        vera_lambda_b: b [out].
+        vera_lambda_d: d [rank].
+        vera_A, vera_B: the shared tensors A [rank, in] and B [out, rank].
+    """
+
+    vera_lambda_b: nn.Parameter
+    vera_lambda_d: nn.Parameter
+    kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
+    zeros: ClassVar[tuple[str, ...]] = ("vera_lambda_b",)
+    defaults: ClassVar[Mapping[str, float]] = {"d_initial": 0.1}
+
+    def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
+        super().__init__(site, seed, stage, like)
+        a, b = site.factor_shapes
+        self.vera_A, self.vera_B = shared_tensor(seed, "vera_A", a), shared_tensor(seed, "vera_B", b)
+
+    @classmethod
+    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of b and d."""
+        return {"vera_lambda_b": (site.matrix_shape[0],), "vera_lambda_d": (site.rank,)}
+
+    @classmethod
+    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return zeros for b, and `d_initial` for d."""
+        start = cls.options_at(site)["d_initial"]
+        return {**super().initial_values(site, seed, stage), "vera_lambda_d": torch.full((site.rank,), float(start))}
+
+    @classmethod
+    def trained_names(cls, site: Site) -> Collection[str]:
+        """Return both names."""
+        return ("vera_lambda_b", "vera_lambda_d")
+
+    @property
+    def down(self) -> torch.Tensor:
+        """`diag(d) A`."""
+        return self.vera_lambda_d.unsqueeze(-1) * self.vera_A.like(self.vera_lambda_d)
+
+    @property
+    def up(self) -> torch.Tensor:
+        """`diag(b) B`."""
+        return self.vera_lambda_b.unsqueeze(-1) * self.vera_B.like(self.vera_lambda_b)
+
+    @property
+    def rank(self) -> int:
+        """Number of entries of d."""
+        return self.vera_lambda_d.shape[0]
+
+    def resize(self, site: Site) -> None:
+        """Take the shared tensors of another rank too."""
+        super().resize(site)
+        seed = self.vera_A.key[0]
+        a, b = site.factor_shapes
+        self.vera_A, self.vera_B = shared_tensor(seed, "vera_A", a), shared_tensor(seed, "vera_B", b)

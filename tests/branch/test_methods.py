@@ -1,0 +1,171 @@
+"""Each adapter method against peft's layer of the same parameters: losses of 20 steps, and the merged weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from lorasc_fx.branch import METHODS
+
+peft = pytest.importorskip("peft")
+
+IN, HIDDEN, OUT = 12, 18, 5
+
+
+class Net(nn.Module):
+    """Two linear layers that are not square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(torch.tanh(self.up(x)))
+        return output
+
+
+class Images(nn.Module):
+    """A convolution with stride and padding, and a 1x1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(torch.tanh(self.up(x)))
+        return output.flatten(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """How peft does the same: its configuration, and the parameter of its layer for each of ours."""
+
+    config: Callable[..., Any]
+    more: Mapping[str, Any]
+    names: Mapping[str, str]
+    spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+ORACLES = {
+    "lora": Oracle(
+        peft.LoraConfig, {"lora_alpha": 8}, {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
+    ),
+    "dora": Oracle(
+        peft.LoraConfig,
+        {"lora_alpha": 8, "use_dora": True},
+        {
+            "lora_A": "lora_A.default.weight",
+            "lora_B": "lora_B.default.weight",
+            "lora_magnitude_vector": "lora_magnitude_vector.default.weight",
+        },
+    ),
+    "vera": Oracle(
+        peft.VeraConfig,
+        {"d_initial": 0.1},
+        {"vera_lambda_b": "vera_lambda_b.default", "vera_lambda_d": "vera_lambda_d.default"},
+    ),
+    "hira": Oracle(peft.HiraConfig, {}, {"hira_A": "hira_A.default", "hira_B": "hira_B.default"}),
+    "shira": Oracle(peft.ShiraConfig, {}, {"shira_values": "shira_weight.default"}),
+    "miss": Oracle(peft.MissConfig, {}, {"miss_block": "miss_block.default"}),
+    "oft": Oracle(peft.OFTConfig, {}, {"oft_R": "oft_R.default.weight"}),
+    "oft, exact": Oracle(
+        peft.OFTConfig,
+        {"use_cayley_neumann": False},
+        {"oft_R": "oft_R.default.weight"},
+        {"adapter_options": {"neumann_terms": 0}},
+    ),
+    "lokr": Oracle(
+        peft.LoKrConfig,
+        {"alpha": 8},
+        {
+            "lokr_w1": "lokr_w1.default",
+            "lokr_w2_a": "lokr_w2_a.default",
+            "lokr_w2_b": "lokr_w2_b.default",
+            "lokr_w2": "lokr_w2.default",
+        },
+    ),
+    "delora": Oracle(
+        peft.DeloraConfig,
+        {"delora_lambda": 15},
+        {"delora_A": "delora_A.default", "delora_B": "delora_B.default", "delora_lambda": "delora_lambda.default"},
+    ),
+}
+
+
+def config_of(name: str) -> Any:
+    oracle: Any = ORACLES[name]
+    size = {"r": 3}
+    if oracle.config is peft.OFTConfig:
+        size = {"r": 0, "oft_block_size": 3}
+    return oracle.config(target_modules=["up"] if name == "vera" else ["up", "down"], **size, **oracle.more)
+
+
+def pair(name: str, model: nn.Module, x: Tensor) -> tuple[Any, Any]:
+    """Our cascade and peft's model, from the same weights and the same values of adapters."""
+    oracle = ORACLES[name]
+    theirs = peft.get_peft_model(copy.deepcopy(model), config_of(name)).double()
+    exclude = ("down.*",) if name == "vera" else ()  # peft slices one large pair for all layers
+    given: dict[str, Any] = {"adapter": name.partition(",")[0], "rank": 3, "exclude": exclude, **oracle.spec}
+    spec = lx.CascadeSpec(pace=1.0, **given)
+    ours = lx.adapt(copy.deepcopy(model), (x,), spec=spec)
+    branch: Any
+    for key, branch in ours.branches.items():
+        layer: Any = theirs.base_model.model.get_submodule(key.split("/")[0])
+        with torch.no_grad():
+            for mine, value in branch.trained().items():
+                target = layer.get_parameter(oracle.names[mine])
+                target.copy_(value.view_as(target))
+        if name == "vera":
+            out, columns = branch.weight_shape
+            theirs.base_model.vera_A["default"][:, :columns] = branch.vera_A.like(branch.vera_lambda_d)
+            theirs.base_model.vera_B["default"][:out] = branch.vera_B.like(branch.vera_lambda_b)
+        if name == "shira":
+            columns = branch.weight_shape[1]
+            places = branch.positions[: len(branch.shira_values)]
+            layer.shira_indices["default"] = torch.stack([places // columns, places % columns]).int()
+    return ours, theirs
+
+
+def losses(model: Callable[..., Tensor], groups: list[dict[str, Any]], x: Tensor, y: Tensor) -> list[float]:
+    optimizer, found = torch.optim.SGD(groups, lr=0.05), []
+    for _ in range(20):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_it_trains_as_peft_does(name: str, kind: str) -> None:
+    if kind == "conv" and name.partition(",")[0] not in ("lora", "dora", "lokr"):
+        pytest.skip("peft has no convolutions of this method, or other ones")
+    torch.manual_seed(3)
+    model = (Net() if kind == "linear" else Images()).double()
+    x = torch.randn(16, IN).double() if kind == "linear" else torch.randn(16, 4, 5, 5).double()
+    y = torch.randint(0, OUT, (16,))
+    ours, theirs = pair(name, model, x)
+    assert torch.equal(ours(x), model(x)) or name == "dora"  # its product is scaled before the bias is added
+    mine = losses(ours, ours.param_groups(lr=0.05), x, y)
+    wanted = losses(theirs, [{"params": [p for p in theirs.parameters() if p.requires_grad]}], x, y)
+    assert mine == pytest.approx(wanted, abs=1e-10)
+    assert mine[-1] < mine[0]
+    merged, released = theirs.merge_and_unload(), ours.release()
+    for weight, value in released.state_dict().items():
+        torch.testing.assert_close(value, merged.state_dict()[weight], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_an_oracle(name: str) -> None:
+    assert name in ORACLES or name == "lora-xs"
