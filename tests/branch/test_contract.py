@@ -1,0 +1,250 @@
+"""The contract of `lorasc_fx.branch.Branch`: each adapter method with each kind of weight."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from lorasc_fx.branch import METHODS, Branch
+
+SEED = 5
+
+
+class Transposed(nn.Module):
+    """A product with a weight that is stored as [in, out], as in transformers' Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(10, 6) / 3), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Table(nn.Module):
+    """A lookup, and a head that is tied to its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.middle = nn.Linear(6, 6)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return torch.tanh(self.middle(self.table(indices))) @ self.table.weight.t()
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose weights are read as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(6, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x)[0]
+        return output
+
+
+def linear() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(7, 10)
+
+
+KINDS: dict[str, Any] = {
+    "linear": linear,
+    "transposed": lambda: (Transposed(), torch.randn(7, 10)),
+    "conv": lambda: (
+        nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
+        torch.randn(2, 4, 5, 5),
+    ),
+    "grouped": lambda: (nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Tanh()), torch.randn(2, 4, 9)),
+    "embedding": lambda: (Table(), torch.randint(0, 9, (3, 4))),
+    "recurrent": lambda: (Recurrent(), torch.randn(2, 5, 6)),
+}
+FITS = {"lokr": ("linear", "transposed", "conv", "grouped"), "dora": ("linear", "transposed", "conv", "grouped")}
+ROWS = [(name, kind) for name in METHODS for kind in KINDS if kind in FITS.get(name, KINDS)]
+
+
+def adapted(name: str, kind: str, **more: Any) -> tuple[nn.Module, lx.Cascade, Tensor]:
+    torch.manual_seed(SEED)
+    model, x = KINDS[kind]()
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    spec = lx.CascadeSpec(adapter=name, rank=2, **more)
+    return copy.deepcopy(model), lx.adapt(model, (x,), spec=spec), x
+
+
+def branches(cascade: lx.Cascade) -> dict[str, Branch]:
+    return {branch.weight_name: branch for branch in cascade.branches.values() if isinstance(branch, Branch)}
+
+
+def train(cascade: lx.Cascade, scale: float = 0.2) -> None:
+    """Move every trained parameter, as an optimizer would."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in cascade.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+def merged(model: nn.Module, cascade: lx.Cascade, share: float = 1.0) -> nn.Module:
+    """The eager model with a share of each delta in its weights."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight, branch in branches(cascade).items():
+            parameter = model.get_parameter(weight)
+            total = branch.dense_delta(parameter)
+            if METHODS["dora"] is type(branch):
+                rows = (
+                    (parameter + total).flatten(1).norm(dim=1)
+                    if not branch.transposed
+                    else (parameter + total).norm(dim=0)
+                )
+                gain = branch.get_parameter("lora_magnitude_vector") / rows
+                gain = gain.view(-1, *(1 for _ in parameter.shape[1:])) if not branch.transposed else gain
+                total = gain * (parameter + total) - parameter
+            parameter.add_(share * total)
+    return model
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_an_untrained_branch_changes_no_bit(name: str, kind: str) -> None:
+    model, cascade, x = adapted(name, kind)
+    assert cascade.sites
+    if name == "dora":  # its product is scaled before the bias is added
+        torch.testing.assert_close(cascade(x), model(x), rtol=1e-13, atol=1e-13)
+    else:
+        with torch.no_grad():
+            assert torch.equal(cascade(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_a_trained_branch_computes_with_its_delta(name: str, kind: str) -> None:
+    model, cascade, x = adapted(name, kind)
+    train(cascade)
+    expected = merged(model, cascade)(x)
+    torch.testing.assert_close(cascade(x), expected, rtol=1e-11, atol=1e-11)
+    with cascade.weights("fast"):
+        torch.testing.assert_close(cascade.model(x), expected, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(expected, model(x))
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_two_stages_leave_what_their_deltas_say(name: str, kind: str) -> None:
+    """`S_t = S_{t-1} + pace (F_t - S_{t-1})`, F_t without the noise of the stage."""
+    model, cascade, x = adapted(name, kind, pace=0.5)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in range(2):
+        train(cascade)
+        model = merged(model, cascade, 0.5)
+        cascade.transition(optimizer)
+        assert not any(branch.moved() for branch in branches(cascade).values()) or name == "dora"
+    released = cascade.release()
+    for weight, value in model.state_dict().items():
+        torch.testing.assert_close(released.state_dict()[weight], value, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(released(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_a_resumed_run_goes_on_bit_for_bit(name: str, kind: str, tmp_path: Path) -> None:
+    more = {"noise": lx.Noise(0.1), "pace": 0.5}
+    model, cascade, x = adapted(name, kind, **more)
+    train(cascade)
+    cascade.transition(None)
+    train(cascade)
+    lx.save(cascade, tmp_path / "run")
+    loaded = lx.load(tmp_path / "run", copy.deepcopy(model), (x,))
+    for one in (cascade, loaded):
+        one.transition(None)
+        train(one)
+    assert torch.equal(cascade(x), loaded(x))
+    mine, theirs = cascade.release().state_dict(), loaded.release().state_dict()
+    assert all(torch.equal(value, theirs[weight]) for weight, value in mine.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "dynamo"])
+def test_every_front_end(name: str, frontend: Any) -> None:
+    torch.manual_seed(SEED)
+    model, x = linear()
+    model, x = model.double(), x.double()
+    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=2), frontend=frontend)
+    train(cascade)
+    torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+def test_every_placement_gives_the_same(name: str, placement: Any) -> None:
+    torch.manual_seed(SEED)
+    model, x = linear()
+    model, x = model.double(), x.double()
+    if placement not in METHODS[name].placements:
+        with pytest.raises(lx.SpecError, match="placement"):
+            lx.CascadeSpec(adapter=name, placement=placement)
+        return
+    spec = lx.CascadeSpec(adapter=name, rank=2, placement=placement)
+    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=spec)
+    assert set(cascade.placements.values()) == {placement}
+    train(cascade)
+    torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_export_of_a_trained_run(name: str, tmp_path: Path) -> None:
+    model, cascade, x = adapted(name, "linear", pace=1.0)
+    train(cascade)
+    expected = merged(model, cascade)(x)
+    lx.export.pt2(cascade, tmp_path / "model.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_lora_xs_by_its_formula() -> None:
+    """`s U_r diag(v_r) R V_r^T` of the weight's SVD; only R is trained."""
+    model, cascade, _ = adapted("lora-xs", "linear")
+    train(cascade)
+    for weight, branch in branches(cascade).items():
+        left, values, right = torch.linalg.svd(model.get_parameter(weight), full_matrices=False)
+        expected = 4.0 * left[:, :2] @ torch.diag(values[:2]) @ branch.get_parameter("xs_R") @ right[:2]
+        torch.testing.assert_close(branch.dense_delta(model.get_parameter(weight)), expected, rtol=1e-12, atol=1e-12)
+        assert list(branch.trained()) == ["xs_R"]
+
+
+def test_vera_shares_its_frozen_pair() -> None:
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+    cascade = lx.adapt(model, (torch.randn(3, 6),), spec=lx.CascadeSpec(adapter="vera", rank=2))
+    held: list[Any] = list(branches(cascade).values())
+    assert held[0].vera_A is held[1].vera_A is held[2].vera_A
+    assert held[0].vera_B is held[1].vera_B is not held[2].vera_B
+    assert sum(parameter.numel() for parameter in cascade.branches.parameters()) == 6 + 6 + 4 + 3 * 2
+
+
+def test_a_registered_class() -> None:
+    class Scale(Branch):
+        zeros = ("change",)
+        uses_weight = True
+
+        @classmethod
+        def shapes(cls, site: lx.Site) -> dict[str, tuple[int, ...]]:
+            return {"change": (1,)}
+
+        def delta(self, weight: Tensor | None = None) -> Tensor:
+            assert weight is not None
+            return self.get_parameter("change") * weight
+
+    lx.register_branch("scale-test", Scale)
+    lx.register_branch("scale-test", Scale)
+    model, cascade, x = adapted("scale-test", "linear")
+    train(cascade)
+    torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
+    with pytest.raises(lx.SpecError, match="'lora' is the adapter LoraBranch"):
+        lx.register_branch("lora", Scale)
+    with pytest.raises(lx.SpecError, match="not a complete branch"):
+        lx.register_branch("other", nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(lx.SpecError, match="nearest: 'dora'"):
+        lx.CascadeSpec(adapter="doar")
