@@ -112,7 +112,7 @@ class Branch(nn.Module, abc.ABC):
         """Return the shapes of the parameters by name; all of them are written to a checkpoint."""
 
     @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+    def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
         """Return the parameters in fp32 on the host as a stage starts, before `start` has seen the weight."""
         return {name: torch.zeros(shape) for name, shape in cls.shapes(site).items()}
 

@@ -37,6 +37,7 @@ class DeloraBranch(LowRankBranch):
     delora_w_norm: nn.Parameter
     kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
     zeros: ClassVar[tuple[str, ...]] = ("delora_B",)
+    beside_quantized = False
     defaults: ClassVar[Mapping[str, float]] = {"bound": 15.0}
 
     @classmethod

@@ -32,6 +32,7 @@ class LoraXsBranch(LowRankBranch):
     xs_B: nn.Parameter
     zeros: ClassVar[tuple[str, ...]] = ("xs_R",)
     options = frozenset({"lora_alpha", "use_rslora"})
+    beside_quantized = False
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
