@@ -32,7 +32,7 @@ class Start(abc.ABC):
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return B_0 [..., out, k] and A_0 [..., k, in] of a matrix [..., out, in], with k of at most `rank`.
 
-        Further rows of lora_A start as in LoRA, further columns of lora_B at zero. `scale` is s of the branch.
+        Further rows of A start as in LoRA, further columns of B at zero. `scale` is s of the branch.
         """
 
 
@@ -165,10 +165,10 @@ the table, and `register_branch` adds to it."""
 
 
 class NextA:
-    """Where lora_A of the next stage starts (`CascadeSpec.restart_A`): this one is fresh."""
+    """Where A of the next stage starts (`CascadeSpec.restart_A`): this one is fresh."""
 
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return lora_A as the stage starts it, of the one before and of a fresh one (which may have another rank)."""
+        """Return A as the stage starts it, of the one before and of a fresh one (which may have another rank)."""
         return fresh
 
 

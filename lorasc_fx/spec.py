@@ -142,8 +142,8 @@ class SiteOptions:
         lora_alpha, use_rslora: of the formula of its scale.
         adapter_options: options of the method, as pairs.
         ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
-        train_A: whether lora_A is trained.
-        nearest_full_gradient: whether the gradient of lora_B is that of the nearest step to full training.
+        train_A: whether A is trained.
+        nearest_full_gradient: whether the gradient of B is that of the nearest step to full training.
     """
 
     rank: Rank
@@ -194,10 +194,10 @@ class CascadeSpec:
             adapter dropout). Only a branch beside its op sees an input, so that is where such branches stand.
         ranks: rank of stage 1, 2, ...; the last one goes on. Empty: every stage has `rank`. A rule that gives a rank of
             its own is not moved by it.
-        train_A: whether lora_A is trained; without, only A x is kept beside an op (LoRA-FA, 2308.03303).
-        nearest_full_gradient: the gradient of lora_B times `(A A^T)^-1 / s^2`: of all that a frozen lora_A allows, the
+        train_A: whether A is trained; without, only A x is kept beside an op (LoRA-FA, 2308.03303).
+        nearest_full_gradient: the gradient of B times `(A A^T)^-1 / s^2`: of all that a frozen A allows, the
             step that is nearest to that of full training.
-        lr_ratio: learning rate of lora_B over that of lora_A (LoRA+, 2402.12354, there about 16).
+        lr_ratio: learning rate of B over that of A (LoRA+, 2402.12354, there about 16).
         train_rules: learning rate and slow copy by pattern, of what `train` names; the first match counts.
         average: of the slow weights at the ends of stages, for `weights("averaged")`: `ema`, exponential with
             average_decay, or `swa`, the plain mean (1803.05407).
@@ -208,7 +208,7 @@ class CascadeSpec:
             the slow weights are then the mean of the weights at the ends of stages.
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
-        restart_A: where lora_A of the next stage starts: `fresh` random values, or `kept` from the stage before.
+        restart_A: where A of the next stage starts: `fresh` random values, or `kept` from the stage before.
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
             residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
             (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
@@ -220,8 +220,8 @@ class CascadeSpec:
             entries that are set to zero (ReLoRA, 2307.05695).
         slow_train: parameters under `train` follow the slow rule as well.
         on_nonfinite: a branch with inf or nan at a fold is an error (`raise`) or is left out (`skip`).
-        seed: of lora_A and noise, with stage and weight name. `torch.manual_seed` and a trainer's seed do not change
-            them: give another seed for each repetition of an experiment.
+        seed: of initial values and noise, with stage and weight name. `torch.manual_seed` and a trainer's seed do not
+            change them: give another seed for each repetition of an experiment.
     """
 
     OTHER_NAMES: ClassVar[Mapping[str, str]] = OF_PEFT

@@ -78,13 +78,13 @@ CONFLICTS = (
     Conflict(
         ("lr_ratio", "train_A"),
         lambda lr_ratio, train_a: lr_ratio != 1 and not train_a,
-        "it is a ratio to the learning rate of lora_A, which then has none",
-        "give the learning rate of lora_B to param_groups, and lr_ratio=1",
+        "it is a ratio to the learning rate of A, which then has none",
+        "give the learning rate of B to param_groups, and lr_ratio=1",
     ),
     Conflict(
         ("nearest_full_gradient", "train_A"),
         lambda nearest, train_a: nearest and train_a,
-        "the correction is exact for a lora_A that stands still (LoRA-FA)",
+        "the correction is exact for an A that does not change (LoRA-FA)",
         "give train_A=False",
     ),
     Conflict(
@@ -108,7 +108,7 @@ CONFLICTS = (
     Conflict(
         ("start", "restart_A"),
         lambda start, restart_a: STARTS[start].from_weight and restart_a != "fresh",
-        "this start takes lora_A out of the weight",
+        "this start computes A from the weight",
         "give restart_A='fresh', or start='lora'",
     ),
     Conflict(

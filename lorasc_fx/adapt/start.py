@@ -270,7 +270,7 @@ def check_new(model: nn.Module, on_meta: bool = False) -> None:
         bases = [(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__]
         if ("peft", "BaseTunerLayer") in bases:  # without importing peft
             raise StateError(
-                f"{name} is a layer of peft ({type(module).__name__}), whose own lora_A and lora_B would be adapted. "
+                f"{name} is a layer of peft ({type(module).__name__}), whose own factors would be adapted. "
                 "Give the base model: after peft's merge_and_unload() or unload() (delete_adapter for an adapter of "
                 "load_adapter), or a fresh one. To go on from the adapter, save it by save_pretrained and call "
                 "lorasc_fx.from_peft(folder, base_model)",

@@ -48,9 +48,9 @@ class LokrBranch(Branch):
         }
 
     @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+    def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
         """Return zeros for w1, and random values for the others."""
-        values = super().initial_values(site, seed, stage)
+        values = dict(super().initial_values(site, seed, stage))
         for name in values.keys() - {"lokr_w1"}:
             flat = values[name].flatten(1).shape
             values[name] = random_factor(seed, stage, name, site.weight, flat).view(values[name].shape)

@@ -236,13 +236,14 @@ class CascadeModule(nn.Module):
     # ---- stages
 
     def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Return groups for a torch optimizer: `lora_A`, `lora_B`, and `train` (parameters trained in full).
+        """Return groups for a torch optimizer: one for each name of a branch parameter, and `train` (parameters trained in
+        full).
 
         Each rule of the spec's train_rules with a learning rate has its own group, `train:PATTERN`. With train_A=False
-        there is no `lora_A`.
+        there is no group of A.
 
         Args:
-            lr: learning rate. That of `lora_B` is `lr * lr_ratio` (LoRA+, 2402.12354).
+            lr: learning rate. That of B is `lr * lr_ratio` (LoRA+, 2402.12354).
             options: further options of the optimizer's groups.
         """
         return self._run.param_groups(lr, options)
@@ -295,7 +296,7 @@ class CascadeModule(nn.Module):
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Start a stage from the slow weights of an earlier one, and drop what came after it. All or nothing.
 
-        The new stage has a new number, so its noise and lora_A are new. It starts from the slow weights under either
+        The new stage has a new number, so its noise and initial values are new. It starts from the slow weights under either
         restart. The optimizer's state is reset. Buffers of the model (running statistics) stay. Outside `stages` it
         runs until `transition`.
 

@@ -85,7 +85,7 @@ def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Seque
 
     Args:
         optimizer: whose rates count as they were before a scheduler changed them.
-        asked: returns the groups that an optimizer of the spec has, by the learning rate of lora_A (`groups`).
+        asked: returns the groups that an optimizer of the spec has, by the learning rate of A (`groups`).
 
     Raises:
         SpecError: names the first group that is to have another rate.
@@ -124,8 +124,8 @@ def treated_state(
 
     `reset` is the state of a parameter that was never stepped; a number is a share to prune by magnitude (ReLoRA,
     2307.05695): what is among that share of the smallest entries in any state tensor of the parameter's shape becomes
-    zero in all of them. Adam's second moment is never pruned where the first is kept: lora_A, whose gradient is zero
-    while lora_B is, would step by exp_avg / eps. Copies of the parameter are never kept.
+    zero in all of them. Adam's second moment is never pruned where the first is kept: A, whose gradient is zero
+    while B is, would step by exp_avg / eps. Copies of the parameter are never kept.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter in parameters:
@@ -172,7 +172,7 @@ def groups(
     lr: float,
     options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: one for each name of a branch parameter (`lora_A`, `lora_B`), then `train`, and
+    """Return the optimizer's groups: one for each name of a branch parameter, then `train`, and
     `train:PATTERN` for each rule with its own learning rate. No group is empty.
     """
     parts: dict[str, tuple[float, list[nn.Parameter]]] = {}
