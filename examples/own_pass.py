@@ -24,8 +24,8 @@ class LimitNorm(CascadePass):
     def rewrite(self, graph: GraphEditor) -> None:
         weights = named_weights(graph.owner).parameters
         for key, branch in graph.branches.items():
-            limit = self.most * weights[branch.weight_name].norm()
-            norm = branch.scale * branch.delta().norm()
+            weight = weights[branch.weight_name]
+            limit, norm = self.most * weight.norm(), branch.dense_delta(weight).norm()
             if norm > limit * 1.001:  # or a second run would find its own rounding
                 shorter = copy.deepcopy(branch)
                 shorter.lora_B.data *= limit / norm

@@ -19,6 +19,7 @@ from lorasc_fx.branch.conv import ConvCall, low_rank_conv
 from lorasc_fx.branch.factors import InitialFactors, Side
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.low_rank import plus
+from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor
 from lorasc_fx.spec import CascadeSpec
@@ -120,8 +121,17 @@ class DoraBranch(LoraBranch):
         return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
 
     def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
-        """Compute in place of the op, the only placement of this branch."""
-        assert at == "in_place"
+        """Compute in place of the op, the only placement of this branch.
+
+        Raises:
+            StateError: the node asks for another placement.
+        """
+        if at != "in_place":
+            raise StateError(
+                f"The branch of {self.weight_name} is called {at}, and a DoRA branch scales the product of its op, so it "
+                f"can only replace the op. Exclude the weight (exclude=({self.weight_name!r},)), or give adapter='lora'",
+                code="method-not-supported",
+            )
         return self.in_place(*args, **options)
 
     def in_place(

@@ -193,7 +193,9 @@ def assert_gradients(cascade: lx.Cascade, merged: nn.Module) -> None:
     """The factors have the gradients that the eager model with W + s B A gives them, through its weights."""
     for name, branch in branches(cascade).items():
         right = torch.autograd.grad(
-            branch.scale * branch.delta(), (branch.lora_A, branch.lora_B), merged.get_parameter(name).grad
+            branch.dense_delta(merged.get_parameter(name).detach()),
+            (branch.lora_A, branch.lora_B),
+            merged.get_parameter(name).grad,
         )
         assert right[0].any()
         for factor, expected in zip((branch.lora_A, branch.lora_B), right, strict=True):

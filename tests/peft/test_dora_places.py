@@ -101,9 +101,9 @@ def test_graph_breaks_are_refused() -> None:
 
 def test_a_branch_beside_its_op_is_an_error() -> None:
     branch = branches(adapted(mlp(), batches(1, 4, 5)[0]))["0.weight"]
-    for given in ((torch.zeros(7, 5),), (torch.zeros(4, 7), torch.zeros(4, 5))):
-        with raises(lx.StateError, "method-not-supported", "0.weight"):
-            branch(*given)
+    for at, given in {"on_weight": (torch.zeros(7, 5),), "beside": (torch.zeros(4, 7), torch.zeros(4, 5))}.items():
+        with raises(lx.StateError, "method-not-supported", "0.weight", at):
+            branch(*given, at=at)
 
 
 def test_a_row_that_was_scaled_away_has_no_adapter(tmp_path: Path) -> None:
