@@ -44,7 +44,7 @@ def main() -> lx.Cascade:
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(4, 6)
     cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(adapter="lora-gain", rank=2))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))  # with groups gain_A, gain_B and gain_c
-    for stage in cascade.stages(2, optimizer):
+    for _ in cascade.stages(2, optimizer):
         cascade(x).square().mean().backward()
         optimizer.step()
     return cascade

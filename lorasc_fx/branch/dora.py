@@ -128,8 +128,8 @@ class DoraBranch(LoraBranch):
         """
         if at != "in_place":
             raise StateError(
-                f"The branch of {self.weight_name} is called {at}, and a DoRA branch scales the product of its op, so it "
-                f"can only replace the op. Exclude the weight (exclude=({self.weight_name!r},)), or give adapter='lora'",
+                f"The branch of {self.weight_name} is called {at}, but a DoRA branch scales the product of its op and "
+                f"can only replace the op. Exclude it (exclude=({self.weight_name!r},)), or give adapter='lora'",
                 code="method-not-supported",
             )
         return self.in_place(*args, **options)

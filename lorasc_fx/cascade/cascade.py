@@ -236,8 +236,8 @@ class CascadeModule(nn.Module):
     # ---- stages
 
     def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Return groups for a torch optimizer: one for each name of a branch parameter, and `train` (parameters trained in
-        full).
+        """Return groups for a torch optimizer: one for each name of a branch parameter, and `train` for parameters
+        trained in full.
 
         Each rule of the spec's train_rules with a learning rate has its own group, `train:PATTERN`. With train_A=False
         there is no group of A.
@@ -296,8 +296,8 @@ class CascadeModule(nn.Module):
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Start a stage from the slow weights of an earlier one, and drop what came after it. All or nothing.
 
-        The new stage has a new number, so its noise and initial values are new. It starts from the slow weights under either
-        restart. The optimizer's state is reset. Buffers of the model (running statistics) stay. Outside `stages` it
+        The new stage has a new number, so its noise and initial values are new. It starts from the slow weights for
+        either `restart`. The state of the optimizer is reset. Buffers (running statistics) stay. Outside `stages` it
         runs until `transition`.
 
         Args:
