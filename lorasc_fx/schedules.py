@@ -1,4 +1,4 @@
-"""Helpers of a training loop: when a stage ends, the learning rate after a restart, and the order of the data."""
+"""Helpers for training loops: when to end a stage, learning rates that restart, and the order of the data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Plateau", "StageSchedule", "shuffled_batches"]
 
 @dataclass(eq=False)
 class Plateau:
-    """Tells when a stage is over: after more than `patience` reports in a row that were not better than the best.
+    """Decides when a stage is over: after more than `patience` reports in a row without an improvement.
 
-    By the rule of torch's ReduceLROnPlateau. The stage that follows begins without a best::
+    The rule is that of torch's ReduceLROnPlateau. Each stage starts without a best value::
 
         plateau = lx.schedules.Plateau(patience=2)
         for stage in cascade.stages(5, optimizer):
@@ -34,9 +34,9 @@ class Plateau:
                     break
 
     Args:
-        patience: reports without an improvement that a stage stands, 0 or more.
-        threshold: how much better a report has to be: a share of the best (`rel`), or a difference (`abs`).
-        mode: `min` for a metric that falls, `max` for one that rises.
+        patience: number of reports without an improvement to accept, 0 or more.
+        threshold: the smallest improvement, as a share of the best value (`rel`) or a difference (`abs`).
+        mode: `min` if lower is better, `max` if higher is better.
         threshold_mode: `rel` or `abs`.
 
     Raises:
@@ -54,9 +54,9 @@ class Plateau:
         check(self, "Plateau")
 
     def over(self, metric: Any) -> bool:
-        """Report a metric, a number or a tensor of one; return whether the stage is over.
+        """Report a metric, as a number or a tensor, and return whether the stage is over.
 
-        An inf or nan is no improvement. After True everything is forgotten, for the next stage.
+        An inf or nan is not an improvement. When this returns True it has reset itself for the next stage.
         """
         value = float(metric)
         if math.isfinite(value) and (self.best is None or self._better(value, self.best)):
@@ -69,11 +69,11 @@ class Plateau:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return best and count, for `lx.save(extra=...)`."""
+        """Return the best value and the count, for `lx.save(extra=...)`."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self.best, self.waited = state["best"], state["waited"]
 
     def _better(self, value: float, best: float) -> bool:
@@ -82,29 +82,28 @@ class Plateau:
 
 
 class StageSchedule(LRScheduler):
-    """A torch scheduler of the learning rate within each stage: linear warm-up, then decay to a floor.
+    """A torch scheduler for each stage: linear warm-up of the learning rate, then decay to a floor.
 
-    Its unit is the optimizer step. In step k of a stage (k = 0 is the first) every group's learning rate is::
+    It is stepped once per optimizer step. In step k of a stage (from k = 0) each group's learning rate is::
 
         full * min(1, (k + 1) / (warmup + 1)) * (floor + (1 - floor) * d(k / steps))
 
-    where d falls from 1 to 0 as a half cosine or a line, and stays 0 after `steps`; without `steps` there is no decay,
-    which is the "jagged" schedule of ReLoRA (2307.05695, section 3). `full` is what `base` gives, or without one the
-    group's learning rate at the start. A transition or a rewind is seen by itself, before the first step after it.
+    where d falls from 1 to 0 as a half cosine or a line, and stays 0 after `steps`. Without `steps` there is no decay:
+    the "jagged" schedule of ReLoRA (2307.05695, section 3). `full` comes from `base`, or is the group's learning rate
+    at the start. A transition or a rewind is noticed before the next optimizer step.
 
     Args:
-        optimizer: whose groups are scheduled.
-        cascade: whose stages are followed. None: a stage is over when its `steps` are done, which gives the same cycles
-            to a training without restarts.
-        steps: optimizer steps of a stage, over which the rate decays; a sequence is that of stage 1, 2, ..., whose last
-            one goes on. None: no decay.
+        optimizer: the optimizer.
+        cascade: the cascade whose stages are followed. None: a stage lasts `steps`, which gives the same cycles for a
+            training without restarts.
+        steps: optimizer steps of a stage, or a sequence for stage 1, 2, ... whose last entry repeats. None: no decay.
         warmup: steps until the full learning rate, 0 or more.
-        floor: share of the full rate at which the decay ends, in [0, 1]; 1 is no decay.
+        floor: share of the full rate at which the decay ends, in [0, 1]. 1 is no decay.
         decay: `cosine` or `linear`.
-        base: another scheduler of this optimizer, made before; `step` of this one steps it, and nothing else may.
+        base: another scheduler of this optimizer. Only `step` of this scheduler may step it.
 
     Raises:
-        SpecError: a value that is no count, share or decay, or base is of another optimizer, or needs a metric.
+        SpecError: an invalid value, or a base that belongs to another optimizer or needs a metric.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class StageSchedule(LRScheduler):
     ) -> None:
         counts = () if steps is None else tuple(steps) if isinstance(steps, Sequence) else (steps,)
         if steps is not None and not counts:
-            raise SpecError("StageSchedule: steps is empty; give the optimizer steps of a stage, or None for no decay")
+            raise SpecError("StageSchedule: steps is empty. Give the optimizer steps of a stage, or None for no decay")
         for name, value, least in (*(("steps", count, 1) for count in counts), ("warmup", warmup, 0)):
             if not is_integer(value, least):
                 raise SpecError(f"StageSchedule: {name} is {value!r}; give an integer of {least} or more")
@@ -130,13 +129,13 @@ class StageSchedule(LRScheduler):
             raise SpecError(f"StageSchedule: decay is {decay!r}; give 'cosine' or 'linear'")
         if isinstance(base, ReduceLROnPlateau):
             raise SpecError(
-                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric; end stages by Plateau, or give "
-                "a scheduler that steps without one",
+                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric. End stages by Plateau, or give "
+                "a scheduler that steps without a metric",
                 code="conflicting-options",
             )
         if base is not None and base.optimizer is not optimizer:
             raise SpecError(
-                "StageSchedule: base schedules another optimizer; make both for the same one", code="optimizer-differs"
+                "StageSchedule: base belongs to another optimizer. Give both the same one", code="optimizer-differs"
             )
         self.steps, self.warmup, self.floor, self.decay = list(counts), warmup, float(floor), decay
         self.since, self.stage = 0, cascade.stage if cascade is not None else 1
@@ -146,7 +145,7 @@ class StageSchedule(LRScheduler):
         optimizer.register_step_pre_hook(self._before_step)
 
     def factor(self, stage: int, step: int) -> float:
-        """Return the share of the full rate in a step (0 is the first) of a stage (1 is the first)."""
+        """Return the share of the full rate in a step (from 0) of a stage (from 1)."""
         warm = min(1.0, (step + 1) / (self.warmup + 1))
         if not self.steps:
             return warm
@@ -160,7 +159,7 @@ class StageSchedule(LRScheduler):
         return [rate * factor for rate in self._full()]
 
     def step(self, epoch: int | None = None) -> None:
-        """Go on by one optimizer step, `base` as well; called after the optimizer's own."""
+        """Advance by one optimizer step, and `base` too. Call it after the optimizer's step."""
         if not self._is_initial:
             self.since += 1
             if not self._same_stage():
@@ -172,12 +171,12 @@ class StageSchedule(LRScheduler):
         super().step(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return numbers, lists and the state of `base`: what `lx.save(scheduler=...)` keeps."""
+        """Return numbers, lists and the state of `base`, for `lx.save(scheduler=...)`."""
         numbers = {name: value for name, value in super().state_dict().items() if name not in ("_cascade", "_base")}
         return numbers | {"base": self._base.state_dict() if self._base is not None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         numbers = dict(state_dict)
         base = numbers.pop("base")
         if self._base is not None:
@@ -185,7 +184,7 @@ class StageSchedule(LRScheduler):
         super().load_state_dict(numbers)
 
     def _full(self) -> list[float | torch.Tensor]:
-        """Return the full learning rates; a group that came later has the one that it came with."""
+        """Return the full learning rates. A group that was added later has its initial one."""
         self.full_lrs += _rates(self.optimizer)[len(self.full_lrs) :]
         return self.full_lrs
 
@@ -223,25 +222,23 @@ def _put(optimizer: torch.optim.Optimizer, rates: list[float | torch.Tensor]) ->
 def shuffled_batches(
     data: Any, batch_size: int, *, seed: int = 0, start: int = 0, share: tuple[int, int] = (0, 1), **options: Any
 ) -> DataLoader[Any]:
-    """Return a DataLoader over a shuffled data set, epoch after epoch without end, from any step on.
+    """Return an endless DataLoader over a shuffled data set, starting at any step.
 
-    The batch of a step is a function of (seed, step); one number is the position.
-
-    A run that was killed goes on in the middle of an epoch with the batches that come next: save the number of steps
-    that are done, as `extra`, and give it as `start`. Workers that read ahead change nothing, and no global generator
-    is read. Each epoch has its own order; a last short batch is left out.
+    The batch of a step depends only on (seed, step), so a run can be resumed in the middle of an epoch: save the number
+    of finished steps as `extra`, and give it as `start`. Workers that read ahead make no difference, and no global
+    generator is used. Each epoch has its own order and drops a last short batch.
 
     Args:
-        data: a data set with a length whose items are asked for by position.
-        batch_size: number of examples of each batch.
-        seed: of the orders.
-        start: number of steps that are done; the first batch is that of the next one.
-        share: (rank, count) of processes that divide each batch between them, `count` of them: this one gets every
-            count-th example from its rank on. A run goes on with the same batches on another number of processes.
-        options: anything else that DataLoader takes (num_workers, collate_fn, ...) but for what decides on the order.
+        data: a data set with a length and items by index.
+        batch_size: number of examples per batch.
+        seed: seed of the orders.
+        start: number of finished steps.
+        share: (rank, count) if `count` processes share each batch: this one gets every count-th example, beginning at
+            its rank. A run can be resumed with the same batches on another number of processes.
+        options: further options of DataLoader (num_workers, collate_fn, ...), except those for the order.
 
     Raises:
-        SpecError: an invalid batch size, seed, start or share, or an option that decides on the order.
+        SpecError: an invalid batch size, seed, start or share, or an option for the order.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0)):
         if not is_integer(value, least):
@@ -249,27 +246,27 @@ def shuffled_batches(
     taken = [name for name in ("batch_sampler", "sampler", "shuffle", "drop_last", "generator") if name in options]
     if taken:
         raise SpecError(
-            f"shuffled_batches: {taken[0]} is not yours to give here; the order comes from seed and start",
+            f"shuffled_batches: {taken[0]} cannot be given, because the order comes from seed and start",
             code="conflicting-options",
         )
     rank, count = share
     if not 0 <= rank < count or batch_size % count:
         raise SpecError(
-            f"shuffled_batches: share is {share!r} of a batch of {batch_size}; give (rank, count of processes), where "
-            "the count divides the batch"
+            f"shuffled_batches: share is {share!r} for a batch of {batch_size}. Give (rank, number of processes), "
+            "where the number divides the batch"
         )
     if len(data) < batch_size:
         raise SpecError(
-            f"shuffled_batches: {len(data)} examples are less than a batch of {batch_size}", code="invalid-data"
+            f"shuffled_batches: {len(data)} examples are fewer than a batch of {batch_size}", code="invalid-data"
         )
-    of_workers = generator(seed, start, "workers", "")  # or the loader would draw from torch's, once an iteration
+    of_workers = generator(seed, start, "workers", "")  # otherwise the loader would draw from torch's generator
     return DataLoader(
         data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=of_workers, **options
     )
 
 
 class _Batches:
-    """The positions of each batch, or of a share of it, without end; each iteration begins at `start`."""
+    """The indices of each batch, or of a share of it, without end. Each iteration begins at `start`."""
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, share: tuple[int, int]) -> None:
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start

@@ -1,8 +1,8 @@
-"""What makes two calls the same variant: arguments in one canonical shape, and a hashable key for them.
+"""Input signatures: the arguments of a call in canonical form, and a hashable key for them.
 
-A variant is one adapted graph for one input signature (docs/design.md): tree of arguments, which are None, values that
-are not tensors, dtypes, devices and numbers of axes, autocast; and for the model's Python state, see guards.py. Trees
-of other libraries (key-value caches) are known to torch's pytree before it takes arguments apart.
+A variant is one adapted graph for one input signature (docs/design.md): the tree of arguments, which of them are None,
+values that are not tensors, dtypes, devices, numbers of axes, and autocast. The model's Python state counts too, see
+guards.py. Trees of other libraries (key-value caches) are registered with torch's pytree first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorasc_fx.errors import CaptureError
 
 
 def whole(value: Any) -> bool:
-    """Whether a value of a type that torch takes apart refuses to be: it is then one leaf (a recurrent cache)."""
+    """Whether a value is one leaf because its flatten function fails, although its type is registered (some caches)."""
     node = pytree.SUPPORTED_NODES.get(type(value))
     if node is None or type(value) in (dict, list, tuple):
         return False
@@ -37,7 +37,7 @@ def whole(value: Any) -> bool:
 
 
 def know_trees(model: nn.Module) -> None:
-    """Let transformers, where it is in use, register its caches with torch's pytree, as it does for its own exports."""
+    """If transformers is in use, let it register its caches with torch's pytree, as for its own exports."""
     if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
         exporter = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
         exporter.register_cache_pytrees_for_model(model)
@@ -46,12 +46,12 @@ def know_trees(model: nn.Module) -> None:
 def bind(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments in canonical shape: as many as possible positional, the rest in the signature's order.
+    """Return the arguments in canonical form: as many as possible positional, the others in the signature's order.
 
-    An argument that is None where None is the default is left out, so that `f(x)` and `f(x, mask=None)` are one call.
+    An argument that is None by default and here is left out, so that `f(x)` and `f(x, mask=None)` are the same call.
 
     Raises:
-        TypeError: the signature does not take these arguments.
+        TypeError: the signature does not accept these arguments.
     """
     bound = _without_nones(signature, signature.bind(*args, **kwargs))
     return bound.args, bound.kwargs
@@ -60,9 +60,9 @@ def bind(
 def _without_nones(
     signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[Any] | None = None
 ) -> inspect.BoundArguments:
-    """Drop arguments that are None by default and None here; with `values` they are bound by number.
+    """Drop arguments that are None by default and here. With `values`, arguments are bound to indices into it.
 
-    Those before arguments that `*args` takes have to stay.
+    Arguments before those for `*args` must stay.
     """
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     full = any(kinds[name] is inspect.Parameter.VAR_POSITIONAL and given for name, given in bound.arguments.items())
@@ -84,21 +84,19 @@ def signature_of(model: nn.Module) -> inspect.Signature:
 def check_binds(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bind, with our error.
+    """Bind example inputs to the model's forward.
 
     Raises:
-        CaptureError: the model's forward does not take these arguments; or args is no sequence, or kwargs no mapping.
+        CaptureError: forward does not accept them, args is not a sequence, or kwargs is not a mapping.
     """
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
         give = "kwargs=..." if isinstance(args, Mapping) else "args=(x,) for a single input x"
         raise CaptureError(
-            f"args is a {type(args).__name__}, and not the sequence of positional inputs: give {give}",
+            f"args is a {type(args).__name__}, not a sequence of positional inputs. Give {give}",
             code="invalid-inputs",
         )
     if not isinstance(kwargs, Mapping):
-        raise CaptureError(
-            f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs that go by name", code="invalid-inputs"
-        )
+        raise CaptureError(f"kwargs is a {type(kwargs).__name__}. Give a dict of inputs by name", code="invalid-inputs")
     args = tuple(args)
     try:
         return bind(signature_of(model), args, kwargs)
@@ -116,12 +114,12 @@ def leaves(args: Any, kwargs: Any) -> list[Any]:
 
 
 def requires_grad(flat: Sequence[Any]) -> tuple[bool, ...]:
-    """Return of each leaf whether it is a tensor that requires gradients."""
+    """Return for each leaf whether it is a tensor that requires gradients."""
     return tuple([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat])
 
 
 def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return copies of a call's arguments, for a run that must leave no trace: a cache, say, grows in place."""
+    """Return copies of a call's arguments, for a run without side effects: a cache, for example, grows in place."""
 
     def copy_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -129,7 +127,7 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
             if leaf.is_leaf:
                 return copied_leaf
             with torch.enable_grad():
-                return copied_leaf.clone()  # what is no leaf may be written in place
+                return copied_leaf.clone()  # a clone: tensors that are not leaves may be written in place
         return copy.deepcopy(leaf)
 
     copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
@@ -139,12 +137,12 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
 
 
 class Call(NamedTuple):
-    """A call in canonical shape.
+    """A call in canonical form.
 
     Args:
-        args, kwargs: as `bind` returns them.
-        leaves: of the arguments, in the order of a graph's placeholders.
-        key: equal for two calls which one graph can serve, as far as inputs go; None while torch.fx traces the call.
+        args, kwargs: as returned by `bind`.
+        leaves: the leaves of the arguments, in the order of a graph's placeholders.
+        key: equal for calls whose inputs one graph can serve. None while torch.fx traces the call.
     """
 
     args: tuple[Any, ...]
@@ -154,11 +152,11 @@ class Call(NamedTuple):
 
 
 class Calls:
-    """Brings the calls of a model into canonical shape; how is found once for each way to pass arguments.
+    """Brings the calls of a model into canonical form. The order is cached for each way of passing arguments.
 
     Args:
         signature: of the model's forward.
-        alike: whether one graph serves all calls, whatever their inputs.
+        alike: whether one graph serves all calls, independent of their inputs.
     """
 
     def __init__(self, signature: inspect.Signature, alike: bool = False) -> None:
@@ -166,7 +164,7 @@ class Calls:
         self._orders: dict[Hashable, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Return a call in canonical shape, with its leaves and its key.
+        """Return a call in canonical form.
 
         Raises:
             TypeError: the signature does not take these arguments.
@@ -193,7 +191,7 @@ class Calls:
     def _order(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Any]
     ) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
-        """Return which argument comes where, by numbers in the order in which they were given."""
+        """Return the canonical order as indices into the given arguments."""
         names = dict(zip(kwargs, range(len(args), len(given)), strict=True))
         bound = _without_nones(self.signature, self.signature.bind(*range(len(args)), **names), given)
         return bound.args, tuple(bound.kwargs.items())
@@ -201,7 +199,7 @@ class Calls:
 
 _is_none = functools.partial(operator.is_, None)
 _LEAVES = {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}
-"""Types that are leaves wherever they stand."""
+"""Types that are always leaves."""
 
 
 def _leaf(leaf: Any) -> Hashable:
@@ -211,7 +209,7 @@ def _leaf(leaf: Any) -> Hashable:
 
 
 def _autocast(flat: list[Any]) -> Hashable:
-    """Return the kinds of devices on which autocast is on, with its dtypes."""
+    """Return the device types with autocast enabled, and its dtypes."""
     kinds: set[str] = set()
     for leaf in flat:
         if isinstance(leaf, torch.Tensor):

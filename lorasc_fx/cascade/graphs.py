@@ -1,4 +1,4 @@
-"""The graphs of a cascade, one for each kind of call: captured when a call first needs one."""
+"""The graphs of a cascade, one per kind of call, captured at the first such call."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Graphs:
-    """Finds the graph of a call, or makes it.
+    """Finds or captures the graph of a call.
 
     Args:
-        run: whose model and branches the graphs read.
+        run: the run whose model and branches the graphs read.
         compiler: makes graphs.
-        decided: what the cascade is made of; its graph, if there is one, is the first.
+        decided: plan, branches and, if there is one, the first graph.
         example: the inputs of that graph.
     """
 
@@ -42,14 +42,14 @@ class Graphs:
         self.variants = Variants()
         self.frontend = ""
         self.refused_frontends: tuple[tuple[str, str], ...] = ()
-        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the model's modules run
-        self.origin = ""  # of the checkpoint whose plan the first graph has to fit
-        self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # to run the model itself
+        self.origin = ""  # path of the checkpoint whose plan the first graph must fit
+        self._split: Callable[[Variant], Variant] | None = None  # splits each graph for shards
         if isinstance(decided, Made) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
     def variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> tuple[Variant, Call]:
-        """Return the graph for these arguments, and the call. `name` is the method's, for messages."""
+        """Return the graph for these arguments, and the call. `name` is for messages."""
         self.run.check_alive(name)
         self.run.replicas.check(self.run.trainable)
         call = self.compiler.calls.bind(tuple(args), kwargs)
@@ -58,9 +58,7 @@ class Graphs:
     def split_by(
         self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
     ) -> None:
-        """Replace each graph by what `split` makes of it, also those that are still to come. Modules of the model run
-        inside `gathered`.
-        """
+        """Replace each graph, now and later, by the result of `split`. Modules of the model run inside `gathered`."""
         undo(self.variants.restorer())
         undo(partial(vars(self).update, _split=self._split, gathered=self.gathered))
         self.variants.exchange(split)
@@ -72,7 +70,7 @@ class Graphs:
         return self._split is not None
 
     def drop(self, undo: Undo) -> None:
-        """Detach and drop all graphs; the next call makes new ones."""
+        """Detach and drop all graphs. The next call captures new ones."""
         undo(partial(setattr, self, "variants", self.variants))
         self.variants.detach()
         self.variants = Variants()
@@ -82,7 +80,7 @@ class Graphs:
         first = self.variants.oldest
         if first is None:
             raise StateError(
-                "draw: there is no graph yet, or none since the cascade was moved or copied; call it once",
+                "draw: there is no graph yet, or none since the cascade was moved or copied. Call it once",
                 code="not-available",
             )
         return self.compiler.draw(first, self.run.plan, file, sites, radius)
@@ -90,13 +88,14 @@ class Graphs:
     def fold(
         self, variant: Variant, call: Call, values: Mapping[str, torch.Tensor] | None
     ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the captured graph of a call without branches, and the smallest size of each axis that does not take
-        all sizes. `values` are its own constants; None to read the live model.
+        """Return the captured graph of a call without branches, and the smallest sizes of axes that have one.
+
+        `values` become constants of the graph. None to read the live model.
         """
         return self.compiler.fold(variant, self.run.model, self.run.plan.stage, values, call.args, call.kwargs)
 
     def capture(self, call: Call) -> Variant:
-        """Make the graph of a call; another thread may have made it meanwhile."""
+        """Return the graph of a call, which another thread may have captured meanwhile."""
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
         with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):  # tracers work on the whole process
             while (variant := self.variants.find(call) or self._make(call)) is None:
@@ -104,7 +103,7 @@ class Graphs:
             return variant
 
     def _make(self, call: Call) -> Variant | None:
-        """Capture, then take over what came of it; None if another thread has started another stage meanwhile."""
+        """Capture a graph and add it. None if another thread has started another stage meanwhile."""
         run, wide, begun = self.run, self.variants.known(call), time.monotonic()
         plan = run.plan
         try:
@@ -128,7 +127,7 @@ class Graphs:
             if late:
                 raise StateError(
                     f"forward: this call adapts {named(late)}, which no graph had used when the weights were sharded, "
-                    "and whose branches are on no rank: call the cascade once so before shard, or exclude the weight",
+                    "so their branches are on no rank. Make such a call before shard, or exclude the weight",
                     code="sharded",
                 )
             made = replace(made, variant=self._split(made.variant))
@@ -143,13 +142,13 @@ class Graphs:
             return made.variant
 
     def _does_not_fit(self, disagreements: list[str]) -> CheckpointError:
-        """Return the error of a first graph that does not follow the plan that was loaded."""
+        """Return the error for a first graph that does not fit the loaded plan."""
         where = f"{self.origin}: " if self.origin else ""
         sentences = "\n  ".join(dict.fromkeys(disagreements))
         return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="sites-differ")
 
     def _add(self, call: Call, made: Made) -> None:
-        """Keep a graph; the first one that the cascade has had says which front end took the model."""
+        """Add a graph. The first one determines `frontend`."""
         self.variants.add(call, made.variant, self.run.branches.training)
         if made.variant.attach is not None:
             made.variant.attach(self.run)
@@ -160,5 +159,5 @@ class Graphs:
 
 
 def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an input, without the autograd graph that it is a part of."""
+    """Return an input without its autograd graph."""
     return tensor if tensor.is_leaf else tensor.detach().requires_grad_()

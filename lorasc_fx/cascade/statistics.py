@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, estimated anew for the weights that are in place."""
+"""Estimates the running statistics of batch norms for the weights in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch norms of a model that keep running statistics.
+    """Return the batch norms of a model with running statistics.
 
     Raises:
         StateError: there is none.
@@ -25,7 +25,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     norms = [module for module in modules if module.running_mean is not None]
     if not norms:
         raise StateError(
-            "recalibrate: the model has no batch norm with running statistics, so there is nothing to do",
+            "recalibrate: the model has no batch norm with running statistics",
             code="not-available",
         )
     return norms
@@ -38,14 +38,14 @@ def estimate(
     call: Callable[[Any, Any], Any] | None,
     running: AbstractContextManager[Any],
 ) -> None:
-    """Give batch norms the mean statistics over all batches; whatever raises, they are as they were.
+    """Set batch norms to the mean statistics over all batches. If anything raises, they stay as they were.
 
     Args:
-        cascade: is called on each batch, in train mode.
-        norms: of its model.
-        batches: of inputs.
-        call: runs the cascade on a batch; by default as torch.optim.swa_utils.update_bn does.
-        running: in which the cascade runs the model itself.
+        cascade: called on each batch, in train mode.
+        norms: the batch norms of its model.
+        batches: inputs.
+        call: runs the cascade on a batch, by default like torch.optim.swa_utils.update_bn.
+        running: a context manager in which the model itself can run.
     """
     before = [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
@@ -62,16 +62,14 @@ def estimate(
             (call or _call_on_first)(cascade, batch)
             count += 1
         if not count:
-            raise StateError(
-                "recalibrate: there is no batch to estimate statistics from; give one or more", code="invalid-data"
-            )
+            raise StateError("recalibrate: there is no batch. Give one or more", code="invalid-data")
 
 
 @isolated
 def _averaging(undo: Block, cascade: Any, norms: list[_BatchNorm]) -> None:
-    """Let the norms take the mean over all batches, in train mode."""
+    """Let the norms compute the mean over all batches, in train mode."""
     undo(partial(setattr, cascade, "_eager", cascade._eager))
-    cascade._eager = True  # on shards, too, the model itself runs
+    cascade._eager = True  # run the model itself, also if the weights are sharded
     for module in cascade.modules():
         undo(partial(setattr, module, "training", module.training))
     for norm in norms:
@@ -81,7 +79,7 @@ def _averaging(undo: Block, cascade: Any, norms: list[_BatchNorm]) -> None:
 
 
 def _call_on_first(cascade: Any, batch: Any) -> Any:
-    """Run the cascade on a batch as torch's update_bn does: of a tuple or list on its first entry."""
+    """Run the cascade on a batch like torch's update_bn: on the first entry of a tuple or list."""
     if isinstance(batch, Mapping):
         return cascade(**batch)
     return cascade(batch[0] if isinstance(batch, (list, tuple)) else batch)

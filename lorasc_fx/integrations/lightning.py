@@ -1,4 +1,4 @@
-"""A cascade in Lightning's Trainer: held by a LightningModule, or made of one."""
+"""A callback for Lightning's Trainer, whose LightningModule holds a cascade, or was adapted itself."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lorasc_fx.util.extras import module_of
 
 try:
     pytorch = module_of("loops", "lightning.pytorch")
-except MissingExtra as fault:  # the extra has lightning-fabric alone
+except MissingExtra as fault:  # the extra has only lightning-fabric
     raise MissingExtra("this needs the package 'lightning', which is not installed: pip install lightning") from fault
 
 __all__ = ["CascadeCallback", "as_module"]
 
 
 class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-defined]
-    """Makes the transitions of a cascade in a LightningModule, after the optimizer's step, before validation and save.
+    """Runs the transitions of a cascade in a LightningModule, after the optimizer's step, before validation and save.
 
     `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction see the slow weights.
-    Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` goes on from them. A stage that the
-    end of the training cuts short is folded. The logger gets `stage`, that of the batch, and `transition`, 1 for the
-    first batch of a stage.
+    Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` resumes from them. A stage that is
+    running at the end of the training is folded. The logger gets `stage`, that of the batch, and `transition`, 1 for
+    the first batch of a stage.
 
     Args:
-        cascade: that the LightningModule holds.
-        epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
-        steps: a stage ends with every so many optimizer steps.
-        evaluate: what validations, tests and predictions see: the `slow` weights, the `fast` ones, or the cascade as it
-            is `trained` at this moment, noise included.
+        cascade: the cascade in the LightningModule.
+        epochs: epochs per stage. The default is 1, as in the paper, unless `steps` is given.
+        steps: optimizer steps per stage.
+        evaluate: the weights for validation, test and prediction: `slow`, `fast`, or `trained` (the cascade as it is
+            now, including noise).
 
     Raises:
-        SpecError: two ways of ending stages, a count below 1, or several optimizers.
-        StateError: the LightningModule does not hold the cascade, or the optimizer not the branches.
+        SpecError: two ways to end stages, a count below 1, or several optimizers.
+        StateError: the LightningModule does not hold the cascade, or the optimizer does not hold the branches.
     """
 
     def __init__(
@@ -49,16 +49,18 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         evaluate: Evaluated = "slow",
     ) -> None:
         if not isinstance(evaluate, str):
-            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; Lightning validates once, give slow or fast")
+            raise SpecError(
+                f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give slow, fast or trained"
+            )
         super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
         self._done, self._stage = 0, cascade.stage
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the training can go as it was asked for."""
+        """Check that the training can run as configured."""
         if self.cascade not in pl_module.modules():
             raise StateError(
-                f"CascadeCallback: {type(pl_module).__name__} does not hold the cascade that the callback was given; "
-                "make it an attribute of the LightningModule, or fit lorasc_fx.integrations.lightning.as_module",
+                f"CascadeCallback: {type(pl_module).__name__} does not hold the cascade of the callback. Make it an "
+                "attribute of the LightningModule, or fit lorasc_fx.integrations.lightning.as_module(cascade)",
                 code="trainer-not-supported",
             )
         run, optimizer = self.cascade._run, self._optimizer(trainer)
@@ -67,7 +69,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         self._done, self._stage = trainer.global_step, self.cascade.stage
 
     def on_train_batch_end(self, trainer: Any, *about: Any) -> None:
-        """End a stage by its count of steps or epochs."""
+        """End a stage after its steps or epochs."""
         stage = self.cascade.stage
         self.log_dict({"stage": float(stage), "transition": float(stage - self._stage)})
         self._stage = stage
@@ -83,12 +85,12 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             self._end_last(self._optimizer(trainer))
 
     def _begin(self, *about: Any) -> None:
-        """Put the weights in place that an evaluation is to see."""
+        """Put the weights for an evaluation in place."""
         if self._passes[0] != "trained" and self.cascade._run.placed is None:
             self._put(self._passes[0])
 
     def _end(self, *about: Any) -> None:
-        """Put the weights of the training back."""
+        """Restore the weights of the training."""
         self._put(None)
 
     on_validation_start = on_test_start = on_predict_start = _begin
@@ -97,7 +99,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     def _optimizer(self, trainer: Any) -> Any:
         if len(trainer.optimizers) != 1:
             raise SpecError(
-                f"CascadeCallback: the LightningModule has {len(trainer.optimizers)} optimizers; give it one, which "
+                f"CascadeCallback: the LightningModule has {len(trainer.optimizers)} optimizers. Give it one that "
                 "holds the branches: torch.optim.AdamW(cascade.param_groups(lr=...))",
                 code="conflicting-options",
             )
@@ -105,20 +107,20 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
 
 def as_module(cascade: Cascade) -> Any:
-    """Return a LightningModule with the methods and attributes of the one that was adapted, whose `self(...)` is a call
-    of the cascade, and whose parameters are the cascade's.
+    """Return a LightningModule whose `self(...)` calls the cascade and whose parameters are those of the cascade.
 
-    Modules that the steps call by name (`self.net(x)`) compute without branches: adapt such a module in its place.
+    It has the methods and attributes of the LightningModule that was adapted. Modules that its steps call by name
+    (`self.net(x)`) compute without branches: adapt such a module instead.
 
     Args:
-        cascade: `lorasc_fx.adapt(module, ...)`, of a LightningModule.
+        cascade: `lorasc_fx.adapt(module, ...)` of a LightningModule.
 
     Raises:
-        SpecError: it was made of another model.
+        SpecError: the cascade was made from another kind of model.
     """
     model = cascade.model
     if not isinstance(model, pytorch.LightningModule):
-        raise SpecError(f"as_module: this is a cascade of {type(model).__name__}; give one of a LightningModule")
+        raise SpecError(f"as_module: this is a cascade of {type(model).__name__}. Give one of a LightningModule")
     kind: Any = type(model)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

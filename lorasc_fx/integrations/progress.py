@@ -1,4 +1,4 @@
-"""Progress of a training loop: a bar on a terminal, plain lines elsewhere; metrics in a folder, and for TensorBoard."""
+"""Progress of a training loop: a bar on a terminal or plain lines, and metrics in a folder, also for TensorBoard."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Tracker:
-    """Counts the steps of a loop, and shows and keeps their numbers; `track` makes it."""
+    """Counts the steps of a loop, and shows and stores their metrics. Made by `track`."""
 
     def __init__(self, reporter: Reporter, metrics: Metrics | None, every: int, done: int) -> None:
         self._reporter, self._metrics, self._every = reporter, metrics, every
         self.done = done
 
     def step(self, stage: Stage, loss: float, **more: float) -> None:
-        """One more step is done.
+        """Report a finished step.
 
         Args:
-            stage: that `cascade.stages` has given.
+            stage: the stage from `cascade.stages`.
             loss: of this step.
-            more: other numbers for the folder, such as `lr`.
+            more: further metrics for the folder, such as `lr`.
         """
         self.done += 1
         self._reporter.step(self.done, f"stage {stage.index}/{stage.count}", loss)
@@ -54,7 +54,7 @@ class Tracker:
             self._metrics.log(step=self.done, stage=stage.index, loss=loss, **more)
 
     def log(self, **entry: Any) -> None:
-        """Keep other numbers of this step in the folder: a validation."""
+        """Store other metrics of this step in the folder, for example of a validation."""
         if self._metrics is not None:
             self._metrics.log(step=self.done, **entry)
 
@@ -72,14 +72,14 @@ def track(
     every: int = 1,
     done: int = 0,
 ) -> Iterator[Tracker]:
-    """Show the stage, step, loss, steps a second and time left of a loop: a bar on a terminal, lines elsewhere.
+    """Show stage, step, loss, steps per second and remaining time of a loop, by a bar on a terminal or by lines.
 
     Args:
-        steps: of the whole training.
-        title: stands before the bar.
-        folder: gets `metrics.jsonl`, and `tensorboard/` if that package is installed; nothing is kept without one.
-        every: so many steps make one line of the metrics.
-        done: steps that a run that goes on has done before.
+        steps: number of steps of the whole training.
+        title: text before the bar.
+        folder: gets `metrics.jsonl`, and `tensorboard/` if that package is installed. None to store nothing.
+        every: number of steps per line of the metrics.
+        done: number of finished steps of a run that is resumed.
 
     Raises:
         SpecError: `steps` or `every` is less than 1.
@@ -96,17 +96,17 @@ def track(
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
-    """Add one line to a file of metrics; JSON has no inf and no nan, and they become null."""
+    """Add one line to a file of metrics. inf and nan become null, because JSON has neither."""
     infinite = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
     plain = {name: None if name in infinite else value for name, value in entry.items()}
     append_text(path, json.dumps(plain) + "\n", StateError)
 
 
 class Metrics:
-    """Writes `metrics.jsonl` into a folder, and `tensorboard/` beside it if the package tensorboard is installed.
+    """Writes `metrics.jsonl` into a folder, and `tensorboard/` next to it if that package is installed.
 
     Args:
-        folder: is made if it is not there; lines are added to those of a run that goes on.
+        folder: created if it does not exist. Lines are added to those of a run that is resumed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,9 +115,9 @@ class Metrics:
         self._writer: Any = None
 
     def log(self, **entry: Any) -> None:
-        """Add one line. Its numbers are scalars by their names, at `step`, or at the last one that was given.
+        """Add one line. Its numbers become scalars for TensorBoard, at `step` or at the last given step.
 
-        A line with the loss of a stage has `transition` as well: the stages that have ended since the line before.
+        A line with the loss of a stage also gets `transition`, the number of stages that have ended since the last one.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         if "loss" in entry and "stage" in entry:
@@ -135,13 +135,13 @@ class Metrics:
                 self._writer.add_scalar(name, value, self._step)
 
     def close(self) -> None:
-        """Write what TensorBoard's files still lack."""
+        """Flush and close TensorBoard's files."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def _last_stage(self) -> int | None:
-        """Return the stage of the last such line of a run that goes on."""
+        """Return the stage in the last line with a loss, of a run that is resumed."""
         path = self._folder / FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         stages = (json.loads(line).get("stage") for line in reversed(lines) if '"loss"' in line)
@@ -149,7 +149,7 @@ class Metrics:
 
 
 class Reporter:
-    """Shows what is done of a task: by a bar, or without one by a line every few seconds."""
+    """Shows the progress of a task by a bar, or without a bar by a line every few seconds."""
 
     def __init__(self, bar: Progress | None = None) -> None:
         self._bar = bar
@@ -158,7 +158,7 @@ class Reporter:
         self._started = self._last = 0.0
 
     def begin(self, title: str, steps: int | None = None, done: int = 0) -> None:
-        """Start a task of `steps` steps, of which `done` are done already; without steps, one of bytes."""
+        """Start a task of `steps` steps, of which `done` are finished. Without steps it counts bytes."""
         self._title, self._steps, self._first = title, steps or 0, done
         self._started = self._last = time.monotonic()
         if self._bar is not None:
@@ -169,14 +169,14 @@ class Reporter:
             self.say(f"{title}: {steps - done} steps")
 
     def step(self, done: int, stage: str, loss: float) -> None:
-        """Show the number of steps that are done, the running stage and the last loss."""
+        """Show the number of finished steps, the running stage and the last loss."""
         now = time.monotonic()
         rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
         text = f"step {done}/{self._steps} {stage} loss {loss:.3f}, {rate:.1f} steps/s"
         self._show(now, done, self._steps, text)
 
     def copied(self, done: int, total: int) -> None:
-        """Show the number of bytes that are done, of all."""
+        """Show the number of finished bytes."""
         self._show(time.monotonic(), done, total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     def _show(self, now: float, done: int, total: int, text: str) -> None:
@@ -201,13 +201,13 @@ def console() -> Console:
     """Return rich's console on standard output."""
     from rich.console import Console
 
-    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich would take a file for 80 columns
-    return Console(highlight=False, markup=False, emoji=False, width=fixed)  # names are shown as they are
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich would use 80 columns for a file
+    return Console(highlight=False, markup=False, emoji=False, width=fixed)  # no markup: names are shown unchanged
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[Reporter]:
-    """Return a reporter on standard output: with a bar on a terminal."""
+    """Yield a reporter on standard output, with a bar on a terminal."""
     screen = console()
     if not screen.is_terminal:
         yield Reporter()
@@ -215,7 +215,7 @@ def reporting() -> Iterator[Reporter]:
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
 
-    title = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path leaves the bar its place
+    title = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path must not push the bar away
     columns = (
         TextColumn("{task.description}", markup=False, table_column=title),
         BarColumn(bar_width=24),

@@ -1,4 +1,4 @@
-"""What the callbacks of trainers have in common: when a stage ends, and which weights an evaluation sees."""
+"""Common part of the callbacks for trainers: when a stage ends, and which weights are evaluated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Evaluated = Literal["slow", "fast", "trained"]
 
 
 class StageEnds:
-    """A cascade in a trainer, the rule by which its stages end, and the weights that are in place meanwhile."""
+    """The cascade of a trainer, the rule that ends its stages, and the weights that the callback has put in place."""
 
     def __init__(
         self,
@@ -35,15 +35,15 @@ class StageEnds:
         chosen = [name for name, value in rules.items() if value is not None]
         if len(chosen) > 1:
             raise SpecError(
-                f"CascadeCallback: {' and '.join(chosen)} both say when a stage ends; give one of them",
+                f"CascadeCallback: {' and '.join(chosen)} both say when a stage ends. Give only one",
                 code="conflicting-options",
             )
         for name, count in (("epochs", epochs), ("steps", steps)):
             if count is not None and (not is_integer(count, 1)):
-                raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
+                raise SpecError(f"CascadeCallback: {name} is {count!r}. Give a whole number of 1 or more")
         passes = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
         if not passes or len({*passes}) < len(passes) or not {*passes} <= {*get_args(Evaluated)}:
-            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
+            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}. Give one of {', '.join(get_args(Evaluated))}")
         cascade._run.check_alive("CascadeCallback")
         self.cascade, self.evaluate, self._passes = cascade, evaluate, passes
         self.epochs, self.steps = epochs if chosen else 1, steps
@@ -51,13 +51,13 @@ class StageEnds:
         self._which: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in passes:
-            cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
+            cascade._run.warned.accept("evaluated-with-noise")  # the user asks for noise
 
     @contextlib.contextmanager
     def _placing(self, which: str) -> Iterator[None]:
-        """Put weights in place for a `with`; those that this callback has put there before are back at its end."""
+        """Put weights in place for a `with`. At its end, those that this callback had put in place before are back."""
         before, users = self._which, self._which is None and self.cascade._run.placed is not None
-        if which == "trained" or (users and which in get_args(Evaluated)):  # the user's own `weights(...)` stands
+        if which == "trained" or (users and which in get_args(Evaluated)):  # keep the user's own `weights(...)`
             yield
             return
         self._put(which)
@@ -76,5 +76,5 @@ class StageEnds:
             self._placed, self._which = placed, which
 
     def _end_last(self, optimizer: torch.optim.Optimizer) -> None:
-        """Fold the stage that the end of the training has cut short."""
+        """Fold the stage that is running at the end of the training."""
         transition.next_stage(self.cascade._run, optimizer, idle=True)

@@ -59,8 +59,9 @@ class Check(NamedTuple):
 
 
 class Conflict(NamedTuple):
-    """Valid values of several fields (`noise.keep` is a field of a field) that have no meaning together: whether they
-    are in conflict, why, and what to give instead.
+    """Valid values of several fields that cannot be combined: a condition, the reason, and what to give instead.
+
+    A field of a field is written as `noise.keep`.
     """
 
     fields: tuple[str, ...]
@@ -76,7 +77,7 @@ def choice(names: Iterable[str]) -> Check:
 
 
 def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
-    """Return a value as this type has it: a table becomes a dataclass, a list becomes a tuple.
+    """Convert a value to this type: a table becomes a dataclass, a list becomes a tuple.
 
     Raises:
         SpecError: the value, or one inside it, is of another type or out of range.
@@ -103,7 +104,7 @@ def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
 
 
 def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None:
-    """Check the fields of a frozen dataclass in its `__post_init__`; lists and tables in them are decoded.
+    """Check the fields of a frozen dataclass in its `__post_init__`, and decode lists and tables in them.
 
     Raises:
         SpecError: a field is of another type or out of range, or fields are in conflict.
@@ -123,7 +124,7 @@ def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None
 
 
 def check_names(cls: Any, given: Iterable[Any], path: FieldPath) -> None:
-    """Refuse names that are no fields of a class, all in one error; `cls.OTHER_NAMES` are those of other libraries."""
+    """Refuse names that are not fields of a class, in one error. `cls.OTHER_NAMES` maps names of other libraries."""
     known, others = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
     if unknown := [name for name in given if name not in known][:20]:
         told = [
@@ -138,7 +139,7 @@ def check_names(cls: Any, given: Iterable[Any], path: FieldPath) -> None:
 
 
 def checks_names(cls: type[T]) -> type[T]:
-    """Let a dataclass answer an unknown argument with the error of `check_names` in place of a TypeError."""
+    """Make a dataclass raise the error of `check_names` for an unknown argument instead of a TypeError."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
@@ -160,7 +161,7 @@ def path_text(path: FieldPath) -> str:
 
 
 def _split(hint: Any) -> tuple[Any, list[Check]]:
-    """Return a type without its conditions, and the conditions."""
+    """Split an annotation into its type and its conditions."""
     if get_origin(hint) is Literal:
         return str, [choice(get_args(hint))]
     if get_origin(hint) is NotRequired:
@@ -170,7 +171,7 @@ def _split(hint: Any) -> tuple[Any, list[Check]]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of the kind that a type asks for; what is inside it is not looked at."""
+    """Whether a value has this type, without looking at what is inside it."""
     kind, _ = _split(hint)
     if get_origin(kind) in _UNIONS:
         return any(_fits(part, value) for part in get_args(kind))
@@ -220,7 +221,7 @@ def _required(cls: Any) -> Iterable[str]:
 
 
 def _remedy(hint: Any) -> str:
-    """Return what to give for a type."""
+    """Return the remedy for a value of the wrong type."""
     kind, checks = _split(hint)
     if checks and get_origin(kind) not in (tuple, list):
         return checks[0].remedy
@@ -236,7 +237,7 @@ def _wrong(path: FieldPath, value: Any, check: Check) -> SpecError:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message: without control characters, and no longer than a line."""
+    """Format a value for a message, without control characters and within a line."""
     if isinstance(value, (str, tuple, list, dict)) and not value:
         return "empty"
     text = repr(value)

@@ -1,8 +1,7 @@
-"""Files and folders that appear whole or not at all, written by one process at a time.
+"""Atomic writes of files and folders, by one process at a time.
 
-What is written lies under a temporary name beside its place, is synced, and is then renamed. A lock file says who
-writes: host, process and time. The system releases the lock when its owner dies, and so the next writer deletes what a
-killed one left.
+New data gets a temporary name next to its target, is synced, and is then renamed. A lock file names the writer: host,
+process and time. The system releases the lock when its owner dies, and the next writer deletes what is left.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lorasc_fx.util.undo import Block, isolated
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file or folder on its disk."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -82,20 +81,20 @@ def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
 
 def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
     return kind(
-        f"{path}: is a link, a folder, a pipe or a device, and lorasc-fx writes a plain file of this name; nothing was "
-        "written. Delete it, or give another place",
+        f"{path}: is a link, a folder, a pipe or a device, but a plain file is to be written here; nothing was "
+        "written. Delete it, or give another path",
         code="unreadable-file",
     )
 
 
 def append_text(path: Path, text: str, kind: type[LorascError]) -> None:
-    """Append text to a file; raises as `open_plain` does."""
+    """Append text to a file. Raises like `open_plain`."""
     with os.fdopen(open_plain(path, os.O_WRONLY | os.O_APPEND, kind), "a", encoding="utf-8") as file:
         file.write(text)
 
 
 def make_folder(root: Path) -> None:
-    """Make a folder, and sync those that hold the new entries: its own, and those of parents that were missing too."""
+    """Make a folder and its missing parents, and sync all folders that get a new entry."""
     new = [made for made in (root, *root.parents) if not made.exists()]
     root.mkdir(parents=True, exist_ok=True)
     for made in reversed(new):
@@ -104,20 +103,20 @@ def make_folder(root: Path) -> None:
 
 @isolated
 def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
-    """Keep other writers out of a place while a block runs, and return whether the file system locks files.
+    """Keep other writers out while a block runs. Returns whether the file system supports locks.
 
-    The lock of the system decides: it is free as soon as its owner is dead. Where a file system has no locks, what the
-    file says decides: an owner on this host that is dead is taken over, and one on another host is not.
+    The system's lock is free as soon as its owner is dead. On a file system without locks the content of the lock file
+    decides: a dead owner on this host is replaced, an owner on another host is not.
 
     Args:
-        file: the lock file, which is there while somebody writes.
-        target: that is written, for messages.
-        kind: of the error.
+        file: the lock file, which exists while somebody writes.
+        target: the path that is written, for messages.
+        kind: class of the error.
 
     Raises:
-        kind: somebody else writes there (the message names process, host and time), or the lock file is not a plain
+        kind: another process writes there (the message names process, host and time), or the lock file is not a plain
             file.
-        OSError: the file cannot be made.
+        OSError: the lock file cannot be made.
     """
     while True:
         handle = open_plain(file, os.O_RDWR, kind)
@@ -130,24 +129,24 @@ def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = 
             except OSError:
                 locked = False
             if not locked and not _dead(owner):
-                raise _occupied(target, owner, f"; if that process is gone, delete {file}", kind)
+                raise _occupied(target, owner, f". If that process has ended, delete {file}", kind)
             if _names(file, handle):
                 break
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # of a file that its owner deleted meanwhile
+        os.close(handle)  # its owner has deleted the file meanwhile
     undo(partial(os.close, handle))
     undo(partial(file.unlink, missing_ok=True))
     now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
-    with contextlib.suppress(OSError):  # a full disk: what comes next says so
+    with contextlib.suppress(OSError):  # the disk is full: the next write raises
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode(), 0)
     return locked
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    """Return the owner that a lock file names: host, process and since when; an empty table if it is unreadable."""
+    """Return the owner in a lock file: host, process and since when. {} if it is unreadable."""
     try:
         owner = parse_json(os.pread(handle, 4096, 0))
     except ValueError:
@@ -158,7 +157,7 @@ def _owner(handle: int) -> dict[str, Any]:
 
 
 def _dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock file is known to be gone, or there is none."""
+    """Whether the owner of a lock file is known to be dead, or there is none."""
     if owner and owner["host"] != platform.node():
         return False
     try:
@@ -174,14 +173,13 @@ def _dead(owner: dict[str, Any]) -> bool:
 def _occupied(target: Path, owner: dict[str, Any], more: str, kind: type[LorascError]) -> LorascError:
     who = f"process {owner['process']} on host {owner['host']}, since {owner['since']}," if owner else "another process"
     return kind(
-        f"{target}: {who} is writing there; give each run a place of its own, and write from one process of a run"
-        f"{more}",
+        f"{target}: {who} is writing there. Give each run its own path, and write from one process of a run{more}",
         code="concurrent-save",
     )
 
 
 def _names(file: Path, handle: int) -> bool:
-    """Whether a path still names the file that is open."""
+    """Whether a path still refers to the open file."""
     try:
         return os.path.samestat(file.lstat(), os.fstat(handle))
     except FileNotFoundError:
@@ -190,11 +188,10 @@ def _names(file: Path, handle: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Yield the path of a file or folder to write, which takes the place of `out` when the block ends; if it raises,
-    what was there stays.
+    """Yield a temporary path to write, which replaces `out` at the end of the block. If the block raises, `out` stays.
 
     Raises:
-        ExportError: it cannot be written, or somebody else writes there at this moment.
+        ExportError: it cannot be written, or another process is writing there.
     """
     target = Path(os.path.realpath(out)) if out.is_dir() else out
     number = uuid.uuid4().hex
@@ -229,7 +226,7 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _clear(target: Path) -> None:
-    """Delete what killed writers left beside a place; a folder that one had moved away is put back."""
+    """Delete what killed writers have left. A folder that one had moved away is moved back."""
     for path in target.parent.iterdir():
         if path.name.startswith(f".{target.name}.leaving-") and not target.exists():
             path.rename(target)
