@@ -19,7 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
-from tests.kit.models import TwoLayers, assert_merged, batches, branches, loss_of, merged, optimizer_of, randomize
+from tests.kit.models import (
+    Breaking,
+    TwoLayers,
+    assert_merged,
+    batches,
+    branches,
+    loss_of,
+    merged,
+    optimizer_of,
+    randomize,
+)
 from tests.kit.seams import lower
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -519,3 +529,14 @@ def test_discovery_leaves_no_trace(name: str) -> None:
         assert torch.equal(own, theirs)
     for own, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         assert torch.equal(own, theirs)
+
+
+def test_beside_fabric() -> None:
+    """Its import wraps torch.compile, whose keywords it copies onto the model; ours are no affair of a model."""
+    fabric = pytest.importorskip("lightning_fabric")
+    assert hasattr(torch.compile, "__wrapped__"), fabric
+    model = Breaking(4)
+    cascade = lx.adapt(model, args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
+    assert cascade.frontend == "graph-breaks"
+    assert "_compile_kwargs" not in vars(model)
+    assert torch.equal(cascade(-torch.ones(2, 4)), model.linear(torch.ones(2, 4)))

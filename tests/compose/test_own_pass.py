@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import lorasc_fx as lx
 from examples import own_form, own_pass
 from lorasc_fx.graph import branch_nodes
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.passes import FoldBranches, Pipeline
 from tests.kit.errors import raises
 from tests.kit.state import weight_state
 from tests.passes.kit import branches_of, deltas, weights_of
@@ -25,15 +23,6 @@ def test_contributing_shows_the_example(name: str) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert f"```python\n{example}```\n" in page
-
-
-@pytest.mark.parametrize("name", ["own_form", "own_pass"])
-def test_the_part_itself_is_twenty_lines(name: str) -> None:
-    """From the first to the last line of what a user adds: without imports, docstring, and its use."""
-    example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
-    start = {"own_form": "@torch.library.custom_op", "own_pass": "@dataclass"}[name]
-    body = re.split(r"\n\nclass Fused|\n\ndef main", example[example.index(start) :])[0]
-    assert len([line for line in body.splitlines() if line.strip()]) <= 20
 
 
 def test_own_form() -> None:
@@ -74,11 +63,3 @@ def test_own_pass_is_one_as_ours_are() -> None:
         Pipeline.parse(text)
     with raises(lx.PassError, "requirement-not-met", "limit-norm requires branches-inserted"):
         limit(torch.fx.symbolic_trace(torch.nn.Linear(2, 3)))
-
-
-@pytest.mark.parametrize(
-    "order", [*itertools.permutations([MatchSites(), InsertBranches(), own_pass.LimitNorm(), FoldBranches()])]
-)
-def test_it_is_put_before_the_fold(order: tuple[object, ...]) -> None:
-    names = [each.name for each in Pipeline(order).ordered()]  # type: ignore[arg-type, union-attr]
-    assert names == ["match-sites", "insert-branches", "limit-norm", "fold-branches"]

@@ -1,4 +1,4 @@
-"""The examples run, and the demo's proof notices a difference."""
+"""The demo runs, and its proof notices a difference."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.data import short_name
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.slow
-def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
-    from examples.plain_loop import main
-
-    assert 0 <= main(steps=2, stages=2) <= 1
-    said = capsys.readouterr().out
-    assert "stage 2: loss" in said
-    assert "accuracy of the released model" in said
 
 
 def small(config: dict[str, dict[str, object]], folder: Path, **tables: dict[str, object]) -> Path:
