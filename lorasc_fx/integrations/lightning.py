@@ -50,7 +50,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     ) -> None:
         if not isinstance(evaluate, str):
             raise SpecError(
-                f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give slow, fast or trained"
+                f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give slow or fast"
             )
         super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
         self._done, self._stage = 0, cascade.stage
