@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import re
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -386,7 +387,10 @@ FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 
 def test_no_code_that_runs_files() -> None:
-    """No pickle, torch.load (but for one weights_only in the command line), eval or exec, in any source of ours."""
+    """No pickle, torch.load (but for one weights_only in the command line), eval or exec, in any source of ours.
+
+    What compares models writes a pickle, and reads none.
+    """
     root = Path(lx.__file__).parent
     found = []
     for path in [*root.rglob("*.py"), *(root.parent / "passes").rglob("*.py")]:
@@ -400,9 +404,14 @@ def test_no_code_that_runs_files() -> None:
                 found.append(where)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 found += [where] if node.func.id in ("eval", "exec", "compile", "__import__") else []
-    assert [where.partition(":")[0] for where in found] in ([], ["lorasc_fx/cli/weights.py"])
-    if found:
-        assert "weights_only=True" in (root / "cli" / "weights.py").read_text(encoding="utf-8")
+    allowed = {"lorasc_fx/cli/weights.py": "weights_only=True", "lorasc_fx/capture/reuse.py": "pickle.Pickler"}
+    places = [where.partition(":")[0] for where in found]
+    assert set(places) <= allowed.keys()
+    assert len(set(places)) == len(places)
+    for place in places:
+        source = (root.parent / place).read_text(encoding="utf-8")
+        assert allowed[place] in source
+        assert not re.search(r"Unpickler|pickle\.loads?\b", source)
 
 
 def test_saving_and_loading_import_by_no_name_from_a_file() -> None:
