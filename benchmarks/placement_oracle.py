@@ -17,8 +17,7 @@ from unittest import mock
 from torch import fx
 
 import lorasc_fx as lx
-from lorasc_fx.compile import fallback
-from lorasc_fx.passes import match_sites
+from lorasc_fx.graph import matching
 
 from .measure import Turn, alternate, ratio
 from .models import Work
@@ -37,7 +36,7 @@ def placed(placements: Mapping[str, str]) -> Iterator[None]:
     def placed(site: lx.Site, nodes: Sequence[fx.Node]) -> str:
         return placements[site.weight]
 
-    with mock.patch.object(match_sites, "by_shape", placed), mock.patch.object(fallback, "by_shape", placed):
+    with mock.patch.object(matching, "by_shape", placed):
         yield
 
 

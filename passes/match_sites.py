@@ -8,7 +8,6 @@ from typing import ClassVar
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.matching import match
-from lorasc_fx.graph.placement import by_shape
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 
@@ -44,7 +43,7 @@ class MatchSites(CascadePass):
                     code="spec-differs",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        matching = match(graph.module, record, self.spec, by_shape)
+        matching = match(graph.module, record, self.spec)
         if record.plan is not plan:
             sites = matching.plan.by_weight
             slow = replace(slow, states={weight: state for weight, state in slow.states.items() if weight in sites})

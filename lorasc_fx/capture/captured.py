@@ -170,12 +170,18 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         if isinstance(module, QuantizedLinear)
     }
     products_with_weights(graph, layers)
-    new._modules[OWNER] = model
-    new.training = model.training
-    live = graph_module_like(new, graph)
+    live = with_owner(new, graph, model)
+    live.graph.lint()
+    return live
+
+
+def with_owner(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
+    """Return a graph module with the tensors and modules of a holder, and the live model as its owner."""
+    holder._modules[OWNER] = model
+    holder.training = model.training
+    live = graph_module_like(holder, graph)
     live.meta = {}
     set_record(live, Record(owner=OWNER))
-    live.graph.lint()
     return live
 
 

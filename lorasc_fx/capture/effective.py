@@ -157,7 +157,7 @@ class EffectiveWeights:
             value: what the module holds: the parameter, or something that replaces it.
 
         Raises:
-            StateError: values are kept for a call, and those of the call that this backward belongs to are gone.
+            StateError: the kept values of the call that this backward belongs to are gone.
         """
         number = self._node_number() if value is self.parameters[name] else None
         if number is None:

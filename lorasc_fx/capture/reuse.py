@@ -2,9 +2,8 @@
 
 The key of a graph is everything that an export reads (`key_of`). Most of it is one pickle: the modules with their
 Python state, the inputs without their values, and the classes, functions and global variables behind them. The pickler
-writes a tensor by name, and a class or code object by its identity. If the model holds something that has no value to
-compare by (a hook, a tensor that is neither parameter nor buffer, an object of a foreign library), there is no key, and
-nothing is cached.
+writes a tensor by name, and a class or code object by its identity. A hook, a tensor that is neither parameter nor
+buffer, and an object of a foreign library cannot be compared by value. If the model holds one, nothing is cached.
 
 A cached graph holds no weights and no model. `capture` compares it with the new model, as it does with a new graph.
 """
@@ -32,8 +31,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+from lorasc_fx.capture.captured import OWNER, Conditions, with_owner
 from lorasc_fx.check.guards import HOOKS, OPAQUE, UNREAD, is_followed, package_of, slots_of
-from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
+from lorasc_fx.graph import copy_graph
 from lorasc_fx.signature import whole
 from lorasc_fx.util.accelerator import autocast_state
 from lorasc_fx.util.fingerprint import checksum
@@ -42,6 +42,8 @@ MAX_GRAPHS = 16
 """Graphs in the cache; the least recently used one is dropped first."""
 MAX_OBJECTS = 1 << 16
 """Objects that the key of a graph may depend on."""
+MAX_KEY = 1 << 24
+"""Bytes of a key."""
 MAX_BYTES = 1 << 20
 """Size of the constants of a cached graph."""
 
@@ -56,13 +58,13 @@ def key_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *options: Has
     """Return all that an export of a call depends on, or None if it cannot be compared.
 
     Args:
-        model: as it is now.
+        model: in its current state.
         args, kwargs: of the call; the values of tensors do not count.
         options: of the export.
     """
     try:
         return (*options, _Pickler(model).key(args, kwargs), _settings())
-    except (_NoKey, RecursionError):
+    except (_NoKey, RecursionError, pickle.PicklingError):
         return None
 
 
@@ -136,6 +138,8 @@ class _Pickler(pickle.Pickler):
                 values = list(_globals_of(function))
                 self.dump(values)
                 waiting += [other for _, value in values for other in _functions(value)]
+        if self._file.tell() > MAX_KEY:
+            raise _NoKey("much that is shared")
         identities = tuple([_Identity(value) for _, value in self._identities.values()])
         return (tensors, inputs, self._file.getvalue(), identities)
 
@@ -297,32 +301,23 @@ def _settings() -> Hashable:
 
 @dataclass(frozen=True)
 class CachedGraph:
-    """A graph that reads `model.*`, and what else an export returns.
+    """A graph that reads `model.*`.
 
     Args:
         graph: is copied for each model.
         constants: of the graph, by name. Each model's graph gets its own copies.
-        training: mode of the model.
-        guards, sizes: as in `Conditions`.
+        conditions: the calls that the graph is valid for.
     """
 
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
-    training: bool
-    guards: Callable[..., Any] | None
-    sizes: tuple[tuple[int | None, ...] | None, ...]
+    conditions: Conditions
 
-    def on(self, model: nn.Module, owner: str) -> fx.GraphModule:
-        """Return a graph module that reads this model, as its child `owner`."""
+    def on(self, model: nn.Module) -> fx.GraphModule:
+        """Return a graph module that reads this model."""
         holder = nn.Module()
-        for name, value in self.constants.items():
-            holder._buffers[name] = value.clone()
-        holder._modules[owner] = model
-        holder.training = self.training
-        live = graph_module_like(holder, copy_graph(self.graph))
-        live.meta = {}
-        set_record(live, Record(owner=owner))
-        return live
+        holder._buffers.update({name: value.clone() for name, value in self.constants.items()})
+        return with_owner(holder, copy_graph(self.graph), model)
 
 
 def _environment() -> Hashable:
@@ -339,18 +334,18 @@ def cached(key: Hashable | None) -> CachedGraph | None:
     return graph
 
 
-def store(key: Hashable | None, live: fx.GraphModule, owner: str, guards: Any, sizes: Any) -> None:
+def store(key: Hashable | None, live: fx.GraphModule, conditions: Conditions) -> None:
     """Cache a graph, unless it holds more than names and small constants."""
     constants = {
         name: value for name, value in (*live._parameters.items(), *live._buffers.items()) if value is not None
     }
     names = {str(node.target) for node in live.graph.nodes if node.op in ("get_attr", "call_module")}
-    foreign = any(name not in constants and not name.startswith(f"{owner}.") for name in names)
+    foreign = any(name not in constants and not name.startswith(f"{OWNER}.") for name in names)
     plain = all(type(value) is torch.Tensor and not value.requires_grad for value in constants.values())
     if key is None or foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:
         return
     copies = {name: value.detach().clone() for name, value in constants.items()}
-    _CACHE[key, _environment()] = CachedGraph(copy_graph(live.graph), copies, live.training, guards, sizes)
+    _CACHE[key, _environment()] = CachedGraph(copy_graph(live.graph), copies, conditions)
     while len(_CACHE) > MAX_GRAPHS:
         _CACHE.popitem(last=False)
 

@@ -56,8 +56,7 @@ def _export(
 ) -> Captured:
     key = key_of(model, args, kwargs, frontend.name, dynamic)
     if (graph := cached(key)) is not None:
-        conditions = Conditions(graph.guards, graph.sizes)
-        return Captured(graph.on(model, OWNER), frontend, conditions, drop_cached=forget)
+        return Captured(graph.on(model), frontend, graph.conditions, drop_cached=forget)
     root = _wrapped(model)
     with quiet(grad=torch.is_grad_enabled()):
         drawn = generator_states()
@@ -82,7 +81,7 @@ def _export(
         live.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes)
     if not quantized:
-        store(key, live, OWNER, conditions.guards, sizes)
+        store(key, live, conditions)
     return Captured(live, frontend, conditions)
 
 

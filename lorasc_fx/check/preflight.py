@@ -1,9 +1,9 @@
 """The preflight: run the eager model, observe what a tracer misses, and compare a graph with it.
 
 A tracer sees neither values nor gradients. It misses that the model refuses an input, that Python sets an attribute in
-each call, that a custom autograd.Function has its own backward, and perhaps a write to a buffer, a tensor hook, a
-branch on `requires_grad`, or the type of an output. So the model runs first, and each whole graph is compared with it,
-in outputs and gradients, before it is accepted.
+each call, and that a custom autograd.Function has its own backward. It may also miss a write to a buffer, a tensor
+hook, a branch on `requires_grad`, or the type of an output. So the model runs first, and each whole graph is compared
+with it, in outputs and gradients, before it is accepted.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Preflight:
 
     @property
     def obstacles(self) -> list[str]:
-        """Why no whole graph does what the model does."""
+        """Why a whole graph cannot replace the model."""
         obstacles = [
             f"{name} has a forward hook that returns nothing, and what it does besides, such as keeping outputs, no "
             "graph repeats"
@@ -109,7 +109,7 @@ class Preflight:
         return self.obstacles == [_RECOMPUTES]
 
     def check(self) -> None:
-        """Raise RuntimeError if no whole graph does what the model does."""
+        """Raise RuntimeError if a whole graph cannot replace the model."""
         if self.obstacles:
             raise RuntimeError(self.obstacles[0])
 
@@ -180,7 +180,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _draws(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], states: Sequence[Any]) -> bool:
-    """Whether the model draws from the generators of Python or numpy, of which it left these states under one seed."""
+    """Whether the model draws from the generators of Python or numpy. `states` are what a run under seed 0 left."""
     seed()
     moved = [index for index, state in enumerate(_generators()) if state != states[index]]
     if not moved:

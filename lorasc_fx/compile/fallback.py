@@ -24,7 +24,7 @@ from lorasc_fx.compile.variants import Growable, Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import Record, named_weights, record_of, set_record
 from lorasc_fx.graph.matching import survey
-from lorasc_fx.graph.placement import by_shape, placements_of
+from lorasc_fx.graph.placement import placements_of
 from lorasc_fx.graph.weights import BRANCHES
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
@@ -92,7 +92,7 @@ def make_fallback(
     """
     model, plan = fallback.model, decided.plan
     record = Record(owner=OWNER, plan=plan, refusals=decided.refusals)
-    matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs), by_shape)
+    matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs))
     if not matching.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
     scaled = next((site.weight for site in matching.plan.sites if "weight" not in site.options.method.placements), None)
@@ -218,7 +218,7 @@ class Growing:
             return
         plan = self.plan
         record = Record(owner=OWNER, plan=plan, refusals=self.decided.refusals)
-        matching = survey(fallback.graphs, record, plan.spec, kinds, by_shape)
+        matching = survey(fallback.graphs, record, plan.spec, kinds)
         branches = missing_branches(matching.plan, self.decided.branches, weights.parameters)
         self._grow(Decided(matching.plan, branches, matching.refusals, matching.unreached))
         added = {branch.weight_name: branch.on_weight for branch in branches.values() if branch.weight_name in kinds}

@@ -8,7 +8,7 @@ branch stands on the weight, before all of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -39,6 +39,7 @@ from lorasc_fx.graph.forms import (
     without_transposes,
 )
 from lorasc_fx.graph.patterns import check_patterns, describe, matches, targeted
+from lorasc_fx.graph.placement import by_shape
 from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
@@ -167,14 +168,11 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
 def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
     """Return the branch nodes that stand on a weight or on an expert of it, or else the weight's own node."""
     for holders in ([source], indexed_experts(source)):
-        branches = [user for holder in holders for user in holder.users if _stands_on(graph_module, user, holder)]
+        users = [user for holder in holders for user in holder.users if user.args == (holder,)]
+        branches = [user for user in users if _is_beside(graph_module, user)]
         if branches:
             return branches
     return [source]
-
-
-def _stands_on(graph_module: fx.GraphModule, node: fx.Node, holder: fx.Node) -> bool:
-    return _is_beside(graph_module, node) and node.args == (holder,)
 
 
 def _repeats_weight(graph_module: fx.GraphModule, consumer: Consumer) -> bool:
@@ -229,15 +227,6 @@ def _read_module(
             (uses[weight].written if renormed else uses[weight].opaque).append(node)
 
 
-Placer = Callable[[Site, Sequence[fx.Node]], str]
-"""Returns the placement of a site, given the nodes that its branch can stand beside."""
-
-
-def reference(site: Site, nodes: Sequence[fx.Node]) -> str:
-    """Place every branch beside its op."""
-    return "beside"
-
-
 @dataclass(frozen=True)
 class Matching:
     """The result of a match: the plan with its sites, the use of each marked node, and the other matrices."""
@@ -260,7 +249,6 @@ def survey(
     record: Record,
     spec: CascadeSpec,
     outside: Mapping[str, str],
-    placer: Placer = reference,
 ) -> Matching:
     """Classify the weights of a model that runs as several graphs. No node is marked.
 
@@ -269,7 +257,6 @@ def survey(
         record: with the plan to follow, if there is one.
         spec: what the user asks for.
         outside: weights that a run of the model uses, in graphs or in between, with their kind, or "" for other uses.
-        placer: chooses the placement of a new site's branch if the spec leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -288,15 +275,14 @@ def survey(
         if weight in weights.matrices and not uses[weight].kinds:
             uses[weight].touched = True
             uses[weight].outside += [kind] if kind else []
-    return _classify(uses, weights, record, spec, placer)
+    return _classify(uses, weights, record, spec)
 
 
-def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, placer: Placer = reference) -> Matching:
+def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec) -> Matching:
     """Classify every weight matrix of the graph module's owner.
 
     A plan in the record is followed: its sites keep their branches, refused weights stay refused, and a weight that was
-    not reached becomes a site if this graph uses it. `placer` chooses the placement of a new site's branch if the spec
-    leaves it open.
+    not reached becomes a site if this graph uses it.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -305,13 +291,11 @@ def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, place
     weights = named_weights(owner_of(graph_module, record))
     check_patterns(spec, weights.matrices, weights.names)
     uses = read(graph_module, record, weights)
-    matching = _classify(uses, weights, record, spec, placer)
+    matching = _classify(uses, weights, record, spec)
     return replace(matching, uses=_marks(graph_module, uses, matching.plan))
 
 
-def _classify(
-    uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec, placer: Placer
-) -> Matching:
+def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec) -> Matching:
     plan = record.plan if record.plan is not None else Plan(spec)
     known = plan.by_weight
     earlier = {refusal.weight: refusal for refusal in record.refusals}
@@ -337,11 +321,11 @@ def _classify(
             shape = tuple(weights.parameters[weight].shape)
             site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.slices(shape))
             site = replace(site, form=seen.registered_form)
-            sites.append(_placed(site, seen, weights.parameters[weight], spec, placer))
+            sites.append(_placed(site, seen, weights.parameters[weight], spec))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 
 
-def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec, placer: Placer) -> Site:
+def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
     """Return the site with its placement, and with dropout if the branch has an input to drop.
 
     Raises:
@@ -377,7 +361,7 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
         return site
     if spec.placement != "merged" and not spec.train_A:
         return site  # beside the op, a branch with frozen A keeps only A x
-    merged = spec.placement == "merged" or placer(site, [use.node for use in seen.beside]) == "merged"
+    merged = spec.placement == "merged" or by_shape(site, [use.node for use in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 
 

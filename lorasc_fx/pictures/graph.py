@@ -328,7 +328,7 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
     """Return the layout of an acyclic graph.
 
     Args:
-        names: of the boxes.
+        names: of the boxes, each after those whose arrows it gets.
         arrows: pairs of names, from producer to reader.
         across, down: points between the centres of two neighbours in a layer, and between two layers.
 
@@ -368,14 +368,13 @@ def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
 
 def _layers(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> list[int]:
     """Return the layer of each box: the length of its longest path. A box without inputs is just above its reader."""
-    import networkx as nx  # noqa: PLC0415 - it takes longer to import than this package
-
-    graph = nx.DiGraph()
-    graph.add_nodes_from(names)
-    graph.add_edges_from(arrows)
-    layer = {name: depth for depth, group in enumerate(nx.topological_generations(graph)) for name in group}
+    layer: dict[str, int] = {}
     for name in names:
-        if graph.in_degree(name) == 0 and graph.out_degree(name):
-            layer[name] = min(layer[reader] for reader in graph.successors(name)) - 1
+        layer[name] = 1 + max((layer[source] for source, target in arrows if target == name), default=-1)
+    targets = {target for _, target in arrows}
+    for name in names:
+        readers = [layer[target] for source, target in arrows if source == name]
+        if readers and name not in targets:
+            layer[name] = min(readers) - 1
     lowest = min(layer.values())
     return [layer[name] - lowest for name in names]
