@@ -20,7 +20,7 @@ from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.graph.forms import forms_missing
-from lorasc_fx.peft.spec import spec_of
+from lorasc_fx.peft.spec import is_config, spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, is_quantized
 from lorasc_fx.spec import CascadeSpec
@@ -47,7 +47,8 @@ def adapt(
             Until `materialize` gives it its values, the cascade only shows its plan.
         args, kwargs: example inputs. Their sizes do not matter, their types do. The model runs on them a few times,
             without side effects, so that its graph can be compared with it.
-        spec: a `CascadeSpec`, or a `peft.LoraConfig` with the defaults of `CascadeSpec` for all other options.
+        spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...) with the defaults
+            of `CascadeSpec` for all other options.
         frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`: the first that works.
         base: what keeps W0 of the sites. `memory`: a copy on the host; for a weight on the host it is made before the
             first write (noise, the end of a stage, `weights`). A path: a safetensors file, or a folder with
@@ -66,12 +67,15 @@ def adapt(
         StateError: the model is adapted already.
         CaptureError: the model raises on the inputs, or no front end works.
     """
-    if (from_peft := getattr(spec, "peft_type", None) == "LORA") or spec is None:
+    if (from_peft := is_config(spec)) or spec is None:
         plan = Plan(CascadeSpec())
     elif isinstance(spec, CascadeSpec):
         plan = Plan(spec)
     else:
-        raise SpecError(f"spec is {type(spec).__name__}; give a lorasc_fx.CascadeSpec, or a peft.LoraConfig")
+        raise SpecError(
+            f"spec is {type(spec).__name__}; give a lorasc_fx.CascadeSpec, or a configuration of peft "
+            "such as peft.LoraConfig"
+        )
     opened = open_model(model)
     if from_peft:
         plan = Plan(spec_of(spec, opened))

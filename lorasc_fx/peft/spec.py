@@ -1,6 +1,6 @@
-"""Turns a `peft.LoraConfig` into a spec. peft itself finds the modules. Unsupported options are one error.
+"""Turns a configuration of peft into a spec. peft itself finds the modules. Unsupported options are one error.
 
-Source: peft 0.21, `tuners/lora/config.py`, `tuners/tuners_utils.py`.
+Source: peft 0.21, `tuners/*/config.py`, `tuners/tuners_utils.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -16,23 +17,116 @@ from torch import nn
 from lorasc_fx.errors import SpecError, UnknownTarget
 from lorasc_fx.peft.format import IGNORED, READ, UNSUPPORTED, by_pattern, lora_spec
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.spec_checks import OPTIONS
 
+USUAL_ALPHA = float(OPTIONS["lora_alpha"])
 _UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
 
 
+@dataclass(frozen=True)
+class MethodConfig:
+    """How a configuration of peft is written as a spec.
+
+    Args:
+        adapter: name of the method.
+        size: field that is the rank.
+        alpha: field that is lora_alpha; "" for a method without a scale.
+        options: option of the method by field.
+        free: further fields that do not change the method (initial values are drawn by our own keys).
+    """
+
+    adapter: str
+    size: str = "r"
+    alpha: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
+
+
+METHOD_CONFIGS = {
+    "VERA": MethodConfig(
+        "vera", options={"d_initial": "d_initial"}, free=frozenset({"projection_prng_key", "save_projection"})
+    ),
+    "HIRA": MethodConfig("hira"),
+    "SHIRA": MethodConfig("shira", free=frozenset({"random_seed"})),
+    "MISS": MethodConfig("miss"),
+    "OFT": MethodConfig("oft", "oft_block_size", options={"num_cayley_neumann_terms": "neumann_terms"}),
+    "LOKR": MethodConfig("lokr", alpha="alpha", options={"decompose_factor": "decompose_factor"}),
+    "DELORA": MethodConfig("delora", options={"delora_lambda": "bound"}),
+}
+"""By the peft_type of a configuration; LoRA and DoRA have more options (`_lora_spec_of`)."""
+
+_COMMON = {"modules_to_save", "bias", "rank_pattern"}
+
+
+def is_config(spec: Any) -> bool:
+    """Whether an object is a configuration of peft that `spec_of` reads."""
+    return getattr(spec, "peft_type", None) in ("LORA", *METHOD_CONFIGS)
+
+
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
-    """Return the spec that adapts a model as a `peft.LoraConfig` says. Other options have their defaults.
+    """Return the spec that adapts a model as a configuration of peft says. Other options have their defaults.
 
     Raises:
         SpecError: names all options without a counterpart. UnknownTarget: target_modules match no module.
     """
     values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
+    if config.peft_type == "LORA":
+        return _lora_spec_of(config, values, model)
+    method = METHOD_CONFIGS[config.peft_type]
+    read = {method.size, method.alpha, *method.options, *method.free, *_COMMON, *_UNUSED}
+    refused = _refused(config, values, read)
+    if method.adapter == "oft":
+        refused = [option for option in refused if not option.startswith("use_cayley_neumann=")]
+        if not values["oft_block_size"]:
+            refused.append(f"r={values['r']!r} (give the size of the blocks, oft_block_size)")
+    _check(refused, values, config)
+    train, names = _parts(config, values, model)
+    options = {option: values[field_name] for field_name, option in method.options.items()}
+    if method.adapter == "oft" and not values["use_cayley_neumann"]:
+        options["neumann_terms"] = 0
+    alpha, ranks = float(values[method.alpha]) if method.alpha else USUAL_ALPHA, values.get("rank_pattern") or {}
+    pairs = {name: (by_pattern(ranks, name.removesuffix(".weight"), values[method.size]), alpha) for name in names}
+    return lora_spec(pairs, (values[method.size], alpha), train, adapter=method.adapter, adapter_options=options)
+
+
+def _refused(config: Any, values: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """Return the options that differ from their defaults and are not read, with their values."""
     usual = type(config)()
-    refused = [
+    return [
         f"{name}={value!r}" + (f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else "")
         for name, value in values.items()
-        if name not in {*_UNUSED, *READ} and value and value != getattr(usual, name)
+        if name not in read and (value or isinstance(value, bool)) and value != getattr(usual, name)
     ]
+
+
+def _check(refused: list[str], values: Mapping[str, Any], config: Any) -> None:
+    if values["target_modules"] is None and not values.get("target_parameters"):
+        refused = [*refused, "target_modules=None (name the modules, or give 'all-linear')"]
+    if refused:
+        raise SpecError(
+            f"spec: a cascade does not support these options of the {type(config).__name__}: {'; '.join(refused)}",
+            code="adapter-not-supported",
+        )
+
+
+def _parts(config: Any, values: Mapping[str, Any], model: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the parameters that are trained in full, and the weights that are adapted."""
+    saved = _under(model, values["modules_to_save"] or ())
+    targets = [path for path in _targets(config, model) if path not in saved]
+    names = [f"{path}.weight" for path in targets]
+    if values["target_modules"] is not None and not names:
+        raise UnknownTarget(f"spec: target_modules={values['target_modules']!r} match no module with a weight")
+    parameters, bias = dict(model.named_parameters()), values.get("bias", "none")
+    train = [name for name in parameters if name.rpartition(".")[0] in saved]
+    if bias != "none":
+        biased = list(parameters) if bias == "all" else [f"{path}.bias" for path in targets]
+        train += [name for name in biased if name.endswith("bias") and name in parameters]
+    return train, names
+
+
+def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> CascadeSpec:
+    """Return the spec of a `peft.LoraConfig`."""
+    refused = _refused(config, values, {*_UNUSED, *READ})
     start = values["init_lora_weights"]
     starts = {"pissa": "pissa", "olora": "olora", "loftq": "loftq"}
     if start == "loftq":
@@ -42,29 +136,14 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
             refused.append(f"loftq_config={loftq!r} (the weights are quantized before adapt: one iteration)")
     if start is not True and (not isinstance(start, str) or start.partition("_niter_")[0] not in starts):
         refused.append(f"init_lora_weights={start!r} (give True, 'pissa', 'olora' or 'loftq')")
-    if values["target_modules"] is None and not values["target_parameters"]:
-        refused.append("target_modules=None (name the modules, or give 'all-linear')")
-    if refused:
-        raise SpecError(
-            f"spec: a cascade does not support these options of the LoraConfig: {'; '.join(refused)}",
-            code="adapter-not-supported",
-        )
-    saved = _under(model, values["modules_to_save"] or ())
-    targets = [path for path in _targets(config, model) if path not in saved]
-    names = [f"{path}.weight" for path in targets]
-    if values["target_modules"] is not None and not names:
-        raise UnknownTarget(f"spec: target_modules={values['target_modules']!r} match no module with a weight")
+    _check(refused, values, config)
+    train, names = _parts(config, values, model)
     names += values["target_parameters"] or []
     ranks, alphas = values["rank_pattern"] or {}, values["alpha_pattern"] or {}
     pairs = {}
     for name in names:
         path = name.removesuffix(".weight")
         pairs[name] = by_pattern(ranks, path, values["r"]), by_pattern(alphas, path, values["lora_alpha"])
-    parameters = dict(model.named_parameters())
-    train = [name for name in parameters if name.rpartition(".")[0] in saved]
-    if values["bias"] != "none":
-        biased = [f"{path}.bias" for path in targets] if values["bias"] == "lora_only" else list(parameters)
-        train += [name for name in biased if name.endswith("bias") and name in parameters]
     return lora_spec(
         pairs,
         (values["r"], values["lora_alpha"]),

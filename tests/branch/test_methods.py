@@ -166,6 +166,41 @@ def test_it_trains_as_peft_does(name: str, kind: str) -> None:
         torch.testing.assert_close(value, merged.state_dict()[weight], rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("name", ORACLES)
+def test_a_configuration_of_peft_is_a_spec(name: str) -> None:
+    """The branches have the parameters of peft's layers, and the same options."""
+    model, x = Net().double(), torch.randn(2, IN).double()
+    ours, _ = pair(name, model, x)
+    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=config_of(name))
+    assert cascade.plan.spec.adapter_options == ours.plan.spec.adapter_options or not ours.plan.spec.adapter_options
+    for key, branch in ours.branches.items():
+        made: Any = cascade.branches[key]
+        assert type(made) is type(branch)
+        assert made.scale == branch.scale
+        shapes = {name: value.shape for name, value in branch.named_parameters()}
+        assert {name: value.shape for name, value in made.named_parameters()} == shapes
+
+
+def test_an_option_without_a_counterpart_is_named() -> None:
+    for config in (
+        peft.OFTConfig(target_modules=["up"], oft_block_size=3, coft=True),
+        peft.MissConfig(target_modules=["up"], init_weights="bat"),
+        peft.LoKrConfig(target_modules=["up"], decompose_both=True),
+        peft.HiraConfig(target_modules=["up"], hira_dropout=0.1),
+    ):
+        option = {
+            "OFT": "coft=True",
+            "MISS": "init_weights='bat'",
+            "LOKR": "decompose_both=True",
+            "HIRA": "hira_dropout=0.1",
+        }
+        with pytest.raises(lx.SpecError, match=option[config.peft_type.value]):
+            lx.adapt(Net(), (torch.randn(2, IN),), spec=config)
+    with pytest.raises(lx.SpecError, match="spec is LoHaConfig"):
+        lx.adapt(Net(), (torch.randn(2, IN),), spec=peft.LoHaConfig(target_modules=["up"]))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_an_oracle(name: str) -> None:
     assert name in ORACLES or name == "lora-xs"
