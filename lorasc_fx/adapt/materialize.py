@@ -17,7 +17,7 @@ from lorasc_fx.adapt.start import Start, check_loaded
 from lorasc_fx.branch import branch_class
 from lorasc_fx.check.isolation import device_of
 from lorasc_fx.checkpoint.base_file import open_base
-from lorasc_fx.checkpoint.deferred import find_numbers, fingerprints_of_files, put_numbers, with_numbers
+from lorasc_fx.checkpoint.deferred import DeferredValues, with_values
 from lorasc_fx.checkpoint.reader import check_base
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.facade import Cascade
@@ -88,7 +88,7 @@ def materialize(
         if run.is_sharded:
             _into_shards(cascade, path, target, buffers or {}, undo)
         else:
-            put_numbers(find_numbers(model, path, meta.groups, buffers or {}), model, target, undo)
+            DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
             checkpoint, flags = meta.checkpoint, cascade._guard.flags
             source = open_base(path if meta.base == "file" else meta.base, model)
             start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source)
@@ -111,10 +111,10 @@ def _into_shards(
     run, model, meta, group = cascade._run, cascade.model, cascade._run.meta, cascade._run.slow.group
     assert meta is not None
     with group.agreed("materialize"):
-        numbers = find_numbers(model, path, meta.groups, buffers)
+        values = DeferredValues(model, path, meta.groups, buffers)
         names = {id(value): name for name, value in run.parameters_by_name().items()}
-        digests = fingerprints_of_files(numbers, names, group.rank, group.size)
-    sizes = {f"file {file.name}": f"{file.stat().st_size} bytes" for file in numbers.files}
+        digests = values.fingerprints(names, group.rank, group.size)
+    sizes = {f"file {file.name}": f"{file.stat().st_size} bytes" for file in values.files}
     group.check_alike("materialize", sizes)
     fingerprints: dict[str, str] = {}
     for text in group.gather_text(json.dumps(digests), "materialize"):
@@ -122,13 +122,13 @@ def _into_shards(
     with group.agreed("materialize"):
         if meta.checkpoint is not None:
             check_base(meta.checkpoint, run.parameters_by_name(), fingerprints)
-        put_numbers(numbers, model, device, undo)
+        values.put(device, undo)
         spec, stage = run.plan.spec, run.plan.stage
         new = {}
         for site in run.plan.sites:
             initial = branch_class(site).initial_values(site, spec.seed, stage)
             for name, parameter in cascade.branches[site.key].named_parameters(recurse=False):
-                new[id(parameter)] = with_numbers(parameter, local_like(initial[name], parameter), device)
+                new[id(parameter)] = with_values(parameter, local_like(initial[name], parameter), device)
         exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
         source = open_base(path if meta.base == "file" else meta.base, model)
     run.start_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)

@@ -35,21 +35,6 @@ class _Tensor:
     keys: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Where the values of a model's tensors are.
-
-    Args:
-        files: keys and the tensors of the model that they belong to, by file.
-        given: tensors of the model, each with the value that the caller gave.
-        rest: tensors that keep the values that they have.
-    """
-
-    files: Mapping[Path, list[tuple[str, torch.Tensor]]]
-    given: list[tuple[torch.Tensor, torch.Tensor]]
-    rest: list[torch.Tensor]
-
-
 def groups_of(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Return the names of each parameter and buffer of a model; a tied one has several."""
     return tuple(tensor.names for tensor in _tensors(model))
@@ -82,10 +67,8 @@ def _tensors(model: nn.Module) -> list[_Tensor]:
     return list(tensors.values())
 
 
-def find_numbers(
-    model: nn.Module, path: Path, groups: Iterable[tuple[str, ...]], buffers: Mapping[str, torch.Tensor]
-) -> Numbers:
-    """Return where each tensor of the model gets its values from.
+class DeferredValues:
+    """Where the tensors of a model get their values from.
 
     Args:
         model: some of its tensors are on the meta device.
@@ -93,32 +76,76 @@ def find_numbers(
         groups: the names of each tensor before some were untied.
         buffers: values of buffers that no file stores, by name.
 
+    Attributes:
+        files: keys and the tensors of the model that they belong to, by file.
+
     Raises:
         CheckpointError: the files cannot be read, lack a tensor, or hold an unexpected one or one of another shape; or
             two that are tied in the model differ in the files. Nothing was changed.
         SpecError: `buffers` has another name or shape than the model.
     """
-    tensors = _tensors(model)
-    by_name = {name: tensor for tensor in tensors for name in tensor.names}
-    _check_given(by_name, buffers)
-    stored = headers(shards_of(path))
-    tied = {name: group for group in groups for name in group}
-    keys = keys_of({*by_name, *tied}, stored)
-    for tensor in tensors:
-        names = dict.fromkeys([*tensor.names, *(name for alias in tensor.names for name in tied.get(alias, ()))])
-        candidates = [keys[name] for name in names if name in keys]
-        # A key that is the name of another tensor now, after an untie, is only used if there is no other.
-        certain = [key for key in candidates if by_name.get(key, tensor) is tensor]
-        tensor.keys = list(dict.fromkeys(certain or candidates))
-    _check_names(path, tensors, stored, buffers)
-    files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
-    for tensor in tensors:
-        if tensor.keys and not any(name in buffers for name in tensor.names):
-            files.setdefault(stored[tensor.keys[0]].path, []).append((tensor.keys[0], tensor.value))
-            _check_tied(tensor.keys, stored)
-    replaced = [(by_name[name].value, value) for name, value in buffers.items()]
-    filled = {id(tensor) for pairs in files.values() for _, tensor in pairs} | {id(tensor) for tensor, _ in replaced}
-    return Numbers(files, replaced, [tensor.value for tensor in tensors if id(tensor.value) not in filled])
+
+    def __init__(
+        self, model: nn.Module, path: Path, groups: Iterable[tuple[str, ...]], buffers: Mapping[str, torch.Tensor]
+    ) -> None:
+        tensors = _tensors(model)
+        by_name = {name: tensor for tensor in tensors for name in tensor.names}
+        _check_given(by_name, buffers)
+        stored = headers(shards_of(path))
+        tied = {name: group for group in groups for name in group}
+        keys = keys_of({*by_name, *tied}, stored)
+        for tensor in tensors:
+            names = dict.fromkeys([*tensor.names, *(name for alias in tensor.names for name in tied.get(alias, ()))])
+            candidates = [keys[name] for name in names if name in keys]
+            # A key that is the name of another tensor now, after an untie, is only used if there is no other.
+            certain = [key for key in candidates if by_name.get(key, tensor) is tensor]
+            tensor.keys = list(dict.fromkeys(certain or candidates))
+        _check_names(path, tensors, stored, buffers)
+        self.files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
+        for tensor in tensors:
+            if tensor.keys and not any(name in buffers for name in tensor.names):
+                self.files.setdefault(stored[tensor.keys[0]].path, []).append((tensor.keys[0], tensor.value))
+                _check_tied(tensor.keys, stored)
+        self._model = model
+        self._tensors = [tensor.value for tensor in tensors]
+        self._given = [(by_name[name].value, value) for name, value in buffers.items()]
+
+    def fingerprints(self, names: Mapping[int, str], part: int, parts: int) -> dict[str, str]:
+        """Return the fingerprints that every `parts`-th parameter has once it holds the values of the files.
+
+        Args:
+            names: of the parameters that are wanted, by id.
+            part, parts: a rank, which computes its part, and the number of ranks.
+        """
+        wanted = [(path, key, old) for path, pairs in self.files.items() for key, old in pairs if id(old) in names]
+        wanted.sort(key=lambda entry: (-entry[2].numel(), names[id(entry[2])]))
+        prints = {}
+        for path, key, old in wanted[part::parts]:
+            (tensor,) = mapped_tensors(path, [key])
+            blocks = (data_of(block.to(old.dtype).contiguous()) for block in tensor.reshape(-1).split(_BLOCK))
+            prints[names[id(old)]] = fingerprint_of(old.dtype, tuple(old.shape), blocks)
+            MappedPages.of([path]).release(tensor)
+        return prints
+
+    def put(self, device: torch.device, undo: Undo) -> None:
+        """Replace the tensors on the meta device by tensors with values, and move all others to the device.
+
+        Of a DTensor only the local shard is read.
+        """
+        new: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for path, pairs in self.files.items():
+                read = mapped_tensors(path, [key for key, _ in pairs])
+                pages = MappedPages.of([path])
+                for (_, old), tensor in zip(pairs, read, strict=True):
+                    new[id(old)] = with_values(old, local_like(tensor, old), device)
+                    pages.release(tensor)
+            for old, value in self._given:
+                new[id(old)] = with_values(old, value, device)
+            for old in self._tensors:
+                if id(old) not in new and old.device != device:
+                    new[id(old)] = with_values(old, local(old), device)
+        exchange(self._model, lambda holder: new.get(id(holder.value)), undo)
 
 
 def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
@@ -178,51 +205,11 @@ def _check_tied(keys: list[str], stored: Mapping[str, FileTensor]) -> None:
             )
 
 
-def fingerprints_of_files(numbers: Numbers, names: Mapping[int, str], part: int, parts: int) -> dict[str, str]:
-    """Return the fingerprints that every `parts`-th parameter has once it holds the values of the files.
-
-    Args:
-        numbers: where the values are.
-        names: of the parameters that are wanted, by id.
-        part, parts: a rank, which computes its part, and the number of ranks.
-    """
-    wanted = [(path, key, old) for path, pairs in numbers.files.items() for key, old in pairs if id(old) in names]
-    wanted.sort(key=lambda entry: (-entry[2].numel(), names[id(entry[2])]))
-    prints = {}
-    for path, key, old in wanted[part::parts]:
-        (tensor,) = mapped_tensors(path, [key])
-        blocks = (data_of(block.to(old.dtype).contiguous()) for block in tensor.reshape(-1).split(_BLOCK))
-        prints[names[id(old)]] = fingerprint_of(old.dtype, tuple(old.shape), blocks)
-        MappedPages.of([path]).release(tensor)
-    return prints
-
-
-def put_numbers(numbers: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:
-    """Replace the tensors on the meta device by tensors with values, and move all others to the device.
-
-    Of a DTensor only the local shard is read.
-    """
-    new: dict[int, torch.Tensor] = {}
-    with torch.no_grad():
-        for path, pairs in numbers.files.items():
-            read = mapped_tensors(path, [key for key, _ in pairs])
-            pages = MappedPages.of([path])
-            for (_, old), tensor in zip(pairs, read, strict=True):
-                new[id(old)] = with_numbers(old, local_like(tensor, old), device)
-                pages.release(tensor)
-        for old, value in numbers.given:
-            new[id(old)] = with_numbers(old, value, device)
-        for old in numbers.rest:
-            if old.device != device:
-                new[id(old)] = with_numbers(old, local(old), device)
-    exchange(model, lambda holder: new.get(id(holder.value)), undo)
-
-
-def with_numbers(old: torch.Tensor, numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+def with_values(old: torch.Tensor, values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor like an old one on a device, with these values. For a DTensor, give the local shard's values."""
     shard = local(old)
     value = torch.empty_strided(shard.size(), shard.stride(), dtype=old.dtype, device=device)
-    value.copy_(numbers)
+    value.copy_(values)
     if hasattr(old, "to_local"):
         return nn.Parameter(ShardSpec.of(old).dtensor(value, old), old.requires_grad)
     value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value

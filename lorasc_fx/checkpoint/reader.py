@@ -252,7 +252,7 @@ def check_digests(
     """Refuse a model whose fingerprints differ from the base's.
 
     Args:
-        what: the start of the message, before "another base".
+        subject: the start of the message, before "another base".
         base: fingerprints of the base, by parameter.
         digests: those of the model, for the parameters that the base has.
         names: of all parameters of the model.

@@ -61,6 +61,7 @@ def resume(
     where, tensors = checkpoint.path, checkpoint.tensors
     with checkpoint.refusing():
         manifest = _with_tensors(checkpoint)
+    # Everything is checked before anything is written.
     saved = manifest.get("versions", {})
     for part, owner in (("optimizer", optimizer), ("scheduler", scheduler)):
         if owner is None:

@@ -80,6 +80,7 @@ def write_version(
     created: Path | None = None  # what is deleted if anything fails
     with contextlib.ExitStack() as stack:
         try:
+            # No rank writes anything unless all ranks may save.
             with group.agreed("save"):
                 if not is_alone:
                     check_between_steps(run, "save")
@@ -88,6 +89,7 @@ def write_version(
                     check_finite(run)
             if not is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
+            # The state is copied into memory. The first rank locks the folder and makes a temporary one.
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
                 if takes_part:
                     tensors, manifest = contents(run, optimizer, scheduler, extra, named or {})
@@ -102,6 +104,7 @@ def write_version(
                     created = temporary = root / f"{_WRITING}{uuid.uuid4().hex}"
                     created.mkdir()
             temporary = Path(group.gather_text(str(temporary), "save")[0])
+            # Each rank writes its file. The manifest has the digests of all of them, so it comes last.
             names, digest = file_names(len(order)), ""
             with group.agreed("save"), _as_checkpoint_error(root):
                 if group.rank in order:

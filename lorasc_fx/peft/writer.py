@@ -121,6 +121,8 @@ def peft(
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating-point dtype, such as torch.float32")
+
+    # What the stages have added to each weight.
     with run.exclusive("export.peft"):
         check_which("export.peft", which, run.plan.spec, _WHICH)
         change = change_of(run, which)
@@ -137,6 +139,8 @@ def peft(
             "rank would have other row norms; give max_rank=None",
             code="method-not-supported",
         )
+
+    # Where peft can adapt each weight, and which heads it saves completely instead.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
     by_weight, unreached = targets_of(model, sites, *cascade.example)
     task = task_type if task_type is not None else task_type_of(model)
@@ -150,6 +154,8 @@ def peft(
         change.at_most(max_rank)
     if uniform_rank:
         change.at_one_rank()
+
+    # Everything that an adapter cannot express is refused in one error.
     targets = [target for group in by_weight.values() for target in group]
     saved, unsaved = save_whole(model, change.trained, targets)
     unreached = {name: reason for name, reason in unreached.items() if name not in heads}
@@ -157,6 +163,7 @@ def peft(
     if refused:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
         raise ExportError(f"export.peft: an adapter of peft cannot express this cascade; nothing was written:{reasons}")
+
     ranks = change.ranks
     config = _config(model, {target: ranks[name] for name, group in by_weight.items() for target in group}, saved)
     config |= _auto_class(model, task, task_type is not None, saved.modules)
@@ -275,7 +282,7 @@ def _auto_class(model: nn.Module, task: str | None, given_by_user: bool, saved: 
     Args:
         model: the user's own.
         task: peft's name for it.
-        asked: whether the user gave the task.
+        given_by_user: whether the user gave the task.
         saved: modules that the adapter stores completely.
 
     Raises:
