@@ -46,6 +46,11 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return plain
 
 
+def writable(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the parameters that can hold new values: all except quantized ones."""
+    return {name: parameter for name, parameter in parameters.items() if not is_quantized(parameter)}
+
+
 # ---- the libraries
 
 

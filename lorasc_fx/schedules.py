@@ -59,7 +59,11 @@ class Plateau:
         An inf or nan is not an improvement. When this returns True it has reset itself for the next stage.
         """
         value = float(metric)
-        if math.isfinite(value) and (self.best is None or self._better(value, self.best)):
+        better = self.best is None
+        if self.best is not None:
+            margin = self.threshold * (self.best if self.threshold_mode == "rel" else 1.0)
+            better = value < self.best - margin if self.mode == "min" else value > self.best + margin
+        if math.isfinite(value) and better:
             self.best, self.waited = value, 0
         else:
             self.waited += 1
@@ -75,10 +79,6 @@ class Plateau:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         self.best, self.waited = state["best"], state["waited"]
-
-    def _better(self, value: float, best: float) -> bool:
-        margin = self.threshold * (best if self.threshold_mode == "rel" else 1.0)
-        return value < best - margin if self.mode == "min" else value > best + margin
 
 
 class StageSchedule(LRScheduler):

@@ -15,7 +15,7 @@ from lorasc_fx.cascade.optim import put_state, stepping
 from lorasc_fx.cascade.run_base import RunBase
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import writable
 from lorasc_fx.shards import dtensor_like, local
 from lorasc_fx.state import Scratch, SlowWeights, keep_base
 from lorasc_fx.util.undo import Undo
@@ -164,9 +164,7 @@ def write_weights(
     """
     release = run.base_file.releaser() if run.base_file is not None else None
     known = [slow.states for slow in (run.slow, after) if slow is not None]
-    for name, parameter in parameters.items():
-        if is_quantized(parameter):
-            continue
+    for name, parameter in writable(parameters).items():
         out = local(parameter)
         for states in known:
             if name in states:

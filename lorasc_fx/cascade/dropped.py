@@ -16,7 +16,7 @@ from torch import nn
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.errors import warn
-from lorasc_fx.quantized import is_quantized, restore_layers
+from lorasc_fx.quantized import restore_layers, writable
 from lorasc_fx.util.finalizers import when_idle
 from lorasc_fx.util.undo import Undo
 
@@ -75,7 +75,7 @@ class DropGuard:
     def arm(self) -> None:
         """Act when the cascade is dropped."""
         self.armed = True
-        _MODELS[id(self)] = weakref.ref(self.run.model, _nothing)
+        _MODELS[id(self)] = weakref.ref(self.run.model, lambda _: None)
 
     def disarm(self) -> None:
         """Do nothing: the cascade was released, or never finished."""
@@ -143,8 +143,8 @@ class DropGuard:
             return []
         parameters = {
             name: parameter
-            for name, parameter in run.weights_by_name().items()
-            if not is_quantized(parameter) and slow.states[name].differs_from_slow(run.plan.spec.noise.is_on)
+            for name, parameter in writable(run.weights_by_name()).items()
+            if slow.states[name].differs_from_slow(run.plan.spec.noise.is_on)
         }
         changed = run.changed_weights(parameters)
         for name, parameter in parameters.items():
@@ -159,7 +159,3 @@ finalizers run, so they are held here. With a callback, those to a model that is
 
 _LOST = "a cascade was garbage collected without release(), and what it had trained is lost:"
 _ADVICE = "Keep the cascade (model = lorasc_fx.adapt(model, ...)), fold it by release(), or save it by lorasc_fx.save"
-
-
-def _nothing(_: Any) -> None:
-    """Do nothing."""

@@ -155,9 +155,8 @@ class Graphs:
         if not self.frontend:
             self.frontend, self.refused_frontends = made.variant.frontend.name, made.refused_frontends
         if self.example is None:  # loaded without inputs
-            self.example = pytree.tree_map_only(torch.Tensor, _without_graph, (call.args, call.kwargs))
-
-
-def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an input without its autograd graph."""
-    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
+            self.example = pytree.tree_map_only(
+                torch.Tensor,
+                lambda tensor: tensor if tensor.is_leaf else tensor.detach().requires_grad_(),  # drop autograd graphs
+                (call.args, call.kwargs),
+            )

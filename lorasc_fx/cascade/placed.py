@@ -16,7 +16,7 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage
 from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders_of
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
 from lorasc_fx.state import Scratch, Which, arithmetic
 from lorasc_fx.util.fingerprint import checksums
@@ -76,7 +76,7 @@ class Before:
         self.run = run
         self.parameters = {name: parameters[name] for name in names}
         self.trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
-        dense = {name: value for name, value in self.parameters.items() if not is_quantized(value)}
+        dense = writable(self.parameters)
         self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
         self.owned = run.owned(names)
         self.places = holders_of(run.model, self.owned)
@@ -145,8 +145,8 @@ class Before:
         """
         run = self.run
         sizes = {torch.device("cpu"): SPARE} | {local(each).device: SPARE for each in self.parameters.values()}
-        for parameter in self.parameters.values() if run.is_noisy else ():
-            if not is_quantized(parameter) and (weight := local(parameter)).device.type != "cpu":
+        for parameter in writable(self.parameters).values() if run.is_noisy else ():
+            if (weight := local(parameter)).device.type != "cpu":
                 exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
                 drawn = 8 * min(weight.numel(), BLOCK)
                 sizes[weight.device] = max(sizes[weight.device], exact + drawn + 2 * SPARE)

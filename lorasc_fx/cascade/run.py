@@ -107,7 +107,11 @@ class Run(RunBase):
                     code="quantized-not-supported",
                 )
         known = {name: parameters[name] for name in new}
-        hooked = [name for name in new if name in self.plan.by_weight and _has_hooks(known[name])]
+        hooked = [
+            name
+            for name in new
+            if name in self.plan.by_weight and (known[name]._backward_hooks or known[name]._post_accumulate_grad_hooks)
+        ]
         if hooked:
             warn(
                 f"{named(hooked)}: a hook on this parameter (register_hook, register_post_accumulate_grad_hook) is not "
@@ -370,8 +374,3 @@ class Run(RunBase):
             return False
         unmerged = any(self.slow.states[name].experts for name in self.quantized)
         return unmerged or self.slow.moved(self.branches_by_weight())
-
-
-def _has_hooks(parameter: nn.Parameter) -> bool:
-    """Whether the user has put hooks on the gradient of a parameter."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

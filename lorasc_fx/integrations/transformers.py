@@ -190,7 +190,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             "_load_optimizer_and_scheduler": self._load_optimizer_and_scheduler,
         }
         if self._sharded:
-            replaced |= {"_save": self._save, "_save_optimizer_and_scheduler": _saved_with_the_model}
+            # `_save` also writes the state of optimizer and scheduler.
+            replaced |= {"_save": self._save, "_save_optimizer_and_scheduler": lambda original, output_dir: None}
         if hasattr(trainer, "compute_ref_log_probs"):
             replaced["compute_ref_log_probs"] = self._compute_ref_log_probs
         if self.schedule == "stage":
@@ -261,7 +262,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if not transition.has_begun(run):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            if self._best_of(args) == "slow":
+            metric = f"_{args.metric_for_best_model}"
+            best = next((which for which in get_args(Evaluated) if f"_{which}_" in metric), self._passes[0])
+            if best == "slow":
                 with run.lock:
                     transition.restart(run, optimizer)
         else:
@@ -368,11 +371,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self.cascade.resume(_inner(self._trainer.optimizer), self._trainer.lr_scheduler)
 
     # ---- inside
-
-    def _best_of(self, args: Any) -> str:
-        """Return which weights the best model was chosen by."""
-        metric = f"_{args.metric_for_best_model}"
-        return next((which for which in get_args(Evaluated) if f"_{which}_" in metric), self._passes[0])
 
     def _store_plateau(self, state: Any) -> None:
         """Store the plateau in the Trainer's state, which is part of its checkpoints."""
@@ -491,29 +489,19 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         """Create a schedule per stage, with the Trainer's warm-up and decay."""
         trainer = self._trainer
         if trainer.lr_scheduler is None:
-            optimizer = optimizer or trainer.optimizer
-            steps, warmup = self._stage_steps(trainer.args), 0
-            if trainer.args.lr_scheduler_type != "constant":
-                warmup = trainer.args.get_warmup_steps(steps or 0)
-            floor, decay = _SHAPES[trainer.args.lr_scheduler_type]
+            optimizer, args = _inner(optimizer or trainer.optimizer), trainer.args
+            steps, warmup = self.steps, 0  # there are no steps if a plateau ends the stage
+            if self.epochs is not None:
+                updates = math.ceil(len(self._batches) / int(args.gradient_accumulation_steps))
+                steps = self.epochs * max(1, updates)
+            if args.lr_scheduler_type != "constant":
+                warmup = args.get_warmup_steps(steps or 0)
+            floor, decay = _SHAPES[args.lr_scheduler_type]
             trainer.lr_scheduler = StageSchedule(
-                _inner(optimizer),
-                self.cascade,
-                steps,
-                warmup=warmup,
-                floor=floor,
-                decay=decay,
+                optimizer, self.cascade, steps, warmup=warmup, floor=floor, decay=decay
             )
             trainer._created_lr_scheduler = True
         return trainer.lr_scheduler
-
-    def _stage_steps(self, args: Any) -> int | None:
-        """Return the optimizer steps of a stage. None if a plateau ends it."""
-        if self.plateau is not None or self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        updates = math.ceil(len(self._batches) / int(args.gradient_accumulation_steps))
-        return self.epochs * max(1, updates)
 
     def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the user's model with the slow weights, or for a checkpoint the state dict of the cascade."""
@@ -733,10 +721,6 @@ def _drop_plugin(trainer: Any) -> None:
 def _inner(optimizer: Any) -> Any:
     """Return the optimizer that accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _saved_with_the_model(original: Any, output_dir: str) -> None:
-    """Write nothing: `_save` has written the state of optimizer and scheduler."""
 
 
 def _gathered(model: torch.nn.Module, holds: bool) -> dict[str, torch.Tensor]:

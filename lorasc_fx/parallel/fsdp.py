@@ -77,7 +77,10 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             weights = run.fingerprints() if run.holds_numbers else {}  # of the full weights, before they are sharded
         with ranks.agreed("shard"):
             ranks.check_alike("shard", run.facts(weights))
-        mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
+        if mesh is None:
+            kind = next(iter(cascade.model.parameters())).device.type
+            kind = torch.device(ProcessGroup.of().device).type if kind == "meta" else kind
+            mesh = init_device_mesh(kind, (dist.get_world_size(),))
         ranks = replace(ranks, replicas=ranks.size // mesh.size(mesh.ndim - 1))
         undo(run.restorer())
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
@@ -120,12 +123,6 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
         cascade._graphs.split_by(split, whole, undo)
         return cascade  # inside the block: an interrupt before this rolls back
-
-
-def _device_kind(cascade: Cascade) -> str:
-    """Return the device type for the shards: of the parameters, or of the group if they are on the meta device."""
-    kind = next(iter(cascade._run.model.parameters())).device.type
-    return torch.device(ProcessGroup.of().device).type if kind == "meta" else kind
 
 
 def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
