@@ -80,8 +80,19 @@ class Form(abc.ABC):
         return {"linear": self.name.rpartition(".")[2].lower(), "conv": "conv"}.get(self.kind, "")
 
 
+class _Call:
+    """A row whose nodes call a function or method with named parameters."""
+
+    parameters: tuple[str, ...]
+
+    def argument(self, node: AnyNode, name: str) -> Any:
+        """Return an argument of the node by name, or None."""
+        position = self.parameters.index(name) if name in self.parameters else len(node.args)
+        return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
 @dataclass(frozen=True)
-class FunctionForm(Form):
+class FunctionForm(Form, _Call):
     """A call that a branch can stand beside: the op is linear in its weight.
 
     Args:
@@ -110,10 +121,6 @@ class FunctionForm(Form):
     needs: tuple[str, ...] = ()
     layout: str = "out_in"
 
-    def argument(self, node: AnyNode, name: str) -> Any:
-        """Return an argument of the node by name, or None."""
-        return _argument(self.parameters, node, name)
-
     def fits(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether the node reads `source` as its weight and nowhere else, and its other arguments fit the row."""
         reads: list[fx.Node] = []
@@ -134,7 +141,7 @@ class FunctionForm(Form):
 
 
 @dataclass(frozen=True)
-class WeightForm:
+class WeightForm(_Call):
     """A call that computes with its weight in any way. The branch stands on the weight, before the op.
 
     The op may do anything with `W + s B A`. The full gradient of the weight is computed.
@@ -152,15 +159,6 @@ class WeightForm:
     targets: tuple[Callable[..., Any] | str, ...]
     parameters: tuple[str, ...]
     weight: str = "weight"
-
-    def argument(self, node: AnyNode, name: str) -> Any:
-        """Return an argument of the node by name, or None."""
-        return _argument(self.parameters, node, name)
-
-
-def _argument(parameters: tuple[str, ...], node: AnyNode, name: str) -> Any:
-    position = parameters.index(name) if name in parameters else len(node.args)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 @dataclass(frozen=True)
@@ -508,13 +506,9 @@ def _check(form: RegisteredForm) -> None:
             f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}; known: {', '.join(kinds)}",
             code="unknown-name",
         )
-    if isinstance(form, ModuleForm):
-        _check_module(form)
-    else:
+    if not isinstance(form, ModuleForm):
         _check_targets(form)
-
-
-def _check_module(form: ModuleForm) -> None:
+        return
     for row in FORMS:
         if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
             raise SpecError(
@@ -533,14 +527,11 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
                 code="unknown-name",
             )
     for target in targets_of(form):
-        taken = built_in(target)
-        other = next(
-            (row for row in REGISTERED.values() if not isinstance(row, ModuleForm) and target in targets_of(row)), None
-        )
-        if taken is not None or other is not None:
-            rows = ((taken, "built in"), (other, "registered"))
-            row = next(f"{row.name}, which is {how}" for row, how in rows if row is not None)
-            raise SpecError(f"{form.name}: {_shown(target)} is a form already: {row}", code="invalid-form")
+        for row, how in ((built_in(target), "built in"), (registered_form(target), "registered")):
+            if row is not None:
+                raise SpecError(
+                    f"{form.name}: {_shown(target)} is a form already: {row.name}, which is {how}", code="invalid-form"
+                )
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
             raise SpecError(
                 f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="invalid-form"
