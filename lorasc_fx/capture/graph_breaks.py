@@ -185,7 +185,7 @@ class GraphBreakFallback:
     def why_not_whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Return why there is no whole graph: file, line and reason of the first graph break, or another reason."""
         if self.eager:
-            return "the model runs as it is, by its own Python"
+            return "the model runs eagerly, by its own Python"
         with isolation(self.model, args, kwargs) as (inputs, named), _dynamo_settings():  # explain runs the model
             explained = torch._dynamo.explain(self.model)(*inputs, **named)
         for reason in explained.break_reasons:
@@ -314,7 +314,7 @@ class _Backend:
         guards = torch._dynamo.utils.guard_failures.get(frame.f_code, ["its inputs"])
         guard = str(guards[-1]).splitlines()[0].partition(" #")[0].strip()
         raise CaptureError(
-            f"{model} was captured anew {MAX_CAPTURES} times. The last graph did not fit because of "
+            f"{model} was captured {MAX_CAPTURES} times for the same modules. The last graph did not fit because of "
             f"{guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing state in Python, or "
             "adapt a part of the model"
         )

@@ -523,7 +523,7 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
         if name not in form.parameters:
             hint = nearest(name, form.parameters)
             raise SpecError(
-                f"{form.name}: {name!r} is none of its parameters{hint}; they are {form.parameters}",
+                f"{form.name}: {name!r} is not one of its parameters{hint}; they are {form.parameters}",
                 code="unknown-name",
             )
     for target in targets_of(form):
