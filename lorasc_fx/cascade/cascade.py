@@ -26,7 +26,7 @@ from lorasc_fx.cascade.placed import placed
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.usage import UsageWatch
-from lorasc_fx.compile import NOT_COMPILED, Axis, Compiler
+from lorasc_fx.compile import Axis, Compiler
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.state import Which
@@ -126,7 +126,9 @@ class CascadeModule(nn.Module):
         if torch.compiler.is_compiling():  # dynamo guards inputs itself and cannot hash a signature
             bound, named = graphs.compiler.bind(args, kwargs)
             compiled = graphs.variants.compiled(self.training, pytree.tree_leaves((bound, named)))
-            return compiled.module(*bound, **named) if compiled is not None else NOT_COMPILED[0](self, args, kwargs)
+            if compiled is None:
+                return graphs.variants.not_compiled(self, args, kwargs)
+            return compiled.module(*bound, **named)
         call = graphs.compiler.calls.bind(args, kwargs)
         if call.key is None:
             variant, count = graphs.variants.symbolic(self.training)

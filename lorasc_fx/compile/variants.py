@@ -29,11 +29,6 @@ _NOT_CAPTURED = (
     "arguments of the same sizes"
 )
 
-NOT_COMPILED: list[Callable[..., Any]] = []
-"""Holds `_not_compiled`, at which dynamo breaks the graph, or raises with the reason under fullgraph=True. The first
-`Variants` fills it, because importing dynamo takes most of a second."""
-
-
 class Growable(Protocol):
     """The state of a run: it has the plan of the running stage, and takes over sites that a new graph brings."""
 
@@ -118,8 +113,8 @@ class Variants:
     changed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        if not NOT_COMPILED:
-            NOT_COMPILED.append(torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED))
+        # Dynamo breaks the graph here, or raises with the reason under fullgraph=True.
+        self.not_compiled = torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED)
 
     def find(self, call: Call) -> Variant | None:
         """Return a variant for this call and the model's current Python state, or None."""
