@@ -29,6 +29,7 @@ _NOT_CAPTURED = (
     "arguments of the same sizes"
 )
 
+
 class Growable(Protocol):
     """The state of a run: it has the plan of the running stage, and takes over sites that a new graph brings."""
 
