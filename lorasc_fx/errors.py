@@ -1,8 +1,8 @@
-"""What can go wrong: a few types under one root, each error with a stable code.
+"""Error classes under one root, each error with a stable code.
 
-Each message says what happened, where (weight name, node, file) and what to do; its wording may change. The `code`
-(kebab-case) names the situation and does not change: it is what a program, or a test, compares. Each class has a
-default; docs/errors.md lists every code. `nearest` is the one place that suggests names.
+A message says what is wrong, where (weight name, node, file) and what to do. Its wording may change. The `code`
+(kebab-case) names the situation and does not change, so programs and tests compare it. Each class has a default code.
+docs/errors.md lists all codes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ CODES = {
     "write-failed": "a path cannot be written, or writing was interrupted; what was there stays",
     "wrong-function-result": "a function, module or pass of the user cannot be called or returns something else",
 }
-"""Every code, with the situation that it stands for."""
+"""Every code with its meaning."""
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
@@ -143,7 +143,7 @@ class LorascError(Exception):
 
 
 class LorascWarning(UserWarning):
-    """What the user has to act on although nothing failed; the category of every warning of this package."""
+    """The category of all warnings of this package: nothing has failed, but the user should act."""
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
@@ -157,7 +157,7 @@ class SpecError(LorascError, ValueError):
 
     def __init__(self, message: str, *, code: str | None = None, at: tuple[Any, ...] = ()) -> None:
         super().__init__(message, code=code)
-        self.at = at  # path of the field in what was given
+        self.at = at  # path of the field in the given value
 
 
 class UnknownTarget(SpecError):
@@ -177,25 +177,25 @@ class PassError(LorascError):
 
 
 class NoSites(PassError, SpecError):
-    """A spec that leaves nothing to adapt; the message tells why each candidate was refused."""
+    """A spec that leaves nothing to adapt. The message says why each candidate was refused."""
 
     code = "no-sites"
 
 
 class PassOrderError(PassError):
-    """Passes that cannot stand in any order, or not in the one given."""
+    """Passes that cannot run in any order, or not in the given one."""
 
     code = "pass-order"
 
 
 class VerifyError(PassError):
-    """A graph that does not agree with its plan; the message lists each fault with its node."""
+    """A graph that does not agree with its plan. The message lists each fault with its node."""
 
     code = "graph-not-verified"
 
 
 class StateError(LorascError, RuntimeError):
-    """A call that is right, at a moment when it is not: after release, inside a backward, with the wrong optimizer."""
+    """A call at the wrong moment: after release, inside a backward, with the wrong optimizer."""
 
 
 class NonFiniteBranch(StateError):
@@ -211,13 +211,13 @@ class CheckpointError(LorascError):
 
 
 class ExportError(LorascError):
-    """A cascade that another format cannot express, or a place where it cannot be written; names each weight."""
+    """A cascade that another format cannot express, or a path that cannot be written. Names each weight."""
 
     code = "not-exportable"
 
 
 class MissingExtra(LorascError, ImportError):
-    """An optional package is not installed; the message holds the pip command."""
+    """An optional package is not installed. The message has the pip command."""
 
     code = "missing-extra"
 
@@ -229,7 +229,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def listed(known: Iterable[str]) -> str:
-    """Return "; known: 'a', 'b' and 7 more" with the first known names: the answer where none is near."""
+    """Return "; known: 'a', 'b' and 7 more" with the first known names, if none is similar."""
     names = list(known)
     return "; known: " + named(map(repr, names), 5) if names else ""
 
@@ -242,7 +242,7 @@ def named(names: Iterable[str], count: int = 3) -> str:
 
 
 def reason_of(fault: BaseException) -> str:
-    """Return why an operation failed: of the file system without the path, which the message names already."""
+    """Return why an operation failed, without the path of a file: the message names it."""
     return (isinstance(fault, OSError) and fault.strerror) or str(fault)
 
 
@@ -250,15 +250,15 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     """Return a path that a user gave.
 
     Raises:
-        SpecError: it holds a NUL byte, for which some calls of Python raise a bare ValueError and others find no file.
+        SpecError: it holds a NUL byte. Some calls of Python would raise a bare ValueError, others would find no file.
     """
     if "\0" in os.fspath(path):
-        raise SpecError(f"the path {os.fspath(path)!r} holds a NUL byte, which no file system takes; give another")
+        raise SpecError(f"the path {os.fspath(path)!r} holds a NUL byte, which no file system accepts. Give another")
     return Path(path)
 
 
 def warn(message: str, code: str) -> None:
-    """Warn at the line of the user's program: the first frame that is neither of this package nor of torch."""
+    """Warn at the line of the user's program: the first frame outside this package and torch."""
     torch_folder = os.path.dirname(sys.modules["torch"].__file__ or "") + os.sep
     skipped = (_PACKAGE, torch_folder, contextlib.__file__, copy.__file__)
     frame, level = sys._getframe(1), 2

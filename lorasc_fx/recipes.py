@@ -1,4 +1,4 @@
-"""Spec and learning rate together, as docs/evidence.md measured them; `make evidence` makes its runs."""
+"""A spec with a learning rate schedule, as measured in docs/evidence.md. `make evidence` runs the measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARMUP = 5
 
 
 class Recipe(NamedTuple):
-    """What a recipe returns::
+    """The result of a recipe::
 
         spec, schedule = lx.recipes.small_data(steps=300, stages=3, rank=8, train=("head.*",))
         model = lx.adapt(model, args=(x,), spec=spec)
@@ -33,7 +33,7 @@ class Recipe(NamedTuple):
 
     Args:
         spec: for `adapt`.
-        schedule: makes the scheduler of the optimizer's learning rate, once the cascade is there.
+        schedule: makes the learning rate scheduler for an optimizer and a cascade.
     """
 
     spec: CascadeSpec
@@ -104,8 +104,8 @@ def _recipe(
     taken = next((option for option in options if option in fixed), None)
     if taken is not None:
         raise SpecError(
-            f"recipes.{name}: {taken} is {fixed[taken]!r} in this recipe; leave it out, or give `adapt` a CascadeSpec "
-            "of your own",
+            f"recipes.{name}: {taken} is {fixed[taken]!r} in this recipe. Leave it out, or give `adapt` your own "
+            "CascadeSpec",
             code="conflicting-options",
         )
     check_names(CascadeSpec, options, ("spec",))

@@ -121,6 +121,7 @@ class CascadeModule(nn.Module):
         """
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
+        # Inside `weights(...)` the model itself computes, except if only a graph can gather its shards.
         if run.placed is not None and (self._eager or not graphs.are_split):
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself and cannot hash a signature
@@ -130,7 +131,7 @@ class CascadeModule(nn.Module):
                 return graphs.variants.not_compiled(self, args, kwargs)
             return compiled.module(*bound, **named)
         call = graphs.compiler.calls.bind(args, kwargs)
-        if call.key is None:
+        if call.key is None:  # torch.fx traces the cascade
             variant, count = graphs.variants.symbolic(self.training)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
         if not torch.is_grad_enabled() and run.is_noisy and self._called_by("evaluate"):
@@ -431,6 +432,7 @@ class CascadeModule(nn.Module):
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
         with self._run.exclusive("release", ends_stage=True), commit() as undo:
+            # Undo steps first: each restores what the steps below change.
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run, self))

@@ -97,6 +97,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             put_state(optimizer, planned.states)
         _write_parameters(run, planned, undo)
     if planned.gradients is not None:
+        # Also factors that are not trained may hold a gradient of the stage before.
         for parameter in run.branches.parameters():
             parameter.grad = None
         for name, parameter in run.trainable().items():
@@ -166,7 +167,7 @@ def write_weights(
     known = [slow.states for slow in (run.slow, after) if slow is not None]
     for name, parameter in writable(parameters).items():
         out = local(parameter)
-        for states in known:
+        for states in known:  # W0 may be the memory that is written next
             if name in states:
                 keep_base(states[name].base, out)
         write(name, out)

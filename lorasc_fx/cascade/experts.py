@@ -69,6 +69,7 @@ def install_experts(
                     code="sites-differ",
                 )
             states[name] = states[name].holding(value.detach().to("cpu", copy=True))
+        # Write only what changes: other weights keep their W0 as their own memory.
         touched = [*(name for name in experts if experts[name]), *trained]
         install_slow(run, SlowWeights(states, before.idle, averaged=before.averaged), touched, buffers)
 
@@ -93,6 +94,7 @@ def install_slow(
     """
     before, plan = run.slow, run.plan
     branches = run.branches_by_weight()
+    # Branches that have not trained take their start (PiSSA, DoRA) from the new weights.
     unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
     after, factors = after.begin_stage(plan, unmoved)
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -100,6 +102,7 @@ def install_slow(
     holders = buffer_holders(run.model)
     for name, value in buffers.items():
         buffer = holders[name].value
+        # A buffer of another shape, or one that is not there yet, needs a new tensor.
         if buffer is not None and value.shape == buffer.shape:
             tensors.append((buffer, value))
         else:
@@ -247,7 +250,7 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
             code="method-not-supported",
         )
     after = weighted_sum(slow, parts, [*weights.values()], 1)
-    if alone:
+    if alone:  # take the run's own state, so that nothing is rounded in another order
         states = dict(after.states)
         for name, state in slow.states.items():
             held = parts[0].slow.states.get(name)
@@ -307,7 +310,7 @@ def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[fl
 
 
 def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
-    if fresh.full:
+    if fresh.full:  # there are no experts, so the values themselves are summed
         after = fresh.bare().holding(fresh.base.double() + _dense(fresh.name, fresh.base, terms))
         return replace(after, views={**after.views, f"stage/{stage}": after.slow})
     experts: list[Expert] = []
@@ -324,6 +327,7 @@ def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int)
                 experts.append(expert)
                 coefficients.append(weight * coefficient)
         noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
+    # A run whose experts were collapsed makes the sum partly dense.
     total = None
     held = [part.slow.states.get(fresh.name) for weight, part in terms if weight != 0]
     if any(state is not None and state.slow.dense is not None for state in held):

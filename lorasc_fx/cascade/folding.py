@@ -150,6 +150,7 @@ def folded_each(
     weights, parameters = folded_weights(run, which, call), run.parameters_by_name()
     buffers = weights.buffers
     names = {name: parameters[name] for name in check_asked(call, weights.slow, quantized)}
+    # Placeholders for quantized weights that become dense. Their values are computed when they are asked for.
     changed = {
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), False)
         for name, value in names.items()
@@ -256,6 +257,7 @@ def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
                 "callable that quantizes its module in place",
                 code="quantized-not-supported",
             )
+        # Both changes relative to the weight, so that they can be compared.
         size = dense(old).float().norm().clamp_min(1e-30)
         trained = float((now_dense.float() - dense(old).float()).norm() / size)
         rounded = float((dense(now).float() - now_dense.float()).norm() / size)

@@ -89,6 +89,7 @@ class Run(RunBase):
         parameters = self.parameters_by_name()
         noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
         takes_residual = factor_start.from_weight and not factor_start.of_delta
+        # New weights: sites, and with noise.where="all" the other matrices as well.
         names = [site.weight for site in self.plan.sites]
         reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
         without = {*names, *(one.weight for one in self.refusals if one.reason in reasons)}
@@ -119,6 +120,7 @@ class Run(RunBase):
                 "Exclude the weight, train it in full (train=...), or put the hook on the branch's parameters",
                 "hook-not-called",
             )
+        # Compute the state of the stage, then write it.
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
         if factor_start.of_delta and not empty:

@@ -56,7 +56,7 @@ def estimate(
     count = 0
     with torch.no_grad(), running, _averaging(cascade, norms), AllOrNothing() as undo:
         undo(restore)
-        for norm in norms:
+        for norm in norms:  # without a momentum, statistics are the mean over all batches since the reset
             norm.reset_running_stats()
         for batch in batches:
             (call or _call_on_first)(cascade, batch)
