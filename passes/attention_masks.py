@@ -60,16 +60,16 @@ class AttentionMasks(CascadePass):
         calls = [node for node in graph.nodes if node.target is _ATTENTION and _replaceable(node)]
         if not calls:
             return
-        known = follow(graph.nodes)
+        proved = follow(graph.nodes)
         spare: set[fx.Node] = set()
         for mask in dict.fromkeys(_argument(call, "attn_mask") for call in calls):
-            if mask not in known or _written(_sources(mask, known)):
+            if mask not in proved or _written(_sources(mask, proved)):
                 continue
             for call in calls:
-                if _argument(call, "attn_mask") is mask and (instead := _equivalent(known[mask], call)):
+                if _argument(call, "attn_mask") is mask and (instead := _equivalent(proved[mask], call)):
                     _simplify(graph, call, instead)
                     spare |= _share_heads(graph, call)
-        _erase(graph, spare.union(known))
+        _erase(graph, spare.union(proved))
 
 
 def _argument(call: fx.Node, name: str) -> Any:
@@ -119,8 +119,8 @@ def _equivalent(mask: Value, call: fx.Node) -> Literal["none", "causal"] | None:
 def _simplify(graph: GraphEditor, call: fx.Node, instead: Literal["none", "causal"]) -> None:
     dropout = _argument(call, "dropout_p")
     options = (None, dropout, True) if instead == "causal" else (None, dropout) if dropout != 0.0 else ()
-    given = {"attn_mask", "dropout_p", "is_causal"}
-    kwargs = {name: value for name, value in call.kwargs.items() if name not in given}
+    replaced = {"attn_mask", "dropout_p", "is_causal"}
+    kwargs = {name: value for name, value in call.kwargs.items() if name not in replaced}
     graph.give_arguments(call, (*call.args[:3], *options), kwargs)
 
 
@@ -168,9 +168,9 @@ def _is_whole(node: fx.Node) -> bool:
     return node.target is _SLICE and node.args[2:] == (0, sys.maxsize) and not node.kwargs
 
 
-def _sources(mask: fx.Node, known: Mapping[fx.Node, Value]) -> set[fx.Node]:
+def _sources(mask: fx.Node, proved: Mapping[fx.Node, Value]) -> set[fx.Node]:
     """Return a mask and the nodes that its value was proved from."""
-    return _reached([mask], lambda node: [source for source in node.all_input_nodes if source in known])
+    return _reached([mask], lambda node: [source for source in node.all_input_nodes if source in proved])
 
 
 def _written(nodes: Iterable[fx.Node]) -> bool:
@@ -299,33 +299,33 @@ def follow(nodes: Iterable[fx.Node]) -> dict[fx.Node, Value]:
     Args:
         nodes: in the graph's order, with all their arguments.
     """
-    known: dict[fx.Node, Value] = {}
+    proved: dict[fx.Node, Value] = {}
     for node in nodes:
-        value = _value(node, known)
+        value = _value(node, proved)
         if value is not None:
-            known[node] = value
-    return known
+            proved[node] = value
+    return proved
 
 
-def _value(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | None:
-    made = node.meta.get("val")
+def _value(node: fx.Node, proved: Mapping[fx.Node, Value]) -> Value | None:
+    result = node.meta.get("val")
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(made, torch.Tensor):
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(result, torch.Tensor):
         return None
     rule = _RULES.get(op.overloadpacket.__name__)
     if rule is None or op._schema.is_mutable:
         return None
-    given = {
+    arguments = {
         argument.name: node.args[index]
         if index < len(node.args)
         else node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
         for index, argument in enumerate(op._schema.arguments)
     }
-    value = rule(_Call(given, made, known))
-    for axis in range(-made.dim(), 0):
-        if value is not None and isinstance(size := made.shape[axis], int) and size == 1:
+    value = rule(_Call(arguments, result, proved))
+    for axis in range(-result.dim(), 0):
+        if value is not None and isinstance(size := result.shape[axis], int) and size == 1:
             value = _changed(value, partial(Affine.first, axis=axis))  # later it may be broadcast
-    return value if value is not None and _holds(value, made.dtype) else None
+    return value if value is not None and _holds(value, result.dtype) else None
 
 
 def _holds(value: Value, dtype: torch.dtype) -> bool:
@@ -345,15 +345,15 @@ def _changed(value: Value, change: Callable[[Affine], Affine]) -> Value:
 class _Call:
     """One call: its arguments by name, the fake tensor that it returns, and the known values."""
 
-    given: Mapping[str, Any]
-    made: torch.Tensor
-    known: Mapping[fx.Node, Value]
+    arguments: Mapping[str, Any]
+    result: torch.Tensor
+    proved: Mapping[fx.Node, Value]
 
     def of(self, name: str) -> Value | None:
         """Return the value of an argument, if it is known."""
-        argument = self.given.get(name)
+        argument = self.arguments.get(name)
         if isinstance(argument, fx.Node):
-            return self.known.get(argument)
+            return self.proved.get(argument)
         if not is_number(argument) or not abs(argument) <= _LARGE:
             return None
         return Affine((), int(argument)) if argument == int(argument) else None
@@ -365,13 +365,13 @@ class _Call:
 
     def literal(self, name: str) -> int | None:
         """Return an argument that is a Python int."""
-        argument = self.given.get(name)
+        argument = self.arguments.get(name)
         return argument if type(argument) is int else None
 
     def axis(self, name: str = "dim") -> int:
         """Return an axis of the result that an argument names, counted from the last one."""
-        axis = int(self.given[name])
-        return axis if axis < 0 else axis - self.made.dim()
+        axis = int(self.arguments[name])
+        return axis if axis < 0 else axis - self.result.dim()
 
 
 Rule = Callable[[_Call], Value | None]
@@ -400,16 +400,16 @@ def _of_two(rule: Callable[[_Call, Affine, Affine], Value | None]) -> Rule:
 
 
 def _arange(call: _Call) -> Value | None:
-    start, step = call.given.get("start", 0), call.given.get("step", 1)
+    start, step = call.arguments.get("start", 0), call.arguments.get("step", 1)
     return Affine.of({-1: step}, start) if type(start) is int and type(step) is int else None
 
 
 def _filled(fill: float | None) -> Rule:
     def rule(call: _Call) -> Value | None:
-        value = call.given.get("fill_value") if fill is None else fill
-        if call.made.dtype is torch.bool and isinstance(value, (bool, int, float)):
+        value = call.arguments.get("fill_value") if fill is None else fill
+        if call.result.dtype is torch.bool and isinstance(value, (bool, int, float)):
             return ALWAYS if value else NEVER
-        return _Call({"fill": value}, call.made, call.known).of("fill")
+        return _Call({"fill": value}, call.result, call.proved).of("fill")
 
     return rule
 
@@ -421,9 +421,9 @@ def _same(call: _Call) -> Value | None:
 
 def _cast(call: _Call) -> Value | None:
     value = call.of("self")
-    if isinstance(value, Truth) and call.made.dtype is not torch.bool:
+    if isinstance(value, Truth) and call.result.dtype is not torch.bool:
         return Affine((), int(value == ALWAYS)) if value in (ALWAYS, NEVER) else None
-    if isinstance(value, Affine) and call.made.dtype is torch.bool:
+    if isinstance(value, Affine) and call.result.dtype is torch.bool:
         return None if value.slopes else ALWAYS if value.start else NEVER
     return value
 
@@ -447,7 +447,7 @@ def _transpose(call: _Call, value: Value) -> Move:
 
 def _slice(call: _Call, value: Value) -> Move | None:
     axis, step = call.axis(), call.literal("step")
-    start = call.literal("start") if call.given.get("start") is not None else 0
+    start = call.literal("start") if call.arguments.get("start") is not None else 0
     if start is None or start < 0 or step is None:
         return None
 
@@ -461,15 +461,15 @@ def _slice(call: _Call, value: Value) -> Move | None:
 def _repeat(call: _Call, value: Value) -> Move | None:
     """Repeat along axes on which nothing depends."""
     numbers = value.conditions if isinstance(value, Truth) else {value}
-    repeats = call.given["repeats"]
+    repeats = call.arguments["repeats"]
     return (lambda number: number) if all(repeats[axis] == 1 for each in numbers for axis, _ in each.slopes) else None
 
 
 def _index(call: _Call, value: Value) -> Move | None:
-    indices = call.given["indices"]
-    known = [call.known.get(index) if isinstance(index, fx.Node) else None for index in indices]
-    rows = [index for index in known if isinstance(index, Affine) and index.never_negative]
-    if len(rows) != call.given["self"].meta["val"].dim() or len(rows) != len(known):
+    indices = call.arguments["indices"]
+    proved = [call.proved.get(index) if isinstance(index, fx.Node) else None for index in indices]
+    rows = [index for index in proved if isinstance(index, Affine) and index.never_negative]
+    if len(rows) != call.arguments["self"].meta["val"].dim() or len(rows) != len(proved):
         return None
 
     def picked(number: Affine) -> Affine:
@@ -531,11 +531,11 @@ def _triangle(sign: int) -> Rule:
 
 def _diff(call: _Call) -> Value | None:
     value, axis = call.number("self"), call.axis()
-    if value is None or call.given["n"] != 1 or call.given["append"] is not None:
+    if value is None or call.arguments["n"] != 1 or call.arguments["append"] is not None:
         return None
     slope = Affine((), dict(value.slopes).get(axis, 0))
-    if call.given["prepend"] is not None:
-        size, before = call.given["prepend"].meta["val"].shape[axis], call.number("prepend")
+    if call.arguments["prepend"] is not None:
+        size, before = call.arguments["prepend"].meta["val"].shape[axis], call.number("prepend")
         if before is None or not isinstance(size, int) or size != 1 or value.first(axis).plus(before, -1) != slope:
             return None
     return slope

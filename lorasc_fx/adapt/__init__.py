@@ -186,18 +186,18 @@ def _check_forms(checkpoint: Checkpoint) -> None:
 
 def _tell_of_wide_branches(plan: Plan) -> None:
     """Log ranks that are larger than a matrix of the site's shape can have."""
-    wide = [
+    too_large = [
         (site, most)
         for site in plan.sites
         if max((site.rank, *site.options.ranks)) > (most := min(*site.matrix_shape, *site.slices))
     ]
-    if wide:
-        site, most = wide[0]
+    if too_large:
+        site, most = too_large[0]
         log.info(
             "rank %d is more than %s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
             "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
             max((site.rank, *site.options.ranks)),
-            named([site.weight for site, _ in wide], 1),
+            named([site.weight for site, _ in too_large], 1),
             tuple(site.matrix_shape),
             most,
         )
@@ -235,21 +235,21 @@ def _warn_of_quantized_weights(cascade: Cascade) -> None:
         for refusal in cascade.refusals
         if refusal.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and refusal.weight not in complex_ones
     }
-    left = list(refused) + [name for name in cascade.unreached if is_quantized(parameters[name])]
+    left_out = list(refused) + [name for name in cascade.unreached if is_quantized(parameters[name])]
     packed = {
         name: buffer
         for name, buffer in cascade.model.named_buffers()
         if "weight" in name.rpartition(".")[2] and buffer.dim() > 1
         if not buffer.is_complex() and not (buffer.is_floating_point() and buffer.dtype.itemsize > 1)
     }
-    left += [name for name in packed if not any(matches(pattern, (name,)) for pattern in spec.exclude)]
-    if left:
-        owner = cascade.model.get_submodule(left[0].rpartition(".")[0])
+    left_out += [name for name in packed if not any(matches(pattern, (name,)) for pattern in spec.exclude)]
+    if left_out:
+        owner = cascade.model.get_submodule(left_out[0].rpartition(".")[0])
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in LIBRARIES}))
-        why = refused[left[0]].sentence if left[0] in refused else "no form of its layer is known"
+        why = refused[left_out[0]].sentence if left_out[0] in refused else "no form of its layer is known"
         warn(
-            f"{named(left)}: quantized, and without branches; the first is of {type(owner).__name__}: {why}. Quantized "
-            f"weights are adapted where torchao has quantized the weight of a linear layer, and in layers of the "
-            f"classes {kinds}; exclude these to leave them as they are",
+            f"{named(left_out)}: quantized, and without branches; the first is of {type(owner).__name__}: {why}. "
+            "Quantized weights are adapted where torchao has quantized the weight of a linear layer, and in layers of "
+            f"the classes {kinds}; exclude these to leave them as they are",
             "quantized-left-out",
         )

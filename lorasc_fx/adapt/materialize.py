@@ -134,18 +134,18 @@ def _into_shards(
     run.start_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)
 
 
-def _device(asked: torch.device | str) -> torch.device:
+def _device(requested: torch.device | str) -> torch.device:
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except (RuntimeError, TypeError) as fault:
         raise SpecError(
-            f"materialize: device is {asked!r}, which torch does not know; give 'cpu' or 'cuda:0'"
+            f"materialize: device is {requested!r}, which torch does not know; give 'cpu' or 'cuda:0'"
         ) from fault
     if device.type == "meta":
         raise SpecError("materialize: device is meta, which holds no numbers; give 'cpu' or 'cuda:0'")
     return device
 
 
-def _restore(cascade: Cascade, held: dict[str, Any]) -> None:
+def _restore(cascade: Cascade, attributes: dict[str, Any]) -> None:
     vars(cascade).clear()
-    vars(cascade).update(held)
+    vars(cascade).update(attributes)

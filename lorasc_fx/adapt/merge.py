@@ -59,8 +59,8 @@ def merge(
     if isinstance(runs, (str, PathLike, Cascade)) or not runs:
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
-    given = [run._run if isinstance(run, Cascade) else run for run in runs]
-    named_runs = [GivenRun(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
+    sources = [run._run if isinstance(run, Cascade) else run for run in runs]
+    named_runs = [GivenRun(run, f"run {number}", "merge") for number, run in enumerate(sources, start=1)]
     scaled = next((run.name for run in named_runs if run.plan.spec.method.scales_rows), None)
     if scaled is not None:
         raise SpecError(

@@ -330,18 +330,18 @@ def same_values(undo: Block, model: nn.Module) -> None:
         )
         for path, module in model.named_modules()
     ]
-    known = _WRITTEN.get(model)
+    written_before = _WRITTEN.get(model)
     memory = {
         name: (parameter, parameter.data)
         for name, parameter in model.named_parameters()
-        if (known is None or name in known) and not isinstance(parameter, FakeTensor)
+        if (written_before is None or name in written_before) and not isinstance(parameter, FakeTensor)
         if not is_quantized(parameter)  # they have few ops, and none that forward would write with
     }
     # In a first run, most parameters are never written, so each is copied only when an op writes into it.
     lazily = {
         name: tensor
         for name, (_, tensor) in memory.items()
-        if known is None and type(tensor) is torch.Tensor and torch._C._has_storage(tensor)
+        if written_before is None and type(tensor) is torch.Tensor and torch._C._has_storage(tensor)
     }
     writes, before = _Writes(lazily), checksums(lazily)
     writes.kept |= {name: tensor.to("cpu", copy=True) for name, (_, tensor) in memory.items() if name not in lazily}
@@ -350,7 +350,7 @@ def same_values(undo: Block, model: nn.Module) -> None:
         for name, parameter in model.named_parameters()
         if isinstance(parameter, FakeTensor)
     ]
-    written = set(known or ())
+    written = set(written_before or ())
 
     def restore() -> None:
         with torch.no_grad():
@@ -448,6 +448,6 @@ def with_fake_tensors(
 @isolated
 def fake_mode(undo: Block, model: nn.Module) -> None:
     """Make every new tensor fake if the model holds fake tensors."""
-    first = next((parameter for parameter in model.parameters() if isinstance(parameter, FakeTensor)), None)
-    if first is not None:
-        undo.enter(first.fake_mode)
+    fake = next((parameter for parameter in model.parameters() if isinstance(parameter, FakeTensor)), None)
+    if fake is not None:
+        undo.enter(fake.fake_mode)

@@ -179,11 +179,11 @@ class Compiler:
 def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences: Mapping[str, str]) -> Decided:
     """Refuse the matrices that have a sentence, unless they are sites or refused already or the spec names them."""
     weights, spec = named_weights(model), decided.plan.spec
-    known = {refusal.weight for refusal in decided.refusals} | decided.plan.by_weight.keys()
+    decided_weights = {refusal.weight for refusal in decided.refusals} | decided.plan.by_weight.keys()
     added = [
         Refusal(name, "", reason, sentence)
         for name, sentence in sentences.items()
-        if name in weights.matrices and name not in known
+        if name in weights.matrices and name not in decided_weights
         if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
     ]
     return replace(decided, refusals=(*decided.refusals, *added))

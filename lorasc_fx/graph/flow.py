@@ -89,11 +89,11 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         read = read_values(node)
         computed = node.op in ("call_function", "call_method") and read and not is_impure(node)
-        made = node.op == "call_function" and not node.all_input_nodes and name_of(node) in _FACTORIES
+        is_new = node.op == "call_function" and not node.all_input_nodes and name_of(node) in _FACTORIES
         if reads_shape_only(node) or (computed and sizes.issuperset(read) and _arithmetic(node)):
             sizes.add(node)
             constant.add(node)
-        elif node.op == "get_attr" or made or (computed and constant.issuperset(read) and not sizes.issuperset(read)):
+        elif node.op == "get_attr" or is_new or (computed and constant.issuperset(read) and not sizes.issuperset(read)):
             constant.add(node)
     return constant
 
@@ -136,13 +136,13 @@ def consumers(
             if reads_shape_only(user) or user in derived:
                 continue
             sources = [source for source in read_values(user) if source in derived]
-            made = all(source in derived or source in constant for source in read_values(user))
-            made = (made or is_passed(user, sources)) and not any(
+            follows = all(source in derived or source in constant for source in read_values(user))
+            follows = (follows or is_passed(user, sources)) and not any(
                 derived[source] and mutates(user, source) for source in sources
             )
             # A merged branch stands for its op: it is a use even if the input is constant.
             apart = user.target in _LOOKUPS or call_template(user) is not None or is_use(user, sources)
-            if user.users and not apart and user.op != "output" and (made or selects(user, derived)):
+            if user.users and not apart and user.op != "output" and (follows or selects(user, derived)):
                 derived[user] = any(derived[source] for source in sources) and may_alias(user)
                 waiting.append(user)
             else:
@@ -175,10 +175,10 @@ def _is_selection(node: fx.Node) -> bool:
 
 def _indices(node: fx.Node) -> list[fx.Node]:
     """Return the index nodes of a selection; an empty list for another node."""
-    rest: list[fx.Node] = []
+    indices: list[fx.Node] = []
     if _is_selection(node):
-        fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
-    return rest
+        fx.node.map_arg((node.args[1:], node.kwargs), indices.append)
+    return indices
 
 
 def reads_shape_only(node: fx.Node) -> bool:
@@ -215,16 +215,16 @@ def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
     """Yield the placeholders of an argument in the bodies that a higher-order op runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
-    owner, given = node.graph.owning_module, pytree.tree_leaves(node.args)
+    owner, operands = node.graph.owning_module, pytree.tree_leaves(node.args)
     if owner is None:
         return
-    named = [region for region in given if isinstance(region, fx.Node) and region.op == "get_attr"]
+    named = [region for region in operands if isinstance(region, fx.Node) and region.op == "get_attr"]
     bodies = {
         region: body for region in named if isinstance(body := module_at(owner, str(region.target)), fx.GraphModule)
     }
     for body in bodies.values():
         inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        passed = [outer for outer in given if outer not in bodies][-len(inputs) :]
+        passed = [outer for outer in operands if outer not in bodies][-len(inputs) :]
         yield from (inner for inner, outer in zip(inputs, passed, strict=False) if outer is source)
 
 
@@ -241,15 +241,15 @@ def expert_index(node: fx.Node) -> fx.Node | None:
     """
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    rest, name = node.args[1:], name_of(node)
+    arguments, name = node.args[1:], name_of(node)
     if name == "select":
-        index = rest[1] if len(rest) == 2 and rest[0] == 0 else None
+        index = arguments[1] if len(arguments) == 2 and arguments[0] == 0 else None
     else:
-        index = rest[0] if name in ("index", "getitem") and len(rest) == 1 else None
+        index = arguments[0] if name in ("index", "getitem") and len(arguments) == 1 else None
     if isinstance(index, (tuple, list)) and len(index) == 1:
         index = index[0]
-    stack, taken = shape_of(node.args[0]), shape_of(node)
-    one = stack is not None and taken is not None and len(stack) == 3 and len(taken) == 2
+    stack, selected = shape_of(node.args[0]), shape_of(node)
+    one = stack is not None and selected is not None and len(stack) == 3 and len(selected) == 2
     return index if one and isinstance(index, fx.Node) else None
 
 
@@ -397,8 +397,8 @@ def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice 
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
         return None
     first, last = int(value.min()), int(value.max())
-    whole = value.numel() * shape[0] == (last + 1 - first) * torch.Size(shape).numel()
-    return (first, last + 1) if whole and value.unique().numel() == last + 1 - first else None
+    is_dense = value.numel() * shape[0] == (last + 1 - first) * torch.Size(shape).numel()
+    return (first, last + 1) if is_dense and value.unique().numel() == last + 1 - first else None
 
 
 def slices_of(reads: Iterable[Slice | None], rows: int) -> tuple[int, ...]:

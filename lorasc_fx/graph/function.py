@@ -97,8 +97,8 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[
     return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # what its __call__ calls
 
 
-def _read(held: dict[str, Any], store: str, leaf: str) -> Any:
-    return held[store][leaf]
+def _read(attributes: dict[str, Any], store: str, leaf: str) -> Any:
+    return attributes[store][leaf]
 
 
 def _reads_large_matrix(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -34,27 +34,28 @@ def check_patterns(
     Raises:
         UnknownTarget: names the field, the pattern, and similar names.
     """
-    asked = [("targets", pattern, weights) for pattern in spec.targets]
-    asked += [("exclude", pattern, parameters) for pattern in spec.exclude]
-    asked += [("rules", rule.pattern, weights) for rule in spec.rules]
-    asked += [("train", pattern, parameters) for pattern in spec.train]
-    asked += [("untie", pattern, parameters) for pattern in spec.untie]
+    matrices, every = (weights, "weight"), (parameters, "parameter")
     full = trained_by(spec, parameters) if spec.train_rules else {}
-    asked += [("train_rules", rule.pattern, full) for rule in spec.train_rules]
-    for field, pattern, known in asked:
+    patterns = [("targets", pattern, *matrices) for pattern in spec.targets]
+    patterns += [("exclude", pattern, *every) for pattern in spec.exclude]
+    patterns += [("rules", rule.pattern, *matrices) for rule in spec.rules]
+    patterns += [("train", pattern, *every) for pattern in spec.train]
+    patterns += [("untie", pattern, *every) for pattern in spec.untie]
+    patterns += [("train_rules", rule.pattern, full, "parameter under train") for rule in spec.train_rules]
+    for field, pattern, candidates, noun in patterns:
         if pattern in KINDS and field in ("targets", "rules"):
             continue
-        names = [name for group in known.values() for name in group]
+        names = [name for group in candidates.values() for name in group]
         if not matches(pattern, names):
-            modules = {name.rpartition(".")[0] for name in names} - {""}
-            what = "weight" if known is weights else "parameter" if known is parameters else "parameter under train"
             if matches(f"*.{pattern}", names):  # peft's target_modules would match
                 raise UnknownTarget(
-                    f"{field}: {pattern!r} matches no {what}: a pattern means a whole name, from its start; "
+                    f"{field}: {pattern!r} matches no {noun}: a pattern means a whole name, from its start; "
                     f"give {f'*.{pattern}'!r}"
                 )
-            hint = nearest(pattern.removesuffix(".*"), [*names, *sorted(modules), *(KINDS if known is weights else ())])
-            raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint or listed(names)}")
+            modules = sorted({name.rpartition(".")[0] for name in names} - {""})
+            kinds = KINDS if candidates is weights else ()
+            hint = nearest(pattern.removesuffix(".*"), [*names, *modules, *kinds])
+            raise UnknownTarget(f"{field}: {pattern!r} matches no {noun}{hint or listed(names)}")
 
 
 def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -33,11 +33,11 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
         x = form.reads(node, module).x if form is not None else None
         if not isinstance(x, fx.Node) or not _is_full_precision(x) or not _is_full_precision(node):
             return "beside"
-        read, made = shape_of(x), shape_of(node)
-        if not read or not made or len(site.shape) not in (2, len(read)):
+        read, written = shape_of(x), shape_of(node)
+        if not read or not written or len(site.shape) not in (2, len(read)):
             return "beside"
-        work = math.prod(made) * (read[-1] if len(site.shape) == 2 else math.prod(site.shape[1:]))
-        moved = math.prod(read) + math.prod(made)
+        work = math.prod(written) * (read[-1] if len(site.shape) == 2 else math.prod(site.shape[1:]))
+        moved = math.prod(read) + math.prod(written)
         if work < MIN_WORK or moved < MIN_RATIO * math.prod(site.shape):
             return "beside"
     return "merged"

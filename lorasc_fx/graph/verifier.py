@@ -149,8 +149,8 @@ def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
             weight = subject.canonical[name]
         elif node.op == "call_module" and node not in subject.branches:
             inside = module_at(subject.module, node.target)
-            held = [f"{name}.{leaf}" for leaf, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
-            sites = [subject.canonical[name] for name in held if subject.canonical.get(name) in planned]
+            names = [f"{name}.{leaf}" for leaf, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
+            sites = [subject.canonical[name] for name in names if subject.canonical.get(name) in planned]
             readers, weight = [node] if sites else [], sites[0] if sites else ""
         else:
             continue
@@ -306,18 +306,18 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
             continue
         alike = type(branch) is branch_class(site) and _alike(branch.kind, site.kind)
         if not alike or branch.weight_shape != site.shape:
-            made = f"{type(branch).__name__} for a {branch.kind} of {branch.weight_shape}"
-            yield f"the branch of {site.weight} is a {made}, planned for a {site.kind} of {site.shape}"
+            actual = f"{type(branch).__name__} for a {branch.kind} of {branch.weight_shape}"
+            yield f"the branch of {site.weight} is a {actual}, planned for a {site.kind} of {site.shape}"
         parameters = dict(branch.named_parameters())
         for name, shape in site.parameter_shapes.items():
             if name in parameters and tuple(parameters[name].shape) != shape:
                 yield f"{name} of {site.weight} is {tuple(parameters[name].shape)}, planned as {shape}"
         if branch.transposed != (site.layout == "in_out"):
             yield f"the branch of {site.weight} is stored transposed against its layout, {site.layout}"
-        for what in ("weight_name", "scale", "dropout", "slices"):
-            made, planned = getattr(branch, what), getattr(site, "weight" if what == "weight_name" else what)
-            if made != planned:
-                yield f"the branch of {site.weight} has {what} {made}, planned as {planned}"
+        for field in ("weight_name", "scale", "dropout", "slices"):
+            actual, planned = getattr(branch, field), getattr(site, "weight" if field == "weight_name" else field)
+            if actual != planned:
+                yield f"the branch of {site.weight} has {field} {actual}, planned as {planned}"
         if plan.spec.on_nonfinite == "raise" and not branch.finite():
             yield f"the branch of {site.weight} holds inf or nan"
     keys = {site.key for site in plan.sites}
@@ -336,16 +336,16 @@ def _metadata_is_the_base_ops(subject: Subject) -> Iterator[str]:
             base = node
         if not made_by(node):
             yield f"branch node {node.name} was made by no pass of ours"
-        made, theirs = node.meta.get("val"), base.meta.get("val")
+        ours, theirs = node.meta.get("val"), base.meta.get("val")
         use, plan = use_of(base), subject.record.plan
         site = plan.site(use.weight) if plan is not None and use is not None else None
-        if site is not None and base is node and isinstance(made, torch.Tensor):
-            axis = made.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
-            if not 0 <= axis < made.dim() or made.shape[axis] != site.matrix_shape[0]:
+        if site is not None and base is node and isinstance(ours, torch.Tensor):
+            axis = ours.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
+            if not 0 <= axis < ours.dim() or ours.shape[axis] != site.matrix_shape[0]:
                 outputs = f"{site.weight} has {site.matrix_shape[0]} outputs"
-                yield f"branch node {node.name} is said to be {_shape(made)}, but {outputs}"
-        if made is not theirs and _shape(made) != _shape(theirs):
-            yield f"branch node {node.name} is said to be {_shape(made)}, {base.name} is {_shape(theirs)}"
+                yield f"branch node {node.name} is said to be {_shape(ours)}, but {outputs}"
+        if ours is not theirs and _shape(ours) != _shape(theirs):
+            yield f"branch node {node.name} is said to be {_shape(ours)}, {base.name} is {_shape(theirs)}"
 
 
 def _nothing_is_left_over(subject: Subject) -> Iterator[str]:

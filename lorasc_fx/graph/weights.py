@@ -44,7 +44,7 @@ class Weights:
 
 def named_weights(owner: nn.Module) -> Weights:
     """Return the parameters of a module without those of inserted branches."""
-    first: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     parameters: dict[str, nn.Parameter] = {}
     names: dict[str, list[str]] = {}
     canonical: dict[str, str] = {}
@@ -52,7 +52,7 @@ def named_weights(owner: nn.Module) -> Weights:
     for name, parameter in owner.named_parameters(remove_duplicate=False):
         if ours is not None and name.startswith(ours):
             continue
-        canonical_name = first.setdefault(id(parameter), name)
+        canonical_name = first_names.setdefault(id(parameter), name)
         parameters.setdefault(canonical_name, parameter)
         names.setdefault(canonical_name, []).append(name)
         canonical[name] = canonical_name

@@ -224,26 +224,26 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     weights = {site.weight for site in sites}
     boxes: dict[str, Box] = {}
     arrows: list[tuple[str, str]] = []
-    known: set[str] = set()
+    drawn: set[str] = set()
     for number, graph_module in enumerate(graphs):
         branches = branch_nodes(graph_module)
         seeds = [node for node, branch in branches.items() if branch.weight_name in weights]
-        if not seeds or text(graph_module) in known:  # other sizes of a call that is drawn already
+        if not seeds or text(graph_module) in drawn:  # other sizes of a call that is drawn already
             continue
-        known.add(text(graph_module))
+        drawn.add(text(graph_module))
         prefix = f"{number}:" if len(graphs) > 1 else ""
-        near = _around(seeds, radius)
-        shown = [node for node in graph_module.graph.nodes if node in near]
+        shown_nodes = _around(seeds, radius)
+        shown = [node for node in graph_module.graph.nodes if node in shown_nodes]
         symbols: dict[str, str] = {}
         for node in shown:
-            cut = any(neighbour not in near for neighbour in (*node.all_input_nodes, *node.users))
+            cut = any(neighbour not in shown_nodes for neighbour in (*node.all_input_nodes, *node.users))
             kind = _kind(node, branches, plan)
             boxes[prefix + node.name] = Box(kind, _lines(node, kind, branches, symbols), cut)
         arrows += [
             (prefix + source.name, prefix + node.name)
             for node in shown
             for source in node.all_input_nodes
-            if source in near
+            if source in shown_nodes
         ]
     if not boxes:
         raise StateError(
@@ -255,17 +255,17 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
 
 
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
-    near = set(seeds)
+    reached_nodes = set(seeds)
     front = list(seeds)
     for _ in range(radius):
         reached = []
         for node in front:
             neighbours = [*node.all_input_nodes, *node.users]
             if node in seeds or len(neighbours) <= MAX_NEIGHBOURS:
-                reached += [neighbour for neighbour in neighbours if neighbour not in near]
-                near.update(neighbours)
+                reached += [neighbour for neighbour in neighbours if neighbour not in reached_nodes]
+                reached_nodes.update(neighbours)
         front = reached
-    return near
+    return reached_nodes
 
 
 def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
@@ -361,8 +361,8 @@ def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
     for height in {y for _, y in points}:
         layer = sorted((index for index, (_, y) in enumerate(points) if y == height), key=lambda index: points[index])
         for before, index in pairwise(layer):
-            room = across * (0.5 * (before < boxes) + 0.5 * (index < boxes)) or across / 8
-            moved[index] = (max(moved[index][0], moved[before][0] + room), height)
+            distance = across * (0.5 * (before < boxes) + 0.5 * (index < boxes)) or across / 8
+            moved[index] = (max(moved[index][0], moved[before][0] + distance), height)
     return moved
 
 

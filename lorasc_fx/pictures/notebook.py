@@ -56,9 +56,9 @@ def _bars(names: Sequence[str], plan: Plan, placements: Mapping[str, str], refus
             f'<rect x="{index * step:.2f}" y="{HEIGHT - tall:.1f}" width="{max(0.8 * step, 0.5):.2f}" '
             f'height="{tall:.1f}" fill="{colour}"><title>{html.escape(title.strip())}</title></rect>'
         )
-    what = f"{len(plan.sites)} of {len(chosen)} weight matrices are adapted; the height of a bar is the rank."
+    description = f"{len(plan.sites)} of {len(chosen)} weight matrices are adapted; the height of a bar is the rank."
     return (
-        f'<svg role="img" aria-label="{what}" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'<svg role="img" aria-label="{description}" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'style="width:100%;max-width:{WIDTH}px;height:auto">{"".join(bars)}</svg>'
     )
 
