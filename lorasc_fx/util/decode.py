@@ -57,6 +57,10 @@ class Check(NamedTuple):
     remedy: str
     known: Collection[str] = ()
 
+    def __hash__(self) -> int:
+        """Hash without the known names, which may be a table: annotations must be hashable."""
+        return hash((self.accepts, self.remedy))
+
 
 class Conflict(NamedTuple):
     """Valid values of several fields that cannot be combined: a condition, the reason, and what to give instead.
