@@ -7,6 +7,7 @@ adapter method is one subclass in one file, and one row in `methods.METHODS`.
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import WHOLE, ShardSpec, local, zeros_like
+from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 
 
@@ -211,6 +212,15 @@ class Branch(nn.Module, abc.ABC):
         """Return the delta in the shape of the weight, differentiable."""
         delta = self.delta(weight if self.uses_weight else None)
         return (delta.b @ delta.a).view(self.weight_shape) if isinstance(delta, Factors) else delta
+
+    def whole(self) -> Branch:
+        """Return the branch itself, or a copy with plain tensors if it is sharded. Then every rank must call this."""
+        if not any(hasattr(value, "to_local") for value in self.parameters()):
+            return self
+        parameters = {
+            id(value): nn.Parameter(full_tensor(value.detach()), value.requires_grad) for value in self.parameters()
+        }
+        return copy.deepcopy(self, parameters)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight, or a delta, as a view [out, in], or [experts, out, in]."""

@@ -3,7 +3,7 @@
 Each block is the Cayley transform of a trained skew-symmetric matrix Q: `R = (I + Q)(I - Q)^-1`, or the first terms of
 its Neumann series, `I + 2 Q + 2 Q^2 + ... + Q^n` (peft's default, OFTv2, 2506.19847). Q starts at zero. Source: OFT,
 section 3; peft's `OFTModel`. `rank` is the size of a block; a size that does not divide the inputs is replaced by the
-nearest one that does, as in peft. There is no scale.
+nearest one that does, as in peft (which may choose 1, where nothing trains). There is no scale.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ class OftBranch(Branch):
         size = block_size(columns, site.rank)
         if size == 1:
             raise SpecError(
-                f"adapter is 'oft', and the {columns} inputs of {site.weight} have no divisor near rank={site.rank} "
-                "except 1, a block with nothing to train. "
-                f"Exclude it (exclude=({site.weight!r},)), or give another rank",
+                f"adapter is 'oft', and {site.weight} has one input, which cannot be rotated. "
+                f"Exclude it (exclude=({site.weight!r},))",
                 code="method-not-supported",
             )
         return {"oft_R": (columns // size, size * (size - 1) // 2)}
@@ -83,9 +82,11 @@ class OftBranch(Branch):
 
 
 def block_size(columns: int, size: int) -> int:
-    """Return the divisor of the number of inputs that is nearest to a size; of two the smaller one."""
+    """Return the divisor of the number of inputs that is nearest to a size, the smaller one of two. It is not 1, a block
+    with nothing to train, unless there is one input.
+    """
     if size >= columns:
         return columns
     above = next(value for value in range(size, columns + 1) if columns % value == 0)
     below = next(value for value in range(size, 0, -1) if columns % value == 0)
-    return below if size - below <= above - size else above
+    return below if below > 1 and size - below <= above - size else above

@@ -356,7 +356,8 @@ def delta_of(
             b = torch.cat([current.b - start.b, start.b], dim=-1)
             a = torch.cat([current.a, current.a - start.a], dim=-2)
             return Delta(Factors(cast(b, parameter.dtype, device), cast(a, parameter.dtype, device)), gain=gain)
-        delta = branch.delta(weight.exact() if branch.uses_weight else None)
+        source = branch if isinstance(branch, LoraBranch) else branch.whole()  # LoRA's factors are cut like the weight
+        delta = source.delta(weight.exact() if branch.uses_weight else None)
         if isinstance(delta, torch.Tensor):
             return Delta(dense=state.cut(full_tensor(delta), Side.WEIGHT).to(device, copy=True), gain=gain)
         left, right = _part_of(delta.b, state, Side.LEFT), _part_of(delta.a, state, Side.RIGHT)

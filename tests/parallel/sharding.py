@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
+from lorasc_fx.branch import METHODS
 from lorasc_fx.parallel import dcp, fsdp
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
@@ -62,6 +63,12 @@ SPECS: dict[str, dict[str, Any]] = {
         "optimizer_state": 0.5,
     },
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
+    **{
+        name: {"adapter": name, "noise": {"strength": 0.1}, "exclude": ("table.*",) if name == "lokr" else ()}
+        for name in METHODS
+        if name not in ("lora", "dora")
+    },
+    "delora": {"adapter": "delora", "adapter_options": [["bound", 1.0]], "noise": {"strength": 0.1}},
 }
 
 
@@ -210,7 +217,8 @@ def sharded(
             cascade.transition(optimizer)
         ranks = {site.rank for site in cascade.sites}
         assert shapes, "the transition asked for no factor"
-        assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes  # factors, magnitudes: no weight
+        if cascade.plan.spec.adapter in ("lora", "dora"):  # factors, magnitudes: no weight
+            assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes
         own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
         own |= back(cascade, name)
         found |= {f"{name}/{key}": value for key, value in own.items()}

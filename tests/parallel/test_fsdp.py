@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lorasc_fx as lx
 from benchmarks.shards import Size, measure
+from lorasc_fx.branch import METHODS
 from lorasc_fx.cli import main
 from lorasc_fx.parallel import dcp, fsdp, segments
 from tests.errors.inject import LineAt, in_turn, sigint
@@ -52,7 +53,8 @@ def files(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("count", "names", "base", "mesh"),
     [
-        (2, [*sharding.SPECS], "", ()),
+        (2, [name for name in sharding.SPECS if name not in METHODS], "", ()),
+        (2, [name for name in sharding.SPECS if name in METHODS], "", ()),
         (4, ["fast", "dora, olora"], "", ()),
         (4, ["fresh", "fast"], "", (2, 2)),  # two replicas of two shards
         (2, ["averaged", "fast", "dora, olora"], "memory", ()),
