@@ -22,7 +22,7 @@ from lorasc_fx.cascade import Flags
 from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import MetaModel
-from lorasc_fx.check.isolation import first_checksums, is_on_meta, written_by
+from lorasc_fx.check.isolation import is_on_meta, written_by
 from lorasc_fx.checkpoint.base_file import BaseFile, open_base
 from lorasc_fx.checkpoint.deferred import check_attributes, groups_of
 from lorasc_fx.checkpoint.reader import Checkpoint
@@ -122,12 +122,11 @@ class Start:
         for name, parameter in weights.parameters.items():
             parameter.requires_grad_(name in trained)
         decided: Decided
-        checksums: Mapping[str, int] = {}
         if bound is None:
             decided, example = compiler.decide(model, plan), None
         else:
             start = time.monotonic()
-            with PROCESS, first_checksums(model) as checksums:
+            with PROCESS:
                 decided = made = compiler.make(model, Decided(plan, {}, (), ()), *bound)
             sites, seconds = len(made.plan.sites), time.monotonic() - start
             log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend.name, sites, seconds)
@@ -145,7 +144,7 @@ class Start:
         cascade._usage.arm(run, cascade)
         undo(cascade._guard.disarm)
         cascade._guard.arm()
-        run.start(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads, checksums)
+        run.start(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
         undo(partial(_forget, weights.parameters.values()))
         for parameter in weights.parameters.values():
             _ADAPTED[parameter] = ref(cascade)

@@ -42,7 +42,6 @@ class Run(RunBase):
         undo: Undo,
         rules: Mapping[str, TrainRule] | None = None,
         empty: bool = False,
-        summed: Mapping[str, int] | None = None,
     ) -> None:
         """Start the first stage: keep W0 of the sites and draw the noise.
 
@@ -51,11 +50,10 @@ class Run(RunBase):
             undo: gets the steps that restore everything.
             rules: the spec's train_rules for some of these parameters, by name.
             empty: whether slow state and branches are loaded next, so that no factors are taken out of the weights.
-            summed: known checksums of parameters.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
         if self.holds_numbers:
-            self.register_sites(undo, empty, summed)
+            self.register_sites(undo, empty)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
         """Add the sites, refusals and branches of a new graph. With `undo` this is part of a larger block."""
@@ -82,7 +80,7 @@ class Run(RunBase):
                 "late-sites",
             )
 
-    def register_sites(self, undo: Undo, empty: bool = False, summed: Mapping[str, int] | None = None) -> None:
+    def register_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of new sites and start their stage. `adapt` and new graphs end with this; see `start`."""
         undo(self.pending.restorer())
         self.note_finite()
@@ -135,7 +133,7 @@ class Run(RunBase):
         written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # otherwise the weights are written next
-            self.note_weights({name for name in known if name not in written}, summed)
+            self.note_weights({name for name in known if name not in written})
         self._watch()
         self.replicas.check(self.trainable)
 

@@ -217,12 +217,11 @@ class RunBase:
         """Names of the sites whose weights are quantized."""
         return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base) and not state.full)
 
-    def note_weights(self, written: Iterable[str] | None = None, summed: Mapping[str, int] | None = None) -> None:
-        """Record the checksums of weights that were written here, by default of all. `summed` are known ones."""
-        parameters, summed = self.weights_by_name(), summed or {}
+    def note_weights(self, written: Iterable[str] | None = None) -> None:
+        """Record the checksums of weights that were written here, by default of all."""
+        parameters = self.weights_by_name()
         names = [name for name in parameters if written is None or name in written]
-        new = checksums({name: parameters[name] for name in names if name not in summed})
-        self._checksums = {**self._checksums, **{name: new.get(name, summed.get(name, 0)) for name in names}}
+        self._checksums = {**self._checksums, **checksums({name: parameters[name] for name in names})}
         self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
 
     def note_written(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -114,19 +114,6 @@ def written_by(model: nn.Module, default: frozenset[str] = frozenset()) -> froze
     return _WRITTEN.get(model, default)
 
 
-_SUMMED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
-
-
-@isolated
-def first_checksums(undo: Block, model: nn.Module) -> dict[str, int]:
-    """Return a dictionary that the first run in this block fills with checksums of the parameters, by name.
-
-    A parameter that forward writes has none. The caller need not compute them again.
-    """
-    undo(partial(_SUMMED.pop, model, None))
-    return _SUMMED.setdefault(model, {})
-
-
 @dataclass(frozen=True)
 class Attributes:
     """A snapshot of the Python state of a model.
@@ -387,7 +374,6 @@ def same_values(undo: Block, model: nn.Module) -> None:
                 "restore it: load the weights again, and write by operations of torch"
             )
         _WRITTEN[model] = frozenset(written)
-        _SUMMED.get(model, {}).update({name: before[name] for name in unseen})
 
     undo(restore)
     if lazily:

@@ -43,11 +43,11 @@ def ended(seed: int = 1) -> lx.Cascade:
     return cascade
 
 
-@pytest.mark.parametrize(("strength", "times"), [(0.0, 2), (0.1, 3)])
+@pytest.mark.parametrize("strength", [0.0, 0.1])
 def test_a_first_adapt_sums_no_weight_more_often_than_it_needs(
-    strength: float, times: int, monkeypatch: pytest.MonkeyPatch
+    strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before and after the first run, and with noise what that has written; what is known so is held against writes."""
+    """Before and after the first run, and when the stage has started, to detect later writes."""
     plain, counted, model = seam("checksum"), Counter[int](), mlp()
 
     def count(tensor: torch.Tensor) -> int:
@@ -57,7 +57,7 @@ def test_a_first_adapt_sums_no_weight_more_often_than_it_needs(
     with monkeypatch.context() as patch:
         patch.setattr(*SEAMS["checksum"], count)
         cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(strength)))
-    assert [counted[model.get_parameter(site.weight).data_ptr()] for site in cascade.sites] == [times] * 3
+    assert [counted[model.get_parameter(site.weight).data_ptr()] for site in cascade.sites] == [3] * 3
     cascade.transition(None)
     through_numpy(model)
     with raises(lx.StateError, *REFUSED):
