@@ -73,8 +73,9 @@ _REFUSED = {
 
 
 def _with_fast_weights(name: str) -> Any:
-    """Return a property: the model's method of this name, with the fast weights in place unless `weights` has put
-    others there. On shards every rank must call it; a block is gathered while it runs.
+    """Return a property: the model's method, with fast weights in place unless `weights` has put others there.
+
+    If the weights are sharded, every rank must call it, and each block is gathered while it runs.
     """
 
     def bound(cascade: Cascade) -> Any:
@@ -86,7 +87,7 @@ def _with_fast_weights(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             run = cascade._run
             if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
-                kwargs["synced_gpus"] = True  # ranks that are done compute on until all are
+                kwargs["synced_gpus"] = True  # ranks that are done keep computing until all are
             placed = run.released or run.inside_weights
             with nullcontext() if placed else cascade.weights("fast"), cascade._graphs.gathered():
                 return method(*args, **kwargs)
@@ -97,10 +98,10 @@ def _with_fast_weights(name: str) -> Any:
 
 
 class Cascade(SavedCascade):
-    """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
+    """The adapted model, made by `lorasc_fx.adapt`. A call computes `y = W_t x + b + s B_t A_t x` at every site.
 
-    Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
-    made per call signature and hold no weights. Attributes that a cascade does not have itself are those of the model.
+    Its children are the user's `model`, which owns its weights, and `branches`, one per site. Graphs are captured per
+    call signature and hold no weights. Missing attributes are read from the model.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -109,8 +110,8 @@ class Cascade(SavedCascade):
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "
-                "not call. cascade.add(name, folder) reads another run, `with cascade.weights(name):` puts it in "
-                "place, and lorasc_fx.from_peft makes a cascade of an adapter"
+                "not call. Use cascade.add(name, folder) to read another run, `with cascade.weights(name):` to put it "
+                "in place, and lorasc_fx.from_peft to make a cascade from an adapter"
             )
         return value
 
@@ -149,14 +150,14 @@ class Cascade(SavedCascade):
 
     @property
     def _no_split_modules(self) -> Any:
-        """The model's own, for accelerate; its FSDP plugin, which asks for them to cut modules, is refused."""
+        """The value of the model, for accelerate. Its FSDP plugin, which would shard these modules, is refused."""
         self._called_by("shard")
         return self.__getattr__("_no_split_modules")
 
     # ---- peft
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of parameters that train, of all those of model and branches; `print(cascade)` says more."""
+        """Print the number of trainable parameters of model and branches. `print(cascade)` says more."""
         self._run.check_alive("print_trainable_parameters", on_meta=True)
         trainable = self._run.trained_entries
         total = sum(parameter.numel() for parameter in self.parameters())
@@ -164,22 +165,22 @@ class Cascade(SavedCascade):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
-        """Fold, and return the user's model: `release`, which shows no bar and always checks for inf and nan."""
+        """Fold and return the user's model, as `release`. There is no bar, and inf and nan are always checked for."""
         return self.release()
 
     def disable_adapter(self) -> AbstractContextManager[Self]:
-        """Put the base's weights in place for the time of a `with`: `weights("base")`."""
+        """Put the base weights in place for a `with`, as `weights("base")`."""
         return self.weights("base")
 
     # ---- timm, which asks a model how to group its parameters
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Return the layer of a parameter of the cascade, by its name: of a branch that of its weight.
+        """Return a function from the name of a parameter to its layer. Parameters of a branch have that of its weight.
 
-        timm's `create_optimizer_v2(cascade, layer_decay=...)` asks for it; its schedulers scale the learning rates.
+        timm's `create_optimizer_v2(cascade, layer_decay=...)` calls this. Its schedulers scale the learning rates.
 
         Args:
-            coarse: as of the model's own `group_matcher`. A model without one is grouped as timm groups such a model.
+            coarse: as for the model's `group_matcher`. A model without one is grouped as timm does it.
 
         Raises:
             StateError: after `release`. MissingExtra: timm is not installed.
@@ -197,8 +198,9 @@ class Cascade(SavedCascade):
         return lambda name: by_name.get(name, last)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that the model wants without weight decay, in the cascade, with the
-        factors of such weights. timm's `create_optimizer_v2` asks for it.
+        """Return the names of the parameters that the model wants without weight decay, and of their factors.
+
+        timm's `create_optimizer_v2` calls this.
 
         Raises:
             StateError: after `release`.
@@ -209,7 +211,7 @@ class Cascade(SavedCascade):
         return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in patterns)}
 
     def _weight_names(self) -> dict[str, str]:
-        """The names of the branches' parameters in the cascade, each with that of its weight."""
+        """Return the weight name of each parameter of a branch, by its name in the cascade."""
         return {
             f"branches.{key}.{name}": branch.weight_name
             for key, branch in self._run.by_key.items()
@@ -227,35 +229,34 @@ class Cascade(SavedCascade):
         scheduler: Any = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write what the run has learnt, and the name of its base: `lorasc_fx.load(folder)` needs nothing more.
+        """Write a checkpoint with the name of its base, which `lorasc_fx.load(folder)` can read without a model.
 
-        As peft's adapters, the folder holds no data and no base, but for W0 of what is trained in full, and of what the
-        files of the base have not (a new head). For the model with its slow weights, in its library's layout:
-        `with cascade.weights("slow"): cascade.model.save_pretrained(folder)`, or `release` before.
+        Like an adapter of peft, it does not contain the base, except W0 of parameters trained in full and of those that
+        the files of the base lack (a new head). To write the model with its slow weights in its library's layout, use
+        `with cascade.weights("slow"): cascade.model.save_pretrained(folder)`, or `release` it before.
 
         Args:
-            folder: as of `lorasc_fx.save`.
-            base_model: name or folder of the base, by default what a model of transformers (`name_or_path`) or timm
-                (`pretrained_cfg`) says of itself.
-            optimizer, scheduler, extra: as of `lorasc_fx.save`, for a folder from which a training is to go on.
+            folder: as for `lorasc_fx.save`.
+            base_model: name or folder of the base. The default comes from the model, for transformers
+                (`name_or_path`) and timm (`pretrained_cfg`).
+            optimizer, scheduler, extra: as for `lorasc_fx.save`, to resume a training from the folder.
 
         Returns:
             The folder of the version.
 
         Raises:
-            StateError: the base cannot be named, or its files are not here; the newest version in the folder holds the
-                state of a training, and no optimizer is given; after `release`, inside `weights` or inside a backward,
+            StateError: the base cannot be named or its files are missing; the newest version in the folder holds the
+                state of a training, but no optimizer is given; after `release`, inside `weights` or inside a backward,
                 or the weights are sharded.
-            CheckpointError: the folder cannot be written. What was there stays.
+            CheckpointError: the folder cannot be written. Its old content is unchanged.
             NonFiniteBranch: a branch holds inf or nan.
         """
         root = path_of(folder)
         without = optimizer is None and scheduler is None and not extra
         if without and (version := writer.newest_of_training(root)) is not None:
             raise StateError(
-                f"save_pretrained: {version} holds the state of a training, with which a resume goes on, and a new "
-                "version without it would come first. Give optimizer= (scheduler=, extra=) here as well, or another "
-                "folder",
+                f"save_pretrained: {version} holds the state of a training, and a new version without it would be "
+                "resumed first. Give optimizer= (scheduler=, extra=) here as well, or another folder",
                 code="state-not-saved",
             )
         return self._write_named(root, "save_pretrained", base_model, optimizer, scheduler, extra)
@@ -271,29 +272,29 @@ class Cascade(SavedCascade):
         revision: str | None = None,
         api: Any = None,
     ) -> str:
-        """Upload what `save_pretrained` writes to a repository on the hub, which is made if it is not there.
+        """Upload what `save_pretrained` writes to a repository on the hub, which is created if it does not exist.
 
-        `huggingface_hub.snapshot_download(repo_id, local_dir=folder)` brings it back for `lorasc_fx.load(folder)`.
+        `huggingface_hub.snapshot_download(repo_id, local_dir=folder)` downloads it for `lorasc_fx.load(folder)`.
 
         Args:
             repo_id: `user/name`.
-            base_model: as of `save_pretrained`.
-            private, commit_message, token: as of huggingface_hub.
-            revision: a branch, which is made if it is not there.
-            api: a `huggingface_hub.HfApi` with an endpoint and token of its own.
+            base_model: as for `save_pretrained`.
+            private, commit_message, token: as for huggingface_hub.
+            revision: a branch, which is created if it does not exist.
+            api: a `huggingface_hub.HfApi` with its own endpoint and token.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
             MissingExtra: huggingface_hub is not installed.
-            StateError, NonFiniteBranch: as of `save_pretrained`. What the hub refuses is huggingface_hub's to raise.
+            StateError, NonFiniteBranch: as for `save_pretrained`. huggingface_hub raises its own errors.
             SpecError: both a token and an api.
         """
         self._run.check_alive("push_to_hub")
         if api is not None and token is not None:
             raise SpecError(
-                "push_to_hub: both token and api are given, and an api has a token of its own; give one of them",
+                "push_to_hub: both token and api are given, but an api has its own token. Give only one of them",
                 code="conflicting-options",
             )
         api = module_of("text", "huggingface_hub").HfApi(token=token) if api is None else api
@@ -316,7 +317,7 @@ class Cascade(SavedCascade):
         scheduler: Any = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write a version that names its base."""
+        """Write a version with the name of its base."""
         self._run.check_ready(call)
         base = BaseModel.of(self._run, call, base_model)
         named, beside = {"model": base.to_dict()}, base.tensors_beside(self._run, call)
@@ -324,12 +325,12 @@ class Cascade(SavedCascade):
 
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
-    """Return Cascade with a forward that shows the model's signature, which trainers and tracers read."""
-    # Code of its own: torch.compile counts the graphs of each code object, and stops compiling at a few.
+    """Return a subclass of Cascade whose forward has the model's signature, for trainers and tracers."""
+    # A copy of the code: torch.compile counts graphs per code object, and stops compiling after a few.
     forward = FunctionType(Cascade.forward.__code__.replace(), Cascade.forward.__globals__, "forward")
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     shown = signature.replace(parameters=[first, *signature.parameters.values()])
     vars(forward)["__signature__"] = shown
-    vars(forward)["__wrapped__"] = inspect.unwrap(type(model).forward)  # whose names of arguments torch.fx reads
+    vars(forward)["__wrapped__"] = inspect.unwrap(type(model).forward)  # torch.fx reads its argument names
     forward.__doc__ = Cascade.forward.__doc__
     return type("Cascade", (Cascade,), {"forward": forward, "__module__": __name__, "__doc__": Cascade.__doc__})

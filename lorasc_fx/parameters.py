@@ -1,7 +1,7 @@
-"""Where a model holds its parameters and buffers, and the exchange of a tensor for another one wherever it is held.
+"""Finds the places where a model holds parameters and buffers, and replaces tensors in all of them.
 
-A module holds a tensor in its dictionaries of parameters and buffers, perhaps under several names, and may hold it in a
-plain list besides, as recurrent layers do with the weights that they hand to torch (`_flat_weights`).
+A module holds a tensor in its dictionaries of parameters and buffers, maybe under several names. It may also hold the
+tensor in a plain list, as recurrent layers do with the weights that they pass to torch (`_flat_weights`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Holder:
     """One place that holds a tensor.
 
     Args:
-        module: the module whose place it is.
-        leaf: name of the parameter or buffer in the module; "" in a list for a tensor that has no name in this module.
+        module: the module.
+        leaf: name of the parameter or buffer in the module. "" for a tensor in a list without a name in this module.
         store: the dictionary or list.
-        key: of the store.
-        value: the tensor that the place held when it was found; None for a buffer without one.
-        device: of the tensor; of an empty place that of the model.
+        key: key or index in the store.
+        value: the tensor in this place when it was found. None for an empty buffer.
+        device: of the tensor, or of the model for an empty place.
     """
 
     module: nn.Module
@@ -38,12 +38,12 @@ class Holder:
     device: torch.device
 
     def put(self, value: torch.Tensor | None) -> None:
-        """Let the place hold another tensor."""
+        """Put a tensor into the place."""
         self.store[self.key] = value
 
     @property
     def is_there(self) -> bool:
-        """Whether the place is there still."""
+        """Whether the place still exists."""
         return self.key < len(self.store) if isinstance(self.store, list) else self.key in self.store
 
 
@@ -66,7 +66,7 @@ def holders(model: nn.Module) -> Iterator[Holder]:
 
 
 def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return all names of a parameter, by each of them, the first one first; a tied one has several."""
+    """Return all names of each parameter, by each name. A tied parameter has several."""
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
@@ -81,12 +81,12 @@ def holders_of(model: nn.Module, names: Iterable[str]) -> list[Holder]:
 
 
 def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], undo: Undo) -> list[Holder]:
-    """Put another tensor in the places for which `new` returns one, and return these places with what they held.
+    """Replace tensors in all places of a model, and return the places that changed, with their old values.
 
     Args:
-        model: whose modules are searched.
-        new: returns what a place shall hold; None, or what it holds already, where nothing changes.
-        undo: gets the steps that put the old tensors back.
+        model: the model.
+        new: returns the new tensor for a place; None or the current one for no change.
+        undo: gets the steps that restore the old tensors.
     """
     changes = [(holder, value) for holder in holders(model) if (value := new(holder)) is not None]
     changes = [(holder, value) for holder, value in changes if value is not holder.value]
@@ -98,7 +98,7 @@ def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], und
 
 
 def shallow(module: nn.Module) -> nn.Module:
-    """Return a module of the same class and attributes that shares children and tensors, in dictionaries of its own."""
+    """Return a copy of a module that shares children and tensors, but has its own dictionaries."""
     new = object.__new__(type(module))
     new.__dict__ = dict(module.__dict__)
     for store in ("_modules", "_parameters", "_buffers"):
@@ -108,10 +108,9 @@ def shallow(module: nn.Module) -> nn.Module:
 
 @isolated
 def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Let the model hold other tensors in place of these parameters and buffers.
+    """Replace these parameters and buffers inside a `with`.
 
-    (torch.func.functional_call leaves its values behind in a module that a model holds under two names, and does not
-    reach lists of parameters.)
+    torch.func.functional_call does not restore a module that has two names, and does not reach lists of parameters.
     """
     tensors = dict(model.named_buffers()) | dict(model.named_parameters())
     replacements = {id(tensors[name]): value for name, value in values.items()}
@@ -119,11 +118,11 @@ def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor
 
 
 def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Holder]:
-    """Return the places of all buffers by name, of those without a tensor as well.
+    """Return the places of all buffers by name, including empty ones.
 
     Args:
-        model: whose buffers.
-        more: names of buffers that forward registers and that may not be there yet.
+        model: the model.
+        more: names of buffers that forward registers and that may not exist yet.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
@@ -140,7 +139,7 @@ def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Hold
 
 
 def buffer_layout(model: nn.Module) -> dict[str, Any]:
-    """Return, as JSON, which buffers hold no tensor, and which hold that of another one before them."""
+    """Return, as JSON, which buffers are empty, and which share the tensor of an earlier one."""
     first: dict[int, str] = {}
     empty, shared = [], {}
     for name, holder in buffer_holders(model).items():

@@ -39,8 +39,8 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     """
     run.check_alive("to")
     parameters, trained = run.parameters_by_name(), run.trained_parameters()
-    held = [*(parameter.data for parameter in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
-    if all(_stays(tensor.data, fn(tensor.data)) for tensor in held):
+    tensors = [*(parameter.data for parameter in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
+    if all(_stays(tensor.data, fn(tensor.data)) for tensor in tensors):
         return None
     run.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
@@ -49,8 +49,8 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     unmoved = [name for name, value in trained.items() if not run.slow.moved({name: value})]
 
     def rounded_anew() -> list[str]:
-        now = run.weights_by_name()
-        return [*(name for name, value in now.items() if value.dtype != dtypes[name]), *unmoved]
+        current = run.weights_by_name()
+        return [*(name for name, value in current.items() if value.dtype != dtypes[name]), *unmoved]
 
     return rounded_anew
 
@@ -156,12 +156,12 @@ def folded_each(
         for name, value in names.items()
     }
     with substituted(run.model, changed):  # a layer saves a dense weight under another name than its packed values
-        held = run.model.state_dict(keep_vars=True)
-    first = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
-    for key, value in held.items():
-        name = first.get(id(value), "")
-        now = buffers[key].to(value) if key in buffers else parameters[name] if name in changed else value
-        yield key, now, partial(_folded, weights, name, now)
+        entries = run.model.state_dict(keep_vars=True)
+    names_by_id = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
+    for key, value in entries.items():
+        name = names_by_id.get(id(value), "")
+        current = buffers[key].to(value) if key in buffers else parameters[name] if name in changed else value
+        yield key, current, partial(_folded, weights, name, current)
 
 
 def _folded(weights: Weights, name: str, value: Any) -> Any:
@@ -239,19 +239,19 @@ def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
     named = [holder for holder in held if holder.store is holder.module._parameters]
     exact = {id(holder.value): holder.module._parameters[holder.leaf] for holder in named}
     for holder in named:
-        module, leaf, old, now_dense = holder.module, holder.leaf, holder.value, exact[id(holder.value)]
+        module, leaf, old, trained_weight = holder.module, holder.leaf, holder.value, exact[id(holder.value)]
         assert old is not None
-        assert now_dense is not None
+        assert trained_weight is not None
         kind = type(module.layer if isinstance(module, QuantizedLinear) else module).__name__
         if how == "requantize":
-            _by_its_own_method(module, kind, now_dense, undo)
+            _by_its_own_method(module, kind, trained_weight, undo)
         elif callable(how):
             how(module)
         else:
-            log.info("%s of %s was dequantized: it is %s now", leaf, kind, now_dense.dtype)
+            log.info("%s of %s was dequantized: it is %s now", leaf, kind, trained_weight.dtype)
             continue
-        now = module._parameters[leaf]
-        if now is None or not is_quantized(now):
+        current = module._parameters[leaf]
+        if current is None or not is_quantized(current):
             raise StateError(
                 f"release: quantized={how!r} did not quantize the {leaf} of {kind}; nothing was changed. Give a "
                 "callable that quantizes its module in place",
@@ -259,13 +259,13 @@ def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
             )
         # Both changes relative to the weight, so that they can be compared.
         size = dense(old).float().norm().clamp_min(1e-30)
-        trained = float((now_dense.float() - dense(old).float()).norm() / size)
-        rounded = float((dense(now).float() - now_dense.float()).norm() / size)
+        trained = float((trained_weight.float() - dense(old).float()).norm() / size)
+        rounded = float((dense(current).float() - trained_weight.float()).norm() / size)
         log.info(
             "%s of %s was quantized again as %s: training moved it by %.3g %% of its norm, rounding by %.3g %%",
             leaf,
             kind,
-            type(module.layer if isinstance(module, QuantizedLinear) and module.holds_layer else now).__name__,
+            type(module.layer if isinstance(module, QuantizedLinear) and module.holds_layer else current).__name__,
             100 * trained,
             100 * rounded,
         )
