@@ -90,18 +90,8 @@ def call_recorder(
         undo(module.register_forward_hook(partial(after, path), always_call=True).remove)
 
 
-_WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 """For each model that has run: names of the parameters that forward writes, and of the buffers that it registers."""
-
-
-def has_run(model: nn.Module) -> bool:
-    """Whether a first isolated run has shown what forward writes."""
-    return model in _WRITTEN
-
-
-def forget_written(model: nn.Module) -> None:
-    """Forget which tensors forward writes, so that the next run records them again. For a first run that raised."""
-    _WRITTEN.pop(model, None)
 
 
 def written_by(model: nn.Module, default: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -111,7 +101,7 @@ def written_by(model: nn.Module, default: frozenset[str] = frozenset()) -> froze
         model: whose forward it is.
         default: returned for a model without an isolated run.
     """
-    return _WRITTEN.get(model, default)
+    return WRITTEN.get(model, default)
 
 
 @dataclass(frozen=True)
@@ -317,7 +307,7 @@ def same_values(undo: Block, model: nn.Module) -> None:
         )
         for path, module in model.named_modules()
     ]
-    written_before = _WRITTEN.get(model)
+    written_before = WRITTEN.get(model)
     memory = {
         name: (parameter, parameter.data)
         for name, parameter in model.named_parameters()
@@ -373,7 +363,7 @@ def same_values(undo: Block, model: nn.Module) -> None:
                 "see (a thread of its own, memory that it shares with numpy, an extension), so that nothing could "
                 "restore it: load the weights again, and write by operations of torch"
             )
-        _WRITTEN[model] = frozenset(written)
+        WRITTEN[model] = frozenset(written)
 
     undo(restore)
     if lazily:

@@ -22,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import (
+    WRITTEN,
     Attributes,
     call_recorder,
     fake_mode,
-    forget_written,
-    has_run,
     isolation,
     same_attributes,
     same_values,
@@ -134,7 +133,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         CaptureError: the model itself raises.
     """
-    known = has_run(model)
+    known = model in WRITTEN
     try:
         with _trial(model, grad) as attributes:
             guards = Guards(model)
@@ -168,8 +167,8 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     except (MemoryError, CaptureError):
         raise
     except Exception as fault:
-        if not known:
-            forget_written(model)
+        if not known:  # the first run has not seen everything that forward writes
+            WRITTEN.pop(model, None)
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
         raise CaptureError(
