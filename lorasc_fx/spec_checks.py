@@ -4,6 +4,8 @@ pairs. They are refused when the spec is made, before there is a model to change
 
 from __future__ import annotations
 
+from typing import Any
+
 from lorasc_fx.options import ADAPTERS, AVERAGES, STARTS, one_of
 from lorasc_fx.util.decode import Conflict
 
@@ -50,7 +52,7 @@ NOISE_CONFLICTS = (
     ),
 )
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "lora_alpha": 8.0,
     "use_rslora": False,
     "start": "lora",

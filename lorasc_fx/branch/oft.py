@@ -82,8 +82,8 @@ class OftBranch(Branch):
 
 
 def block_size(columns: int, size: int) -> int:
-    """Return the divisor of the number of inputs that is nearest to a size, the smaller one of two. It is not 1, a block
-    with nothing to train, unless there is one input.
+    """Return the divisor of the number of inputs that is nearest to a size, the smaller one of two. A block of size 1
+    has nothing to train: 1 is returned for one input only.
     """
     if size >= columns:
         return columns

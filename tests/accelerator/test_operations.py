@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorasc_fx as lx
+from lorasc_fx.branch import METHODS
 from tests.accelerator.kit import DEVICE, OTHER, Side, assert_same, compare, tensors, two_devices
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "train": {"train": ("*.bias",)},
     "ranks": {"rank": 3, "ranks": (3, 1, 2), "optimizer_state": "kept"},
 }
+OTHERS = [name for name in METHODS if name not in ("lora", "dora")]
+SPECS |= {name: {"adapter": name, "noise": lx.Noise(0.1)} for name in OTHERS}
 
 
 # What the package refuses on each device alike: experts that outgrow two token types, DoRA on embeddings and transposed
@@ -35,7 +38,7 @@ EXCLUDED_BY_DORA = {
     "llama": ("*embed_tokens*",),
     "tied": ("embedding.*",),
 }
-NOT_BY_PEFT = {"noise that stays", "conv", "attention", "tied"}
+NOT_BY_PEFT = {"noise that stays", "conv", "attention", "tied", *OTHERS}
 
 
 def spec_of(spec: str, name: str = "mlp") -> lx.CascadeSpec:
@@ -56,7 +59,7 @@ def middle(side: Side) -> None:
 
 def earlier(side: Side) -> int:
     """A stage that is still known. PiSSA's experts outgrow these small weights and are summed: stage 1 is gone then."""
-    return 1 if side.spec.start == "lora" else 2
+    return 1 if side.spec.start == "lora" and side.spec.adapter in ("lora", "dora") else 2
 
 
 def parameters(side: Side) -> dict[str, torch.Tensor]:
@@ -191,7 +194,7 @@ ROWS = [
     # Each model by two specifications, and each specification by one model at least.
     *(
         pytest.param(NAMES[index % len(NAMES)], spec, marks=pytest.mark.slow)
-        for index, spec in enumerate([*SPECS, "plain"])
+        for index, spec in enumerate([*(spec for spec in SPECS if spec not in OTHERS), "plain"])
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +205,20 @@ def test_an_option_without_a_counterpart_is_named() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_an_oracle(name: str) -> None:
     assert name in ORACLES or name == "lora-xs"
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dora"])
+def test_every_method_is_exported_as_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
+    """As LoRA factors of the rank of the delta, whatever the method: peft computes the same."""
+    torch.manual_seed(3)
+    model, x = Net().double(), torch.randn(4, IN).double()
+    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=3, pace=1.0))
+    optimizer = torch.optim.Adam(cascade.param_groups(lr=0.05))
+    for _ in range(3):
+        cascade(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    cascade.transition(optimizer)
+    lx.export.peft(cascade, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    torch.testing.assert_close(theirs(x), cascade.release()(x), rtol=1e-6, atol=1e-6)

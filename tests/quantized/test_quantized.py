@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.branch import METHODS
 from tests.kit.errors import raises
 from tests.kit.models import loss_of
 from tests.quantized.layers import CONFIGS
@@ -311,3 +312,24 @@ def test_loftq_without_quantized_weights_is_refused() -> None:
         lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2, start="loftq"))
     assert type(plain) is nn.Linear
     lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2))
+
+
+@pytest.mark.parametrize("adapter", [name for name in METHODS if name != "lora"])
+def test_other_methods_stand_beside_a_quantized_weight_or_say_why_not(adapter: str) -> None:
+    model, spec = net("int8"), lx.CascadeSpec(adapter=adapter, rank=2, pace=0.5)
+    if not METHODS[adapter].beside_quantized:
+        with raises(lx.SpecError, "method-not-supported", adapter, "up.weight", "quantized"):
+            lx.adapt(model, (inputs(),), spec=spec)
+        return
+    slow, cascade = numbers(model), lx.adapt(model, (inputs(),), spec=spec)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(2, optimizer):
+        for _ in range(3):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for site in cascade.sites:
+            branch: Any = cascade.branches[site.key]
+            slow[site.weight] = slow[site.weight] + 0.5 * branch.dense_delta(slow[site.weight]).detach()
+    expected = plain(slow)(inputs())
+    torch.testing.assert_close(cascade.eval()(inputs()), expected, rtol=1e-4, atol=1e-5)
