@@ -339,7 +339,7 @@ def run(examples: int, steps: int) -> None:
 
 
 def test_operations_against_the_law() -> None:
-    run(examples=6, steps=8)
+    run(examples=4, steps=8)
 
 
 @pytest.mark.slow
