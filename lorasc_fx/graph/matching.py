@@ -127,6 +127,11 @@ class WeightUses:
         return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
+    def without_branch(self) -> list[fx.Node]:
+        """The uses that no branch can stand beside, or else all uses."""
+        return self.others or [node for node, _ in self.contracted] or [use.node for use in self.beside]
+
+    @property
     def called(self) -> list[fx.Node]:
         """Uses that call a module which holds the weight. They would not see a branch on the weight."""
         return [use.node for use in self.beside if (replaced_call(use.node) or use.node).op == "call_module"]
@@ -373,8 +378,8 @@ def _in_place(site: Site, seen: WeightUses) -> bool:
 def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
     if is_quantized(weight):
         return "quantized"
-    odd = [node for node, _ in seen.contracted] or seen.others or [use.node for use in seen.beside]
-    return f"of kind {site.kind!r}, used at node {_shown(odd[0])}" if odd else f"of kind {site.kind!r}"
+    nodes = seen.without_branch
+    return f"of kind {site.kind!r}" + (f", used at node {_shown(nodes[0])}" if nodes else "")
 
 
 def _beside(site: Site, seen: WeightUses) -> bool:
@@ -420,53 +425,58 @@ _UNUSED = "uses it neither in a matrix product or convolution nor as a table"
 def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) -> Refusal | None:
     """Return why a weight gets no branch, or None if it can have one or is not reached."""
     names, parameter = weights.names[weight], weights.parameters[weight]
+
+    def refusal(reason: Reason, sentence: str, node: fx.Node | None = None) -> Refusal:
+        return Refusal(weight, node.name if node is not None else "", reason, sentence)
+
+    # What the spec says.
     if any(matches(pattern, names) for pattern in spec.exclude):
-        return Refusal(weight, "", Reason.EXCLUDED, "excluded by the spec")
+        return refusal(Reason.EXCLUDED, "excluded by the spec")
     if any(matches(pattern, names) for pattern in spec.train):
-        return Refusal(weight, "", Reason.TRAINED, "trained in full, as the spec asks")
-    kinds = {kind_at(tuple(parameter.shape), seen)} if seen.kinds else set()
-    wanted = any(targeted(spec.targets, kind, names) for kind in kinds)
-    if not kinds:
+        return refusal(Reason.TRAINED, "trained in full, as the spec asks")
+    if seen.kinds:
+        wanted = targeted(spec.targets, kind_at(tuple(parameter.shape), seen), names)
+    else:  # a target that is a kind may mean it
         wanted = any(pattern in KINDS or matches(pattern, names) for pattern in spec.targets)
     if not wanted:
-        return Refusal(weight, "", Reason.NOT_TARGETED, "matches no target of the spec")
+        return refusal(Reason.NOT_TARGETED, "matches no target of the spec")
+    # What the weight is.
     if not parameter.numel():
-        return Refusal(weight, "", Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
+        return refusal(Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
     if seen.script:  # whether torch.export sees inside depends on how often the module has run
-        sentence = f"it is inside the TorchScript module {seen.script}; give the nn.Module that it was made of"
-        return Refusal(weight, "", Reason.OPAQUE, sentence)
+        return refusal(
+            Reason.OPAQUE, f"it is inside the TorchScript module {seen.script}; give the nn.Module that it was made of"
+        )
     if not parameter.is_floating_point():
         why = "and branches are real" if parameter.is_complex() else "which has no gradient"
-        return Refusal(weight, "", Reason.NOT_FLOATING, f"holds {parameter.dtype}, {why}")
+        return refusal(Reason.NOT_FLOATING, f"holds {parameter.dtype}, {why}")
+    # How it is used.
     if seen.written:
-        sentence = f"node {_shown(seen.written[0])} writes into it while the model runs"
-        return Refusal(weight, seen.written[0].name, Reason.MUTATED, sentence)
+        node = seen.written[0]
+        return refusal(Reason.MUTATED, f"node {_shown(node)} writes into it while the model runs", node)
     if seen.opaque:
-        sentence = f"module {seen.opaque[0].target} is called whole; capture with another front end sees inside it"
-        return Refusal(weight, seen.opaque[0].name, Reason.OPAQUE, sentence)
-    if not seen.reached and seen.touched:
-        sentence = f"Python between the graphs {_UNUSED}"
-        return Refusal(weight, "", Reason.NO_FORM, sentence)
-    if not seen.reached:
-        return None
-    if not seen.kinds:
-        sentence = f"node {_shown(seen.others[0])} {_UNUSED}"
-        return Refusal(weight, seen.others[0].name, Reason.NO_FORM, sentence)
-    if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
-        node = next(
-            iter(seen.others or [node for node, _ in seen.contracted] or [use.node for use in seen.beside]), None
+        node = seen.opaque[0]
+        return refusal(
+            Reason.OPAQUE, f"module {node.target} is called whole; capture with another front end sees inside it", node
         )
-        where = f"node {_shown(node)} computes" if node is not None else "Python between the graphs computes"
-        sentence = f"{where} with its quantized numbers, and no branch can stand beside that"
-        return Refusal(weight, node.name if node is not None else "", Reason.QUANTIZED, sentence)
+    if not seen.reached:
+        return refusal(Reason.NO_FORM, f"Python between the graphs {_UNUSED}") if seen.touched else None
+    if not seen.kinds:
+        node = seen.others[0]
+        return refusal(Reason.NO_FORM, f"node {_shown(node)} {_UNUSED}", node)
+    if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
+        nodes = seen.without_branch
+        where = f"node {_shown(nodes[0])}" if nodes else "Python between the graphs"
+        sentence = f"{where} computes with its quantized numbers, and no branch can stand beside that"
+        return refusal(Reason.QUANTIZED, sentence, nodes[0] if nodes else None)
     if not seen.all_beside and seen.called:
-        other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
-        sentence = f"module {seen.called[0].target} is called whole, and node {_shown(other)} uses its weight as well"
-        return Refusal(weight, other.name, Reason.MIXED_USES, sentence)
+        node = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
+        sentence = f"module {seen.called[0].target} is called whole, and node {_shown(node)} uses its weight as well"
+        return refusal(Reason.MIXED_USES, sentence, node)
     # A layer with one output that only Python between the graphs calls is no vector: its branch stands on the weight.
     single = parameter.numel() == max(parameter.shape, default=0)
     if single and not seen.all_beside and not (seen.layer and not seen.contracted and not seen.others):
-        return Refusal(weight, "", Reason.VECTOR, f"of shape {tuple(parameter.shape)}, has one axis longer than 1")
+        return refusal(Reason.VECTOR, f"of shape {tuple(parameter.shape)}, has one axis longer than 1")
     return None
 
 
