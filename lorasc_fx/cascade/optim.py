@@ -179,6 +179,7 @@ def groups(
     for branch in branches:
         for name, parameter in branch.trained().items():
             parts.setdefault(name, (branch.learning_rate(name, lr, spec), []))[1].append(parameter)
+    parts["train"] = (lr, [])
     for parameter, rule in trained:
         name, rate = (f"train:{rule.pattern}", rule.lr) if rule is not None and rule.lr is not None else ("train", lr)
         parts.setdefault(name, (rate, []))[1].append(parameter)
