@@ -100,11 +100,11 @@ class DoraBranch(LoraBranch):
         cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
     ) -> bool:
         """Whether the factors or the magnitude have left their start."""
+        moved = super().moved(initial, cut)  # on every rank: it gathers, and ranks may differ in their magnitudes
         if initial is not None and initial.magnitude is not None:
             current = cut(full_tensor(self.lora_magnitude_vector.detach()), Side.OUT).cpu()
-            if not torch.equal(current, initial.magnitude.to(current.dtype)):
-                return True
-        return super().moved(initial, cut)
+            moved |= not torch.equal(current, initial.magnitude.to(current.dtype))
+        return moved
 
     def norms(self, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> torch.Tensor:
         """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros.
