@@ -136,6 +136,12 @@ def _muted(undo: Block, name: str) -> None:
     setattr(sys, name, muted)
 
 
+def _autocast_nesting() -> int:
+    """Return the number of autocast blocks around this call."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 @isolated
 def _same_torch_stacks(undo: Block) -> None:
     """Restore this thread's torch.func levels, modes, dispatch keys and autocast: a tracer that raises leaves some."""
@@ -162,6 +168,15 @@ def _same_torch_stacks(undo: Block) -> None:
     for device in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
         undo(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
         undo(partial(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device)))
+    nesting = _autocast_nesting()
+
+    def leave_autocast() -> None:  # whose casts of weights stay until its outermost block ends
+        if (left := _autocast_nesting() - nesting) > 0:
+            torch.clear_autocast_cache()
+            for _ in range(left):
+                torch.autocast_decrement_nesting()
+
+    undo(leave_autocast)
     undo(pop_modes)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     undo(partial(torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth, depth))

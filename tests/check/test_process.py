@@ -273,7 +273,8 @@ def test_a_front_end_leaves_no_levels_of_torch_func() -> None:
 def test_what_a_tracer_leaves_on_the_stacks_of_torch_is_dropped() -> None:
     def stacks() -> tuple[Any, ...]:
         modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-        casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        torch.autocast_increment_nesting()
+        casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.autocast_decrement_nesting()
         keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         return torch._C._functorch.get_dynamic_layer_stack_depth(), modes, casts, str(keys), torch.is_grad_enabled()
 
