@@ -106,7 +106,7 @@ METHODS: dict[str, Method] = {
         stages=True,
         spec={"restart": "fast", "pace": 1.0},
     ),
-    "dora": replace(LORA, about="DoRA", spec={"use_dora": True}),
+    "dora": replace(LORA, about="DoRA", spec={"adapter": "dora"}),
     "full": Method("full fine-tuning of the same layers", full=True),
     "paper": PAPER,
     "paper-noise": replace(PAPER, about="LoRASC as the paper reads, with noise", noise=NOISE),

@@ -56,7 +56,7 @@ def test_captures_variants_and_transitions_are_timed(
     began = time.monotonic()
     original = seam("start of a weight")
 
-    def slowly(*args: object) -> torch.Tensor:
+    def slowly(*args: object) -> object:
         time.sleep(0.06)
         return original(*args)  # type: ignore[arg-type]
 

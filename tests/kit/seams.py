@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import lorasc_fx as lx
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.capture import graph_breaks, reuse
 from lorasc_fx.cascade import run_base, transition, watches
 from lorasc_fx.cascade.run import Run
@@ -47,7 +47,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "write a tensor": (safetensors_files, "bytes_of"),
     # stages
     "transition": (transition, "next_stage"),
-    "start of a weight": (Branch, "next_a"),
+    "start of a weight": (LoraBranch, "follow"),
     "commit": (Run, "commit"),
     "digest of the source": (run_base, "source_digest"),
     "redraw": (model, "write_start"),
