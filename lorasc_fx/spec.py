@@ -206,6 +206,8 @@ class CascadeSpec:
         pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1]; a
             sequence is that of stage 1, 2, ..., whose last one goes on. `mean` is 1/t in stage t: under restart = fast
             the slow weights are then the mean of the weights at the ends of stages.
+        momentum: m of Nesterov's momentum over stages (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`,
+            `v_t = m v_{t-1} + d_t`, `S_t = S_{t-1} + pace (d_t + m v_t)`. With 0 it is LoRASC's rule.
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
         restart_A: where A of the next stage starts: `fresh` random values, or `kept` from the stage before.
@@ -248,6 +250,7 @@ class CascadeSpec:
     ] = USUAL_DECAY
     placement: Placement = "auto"
     pace: Pace = 0.5
+    momentum: Annotated[float, Check(lambda m: 0 <= m < 1, "it is a momentum: give a number in [0, 1)")] = 0.0
     restart: Annotated[str, choice(RESTARTS)] = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: Annotated[str, choice(NEXT_A)] = "fresh"

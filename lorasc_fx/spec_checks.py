@@ -120,6 +120,12 @@ CONFLICTS = (
         "give restart='slow', or adapter='lora'",
     ),
     Conflict(
+        ("adapter", "momentum"),
+        lambda adapter, momentum: ADAPTERS[adapter].scales_rows and momentum,
+        "rows that were scaled apart have no difference over one list of experts",
+        "give momentum=0, or adapter='lora'",
+    ),
+    Conflict(
         ("adapter", "noise.keep", "noise.strength"),
         lambda adapter, keep, strength: ADAPTERS[adapter].scales_rows and keep and strength,
         "noise that stays would be scaled by every later stage",

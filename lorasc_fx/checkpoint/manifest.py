@@ -26,7 +26,7 @@ from lorasc_fx.util.fingerprint import text_digest
 
 LONGEST = 1 << 26
 """Largest number of bytes of a manifest; parsed JSON takes some twenty times as much memory."""
-VIEWS = ("slow", "start", "average")
+VIEWS = ("slow", "start", "average", "velocity")
 """Views of a slow state that its entry stores as coefficients. The ends of stages are in its "stage_ends"."""
 EXPERT_FIELDS: Mapping[str, Side] = {item.name: item.metadata[Side] for item in fields(Expert) if Side in item.metadata}
 """Tensors of an expert, named like their fields, with the side of the weight that each one lies on."""
@@ -102,6 +102,7 @@ class WeightEntry(TypedDict):
     slow: Coefficients
     start: Coefficients
     average: NotRequired[Coefficients]
+    velocity: NotRequired[Coefficients]
     noises: list[NoiseEntry]
     stage_ends: list[tuple[Stage, Coefficients]]
     gone: Stage
@@ -239,3 +240,5 @@ def _problems(state: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         yield "keeps noise of stage 0"
     if "average" in state and not plan.spec.keeps_average:
         yield "holds an average, and the spec keeps none"
+    if "velocity" in state and not plan.spec.momentum:
+        yield "holds a velocity, and the spec has no momentum"

@@ -240,9 +240,16 @@ def end_stage(
     Raises:
         NonFiniteBranch: the stage cannot be folded, and spec.on_nonfinite is "raise".
     """
-    pace = spec.pace_at(stage) if state.follows(spec) else 1.0
+    pace, momentum = (spec.pace_at(stage), spec.momentum) if state.follows(spec) else (1.0, 0.0)
     absorb = partial(
-        state.absorb, stage, pace=pace, restart=spec.restart, share=share, carry_rank=spec.carry_rank, keeps=keeps
+        state.absorb,
+        stage,
+        pace=pace,
+        restart=spec.restart,
+        share=share,
+        carry_rank=spec.carry_rank,
+        keeps=keeps,
+        momentum=momentum,
     )
     after, fault = None, ""
     if isinstance(learner, torch.Tensor):

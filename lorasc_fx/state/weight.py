@@ -20,6 +20,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Literal, TypeVar
 
 import torch
@@ -80,9 +81,18 @@ class View(Tree):
         missing = len(other.coefficients) - len(self.coefficients)
         pairs = zip(self.extended([0.0] * missing).coefficients, other.coefficients, strict=True)
         delta = self.dense
-        if delta is not None and other.dense is not None and delta is not other.dense:
+        if other.dense is not None and delta is not other.dense:
+            delta = torch.zeros_like(other.dense) if delta is None else delta
             delta = other.dense if share == 1 else torch.lerp(delta, other.dense, share)
         return View(tuple(s if s == f else s + share * (f - s) for s, f in pairs), delta)
+
+    def plus(self, other: View, factor: float) -> View:
+        """Return `self + factor * other`; a missing coefficient is 0, and so is a missing dense tensor."""
+        pairs = zip_longest(self.coefficients, other.coefficients, fillvalue=0.0)
+        delta = self.dense
+        if other.dense is not None:
+            delta = factor * other.dense if delta is None else delta + factor * other.dense
+        return View(tuple(one + factor * more for one, more in pairs), delta)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class WeightState(Tree):
         transposed: it is stored as [in, out].
         experts: the trained branches, oldest first.
         views: by name. `slow`; `start`, from which the running stage started; `average` over stages, where it is not
-            the slow one; `stage/K`, the slow one at the end of stage K.
+            the slow one; `velocity`, v of the slow rule with momentum; `stage/K`, the slow one at the end of stage K.
         gone: the last stage whose end has no view left: its experts were summed into a dense delta.
         row_scale: of W0 [out] in fp64, as it was when experts were summed.
         noises: that stay.
@@ -321,8 +331,12 @@ class WeightState(Tree):
         share: float | None = None,
         carry_rank: int | None = None,
         keeps: bool = False,
+        momentum: float = 0.0,
     ) -> WeightState:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
+
+        With momentum m it is Nesterov's: `d_t = F_t - S_{t-1}`, `v_t = m v_{t-1} + d_t` and
+        `S_t = S_{t-1} + pace * (d_t + m v_t)` (SNOO, 2510.15830). v is one more view.
 
         Zero factors are not kept: a longer product sums in another order, and without them weights stay bit-identical.
 
@@ -334,6 +348,7 @@ class WeightState(Tree):
             share: of S_t in the average.
             carry_rank: of the spec.
             keeps: whether values at the ends of earlier stages are kept where each is a dense tensor of its own.
+            momentum: of the spec.
         """
         experts, old, moved = self.experts, self.slow, self.start
         if isinstance(live, torch.Tensor):
@@ -353,11 +368,13 @@ class WeightState(Tree):
                 experts = (*experts, Expert(b, a, stage, row_scale))
                 old, moved = old.extended((1.0,)), moved.extended((1.0,))
         elif live is not None and live.dense is not None:
-            # Views share one dtype, and every view of such a weight has a dense delta from its first stage on.
             more = live.dense.reshape(self.matrix).to(summing(self.base.dtype))
-            old = replace(old, dense=torch.zeros_like(more)) if old.dense is None else old
-            moved = replace(moved, dense=more if moved.dense is None else moved.dense + more)
-        slow = old.toward(moved, pace)
+            moved = moved.plus(View(dense=more), 1.0)
+        slow, velocity = old.toward(moved, pace), self.views.get("velocity")
+        if momentum:
+            step = moved.plus(old, -1.0)
+            velocity = step if velocity is None else step.plus(velocity, momentum)
+            slow = slow.plus(velocity, pace * momentum)
         start = RESTARTS[restart].start(slow, moved)
         if self.full:  # what the parameter then holds, in its own dtype
             start = start.to(live.dtype) if isinstance(live, torch.Tensor) else self.start
@@ -367,6 +384,8 @@ class WeightState(Tree):
                 gone = max(gone, end)
                 del ends[end]
         views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
+        if velocity is not None:
+            views["velocity"] = velocity
         if (average := self._averaged(slow, share)) is not None:
             views["average"] = average
         return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(carry_rank)
@@ -379,7 +398,10 @@ class WeightState(Tree):
 
     def added(self, experts: Sequence[Expert], coefficients: Sequence[float]) -> WeightState:
         """Return the state with experts that were trained elsewhere in what it is now, not in the ends of stages."""
-        views = {name: view if "/" in name else view.extended(coefficients) for name, view in self.views.items()}
+        views = {name: view.extended(coefficients) for name, view in self.views.items() if "/" not in name}
+        views |= {name: view for name, view in self.views.items() if "/" in name}
+        if "velocity" in self.views:  # what comes from elsewhere was no step of this run
+            views["velocity"] = self.views["velocity"].extended([0.0] * len(coefficients))
         return replace(self, experts=(*self.experts, *experts), views=views).compact()
 
     def at(self, stage: int) -> WeightState | None:
@@ -534,8 +556,9 @@ class WeightState(Tree):
         if not len(self.experts) == counts["slow"] == counts["start"]:
             coefficients = f"{counts['slow']} slow and {counts['start']} start coefficients"
             sentences.append(f"has {len(self.experts)} experts, but {coefficients}")
-        elif counts.get("average", len(self.experts)) != len(self.experts):
-            sentences.append(f"has {len(self.experts)} experts, but {counts['average']} coefficients of an average")
+        for name in ("average", "velocity"):
+            if counts.get(name, len(self.experts)) != len(self.experts):
+                sentences.append(f"has {len(self.experts)} experts, but {counts[name]} coefficients of the {name}")
         for expert in self.experts:
             *stack, rows, columns = self.matrix
             b, a = tuple(expert.b.shape), tuple(expert.a.shape)

@@ -17,8 +17,8 @@ from tests.kit.errors import raises
 
 FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, ranks, "
-    "train_A, nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, "
-    "restart_A, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
+    "train_A, nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, momentum, "
+    "restart, noise, restart_A, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -43,6 +43,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "train_rules": (("head",),),
     "slow_train": ("yes",),
     "restart": (1,),
+    "momentum": (1.0, -0.1, "0.5", math.nan),
     "adapter": (1, "unknown"),
     "noise": (0.1,),
     "optimizer_state": (0.0, 1, -0.2, None),
@@ -66,6 +67,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "average_decay, average": {"average": "swa", "average_decay": 0.5},
     "start, restart_A": {"start": "olora", "restart_A": "kept"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
+    "adapter, momentum": {"adapter": "dora", "momentum": 0.5},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
     "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
     "adapter, average": {"adapter": "dora", "average": "ema"},
