@@ -35,7 +35,7 @@ class StartWeight:
 
     Args:
         exact: returns the whole weight as it is stored, without noise, in the dtype of the arithmetic.
-        trained: returns this rank's slice of the weight as the stage trains on it, with noise, in its own dtype.
+        noisy: returns this rank's slice of the weight as the stage trains on it, with noise, in its own dtype.
         shard: the slice of the weight that is on this rank.
         cut: returns this rank's slice of a whole tensor.
         whole: gathers a tensor from the slices on all ranks. Every rank must call it at the same point.
@@ -43,7 +43,7 @@ class StartWeight:
     """
 
     exact: Callable[[], torch.Tensor]
-    trained: Callable[[], torch.Tensor]
+    noisy: Callable[[], torch.Tensor]
     shard: ShardSpec = WHOLE
     cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
     whole: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
@@ -99,11 +99,11 @@ class Branch(nn.Module, abc.ABC):
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
         self.dropout = site.dropout
-        self._trained = frozenset(self.trained_names(site))
+        self._trainable = frozenset(self.trainable_names(site))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         for name, value in self.initial_values(site, seed, stage).items():
             placed = value.to(device=like.device, dtype=dtype)
-            setattr(self, name, nn.Parameter(placed, requires_grad=name in self._trained))
+            setattr(self, name, nn.Parameter(placed, requires_grad=name in self._trainable))
 
     # ---- parameters
 
@@ -123,7 +123,7 @@ class Branch(nn.Module, abc.ABC):
         return {**cls.defaults, **dict(site.options.adapter_options)}
 
     @classmethod
-    def trained_names(cls, site: Site) -> Collection[str]:
+    def trainable_names(cls, site: Site) -> Collection[str]:
         """Return the names of the parameters that are trained."""
         return cls.shapes(site).keys()
 
@@ -135,9 +135,9 @@ class Branch(nn.Module, abc.ABC):
         """
         return ()
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that an optimizer trains, by name; the names are those of its groups."""
-        return {name: value for name, value in self.named_parameters() if name in self._trained}
+        return {name: value for name, value in self.named_parameters() if name in self._trainable}
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
         """Return the learning rate of a parameter (LoRA+ has two)."""
@@ -260,7 +260,7 @@ class Branch(nn.Module, abc.ABC):
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the branch."""
-        entries = sum(math.prod(value.shape) for value in self.trained().values())
+        entries = sum(math.prod(value.shape) for value in self.trainable().values())
         return f"{self.weight_name}, {entries} trained, scale={self.scale:g}"
 
 

@@ -56,7 +56,7 @@ class DeloraBranch(LowRankBranch):
         }
 
     @classmethod
-    def trained_names(cls, site: Site) -> Collection[str]:
+    def trainable_names(cls, site: Site) -> Collection[str]:
         """Return the names of A, B and lambda."""
         return ("delora_A", "delora_B", "delora_lambda")
 

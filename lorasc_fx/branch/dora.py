@@ -84,7 +84,7 @@ class DoraBranch(LoraBranch):
 
     def start(self, weight: StartWeight) -> torch.Tensor | None:
         """Set m to the row norms, and return the norms of this rank's rows."""
-        norms = self.norms(weight.trained(), weight.shard)
+        norms = self.norms(weight.noisy(), weight.shard)
         with torch.no_grad():
             self.lora_magnitude_vector.copy_(weight.whole(norms, Side.OUT))
         return norms.cpu().double().clone()
@@ -92,7 +92,7 @@ class DoraBranch(LoraBranch):
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
         """Return g = m / |W + s B A| for the weight that was trained, noise included."""
         magnitude = weight.cut(full_tensor(self.lora_magnitude_vector), Side.OUT)
-        return (magnitude / self.norms(weight.trained(), weight.shard)).cpu().double()
+        return (magnitude / self.norms(weight.noisy(), weight.shard)).cpu().double()
 
     def moved(
         self,

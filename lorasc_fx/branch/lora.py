@@ -148,7 +148,7 @@ class LoraBranch(LowRankBranch):
         return {**values, "lora_A": random_factor(seed, stage, "lora_A", site.weight, site.factor_shapes[0])}
 
     @classmethod
-    def trained_names(cls, site: Site) -> Collection[str]:
+    def trainable_names(cls, site: Site) -> Collection[str]:
         """Return all names, or all but A."""
         return [name for name in cls.shapes(site) if site.options.train_A or name != "lora_A"]
 

@@ -41,7 +41,7 @@ class LoraXsBranch(LowRankBranch):
         return {"xs_R": (*a[:-2], site.rank, site.rank), "xs_A": a, "xs_B": b}
 
     @classmethod
-    def trained_names(cls, site: Site) -> Collection[str]:
+    def trainable_names(cls, site: Site) -> Collection[str]:
         """Return the name of R."""
         return ("xs_R",)
 

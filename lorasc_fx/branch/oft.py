@@ -9,12 +9,13 @@ nearest one that does, as in peft (which may choose 1, where nothing trains). Th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch.base import Branch
+from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site
 
@@ -79,6 +80,19 @@ class OftBranch(Branch):
         blocks = matrix.reshape(matrix.shape[0], -1, self.size).transpose(0, 1)
         moved = (blocks @ rotation.transpose(-2, -1)).transpose(0, 1).reshape(matrix.shape)
         return (moved.t() if self.transposed else moved).reshape(weight.shape)
+
+    def in_place(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
+    ) -> torch.Tensor:
+        """Return what the op computes with the adapted weight.
+
+        A product gets the rotated input `x R` instead: so its backward computes no gradient of the whole weight.
+        """
+        if op == "conv" or not self.scale:
+            return super().in_place(x, weight, bias, op=op, **options)
+        blocks = x.unflatten(-1, (-1, self.size))
+        moved = torch.einsum("...bi,bij->...bj", blocks, self.rotation().to(x.dtype))
+        return PRODUCTS[op](x + moved.reshape(x.shape).to(x.dtype), weight, bias)
 
 
 def block_size(columns: int, size: int) -> int:

@@ -49,7 +49,7 @@ class VeraBranch(LowRankBranch):
         return {**super().initial_values(site, seed, stage), "vera_lambda_d": torch.full((site.rank,), float(start))}
 
     @classmethod
-    def trained_names(cls, site: Site) -> Collection[str]:
+    def trainable_names(cls, site: Site) -> Collection[str]:
         """Return both names."""
         return ("vera_lambda_b", "vera_lambda_d")
 

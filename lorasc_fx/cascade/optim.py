@@ -177,7 +177,7 @@ def groups(
     """
     parts: dict[str, tuple[float, list[nn.Parameter]]] = {}
     for branch in branches:
-        for name, parameter in branch.trained().items():
+        for name, parameter in branch.trainable().items():
             parts.setdefault(name, (branch.learning_rate(name, lr, spec), []))[1].append(parameter)
     parts["train"] = (lr, [])
     for parameter, rule in trained:

@@ -141,7 +141,7 @@ class RunBase:
         parameters = {
             f"branches.{key}.{name}": parameter
             for key, branch in self.by_key.items()
-            for name, parameter in branch.trained().items()
+            for name, parameter in branch.trainable().items()
         }
         return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 

@@ -351,7 +351,7 @@ class Comparison:
             for branch in self.branches:
                 gradient = weights[branch.weight_name].grad
                 if gradient is not None:
-                    delta, parameters = _delta(branch, model), list(branch.trained().values())
+                    delta, parameters = _delta(branch, model), list(branch.trainable().values())
                     expected[branch] = torch.autograd.grad(delta, parameters, gradient.to_dense())
             for leaf in leaves:
                 leaf.grad = None
@@ -372,7 +372,7 @@ class Comparison:
                 if any(
                     _norm(gradient if factor.grad is None else factor.grad - gradient)
                     > allowed * (_norm(gradient) + FLOOR * largest)
-                    for factor, gradient in zip(branch.trained().values(), pair, strict=True)
+                    for factor, gradient in zip(branch.trainable().values(), pair, strict=True)
                 )
             )
 

@@ -136,7 +136,7 @@ def start_weight_of(
     """Return the weight of a state as its branch sees it in a stage."""
     return StartWeight(
         exact=lambda: state.whole(state.exact("fast", arithmetic(state.base.dtype), device=device), Side.WEIGHT),
-        trained=lambda: start_weight(state, spec, stage, noisy, device),
+        noisy=lambda: start_weight(state, spec, stage, noisy, device),
         shard=state.shard,
         cut=state.cut,
         whole=state.whole,

@@ -211,7 +211,7 @@ def test_lora_xs_by_its_formula() -> None:
         left, values, right = torch.linalg.svd(model.get_parameter(weight), full_matrices=False)
         expected = 4.0 * left[:, :2] @ torch.diag(values[:2]) @ branch.get_parameter("xs_R") @ right[:2]
         torch.testing.assert_close(branch.dense_delta(model.get_parameter(weight)), expected, rtol=1e-12, atol=1e-12)
-        assert list(branch.trained()) == ["xs_R"]
+        assert list(branch.trainable()) == ["xs_R"]
 
 
 def test_vera_shares_its_frozen_pair() -> None:

@@ -121,7 +121,7 @@ def pair(name: str, model: nn.Module, x: Tensor) -> tuple[Any, Any]:
     for key, branch in ours.branches.items():
         layer: Any = theirs.base_model.model.get_submodule(key.split("/")[0])
         with torch.no_grad():
-            for mine, value in branch.trained().items():
+            for mine, value in branch.trainable().items():
                 target = layer.get_parameter(oracle.names[mine])
                 target.copy_(value.view_as(target))
         if name == "vera":
