@@ -151,9 +151,9 @@ CONFLICTS = (
     ),
     Conflict(
         ("adapter", "adapter_options"),
-        lambda adapter, options: {name for name, _ in options} - ADAPTERS[adapter].defaults.keys(),
-        "this method has no such option",
-        "give the options that docs/method.md lists for the method",
+        lambda adapter, options: not all(ADAPTERS[adapter].accepts(name, value) for name, value in options),
+        "the method has no such option, or the value has no meaning",
+        "give the options and values that docs/method.md lists for the method",
     ),
     *(
         Conflict(

@@ -123,6 +123,11 @@ class Branch(nn.Module, abc.ABC):
         return {**cls.defaults, **dict(site.options.adapter_options)}
 
     @classmethod
+    def accepts(cls, name: str, value: float) -> bool:
+        """Whether the method has an option of its own with this name, and the value has a meaning."""
+        return name in cls.defaults
+
+    @classmethod
     def trainable_names(cls, site: Site) -> Collection[str]:
         """Return the names of the parameters that are trained."""
         return cls.shapes(site).keys()

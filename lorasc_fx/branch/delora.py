@@ -65,6 +65,11 @@ class DeloraBranch(LowRankBranch):
         """Return `weight`: w is computed from it."""
         return ("weight",)
 
+    @classmethod
+    def accepts(cls, name: str, value: float) -> bool:
+        """Whether the option exists and its value has a meaning."""
+        return super().accepts(name, value) and value > 0
+
     @property
     def down(self) -> torch.Tensor:
         """`A diag(w)`."""

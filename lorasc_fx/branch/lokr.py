@@ -56,6 +56,11 @@ class LokrBranch(Branch):
             values[name] = random_factor(seed, stage, name, site.weight, flat).view(values[name].shape)
         return values
 
+    @classmethod
+    def accepts(cls, name: str, value: float) -> bool:
+        """Whether the option exists and its value has a meaning."""
+        return super().accepts(name, value) and (value == -1 or value >= 1) and value == int(value)
+
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Return the Kronecker product, in the shape of the weight."""
         parameters = dict(self.named_parameters())

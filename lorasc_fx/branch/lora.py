@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
@@ -41,14 +42,14 @@ class LowRankBranch(Branch):
         self.register_buffer("unmerged_B", None, persistent=False)
 
     @property
+    @abc.abstractmethod
     def down(self) -> torch.Tensor:
         """A [rank, in], or [experts, rank, in]; with slices [slices * rank, in]."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def up(self) -> torch.Tensor:
         """B [out, rank], or [experts, out, rank]."""
-        raise NotImplementedError
 
     @property
     def shared_factor(self) -> str | None:

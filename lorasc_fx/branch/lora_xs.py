@@ -15,6 +15,7 @@ from torch import nn
 
 from lorasc_fx.branch.base import StartWeight
 from lorasc_fx.branch.lora import LowRankBranch
+from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
 
@@ -66,8 +67,18 @@ class LoraXsBranch(LowRankBranch):
         return self.xs_R.shape[-1]
 
     def start(self, weight: StartWeight) -> None:
-        """Take A and B out of the SVD of the weight. A rank beyond the rank of the matrix is zero."""
+        """Take A and B out of the SVD of the weight. A rank beyond the rank of the matrix is zero.
+
+        Raises:
+            SpecError: the weight holds inf or nan.
+        """
         matrix = self.matrix(weight.exact())
+        if not bool(torch.isfinite(matrix).all()):
+            raise SpecError(
+                f"adapter is 'lora-xs', and {self.weight_name} holds inf or nan, which has no decomposition. "
+                f"Exclude it (exclude=({self.weight_name!r},)), or give another adapter",
+                code="non-finite",
+            )
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         count = min(self.rank, values.shape[-1])
         up, down = torch.zeros_like(self.xs_B), torch.zeros_like(self.xs_A)

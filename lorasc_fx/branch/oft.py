@@ -55,6 +55,11 @@ class OftBranch(Branch):
             )
         return {"oft_R": (columns // size, size * (size - 1) // 2)}
 
+    @classmethod
+    def accepts(cls, name: str, value: float) -> bool:
+        """Whether the option exists and its value has a meaning."""
+        return super().accepts(name, value) and value != 1 and value >= 0 and value == int(value)  # with 1 term R is I
+
     def rotation(self) -> torch.Tensor:
         """Return R - I, [blocks, size, size]."""
         blocks, size = self.oft_R.shape[0], self.size

@@ -53,6 +53,11 @@ class VeraBranch(LowRankBranch):
         """Return both names."""
         return ("vera_lambda_b", "vera_lambda_d")
 
+    @classmethod
+    def accepts(cls, name: str, value: float) -> bool:
+        """Whether the option exists and its value has a meaning."""
+        return super().accepts(name, value) and value != 0  # b is zero: nothing would get a gradient
+
     @property
     def down(self) -> torch.Tensor:
         """`diag(d) A`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS, Branch
+from lorasc_fx.branch import METHODS, Branch, LowRankBranch
 
 SEED = 5
 
@@ -244,8 +244,9 @@ def test_a_registered_class() -> None:
     torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
     with pytest.raises(lx.SpecError, match="'lora' is the adapter LoraBranch"):
         lx.register_branch("lora", Scale)
-    with pytest.raises(lx.SpecError, match="not a complete branch"):
-        lx.register_branch("other", nn.Linear)  # type: ignore[arg-type]
+    for incomplete in (nn.Linear, LowRankBranch):
+        with pytest.raises(lx.SpecError, match="not a complete branch"):
+            lx.register_branch("other", incomplete)  # type: ignore[arg-type]
     with pytest.raises(lx.SpecError, match="nearest: 'dora'"):
         lx.CascadeSpec(adapter="doar")
 
@@ -267,3 +268,26 @@ def test_runs_are_merged_by_their_deltas(name: str, tmp_path: Path) -> None:
         runs.append(tmp_path / str(seed))
     result = lx.merge(runs, copy.deepcopy(model), (x,), weights=shares)
     torch.testing.assert_close(result(x), total(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["lora", "hira"])
+def test_an_average_counts_a_stage_that_trained_nothing(name: str) -> None:
+    """The first stage leaves W0, without a delta of its own; the mean over two stages is half of the second."""
+    model, cascade, _ = adapted(name, "linear", pace=1.0, average="swa")
+    with pytest.warns(lx.errors.LorascWarning, match="no branch has moved"):
+        cascade.transition(torch.optim.SGD(cascade.param_groups(lr=0.1)))
+    train(cascade)
+    expected = merged(model, cascade, 0.5)
+    cascade.transition(None)
+    with cascade.weights("averaged"):
+        for weight, value in expected.named_parameters():
+            torch.testing.assert_close(cascade.model.get_parameter(weight), value, rtol=1e-12, atol=1e-12)
+
+
+def test_lora_xs_refuses_a_weight_without_a_decomposition() -> None:
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(lx.SpecError, match="weight holds inf or nan"):
+        lx.adapt(model, (torch.randn(2, 4),), spec=lx.CascadeSpec(adapter="lora-xs", rank=2))
+    assert model.weight.requires_grad

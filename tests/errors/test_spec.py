@@ -114,6 +114,16 @@ def test_conflicting_options(names: str) -> None:
         lx.CascadeSpec(**CONFLICTING[names])
 
 
+@pytest.mark.parametrize(("adapter", "name", "value"), [
+    ("vera", "d_initial", 0.0), ("oft", "neumann_terms", 1), ("oft", "neumann_terms", -5),
+    ("oft", "neumann_terms", 2.5),
+    ("lokr", "decompose_factor", 0), ("delora", "bound", -1.0), ("lora", "bound", 1.0),
+])  # fmt: skip
+def test_an_option_of_a_method_without_a_meaning(adapter: str, name: str, value: float) -> None:
+    with raises(lx.SpecError, "conflicting-options", adapter, name, "; give "):
+        lx.CascadeSpec(adapter=adapter, adapter_options={name: value})
+
+
 def test_every_conflict_is_tested() -> None:
     assert list(CONFLICTING) == [", ".join(conflict.fields) for conflict in CONFLICTS]
 
