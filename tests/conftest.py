@@ -55,8 +55,6 @@ asks for it."""
 
 
 SAMPLED = {
-    "checkpoint/test_golden.py::test_it_is_saved_again_bit_for_bit": 2,
-    "checkpoint/test_golden.py::test_it_stands_for_the_weights_of_then": 2,
     "checkpoint/test_named_base.py::test_a_folder_is_loaded_by_itself": 2,
     "checkpoint/test_named_base.py::test_only_local_files_unless_the_environment_allows_more": 3,
     "checkpoint/test_named_base.py::test_the_head_of_a_classifier_of_texts": 5,
@@ -141,7 +139,6 @@ SAMPLED = {
     "state/test_state.py::test_a_shard_of_the_state_is_the_state_of_the_shard": 4,
     "quantized/test_layers.py::test_a_run_goes_on": 2,
     "quantized/test_layers.py::test_a_dense_release_has_linear_layers": 2,
-    "damage/test_lint.py::test_is_refused": 4,
     "checkpoint/test_write.py::test_folders_of_other_programs_stay": 4,
     "checkpoint/test_named_base.py::test_a_forged_configuration": 3,
     "branch/test_by_hand.py::test_merged_with_a_product": 3,
@@ -177,7 +174,6 @@ SLOW = {
         for page in ("from-peft", "images", "llm", "loops", "method")
     ),
     "contract/test_docs.py::test_page_runs[docs/text.md]",
-    "damage/test_mutations.py::test_mutations",
     "errors/test_all_or_nothing.py::test_an_operation_of_a_capture[memory]",
     "errors/test_all_or_nothing.py::test_folded_copies[folded_graph-memory]",
     "errors/test_all_or_nothing.py::test_folded_copies[folded_state_dict-memory]",

@@ -1,7 +1,6 @@
 """A checkpoint that is not what was written: one CheckpointError with the file and the reason; the model as it was.
 
 A row is an edit of a version, and the code and the names of the error.
-The many mutations of `tests/damage` count what is told here one by one.
 """
 
 from __future__ import annotations
@@ -24,8 +23,19 @@ from safetensors.torch import load
 from torch import nn
 
 import lorasc_fx as lx
-from tests.damage.mutations import DEEP, MANIFEST, TENSORS, forge, forge_tensors, put
-from tests.damage.runner import SPEC, Small, X, optimizers, written
+from tests.checkpoint.damage import (
+    DEEP,
+    MANIFEST,
+    SPEC,
+    TENSORS,
+    Small,
+    X,
+    forge,
+    forge_tensors,
+    optimizers,
+    put,
+    written,
+)
 from tests.errors.models import inputs
 from tests.errors.state import unchanged
 from tests.kit.errors import raises

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import lorasc_fx as lx
-from tests.damage.mutations import forge
+from tests.checkpoint.damage import forge
 from tests.errors.models import adapted, mlp
 from tests.errors.state import unchanged
 from tests.integrations.kit import llama

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -294,6 +295,29 @@ class Machine(RuleBasedStateMachine):
         self.cascade = lx.load(path, model, self.inputs(3, 0, self.with_y))
         self.optimizer = self.fresh_optimizer()
         assert self.cascade.resume(self.optimizer) == {"stage": self.plain.stage}
+        self.plain.loaded()
+
+    def adopt(self, cascade: lx.Cascade) -> None:
+        """Go on with a cascade of the same state, and with the state of the optimizer so far."""
+        state = copy.deepcopy(self.optimizer.state_dict())
+        self.cascade = cascade
+        self.optimizer = self.fresh_optimizer()
+        self.optimizer.load_state_dict(state)
+
+    @rule()
+    def copy(self) -> None:
+        self.adopt(copy.deepcopy(self.cascade))
+
+    @precondition(lambda self: self.dtype == self.origin)
+    @rule()
+    def state_dict(self) -> None:
+        """Go on in a new cascade that takes the state dict, by way of bytes."""
+        state = safetensors.torch.load(safetensors.torch.save(self.cascade.state_dict()))
+        model = copy.deepcopy(self.untouched).train(self.cascade.training)
+        fresh = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=self.spec, frontend=self.frontend)
+        fresh.load_state_dict(state)
+        self.flags = [(parameter.requires_grad, model.training) for parameter in self.untouched.parameters()]
+        self.adopt(fresh)
         self.plain.loaded()
 
     @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.float32]))
