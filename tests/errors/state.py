@@ -113,6 +113,21 @@ def assert_same(after: State, before: State) -> None:
     assert not differ, f"changed: {', '.join(differ)}"
 
 
+def numbers(*things: Any) -> State:
+    """Values to compare with a twin's: no objects, and no state of the process."""
+    state: State = {}
+    for place, thing in enumerate(things):
+        if isinstance(thing, torch.optim.Optimizer):
+            held = of_optimizer(thing)
+        else:
+            held = {name: raw(value) for name, value in (*thing.named_parameters(), *thing.named_buffers())}
+            held |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
+        if isinstance(thing, lx.Cascade):
+            held |= of_slow(thing)
+        state |= {f"{place} {key}": value for key, value in held.items()}
+    return state
+
+
 @contextlib.contextmanager
 def unchanged(*things: Any) -> Iterator[None]:
     """What happens inside leaves models, cascades, optimizers and random generators as they were, bit for bit."""
