@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.errors.state import of_slow, unchanged
-from tests.errors.test_all_or_nothing import FAULTS, SPECS, everywhere, made, result
+from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, mlp, optimizer_of, randomize, train
 from tests.kit.seams import lower
@@ -209,15 +208,3 @@ def test_rewind_wants_the_branches_optimizer() -> None:
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with unchanged(cascade), raises(lx.StateError, "optimizer-lacks-parameters"):
         cascade.rewind(0, other)
-
-
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_rewind_is_all_or_nothing(kind: str) -> None:
-    name = "noise, train"
-    cascade, optimizer = made(SPECS[name], stages=2)
-    twin, others = made(SPECS[name], stages=2)
-    assert everywhere(kind, lambda: cascade.rewind(0, optimizer), cascade, optimizer) > 30
-    twin.rewind(0, others)
-    ours, theirs = result(cascade, optimizer), result(twin, others)
-    assert ours == theirs
-    assert of_slow(cascade) == of_slow(twin)

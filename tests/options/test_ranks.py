@@ -13,7 +13,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
-from tests.errors.test_all_or_nothing import everywhere, result
 from tests.kit.errors import raises, warns
 from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, train, trainable_parameters
 
@@ -151,23 +150,6 @@ def test_exports_and_sums_hold_experts_of_several_ranks(tmp_path: Path) -> None:
     merged = lx.merge([tmp_path / "run", large], wide(), (x,))
     assert {site.rank for site in merged.sites} == {1}
     torch.testing.assert_close(merged.release()(x), expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["memory", pytest.param("interrupt", marks=pytest.mark.slow)])
-def test_a_transition_to_another_rank_is_done_or_not_done(kind: str) -> None:
-    cascade, optimizer = adapted("symbolic", noise=lx.Noise(0.2))
-    twin, others = adapted("symbolic", noise=lx.Noise(0.2))
-    for each, held in ((cascade, optimizer), (twin, others)):
-        train(each, held, batches(2, 4, 5))
-    assert everywhere(kind, lambda: cascade.transition(optimizer), cascade, optimizer) > 20
-    twin.transition(others)
-    for each, held in ((cascade, optimizer), (twin, others)):
-        train(each, held, batches(2, 4, 5))
-    ours, theirs = result(cascade, optimizer), result(twin, others)
-    assert ours.keys() == theirs.keys()
-    assert branches(cascade)["0.weight"].lora_A.shape == (2, 5)
-    for name, value in factors(cascade).items():
-        assert torch.equal(value, factors(twin)[name])
 
 
 class Late(nn.Module):

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from torch import fx
 
+from lorasc_fx import Noise
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.errors.inject import EVERY, FailAt, LineAt, failing, python_answers, sigint
 from tests.passes.cases import BY_NAME, Case
 from tests.passes.kit import Photograph
-from tests.passes.test_transactions import RUNS, _at
+from tests.passes.test_transactions import _at
 
 FILES = ("passes", "lorasc_fx/graph", "lorasc_fx/branch")
+RUNS: dict[str, tuple[str, Callable[[Case], Any]]] = {
+    "match": ("captured", lambda case: MatchSites(replace(case.spec, noise=Noise(0.3)))),
+    "insert": ("matched", lambda case: InsertBranches()),
+    "fold": ("inserted", lambda case: FoldBranches()),
+    "transition": ("inserted", lambda case: StageTransition()),
+    "fold-live": ("live", lambda case: FoldBranches()),
+    "again": ("inserted", lambda case: Pipeline([StageTransition(), FoldBranches(), InsertBranches()])),
+    "all": (
+        "captured",
+        lambda case: Pipeline([MatchSites(case.spec), InsertBranches(), StageTransition(), FoldBranches()]),
+    ),
+}
 ACTS: dict[str, Callable[[], None]] = {"memory": failing(MemoryError("no more")), "ctrl-c": sigint}
 
 

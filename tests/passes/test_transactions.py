@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, use_of
 from lorasc_fx.passes import (
     CascadePass,
     FoldBranches,
-    InsertBranches,
     MatchSites,
     Pipeline,
     StageTransition,
@@ -89,87 +86,6 @@ def test_a_pass_that_raises_leaves_its_input(case: Case, stage: str, through: st
     with pytest.raises(Stop):
         (Wreck() if through == "alone" else Pipeline([Wreck()]))(graph_module)
     photograph.assert_unchanged()
-
-
-RUNS: dict[str, tuple[str, Callable[[Case], Any]]] = {
-    "match": ("captured", lambda case: MatchSites(replace(case.spec, noise=Noise(0.3)))),
-    "insert": ("matched", lambda case: InsertBranches()),
-    "fold": ("inserted", lambda case: FoldBranches()),
-    "transition": ("inserted", lambda case: StageTransition()),
-    "fold-live": ("live", lambda case: FoldBranches()),
-    "again": ("inserted", lambda case: Pipeline([StageTransition(), FoldBranches(), InsertBranches()])),
-    "all": (
-        "captured",
-        lambda case: Pipeline([MatchSites(case.spec), InsertBranches(), StageTransition(), FoldBranches()]),
-    ),
-}
-METHODS = (
-    "mark",
-    "set_branches",
-    "renew_branches",
-    "insert_after",
-    "remove_branch",
-    "set_tensor",
-    "finish",
-    "compiled",
-)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", [BY_NAME["aten_conv2d"], BY_NAME["module_two_names"]], ids=str)
-def test_an_editor_that_raises_at_any_moment(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call of each method of the editor, one after the other, is the one that raises."""
-    real, struck = getattr(GraphEditor, method), 0
-    for stage, make in RUNS.values():
-        for when, after in itertools.product(range(30), (False, True)):
-            graph_module = _at(stage, case)
-            photograph, calls = Photograph(graph_module, case), itertools.count()
-
-            def raising(
-                self: GraphEditor, *args: Any, when: int = when, after: bool = after, calls: Any = calls
-            ) -> Any:
-                if next(calls) != when:
-                    return real(self, *args)
-                if after and method != "finish":  # what finish has written is committed
-                    real(self, *args)
-                raise Stop
-
-            with monkeypatch.context() as patch:
-                patch.setattr(GraphEditor, method, raising)
-                try:
-                    make(case)(graph_module)
-                except Stop:
-                    struck += 1
-                else:
-                    break  # the method is not called that often
-            photograph.assert_unchanged()
-    assert struck
-
-
-def test_a_write_that_fails_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = BY_NAME["aten_conv2d"]
-    for when in range(8):
-        inserted = fill(insert(case.own(), case.spec))
-        photograph, real, calls = Photograph(inserted, case), torch.Tensor.copy_, itertools.count()
-        held = {id(p) for name, p in inserted.named_parameters() if name.startswith("branches.")}
-
-        def failing(
-            self: torch.Tensor,
-            *args: Any,
-            when: int = when,
-            held: set[int] = held,
-            calls: Any = calls,
-            real: Any = real,
-        ) -> torch.Tensor:
-            if id(self) in held and next(calls) == when:
-                raise Stop
-            return real(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "copy_", failing)
-            with pytest.raises(Stop):
-                StageTransition()(inserted)
-        photograph.assert_unchanged()
 
 
 def test_a_foreign_pass_that_raises_after_a_transition() -> None:

@@ -5,61 +5,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call
 
 import lorasc_fx as lx
-from tests.kit import tiny
 from tests.kit.errors import raises
-from tests.kit.models import SCALE, batches, branches, lora_of, loss_of, mlp, optimizer_of, train, trainable_parameters
+from tests.kit.models import SCALE, batches, branches, mlp, optimizer_of, train
 from tests.kit.state import weight_states
-from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trained, weights
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-@pytest.mark.parametrize("name", CASES)
-def test_one_stage_is_pefts(name: str, frontend: str, optimizer: str) -> None:
-    build, inputs, targets = CASES[name]
-    model, calls = build(), inputs(1) * 20
-    cascade = adapted(copy.deepcopy(model), calls[0], frontend)
-    theirs = theirs_of(model, targets, cascade)
-    losses = [
-        train(theirs, make(optimizer, trainable_parameters(theirs)), calls),
-        train(cascade, optimizer_of(cascade, optimizer), calls),
-    ]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
-    assert losses[0][-1] < 0.95 * losses[0][0]
-    for path in targets:
-        theirs_m = theirs.base_model.model.get_submodule(path).lora_magnitude_vector["default"].weight
-        ours_m = branches(cascade)[f"{path}.weight"].lora_magnitude_vector
-        torch.testing.assert_close(ours_m, theirs_m.flatten(), rtol=0, atol=1e-10)
-    merged, ours = theirs.merge_and_unload(), cascade.release()
-    for each, value in merged.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(each), value, rtol=0, atol=1e-10, msg=each)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_stages_are_a_chain_of_pefts(name: str) -> None:
-    build, inputs, targets = CASES[name]
-    model, calls = build(), inputs(6)
-    cascade = adapted(copy.deepcopy(model), calls[0])
-    optimizer = optimizer_of(cascade, "sgd")
-    for _ in range(3):
-        theirs = theirs_of(model, targets, cascade)
-        losses = [train(theirs, make("sgd", trainable_parameters(theirs)), calls), train(cascade, optimizer, calls)]
-        torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
-        model = theirs.merge_and_unload()
-        cascade.transition(optimizer)
-    ours = cascade.release()
-    for each, value in model.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(each), value, rtol=0, atol=1e-10, msg=each)
+from tests.peft.dora_kit import FEW, RANK, adapted, trained, weights
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
@@ -159,20 +115,6 @@ def test_nothing_trained_is_nothing_changed(dtype: torch.dtype, noise: float) ->
     assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
 
 
-def test_after_the_last_stage_the_cascade_computes_its_slow_weights() -> None:
-    model, calls = mlp(), batches(4, 4, 5)
-    cascade = adapted(model, calls[0], pace=0.5, noise=lx.Noise(0.2))
-    optimizer = optimizer_of(cascade, "sgd")
-    for _ in cascade.stages(2, optimizer):
-        train(cascade, optimizer, calls)
-    own = cascade(calls[0]).detach()
-    with cascade.weights("slow"):
-        torch.testing.assert_close(cascade(calls[0]), own, rtol=0, atol=1e-14)
-    for _ in cascade.stages(1, optimizer):
-        assert (cascade(calls[0]) - own).abs().max() > 1e-3  # noise again
-    torch.testing.assert_close(cascade.release()(calls[0]), own, rtol=0, atol=1e-14)
-
-
 def test_with_a_start_from_the_weight() -> None:
     """PiSSA and DoRA: `diag(m / |W_r + s B A|) (W_r + s B A)` of the residual W_r that the parameter holds."""
     model, calls = mlp(), batches(5, 4, 5)
@@ -190,61 +132,6 @@ def test_with_a_start_from_the_weight() -> None:
     for name in names:
         assert (fast[name] - base[name]).abs().max() > 1e-3
         torch.testing.assert_close(weights(released)[name], (base[name] + fast[name]) / 2, rtol=0, atol=1e-13)
-
-
-def scaled_by_hand(
-    model: nn.Module, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model with `diag(m / |W + s B A|) (W + s B A)` for its weight, the norms held constant."""
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        moved = model.weight.detach() + SCALE * (b @ a).view_as(model.weight)
-        return functional_call(model, {"weight": m.view(-1, 1, 1, 1) / norms(moved).detach() * moved}, (x,))
-
-    return call
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
-def test_groups_and_weights_stored_as_in_out() -> None:
-    """A grouped convolution by its formula, in autograd; GPT-2's Conv1D against peft."""
-    torch.manual_seed(2)
-    convs = [nn.Conv2d(4, 6, 3, groups=2, padding="same"), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")]
-    for model, frontend in zip(convs, ("auto", "symbolic"), strict=True):
-        calls, plain = batches(5, 2, 4, 5, 6), copy.deepcopy(model.double())
-        cascade = adapted(model, calls[0], frontend)
-        own = [
-            parameter.detach().clone().requires_grad_()
-            for parameter in next(iter(branches(cascade).values())).parameters()
-        ]
-        losses = [
-            train(scaled_by_hand(plain, *own), make("sgd", own), calls),
-            train(cascade, optimizer_of(cascade, "sgd"), calls),
-        ]
-        torch.testing.assert_close(*losses, rtol=0, atol=1e-11)
-
-    torch.manual_seed(5)
-    gpt = tiny.gpt2("Model", use_cache=False).double().eval()
-    ids = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(1))
-    targets = ("c_attn", "c_proj", "c_fc")
-    spec = lx.CascadeSpec(**PLAIN, targets=tuple(f"*.{name}" for name in targets))
-    cascade = lx.adapt(copy.deepcopy(gpt), (ids,), spec=spec)
-    assert {site.layout for site in cascade.sites} == {"in_out"}
-    theirs = lora_of(cascade, gpt, targets, use_dora=True, fan_in_fan_out=True)
-    losses = []
-    for model, optimizer in (
-        (theirs, make("sgd", trainable_parameters(theirs))),
-        (cascade, optimizer_of(cascade, "sgd")),
-    ):
-        for _ in range(4):
-            loss = loss_of(model(ids).last_hidden_state)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    assert losses[:4] == pytest.approx(losses[4:], abs=1e-11)
-    merged, ours = theirs.merge_and_unload(), cascade.release()
-    for name, value in merged.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("name", ["mlp", "wide"])

@@ -20,7 +20,6 @@ import lorasc_fx as lx
 from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
-from tests.kit.oracle import Cascade as Reference
 from tests.kit.state import weight_states
 
 STARTS = pytest.mark.parametrize("start", ["pissa", "olora", "milora"])
@@ -77,33 +76,6 @@ def test_the_start_is_the_formula(start: str) -> None:
         residual = cascade.model.get_parameter(name)
         torch.testing.assert_close(residual, base[name] - SCALE * b0 @ a0, rtol=0, atol=1e-14)
     assert (cascade(x) - before).abs().max() < 1e-14
-
-
-@STARTS
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_one_stage_is_pefts(start: str, optimizer: str) -> None:
-    model, calls = mlp(), batches(1, 4, 5) * 20
-    base = weights(model)
-    theirs = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=["0", "2"], lora_dropout=0.0)
-    )
-    for path in ("0", "2"):
-        layer = theirs.base_model.model.get_submodule(path)
-        b0, a0 = split(base[f"{path}.weight"], start)
-        with torch.no_grad():
-            layer.lora_B["default"].weight.copy_(b0)
-            layer.lora_A["default"].weight.copy_(a0)
-            layer.get_base_layer().weight.sub_(SCALE * b0 @ a0)
-    cascade = adapted(model, calls[0], start, targets=("0", "2"))
-    held = [value for value in theirs.parameters() if value.requires_grad]
-    kind = {"adamw": lambda each: torch.optim.AdamW(each, lr=1e-2, weight_decay=0.05)}
-    kind["sgd"] = lambda each: torch.optim.SGD(each, lr=5e-2, momentum=0.9)
-    losses = [train(theirs, kind[optimizer](held), calls), train(cascade, optimizer_of(cascade, optimizer), calls)]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
-    assert losses[0][-1] < 0.9 * losses[0][0]
-    merged, ours = theirs.merge_and_unload(), cascade.release()
-    for name, value in merged.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -201,28 +173,6 @@ def test_a_cast_is_no_training(start: str) -> None:
     with cascade.weights("fast"):
         assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
     assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
-
-
-def test_a_convolution_trains_as_its_matrix() -> None:
-    """peft starts convolutions as LoRA, so the oracle is `W - s B_0 A_0 + s B A`, by autograd; a grouped one too."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Conv2d(4, 6, (3, 2), padding=1), nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2)).double()
-    calls = batches(8, 3, 4, 6, 5)
-    base = weights(model)
-    first = {name: split(value.flatten(1), "pissa") for name, value in base.items()}
-    reference = Reference(model, {name: a for name, (_, a) in first.items()}, SCALE)
-    for name, (b, a) in first.items():
-        reference.base[name] = base[name] - SCALE * (b @ a).view_as(base[name])
-        reference.branches[name].b = b.clone().requires_grad_()
-    cascade = adapted(model, calls[0], "pissa")
-    losses = [
-        train(reference, torch.optim.SGD(reference.parameters(), lr=5e-2, momentum=0.9), calls),
-        train(cascade, optimizer_of(cascade, "sgd"), calls),
-    ]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
-    released = cascade.release()
-    for name, value in reference.weights("fast").items():
-        torch.testing.assert_close(released.get_parameter(name), value, rtol=0, atol=1e-10)
 
 
 class Odd(nn.Module):
