@@ -76,7 +76,7 @@ CODES = {
     "model-called-inside-stage": "(warning) the user's model was called while it lacks the running branches",
     "model-refuses-inputs": "the model itself raises on the example inputs",
     "model-saved-inside-stage": "(warning) the state dict of the user's model was read inside a stage",
-    "no-base": "the base model, or its file, is not named, not found, or cannot be built",
+    "no-base": "the base model, or its file, is not named or not found",
     "no-branch-moved": "(warning) a stage ended and no branch has changed",
     "no-checkpoint": "a folder holds no checkpoint, or no run",
     "no-sites": "no weight is left to adapt",

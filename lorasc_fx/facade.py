@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from functools import wraps
-from os import PathLike
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FunctionType
 from typing import Any, Self
 
-import torch
 from torch import nn
 
 from lorasc_fx.cascade.usage import callers
-from lorasc_fx.checkpoint import writer
-from lorasc_fx.checkpoint.base_model import BaseModel
 from lorasc_fx.checkpoint.cascade import SavedCascade
-from lorasc_fx.errors import SpecError, StateError, path_of
-from lorasc_fx.shards import ONE_PROCESS
+from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of
 
 __all__ = ["Cascade"]
@@ -105,8 +98,14 @@ class Cascade(SavedCascade):
     """
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model, except methods that put layers of peft into it."""
+        """Return an attribute of the user's model, except methods that save it or put layers of peft into it."""
         value = super().__getattr__(name)
+        if name in ("save_pretrained", "push_to_hub") and not (self._run.inside_weights or self._run.released):
+            raise AttributeError(
+                f"{name} would write the weights of the {type(self.model).__name__} without what the stage has "
+                'trained. Use lorasc_fx.save for a checkpoint, `with cascade.weights("slow"): '
+                f"cascade.model.{name}(...)` for the folded model, or lorasc_fx.export.peft for an adapter"
+            )
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "
@@ -217,111 +216,6 @@ class Cascade(SavedCascade):
             for key, branch in self._run.by_key.items()
             for name, _ in branch.named_parameters()
         }
-
-    # ---- the Hub: folders that name their base
-
-    def save_pretrained(
-        self,
-        folder: str | PathLike[str],
-        *,
-        base_model: str | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: Any = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Path:
-        """Write a checkpoint with the name of its base, which `lorasc_fx.load(folder)` can read without a model.
-
-        Like an adapter of peft, it does not contain the base, except W0 of parameters trained in full and of those that
-        the files of the base lack (a new head). To write the model with its slow weights in its library's layout, use
-        `with cascade.weights("slow"): cascade.model.save_pretrained(folder)`, or `release` it before.
-
-        Args:
-            folder: as for `lorasc_fx.save`.
-            base_model: name or folder of the base. The default comes from the model, for transformers
-                (`name_or_path`) and timm (`pretrained_cfg`).
-            optimizer, scheduler, extra: as for `lorasc_fx.save`, to resume a training from the folder.
-
-        Returns:
-            The folder of the version.
-
-        Raises:
-            StateError: the base cannot be named or its files are missing; the newest version in the folder holds the
-                state of a training, but no optimizer is given; after `release`, inside `weights` or inside a backward,
-                or the weights are sharded.
-            CheckpointError: the folder cannot be written. Its old content is unchanged.
-            NonFiniteBranch: a branch holds inf or nan.
-        """
-        root = path_of(folder)
-        without = optimizer is None and scheduler is None and not extra
-        if without and (version := writer.newest_of_training(root)) is not None:
-            raise StateError(
-                f"save_pretrained: {version} holds the state of a training, and a new version without it would be "
-                "resumed first. Give optimizer= (scheduler=, extra=) here as well, or another folder",
-                code="state-not-saved",
-            )
-        return self._write_named(root, "save_pretrained", base_model, optimizer, scheduler, extra)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        base_model: str | None = None,
-        private: bool | None = None,
-        commit_message: str = "lorasc-fx run",
-        token: str | bool | None = None,
-        revision: str | None = None,
-        api: Any = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes to a repository on the hub, which is created if it does not exist.
-
-        `huggingface_hub.snapshot_download(repo_id, local_dir=folder)` downloads it for `lorasc_fx.load(folder)`.
-
-        Args:
-            repo_id: `user/name`.
-            base_model: as for `save_pretrained`.
-            private, commit_message, token: as for huggingface_hub.
-            revision: a branch, which is created if it does not exist.
-            api: a `huggingface_hub.HfApi` with its own endpoint and token.
-
-        Returns:
-            The URL of the commit.
-
-        Raises:
-            MissingExtra: huggingface_hub is not installed.
-            StateError, NonFiniteBranch: as for `save_pretrained`. huggingface_hub raises its own errors.
-            SpecError: both a token and an api.
-        """
-        self._run.check_alive("push_to_hub")
-        if api is not None and token is not None:
-            raise SpecError(
-                "push_to_hub: both token and api are given, but an api has its own token. Give only one of them",
-                code="conflicting-options",
-            )
-        api = module_of("text", "huggingface_hub").HfApi(token=token) if api is None else api
-        with TemporaryDirectory() as folder:
-            self._write_named(Path(folder), "push_to_hub", base_model)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            done = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
-            )
-        return str(done.commit_url)
-
-    def _write_named(
-        self,
-        root: Path,
-        call: str,
-        base_model: str | None,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: Any = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Path:
-        """Write a version with the name of its base."""
-        self._run.check_ready(call)
-        base = BaseModel.of(self._run, call, base_model)
-        named, beside = {"model": base.to_dict()}, base.tensors_beside(self._run, call)
-        return writer.write_version(self._run, root, optimizer, scheduler, extra or {}, 1, ONE_PROCESS, named, beside)
 
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:

@@ -13,8 +13,6 @@ from torch import nn
 
 from lorasc_fx.adapt.start import Start, check_loaded, check_new
 from lorasc_fx.capture import FRONTENDS, open_model
-from lorasc_fx.checkpoint.base_model import BaseModel
-from lorasc_fx.checkpoint.layout import MANIFEST, way_back
 from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
 from lorasc_fx.facade import Cascade
@@ -90,7 +88,7 @@ def adapt(
 
 def load(
     folder: str | PathLike[str] | Checkpoint,
-    model: nn.Module | torch.export.ExportedProgram | None = None,
+    model: nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -107,18 +105,15 @@ def load(
     before that call. On several processes give inputs.
 
     Args:
-        folder: written by `lorasc_fx.save` or `Cascade.save_pretrained`, or a checkpoint that was read from it. For the
-            folder of a run of `lorasc-fx train` there is `lorasc_fx.cli.load`.
+        folder: written by `lorasc_fx.save`, or a checkpoint that was read from it. For the folder of a run of
+            `lorasc-fx train` there is `lorasc_fx.cli.load`.
         model, args, kwargs, base: as for `adapt`. The model holds the weights that were adapted, or is on the meta
             device and gets them by `materialize`. Parameters that are trained in full, such as a new head, may have
-            other values: they get the values of the checkpoint. Without a model, the base that `save_pretrained` has
-            named is built, in eval mode, from local files only, unless HF_HUB_OFFLINE is 0 in the environment.
+            other values: they get the values of the checkpoint.
 
     Raises:
-        CheckpointError: nothing to load, damage, or another base. The model is left unchanged. Without a model: the
-            folder names no base, or the base cannot be built here.
+        CheckpointError: nothing to load, damage, or another base. The model is left unchanged.
         SpecError: base is `file`, and the model names no folder.
-        MissingExtra: the library of the base is not installed.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
     if checkpoint.frontend not in ("auto", *FRONTENDS):
@@ -127,8 +122,6 @@ def load(
             f"{checkpoint.path}: was made by the front end {checkpoint.frontend!r:.40}; known: {known}",
             code="unknown-name",
         )
-    if model is None:
-        model = _named_base(checkpoint)
     opened = open_model(model)
     check_new(opened, on_meta=True)
     with torch.inference_mode(False), AllOrNothing() as undo:
@@ -148,29 +141,6 @@ def load(
             cascade._take_over(checkpoint, undo)
             check_loaded(cascade, checkpoint.path)
         return cascade
-
-
-def _named_base(checkpoint: Checkpoint) -> nn.Module:
-    """Build the base that a checkpoint names."""
-    where = str(checkpoint.path)
-    if "model" not in checkpoint.manifest:
-        raise CheckpointError(
-            f"{where}: names no base; give the model: lorasc_fx.load(folder, model). Folders of "
-            "cascade.save_pretrained name theirs; a run of lorasc-fx train is read by lorasc_fx.cli.load",
-            code="no-base",
-        )
-    try:
-        named = BaseModel.from_dict(checkpoint.manifest["model"])
-    except ValueError as fault:
-        raise CheckpointError(f"{checkpoint.path / MANIFEST}: {fault}; {way_back(checkpoint.path)}") from fault
-    beside = sum(value.numel() for key, value in checkpoint.tensors.items() if key.startswith("base/"))
-    model = named.build(where, len(checkpoint.manifest["base"]), beside)
-    parameters = dict(model.named_parameters())
-    for key, value in checkpoint.tensors.items():
-        parameter = parameters.get(key.removeprefix("base/")) if key.startswith("base/") else None
-        if parameter is not None and parameter.shape == value.shape and parameter.dtype == value.dtype:
-            parameter.data.copy_(value)  # of another shape or name: check_base says that the base differs
-    return model
 
 
 def _check_forms(checkpoint: Checkpoint) -> None:

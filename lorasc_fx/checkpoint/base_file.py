@@ -98,18 +98,6 @@ class BaseFile:
         """Return `MappedPages.release` for the pages of the files that are mapped now."""
         return MappedPages.of(self.stamps).release
 
-    def lacking(self, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-        """Return the parameters that the files lack, or hold in another shape."""
-        return [
-            name
-            for name, parameter in parameters.items()
-            if not any(
-                self.tensors[self.keys[alias]].shape == tuple(parameter.shape)
-                for alias in self.aliases[name]
-                if alias in self.keys
-            )
-        ]
-
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return a weight from before it was quantized.
 

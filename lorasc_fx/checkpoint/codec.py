@@ -14,7 +14,7 @@ raises ValueError or CheckpointError without a path: call it inside `layout.refu
 | `value/NAME` | the current value of a parameter trained in full |
 | `gradient/NAME` | a gradient |
 | `buffer/NAME` | a buffer, or a parameter that forward writes |
-| `base/NAME` | W0 of a parameter trained in full; if the base is named, also of what its files lack |
+| `base/NAME` | W0 of a parameter trained in full |
 """
 
 from __future__ import annotations

@@ -161,7 +161,6 @@ class Manifest(TypedDict):
     empty_buffers: NotRequired[list[str]]
     shared_buffers: NotRequired[dict[str, str]]
     shards: NotRequired[dict[str, Annotated[int, _up_to(7)]]]
-    model: NotRequired[dict[str, Any]]
     optimizer: NotRequired[
         Annotated[Optimizer, Check(_is_optimizer, "it holds the state of more parameters than its groups have")]
     ]

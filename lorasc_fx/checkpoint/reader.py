@@ -170,8 +170,8 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         base_values = {name: value for name, value in tensors.items() if name.startswith("base/")}
         for key, digest in fingerprints(base_values).items():
             name = key.removeprefix("base/")
-            if name not in bases and name not in checkpoint.manifest["trained"]:
-                raise ValueError(f"holds {sanitized(repr(key))}, a parameter that the base does not have")
+            if name not in checkpoint.manifest["trained"]:
+                raise ValueError(f"holds {sanitized(repr(key))}, and this parameter was not trained in full")
             if bases.get(name, digest) != digest:
                 raise ValueError(f"{sanitized(repr(key))} differs from its fingerprint in {MANIFEST}")
     return checkpoint

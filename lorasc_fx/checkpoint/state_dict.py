@@ -35,7 +35,7 @@ def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
         NonFiniteBranch: a branch holds inf or nan.
     """
     writer.check_finite(run)
-    tensors, manifest = writer.contents(run, None, None, {}, {})
+    tensors, manifest = writer.contents(run, None, None, {})
     return {**tensors, KEY: packed(manifest, [digest_of(tensors)])}
 
 

@@ -58,16 +58,10 @@ def write_version(
     extra: Mapping[str, Any],
     keep: int,
     group: ProcessGroup,
-    named: Mapping[str, Any] | None = None,
-    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a new version into `root`, and delete versions older than the last `keep`; see `lorasc_fx.save`.
 
     Every rank of the group calls this. Each writes its own shards; the first one writes everything else.
-
-    Args:
-        named: more fields of the manifest: how the base is built (`model`).
-        beside: tensors of the base that its files lack.
     """
     if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
@@ -92,8 +86,7 @@ def write_version(
             # The state is copied into memory. The first rank locks the folder and makes a temporary one.
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
                 if takes_part:
-                    tensors, manifest = contents(run, optimizer, scheduler, extra, named or {})
-                    tensors |= beside or {}
+                    tensors, manifest = contents(run, optimizer, scheduler, extra)
                 if is_first:
                     make_folder(root)
                     if stack.enter_context(one_writer(root / ".lock", root)):
@@ -161,13 +154,12 @@ def contents(
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any],
-    named: Mapping[str, Any],
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors of a version (of sharded ones the local shard) and its manifest. Nothing is written."""
     meta, tensors, axes = encode(RunState.of(run))
     gradients, meta["unapplied_gradients"] = gradients_in(run)
     streams, meta["rng"] = training_state.random_state()
-    parts: dict[str, Any] = {"extra": extra, **named}
+    parts: dict[str, Any] = {"extra": extra}
     try:
         if optimizer is not None:
             check_numbers(optimizer.state_dict(), "optimizer", finite=run.plan.spec.on_nonfinite == "raise")
@@ -289,15 +281,6 @@ def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
         return bool(older["base"] == manifest["base"] and old_spec == new_spec)
     except (CheckpointError, KeyError, TypeError):
         return False
-
-
-def newest_of_training(root: Path) -> Path | None:
-    """Return the newest version in a folder if it holds the state of a training: of an optimizer, or `extra`."""
-    for version in list_versions(root)[-1:]:
-        manifest = _undamaged(version)
-        if any(manifest.get(part) for part in ("optimizer", "scheduler", "extra")):
-            return version
-    return None
 
 
 def _undamaged(version: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def state_dict(
     if run.is_sharded:
         kept[training_state.RANKS] = group.gather(training_state.random_bytes(), call)
     with group.agreed(call):
-        tensors, manifest = writer.contents(run, optimizer, scheduler, kept, {})
+        tensors, manifest = writer.contents(run, optimizer, scheduler, kept)
     axes: dict[str, int] = manifest.get("shards", {})
     own = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: own[name].shape[axis] for name, axis in axes.items()}

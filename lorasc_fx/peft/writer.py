@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import nn
 
 from lorasc_fx.cascade.experts import check_which
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.base_model import name_of, task_type_of
+from lorasc_fx.checkpoint.base_file import name_or_path
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.peft.factors import Change, CutOff, change_of, merged, nothing
@@ -32,6 +33,7 @@ from lorasc_fx.peft.targets import Saved, save_whole, targets_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state import arithmetic
 from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.files import replacing
 
 _WHICH = ("slow", "fast", "averaged")
@@ -42,6 +44,18 @@ _SAVED_WHOLE = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Modules that peft's classes for a task always save completely (peft 0.21, `peft_model.py`)."""
+
+_TASKS = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
+    "CAUSAL_LM": "CAUSAL_LM",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
+}
+"""Tasks of peft, with the name of the table of models that transformers has for each."""
+
+_MARKS = {"transformers": "config", "timm": "pretrained_cfg"}
+"""Attributes of the models that a library builds by name."""
 
 log = logging.getLogger("lorasc_fx")
 
@@ -143,7 +157,7 @@ def peft(
     # Where peft can adapt each weight, and which heads it saves completely instead.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
     by_weight, unreached = targets_of(model, sites, *cascade.example)
-    task = task_type if task_type is not None else task_type_of(model)
+    task = task_type if task_type is not None else _task_of(model)
     heads = _heads_of(run, task, change, by_weight)
     for name, value in heads.items():
         change.trained[name] = value
@@ -167,7 +181,7 @@ def peft(
     ranks = change.ranks
     config = _config(model, {target: ranks[name] for name, group in by_weight.items() for target in group}, saved)
     config |= _auto_class(model, task, task_type is not None, saved.modules)
-    config |= {"base_model_name_or_path": base_model or name_of(model), "use_dora": bool(change.magnitudes)}
+    config |= {"base_model_name_or_path": base_model or _name_of(model), "use_dora": bool(change.magnitudes)}
     tensors = _saved_tensors(run, saved, change) | _factors(run, by_weight, change, dtype)
 
     out = path_of(folder)
@@ -339,3 +353,35 @@ def _config(model: nn.Module, ranks: Mapping[Target, int], saved: Saved) -> dict
     if parameters := [target.name for target in ranks if target.is_parameter]:
         config["target_parameters"] = parameters
     return config
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """Return where a model of transformers or timm says that it was loaded from; None if it does not."""
+    config = getattr(model, "pretrained_cfg", None)
+    if _library_of(model) == "timm" and isinstance(config, Mapping):
+        if config.get("source") == "local-dir":
+            return f"local-dir:{config.get('file')}"
+        if config.get("source") == "hf-hub":
+            return f"hf-hub:{config.get('hf_hub_id')}"
+        tag = config.get("tag")
+        return f"{config.get('architecture')}.{tag}" if tag else config.get("architecture")
+    return name_or_path(model)
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """Return peft's name for the task of a model of transformers; None for other models and other tasks."""
+    if _library_of(model) != "transformers":
+        return None
+    tables = sys.modules.get("transformers.models.auto.modeling_auto") or module_of(
+        "text", "transformers.models.auto.modeling_auto"
+    )
+    for task, table in _TASKS.items():
+        if type(model).__name__ in getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
+            return task
+    return "FEATURE_EXTRACTION" if type(model).__name__ in tables.MODEL_MAPPING_NAMES.values() else None
+
+
+def _library_of(model: nn.Module) -> str | None:
+    """Return the library that defines the class of a model, if it builds models by name."""
+    package = type(model).__module__.partition(".")[0]
+    return package if package in _MARKS and hasattr(model, _MARKS[package]) else None

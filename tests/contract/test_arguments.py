@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import StepLR
 import lorasc_fx as lx
 from lorasc_fx.parallel import dcp as ours
 from lorasc_fx.passes import InsertBranches, MatchSites, PassOrderError, Pipeline
-from tests.kit import tiny
 
 
 class Net(nn.Module):
@@ -99,21 +98,6 @@ def test_dcp_keeps_a_scheduler(run: Any, tmp_path: Path) -> None:
     then = StepLR(other, 1)
     loaded.resume(other, then)
     assert (then.last_epoch, then.get_last_lr()) == (2, scheduler.get_last_lr())
-
-
-def test_a_folder_that_names_its_base_keeps_a_scheduler(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    tiny.bert().save_pretrained(tmp_path / "base")
-    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    call = {"input_ids": torch.arange(10).view(2, 5)}
-    cascade = lx.adapt(model, kwargs=call, spec=lx.CascadeSpec(rank=2, targets=("*query*",)))
-    optimizer, scheduler = loop(cascade, **call)
-    cascade.save_pretrained(tmp_path / "run", optimizer=optimizer, scheduler=scheduler, extra={"step": 2})
-    loaded = lx.load(tmp_path / "run")
-    other = torch.optim.AdamW(loaded.param_groups(lr=0.05))
-    then = StepLR(other, 1)
-    assert loaded.resume(other, then) == {"step": 2}
-    assert then.get_last_lr() == scheduler.get_last_lr()
 
 
 def test_a_pipeline_of_a_text_keeps_its_order() -> None:

@@ -66,8 +66,6 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "print_trainable_parameters": lambda cascade, _, __: cascade.print_trainable_parameters(),
     "group_matcher": lambda cascade, _, __: cascade.group_matcher(),
     "no_weight_decay": lambda cascade, _, __: cascade.no_weight_decay(),
-    "save_pretrained": lambda cascade, _, path: cascade.save_pretrained(path / "run"),
-    "push_to_hub": lambda cascade, _, __: cascade.push_to_hub("me/run", api=object()),
     "merge": lambda cascade, _, __: lx.merge([cascade], mlp(), (X,)),
     "export.peft": lambda cascade, _, path: lx.export.peft(cascade, path / "adapter"),
     "export.safetensors": lambda cascade, _, path: lx.export.safetensors(cascade, path / "weights"),
@@ -245,8 +243,6 @@ def test_inside_weights(which: Any, spec: lx.CascadeSpec, tmp_path: Path) -> Non
         "folded_graph": cascade.folded_graph,
         "rewind": lambda: cascade.rewind(0, optimizer),
         "save": lambda: lx.save(cascade, tmp_path / "run"),
-        "save_pretrained": lambda: cascade.save_pretrained(tmp_path / "run"),
-        "push_to_hub": lambda: cascade.push_to_hub("me/run", api=object()),
         "resume": lambda: cascade.resume(optimizer),
         "to": cascade.double,
     }
@@ -543,7 +539,6 @@ def test_a_new_signature_that_no_front_end_takes() -> None:
 NUL = "run\0s/here"
 PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
     "save": lambda cascade: lx.save(cascade, NUL),
-    "save_pretrained": lambda cascade: cascade.save_pretrained(NUL),
     "load": lambda _: lx.load(NUL, mlp(), (X,)),
     "merge": lambda _: lx.merge([NUL], mlp(), (X,)),
     "base": lambda _: lx.adapt(mlp(), (X,), base=NUL),

@@ -102,12 +102,15 @@ def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
 
 
 def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
-    """The cascade's own writes the run: `tests/checkpoint/test_named_base.py`."""
+    """Inside a stage the cascade has no such method: it would write a model without what the stage has trained."""
     cascade = made()
     slow = values_of(cascade)
+    with pytest.raises(AttributeError, match=r"^save_pretrained .*lorasc_fx\.save .*cascade\.model\.save_pretrained"):
+        cascade.save_pretrained(tmp_path)
+    assert not hasattr(cascade, "push_to_hub")
     for which in ("slow", "base"):
         with cascade.weights(which):
-            cascade.model.save_pretrained(tmp_path / which)
+            cascade.save_pretrained(tmp_path / which)
     held = AutoModelForCausalLM.from_pretrained(tmp_path / "slow", dtype=torch.float64)
     for name, value in slow.items():
         torch.testing.assert_close(held.get_parameter(name).detach(), value, atol=1e-12, rtol=0)
