@@ -163,20 +163,8 @@ class SavedCascade(CascadeModule):
         del keys.missing_keys[missing:]
         if checkpoint is None or errors:
             return
-        self._go_on(checkpoint, "load_state_dict")
-
-    def _go_on(self, checkpoint: reader.Checkpoint, call: str, *, sharded: bool = False) -> None:
-        """Take over a checkpoint of the same base and spec. `resume` restores the rest of it.
-
-        On sharded weights every rank must call this at the same point.
-
-        Args:
-            checkpoint: as read.
-            call: for messages.
-            sharded: whether the call works on shards.
-        """
         run = self._run
-        with run.exclusive(call, sharded=sharded), commit() as undo:
+        with run.exclusive("load_state_dict"), commit() as undo:
             placed = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
             if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine

@@ -2,10 +2,6 @@
 
 The Trainer calls its callbacks after a step, an epoch and an evaluation, but not before it evaluates or saves. So the
 callback wraps `evaluation_loop`, `save_model` and a few more methods of its own Trainer instance.
-
-With `fsdp` the weights are sharded by `parallel.fsdp` when the Trainer is made. The Trainer is told that its model was
-sharded at load time, so it adds no wrapper. Its checkpoints are written and read by `lorasc_fx.save` instead of torch's
-state dicts.
 """
 
 from __future__ import annotations
@@ -14,37 +10,26 @@ import contextlib
 import copy
 import functools
 import inspect
-import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from lorasc_fx.cascade import transition
-from lorasc_fx.checkpoint import reader
-from lorasc_fx.checkpoint.cascade import save
-from lorasc_fx.errors import CheckpointError, SpecError, StateError
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
-from lorasc_fx.parallel import fsdp
 from lorasc_fx.quantized import QuantizedLinear, library_of
-from lorasc_fx.schedules import Plateau, StageSchedule
-from lorasc_fx.shards import ProcessGroup, full_tensor
+from lorasc_fx.schedules import Plateau
 from lorasc_fx.util.extras import require
 
 require("loops", "transformers", "accelerate")
 
-from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402 - after the message on how to install it
 from transformers.trainer_utils import has_length  # noqa: E402
 from transformers.utils.generic import find_labels  # noqa: E402
 
 __all__ = ["CascadeCallback"]
-
-Scheduled = Literal["training", "stage"]
 
 _PLATEAU = "lorasc_fx.plateau"
 """Key of the plateau in the Trainer's state."""
@@ -55,45 +40,11 @@ _TIME = "_model_preparation_time"
 _REFERENCE = "reference"
 """Name of the reference weights of a preference training."""
 
-_SHAPES: dict[str, tuple[float, Literal["cosine", "linear"]]] = {
-    "linear": (0.0, "linear"),
-    "cosine": (0.0, "cosine"),
-    "constant": (1.0, "cosine"),
-    "constant_with_warmup": (1.0, "cosine"),
-}
-"""Floor and decay of a StageSchedule by the Trainer's `lr_scheduler_type`."""
-
 _CHANGE_MODEL = (
     *("neftune_noise_alpha", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval"),
     *("cast_lm_head_to_fp32", "sync_ref_model"),
 )
 """Arguments with which a Trainer changes the code, the dtype or the weights of a model. Captured graphs miss that."""
-
-_FOLDER = "cascade"
-"""Folder in a `checkpoint-N` that `lorasc_fx.save` writes if the weights are sharded."""
-
-_FOLLOWED: dict[str, tuple[Any, str]] = {
-    "fsdp_version": (2, "FSDP1 flattens parameters, but a transition has to write them"),
-    "reshard_after_forward": (True, "the weights of a block are always freed after its part of the forward"),
-    "activation_checkpointing": (False, "it wraps modules that the graphs never call"),
-    "cpu_ram_efficient_loading": (
-        False,
-        "each process needs W0. If the model does not fit on one process, build it on the meta device, call "
-        "lorasc_fx.parallel.fsdp.shard and lorasc_fx.materialize, and leave fsdp out",
-    ),
-    "cpu_offload": (False, "a transition computes on the device, so shards stay there"),
-    "ignored_modules": (None, "all parameters are sharded"),
-}
-"""Options of accelerate's FSDP plugin: the only value that sharding a cascade supports, and the reason."""
-
-_UNSHARDED = {
-    "activation_checkpointing": "give gradient_checkpointing=False, which TRL's trainers have on by default: shards "
-    "need a whole graph. Smaller batches and gradient_accumulation_steps save memory too",
-    "fp16": "use bf16",
-    "torch_compile": "leave it out, because segments of a graph run between gathers",
-    "parallelism_config": "leave it out, and shard the cascade by your own mesh before",
-}
-"""Arguments that a Trainer of sharded weights does not support, and what to do instead."""
 
 
 class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
@@ -104,10 +55,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     weights, in the layout of its library. Each `checkpoint-N` holds what a resume needs, without W0. To resume, adapt
     the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. A stage that is running at
     the end of the training is folded, except after `load_best_model_at_end`: then the weights are the best ones.
-
-    With the argument `fsdp=True` (FSDP2) the cascade is sharded by `parallel.fsdp.shard` when the Trainer is made. A
-    cascade that was sharded before needs no argument. Each `checkpoint-N` then holds a folder of `lorasc_fx.save`, and
-    can be resumed on any number of processes, sharded or not.
 
     Training logs (also for W&B and TensorBoard) have `stage`, that of the step, and `transition`, the number of stages
     that have ended since the last log. Evaluations also report each metric by the evaluated weights, such as
@@ -122,8 +69,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         evaluate: the weights for evaluations and predictions: `slow`, `fast`, or `trained` (the cascade as it is now,
             including noise). With several, such as `("slow", "fast")`, each gets its own pass, and the first one gives
             the predictions and `eval_loss`.
-        schedule: whether the Trainer's `lr_scheduler_type` and `warmup_steps` cover the whole `training`, or each
-            `stage` by an `lx.StageSchedule` (types linear, cosine, constant, constant_with_warmup).
 
     Raises:
         SpecError: two ways to end stages, a count below 1, or arguments of the Trainer that a cascade does not support.
@@ -138,18 +83,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         steps: int | None = None,
         plateau: Plateau | int | None = None,
         evaluate: Evaluated | Sequence[Evaluated] = "slow",
-        schedule: Scheduled = "training",
     ) -> None:
         super().__init__(cascade, epochs=epochs, steps=steps, plateau=plateau, evaluate=evaluate)
-        if schedule not in get_args(Scheduled):
-            raise SpecError(f"CascadeCallback: schedule is {schedule!r}; give one of {', '.join(get_args(Scheduled))}")
-        self.schedule = schedule
         self._trainer: Any = None
         self._over = False
         self._stage = cascade.stage
-        self._batches: Any = None
         self._reference: _Reference | None = None
-        self._compared = _REFERENCE
         self._other_reference = False
         vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by it whether to shift labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
@@ -175,7 +114,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._check_arguments(args)
         self._trainer, arguments = _calling_trainer()
         trainer = self._trainer
-        self._shard(trainer)
+        if trainer.is_fsdp_enabled:
+            raise _sharded("accelerate launch --use_fsdp")
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it also depends on the name of the class
         reference = arguments.get("ref_model")
@@ -185,20 +125,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             "log": self._log,
             "train": self._train,
             "save_model": self._save_model,
-            "_load_from_checkpoint": self._load_from_checkpoint,
-            "_load_best_model": self._load_best_model,
-            "_load_optimizer_and_scheduler": self._load_optimizer_and_scheduler,
         }
-        if self._sharded:
-            # `_save` also writes the state of optimizer and scheduler.
-            replaced |= {"_save": self._save, "_save_optimizer_and_scheduler": lambda original, output_dir: None}
         if hasattr(trainer, "compute_ref_log_probs"):
             replaced["compute_ref_log_probs"] = self._compute_ref_log_probs
-        if self.schedule == "stage":
-            replaced |= {
-                "get_train_dataloader": self._get_train_dataloader,
-                "create_scheduler": self._create_scheduler,
-            }
         self._keep_state_dicts(trainer)
         for name, method in replaced.items():
             setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
@@ -270,106 +199,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         else:
             self._end_last(optimizer)
 
-    # ---- sharded weights
-
-    @property
-    def _sharded(self) -> bool:
-        return self.cascade._run.is_sharded
-
-    def _shard(self, trainer: Any) -> None:
-        """Shard the cascade if the Trainer has the argument `fsdp`, and keep the Trainer from wrapping sharded weights.
-
-        Except on a CPU, the Trainer's accelerator has an FSDP plugin then.
-        """
-        args, cascade = trainer.args, self.cascade
-        if trainer.is_fsdp_enabled:
-            _check_plugin(trainer.accelerator.state.fsdp_plugin)
-        if not (args.fsdp or trainer.is_fsdp_enabled or self._sharded):
-            return
-        self._check_sharding(trainer)
-        if trainer.is_fsdp_enabled:
-            _drop_plugin(trainer)
-        if not self._sharded:
-            if cascade._run.holds_numbers:
-                cascade.to(args.device)
-            if not cascade._graphs.variants.all:  # the graphs of another device are gone
-                cascade._graphs.variant_of(*cascade.example)
-            fsdp.shard(cascade)
-        trainer.is_distributed_loading_by_transformers = True
-
-    def _check_sharding(self, trainer: Any) -> None:
-        args, run = trainer.args, self.cascade._run
-        for name, advice in _UNSHARDED.items():
-            if getattr(args, name, None):
-                raise SpecError(
-                    f"CascadeCallback: {name} is {getattr(args, name)!r}, but the weights are sharded: {advice}",
-                    code="trainer-not-supported",
-                )
-        if run.is_sharded and run.slow.group.size != args.world_size:
-            raise StateError(
-                f"CascadeCallback: the Trainer has {args.world_size} processes, each with its own data, but the "
-                f"cascade is sharded over {run.slow.group.size}. Shard it over all of them",
-                code="invalid-value",
-            )
-        if trainer.optimizer is not None and not self._sharded:
-            raise SpecError(
-                "CascadeCallback: fsdp replaces the parameters that the optimizer of optimizers=(...) holds. Call "
-                "lorasc_fx.parallel.fsdp.shard(cascade) first, then build the optimizer, and leave fsdp out",
-                code="conflicting-options",
-            )
-
-    def _save(self, original: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the shards of a checkpoint, or the user's model, whose weights the first process gathers one by one.
-
-        All processes call this.
-        """
-        trainer = self._trainer
-        folder = output_dir or trainer.args.output_dir
-        if trainer.model is self.cascade:
-            state: dict[str, Any] = {}
-            if not trainer.args.save_only_model:
-                state = {"optimizer": _inner(trainer.optimizer), "scheduler": trainer.lr_scheduler}
-            save(self.cascade, Path(folder, _FOLDER), **state)
-            if trainer.args.should_save and trainer.processing_class is not None:
-                trainer.processing_class.save_pretrained(folder)
-            return
-        whole = _gathered(self.cascade.model, trainer.args.should_save)
-        if trainer.args.should_save:
-            original(folder, whole)
-
-    def _load_from_checkpoint(self, original: Any, checkpoint: str, model: Any = None) -> None:
-        """Load the cascade from a `checkpoint-N`, which any number of processes may have written."""
-        if self._take(checkpoint):
-            return
-        if self._sharded:
-            raise CheckpointError(
-                f"{checkpoint}: it was written by a Trainer without sharded weights. Resume it without fsdp",
-                code="no-checkpoint",
-            )
-        original(checkpoint, model)
-
-    def _load_best_model(self, original: Any) -> None:
-        """Load the cascade from the best `checkpoint-N`."""
-        if not self._take(self._trainer.state.best_model_checkpoint):
-            original()
-
-    def _take(self, checkpoint: str) -> bool:
-        """Load what `_save` has written into a checkpoint. Returns whether there is something."""
-        if not Path(checkpoint, _FOLDER).is_dir():
-            return False
-        ranks = ProcessGroup.of()
-        with ranks.agreed("resume_from_checkpoint"):
-            found = reader.read(Path(checkpoint, _FOLDER))
-        self.cascade._go_on(found, "resume_from_checkpoint", sharded=True)
-        return True
-
-    def _load_optimizer_and_scheduler(self, original: Any, checkpoint: str | None) -> None:
-        """Load the state of optimizer and scheduler from a checkpoint."""
-        if checkpoint is None or not Path(checkpoint, _FOLDER).is_dir():
-            original(checkpoint)
-            return
-        self.cascade.resume(_inner(self._trainer.optimizer), self._trainer.lr_scheduler)
-
     # ---- inside
 
     def _store_plateau(self, state: Any) -> None:
@@ -398,30 +227,11 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         reference = getattr(trainer, "ref_model", None)
         if self._other_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
             return
-        self._keep_reference()
+        if _REFERENCE not in self.cascade.views:
+            self.cascade.add(_REFERENCE, self.cascade)
         if reference is not None:
             vars(self.reference).pop("forward", None)
             trainer.ref_model = self.reference
-
-    def _keep_reference(self) -> None:
-        """Keep the reference weights. For sharded weights it is the base, W0.
-
-        Raises:
-            StateError: sharded weights have been trained before.
-        """
-        run = self.cascade._run
-        if not self._sharded:
-            if _REFERENCE not in self.cascade.views:
-                self.cascade.add(_REFERENCE, self.cascade)
-        elif self._compared != "base":
-            if run.plan.stage > 1 or transition.has_begun(run):
-                raise StateError(
-                    "CascadeCallback: the reference of this training is what the cascade has learnt before, which "
-                    "cannot be kept beside sharded weights. Give the trainer a ref_model, or release the cascade and "
-                    "adapt its model again: then its base is the reference",
-                    code="sharded",
-                )
-            self._compared = "base"
 
     def _replace_model_in(self, module: torch.nn.Module) -> None:
         """Replace the user's model by the cascade in this module and its submodules."""
@@ -434,7 +244,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
         """Compute the reference log-probabilities with the reference weights, if there is no reference model."""
         self._replace_references()
-        with self._placing(self._compared) if model is self.cascade else contextlib.nullcontext():
+        with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -477,31 +287,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
             logs |= {"stage": self._stage, "transition": self._stage - before}
         original(logs, *about, **more)
-
-    def _get_train_dataloader(self, original: Any) -> Any:
-        """Return the Trainer's batches, and keep them: the scheduler needs their number."""
-        self._batches = original()
-        return self._batches
-
-    def _create_scheduler(
-        self, original: Any, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
-        """Create a schedule per stage, with the Trainer's warm-up and decay."""
-        trainer = self._trainer
-        if trainer.lr_scheduler is None:
-            optimizer, args = _inner(optimizer or trainer.optimizer), trainer.args
-            steps, warmup = self.steps, 0  # there are no steps if a plateau ends the stage
-            if self.epochs is not None:
-                updates = math.ceil(len(self._batches) / int(args.gradient_accumulation_steps))
-                steps = self.epochs * max(1, updates)
-            if args.lr_scheduler_type != "constant":
-                warmup = args.get_warmup_steps(steps or 0)
-            floor, decay = _SHAPES[args.lr_scheduler_type]
-            trainer.lr_scheduler = StageSchedule(
-                optimizer, self.cascade, steps, warmup=warmup, floor=floor, decay=decay
-            )
-            trainer._created_lr_scheduler = True
-        return trainer.lr_scheduler
 
     def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the user's model with the slow weights, or for a checkpoint the state dict of the cascade."""
@@ -552,19 +337,11 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if args.deepspeed:
             raise SpecError(
                 f"CascadeCallback: deepspeed is {args.deepspeed!r}. It shards parameters, and transitions could not "
-                "write them. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel, and with "
-                "fsdp=True it shards the cascade",
+                "write them. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel",
                 code="trainer-not-supported",
             )
-        if args.fsdp and args.fsdp_plugin_args is None:
-            raise SpecError(
-                f"CascadeCallback: fsdp_config is {args.fsdp_config!r}, which is for XLA. Leave out xla",
-                code="trainer-not-supported",
-            )
-        if args.fsdp:
-            _check_plugin(FullyShardedDataParallelPlugin(**args.fsdp_plugin_args))
-        if self.schedule == "stage":
-            self._check_schedule(args)
+        if args.fsdp or self.cascade._run.is_sharded:
+            raise _sharded(f"fsdp is {args.fsdp!r}" if args.fsdp else "the weights are sharded")
         for name in _CHANGE_MODEL:
             if getattr(args, name, None):
                 raise SpecError(
@@ -572,21 +349,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                     "graphs. Leave it out",
                     code="trainer-not-supported",
                 )
-
-    def _check_schedule(self, args: Any) -> None:
-        if args.lr_scheduler_type not in _SHAPES or args.lr_scheduler_kwargs:
-            scheduler = f"{args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}".strip()
-            raise SpecError(
-                f"CascadeCallback: schedule is 'stage', but lr_scheduler_type is {scheduler}. Give one of "
-                f"{', '.join(_SHAPES)}, or optimizers=(optimizer, lx.StageSchedule(...))",
-                code="conflicting-options",
-            )
-        if self.plateau is not None and (_SHAPES[args.lr_scheduler_type][0] < 1 or 0 < args.warmup_steps < 1):
-            raise SpecError(
-                "CascadeCallback: schedule is 'stage', but with a plateau the length of a stage is not known. Give "
-                "lr_scheduler_type 'constant' or 'constant_with_warmup', and warmup_steps as a number of steps",
-                code="conflicting-options",
-            )
 
 
 @contextlib.contextmanager
@@ -686,55 +448,17 @@ class _Reference(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the cascade with the reference weights in place."""
-        with self._callback._placing(self._callback._compared):
+        with self._callback._placing(_REFERENCE):
             return self._callback.cascade(*args, **kwargs)
 
 
-def _check_plugin(plugin: Any) -> None:
-    """Refuse options of accelerate's FSDP plugin that sharding a cascade does not support.
-
-    `auto_wrap_policy` has no effect, because blocks come from the graph, and neither has `state_dict_type`.
-    """
-    for name, (followed, why) in _FOLLOWED.items():
-        value = getattr(plugin, name)
-        value = isinstance(value, CPUOffloadPolicy) if isinstance(value, OffloadPolicy) else value
-        if value != followed:
-            raise SpecError(
-                f"CascadeCallback: {name} of fsdp_config is {value!r}, but {why}. Give {followed!r}",
-                code="trainer-not-supported",
-            )
-
-
-def _drop_plugin(trainer: Any) -> None:
-    """Create the Trainer's accelerator again without its FSDP plugin, which would shard the model a second time."""
-    args = trainer.args
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # the first accelerator has set it, and it asks for a plugin
-    vars(args).pop("_setup_devices", None)  # so that the next line resets accelerate's state
-    assert args.device is not None
-    options, args.fsdp_plugin_args = args.fsdp_plugin_args, None
-    try:
-        trainer.create_accelerator_and_postprocess()
-    finally:
-        args.fsdp_plugin_args = options  # for another Trainer
-
-
-def _inner(optimizer: Any) -> Any:
-    """Return the optimizer that accelerate has wrapped."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _gathered(model: torch.nn.Module, holds: bool) -> dict[str, torch.Tensor]:
-    """Return the model's state dict with full tensors in host memory; {} unless this process `holds` it.
-
-    Every rank must call this at the same point. Tied names share one tensor.
-    """
-    tensors: dict[int, torch.Tensor] = {}
-    named = model.state_dict(keep_vars=True)
-    for value in named.values():
-        if id(value) not in tensors:
-            whole = full_tensor(value).detach()
-            tensors[id(value)] = whole.cpu() if holds else torch.empty(0)
-    return {name: tensors[id(value)] for name, value in named.items()} if holds else {}
+def _sharded(what: str) -> SpecError:
+    return SpecError(
+        f"CascadeCallback: {what}, and a Trainer trains no shards of a cascade. Leave fsdp out: started by torchrun, "
+        "the Trainer uses DistributedDataParallel. Shards are trained in a loop of your own, also with accelerate "
+        "(lorasc_fx.parallel.fsdp.shard)",
+        code="trainer-not-supported",
+    )
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:

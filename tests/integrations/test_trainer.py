@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 import lorasc_fx as lx
 from tests.integrations.kit import adapted, arguments, losses, net, rows
@@ -61,35 +61,3 @@ def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, A
     expected = lora.merge_and_unload().state_dict()
     for name, value in cascade.release().state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("how", "more", "expected"),
-    [
-        # 5 batches an epoch; in step k of a stage: min(1, (k + 1) / (warmup + 1)) * (1 - k / steps)
-        ({"epochs": 1}, {"lr_scheduler_type": "linear", "warmup_steps": 1}, [0.5, 0.8, 0.6, 0.4, 0.2] * 2),
-        ({"epochs": 1}, {"lr_scheduler_type": "linear", "warmup_steps": 0.2}, [0.5, 0.8, 0.6, 0.4, 0.2] * 2),
-        ({"steps": 4}, {"lr_scheduler_type": "cosine"}, [1.0, 0.8535534, 0.5, 0.1464466] * 2 + [1.0, 0.8535534]),
-        (
-            {"epochs": 2},
-            {"lr_scheduler_type": "linear", "gradient_accumulation_steps": 2, "num_train_epochs": 4},
-            [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6] * 2,
-        ),
-        ({"steps": 3}, {"lr_scheduler_type": "constant", "warmup_steps": 2}, [1.0] * 10),
-        ({"steps": 5}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}, ([0.5] + [1.0] * 4) * 2),
-    ],
-    ids=["epochs", "warm-up-of-a-share", "steps-cosine", "accumulated", "constant", "warm-up-alone"],
-)
-def test_a_learning_rate_of_each_stage(
-    tmp_path: Path, how: dict[str, Any], more: dict[str, Any], expected: list[float]
-) -> None:
-    rates: list[float] = []
-
-    class Spy(TrainerCallback):  # type: ignore[misc]
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-            rates.append(about["optimizer"].param_groups[0]["lr"] / 0.02)
-
-    trainer = trainer_of(adapted(SPEC), tmp_path, {**how, "schedule": "stage"}, **more)
-    trainer.add_callback(Spy())
-    trainer.train()
-    assert rates == pytest.approx(expected, abs=1e-6)

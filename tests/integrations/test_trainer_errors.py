@@ -26,7 +26,6 @@ CallbackOf = lx.integrations.transformers.CascadeCallback
         ({"epochs": 1, "steps": 2}, ("conflicting-options", "epochs", "steps")),
         ({"steps": 0}, ("invalid-value", "steps", "0")),
         ({"epochs": True}, ("invalid-value", "epochs", "True")),
-        ({"schedule": "step"}, ("invalid-value", "schedule", "step", "training, stage")),
         ({"evaluate": "slwo"}, ("invalid-value", "evaluate", "slwo", "slow, fast, trained")),
         *(
             ({"evaluate": given}, ("invalid-value", "evaluate", "slow, fast, trained"))
@@ -46,23 +45,11 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
 
 
 FOREIGN = torch.optim.SGD(net().parameters(), lr=0.1)
-OPTION, SCHEDULE = "trainer-not-supported", {"schedule": "stage"}
+OPTION = "trainer-not-supported"
 STEPS = {"eval_strategy": "steps", "eval_steps": 1}
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
     "neftune": ({}, {"neftune_noise_alpha": 5.0}, {}, (OPTION, "neftune_noise_alpha", 5.0)),
     "cast evaluation": ({}, {"bf16_full_eval": True}, {}, (OPTION, "bf16_full_eval", True)),
-    "rates of no stage": (
-        SCHEDULE, {"lr_scheduler_type": "inverse_sqrt"}, {},
-        ("conflicting-options", "inverse_sqrt", "linear", "StageSchedule"),
-    ),
-    "rates of a plateau": (
-        {"plateau": 1, **SCHEDULE}, {"lr_scheduler_type": "cosine"}, {},
-        ("conflicting-options", "plateau", "constant_with_warmup"),
-    ),
-    "warm-up of a plateau": (
-        {"plateau": 1, **SCHEDULE}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, {},
-        ("conflicting-options", "plateau", "number of"),
-    ),
     "no length": ({}, {"max_steps": 3}, {"train_dataset": Stream()}, ("invalid-data", "epochs", "1")),
     "no evaluations": ({"plateau": 2}, {}, {}, ("conflicting-options",)),
     "which loss": (
@@ -98,7 +85,8 @@ def test_moments_that_are_not_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("deepspeed", True, (OPTION, "deepspeed", "fsdp=True")),
+        ("deepspeed", True, (OPTION, "deepspeed", "DistributedDataParallel")),
+        ("fsdp", True, (OPTION, "fsdp", "DistributedDataParallel", "parallel.fsdp.shard")),
         ("_n_gpu", 2, ("wrapper-not-supported", "2")),
         ("sync_ref_model", True, (OPTION, "sync_ref_model")),  # of TRL, which write into the model
         ("cast_lm_head_to_fp32", True, (OPTION, "cast_lm_head_to_fp32")),
@@ -110,34 +98,6 @@ def test_what_a_trainer_takes_elsewhere(name: str, value: Any, expected: tuple[s
     setattr(args, name, value)
     with raises(lx.SpecError, *expected):
         CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"version": 1, "sync_module_states": False}, ("fsdp_version", "1", "2")),
-        ({"reshard_after_forward": False}, ("reshard_after_forward", "False", "True")),
-        ({"activation_checkpointing": True}, ("activation_checkpointing", "graphs")),
-        ({"cpu_ram_efficient_loading": True}, ("cpu_ram_efficient_loading", "materialize", "leave fsdp out")),
-        ({"cpu_offload": True}, ("cpu_offload", "True", "False")),
-        ({"xla": True}, ("fsdp_config", "xla")),
-    ],
-    ids=lambda value: next(iter(value)),
-)
-@pytest.mark.filterwarnings("ignore:FSDP1")
-def test_options_of_fsdp(
-    config: dict[str, Any], words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A Trainer takes `fsdp` on several processes alone, so that the event is called here; its plugin writes into the
-    environment.
-    """
-    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        monkeypatch.setenv(name, "false")
-    cascade = adapted(SPEC)
-    args = arguments(tmp_path, fsdp=True, fsdp_config=config)
-    with raises(lx.SpecError, OPTION, *words):
-        CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
-    assert not any(hasattr(value, "to_local") for value in cascade.parameters())
 
 
 @pytest.mark.parametrize(
