@@ -179,7 +179,6 @@ SLOW = {
     "durability/test_faults.py::test_a_training_outlives_a_full_disk",
     "export/test_graphs.py::test_onnx_is_the_released_model_of_any_batch[stated]",
     "passes/test_shared_heads.py::test_what_repeats_the_heads_goes[capture_dynamo]",
-    "pictures/test_notebook.py::test_no_extra_is_needed",
 }
 """Single rows, and tests, that take long."""
 

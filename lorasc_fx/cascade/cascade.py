@@ -211,7 +211,7 @@ class CascadeModule(nn.Module):
         """Draw the rewritten graph around some sites: placements of branches, names, dtypes and shapes.
 
         Args:
-            file: path of the .svg to write.
+            file: path of the .svg, .png or .pdf to write.
             sites: kinds or globs on weight names, as in a spec. The default is the first three sites.
             radius: number of arrows to follow from each branch, in both directions.
 
@@ -220,7 +220,7 @@ class CascadeModule(nn.Module):
 
         Raises:
             UnknownTarget: a pattern matches no site.
-            SpecError: the path is not an .svg, its folder does not exist, or radius is not a count.
+            SpecError: another ending, its folder does not exist, or radius is not a count.
             StateError: after `release`, or no graph has one of these branches.
             MissingExtra: the extra `report` is not installed.
         """
@@ -230,11 +230,6 @@ class CascadeModule(nn.Module):
     def __str__(self) -> str:
         """Return a readable summary: sites, refusals, parameters and front end."""
         return summary(self._run, self.frontend, self.refused_frontends, self.placements)
-
-    def _repr_html_(self) -> str:
-        """Return a summary for a notebook: parameters, a bar for each weight, sites and refusals."""
-        graphs = self._graphs
-        return graphs.compiler.html(str(self), self.model, self.plan, graphs.variants.oldest, self.refusals)
 
     # ---- stages
 

@@ -1,9 +1,8 @@
 """The folder of a run: resolved configuration, metrics, records, checkpoint, folded weights, environment.
 
 `lorasc-fx report` is made from the records, which are small tables. `cascade.json` is written at the start: sites,
-refusals, placements, cost, classes. `experts.jsonl` gets the spectrum of each expert at the end of each stage, before
-the fold, and `spectrum.json` the spectrum of each slow delta at the end of the run. Spectra are computed from factors;
-no delta is formed.
+refusals, placements, cost, classes. `experts.jsonl` gets norm and effective rank of each expert at the end of each
+stage, before the fold.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ import torch
 from torch import Tensor
 
 import lorasc_fx as lx
+from lorasc_fx.branch import Delta
 from lorasc_fx.checkpoint.layout import list_versions
 from lorasc_fx.checkpoint.writer import write_tensors
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.progress import FILE, append
-from lorasc_fx.quantized import dense
-from lorasc_fx.state import delta_of, effective_rank, norm_of, singular_values, slow_spectrum
+from lorasc_fx.state import delta_of, svd_of
 from lorasc_fx.util.accelerator import name_of
 from lorasc_fx.util.files import append_text, parse_json, replacing
 
@@ -39,15 +38,11 @@ _PACKAGES = (
     "scipy", "datasets",
 )  # fmt: skip
 
-SINGULAR_VALUES = 64
-"""Number of singular values of a slow delta that are recorded, the largest ones."""
-
 _CASCADE = ("model", "frontend", "parameters", "trainable", "sites", "refusals", "unreached",
             "refused_frontends")  # fmt: skip
-_SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
-_REFUSAL = ("weight", "reason", "sentence")
+SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
+REFUSAL = ("weight", "reason", "sentence")
 EXPERT = ("stage", "site", "norm", "effective_rank")
-_DELTA = ("values", "norm", "base_norm", "effective_rank")
 """Required keys of the records."""
 
 
@@ -65,7 +60,6 @@ class RunFolder:
         self.metrics = path / FILE
         self.cascade = path / "cascade.json"
         self.experts = path / "experts.jsonl"
-        self.spectrum = path / "spectrum.json"
         self.report = path / "report.html"
         self.checkpoint = path / "checkpoint"  # of lorasc_fx.save
         self.folded = path / "folded.safetensors"  # slow weights, in the layout of the original model
@@ -152,11 +146,11 @@ class RunFolder:
         """Write what was adapted, and the names of the classes."""
         placements = cascade.placements
         sites = [
-            {key: getattr(site, key) for key in _SITE}
+            {key: getattr(site, key) for key in SITE}
             | {"placement": placements.get(site.weight, site.placement), "shape": list(site.shape)}
             for site in cascade.sites
         ]
-        refusals = [{key: getattr(refusal, key) for key in _REFUSAL} for refusal in cascade.refusals]
+        refusals = [{key: getattr(refusal, key) for key in REFUSAL} for refusal in cascade.refusals]
         about = {
             "model": type(cascade.model).__name__,
             "classes": list(classes),
@@ -181,24 +175,9 @@ class RunFolder:
                     plan, host = cascade.plan, torch.device("cpu")
                     delta = delta_of(branch, state, plan.spec, plan.stage, not cascade._run.slow.idle, host)
                     values = singular_values(delta)
-                    line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
+                    line |= {"norm": values.norm().item(), "effective_rank": effective_rank(values)}
                 lines.append(json.dumps(line) + "\n")
         append_text(self.experts, "".join(lines), StateError)
-
-    def write_spectrum(self, cascade: lx.Cascade) -> None:
-        """Write the largest singular values, the norm and the effective rank of each slow delta, and the norm of W0."""
-        deltas: dict[str, Any] = {}
-        with torch.no_grad():
-            for weight in cascade.plan.by_weight:
-                state = cascade._run.slow.states[weight]
-                values = slow_spectrum(state)
-                deltas[weight] = {
-                    "values": values.flatten().sort(descending=True).values[:SINGULAR_VALUES].tolist(),
-                    "norm": norm_of(values),
-                    "base_norm": dense(state.base).cpu().double().norm().item(),
-                    "effective_rank": effective_rank(values) if values.shape[-1] else 0.0,
-                }
-        write_whole(self.spectrum, json.dumps(deltas) + "\n")
 
     def read_cascade(self) -> dict[str, Any]:
         """Return what `write_cascade` wrote.
@@ -207,7 +186,7 @@ class RunFolder:
             StateError: it is damaged, as for all of these records.
         """
         about = _record(self.cascade, _CASCADE)
-        for entries, keys in ((about["sites"], _SITE), (about["refusals"], _REFUSAL)):
+        for entries, keys in ((about["sites"], SITE), (about["refusals"], REFUSAL)):
             for entry in entries:
                 _check(self.cascade, 1, entry, keys)
         return about
@@ -223,13 +202,6 @@ class RunFolder:
             )
         return tuple(classes)
 
-    def read_spectrum(self) -> dict[str, Any]:
-        """Return what `write_spectrum` wrote, or an empty table before the end of the run."""
-        deltas = _record(self.spectrum)
-        for entry in deltas.values():
-            _check(self.spectrum, 1, entry, _DELTA)
-        return deltas
-
     def read_environment(self) -> dict[str, Any]:
         """Return packages and machine."""
         return _record(self.environment)
@@ -243,7 +215,7 @@ class RunFolder:
 
     def _delete_run(self) -> None:
         """Delete what a run wrote, and nothing else."""
-        for path in (self.metrics, self.cascade, self.experts, self.spectrum, self.report, self.folded):
+        for path in (self.metrics, self.cascade, self.experts, self.report, self.folded):
             path.unlink(missing_ok=True)
         for path in (self.checkpoint, self.results, self.tokenizer, self.path / "tensorboard"):
             if path.exists():
@@ -329,6 +301,26 @@ def _damaged(path: Path, number: int, problem: str) -> StateError:
     return StateError(
         f"{path}: line {number} {problem}; the file is damaged: restore it, or train again", code="invalid-checkpoint"
     )
+
+
+def singular_values(delta: Delta) -> Tensor:
+    """Return the singular values of a delta, or of each one in a stack, in fp64. A product of factors is not formed."""
+    if delta.factors is None:
+        assert delta.dense is not None
+        dense: Tensor = torch.linalg.svdvals(delta.dense.detach().flatten(1).cpu().double())
+        return dense
+    return svd_of(delta.factors.map(lambda value, _: value.detach().cpu().double()))[1]
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp(entropy) of singular values: 0 for a zero matrix, k for k equal ones; of stacked matrices the mean.
+
+    O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
+    total = values.sum(-1, keepdim=True)
+    share = torch.where(total > 0, values / total.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    ranks = torch.special.entr(share).sum(-1).exp().where(total.squeeze(-1) > 0, torch.zeros(()).to(values))
+    return float(ranks.mean().item())
 
 
 def _environment() -> dict[str, Any]:

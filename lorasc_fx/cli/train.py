@@ -99,7 +99,6 @@ def run_train(arguments: TrainArguments) -> int:
             return 130
         if start == total:
             reporter.say("This run had already ended.")
-        folder.write_spectrum(cascade)
         folder.write_weights(cascade.folded_state_dict())
         model = set_mode(cascade.release(), False)
         parts = setup.splits.test_sets.items()

@@ -35,7 +35,7 @@ from lorasc_fx.graph.matching import candidates, survey
 from lorasc_fx.graph.record import at_stage
 from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
-from lorasc_fx.pictures import cascade_html, draw_graphs
+from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls, bind
 
@@ -162,15 +162,8 @@ class Compiler:
         copy.recompile()
         return copy, least
 
-    def html(
-        self, text: str, model: nn.Module, plan: Plan, variant: Variant | None, refusals: tuple[Refusal, ...]
-    ) -> str:
-        """Return what a notebook shows: `text`, the weights as a drawing, sites and refusals as tables."""
-        names = [name for name, _ in model.named_parameters()]
-        return cascade_html(text, names, plan, variant.placements if variant is not None else {}, refusals)
-
     def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
-        """Draw the variant around some sites into an SVG file; of a fallback, the graphs that have run."""
+        """Draw the variant around some sites into a file; of a fallback, the graphs that have run."""
         module = variant.module
         graphs = getattr(module, "rewritten", [module])  # of a fallback, or of a graph split for shards
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)

@@ -13,7 +13,6 @@ from lorasc_fx.state.engine import (
 )
 from lorasc_fx.state.model import Part, SlowWeights, keep_base
 from lorasc_fx.state.products import Scratch, arithmetic, summing
-from lorasc_fx.state.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.state.weight import (
     Expert,
     KeptNoise,
@@ -41,14 +40,10 @@ __all__ = [
     "begin_stage",
     "check_finite",
     "delta_of",
-    "effective_rank",
     "end_stage",
     "has_trained",
     "keep_base",
-    "norm_of",
     "scaled",
-    "singular_values",
-    "slow_spectrum",
     "start_weight",
     "sum_of",
     "summing",

@@ -50,11 +50,5 @@ def write_long_run(path: Path, sites: int = 60) -> Path:
                     norm = (1 + 0.5 * math.sin(number)) / stage
                     rank = 4 + 3 * math.cos(number * stage)
                     file.write(json.dumps({"stage": stage, "site": name, "norm": norm, "effective_rank": rank}) + "\n")
-    spectrum = {
-        name: {"values": [(1 + number % 7) * 0.8**place for place in range(40)], "norm": 3.0 + number % 7,
-               "base_norm": 40.0, "effective_rank": 8.5}
-        for number, name in enumerate(names)
-    }  # fmt: skip
-    folder.spectrum.write_text(json.dumps(spectrum))
     folder.log(event="result", test=0.912, **{"rotten-tomatoes-shifted": 0.734})
     return path

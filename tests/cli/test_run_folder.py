@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from lorasc_fx.cli.config import Config, load_config
-from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cli.run_folder import RunFolder, effective_rank
 from lorasc_fx.errors import StateError
 from lorasc_fx.spec import CascadeSpec
 from tests.kit.errors import raises
@@ -59,3 +61,13 @@ def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     assert torch.equal(found["a"], weight)
     assert torch.equal(found["b"], weight)
     assert torch.equal(found["c"], weight.t())
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]).double()) == pytest.approx(3)
+    assert effective_rank(torch.tensor([5.0, 0.0]).double()) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4).double()) == 0
+    values = torch.tensor([3.0, 1.0]).double()
+    rank = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert effective_rank(values) == pytest.approx(rank)
+    assert effective_rank(torch.stack([values, torch.ones(2).double()])) == pytest.approx((rank + 2) / 2)

@@ -52,7 +52,7 @@ def test_a_run_folder_is_whole(
     run = place / "runs" / "tiny"
     assert sorted(entry.name for entry in run.iterdir()) == [
         "cascade.json", "checkpoint", "config.toml", "environment.json", "experts.jsonl", "folded.safetensors",
-        "metrics.jsonl", "spectrum.json", "tensorboard",
+        "metrics.jsonl", "tensorboard",
     ]  # fmt: skip
     assert load_config(run / "config.toml").spec.rank == 3
     assert sorted(losses(run)) == [2, 4, 6, 8, 10, 12]

@@ -163,6 +163,7 @@ def test_a_loop_with_accelerate(tmp_path: Path) -> None:
 def refused(rank: int, count: int, port: int, folder: str) -> None:
     """A Trainer, and accelerate's plugin: one error each, before anything is changed."""
     as_torchrun(rank, count, port)
+    PartialState(cpu=True)  # which makes the process group
     cascade = fsdp.shard(adapted(SPEC, 0.0, torch.float64))
     with raises(lx.SpecError, "trainer-not-supported", "the weights are sharded", "parallel.fsdp.shard"):
         Trainer(model=cascade, args=arguments(Path(folder)), callbacks=[CascadeCallback(cascade)])

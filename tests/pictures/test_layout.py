@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorasc_fx.pictures.graph import placed, scene
+from lorasc_fx.pictures import placed, scene
 from tests.kit.state import oldest_variant
 from tests.pictures.test_draw import adapted
 

@@ -1,13 +1,12 @@
-"""`cascade.draw`: the rewritten graph around some sites, as an SVG file.
+"""`cascade.draw`: the rewritten graph around some sites, as a picture.
 
-`scene` selects the nodes, `placed` puts them in layers from input to output (igraph's Sugiyama layout), and
-`draw_graphs` draws them.
+`scene` selects the nodes, `placed` puts them in layers from input to output (igraph's Sugiyama layout), and matplotlib
+draws them. Both are imported on first use.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,16 +22,17 @@ from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path
 from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.graph.printer import SYMBOL
-from lorasc_fx.pictures.svg import INK, MUTED, PAPER, Picture, element, library, named
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
 from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.extras import module_of
 
-LETTER, LINE = 5.1, 11.5
+LETTER, LINE = 5.2, 11.5
 """Width of a letter and height of a line, in points, of the monospaced 8.5 point type in the boxes."""
 PAD, GAP = 9.0, 22.0
 """Points between a box's text and its edge, and between boxes."""
 
+INK, MUTED = "#1f2430", "#68707f"
 STYLES = {
     "beside": ("#0969b3", "#dcecf9", "branch beside its op"),
     "merged": ("#b5480b", "#fbe6d8", "branch merged into its op"),
@@ -45,6 +45,7 @@ STYLES = {
 }
 """Edge, face and meaning of a box, by kind."""
 
+ENDINGS = (".svg", ".png", ".pdf")
 DEFAULT_SITES = 3
 """Number of sites shown by default."""
 MAX_NEIGHBOURS = 12
@@ -64,108 +65,55 @@ def draw_graphs(
 
     Raises:
         UnknownTarget: a pattern matches no site.
-        SpecError: the file is not an SVG file, its folder does not exist, or the radius is not a count.
+        SpecError: the file has another ending, its folder does not exist, or the radius is not a count.
         StateError: no graph has a branch of these sites.
-        MissingExtra: igraph is not installed.
+        MissingExtra: igraph or matplotlib is not installed.
     """
     path = path_of(file)
-    if path.suffix != ".svg":
-        raise SpecError(f"draw: {path} is no .svg file; SVG is what is drawn")
+    if path.suffix not in ENDINGS:
+        raise SpecError(f"draw: {path} does not end with one of {', '.join(ENDINGS)}")
     if not path.parent.is_dir():
         raise SpecError(f"draw: there is no folder {path.parent}", code="unreadable-file")
     if not is_integer(radius, 0):
         raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
-    chosen = chosen_sites(plan, sites)
-    picture = _picture(scene(graphs, plan, chosen, radius), ", ".join(site.weight for site in chosen[:3]))
-    path.write_text(picture.svg, encoding="utf-8")
+    figure = _figure(scene(graphs, plan, chosen_sites(plan, sites), radius))
+    with module_of("report", "matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorasc-fx"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
-def _picture(scene: Scene, sites: str) -> Picture:
+def _figure(scene: Scene) -> Any:
+    """Return the drawing of a scene as a figure of matplotlib. Its units are points, y downwards."""
+    patches, figures = (module_of("report", f"matplotlib.{name}") for name in ("patches", "figure"))
     width = max(len(line) for box in scene.boxes.values() for line in box.lines) * LETTER + 2 * PAD
-    height = max(len(box.lines) for box in scene.boxes.values()) * LINE + 2 * PAD
-    layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 1.6 * GAP)
+    height = max(box.height for box in scene.boxes.values())
+    layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 2 * GAP)
+    kinds = [kind for kind in STYLES if any(box.kind == kind for box in scene.boxes.values())]
     xs, ys = zip(*[point for path in layout.arrows for point in path], *layout.centres.values(), strict=True)
-    legend = [kind for kind in STYLES if any(box.kind == kind for box in scene.boxes.values())]
-    left, top = min(xs) - width / 2 - GAP, min(ys) - height / 2 - GAP
-    across = max(max(xs) - min(xs) + width + 2 * GAP, 260.0)
-    down = max(ys) - min(ys) + height + 2 * GAP
-    tall = down + 16 * len(legend) + 26
-    shapes = [element("rect", {"x": left, "y": top, "width": across, "height": tall, "fill": PAPER})]
-    shapes += [
-        _arrow(path, scene.boxes[source].height, scene.boxes[target].height)
-        for (source, target), path in zip(scene.arrows, layout.arrows, strict=True)
+    left, right = min(xs) - width / 2 - GAP, max(max(xs) + width / 2 + GAP, min(xs) + 260)
+    top, bottom = min(ys) - height / 2 - GAP, max(ys) + height / 2 + GAP + 16 * (len(kinds) + 1)
+    figure = figures.Figure(figsize=((right - left) / 72, (bottom - top) / 72))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.axis("off")
+    for (source, target), path in zip(scene.arrows, layout.arrows, strict=True):
+        (x0, y0), *between, (x1, y1) = path
+        points = [(x0, y0 + scene.boxes[source].height / 2), *between, (x1, y1 - scene.boxes[target].height / 2)]
+        axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=0.9, zorder=0)
+        style = {"arrowstyle": "-|>", "color": MUTED, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", points[-1], points[-2], arrowprops=style, zorder=0)
+    for name, box in scene.boxes.items():
+        edge, face, _ = STYLES[box.kind]
+        style = {"boxstyle": "round,pad=0.5", "edgecolor": edge, "facecolor": face}
+        style |= {"linewidth": 2 if box.is_branch else 1, "linestyle": "--" if box.cut else "-"}
+        centre = {"horizontalalignment": "center", "verticalalignment": "center"}
+        axes.text(*layout.centres[name], "\n".join(box.lines), bbox=style, family="monospace", fontsize=8.5, **centre)
+    legend = [
+        patches.Patch(edgecolor=STYLES[kind][0], facecolor=STYLES[kind][1], label=STYLES[kind][2]) for kind in kinds
     ]
-    shapes += [_box(box, layout.centres[name], width) for name, box in scene.boxes.items()]
-    for row, kind in enumerate(legend):
-        edge, face, meaning = STYLES[kind]
-        x, y = left + GAP, top + down + 8 + 16 * row
-        square = {"x": x, "y": y - 6, "width": 18, "height": 11}
-        shapes.append(element("rect", square | {"fill": face, "stroke": edge, "stroke-width": 1.2}))
-        shapes.append(_text(x + 26, y, 9, meaning))
-    y = top + down + 8 + 16 * len(legend)
-    shapes.append(_text(left + GAP, y, 9, "dashed edge: has neighbours that are not shown", MUTED))
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{across:.1f}pt" height="{tall:.1f}pt" '
-        f'viewBox="{left:.1f} {top:.1f} {across:.1f} {tall:.1f}">\n'
-        '<g font-family="sans-serif">\n' + "\n".join(shapes) + "\n</g>\n</svg>\n"
-    )
-    return named(svg, "graph", f"Rewritten graph around {sites}", _words(scene, layout))
-
-
-def _box(box: Box, centre: tuple[float, float], width: float) -> str:
-    x, y = centre
-    edge, face, _ = STYLES[box.kind]
-    outline = {
-        "x": x - width / 2 + 4,
-        "y": y - box.height / 2,
-        "width": width - 8,
-        "height": box.height,
-        "rx": 5,
-        "fill": face,
-        "stroke": edge,
-        "stroke-width": 2 if box.kind in ("beside", "merged", "weight") else 1,
-        "stroke-dasharray": "4 2" if box.cut else "none",
-    }
-    shapes = [element("rect", outline)]
-    letters = {"font-family": "monospace", "text-anchor": "middle"}
-    for row, line in enumerate(box.lines):
-        weight, colour = "bold" if row == 0 else "normal", INK if row < 2 else MUTED
-        middle = y + (row - (len(box.lines) - 1) / 2) * LINE
-        shapes.append(_text(x, middle, 8.5, line, colour, **letters, **{"font-weight": weight}))
-    return "".join(shapes)
-
-
-def _arrow(points: Sequence[tuple[float, float]], above: float, below: float) -> str:
-    """Return an arrow through points, between the edges of two boxes whose heights are `above` and `below`."""
-    (x0, y0), (x1, y1) = points[0], points[-1]
-    stops = [(x0, y0 + above / 2), *points[1:-1], (x1, y1 - below / 2)]
-    path = f"M {x0:.1f} {stops[0][1]:.1f}"
-    for (xa, ya), (xb, yb) in pairwise(stops):
-        middle = (ya + yb) / 2
-        path += f" C {xa:.1f} {middle:.1f} {xb:.1f} {middle:.1f} {xb:.1f} {yb:.1f}"
-    x, y = stops[-1]
-    head = f"M {x - 2.2:.1f} {y - 4:.1f} L {x:.1f} {y:.1f} L {x + 2.2:.1f} {y - 4:.1f} z"
-    line = element("path", {"d": path, "fill": "none", "stroke": MUTED, "stroke-width": 0.9})
-    return line + element("path", {"d": head, "fill": MUTED})
-
-
-def _text(x: float, y: float, size: float, line: str, colour: str = INK, **style: str) -> str:
-    """Return a line of text, vertically centred on y."""
-    return element("text", {"x": x, "y": y + 0.35 * size, "font-size": size, "fill": colour, **style}, line)
-
-
-def _words(scene: Scene, layout: Placed) -> str:
-    """Return a description: the branches by placement, and the numbers of nodes and arrows."""
-    counted = Counter(box.kind for box in scene.boxes.values())
-    counts = [f"{counted[kind]} × {STYLES[kind][2]}" for kind in ("beside", "merged", "weight") if counted[kind]]
-    branches = "; ".join(
-        f"{box.lines[0]}: {box.lines[1]}" for box in scene.boxes.values() if box.kind in ("beside", "merged", "weight")
-    )
-    return (
-        f"{len(scene.boxes)} nodes and {len(layout.arrows)} arrows from inputs (above) to outputs (below). "
-        f"{', '.join(counts)}. {branches}."
-    )
+    legend.append(patches.Patch(edgecolor=MUTED, facecolor="white", linestyle="--", label="has neighbours not shown"))
+    axes.legend(handles=legend, loc="lower left", fontsize=9, frameon=False, labelspacing=0.2)
+    return figure
 
 
 @dataclass(frozen=True)
@@ -182,6 +130,11 @@ class Box:
     kind: str
     lines: tuple[str, ...]
     cut: bool
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it is a branch."""
+        return self.kind in ("beside", "merged", "weight")
 
     @property
     def height(self) -> float:
@@ -335,7 +288,7 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
     Raises:
         MissingExtra: igraph is not installed.
     """
-    igraph = library("igraph")
+    igraph = module_of("report", "igraph")
     index = {name: number for number, name in enumerate(names)}
     layers = _layers(names, arrows)
     edges: list[tuple[int, int]] = []
