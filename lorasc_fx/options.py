@@ -108,35 +108,60 @@ STARTS: Mapping[str, Start] = {
 """By the value of `CascadeSpec.start`."""
 
 
-class Pace(abc.ABC):
+class PaceRule(abc.ABC):
     """Which share of the fast weights a transition takes into the slow ones (`CascadeSpec.pace`)."""
 
+    needs_loss: ClassVar[bool] = False
+    """Whether the share depends on the losses of the stages."""
+
     @abc.abstractmethod
-    def at(self, stage: int) -> float:
-        """Return the share in a stage, 1 is the first."""
+    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
+        """Return the share in a stage.
+
+        Args:
+            stage: number of the stage, 1 is the first.
+            losses: of the stages that have ended, and of this one, by number, if `needs_loss`.
+            penalty: `CascadeSpec.loss_penalty`.
+        """
 
 
-class GivenPace(Pace):
-    """A share of each stage: the number of the spec, or of its sequence the one of the stage, whose last goes on."""
+class GivenPace(PaceRule):
+    """A share for each stage: the number of the spec, or an entry of its sequence, whose last entry repeats."""
 
     def __init__(self, shares: Sequence[float]) -> None:
         self.shares = shares
 
-    def at(self, stage: int) -> float:
+    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
         """Return the share."""
         return self.shares[min(stage, len(self.shares)) - 1]
 
 
-class MeanPace(Pace):
+class MeanPace(PaceRule):
     """1/t in stage t: under restart = fast the slow weights are the mean of the weights at the ends of stages."""
 
-    def at(self, stage: int) -> float:
+    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
         """Return the share."""
         return 1 / stage
 
 
-PACES: Mapping[str, Pace] = {"mean": MeanPace()}
-"""By the value of `CascadeSpec.pace`, where that is no number."""
+class LossPace(PaceRule):
+    """The mean of the fast weights of all stages, each weighted by `L_t^-p` (metrics-weighted averaging, 2504.18580).
+
+    With `w_k = L_k^-p` the share of stage t is `w_t / (w_1 + ... + w_t)`: after it the slow weights are
+    `sum_k w_k F_k / sum_k w_k`. p = 0 is the plain mean, and a large p takes the stage with the smallest loss.
+    """
+
+    needs_loss: ClassVar[bool] = True
+
+    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
+        """Return the share. The weights are relative to that of the smallest loss, so that no power overflows."""
+        least = math.log(min(losses.values()))
+        weights = {number: math.exp(penalty * (least - math.log(loss))) for number, loss in losses.items()}
+        return weights[stage] / math.fsum(weights.values())
+
+
+PACES: Mapping[str, PaceRule] = {"mean": MeanPace(), "loss": LossPace()}
+"""By the value of `CascadeSpec.pace`, if that is not a number."""
 
 
 class Scale:

@@ -21,9 +21,10 @@ from lorasc_fx.options import (
     STARTS,
     GivenPace,
     NextA,
+    PaceRule,
     Start,
 )
-from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, OF_PEFT, USUAL_DECAY, USUAL_RANK
+from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, OF_PEFT, USUAL_DECAY, USUAL_PENALTY, USUAL_RANK
 from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
@@ -53,7 +54,7 @@ Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is the share that is 
 Share = Annotated[float, Check(lambda p: 0 < p <= 1, "it is a share of the fast weights: give a number in (0, 1]")]
 Pace = Annotated[
     Share | tuple[Share, ...] | Annotated[str, choice(PACES)],
-    Check(lambda pace: pace != (), "give a share of the fast weights in (0, 1], one for each stage, or 'mean'"),
+    Check(lambda pace: pace != (), "give a share of the fast weights in (0, 1], one for each stage, 'mean' or 'loss'"),
 ]
 
 
@@ -205,7 +206,9 @@ class CascadeSpec:
             model. Where a node does not allow what is asked for, the branch stands where it can.
         pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1]; a
             sequence is that of stage 1, 2, ..., whose last one goes on. `mean` is 1/t in stage t: under restart = fast
-            the slow weights are then the mean of the weights at the ends of stages.
+            the slow weights are then the mean of the weights at the ends of stages. `loss` is that mean with the weight
+            `L_t^-loss_penalty` for a stage of loss L_t (2504.18580), which `transition(optimizer, loss=...)` takes.
+        loss_penalty: p of pace="loss"; 0 is the plain mean, and a larger one prefers stages with a small loss.
         momentum: m of Nesterov's momentum over stages (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`,
             `v_t = m v_{t-1} + d_t`, `S_t = S_{t-1} + pace (d_t + m v_t)`. With 0 it is LoRASC's rule.
         restart: whether the next stage starts from the slow or from the fast weights.
@@ -250,6 +253,9 @@ class CascadeSpec:
     ] = USUAL_DECAY
     placement: Placement = "auto"
     pace: Pace = 0.5
+    loss_penalty: Annotated[float, Check(lambda p: p >= 0, "it is an exponent: give a number of 0 or more")] = (
+        USUAL_PENALTY
+    )
     momentum: Annotated[float, Check(lambda m: 0 <= m < 1, "it is a momentum: give a number in [0, 1)")] = 0.0
     restart: Annotated[str, choice(RESTARTS)] = "slow"
     noise: Noise = field(default_factory=Noise)
@@ -299,11 +305,16 @@ class CascadeSpec:
         """Whether an average of the slow weights is kept."""
         return AVERAGES[self.average].kept
 
-    def pace_at(self, stage: int) -> float:
-        """Return the pace of a stage, 1 is the first."""
+    @property
+    def pace_rule(self) -> PaceRule:
+        """The strategy of `pace`."""
         if isinstance(self.pace, str):
-            return PACES[self.pace].at(stage)
-        return GivenPace(self.pace if isinstance(self.pace, tuple) else (self.pace,)).at(stage)
+            return PACES[self.pace]
+        return GivenPace(self.pace if isinstance(self.pace, tuple) else (self.pace,))
+
+    def pace_at(self, stage: int, losses: Mapping[int, float]) -> float:
+        """Return the pace of a stage, 1 is the first; `losses` are those of the stages, if the pace needs them."""
+        return self.pace_rule.at(stage, losses, self.loss_penalty)
 
     def rank_at(self, stage: int) -> int:
         """Return the rank of a stage, 1 is the first, where no rule gives another."""

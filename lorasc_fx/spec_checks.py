@@ -9,8 +9,8 @@ from typing import Any
 from lorasc_fx.options import ADAPTERS, AVERAGES, STARTS, one_of
 from lorasc_fx.util.decode import Conflict
 
-USUAL_RANK, USUAL_DECAY = 8, 0.9
-"""Of the branches, and what an exponential average keeps at a stage, where nothing else is asked."""
+USUAL_RANK, USUAL_DECAY, USUAL_PENALTY = 8, 0.9, 1.0
+"""Defaults: rank of the branches, share that an exponential average keeps at a stage, exponent of pace="loss"."""
 
 OF_PEFT = {
     "r": "rank",
@@ -106,6 +106,12 @@ CONFLICTS = (
         lambda decay, average: decay != USUAL_DECAY and average != "ema",
         "this average has no decay",
         "give average='ema', or no decay",
+    ),
+    Conflict(
+        ("loss_penalty", "pace"),
+        lambda penalty, pace: penalty != USUAL_PENALTY and pace != "loss",
+        "this pace does not depend on losses",
+        "give pace='loss', or no loss_penalty",
     ),
     Conflict(
         ("start", "restart_A"),

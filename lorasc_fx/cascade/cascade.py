@@ -34,13 +34,17 @@ from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.undo import AllOrNothing, commit
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
-    """A stage of a loop: its `number` in the cascade (part of the key of its noise), and its `index` of `count`."""
+    """A stage of a loop: its `number` in the cascade (part of the key of its noise), and its `index` of `count`.
+
+    Under pace="loss" the loop sets `loss` before the stage ends.
+    """
 
     number: int
     index: int
     count: int
+    loss: Any = None
 
 
 class CascadeModule(nn.Module):
@@ -268,10 +272,11 @@ class CascadeModule(nn.Module):
         transition.end_idle(self._run)
         then = scheduler.step if scheduler is not None else None
         for index in range(1, count + 1):
-            yield Stage(self._run.plan.stage, index, count)
-            transition.next_stage(self._run, optimizer, idle=index == count, then=then)
+            stage = Stage(self._run.plan.stage, index, count)
+            yield stage
+            transition.next_stage(self._run, optimizer, idle=index == count, then=then, loss=stage.loss)
 
-    def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def transition(self, optimizer: torch.optim.Optimizer | None, loss: Any = None) -> None:
         """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
 
         If anything raises, Ctrl-C included, nothing is changed. Threads that call this, or another method that reads or
@@ -283,13 +288,16 @@ class CascadeModule(nn.Module):
 
         Args:
             optimizer: holds the branches; None if there is none.
+            loss: of the stage, a number above 0 or a tensor with one, by which pace="loss" weights it. Other paces
+                ignore it. If the weights are sharded, the loss of the first rank counts.
 
         Raises:
             StateError: inside a backward, with gradients pending, inside `weights`, an optimizer without the branches,
                 or training has made a buffer inf or nan.
             NonFiniteBranch: a branch holds inf or nan.
+            SpecError: the pace is "loss", and the loss is missing, or is not a finite number above 0.
         """
-        transition.next_stage(self._run, optimizer)
+        transition.next_stage(self._run, optimizer, loss=loss)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Start a stage from the slow weights of an earlier one, and drop what came after it. All or nothing.

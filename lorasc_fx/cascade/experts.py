@@ -71,7 +71,7 @@ def install_experts(
             states[name] = states[name].holding(value.detach().to("cpu", copy=True))
         # Write only what changes: other weights keep their W0 as their own memory.
         touched = [*(name for name in experts if experts[name]), *trained]
-        install_slow(run, SlowWeights(states, before.idle, averaged=before.averaged), touched, buffers)
+        install_slow(run, replace(before, states=states), touched, buffers)
 
 
 def install_slow(

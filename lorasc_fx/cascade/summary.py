@@ -18,12 +18,12 @@ def summary(
     plan, spec = run.plan, run.plan.spec
     total = sum(parameter.numel() for parameter in run.model.parameters())
     trainable = run.trained_entries
+    pace = spec.pace if spec.pace_rule.needs_loss else f"{spec.pace_at(plan.stage, {}):g}"
     kinds, counted = Counter(site.kind for site in plan.sites), Counter(placements.values())
     lines = [
         f"Cascade of {type(run.model).__name__}, "
         + (f"captured by {frontend}" if frontend else "captured at its first call"),
-        f"  stage {plan.stage}, pace {spec.pace_at(plan.stage):g}, noise {spec.noise.strength:g}, "
-        f"restart {spec.restart}",
+        f"  stage {plan.stage}, pace {pace}, noise {spec.noise.strength:g}, restart {spec.restart}",
         f"  {len(plan.sites)} sites: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         f"  {trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
     ]

@@ -32,7 +32,11 @@ log = logging.getLogger("lorasc_fx")
 
 
 def next_stage(
-    run: Run, optimizer: torch.optim.Optimizer | None, idle: bool = False, then: Callable[[], object] | None = None
+    run: Run,
+    optimizer: torch.optim.Optimizer | None,
+    idle: bool = False,
+    then: Callable[[], object] | None = None,
+    loss: Any = None,
 ) -> None:
     """End the running stage and start the next one.
 
@@ -41,6 +45,7 @@ def next_stage(
         optimizer: holds the branches; None if there is none.
         idle: whether the next stage waits: the slow weights are in place, without noise.
         then: called at the end. The transition is rolled back if it raises.
+        loss: of the stage, for pace="loss".
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, begun = run.plan, run.slow, time.monotonic()
@@ -49,7 +54,7 @@ def next_stage(
             check_holds(optimizer, run.trainable())
         run.check_buffers("transition")
         # Fold: the slow state after this stage.
-        after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
+        after = replace(before.after_stage(plan, {**branches, **trained}, loss), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
         moved, state = before.moved(branches), dict[nn.Parameter, Any]()
         if optimizer is not None:
@@ -169,7 +174,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         )
     # An average starts again from the slow weights of that stage.
     found = {name: state for name, state in states.items() if state is not None}
-    return SlowWeights(found, averaged=min(stage, slow.averaged, 1), group=slow.group)
+    losses = {end: loss for end, loss in slow.losses.items() if end <= stage}
+    return SlowWeights(found, averaged=min(stage, slow.averaged, 1), losses=losses, group=slow.group)
 
 
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -200,7 +206,8 @@ def ended(run: Run, call: str) -> SlowWeights:
     slow, learners = run.slow, run.learners()
     if not slow.moved(learners):
         return slow
-    after, pace = slow.after_stage(run.plan, learners), run.plan.spec.pace_at(run.plan.stage)
+    after = slow.after_stage(run.plan, learners)
+    pace = run.plan.spec.pace_at(run.plan.stage, after.losses)
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

@@ -240,7 +240,7 @@ class UsageWatch(Fresh):
             return
         if "training-not-kept" in run.warned or not run.slow.moved(run.branches_by_weight()):
             return
-        pace = run.plan.spec.pace_at(1)
+        pace = run.plan.spec.pace_at(1, {1: 1.0})  # the share of a first stage is the same for any loss
         kept = f", and keeps {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
         run.warned.once(
             "training-not-kept",

@@ -130,6 +130,8 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": trained, "slow": weights}
     if spec.keeps_average:
         manifest["averaged"] = slow.averaged
+    if spec.pace_rule.needs_loss:
+        manifest["losses"] = [[stage, loss] for stage, loss in slow.losses.items()]
     axes = {name: shard_axis(tensor) for name, tensor in tensors.items()} | axes
     copies = {name: local(tensor).clone() for name, tensor in tensors.items()}
     return {**manifest, **state.layout}, copies, {name: axis for name, axis in axes.items() if axis is not None}
@@ -200,7 +202,8 @@ def decode(
         states[site.weight] = replace(
             states[site.weight], initial=_initial(states[site.weight], site, manifest, plan, file)
         )
-    slow = SlowWeights(states, manifest["idle"], averaged=manifest.get("averaged", 0))
+    losses = dict(manifest.get("losses", ()))
+    slow = SlowWeights(states, manifest["idle"], averaged=manifest.get("averaged", 0), losses=losses)
     for name, value in values.items():
         start = slow.started(name).start.dense
         if start is not None and not slow.moved({name: value}):

@@ -79,6 +79,7 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     state, learners = checkpoint.with_learners()
     slow, begun = state.slow, state.slow.moved(learners)
     if begun:
+        slow.losses_with(None, plan)  # raises if the pace depends on a loss
         for learner in learners.values():
             if isinstance(learner, Branch):
                 check_finite(learner, plan.spec, plan.stage)

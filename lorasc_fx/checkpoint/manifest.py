@@ -158,6 +158,7 @@ class Manifest(TypedDict):
     ]
     versions: NotRequired[dict[str, str]]
     averaged: NotRequired[Stage]
+    losses: NotRequired[list[tuple[Stage, Annotated[float, Check(lambda loss: loss > 0, "give a number above 0")]]]]
     empty_buffers: NotRequired[list[str]]
     shared_buffers: NotRequired[dict[str, str]]
     shards: NotRequired[dict[str, Annotated[int, _up_to(7)]]]
@@ -217,6 +218,11 @@ def plan_of(manifest: Any) -> Plan:
             raise ValueError(f"trained: {sanitized(name)} has {rule}, which is no rule of the spec's train_rules")
     if "averaged" in manifest and not (plan.spec.keeps_average and manifest["averaged"] < plan.stage):
         raise ValueError(f"averaged is {manifest['averaged']}, which the stages of this plan cannot have produced")
+    if "losses" in manifest:
+        stages = [stage for stage, _ in manifest["losses"]]
+        ordered = stages == sorted({*stages}) and all(0 < stage < plan.stage for stage in stages)
+        if not (plan.spec.pace_rule.needs_loss and ordered):
+            raise ValueError(f"losses is of the stages {sanitized(stages)}, which this plan cannot have ended")
     return plan
 
 

@@ -49,8 +49,11 @@ def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]
 
 def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
     """Warn that a fold counts a running stage as ended."""
+    if plan.spec.pace_rule.needs_loss:  # the fold raises
+        return
+    pace = plan.spec.pace_at(stage, {})
     warn(
-        f"{source}: stage {stage} has trained and never ended. It is folded as it is, and {plan.spec.pace_at(stage):g} "
+        f"{source}: stage {stage} has trained and never ended. It is folded as it is, and {pace:g} "
         "of its change is kept, the pace of the spec. Continue the run (lorasc-fx train RUN/config.toml --resume, or "
         "cascade.transition) to fold a stage that has ended",
         "running-stage-folded",

@@ -36,7 +36,8 @@ DECAY = CascadeSpec.average_decay
 
 def _plain(spec: CascadeSpec, stages: int) -> CascadeSpec:
     del stages
-    return replace(spec, pace=1.0, restart="slow", noise=Noise(), average="off", average_decay=DECAY)
+    spec = replace(spec, pace=1.0, loss_penalty=CascadeSpec.loss_penalty, momentum=0.0, restart="slow")
+    return replace(spec, noise=Noise(), average="off", average_decay=DECAY)
 
 
 def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:

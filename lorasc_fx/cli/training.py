@@ -279,10 +279,10 @@ def train_steps(
     examples, began = setup.splits.train, time.monotonic()
     ends = list(itertools.accumulate(stage_steps))
     stage = bisect.bisect_right(ends, start) + 1
-    stages: Iterator[object] = itertools.repeat(None)
+    stages: Iterator[Any] = itertools.repeat(None)
     if isinstance(model, lx.Cascade) and start < ends[-1]:
         stages = model.stages(len(ends) - stage + 1, optimizer)
-        next(stages)
+    running = next(stages)
     for done, batch in zip(range(start + 1, ends[-1] + 1), setup.batches(seed, start), strict=False):
         if interrupt.is_set():
             return
@@ -305,7 +305,9 @@ def train_steps(
         step = Step(done, stage, value, rate, time.monotonic() - began, ends_stage=done == ends[stage - 1])
         yield step
         if step.ends_stage:
-            next(stages, None)
+            if running is not None:
+                running.loss = value
+            running = next(stages, None)
             yield replace(step, seconds=time.monotonic() - began, ends_stage=False, folded=True)
             stage += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction see the slow weights.
     Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` resumes from them. A stage that is
     running at the end of the training is folded. The logger gets `stage`, that of the batch, and `transition`, 1 for
-    the first batch of a stage.
+    the first batch of a stage. Under pace="loss" the loss of a stage is that of its last batch.
 
     Args:
         cascade: the cascade in the LightningModule.
@@ -54,6 +55,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             )
         super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
         self._done, self._stage = 0, cascade.stage
+        self._batch_loss: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training can run as configured."""
@@ -68,8 +70,11 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         transition.end_idle(run)
         self._done, self._stage = trainer.global_step, self.cascade.stage
 
-    def on_train_batch_end(self, trainer: Any, *about: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *about: Any) -> None:
         """End a stage after its steps or epochs."""
+        if self._needs_loss:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            self._batch_loss = loss if loss is None else trainer.strategy.reduce(loss, reduce_op="mean")
         stage = self.cascade.stage
         self.log_dict({"stage": float(stage), "transition": float(stage - self._stage)})
         self._stage = stage
@@ -77,12 +82,15 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         by_steps = self.steps is not None and stepped and trainer.global_step % self.steps == 0
         last = self.epochs is not None and trainer.is_last_batch
         if by_steps or (last and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
-            self.cascade.transition(self._optimizer(trainer))
+            self.cascade.transition(self._optimizer(trainer), loss=self._loss())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold a stage that was cut short."""
         if transition.has_begun(self.cascade._run):
             self._end_last(self._optimizer(trainer))
+
+    def _loss(self) -> Any:
+        return self._batch_loss
 
     def _begin(self, *about: Any) -> None:
         """Put the weights for an evaluation in place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -48,6 +48,7 @@ class StageEnds:
         self.cascade, self.evaluate, self._passes = cascade, evaluate, passes
         self.epochs, self.steps = epochs if chosen else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
+        self._needs_loss = cascade.plan.spec.pace_rule.needs_loss
         self._which: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in passes:
@@ -75,6 +76,10 @@ class StageEnds:
             placed.__enter__()
             self._placed, self._which = placed, which
 
+    def _loss(self) -> Any:
+        """Return the loss of the last optimizer step, the mean over all processes, if the pace needs it."""
+        raise NotImplementedError
+
     def _end_last(self, optimizer: torch.optim.Optimizer) -> None:
         """Fold the stage that is running at the end of the training."""
-        transition.next_stage(self.cascade._run, optimizer, idle=True)
+        transition.next_stage(self.cascade._run, optimizer, idle=True, loss=self._loss())

@@ -58,7 +58,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
 
     Training logs (also for W&B and TensorBoard) have `stage`, that of the step, and `transition`, the number of stages
     that have ended since the last log. Evaluations also report each metric by the evaluated weights, such as
-    `eval_slow_loss` and `eval_fast_loss`.
+    `eval_slow_loss` and `eval_fast_loss`. Under pace="loss" the loss of a stage is that of its last optimizer step.
 
     Args:
         cascade: the Trainer's model.
@@ -88,6 +88,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._trainer: Any = None
         self._over = False
         self._stage = cascade.stage
+        self._step_losses: list[torch.Tensor] = []
         self._reference: _Reference | None = None
         self._other_reference = False
         vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by it whether to shift labels
@@ -128,6 +129,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         }
         if hasattr(trainer, "compute_ref_log_probs"):
             replaced["compute_ref_log_probs"] = self._compute_ref_log_probs
+        if self._needs_loss:
+            replaced["training_step"] = self._training_step
         self._keep_state_dicts(trainer)
         for name, method in replaced.items():
             setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
@@ -158,10 +161,11 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage on a plateau. By now the weights that were evaluated have been saved."""
         if self._over:
-            self.cascade.transition(about["optimizer"])
+            self.cascade.transition(about["optimizer"], loss=self._loss())
             self._over = False
             self._store_plateau(state)
         self._stage = self.cascade.stage
+        self._step_losses.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage after its steps or epochs, before an evaluation or a checkpoint of the same step."""
@@ -169,7 +173,18 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if (self.steps is not None and state.global_step % self.steps == 0) or (
             self.epochs is not None and whole and int(state.epoch) % self.epochs == 0
         ):
-            self.cascade.transition(about["optimizer"])
+            self.cascade.transition(about["optimizer"], loss=self._loss())
+
+    def _training_step(self, original: Any, *about: Any, **more: Any) -> Any:
+        """Keep the loss of a micro batch, which the Trainer has divided by their number."""
+        loss = original(*about, **more)
+        self._step_losses.append(loss)
+        return loss
+
+    def _loss(self) -> Any:
+        if not self._step_losses:
+            return None
+        return self._trainer.accelerator.reduce(torch.stack(self._step_losses).sum(), reduction="mean")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **about: Any) -> None:
         """Report the loss to the plateau."""

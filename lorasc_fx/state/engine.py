@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -26,7 +25,7 @@ from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
-from lorasc_fx.state.weight import KeptNoise, WeightState, Which
+from lorasc_fx.state.weight import KeptNoise, SlowRule, WeightState, Which
 
 Learner = Branch | torch.Tensor
 """What trains a weight in a stage: its branch, or the parameter itself if it is trained in full."""
@@ -216,51 +215,39 @@ def end_stage(
     state: WeightState,
     learner: Learner | None,
     spec: CascadeSpec,
-    stage: int,
+    rule: SlowRule,
     noisy: bool,
     checked: bool,
-    left_out: set[str],
-    share: float | None,
-    keeps: bool,
-) -> WeightState:
-    """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
+) -> tuple[WeightState, bool]:
+    """Return the slow state after the stage, with the stage's noise if it is kept, and whether the weight was left out.
 
-    What is not finite, or would take an entry of the weight beyond its dtype, is not folded.
+    A weight is left out if what has trained is not finite, or would take an entry of the weight beyond its dtype.
 
     Args:
         state: of the weight when the stage started.
         learner: None for a weight that only has noise.
-        spec, stage: of the plan.
+        spec: of the plan.
+        rule: of the slow update in this stage.
         noisy: whether the stage ran with its noise.
         checked: whether the factors of branches are known to be finite.
-        left_out: gets the name of the weight if it was left out.
-        share: of the new slow weights in their average over stages; None where none is kept.
-        keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
 
     Raises:
-        NonFiniteBranch: the stage cannot be folded, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: the weight would be left out, and spec.on_nonfinite is "raise".
     """
-    pace, momentum = (spec.pace_at(stage), spec.momentum) if state.follows(spec) else (1.0, 0.0)
-    absorb = partial(
-        state.absorb,
-        stage,
-        pace=pace,
-        restart=spec.restart,
-        share=share,
-        carry_rank=spec.carry_rank,
-        keeps=keeps,
-        momentum=momentum,
-    )
+    stage = rule.stage
+    if not state.follows(spec):
+        rule = replace(rule, pace=1.0, momentum=0.0)
     after, fault = None, ""
     if isinstance(learner, torch.Tensor):
         value = local(learner).detach().to("cpu", copy=True)
         if state.every(not state.broken(value)):
-            after = absorb(value)
+            after = state.absorb(value, rule)
         else:
             fault = f"{state.name}, which is trained in full, holds inf or nan"
     elif learner is not None and (checked or state.every(learner.finite())):
         moved = not state.every(not has_trained(learner, state))
-        after = absorb(delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None)
+        delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
+        after = state.absorb(delta, rule)
         if not state.every(fits(after)):
             after, fault = None, f"the branch of {state.name} takes it beyond {state.base.dtype}"
     elif learner is not None:
@@ -272,10 +259,10 @@ def end_stage(
             f"{fault} at the end of stage {stage}: it goes on from what the stage started from. {_LOWER}",
             "non-finite-left-out",
         )
-        left_out.add(state.name)
     if after is None:
-        after = absorb(None)
-    return replace(after, noises=(*after.noises, *stage_noise(state, spec, noisy).kept(state, spec, stage)))
+        after = state.absorb(None, rule)
+    noises = (*after.noises, *stage_noise(state, spec, noisy).kept(state, spec, stage))
+    return replace(after, noises=noises), bool(fault)
 
 
 def fits(state: WeightState) -> bool:

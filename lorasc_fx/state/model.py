@@ -6,14 +6,17 @@ writes it, and only then is it the cascade's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Delta
+from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
@@ -28,7 +31,7 @@ from lorasc_fx.state.engine import (
     write_start,
 )
 from lorasc_fx.state.products import Scratch, arithmetic
-from lorasc_fx.state.weight import WeightState, Which
+from lorasc_fx.state.weight import SlowRule, WeightState, Which
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -43,6 +46,7 @@ class SlowWeights:
         idle: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
+        losses: of the stages that have ended, by number, if the pace depends on them.
         group: the processes that hold the weights in shards, of which this one has its own.
     """
 
@@ -50,6 +54,7 @@ class SlowWeights:
     idle: bool = False
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
+    losses: Mapping[int, float] = field(default_factory=dict)
     group: ProcessGroup = ONE_PROCESS
 
     @cached_property
@@ -148,30 +153,62 @@ class SlowWeights:
         trained = [has_trained(learner, self.started(name)) for name, learner in learners.items()]
         return self.group.any(any(trained))  # all are asked first: ranks talk
 
-    def after_stage(self, plan: Plan, learners: Mapping[str, Learner]) -> SlowWeights:
+    def losses_with(self, loss: Any, plan: Plan) -> Mapping[int, float]:
+        """Return the losses of the stages with that of the running one; empty if the pace does not depend on losses.
+
+        Args:
+            loss: a number, or a tensor with one number. If the weights are sharded, that of the first rank counts.
+            plan: of the running stage.
+
+        Raises:
+            SpecError: the loss is missing, or is not a finite number above 0.
+        """
+        if not plan.spec.pace_rule.needs_loss:
+            return {}
+        try:
+            number = float(loss)
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor with several numbers
+            number = math.nan
+        number = self.group.of_first(torch.tensor(number, dtype=torch.float64)).item()
+        if not 0 < number < math.inf:
+            raise SpecError(
+                f"the loss of stage {plan.stage} is {'missing' if loss is None else repr(loss)}, but "
+                f"pace={plan.spec.pace!r} weights the stages by their losses. Give a finite number above 0: "
+                "cascade.transition(optimizer, loss=...), or set stage.loss in `for stage in cascade.stages(...)`"
+            )
+        return {**self.losses, plan.stage: number}
+
+    def after_stage(self, plan: Plan, learners: Mapping[str, Learner], loss: Any = None) -> SlowWeights:
         """Return the state after the slow update of the running stage (algorithm.md, row "slow update").
 
         Args:
             plan: of the stage that ends.
             learners: by weight name: branches, and parameters trained in full.
+            loss: of the stage, see `losses_with`.
 
         Raises:
             NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
+            SpecError: the pace depends on losses, and there is none.
         """
-        spec, noisy, left_out = plan.spec, not self.idle, set[str]()
+        losses = self.losses_with(loss, plan)
+        spec, noisy = plan.spec, not self.idle
         branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
         finite = self.group.all(all_finite(branches))
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(AFFORDABLE, size)
-        share = spec.average_share(self.averaged)
-        states = {
-            name: end_stage(
-                self.started(name), learners.get(name), spec, plan.stage, noisy, finite, left_out, share, keeps
-            )
-            for name in self.states
+        share, pace = spec.average_share(self.averaged), spec.pace_at(plan.stage, losses)
+        rule = SlowRule(plan.stage, pace, spec.restart, spec.momentum, spec.carry_rank, share, keeps)
+        ended = {
+            name: end_stage(self.started(name), learners.get(name), spec, rule, noisy, finite) for name in self.states
         }
-        after = replace(self, states=states, idle=False, left_out=frozenset(left_out))
-        return after if share is None else replace(after, averaged=self.averaged + 1)
+        return replace(
+            self,
+            states={name: state for name, (state, _) in ended.items()},
+            idle=False,
+            left_out=frozenset(name for name, (_, left_out) in ended.items() if left_out),
+            averaged=self.averaged if share is None else self.averaged + 1,
+            losses=losses,
+        )
 
     def begin_stage(
         self, plan: Plan, branches: Mapping[str, Branch], restart: bool = False, keep: bool = True

@@ -106,6 +106,29 @@ class KeptNoise:
 
 
 @dataclass(frozen=True)
+class SlowRule:
+    """How a stage that ends changes the slow weights: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
+
+    With momentum m it is Nesterov's (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`, `v_t = m v_{t-1} + d_t` and
+    `S_t = S_{t-1} + pace * (d_t + m v_t)`.
+
+    Args:
+        stage: that ends.
+        pace, restart, momentum, carry_rank: of the spec, in this stage.
+        share: of S_t in the average over stages; None if no average is kept.
+        keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
+    """
+
+    stage: int
+    pace: float
+    restart: str = "slow"
+    momentum: float = 0.0
+    carry_rank: int | None = None
+    share: float | None = None
+    keeps: bool = False
+
+
+@dataclass(frozen=True)
 class WeightState(Tree):
     """W0 with what the stages added.
 
@@ -322,35 +345,17 @@ class WeightState(Tree):
 
     # ---- the next state
 
-    def absorb(
-        self,
-        stage: int,
-        live: Delta | torch.Tensor | None,
-        pace: float,
-        restart: str,
-        share: float | None = None,
-        carry_rank: int | None = None,
-        keeps: bool = False,
-        momentum: float = 0.0,
-    ) -> WeightState:
-        """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
-
-        With momentum m it is Nesterov's: `d_t = F_t - S_{t-1}`, `v_t = m v_{t-1} + d_t` and
-        `S_t = S_{t-1} + pace * (d_t + m v_t)` (SNOO, 2510.15830). v is one more view.
+    def absorb(self, live: Delta | torch.Tensor | None, rule: SlowRule) -> WeightState:
+        """Return the state after the slow update. The velocity of a rule with momentum is one more view.
 
         Zero factors are not kept: a longer product sums in another order, and without them weights stay bit-identical.
 
         Args:
-            stage: that ends.
             live: what the branch has added, or the value of a parameter trained in full; None for a weight that is left
                 out, or that has no branch.
-            pace, restart: of the spec, in this stage.
-            share: of S_t in the average.
-            carry_rank: of the spec.
-            keeps: whether values at the ends of earlier stages are kept where each is a dense tensor of its own.
-            momentum: of the spec.
+            rule: of the stage that ends.
         """
-        experts, old, moved = self.experts, self.slow, self.start
+        experts, old, moved, stage, pace = self.experts, self.slow, self.start, rule.stage, rule.pace
         if isinstance(live, torch.Tensor):
             assert old.dense is not None
             moved = View((), live.to(old.dense.dtype))
@@ -371,24 +376,24 @@ class WeightState(Tree):
             more = live.dense.reshape(self.matrix).to(summing(self.base.dtype))
             moved = moved.plus(View(dense=more), 1.0)
         slow, velocity = old.toward(moved, pace), self.views.get("velocity")
-        if momentum:
+        if rule.momentum:
             step = moved.plus(old, -1.0)
-            velocity = step if velocity is None else step.plus(velocity, momentum)
-            slow = slow.plus(velocity, pace * momentum)
-        start = RESTARTS[restart].start(slow, moved)
+            velocity = step if velocity is None else step.plus(velocity, rule.momentum)
+            slow = slow.plus(velocity, pace * rule.momentum)
+        start = RESTARTS[rule.restart].start(slow, moved)
         if self.full:  # what the parameter then holds, in its own dtype
             start = start.to(live.dtype) if isinstance(live, torch.Tensor) else self.start
         views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
         if slow.dense is not self.slow.dense:
-            for end in list(ends)[: 1 - MOST if keeps and self.full else None]:
+            for end in list(ends)[: 1 - MOST if rule.keeps and self.full else None]:
                 gone = max(gone, end)
                 del ends[end]
         views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
         if velocity is not None:
             views["velocity"] = velocity
-        if (average := self._averaged(slow, share)) is not None:
+        if (average := self._averaged(slow, rule.share)) is not None:
             views["average"] = average
-        return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(carry_rank)
+        return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(rule.carry_rank)
 
     def _averaged(self, slow: View, share: float | None) -> View | None:
         """Return what the average becomes: `average + share * (S_t - average)`; None where it is S_t."""

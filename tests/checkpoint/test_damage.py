@@ -380,6 +380,7 @@ MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
             for name in ("x", "body.weight")
         ),
         (of(averaged=1), ("invalid-checkpoint", "averaged")),
+        (of(losses=[[1, 0.5]]), ("invalid-checkpoint", "losses")),
         (of(trained={"head.bias": 0}), ("invalid-checkpoint", "trained", "head.bias has 0")),
         (slow(average=[1.0, 1.0]), ("invalid-checkpoint", "average")),
     ],

@@ -22,6 +22,7 @@ from lorasc_fx.cli.data import load_data
 from lorasc_fx.cli.training import Setup
 from tests.kit import tiny
 from tests.kit.errors import warns
+from tests.kit.state import read
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
 Alone = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -43,6 +44,13 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_stages_are_weighted_by_the_losses_at_their_ends(place: Path) -> None:
+    assert main(["train", "tiny.toml", "--spec.pace", "loss"]) == 0
+    run = place / "runs" / "tiny"
+    saved = read(run / "checkpoint").manifest["losses"]
+    assert saved == [[stage, pytest.approx(losses(run)[4 * stage])] for stage in (1, 2, 3)]
 
 
 def test_a_run_folder_is_whole(

@@ -17,7 +17,8 @@ from tests.kit.errors import raises
 
 FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, ranks, "
-    "train_A, nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, momentum, "
+    "train_A, nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, "
+    "loss_penalty, momentum, "
     "restart, noise, restart_A, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
@@ -43,6 +44,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "train_rules": (("head",),),
     "slow_train": ("yes",),
     "restart": (1,),
+    "loss_penalty": (-1.0, math.inf),
     "momentum": (1.0, -0.1, "0.5", math.nan),
     "adapter": (1, "unknown"),
     "noise": (0.1,),
@@ -65,6 +67,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "train_rules, train": {"train_rules": (lx.TrainRule("head", lr=0.1),)},
     "average, noise.keep": {"average": "swa", "noise": KEPT},
     "average_decay, average": {"average": "swa", "average_decay": 0.5},
+    "loss_penalty, pace": {"loss_penalty": 2.0},
     "start, restart_A": {"start": "olora", "restart_A": "kept"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, momentum": {"adapter": "dora", "momentum": 0.5},

@@ -29,6 +29,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
     "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
     "dora": {"adapter": "dora"},
+    "loss": {"pace": "loss", "restart": "fast"},
     "pissa, average": {"start": "pissa", "average": "ema"},
 }
 STOPS = (4, 5, 6, 7)
@@ -78,7 +79,7 @@ class Steps:
                 self.save(folder / str(number))
             self.losses.append(self.batch(*data(number), number).item())
             if number % self.stage == self.stage - 1:
-                self.cascade.transition(self.optimizer)
+                self.cascade.transition(self.optimizer, loss=self.losses[-1])
 
 
 def data(number: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, KeptNoise, SlowWeights, View, WeightState
 from lorasc_fx.state.engine import delta_of
-from lorasc_fx.state.weight import scaled
+from lorasc_fx.state.weight import SlowRule, scaled
 from tests.kit.devices import DEVICE, fake_device
 
 
@@ -151,7 +151,7 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
     state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
     for stage, live in enumerate((zero, pair, zero, zero), start=1):
-        state = state.absorb(stage, Delta(live, gain=gains[stage - 1]), 0.5, "slow")
+        state = state.absorb(Delta(live, gain=gains[stage - 1]), SlowRule(stage, 0.5))
     expected = state.base * torch.stack([0.5 + 0.5 * gain for gain in gains]).prod(0)[:, None]
     late = torch.stack([0.5 + 0.5 * gain for gain in gains[2:]]).prod(0) * 0.5 * gains[1]
     expected = expected + late[:, None] * (pair.b @ pair.a)
@@ -186,18 +186,18 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     fast = WeightState("w", base, full=True).bare()
     for stage, value in enumerate(values, start=1):
-        fast = fast.absorb(stage, value, 1.0, restart, keeps=True)
+        fast = fast.absorb(value, SlowRule(stage, 1.0, restart, keeps=True))
         assert torch.equal(fast.exact("slow", wide), value.to(wide))
         assert torch.equal(fast.exact("fast", dtype), value)
     first, half = values[0].to(wide), fast.at(1)
     assert half is not None
-    half = half.absorb(2, values[1], 0.5, restart, keeps=True)
+    half = half.absorb(values[1], SlowRule(2, 0.5, restart, keeps=True))
     slow = torch.lerp(first, values[1].to(wide), 0.5)
     assert torch.equal(half.exact("slow", wide), slow)
     assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
-    left_out = half.absorb(3, None, 0.5, restart, keeps=True)
+    left_out = half.absorb(None, SlowRule(3, 0.5, restart, keeps=True))
     assert all(torch.equal(left_out.exact(which, wide), half.exact(which, wide)) for which in ("slow", "fast"))
-    assert fast.absorb(3, base, 1.0, restart).at(2) is None  # without `keeps`, the last end alone
+    assert fast.absorb(base, SlowRule(3, 1.0, restart)).at(2) is None  # without `keeps`, the last end alone
     assert not half.faults()
     plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
     manifest, written, _ = encode(RunState(plan, SlowWeights({"w": half}), {}, {"w": values[1]}, {}, {}))
