@@ -15,7 +15,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 __all__ = [
     "CODES",
@@ -154,10 +153,6 @@ class SpecError(LorascError, ValueError):
     """An invalid value in the spec or in a configuration."""
 
     code = "invalid-value"
-
-    def __init__(self, message: str, *, code: str | None = None, at: tuple[Any, ...] = ()) -> None:
-        super().__init__(message, code=code)
-        self.at = at  # path of the field in the given value
 
 
 class UnknownTarget(SpecError):

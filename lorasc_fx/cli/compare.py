@@ -9,12 +9,11 @@ one of them is not settled.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -188,10 +187,8 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
     optimizer = make_optimizer(model, run.lr, config.train.weight_decay)
     entries = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     steps = setup.stage_steps(stages)
-    cycles = setup.stage_steps(config.train.stages) if method.average == "cycles" else steps
     cascade = model if isinstance(model, lx.Cascade) else None
-    schedule = setup.schedule(optimizer, None if method.average == "cycles" else cascade, cycles)
-    mean = MeanWeights(method.average, cycles)
+    schedule = setup.schedule(optimizer, cascade, steps)
     reporter.begin(title, sum(steps))
     done = 0
     try:
@@ -202,13 +199,11 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
             reporter.step(done, f"stage {step.stage}/{stages}" if stages > 1 else "", step.loss)
             if done % config.train.log_every == 0 or step.ends_stage:
                 folder.log(run=run.name, step=done, stage=step.stage, loss=step.loss, lr=step.lr)
-            if cascade is not None and done in mean.moments:
-                mean.add(cascade.folded_state_dict())
         if done < sum(steps):
             return None
         trained = model
         if cascade is not None:
-            trained = mean.put(cascade.release(which="averaged" if cascade.plan.spec.keeps_average else "slow"))
+            trained = cascade.release(which="averaged" if cascade.plan.spec.keeps_average else "slow")
     except (Diverged, NonFiniteBranch) as fault:
         reporter.say(f"{title}: diverged ({fault})")
         seconds = time.monotonic() - began
@@ -237,37 +232,6 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
     shown = " ".join(f"{part} {result.accuracy(part):.3f}" for part in result.predicted)
     reporter.say(f"{title}: validation {result.validation:.3f} {shown}, {seconds:.0f} s")
     return result
-
-
-class MeanWeights:
-    """The mean of weights at some steps of a run, possibly none.
-
-    Args:
-        average: which steps; see `Method`.
-        cycles: number of optimizer steps of each cycle.
-    """
-
-    def __init__(self, average: str, cycles: Sequence[int]) -> None:
-        total = sum(cycles)
-        tail = (round(total * share / 20) for share in range(11, 21))
-        self.moments = set({"cycles": itertools.accumulate(cycles), "tail": tail}.get(average, ()))
-        self._mean: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, state: Mapping[str, Tensor]) -> None:
-        """Add weights to the mean, which is in float64."""
-        self._count += 1
-        for name, value in state.items():
-            if value.is_floating_point():
-                exact = value.cpu().double()  # some accelerators have no float64
-                before = self._mean.get(name, torch.zeros_like(exact))
-                self._mean[name] = before + (exact - before) / self._count
-
-    def put(self, model: nn.Module) -> nn.Module:
-        """Write the mean into a model, if there is one, and return the model."""
-        state = model.state_dict()
-        model.load_state_dict(state | {name: mean.to(state[name].dtype) for name, mean in self._mean.items()})
-        return model
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------

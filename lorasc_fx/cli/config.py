@@ -1,11 +1,9 @@
-"""Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the line."""
+"""Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the key."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import tomllib
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,8 +14,6 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check, check, choice, decode
 from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.files import replacing
-
-KeyPath = tuple[str, ...]
 
 Count = Annotated[int, Check(lambda count: count >= 1, "give a whole number of 1 or more")]
 CountOrZero = Annotated[int, Check(lambda count: count >= 0, "give a whole number of 0 or more")]
@@ -59,9 +55,8 @@ class DataConfig:
     """The examples, how they are split, and the shifted test sets."""
 
     name: str = ""
-    """`csv:FILE`, `imagefolder:DIR`, `json:FILE`, `parquet:FILE`, `arrow:FILE`, `webdataset:FILE`, `folder:DIR`,
-    `disk:DIR` (of datasets), or `python:package.module:function`, which returns inputs (a list of texts, or bytes
-    [examples, 1 or 3, height, width]) and a class each."""
+    """`csv:FILE`, `json:FILE`, `parquet:FILE`, `imagefolder:DIR`, or `python:package.module:function`, which returns
+    inputs (a list of texts, or bytes [examples, 1 or 3, height, width]) and a class each."""
     train: Size = 0.7
     """Examples to train on: a number of them, or a share of all, below 1."""
     validation: Size = 0.1
@@ -131,7 +126,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self, "train")
         if self.steps == self.epochs == 0:
-            raise SpecError("train.epochs is 0; give a number above 0, or train.steps", at=("epochs",))
+            raise SpecError("train.epochs is 0; give a number above 0, or train.steps")
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class CompareConfig:
     """What `compare` sets side by side."""
 
     methods: Annotated[tuple[Method, ...], ONE_OR_MORE, EACH_ONCE] = ("probe", "lora", "cascade", "lorasc")
-    """From `probe`, `lora`, `lora-average`, `lora-cycles`, `lora-summed`, `cascade`, `lorasc`, `full`; see
+    """From `probe`, `lora`, `lora-summed`, `cascade`, `lorasc`, `full`; see
     `lorasc_fx.cli.methods`."""
     seeds: Annotated[tuple[Seed, ...], ONE_OR_MORE, EACH_ONCE] = (0, 1, 2)
     """One run of each method and learning rate a seed."""
@@ -185,8 +180,7 @@ def load_config(path: Path) -> Config:
         SpecError: the file cannot be read, is not TOML, has an unknown key, or an invalid value.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise SpecError(f"{path}: the configuration cannot be read: {reason}", code="unreadable-file") from fault
@@ -195,8 +189,7 @@ def load_config(path: Path) -> Config:
     try:
         config: Config = decode(Config, data)
     except SpecError as fault:
-        line = line_of(text, tuple(map(str, fault.at)))
-        raise SpecError(f"{path}:{line}: {fault}", code=fault.code) from fault
+        raise SpecError(f"{path}: {fault}", code=fault.code) from fault
     return config
 
 
@@ -211,40 +204,3 @@ def write_config(config: Config, path: Path) -> None:
     tomli_w = module_of("cli", "tomli_w")
     with replacing(path) as new:
         new.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
-
-
-_HEADER = re.compile(r"^\s*(\[{1,2})\s*([^\[\]]+?)\s*\]{1,2}\s*(?:#.*)?$")
-_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
-_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
-
-
-def line_of(text: str, path: KeyPath) -> int:
-    """Return the line of a key in a TOML text, or of the nearest key or table around it.
-
-    `tomllib` has no line numbers, so this scans for headers and `key =`. Keys in a multi-line array or an inline table
-    are found by the key that holds them. The second `[[spec.rules]]` is `("spec", "rules", "1")`.
-    """
-    table: KeyPath = ()
-    counts: Counter[KeyPath] = Counter()
-    nearest, line = 0, 1
-    for number, content in enumerate(text.splitlines(), start=1):
-        if header := _HEADER.match(content):
-            current = table = _parts(header[2])
-            if header[1] == "[[":
-                current = table = (*table, str(counts[table]))
-                counts[table[:-1]] += 1
-        elif key := _KEY.match(content):
-            current = (*table, *_parts(key[1]))
-        else:
-            continue
-        common = next(
-            (n for n, pair in enumerate(zip(current, path, strict=False)) if len({*pair}) > 1),
-            min(len(current), len(path)),
-        )
-        if common > nearest:
-            nearest, line = common, number
-    return line
-
-
-def _parts(dotted: str) -> KeyPath:
-    return tuple(part.strip("\"'") for part in _PART.findall(dotted))

@@ -1,8 +1,7 @@
 """Loads, splits and batches the data set in `[data]`. Nothing is downloaded.
 
-A data set is texts or images with one class each: a CSV file, a folder of images, a file or folder that the package
-datasets reads, or the result of a user's function. A shifted test set is another data set with the same classes, or a
-function that changes the test inputs.
+A data set is texts or images with one class each: a table, a folder of images, or the result of a user's function. A
+shifted test set is another data set with the same classes, or a function that changes the test inputs.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import csv
 import inspect
 import io
 import math
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +25,11 @@ from lorasc_fx.cli.models import Arguments, reading, user_code, user_function
 from lorasc_fx.errors import SpecError, named, nearest
 from lorasc_fx.util.extras import module_of
 
-TABLES = ("json", "parquet", "arrow", "webdataset")
-"""Kinds of files that the package datasets reads."""
-DATA = (
-    "csv:FILE", "imagefolder:DIR", *(f"{kind}:FILE" for kind in TABLES), "folder:DIR", "disk:DIR",
-    "python:package.module:function",
-)  # fmt: skip
-_KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
-          ".tar": "webdataset"}  # fmt: skip
-"""The kind of data set of files with these endings."""
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+DATA = ("csv:FILE", "json:FILE", "parquet:FILE", "imagefolder:DIR", "python:package.module:function")
+TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""The kind of a table by the ending of its file."""
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
-"""Folder names that the package datasets reads as splits."""
+"""Folder names that mean splits of a data set, and no classes."""
 
 Inputs = Tensor | Sequence[str]
 """Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
@@ -195,208 +186,118 @@ def read_text(path: Path) -> str:
         raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="unreadable-file") from fault
 
 
-def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool = False) -> tuple[list[str], list[str]]:
-    """Return the texts and the classes of a CSV file with a header. In a `.tsv` file, tabs separate the cells.
-
-    Args:
-        path: of the file.
-        text: name of the column of texts.
-        label: name of the column of classes; without one the list of classes is empty.
-        optional: allow the column of classes to be missing, and its cells to be empty.
-
-    Raises:
-        SpecError: the file cannot be read, lacks a column, or has an invalid row; the message names the line.
-    """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
-    texts: list[str] = []
-    labels: list[str] = []
-    line = 1  # the first line of the row that is read next
-    blank = ""  # the first blank line; rows after it are refused, because a cell or row may be lost there
-    try:
-        header = next(reader, [])
-        _check_header(path, delimiter, header, [text] if optional or label is None else [text, label])
-        label = label if label in header else None
-        line = reader.line_num + 1
-        for row in reader:
-            source, line = f"{path}:{line}", reader.line_num + 1
-            if not row:
-                blank = blank or source
-                continue
-            if blank:
-                raise SpecError(f"{blank}: this line is blank, and rows follow; remove it", code="invalid-data")
-            if len(row) != len(header):
-                _refuse_row(source, delimiter, header, row)
-            texts.append(_filled(source, text, row[header.index(text)]))
-            if label is not None:
-                labels.append(_class(source, label, row[header.index(label)], optional))
-    except csv.Error as fault:
-        raise SpecError(
-            f"{path}:{line}: the row that begins here is not CSV: {fault}. Close each quote, and write a quote "
-            'inside a quoted cell as two: ""',
-            code="invalid-data",
-        ) from fault
-    return texts, labels
-
-
-def _check_header(path: Path, delimiter: str, header: Sequence[str], wanted: Sequence[str]) -> None:
-    """Check that each of the wanted columns exists once."""
-    others = {",": "commas", "\t": "tabs", ";": "semicolons"}
-    separator = next(
-        (candidate for candidate in others if len(header) == 1 and candidate != delimiter and candidate in header[0]),
-        None,
-    )
-    if separator is not None and not set(wanted) <= set(header):
-        raise SpecError(
-            f"{path}:1: {others[separator]} separate the columns {header[0]!r}; separate them by "
-            f"{others[delimiter]}, or by tabs in a file whose name ends with .tsv",
-            code="invalid-data",
-        )
-    _check_columns(f"{path}:1", wanted, header)
-    if twice := [name for name in wanted if header.count(name) > 1]:
-        raise SpecError(f"{path}:1: two columns are called {twice[0]!r}; rename one", code="invalid-data")
-
-
-def _refuse_row(source: str, delimiter: str, header: Sequence[str], row: Sequence[str]) -> NoReturn:
-    """Raise SpecError for a row with fewer or more cells than the header."""
-    count = f"{source}: this row has {len(row)} {'cells' if len(row) > 1 else 'cell'}, and the header has {len(header)}"
-    if len(row) < len(header):
-        raise SpecError(
-            f"{count}: the cell {header[len(row)]!r} is missing. Fill it, or remove the row", code="invalid-data"
-        )
-    separator = "tab" if delimiter == "\t" else "comma"
-    raise SpecError(
-        f'{count} ({", ".join(header)}). Put a text that contains a {separator} into quotes: "..."',
-        code="invalid-data",
-    )
-
-
-def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
-    for name in wanted:
-        if name not in columns:
-            columns_shown = ", ".join(columns) or "no columns"
-            raise SpecError(
-                f"{source}: no column {name!r}{nearest(name, columns)}; it has {columns_shown}; "
-                "data.text_column, data.image_column and data.label_column choose others",
-                code="unknown-name",
-            )
-
-
-def _filled(source: str, name: str, cell: Any) -> Any:
-    """Return a cell that is not empty."""
-    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):  # nan differs from itself
-        raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or remove the row", code="invalid-data")
-    return cell
-
-
-def _class(source: str, name: str, cell: Any, optional: bool) -> Any:
-    """Return a class: not empty unless that is allowed, and without blanks around it."""
-    if optional and (cell is None or cell == "" or cell != cell):
-        return ""
-    if isinstance(_filled(source, name, cell), str) and cell != cell.strip():
-        raise SpecError(
-            f"{source}: the class {cell!r} (column {name!r}) has blanks around it. Remove them; if the text before it "
-            "contains a comma, put that text into quotes"
-        )
-    return cell
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+"""The place of each row of a table, for messages, and its cells by column."""
 
 
 def read_table(
     kind: str,
-    path: str,
+    path: Path,
     column: str,
     label: str | None = None,
     *,
     optional: bool = False,
     image_size: int | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    """Return the texts or images, and the classes, of a file or folder that the package datasets reads.
+    """Return the texts or images, and the classes, of a table.
 
     Args:
-        kind: one of `TABLES`; `folder` for a folder that `datasets.load_dataset` reads, `disk` for one that
-            `Dataset.save_to_disk` wrote. The path of either may end with the name of a split.
-        path: of the file or folder.
+        kind: `csv`, `json` or `parquet`.
+        path: of the file. In a `.tsv` file, tabs separate the cells.
         column: name of the column of texts or images.
-        label, optional: as for `read_csv`. Class numbers are replaced by class names.
+        label: name of the column of classes; without one the list of classes is empty.
+        optional: allow the column of classes to be missing, and its cells to be empty.
         image_size: if given, the column holds images, returned as bytes [3, image_size, image_size].
 
     Raises:
-        SpecError: the file cannot be read, lacks a column, or has an empty cell or one of another type; the folder
-            names files on the network, or has several splits.
-        MissingExtra: datasets is not installed.
+        SpecError: the file cannot be read, lacks a column, or has an empty cell or one of another type.
+        MissingExtra: a table that is not CSV, and the package datasets is not installed.
     """
+    if kind == "csv":
+        columns, rows = _csv_rows(path)
+    else:
+        columns, rows = _dataset_rows(kind, path, column if image_size is not None else None)
+    if optional and label not in columns:
+        label = None
+    for name in (column,) if label is None else (column, label):
+        if name not in columns:
+            raise SpecError(
+                f"{path}: no column {name!r}{nearest(name, columns)}; it has {', '.join(columns) or 'no columns'}; "
+                "data.text_column, data.image_column and data.label_column choose others",
+                code="unknown-name",
+            )
+    inputs, labels = [], []
+    for where, row in rows:
+        cell = _filled(where, column, row[column], image_size is None)
+        inputs.append(str(cell) if image_size is None else _pixels(cell, image_size))
+        if label is not None:
+            name = "" if optional and row[label] in (None, "") else _filled(where, label, row[label])
+            labels.append(name.strip() if isinstance(name, str) else name)
+    return inputs, labels
+
+
+def _csv_rows(path: Path) -> tuple[list[str], Rows]:
+    """Return the columns and the rows of a CSV file with a header."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
+    columns = list(reader.fieldnames or ())
+    if len({*columns}) < len(columns):
+        raise SpecError(f"{path}: two columns have one name: {', '.join(columns)}; rename one", code="invalid-data")
+
+    def rows() -> Rows:
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise SpecError(
+                        f"{where}: the number of cells in this row is not that of the header ({', '.join(columns)}). "
+                        'Put a text that contains a separator into quotes ("..."), and fill missing cells',
+                        code="invalid-data",
+                    )
+                yield where, row
+        except csv.Error as fault:
+            raise SpecError(
+                f"{path}: after line {reader.line_num} this is not CSV: {fault}. Close each quote, and write a quote "
+                'inside a quoted cell as two: ""',
+                code="invalid-data",
+            ) from fault
+
+    return columns, rows()
+
+
+def _dataset_rows(kind: str, path: Path, image: str | None) -> tuple[list[str], Rows]:
+    """Return the columns and the rows of a file that the package datasets reads, with class names for class numbers."""
     datasets = module_of("data", "datasets")
     datasets.disable_progress_bars()
-    source = f"{kind}:{path}"
-    with tempfile.TemporaryDirectory() as cache, reading(source, "datasets", code="unreadable-file"):
-        if kind == "disk":
-            table = datasets.load_from_disk(path)
-        elif kind == "folder":
-            table = _read_folder(Path(path), cache)
-        else:
-            files = {"data_files": {"train": path}, "split": "train"}
-            table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
-        if isinstance(table, datasets.DatasetDict):
-            raise _several_splits(source, list(table))
-        _check_columns(source, [column] if optional or label is None else [column, label], table.column_names)
-        if image_size is not None:
-            table = table.cast_column(column, datasets.Image())
-        cells = []
-        for row, entry in enumerate(table.select_columns([column]), start=1):
-            cell = _filled(f"{source}: row {row}", column, entry[column])
-            if image_size is None:
-                _check_plain(f"{source}: row {row}", column, cell)
-            cells.append(str(cell) if image_size is None else _pixels(cell, image_size))
-        labels: list[Any] = []
-        if label is not None and label in table.column_names:
-            classes = getattr(table.features[label], "names", None)
-            for row, entry in enumerate(table.select_columns([label]), start=1):
-                value = None if classes and entry[label] == -1 else entry[label]  # -1 is a class that is not known
-                cell = _class(f"{source}: row {row}", label, value, optional)
-                _check_plain(f"{source}: row {row}", label, cell)
-                labels.append(classes[cell] if classes and cell != "" else cell)
-    return cells, labels
+    if not path.is_file():  # datasets would look for it on the network
+        raise SpecError(f"{path}: there is no such file", code="unreadable-file")
+    with tempfile.TemporaryDirectory() as cache, reading(str(path), "datasets", code="unreadable-file"):
+        files = {"data_files": {"train": str(path)}, "split": "train"}
+        table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
+        if image is not None and image in table.column_names:
+            table = table.cast_column(image, datasets.Image())
+
+    classes = {name: getattr(feature, "names", None) for name, feature in table.features.items()}
+
+    def named(name: str, cell: Any) -> Any:
+        names = classes[name]
+        return cell if names is None else None if cell in (-1, None) else names[cell]  # -1 is an unknown class
+
+    def rows() -> Rows:
+        with reading(str(path), "datasets", code="unreadable-file"):
+            for number, row in enumerate(table, start=1):
+                yield f"{path}: row {number}", {name: named(name, cell) for name, cell in row.items()}
+
+    return table.column_names, rows()
 
 
-def _check_plain(source: str, name: str, cell: Any) -> None:
-    """Check that a cell is a text or a number."""
-    if not isinstance(cell, (str, int, float)):
-        raise SpecError(f"{source}: the cell {name!r} is {type(cell).__name__}; give a column of texts or numbers")
-
-
-def _read_folder(path: Path, cache: str) -> Any:
-    """Return the splits that the package datasets reads from a folder, or the split that the path ends with.
-
-    Raises:
-        SpecError: the folder names files on the network.
-    """
-    folder, split = (path, None) if path.is_dir() or not path.parent.is_dir() else (path.parent, path.name)
-    card, settings = folder / "README.md", folder / ".huggingface.yaml"
-    named = {}
-    if card.is_file():
-        named[card] = repr(module_of("data", "huggingface_hub").DatasetCard.load(card).data.to_dict().get("configs"))
-    if settings.is_file():
-        named[settings] = settings.read_text(encoding="utf-8")
-    for file, text in named.items():
-        _check_local(file, text)
-    table = module_of("data", "datasets").load_dataset(str(folder), split=split, cache_dir=cache, keep_in_memory=True)
-    return next(iter(table.values())) if split is None and len(table) == 1 else table
-
-
-def _check_local(source: object, text: str) -> None:
-    """Refuse names of files that are not on this machine."""
-    if "://" in text:
-        raise SpecError(
-            f"{source} names files on the network, and nothing is downloaded; name files on this machine",
-            code="invalid-data",
-        )
-
-
-def _several_splits(name: str, splits: Sequence[str]) -> SpecError:
-    return SpecError(
-        f"{name} holds the splits {', '.join(splits)}; give one, such as {name}/{splits[0]}. Another one can be "
-        f'a further test set: data.shifts = ["{name}/{splits[-1]}"]'
-    )
+def _filled(where: str, name: str, cell: Any, plain: bool = True) -> Any:
+    """Return a cell that is not empty, and by default a text or a number."""
+    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):  # nan differs from itself
+        raise SpecError(f"{where}: the cell {name!r} is empty; fill it, or remove the row", code="invalid-data")
+    if plain and not isinstance(cell, (str, int, float)):
+        raise SpecError(f"{where}: the cell {name!r} is {type(cell).__name__}; give a column of texts or numbers")
+    return cell
 
 
 def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
@@ -408,7 +309,11 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else {}
     splits = [name for name in SPLITS if name in folders]
     if splits and len(splits) == len(folders) and all(any(map(Path.is_dir, it.iterdir())) for it in folders.values()):
-        raise _several_splits(f"imagefolder:{folder}", splits)
+        name = f"imagefolder:{folder}"
+        raise SpecError(
+            f"{name} holds the splits {', '.join(splits)}; give one, such as {name}/{splits[0]}. Another one can be a "
+            f'further test set: data.shifts = ["{name}/{splits[-1]}"]'
+        )
     try:
         dataset = module_of("vision", "torchvision.datasets").ImageFolder(folder)
     except OSError as fault:
@@ -505,23 +410,17 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     kind, _, location = name.partition(":")
     kinds = [choice.partition(":")[0] for choice in DATA]
     if kind not in kinds or not location:
-        prefix = "imagefolder" if Path(name).is_dir() else _KINDS.get(Path(name).suffix.lower())
+        prefix = "imagefolder" if Path(name).is_dir() else TABLES.get(Path(name).suffix.lower())
         meant = nearest(kind, kinds) if location or not prefix else f"; did you mean '{prefix}:{name}'"
         raise SpecError(f"no data set is called {name!r}{meant}; known: {', '.join(DATA)}", code="unknown-name")
-    if kind != "python":
-        _check_local(f"data set {name}", location)
-    if kind == "csv":
-        inputs, labels = read_csv(Path(location), config.text_column, config.label_column)
-    elif kind == "imagefolder":
+    if kind == "imagefolder":
         inputs, labels = _read_images(Path(location), config.image_size)
-    elif kind in (*TABLES, "folder", "disk"):
-        if tokenizer is None:
-            pictures, labels = read_table(
-                kind, location, config.image_column, config.label_column, image_size=config.image_size
-            )
-            inputs = torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        else:
-            inputs, labels = read_table(kind, location, config.text_column, config.label_column)
+    elif kind != "python" and (tokenizer is not None or kind == "csv"):
+        inputs, labels = read_table(kind, Path(location), config.text_column, config.label_column)
+    elif kind != "python":
+        size = config.image_size
+        pixels, labels = read_table(kind, Path(location), config.image_column, config.label_column, image_size=size)
+        inputs = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     else:
         function = user_function(name)
         with user_code(name):
@@ -544,20 +443,13 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
 
 
 def _check_classes(name: str, examples: Examples) -> None:
-    """Refuse labels that are measurements, or that differ between all examples."""
+    """Refuse labels that are hardly ever the same, such as measurements or names of examples."""
     classes, total = examples.classes, len(examples)
-    if len(classes) > 2 and all(_NUMBER.fullmatch(label) for label in classes):
-        fractions = [label for label in classes if float(label) != round(float(label))]
-        if fractions and (len(classes) > 20 or 5 * len(classes) > total):
-            raise SpecError(
-                f"{name}: the labels look like measurements ({named(fractions)}): {len(classes)} different ones in "
-                f"{total} examples, each of which would be a class. Regression is not supported: sort them into a few "
-                "classes, such as low and high, or name the column of classes in data.label_column"
-            )
-    if 2 < len(classes) == total:
+    if len(classes) > 2 and 2 * len(classes) >= total:
         raise SpecError(
-            f"{name}: each of the {total} examples has a class of its own ({named(classes)}); a classifier needs "
-            "several examples of each. Name the column of classes in data.label_column",
+            f"{name}: the {total} examples have {len(classes)} classes ({named(classes)}), and a classifier needs "
+            "several examples of each. Name the column of classes in data.label_column. Regression is not supported: "
+            "sort measurements into a few classes, such as low and high",
             code="invalid-data",
         )
 

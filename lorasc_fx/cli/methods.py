@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from lorasc_fx.spec import CascadeSpec, Noise
 
@@ -18,16 +17,12 @@ class Method:
         spec: the cascade that is trained, from the configuration's spec and number of stages; None trains parameters
             of the plain model.
         staged: whether the steps are divided into the configuration's stages; otherwise there is one stage.
-        average: the weights that are evaluated. `spec`: the slow ones, or their average if the spec keeps one.
-            `cycles`: the mean at the ends of cycles: there is one stage, but the learning rate follows the
-            configuration's stages. `tail`: the mean at ten steps in the second half.
         parameters: for a plain model, globs on the names of the parameters that are trained.
     """
 
     about: str
     spec: Callable[[CascadeSpec, int], CascadeSpec] | None = None
     staged: bool = False
-    average: Literal["spec", "cycles", "tail"] = "spec"
     parameters: Callable[[CascadeSpec], tuple[str, ...]] = lambda spec: spec.train
 
 
@@ -58,8 +53,6 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
 METHODS: dict[str, Method] = {
     "probe": Method("the parameters under spec.train alone"),
     "lora": Method("one stage, pace 1, no noise", _plain),
-    "lora-average": Method("LoRA, mean of the weights of the second half", _plain, average="tail"),
-    "lora-cycles": Method("LoRA, the rate of the stages, mean of the weights at their ends", _plain, average="cycles"),
     "lora-summed": Method("LoRA of the rank that all stages have together, same scale", _summed),
     "cascade": Method("ReLoRA-like: all stages, pace 1, no noise", _plain, staged=True),
     "lorasc": Method("LoRASC: all stages, slow-fast and noise as [spec] says", lambda spec, _: spec, staged=True),

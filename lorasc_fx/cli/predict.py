@@ -7,7 +7,6 @@ preprocessing is that of the run: its configuration, its tokenizer, and the name
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +17,13 @@ import tyro
 from torch import nn
 
 from lorasc_fx.cli.config import Config, DataConfig
-from lorasc_fx.cli.data import TABLES, read_csv, read_table, read_text
+from lorasc_fx.cli.data import TABLES, read_table, read_text
 from lorasc_fx.cli.models import build_model, logits_of, put_weights, read_weights, set_mode
 from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last, check_device
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.util.extras import module_of
-
-MATRIX = 12
-"""Largest number of classes for a confusion matrix. With more classes, the most frequent confusions are listed."""
 
 Inputs = tuple[list[str], list[str], list[str]]
 """Names, texts or paths, and classes. An unknown class is empty."""
@@ -47,14 +43,14 @@ class Columns:
 class PredictArguments:
     """Print a line for each image or text: its name, the predicted class and the probability, separated by tabs.
 
-    If the true classes are known, the accuracy and a confusion matrix follow on standard error.
+    If the true classes are known, the accuracy follows on standard error.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run that has ended, or whose slow weights `lorasc-fx fold` wrote there."""
     inputs: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE-OR-FOLDER")]
-    """An image; a file of texts, one a line, or a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow) with a column of
-    texts; or a folder of such files. A blank line of a file of texts gets a line without a class."""
+    """An image; a file of texts, one a line, or a table (.csv, .tsv, .json, .jsonl, .parquet) with a column of texts;
+    or a folder of such files. A blank line of a file of texts gets a line without a class."""
     data: Columns = field(default_factory=Columns)
 
 
@@ -79,7 +75,8 @@ def run_predict(arguments: PredictArguments) -> int:
     check_device(device)
     read = _images(arguments.inputs, classes) if images else _texts(arguments.inputs, config.data, arguments.data)
     model = _folded_model(config, folder.folded, len(classes), images=images)
-    counts: Counter[tuple[str, str]] = Counter()  # of (class, predicted class)
+    labels_seen: list[str] = []
+    right = 0
     for names, inputs, labels in read:
         filled = [position for position, entry in enumerate(inputs) if entry.strip()]
         said = [("", "")] * len(inputs)
@@ -93,59 +90,16 @@ def run_predict(arguments: PredictArguments) -> int:
         for name, label, (predicted, share) in zip(names, labels, said, strict=True):
             print(f"{name}\t{predicted}\t{share}")
             if label and predicted:
-                counts[label, predicted] += 1
-    for line in score_lines(counts, classes):
-        print(line, file=sys.stderr)
-    return 0
-
-
-def score_lines(counts: Counter[tuple[str, str]], classes: Sequence[str]) -> list[str]:
-    """Return the accuracy, the counts of each class and the confusion matrix as lines.
-
-    Args:
-        counts: number of examples by (class, predicted class).
-        classes: of the run. Examples of another class count as wrong.
-    """
-    labels = {label for label, _ in counts}
-    if not labels:
-        return []
-    if not labels & set(classes):
-        shown_classes = f"the run has {named(classes, 5)}"
-        return [f"no score: none of the labels ({named(sorted(labels), 5)}) is a class of the run; {shown_classes}"]
-    total, right = (
-        counts.total(),
-        sum(count for (label, predicted_class), count in counts.items() if label == predicted_class),
-    )
-    lines = [f"accuracy {right / total:.3f}: {right} of {total} labelled examples"]
-    unknown = sorted(labels - set(classes))
+                labels_seen.append(label)
+                right += label == predicted
+    unknown = sorted({*labels_seen} - {*classes})
     if unknown:
-        lines.append(f"labels that are not a class of the run count as wrong: {named(unknown, 5)}")
-    rows = [*classes, *unknown]
-    if len(rows) <= MATRIX:
-        table = [["class", *classes, "examples", "right"]]
-        for label in rows:
-            cells = [counts[label, predicted_class] for predicted_class in classes]
-            share = f"{counts[label, label] / sum(cells):.3f}" if sum(cells) else "-"
-            table.append([label, *map(str, cells), str(sum(cells)), share])
-        lines.append("examples of each class (rows) by the predicted class (columns):")
-    else:
-        table = [["class", "examples", "right", "predicted"]]
-        for label in rows:
-            examples = sum(count for (true_class, _), count in counts.items() if true_class == label)
-            predicted = sum(count for (_, predicted_class), count in counts.items() if predicted_class == label)
-            share = f"{counts[label, label] / examples:.3f}" if examples else "-"
-            table.append([label, str(examples), share, str(predicted)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
-    if len(rows) > MATRIX:
-        wrong = Counter({pair: count for pair, count in counts.items() if pair[0] != pair[1]})
-        shown = [
-            f"{label} as {predicted_class} ({count})" for (label, predicted_class), count in wrong.most_common(MATRIX)
-        ]
-        lines += [f"most frequent confusions: {', '.join(shown)}"] if shown else []
-    return lines
+        told = f"labels that are not a class of the run count as wrong: {named(unknown, 5)}"
+        print(f"{told}; the run has {named(classes, 5)}", file=sys.stderr)
+    if labels_seen:
+        total = len(labels_seen)
+        print(f"accuracy {right / total:.3f}: {right} of {total} labelled examples", file=sys.stderr)
+    return 0
 
 
 def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) -> nn.Module:
@@ -190,7 +144,7 @@ def _images(path: Path, classes: Sequence[str]) -> Iterator[Inputs]:
 
 def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]:
     """Yield the texts of a file, or of the files in a folder, with their numbers."""
-    for file in _files(path, (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"), "texts"):
+    for file in _files(path, (".txt", *TABLES), "texts"):
         texts, labels = _read_texts(file, config, columns)
         numbers = [f"{file}:{number}" for number in range(1, len(texts) + 1)]
         for start in range(0, len(texts), EVAL_BATCH):
@@ -204,14 +158,12 @@ def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[
     Raises:
         SpecError: the file cannot be read, or holds no texts.
     """
-    kind = path.suffix.lower().removeprefix(".").replace("jsonl", "json")
+    kind = TABLES.get(path.suffix.lower())
     text, label = columns.text_column or config.text_column, columns.label_column or config.label_column
     optional = columns.label_column is None
     labels: list[str] = []
-    if kind in ("csv", "tsv"):
-        texts, labels = read_csv(path, text, label, optional=optional)
-    elif kind in TABLES:
-        texts, cells = read_table(kind, str(path), text, label, optional=optional)
+    if kind is not None:
+        texts, cells = read_table(kind, path, text, label, optional=optional)
         labels = [str(cell) for cell in cells]
     else:
         lines = read_text(path).split("\n")  # not splitlines: `paste` has no other line ends

@@ -123,7 +123,6 @@ def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None
             raise SpecError(
                 f"{' and '.join(shown)}: {conflict.why}; {conflict.remedy}",
                 code="conflicting-options",
-                at=tuple(conflict.fields[0].split(".")),
             )
 
 
@@ -138,7 +137,6 @@ def check_names(cls: Any, given: Iterable[Any], path: FieldPath) -> None:
         raise SpecError(
             f"{path_text(path) or 'the table'} has no field {', '.join(told)}; known: {', '.join(known)}",
             code="unknown-name",
-            at=(*path, unknown[0]),
         )
 
 
@@ -197,13 +195,9 @@ def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
     hints = _hints(cls)
     for name in _required(cls):
         if name not in data:
-            raise SpecError(f"{path_text((*path, name))} is missing; {_remedy(hints[name])}", at=path)
+            raise SpecError(f"{path_text((*path, name))} is missing; {_remedy(hints[name])}")
     values = {name: decode(hints[name], value, (*path, name)) for name, value in data.items()}
-    try:
-        return cls(**values)
-    except SpecError as fault:  # several fields together
-        fault.at = (*path, *fault.at)
-        raise
+    return cls(**values)
 
 
 def _is_dataclass(kind: Any) -> bool:
@@ -237,7 +231,7 @@ def _remedy(hint: Any) -> str:
 
 def _wrong(path: FieldPath, value: Any, check: Check) -> SpecError:
     near = nearest(str(value)[:_LONGEST], check.known) if check.known else ""
-    return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{near}", at=path)
+    return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{near}")
 
 
 def _shown(value: Any) -> str:

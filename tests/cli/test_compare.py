@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lorasc_fx.cli import compare, main
+from lorasc_fx.cli import main
 from lorasc_fx.cli.compare import Result, best_rates
 
 
@@ -28,7 +28,7 @@ def without_time(result: Result) -> Result:
 def test_all_methods_side_by_side(
     place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = ["probe", "lora", "lora-average", "lora-cycles", "lora-summed", "cascade", "lorasc", "full"]
+    methods = ["probe", "lora", "lora-summed", "cascade", "lorasc", "full"]
     assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.keep-weights", "lorasc"]) == 0
     said = capsys.readouterr().out
     run = place / "runs" / "tiny"
@@ -111,31 +111,6 @@ def test_each_method_has_its_own_grid(place: Path) -> None:
     assert main(["compare", "tiny.toml", *rates]) == 0
     made = sorted(path.stem for path in (place / "runs" / "tiny" / "results").glob("*.json"))
     assert made == ["lora-seed0-lr0.01", "probe-seed0-lr0.1", "probe-seed0-lr0.2"]
-
-
-def test_averages_of_lora_by_hand(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kept weights are the mean of those at the moments of a run in one stage."""
-    kept: list[tuple[int, dict[str, torch.Tensor]]] = []
-    plain = compare.MeanWeights.add
-
-    def add(self: compare.MeanWeights, state: dict[str, torch.Tensor]) -> None:
-        kept.append((len(kept), state))
-        plain(self, state)
-
-    monkeypatch.setattr(compare.MeanWeights, "add", add)
-    folder = place / "runs" / "tiny"
-    for method, count in (("lora-cycles", 3), ("lora-average", 6)):  # steps 7 to 12
-        kept.clear()
-        asked = ["--compare.methods", method, "--compare.seeds", "0", "--compare.keep-weights", method]
-        assert main(["compare", "tiny.toml", *asked, "--overwrite"]) == 0
-        assert len(kept) == count
-        weights = load_file(folder / "results" / f"{method}-seed0-lr0.01.safetensors")
-        for name in ("0.weight", "7.bias"):
-            states = torch.stack([state[name].double() for _, state in kept])
-            torch.testing.assert_close(weights[name].double(), states.mean(0), rtol=1e-6, atol=1e-7)
-            assert (states.std(0) > 0).any()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {1}
 
 
 def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -> None:

@@ -49,26 +49,25 @@ def test_data_become_dataclasses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "code", "told", "at"),
+    ("data", "code", "told"),
     [
-        ([], "invalid-value", "root is empty; give Outer(...)", ("root",)),
-        ({"inner": {}}, "invalid-value", "root.inner is empty; give a list", ("root", "inner")),
-        ({"inner": [{}]}, "invalid-value", "root.inner[0].count is missing; give 1 or more", ("root", "inner", 0)),
-        ({"inner": [{"count": True}]}, "invalid-value", "root.inner[0].count is True", ("root", "inner", 0, "count")),
-        ({"inner": [{"count": 1, "mode": "fsat"}]}, "invalid-value", "nearest: 'fast'", ("root", "inner", 0, "mode")),
-        ({"inner": [{"cuont": 1}]}, "unknown-name", "'cuont'; nearest: 'count'", ("root", "inner", 0, "cuont")),
-        ({"rows": {"a.b": {}}}, "invalid-value", "root.rows.a.b.name is missing", ("root", "rows", "a.b")),
-        ({"rows": {"0 1": 5}}, "invalid-value", "root.rows['0 1'] is 5; give a table", ("root", "rows", "0 1")),
-        ({"rows": {1: ROW}}, "invalid-value", "root.rows is 1; give a string", ("root", "rows")),
-        ({"rows": {"x": {**ROW, "pair": [1]}}}, "invalid-value", "give 2 entries", ("root", "rows", "x", "pair")),
-        ({"rows": {"x": {**ROW, "more": [1]}}}, "invalid-value", "more[0] is 1", ("root", "rows", "x", "more", 0)),
-        ({"size": "9" * 500}, "invalid-value", "... (502 characters); give a whole number", ("root", "size")),
-        ({"size": float("nan")}, "invalid-value", "root.size is nan", ("root", "size")),
-        ({"on": 1}, "invalid-value", "root.on is 1; give true or false", ("root", "on")),
-        ({"on": True, "size": 2}, "conflicting-options", "on is True and size is 2: no; give one", ("root", "on")),
+        ([], "invalid-value", "root is empty; give Outer(...)"),
+        ({"inner": {}}, "invalid-value", "root.inner is empty; give a list"),
+        ({"inner": [{}]}, "invalid-value", "root.inner[0].count is missing; give 1 or more"),
+        ({"inner": [{"count": True}]}, "invalid-value", "root.inner[0].count is True"),
+        ({"inner": [{"count": 1, "mode": "fsat"}]}, "invalid-value", "nearest: 'fast'"),
+        ({"inner": [{"cuont": 1}]}, "unknown-name", "'cuont'; nearest: 'count'"),
+        ({"rows": {"a.b": {}}}, "invalid-value", "root.rows.a.b.name is missing"),
+        ({"rows": {"0 1": 5}}, "invalid-value", "root.rows['0 1'] is 5; give a table"),
+        ({"rows": {1: ROW}}, "invalid-value", "root.rows is 1; give a string"),
+        ({"rows": {"x": {**ROW, "pair": [1]}}}, "invalid-value", "give 2 entries"),
+        ({"rows": {"x": {**ROW, "more": [1]}}}, "invalid-value", "more[0] is 1"),
+        ({"size": "9" * 500}, "invalid-value", "... (502 characters); give a whole number"),
+        ({"size": float("nan")}, "invalid-value", "root.size is nan"),
+        ({"on": 1}, "invalid-value", "root.on is 1; give true or false"),
+        ({"on": True, "size": 2}, "conflicting-options", "on is True and size is 2: no; give one"),
     ],
 )
-def test_a_wrong_value_is_named_by_its_path(data: Any, code: str, told: str, at: tuple[Any, ...]) -> None:
-    with raises(lx.SpecError, code, told) as caught:
+def test_a_wrong_value_is_named_by_its_path(data: Any, code: str, told: str) -> None:
+    with raises(lx.SpecError, code, told):
         decode(Outer, data, ("root",))
-    assert caught.value.at == at
