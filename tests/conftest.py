@@ -55,9 +55,6 @@ asks for it."""
 
 
 SAMPLED = {
-    "checkpoint/test_named_base.py::test_a_folder_is_loaded_by_itself": 2,
-    "checkpoint/test_named_base.py::test_only_local_files_unless_the_environment_allows_more": 3,
-    "checkpoint/test_named_base.py::test_the_head_of_a_classifier_of_texts": 5,
     "checkpoint/test_resume.py::test_after_stages_have_ended": 3,
     "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
     "checkpoint/test_resume.py::test_optimizers": 3,
@@ -131,7 +128,6 @@ SAMPLED = {
     "quantized/test_layers.py::test_a_run_goes_on": 2,
     "quantized/test_layers.py::test_a_dense_release_has_linear_layers": 2,
     "checkpoint/test_write.py::test_folders_of_other_programs_stay": 4,
-    "checkpoint/test_named_base.py::test_a_forged_configuration": 3,
     "branch/test_by_hand.py::test_merged_with_a_product": 3,
     "cascade/test_outside_writes.py::test_checksums_are_of_the_bits_in_order": 4,
     "cascade/test_transition_cost.py::test_accumulate_is_the_sum_rounded_once": 4,
@@ -170,7 +166,6 @@ SLOW = {
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[auto]",
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[graph-breaks]",
     "accelerator/test_operations.py::test_exported_graphs",
-    "checkpoint/test_named_base.py::test_large_numbers_of_the_files_themselves",
     "errors/test_warnings.py::test_a_program_that_ends_with_a_trained_first_stage",
     "accelerator/test_operations.py::test_methods_of_a_model[llama]",
     "cascade/test_release.py::test_a_model_of_a_library_loads_strictly[torchvision-dtype2]",

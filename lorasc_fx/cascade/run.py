@@ -356,7 +356,6 @@ class Run(RunBase):
                 "any move. cascade.zero_grad() drops the gradients",
                 code="gradients-pending",
             )
-        self.warned.accept("training-not-kept")  # the user folds, saves or looks at the weights
         if call not in _KEEPS_NOTHING:
             self.note_kept()
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.commit import Gradients, Planned, write_planned
 from lorasc_fx.cascade.optim import check_holds, treated_state
 from lorasc_fx.cascade.run import Run
@@ -62,7 +61,7 @@ def next_stage(
             state |= treated_state(optimizer, trained.values(), "kept")
             state |= treated_state(optimizer, factors, plan.spec.optimizer_state)
             # Reset the state of factors with a new shape, and the state that led to inf or nan.
-            reset = _resized(planned, branches)
+            reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
             for name in after.left_out:
                 reset += branches[name].parameters() if name in branches else [trained[name]]
             state |= treated_state(optimizer, reset, "reset")
@@ -114,7 +113,7 @@ def begin(run: Run, planned: Planned, then: Callable[[], object] | None = None, 
         keep: whether branches take over what the spec keeps of the stage before.
     """
     branches = run.branches_by_weight()
-    resized = bool(_resized(planned.plan, branches))
+    resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
     planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients=Gradients())
     with commit() as undo:
@@ -123,11 +122,6 @@ def begin(run: Run, planned: Planned, then: Callable[[], object] | None = None, 
             then()
         if resized:
             run.replicas.outdate()
-
-
-def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter]:
-    """Return the parameters that have another shape in the planned stage, so that no optimizer state fits."""
-    return [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
 
 
 def end_idle(run: Run) -> None:

@@ -10,7 +10,6 @@ captured graphs are guarded by them.
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import weakref
@@ -22,20 +21,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.watches import Fresh
-from lorasc_fx.errors import StateError, named, warn
-from lorasc_fx.util.finalizers import run_postponed
+from lorasc_fx.errors import StateError, warn
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 """The original function. Context parallelism replaces it in torch.nn.functional."""
-
-_ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
 
 
 class UsageWatch(Fresh):
@@ -63,14 +58,12 @@ class UsageWatch(Fresh):
             run.model._compiled_call_impl = call
         self._remove = weakref.finalize(run, _detach, weakref.ref(run.model), call, handle)
         self._remove.atexit = False
-        _ARMED.add(self)
 
     def disarm(self) -> None:
         """Remove the hooks from the model."""
         if self._remove is not None:
             self._remove()
         self._run, self._remove = lambda: None, None
-        _ARMED.discard(self)
 
     # ---- calls, saves and copies of the user's model
 
@@ -166,15 +159,20 @@ class UsageWatch(Fresh):
     # ---- calls of the cascade
 
     def check_call(self, run: Run, cascade: Any) -> None:
-        """Check a call: wrappers once per stage, gradient mode and wrapper, and noise and dropout in eval mode.
+        """Check a call: wrappers once per stage, gradient mode and wrapper, and noise in eval mode.
 
         Raises:
             StateError: inside context parallelism, in a wrapper that shards, copies or lacks parameters, or the ranks
                 of DistributedDataParallel differ.
         """
         grad, wrapper = torch.is_grad_enabled(), DistributedDataParallel._active_ddp_module
-        if not cascade.training:
-            self._check_evaluation(run, grad)
+        # A model that came in eval mode is trained in it, so its training calls may see noise.
+        if not cascade.training and run.is_noisy and (not grad or self._train_mode):
+            run.warned.once(
+                "evaluated-with-noise",
+                f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
+                'Evaluate inside `with cascade.weights("slow"):` or "fast", or after `release`',
+            )
         reference = None if wrapper is None else weakref.ref(wrapper)
         attention, kind = F.scaled_dot_product_attention, type(cascade)
         around = (reference, attention, kind, run.plan.stage, len(run.branches), run.grouped)
@@ -194,60 +192,6 @@ class UsageWatch(Fresh):
         # Before the first training call: the wrapper has broadcast the parameters of rank 0, but not its W0.
         if grad and (group := run.replicas.new_group()) is not None:
             run.check_ranks("DistributedDataParallel", group)
-
-    def _check_evaluation(self, run: Run, grad: bool) -> None:
-        """Warn of a call in eval mode that sees noise, and watch for one that trains without dropout.
-
-        A call with gradients may be an evaluation without torch.no_grad: its backward tells whether it trains. A model
-        that came in eval mode is trained in it, so its training calls may see noise.
-        """
-        if grad and "dropout-not-applied" not in run.warned:
-            run.pending.at_backward = self._check_dropout
-        if run.is_noisy and (not grad or self._train_mode):
-            run.warned.once(
-                "evaluated-with-noise",
-                f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
-                'Evaluate inside `with cascade.weights("slow"):` or "fast", or after `release`',
-            )
-
-    def _check_dropout(self) -> None:
-        """Warn of a backward in eval mode if there is dropout. Looks at the modules once per cascade."""
-        run = self._run()
-        if run is None or run.branches.training:
-            return
-        skipped = [f"dropout={run.plan.spec.dropout:g} of the spec"] if run.plan.spec.dropout else []
-        skipped += [
-            f"{name}={value:g} of {path or type(run.model).__name__}"
-            for path, module in run.model.named_modules()
-            for name, value in vars(module).items()
-            if "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
-            if isinstance(value, float) and value > 0 and not module.training
-        ]
-        if not skipped:
-            run.warned.accept("dropout-not-applied")
-            return
-        run.warned.once(
-            "dropout-not-applied",
-            f"a training step ran in eval mode, in which dropout does nothing: {named(skipped)}. Models of "
-            "from_pretrained come in eval mode. Call train() of the cascade before training (model.train() if that is "
-            "its name), or set dropout to 0",
-        )
-
-    def check_end(self) -> None:
-        """Warn at the end of the program if the first stage has trained and was not ended, saved or released."""
-        run = self._run()
-        if run is None or run.looped or not run.is_local or run.plan.stage > 1:
-            return
-        if "training-not-kept" in run.warned or not run.slow.moved(run.branches_by_weight()):
-            return
-        pace = run.plan.spec.pace_at(1, {1: 1.0})  # the share of a first stage is the same for any loss
-        kept = f", and keeps {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
-        run.warned.once(
-            "training-not-kept",
-            "the program ends, and what stage 1 of a cascade has trained was neither folded nor saved. Train in "
-            f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; "
-            "lorasc_fx.save keeps it for a later run",
-        )
 
 
 def callers() -> Iterator[FrameType]:
@@ -288,10 +232,3 @@ def _detach(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:
     called = model()
     if called is not None and called.__dict__.get("_compiled_call_impl") is call:
         del called._compiled_call_impl
-
-
-@atexit.register
-def _at_exit() -> None:
-    run_postponed()
-    for watch in list(_ARMED):
-        watch.check_end()

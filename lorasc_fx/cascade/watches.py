@@ -53,28 +53,18 @@ class PendingWatch(Fresh):
     A gradient is pending while the parameter still has the recorded version.
     """
 
-    STEPS: ClassVar[int] = 64
-    """Optimizer steps on a gradient that is never cleared before the warning. No training does this on purpose."""
-    BACKWARDS: ClassVar[int] = 1024
-    """Backwards without a step before the warning. Fewer may be gradient accumulation."""
-
     def __init__(self) -> None:
-        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
         self._handles: list[Any] = []
         self._versions: dict[int, int] = {}  # of parameters, when their last gradient arrived
         # Weak references: a parameter's hook refers to this watch, and the garbage collector does not see such hooks.
         self._watched = weakref.WeakValueDictionary[int, nn.Parameter]()
-        self._counted = 0  # id of the parameter whose gradient is counted
-        self._version = self._steps = self._backwards = 0
-        self._check: Any = None
-        self._warned = False
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """Watch these parameters too."""
         for parameter in parameters:
             if id(parameter) not in self._watched:
                 self._watched[id(parameter)] = parameter
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
 
     @property
     def accumulated(self) -> bool:
@@ -83,11 +73,9 @@ class PendingWatch(Fresh):
 
     def disarm(self) -> None:
         """Remove all hooks."""
-        for handle in (*self._handles, self._check):
-            if handle is not None:
-                handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._handles, self._watched, self._versions = [], weakref.WeakValueDictionary(), {}
-        self._counted, self._check = 0, None
 
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores which parameters are watched and the versions recorded for them."""
@@ -113,48 +101,6 @@ class PendingWatch(Fresh):
     def note(self, parameter: nn.Parameter) -> None:
         """Record that the current gradient of a parameter waits for a step."""
         self._versions[id(parameter)] = parameter._version
-
-    def _accumulated(self, parameter: nn.Parameter) -> None:
-        if self.at_backward is not None:
-            check, self.at_backward = self.at_backward, None
-            check()
-        if parameter.grad is not None and self._counted in (0, id(parameter)) and not self._warned:
-            self._count(parameter, parameter.grad._version)
-        self.note(parameter)
-
-    def _count(self, parameter: nn.Parameter, version: int) -> None:
-        """Count how often the gradient of one parameter was accumulated without being cleared.
-
-        `zero_grad` sets a gradient to None, so that the next one is a new tensor with a low version. Clipping and
-        `zero_grad(set_to_none=False)` both write in place, and only the values tell them apart. The values are read
-        once, before the warning.
-        """
-        before, self._version = self._version, version
-        if not self._counted or version <= before:
-            # The loop clears this one. It may not clear another one, so count the next one that gets a gradient.
-            self._counted = 0 if self._counted else id(parameter)
-            self._steps = self._backwards = 0
-            return
-        self._backwards += 1
-        self._steps += self._versions.get(id(parameter)) != parameter._version
-        if self._check is None and (self._steps >= self.STEPS or self._backwards >= self.BACKWARDS):
-            self._check = parameter.register_hook(self._check_cleared)
-
-    def _check_cleared(self, _: torch.Tensor) -> None:
-        """Warn if a backward is about to accumulate into a nonzero gradient."""
-        self._check.remove()
-        parameter, steps, backwards = self._watched.get(self._counted), self._steps, self._backwards
-        self._check, self._steps, self._backwards = None, 0, 0
-        if parameter is None or parameter.grad is None or not bool(local(parameter.grad).any()):
-            return
-        self._warned = True
-        what = f"{steps} optimizer steps" if steps else f"{backwards} backwards without an optimizer step"
-        warn(
-            f"the gradients of a cascade were not cleared in {what}, so all of them add up: zero_grad of the adapted "
-            "model does not reach the branches. Call optimizer.zero_grad() on an optimizer made from "
-            "cascade.param_groups(lr=...), or cascade.zero_grad()",
-            "gradients-not-cleared",
-        )
 
 
 class StepWatch(Fresh):

@@ -36,8 +36,7 @@ The logger `lorasc_fx` holds at INFO what was done and how long it took.
   `pace` below 1, and neither `stages` nor `transition` was called: that share of what it has trained is kept.
 - `lorasc-fx fold` or `export` meets a run, or a checkpoint, whose running stage has trained and never ended: it is
   folded as it is, and the `pace` of the spec counts.
-- The program ends, and what a first stage has trained was neither folded nor saved; or a cascade is garbage collected
-  while its model lives, and what the running stage has trained goes with it.
+- A cascade is garbage collected while its model lives, and what the running stage has trained goes with it.
 - The cascade is called in eval mode inside a stage with noise; `weights("slow")` and `weights("fast")` hold none.
 - The user's model is called, copied (`deepcopy`) or pickled (`torch.save`), or its `state_dict()` is read, inside a
   stage: it lacks the running branches, and may hold noise. Calls of its submodules are not seen.
@@ -48,7 +47,6 @@ The logger `lorasc_fx` holds at INFO what was done and how long it took.
 - A parameter that is neither adapted nor trained was changed after a save: later checkpoints load onto its new numbers
   only.
 - A weight that is adapted has a hook on its gradient, which it no longer gets.
-- Gradients were not cleared in 64 optimizer steps in a row, or in 1024 backwards without a step.
 - A site came with a call after the optimizer was made.
 - A branch, or a parameter trained in full, was left out of a fold because it is not finite (`on_nonfinite="skip"`).
 - More than 32 variants were captured; `merge` found buffers that differ; a checkpoint was written by other versions;

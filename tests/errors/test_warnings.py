@@ -6,8 +6,6 @@ import copy
 import gc
 import io
 import pickle  # noqa: TID251  # that a watched model pickles is what is tested
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import lacking, raises
-from tests.kit.seams import lower
 from tests.kit.state import branches_of, forget_warnings
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -173,48 +170,6 @@ def test_evaluation_with_noise() -> None:
         cascade.eval()(X)
 
 
-class Attends(nn.Module):
-    """A linear whose output an attention with dropout sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.attention = nn.Linear(5, 4), nn.MultiheadAttention(4, 2, dropout=0.25)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layer(x)
-        return self.attention(y, y, y)[0]
-
-
-@pytest.mark.parametrize(
-    ("model", "dropout", "names"),
-    [
-        (net(), 0.5, ["dropout=0.5 of the spec"]),
-        (nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.1)), 0.0, ["p=0.1 of 1", "train()"]),
-        (Attends(), 0.0, ["dropout=0.25 of attention"]),
-        (nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.0)), 0.0, []),
-    ],
-)
-def test_training_in_eval_mode_without_the_dropout(
-    model: nn.Module, dropout: float, names: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Told at the first backward, once. An evaluation has none, and no dropout; the modules are looked at once."""
-    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, dropout=dropout), copy.deepcopy(model).eval())
-    with silent():
-        cascade(X)  # an evaluation without no_grad
-        cascade.train()
-        step(cascade, optimizer)
-    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, dropout=dropout), model.eval())
-    for branch in branches_of(cascade).values():
-        nn.init.ones_(branch.lora_B)
-    with silent(), torch.no_grad():
-        assert torch.equal(cascade(X), cascade(X))
-    with warns("dropout-not-applied", *names) if names else silent():
-        step(cascade, optimizer)
-    with silent(), monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "named_modules", None)
-        step(cascade, optimizer)
-
-
 def test_training_in_eval_mode_is_no_evaluation() -> None:
     """As with frozen batch norms: the model is in eval mode from the start, and an evaluation asks for no gradients."""
     cascade, _ = adapted(NOISY, net().eval())
@@ -364,43 +319,7 @@ def test_copies_pickles_and_tracers_of_the_model() -> None:
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
 
 
-# ---- gradients that nothing clears
-
-
-def accumulate(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, loop: str) -> None:
-    cascade(X).square().sum().backward()
-    if loop == "in place":
-        torch.nn.utils.clip_grad_norm_(cascade.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        return
-    if loop == "clipped":
-        torch.nn.utils.clip_grad_norm_(cascade.parameters(), 1.0)
-    if loop != "no step":
-        optimizer.step()
-    cascade.model.zero_grad()
-
-
-@pytest.mark.parametrize(
-    ("loop", "expected"),
-    [("model", "64 optimizer steps"), ("clipped", "64 optimizer steps"), ("in place", None), ("no step", "80 backw")],
-)
-@pytest.mark.parametrize("spec", [QUIET, lx.CascadeSpec(rank=2, targets=("0",), train=("2.*",))])
-def test_gradients_that_add_up(
-    spec: lx.CascadeSpec, loop: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The usual `model.zero_grad()` of a loop clears what the model trains itself, and no branch."""
-    lower(monkeypatch, "backwards without a step", 80)
-    with silent():
-        cascade, optimizer = adapted(spec)
-        for _ in range(65):
-            accumulate(cascade, optimizer, loop)
-    with warns("gradients-not-cleared", expected, "zero_grad") if expected else silent():
-        for _ in range(20):
-            accumulate(cascade, optimizer, loop)
-    with silent():
-        for _ in range(70):
-            accumulate(cascade, optimizer, loop)
+# ---- optimizers
 
 
 def test_an_optimizer_without_the_branches() -> None:
@@ -472,36 +391,3 @@ def test_a_frozen_site_among_trainable_ones() -> None:
         backbone = net()
         backbone[0].requires_grad_(False)
         lx.adapt(backbone, (X,), spec=QUIET)
-
-
-END = """
-import torch, lorasc_fx as lx
-
-def new():
-    spec = lx.CascadeSpec(rank=2)
-    cascade = lx.adapt(torch.nn.Linear(4, 3), (torch.ones(2, 4),), spec=spec, frontend="symbolic")
-    return cascade, torch.optim.SGD(cascade.param_groups(lr=0.1))
-
-def step(cascade, optimizer):
-    cascade(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-lost, untrained, saved, gone, dropped, staged = (new() for _ in range(6))
-for each in (lost, saved, gone, dropped):
-    step(*each)
-lx.save(saved[0], FOLDER)
-model = dropped[0].model
-del gone, dropped, each
-for stage in staged[0].stages(1, staged[1]):
-    step(*staged)
-"""
-
-
-def test_a_program_that_ends_with_a_trained_first_stage(tmp_path: Path) -> None:
-    program = END.replace("FOLDER", repr(str(tmp_path / "run")))
-    command = [sys.executable, "-W", "always", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.count("LorascWarning: the program ends, and what stage 1") == 1, done.stderr
-    assert done.stderr.count("LorascWarning: a cascade was garbage collected without release()") == 1, done.stderr
-    assert done.stderr.count("Warning") == 2, done.stderr

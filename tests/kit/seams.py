@@ -11,7 +11,7 @@ from typing import Any
 import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.capture import graph_breaks, reuse
-from lorasc_fx.cascade import run_base, transition, watches
+from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
 from lorasc_fx.checkpoint import reader, state_dict, writer
@@ -60,7 +60,6 @@ SEAMS: dict[str, tuple[Any, str]] = {
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "backwards without a step": ((watches.PendingWatch, "BACKWARDS"),),
     "manifest bytes": ((writer, "LONGEST"), (reader, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),
