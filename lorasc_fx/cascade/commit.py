@@ -158,12 +158,11 @@ def write_weights(
     A quantized weight is not written: its branch computes the unmerged delta (`RunBase.set_unmerged`).
 
     Args:
-        run: whose W0 is copied before its memory is overwritten, and released after use if it is a mapped file.
+        run: whose W0 is copied before its memory is overwritten.
         parameters: by name.
         write: writes the values.
         after: slow weights that the run will hold, if they differ.
     """
-    release = run.base_file.releaser() if run.base_file is not None else None
     known = [slow.states for slow in (run.slow, after) if slow is not None]
     for name, parameter in writable(parameters).items():
         out = local(parameter)
@@ -171,8 +170,6 @@ def write_weights(
             if name in states:
                 keep_base(states[name].base, out)
         write(name, out)
-        if release is not None and name in known[-1]:
-            release(known[-1][name].base)
 
 
 def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:

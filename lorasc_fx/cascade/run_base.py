@@ -30,9 +30,6 @@ class BaseValues(Protocol):
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the values of a weight before it was quantized."""
 
-    def releaser(self) -> Callable[[torch.Tensor], None]:
-        """Return a function that releases the pages of a mapped tensor until their next use."""
-
     def check(self, call: str) -> None:
         """Raise StateError if a file was changed."""
 

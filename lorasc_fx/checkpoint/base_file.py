@@ -1,19 +1,16 @@
 """W0 as pages of the safetensors file that the model came from, instead of a copy in host memory (`base="file"`).
 
-Such a tensor is memory-mapped: the system reads its pages on use, we release them after each use, and no file stays
-open. It is compared with the model once, bit for bit, so that W0 is the same wherever it is kept. Nothing is written to
-the file, and no other program may write to it while the cascade lives, which is checked before each call that needs W0.
+Such a tensor is memory-mapped: the system reads its pages on use and drops them when memory is short. It is compared
+with the model once, bit for bit, so that W0 is the same wherever it is kept. Nothing is written to the file, and no
+other program may write to it while the cascade lives, which is checked before each call that needs W0.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +28,6 @@ from lorasc_fx.shards import local, local_like
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
-_PART = 8 << 20
-"""Bytes of a file that are compared at a time."""
-_MAPS = Path("/proc/self/maps")
 
 
 class FileTensor(NamedTuple):
@@ -74,7 +68,6 @@ class BaseFile:
         tensors = {}
         for path, keys in wanted.items():
             read = mapped_tensors(path, keys.values())
-            pages = MappedPages.of([path])
             for name, tensor in zip(keys, read, strict=True):
                 value, where = parameters[name].detach(), f"base: {keys[name]} of {path}"
                 shard = local_like(tensor, value) if tensor.shape == value.shape else tensor
@@ -86,17 +79,12 @@ class BaseFile:
                     raise CheckpointError(
                         f"{where} is {there}, and {name} of the model is {ours}. {_ADVICE}", code="base-differs"
                     )
-                if not pages.same_bits(shard, value):
+                if not same_bits(shard, value):
                     raise CheckpointError(
                         f"{where} holds other values than {name} of the model. {_ADVICE}", code="base-differs"
                     )
-                pages.release(tensor)  # a shard may be a copy of it
                 tensors[name] = shard
         return tensors
-
-    def releaser(self) -> Callable[[torch.Tensor], None]:
-        """Return `MappedPages.release` for the pages of the files that are mapped now."""
-        return MappedPages.of(self.stamps).release
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return a weight from before it was quantized.
@@ -140,50 +128,9 @@ class BaseFile:
         )
 
 
-@dataclass(frozen=True)
-class MappedPages:
-    """Memory of this process that is mapped from files (on Linux; empty elsewhere).
-
-    Args:
-        spans: start and end addresses.
-    """
-
-    spans: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def of(cls, paths: Iterable[Path]) -> MappedPages:
-        """Return what is mapped from these files."""
-        if not _MAPS.exists() or not hasattr(mmap, "MADV_DONTNEED"):
-            return cls()
-        wanted = {(os.stat(path).st_ino, os.path.realpath(path)) for path in paths if path.exists()}
-        spans = []
-        for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-            span, _, _, _, inode, *path = line.split(maxsplit=5)
-            if path and (int(inode), path[0]) in wanted:
-                begin, end = span.split("-")
-                spans.append((int(begin, 16), int(end, 16)))
-        return cls(tuple(spans))
-
-    def release(self, tensor: torch.Tensor) -> None:
-        """Give the pages of a mapped tensor that nothing was written to back to the system.
-
-        The next use reads them from the file again. Memory that is not mapped from the files is left alone.
-        """
-        size = mmap.PAGESIZE
-        begin = -(-tensor.data_ptr() // size) * size
-        end = (tensor.data_ptr() + tensor.nbytes) // size * size
-        if begin < end and tensor.is_contiguous() and any(low <= begin and end <= high for low, high in self.spans):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-    def same_bits(self, tensor: torch.Tensor, expected: torch.Tensor) -> bool:
-        """Whether a mapped tensor equals one of its shape and dtype bit for bit. Releases the pages as it goes."""
-        parts = [value.contiguous().view(-1).view(torch.uint8).split(_PART) for value in (tensor, expected.detach())]
-        for part, expected_part in zip(*parts, strict=True):
-            same = torch.equal(part, expected_part.to("cpu"))
-            self.release(part)
-            if not same:
-                return False
-        return True
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal bit for bit."""
+    return torch.equal(*(value.detach().cpu().contiguous().view(-1).view(torch.uint8) for value in (one, other)))
 
 
 def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorasc_fx.checkpoint.base_file import FileTensor, MappedPages, headers, keys_of, mapped_tensors, shards_of
+from lorasc_fx.checkpoint.base_file import FileTensor, headers, keys_of, mapped_tensors, same_bits, shards_of
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, named, nearest
 from lorasc_fx.parameters import exchange
 from lorasc_fx.shards import ShardSpec, local, local_like
@@ -124,7 +124,6 @@ class DeferredValues:
             (tensor,) = mapped_tensors(path, [key])
             blocks = (data_of(block.to(old.dtype).contiguous()) for block in tensor.reshape(-1).split(_BLOCK))
             prints[names[id(old)]] = fingerprint_of(old.dtype, tuple(old.shape), blocks)
-            MappedPages.of([path]).release(tensor)
         return prints
 
     def put(self, device: torch.device, undo: Undo) -> None:
@@ -136,10 +135,8 @@ class DeferredValues:
         with torch.no_grad():
             for path, pairs in self.files.items():
                 read = mapped_tensors(path, [key for key, _ in pairs])
-                pages = MappedPages.of([path])
                 for (_, old), tensor in zip(pairs, read, strict=True):
                     new[id(old)] = with_values(old, local_like(tensor, old), device)
-                    pages.release(tensor)
             for old, value in self._given:
                 new[id(old)] = with_values(old, value, device)
             for old in self._tensors:
@@ -196,8 +193,7 @@ def _check_tied(keys: list[str], stored: Mapping[str, FileTensor]) -> None:
     """Refuse the keys of one tensor under which the files hold different values."""
     for alias in keys[1:]:
         pair = [mapped_tensors(stored[key].path, [key])[0] for key in (keys[0], alias)]
-        pages = MappedPages.of([stored[keys[0]].path])
-        if pair[0].dtype != pair[1].dtype or not pages.same_bits(*pair):
+        if pair[0].dtype != pair[1].dtype or not same_bits(*pair):
             raise CheckpointError(
                 f"materialize: {keys[0]} and {alias} are one tensor in the model, and differ in the files; build the "
                 "model without that tie",

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.base_file import MappedPages
 from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import of_slow, unchanged
 from tests.kit import tiny
@@ -208,48 +207,6 @@ class Halves(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.weight.data.mul_(0.5)
         return super().forward(input)
-
-
-def in_memory(path: Path) -> int:
-    """The kB of the mappings of a file that are in memory."""
-    text = MAPS.read_text()
-    parts = [part for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text) if str(path) in part.splitlines()[0]]
-    return sum(int(re.search(r"\nRss:\s+(\d+) kB", part)[1]) for part in parts)  # type: ignore[index]
-
-
-@pytest.mark.skipif(not MAPS.exists(), reason="no /proc to see mappings in")
-def test_pages_are_given_back_after_each_use(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512))
-    path = written(tmp_path / "model.safetensors", model)
-    least = 2 * 8 + 64  # kB: pages at the ends of the weights, and what else lies in them
-    cascade = lx.adapt(model, (inputs(2, 512),), spec=SPEC, base=path)
-    assert in_memory(path) <= least
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    cascade(inputs(2, 512)).square().sum().backward()
-    optimizer.step()
-    expected = {name: state.base.clone() for name, state in weight_states(cascade).items()}
-    assert in_memory(path) > 1024  # that was a use which nobody gives back
-    cascade.transition(optimizer)
-    assert in_memory(path) <= least
-    with cascade.weights("base"):
-        for name, value in expected.items():
-            assert torch.equal(cascade.model.get_parameter(name), value)
-        assert in_memory(path) <= least
-
-
-@pytest.mark.skipif(not MAPS.exists(), reason="no /proc to see mappings in")
-def test_only_mapped_pages_are_given_back(tmp_path: Path) -> None:
-    path = written(tmp_path / "model.safetensors", nn.Linear(512, 512))
-    (mapped,) = [value for value in load_file(path).values() if value.dim() == 2]
-    copy = mapped.clone()
-    pages = MappedPages.of([path])
-    for tensor in (mapped, copy, mapped.t()):
-        pages.release(tensor)
-    assert torch.equal(mapped, copy)
-    assert copy.any()
-    assert pages.spans
-    assert not MappedPages.of([tmp_path / "other.safetensors"]).spans
 
 
 def test_a_weight_that_forward_writes_is_not_of_the_file(tmp_path: Path) -> None:
