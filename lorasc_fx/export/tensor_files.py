@@ -91,18 +91,13 @@ class Entry:
             offset += len(block)
         return tensor
 
-    def fingerprint(self, file: BinaryIO, dtype: torch.dtype | None = None) -> str:
-        """Return the fingerprint (`util.fingerprint`) of the tensor, or of the tensor in another dtype.
-
-        It is empty for a tensor that can only be copied.
-        """
-        file_dtype = DTYPES.get(self.dtype)
-        if file_dtype is None:
-            return ""
+    def fingerprint(self, file: BinaryIO, dtype: torch.dtype) -> str:
+        """Return the fingerprint (`util.fingerprint`) of the tensor in this dtype."""
         blocks: Iterable[Buffer] = self.blocks(file)
-        if dtype is not None:
-            blocks = (data_of(torch.frombuffer(block, dtype=file_dtype).to(dtype)) for block in self.blocks(file))
-        return fingerprint_of(dtype or file_dtype, self.shape, blocks)
+        if dtype != DTYPES[self.dtype]:
+            stored = DTYPES[self.dtype]
+            blocks = (data_of(torch.frombuffer(block, dtype=stored).to(dtype)) for block in self.blocks(file))
+        return fingerprint_of(dtype, self.shape, blocks)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """Finds out where peft can adapt each weight of a cascade, or why it cannot, and what it saves completely.
 
-An adapter of peft replaces a module by a wrapper. Three things can go wrong. Each is tried by running the model on its
-example:
+An adapter of peft replaces a module by a wrapper. Two things can go wrong without an error. Each is tried by running
+the model on its example:
 
 - The adapter computes when its module is called, but others read the weight without calling the module (`calls_of`).
-- Others read an attribute of the module that peft's wrapper does not have (`read_through`).
 - The module is not a plain layer of torch, so that the adapter is another function than the merged weight. Examples are
   a convolution with a dilation or another padding mode, or an embedding that does more than look up (`fault_of`, in
   fp64 on a recorded call).
@@ -18,7 +17,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +45,6 @@ from lorasc_fx.peft.format import (
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.signature import copied
-from lorasc_fx.util.undo import Block, isolated
 
 
 def targets_of(
@@ -55,7 +52,7 @@ def targets_of(
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
     """Return what peft adapts for each site's weight (several modules for a tied one), and for the others the reason.
 
-    The model runs twice on the arguments, without side effects, and each module of interest once more in fp64.
+    The model runs on the arguments, without side effects, and each module of interest once more in fp64.
     """
     sites = list(sites)
     finder = _Finder(model, calls_of(model, [site.weight for site in sites], args, kwargs))
@@ -67,11 +64,6 @@ def targets_of(
             refused[site.weight] = targets
         else:
             by_weight[site.weight] = targets
-    faults = read_through(model, [target.path for targets in by_weight.values() for target in targets], args, kwargs)
-    for name, targets in list(by_weight.items()):
-        if fault := next((faults[target.path] for target in targets if target.path in faults), None):
-            refused[name] = fault
-            del by_weight[name]
     if any(target.is_parameter for targets in by_weight.values() for target in targets):
         # peft does not accept target_parameters together with fan_in_fan_out, which Conv1D needs.
         for name, targets in by_weight.items():
@@ -286,58 +278,6 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwar
     with isolation(model, args, kwargs, calls, recorder, grad=False, seeded=False) as (inputs, named):
         model(*inputs, **named)
     return calls
-
-
-_ANSWERED = {"weight", "bias", "in_features", "out_features"}
-"""Attributes that peft's layers forward to the wrapped module. Source: peft 0.21, `BaseTunerLayer`."""
-
-
-def read_through(
-    model: nn.Module, paths: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, str]:
-    """Run the model with a wrapper around each of these modules, and return what is wrong, by path.
-
-    The model, its inputs and the random generators are unchanged afterwards.
-    """
-    read: dict[str, str] = {}
-    paths = sorted(set(paths), key=lambda path: path.count("."), reverse=True)  # inner ones first
-    try:
-        with isolation(model, args, kwargs, _probed(model, paths, read), grad=False, seeded=False) as (inputs, named):
-            model(*inputs, **named)
-    except Exception as fault:  # the model's own code may do anything with an unexpected module
-        sentence = f"the model does not run with a wrapper in place of its module ({type(fault).__name__}: {fault})"
-        return {path: read.get(path, sentence) for path in paths}
-    return read
-
-
-@isolated
-def _probed(undo: Block, model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
-    """Wrap each of these modules in a probe."""
-    for path in paths:
-        holder, _, name = path.rpartition(".")
-        parent = model.get_submodule(holder)
-        undo(partial(parent._modules.__setitem__, name, parent._modules[name]))
-        parent._modules[name] = _AttributeProbe(parent._modules[name], path, read)
-
-
-class _AttributeProbe(nn.Module):
-    """Calls the wrapped module, and records which attributes are read through it."""
-
-    def __init__(self, inside: nn.Module | None, path: str, read: dict[str, str]) -> None:
-        super().__init__()
-        self.inside = inside
-        self.__dict__["note"] = lambda name: read.setdefault(
-            path, f"the model reads {name} of its module, and peft's wrapper has no {name}"
-        )
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._modules["inside"](*args, **kwargs)  # type: ignore[misc]
-
-    def __getattr__(self, name: str) -> Any:
-        inside = self.__dict__["_modules"].get("inside")
-        if name not in _ANSWERED and not name.startswith("__"):
-            self.__dict__["note"](name)
-        return getattr(inside, name)
 
 
 def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:

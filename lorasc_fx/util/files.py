@@ -1,17 +1,15 @@
 """Atomic writes of files and folders, by one process at a time.
 
-New data gets a temporary name next to its target, is synced, and is then renamed. A lock file names the writer: host,
-process and time. The system releases the lock when its owner dies, and the next writer deletes what is left.
+New data gets a temporary name next to its target, is synced, and is then renamed. The system releases the lock of a
+writer that dies, and the next writer deletes what is left.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
-import platform
 import shutil
 import stat
 import uuid
@@ -103,10 +101,9 @@ def make_folder(root: Path) -> None:
 
 @isolated
 def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
-    """Keep other writers out while a block runs. Returns whether the file system supports locks.
+    """Keep other writers out while a block runs. Returns False, and locks nothing, if the file system has no locks.
 
-    The system's lock is free as soon as its owner is dead. On a file system without locks the content of the lock file
-    decides: a dead owner on this host is replaced, an owner on another host is not.
+    The system's lock is free as soon as its owner is dead.
 
     Args:
         file: the lock file, which exists while somebody writes.
@@ -114,68 +111,28 @@ def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = 
         kind: class of the error.
 
     Raises:
-        kind: another process writes there (the message names process, host and time), or the lock file is not a plain
-            file.
+        kind: another process writes there, or the lock file is not a plain file.
         OSError: the lock file cannot be made.
     """
     while True:
-        handle = open_plain(file, os.O_RDWR, kind)
+        handle, locked = open_plain(file, os.O_RDWR, kind), True
         try:
-            owner, locked = _owner(handle), True
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as fault:
-                raise _occupied(target, owner, "", kind) from fault
-            except OSError:
-                locked = False
-            if not locked and not _dead(owner):
-                raise _occupied(target, owner, f". If that process has ended, delete {file}", kind)
-            if _names(file, handle):
-                break
-        except BaseException:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
             os.close(handle)
-            raise
+            raise kind(
+                f"{target}: another process is writing there. Give each run its own path, and write from one process "
+                "of a run",
+                code="concurrent-save",
+            ) from fault
+        except OSError:
+            locked = False
+        if _names(file, handle):
+            break
         os.close(handle)  # its owner has deleted the file meanwhile
     undo(partial(os.close, handle))
     undo(partial(file.unlink, missing_ok=True))
-    now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
-    with contextlib.suppress(OSError):  # the disk is full: the next write raises
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode(), 0)
     return locked
-
-
-def _owner(handle: int) -> dict[str, Any]:
-    """Return the owner in a lock file: host, process and since when. {} if it is unreadable."""
-    try:
-        owner = parse_json(os.pread(handle, 4096, 0))
-    except ValueError:
-        return {}
-    kinds = {"host": str, "process": int, "since": str}
-    named = isinstance(owner, dict) and {key: type(value) for key, value in owner.items()} == kinds
-    return owner if named and f"{owner['host']}{owner['since']}".isprintable() else {}
-
-
-def _dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock file is known to be dead, or there is none."""
-    if owner and owner["host"] != platform.node():
-        return False
-    try:
-        if owner:
-            os.kill(owner["process"], 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        return False
-    return not owner
-
-
-def _occupied(target: Path, owner: dict[str, Any], more: str, kind: type[LorascError]) -> LorascError:
-    who = f"process {owner['process']} on host {owner['host']}, since {owner['since']}," if owner else "another process"
-    return kind(
-        f"{target}: {who} is writing there. Give each run its own path, and write from one process of a run{more}",
-        code="concurrent-save",
-    )
 
 
 def _names(file: Path, handle: int) -> bool:

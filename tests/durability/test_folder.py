@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -112,15 +111,11 @@ class Slowly:
         return self.fault
 
 
-def me() -> tuple[str, str]:
-    return f"process {os.getpid()}", f"host {socket.gethostname()}"
-
-
 def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     going = Run(SPEC).started()
     slowly = Slowly(monkeypatch, tmp_path)
     before = names(tmp_path)
-    with raises(lx.CheckpointError, "concurrent-save", tmp_path, *me()):
+    with raises(lx.CheckpointError, "concurrent-save", tmp_path, "another process"):
         going.save(tmp_path)
     assert names(tmp_path) == before
     assert [name[:9] for name in before] == [".lock", ".writing-"]
@@ -135,14 +130,11 @@ def unlocked(*_: Any) -> None:
 
 
 def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The file alone decides; without it the later one fails at the name, and nobody's half is taken for a dead's."""
+    """The later one fails at the name, and nobody's half is taken for that of a dead one."""
     monkeypatch.setattr(fcntl, "flock", unlocked)
     going = Run(SPEC).started()
     going.step()
     slowly = Slowly(monkeypatch, tmp_path)
-    with raises(lx.CheckpointError, "concurrent-save", tmp_path / ".lock", *me()):
-        going.save(tmp_path)
-    (tmp_path / ".lock").unlink()
     assert going.save(tmp_path).name == "version-00000001"
     assert len(names(tmp_path)) == 2
     fault = slowly.finish()
@@ -152,33 +144,12 @@ def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.Monke
     assert going.save(tmp_path).name == "version-00000002"
 
 
-def test_whose_lock_is_taken_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the system's locks, whose owner is gone; without them that of a dead process of this host, and no other."""
+def test_a_lock_file_without_an_owner_is_taken_over(tmp_path: Path) -> None:
     going = Run(SPEC).started()
-    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout
-    own, lock = socket.gethostname(), tmp_path / ".lock"
-    owners = [
-        (own, dead, True),
-        (own, "1", False),
-        (f"not-{own}", dead, False),
-        (own, "9" * 30, True),
-        (own, "[]", True),
-    ]
-    for locks in (True, False):
-        if not locks:
-            monkeypatch.setattr(fcntl, "flock", unlocked)
-        for host, process, taken in owners:
-            lock.write_text(f'{{"host": "{host}", "process": {process}, "since": "2026-11-27"}}')
-            if taken or locks:
-                going.save(tmp_path)
-                assert len(names(tmp_path)) == 1
-            else:
-                with raises(lx.CheckpointError, "concurrent-save", f"process {process.strip()}", host, "2026-11-27"):
-                    going.save(tmp_path)
-                lock.unlink()
-    for damaged in ("", "half", "[1]", "[" * 4096, "9" * 4096, '{"host": 1, "process": "x", "since": []}'):
-        lock.write_text(damaged)
+    for content in ("", "half", '{"host": 1}'):
+        (tmp_path / ".lock").write_text(content)
         going.save(tmp_path)
+        assert len(names(tmp_path)) == 1
 
 
 def write_experts(cascade: lx.Cascade, folder: Path) -> None:

@@ -218,7 +218,7 @@ class Norms(nn.Module):
 
 
 def test_tied_weights_other_names_and_buffers(tmp_path: Path) -> None:
-    """A tied weight under both names, under the other one, or under names that the model does not know at all."""
+    """A tied weight under both names, or under the other one; a name that the model does not know is copied."""
     plain = {name: value.clone() for name, value in Norms().state_dict().items()}
     cascade = lx.adapt(Norms().train(), (torch.arange(9),), spec=lx.CascadeSpec(targets=("embedding",), rank=1))
     randomize(cascade)
@@ -232,15 +232,10 @@ def test_tied_weights_other_names_and_buffers(tmp_path: Path) -> None:
         found = fold(tmp_path, "base.safetensors")
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], folded[name]) for name in found)
-    copied = {"table.weight": plain["table.weight"], "old.tokens": plain["table.weight"].clone()}  # a name of none
-    save_file(copied, tmp_path / "base.safetensors")
-    assert all(torch.equal(value, folded["table.weight"]) for value in fold(tmp_path, "base.safetensors").values())
-    renamed = {"a.tokens": plain["table.weight"], "a.out": plain["table.weight"].clone(), "a.more": torch.ones(5)}
-    save_file(renamed, tmp_path / "base.safetensors")
+    save_file({"table.weight": plain["table.weight"], "old.tokens": torch.ones(5)}, tmp_path / "base.safetensors")
     found = fold(tmp_path, "base.safetensors")
-    assert torch.equal(found["a.tokens"], folded["table.weight"])
-    assert torch.equal(found["a.out"], folded["table.weight"])
-    assert torch.equal(found["a.more"], torch.ones(5))
+    assert torch.equal(found["table.weight"], folded["table.weight"])
+    assert torch.equal(found["old.tokens"], torch.ones(5))
 
 
 def fold(folder: Path, base: str, checkpoint: str = "checkpoint") -> dict[str, torch.Tensor]:
@@ -280,11 +275,10 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
         "another base": (bent, "out", "2.weight of {}/given.safetensors holds other values than the 2.weight that"),
         "a weight is missing": (
             {name: value for name, value in state.items() if name != "4.weight"}, "out",
-            "given.safetensors holds no tensor with the values that 4.weight had before",
+            "given.safetensors holds no 4.weight with the values that it had before",
         ),
         "no tensor is named": (
-            {f"{name}x": value for name, value in {**state, "again": state["0.bias"].clone()}.items()}, "out",
-            "0.bias has another name in {}/given.safetensors, and cannot be recognized by its values",
+            {f"{name}x": value for name, value in state.items()}, "out", "given.safetensors holds no 0.",
         ),
         "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
         "the place is the base": (state, "given.safetensors", "safetensors is the base, which is not overwritten"),

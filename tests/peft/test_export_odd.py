@@ -139,29 +139,11 @@ def test_what_is_adapted_and_how(case: str, tmp_path: Path) -> None:
     assert gap(right, base) > 1e-2
 
 
-class Reads(nn.Module):
-    """Reads a number of the module that peft would wrap."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = Gate()
-        self.gate.number = 3
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.gate(x) * self.gate.number  # type: ignore[operator]
-        return out
-
-
 ODD: dict[str, tuple[Build, str, str]] = {
     "nested parameters": (
         lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))),
         "0.inner.rows",
         "peft wraps 0 for its parameters, and then does not find those of 0.inner",
-    ),
-    "an attribute": (
-        Reads,
-        "gate.rows",
-        "the model reads number of its module, and peft's wrapper has no number",
     ),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
