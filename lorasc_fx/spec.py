@@ -214,6 +214,8 @@ class CascadeSpec:
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
         restart_A: where A of the next stage starts: `fresh` random values, or `kept` from the stage before.
+        restart_pairs: share of the rank-1 pairs of each branch that a transition restarts (SRLoRA, 2505.12433): those
+            with the smallest terms stay in the weight, and the others are trained on with their optimizer state.
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
             residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
             (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
@@ -260,6 +262,9 @@ class CascadeSpec:
     restart: Annotated[str, choice(RESTARTS)] = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: Annotated[str, choice(NEXT_A)] = "fresh"
+    restart_pairs: Annotated[
+        float, Check(lambda share: 0 < share <= 1, "it is a share of the pairs of a branch: give a number in (0, 1]")
+    ] = 1.0
     start: Annotated[str, choice(STARTS)] = "lora"
     carry_rank: Rank | None = None
     optimizer_state: (

@@ -57,6 +57,7 @@ OPTIONS: dict[str, Any] = {
     "use_rslora": False,
     "start": "lora",
     "restart_A": "fresh",
+    "restart_pairs": 1.0,
     "train_A": True,
     "nearest_full_gradient": False,
     "lr_ratio": 1.0,
@@ -118,6 +119,24 @@ CONFLICTS = (
         lambda start, restart_a: STARTS[start].from_weight and restart_a != "fresh",
         "this start computes A from the weight",
         "give restart_A='fresh', or start='lora'",
+    ),
+    Conflict(
+        ("restart_pairs", "start"),
+        lambda share, start: share < 1 and start != "lora",
+        "this start computes all pairs of a stage from its weight",
+        "give restart_pairs=1, or start='lora'",
+    ),
+    Conflict(
+        ("restart_pairs", "ranks"),
+        lambda share, ranks: share < 1 and ranks,
+        "pairs that are trained on keep their shape",
+        "give restart_pairs=1, or one rank for all stages",
+    ),
+    Conflict(
+        ("restart_pairs", "optimizer_state"),
+        lambda share, state: share < 1 and state != "reset",
+        "the state of pairs that restart is reset, and that of the others is kept",
+        "give restart_pairs=1, or optimizer_state='reset'",
     ),
     Conflict(
         ("adapter", "restart"),

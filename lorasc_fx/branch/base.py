@@ -150,8 +150,25 @@ class Branch(nn.Module, abc.ABC):
 
     # ---- a stage
 
-    def follow(self, previous: Branch, spec: CascadeSpec) -> None:
-        """Take over from the branch of the stage before what the spec keeps."""
+    def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
+        """Return masks of the entries that are trained on after a transition, by parameter name (`restart_pairs`).
+
+        An empty mapping means that the whole branch restarts.
+        """
+        return {}
+
+    def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
+        """Take over from the branch of the stage before what the spec keeps.
+
+        Args:
+            previous: the branch as the stage before has ended.
+            spec: of the plan.
+            pairs: whether pairs may be trained on.
+
+        Returns:
+            Whether the delta is not zero then. It is a part of the weight that the stage starts from.
+        """
+        return False
 
     def start(self, weight: StartWeight) -> torch.Tensor | None:
         """Initialize from the weight; return the row norms that training starts from, in fp64, if there are any."""

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import full_tensor
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.spec_checks import OPTIONS
 
 
 class LowRankBranch(Branch):
@@ -128,9 +129,7 @@ class LoraBranch(LowRankBranch):
     lora_B: nn.Parameter
     zeros: ClassVar[tuple[str, ...]] = ("lora_B",)
     slices_apart = True
-    options = frozenset(
-        {"lora_alpha", "use_rslora", "start", "restart_A", "train_A", "nearest_full_gradient", "lr_ratio", "dropout"}
-    )
+    options = frozenset(OPTIONS)
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
@@ -182,11 +181,32 @@ class LoraBranch(LowRankBranch):
         """A can be stacked with those of other branches."""
         return "lora_A"
 
-    def follow(self, previous: Branch, spec: CascadeSpec) -> None:
-        """Keep the A of the stage before under restart_A="kept"."""
+    def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
+        """Return masks of the pairs with the largest terms `s b_i a_i`, in the Frobenius norm, as full tensors.
+
+        Pair i has column i of B and row i of A, in each slice and each expert; its norm is that over all of them.
+        """
+        count = max(1, round(spec.restart_pairs * self.rank))
+        if count == self.rank:
+            return {}
+        with torch.no_grad():
+            a, b = full_tensor(self.lora_A).double(), full_tensor(self.lora_B).double()
+            columns = torch.stack([part.square().sum(-2) for part in b.split(self.slices or (b.shape[-2],), -2)], -2)
+            rows = a.square().sum(-1).unflatten(-1, (-1, self.rank))
+            kept = torch.ones(self.rank, dtype=torch.bool, device=a.device)
+            kept[(rows * columns).flatten(0, -2).sum(0).argsort(stable=True)[:count]] = False
+        return {"lora_A": kept.repeat(a.shape[-2] // self.rank).unsqueeze(-1), "lora_B": kept}
+
+    def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
+        """Keep the A of the stage before under restart_A="kept", and the pairs that do not restart."""
         assert isinstance(previous, LoraBranch)
+        kept = previous.kept_entries(spec) if pairs else {}
         with torch.no_grad():
             self.lora_A.copy_(full_tensor(spec.next_a.next_a(previous.lora_A, self.lora_A.detach())))
+            for name, mask in kept.items():
+                parameter, before = self.get_parameter(name), full_tensor(previous.get_parameter(name).detach())
+                parameter.copy_(torch.where(mask, before, parameter))
+        return bool(kept)
 
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
         """Write B and A, as a start that takes them out of the weight finds them."""

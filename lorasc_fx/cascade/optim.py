@@ -142,6 +142,26 @@ def treated_state(
     return treated
 
 
+def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, Any]:
+    """Return the optimizer's state for these parameters with zeros where their masks are False, as new tensors.
+
+    A state that is not kept by entry, such as the factored moments of Adafactor, is reset.
+    """
+    treated: dict[nn.Parameter, Any] = {}
+    for parameter, mask in masks.items():
+        state = stepping(optimizer).state.get(parameter, {})
+        entries = {name: value for name, value in state.items() if name not in _COPIES}
+        tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor) and value.dim()}
+        if any(value.shape != parameter.shape for value in tensors.values()):
+            entries, tensors = {}, {}
+        for name, value in tensors.items():
+            full = full_tensor(value.detach())
+            entries[name] = dtensor_like(torch.where(mask.to(full.device), full, 0), value)
+        if state:
+            treated[parameter] = entries
+    return treated
+
+
 def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Any]) -> None:
     """Give the optimizer these states; an empty one is taken away, so that the next step starts it anew."""
     table = stepping(optimizer).state

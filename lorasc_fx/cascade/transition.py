@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.cascade.commit import Gradients, Planned, write_planned
-from lorasc_fx.cascade.optim import check_holds, treated_state
+from lorasc_fx.cascade.optim import check_holds, kept_state, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.plan import Plan
@@ -57,9 +57,11 @@ def next_stage(
         planned = plan.at_stage(plan.stage + 1)
         moved, state = before.moved(branches), dict[nn.Parameter, Any]()
         if optimizer is not None:
-            factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
             state |= treated_state(optimizer, trained.values(), "kept")
-            state |= treated_state(optimizer, factors, plan.spec.optimizer_state)
+            for branch in branches.values():
+                kept = {} if idle else branch.kept_entries(plan.spec)
+                state |= treated_state(optimizer, branch.parameters(), plan.spec.optimizer_state)
+                state |= kept_state(optimizer, {branch.get_parameter(name): mask for name, mask in kept.items()})
             # Reset the state of factors with a new shape, and the state that led to inf or nan.
             reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
             for name in after.left_out:

@@ -211,7 +211,7 @@ def _differs(run: Run) -> bool:
         return False
     if run.exchanged():  # torch.func.functional_call runs the model with other tensors
         return False
-    running = run.is_noisy or (run.plan.spec.factor_start.from_weight and not run.slow.idle)
+    running = run.is_noisy or any(state.taken_out is not None for state in run.slow.states.values())
     unmerged = any(run.slow.states[name].experts for name in run.quantized)
     return running or unmerged or run.slow.moved(run.branches_by_weight())
 

@@ -294,7 +294,7 @@ def _initial(
     """Return the factors and magnitudes that the running stage started with; None if it started at B = 0."""
     factors, magnitude, path = None, None, f"initial/{state.name}"
     fields = site.options.method.starts_from(plan.spec, not manifest["idle"])
-    if "factors" in fields:
+    if "factors" in fields or (plan.spec.restart_pairs < 1 and f"{path}/b" in file):
         *stack, rows, columns = state.matrix
         rank = site.factor_shapes[0][-2]
         b = file.take(f"{path}/b", (*stack, rows, rank), finite=True)

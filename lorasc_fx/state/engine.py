@@ -144,7 +144,14 @@ def start_weight_of(
 
 
 def begin_stage(
-    state: WeightState, branch: Branch, site: Site, spec: CascadeSpec, stage: int, keep: bool = True, noisy: bool = True
+    state: WeightState,
+    branch: Branch,
+    site: Site,
+    spec: CascadeSpec,
+    stage: int,
+    keep: bool = True,
+    noisy: bool = True,
+    left_out: bool = False,
 ) -> tuple[WeightState, Branch]:
     """Return the state of a stage that starts, and a new branch with plain tensors as it starts.
 
@@ -156,13 +163,15 @@ def begin_stage(
         site, spec, stage: of the plan; the new branch has the rank of this site.
         keep: whether the new branch takes over what the spec keeps of the branch before.
         noisy: whether the stage runs; else its weight has no noise, and nothing is subtracted from it.
+        left_out: whether the weight was left out of the fold before, so that no pair of its branch is kept.
     """
     parameter = next(branch.parameters()).detach()
     started = type(branch)(site, spec.seed, stage, parameter)
     initial = InitialFactors()
     with torch.no_grad():
-        if keep:
-            started.follow(branch, spec)
+        if keep and started.follow(branch, spec, pairs=noisy and not left_out):
+            assert isinstance(started, LoraBranch)
+            initial = InitialFactors(started.exact_factors().map(state.cut))
         if "factors" in started.starts_from(spec, noisy):
             assert isinstance(started, LoraBranch)
             exact = state.exact("fast", arithmetic(state.base.dtype), device=parameter.device)

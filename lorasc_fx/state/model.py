@@ -226,7 +226,9 @@ class SlowWeights:
             if not restart and not branch.starts_from(plan.spec, not self.idle):
                 continue
             site = plan.by_weight[name]
-            states[name], started = begin_stage(states[name], branch, site, plan.spec, plan.stage, keep, not self.idle)
+            states[name], started = begin_stage(
+                states[name], branch, site, plan.spec, plan.stage, keep, not self.idle, name in self.left_out
+            )
             parameters = dict(branch.named_parameters())
             values[name] = {
                 key: local_like(value.detach(), parameters[key]) for key, value in started.named_parameters()

@@ -19,7 +19,7 @@ FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, ranks, "
     "train_A, nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, "
     "loss_penalty, momentum, "
-    "restart, noise, restart_A, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
+    "restart, noise, restart_A, restart_pairs, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -45,6 +45,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "slow_train": ("yes",),
     "restart": (1,),
     "loss_penalty": (-1.0, math.inf),
+    "restart_pairs": (0, 1.5, None),
     "momentum": (1.0, -0.1, "0.5", math.nan),
     "adapter": (1, "unknown"),
     "noise": (0.1,),
@@ -69,6 +70,9 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "average_decay, average": {"average": "swa", "average_decay": 0.5},
     "loss_penalty, pace": {"loss_penalty": 2.0},
     "start, restart_A": {"start": "olora", "restart_A": "kept"},
+    "restart_pairs, start": {"restart_pairs": 0.5, "start": "pissa"},
+    "restart_pairs, ranks": {"restart_pairs": 0.5, "ranks": (4, 2)},
+    "restart_pairs, optimizer_state": {"restart_pairs": 0.5, "optimizer_state": "kept"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, momentum": {"adapter": "dora", "momentum": 0.5},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
@@ -80,6 +84,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "adapter, use_rslora": {"adapter": "vera", "use_rslora": True},
     "adapter, start": {"adapter": "lora-xs", "start": "pissa"},
     "adapter, restart_A": {"adapter": "lora-xs", "restart_A": "kept"},
+    "adapter, restart_pairs": {"adapter": "dora", "restart_pairs": 0.5},
     "adapter, train_A": {"adapter": "lora-xs", "train_A": False},
     "adapter, nearest_full_gradient": {"adapter": "dora", "train_A": False, "nearest_full_gradient": True},
     "adapter, lr_ratio": {"adapter": "lora-xs", "lr_ratio": 2.0},

@@ -29,6 +29,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
     "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
     "dora": {"adapter": "dora"},
+    "pairs": {"restart_pairs": 0.5, "pace": 1.0},
     "loss": {"pace": "loss", "restart": "fast"},
     "pissa, average": {"start": "pissa", "average": "ema"},
 }

@@ -51,6 +51,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "train_rules": ({"pattern": "norm.*", "slow": False},),
     },
     "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
+    "pairs": {"rank": 4, "restart_pairs": 0.5, "noise": {"strength": 0.1}},
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
     "dora, olora": {"adapter": "dora", "start": "olora", "exclude": ("table.*",)},
     "nearest": {"nearest_full_gradient": True, "train_A": False, "average": "swa"},

@@ -305,6 +305,25 @@ def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) ->
     torch.testing.assert_close(again.model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
 
 
+@BOTH
+def test_kept_pairs_stand_beside_a_quantized_weight(width: str) -> None:
+    """A partial restart changes no output; the quantized weight stays as it is."""
+    model, spec = net(width), lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, restart_pairs=0.5, exclude=("head",))
+    slow, cascade = numbers(model), lx.adapt(model, (inputs(),), spec=spec)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in range(3):
+        torch.testing.assert_close(cascade(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+        held = {site.weight: slow[site.weight] - delta(cascade, site) for site in cascade.sites}
+        loss_of(cascade(inputs())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for site in cascade.sites:
+            fast = held[site.weight] + delta(cascade, site)
+            slow[site.weight] = slow[site.weight] + 0.5 * (fast - slow[site.weight])
+        cascade.transition(optimizer)
+        assert all(bool(branch.lora_B.any()) for branch in cascade.branches.values())
+
+
 def test_loftq_without_quantized_weights_is_refused() -> None:
     """It would train as LoRA without a word."""
     plain = nn.Linear(32, 4)
