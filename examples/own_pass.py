@@ -38,7 +38,7 @@ def main() -> tuple[fx.GraphModule, fx.GraphModule]:
     inserted = Pipeline([MatchSites(spec), InsertBranches()])(fx.symbolic_trace(model)).graph_module
     for branch in inserted.branches.children():  # stands for your training
         nn.init.normal_(branch.lora_B)
-    passes = [FoldBranches(), LimitNorm(0.2)]  # what they require puts them in order
+    passes = [LimitNorm(0.2), FoldBranches()]
     return inserted, Pipeline(passes)(inserted).graph_module
 
 

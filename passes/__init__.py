@@ -15,12 +15,11 @@ from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
-from .pipeline import PASSES, Pipeline
+from .pipeline import Pipeline
 from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
 
 __all__ = [
-    "PASSES",
     "AttentionMasks",
     "CascadePass",
     "FoldBranches",

@@ -34,7 +34,7 @@ SECTIONS = ("model", "data", "train", "spec")
 """Tables of the configuration that a resume may not change."""
 
 _PACKAGES = (
-    "lorasc-fx", "torch", "networkx", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
+    "lorasc-fx", "torch", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
     "scipy", "datasets",
 )  # fmt: skip
 

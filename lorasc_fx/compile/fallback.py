@@ -59,7 +59,7 @@ def insert(live: fx.GraphModule, decided: Decided) -> Made:
         live._modules[BRANCHES] = nn.ModuleDict(dict(decided.branches))
     set_record(live, replace(record_of(live), plan=plan, refusals=decided.refusals))
     share = [ShareInputs(least=MIN_SHARED_ENTRIES)] if plan.spec.placement == "auto" else []
-    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share], order="given")(live).graph_module
+    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(live).graph_module
     record = record_of(adapted)
     assert record.plan is not None
     holder = adapted._modules[BRANCHES]

@@ -10,7 +10,7 @@ import torch
 import lorasc_fx as lx
 from examples import own_form, own_pass
 from lorasc_fx.graph import branch_nodes
-from lorasc_fx.passes import FoldBranches, Pipeline
+from lorasc_fx.passes import FoldBranches
 from tests.kit.errors import raises
 from tests.kit.state import weight_state
 from tests.passes.kit import branches_of, deltas, weights_of
@@ -55,11 +55,5 @@ def test_own_pass_is_one_as_ours_are() -> None:
     assert result.modified
     assert not limit(result.graph_module).modified
     assert any(not torch.equal(branch.lora_B, branches[key]) for key, branch in branches_of(inserted).items())
-    text = 'match-sites, insert-branches, limit-norm{"most": 0.2}, fold-branches'
-    pipeline = Pipeline.parse(text, passes=(own_pass.LimitNorm,))
-    assert str(pipeline) == text
-    assert pipeline.passes[2] == limit
-    with raises(lx.PassError, "unknown-name", "'limit-norm'"):
-        Pipeline.parse(text)
     with raises(lx.PassError, "requirement-not-met", "limit-norm requires branches-inserted"):
         limit(torch.fx.symbolic_trace(torch.nn.Linear(2, 3)))

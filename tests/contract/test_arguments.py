@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import StepLR
 
 import lorasc_fx as lx
 from lorasc_fx.parallel import dcp as ours
-from lorasc_fx.passes import InsertBranches, MatchSites, PassOrderError, Pipeline
 
 
 class Net(nn.Module):
@@ -98,12 +97,3 @@ def test_dcp_keeps_a_scheduler(run: Any, tmp_path: Path) -> None:
     then = StepLR(other, 1)
     loaded.resume(other, then)
     assert (then.last_epoch, then.get_last_lr()) == (2, scheduler.get_last_lr())
-
-
-def test_a_pipeline_of_a_text_keeps_its_order() -> None:
-    text = "insert-branches,match-sites"
-    assert [each.name for each in Pipeline.parse(text).ordered()] == ["match-sites", "insert-branches"]
-    with pytest.raises(PassOrderError, match="sites-matched"):
-        Pipeline.parse(text, order="given")
-    given = Pipeline([MatchSites(lx.CascadeSpec(rank=2)), InsertBranches()], order="given")
-    assert str(Pipeline.parse(str(given), order="given")) == str(given)

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-CORE = ("torch", "networkx", "safetensors")
+CORE = ("torch", "safetensors")
 
 
 def sources() -> list[Path]:

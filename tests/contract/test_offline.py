@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 WATCHED = """
 import json, socket, sys, tempfile
 
-import torch, networkx, safetensors.torch, torch.export, torch._dynamo
+import torch, safetensors.torch, torch.export, torch._dynamo
 
 seen = []
 outside = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "urllib.", "http.", "ftplib.")

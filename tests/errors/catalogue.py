@@ -82,7 +82,7 @@ def before_its_time(model: nn.Module, x: Tensor) -> None:
 
 
 def a_wrong_order(model: nn.Module, x: Tensor) -> None:
-    Pipeline([InsertBranches(), MatchSites(lx.CascadeSpec())], order="given")
+    Pipeline([InsertBranches(), MatchSites(lx.CascadeSpec())])(fx.symbolic_trace(model))
 
 
 def an_edited_graph(model: nn.Module, x: Tensor) -> None:
@@ -172,14 +172,14 @@ ENTRIES = (
     ),
     Entry(
         lx.PassError,
-        ("passes", "Pipeline.parse"),
-        "Run the passes that the message names before, or leave the order to `Pipeline`.",
+        ("passes",),
+        "Run the passes that the message names before.",
         (before_its_time,),
     ),
     Entry(
         lx.passes.PassOrderError,
         ("Pipeline",),
-        'Leave `order="given"` out: a pipeline solves the order of its passes by what they require.',
+        "Put each pass after those that provide what it requires, as the message tells.",
         (a_wrong_order,),
     ),
     Entry(

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.graph import text
-from lorasc_fx.passes import AttentionMasks, Pipeline
+from lorasc_fx.passes import AttentionMasks
 from lorasc_fx.passes.attention_masks import Truth, follow
 from tests.passes.mask_cases import (
     ALWAYS,
@@ -64,7 +64,6 @@ def test_the_result_is_truthful(mask: Any, changes: bool) -> None:
     again = AttentionMasks()(result.graph_module)
     assert not again.modified
     assert again.graph_module is result.graph_module
-    assert Pipeline.parse("attention-masks").passes == (AttentionMasks(),)
 
 
 def test_a_buffer_that_changes_is_followed() -> None:
