@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from lorasc_fx.capture.captured import GRAPH_MODULE, OWNER, Captured, Conditions, FrontEnd, read_live
+from lorasc_fx.capture.captured import GRAPH_MODULE, OWNER, Axis, Captured, Conditions, FrontEnd, read_live
 from lorasc_fx.capture.graph_breaks import GRAPH_BREAKS, GraphBreakFallback, eager_trace
-from lorasc_fx.capture.least_sizes import Axis, least_sizes
+from lorasc_fx.capture.least_sizes import least_sizes
 from lorasc_fx.capture.reuse import forget
 from lorasc_fx.capture.symbolic import SYMBOLIC
 from lorasc_fx.capture.torch_export import DYNAMO, EXPORT
@@ -56,7 +56,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     frontend: str = "auto",
-    dynamic: bool = False,
+    dynamic: Collection[Axis] = (),
     trained: Collection[str] | None = None,
     rewrites: Sequence[Rewrite] = (),
 ) -> Captured:
@@ -69,7 +69,7 @@ def capture(
         model: a GraphModule needs no front end. A model on the meta device, or sharded, is captured on fake tensors.
         args, kwargs: example inputs in canonical shape (`check_binds`).
         frontend: a name in FRONTENDS, or `auto`: the first front end that works.
-        dynamic: make every size dynamic, also those that a first capture fixes. Set when a second size was seen.
+        dynamic: axes to make dynamic. All other sizes are constants of the graph.
         trained: names of the parameters that require gradients in training, directly or through a branch. None for all.
         rewrites: passes that run on a whole graph before it is compared with the model.
 
@@ -111,7 +111,7 @@ class _Example:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    dynamic: bool
+    dynamic: Collection[Axis]
     trained: Collection[str] | None
     rewrites: Sequence[Rewrite]
     preflight: Preflight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ from lorasc_fx.util.accelerator import generator_states
 
 OWNER = "model"
 """Name of the child of a graph module that is the live model."""
+
+Axis = tuple[int, int]
+"""Index of an input among the leaves of the arguments, and one of its axes."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class FrontEnd:
     """
 
     name: str
-    trace: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
+    trace: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Collection[Axis]], Captured]
     whole: bool = True
     sees_inside: bool = True
     serves_all_calls: bool = False
@@ -46,7 +49,9 @@ class Conditions:
 
     Args:
         guards: takes the leaves of the arguments and raises AssertionError if the graph is not valid for them.
-        sizes: for each tensor leaf its sizes, with None for a dynamic one; None for a leaf that is no tensor.
+        sizes: for each tensor leaf its sizes, with None for a dynamic one; None for a leaf that is no tensor. Empty if
+            the graph holds no sizes.
+        asked: the axes that were asked to be dynamic. Some may be constant all the same.
         state: guards on the model's Python state.
         grad: gradient mode of the calls; None if the model computes the same in both.
         requires_grad: the flag of each leaf, if the model asks tensors for it.
@@ -54,6 +59,7 @@ class Conditions:
 
     guards: Callable[..., Any] | None = None
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
+    asked: frozenset[Axis] = frozenset()
     state: Guards | None = None
     grad: bool | None = None
     requires_grad: tuple[bool, ...] | None = None
@@ -79,6 +85,15 @@ class Conditions:
                         return False
         return True
 
+    def assert_sizes(self, proxies: list[Any]) -> None:
+        """Let a graph that torch.fx traces raise AssertionError for inputs of other sizes than this one holds."""
+        for proxy, sizes in zip(proxies, self.sizes, strict=False):
+            for axis, fixed in enumerate(sizes or ()):
+                if fixed is not None and isinstance(proxy, fx.Proxy):
+                    message = f"the graph was traced for size {fixed} of axis {axis} of {proxy}"
+                    size: Any = proxy.size(axis)
+                    torch._assert(size == fixed, message)
+
     def accepts(self, leaves: list[Any]) -> bool:
         """Whether the graph is valid for inputs of these sizes and gradient flags."""
         if not (self.accepts_gradients(leaves) and self.accepts_sizes(leaves)):
@@ -91,17 +106,15 @@ class Conditions:
             return False
         return True
 
-    def refuses_small_sizes(self, leaves: list[Any]) -> bool:
-        """Whether sizes of 0 or 1, in the inputs or in the graph, are the only ones that differ."""
-        pairs = [
-            (size, 2 if fixed is None else fixed)
-            for leaf, sizes in zip(leaves, self.sizes, strict=False)
+    def other_axes(self, leaves: list[Any]) -> set[Axis]:
+        """Return the axes that are dynamic here, or have another size in these inputs, both sizes being 2 or more."""
+        return {
+            (index, axis)
+            for index, (leaf, sizes) in enumerate(zip(leaves, self.sizes, strict=False))
             if isinstance(leaf, torch.Tensor) and sizes is not None
-            for size, fixed in zip(leaf.shape, sizes, strict=True)
-            if fixed is not None or size < 2
-        ]
-        different = [min(pair) for pair in pairs if pair[0] != pair[1]]
-        return bool(different) and max(different) < 2
+            for axis, (size, fixed) in enumerate(zip(leaf.shape, sizes, strict=True))
+            if size > 1 and (fixed is None or (fixed > 1 and size != fixed))
+        }
 
     def hold(self, traced: bool = False) -> bool:
         """Whether gradient mode and Python state are as at the capture; `traced` while dynamo traces this."""
@@ -202,7 +215,7 @@ def check_drew_nothing(before: Mapping[str, torch.Tensor]) -> None:
         raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
 
 
-def _capture_graph(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> Captured:
+def _capture_graph(model: nn.Module, args: Any, kwargs: Any, dynamic: Collection[Axis]) -> Captured:
     """Return the graph of a graph module, reading the module itself."""
     assert isinstance(model, fx.GraphModule)
     return Captured(read_live(model, copy_graph(model.graph), model), GRAPH_MODULE)

@@ -16,7 +16,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType
@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lorasc_fx.capture.captured import OWNER, Captured, FrontEnd, read_live
+from lorasc_fx.capture.captured import OWNER, Axis, Captured, FrontEnd, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
 from lorasc_fx.check.isolation import isolation, written_by
 from lorasc_fx.check.process_state import Shared, no_fastpath, own_warnings
@@ -268,7 +268,7 @@ class GraphBreakFallback:
         raise TypeError("the subgraphs of a model are not copied")
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool) -> Captured:
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]) -> Captured:
     """Return the model's subgraphs. Raises what the model raises."""
     fallback = GraphBreakFallback(model)
     fallback.discover(args, kwargs)

@@ -13,12 +13,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.capture.captured import Axis
 from lorasc_fx.check.preflight import agrees
 from lorasc_fx.graph.function import takes_leaves
 from lorasc_fx.signature import whole
-
-Axis = tuple[int, int]
-"""Index of an input among the leaves of the arguments, and one of its axes."""
 
 
 def least_sizes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
-from lorasc_fx.capture.captured import Captured, FrontEnd, check_drew_nothing, read_live
+from lorasc_fx.capture.captured import Axis, Captured, FrontEnd, check_drew_nothing, read_live
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import drop_nodes, rename_inputs
 from lorasc_fx.signature import signature_of
@@ -25,7 +25,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def capture_symbolic(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool = False
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis] = ()
 ) -> Captured:
     """Return the model's graph of functions and modules. Raises what torch.fx raises.
 

@@ -1,16 +1,14 @@
-"""Front ends `export` and `dynamo`: torch.export, non-strict and strict, with dynamic dimensions (Dim.AUTO).
+"""Front ends `export` and `dynamo`: torch.export, non-strict and strict.
 
-Every dimension is dynamic, except the space of images and video: the third and later axes of a floating tensor with
-four or more. Symbolic sizes make torch.export slow there, because padding is computed from them (30 s for an
-EfficientNet that takes 2 s with fixed sizes), and most models see one size. When a second size comes, the capture is
-repeated with `dynamic`.
+Symbolic sizes make torch.export two to seven times as slow, so only the axes that the caller names are dynamic.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +18,7 @@ from torch import fx, nn
 from torch.fx import config
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.captured import OWNER, Captured, Conditions, FrontEnd, check_drew_nothing, read_live
+from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_drew_nothing, read_live
 from lorasc_fx.capture.reuse import cached, forget, key_of, store
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_instead, drop_nodes
@@ -35,14 +33,14 @@ _RESERVED = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(n
 
 
 def capture_dynamo(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool = False
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis] = ()
 ) -> Captured:
     """Return the model's ATen graph, traced by dynamo through the model's Python. Raises what torch.export raises."""
     return _export(DYNAMO, model, args, kwargs, dynamic)
 
 
 def capture_export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool = False
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis] = ()
 ) -> Captured:
     """Return the model's ATen graph. Raises what torch.export raises."""
     return _export(EXPORT, model, args, kwargs, dynamic)
@@ -52,9 +50,9 @@ EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_
 
 
 def _export(
-    frontend: FrontEnd, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool
+    frontend: FrontEnd, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
 ) -> Captured:
-    key = key_of(model, args, kwargs, frontend.name, dynamic)
+    key = key_of(model, args, kwargs, frontend.name, frozenset(dynamic))
     if (graph := cached(key)) is not None:
         return Captured(graph.on(model), frontend, graph.conditions, drop_cached=forget)
     root = _wrapped(model)
@@ -79,7 +77,7 @@ def _export(
     aten = torch.ops.aten.linear.default
     if quantized and call_instead(live.graph, aten, F.linear, lambda node: _weight(node) in quantized):
         live.recompile()
-    conditions = Conditions(guards.forward if guards is not None else None, sizes)
+    conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
     if not quantized:
         store(key, live, conditions)
     return Captured(live, frontend, conditions)
@@ -176,17 +174,18 @@ def _fixed_sizes(value: Any) -> tuple[int | None, ...] | None:
 
 
 def _dynamic_shapes(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: bool
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
 ) -> Any:
     """Return the `dynamic_shapes` of an export; None makes every size constant."""
     given = signature.bind(*args, **kwargs).arguments
-    if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in given):
+    if not dynamic or any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in given):
         return None  # torch 2.13 cannot match a tree of shapes with **kwargs
+    numbers = itertools.count()
 
     def dimensions(leaf: Any) -> Any:
+        index = next(numbers)
         if not isinstance(leaf, torch.Tensor):
             return None
-        is_image = leaf.is_floating_point() and leaf.dim() > 3
-        return dict.fromkeys(range(2 if is_image and not dynamic else leaf.dim()), torch.export.Dim.AUTO)
+        return {axis: torch.export.Dim.AUTO for axis in range(leaf.dim()) if (index, axis) in dynamic}
 
     return {name: pytree.tree_map(dimensions, value) for name, value in given.items()}

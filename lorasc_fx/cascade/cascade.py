@@ -137,6 +137,7 @@ class CascadeModule(nn.Module):
         call = graphs.compiler.calls.bind(args, kwargs)
         if call.key is None:  # torch.fx traces the cascade
             variant, count = graphs.variants.symbolic(self.training)
+            variant.conditions.assert_sizes(call.leaves)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
         if not torch.is_grad_enabled() and run.is_noisy and self._called_by("evaluate"):
             with self.weights("fast"):
@@ -412,7 +413,7 @@ class CascadeModule(nn.Module):
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest size of each axis that does not accept all sizes."""
         self._run.check_ready("folded_graph")
-        variant, call = self._graphs.variant_of(args, kwargs, "folded_graph")
+        variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, which)
         return self._graphs.fold(variant, call, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -48,12 +48,22 @@ class Graphs:
         if isinstance(decided, Made) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
-    def variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> tuple[Variant, Call]:
-        """Return the graph for these arguments, and the call. `name` is for messages."""
+    def variant_of(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant", dynamic: bool = False
+    ) -> tuple[Variant, Call]:
+        """Return the graph for these arguments, and the call.
+
+        Args:
+            args, kwargs: of the call.
+            name: of the caller, for messages.
+            dynamic: return a graph whose sizes are dynamic, as far as the model allows. The space of images and video
+                is only if it has varied: padding is computed from it, which makes torch.export slow.
+        """
         self.run.check_alive(name)
         self.run.replicas.check(self.run.trainable)
         call = self.compiler.calls.bind(tuple(args), kwargs)
-        return self.variants.find(call) or self.capture(call), call
+        axes = _axes_of(call) | self.variants.varying(call) if dynamic else frozenset[Axis]()
+        return self.variants.find(call, axes) or self.capture(call, axes), call
 
     def split_by(
         self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
@@ -94,21 +104,27 @@ class Graphs:
         """
         return self.compiler.fold(variant, self.run.model, self.run.plan.stage, values, call.args, call.kwargs)
 
-    def capture(self, call: Call) -> Variant:
-        """Return the graph of a call, which another thread may have captured meanwhile."""
+    def capture(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant:
+        """Return the graph of a call, which another thread may have captured meanwhile.
+
+        Args:
+            call: that it is for.
+            dynamic: axes to make dynamic, besides those whose sizes have varied.
+        """
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
         with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):  # tracers work on the whole process
-            while (variant := self.variants.find(call) or self._make(call)) is None:
+            while (variant := self.variants.find(call, dynamic) or self._make(call, dynamic)) is None:
                 pass
             return variant
 
-    def _make(self, call: Call) -> Variant | None:
+    def _make(self, call: Call, dynamic: Collection[Axis]) -> Variant | None:
         """Capture a graph and add it. None if another thread has started another stage meanwhile."""
-        run, wide, begun = self.run, self.variants.known(call), time.monotonic()
-        plan = run.plan
+        run, begun = self.run, time.monotonic()
+        plan, axes = run.plan, self.variants.varying(call).union(dynamic)
+        self.variants.count_changes(call)
         try:
             made = self.compiler.make(
-                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, wide
+                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes
             )
             disagreements = self.compiler.faults(made.variant) if not self.frontend else []
         except (PassError, SpecError) as fault:
@@ -131,7 +147,7 @@ class Graphs:
                     code="sharded",
                 )
             made = replace(made, variant=self._split(made.variant))
-        number, sizes, seconds = len(self.variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
+        number, sizes, seconds = len(self.variants) + 1, ", dynamic sizes" if axes else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend.name, sizes, seconds)
         with run.lock, commit() as undo:
             if run.plan is not plan:
@@ -160,3 +176,13 @@ class Graphs:
                 lambda tensor: tensor if tensor.is_leaf else tensor.detach().requires_grad_(),  # drop autograd graphs
                 (call.args, call.kwargs),
             )
+
+
+def _axes_of(call: Call) -> frozenset[Axis]:
+    """Return all axes of the inputs of 2 or more, except the space of images and video."""
+    axes = set[Axis]()
+    for index, leaf in enumerate(call.leaves):
+        if isinstance(leaf, torch.Tensor):
+            is_image = leaf.is_floating_point() and leaf.dim() > 3
+            axes |= {(index, axis) for axis in range(2 if is_image else leaf.dim()) if leaf.shape[axis] > 1}
+    return frozenset(axes)

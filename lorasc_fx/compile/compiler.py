@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -73,14 +73,14 @@ class Compiler:
         """Return where a variant disagrees with its plan. Subgraphs of a fallback were verified when rewritten."""
         return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
 
-    def make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: bool = False) -> Made:
+    def make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: Collection[Axis] = ()) -> Made:
         """Capture a call and insert the branches, into graphs that nothing else holds yet.
 
         Args:
             model: is left unchanged.
             decided: the plan to follow, the branches that exist, and what was refused.
             args, kwargs: of the call, in canonical shape.
-            dynamic: make every size dynamic, see `capture`.
+            dynamic: axes to make dynamic, see `capture`.
 
         Raises:
             CaptureError: no graph can be made, or torch or the model raises.
@@ -97,7 +97,7 @@ class Compiler:
         except Exception as fault:
             raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
 
-    def _make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: bool) -> Made:
+    def _make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: Collection[Axis]) -> Made:
         decided = _with_refusals(decided, model, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, decided)
         captured = capture(model, args, kwargs, self.frontend, dynamic, trained, rewrites=(AttentionMasks(),))

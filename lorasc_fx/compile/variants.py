@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.capture import Conditions, FrontEnd
+from lorasc_fx.capture import Axis, Conditions, FrontEnd
 from lorasc_fx.errors import StateError, warn
 from lorasc_fx.graph.function import as_function, hooks_of, takes_leaves
 from lorasc_fx.plan import Plan
@@ -117,12 +117,18 @@ class Variants:
         # Dynamo breaks the graph here, or raises with the reason under fullgraph=True.
         self.not_compiled = torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED)
 
-    def find(self, call: Call) -> Variant | None:
-        """Return a variant for this call and the model's current Python state, or None."""
+    def find(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant | None:
+        """Return a variant for this call and the model's current Python state, or None.
+
+        Args:
+            call: that it is valid for.
+            dynamic: axes that were to be dynamic at its capture.
+        """
         for entry in self.entries:
             if entry.key == call.key:
                 conditions = entry.variant.conditions
-                if conditions.accepts(call.leaves) and conditions.hold():
+                open_enough = not conditions.sizes or conditions.asked.issuperset(dynamic)
+                if open_enough and conditions.accepts(call.leaves) and conditions.hold():
                     return entry.variant
         return next((variant for variant in self.all if variant.universal), None)
 
@@ -136,20 +142,21 @@ class Variants:
         """The first of the variants, or None."""
         return next(iter(self.all), None)
 
-    def known(self, call: Call) -> bool:
-        """Whether there is a variant for such calls and this state, of other sizes. If not, count what changed.
+    def varying(self, call: Call) -> frozenset[Axis]:
+        """Return the axes whose sizes vary among this call and the variants for such arguments.
 
-        Sizes of 0 and 1 do not count: each is captured on its own, so more dynamic sizes would not help.
+        Sizes of 0 and 1 do not count: each is captured on its own.
         """
         alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
-        fitting = [
-            conditions for conditions in alike if conditions.hold() and conditions.accepts_gradients(call.leaves)
-        ]
-        if fitting:
-            return not all(conditions.refuses_small_sizes(call.leaves) for conditions in fitting)
+        return frozenset[Axis]().union(*(conditions.other_axes(call.leaves) for conditions in alike))
+
+    def count_changes(self, call: Call) -> None:
+        """Warn of a setting that was changed again and again, if that is why there is no variant for a call."""
+        alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
         state = alike[-1].state if alike else None
-        changes = state.changes() if state is not None else ()
-        if changes:
+        if state is None or any(conditions.hold() for conditions in alike):
+            return
+        if changes := state.changes():
             name = changes[0].entry
             self.changed[name] += 1
             if self.changed[name] == MAX_CHANGES:
@@ -158,7 +165,6 @@ class Variants:
                     "a graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument",
                     "too-many-variants",
                 )
-        return False
 
     def compiled(self, training: bool, leaves: list[Any]) -> Variant | None:
         """Return the newest variant while torch.compile traces, by what dynamo can compare, or None."""

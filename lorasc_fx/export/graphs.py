@@ -168,7 +168,7 @@ def _program(
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     with _evaluating(cascade):
-        variant, captured_call = cascade._graphs.variant_of(bound, named)
+        variant, captured_call = cascade._graphs.variant_of(bound, named, dynamic=True)
         module: nn.Module = cascade
         if folded or variant.universal:  # of a model with graph breaks: raises, and says where they are
             module, least = cascade._folded(bound, named, None, which)

@@ -299,14 +299,13 @@ class Padded(nn.Module):
 
 
 def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
-    """Sizes of space are constants of the first graph; without a graph for a size, the compiled call says so."""
+    """Sizes are constants of the first graph; without a graph for a size, the compiled call says so."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, known, other = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
     cascade = lx.adapt(model, (known,), spec=SPEC)
     compiled = torch.compile(cascade, backend="eager", fullgraph=True)
     assert torch.equal(compiled(known), model(known))
-    assert torch.equal(compiled(known[:1].expand(5, -1, -1, -1)), model(known[:1].expand(5, -1, -1, -1)))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="there is no graph for this call yet") as caught:
         compiled(other)
     told, debug, _ = str(caught.value).partition("Developer debug context")
@@ -315,7 +314,7 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
     assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
     torch._dynamo.reset()
     again = torch.compile(cascade, backend="eager", fullgraph=True)
-    for x in (other, known):
+    for x in (other, known, other[:1].expand(5, -1, -1, -1)):
         assert torch.equal(again(x), model(x))
 
 

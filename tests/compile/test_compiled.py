@@ -170,3 +170,11 @@ def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None
         expected, computed = ((output, *torch.autograd.grad(output.square().sum(), factors)) for output in outputs)
         for ours, theirs in zip(computed, expected, strict=True):
             assert (ours - theirs).norm() <= (0.05 if autocast else 1e-5) * theirs.norm()
+
+
+def test_a_symbolic_trace_refuses_other_sizes() -> None:
+    """A traced graph holds the sizes of the captured one, which nothing can capture again."""
+    model, x = Tempered(), torch.randn(4, 5)
+    traced = fx.symbolic_trace(lx.adapt(model, (x,)))
+    with pytest.raises(AssertionError, match="size 4 of axis 0"):
+        traced(torch.randn(7, 5))

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lorasc_fx.capture import Captured
 from lorasc_fx.capture.torch_export import capture_dynamo, capture_export
 from lorasc_fx.passes import AttentionMasks
+from lorasc_fx.signature import leaves
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -20,8 +21,10 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 def simplified(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, by: Any = capture_export
 ) -> Captured:
-    """What a front end captures, after the pass."""
-    captured = by(model, args, kwargs or {})
+    """What a front end captures with dynamic sizes, after the pass."""
+    inputs = enumerate(leaves(args, kwargs or {}))
+    axes = {(index, axis) for index, leaf in inputs if isinstance(leaf, Tensor) for axis in range(leaf.dim())}
+    captured = by(model, args, kwargs or {}, axes)
     return replace(captured, module=AttentionMasks()(captured.module).graph_module)
 
 
