@@ -29,6 +29,7 @@ from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import short_name
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.progress import Reporter, console, reporting
 from lorasc_fx.cli.run_folder import RunFolder, write_whole
 from lorasc_fx.cli.training import (
     Diverged,
@@ -42,7 +43,6 @@ from lorasc_fx.cli.training import (
     train_steps,
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
-from lorasc_fx.integrations.progress import Reporter, console, reporting
 from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.files import parse_json
 

@@ -14,11 +14,11 @@ from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.layout import list_versions
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.cli.config import load_config
+from lorasc_fx.cli.progress import reporting
 from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
 from lorasc_fx.errors import SpecError, StateError, nearest, warn
 from lorasc_fx.export.safetensors_files import fold_files
-from lorasc_fx.integrations.progress import reporting
 from lorasc_fx.plan import Plan
 
 Which = Literal["slow", "averaged"]

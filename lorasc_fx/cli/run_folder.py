@@ -24,8 +24,8 @@ from lorasc_fx.branch import Delta
 from lorasc_fx.checkpoint.layout import list_versions
 from lorasc_fx.checkpoint.writer import write_tensors
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
+from lorasc_fx.cli.progress import FILE, append
 from lorasc_fx.errors import SpecError, StateError
-from lorasc_fx.integrations.progress import FILE, append
 from lorasc_fx.state import delta_of, svd_of
 from lorasc_fx.util.accelerator import name_of
 from lorasc_fx.util.files import append_text, parse_json, replacing

@@ -11,7 +11,7 @@ import tyro
 import lorasc_fx as lx
 from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.cli.models import build_model, example_inputs, set_mode
-from lorasc_fx.integrations.progress import console
+from lorasc_fx.cli.progress import console
 from lorasc_fx.spec import KINDS, CascadeSpec
 
 

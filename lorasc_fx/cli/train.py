@@ -16,6 +16,7 @@ import tyro
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.progress import Metrics, reporting
 from lorasc_fx.cli.run_folder import RunFolder, read_lines
 from lorasc_fx.cli.training import (
     Diverged,
@@ -28,7 +29,6 @@ from lorasc_fx.cli.training import (
     train_steps,
 )
 from lorasc_fx.errors import NonFiniteBranch
-from lorasc_fx.integrations.progress import Metrics, reporting
 
 
 @dataclass(frozen=True)

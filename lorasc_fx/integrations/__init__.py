@@ -1,11 +1,10 @@
-"""Training loops of other libraries. Each module imports its library, and is imported when it is first used.
+"""Training loops of other libraries: `transformers` and `lightning` hold a `CascadeCallback` for their Trainers.
 
-`transformers` and `lightning` hold a `CascadeCallback` for their Trainers. `progress` holds `track`, for your own loop:
-bars, metrics and TensorBoard.
+Each module imports its library, and is imported when it is first used.
 """
 
 from lorasc_fx.util.extras import lazy_modules
 
-__all__ = ["progress", "transformers"]
+__all__ = ["transformers"]
 
-__getattr__, __dir__ = lazy_modules(__name__, ("lightning", "progress", "transformers"))
+__getattr__, __dir__ = lazy_modules(__name__, ("lightning", "transformers"))

@@ -26,8 +26,8 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
     `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction see the slow weights.
     Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` resumes from them. A stage that is
-    running at the end of the training is folded. The logger gets `stage`, that of the batch, and `transition`, 1 for
-    the first batch of a stage. Under pace="loss" the loss of a stage is that of its last batch.
+    running at the end of the training is folded. The logger gets `stage`, that of the batch. Under pace="loss" the loss
+    of a stage is that of its last batch.
 
     Args:
         cascade: the cascade in the LightningModule.
@@ -54,7 +54,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
                 f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give slow or fast"
             )
         super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
-        self._done, self._stage = 0, cascade.stage
+        self._done = 0
         self._batch_loss: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -68,16 +68,14 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         run, optimizer = self.cascade._run, self._optimizer(trainer)
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
-        self._done, self._stage = trainer.global_step, self.cascade.stage
+        self._done = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *about: Any) -> None:
         """End a stage after its steps or epochs."""
         if self._needs_loss:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             self._batch_loss = loss if loss is None else trainer.strategy.reduce(loss, reduce_op="mean")
-        stage = self.cascade.stage
-        self.log_dict({"stage": float(stage), "transition": float(stage - self._stage)})
-        self._stage = stage
+        self.log("stage", float(self.cascade.stage))
         stepped, self._done = trainer.global_step > self._done, trainer.global_step
         by_steps = self.steps is not None and stepped and trainer.global_step % self.steps == 0
         last = self.epochs is not None and trainer.is_last_batch

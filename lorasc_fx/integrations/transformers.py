@@ -56,9 +56,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. A stage that is running at
     the end of the training is folded, except after `load_best_model_at_end`: then the weights are the best ones.
 
-    Training logs (also for W&B and TensorBoard) have `stage`, that of the step, and `transition`, the number of stages
-    that have ended since the last log. Evaluations also report each metric by the evaluated weights, such as
-    `eval_slow_loss` and `eval_fast_loss`. Under pace="loss" the loss of a stage is that of its last optimizer step.
+    Training logs (also for W&B and TensorBoard) have `stage`, that of the step. Evaluations also report each metric by
+    the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`. Under pace="loss" the loss of a stage is that
+    of its last optimizer step.
 
     Args:
         cascade: the Trainer's model.
@@ -298,9 +298,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def _log(self, original: Any, logs: dict[str, Any], *about: Any, **more: Any) -> None:
         """Log, and add the stage to training logs."""
         if "loss" in logs:
-            history = self._trainer.state.log_history
-            before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
-            logs |= {"stage": self._stage, "transition": self._stage - before}
+            logs["stage"] = self._stage
         original(logs, *about, **more)
 
     def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -325,7 +325,7 @@ def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch
 
 def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte twice, compared and written; on a terminal a bar, elsewhere lines."""
-    monkeypatch.setattr("lorasc_fx.integrations.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lorasc_fx.cli.progress._SECONDS_BETWEEN_LINES", 0.0)
     save_file(mlp().state_dict(), tmp_path / "base.safetensors")
     cascade = stepped(small(), 1, running=False)
     lx.save(cascade, tmp_path / "checkpoint")

@@ -103,7 +103,6 @@ def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
     with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["stage"]]
     assert [float(line["stage"]) for line in lines] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
-    assert [float(line["transition"]) for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "WeightAveraging"])

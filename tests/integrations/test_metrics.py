@@ -52,7 +52,6 @@ def test_logs_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["stage"] for entry in steps] == [1, 1, 1, 2, 2, 2, 3]
-    assert [entry["transition"] for entry in steps] == [0, 0, 0, 1, 0, 0, 1]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     found = [(entry["eval_slow_loss"], entry["eval_fast_loss"]) for entry in evaluations]
     assert len(found) == 4  # after steps 2, 4, 6 and the last
@@ -62,7 +61,7 @@ def test_logs_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for entry in evaluations:
         assert entry["eval_loss"] == entry["eval_slow_loss"]
         assert entry["eval_accuracy"] == entry["eval_slow_accuracy"]
-    names = {"train/stage", "train/transition", "eval/slow_loss", "eval/fast_loss", "eval/slow_accuracy"}
+    names = {"train/stage", "eval/slow_loss", "eval/fast_loss", "eval/slow_accuracy"}
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert names <= set(events.Tags()["scalars"])
@@ -77,7 +76,7 @@ def test_a_log_of_several_steps_and_an_evaluation_of_one_kind(tmp_path: Path) ->
     trainer = trainer_of(cascade, tmp_path, {"steps": 1, "evaluate": "fast"}, logging_steps=3, max_steps=6)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [(entry["stage"], entry["transition"]) for entry in steps] == [(3, 0), (6, 3)]
+    assert [entry["stage"] for entry in steps] == [3, 6]
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == metrics["eval_fast_loss"]
     assert "eval_slow_loss" not in metrics

@@ -10,89 +10,19 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasc_fx.cascade import Stage
-from lorasc_fx.errors import SpecError, StateError, path_of
-from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.extras import require
+from lorasc_fx.errors import StateError
 from lorasc_fx.util.files import append_text
-
-require("cli", "rich")
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-__all__ = ["FILE", "Metrics", "Reporter", "Tracker", "append", "console", "reporting", "track"]
-
 FILE = "metrics.jsonl"
 _EVENTS = "tensorboard"
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-class Tracker:
-    """Counts the steps of a loop, and shows and stores their metrics. Made by `track`."""
-
-    def __init__(self, reporter: Reporter, metrics: Metrics | None, every: int, done: int) -> None:
-        self._reporter, self._metrics, self._every = reporter, metrics, every
-        self.done = done
-
-    def step(self, stage: Stage, loss: float, **more: float) -> None:
-        """Report a finished step.
-
-        Args:
-            stage: the stage from `cascade.stages`.
-            loss: of this step.
-            more: further metrics for the folder, such as `lr`.
-        """
-        self.done += 1
-        self._reporter.step(self.done, f"stage {stage.index}/{stage.count}", loss)
-        if self._metrics is not None and self.done % self._every == 0:
-            self._metrics.log(step=self.done, stage=stage.index, loss=loss, **more)
-
-    def log(self, **entry: Any) -> None:
-        """Store other metrics of this step in the folder, for example of a validation."""
-        if self._metrics is not None:
-            self._metrics.log(step=self.done, **entry)
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar."""
-        self._reporter.say(text)
-
-
-@contextlib.contextmanager
-def track(
-    steps: int,
-    *,
-    title: str = "train",
-    folder: str | PathLike[str] | None = None,
-    every: int = 1,
-    done: int = 0,
-) -> Iterator[Tracker]:
-    """Show stage, step, loss, steps per second and remaining time of a loop, by a bar on a terminal or by lines.
-
-    Args:
-        steps: number of steps of the whole training.
-        title: text before the bar.
-        folder: gets `metrics.jsonl`, and `tensorboard/` if that package is installed. None to store nothing.
-        every: number of steps per line of the metrics.
-        done: number of finished steps of a run that is resumed.
-
-    Raises:
-        SpecError: `steps` or `every` is less than 1.
-        MissingExtra: rich is not installed (the extra `cli`).
-    """
-    for name, count in (("steps", steps), ("every", every)):
-        if not is_integer(count, 1):
-            raise SpecError(f"track: {name} is {count!r}; give an integer of 1 or more")
-    with contextlib.ExitStack() as stack:
-        reporter = stack.enter_context(reporting())
-        metrics = stack.enter_context(contextlib.closing(Metrics(path_of(folder)))) if folder is not None else None
-        reporter.begin(title, steps, done)
-        yield Tracker(reporter, metrics, every, done)
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
@@ -111,19 +41,11 @@ class Metrics:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._step = folder, 0
-        self._stage: int | None = None
         self._writer: Any = None
 
     def log(self, **entry: Any) -> None:
-        """Add one line. Its numbers become scalars for TensorBoard, at `step` or at the last given step.
-
-        A line with the loss of a stage also gets `transition`, the number of stages that have ended since the last one.
-        """
+        """Add one line. Its numbers become scalars for TensorBoard, at `step` or at the last given step."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        if "loss" in entry and "stage" in entry:
-            before = self._last_stage() if self._stage is None else self._stage
-            self._stage = entry["stage"]
-            entry["transition"] = max(0, entry["stage"] - before) if before is not None else 0
         append(self._folder / FILE, entry)
         self._step = entry.get("step", self._step)
         if self._writer is None and importlib.util.find_spec("tensorboard") is not None:
@@ -139,13 +61,6 @@ class Metrics:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def _last_stage(self) -> int | None:
-        """Return the stage in the last line with a loss, of a run that is resumed."""
-        path = self._folder / FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        stages = (json.loads(line).get("stage") for line in reversed(lines) if '"loss"' in line)
-        return next(stages, None)
 
 
 class Reporter:
