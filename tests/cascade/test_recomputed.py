@@ -7,7 +7,6 @@ import io
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,30 +234,6 @@ def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
     torch.testing.assert_close(copy.deepcopy(cascade)(X), twin(X), rtol=0, atol=1e-12)
     released = cascade.release()
     assert all(type(module._parameters) is dict for module in released.modules())
-
-
-OUTPUTS: list[torch.Tensor] = []
-
-
-def keep_output(module: nn.Module, given: Any, output: torch.Tensor) -> None:
-    OUTPUTS.append(output.detach())
-
-
-def test_a_hook_that_comes_and_goes() -> None:
-    """While it is there the model runs as it is, and its modules read their weights in a way of their own."""
-    model = Checkpointed("in a row", breaks=False, reentrant=False).double()
-    original = copy.deepcopy(model)
-    cascade = lx.adapt(model, (X,), spec=SPEC)
-    randomize(cascade)
-    twin = merged_twin(original, cascade)
-    for hooked in (False, True, False):
-        handle = model.blocks[0].up.register_forward_hook(keep_output) if hooked else None
-        for each in (cascade, twin):
-            each.zero_grad()
-            gradients(each)
-        assert_gradients(cascade, twin)
-        if handle is not None:
-            handle.remove()
 
 
 def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
@@ -508,62 +483,3 @@ def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in bits):
         cascade = lx.adapt(model, (x,), spec=SPEC)
     assert set(oldest_variant(cascade).placements.values()) == {"beside"}
-
-
-class Rectified(nn.Module):
-    """Few inputs of a ReLU: one whose sign rounding flips changes a good part of a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
-
-    def block(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.b(x))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(checkpoint(self.block, torch.relu(self.a(x)), use_reentrant=False))
-
-
-def test_a_loaded_run_and_a_copy_keep_the_placements_under_autocast(tmp_path: Path) -> None:
-    x = [torch.randn(6, 8, generator=torch.Generator().manual_seed(100 + k)) for k in range(4)]
-    cascade = lx.adapt(Rectified(), (x[0],), spec=lx.CascadeSpec(rank=2))
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
-    with torch.autocast("cpu", torch.bfloat16):
-        for each in x[:3]:
-            cascade(each).float().square().mean().backward()
-        optimizer.step()
-        lx.save(cascade, tmp_path)
-        expected = cascade(x[3])
-        for again in (lx.load(tmp_path, Rectified(), args=(x[0],)), copy.deepcopy(cascade)):
-            assert torch.equal(again(x[3]), expected)
-            assert again.placements == cascade.placements == dict.fromkeys(cascade.placements, "beside")
-
-
-def test_dropout_of_branches_acts_with_graph_breaks() -> None:
-    model = Stack()
-    model.gradient_checkpointing = True
-    cascade = lx.adapt(model, (X.float(),), spec=lx.CascadeSpec(rank=2, dropout=0.5))
-    assert set(oldest_variant(cascade).placements.values()) == {"beside"}
-    for module in model.modules():
-        module.training &= not isinstance(module, nn.Dropout)
-    randomize(cascade)
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(cascade(X.float()))
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
-def test_torch_compile_around_it_keeps_the_branches() -> None:
-    model = Checkpointed("twice", breaks=False, reentrant=False).double()
-    cascade = lx.adapt(model, (X,), spec=SPEC)
-    randomize(cascade)
-    gradients(cascade)
-    expected = [parameter.grad.clone() for parameter in cascade.branches.parameters()]
-    cascade.zero_grad()
-    gradients(torch.compile(cascade, backend="eager"))
-    for one, other in zip(expected, cascade.branches.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one, rtol=0, atol=1e-12)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-import torchvision
 import transformers
 from torch import nn
 
 import lorasc_fx as lx
 from tests.kit import tiny
 from tests.kit.errors import raises
-from tests.kit.models import batches, branches, factors, randomize
+from tests.kit.models import batches, branches, randomize
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
 
@@ -217,62 +212,3 @@ def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype:
         torch.testing.assert_close(each(input_ids=ids).logits, slow, rtol=off, atol=off)
     assert torch.equal(loaded.generate(ids, do_sample=False), written)
     assert written.shape == (2, 11)
-
-
-@pytest.mark.parametrize(
-    ("library", "dtype"), [("timm", torch.float32), ("timm", torch.bfloat16), ("torchvision", torch.bfloat16)]
-)
-def test_a_model_of_a_library_loads_strictly(library: str, dtype: torch.dtype) -> None:
-    def build() -> nn.Module:
-        if library == "timm":
-            return timm.create_model("resnet10t", num_classes=5).to(dtype)
-        return torchvision.models.shufflenet_v2_x0_5(num_classes=5).to(dtype)
-
-    torch.manual_seed(53)
-    model, x = build().train(), torch.randn(3, 3, 64, 64, dtype=dtype)
-    cascade = lx.adapt(model, (x,), spec=SPEC)
-    randomize(cascade)
-    cascade(x)  # moves the running statistics
-    state = cascade.folded_state_dict()
-    released = cascade.release().eval()
-    for each in (state, released.state_dict()):
-        fresh = build().eval()
-        before = fresh(x)
-        kinds = {name: value.dtype for name, value in fresh.state_dict().items()}
-        assert {name: value.dtype for name, value in each.items()} == kinds
-        assert str(fresh.load_state_dict(each, strict=True)) == "<All keys matched successfully>"
-        assert torch.equal(fresh(x), released(x))
-        assert not torch.equal(before, fresh(x))
-
-
-def test_weights_serve_the_models_own_methods() -> None:
-    """Inside `weights` cascade and model compute the same; outside the stage goes on, also after an error."""
-    model, x = stated().eval(), batches(1, 2, 3, 5, 4)[0]
-    original = copy.deepcopy(model)
-    cascade = trained_cascade(model, x)
-    a = factors(cascade)
-    running = cascade(x)
-    with cascade.weights("base"):
-        assert torch.equal(cascade(x), original(x))
-        assert torch.equal(model(x), original(x))
-        for call in (cascade.release, lambda: cascade.transition(None), lambda: cascade.weights("slow").__enter__()):
-            with raises(lx.StateError, "inside-weights"):
-                call()
-    with contextlib.suppress(ZeroDivisionError), cascade.weights("fast"):
-        assert torch.equal(cascade(x), model(x))
-        raise ZeroDivisionError
-    assert torch.equal(cascade(x), running)
-    assert all(torch.equal(value, a[name]) for name, value in factors(cascade).items())
-
-
-def test_a_cascade_that_was_dropped_leaves_nothing() -> None:
-    """Its branches and the model go, though hooks on the parameters knew them."""
-    x = torch.randn(2, 5)
-    cascade = lx.adapt(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), (x,), spec=SPEC)
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    cascade(x).sum().backward()
-    optimizer.step()
-    parameters = [weakref.ref(parameter) for parameter in cascade.parameters()]
-    del cascade, optimizer
-    gc.collect()
-    assert all(parameter() is None for parameter in parameters)

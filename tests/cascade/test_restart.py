@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import batches, branches, factors, mlp, optimizer_of, train
+from tests.kit.models import batches, mlp, optimizer_of, train
 
 CALLS = 4
 
@@ -26,9 +26,6 @@ def headed() -> nn.Module:
 def headed_cascade(model: nn.Module | None = None, **options: Any) -> lx.Cascade:
     spec = lx.CascadeSpec(**{"rank": 2, "targets": ("body",), "train": ("head", "norm"), **options})
     return lx.adapt(headed() if model is None else model, batches(1, 4, 5), spec=spec)
-
-
-TRAINED = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
@@ -98,91 +95,6 @@ def test_a_reset_is_a_new_optimizer() -> None:
         losses[how] = train(cascade, optimizer if how != "new" else optimizer_of(cascade), calls[CALLS:])
     assert torch.equal(losses["reset"], losses["new"])
     assert not torch.allclose(losses["kept"], losses["new"], rtol=1e-6)
-
-
-def test_sgd_momentum_is_state_too() -> None:
-    cascade = headed_cascade()
-    optimizer = optimizer_of(cascade, "sgd")
-    train(cascade, optimizer, batches(CALLS, 4, 5))
-    trained = {
-        name: optimizer.state[dict(cascade.model.named_parameters())[name]]["momentum_buffer"].clone()
-        for name in TRAINED
-    }
-    cascade.transition(optimizer)
-    assert not any(optimizer.state.get(parameter) for parameter in owned(cascade))
-    for name, value in trained.items():
-        assert torch.equal(optimizer.state[dict(cascade.model.named_parameters())[name]]["momentum_buffer"], value)
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-@pytest.mark.parametrize("slow_train", [True, False])
-def test_parameters_trained_in_full_follow_the_slow_rule(restart: str, slow_train: bool) -> None:
-    """S_t = S_{t-1} + pace (F_t - S_{t-1}) of the parameter itself; slow_train = False leaves it fast."""
-    cascade = headed_cascade(pace=0.4, restart=restart, slow_train=slow_train)
-    held = dict(cascade.model.named_parameters())
-    base = {name: held[name].detach().clone() for name in TRAINED}
-    slow = {name: value.clone() for name, value in base.items()}
-    optimizer = optimizer_of(cascade)
-    for stage in range(3):
-        train(cascade, optimizer, batches(CALLS, 4, 5, seed=stage))
-        fast = {name: held[name].detach().clone() for name in TRAINED}
-        for which, expected in (("fast", fast), ("slow", slow if slow_train else fast), ("base", base)):
-            with cascade.weights(which):
-                for name, value in expected.items():
-                    torch.testing.assert_close(held[name].detach(), value, rtol=0, atol=1e-14)
-            assert all(torch.equal(held[name], value) for name, value in fast.items())
-        slow = {name: value + 0.4 * (fast[name] - value) for name, value in slow.items()} if slow_train else fast
-        if stage < 2:
-            cascade.transition(optimizer)
-            start = slow if restart == "slow" else fast
-            for name, value in start.items():
-                torch.testing.assert_close(held[name].detach(), value, rtol=0, atol=1e-14)
-                assert held[name].requires_grad
-    assert all((slow[name] - base[name]).abs().max() > 1e-3 for name in TRAINED)
-    state = cascade.folded_state_dict()
-    released = dict(cascade.release().named_parameters())
-    for name, value in slow.items():
-        torch.testing.assert_close(released[name].detach(), value, rtol=0, atol=1e-14)
-        assert torch.equal(state[name], released[name])
-
-
-def test_a_stage_that_trained_the_head_only_is_folded() -> None:
-    cascade = headed_cascade(pace=0.5)
-    head = cascade.model.head.weight
-    base = head.detach().clone()
-    with torch.no_grad():
-        head.add_(1.0)
-    torch.testing.assert_close(cascade.release().head.weight.detach(), base + 0.5, rtol=0, atol=1e-15)
-
-
-def test_idle_heads_are_slow() -> None:
-    """After `stages` the head is the slow one; the next loop goes on from where the restart rule says."""
-    for restart in ("slow", "fast"):
-        cascade = headed_cascade(pace=0.4, restart=restart)
-        head, optimizer = cascade.model.head.weight, optimizer_of(cascade)
-        base = head.detach().clone()
-        for _ in cascade.stages(1, optimizer):
-            train(cascade, optimizer, batches(CALLS, 4, 5))
-            fast = head.detach().clone()
-        slow = base + 0.4 * (fast - base)
-        torch.testing.assert_close(head.detach(), slow, rtol=0, atol=1e-14)
-        for _ in cascade.stages(1, optimizer):
-            torch.testing.assert_close(head.detach(), slow if restart == "slow" else fast, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("how", ["fresh", "kept"])
-def test_where_lora_a_starts(how: str) -> None:
-    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2, restart_A=how))
-    first, optimizer = factors(cascade), optimizer_of(cascade)
-    train(cascade, optimizer, batches(CALLS, 4, 5))
-    trained = factors(cascade)
-    cascade.transition(optimizer)
-    second = factors(cascade)
-    for name, branch in branches(cascade).items():
-        assert not branch.lora_B.any()
-        assert not torch.equal(trained[name], first[name])
-        assert torch.equal(second[name], trained[name]) == (how == "kept")
-        assert not torch.equal(second[name], first[name])
 
 
 def test_a_scheduler_steps_once_a_stage() -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,23 +101,3 @@ def test_a_copy_has_a_lock_of_its_own() -> None:
     twin = copy.deepcopy(cascade)
     assert not together(lambda: twin.transition(None))
     lock_of(cascade).release()
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_base_is_told_by_its_bytes_however_many_threads_read_it(threads: int, tmp_path: Path) -> None:
-    cascade, base, _ = made(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        version = lx.save(cascade, tmp_path)
-        told = json.loads((version / "manifest.json").read_text(encoding="utf-8"))["base"]
-        assert list(told) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-        assert told["0.weight"] == hashlib.sha256(b"torch.float32(14, 9)" + base.numpy().tobytes()).hexdigest()
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 5))
-        with torch.no_grad():
-            model[2].bias[1] += 1
-        with raises(lx.CheckpointError, "base-differs", "2.bias"):
-            lx.load(tmp_path, model, args=(torch.randn(2, 9),))
-    finally:
-        torch.set_num_threads(before)

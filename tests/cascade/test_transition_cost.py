@@ -248,37 +248,3 @@ def test_a_transition_inside_autocast_is_none_of_its_business() -> None:
             weights.append({name: value.detach().clone() for name, value in cascade.model.named_parameters()})
         assert not any(torch.equal(before[name], weights[-1][name]) for name in before)
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parameter_trained_in_full_is_copied_once_while_other_weights_are_in_place(dtype: torch.dtype) -> None:
-    """Its value of now is kept once, and a slow value, which is in fp32, is rounded; some kilobytes are kept free."""
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Embedding(4000, 16), nn.Linear(16, 2)).to(dtype)
-    spec = lx.CascadeSpec(rank=1, train=("0.*",))
-    cascade = lx.adapt(model, (torch.tensor([[1, 2], [3, 4]]),), spec=spec)
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    trained(cascade, optimizer)
-    live, unit = model[0].weight.detach().clone(), model[0].weight.nbytes
-    with Peak() as peak, cascade.weights("slow"):
-        assert not torch.equal(model[0].weight, live)
-    assert unit <= peak.most <= (1 if dtype == torch.float32 else 2) * unit + 10_000
-    assert torch.equal(model[0].weight, live)
-    with pytest.raises(KeyboardInterrupt), Interrupted(live.shape):
-        cascade.release()
-    assert torch.equal(model[0].weight, live)
-
-
-class Interrupted(TorchDispatchMode):
-    """Interrupts right after the first writes of this shape, and lets all others pass."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.shape, self.left = shape, 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.copy_.default and args[0].shape == self.shape and self.left:
-            self.left -= 1
-            raise KeyboardInterrupt
-        return result

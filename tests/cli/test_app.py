@@ -82,15 +82,6 @@ def test_what_the_user_got_wrong_is_a_sentence_and_2(
     assert not (place / "runs").exists()  # nothing was begun
 
 
-def test_a_device_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without CUDA the sentence does not say `give cuda`."""
-    assert main(["train", "tiny.toml", "--train.device", "cuda:99"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("lorasc-fx: train.device is 'cuda:99': ")
-    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    assert said.endswith(f"; this machine has {', '.join(known)}\n")
-
-
 OUTPUTS = ("train tiny.toml", "compare tiny.toml", "export run --to pt2", "export run --to onnx",
            "export run --to safetensors", "export run --to peft", "fold run", "report run")  # fmt: skip
 FOLDERS = ("train tiny.toml", "compare tiny.toml", "export run --to peft")

@@ -73,14 +73,6 @@ def test_it_goes_on_where_it_stopped(place: Path, capsys: pytest.CaptureFixture[
         assert without_time(cell(place / "whole", name)) == without_time(cell(place / "parts", name))
 
 
-def test_a_damaged_result_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--compare.methods", "probe", "--compare.seeds", "0"]
-    assert main(["compare", "tiny.toml", *quick]) == 0
-    (place / "runs" / "tiny" / "results" / "probe-seed0-lr0.01.json").write_text("[" * 9999)
-    assert main(["compare", "tiny.toml", *quick]) == 2
-    assert "probe-seed0-lr0.01.json is damaged" in capsys.readouterr().err
-
-
 def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = ["--compare.lrs", "0.01", "1e30", "--compare.methods", "lora", "full", "--compare.seeds", "0"]
     assert main(["compare", "tiny.toml", *rates]) == 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.data import blur, digits, imdb, mnist5k, noise, rotten_tomatoes
+from experiments.data import blur, digits, mnist5k, noise
 from lorasc_fx.cli.config import Config, DataConfig
 from lorasc_fx.cli.data import Splits, encoder_of, image_examples, load_data, read_table
 from lorasc_fx.cli.training import Setup, describe
@@ -88,12 +88,6 @@ def test_shifts_are_other_data_sets_of_the_same_classes_or_functions_of_the_test
 def test_the_last_batch_may_be_short() -> None:
     examples = image_examples(*digits(), size=8).take(torch.arange(20))
     assert [len(batch.labels) for batch in examples.batches(8)] == [8, 8, 4]
-
-
-def test_reviews() -> None:
-    texts, labels = rotten_tomatoes()
-    assert (len(texts), labels.count("1"), sorted(set(labels))) == (8530, 4265, ["0", "1"])
-    assert len(imdb()[0]) == 25000
 
 
 def test_texts_are_encoded_a_batch_at_a_time() -> None:

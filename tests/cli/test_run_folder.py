@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.run_folder import RunFolder, effective_rank
 from lorasc_fx.errors import StateError
-from lorasc_fx.spec import CascadeSpec
 from tests.kit.errors import raises
 
 
@@ -36,22 +34,6 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     with raises(StateError, "path-in-the-way"):
         folder.begin(Config(), resume=False)
     folder.begin(Config(output="elsewhere"), resume=True)
-
-
-def test_a_run_is_not_resumed_with_another_configuration(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    config = Config(spec=CascadeSpec(targets=("linear",), rank=4))
-    folder.begin(config, resume=False)
-    folder.log(step=1)
-    other = replace(config, spec=replace(config.spec, rank=5))
-    with raises(StateError, "spec-differs", "spec.rank", "4", "5"):
-        folder.begin(other, resume=True)
-
-
-def test_there_is_something_to_resume(tmp_path: Path) -> None:
-    with raises(StateError, "no-checkpoint"):
-        RunFolder(tmp_path / "absent").begin(Config(), resume=True)
-    assert not (tmp_path / "absent").exists()
 
 
 def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:

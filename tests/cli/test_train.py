@@ -142,11 +142,6 @@ def test_resume_wants_the_same_run(place: Path, capsys: pytest.CaptureFixture[st
     assert "holds a run with train.lr = 0.01, and this one has 0.02; resume with the same" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_is_a_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "tiny.toml", "--train.lr", "1e30"]) == 2
-    assert "a lower learning rate or a longer warm-up may help" in capsys.readouterr().err
-
-
 def test_after_a_loss_that_is_not_finite_a_run_is_made_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["train", "tiny.toml", "--train.log-every", "1", "--train.checkpoint-every", "1"]
     assert main([*quick, "--output", "other"]) == 0
@@ -171,18 +166,6 @@ def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture
     assert (
         "the model returns logits [32, 4]; it must return [batch, classes], with 10 classes" in capsys.readouterr().err
     )
-
-
-def test_checkpoints_between_stages(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "tiny.toml", "--train.checkpoint-every", "5", "--train.lr", "0.02"]) == 0
-    assert main(["fold", "runs/tiny"]) == 0
-    assert "step 12 of 12" in capsys.readouterr().out
-
-
-def test_fold_before_the_first_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "tiny.toml", "--train.lr", "1e30"]) == 2
-    assert main(["fold", "runs/tiny"]) == 2
-    assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
 
 
 def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,16 +81,3 @@ def test_a_log_of_several_steps_and_an_evaluation_of_one_kind(tmp_path: Path) ->
     assert metrics["eval_loss"] == metrics["eval_fast_loss"]
     assert "eval_slow_loss" not in metrics
     assert "test_fast_accuracy" in trainer.predict(rows(4)).metrics
-
-
-def test_the_best_model_by_the_fast_weights_keeps_its_branches(tmp_path: Path) -> None:
-    cascade = adapted(SPEC)
-    more = {
-        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4,
-        "load_best_model_at_end": True, "metric_for_best_model": "eval_fast_loss", "greater_is_better": False,
-    }  # fmt: skip
-    trainer = trainer_of(cascade, tmp_path, {"steps": 9, "evaluate": ("slow", "fast")}, **more)
-    trainer.train()
-    best = trainer.state.best_metric
-    assert best == min(entry["eval_fast_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    assert trainer.evaluate()["eval_fast_loss"] == pytest.approx(best, abs=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
-    pipeline,
 )
 
 import lorasc_fx as lx
 from tests.integrations.kit import arguments, llama, losses, texts, values_of, with_weights
 from tests.kit import tiny
 from tests.kit.models import lora_of
-from tests.kit.state import branches_of
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 SPEC = lx.CascadeSpec(
@@ -102,36 +99,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     found = Tokenizer(models.WordLevel(words, unk_token="w3"))
     found.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="[PAD]", eos_token="[EOS]", bos_token="[BOS]")
-
-
-@pytest.mark.slow
-def test_generate_and_pipeline_inside_weights_and_after_release() -> None:
-    cascade = adapted(lx.CascadeSpec(targets=SPEC.targets, rank=2, pace=0.5, noise=lx.Noise(0.1)))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for branch in branches_of(cascade).values():
-            branch.lora_B.copy_(torch.randn(branch.lora_B.shape, generator=generator, dtype=torch.float64))
-    cascade.transition(None)
-    plain, ids = with_weights(llama(), values_of(cascade)), texts(1, 6)[0]["input_ids"][None]
-    how = {"max_new_tokens": 8, "do_sample": False}
-    expected = plain.generate(ids, **how)
-    assert not torch.equal(expected, with_weights(llama(), {}).generate(ids, **how))
-    words = tokenizer()
-
-    def told(model: Any) -> str:
-        made = pipeline("text-generation", model=model, tokenizer=words, device="cpu")
-        found: str = made("w5 w9 w30", **how)[0]["generated_text"]
-        return found
-
-    text = told(copy.deepcopy(plain))
-    assert text.startswith("w5 w9 w30w")
-    cascade.eval()
-    with cascade.weights("slow"):
-        assert torch.equal(cascade.model.generate(ids, **how), expected)
-        assert told(cascade.model) == text
-    model = cascade.release().eval()
-    assert torch.equal(model.generate(ids, **how), expected)
-    assert told(model) == text
 
 
 @pytest.mark.slow

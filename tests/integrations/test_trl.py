@@ -263,20 +263,3 @@ def test_grpo_is_that_of_peft(beta: float, checkpointing: str, tmp_path: Path) -
         evaluated.append(trainer.evaluate()["eval_reward"])
     assert evaluated[0] == evaluated[1]
     assert variant_count(cascade) <= 2
-
-
-def test_grpo_in_stages(tmp_path: Path) -> None:
-    """Evaluated, and saved, with the slow weights."""
-    cascade = adapted(NOISY, llama())
-    trainer = grpo_of(cascade, tmp_path, callback_of(cascade))
-    trainer.train()
-    assert cascade.stage == 3
-    trainer.save_model(str(tmp_path / "final"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float64)
-    state = cascade.folded_state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    evaluated = []
-    for each in (trainer, grpo_of(model, tmp_path)):
-        torch.manual_seed(3)
-        evaluated.append(each.evaluate()["eval_reward"])
-    assert evaluated[0] == evaluated[1]

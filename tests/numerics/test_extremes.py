@@ -22,7 +22,7 @@ from tests.errors.models import loss_of
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
-from tests.kit.state import branches_of, trainable, weight_state
+from tests.kit.state import branches_of, trainable
 
 RANK, ALPHA, PACE = 2, 3.0, 0.5
 PLACEMENTS = ("beside", "merged", "weight")
@@ -102,24 +102,6 @@ def test_folds_of_tiny_and_huge_weights_are_the_formula(size: float, dtype: torc
         assert float((slow[name].double() - base[name]).abs().max()) > 100 * close or dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_branches_beside_and_in_tiny_and_huge_weights(size: float, placement: Any) -> None:
-    """One such weight, followed by one that brings the numbers back: outputs and gradients of the formula."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False))
-    with torch.no_grad():
-        model[0].weight.mul_(size)
-        model[1].weight.div_(size)
-    x = randn(4, 5)
-    cascade = lx.adapt(model, (x,), spec=spec(placement=placement), frontend="symbolic")
-    deltas = put_factors(cascade, {"0.weight": size, "1.weight": 1 / size})
-    output = cascade(x)
-    loss_of(output).backward()
-    assert all(bool(value.grad.isfinite().all() and value.grad.any()) for value in trainable(cascade).values())
-    torch.testing.assert_close(output.double(), eager(model, x, deltas), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("size", [1e-300, 1e-30, 1e30, 1e200])
 def test_the_size_of_the_noise_scales_with_the_weight(size: float) -> None:
     weight = randn(40, 30, dtype=torch.float64)
@@ -145,22 +127,6 @@ def test_a_device_whose_squares_overflow_still_has_a_size(monkeypatch: pytest.Mo
 
 
 # ---- no spread, no entries, one channel
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.0, 1e-30, 1e30])
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_constant_weights_get_no_noise_and_train(value: float, distribution: Any) -> None:
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    with torch.no_grad():
-        model[0].weight.fill_(value)
-    x = randn(4, 5)
-    cascade = lx.adapt(model, (x,), spec=spec(noise=lx.Noise(0.5, distribution)), frontend="symbolic")
-    assert bool((model[0].weight == value).all())
-    put_factors(cascade, {"0.weight": max(abs(value), 1e-3), "2.weight": 1.0})
-    cascade.transition(None)
-    assert bool(model[0].weight.isfinite().all())
-    assert bool(cascade(x).isfinite().all())
-    assert len(set(cascade.release()[0].weight.flatten().tolist())) > 1
 
 
 class Mixed(nn.Module):
@@ -228,50 +194,6 @@ def test_weights_without_entries_are_refused_by_name(placement: Any, frontend: s
         parameter.grad = None
     cascade.transition(None)
     assert torch.equal(cascade.release()(x), expected)
-
-
-ONE_CHANNEL = {
-    "1 to 1, 3x3": nn.Conv2d(1, 1, 3, padding=1),
-    "1 to 1, 1x1": nn.Conv2d(1, 1, 1),
-    "1 to 4": nn.Conv2d(1, 4, 3, stride=2),
-    "4 to 1": nn.Conv2d(4, 1, (1, 3)),
-    "4 to 1, 1x1": nn.Conv2d(4, 1, 1),
-    "one a group": nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"),
-    "one in, two out a group": nn.Conv2d(3, 6, 1, groups=3),
-}
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ONE_CHANNEL)
-def test_convolutions_of_one_channel(name: str, placement: Any) -> None:
-    """Outputs, gradients of both factors, and the fold, against the eager model with W + s B A."""
-    torch.manual_seed(7)
-    conv = ONE_CHANNEL[name]
-    model = nn.Sequential(conv, nn.Tanh(), nn.Conv2d(conv.out_channels, 3, 1)).double()
-    model.requires_grad_(True)
-    x = randn(3, conv.in_channels, 6, 5, dtype=torch.float64)
-    base = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    cascade = lx.adapt(model, (x,), spec=spec(placement=placement), frontend="symbolic")
-    held = {site.weight: site for site in cascade.sites}
-    assert set(held) == {"0.weight", "2.weight"}
-    deltas = put_factors(cascade)
-    output = cascade(x)
-    torch.testing.assert_close(output, eager(model, x, deltas), rtol=1e-12, atol=1e-12)
-    loss_of(output).backward()
-    factors, added = {}, {}
-    for key, branch in branches_of(cascade).items():
-        a, b = (factor.detach().clone().requires_grad_() for factor in (branch.lora_A, branch.lora_B))
-        factors[key], added[key] = (a, b), (ALPHA / RANK * b @ a).view(held[key].shape)
-    loss_of(functional_call(model, {**base, **{k: base[k] + v for k, v in added.items()}}, (x,))).backward()
-    for key, (a, b) in factors.items():
-        branch = branches_of(cascade)[key]
-        torch.testing.assert_close(branch.lora_A.grad, a.grad, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(branch.lora_B.grad, b.grad, rtol=1e-10, atol=1e-12)
-        branch.lora_A.grad = branch.lora_B.grad = None
-    cascade.transition(None)
-    slow = cascade.release().state_dict()
-    for key, delta in deltas.items():
-        torch.testing.assert_close(slow[key], base[key] + PACE * delta, rtol=1e-13, atol=1e-13)
 
 
 # ---- ranks
@@ -344,28 +266,6 @@ def test_a_fold_that_leaves_the_dtype_is_refused(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_such_a_branch_can_be_skipped(dtype: torch.dtype) -> None:
-    model, x = near_the_end(dtype)
-    before = model[0].weight.detach().clone()
-    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0, on_nonfinite="skip"), frontend="symbolic")
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-    x[:, 1] = 1.0
-    loss_of(cascade(x)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    push(cascade, float(torch.finfo(dtype).max) * 0.01)
-    with warns("non-finite-left-out", "0.weight", dtype, "1") as caught:
-        cascade.transition(optimizer)
-    assert [each.filename for each in caught] == [__file__]
-    assert torch.equal(model[0].weight, before)
-    left_out, taken = (branches_of(cascade)[name] for name in ("0.weight", "1.weight"))
-    assert not optimizer.state.get(left_out.lora_B)
-    assert not optimizer.state.get(taken.lora_B)
-    assert weight_state(cascade, "1.weight").experts
-    assert not weight_state(cascade, "0.weight").experts
-
-
-@pytest.mark.parametrize("dtype", NARROW)
 def test_what_stays_inside_the_dtype_is_folded(dtype: torch.dtype) -> None:
     """Up to the largest number, and by less than its last bit: no fold is refused that rounds to a finite number."""
     limits = torch.finfo(dtype)
@@ -391,24 +291,6 @@ def test_a_product_that_overflows_is_refused_though_its_factors_are_finite() -> 
     assert branch.finite()
     with unchanged(cascade), raises(lx.NonFiniteBranch, "non-finite", "torch.float32"):
         cascade.transition(None)
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_steps_that_add_up_to_an_overflow(restart: Any) -> None:
-    """Each stage's step is far too small to overflow anything; the stage whose sum does is the one that is refused."""
-    model, x = near_the_end(torch.float16, 0.9985)
-    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0, restart=restart), frontend="symbolic")
-
-    def go_on() -> None:
-        for _ in range(60):
-            push(cascade, 7.0)
-            cascade.transition(None)
-
-    with raises(lx.NonFiniteBranch, "non-finite", "torch.float16") as raised:
-        go_on()
-    assert 5 < cascade.stage < 40
-    assert f"stage {cascade.stage};" in str(raised.value)
-    assert bool(model[0].weight.isfinite().all())
 
 
 def test_the_usual_fold_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.errors.models import inputs, loss_of
-from tests.kit.errors import raises
 from tests.kit.state import branches_of
 
 BAD = ({0, 3}, {1}, {0, 1, 2, 3}, {2})
@@ -111,20 +110,3 @@ def test_skipped_steps_are_those_of_a_loop_by_hand(placement: Any, how: dict[str
     expected = hand(x)
     assert not torch.allclose(expected, mlp()(x), atol=0.05)
     torch.testing.assert_close(cascade.release()(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_infinite_gradients_are_pending_until_they_are_zeroed() -> None:
-    """A skipped step has used nothing: the transition says so, whether or not they were unscaled."""
-    for unscale in (False, True):
-        cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=SPEC, frontend="symbolic")
-        optimizer, scaler = torch.optim.AdamW(cascade.param_groups(lr=0.05)), next(scalers())
-        scaler.scale(loss_of(cascade(inputs(6, 5))) * float("inf")).backward()
-        if unscale:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        with raises(lx.StateError, "gradients-pending"):
-            cascade.transition(optimizer)
-        optimizer.zero_grad()
-        cascade.transition(optimizer)
-        assert all(branch.finite() for branch in branches_of(cascade).values())

@@ -107,24 +107,6 @@ def test_a_rule_with_a_rank_of_its_own_stays() -> None:
     assert seen == [[4, 5, 4], [2, 5, 2], [3, 5, 3], [1, 5, 1], [1, 5, 1]]
 
 
-def test_earlier_stages_come_back_and_the_next_has_the_rank_of_its_number() -> None:
-    model, (x,) = wide(), batches(1, 4, 40)
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5))
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
-    slow = []
-    for _ in range(3):
-        train(cascade, optimizer, [x, x])
-        cascade.transition(optimizer)
-        slow.append({name: value.detach().clone() for name, value in cascade.model.named_parameters()})
-    cascade.rewind(1, optimizer)
-    assert cascade.stage == 5
-    assert {branch.rank for branch in branches(cascade).values()} == {1}
-    for name, value in cascade.model.named_parameters():
-        torch.testing.assert_close(value.detach(), slow[0][name], rtol=0, atol=1e-12)
-    train(cascade, optimizer, [x, x])
-    cascade.transition(optimizer)
-
-
 def wide() -> nn.Module:
     """Weights that hold more numbers than the experts of a few stages."""
     torch.manual_seed(4)

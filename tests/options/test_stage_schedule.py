@@ -125,14 +125,6 @@ def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) 
     assert found == losses
 
 
-def test_its_state_is_json() -> None:
-    cascade, optimizer = adapted()
-    scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP, base=lr_scheduler.StepLR(optimizer, 4))
-    state = scheduler.state_dict()
-    assert json.loads(json.dumps(state)) == state
-    assert state["base"]["step_size"] == 4
-
-
 def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
     cascade, _ = adapted()
     groups = cascade.param_groups(lr=0.1)
@@ -215,23 +207,6 @@ def test_without_a_cascade_the_same_cycles_come_by_their_steps() -> None:
         0.1 * followed.factor(stage, step) for stage, length in ((1, 5), (2, 3), (3, 3)) for step in range(length)
     ]
     assert seen == pytest.approx(expected)
-
-
-def test_a_floor_of_one_is_no_decay() -> None:
-    cascade, optimizer = adapted()
-    scheduler = lx.StageSchedule(optimizer, cascade, 4, floor=1.0)
-    assert [scheduler.factor(1, step) for step in range(5)] == [1.0] * 5
-
-
-def test_warm_up_and_decay_go_together() -> None:
-    cascade, optimizer = adapted()
-    scheduler = lx.StageSchedule(optimizer, cascade, 8, warmup=3, floor=0.1, decay="linear")
-    for step in range(8):
-        share = min(1.0, (step + 1) / 4) * (0.1 + 0.9 * (1 - step / 8))
-        train(cascade, optimizer, [X])
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * share)
-        assert scheduler.factor(1, step) == pytest.approx(share)
-        scheduler.step()
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ def run(examples: int, steps: int) -> None:
 
 
 def test_operations_against_the_law() -> None:
-    run(examples=4, steps=8)
+    run(examples=12, steps=10)
 
 
 @pytest.mark.slow

@@ -57,19 +57,6 @@ def test_two_stages_are_the_formula(noise: lx.Noise) -> None:
             torch.testing.assert_close(value, base[name] + reference.slow[name], rtol=0, atol=1e-13)
 
 
-def test_uniform_noise_of_each_step() -> None:
-    torch.manual_seed(1)
-    model = nn.Linear(120, 90).double()
-    base = model.weight.detach().clone()
-    cascade = adapted(model, torch.randn(2, 120).double())
-    optimizer = optimizer_of(cascade, "sgd")
-    for _ in range(3):
-        unit = (model.weight.detach() - base) / (0.2 * base.std())
-        assert 0.49 < unit.abs().max() <= 0.5
-        assert abs(unit.var().item() - 1 / 12) < 0.003
-        optimizer.step()
-
-
 def test_filter_noise_is_flat_loras() -> None:
     """N_ij ~ N(0, (strength / sqrt(n))^2 |W_i|^2) by rows [out], also of a convolution and of a weight [in, out]."""
     torch.manual_seed(1)

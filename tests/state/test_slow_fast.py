@@ -5,7 +5,6 @@ The reference trains too, with an optimizer of its own, so a wrong start of a st
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit import oracle
-from tests.kit.models import OPTIMIZERS, batches, branches, by_hand, factors, mlp, optimizer_of, randomize, train
+from tests.kit.models import OPTIMIZERS, batches, by_hand, factors, mlp, optimizer_of, randomize, train
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 STEPS = 4
@@ -117,100 +116,3 @@ def test_a_graph_of_weights_that_are_not_in_place_any_more() -> None:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward(retain_graph=True)
     outside.backward()
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_stages_folds_the_last_stage(restart: str) -> None:
-    """After the loop the model holds the slow weights: to evaluate it, to release it, and to go on with more stages."""
-    calls = batches(STEPS, 4, 5)
-    cascade = lx.adapt(mlp(), (calls[0],), spec=spec_of(3, restart=restart, pace=0.6))
-    reference = by_hand(mlp(), cascade, pace=0.6, restart=restart)
-    own = optimizer_of(cascade)
-    numbers = []
-    for count in (2, 1):
-        for stage in cascade.stages(count, own):
-            numbers.append((stage.number, stage.index, stage.count))
-            assert_weights(cascade.model, {n: w + reference.start[n] for n, w in reference.base.items()})
-            expected = train(reference, OPTIMIZERS["adamw"](reference.parameters()), calls)
-            torch.testing.assert_close(train(cascade, own, calls), expected, **CLOSE)
-            reference.end()
-            reference.begin(fresh_of(cascade, stage.number + 1))
-        assert_weights(cascade.model, reference.weights("slow"))
-        with cascade.weights("slow"):
-            assert_weights(cascade.model, reference.weights("slow"))
-        out = cascade(calls[0])
-        torch.testing.assert_close(out, cascade.model(calls[0]), **CLOSE)  # B = 0
-    assert numbers == [(1, 1, 2), (2, 2, 2), (3, 1, 1)]
-    assert cascade.stage == 4
-    slow = reference.weights("slow")
-    assert_weights(cascade.release(), slow)
-
-
-def fresh_of(cascade: lx.Cascade, stage: int) -> dict[str, torch.Tensor]:
-    """The A that another cascade of the same spec has in this stage: an address, not a history."""
-    other = lx.adapt(mlp(), batches(1, 4, 5), spec=cascade.plan.spec)
-    for _ in range(stage - 1):
-        other.transition(None)
-    return factors(other)
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-@pytest.mark.parametrize("trained", [True, False])
-def test_release_folds_a_stage_that_has_trained(restart: str, trained: bool) -> None:
-    """And only such a one: a stage without a step is none, also where it starts away from the slow weights."""
-    calls = batches(STEPS, 4, 5)
-    cascade = lx.adapt(mlp(), (calls[0],), spec=spec_of(3, restart=restart, pace=0.6))
-    reference = by_hand(mlp(), cascade, pace=0.6, restart=restart)
-    own = optimizer_of(cascade)
-    for last in (False, True):
-        if not last or trained:
-            train(cascade, own, calls)
-            with torch.no_grad():
-                for name, branch in branches(cascade).items():
-                    reference.branches[name].a.copy_(branch.lora_A)
-                    reference.branches[name].b.copy_(branch.lora_B)
-            reference.end()
-            reference.begin(factors(cascade))
-        if not last:
-            cascade.transition(own)
-    state = cascade.folded_state_dict()
-    assert_weights(cascade.release(), reference.weights("slow"))
-    for name, value in cascade.model.state_dict().items():
-        assert torch.equal(state[name], value)
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-@pytest.mark.parametrize("pace", [0.5, 1.0])
-def test_the_rank_grows_with_the_stages(restart: str, pace: float) -> None:
-    """rank(S_T) <= sum r_t, and reaches it; a LoRA of the same r stays at r."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(17, 20), nn.Tanh(), nn.Linear(20, 13)).double()
-    before = copy.deepcopy(model)
-    calls = batches(6, 30, 17)
-    cascade = lx.adapt(model, (calls[0],), spec=spec_of(2, pace=pace, restart=restart))
-    own = optimizer_of(cascade)
-    for number in range(1, 5):
-        train(cascade, own, calls)
-        cascade.transition(own)
-        with cascade.weights("slow"):
-            for index in (0, 2):
-                delta = (model[index].weight - before[index].weight).detach()
-                sizes = torch.linalg.svdvals(delta)
-                assert int((sizes > 1e-12 * sizes[0]).sum()) == 2 * number, (index, number, sizes)
-
-
-def test_rules_and_rslora_set_the_scale() -> None:
-    """s = lora_alpha / r, or / sqrt(r); per target by the first rule that matches."""
-    rules = (lx.Rule("0.*", rank=4), lx.Rule("linear", lora_alpha=5.0), lx.Rule("4.*", rank=1))
-    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, rules=rules, use_rslora=True)
-    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=spec)
-    scales = {"0.weight": 3.0 / 4**0.5, "2.weight": 5.0 / 2**0.5, "4.weight": 5.0 / 2**0.5}
-    assert [branch.lora_A.shape[0] for branch in branches(cascade).values()] == [4, 2, 2]
-    randomize(cascade)
-    before = mlp().state_dict()
-    expected = {
-        name: before[name] + scales[name] * (branch.lora_B @ branch.lora_A).detach()
-        for name, branch in branches(cascade).items()
-    }
-    with cascade.weights("fast"):
-        assert_weights(cascade.model, expected, rtol=1e-13, atol=1e-13)
