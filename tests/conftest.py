@@ -91,7 +91,6 @@ SAMPLED = {
     "branch/test_by_hand.py::test_convolutions": 3,
     "branch/test_by_hand.py::test_narrow_arithmetic": 3,
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing": 2,
-    "capture/test_graph_breaks.py::test_a_checkpoint_goes_on": 3,
     "capture/test_graph_breaks.py::test_copies_find_their_graphs_anew": 4,
     "capture/test_graph_breaks.py::test_it_is_the_eager_model_and_with_branches_the_merged_one": 6,
     "capture/test_graph_breaks.py::test_two_stages_are_the_formula": 4,

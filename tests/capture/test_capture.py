@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
 from typing import Any
 
 import pytest
@@ -125,20 +124,6 @@ def test_modes_have_graphs_of_their_own(frontend: str, made: Any) -> None:
     assert made() - first == 1
 
 
-def test_a_change_of_one_modules_mode_counts(made: Any) -> None:
-    """A frozen norm or a silent dropout inside a training model is a mode of its own."""
-    model = choosy().train()
-    x = batches(1, 4, 5)[0]
-    cascade = lx.adapt(model, (x,))
-    first = made()
-    model.drop.eval()
-    assert torch.equal(cascade(x)["logits"], cascade(x)["logits"])
-    assert made() - first == 1
-    model.drop.train()
-    assert not torch.equal(cascade(x)["logits"], cascade(x)["logits"])
-    assert made() - first == 1
-
-
 @BOTH
 def test_a_layer_of_another_mode_becomes_a_site(frontend: str) -> None:
     """Unreached, then a site with a branch, a place in the optimizer, noise, and the formulas of its own stages."""
@@ -219,19 +204,6 @@ def test_another_image_size(made: Any) -> None:
     assert made() - first <= 2
 
 
-def test_another_sequence_length(made: Any) -> None:
-    model = nn.Sequential(
-        nn.Embedding(20, 6), nn.TransformerEncoderLayer(6, 2, 10, batch_first=True, dropout=0.0)
-    ).double()
-    eager = copy.deepcopy(model)
-    cascade = lx.adapt(model, (torch.randint(0, 20, (2, 7)),), frontend="export")
-    first = made()
-    for shape in ((2, 7), (3, 7), (2, 9), (5, 3)):
-        ids = torch.randint(0, 20, shape)
-        torch.testing.assert_close(cascade(ids), eager(ids), rtol=0, atol=1e-14)
-    assert made() == first + 2  # one for each axis that varies
-
-
 def test_a_batch_of_one_and_of_none(made: Any) -> None:
     """An example of one is no promise of one, and the other way round."""
     model = choosy().eval()
@@ -304,19 +276,6 @@ class Jumpy(nn.Module):
         return self.body(x) + self.draw()
 
 
-@pytest.mark.parametrize(
-    ("draw", "frontend"), [(random.random, "export"), (random.random, "symbolic"), (lambda: torch.rand(5), "symbolic")]
-)
-def test_a_random_choice_is_not_frozen(draw: Any, frontend: str) -> None:
-    """A front end that would make a constant of a random number refuses, and gives the generators back."""
-    model = Jumpy(draw)
-    states = random.getstate(), torch.get_rng_state()
-    with raises(lx.CaptureError, "not-captured", "random numbers in Python"):
-        lx.adapt(model, (torch.ones(2, 5),), frontend=frontend)
-    assert random.getstate() == states[0]
-    assert torch.equal(torch.get_rng_state(), states[1])
-
-
 def test_random_numbers_of_the_graph_stay_random() -> None:
     model, x = Jumpy(lambda: torch.rand(5)), torch.ones(2, 5)
     eager = copy.deepcopy(model)
@@ -328,31 +287,6 @@ def test_random_numbers_of_the_graph_stay_random() -> None:
     assert not torch.equal(first, cascade(x))
     torch.set_rng_state(state)
     assert torch.equal(first, eager(x))
-
-
-class MyNorm(nn.BatchNorm2d):
-    """As timm's: a batch norm whose class lives outside torch.nn, with a forward of its own."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return torch.relu(
-            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
-        )
-
-
-@BOTH
-def test_running_statistics_of_any_batch_norm(frontend: str) -> None:
-    torch.manual_seed(5)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), MyNorm(4), nn.Flatten(), nn.Linear(36, 2)).train()
-    eager = copy.deepcopy(model)
-    cascade = lx.adapt(model, (torch.randn(2, 3, 5, 5),), frontend=frontend)
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
-    for size in (2, 3):
-        x = torch.randn(size, 3, 5, 5)
-        assert torch.equal(cascade(x), eager(x))
-        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
-    assert int(model[1].num_batches_tracked) == 2
 
 
 def _takes(a: Any, b: Any = None, *rest: Any, c: Any = 1, d: Any = None, **more: Any) -> None: ...

@@ -72,12 +72,6 @@ def test_auto_tells_why_the_earlier_ones_refused() -> None:
     assert all(reason and "\n" not in reason for _, reason in last.refused_frontends)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_named_one_is_used_alone(name: str) -> None:
-    cascade = lx.adapt(net(), batches(1, 4, 5), frontend=name)
-    assert (cascade.frontend, cascade.refused_frontends) == (name, ())
-
-
 @pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
 def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: type[Net]) -> None:
     shape = (4, 2, 5) if kind is Unrolled else (4, 5)
@@ -172,44 +166,6 @@ def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:
         if isinstance(value, torch.Tensor):
             assert found[key].dtype == value.dtype
             torch.testing.assert_close(found[key], value, rtol=0, atol=close)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
-def test_llama(name: str) -> None:
-    """Modes, labels, sizes, padding, autocast, checkpointing and a cache."""
-    model = llama()
-    eager = copy.deepcopy(model).requires_grad_(False)
-    source = torch.Generator().manual_seed(1)
-
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.randint(3, 30, shape, generator=source)
-
-    cascade = lx.adapt(model, (), {"input_ids": ids(2, 7), "use_cache": False}, spec=SPEC, frontend=name)
-    padded = torch.ones(3, 6, dtype=torch.long)
-    padded[1, :2] = 0
-    calls = [
-        {"input_ids": ids(2, 7), "use_cache": False},
-        {"input_ids": ids(1, 9), "use_cache": False},
-        {"input_ids": (tokens := ids(3, 6)), "labels": tokens, "use_cache": False},
-        {"input_ids": ids(3, 6), "attention_mask": padded, "use_cache": False},
-    ]
-    for training in (False, True):
-        cascade.train(training)
-        eager.train(training)
-        for call in calls:
-            assert_same_outputs(run(cascade, **call), run(eager, **call))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same_outputs(run(cascade, **calls[0]), run(eager, **calls[0]))
-    cascade.eval()
-    eager.eval()
-    found, expected = cascade(input_ids=calls[0]["input_ids"]), eager(input_ids=calls[0]["input_ids"])
-    assert_same_outputs(found, expected)
-    cache = "cache" if "cache" in inspect.signature(eager.forward).parameters else "past_key_values"
-    more = {"input_ids": ids(2, 1)}
-    assert_same_outputs(
-        cascade(**more, **{cache: found.past_key_values}), eager(**more, **{cache: expected.past_key_values}), 1e-6
-    )
 
 
 @pytest.mark.parametrize("name", ["auto", "graph-breaks"])

@@ -26,7 +26,6 @@ from tests.kit.models import (
     batches,
     branches,
     loss_of,
-    merged,
     optimizer_of,
     randomize,
 )
@@ -231,27 +230,6 @@ def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, train
         assert_merged(cascade, eager, x, every=False)
 
 
-class Masks(TwoLayers):
-    """Resizes, after a break, a tensor that `.data` cut off from the weight, and masks the weight with it."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, mask = self.body.weight, self.body.weight.data.new()
-        torch._dynamo.graph_break()
-        mask = mask.resize_((weight.size(0), 1)).bernoulli_(0.8) / 0.8
-        return self.head(torch.tanh(F.linear(x, mask * weight)))
-
-
-def test_what_data_has_cut_off_from_autograd_stays_so() -> None:
-    """A tensor that requires gradients cannot be resized."""
-    torch.manual_seed(17)
-    model = Masks().double()
-    eager = copy.deepcopy(model)
-    cascade = adapted(model)
-    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
-    randomize(cascade)
-    assert_merged(cascade, eager, inputs())
-
-
 @ALL
 def test_two_stages_are_the_formula(name: str) -> None:
     """Training moves every branch; transition, weights, the folded state dict and release follow S = pace * s B A."""
@@ -290,30 +268,6 @@ def test_two_stages_are_the_formula(name: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.training
     assert torch.equal(run(model.eval(), inputs()), expected)
-
-
-@pytest.mark.parametrize("name", ["Experts", "Drops", "Plain"])
-def test_a_checkpoint_goes_on(name: str, tmp_path: Path) -> None:
-    """Saved with branches that came late; loaded, it computes and trains as the one that was saved."""
-    cascade = adapted(model_of(name), lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.1)))
-    reach_all(cascade)
-    optimizer = optimizer_of(cascade)
-    randomize(cascade)
-    cascade.transition(optimizer)
-    randomize(cascade, seed=6)
-    lx.save(cascade, tmp_path, optimizer=optimizer)
-    again = lx.load(tmp_path, model_of(name), (inputs(),))
-    others = optimizer_of(again)
-    again.resume(others)
-    for seed in range(3):
-        x = inputs(seed=seed)
-        torch.testing.assert_close(run(again, x), run(cascade, x), rtol=0, atol=1e-12)
-        losses = [loss_of(run(each, x)) for each in (cascade, again)]
-        for loss, own in zip(losses, (optimizer, others), strict=True):
-            loss.backward()
-            own.step()
-            own.zero_grad()
-    torch.testing.assert_close(run(again, x), run(cascade, x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["Branchy", "Experts", "Drops", "Late"])
@@ -398,28 +352,6 @@ def test_a_folded_graph_names_the_first_break() -> None:
     cascade(inputs())
 
 
-class Disabled(nn.Module):
-    """Python that dynamo leaves alone, with a head of one output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 1)
-
-    @torch.compiler.disable
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.body(x)))
-
-
-def test_a_layer_of_one_output_between_graphs_is_a_site() -> None:
-    torch.manual_seed(0)
-    model, x = Disabled(), torch.randn(4, 5)
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
-    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
-    randomize(cascade)
-    expected = torch.func.functional_call(model, merged(cascade), (x,))
-    torch.testing.assert_close(cascade(x), expected)
-
-
 def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never eager code without branches."""
 
@@ -492,43 +424,6 @@ def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.Monkey
         assert len(entries(Recomputed.forward.__code__)) == 1
         del cascade
         gc.collect()
-
-
-def test_torch_compile_around_any_number_of_cascades() -> None:
-    """dynamo stops compiling a function of which it has compiled some versions, and each cascade has its own."""
-    compiled, x = [], torch.randn(4, 5)
-
-    def backend(graph: Any, example_inputs: Any) -> Any:
-        compiled.append(graph)
-        return graph
-
-    for number in range(1, 4):
-        cascade = lx.adapt(nn.Linear(5, 3), (x,), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
-        with torch._dynamo.config.patch(recompile_limit=2):
-            torch.testing.assert_close(torch.compile(cascade, backend=backend)(x), cascade(x))
-        assert len(compiled) == number
-
-
-@ALL
-def test_discovery_leaves_no_trace(name: str) -> None:
-    """Buffers, generators, flags of torch and gradients are as they were."""
-    model = model_of(name).train()
-    eager = copy.deepcopy(model)
-    random.seed(4)
-    states = random.getstate(), torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
-    x = inputs()
-    given = x.clone()
-    cascade = lx.adapt(model, (x,), spec=SPEC, frontend="graph-breaks")
-    assert random.getstate() == states[0]
-    assert torch.equal(torch.get_rng_state(), states[1])
-    assert torch.backends.mha.get_fastpath_enabled() == states[2]
-    assert torch.equal(x, given)
-    assert all(parameter.grad is None for parameter in cascade.parameters())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    for own, theirs in zip(model.buffers(), eager.buffers(), strict=True):
-        assert torch.equal(own, theirs)
-    for own, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-        assert torch.equal(own, theirs)
 
 
 def test_beside_fabric() -> None:

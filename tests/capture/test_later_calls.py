@@ -6,20 +6,19 @@ import copy
 import dataclasses
 import gc
 import weakref
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
-from tests.kit.models import branches, loss_of
+from tests.kit.models import loss_of
 from tests.kit.seams import lower
 from tests.kit.state import variant_count, variant_for
 
@@ -190,15 +189,6 @@ def test_state_that_the_user_changes_counts(
         assert variant_count(cascade) == count + 1
 
 
-def test_a_small_array_counts() -> None:
-    """numpy writes without a version to look at: values are compared."""
-    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
-    model.table = np.ones(2)
-    cascade = lx.adapt(model, (x,), frontend="symbolic")
-    model.table[0] = 7.0
-    assert torch.allclose(cascade(x), model(x), atol=1e-12)
-
-
 def test_a_hook_with_state_and_hooks_of_all_modules() -> None:
     model, x, steering = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), torch.randn(6, 5), {"by": 1.0}
     model[1].register_forward_hook(lambda module, args, output: output * steering["by"])
@@ -299,93 +289,3 @@ def test_weights_that_nothing_can_train_are_told(tmp_path: Path) -> None:
     with torch.inference_mode():
         cascade = lx.adapt(model, (x,))
     loss_of(cascade(x)).backward()  # what adapt made is no inference tensor
-
-
-class Estimated(nn.Module):
-    """In train mode, a round whose gradient is passed straight through; in both, Python that no whole graph holds."""
-
-    class Straight(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.round()
-
-        @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            return grad
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = 3 * self.body(x) if x.sum() > -1e9 else x
-        return self.head(self.Straight.apply(hidden) if self.training else hidden)
-
-
-def test_a_function_that_a_later_mode_brings_keeps_its_backward() -> None:
-    model, x = Estimated().double().eval(), torch.randn(6, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), spec=SPEC)
-    assert cascade.frontend == "graph-breaks"
-    cascade.train()
-    cascade(x).sum().backward()
-    twin = Estimated().double().train()
-    twin.load_state_dict(model.state_dict())
-    twin(x).sum().backward()
-    branch = branches(cascade)["body.weight"]
-    expected = branch.scale * twin.body.weight.grad @ branch.lora_A.detach().T
-    assert expected.any()
-    torch.testing.assert_close(branch.lora_B.grad, expected, rtol=0, atol=1e-12)
-
-
-def test_few_bits_are_no_excuse() -> None:
-    """In bfloat16 as in fp64 a graph that leaves a hook out is refused."""
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).bfloat16()
-    model.register_forward_hook(lambda module, args, output: output * 1.5)
-    with raises(lx.CaptureError, "not-captured", "symbolic", "its graph"):
-        lx.adapt(model, (torch.randn(4, 5, dtype=torch.bfloat16),), frontend="symbolic")
-
-
-@pytest.mark.parametrize("kind", [deque, Counter, lambda: defaultdict(int)], ids=["deque", "counter", "defaultdict"])
-def test_whatever_container_holds_the_state(kind: Any) -> None:
-    class Keeps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.seen = nn.Linear(5, 3), kind()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if isinstance(self.seen, deque):
-                self.seen.append(1)
-            else:
-                self.seen["calls"] += 1
-            return self.layer(x)
-
-    model = Keeps()
-    with raises(lx.CaptureError, "not-captured", "attribute seen"):
-        lx.adapt(model, (torch.randn(4, 5),), frontend="export")
-    assert not model.seen
-
-
-class Installs(nn.Module):
-    """Hooks itself up at its first call, as transformers does to collect outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.ready = nn.Linear(5, 3), False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.ready:
-            self.layer.register_forward_hook(lambda module, args, output: output * 2)
-            self.ready = True
-        return self.layer(x)
-
-
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
-def test_hooks_that_a_first_call_installs_are_there_once(frontend: str) -> None:
-    model, x = Installs(), torch.randn(4, 5)
-    expected = 2 * model.layer(x)
-    cascade = lx.adapt(model, (x,), frontend=frontend)
-    assert not model.layer._forward_hooks
-    assert not model.ready
-    assert torch.equal(cascade(x), expected)
-    assert torch.equal(model(x), expected)
-    assert torch.equal(cascade(x), expected)

@@ -414,40 +414,6 @@ def test_the_history_of_a_buffer_stays(how: str) -> None:
     torch.testing.assert_close(model.a.weight.grad, model.head.weight.sum(0)[:, None] * x.sum(0))
 
 
-@pytest.mark.parametrize(
-    ("frontend", "how"), [("export", "buffer"), ("export", "attribute, a view"), ("graph-breaks", "buffer")]
-)
-def test_a_cache_with_gradients_trains(frontend: str, how: str) -> None:
-    torch.manual_seed(0)
-    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
-    plain = copy.deepcopy(model)
-    cascade = lx.adapt(model, (x, places), spec=lx.CascadeSpec(("head",), rank=2, train=("a.*",)), frontend=frontend)
-    for each in (plain, cascade):
-        each(x, places).square().sum().backward()
-    torch.testing.assert_close(model.a.weight.grad, plain.a.weight.grad)
-
-
-class Meters(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.space = nn.Linear(5, 3), SimpleNamespace(calls=0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.space.calls += 1
-        return self.layer(x)
-
-
-def test_a_counter_in_an_object_counts_on() -> None:
-    model, x = build(Meters), torch.randn(4, 5).double()
-    with raises(lx.CaptureError, "not-captured", "space.calls"):
-        lx.adapt(model, (x,), frontend="export")
-    cascade = lx.adapt(model, (x,))
-    assert model.space.calls == 0
-    for _ in range(3):
-        cascade(x)
-    assert model.space.calls == 3
-
-
 class Positions(nn.Module):
     """A look-up by a buffer, which autograd keeps for the backward."""
 

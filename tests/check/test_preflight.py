@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 import lorasc_fx as lx
 from lorasc_fx.check import observe, preflight
 from lorasc_fx.check.preflight import Disagreement, check_agrees, first_difference, run_preflight
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.kit.models import TwoLayers, assert_merged, batches, branches, build, merged, randomize
 from tests.kit.state import variant_count
 
@@ -438,26 +438,6 @@ def test_inputs_that_require_gradients_have_a_graph_of_their_own_where_the_model
     assert variant_count(never) == 1
 
 
-class FreesItsGraph(TwoLayers):
-    """Forces that are no part of a graph in eval mode, and have freed that of the energy by then."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            energy = super().forward(x).sum()
-            return energy, -torch.autograd.grad(energy, x, create_graph=self.training)[0]
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_model_that_has_no_backward_in_eval_mode_is_called_there(training: bool) -> None:
-    cascade = lx.adapt(build(FreesItsGraph).train(training), (X[0],), spec=SPEC)
-    randomize(cascade)
-    twin = build(FreesItsGraph)
-    for mode in (False, True, False):
-        expected = torch.func.functional_call(twin.train(mode), merged(cascade, twin), (X[0],))
-        torch.testing.assert_close(cascade.train(mode)(X[0]), expected, rtol=0, atol=1e-12)
-
-
 class StepsInside(TwoLayers):
     """Takes a step of gradient descent inside forward, as in meta learning."""
 
@@ -469,31 +449,6 @@ class StepsInside(TwoLayers):
 
 def test_symbolic_refuses_gradients_of_weights() -> None:
     refuse(StepsInside, "symbolic", "RuntimeError: the model differentiates by a weight")
-
-
-def test_a_trial_leaves_gradients_flags_and_hooks() -> None:
-    model = build(TwoLayers)
-    model.body.bias.requires_grad_(False)
-    gradients = {name: torch.randn_like(value) for name, value in model.named_parameters() if value.requires_grad}
-    called = []
-    for name, gradient in gradients.items():
-        parameter = model.get_parameter(name)
-        parameter.grad = gradient
-        if name == "head.bias":
-            continue
-        parameter.register_post_accumulate_grad_hook(called.append)
-    kept = {name: value.clone() for name, value in gradients.items()}
-    with warns("hook-not-called", "body.weight, head.weight"):
-        lx.adapt(model, (X[0],), spec=SPEC).release()
-    assert not called
-    assert not model.body.bias.requires_grad
-    for name, gradient in gradients.items():
-        assert model.get_parameter(name).grad is gradient
-        assert torch.equal(gradient, kept[name])
-        assert model.get_parameter(name).requires_grad
-    model(X[0]).sum().backward()
-    assert len(called) == len(gradients) - 1
-    assert all(not torch.equal(model.get_parameter(name).grad, value) for name, value in kept.items())
 
 
 @pytest.mark.parametrize("wrong", ["values", "gradients"])

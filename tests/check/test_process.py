@@ -24,7 +24,6 @@ from lorasc_fx.check.process_state import eager, quiet
 from lorasc_fx.util.undo import PROCESS, Lock
 from tests.cascade.test_threads import made, together
 from tests.kit.errors import raises
-from tests.kit.state import lock_of
 
 
 def process_state() -> tuple[Any, ...]:
@@ -229,21 +228,6 @@ def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
     assert ended == [0]
     assert process_state() == before
     cascade.transition(None)
-
-
-@forks
-def test_a_fork_by_the_thread_that_holds_the_lock() -> None:
-    """It holds it in the new process as well, and releases it there."""
-    cascade = made(0)[0]
-    with cascade._run.exclusive("save"):
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(10)
-    if pid == 0:
-        free: list[bool] = []
-        together(lambda: free.append(lock_of(cascade).acquire(blocking=False)))
-        os._exit(0 if free == [True] else 1)
-    assert os.waitpid(pid, 0)[1] == 0
 
 
 class Jacobian(nn.Module):

@@ -404,18 +404,6 @@ def test_a_file_that_is_written_to_is_noticed(tmp_path: Path) -> None:
             cascade.transition(optimizer)
 
 
-def test_a_file_that_is_written_to_is_noticed_when_noise_is_drawn_anew(tmp_path: Path) -> None:
-    path = written(tmp_path / "base.safetensors", mlp())
-    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1, redraw="step"))
-    cascade = lx.adapt(mlp(), (X,), spec=spec, base=path)
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
-    step(cascade, optimizer)
-    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
-    with raises(lx.StateError, "weights-changed-outside", "noise.redraw", path):
-        step(cascade, optimizer)
-        cascade.transition(optimizer)
-
-
 def test_load_takes_w0_from_the_file_too(tmp_path: Path) -> None:
     path = written(tmp_path / "base.safetensors", mlp())
     cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)

@@ -66,18 +66,6 @@ def test_optimizers(name: str, tmp_path: Path) -> None:
     assert_same(interrupted(run, THREE_STAGES, (2, 4, 9), tmp_path), whole(run, THREE_STAGES))
 
 
-def test_a_learning_rate_stays_what_it_was(tmp_path: Path) -> None:
-    going = Run(TRAIN, optimizer=tensor_lr).started()
-    going.step()
-    for place, group in enumerate(going.optimizer.param_groups):
-        group["lr"].fill_(0.1 + place)
-    going.save(tmp_path)
-    again = Run(TRAIN, optimizer=tensor_lr).resumed(tmp_path)
-    rates = [group["lr"] for group in again.optimizer.param_groups]
-    assert all(isinstance(rate, torch.Tensor) for rate in rates)
-    assert [rate.item() for rate in rates] == [group["lr"].item() for group in going.optimizer.param_groups]
-
-
 class Worse(torch.optim.lr_scheduler.ReduceLROnPlateau):
     """Hears of a loss that grows; its state holds inf."""
 

@@ -324,11 +324,6 @@ def test_a_scheduler_that_was_built_with_other_numbers_takes_the_saved_ones(tmp_
     assert type(other.scheduler.milestones) is type(going.scheduler.milestones)
 
 
-def test_a_scheduler_in_a_loop(tmp_path: Path) -> None:
-    run = Run(SPECS["train"], scheduler=SCHEDULERS["milestones"])
-    assert_equal_to_whole(run, ("loop", "loop", "step"), (1, 2), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("dtype", "spec"),
     [
@@ -406,17 +401,6 @@ def test_sites_of_a_second_variant(tmp_path: Path) -> None:
         return going.result()
 
     assert_same(go((1, 4, 5, 6, 7, 9, 10)), go(()))
-
-
-def test_unreached_weights_stay_unreached(tmp_path: Path) -> None:
-    run = Run(lx.CascadeSpec(rank=1), build=Ends, x=inputs(4, 5), frontend="export")
-    going = run.started()
-    going.step()
-    going.save(tmp_path)
-    again = run.resumed(tmp_path)
-    assert again.cascade.unreached == going.cascade.unreached == ("judged.weight", "spare.weight")
-    assert again.cascade.refusals == going.cascade.refusals
-    assert raw(again.cascade.model.seen) == raw(going.cascade.model.seen)
 
 
 def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Path) -> None:

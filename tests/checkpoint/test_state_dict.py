@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -209,21 +208,6 @@ def test_where_there_is_no_state() -> None:
         loop.cascade.state_dict()
     with raises(lx.StateError, "released", "load_state_dict"):
         loop.cascade.load_state_dict(state)
-
-
-def test_a_copy_has_a_state_of_its_own() -> None:
-    loop = Loop(SPECS["noise"])
-    loop.go(0, 6)
-    state, twin = loop.cascade.state_dict(), copy.deepcopy(loop.cascade)
-    loop.go(6, 8)
-    before = of_cascade(loop.cascade)
-    twin.load_state_dict(loop.cascade.state_dict())
-    assert str(twin.load_state_dict(state)) == "<All keys matched successfully>"
-    again = twin.state_dict()
-    assert all(
-        torch.equal(value, again[name]) for name, value in state.items() if name.startswith(("branch", "expert"))
-    )
-    assert of_cascade(loop.cascade) == before
 
 
 def test_hooks_for_state_dicts_run() -> None:

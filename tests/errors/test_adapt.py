@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -217,32 +216,6 @@ def test_a_model_that_no_front_end_takes() -> None:
     refuse(lx.CaptureError, ("not-captured", "Once", reasons), Once())
 
 
-class Counter(Frozen):
-    """Keeps in Python how often it was called, and what it saw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.one(x) * self.calls
-
-
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
-def test_state_in_python_is_no_graphs(frontend: str) -> None:
-    """Refused by whole graphs; with graph breaks it counts on, and the counter is as it was before adapt."""
-    expected = ("not-captured", "Counter", f"\n  {frontend}: RuntimeError: ", "attribute calls")
-    refuse(lx.CaptureError, expected, Counter(), frontend=frontend)
-    model = Counter()
-    cascade = lx.adapt(model, args=(X,))
-    assert cascade.frontend == "graph-breaks"
-    assert model.calls == 0
-    for count in range(1, 80):
-        assert torch.equal(cascade(X), model.one(X) * count)
-        assert model.calls == count
-
-
 def test_a_model_that_no_single_graph_holds_has_graph_breaks() -> None:
     cascade = lx.adapt(Branchy(), args=(X,))
     assert cascade.frontend == "graph-breaks"
@@ -251,12 +224,6 @@ def test_a_model_that_no_single_graph_holds_has_graph_breaks() -> None:
     assert refused["export"].startswith("GuardOnDataDependentSymNode: Could not guard on data-dependent")
     assert refused["dynamo"] == "Unsupported: Data-dependent branching"
     assert refused["symbolic"] == "TraceError: symbolically traced variables cannot be used as inputs to control flow"
-
-
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
-def test_one_front_end_tells_its_own_reason_only(frontend: str) -> None:
-    with raises(lx.CaptureError, "not-captured", "Branchy", frontend):
-        lx.adapt(Branchy(), args=(X,), frontend=frontend)
 
 
 class Uncopied(Branchy):
@@ -271,34 +238,6 @@ def test_a_model_that_cannot_be_copied_still_gets_the_front_ends_reasons() -> No
     with raises(lx.CaptureError, "not-captured", "Uncopied", "Guard"):
         lx.adapt(Uncopied(), args=(X,), frontend="export")
     assert lx.adapt(Uncopied(), args=(X,)).frontend == "graph-breaks"
-
-
-class Dice(Branchy):
-    """Draws from Python's generator."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * random.random() + torch.rand(())
-
-
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
-def test_a_model_that_draws_leaves_the_generators_alone(frontend: str) -> None:
-    refuse(lx.CaptureError, ("not-captured", "Dice", frontend), Dice(), frontend=frontend)
-
-
-@pytest.mark.parametrize("frontend", ["auto", "graph-breaks"])
-def test_the_fallback_leaves_generators_and_buffers_alone(frontend: str) -> None:
-    model = Dice().eval()
-    model.norm.train()
-    buffers = {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
-    random.seed(5)
-    states = random.getstate(), torch.get_rng_state()
-    assert lx.adapt(model, args=(X,), frontend=frontend).frontend == "graph-breaks"
-    assert random.getstate() == states[0]
-    assert torch.equal(torch.get_rng_state(), states[1])
-    for name, buffer in model.named_buffers():
-        assert id(buffer) == buffers[name][0], name
-        assert torch.equal(buffer, buffers[name][1]), name
-    assert [module.training for module in model.children()] == [False, False, True]
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "two hooks"])
@@ -317,18 +256,6 @@ def test_a_model_whose_weights_accelerate_offloads(place: str, tmp_path: Path) -
         lx.adapt(model, (X,))
     assert {name: id(each) for name, each in model.named_parameters() if each.requires_grad} == before
     assert torch.equal(model(X), output)
-
-
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_what_runs_to_see_that_the_inputs_fit_leaves_no_trace(frontend: str) -> None:
-    model, value = Net(), inputs(5, 3, 4, 4)
-    buffers, given = {name: buffer.clone() for name, buffer in model.named_buffers()}, value.clone()
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    lx.adapt(model, args=(value,), frontend=frontend)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(value, given)
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
 def test_an_unknown_front_end() -> None:
