@@ -168,7 +168,6 @@ SLOW = {
     "contract/test_docs.py::test_page_runs[docs/start.md]",
     "durability/test_faults.py::test_a_training_outlives_a_full_disk",
     "export/test_graphs.py::test_onnx_is_the_released_model_of_any_batch[stated]",
-    "passes/test_shared_heads.py::test_what_repeats_the_heads_goes[capture_dynamo]",
 }
 """Single rows, and tests, that take long."""
 

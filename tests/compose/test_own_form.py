@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from examples import own_form
-from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, register_form
-from lorasc_fx.graph.forms import REGISTERED, form_named
+from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, register_form
+from lorasc_fx.graph.forms import REGISTERED
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.kit.errors import raises
 from tests.kit.models import merged, randomize
@@ -108,20 +108,6 @@ def test_its_weight_is_a_site(frontend: str) -> None:
         torch.testing.assert_close(released(X), formula(values, X), rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("registered")
-def test_passes_know_it() -> None:
-    graph = torch.export.export(net(), (X,)).module(check_guards=False)
-    assert isinstance(graph, fx.GraphModule)
-    inserted = fill(Pipeline([MatchSites(SPEC), InsertBranches()])(graph).graph_module)
-    assert faults(inserted) == []
-    values = {name: value.detach() for name, value in net().named_parameters()}
-    values |= {name: values[name] + delta for name, delta in deltas(inserted).items()}
-    with torch.no_grad():
-        torch.testing.assert_close(inserted(X), formula(values, X), rtol=0, atol=1e-12)
-        folded = FoldBranches()(inserted).graph_module
-        torch.testing.assert_close(folded(X), formula(values, X), rtol=0, atol=1e-12)
-
-
 def test_without_it_the_weight_is_refused() -> None:
     for registered in (False, True, False):
         handle = register_form(SKEWED) if registered else None
@@ -148,13 +134,6 @@ def test_a_graph_whose_form_is_gone_is_refused() -> None:
         node = next(each.name for each in inserted.graph.nodes if "skewed" in each.name)
     with raises(lx.passes.VerifyError, "graph-not-verified", node, "my.skewed"):
         FoldBranches()(inserted)
-
-
-def test_a_form_is_asked_for_by_its_name_while_it_is_registered() -> None:
-    with register_form(SKEWED):
-        assert form_named("my.skewed").parameters == ("x", "kernel")
-    with raises(lx.PassError, "form-not-registered", "my.skewed"):
-        form_named("my.skewed")
 
 
 def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:

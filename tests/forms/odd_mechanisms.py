@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,47 +22,6 @@ class Spectral(nn.Module):
         full = torch.zeros(x.shape[0], 5, waves.shape[-1], dtype=waves.dtype, device=x.device)
         full[..., :3] = mixed
         return self.lower(F.gelu(torch.fft.irfft(full, n=x.shape[-1]) + self.local(x)).mT).squeeze(-1)
-
-
-class Reverse(torch.autograd.Function):
-    """The identity, whose gradient is transposed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return -ctx.weight * grad, None
-
-
-class Adversarial(nn.Module):
-    """A gradient reversal between features and a domain classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.label, self.domain = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(self.features(x))
-        return self.label(hidden), self.domain(Reverse.apply(hidden, 0.5))
-
-
-class Talkative(nn.Module):
-    """Reads values and prints."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head, self.said = nn.Linear(5, 6), nn.Linear(6, 3), []
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.body(x))
-        size = hidden.detach().norm().item()
-        if size > 1e-9:
-            hidden = hidden / size
-        self.said.append(size)
-        return self.head(hidden)
 
 
 class Sparse(nn.Module):
@@ -89,35 +46,6 @@ class ControlFlow(nn.Module):
         return self.head(
             torch.cond(x.sum() > 0, lambda x: self.either(x).sin(), lambda x: self.either(-x).tanh(), (x,))
         )
-
-
-class Energy(nn.Module):
-    """Forces as the gradient of an energy, inside forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            energy = self.head(torch.tanh(self.body(x))).sum()
-            (force,) = torch.autograd.grad(energy, x, create_graph=True)
-        return energy, -force
-
-
-class Penalized(nn.Module):
-    """Layers dropped by chance in Python, and a straight loop over what is left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers, self.head = nn.ModuleList(nn.Linear(5, 5) for _ in range(3)), nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if not self.training or torch.rand(()) > 0.2:
-                x = x + torch.tanh(layer(x))
-        return self.head(x)
 
 
 class Droppers(nn.Module):
@@ -157,52 +85,9 @@ class Norms(nn.Module):
         return x
 
 
-def _doubled(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (2 * args[0], *args[1:])
-
-
-def hooked() -> nn.Module:
-    """Hooks on children: one changes the input, one the output."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    model[0].register_forward_pre_hook(_doubled)
-    model[2].register_forward_hook(lambda module, args, output: output + 1)
-    return model
-
-
-def hooked_on_top() -> nn.Module:
-    """A hook on the model itself changes its input."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    model.register_forward_pre_hook(_doubled)
-    return model
-
-
-def patched() -> nn.Module:
-    """A forward on the instance, of the model and of a child."""
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    child, top = model[0].forward, model.forward
-    model[0].forward = lambda x: child(x) * 2
-    model.forward = lambda x: top(x + 1)
-    return model
-
-
 def adjacency() -> tuple[Tensor, Tensor]:
     dense = (torch.rand(4, 4) > 0.4).double() + torch.eye(4).double()
     return torch.randn(4, 5, dtype=torch.float64), dense.to_sparse()
-
-
-class Momentum(nn.Module):
-    """A key encoder that follows the query encoder, moved by forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.head = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            for source, target in zip(self.query.parameters(), self.key.parameters(), strict=True):
-                target.mul_(0.9).add_(source, alpha=0.1)
-            key = self.key(x)
-        return self.head(self.query(x)) * key.sum(-1, keepdim=True)
 
 
 class Raw(nn.Module):

@@ -6,22 +6,14 @@ import torch
 
 from lorasc_fx.plan import Reason
 from tests.forms.odd_mechanisms import (
-    Adversarial,
     ControlFlow,
     Droppers,
-    Energy,
-    Momentum,
     Nested,
     Norms,
-    Penalized,
     Raw,
     Sparse,
     Spectral,
-    Talkative,
     adjacency,
-    hooked,
-    hooked_on_top,
-    patched,
 )
 from tests.forms.odd_networks import (
     AdaptiveSoftmax,
@@ -31,9 +23,7 @@ from tests.forms.odd_networks import (
     GraphNetwork,
     Loose,
     Quantized,
-    Stateful,
     graph,
-    scripted,
 )
 from tests.kit.operators.case import Case, linear, rand
 
@@ -64,24 +54,14 @@ ODD: list[Case] = [
         refuses=("export", "dynamo")),
     Case("loose", Loose, lambda: (rand((4, 3), (4, 3))(), {"scale": 2.0, "image": X()[0], "text": X()[0]}),
         lin("layers.text", "layers.image"), unreached=("layers.sound.weight",), refuses=("symbolic",)),
-    Case("stateful", Stateful, rand((3, 5)), lin("inner", "outer"), refuses=NOT),
-    Case("scripted", scripted, X, lin("first"), {"act.0.weight": Reason.OPAQUE}, refuses=("export", "dynamo")),
     Case("adaptive_softmax", AdaptiveSoftmax, lambda: (*X(), torch.tensor([1, 7, 4, 8])),
         lin("body", "loss.head", "loss.tail.0.0", "loss.tail.0.1", "loss.tail.1.0", "loss.tail.1.1"),
         opaque=tuple(f'loss.{name}.weight' for name in ("head", "tail.0.0", "tail.0.1", "tail.1.0", "tail.1.1")),
         refuses=("export", "dynamo")),
     Case("spectral", Spectral, rand((2, 8)), lin("lift", "lower") | convs("local") | linear("pair"),
         refuses=("symbolic",)),
-    Case("adversarial", Adversarial, X, lin("features", "label", "domain"), refuses=NOT),
-    Case("talkative", Talkative, X, lin("body", "head"), refuses=NOT),
     Case("sparse", Sparse, adjacency, linear("first") | lin("second"), refuses=("export", "dynamo")),
     Case("control_flow", ControlFlow, X, lin("either", "head"), refuses=("symbolic",), modes=(True,)),
-    Case("energy", Energy, rand((4, 3)), lin("body", "head"), refuses=NOT),
-    Case("layer_drop", Penalized, X, lin("layers.0", "layers.1", "layers.2", "head"), refuses=NOT),
-    Case("hooked", hooked, X, lin("0", "2"), opaque=("0.weight", "2.weight")),
-    Case("hooked_on_top", hooked_on_top, X, lin("0", "2"), refuses=("symbolic",)),
-    Case("patched", patched, X, lin("0", "2"), refuses=("symbolic",)),
-    Case("momentum", Momentum, X, lin("query", "head"), {"key.weight": Reason.MUTATED}, refuses=("symbolic",)),
     Case("weight_data", Raw, X, lin("body", "head"), refuses=("export", "dynamo"),
         opaque=("body.weight", "head.weight")),
     Case("nested", Nested, rand((2, 4, 5)), lin("body", "head"), refuses=NOT),

@@ -127,40 +127,6 @@ class Loose(nn.Module):
         return {name: self.layers[name](value) * scale + base for name, value in named.items()}
 
 
-class Stateful(nn.Module):
-    """Keeps its last state, and a queue of keys with a pointer, in buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(5, 4), nn.Linear(4, 4, bias=False)
-        self.register_buffer("state", torch.zeros(4))
-        self.register_buffer("queue", torch.randn(6, 4))
-        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.inner(x) + self.outer(self.state))
-        self.state = hidden.detach().mean(0)
-        logits = hidden @ self.queue.clone().detach().T
-        start = int(self.place)
-        self.queue[start : start + 2] = hidden.detach()[:2]
-        self.place[0] = (start + 2) % 6
-        return logits
-
-
-def scripted() -> nn.Module:
-    """One of its children is a script."""
-
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.act = nn.Linear(5, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.ReLU()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.act(self.first(x))
-
-    return Holder()
-
-
 class AdaptiveSoftmax(nn.Module):
     """A softmax in clusters, whose forward branches on values."""
 

@@ -144,19 +144,6 @@ def test_kinds_of_models(kind: str, tmp_path: Path) -> None:
     assert_same(run(cascade.release(), (calls[0], {})), after, 1e-13)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_traced_model_trains_as_the_eager_one(training: bool) -> None:
-    """Dropout and running statistics of a GraphModule that keeps its modules."""
-    model = nn.Sequential(
-        nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Flatten(), nn.Linear(20, 2)
-    ).double()
-    eager = copy.deepcopy(model).train(training)
-    cascade = lx.adapt(fx.symbolic_trace(model), (x := torch.randn(4, 3, 7).double(),), spec=SPEC).train(training)
-    for _ in range(2):
-        assert torch.equal(run(cascade, ((x,), {})), run(eager, ((x,), {})))
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
-
-
 @pytest.mark.parametrize("wrap", ["compile", "compile_in_place", "wrapped"])
 def test_wrapped_models(wrap: str) -> None:
     """torch.compile's wrapper and a user's own are modules."""

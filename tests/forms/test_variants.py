@@ -11,12 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from tests.forms.kit import SPEC, by_formula, randomize
-from tests.kit.compare import assert_same, loss_of, quietly, run, seed
-from tests.kit.errors import raises
+from tests.kit.compare import assert_same, loss_of, run, seed
 
 FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -216,80 +214,6 @@ def test_a_cache_of_the_users_own(frontend: str) -> None:
         found = cascade(token, found[1])
         expected, _ = by_formula(cascade, twin, ((token, expected[1]), {}))
     assert_same(found, expected, 1e-12)
-
-
-class Recomputed(nn.Module):
-    """A block under torch.utils.checkpoint, with dropout and a norm inside."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.reentrant, self.stem, self.head = reentrant, nn.Linear(5, 6), nn.Linear(6, 2)
-        self.block = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Dropout(0.3), nn.Linear(8, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.reentrant is None:
-            return self.head(x + self.block(x))
-        return self.head(x + checkpoint(self.block, x, use_reentrant=self.reentrant))
-
-
-@pytest.mark.parametrize("frontend", ["auto", "export", "dynamo", "graph-breaks"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(frontend: str, reentrant: bool) -> None:
-    """Outputs and gradients are those without it, dropout drawn the same when it is computed again."""
-
-    def model(how: bool | None) -> nn.Module:
-        seed(0)
-        return Recomputed(how).double().train()
-
-    seed(1)
-    x = torch.randn(4, 5, dtype=torch.float64)
-    if frontend in ("dynamo", "export"):
-        with raises(lx.CaptureError, "not-captured", "Recomputed", frontend):
-            lx.adapt(model(reentrant), (x,), spec=SPEC, frontend=frontend)
-        return
-    with quietly():
-        cascade = lx.adapt(model(reentrant), (x,), spec=SPEC, frontend=frontend)
-        randomize(cascade, 0.1)
-        expected, factors = by_formula(cascade, model(None).requires_grad_(False), ((x,), {}))
-        found = run(cascade, ((x,), {}), grad=True)
-        assert_same(found, expected, 1e-12)
-        loss_of(found).backward()
-    loss_of(expected).backward()
-    assert len(cascade.sites) == 4
-    for site in cascade.sites:
-        branch = cascade.branches[site.key]
-        assert_same((branch.lora_A.grad, branch.lora_B.grad), tuple(each.grad for each in factors[site.weight]), 1e-10)
-
-
-class Mixed(nn.Module):
-    """A region of autocast inside forward, and a region without it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            low = self.body(x)
-            with torch.autocast("cpu", enabled=False):
-                return self.head(low.float() + low.dtype.itemsize)
-
-
-@FRONTENDS
-def test_autocast_inside_forward(frontend: str) -> None:
-    """Regions are kept; a trace that cannot says so."""
-    seed(0)
-    twin, x = Mixed().requires_grad_(False), torch.randn(4, 5)
-    model = copy.deepcopy(twin)
-    if frontend in ("dynamo", "symbolic"):
-        with raises(lx.CaptureError, "not-captured", "Mixed", frontend):
-            lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
-        return
-    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
-    assert_same(run(cascade, ((x,), {})), run(twin, ((x,), {})))
-    randomize(cascade, 0.1)
-    assert_same(run(cascade, ((x,), {})), by_formula(cascade, twin, ((x,), {}))[0].detach(), 0.05)
 
 
 @FRONTENDS

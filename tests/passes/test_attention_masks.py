@@ -23,7 +23,6 @@ from tests.passes.mask_cases import (
     Masked,
     attention,
     batch,
-    gap,
     same,
     simplified,
 )
@@ -94,41 +93,6 @@ def test_more_keys_than_queries(lower: bool) -> None:
     assert attention(captured.module) == ["mask" if lower else "none"]
     for length in (7, 5, 3):
         same(captured.module(batch(2, 5), batch(2, length)), model(batch(2, 5), batch(2, length)))
-
-
-def test_as_many_keys_as_queries_by_chance() -> None:
-    """The triangle was square in the captured call; nothing says that it stays so."""
-    model = Cross(lower=True).double()
-    captured = simplified(model, (batch(2, 5), batch(2, 5)))
-    for length in (5, 7, 3):
-        pair = (batch(2, 5), batch(2, length))
-        if captured.conditions.guards is not None:
-            try:
-                captured.conditions.guards(*pair)
-            except AssertionError:
-                assert length != 5
-                continue
-        same(captured.module(*pair), model(*pair))
-
-
-def test_what_only_the_mask_needed_goes_with_it() -> None:
-    """And what others need stays: here the positions are added to the output."""
-    left, gone = (
-        {str(node.target) for node in simplified(Masked(mask).double(), (batch(2, 5),)).module.graph.nodes}
-        for mask in (NEVER["a step off"], ALWAYS["gap"][0])
-    )
-    assert left - gone >= {"aten.sym_size.int", "aten.arange.default", "aten.sub.Tensor", "aten.ge.Scalar"}
-    assert gone <= left
-
-    class Both(Masked):
-        def forward(self, x: Tensor) -> Tensor:
-            made: Tensor = super().forward(x) + gap(x).sum()
-            return made
-
-    both = Both(lambda m, x: gap(x) >= 0).double()
-    captured = simplified(both, (batch(2, 5),))
-    assert attention(captured.module) == ["causal"]
-    same(captured.module(batch(2, 9)), both(batch(2, 9)))
 
 
 def predicted(value: Any, shape: torch.Size) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch
-from lorasc_fx.graph import branch_nodes, record_of, text
+from lorasc_fx.graph import branch_nodes, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises, warns
 from tests.kit.state import noise_drawn
@@ -112,19 +112,6 @@ def test_noise_at_a_fold(case: Case, keep: bool) -> None:
         noise = 0.5 * before.std() * noise_drawn(spec.noise, spec.seed, 1, name, before.shape).double()
         assert_close(folded[name].detach(), clean[name].detach() + noise, **NEAR)
         assert noise.abs().max() > 1e-2
-
-
-def test_two_stages_by_hand() -> None:
-    case = BY_NAME["module_convs"]
-    original = case.own()
-    first = fill(insert(original, case.spec), seed=1)
-    second = fill(InsertBranches()(FoldBranches()(first).graph_module).graph_module, seed=2)
-    sums = {name: case.spec.pace * (value + deltas(second)[name]) for name, value in deltas(first).items()}
-    folded = FoldBranches()(second).graph_module
-    for name, value in sums.items():
-        assert_close(weights_of(folded)[name].detach(), weights_of(original)[name].detach() + value, **NEAR)
-    assert record_of(folded).plan.stage == 3  # type: ignore[union-attr]
-    assert_close(run(folded, case), by_hand(case, sums))
 
 
 @pytest.mark.parametrize("restart", ["slow", "fast"])

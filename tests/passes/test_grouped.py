@@ -254,18 +254,6 @@ def test_it_trains_as_on_the_weight_compiled_or_not() -> None:
     torch._dynamo.reset()
 
 
-def test_a_checkpoint_goes_on_beside_the_product(tmp_path: Any) -> None:
-    x = rows(torch.float64)
-    cascade = lx.adapt(Grouped(FALLBACK).double(), (x,), spec=SPEC)
-    for each in cascade.branches.values():
-        torch.nn.init.normal_(each.lora_B)
-    lx.save(cascade, tmp_path / "here")
-    loaded = lx.load(tmp_path / "here", Grouped(FALLBACK).double(), (x,))
-    assert loaded.placements == {"up": "beside", "down": "beside"}
-    assert [site.placement for site in loaded.sites] == ["beside", "beside"]
-    assert same_bits(loaded(x), cascade(x))
-
-
 def test_a_product_with_more_than_rows_and_ends_stands_on_the_weight() -> None:
     """A bias, or a batch of matrices without ends, is another product."""
     forms = {form.name: form for form in FORMS if isinstance(form, FunctionForm)}

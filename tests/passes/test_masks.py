@@ -132,31 +132,3 @@ def test_a_mask_that_the_user_gives_stays(name: str) -> None:
     torch.testing.assert_close(run(cascade, given), run(eager, given), rtol=1e-12, atol=1e-12)
     given["attention_mask"][0, 4:] = 0
     assert torch.equal(run(cascade, given), run(eager, given))
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_a_folded_graph_can_be_exported(name: str) -> None:
-    kind, config, told = MODELS[name]
-    model = build(kind, config)
-    eager = copy.deepcopy(model)
-    given = inputs(name, 2, 7)
-    folded = lx.adapt(model, kwargs=given).folded_graph()
-    assert attention(folded) == told
-    program = torch.export.export(folded, (), given)
-    assert torch.equal(run(program.module(), given), run(eager, given))
-    longer = inputs(name, 3, 20)
-    assert torch.equal(run(folded, longer), run(eager, longer))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "window"])
-def test_a_compiled_cascade_takes_other_sizes(name: str) -> None:
-    torch._dynamo.reset()
-    kind, config = {"llama": ("LlamaForCausalLM", SMALL | FEW), "window": ("MistralForCausalLM", WINDOW)}[name]
-    model = build(kind, config)
-    eager = copy.deepcopy(model)
-    compiled = torch.compile(lx.adapt(model, kwargs=inputs(name, 2, 5)), backend="eager", fullgraph=True)
-    for length in (5, 7, 11):
-        given = inputs(name, 2, length)
-        torch.testing.assert_close(run(compiled, given), run(eager, given), rtol=1e-12, atol=1e-12)
-    torch._dynamo.reset()

@@ -110,11 +110,6 @@ def test_passes_that_run_as_given_are_held_against_the_graph() -> None:
         pipeline(MatchSites(SPEC)(CASE.own()).graph_module)
 
 
-def test_a_right_order_that_is_given_runs() -> None:
-    pipeline = Pipeline([MatchSites(SPEC), InsertBranches()])
-    assert len(branch_nodes(pipeline(CASE.own()).graph_module)) == len(CASE.sites)
-
-
 def test_an_empty_pipeline_is_an_error() -> None:
     with raises(PassOrderError, "invalid-value"):
         Pipeline([])
@@ -275,24 +270,6 @@ def test_inside_torchs_pass_manager() -> None:
         expected = weights_of(original)[name].detach() + value
         assert_close(weights_of(folded.graph_module)[name].detach(), expected, rtol=1e-14, atol=1e-15)
     photograph.assert_unchanged()
-
-
-def test_pass_manager_repeats_until_nothing_changes() -> None:
-    manager = PassManager(passes=[MatchSites(SPEC), InsertBranches()], steps=5, run_checks_after_each_pass=True)
-    seen = []
-    manager.add_checks(lambda graph_module: seen.append(len(graph_module.graph.nodes)))
-    result = manager(CASE.own())
-    assert result.modified
-    assert seen
-    assert text(result.graph_module) == text(insert(CASE.own(), SPEC))
-
-
-def test_our_passes_are_what_torch_calls_a_pass() -> None:
-    result = MatchSites(SPEC)(CASE.own())
-    assert isinstance(result, PassResult)
-    graph_module, modified = result
-    assert isinstance(graph_module, fx.GraphModule)
-    assert modified is True
 
 
 # --- growth ---------------------------------------------------------------------------------------------------------

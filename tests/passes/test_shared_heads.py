@@ -72,14 +72,6 @@ def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, fro
         assert saved(captured.module, given) == saved(model, given)
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_what_repeats_the_heads_goes(front_end: Any) -> None:
-    graph = simplified(build("LlamaForCausalLM", LLAMA), (), inputs("llama", 2, 7), front_end).module.graph
-    made = [node for node in graph.nodes if node.op == "call_function" and "assert" not in str(node.target)]
-    assert all(node.meta["val"].dim() != 5 for node in made if node.target in COPIES)
-    assert all(node.users for node in made)
-
-
 @pytest.mark.parametrize("name", ["a user's mask", "a window"])
 def test_attention_with_a_mask_keeps_the_copies(name: str) -> None:
     given = inputs("llama", 2, 7)
@@ -97,15 +89,6 @@ def test_attention_with_a_mask_keeps_the_copies(name: str) -> None:
     same(run(cascade, given), run(eager, given))
 
 
-def test_a_folded_graph_keeps_them_shared() -> None:
-    model = build("LlamaForCausalLM", LLAMA)
-    eager = copy.deepcopy(model)
-    folded = lx.adapt(model, kwargs=inputs("llama", 2, 7)).folded_graph()
-    assert shared(folded) == [True, True]
-    program = torch.export.export(folded, (), inputs("llama", 2, 7))
-    assert torch.equal(run(program.module(), inputs("llama", 2, 7)), run(eager, inputs("llama", 2, 7)))
-
-
 def repeated(x: Tensor, times: int = 3) -> Tensor:
     size, heads, length, width = x.shape
     return x[:, :, None].expand(size, heads, times, length, width).reshape(size, heads * times, length, width)
@@ -114,11 +97,6 @@ def repeated(x: Tensor, times: int = 3) -> Tensor:
 def tiled(x: Tensor, times: int = 3) -> Tensor:
     size, heads, length, width = x.shape
     return x[:, None].expand(size, times, heads, length, width).reshape(size, heads * times, length, width)
-
-
-def led(x: Tensor) -> Tensor:
-    size, heads, length, width = x.shape
-    return x[:, :, None].expand(2, size, heads, 1, length, width).reshape(size, heads * 2, length, width)
 
 
 def joined(x: Tensor) -> Tensor:
@@ -197,15 +175,6 @@ def test_only_a_repetition_of_both_is_left_out(name: str) -> None:
         same(captured.module(batch(size, length)), model(batch(size, length)))
 
 
-@pytest.mark.parametrize("copies", [lambda x: tiled(x, 2), led])
-def test_another_order_of_the_same_sizes(copies: Any) -> None:
-    model = Grouped(copies, copies, queries=4).double()
-    captured = simplified(model, (batch(2, 5),))
-    assert attention(captured.module) == ["none"]
-    assert shared(captured.module) == [False]
-    same(captured.module(batch(2, 9)), model(batch(2, 9)))
-
-
 @pytest.mark.parametrize(("width", "wide", "told"), [(256, 256, True), (257, 257, False), (4, 8, False)])
 def test_heads_that_eager_code_repeats_without_a_mask_too(width: int, wide: int, told: bool) -> None:
     """As `use_gqa_in_sdpa` of transformers says."""
@@ -215,21 +184,4 @@ def test_heads_that_eager_code_repeats_without_a_mask_too(width: int, wide: int,
     model = Grouped(repeated, repeated, width, wide).double()
     captured = simplified(model, (batch(2, 5),))
     assert shared(captured.module) == [told]
-    same(captured.module(batch(3, 9)), model(batch(3, 9)))
-
-
-def test_copies_that_others_read_stay() -> None:
-    class Read(Grouped):
-        def forward(self, x: Tensor) -> Tensor:
-            made: Tensor = super().forward(x)
-            return made + self.keys.last.sum()
-
-    class Keep:
-        def __call__(self, x: Tensor) -> Tensor:
-            self.last = repeated(x)
-            return self.last
-
-    model = Read(Keep(), repeated).double()
-    captured = simplified(model, (batch(2, 5),))
-    assert shared(captured.module) == [True]
     same(captured.module(batch(3, 9)), model(batch(3, 9)))

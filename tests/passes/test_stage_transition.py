@@ -106,36 +106,6 @@ def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) ->
     assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
 
 
-@pytest.mark.parametrize("noise", ["quiet", "noisy"])
-def test_three_stages_by_hand(noise: str) -> None:
-    case = BY_NAME["module_padding_modes"]
-    spec = replace(case.spec, pace=0.6, noise=NOISES[noise])
-    original = case.own()
-    current = insert(original, spec)
-    summed = {name: torch.zeros_like(value) for name, value in weights_of(original).items() if value.dim() > 1}
-    for stage in range(3):
-        fill(current, seed=stage)
-        summed = {name: value + 0.6 * deltas(current)[name] for name, value in summed.items()}
-        current = StageTransition()(current).graph_module
-    folded = FoldBranches()(current).graph_module
-    for name, value in summed.items():
-        assert_close(weights_of(folded)[name].detach(), weights_of(original)[name].detach() + value, **NEAR)
-        noisy = not torch.allclose(weights_of(current)[name], weights_of(folded)[name], rtol=1e-3)
-        assert noisy == (noise == "noisy")
-    assert_close(run(folded, case), by_hand(case, summed))
-
-
-def test_the_noise_of_a_stage_is_its_own() -> None:
-    case = BY_NAME["module_linear"]
-    current = insert(case.own(), replace(case.spec, noise=Noise(0.3)))
-    seen = [weights_of(current)["0.weight"].detach().clone()]
-    for _ in range(2):
-        current = StageTransition()(current).graph_module
-        seen.append(weights_of(current)["0.weight"].detach().clone())
-    assert_differ(seen[0], seen[1])
-    assert_differ(seen[1], seen[2])
-
-
 @pytest.mark.parametrize("start", ["fresh", "kept"])
 def test_where_lora_a_starts(start: str) -> None:
     case = BY_NAME["module_conv2d"]
@@ -150,22 +120,6 @@ def test_where_lora_a_starts(start: str) -> None:
         if start == "fresh":
             assert_differ(branch.lora_A.detach(), first[weight])
             assert branch.lora_A.abs().max() <= branch.lora_A.shape[1] ** -0.5
-
-
-def test_an_optimizer_holds_the_branches_still() -> None:
-    case = BY_NAME["module_linear"]
-    current = insert(case.own(), case.spec)
-    optimizer = torch.optim.SGD([p for name, p in current.named_parameters() if "lora" in name], lr=0.1)
-    for _ in range(3):
-        for _ in range(2):
-            current(*case.args).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert all(branch.lora_B.any() for branch in branches_of(current).values())
-        current = StageTransition()(current).graph_module
-        assert all(not branch.lora_B.any() for branch in branches_of(current).values())
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert {id(p) for name, p in current.named_parameters() if "lora" in name} == held
 
 
 def test_a_live_graph_is_the_runtimes() -> None:
