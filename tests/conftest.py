@@ -74,7 +74,6 @@ SAMPLED = {
     "integrations/test_attributes.py::test_methods_that_compute_have_the_fast_weights": 3,
     "integrations/test_pipeline.py::test_a_pipeline_computes_without_noise": 4,
     "integrations/test_timm.py::test_lookahead_starts_a_stage_from_its_weights": 3,
-    "integrations/test_trainer.py::test_a_learning_rate_of_each_stage": 3,
     "integrations/test_trainer.py::test_one_stage_is_peft_in_the_same_trainer": 3,
     "options/test_lora_fa.py::test_gradients_of_lora_b_are_those_with_a_trained_lora_a": 4,
     "options/test_lora_fa.py::test_lora_fa_is_pefts": 3,
