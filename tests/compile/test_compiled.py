@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -131,6 +132,19 @@ def test_a_symbolic_trace_sees_changed_state() -> None:
     assert torch.allclose(fx.symbolic_trace(cascade)(x), model(x))
 
 
+def symbolic(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    return fx.symbolic_trace(model)
+
+
+def exported(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    return torch.export.export(model, (x,)).module()
+
+
+def strictly(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Traced as the compiler does."""
+    return torch.export.export(model, (x,), strict=True).module()
+
+
 class Fused(nn.Module):
     """A convolution, a product, a transposed product, and one weight that is read in three slices."""
 
@@ -151,30 +165,25 @@ class Fused(nn.Module):
     [{}, {"adapter": "dora", "exclude": ("qkv",)}, {"nearest_full_gradient": True, "train_A": False}],
     ids=["lora", "dora", "nearest"],
 )
-def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("tracer", [symbolic, exported, pytest.param(strictly, marks=pytest.mark.slow)])
+def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], options: dict[str, Any]) -> None:
     model, x = Fused(), torch.randn(2, 3, 4, 4)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, **options))
     assert [site.slices for site in cascade.sites if site.weight == "qkv"] == (
         [] if "exclude" in options else [(4, 4, 4)]
     )
-    factors = [parameter for name, parameter in cascade.named_parameters() if ".lora_" in name]
+    factors = {name: parameter for name, parameter in cascade.named_parameters() if ".lora_" in name}
     assert len(factors) == len(cascade.sites) * (3 if "adapter" in options else 2)
     with torch.no_grad():
-        for factor in factors:
+        for factor in factors.values():
             factor.add_(torch.randn_like(factor), alpha=0.1)
-    factors = [factor for factor in factors if factor.requires_grad]
-    traced = fx.symbolic_trace(cascade)
-    for autocast in (False, True):
+    traced = tracer(cascade, x)
+    theirs = dict(traced.named_parameters())
+    own = {name: factor for name, factor in factors.items() if factor.requires_grad}
+    for autocast in (False, True) if tracer is symbolic else (False,):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             outputs = cascade(x), traced(x)
-        expected, computed = ((output, *torch.autograd.grad(output.square().sum(), factors)) for output in outputs)
-        for ours, theirs in zip(computed, expected, strict=True):
-            assert (ours - theirs).norm() <= (0.05 if autocast else 1e-5) * theirs.norm()
-
-
-def test_a_symbolic_trace_refuses_other_sizes() -> None:
-    """A traced graph holds the sizes of the captured one, which nothing can capture again."""
-    model, x = Tempered(), torch.randn(4, 5)
-    traced = fx.symbolic_trace(lx.adapt(model, (x,)))
-    with pytest.raises(AssertionError, match="size 4 of axis 0"):
-        traced(torch.randn(7, 5))
+        expected = (outputs[0], *torch.autograd.grad(outputs[0].square().sum(), own.values()))
+        computed = (outputs[1], *torch.autograd.grad(outputs[1].square().sum(), [theirs[name] for name in own]))
+        for one, other in zip(computed, expected, strict=True):
+            assert (one - other).norm() <= (0.05 if autocast else 1e-5) * other.norm()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,11 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command
-from benchmarks import curves, report
+from benchmarks import report
 from benchmarks.floor import floor_ratio, low_rank_flops, step_flops
-from benchmarks.measure import Turns, ratio
 from benchmarks.memory import activation_bytes, allowed_bytes
 from benchmarks.models import WORKS
-from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
+from benchmarks.rivals import RIVALS, adapted, entries, make, make_all
 
 pytestmark = pytest.mark.slow
 
@@ -69,16 +66,6 @@ def test_what_a_device_does_not_have_is_refused(
     assert f"--device cuda: torch {torch.__version__} finds no GPU here" in capsys.readouterr().err
 
 
-def test_the_section_takes_the_place_of_the_last_one() -> None:
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.put(page, "new")
-    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    assert report.put(once, "new") == once
-    for broken in ("no markers", page + page, f"{report.END}{report.BEGIN}"):
-        with pytest.raises(ValueError, match="once each"):
-            report.put(broken, "new")
-
-
 def test_rivals_start_from_the_same_function_and_train_as_much() -> None:
     rivals = make_all(TINY)
     losses = {name: rivals[name].loss().item() for name in RIVALS}
@@ -92,19 +79,6 @@ def test_rivals_start_from_the_same_function_and_train_as_much() -> None:
         rival.prepare()
         rival.step()
         assert all(value.grad is not None for value in rival.inputs.values())
-
-
-def test_unequal_work_is_refused() -> None:
-    model, batch = TINY.build(), TINY.batch()
-    ours = adapted(TINY, copy.deepcopy(model), batch, rank=2)
-    with pytest.raises(RuntimeError, match="not the same work"):
-        check_same_work(TINY, ours, wrapped(TINY, model))
-
-
-def test_ratios_are_paired_within_rounds() -> None:
-    one, other = Turns((2.0, 6.0, 9.0), (1.0, 1.0, 1.0)), Turns((1.0, 2.0, 9.0), (4.0, 4.0, 2.0))
-    assert ratio(one, other) == {"minimum": 2.0, "median": 3.0, "paired": 2.0, "wall": 0.25}
-    assert one.to_dict()["cpu"] == {"minimum": 2.0, "median": 6.0}
 
 
 def test_activation_memory_of_a_case_by_hand() -> None:
@@ -131,23 +105,6 @@ def test_the_floor_is_what_torch_counts_of_peft() -> None:
     extra = step_flops(theirs.step) - step_flops(frozen.step)
     assert low_rank_flops(frozen.loss, frozen.model, sites) == extra > 0
     assert floor_ratio(frozen.step, frozen.loss, frozen.model, sites) == 1 + extra / step_flops(frozen.step)
-
-
-def test_a_site_that_nothing_reads_is_told() -> None:
-    frozen = make("frozen", TINY, TINY.build(), TINY.batch())
-    sites = adapted(TINY, TINY.build(), TINY.batch()).sites
-    with pytest.raises(RuntimeError, match=r"conv\.weight and 2 more"):
-        low_rank_flops(lambda: torch.zeros(()), frozen.model, sites)
-
-
-def test_the_topmost_blocks_are_the_same_to_both() -> None:
-    leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1")
-    names = [f"blocks.{block}.{leaf}" for block in range(12) for leaf in leaves]
-    for count in (1, 2, 12):
-        ((ours, theirs),) = curves.topmost((count,), WORKS["vit-s"])
-        asked = [name for name in names if any(fnmatch.fnmatchcase(name, target) for target in ours["targets"])]
-        assert asked == [name for name in names if re.fullmatch(theirs["target_modules"], name)]
-        assert asked == [f"blocks.{block}.{leaf}" for block in range(12 - count, 12) for leaf in leaves[:4]]
 
 
 def test_the_page_holds_what_was_measured() -> None:

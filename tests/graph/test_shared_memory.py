@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -120,15 +119,6 @@ def test_equal_views_are_untied_where_asked() -> None:
     wanted = cascade(X)
     torch.testing.assert_close(cascade.release()(X), wanted)
     assert not torch.equal(net.one.weight, net.two.weight)
-
-
-def test_an_adapt_that_raises_leaves_both_parameters() -> None:
-    net = on_one_storage()
-    first, second = net.one.weight, net.two.weight
-    with pytest.raises(lx.LorascError):
-        lx.adapt(net, (torch.randn(2, 7),), spec=SPEC)
-    assert net.one.weight is first
-    assert net.two.weight is second
 
 
 def flat(net: Net, places: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]) -> Net:
@@ -253,17 +243,3 @@ def test_a_plan_with_an_overlapping_site_is_refused(tmp_path: Path) -> None:
     lx.save(lx.adapt(apart, (X,), spec=SPEC, frontend="symbolic"), tmp_path)
     with raises(lx.CheckpointError, "sites-differ", "one.weight", "two"):
         lx.load(tmp_path, make(), (X,))
-
-
-def test_tensors_without_memory_are_no_alarm() -> None:
-    class Held(nn.Module):
-        def __init__(self, *values: Any) -> None:
-            super().__init__()
-            for index, value in enumerate(values):
-                self.register_parameter(f"p{index}", nn.Parameter(value))
-
-    meta = torch.empty(3, 4, device="meta")
-    assert shared_memory(Held(meta, torch.empty(3, 4, device="meta"))) == {}
-    assert shared_memory(Held(torch.empty(0, 4), torch.empty(0, 4))) == {}
-    whole = torch.randn(6, 4)
-    assert shared_memory(Held(whole[:3], whole[3:], whole[0, :0])) == {}

@@ -142,18 +142,6 @@ def test_a_rank_that_changes_outdates_the_wrapper() -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
-    """It broadcasts parameters and buffers: the same numbers, into weights that need no gradient as well."""
-    cascade = training.adapted("fresh")
-    before = {name: value.clone() for name, value in cascade.named_parameters()}
-    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
-    assert all(torch.equal(value, before[name]) for name, value in cascade.named_parameters())
-    assert not any(value.requires_grad for name, value in cascade.model.named_parameters() if "norm" not in name)
-    training.run(wrapper, optimizer, 0, training.STEPS, (0, 1))
-    assert cascade.stage == 2
-
-
-@pytest.mark.usefixtures("group")
 def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
     cascade = training.adapted("fresh")
     wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,15 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lorasc_fx as lx
-from benchmarks.shards import Size, measure
 from lorasc_fx.branch import METHODS
-from lorasc_fx.cli import main
 from lorasc_fx.parallel import dcp, fsdp, segments
 from tests.errors.inject import LineAt, in_turn, sigint
 from tests.kit.errors import raises
 from tests.kit.models import Breaking
 from tests.kit.state import canonical, file_digest, text_digest, variant_for
-from tests.parallel import elastic, sharding, training
+from tests.parallel import elastic, sharding
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_ddp import close, group
 
@@ -110,16 +107,6 @@ def test_memory_falls_with_the_number_of_processes() -> None:
             assert 0 < peak < 3.1 * whole / 12, (count, found)  # a block, the next one, and the root
 
 
-@pytest.mark.slow
-def test_no_rank_holds_more_than_its_shards_and_a_unit(tmp_path: Path) -> None:
-    """In anonymous memory; W0 is a copy on the host, which is the device here."""
-    size, ranks = Size(6, 1024, 4096), 4
-    size.write(tmp_path)
-    found = measure(size, ranks, "memory", tmp_path)
-    assert found.materialize < 2 * size.model / ranks + 1.5 * size.unit, found
-    assert found.transition < 2 * size.model / ranks + 3.5 * size.unit, found
-
-
 def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> list[dict[str, Tensor]]:
     """On several ranks; or here, where there is nothing to shard."""
     return on_ranks(count, work, *args) if count > 1 else [work(0, 1, *args)]
@@ -154,19 +141,6 @@ def test_a_checkpoint_is_cut_anew(
             if count == saving:  # each rank goes on with its own generators
                 assert torch.equal(found["drawn"], torch.rand(3, generator=torch.Generator().manual_seed(rank)))
         assert len({tuple(found["drawn"].tolist()) for found in ranks}) == count
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_shards_is_folded_into_the_files_of_the_base(tmp_path: Path, files: str) -> None:
-    """By the command line: the numbers of one process."""
-    base, run, out = (tmp_path / name for name in ("base.safetensors", "run", "folded.safetensors"))
-    save_file(sharding.blocks().state_dict(), base)
-    cascade = sharding.adapted("fresh")
-    training.run(cascade, training.optimizer_of(cascade), 0, 10, (0, 1))
-    on_ranks(2, sharding.saved, "fresh", str(run), 10)
-    assert main(["fold", str(run), "--base", str(base), "--out", str(out)]) == 0
-    close(load_file(out), cascade.folded_state_dict())
-    assert not torch.equal(load_file(out)["layers.1.up.weight"], load_file(base)["layers.1.up.weight"])
 
 
 @pytest.mark.slow
@@ -228,14 +202,6 @@ def test_a_transition_waits_for_a_slow_rank_and_not_for_a_lost_one(waits: bool) 
 @pytest.mark.slow
 def test_what_shards_refuse(tmp_path: Path) -> None:
     on_ranks(2, sharding.refused, str(tmp_path / "run"))
-
-
-def test_units_are_blocks_by_path() -> None:
-    model = sharding.blocks()
-    units = {name: segments.unit_of(name, each) for name, each in model.named_parameters()}
-    assert units["layers.1.up.weight"] == units["layers.1.norm.bias"] == units["layers.1.mix"] == "layers.1"
-    assert (units["head.weight"], units["head.bias"]) == ("head", "")
-    assert units["start"] == units["norm.weight"] == ""
 
 
 def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
@@ -585,21 +551,6 @@ def test_damaged_files_of_several_ranks(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_shards_of_what_is_trained_in_full_keep_their_rule() -> None:
-    """Two biases follow the slow rule by a rule of their own, or against it: W0 + pace (W - W0) for the first only."""
-    rules = [{"pattern": "0.bias", "slow": True, "lr": 0.5}, {"pattern": "1.bias", "slow": False}]
-    cascade = small({"train": ["*.bias"], "train_rules": rules, "pace": 0.25})
-    start = {name: cascade.model.get_parameter(name).detach().clone() for name in ("0.bias", "1.bias")}
-    fsdp.shard(cascade)
-    with torch.no_grad():
-        for name in start:
-            cascade.model.get_parameter(name).add_(1)
-    cascade.transition(None)
-    for name, pace in (("0.bias", 0.25), ("1.bias", 1.0)):
-        torch.testing.assert_close(sharding.whole(cascade.model.get_parameter(name).detach()), start[name] + pace)
-
-
-@pytest.mark.usefixtures("group")
 def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
     """No checkpoint holds it, and its fingerprint is that of the whole parameter before."""
     cascade = small({})
@@ -625,32 +576,6 @@ def test_an_interrupted_shard_changes_nothing() -> None:
     assert failures > 20
     assert all(isinstance(each, DTensor) for each in cascade.parameters())
     torch.testing.assert_close(cascade(x), wanted, rtol=1e-5, atol=1e-6)  # the size of the noise is summed in fp64
-
-
-@pytest.mark.usefixtures("group")
-def test_shard_waits_for_whoever_works_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    cascade, begun, go_on = small({}), threading.Event(), threading.Event()
-    real = fsdp._units
-
-    def units(held: lx.Cascade) -> dict[int, str]:
-        begun.set()
-        assert go_on.wait(60)
-        return real(held)
-
-    monkeypatch.setattr(fsdp, "_units", units)
-    other = threading.Thread(target=cascade.transition, args=(None,))
-    sharding_thread = threading.Thread(target=fsdp.shard, args=(cascade,))
-    sharding_thread.start()
-    assert begun.wait(60)
-    other.start()
-    other.join(0.5)
-    assert other.is_alive()
-    assert cascade.stage == 1
-    go_on.set()
-    sharding_thread.join(60)
-    other.join(60)
-    assert cascade.stage == 2
-    assert all(isinstance(each, DTensor) for each in cascade.parameters())
 
 
 @pytest.mark.usefixtures("group")

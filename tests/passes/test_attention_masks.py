@@ -17,7 +17,6 @@ from tests.passes.mask_cases import (
     ALWAYS,
     FRONT_ENDS,
     NEVER,
-    OPS,
     SOMETIMES,
     TABLE,
     Masked,
@@ -150,25 +149,3 @@ def test_what_is_proved_of_every_op_is_what_it_computes(name: str) -> None:
             expected = predicted(value, found.shape)
             assert torch.equal(found, expected.to(found.dtype)), (node.format_node(), value)
             assert (found.dtype is torch.bool) == (expected.dtype is torch.bool)
-
-
-def test_the_proof_knows_the_ops_of_the_table() -> None:
-    """All of them lead to a value that is known, but for those that have none."""
-    unknown = set()
-    for name in OPS:
-        graph = exported(name).graph
-        (result,) = graph.output_node().args[0]
-        if result not in follow(graph.nodes):
-            unknown.add(name)
-    assert unknown == {
-        "a leap",
-        "two before",
-        "two alike before",
-        "twice",
-        "counted",
-        "chosen by place",
-        "from the end",
-        "half",
-        "cast",
-        "few bits",
-    }

@@ -125,12 +125,6 @@ def test_a_refusal_says_why(case: str, weight: str, sentence: str) -> None:
     assert [str(refusal) for refusal in record.refusals if refusal.weight == weight] == [sentence]
 
 
-def test_a_weight_that_no_target_means_is_told() -> None:
-    case = BY_NAME["functional_keywords"]
-    record = record_of(MatchSites(CascadeSpec(targets=("conv",)))(case.own()).graph_module)
-    assert [str(refusal) for refusal in record.refusals] == ["w2: not-targeted (matches no target of the spec)"]
-
-
 class _Two(nn.Module):
     """Two linears of one shape after each other."""
 

@@ -10,9 +10,8 @@ import torch
 from lorasc_fx import CascadeSpec
 from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.branch_calls import shared_input
-from lorasc_fx.graph.weights import BRANCHES
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, SplitInputs
-from tests.passes.cases import ADAPTABLE, BY_NAME, Case
+from tests.passes.cases import ADAPTABLE, Case
 from tests.passes.kit import (
     assert_close,
     assert_differ,
@@ -26,7 +25,6 @@ from tests.passes.kit import (
     run_as_it_is,
     run_in_training,
     same_bits,
-    uses_of,
 )
 
 MERGES = ("linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "conv3d")
@@ -87,17 +85,6 @@ def test_gradients_are_those_of_the_formula(case: Case, placement: str) -> None:
     assert_gradients(fill(insert(case.own(), placed(case, placement))), case)
 
 
-@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_forced_placements_are_taken_where_a_node_allows_it(case: Case) -> None:
-    merged = insert(case.own(), placed(case, "merged"))
-    stands = {call_template(node).name for node in branch_nodes(merged) if call_template(node) is not None}
-    assert stands <= {name for uses in case.sites.values() for name, _ in uses}
-    beside = {str(node.args[0]) for node in branch_nodes(insert(case.own(), case.spec))}
-    on_weight = {form for uses in uses_of(insert(case.own(), placed(case, "weight"))).values() for _, form in uses}
-    called = any(node.op == "call_module" for node in case.own().graph.nodes if node.name in beside)
-    assert on_weight <= {"on-weight", "on-indexed-expert"} or called
-
-
 def test_a_merged_branch_stands_in_place_of_its_op() -> None:
     names = {case.name: mergeable(case) for case in ADAPTABLE}
     assert sum(map(len, names.values())) > 20
@@ -108,14 +95,6 @@ def test_a_merged_branch_stands_in_place_of_its_op() -> None:
         assert not spelled & left, case.name  # the op itself is gone
         missed = set(names[case.name]) - spelled
         assert not missed, case.name
-
-
-def test_merged_forms_carry_the_ops_own_options() -> None:
-    case = BY_NAME["module_convs"]
-    graph_module = insert(case.own(), placed(case, "merged"))
-    for node in branch_nodes(graph_module):
-        assert node.kwargs["op"] in ("conv", "linear")
-        assert node.args[1].op == "get_attr"
 
 
 # --- shared inputs ---------------------------------------------------------------------------------------------------
@@ -211,12 +190,3 @@ def test_dropout_keeps_branches_apart() -> None:
 
 
 # --- what the verifier sees ------------------------------------------------------------------------------------------
-
-
-def merged_graph() -> torch.fx.GraphModule:
-    return insert(attention("export"), replace(SHARED, placement="merged"))
-
-
-def test_keys_name_modules_of_the_graph() -> None:
-    graph_module = merged_graph()
-    assert all(str(node.target).startswith(f"{BRANCHES}.") for node in branch_nodes(graph_module))

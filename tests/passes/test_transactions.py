@@ -88,19 +88,6 @@ def test_a_pass_that_raises_leaves_its_input(case: Case, stage: str, through: st
     photograph.assert_unchanged()
 
 
-def test_a_foreign_pass_that_raises_after_a_transition() -> None:
-    case = BY_NAME["module_convs"]
-    inserted = fill(insert(case.own(), case.spec))
-    photograph = Photograph(inserted, case)
-
-    def stop(graph_module: fx.GraphModule) -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        Pipeline([StageTransition(), stop])(inserted)
-    photograph.assert_unchanged()
-
-
 def test_a_transition_before_a_foreign_pass_still_keeps_the_parameters() -> None:
     case = BY_NAME["module_convs"]
     here, there = fill(insert(case.own(), case.spec)), fill(insert(case.own(), case.spec))

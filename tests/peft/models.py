@@ -106,19 +106,6 @@ class Gate(nn.Module):
         return torch.sigmoid(F.linear(x, self.rows))
 
 
-class Attends(nn.Module):
-    """Self-attention and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn, self.head = nn.MultiheadAttention(6, 2, dropout=0.1, batch_first=True), nn.Linear(6, 5)
-        for bias in (self.attn.in_proj_bias, self.attn.out_proj.bias):
-            nn.init.normal_(bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.attn(x, x, x, need_weights=False)[0])
-
-
 class Tied(nn.Module):
     """A head that is the embedding."""
 
@@ -130,32 +117,6 @@ class Tied(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.down(self.drop(torch.tanh(self.up(self.emb(ids))))))
-
-
-class Fused(nn.Module):
-    """Experts stacked in one parameter, gate and up in one: [3, 2 * 7, 6], [3, 6, 7]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up, self.down = nn.Parameter(torch.randn(3, 14, 6) * 0.4), nn.Parameter(torch.randn(3, 6, 7) * 0.4)
-
-    def forward(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros_like(x)
-        for index in range(3):
-            gate, up = F.linear(x, self.gate_up[index]).chunk(2, -1)
-            total = total + shares[..., index : index + 1] * F.linear(F.silu(gate) * up, self.down[index])
-        return total
-
-
-class Chosen(nn.Module):
-    """Fused experts below a router, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.body, self.head = nn.Linear(6, 3), Fused(), nn.Linear(6, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x, self.router(x).softmax(-1)))
 
 
 def llama() -> nn.Module:

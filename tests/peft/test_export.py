@@ -16,7 +16,7 @@ import lorasc_fx as lx
 from tests.kit.errors import raises, warns
 from tests.kit.models import randomize
 from tests.kit.seams import SEAMS
-from tests.kit.state import install_experts, weight_state, weight_states
+from tests.kit.state import weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
 from tests.peft.kit import gap, seeded
 from tests.peft.models import BUILD, INPUTS, Tied, made
@@ -67,19 +67,6 @@ def test_all_stages_are_one_adapter(name: str, spec: dict[str, Any], tmp_path: P
     assert config["fan_in_fan_out"] is (name == "gpt2")
 
 
-def test_stacked_experts_and_bare_parameters(tmp_path: Path) -> None:
-    cascade = cascade_of("mixture")
-    lx.export.peft(cascade, tmp_path)
-    assert_loads(cascade, "mixture", tmp_path)
-    assert config_in(tmp_path)["target_parameters"] == [
-        "gate.rows",
-        "plain.up",
-        "plain.down",
-        "transposed.up",
-        "transposed.down",
-    ]
-
-
 def test_the_cascade_stays_as_it_is(tmp_path: Path) -> None:
     cascade = cascade_of("words", targets=("emb", "up"), train=("head",), noise=lx.Noise(0.2))
     before = {name: value.clone() for name, value in cascade.state_dict().items()}
@@ -110,17 +97,6 @@ def test_a_running_stage_counts_as_a_release_would(restart: str, tmp_path: Path)
     args = INPUTS["suffixes"]()
     theirs = seeded(loaded("suffixes", tmp_path), args)
     close(theirs, seeded(cascade.release(), args))
-
-
-def test_an_expert_of_coefficient_zero_is_left_out(tmp_path: Path) -> None:
-    cascade = cascade_of("suffixes", stages=1, running=False, rank=1)
-    assert set(lx.export.peft(cascade, tmp_path / "one").ranks.values()) == {1}
-    weight = cascade.sites[0].weight
-    pair = weight_state(cascade, weight).experts[0].pair
-    install_experts(cascade, {weight: [(0.0, pair), (0.5, pair)]})
-    assert len(weight_state(cascade, weight).experts) == 3
-    assert lx.export.peft(cascade, tmp_path / "two").ranks[weight] == 2
-    assert_loads(cascade, "suffixes", tmp_path / "two")
 
 
 def test_ranks_by_exact_patterns(tmp_path: Path) -> None:
@@ -183,17 +159,6 @@ def test_biases_of_adapted_modules(tmp_path: Path) -> None:
     lx.export.peft(cascade, tmp_path)
     assert config_in(tmp_path)["bias"] == "lora_only"
     assert_loads(cascade, "suffixes", tmp_path)
-
-
-def test_what_was_trained_in_full_alone(tmp_path: Path) -> None:
-    cascade = lx.adapt(
-        made(BUILD["words"]), INPUTS["words"](), spec=lx.CascadeSpec(targets=("up",), train=("head.2.bias",), pace=1.0)
-    )
-    with torch.no_grad():
-        cascade.model.head[2].bias.add_(1.0)
-    written = lx.export.peft(cascade, tmp_path)
-    assert written.saved == ("head.2",)
-    assert_loads(cascade, "words", tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
-from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.peft.kit import gap, normal, seeded
@@ -187,35 +184,3 @@ def test_a_quantized_base(tmp_path: Path) -> None:
         assert gap(theirs(x), cascade(x)) < 1e-5
         assert gap(again(x), theirs(x)) < 1e-5
         assert gap(theirs(x), base()(x)) > 0.1
-
-
-SMALL = {"vocab_size": 11, "hidden_size": 8, "num_key_value_heads": 1, "use_cache": False}
-MIXTURES: dict[str, Build] = {
-    "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**{**tiny.SIZES, **SMALL}, num_local_experts=3, tie_word_embeddings=False)
-    ),
-    "tied llama": lambda: tiny.llama(**SMALL, tie_word_embeddings=True),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:.* is tied, and peft keeps a pair for each:lorasc_fx.errors.LorascWarning")
-@pytest.mark.parametrize("name", MIXTURES)
-def test_models_of_experts(name: str, tmp_path: Path) -> None:
-    def base() -> nn.Module:
-        model = built(MIXTURES[name])
-        model.set_experts_implementation("eager")  # type: ignore[operator]
-        return model
-
-    args = (tokens(2, 5),)
-    cascade = lx.adapt(base(), args, spec=lx.CascadeSpec(rank=2, pace=1.0))
-    randomize(cascade)
-    lx.export.peft(cascade, tmp_path / "one")
-    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "one").eval()
-    again = lx.from_peft(tmp_path / "one", base(), args)
-    with torch.no_grad():
-        assert gap(seeded(theirs, args), seeded(copy.deepcopy(again.release()), args)) < 1e-10
-        assert gap(seeded(theirs, args), seeded(cascade.release(), args)) < 1e-10
-        assert gap(seeded(theirs, args), seeded(base(), args)) > 1e-2

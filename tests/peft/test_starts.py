@@ -269,25 +269,6 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again.model.get_submodule(path).weight, whole - SCALE * b0 @ a0, rtol=0, atol=1e-12)
 
 
-def test_passes_alone(tmp_path: Path) -> None:
-    """In a graph that owns its weights the same: insert, fold without training, and a transition."""
-    from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
-
-    model, (x,) = mlp(), batches(1, 4, 5)
-    base, before = weights(model), model(x)
-    spec = lx.CascadeSpec(**PLAIN, start="pissa")
-    inserted = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(model)).graph_module
-    for graph in (inserted, StageTransition()(inserted).graph_module):
-        assert (graph(x) - before).abs().max() < 1e-14
-        b0, a0 = split(base["0.weight"], "pissa")
-        torch.testing.assert_close(
-            graph.get_parameter("0.weight"), base["0.weight"] - SCALE * b0 @ a0, rtol=0, atol=1e-14
-        )
-        folded = FoldBranches()(graph).graph_module
-        assert torch.equal(folded.get_parameter("0.weight"), base["0.weight"])
-    assert torch.equal(model[0].weight, base["0.weight"])
-
-
 def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
     """`merge` and an imported adapter: the next stage takes its factors out of what was summed."""
     x = batches(1, 4, 5)[0]

@@ -243,30 +243,6 @@ def test_one_layer_at_two_places_is_one_site() -> None:
     assert model.first is model.second is layer
 
 
-def test_an_excluded_layer_runs_and_a_bias_trains() -> None:
-    model = net("packed")
-    cascade = lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(rank=2, exclude=("up.weight",), train=("down.bias",)))
-    assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
-    loss_of(cascade(inputs())).backward()
-    bias = model.down.bias  # type: ignore[union-attr]
-    assert isinstance(bias, nn.Parameter)
-    assert bias.grad is not None
-    with torch.no_grad():
-        bias.sub_(bias.grad)
-    twin = net("packed")
-    twin.down.bias = nn.Parameter(bias.detach().clone())  # type: ignore[union-attr]
-    assert torch.equal(cascade(inputs()), twin(inputs()))
-
-
-def test_a_copy_has_layers_of_its_own() -> None:
-    cascade = lx.adapt(net("packed"), (inputs(),), spec=SPEC)
-    copied = copy.deepcopy(cascade)
-    first, second = cascade.model.up, copied.model.up
-    assert first.layer is not second.layer  # type: ignore[union-attr]
-    assert second.weight.layer is second.layer  # type: ignore[union-attr]
-    assert torch.equal(copied(inputs()), cascade(inputs()))
-
-
 def test_the_page_has_a_row_of_each_case() -> None:
     page = (Path(__file__).parents[2] / "docs" / "quantized.md").read_text()
     for case in [*LAYERS, *WEIGHTS]:

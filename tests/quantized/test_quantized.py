@@ -174,22 +174,20 @@ def test_an_untrained_cascade_gives_the_weights_back() -> None:
     assert all(value is before[name] for name, value in model.named_parameters())
 
 
-def test_no_start_out_of_quantized_weights() -> None:
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"start": "pissa"}, ("start", "pissa")), ({"noise": lx.Noise(0.1)}, ("noise.strength", "0.1"))],
+)
+def test_quantized_weights_have_no_start_of_their_own_and_no_noise(
+    options: dict[str, Any], names: tuple[str, ...]
+) -> None:
     model = net("int8")
-    held = numbers(model)
-    with raises(lx.SpecError, "quantized-not-supported", "start", "pissa", "up.weight"):
-        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(start="pissa"))
+    held, flags = numbers(model), [value.requires_grad for value in model.parameters()]
+    with raises(lx.SpecError, "quantized-not-supported", *names, "up.weight"):
+        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(**options))
     assert all(torch.equal(value, held[name]) for name, value in numbers(model).items())
-    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), start="pissa")).release()
-
-
-def test_no_noise_on_quantized_weights() -> None:
-    model = net("int8")
-    flags = [value.requires_grad for value in model.parameters()]
-    with raises(lx.SpecError, "quantized-not-supported", "noise.strength", "0.1", "up.weight"):
-        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(noise=lx.Noise(0.1)))
     assert [value.requires_grad for value in model.parameters()] == flags
-    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), noise=lx.Noise(0.1))).release()
+    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), **options)).release()
 
 
 def nearest(delta: torch.Tensor, rank: int) -> torch.Tensor:

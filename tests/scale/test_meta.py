@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.state import maps_a_file
-from tests.scale.models import CASES, Case, Mlp, llama
+from tests.scale.models import CASES, Case, Mlp
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=4, pace=0.5, noise=lx.Noise(0.2), train=("*norm*",))
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
@@ -108,13 +107,6 @@ def test_adapt_allocates_nothing_of_the_base() -> None:
     with Allocated() as counted:
         torch.empty(10, 10)
     assert counted.bytes == 400
-
-
-def test_it_tells_of_itself_before(tmp_path: Path) -> None:
-    cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
-    here = lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)
-    assert cascade.plan == here.plan
-    assert str(cascade) == str(here)
 
 
 @pytest.mark.parametrize(
@@ -298,13 +290,3 @@ def test_a_fault_on_the_way_puts_all_back(tmp_path: Path, monkeypatch: pytest.Mo
     assert Mlp.forward is forward
     lx.materialize(cascade, MLP.files(tmp_path))
     assert torch.equal(cascade(x=X), lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)(x=X))
-
-
-def test_a_released_one_is_the_users_model(tmp_path: Path) -> None:
-    cascade = lx.adapt(MLP.on_meta().train(), kwargs=MLP.kwargs, spec=SPEC)
-    cascade.eval()
-    lx.materialize(cascade, MLP.files(tmp_path))
-    model = copy.deepcopy(cascade.release())
-    assert model.training
-    assert isinstance(llama(), nn.Module)
-    model.load_state_dict(MLP.loaded().state_dict(), strict=True)
