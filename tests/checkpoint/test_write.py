@@ -323,17 +323,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_a_read_only_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    going.save(tmp_path)
-    saved = contents(tmp_path)
-    with monkeypatch.context() as patch:
-        fail(patch, os, "mkdir", 2, OSError(errno.EROFS, "Read-only file system"))
-        with raises(lx.CheckpointError, "write-failed", tmp_path, "Read-only"):
-            going.save(tmp_path)
-    assert contents(tmp_path) == saved
-
-
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     going = Run(SPEC, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)).started()
     for event in ("step", "fold", "step"):

@@ -78,21 +78,6 @@ def _has_onnx() -> bool:
     return importlib.util.find_spec("onnxruntime") is not None
 
 
-def test_a_run_is_folded_into_its_base(run: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By its own checkpoint, without the model; the same numbers as the fold that builds it."""
-    capsys.readouterr()
-    assert main(["fold", "runs/tiny", "--base", "base.safetensors", "--output", "new.safetensors"]) == 0
-    said = capsys.readouterr().out
-    assert "new.safetensors: slow weights of runs/tiny/checkpoint/version-0000000" in said
-    found, folded, base = (
-        load_file(path) for path in ("new.safetensors", run / "folded.safetensors", "base.safetensors")
-    )
-    assert found.keys() == base.keys()
-    assert all(torch.equal(found[name], value) for name, value in folded.items())
-    assert not torch.equal(found["0.weight"], base["0.weight"])
-    assert torch.equal(found["7.weight"], base["7.weight"])
-
-
 HEADS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
     "absent": lambda tensors: {name: value for name, value in tensors.items() if not name.startswith("7.")},
     "of other classes": lambda tensors: tensors | {"7.weight": torch.zeros(4, 32), "7.bias": torch.zeros(4)},
@@ -175,15 +160,6 @@ def test_a_classifier_of_other_classes(place: Path) -> None:
     with raises(lx.CheckpointError, "unreadable-file", "config.json"):
         lx.export.safetensors(cascade, "again", base="bert")
     assert not Path("again").exists()
-
-
-def test_a_base_without_an_adapted_weight_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tensors = load_file("base.safetensors")
-    del tensors["3.weight"]
-    save_file(tensors, "other.safetensors")
-    assert main(["fold", "runs/tiny", "--base", "other.safetensors", "--output", "new.safetensors"]) == 2
-    assert "holds no tensor with the values that 3.weight had before" in capsys.readouterr().err
-    assert not Path("new.safetensors").exists()
 
 
 def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Callable[[], nn.Module]) -> None:

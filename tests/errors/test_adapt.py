@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.utils import prune
 
 import lorasc_fx as lx
-from tests.errors.models import Net, adapted, inputs, mlp, step
+from tests.errors.models import Net, adapted, inputs, mlp
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
@@ -66,13 +66,6 @@ class Odd(nn.Module):
 def test_no_sites_by_the_model(frontend: str, node: str) -> None:
     names = ("table: no-form", f"node add (call_function {node})", "spare")
     refuse(lx.passes.NoSites, ("no-sites", *names), Odd(), frontend=frontend)
-
-
-def test_no_sites_tells_what_is_unreached() -> None:
-    with pytest.raises(lx.passes.NoSites) as caught:
-        lx.adapt(Odd(), args=(X,), frontend="symbolic")
-    assert str(caught.value).endswith("\n  spare.weight: unreached (no node of this graph uses it)")
-    assert isinstance(caught.value, lx.SpecError)
 
 
 @pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
@@ -330,17 +323,6 @@ def test_hooks_on_a_parameter(kind: str, wrap: Callable[[nn.Module], str]) -> No
     lx.adapt(model, args=(X,), spec=spec)  # silent
 
 
-def test_after_release_it_is_fine_again() -> None:
-    cascade, optimizer = adapted()
-    step(cascade, optimizer)
-    released = cascade.release()
-    again, _ = adapted(model=released)
-    assert len(again.sites) == 3
-    again.release()
-    part = lx.adapt(released[3], args=(inputs(2, 6),), frontend="symbolic")
-    assert [site.weight for site in part.sites] == ["weight"]
-
-
 @pytest.mark.parametrize("fault", [RecursionError("too deep"), lx.passes.VerifyError("too deep")], ids=repr)
 def test_a_fault_after_the_capture_is_a_capture_error(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
@@ -348,12 +330,6 @@ def test_a_fault_after_the_capture_is_a_capture_error(fault: Exception, monkeypa
 
     monkeypatch.setattr(*SEAMS["insert"], fail)
     refuse(lx.CaptureError, ("not-captured", "Sequential was captured", "too deep"), mlp(), frontend="symbolic")
-
-
-def test_a_failed_adapt_leaves_nothing_behind() -> None:
-    model = mlp()
-    refuse(lx.passes.NoSites, ("no-sites",), model, spec=lx.CascadeSpec(targets=("conv",)), frontend="symbolic")
-    assert len(adapted(model=model)[0].sites) == 3
 
 
 def test_integers_cannot_be_trained_in_full() -> None:

@@ -16,7 +16,6 @@ from transformers import (
 
 import lorasc_fx as lx
 from tests.integrations.kit import arguments, llama, losses, texts, values_of, with_weights
-from tests.kit import tiny
 from tests.kit.models import lora_of
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -99,20 +98,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
     found = Tokenizer(models.WordLevel(words, unk_token="w3"))
     found.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="[PAD]", eos_token="[EOS]", bos_token="[BOS]")
-
-
-@pytest.mark.slow
-def test_labels_whose_names_the_trainer_knows_by_the_class(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    data = [
-        {"input_ids": each["input_ids"], "start_positions": torch.tensor(1), "end_positions": torch.tensor(3)}
-        for each in texts(4)
-    ]
-    kwargs = {name: torch.stack([each[name] for each in data]) for name in data[0]}
-    model = tiny.bert("ForQuestionAnswering", num_labels=2).eval()
-    with torch.no_grad():
-        expected = model(**kwargs).loss.item()
-    cascade = lx.adapt(model, kwargs=kwargs, spec=lx.CascadeSpec(rank=2))
-    callback = lx.integrations.transformers.CascadeCallback(cascade)
-    trainer = Trainer(model=cascade, args=arguments(tmp_path), eval_dataset=data, callbacks=[callback])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)

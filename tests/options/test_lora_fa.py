@@ -146,24 +146,6 @@ class Experts(nn.Module):
         return torch.bmm(x.expand(3, -1, -1), self.stack.transpose(1, 2)).tanh().sum(0)
 
 
-@pytest.mark.slow
-def test_it_can_be_compiled_and_transformed() -> None:
-    spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
-    loss_of(cascade(X)).backward()
-    expected = {name: value.grad for name, value in cascade.named_parameters() if value.grad is not None}
-    assert len(expected) == 3
-    cascade.zero_grad()
-    loss_of(torch.compile(cascade, backend="aot_eager", fullgraph=True)(X)).backward()
-    held = {name: value for name, value in cascade.named_parameters() if name in expected}
-    func = torch.func.grad(lambda values: loss_of(torch.func.functional_call(cascade, values, (X,))))(
-        {name: value.detach() for name, value in held.items()}
-    )
-    for name, value in expected.items():
-        torch.testing.assert_close(held[name].grad, value, rtol=0, atol=1e-12, msg=name)
-        torch.testing.assert_close(func[name], value, rtol=0, atol=1e-12, msg=name)
-
-
 @pytest.mark.parametrize("build", [lambda: nn.Linear(40, 50), lambda: nn.Conv2d(40, 50, 3, padding=1)])
 def test_the_input_is_not_kept(build: Any) -> None:
     """Bytes that autograd saves between forward and backward, counted by torch: without lora_A's gradient x is not

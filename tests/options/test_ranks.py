@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -62,17 +60,6 @@ def test_a_loss_of_an_earlier_stage_may_be_held() -> None:
     assert len(losses) == 4
 
 
-def test_gradients_that_wait_are_seen_after_a_change_of_rank() -> None:
-    cascade, optimizer = adapted()
-    train(cascade, optimizer, [X])
-    cascade.transition(optimizer)
-    loss_of(cascade(X)).backward()
-    with raises(lx.StateError, "gradients-pending", "branches.0/weight.lora_B"):
-        cascade.transition(optimizer)
-    optimizer.zero_grad()
-    cascade.transition(optimizer)
-
-
 @pytest.mark.parametrize("state", ["reset", "kept", 0.5])
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda groups: torch.optim.SGD(groups, momentum=0.9)])
 def test_state_of_the_optimizer_is_dropped_where_the_rank_changes(make: Any, state: Any) -> None:
@@ -105,33 +92,6 @@ def test_a_rule_with_a_rank_of_its_own_stays() -> None:
         assert [branches(cascade)[site.weight].rank for site in cascade.sites] == seen[-1]
         cascade.transition(None)
     assert seen == [[4, 5, 4], [2, 5, 2], [3, 5, 3], [1, 5, 1], [1, 5, 1]]
-
-
-def wide() -> nn.Module:
-    """Weights that hold more numbers than the experts of a few stages."""
-    torch.manual_seed(4)
-    return nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20)).double()
-
-
-def test_exports_and_sums_hold_experts_of_several_ranks(tmp_path: Path) -> None:
-    x = batches(1, 4, 40)[0]
-    spec = lx.CascadeSpec(ranks=(3, 1), lora_alpha=4.5)
-    large = lx.adapt(wide(), (x,), spec=spec)
-    optimizer = torch.optim.AdamW(large.param_groups(lr=1e-2))
-    for _ in large.stages(2, optimizer):
-        train(large, optimizer, batches(3, 4, 40))
-    written = lx.export.peft(large, tmp_path / "adapter")
-    assert set(written.ranks.values()) == {4}
-    theirs = peft.PeftModel.from_pretrained(wide(), tmp_path / "adapter")
-    with large.weights("slow"):
-        expected = large(x)
-        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-12)
-    folded = large.folded_graph()
-    torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-12)
-    lx.save(large, tmp_path / "run")
-    merged = lx.merge([tmp_path / "run", large], wide(), (x,))
-    assert {site.rank for site in merged.sites} == {1}
-    torch.testing.assert_close(merged.release()(x), expected, rtol=0, atol=1e-12)
 
 
 class Late(nn.Module):
@@ -185,30 +145,6 @@ def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
         cascade(-x)
     assert len(cascade.sites) == 2
     assert (cascade.plan.stage, cascade.plan.step) == (3, 2)
-
-
-@pytest.mark.slow
-def test_compiled_code_is_compiled_again() -> None:
-    """The oracle is the cascade without a compiler; the same graph serves again where the rank is known already."""
-    seen: list[int] = []
-
-    def backend(module: torch.fx.GraphModule, example: Any) -> Any:
-        seen.append(1)
-        return module.forward
-
-    cascade, optimizer = adapted("export", ranks=(4, 2, 2))
-    compiled = torch.compile(cascade, backend=backend, fullgraph=True)
-    counts = []
-    for _ in cascade.stages(3, optimizer):
-        for _ in range(2):
-            loss = loss_of(compiled(X))
-            torch.testing.assert_close(loss, loss_of(cascade(X)), rtol=0, atol=1e-12)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        counts.append(len(seen))
-    assert counts[1] > counts[0]
-    assert counts[2] == counts[1]
 
 
 def test_the_pass_in_a_graph_that_owns_its_weights() -> None:

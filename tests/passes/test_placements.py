@@ -189,4 +189,5 @@ def test_dropout_keeps_branches_apart() -> None:
     assert not ShareInputs()(graph_module).modified
 
 
-# --- what the verifier sees ------------------------------------------------------------------------------------------
+def merged_graph() -> torch.fx.GraphModule:
+    return insert(attention("export"), replace(SHARED, placement="merged"))
