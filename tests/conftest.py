@@ -157,7 +157,6 @@ SLOW = {
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[auto]",
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[graph-breaks]",
     "accelerator/test_operations.py::test_exported_graphs",
-    "errors/test_warnings.py::test_a_program_that_ends_with_a_trained_first_stage",
     "accelerator/test_operations.py::test_methods_of_a_model[llama]",
     "cli/test_app.py::test_a_missing_extra_is_one_sentence",
     "contract/test_docs.py::test_page_runs[docs/start.md]",
