@@ -195,6 +195,16 @@ def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(monkeypatch: pyt
         assert torch.equal(value, loop.cascade.model.state_dict()[name])
 
 
+def test_where_there_is_no_state() -> None:
+    loop = Loop(SPECS["noise"])
+    state = loop.cascade.state_dict()
+    with loop.cascade.weights("slow"), raises(lx.StateError, "inside-weights", "load_state_dict"):
+        loop.cascade.load_state_dict(state)
+    loop.cascade.release()
+    with raises(lx.StateError, "released", "load_state_dict"):
+        loop.cascade.load_state_dict(state)
+
+
 def test_hooks_for_state_dicts_run() -> None:
     cascade, seen = adapted(lx.CascadeSpec(rank=2)), []
     hooked: Any = cascade

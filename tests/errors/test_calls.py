@@ -61,7 +61,6 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "to": lambda cascade, _, __: cascade.double(),
     "train": lambda cascade, _, __: cascade.eval(),
     "state_dict": lambda cascade, _, __: cascade.state_dict(),
-    "load_state_dict": lambda cascade, _, __: cascade.load_state_dict({}),
     "merge_and_unload": lambda cascade, _, __: cascade.merge_and_unload(),
     "disable_adapter": lambda cascade, _, __: cascade.disable_adapter().__enter__(),
     "print_trainable_parameters": lambda cascade, _, __: cascade.print_trainable_parameters(),
@@ -246,7 +245,6 @@ def test_inside_weights(which: Any, spec: lx.CascadeSpec, tmp_path: Path) -> Non
         "save": lambda: lx.save(cascade, tmp_path / "run"),
         "resume": lambda: cascade.resume(optimizer),
         "state_dict": cascade.state_dict,
-        "load_state_dict": lambda: cascade.load_state_dict({}),
         "to": cascade.double,
     }
     with unchanged(cascade, optimizer), cascade.weights(which), unchanged(cascade, optimizer):
