@@ -187,3 +187,11 @@ def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], opti
         computed = (outputs[1], *torch.autograd.grad(outputs[1].square().sum(), [theirs[name] for name in own]))
         for one, other in zip(computed, expected, strict=True):
             assert (one - other).norm() <= (0.05 if autocast else 1e-5) * other.norm()
+
+
+def test_a_symbolic_trace_refuses_other_sizes() -> None:
+    """A traced graph holds the sizes of the captured one, which nothing can capture again."""
+    model, x = Tempered(), torch.randn(4, 5)
+    traced = fx.symbolic_trace(lx.adapt(model, (x,)))
+    with pytest.raises(AssertionError, match="size 4 of axis 0"):
+        traced(torch.randn(7, 5))

@@ -62,12 +62,8 @@ def test_insertion_transition_and_fold_give_the_graph_back() -> None:
     assert record_of(staged.graph_module).plan.stage == 3  # type: ignore[union-attr]
 
 
-def test_the_given_order_is_kept_where_the_graph_allows_it() -> None:
-    pipeline = Pipeline([FoldBranches(), InsertBranches()])
-    assert names(pipeline) == ["insert-branches", "fold-branches"]
-    assert names(pipeline, frozenset({"sites-matched"})) == ["insert-branches", "fold-branches"]
-    both = frozenset({"sites-matched", "branches-inserted"})
-    assert names(pipeline, both) == ["fold-branches", "insert-branches"]
+def test_what_a_graph_brings_along_counts() -> None:
+    """A fold that is followed by an insertion: the next stage."""
     inserted = fill(insert(CASE.own(), SPEC))
     again = Pipeline([FoldBranches(), InsertBranches()])(inserted).graph_module
     assert text(again) == text(inserted)
@@ -151,108 +147,6 @@ def test_modified_is_truthful() -> None:
     again = Pipeline([FoldBranches()])(folded.graph_module)
     assert not again.modified
     assert again.graph_module is folded.graph_module
-
-
-# --- text -----------------------------------------------------------------------------------------------------------
-
-RICH = CascadeSpec(
-    targets=("*.qkv", "conv"),
-    exclude=("a{b", "x,y"),
-    train=("head.*",),
-    rules=(Rule("*.qkv", rank=2), Rule("conv", lora_alpha=3.5), Rule("z", 4, 1.0)),
-    rank=5,
-    lora_alpha=2.5,
-    use_rslora=True,
-    pace=0.25,
-    restart="fast",
-    noise=Noise(0.15, "normal", keep=True, where="all"),
-    restart_A="kept",
-    optimizer_state=0.9,
-    slow_train=False,
-    on_nonfinite="skip",
-    seed=17,
-)
-
-
-@pytest.mark.parametrize(
-    "pipeline",
-    [
-        Pipeline([MatchSites(), InsertBranches()]),
-        Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()]),
-        Pipeline([MatchSites(RICH), InsertBranches()]),
-        Pipeline([InsertBranches(), MatchSites(RICH)]),
-        Pipeline([FoldBranches()]),
-        Pipeline([MatchSites(RICH), InsertBranches(), FoldBranches(), InsertBranches()]),
-    ],
-    ids=str,
-)
-def test_text_and_back(pipeline: Pipeline) -> None:
-    back = Pipeline.parse(str(pipeline))
-    assert back.passes == pipeline.passes
-    assert str(back) == str(pipeline)
-
-
-def test_the_text_is_what_people_write() -> None:
-    assert (
-        str(Pipeline([MatchSites(), InsertBranches(), FoldBranches()])) == "match-sites, insert-branches, fold-branches"
-    )
-    spec_text = '{"rank": 4, "noise": {"strength": 0.1}, "rules": [{"pattern": "conv", "rank": 2}]}'
-    written = f'match-sites{{"spec": {spec_text}}},insert-branches'
-    spec = CascadeSpec(rank=4, noise=Noise(0.1), rules=(Rule("conv", rank=2),))
-    assert Pipeline.parse(written).passes == (MatchSites(spec), InsertBranches())
-    assert Pipeline.parse("\n  fold-branches ,\n  insert-branches\n").passes == (FoldBranches(), InsertBranches())
-
-
-def test_every_pass_can_be_parsed() -> None:
-    assert {each.name for each in PASSES} == {
-        "attention-masks",
-        "match-sites",
-        "insert-branches",
-        "share-inputs",
-        "split-inputs",
-        "fold-branches",
-        "stage-transition",
-    }
-    for each in PASSES:
-        assert Pipeline.parse(each.name).passes == (each(),)
-
-
-KNOWN = "attention-masks, match-sites, insert-branches, share-inputs, split-inputs, fold-branches, stage-transition"
-
-
-# fmt: off
-UNREADABLE = [
-    ("match-site, insert-branches", PassError, "unknown-name", ("match-site", "nearest: 'match-sites'", KNOWN)),
-    ("match-sites,, fold-branches", PassError, "unknown-name", ("''", KNOWN)),
-    ('match-sites{"specs": {}}', PassError, "unknown-name", ("match-sites", "specs", "nearest: 'spec'")),
-    ('fold-branches{"spec": {}}', PassError, "unknown-name", ("fold-branches", "spec")),
-    ('match-sites{"spec": {"rank": 4}', PassError, "invalid-value", ("match-sites", "line 1 column 21 (char 20)")),
-    ("match-sites{} insert-branches", PassError, "invalid-value", ("match-sites", "insert-branches")),
-    ('match-sites{"spec": 3}', PassError, "invalid-value", ("match-sites", "spec", "3")),
-    ('match-sites{"spec": {"rank": 0}}', SpecError, "invalid-value", ("rank", "0")),
-    ('match-sites{"spec": {"rang": 4}}', SpecError, "unknown-name", ("rang", "nearest: 'rank', 'train', 'ranks'")),
-    ('match-sites{"spec": {"noise": {"strenght": 1}}}', SpecError, "unknown-name", ("noise", "strenght", "strength")),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("written", "kind", "code", "names"), UNREADABLE)
-def test_text_that_cannot_be_read(written: str, kind: Any, code: str, names: tuple[str, ...]) -> None:
-    with raises(kind, code, *names):
-        Pipeline.parse(written)
-
-
-def test_the_text_of_a_pass_with_options_of_its_own() -> None:
-    @dataclass(frozen=True)
-    class Custom(CascadePass):
-        must: int
-        may: tuple[str, ...] = field(default_factory=tuple)
-        name: ClassVar[str] = "custom"
-
-        def rewrite(self, graph: GraphEditor) -> None:
-            return None
-
-    assert str(Pipeline([Custom(3), Custom(4, ("a",))])) == 'custom{"must": 3}, custom{"must": 4, "may": ["a"]}'
 
 
 # --- other people's passes ------------------------------------------------------------------------------------------
