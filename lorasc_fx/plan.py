@@ -219,5 +219,7 @@ def _check_site(site: Site) -> None:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
     if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
         raise ValueError(f"slices is {site.slices}, which are not the rows of a weight of shape {site.shape}")
+    if fault := site.options.method.fault(site):
+        raise ValueError(f"{site.weight} {fault}")
     if site.placement not in site.options.method.placements:
         raise ValueError(f"placement is {site.placement}, and {site.options.adapter} computes at another one")

@@ -24,7 +24,15 @@ from lorasc_fx.options import (
     PaceRule,
     Start,
 )
-from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, OF_PEFT, USUAL_DECAY, USUAL_PENALTY, USUAL_RANK
+from lorasc_fx.spec_checks import (
+    CONFLICTS,
+    NOISE_CONFLICTS,
+    OF_PEFT,
+    RULE_CONFLICTS,
+    USUAL_DECAY,
+    USUAL_PENALTY,
+    USUAL_RANK,
+)
 from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
@@ -51,6 +59,10 @@ Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an intege
 Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "it scales the branch: give a number above 0")]
 Rate = Annotated[float, Check(lambda rate: rate > 0, "it makes a learning rate: give a number above 0")]
 Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is the share that is set to zero: give a number in [0, 1)")]
+Tokens = Annotated[
+    tuple[Annotated[int, Check(lambda row: 0 <= row < 2**31, "give the number of a row, 0 or more")], ...],
+    Check(lambda rows: len({*rows}) == len(rows), "give each row once"),
+]
 Share = Annotated[float, Check(lambda p: 0 < p <= 1, "it is a share of the fast weights: give a number in (0, 1]")]
 Pace = Annotated[
     Share | tuple[Share, ...] | Annotated[str, choice(PACES)],
@@ -104,14 +116,22 @@ class Noise:
 @checks_names
 @dataclass(frozen=True)
 class Rule:
-    """Another rank or lora_alpha for the weights that a pattern (a kind or a glob) matches; the first match counts."""
+    """Other options for the weights that a pattern matches; the first match counts.
+
+    Args:
+        pattern: a kind, or a glob on weight names.
+        rank, lora_alpha: in place of those of the spec.
+        tokens: rows to train in place of a branch of the spec's adapter, such as new tokens of an embedding. A head
+            that is tied to it has the same rows.
+    """
 
     pattern: Pattern
     rank: Rank | None = None
     lora_alpha: Alpha | None = None
+    tokens: Tokens = ()
 
     def __post_init__(self) -> None:
-        check(self, "rules", self.pattern)
+        check(self, "rules", self.pattern, conflicts=RULE_CONFLICTS)
 
 
 @checks_names
@@ -145,6 +165,7 @@ class SiteOptions:
         ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
         train_A: whether A is trained.
         nearest_full_gradient: whether the gradient of B is that of the nearest step to full training.
+        tokens: rows that are trained, if a rule gives them.
     """
 
     rank: Rank
@@ -155,6 +176,7 @@ class SiteOptions:
     ranks: tuple[Rank, ...] = ()
     train_A: bool = True
     nearest_full_gradient: bool = False
+    tokens: Tokens = ()
 
     def at_stage(self, stage: int) -> SiteOptions:
         """Return the options as this stage has them: the rank follows `ranks`."""
@@ -185,7 +207,7 @@ class CascadeSpec:
         train: globs on parameter names that are trained in full (a new head, norms).
         untie: globs on names of tied parameters (a head that is the embedding as well) that are to be parameters of
             their own, adapted apart; they stay so after a release.
-        rules: another rank or lora_alpha by pattern, the first match counts.
+        rules: another rank or lora_alpha, or rows to train, by pattern; the first match counts.
         adapter: the method: `lora`, `dora` (2402.09353), or another row of docs/method.md, or one of your own
             (`register_branch`).
         adapter_options: options of the method, by name (docs/method.md); a mapping, kept as pairs.
@@ -283,7 +305,9 @@ class CascadeSpec:
 
     def site_options(self, rule: Rule | None = None) -> SiteOptions:
         """Return the options of a site that a rule means, or none does, in the first stage."""
-        given = {option.name: getattr(self, option.name) for option in fields(SiteOptions)}
+        if rule is not None and rule.tokens:
+            return SiteOptions(len(rule.tokens), float(self.lora_alpha), "tokens", tokens=rule.tokens)
+        given = {option.name: getattr(self, option.name) for option in fields(SiteOptions) if option.name != "tokens"}
         if rule is not None and rule.rank is not None:
             given |= {"rank": rule.rank, "ranks": ()}
         if rule is not None and rule.lora_alpha is not None:

@@ -21,7 +21,7 @@ OF_PEFT = {
     "layers_pattern": "targets, as 'layers.3.*'",
     "exclude_modules": "exclude, globs on weight names",
     "modules_to_save": "train, globs on parameter names",
-    "trainable_token_indices": "train",
+    "trainable_token_indices": "rules, as lorasc_fx.Rule('*.embed_tokens.weight', tokens=(5, 7))",
     "bias": "train, as ('*.bias',)",
     "lora_bias": "train, as ('*.bias',)",
     "lora_dropout": "dropout",
@@ -50,6 +50,16 @@ NOISE_CONFLICTS = (
         "its size differs from row to row, and what is kept has one size a weight",
         "give keep=False, or distribution='normal'",
     ),
+)
+
+RULE_CONFLICTS = tuple(
+    Conflict(
+        ("tokens", option),
+        lambda tokens, value: tokens and value is not None,
+        "rows are trained as they are, without factors",
+        f"give one of the two, or no {option}",
+    )
+    for option in ("rank", "lora_alpha")
 )
 
 OPTIONS: dict[str, Any] = {

@@ -128,6 +128,11 @@ class Branch(nn.Module, abc.ABC):
         return name in cls.defaults
 
     @classmethod
+    def fault(cls, site: Site) -> str:
+        """Return why the method has no meaning at a site, after the weight's name; "" if it has one."""
+        return ""
+
+    @classmethod
     def trainable_names(cls, site: Site) -> Collection[str]:
         """Return the names of the parameters that are trained."""
         return cls.shapes(site).keys()

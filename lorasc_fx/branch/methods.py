@@ -12,6 +12,7 @@ from lorasc_fx.branch.lora_xs import LoraXsBranch
 from lorasc_fx.branch.miss import MissBranch
 from lorasc_fx.branch.oft import OftBranch
 from lorasc_fx.branch.shira import ShiraBranch
+from lorasc_fx.branch.tokens import TokensBranch
 from lorasc_fx.branch.vera import VeraBranch
 from lorasc_fx.errors import SpecError
 from lorasc_fx.options import ADAPTERS
@@ -29,9 +30,9 @@ METHODS: dict[str, type[Branch]] = {
     "lokr": LokrBranch,
     "delora": DeloraBranch,
 }
-"""By the value of `CascadeSpec.adapter`."""
+"""By the value of `CascadeSpec.adapter`. `tokens` is the method of rules that name rows, and not one of a spec."""
 
-ADAPTERS.update(METHODS)
+ADAPTERS.update(METHODS, tokens=TokensBranch)
 
 
 def register_branch(name: str, cls: type[Branch]) -> None:

@@ -35,6 +35,15 @@ class MissBranch(LowRankBranch):
         """Return the shape of D."""
         return {"miss_block": (site.rank, site.matrix_shape[0])}
 
+    @classmethod
+    def fault(cls, site: Site) -> str:
+        """Return what is wrong with a rank above the number of inputs: the other rows of D would have no input."""
+        rank, inputs = max(site.rank, *site.options.ranks, 0), site.matrix_shape[1]
+        if rank <= inputs:
+            return ""
+        unused = rank - inputs
+        return f"has {inputs} inputs, so {unused} rows of a rank of {rank} would have none. Give a rank up to {inputs}"
+
     @property
     def down(self) -> torch.Tensor:
         """A [rank, in]: 1 where the input belongs to the row of D, else 0."""

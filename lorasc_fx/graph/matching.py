@@ -343,6 +343,8 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
             f"adapt. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
             code="method-not-supported",
         )
+    if fault := method.fault(site):
+        raise SpecError(f"adapter is {adapter!r}, and {site.weight} {fault}", code="method-not-supported")
     if "beside" not in method.placements:
         if _in_place(site, seen) and (spec.placement != "weight" or seen.called):
             return replace(site, placement="merged")
@@ -360,7 +362,7 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
         return replace(site, placement="weight")
     if site.kind not in ("linear", "conv"):
         return site
-    if spec.dropout:
+    if spec.dropout and "dropout" in method.options:
         return replace(site, dropout=float(spec.dropout))
     if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in seen.beside):
         return site

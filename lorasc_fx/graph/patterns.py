@@ -89,5 +89,6 @@ def describe(
 ) -> Site:
     """Return the site of a weight, with the options of the first rule that matches it, otherwise of the spec."""
     rule = next((rule for rule in spec.rules if targeted((rule.pattern,), kind, (weight, *aliases))), None)
-    slices = slices if spec.method.slices_apart else ()
-    return Site(weight, kind, tuple(shape), spec.site_options(rule), aliases, layout, slices)
+    options = spec.site_options(rule)
+    slices = slices if options.method.slices_apart else ()
+    return Site(weight, kind, tuple(shape), options, aliases, layout, slices)

@@ -15,6 +15,7 @@ from lorasc_fx.branch import Branch, Factors
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.format import RANKS, rows_with
+from lorasc_fx.quantized import dense
 from lorasc_fx.state import (
     WeightState,
     Which,
@@ -88,6 +89,7 @@ class Change:
         magnitudes: [out] in fp64, of weights whose rows are scaled: with the pair in `pairs`, their value is
             `diag(m / |W0 + b a|) (W0 + b a)`.
         trained: values of parameters trained in full, in their own dtype.
+        rows: values of the rows that a rule trains (`Rule.tokens`), with their numbers.
         refused: for weights whose change is not a product of factors, the reason.
         cut: what a smaller rank cost, by weight.
     """
@@ -95,6 +97,7 @@ class Change:
     pairs: dict[str, Factors] = field(default_factory=dict)
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     cut: dict[str, CutOff] = field(default_factory=dict)
 
@@ -154,7 +157,9 @@ def change_of(run: Run, which: Which) -> Change:
             terms.append((1.0, factored(delta)))
         pair = sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
         row_scale = state.scale(running.gain if running is not None else None)
-        if row_scale is None and terms and run.plan.spec.method.scales_rows:  # experts that came from elsewhere
+        site = run.plan.site(name)
+        if row_scale is None and terms and site is not None and site.options.method.scales_rows:
+            # experts that came from elsewhere
             row_scale = torch.ones(state.out, dtype=torch.float64)
         if state.noises:
             change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"
@@ -165,6 +170,14 @@ def change_of(run: Run, which: Which) -> Change:
             change.pairs[name] = scaled(pair or nothing(state), 1 / row_scale, state.transposed)
             rows = rows_with(state.base, change.pairs[name], state.transposed)
             change.magnitudes[name] = row_scale * rows.norm(dim=1)
+        elif site is not None and site.options.tokens and pair is not None:
+            numbers = list(site.options.tokens)
+            total = state.exact(view if running is None else "fast", torch.float64, running, torch.device("cpu"))
+            others = (total != dense(state.base).cpu().double()).any(1)
+            others[numbers] = False
+            if bool(others.any()):
+                change.refused[name] = "other rows than those of its rule have changed"
+            change.rows[name] = site.options.tokens, total[numbers]
         elif pair is not None:
             change.pairs[name] = pair
     return change

@@ -22,7 +22,7 @@ from torch import nn
 
 from lorasc_fx.branch import Factors
 from lorasc_fx.quantized import dense
-from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Rule
+from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Rule, Tokens
 from lorasc_fx.util.decode import Check
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,7 +47,6 @@ UNSUPPORTED = {
     "layer_replication": "it repeats layers of the base",
     "lora_bias": "the factors have a bias, which is not part of a weight",
     "monteclora_config": "MonteCLoRA draws its factors",
-    "trainable_token_indices": "single rows of an embedding were trained",
     "use_bdlora": "its factors are block-diagonal",
     "use_qalora": "QA-LoRA pools the input",
     "velora_config": "VeLoRA is another layer",
@@ -78,6 +77,7 @@ class AdapterConfig:
         use_rslora, use_dora, lora_dropout: of all targets.
         modules_to_save: ends of paths of modules that are saved completely.
         target_parameters: names, or ends of names, of adapted parameters.
+        trainable_token_indices: trained rows by the ends of paths of modules, or those of the input embedding.
     """
 
     r: Rank = 8
@@ -89,6 +89,7 @@ class AdapterConfig:
     lora_dropout: Dropout = 0.0
     modules_to_save: Names = None
     target_parameters: Names = None
+    trainable_token_indices: dict[str, Tokens] | Tokens | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
 
     def rank_of(self, name: str) -> int:
@@ -168,6 +169,9 @@ _LAYOUTS: Mapping[type[nn.Module], Layout] = {
     nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
 }  # fmt: skip
 """For torch's layers that peft adapts by the module's name."""
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+"""Last part of the key of trained rows: their values [count, in]."""
 
 ENDS = (*LINEAR.keys, *EMBEDDING.keys)
 """Last parts of the keys of factors."""
@@ -255,8 +259,36 @@ def key_path(path: str, wraps: Mapping[str, int]) -> str:
     return ".".join([*chain.from_iterable(parts), names[-1]])
 
 
+def token_rows(indices: Any, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the rows that `trainable_token_indices` trains, by the path of a module, as peft finds it.
+
+    A list is that of the input embedding.
+    """
+    modules = dict(model.named_modules())
+    if indices and not isinstance(indices, Mapping):
+        indices = {
+            next((path for path, module in modules.items() if module is embedding_of(model)), "embed_tokens"): indices
+        }
+    return {path: tuple(rows) for end, rows in (indices or {}).items() for path in modules if path.endswith(end)}
+
+
+def embedding_of(model: Any) -> nn.Module | None:
+    """Return the input embedding of a model of transformers; None for other models."""
+    embedding: nn.Module | None = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return embedding
+
+
+def ties_heads(model: nn.Module) -> bool:
+    """Whether peft gives a head that is tied to the input embedding the trained rows of that."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
 def lora_spec(
-    pairs: Mapping[str, tuple[int, float]], usual: tuple[int, float], train: Iterable[str], **options: Any
+    pairs: Mapping[str, tuple[int, float]],
+    usual: tuple[int, float],
+    train: Iterable[str],
+    tokens: Mapping[str, Sequence[int]],
+    **options: Any,
 ) -> CascadeSpec:
     """Return a spec that adapts these weights and trains these parameters in full.
 
@@ -264,15 +296,19 @@ def lora_spec(
         pairs: rank and lora_alpha by the weight's name.
         usual: rank and lora_alpha without a rule.
         train: names of parameters.
+        tokens: rows that are trained by the weight's name.
         options: other fields of the spec.
     """
     return CascadeSpec(
-        targets=tuple(map(glob.escape, pairs)),
+        targets=tuple(map(glob.escape, (*pairs, *tokens))),
         train=tuple(dict.fromkeys(map(glob.escape, train))),
-        rules=tuple(
-            Rule(glob.escape(name), rank, float(alpha))
-            for name, (rank, alpha) in pairs.items()
-            if (rank, alpha) != usual
+        rules=(
+            *(Rule(glob.escape(name), tokens=tuple(rows)) for name, rows in tokens.items()),
+            *(
+                Rule(glob.escape(name), rank, float(alpha))
+                for name, (rank, alpha) in pairs.items()
+                if (rank, alpha) != usual
+            ),
         ),
         rank=usual[0],
         lora_alpha=float(usual[1]),

@@ -7,7 +7,7 @@ memory than the shapes of the model need.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,12 +24,15 @@ from lorasc_fx.graph import named_weights
 from lorasc_fx.options import SCALES
 from lorasc_fx.peft.format import (
     CONFIG,
+    EMBEDDING,
     ENDS,
     IGNORED,
+    LINEAR,
     PREFIX,
     RANKS,
     READ,
     TENSORS,
+    TOKENS,
     UNSUPPORTED,
     AdapterConfig,
     Target,
@@ -38,6 +41,8 @@ from lorasc_fx.peft.format import (
     lora_spec,
     parameter_layout,
     rows_with,
+    ties_heads,
+    token_rows,
 )
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
@@ -61,12 +66,14 @@ class Pair:
         target: that they adapt.
         rank, lora_alpha: as in the configuration.
         expert: with the scale folded into `b`.
+        tokens: rows that were trained, in place of factors.
     """
 
     target: Target
     rank: int
     lora_alpha: float
     expert: Expert
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,10 @@ def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
     """Return a spec with the targets, ranks, scales and dropout of an adapter."""
     config, canonical = adapter.config, named_weights(model).canonical
     return lora_spec(
-        {name: (pair.rank, pair.lora_alpha) for name, pair in adapter.pairs.items()},
+        {name: (pair.rank, pair.lora_alpha) for name, pair in adapter.pairs.items() if not pair.tokens},
         (config.r, float(config.lora_alpha)),
         (canonical[name] for name in adapter.whole if name in canonical),
+        {canonical[name]: pair.tokens for name, pair in adapter.pairs.items() if pair.tokens},
         use_rslora=config.use_rslora,
         adapter="dora" if config.use_dora else "lora",
         dropout=float(config.lora_dropout),
@@ -133,6 +141,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
                 target.name: reader.pair(target, [handle.get_tensor(keys[index]) for index in sorted(keys)])
                 for target, keys in factors.items()
             }
+            pairs |= reader.tokens(handle.get_tensor)
             values = {name: handle.get_tensor(key) for key, name in trained.items()}
             for key, name in copies.items():
                 weight, value = dense(reader.tensors[name].detach()), handle.get_tensor(key)
@@ -184,6 +193,11 @@ class _Reader:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.tensors = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
         self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.modules_to_save or ())]
+        self.token_keys = {
+            f"{PREFIX}{path}.{TOKENS}": (path, rows)
+            for path, rows in token_rows(config.trainable_token_indices, model).items()
+        }
+        self.tied = named_weights(model).names if ties_heads(model) else {}
         self.targets = [target for path, module in self.modules.items() for target in self._targets(path, module)]
         self.factors = {
             key: (target, index)
@@ -210,6 +224,8 @@ class _Reader:
         whole: dict[str, str] = {}
         copies: dict[str, str] = {}
         for key, shape in self.shapes.items():
+            if key in self.token_keys:
+                continue
             if key in self.factors:
                 target, index = self.factors[key]
                 factors.setdefault(target, {})[index] = key
@@ -227,7 +243,7 @@ class _Reader:
             (whole if is_bias or in_saved else copies)[key] = name
         for target, keys in factors.items():
             self._check(target, keys)
-        if not factors:
+        if not factors and not self.token_keys:
             raise ValueError("holds no factors")
         self._check_saved(set(whole.values()))
         return factors, whole, copies
@@ -257,6 +273,32 @@ class _Reader:
             )
         pair = scaled(factors, row_scale, target.layout.transposed)
         return Pair(target, rank, alpha, Expert(pair.b.to(width), pair.a.to(width), row_scale=row_scale))
+
+    def tokens(self, read: Callable[[str], torch.Tensor]) -> dict[str, Pair]:
+        """Return the experts of trained rows: the values less those of the base."""
+        pairs = {}
+        for key, (path, rows) in self.token_keys.items():
+            layout, weight = layout_of(self.modules[path], 2), self.parameters.get(f"{path}.weight")
+            if weight is None or layout not in (LINEAR, EMBEDDING):
+                raise _does_not_fit(f"trainable_token_indices: {path} is no embedding and no linear layer")
+            if key not in self.shapes:
+                raise ValueError(f"has no {key!r}, whose rows were trained according to trainable_token_indices")
+            if max(rows, default=0) >= len(weight) or self.shapes[key] != (len(rows), weight.shape[1]):
+                raise _does_not_fit(
+                    f"{key!r} is {list(self.shapes[key])}, for the rows {sanitized(list(rows))} of {path}.weight, "
+                    f"which is {list(weight.shape)}"
+                )
+            values, base = read(key), dense(weight.detach())
+            width = torch.float64 if torch.float64 in (values.dtype, base.dtype) else torch.float32
+            if not (values.is_floating_point() and bool(torch.isfinite(values).all())):
+                raise CheckpointError(f"{key!r} holds inf or nan, or integers", code="non-finite")
+            b = torch.zeros(len(base), len(rows), dtype=width)
+            b[list(rows), range(len(rows))] = 1
+            expert = Expert(b, values.to(width) - base[list(rows)].cpu().to(width))
+            name = f"{path}.weight"
+            for alias in next((names for names in self.tied.values() if name in names), (name,)):
+                pairs[alias] = Pair(Target(path, "weight", layout), len(rows), 1.0, expert, rows)
+        return pairs
 
     def _unknown(self, key: str) -> Exception:
         """Return the error for a key that peft does not write for this model."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lorasc_fx.errors import SpecError, UnknownTarget
-from lorasc_fx.peft.format import IGNORED, READ, UNSUPPORTED, by_pattern, lora_spec
+from lorasc_fx.peft.format import IGNORED, READ, UNSUPPORTED, by_pattern, lora_spec, token_rows
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.spec_checks import OPTIONS
 
@@ -86,7 +86,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
         options["neumann_terms"] = 0
     alpha, ranks = float(values[method.alpha]) if method.alpha else USUAL_ALPHA, values.get("rank_pattern") or {}
     pairs = {name: (by_pattern(ranks, name.removesuffix(".weight"), values[method.size]), alpha) for name in names}
-    return lora_spec(pairs, (values[method.size], alpha), train, adapter=method.adapter, adapter_options=options)
+    return lora_spec(pairs, (values[method.size], alpha), train, {}, adapter=method.adapter, adapter_options=options)
 
 
 def _refused(config: Any, values: Mapping[str, Any], read: Collection[str]) -> list[str]:
@@ -148,6 +148,7 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
         pairs,
         (values["r"], values["lora_alpha"]),
         train,
+        {f"{path}.weight": rows for path, rows in token_rows(values["trainable_token_indices"], model).items()},
         use_rslora=bool(values["use_rslora"]),
         adapter="dora" if values["use_dora"] else "lora",
         dropout=float(values["lora_dropout"]),

@@ -27,8 +27,18 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.base_file import name_or_path
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
+from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.factors import Change, CutOff, change_of, merged, nothing
-from lorasc_fx.peft.format import CONFIG, CONV1D, TENSORS, Target, keys_of, wrap_counts
+from lorasc_fx.peft.format import (
+    CONFIG,
+    CONV1D,
+    PREFIX,
+    TENSORS,
+    TOKENS,
+    Target,
+    keys_of,
+    wrap_counts,
+)
 from lorasc_fx.peft.targets import Saved, save_whole, targets_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state import arithmetic
@@ -141,11 +151,14 @@ def peft(
         check_which("export.peft", which, run.plan.spec, _WHICH)
         change = change_of(run, which)
     if not change.pairs and not change.refused:
-        if not (change.trained and run.plan.sites):
+        if not ((change.trained or change.rows) and run.plan.sites):
             raise StateError(
                 "export.peft: no site has trained, so there is nothing to write; train first", code="not-available"
             )
-        first = run.plan.sites[0].weight  # peft has no adapters that only save modules
+        # peft has no adapters that only save modules, or train only rows
+        first = next((site.weight for site in run.plan.sites if not site.options.tokens), None)
+        if first is None:
+            raise ExportError("export.peft: an adapter of LoRA needs a weight with factors, and only rows were adapted")
         change.pairs[first] = nothing(run.slow.states[first])
     if max_rank is not None and change.magnitudes:
         raise SpecError(
@@ -178,11 +191,15 @@ def peft(
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
         raise ExportError(f"export.peft: an adapter of peft cannot express this cascade; nothing was written:{reasons}")
 
-    ranks = change.ranks
+    ranks, tokens = change.ranks, _tokens(run, change)
     config = _config(model, {target: ranks[name] for name, group in by_weight.items() for target in group}, saved)
     config |= _auto_class(model, task, task_type is not None, saved.modules)
+    config |= {"trainable_token_indices": {path: list(rows) for path, rows, _ in tokens} or None}
     config |= {"base_model_name_or_path": base_model or _name_of(model), "use_dora": bool(change.magnitudes)}
     tensors = _saved_tensors(run, saved, change) | _factors(run, by_weight, change, dtype)
+    for path, _, values in tokens:
+        width = arithmetic(model.get_parameter(f"{path}.weight").dtype)
+        tensors[f"{PREFIX}{path}.{TOKENS}"] = values.to(dtype or width)
 
     out = path_of(folder)
     if out.exists() and not out.is_dir():
@@ -229,6 +246,15 @@ def _factors(
             for key, tensor in zip(keys[target], parts, strict=False):
                 tensors[key] = tensor.to(dtype or arithmetic(base.dtype)).clone(memory_format=torch.contiguous_format)
     return tensors
+
+
+def _tokens(run: Run, change: Change) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
+    """Return the path of each module with trained rows, with their numbers and values; all names of a tied weight."""
+    names, found = named_weights(run.model).names, []
+    for weight, (rows, values) in change.rows.items():
+        paths = [name.rpartition(".")[0] for name in names[weight]]
+        found += [(path, rows, values.clone()) for path in paths]
+    return found
 
 
 def _saved_tensors(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:

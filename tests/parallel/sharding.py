@@ -52,6 +52,7 @@ SPECS: dict[str, dict[str, Any]] = {
     },
     "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
     "pairs": {"rank": 4, "restart_pairs": 0.5, "noise": {"strength": 0.1}},
+    "tokens": {"rules": ({"pattern": "table.*", "tokens": (1, 4, 6)},), "noise": {"strength": 0.1}},
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
     "dora, olora": {"adapter": "dora", "start": "olora", "exclude": ("table.*",)},
     "nearest": {"nearest_full_gradient": True, "train_A": False, "average": "swa"},

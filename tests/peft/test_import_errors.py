@@ -55,7 +55,6 @@ CONFIGURATIONS = [
     ({"use_dora": 1}, ("invalid-adapter", "use_dora", "1")),
     ({"use_dora": True}, ("invalid-adapter", "up", "lora_A.weight", "DoRA's magnitudes")),
     ({"lora_bias": True}, ("adapter-not-supported", "lora_bias", "True")),
-    ({"trainable_token_indices": [1]}, ("adapter-not-supported", "trainable_token_indices", "[1]")),
     ({"init_lora_weights": "pissa_niter_4"}, ("adapter-not-supported", "init_lora_weights", "pissa_niter_4")),
     ({"use_doora": True}, ("adapter-not-supported", "use_doora", "True", "use_dora")),
     ({"r": 0}, ("invalid-adapter", "r", "0")),

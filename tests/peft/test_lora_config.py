@@ -90,11 +90,11 @@ def test_what_is_adapted_is_what_peft_adapts(name: str) -> None:
 
 
 def test_what_has_no_counterpart_is_one_error() -> None:
-    odd: dict[str, Any] = {"trainable_token_indices": [1], "layer_replication": [(0, 2)]}
+    odd: dict[str, Any] = {"use_qalora": True, "layer_replication": [(0, 2)]}
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", **odd)
     model = llama()
     before = [parameter.requires_grad for parameter in model.parameters()]
-    names = ("init_lora_weights='gaussian'", "trainable_token_indices", "layer_replication", "repeats layers")
+    names = ("init_lora_weights='gaussian'", "use_qalora", "layer_replication", "repeats layers")
     with raises(lx.SpecError, "adapter-not-supported", *names):
         lx.adapt(model, kwargs={"input_ids": IDS}, spec=config)
     with raises(lx.SpecError, "adapter-not-supported", "target_modules=None"):

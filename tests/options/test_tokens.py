@@ -1,0 +1,243 @@
+"""Trainable tokens: single rows of an embedding, and of a head that is tied to it. peft trains their values."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorasc_fx as lx
+from tests.kit.errors import raises
+from tests.kit.models import trainable_parameters
+
+ROWS, CLOSE = (2, 5, 7), {"rtol": 0, "atol": 1e-10}
+
+
+class Plain(nn.Module):
+    """An embedding with a row for padding, and a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.middle = nn.Embedding(11, 6, padding_idx=1), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Tensor = self.head(torch.tanh(self.middle(self.embed(ids))))
+        return output
+
+
+def llama(tied: bool) -> Any:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+MODELS: dict[str, tuple[Any, list[str], Any]] = {
+    "plain": (Plain, ["middle"], {"embed": [*ROWS], "head": [1]}),
+    "untied": (lambda: llama(False), ["q_proj", "up_proj"], [*ROWS]),
+    "tied": (lambda: llama(True), ["q_proj", "up_proj"], [*ROWS]),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Any]:
+    make, targets, rows = MODELS[name]
+    torch.manual_seed(3)
+    config = {"r": 2, "lora_alpha": 4, "target_modules": targets, "trainable_token_indices": rows}
+    return make().double().eval(), peft.LoraConfig(**config)
+
+
+def ids(number: int) -> Tensor:
+    return torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(number))
+
+
+def loss_of(model: Any, number: int) -> Tensor:
+    output = model(ids(number))
+    logits = getattr(output, "logits", output)
+    return F.cross_entropy(logits.flatten(0, 1), ids(number).flatten())
+
+
+def train(model: Any, optimizer: Any, steps: int = 20) -> list[float]:
+    losses = []
+    for number in range(steps):
+        loss = loss_of(model, number)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def adapted(name: str, **fields: Any) -> tuple[lx.Cascade, Any]:
+    """A cascade by peft's configuration, and peft's model with the same A."""
+    model, config = made(name)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    cascade = lx.adapt(model, (ids(0),), spec=config, **fields)
+    lora = [site for site in cascade.sites if not site.options.tokens]
+    for site in lora:
+        layer = theirs.base_model.model.get_submodule(site.weight.removesuffix(".weight"))
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(cascade.branches[site.key].lora_A)
+    return cascade, theirs
+
+
+def merged(theirs: Any) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in theirs.merge_and_unload().named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of transformers, about peft
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_merged_weights_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    cascade, theirs = adapted(name)
+    before = {key: value.detach().clone() for key, value in cascade.model.named_parameters()}
+    expected = train(theirs, torch.optim.AdamW(trainable_parameters(theirs), lr=0.02, weight_decay=0.0))
+    ours = torch.optim.AdamW(cascade.param_groups(lr=0.02), weight_decay=0.0)
+    assert train(cascade, ours) == pytest.approx(expected, abs=1e-10, rel=0)
+    assert expected[-1] < expected[0] - 0.02
+    wanted = merged(copy.deepcopy(theirs))
+    with cascade.weights("fast"):
+        fast = {key: value.detach().clone() for key, value in cascade.model.named_parameters()}
+    for key, value in fast.items():
+        torch.testing.assert_close(value, wanted[key], **CLOSE)
+    key = "embed.weight" if name == "plain" else "model.embed_tokens.weight"
+    changed = (fast[key] != before[key]).any(1)
+    assert changed.nonzero().flatten().tolist() == [*ROWS]
+
+    # peft's file as the first expert, and as a spec.
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = lx.from_peft(tmp_path / "theirs", made(name)[0], (ids(0),))
+    assert {site.weight: site.options.tokens for site in again.sites} == {
+        site.weight: site.options.tokens for site in cascade.sites
+    }
+    for key, value in again.folded_state_dict().items():
+        if key in wanted:
+            torch.testing.assert_close(value, wanted[key], **CLOSE)
+
+    # Our file in peft.
+    lx.export.peft(cascade, tmp_path / "ours", which="fast")
+    loaded = peft.PeftModel.from_pretrained(made(name)[0], tmp_path / "ours")
+    for key, value in merged(loaded).items():
+        torch.testing.assert_close(value, fast[key], **CLOSE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("more", [{}, {"restart": "fast", "average": "swa"}, {"noise": lx.Noise(0.1)}], ids=str)
+def test_stages_and_a_resume(name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """`S_t = S_{t-1} + pace (F_t - S_{t-1})` of the rows, other rows keep their bits, and a resume has the same."""
+    model, _ = made(name)
+    weight = "embed.weight" if name == "plain" else "model.embed_tokens.weight"
+    rules = (lx.Rule("*embed*", tokens=ROWS), lx.Rule("head.weight", tokens=(1,)))[: 2 if name == "plain" else 1]
+    spec = lx.CascadeSpec(rank=2, pace=0.4, rules=rules, targets=("linear", "embedding"), dropout=0.1, **more)
+    cascade = lx.adapt(copy.deepcopy(model), (ids(0),), spec=spec)
+    assert not any(site.dropout for site in cascade.sites if site.options.tokens)
+    base = dict(model.named_parameters())[weight].detach()
+    slow = start = base.clone()
+    optimizer: Any = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    for stage in range(3):
+        branch = next(cascade.branches[site.key] for site in cascade.sites if site.options.tokens)
+        train(cascade, optimizer, 3)
+        fast = start.index_add(0, torch.tensor(ROWS), branch.token_deltas.detach())
+        slow = slow + 0.4 * (fast - slow)
+        cascade.transition(optimizer)
+        start = fast if spec.restart == "fast" else slow
+        with cascade.weights("slow"):
+            held = dict(cascade.model.named_parameters())[weight].detach().clone()
+        torch.testing.assert_close(held, slow, rtol=0, atol=1e-13)
+        assert (held != base).any(1).nonzero().flatten().tolist() == [*ROWS]
+        if stage == 1:
+            train(cascade, optimizer, 2)
+            lx.save(cascade, tmp_path, optimizer=optimizer)
+            again = lx.load(tmp_path, copy.deepcopy(model), (ids(0),))
+            other = torch.optim.AdamW(again.param_groups(lr=0.05))
+            again.resume(other)
+            assert train(cascade, optimizer, 2) == train(again, other, 2)
+            cascade, optimizer = again, other
+
+
+def linear_net() -> nn.Module:
+    return nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a row beyond the weight": (
+        {"rules": (lx.Rule("0.weight", tokens=(1, 4)),)},
+        ("method-not-supported", "tokens", "0.weight", "4 rows", "0 to 3"),
+    ),
+    "no rows": ({"adapter": "tokens"}, ("method-not-supported", "0.weight", "Rule(pattern, tokens=(...))")),
+    "a rank of MiSS above the inputs": (
+        {"adapter": "miss", "rank": 5, "targets": ("1.weight",)},
+        ("method-not-supported", "miss", "1.weight", "3 inputs", "rank of 5"),
+    ),
+    "a rank of MiSS above the inputs in a later stage": (
+        {"adapter": "miss", "ranks": (2, 4), "targets": ("1.weight",)},
+        ("method-not-supported", "1.weight", "rank of 4"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "told"), REFUSED.values(), ids=REFUSED)
+def test_a_site_where_the_method_has_no_meaning(fields: dict[str, Any], told: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *told):
+        lx.adapt(linear_net(), (torch.tensor([0, 1]),), spec=lx.CascadeSpec(**fields))
+
+
+@pytest.mark.parametrize("fields", [{"tokens": (1, 1)}, {"tokens": (-1,)}, {"tokens": (1,), "rank": 2}], ids=str)
+def test_a_rule_refuses_rows(fields: dict[str, Any]) -> None:
+    with raises(lx.SpecError, "conflicting-options" if "rank" in fields else "invalid-value", "tokens"):
+        lx.Rule("*", **fields)
+
+
+def test_rows_of_one_name_of_a_weight_that_peft_does_not_tie(tmp_path: Path) -> None:
+    """peft changes the embedding only, and a cascade both: one error says so."""
+    model = Plain()
+    model.middle, model.head = nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+    model.head.weight = model.embed.weight
+    config = peft.LoraConfig(r=2, target_modules=["middle"], trainable_token_indices={"embed": [2]})
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    with raises(lx.CheckpointError, "tied-weights-differ", "embed.weight", "head.weight"):
+        lx.from_peft(tmp_path, model, (ids(0),))
+
+
+def test_only_rows_are_no_adapter_of_lora(tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(targets=("0.weight",), rules=(lx.Rule("*", tokens=(1,)),))
+    cascade = lx.adapt(linear_net(), (torch.tensor([0, 1]),), spec=spec)
+    with torch.no_grad():
+        next(cascade.branches.parameters()).add_(1)
+    with raises(lx.errors.ExportError, "not-exportable", "only rows"):
+        lx.export.peft(cascade, tmp_path / "x", which="fast")
+
+
+def delete(tensors: dict[str, Tensor], key: str) -> None:
+    del tensors[key]
+
+
+DAMAGE: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "no values": (delete, {}, ("invalid-adapter", "trainable_token_indices")),
+    "too few rows": (lambda each, key: each.update({key: each[key][:2]}), {}, ("adapter-does-not-fit", "[2, 6]")),
+    "nan": (lambda each, key: each.update({key: each[key] * torch.nan}), {}, ("non-finite", "token_adapter")),
+    "a row beyond": (lambda *_: None, {"embed": [1, 2, 11], "head": [1]}, ("adapter-does-not-fit", "11")),
+    "another module": (lambda *_: None, {"middle.act": [1]}, ("adapter-does-not-fit", "embed.token_adapter")),
+    "rows twice": (lambda *_: None, {"embed": [1, 1, 2]}, ("invalid-adapter", "embed")),
+}
+
+
+@pytest.mark.parametrize(("change", "indices", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, told: tuple[str, ...], tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(*made("plain"))
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors, "base_model.model.embed.token_adapter.trainable_tokens_delta")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = indices or config["trainable_token_indices"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with raises(lx.CheckpointError, *told):
+        lx.from_peft(tmp_path, made("plain")[0], (ids(0),))
