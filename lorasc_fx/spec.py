@@ -32,6 +32,7 @@ from lorasc_fx.spec_checks import (
     USUAL_DECAY,
     USUAL_PENALTY,
     USUAL_RANK,
+    check_adapter_options,
 )
 from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
 
@@ -301,6 +302,7 @@ class CascadeSpec:
         if isinstance(self.adapter_options, Mapping):
             object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
         check(self, conflicts=CONFLICTS)
+        check_adapter_options(self.adapter, self.adapter_options)
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
 
     def site_options(self, rule: Rule | None = None) -> SiteOptions:

@@ -4,8 +4,10 @@ pairs. They are refused when the spec is made, before there is a model to change
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.options import ADAPTERS, AVERAGES, STARTS, one_of
 from lorasc_fx.util.decode import Conflict
 
@@ -184,12 +186,6 @@ CONFLICTS = (
         "this method does not compute there",
         "give placement='auto'",
     ),
-    Conflict(
-        ("adapter", "adapter_options"),
-        lambda adapter, options: not all(ADAPTERS[adapter].accepts(name, value) for name, value in options),
-        "the method has no such option, or the value has no meaning",
-        "give the options and values that docs/method.md lists for the method",
-    ),
     *(
         Conflict(
             ("adapter", option),
@@ -203,3 +199,23 @@ CONFLICTS = (
     ),
 )
 """Of a `CascadeSpec` whose fields are valid one by one."""
+
+
+def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) -> None:
+    """Check the options of an adapter method by name and value.
+
+    Raises:
+        SpecError: names the options of the method, or the values that one has.
+    """
+    method = ADAPTERS[adapter]
+    for name, value in options:
+        if name not in method.defaults:
+            known = ", ".join(f"{option} (default {usual:g})" for option, usual in method.defaults.items())
+            raise SpecError(
+                f"adapter_options has {name!r}, which is no option of adapter={adapter!r}"
+                f"{nearest(name, method.defaults)}; its options: {known or 'none'}",
+                code="unknown-name",
+            )
+        check = method.checks.get(name)
+        if check is not None and not check.accepts(value):
+            raise SpecError(f"adapter_options[{name!r}] is {value!r}, and adapter is {adapter!r}; {check.remedy}")

@@ -22,6 +22,7 @@ from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.util.decode import Check
 
 
 def unchanged(value: torch.Tensor, side: Side) -> torch.Tensor:
@@ -73,6 +74,9 @@ class Branch(nn.Module, abc.ABC):
     defaults: ClassVar[Mapping[str, float]] = {}
     """Default values of the method's own options (`CascadeSpec.adapter_options`)."""
 
+    checks: ClassVar[Mapping[str, Check]] = {}
+    """Conditions on the values of the method's own options."""
+
     options: ClassVar[frozenset[str]] = frozenset()
     """The options of `spec_checks.OPTIONS` that the method has; not every method has them."""
 
@@ -121,11 +125,6 @@ class Branch(nn.Module, abc.ABC):
     def options_at(cls, site: Site) -> dict[str, float]:
         """Return the method's own options at a site."""
         return {**cls.defaults, **dict(site.options.adapter_options)}
-
-    @classmethod
-    def accepts(cls, name: str, value: float) -> bool:
-        """Whether the method has an option of its own with this name, and the value has a meaning."""
-        return name in cls.defaults
 
     @classmethod
     def fault(cls, site: Site) -> str:

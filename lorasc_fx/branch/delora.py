@@ -17,6 +17,7 @@ from lorasc_fx.branch.base import StartWeight
 from lorasc_fx.branch.lora import LowRankBranch, random_factor
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.util.decode import Check
 
 LEAST_NORM = 1e-4
 """Norms of a_i and b_i below this count as this; B is zero as a stage starts. As in peft."""
@@ -39,6 +40,9 @@ class DeloraBranch(LowRankBranch):
     zeros: ClassVar[tuple[str, ...]] = ("delora_B",)
     beside_quantized = False
     defaults: ClassVar[Mapping[str, float]] = {"bound": 15.0}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "bound": Check(lambda bound: bound > 0, "it bounds the norm of the delta: give a number above 0")
+    }
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
@@ -64,11 +68,6 @@ class DeloraBranch(LowRankBranch):
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
         """Return `weight`: w is computed from it."""
         return ("weight",)
-
-    @classmethod
-    def accepts(cls, name: str, value: float) -> bool:
-        """Whether the option exists and its value has a meaning."""
-        return super().accepts(name, value) and value > 0
 
     @property
     def down(self) -> torch.Tensor:

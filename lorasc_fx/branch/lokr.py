@@ -17,6 +17,7 @@ from torch import nn
 from lorasc_fx.branch.base import Branch
 from lorasc_fx.branch.lora import random_factor
 from lorasc_fx.plan import Site
+from lorasc_fx.util.decode import Check
 
 
 class LokrBranch(Branch):
@@ -32,6 +33,12 @@ class LokrBranch(Branch):
     zeros: ClassVar[tuple[str, ...]] = ("lokr_w1",)
     options = frozenset({"lora_alpha", "use_rslora"})
     defaults: ClassVar[Mapping[str, float]] = {"decompose_factor": -1}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "decompose_factor": Check(
+            lambda factor: factor == int(factor) and (factor == -1 or factor >= 1),
+            "give a number of rows of w1, an integer of 1 or more, or -1 for the most even split",
+        )
+    }
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
@@ -55,11 +62,6 @@ class LokrBranch(Branch):
             flat = values[name].flatten(1).shape
             values[name] = random_factor(seed, stage, name, site.weight, flat).view(values[name].shape)
         return values
-
-    @classmethod
-    def accepts(cls, name: str, value: float) -> bool:
-        """Whether the option exists and its value has a meaning."""
-        return super().accepts(name, value) and (value == -1 or value >= 1) and value == int(value)
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Return the Kronecker product, in the shape of the weight."""

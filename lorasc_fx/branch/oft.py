@@ -18,6 +18,7 @@ from lorasc_fx.branch.base import Branch
 from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site
+from lorasc_fx.util.decode import Check
 
 
 class OftBranch(Branch):
@@ -33,6 +34,12 @@ class OftBranch(Branch):
     kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
     zeros: ClassVar[tuple[str, ...]] = ("oft_R",)
     defaults: ClassVar[Mapping[str, float]] = {"neumann_terms": 5}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "neumann_terms": Check(
+            lambda terms: terms == int(terms) and (terms == 0 or terms >= 2),  # with 1 term R is I
+            "give a number of terms, an integer of 2 or more, or 0 for the exact transform",
+        )
+    }
     uses_weight = True
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
@@ -54,11 +61,6 @@ class OftBranch(Branch):
                 code="method-not-supported",
             )
         return {"oft_R": (columns // size, size * (size - 1) // 2)}
-
-    @classmethod
-    def accepts(cls, name: str, value: float) -> bool:
-        """Whether the option exists and its value has a meaning."""
-        return super().accepts(name, value) and value != 1 and value >= 0 and value == int(value)  # with 1 term R is I
 
     def rotation(self) -> torch.Tensor:
         """Return R - I, [blocks, size, size]."""

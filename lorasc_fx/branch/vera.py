@@ -15,6 +15,7 @@ from torch import nn
 from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.shared import shared_tensor
 from lorasc_fx.plan import Site
+from lorasc_fx.util.decode import Check
 
 
 class VeraBranch(LowRankBranch):
@@ -31,6 +32,11 @@ class VeraBranch(LowRankBranch):
     kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
     zeros: ClassVar[tuple[str, ...]] = ("vera_lambda_b",)
     defaults: ClassVar[Mapping[str, float]] = {"d_initial": 0.1}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "d_initial": Check(
+            lambda start: start != 0, "b starts at zero, and with d = 0 nothing trains: give another one"
+        )
+    }
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
@@ -52,11 +58,6 @@ class VeraBranch(LowRankBranch):
     def trainable_names(cls, site: Site) -> Collection[str]:
         """Return both names."""
         return ("vera_lambda_b", "vera_lambda_d")
-
-    @classmethod
-    def accepts(cls, name: str, value: float) -> bool:
-        """Whether the option exists and its value has a meaning."""
-        return super().accepts(name, value) and value != 0  # b is zero: nothing would get a gradient
 
     @property
     def down(self) -> torch.Tensor:

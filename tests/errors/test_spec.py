@@ -79,7 +79,6 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
     "adapter, average": {"adapter": "dora", "average": "ema"},
     "adapter, placement": {"adapter": "dora", "placement": "beside"},
-    "adapter, adapter_options": {"adapter": "vera", "adapter_options": {"bound": 1.0}},
     "adapter, lora_alpha": {"adapter": "vera", "lora_alpha": 4.0},
     "adapter, use_rslora": {"adapter": "vera", "use_rslora": True},
     "adapter, start": {"adapter": "lora-xs", "start": "pissa"},
@@ -122,13 +121,18 @@ def test_conflicting_options(names: str) -> None:
         lx.CascadeSpec(**CONFLICTING[names])
 
 
-@pytest.mark.parametrize(("adapter", "name", "value"), [
-    ("vera", "d_initial", 0.0), ("oft", "neumann_terms", 1), ("oft", "neumann_terms", -5),
-    ("oft", "neumann_terms", 2.5),
-    ("lokr", "decompose_factor", 0), ("delora", "bound", -1.0), ("lora", "bound", 1.0),
+@pytest.mark.parametrize(("adapter", "name", "value", "told"), [
+    ("vera", "d_initial", 0.0, ("invalid-value", "0.0", "another one")),
+    ("oft", "neumann_terms", 1, ("invalid-value", "2 or more, or 0")),
+    ("oft", "neumann_terms", -5, ("invalid-value", "-5")),
+    ("oft", "neumann_terms", 2.5, ("invalid-value", "2.5")),
+    ("lokr", "decompose_factor", 0, ("invalid-value", "-1")),
+    ("delora", "bound", -1.0, ("invalid-value", "above 0")),
+    ("delora", "bond", 1.0, ("unknown-name", "nearest: 'bound'", "bound (default 15)")),
+    ("lora", "bound", 1.0, ("unknown-name", "its options: none")),
 ])  # fmt: skip
-def test_an_option_of_a_method_without_a_meaning(adapter: str, name: str, value: float) -> None:
-    with raises(lx.SpecError, "conflicting-options", adapter, name, "; give "):
+def test_an_option_of_a_method(adapter: str, name: str, value: float, told: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *told, repr(name), repr(adapter)):
         lx.CascadeSpec(adapter=adapter, adapter_options={name: value})
 
 

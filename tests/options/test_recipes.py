@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import lorasc_fx as lx
 from experiments.evidence.methods import METHODS, rate_factor, spec_of
+from lorasc_fx.branch import METHODS as ADAPTERS
 from tests.kit.errors import raises
 from tests.kit.models import batches, mlp, train
 
@@ -43,6 +45,23 @@ def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
     assert seen == pytest.approx([0.1 * factor for factor in expected], rel=1e-12)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("recipe", [lx.recipes.lora, lx.recipes.small_data, lx.recipes.long_training])
+def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], adapter: str) -> None:
+    if adapter == "dora" and recipe is lx.recipes.long_training:
+        with raises(lx.SpecError, "conflicting-options", "adapter is 'dora'", "restart is 'fast'"):
+            recipe(6, adapter=adapter)
+        return
+    spec, schedule = recipe(6, adapter=adapter, rank=2)
+    assert spec.adapter == adapter
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-4))
+    scheduler = schedule(optimizer, cascade)
+    before = train(cascade, optimizer, [X])
+    scheduler.step()
+    assert train(cascade, optimizer, [X]) != before
+
+
 def test_warm_up_and_decay_fit_into_short_stages() -> None:
     cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.long_training(7, 3)[0], frontend="symbolic")
     optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
@@ -55,6 +74,8 @@ def test_warm_up_and_decay_fit_into_short_stages() -> None:
 def test_what_a_recipe_sets_is_not_set_beside_it() -> None:
     with raises(lx.SpecError, "conflicting-options", "small_data", "pace"):
         lx.recipes.small_data(10, pace=1.0)
+    with raises(lx.SpecError, "invalid-value", "adapter", "nearest: 'vera'"):
+        lx.recipes.lora(10, adapter="vear")
     with raises(lx.SpecError, "unknown-name", "rnak"):
         lx.recipes.lora(10, rnak=4)
     with raises(lx.SpecError, "invalid-value", "lora", "steps"):
