@@ -1,6 +1,6 @@
 """Branches as modules, their noise, and the values that they leave. This package knows no graph."""
 
-from lorasc_fx.branch.base import Branch, Decided, StartWeight, fill
+from lorasc_fx.branch.contract import Branch, Decided, StartWeight, fill
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.functions import shared_down
 from lorasc_fx.branch.lora import LowRankBranch, ops_of

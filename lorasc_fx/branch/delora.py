@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch.base import StartWeight
+from lorasc_fx.branch.contract import StartWeight
 from lorasc_fx.branch.lora import LowRankBranch, random_factor
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch.base import StartWeight, unchanged
+from lorasc_fx.branch.contract import StartWeight, unchanged
 from lorasc_fx.branch.conv import ConvCall, low_rank_conv
 from lorasc_fx.branch.factors import InitialFactors, Side
 from lorasc_fx.branch.lora import LoraBranch

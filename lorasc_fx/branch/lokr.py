@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch.base import Branch
+from lorasc_fx.branch.contract import Branch
 from lorasc_fx.branch.lora import random_factor
 from lorasc_fx.plan import Site
 from lorasc_fx.util.decode import Check

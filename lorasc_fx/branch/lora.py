@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch.base import Branch, unchanged
+from lorasc_fx.branch.contract import Branch, unchanged
 from lorasc_fx.branch.conv import ConvOps
 from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.branch.functions import draw_seed

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch.base import StartWeight
+from lorasc_fx.branch.contract import StartWeight
 from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasc_fx.branch.base import Branch
+from lorasc_fx.branch.contract import Branch
 from lorasc_fx.branch.delora import DeloraBranch
 from lorasc_fx.branch.dora import DoraBranch
 from lorasc_fx.branch.hira import HiraBranch

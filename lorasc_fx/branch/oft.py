@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch.base import Branch
+from lorasc_fx.branch.contract import Branch
 from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site
