@@ -266,16 +266,10 @@ def token_rows(indices: Any, model: nn.Module) -> dict[str, tuple[int, ...]]:
     """
     modules = dict(model.named_modules())
     if indices and not isinstance(indices, Mapping):
-        indices = {
-            next((path for path, module in modules.items() if module is embedding_of(model)), "embed_tokens"): indices
-        }
+        owner: Any = model
+        embedding = owner.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        indices = {next((path for path, module in modules.items() if module is embedding), "embed_tokens"): indices}
     return {path: tuple(rows) for end, rows in (indices or {}).items() for path in modules if path.endswith(end)}
-
-
-def embedding_of(model: Any) -> nn.Module | None:
-    """Return the input embedding of a model of transformers; None for other models."""
-    embedding: nn.Module | None = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return embedding
 
 
 def ties_heads(model: nn.Module) -> bool:

@@ -21,6 +21,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "noise that stays": {"noise": lx.Noise(0.1, keep=True, distribution="normal")},
     "dora": {"adapter": "dora"},
     "pissa": {"start": "pissa"},
+    "pairs": {"restart_pairs": 0.5},
+    "rows": {"rules": (lx.Rule("*", tokens=(0, 2)),)},
     "average": {"average": "ema", "restart": "fast"},
     "train": {"train": ("*.bias",)},
     "ranks": {"rank": 3, "ranks": (3, 1, 2), "optimizer_state": "kept"},
@@ -38,7 +40,7 @@ EXCLUDED_BY_DORA = {
     "llama": ("*embed_tokens*",),
     "tied": ("embedding.*",),
 }
-NOT_BY_PEFT = {"noise that stays", "conv", "attention", "tied", *OTHERS}
+NOT_BY_PEFT = {"noise that stays", "conv", "attention", "tied", "rows", *OTHERS}
 
 
 def spec_of(spec: str, name: str = "mlp") -> lx.CascadeSpec:
@@ -58,8 +60,9 @@ def middle(side: Side) -> None:
 
 
 def earlier(side: Side) -> int:
-    """A stage that is still known. PiSSA's experts outgrow these small weights and are summed: stage 1 is gone then."""
-    return 1 if side.spec.start == "lora" and side.spec.adapter in ("lora", "dora") else 2
+    """A stage that is still known. Experts of twice the rank outgrow these small weights: stage 1 is gone then."""
+    twice = side.spec.start != "lora" or side.spec.restart_pairs < 1
+    return 1 if not twice and side.spec.adapter in ("lora", "dora") else 2
 
 
 def parameters(side: Side) -> dict[str, torch.Tensor]:
