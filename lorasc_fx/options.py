@@ -20,13 +20,13 @@ Value = TypeVar("Value")
 
 
 class Start(abc.ABC):
-    """Where the factors of a stage start (`CascadeSpec.start`)."""
+    """Initial factors of a stage (`CascadeSpec.start`)."""
 
     from_weight: ClassVar[bool] = True
-    """Whether factors are taken out of the weight, which then holds the residual `W - s B_0 A_0` while a stage runs."""
+    """Whether the factors are computed from the weight, which holds the residual `W - s B_0 A_0` while a stage runs."""
 
     of_delta: ClassVar[bool] = False
-    """Whether they are taken out of what the weight differs by from W0, and not out of the weight itself."""
+    """Whether the factors are computed from the difference of the weight and W0 instead of the weight."""
 
     @abc.abstractmethod
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +37,7 @@ class Start(abc.ABC):
 
 
 class LoraStart(Start):
-    """B = 0, and A as restart_A says: nothing is taken out of the weight."""
+    """B = 0, and A by restart_A. The weight stays unchanged."""
 
     from_weight: ClassVar[bool] = False
 
@@ -56,7 +56,7 @@ class PissaStart(Start):
 
 
 class MiloraStart(Start):
-    """MiLoRA (2406.09044): the r smallest singular triplets; what training adds is orthogonal to the largest ones."""
+    """MiLoRA (2406.09044): the r smallest singular triplets, which are orthogonal to the largest ones."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the last r columns, values and rows."""
@@ -74,17 +74,17 @@ class OloraStart(Start):
 
 
 class LoftqStart(Start):
-    """LoftQ (2310.08659), with one step: the r largest singular triplets of what quantization took from the weight.
+    """LoftQ (2310.08659), with one step: the r largest singular triplets of the quantization error.
 
-    W0 is the quantized weight Q, and the slow delta begins as the nearest matrix of rank r to `W - Q`, where W are the
-    numbers before; the branch starts from it, so that Q stays as it is. Later stages start from the r largest triplets
-    of the delta. A weight without a delta starts as in LoRA.
+    W0 is the quantized weight Q. The slow delta starts as the nearest matrix of rank r to `W - Q`, with the weight W
+    before quantization. The branch starts from this delta, so Q is not changed. Later stages start from the r largest
+    triplets of the delta. A weight without a delta starts as in LoRA.
     """
 
     of_delta: ClassVar[bool] = True
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the first r values that are not zero up to rounding."""
+        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the first r values above the rounding errors."""
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         count = min(rank, int((values > 1e-5 * values[..., :1]).sum(-1).min()))
         return split_evenly(left[..., :count], values[..., :count], right[..., :count, :], scale)
@@ -93,7 +93,7 @@ class LoftqStart(Start):
 def split_evenly(
     left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors with `scale * b @ a = left diag(values) right`, the root of each value in either."""
+    """Return factors with `scale * b @ a = left diag(values) right`. Each factor has the root of the values."""
     root = (values / scale).sqrt()
     return left * root.unsqueeze(-2), root.unsqueeze(-1) * right
 
@@ -109,7 +109,7 @@ STARTS: Mapping[str, Start] = {
 
 
 class PaceRule(abc.ABC):
-    """Which share of the fast weights a transition takes into the slow ones (`CascadeSpec.pace`)."""
+    """Share of the fast weights that a transition adds to the slow ones (`CascadeSpec.pace`)."""
 
     needs_loss: ClassVar[bool] = False
     """Whether the share depends on the losses of the stages."""
@@ -137,7 +137,7 @@ class GivenPace(PaceRule):
 
 
 class MeanPace(PaceRule):
-    """1/t in stage t: under restart = fast the slow weights are the mean of the weights at the ends of stages."""
+    """1/t in stage t. With restart="fast" the slow weights are the mean of the weights at the ends of stages."""
 
     def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
         """Return the share."""
@@ -154,7 +154,7 @@ class LossPace(PaceRule):
     needs_loss: ClassVar[bool] = True
 
     def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the share. The weights are relative to that of the smallest loss, so that no power overflows."""
+        """Return the share. Weights are relative to the stage with the smallest loss, so no power overflows."""
         least = math.log(min(losses.values()))
         weights = {number: math.exp(penalty * (least - math.log(loss))) for number, loss in losses.items()}
         return weights[stage] / math.fsum(weights.values())
@@ -165,7 +165,7 @@ PACES: Mapping[str, PaceRule] = {"mean": MeanPace(), "loss": LossPace()}
 
 
 class Scale:
-    """The scale s of a branch (`CascadeSpec.use_rslora`): this one is that of LoRA."""
+    """Scale s of a branch (`CascadeSpec.use_rslora`): the one of LoRA."""
 
     def scale(self, rank: int, lora_alpha: float) -> float:
         """Return `lora_alpha / rank`."""
@@ -190,18 +190,18 @@ the table, and `register_branch` adds to it."""
 
 
 class NextA:
-    """Where A of the next stage starts (`CascadeSpec.restart_A`): this one is fresh."""
+    """A of the next stage (`CascadeSpec.restart_A`): fresh values."""
 
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return A as the stage starts it, of the one before and of a fresh one (which may have another rank)."""
+        """Return the initial A of a stage, from the previous A and a fresh one, which may have another rank."""
         return fresh
 
 
 class KeptA(NextA):
-    """Goes on from the stage before, where that has the same rank and is finite."""
+    """A of the stage before, if it has the same rank and is finite."""
 
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the one before."""
+        """Return a copy of the previous A."""
         if previous.shape != fresh.shape or not bool(torch.isfinite(full_tensor(previous)).all()):
             return fresh
         return previous.detach().clone()
@@ -212,18 +212,18 @@ NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA()}
 
 
 class Restart(abc.ABC):
-    """Which weights the next stage starts from (`CascadeSpec.restart`)."""
+    """Weights from which the next stage starts (`CascadeSpec.restart`)."""
 
     @abc.abstractmethod
     def start(self, slow: Value, fast: Value) -> Value:
-        """Return that of the slow or of the fast weights: coefficients, or tensors."""
+        """Return the slow or the fast value: coefficients, or tensors."""
 
 
 class FromSlow(Restart):
     """`W0 + S_t`."""
 
     def start(self, slow: Value, fast: Value) -> Value:
-        """Return the slow one."""
+        """Return the slow value."""
         return slow
 
 
@@ -231,7 +231,7 @@ class FromFast(Restart):
     """`W0 + F_t`: the slow weights average the trajectory."""
 
     def start(self, slow: Value, fast: Value) -> Value:
-        """Return the fast one."""
+        """Return the fast value."""
         return fast
 
 
@@ -240,17 +240,17 @@ RESTARTS: Mapping[str, Restart] = {"slow": FromSlow(), "fast": FromFast()}
 
 
 class Average:
-    """The average of the slow weights at the ends of stages (`CascadeSpec.average`): this one keeps none."""
+    """Average of the slow weights at the ends of stages (`CascadeSpec.average`): no average."""
 
     kept: ClassVar[bool] = False
 
     def share(self, count: int, decay: float) -> float:
-        """Return the share of the new slow weights, after `count` stages, of which there is at least one."""
+        """Return the share of the new slow weights after `count` stages, 1 or more."""
         return 1.0
 
 
 class Exponential(Average):
-    """`decay` of the average stays at each stage."""
+    """Exponential average: each stage multiplies the average by `decay`."""
 
     kept: ClassVar[bool] = True
 
@@ -274,10 +274,10 @@ AVERAGES: Mapping[str, Average] = {"off": Average(), "ema": Exponential(), "swa"
 
 
 class Distribution(abc.ABC):
-    """What the noise of a stage is drawn from (`Noise.distribution`), before it is scaled."""
+    """Distribution of the noise of a stage (`Noise.distribution`), before it is scaled."""
 
     by_rows: ClassVar[bool] = False
-    """Whether its size is that of each row of the weight, and not the standard deviation of the whole."""
+    """Whether the noise is scaled by the norm of each row, instead of the standard deviation of the weight."""
 
     @abc.abstractmethod
     def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -293,7 +293,7 @@ class Uniform(Distribution):
 
 
 class Normal(Distribution):
-    """N(0, 1/12), of the variance of the uniform one."""
+    """N(0, 1/12), which has the variance of the uniform distribution."""
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         """Return the draw."""

@@ -1,7 +1,7 @@
-"""What is asked: frozen dataclasses that check themselves and go to plain dictionaries and back.
+"""The configuration of a cascade: frozen dataclasses that validate themselves and convert to and from dictionaries.
 
-The paper (arXiv 2407.01491) leaves the noise formula, alpha (here `pace`), the fate of the noise at a fold and the
-learning rate after a restart open. The defaults are our reading of it (docs/method.md).
+The paper (arXiv 2407.01491) does not say how noise is drawn, what alpha (here `pace`) is, whether noise stays after
+a fold, or which learning rate follows a restart. docs/method.md lists our choices.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lorasc_fx.spec_checks import (
 from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
-"""Kinds of sites that a target may name; anything else is a glob on weight names."""
+"""Kinds of weights. A target that is none of these names is a glob on weight names."""
 
 PLACEMENTS = ("beside", "merged", "weight")
 """Where a branch computes (docs/design.md)."""
@@ -78,14 +78,14 @@ class Noise:
 
     Args:
         strength: lambda of algorithm.md, 0 is off.
-        distribution: `uniform` as above (NoisyTune, 2202.12024), `normal` of the same variance, or `filter`, that of
-            Flat-LoRA (2409.14396): `strength * |W_i| / sqrt(n) * N(0, 1)` in row i of n entries. The paper takes the
-            rows of the weight with the branch in it, and lets the strength grow from 0; here they are those that the
-            stage starts from, and the strength is constant.
-        keep: the noise of a stage stays in the slow weights; else the fold takes it away, bit for bit.
-        where: on the `sites`, or on `all` weight matrices that are not trained in full.
-        redraw: once a `stage`, or after each optimizer `step`, as in Flat-LoRA: the weights are written anew from W0
-            each time, at the cost of a fold.
+        distribution: `uniform` as above (NoisyTune, 2202.12024), `normal` of the same variance, or `filter` (Flat-LoRA,
+            2409.14396): `strength * |W_i| / sqrt(n) * N(0, 1)` in row i of n entries. The paper uses the rows of the
+            weight with its branch, and a strength that grows from 0. Here the rows are from the start of the stage, and
+            the strength is constant.
+        keep: whether the noise of a stage stays in the slow weights. Otherwise the fold removes it, bit for bit.
+        where: `sites`, or `all` weight matrices except the ones trained in full.
+        redraw: once per `stage`, or after each optimizer `step` as in Flat-LoRA. Each draw costs a fold, because the
+            weights are computed again from W0.
     """
 
     strength: Annotated[
@@ -101,16 +101,16 @@ class Noise:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is any."""
+        """Whether there is noise."""
         return self.strength > 0
 
     @property
     def follows_steps(self) -> bool:
-        """Whether it is drawn anew after each optimizer step."""
+        """Whether it is drawn again after each optimizer step."""
         return self.is_on and self.redraw == "step"
 
     def on_others(self, names: Iterable[str]) -> list[str]:
-        """Return those of the weights without a branch that have noise."""
+        """Return the names of the weights without a branch that have noise."""
         return list(names) if self.is_on and self.where == "all" else []
 
 
@@ -121,9 +121,9 @@ class Rule:
 
     Args:
         pattern: a kind, or a glob on weight names.
-        rank, lora_alpha: in place of those of the spec.
-        tokens: rows to train in place of a branch of the spec's adapter, such as new tokens of an embedding. A head
-            that is tied to it has the same rows.
+        rank, lora_alpha: replace the fields of the spec.
+        tokens: rows to train, such as new tokens of an embedding, instead of a branch of the spec's adapter. A tied
+            head has the same rows.
     """
 
     pattern: Pattern
@@ -138,12 +138,12 @@ class Rule:
 @checks_names
 @dataclass(frozen=True)
 class TrainRule:
-    """How the parameters that a glob matches are trained in full; the first match counts.
+    """Options of the parameters trained in full that a glob matches; the first match counts.
 
     Args:
-        pattern: glob on parameter names; what it matches has to be under `CascadeSpec.train` as well.
-        lr: their learning rate, in place of that of `param_groups`.
-        slow: whether they have a slow copy by the slow rule, in place of `CascadeSpec.slow_train`.
+        pattern: glob on parameter names. `CascadeSpec.train` has to match these parameters as well.
+        lr: their learning rate, instead of the one given to `param_groups`.
+        slow: whether they have a slow copy, instead of `CascadeSpec.slow_train`.
     """
 
     pattern: Annotated[str, Check(bool, "give a glob on parameter names")]
@@ -156,17 +156,17 @@ class TrainRule:
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """What a spec and its rules say of the branch of one site.
+    """Options of the branch of one site, from a spec and its rules.
 
     Args:
         adapter: name of the method.
-        rank: of the branch in the running stage.
-        lora_alpha, use_rslora: of the formula of its scale.
+        rank: in the running stage.
+        lora_alpha, use_rslora: define the scale.
         adapter_options: options of the method, as pairs.
-        ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
+        ranks: rank in stage 1, 2, ...; the last one repeats. Empty: the rank does not change.
         train_A: whether A is trained.
-        nearest_full_gradient: whether the gradient of B is that of the nearest step to full training.
-        tokens: rows that are trained, if a rule gives them.
+        nearest_full_gradient: whether the gradient of B is corrected to the step nearest to full training.
+        tokens: trained rows, if a rule gives them.
     """
 
     rank: Rank
@@ -180,7 +180,7 @@ class SiteOptions:
     tokens: Tokens = ()
 
     def at_stage(self, stage: int) -> SiteOptions:
-        """Return the options as this stage has them: the rank follows `ranks`."""
+        """Return the options in a stage: the rank follows `ranks`."""
         return replace(self, rank=self.ranks[min(stage, len(self.ranks)) - 1]) if self.ranks else self
 
     @property
@@ -204,39 +204,39 @@ class CascadeSpec:
     Args:
         targets: kinds (see KINDS; all by default) or globs on weight names. A glob that names a module means its
             weights.
-        exclude: globs on weight names that are never touched.
-        train: globs on parameter names that are trained in full (a new head, norms).
-        untie: globs on names of tied parameters (a head that is the embedding as well) that are to be parameters of
-            their own, adapted apart; they stay so after a release.
+        exclude: globs on weight names that are never changed.
+        train: globs on names of parameters to train in full (a new head, norms).
+        untie: globs on names of tied parameters, such as a head that shares its weight with the embedding. They become
+            separate parameters, and stay separate after a release.
         rules: another rank or lora_alpha, or rows to train, by pattern; the first match counts.
         adapter: the method: `lora`, `dora` (2402.09353), or another row of docs/method.md, or one of your own
             (`register_branch`).
-        adapter_options: options of the method, by name (docs/method.md); a mapping, kept as pairs.
+        adapter_options: options of the method, by name (docs/method.md). A mapping is stored as pairs.
         rank: r of the branches.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
-        dropout: share of the entries of a branch's input that are set to zero in train mode, the rest scaled up (LoRA's
-            adapter dropout). Only a branch beside its op sees an input, so that is where such branches stand.
-        ranks: rank of stage 1, 2, ...; the last one goes on. Empty: every stage has `rank`. A rule that gives a rank of
-            its own is not moved by it.
-        train_A: whether A is trained; without, only A x is kept beside an op (LoRA-FA, 2308.03303).
-        nearest_full_gradient: the gradient of B times `(A A^T)^-1 / s^2`: of all that a frozen A allows, the
-            step that is nearest to that of full training.
-        lr_ratio: learning rate of B over that of A (LoRA+, 2402.12354, there about 16).
-        train_rules: learning rate and slow copy by pattern, of what `train` names; the first match counts.
-        average: of the slow weights at the ends of stages, for `weights("averaged")`: `ema`, exponential with
+        dropout: share of the entries of a branch's input that are set to zero in train mode, as in peft's LoRA. Such
+            branches compute beside their op, because only there they have an input.
+        ranks: rank of stage 1, 2, ...; the last one repeats. Empty: every stage has `rank`. It does not change the rank
+            that a rule gives.
+        train_A: whether A is trained. Without it only A x is saved for the backward (LoRA-FA, 2308.03303).
+        nearest_full_gradient: multiply the gradient of B by `(A A^T)^-1 / s^2`. With a frozen A this is the step
+            nearest to full training.
+        lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, there about 16).
+        train_rules: learning rate and slow copy by pattern, for parameters under `train`; the first match counts.
+        average: average of the slow weights over the ends of stages, for `weights("averaged")`: `ema`, exponential with
             average_decay, or `swa`, the plain mean (1803.05407).
-        placement: where the branches compute: `beside` the op, `merged` with it, on the `weight`, or `auto`, by a cost
-            model. Where a node does not allow what is asked for, the branch stands where it can.
-        pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1]; a
-            sequence is that of stage 1, 2, ..., whose last one goes on. `mean` is 1/t in stage t: under restart = fast
-            the slow weights are then the mean of the weights at the ends of stages. `loss` is that mean with the weight
-            `L_t^-loss_penalty` for a stage of loss L_t (2504.18580), which `transition(optimizer, loss=...)` takes.
+        placement: where the branches compute: `beside` the op, `merged` with it, on the `weight`, or `auto` by a cost
+            model. If a node does not allow the given placement, another one is used.
+        pace: share of the fast weights that a transition adds to the slow ones (the paper's alpha), in (0, 1]. A
+            sequence has one share for each stage; the last one repeats. `mean` is 1/t in stage t: with restart="fast"
+            the slow weights are the mean of the weights at the ends of stages. `loss` weights each stage in this mean
+            by `L_t^-loss_penalty` of its loss L_t (2504.18580), which `transition(optimizer, loss=...)` takes.
         loss_penalty: p of pace="loss"; 0 is the plain mean, and a larger one prefers stages with a small loss.
         momentum: m of Nesterov's momentum over stages (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`,
             `v_t = m v_{t-1} + d_t`, `S_t = S_{t-1} + pace (d_t + m v_t)`. With 0 it is LoRASC's rule.
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
-        restart_A: where A of the next stage starts: `fresh` random values, or `kept` from the stage before.
+        restart_A: A of the next stage: `fresh` random values, or `kept` from the stage before.
         restart_pairs: share of the rank-1 pairs of each branch that a transition restarts (SRLoRA, 2505.12433): those
             with the smallest terms stay in the weight, and the others are trained on with their optimizer state.
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
@@ -244,14 +244,14 @@ class CascadeSpec:
             (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
             `loftq` (2310.08659) starts beside a quantized weight from the nearest pair to what quantization took from
             it; `adapt` is given the files of the model before by `base`.
-        carry_rank: rank at which the delta that earlier stages added to a quantized weight is carried beside it, by the
-            nearest pair of factors of that rank; by default as it is, up to the rank of the matrix.
+        carry_rank: largest rank of the delta of earlier stages beside a quantized weight. A delta of a higher rank is
+            replaced by the nearest one. None: the rank of the matrix.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).
-        slow_train: parameters under `train` follow the slow rule as well.
+        slow_train: whether parameters under `train` follow the slow rule as well.
         on_nonfinite: a branch with inf or nan at a fold is an error (`raise`) or is left out (`skip`).
-        seed: of initial values and noise, with stage and weight name. `torch.manual_seed` and a trainer's seed do not
-            change them: give another seed for each repetition of an experiment.
+        seed: seed of initial values and noise. `torch.manual_seed` and a trainer's seed do not change them, so give
+            another seed for each repetition of an experiment.
     """
 
     OTHER_NAMES: ClassVar[Mapping[str, str]] = OF_PEFT
@@ -306,7 +306,7 @@ class CascadeSpec:
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
 
     def site_options(self, rule: Rule | None = None) -> SiteOptions:
-        """Return the options of a site that a rule means, or none does, in the first stage."""
+        """Return the options of a site in the first stage, with the rule that matches it, if any."""
         if rule is not None and rule.tokens:
             return SiteOptions(len(rule.tokens), float(self.lora_alpha), "tokens", tokens=rule.tokens)
         given = {option.name: getattr(self, option.name) for option in fields(SiteOptions) if option.name != "tokens"}
@@ -344,21 +344,21 @@ class CascadeSpec:
         return GivenPace(self.pace if isinstance(self.pace, tuple) else (self.pace,))
 
     def pace_at(self, stage: int, losses: Mapping[int, float]) -> float:
-        """Return the pace of a stage, 1 is the first; `losses` are those of the stages, if the pace needs them."""
+        """Return the pace of a stage; the first one is 1. `losses` has the loss of each stage, if the pace needs it."""
         return self.pace_rule.at(stage, losses, self.loss_penalty)
 
     def rank_at(self, stage: int) -> int:
-        """Return the rank of a stage, 1 is the first, where no rule gives another."""
+        """Return the rank of a stage, unless a rule gives another one; the first stage is 1."""
         return self.ranks[min(stage, len(self.ranks)) - 1] if self.ranks else self.rank
 
     def average_share(self, count: int) -> float | None:
-        """Return the share that the slow weights have in their average, after `count` stages are in it; None if off."""
+        """Return the share of new slow weights in an average of `count` stages before; None without an average."""
         if not self.keeps_average:
             return None
         return 1.0 if count == 0 else AVERAGES[self.average].share(count, self.average_decay)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, dictionaries and numbers, for JSON and TOML (a None is left out)."""
+        """Return plain lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         return {name: _plain(value) for name, value in values.items() if value is not None}
 

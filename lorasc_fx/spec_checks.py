@@ -1,5 +1,6 @@
-"""Pairs of fields of a spec that have no meaning together, and what names of peft are here; docs/method.md lists the
-pairs. They are refused when the spec is made, before there is a model to change.
+"""Checks of a spec across fields, and the names of peft's options with their counterparts.
+
+They run when the spec is made, before there is a model to change. docs/method.md lists the refused pairs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ OF_PEFT = {
     "task_type": "nothing: it is given to export.peft",
     "inference_mode": "nothing: call release() for inference",
 }
-"""What a name of peft's LoraConfig is here."""
+"""The counterpart of each option of peft's LoraConfig."""
 
 NOISE_CONFLICTS = (
     Conflict(
@@ -75,7 +76,7 @@ OPTIONS: dict[str, Any] = {
     "lr_ratio": 1.0,
     "dropout": 0.0,
 }
-"""Options that not every adapter method has (`Branch.options`), with the values that ask for nothing."""
+"""Options that not every adapter method has (`Branch.options`), with their default values."""
 
 CONFLICTS = (
     Conflict(
@@ -198,7 +199,7 @@ CONFLICTS = (
         for option, usual in OPTIONS.items()
     ),
 )
-"""Of a `CascadeSpec` whose fields are valid one by one."""
+"""The conflicts of a `CascadeSpec`. Each field has been checked before."""
 
 
 def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) -> None:
