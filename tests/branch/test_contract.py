@@ -17,11 +17,11 @@ SEED = 5
 
 
 class Transposed(nn.Module):
-    """A product with a weight that is stored as [in, out], as in transformers' Conv1D."""
+    """A product with a weight that is stored as [in, out], as in transformers' Conv1D; it outgrows two experts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(10, 6) / 3), nn.Parameter(torch.randn(6))
+        self.weight, self.bias = nn.Parameter(torch.randn(24, 20) / 3), nn.Parameter(torch.randn(20))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight)
@@ -57,7 +57,7 @@ def linear() -> tuple[nn.Module, Tensor]:
 
 KINDS: dict[str, Any] = {
     "linear": linear,
-    "transposed": lambda: (Transposed(), torch.randn(7, 10)),
+    "transposed": lambda: (Transposed(), torch.randn(7, 24)),
     "conv": lambda: (
         nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
         torch.randn(2, 4, 5, 5),

@@ -161,6 +161,15 @@ def test_biases_of_adapted_modules(tmp_path: Path) -> None:
     assert_loads(cascade, "suffixes", tmp_path)
 
 
+def test_what_was_trained_in_full_alone(tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(targets=("up",), train=("head.2.bias",), pace=1.0)
+    cascade = lx.adapt(made(BUILD["words"]), INPUTS["words"](), spec=spec)
+    with torch.no_grad():
+        cascade.model.head[2].bias.add_(1.0)
+    assert lx.export.peft(cascade, tmp_path).saved == ("head.2",)
+    assert_loads(cascade, "words", tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_tied_weight_goes_to_both_places(tmp_path: Path) -> None:
     torch.manual_seed(1)
