@@ -143,6 +143,10 @@ SAMPLED = {
     "branch/test_methods.py::test_it_trains_as_peft_does": 3,
     "passes/test_stage_transition.py::test_transition": 3,
     "cascade/test_views.py::test_a_view_is_the_fold_of_its_run": 3,
+    "numerics/test_extremes.py::test_a_batch_of_none": 3,
+    "branch/test_by_hand.py::test_a_sparse_lookup_trains_as_a_dense_one": 2,
+    "peft/test_dora.py::test_slow_and_fast_weights_are_the_formula": 3,
+    "adapt/test_untie.py::test_a_module_under_two_names_is_one_place": 3,
 }
 """Tests with many rows that together take long: one row of so many is in `make test`, the others are slow."""
 
@@ -153,7 +157,11 @@ SLOW = {
     ),
     "contract/test_docs.py::test_page_runs[docs/text.md]",
     "forms/test_zoo.py::test_the_model_is_its_own_oracle[hf_patchtst]",
+    "forms/test_zoo.py::test_the_model_is_its_own_oracle[gpt2]",
     "forms/test_zoo.py::test_the_model_is_its_own_oracle[mixtral]",
+    "forms/test_zoo.py::test_the_model_is_its_own_oracle[tv_fcn]",
+    "compose/test_table.py::test_before[decompositions]",
+    "compose/test_table.py::test_between[decompositions]",
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[auto]",
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[graph-breaks]",
     "accelerator/test_operations.py::test_exported_graphs",
