@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import lorasc_fx as lx
 from lorasc_fx.cascade import dropped
 from tests.errors.test_warnings import NOISY, QUIET, X, adapted, net, step
 from tests.kit.errors import lacking
+from tests.kit.models import values
 
 SPECS = {
     "quiet": QUIET,
@@ -32,18 +32,14 @@ SPECS = {
 }
 
 
+def same(model: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, expected[name]) for name, value in values(model).items())
+
+
 @pytest.fixture(autouse=True)
 def real_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests do without (tests/conftest.py)."""
     monkeypatch.setattr(dropped, "gc", gc)
-
-
-def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def same(model: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, expected[name]) for name, value in values(model).items())
 
 
 @contextmanager
@@ -229,24 +225,6 @@ def test_inside_a_backward() -> None:
         output.sum().backward()
         assert same(model, before)
     assert not torch.equal(inside["0.weight"], before["0.weight"])
-
-
-def test_in_another_thread() -> None:
-    model = net()
-    before = values(model)
-    cascade, optimizer = adapted(NOISY, model)
-    step(cascade, optimizer)
-    held = [cascade]
-    del cascade
-
-    def drop() -> None:
-        held.clear()
-
-    with told("stage 1"):
-        thread = threading.Thread(target=drop)
-        thread.start()
-        thread.join()
-    assert same(model, before)
 
 
 def test_copies() -> None:

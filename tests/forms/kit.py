@@ -17,6 +17,7 @@ import lorasc_fx as lx
 from lorasc_fx.plan import Reason
 from tests.kit.compare import Call, assert_buffers, assert_same, loss_of, quietly, run, seed
 from tests.kit.formula import delta
+from tests.kit.models import branches, randomize
 from tests.kit.operators.case import Case
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)
@@ -68,7 +69,7 @@ def same_at_first(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bo
 
 def same_as_formula(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
     """B != 0: outputs are those of W + s B A, and the gradients of A and B those of autograd through the formula."""
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     follow(twin, cascade.model)
     expected, factors = by_formula(cascade, twin.train(training), case.call())
     found = run(cascade.train(training), case.call(), grad=True)
@@ -113,7 +114,7 @@ def covered(case: Case, cascade: lx.Cascade, model: nn.Module) -> None:
 
 def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before: Any) -> None:
     """The release is the user's object with W0 + pace s B A, and computes as a fresh model with those weights."""
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     sites = {site.weight for site in cascade.sites}
     held = dict(cascade.model.named_parameters())
     slow = {name: base[name][1] if name in sites else value.detach().clone() for name, value in held.items()}
@@ -173,19 +174,6 @@ def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterato
     finally:
         for holder, leaf, parameter in places:
             holder[leaf] = parameter
-
-
-def branches(cascade: lx.Cascade) -> dict[str, Any]:
-    """Return the branches by the names of their weights."""
-    return {site.weight: cascade.branches[site.key] for site in cascade.sites}
-
-
-def randomize(cascade: lx.Cascade, size: float) -> None:
-    """Give every lora_B values, as training would."""
-    seed(4)
-    with torch.no_grad():
-        for branch in cascade.branches.values():
-            branch.lora_B.normal_(std=size)
 
 
 def follow(twin: nn.Module, model: nn.Module) -> None:

@@ -17,9 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import lorasc_fx as lx
-from tests.forms.kit import SPEC, branches, by_formula, randomize
+from tests.forms.kit import SPEC, by_formula
 from tests.kit.compare import assert_same, loss_of, run, seed
 from tests.kit.errors import raises
+from tests.kit.models import branches, randomize
 
 # torch's own, of a copy of any exported graph
 pytestmark = [
@@ -123,7 +124,7 @@ def test_kinds_of_models(kind: str, tmp_path: Path) -> None:
         if kind == "fused":
             expected = run(simplified(net()), (call, {}))
         assert_same(tuple(run(cascade, (call, {}))), expected, 0.0 if exact else 1e-14)
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     grown = dict(zip((site.kind for site in cascade.sites), cascade.sites, strict=True))
     twin = simplified(net()) if kind == "fused" else net()
     with torch.no_grad():
@@ -158,7 +159,7 @@ def test_wrapped_models(wrap: str) -> None:
     cascade = lx.adapt(model, call, spec=SPEC)
     assert len(cascade.sites) == 3
     assert_same(run(cascade, (call, {})), expected)
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     loss_of(cascade(*call)).backward()
     assert all(value.grad.any() for value in cascade.branches.parameters())
 
@@ -222,7 +223,7 @@ def test_outputs_have_the_models_own_types(name: str, frontend: str) -> None:
         found, expected = cascade(each), eager(each)
         assert_same(found, expected)
         assert_tree(found, expected)
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     expected, _ = by_formula(cascade, eager, ((x,), {}))
     assert_same(cascade(x), expected, 1e-12)
 

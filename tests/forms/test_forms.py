@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
-from tests.forms.kit import SPEC, check, randomize
+from tests.forms.kit import SPEC, check
 from tests.forms.odd_models import ODD
 from tests.kit.compare import assert_same, run
 from tests.kit.errors import raises
+from tests.kit.models import randomize
 from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import NAMED, Case
 
@@ -41,7 +42,7 @@ def test_auto_loads_what_it_has_adapted(tmp_path: Path) -> None:
     case = next(case for case in ODD if case.name == "adaptive_softmax")
     args, kwargs = case.call()
     cascade = lx.adapt(case.model(), args, kwargs, spec=SPEC)
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     lx.save(cascade, tmp_path)
     again = lx.load(tmp_path, case.model(), args, kwargs)
     assert again.frontend == cascade.frontend == case.taken_by

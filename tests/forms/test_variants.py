@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from tests.forms.kit import SPEC, by_formula, randomize
+from tests.forms.kit import SPEC, by_formula
 from tests.kit.compare import assert_same, loss_of, run, seed
+from tests.kit.models import randomize
 
 FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -61,7 +62,7 @@ def test_another_dtype(frontend: str, first: str, then: str) -> None:
             call = batch(new, size)
             assert_same(run(cascade.train(training), call), run(twin.train(training), call))
     if new is torch.float64:
-        randomize(cascade, 0.1)
+        randomize(cascade, size=0.1)
         expected, _ = by_formula(cascade, twin, batch(new))
         assert_same(run(cascade, batch(new)), expected, 1e-12)
     loss_of(cascade(*batch(new)[0]).float()).backward()
@@ -83,7 +84,7 @@ def test_autocast(frontend: str, around: bool) -> None:
         assert found.dtype == torch.bfloat16
         assert_same(found, expected)
         assert_same(run(cascade, batch(torch.float32)), run(twin, batch(torch.float32)))
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = by_formula(cascade, twin, batch(torch.float32))
         found = cascade(*batch(torch.float32)[0])
@@ -99,7 +100,7 @@ def test_sizes_strides_and_modes_of_autograd(frontend: str) -> None:
     """Batch 1, other lengths, inputs that are not contiguous or expanded, no_grad, inference mode."""
     cascade = lx.adapt(small(), *batch(), spec=SPEC, frontend=frontend).eval()
     twin = small().requires_grad_(False).eval()
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     (x, ids), _ = batch(size=4, length=8)
     inputs = [
         (x[:1], ids[:1]),
@@ -122,7 +123,7 @@ def test_gradients_of_inputs(frontend: str) -> None:
     """An input that needs a gradient gets that of the formula; a second gradient as well."""
     cascade = lx.adapt(small(), *batch(), spec=SPEC, frontend=frontend).eval()
     twin = small().requires_grad_(False).eval()
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     found = []
     for call in (cascade, lambda *args: by_formula(cascade, twin, (args, {}))[0]):
         (x, ids), _ = batch()
@@ -173,7 +174,7 @@ def test_containers_of_inputs(name: str, frontend: str) -> None:
     twin = Takes(take).double().requires_grad_(False)
     x = torch.randn(4, 5, dtype=torch.float64)
     cascade = lx.adapt(copy.deepcopy(twin).requires_grad_(), (make(x),), spec=SPEC, frontend=frontend)
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     calls: list[Any] = [((make(x),), {}), ((make(x[:1]),), {}), ((make(x), "relu"), {}), ((make(x),), {"times": 3})]
     calls += [((), {"given": make(3 * x), "how": "relu", "times": 2})]
     for call in calls:
@@ -206,7 +207,7 @@ def test_a_cache_of_the_users_own(frontend: str) -> None:
     twin = Cached().double().requires_grad_(False)
     ids = torch.randint(0, 9, (2, 6))
     cascade = lx.adapt(copy.deepcopy(twin).requires_grad_(), (ids[:, :3],), spec=SPEC, frontend=frontend)
-    randomize(cascade, 0.1)
+    randomize(cascade, size=0.1)
     found, expected = cascade(ids[:, :3]), by_formula(cascade, twin, ((ids[:, :3],), {}))[0]
     for step in range(3, 6):
         assert_same(found, expected, 1e-12)
@@ -214,26 +215,3 @@ def test_a_cache_of_the_users_own(frontend: str) -> None:
         found = cascade(token, found[1])
         expected, _ = by_formula(cascade, twin, ((token, expected[1]), {}))
     assert_same(found, expected, 1e-12)
-
-
-@FRONTENDS
-def test_a_sparse_table(frontend: str) -> None:
-    """A table whose own gradient is sparse: its branch's is that of a dense one."""
-
-    def model(sparse: bool) -> nn.Module:
-        seed(0)
-        return nn.Sequential(nn.Embedding(9, 5, sparse=sparse), nn.Linear(5, 3)).double()
-
-    ids = torch.randint(0, 9, (3, 4))
-    cascade = lx.adapt(model(True), (ids,), spec=SPEC, frontend=frontend)
-    assert [site.kind for site in cascade.sites] == ["embedding", "linear"]
-    randomize(cascade, 0.1)
-    expected, factors = by_formula(cascade, model(False).requires_grad_(False), ((ids,), {}))
-    found = cascade(ids)
-    assert_same(found, expected, 1e-12)
-    loss_of(found).backward()
-    loss_of(expected).backward()
-    for site in cascade.sites:
-        branch = cascade.branches[site.key]
-        own = (branch.lora_A.grad.to_dense(), branch.lora_B.grad.to_dense())
-        assert_same(own, tuple(each.grad for each in factors[site.weight]), 1e-10)

@@ -7,15 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-)
+from transformers import AutoModelForCausalLM, Trainer
 
 import lorasc_fx as lx
-from tests.integrations.kit import arguments, llama, losses, texts, values_of, with_weights
+from tests.integrations.kit import arguments, llama, losses, texts, tokenizer, values_of, with_weights
 from tests.kit.models import lora_of
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -91,10 +86,3 @@ def test_what_is_saved_is_the_librarys_own(tmp_path: Path) -> None:
         with cascade.weights("slow"):
             assert torch.equal(cascade.eval()(ids).logits, loaded(ids).logits)
     assert not (tmp_path / "run" / "checkpoint-3" / "config.json").exists()  # no model: nobody takes it for one
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"[PAD]": 0, "[BOS]": 1, "[EOS]": 2, **{f"w{index}": index for index in range(3, 40)}}
-    found = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="[PAD]", eos_token="[EOS]", bos_token="[BOS]")

@@ -98,6 +98,11 @@ def optimizer_of(cascade: lx.Cascade, name: str = "adamw") -> torch.optim.Optimi
     return make(cascade.param_groups(**make.keywords))
 
 
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters."""
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
 def branches(cascade: lx.Cascade) -> dict[str, Any]:
     """The branches by the names of their weights, in the order of the sites."""
     return {site.weight: cascade.branches[site.key] for site in cascade.sites}

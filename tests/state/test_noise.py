@@ -18,7 +18,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
-from tests.kit.models import OPTIMIZERS, batches, by_hand, factors, mlp, optimizer_of, randomize, train
+from tests.kit.models import OPTIMIZERS, batches, by_hand, factors, mlp, optimizer_of, randomize, train, values
 from tests.kit.state import noise_drawn
 
 STRENGTH = 0.2
@@ -38,10 +38,6 @@ def big() -> nn.Module:
 def adapted(model: nn.Module, example: torch.Tensor, noise: lx.Noise | None = None, **options: Any) -> lx.Cascade:
     noise = lx.Noise(STRENGTH) if noise is None else noise
     return lx.adapt(model, (example,), spec=lx.CascadeSpec(rank=2, noise=noise, **options))
-
-
-def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def noise_of(model: nn.Module, example: torch.Tensor, stage: int = 1, **options: Any) -> dict[str, torch.Tensor]:
