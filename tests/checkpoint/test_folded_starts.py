@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from tests.checkpoint.runs import THREE_STAGES, Run
 from tests.errors.models import Net
-from tests.kit.state import branches_of, folded_changes
+from tests.kit.state import folded_changes
 
 SPECS = {
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
@@ -39,19 +38,3 @@ def test_the_fold_of_a_checkpoint(spec: str, events: str, tmp_path: Path) -> Non
         found = changes[name](base[name].detach()) if name in changes else base[name]
         assert torch.equal(found, value), name
         assert name not in changes or not torch.equal(value, base[name])
-
-
-def test_magnitudes_that_moved_without_an_expert(tmp_path: Path) -> None:
-    """B = 0 all along: no expert, and yet another weight, in a file and in a checkpoint."""
-    going = Run(lx.CascadeSpec(targets=("body", "head"), pace=0.5, rank=1, adapter="dora")).started()
-    with torch.no_grad():
-        for branch in branches_of(going.cascade).values():
-            branch.lora_magnitude_vector.mul_(3)
-    going.fold()
-    going.save(tmp_path / "run")
-    lx.export.safetensors(going.cascade, tmp_path / "folded.safetensors")
-    found, base = load_file(tmp_path / "folded.safetensors"), dict(Net().named_parameters())
-    changes = folded_changes(tmp_path / "run")
-    for name in ("body.weight", "head.weight"):
-        torch.testing.assert_close(found[name], 2 * base[name].detach(), rtol=1e-6, atol=0)
-        assert torch.equal(changes[name](base[name].detach()), found[name])

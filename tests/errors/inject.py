@@ -29,10 +29,6 @@ EVERY = 200_000
 """More places than any of the calls has."""
 
 
-class Interrupted(BaseException):
-    """Like KeyboardInterrupt, of no Exception."""
-
-
 class FailAt(TorchDispatchMode):
     """Acts at the k-th operation, before or after it has run; once, or from then on."""
 

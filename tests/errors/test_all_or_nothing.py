@@ -158,6 +158,14 @@ def load(spec: lx.CascadeSpec, folder: Path) -> Call:
     return lambda: lx.load(folder, model, args=(X,)), (model,)
 
 
+def from_peft(_: lx.CascadeSpec, folder: Path) -> Call:
+    """An expert of each weight and a head come into the slow state of a new cascade, with noise."""
+    spec = lx.CascadeSpec(targets=("conv.weight", "body"), train=("head.*",), pace=1.0, noise=lx.Noise(0.1))
+    lx.export.peft(made(spec, 0)[0], folder)
+    model = prepared()
+    return lambda: lx.from_peft(folder, model, args=(X,), spec=spec, frontend="symbolic"), (model,)
+
+
 def late_site(_: lx.CascadeSpec, __: Path) -> Call:
     """A call that brings a new graph with a new site, whose weight then gets noise."""
     cascade = lx.adapt(
@@ -245,11 +253,11 @@ CALLS: dict[str, Callable[[lx.CascadeSpec, Path], Call]] = {
     each.__name__: each
     for each in (
         transition, stage_of_a_loop, rewind, release, release_of_a_first_stage, load_state_dict, half,
-        adapt, adapt_untied, load, late_site, weights, folded, save, weights_and_statistics,
+        adapt, adapt_untied, load, from_peft, late_site, weights, folded, save, weights_and_statistics,
         *map(capture_by, ("export", "symbolic", "graph-breaks")),
     )
 }  # fmt: skip
-LONG = {"load", "late_site", "adapt", "adapt_untied", "folded", "capture_export", "capture_graph-breaks"}
+LONG = {"load", "from_peft", "late_site", "adapt", "adapt_untied", "folded", "capture_export", "capture_graph-breaks"}
 """Calls that take long: fewer places are tried."""
 PLACES: dict[str, Callable[[int], Any]] = {
     "memory": lambda at: FailAt(at, failing(MemoryError("no more"))),
@@ -273,14 +281,14 @@ def strike(name: str, spec: str, place: str, folder: Path, most: int) -> None:
     struck, at_place = 0, PLACES[place]
     twin, twins = CALLS[name](SPECS[spec], folder / "twin")
     with at_place(EVERY) as counter:
-        twin()
+        kept = [twin()]  # a cascade that nobody holds gives its model back
     call, things = CALLS[name](SPECS[spec], folder / "run")
     before, every = of(*things), max(1, counter.count // most)
     for at in range(1 + zlib.crc32(name.encode()) % every, counter.count + 1, every):
         with python_answers():
             try:
                 with at_place(at):
-                    call()
+                    kept.append(call())
             except (KeyboardInterrupt, MemoryError):
                 struck += 1
             except (RuntimeError, lx.LorascError) as fault:  # torch, readers and front ends report what they caught
@@ -291,7 +299,7 @@ def strike(name: str, spec: str, place: str, folder: Path, most: int) -> None:
                 break
         assert_same(of(*things), before)
     else:
-        call()
+        kept.append(call())
     assert struck >= min(most, counter.count, 20) // 2
     assert_same(numbers(*things), numbers(*twins))
 

@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
-from lorasc_fx.cascade import experts as elsewhere
 from lorasc_fx.cascade.commit import SPARE
 from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
@@ -32,7 +31,7 @@ from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_dig
 # fmt: off
 __all__ = ["LONGEST", "MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage", "TrainedState",
     "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum", "drop_state",
-    "end_idle", "exact_slow", "file_digest", "folded_changes", "forget_warnings", "graphs_of", "install_experts",
+    "end_idle", "exact_slow", "file_digest", "folded_changes", "forget_warnings", "graphs_of",
     "is_idle", "is_released", "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant",
     "placed_weights", "read", "replace_plan", "resting_value", "slow_values", "stage_losses", "text_digest",
     "trainable", "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
@@ -254,17 +253,6 @@ def folded_changes(folder: str | PathLike[str]) -> Any:
 
 
 # ---- steps that the public face does not offer by themselves
-
-
-def install_experts(
-    cascade: lx.Cascade,
-    experts: Mapping[str, Sequence[tuple[float, Factors]]],
-    trained: Mapping[str, Tensor] | None = None,
-    buffers: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Add experts from elsewhere to the slow state, and set parameters trained in full, and buffers."""
-    given = {name: [(c, StageExpert(pair.b, pair.a)) for c, pair in pairs] for name, pairs in experts.items()}
-    elsewhere.install_experts(cascade._run, given, trained or {}, buffers or {})
 
 
 def end_idle(cascade: lx.Cascade) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import SCALE, batches, branches, lora_of, mlp
+from tests.kit.models import SCALE, batches, branches, mlp
 
 RANK = 3
 PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "adapter": "dora"}
@@ -43,17 +43,6 @@ FEW = {**CASES, "wide": (wide, lambda count: batches(count, 3, 3, 9, 7), ())}
 
 def adapted(model: nn.Module, x: torch.Tensor, frontend: str = "auto", **options: Any) -> lx.Cascade:
     return lx.adapt(model, (x,), spec=lx.CascadeSpec(**{**PLAIN, **options}), frontend=frontend)
-
-
-def theirs_of(model: nn.Module, targets: tuple[str, ...], cascade: lx.Cascade) -> Any:
-    """peft's DoRA, with the same A."""
-    return lora_of(cascade, model, targets, use_dora=True)
-
-
-def make(name: str, held: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(held, lr=1e-2, weight_decay=0.05)
-    return torch.optim.SGD(held, lr=5e-2, momentum=0.9)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

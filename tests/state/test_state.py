@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 from lorasc_fx.branch import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.lora import LoraBranch
-from lorasc_fx.cascade.commit import SPARE, Planned, _write_parameters
 from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.shards import ShardSpec
@@ -129,18 +126,6 @@ def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
         delta = delta_of(branch, state, CascadeSpec(), 1, False, torch.device(DEVICE))
         assert delta.factors is not None
         assert delta.factors.b.shape == (6, 4)
-
-
-def test_room_for_restoring_weights_is_where_they_are() -> None:
-    steps: list[Any] = []
-    with fake_device():
-        weights = {str(device): torch.nn.Parameter(torch.empty(3, device=device)) for device in ("cpu", DEVICE)}
-        plan, slow = Plan(CascadeSpec()), SlowWeights()
-        run: Any = SimpleNamespace(plan=plan, slow=slow, base_file=None)
-        _write_parameters(run, Planned(plan, slow, weights, lambda name, out: None), steps.append)
-        room = inspect.getclosurevars(steps[0].func).nonlocals["spare"]
-        assert sorted(str(each.device) for each in room) == ["cpu", DEVICE]
-        assert {each.nbytes for each in room} == {SPARE}
 
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:

@@ -120,27 +120,6 @@ def test_one_stage_is_pefts_lora(name: str, frontend: str, optimizer: str) -> No
         torch.testing.assert_close(value, merged[each], rtol=0, atol=1e-9, msg=each)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "bert"])
-def test_stages_are_merge_and_unload_and_a_new_adapter(name: str) -> None:
-    """T stages, pace 1, no noise: the chain by hand with peft, the same fresh A and a fresh optimizer each."""
-    case, make = CASES[name], OPTIMIZERS["adamw"]
-    model = case.build().train()
-    theirs: nn.Module = copy.deepcopy(model)
-    calls = case.calls()
-    cascade = adapted(case, model, calls[0], case.frontends[0])
-    optimizer = optimizer_of(cascade, "adamw")
-    for stage in cascade.stages(3, optimizer):
-        adapter = lora_of(cascade, theirs, case.targets).train()
-        part = calls[stage.number * 5 - 5 : stage.number * 5]
-        ours, expected = train(cascade, optimizer, part), train(adapter, make(trainable_parameters(adapter)), part)
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
-        theirs = adapter.merge_and_unload()
-    released = cascade.release().state_dict()
-    for each, value in theirs.state_dict().items():
-        torch.testing.assert_close(released[each], value, rtol=0, atol=1e-9, msg=each)
-    assert any(not torch.equal(value, case.build().state_dict()[each]) for each, value in released.items())
-
-
 def test_fresh_factors_are_loras() -> None:
     """A is U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming uniform with a = sqrt(5); B is 0; another A in each stage."""
     model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 3)).double()
