@@ -56,9 +56,9 @@ def test_captures_variants_and_transitions_are_timed(
     began = time.monotonic()
     original = seam("start of a weight")
 
-    def slowly(*args: object) -> object:
+    def slowly(*args: object, **options: object) -> object:
         time.sleep(0.06)
-        return original(*args)  # type: ignore[arg-type]
+        return original(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(*SEAMS["start of a weight"], slowly)
     cascade.transition(optimizer)
