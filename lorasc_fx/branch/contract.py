@@ -26,21 +26,21 @@ from lorasc_fx.util.decode import Check
 
 
 def unchanged(value: torch.Tensor, side: Side) -> torch.Tensor:
-    """Return a value that one process holds as a whole."""
+    """Return a value of an unsharded weight."""
     return value
 
 
 @dataclass(frozen=True)
 class StartWeight:
-    """The weight of a branch as its stage starts. Both functions compute; a branch that needs neither costs nothing.
+    """The weight of a branch at the start of a stage. It is computed only if one of the functions is called.
 
     Args:
-        exact: returns the whole weight as it is stored, without noise, in the dtype of the arithmetic.
-        noisy: returns this rank's slice of the weight as the stage trains on it, with noise, in its own dtype.
-        shard: the slice of the weight that is on this rank.
-        cut: returns this rank's slice of a whole tensor.
+        exact: returns the full weight, without noise, in the dtype of the arithmetic.
+        noisy: returns this rank's slice of the weight, with noise, in the dtype of the weight.
+        shard: the slice of the weight on this rank.
+        cut: returns this rank's slice of a full tensor.
         whole: gathers a tensor from the slices on all ranks. Every rank must call it at the same point.
-        agreed: returns the value of the first rank: a decomposition does not have the same bits on all machines.
+        agreed: returns the value of the first rank, because a decomposition may have other bits on another machine.
     """
 
     exact: Callable[[], torch.Tensor]
@@ -66,10 +66,10 @@ class Branch(nn.Module, abc.ABC):
     """Kinds of weights (`spec.KINDS`) that can have such a branch."""
 
     zeros: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters that are zero as a stage starts; while all of them are zero, the delta is zero."""
+    """Names of parameters that are zero at the start of a stage. The delta is zero while all these are zero."""
 
     placements: ClassVar[frozenset[str]] = frozenset({"merged", "weight"})
-    """Where such a branch can compute (`spec.PLACEMENTS`)."""
+    """The possible placements (`spec.PLACEMENTS`)."""
 
     defaults: ClassVar[Mapping[str, float]] = {}
     """Default values of the method's own options (`CascadeSpec.adapter_options`)."""
@@ -78,10 +78,10 @@ class Branch(nn.Module, abc.ABC):
     """Conditions on the values of the method's own options."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """The options of `spec_checks.OPTIONS` that the method has; not every method has them."""
+    """The options among `spec_checks.OPTIONS` that the method supports."""
 
     scales_rows: ClassVar[bool] = False
-    """Whether the rows of a weight are scaled (`gain`); a stage is then more than a term of a sum."""
+    """Whether the method scales rows of the weight (`gain`), so that the slow weights are not only a sum of deltas."""
 
     beside_quantized: ClassVar[bool] = False
     """Whether the branch can compute beside a product with a quantized weight."""
@@ -90,7 +90,7 @@ class Branch(nn.Module, abc.ABC):
     """Whether the delta depends on the weight."""
 
     slices: tuple[int, ...] = ()
-    """Rows of the slices of a fused weight that have separate factors (q, k and v)."""
+    """Numbers of rows of the slices of a fused weight (q, k and v), each with separate factors."""
 
     slices_apart: ClassVar[bool] = False
     """Whether the slices of a fused weight have separate factors."""
@@ -114,11 +114,11 @@ class Branch(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the parameters by name; all of them are written to a checkpoint."""
+        """Return the shapes of the parameters by name. A checkpoint stores all parameters."""
 
     @classmethod
     def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
-        """Return the parameters in fp32 on the host as a stage starts, before `start` has seen the weight."""
+        """Return the initial parameters of a stage in fp32 on the host, before `start` is called with the weight."""
         return {name: torch.zeros(shape) for name, shape in cls.shapes(site).items()}
 
     @classmethod
@@ -138,14 +138,14 @@ class Branch(nn.Module, abc.ABC):
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return the fields of `InitialFactors` that a stage, one that runs or an idle one, computes from its weight.
+        """Return the fields of `InitialFactors` that a stage computes from its weight; `running` is False if it is idle.
 
-        An empty tuple means that `start` does not look at the weight.
+        An empty tuple means that `start` does not use the weight.
         """
         return ()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that an optimizer trains, by name; the names are those of its groups."""
+        """Return the parameters that an optimizer trains, by name. The optimizer has a group for each name."""
         return {name: value for name, value in self.named_parameters() if name in self._trainable}
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
@@ -175,7 +175,7 @@ class Branch(nn.Module, abc.ABC):
         return False
 
     def start(self, weight: StartWeight) -> torch.Tensor | None:
-        """Initialize from the weight; return the row norms that training starts from, in fp64, if there are any."""
+        """Initialize from the weight. Return the initial row norms in fp64 if the method trains them."""
         return None
 
     @abc.abstractmethod
@@ -187,7 +187,7 @@ class Branch(nn.Module, abc.ABC):
         """
 
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
-        """Return the factor of each row [out] of weight and delta, for the rows on this rank; None for 1."""
+        """Return the factor of each row [out] of weight and delta, for the rows on this rank; None if it is 1."""
         return None
 
     def moved(
@@ -210,7 +210,7 @@ class Branch(nn.Module, abc.ABC):
     # ---- placements
 
     def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
-        """Compute at the placement that the graph node names; `args` and `options` are those of its method."""
+        """Call the method of the placement that the graph node names."""
         output: torch.Tensor = getattr(self, at)(*args, **options)
         return output
 

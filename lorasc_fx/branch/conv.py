@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class ConvCall(NamedTuple):
-    """The arguments of a convolution's call, but for its tensors.
+    """The arguments of a convolution except its tensors.
 
-    `pad` and `pad_mode` are those of a module whose padding_mode is not zeros: the input is padded first, as the module
-    does, and `padding` is then 0.
+    If the padding_mode of the module is not zeros, `pad` and `pad_mode` say how the module pads its input first, and
+    `padding` is 0.
     """
 
     stride: int | Sequence[int] = 1
@@ -35,21 +35,21 @@ class ConvCall(NamedTuple):
     pad_mode: str = "constant"
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input as the convolution reads it."""
+        """Return the input after the module's own padding."""
         return x if self.pad is None else F.pad(x, list(self.pad), mode=self.pad_mode)
 
     def conv(
         self, places: int, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the convolution over so many axes of a padded input with a kernel [out, in/groups, *kernel].
+        """Return the convolution of a padded input with a kernel [out, in/groups, *kernel].
 
-        The number of axes is given, because under torch.fx.symbolic_trace a kernel knows none.
+        The number of spatial axes is an argument, because a proxy of torch.fx.symbolic_trace has no shape.
         """
         convolve: Callable[..., torch.Tensor] = CONV[places]
         return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def grid(self, x: torch.Tensor, kernel: Sequence[int]) -> Grid | None:
-        """Return the grid of the call for backwards by hand; None for an input without a batch, or uneven padding."""
+        """Return the grid for a hand-written backward; None for an input without a batch, or uneven padding."""
         if x.dim() != 2 + len(kernel):
             return None
         return Grid.of(kernel, self.stride, self.padding, self.dilation, self.groups)
@@ -87,7 +87,7 @@ class ConvOps:
     ) -> torch.Tensor:
         """Return `(W + s B A) * x + bias`.
 
-        Where no backward by hand may run, `W * x + bias + s B (A * x)`, the same up to rounding.
+        Without a hand-written backward it is computed as `W * x + bias + s B (A * x)`, the same up to rounding.
         """
         call = ConvCall(**options)
         image = call.padded(x)

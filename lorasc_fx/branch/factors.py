@@ -21,7 +21,7 @@ class Side(Enum):
     OUT = "[out]"
 
     def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
-        """Return the axis of such a tensor that is cut where the weight is cut along an axis; None where it is whole.
+        """Return the axis along which such a tensor is sharded if the weight is; None if it is not sharded.
 
         Args:
             along: axis of the weight.
@@ -41,7 +41,7 @@ class Tree:
     """
 
     def map(self, change: Callable[[torch.Tensor, Side], torch.Tensor]) -> Self:
-        """Return it with every tensor changed; one that stands in two places is changed once, and stays one."""
+        """Return a copy with every tensor changed. A tensor that occurs twice is changed once and stays shared."""
         done: dict[int, Any] = {}
 
         def walk(value: Any, side: Side | None) -> Any:
@@ -89,7 +89,7 @@ class Factors(Tree):
 
 @dataclass(frozen=True)
 class Delta(Tree):
-    """What a branch makes of the weight W that its stage started from: `diag(gain) (W + b @ a + dense)`.
+    """The change of a weight W in a stage: the weight becomes `diag(gain) (W + b @ a + dense)`.
 
     Args:
         factors: the low-rank term, with the branch's scale folded in; None if there is none.

@@ -1,8 +1,8 @@
-"""Hand-written backwards of the branches: beside their op, merged into it, and after a product that several share.
+"""Hand-written backwards of the branches: beside their op, merged into it, and after a shared product.
 
-Algorithm.md, rows "training" and "Conv". The same numbers as the plain formulas. What is gained is layout (see
-`low_rank`) and one fused accumulate; nothing is kept but x and A x, and x only for the gradient of lora_A; adapter
-dropout keeps no mask, its backward draws it again from a seed.
+Algorithm.md, rows "training" and "Conv". They compute the plain formulas with faster memory layouts (see `low_rank`)
+and one fused accumulate. Only x and A x are saved, and x only for the gradient of lora_A. Adapter dropout saves no
+mask: its backward draws the mask again from a seed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorasc_fx.errors import StateError
 
 
 def draw_seed() -> int:
-    """Return a seed from torch's own generator, as torch's dropout would: manual_seed and checkpointing hold for it."""
+    """Return a seed from torch's generator, so that manual_seed and activation checkpointing apply to the dropout."""
     return int(torch.randint(2**62, ()).item())
 
 
@@ -136,8 +136,8 @@ def merge(
 class MergedProduct(torch.autograd.Function):
     """`apply(x [..., in], weight, bias, lora_A [rank, in], lora_B [out, rank], scale, op)`, in place of the op.
 
-    The weight is [out, in] for `linear` and [in, out] for the others. x and bias have the dtype of the result; weight
-    and factors may be wider, as they are under autocast.
+    The weight is [out, in] for `linear` and [in, out] for the others. x and bias have the dtype of the result. Under
+    autocast weight and factors may be wider.
     """
 
     @staticmethod
@@ -181,8 +181,10 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 def _merged_gradients(
     ctx: Any, rows: torch.Tensor, slopes: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> Gradients:
-    """Return the gradients of rows, lora_A and lora_B: with many rows the merged weight is made anew, with few the term
-    is added to dx. All of it can be differentiated again: what is saved are inputs alone.
+    """Return the gradients of rows, lora_A and lora_B.
+
+    With many rows the merged weight is computed again, with few the low-rank term is added to dx. Only inputs are
+    saved, so the result can be differentiated again.
     """
     near, far = folded(rows), folded(slopes)
     thin = a.to(rows.dtype)

@@ -19,8 +19,8 @@ _ALIGNED = 8
 
 
 _SMALL = 1 << 15
-"""Entries of a product's input, and of its output, up to which torch's own backward of plain operations takes less time
-than one by hand: Python runs that for longer than both compute."""
+"""Number of entries of a product's input and output up to which plain operations are faster than a hand-written
+backward, because the overhead of Python exceeds the computation."""
 
 
 class MatrixOps:
@@ -58,9 +58,9 @@ class MatrixOps:
     def in_place(
         branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
     ) -> torch.Tensor:
-        """Return `op(x, W + s B A, bias)`: the product of this name, with the merged weight as it is stored.
+        """Return `op(x, W + s B A, bias)`: the product of this name with the merged weight.
 
-        Where no backward by hand may run, `op(x, W, bias) + s B A x`, the same up to rounding.
+        Without a hand-written backward it is computed as `op(x, W, bias) + s B A x`, the same up to rounding.
         """
         if not by_hand(x, weight):
             return MatrixOps._beside(branch, PRODUCTS[op](x, weight, bias), x)
@@ -83,7 +83,7 @@ class MatrixOps:
 
     @staticmethod
     def after_shared(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Return `base + s B low` of base [..., out], low [..., rank]: A x is made with that of other branches."""
+        """Return `base + s B low` of base [..., out], low [..., rank], where low is A x from a shared product."""
         if by_hand(base, low):
             return apply(SharedUp, base, low.to(base.dtype), branch.up.to(base.dtype), branch.scale)
         return MatrixOps._added(branch, base, low)

@@ -241,3 +241,32 @@ def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, told: tuple
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with raises(lx.CheckpointError, *told):
         lx.from_peft(tmp_path, made("plain")[0], (ids(0),))
+
+
+class Broken(nn.Module):
+    """A graph break in front of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x if x.sum().item() > 0 else x * 0)
+        return output
+
+
+@pytest.mark.parametrize("placement", ["auto", "beside", "merged", "weight"])
+@pytest.mark.parametrize("make", [Plain, Broken])
+def test_each_placement_computes_the_rows(make: Any, placement: Any) -> None:
+    torch.manual_seed(1)
+    rules = (lx.Rule("*embed.weight", tokens=ROWS), lx.Rule("*head.weight", tokens=(1,)))
+    spec = lx.CascadeSpec(rank=2, rules=rules, placement=placement)
+    cascade = lx.adapt(make().double(), (ids(0),), spec=spec)
+    with torch.no_grad():
+        for parameter in cascade.branches.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+    found = cascade(ids(0))
+    with cascade.weights("fast"):
+        torch.testing.assert_close(found, cascade.model(ids(0)), rtol=0, atol=1e-13)
+    found.square().mean().backward()
+    assert all(bool(parameter.grad.any()) for parameter in cascade.branches.parameters())  # type: ignore[union-attr]
