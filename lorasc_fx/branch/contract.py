@@ -138,7 +138,7 @@ class Branch(nn.Module, abc.ABC):
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return the fields of `InitialFactors` that a stage computes from its weight; `running` is False if it is idle.
+        """Return the fields of `InitialFactors` that a running, or idle, stage computes from its weight.
 
         An empty tuple means that `start` does not use the weight.
         """
