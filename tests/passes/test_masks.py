@@ -109,7 +109,7 @@ def test_dropout_of_attention_stays() -> None:
 
 @pytest.mark.parametrize("first", [5, 20])
 def test_a_window_stays_inside_and_outside(first: int, made: Any) -> None:
-    """A graph of the first length, one for all, and one for a batch of 1. Bits may differ from those of eager without the mask."""
+    """A graph of the first length, one for all lengths. Bits may differ from those of eager without the mask."""
     model = build("MistralForCausalLM", WINDOW)
     eager = copy.deepcopy(model)
     cascade = lx.adapt(model, kwargs=inputs("mistral", 2, first))
