@@ -196,6 +196,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     rows: Counter[str] = Counter()
     for item in items:
+        assert " at 0x" not in item.nodeid, f"{item.nodeid}: each worker would have a name of its own for it"
         test = item.nodeid.partition("[")[0].removeprefix("tests/")
         if item.nodeid.removeprefix("tests/") in SLOW:
             item.add_marker(pytest.mark.slow)

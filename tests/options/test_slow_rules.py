@@ -93,7 +93,7 @@ RULES: list[tuple[dict[str, Any], Callable[[], Callable[[Values], Values]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "oracle"), RULES, ids=str)
+@pytest.mark.parametrize(("fields", "oracle"), RULES, ids=[str(fields) for fields, _ in RULES])
 def test_the_slow_weights(fields: dict[str, Any], oracle: Any, tmp_path: Path) -> None:
     """Halfway the run is resumed from a checkpoint."""
     cascade, expected = adapted(**fields), oracle()

@@ -123,7 +123,7 @@ def test_an_empty_pipeline_is_an_error() -> None:
         ("fold-branches", "branches-inserted", FoldBranches()),
         ("stage-transition", "branches-inserted", StageTransition()),
     ],
-    ids=str,
+    ids=["alone", "in a pipeline", "fold", "transition"],
 )
 def test_a_missing_fact_is_named(name: str, fact: str, call: Callable[[fx.GraphModule], PassResult]) -> None:
     photograph = Photograph(CASE.own(), CASE)
