@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade import experts, folding, statistics, transition
+from lorasc_fx.cascade import experts, folding, transition
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
 from lorasc_fx.cascade.folding import Requantize
@@ -68,7 +68,6 @@ class CascadeModule(nn.Module):
         self.training = run.model.training
         self._run, self._usage = run, UsageWatch()
         self._graphs = Graphs(run, compiler, decided, example)
-        self._eager = False  # whether calls inside `weights` run the model itself on shards, too
         # Last: when the guard checks whether the model is alive, the cascade's other references to it must be gone.
         self._guard = DropGuard(run, self._usage, flags, joined)
 
@@ -126,7 +125,7 @@ class CascadeModule(nn.Module):
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
         # Inside `weights(...)` the model itself computes, except if only a graph can gather its shards.
-        if run.placed is not None and (self._eager or not graphs.are_split):
+        if run.placed is not None and not graphs.are_split:
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself and cannot hash a signature
             bound, named = graphs.compiler.bind(args, kwargs)
@@ -348,32 +347,6 @@ class CascadeModule(nn.Module):
             SpecError: a sum without names or with invalid numbers, beyond the dtype of a weight, or with DoRA.
         """
         return placed(self._run, which, stage, self)
-
-    def recalibrate(self, batches: Iterable[Any], call: Callable[[Self, Any], Any] | None = None) -> None:
-        """Estimate the running statistics of batch norms again, for the weights in place.
-
-        Like torch.optim.swa_utils.update_bn (SWA, 1803.05407, section 3.2): the statistics become the mean over the
-        batches, without gradients, in train mode. Inside `weights(...)` this is for those weights, and the statistics
-        from before are restored at its end. Elsewhere it is for the fast weights, and the new statistics stay. The
-        model itself runs, because the momentum of a batch norm is a constant in a captured graph. If the weights are
-        sharded, every rank must call this with the same number of batches, and gets its own statistics.
-
-        Args:
-            batches: inputs. A mapping is passed by name, and of a tuple or list the first entry.
-            call: runs the cascade on a batch, to pass it in another way.
-
-        Raises:
-            StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`. If
-                anything raises, the statistics stay as they were.
-        """
-        self._run.check_alive("recalibrate")
-        norms = statistics.batch_norms(self.model)
-        if not self._run.inside_weights:
-            with self.weights("fast"):
-                statistics.estimate(self, norms, batches, call, self._graphs.gathered())
-            return
-        self._run.keep_buffers([buffer for norm in norms for buffer in norm.buffers(recurse=False)])
-        statistics.estimate(self, norms, batches, call, self._graphs.gathered())
 
     def folded_state_dict(
         self, quantized: Literal["dequantize"] | None = None, *, which: str | Mapping[str, float] = "slow"

@@ -372,7 +372,7 @@ def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo)
     if differing:
         warn(
             f"merge: {len(differing)} buffers differ between the runs and stay those of the base: {named(differing)}. "
-            "Estimate running statistics again by cascade.recalibrate(batches)",
+            "Estimate running statistics again by torch.optim.swa_utils.update_bn(batches, model)",
             "buffers-differ",
         )
 

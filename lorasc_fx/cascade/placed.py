@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasc_fx.branch.noise import BLOCK
 from lorasc_fx.cascade.commit import SPARE, write_weights
@@ -51,7 +52,7 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
         dense = weights.dense(run.quantized if weights.which != "base" else (), before.parameters)
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
-        run.keep_buffers([buffer for buffer, _ in buffers])
+        before.keep_buffers(buffer for buffer, _ in buffers)
         for holder in before.places:
             if id(holder.value) in replaced:
                 holder.put(replaced[id(holder.value)])
@@ -68,7 +69,7 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
 class Before:
     """What the parameters of a run hold before other weights are put in place, and how to restore it.
 
-    Weights of the slow state are computed anew; only parameters trained in full are copied.
+    Weights of the slow state are computed anew; parameters trained in full and running statistics are copied.
     """
 
     def __init__(self, run: Run) -> None:
@@ -83,6 +84,14 @@ class Before:
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = self._reserved()
         self.changed: str | None = None  # the first weight that was written inside the `with`
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # with their values from before
+        norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
+        self.keep_buffers(buffer for norm in norms for buffer in norm.buffers(recurse=False))
+
+    def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
+        """Keep copies of buffers that are restored with the weights. A buffer that has a copy keeps the first one."""
+        kept = {id(buffer) for buffer, _ in self.buffers}
+        self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in kept]
 
     def restore(self) -> None:
         """Write back what the parameters hold while the stage trains. If that raises, try once more.
@@ -124,10 +133,10 @@ class Before:
                     raise
 
         write_weights(run, self.parameters, resting)
-        for buffer, value in run.statistics:
+        for buffer, value in self.buffers:
             buffer.copy_(value)
         run.note_written(self.parameters)
-        run.placed, run.placed_checksums, run.statistics = None, {}, []
+        run.placed, run.placed_checksums = None, {}
         if self.changed is None:
             self.set_versions()  # autograd graphs from before can be differentiated again
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -241,12 +241,6 @@ class Run(RunBase):
     def add(self, name: str, part: Part) -> None:
         """Keep another run on the same base under a name. It replaces one of the same name."""
         self.added = {**self.added, name: part}
-
-    def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Keep copies of buffers until the end of `weights`. A buffer that has a copy keeps the first one."""
-        held = {id(buffer) for buffer, _ in self.statistics}
-        new = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in held]
-        self.statistics = [*self.statistics, *new]
 
     def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer; see `Cascade.param_groups`."""

@@ -87,7 +87,6 @@ class RunBase:
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
-        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers and their values before weights()
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
         self._kept: int | None = None  # sum of the branches' version counters when they were last saved or folded
         self._fingerprints: dict[str, str] = {}
@@ -122,8 +121,16 @@ class RunBase:
     def present(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Return the parameters that the model has now under these names. Missing ones are left out."""
         # Looked up by name: a walk over all modules would take longer than writing the smaller weights.
-        parameters = {name: _parameter(self.model, name) for name in names}
-        return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+        parameters: dict[str, nn.Parameter] = {}
+        for name in names:
+            *path, leaf = name.split(".")
+            module: nn.Module | None = self.model
+            for part in path:  # the dictionaries of a script module have no `get`
+                module = module._modules[part] if module is not None and part in module._modules else None
+            parameter = module._parameters[leaf] if module is not None and leaf in module._parameters else None
+            if parameter is not None:
+                parameters[name] = parameter
+        return parameters
 
     def owned(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Return those of these parameters whose places and memory we may restore. FSDP exchanges sharded ones."""
@@ -137,7 +144,8 @@ class RunBase:
         """Return every parameter that an optimizer should hold, by its name here."""
         parameters = {
             f"branches.{key}.{name}": parameter
-            for key, branch in self.by_key.items()
+            for key, branch in self.branches.items()
+            if isinstance(branch, Branch)
             for name, parameter in branch.trainable().items()
         }
         return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
@@ -205,7 +213,7 @@ class RunBase:
             raise StateError(
                 f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
                 "was adapted; nothing was changed or written. Find the batch that caused it and resume from the last "
-                "checkpoint, or estimate the running statistics again by cascade.recalibrate(batches)",
+                "checkpoint. Running statistics are estimated again by torch.optim.swa_utils.update_bn(batches, model)",
                 code="non-finite",
             )
 
@@ -261,9 +269,8 @@ class RunBase:
                 code="weights-changed-outside",
             )
         for site in () if self.is_sharded else self.plan.sites:
-            for alias in site.aliases:
-                other = _parameter(self.model, alias)
-                if other is not None and other is not parameters.get(site.weight):
+            for alias, other in self.present(site.aliases).items():
+                if other is not parameters.get(site.weight):
                     raise StateError(
                         f"{call}: {alias} was tied to {site.weight} when the model was adapted. It is another "
                         "parameter now, which a fold would not reach. Tie them again, or adapt with untie",
@@ -382,11 +389,3 @@ def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _is_finite(value: torch.Tensor) -> bool:
     return bool(torch.isfinite(value).all())
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
-    *path, leaf = name.split(".")
-    module: nn.Module | None = model
-    for part in path:  # the dictionaries of a script module have no `get`
-        module = module._modules[part] if module is not None and part in module._modules else None
-    return module._parameters[leaf] if module is not None and leaf in module._parameters else None

@@ -25,7 +25,7 @@ from lorasc_fx.errors import StateError, named
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.undo import commit
+from lorasc_fx.util.undo import Undo, commit
 
 log = logging.getLogger("lorasc_fx")
 
@@ -67,12 +67,11 @@ def next_stage(
             for name in after.left_out:
                 reset += branches[name].parameters() if name in branches else [trained[name]]
             state |= treated_state(optimizer, reset, "reset")
-        unmoved = not moved and (optimizer is not None or before.moved(trained))
-
-        def end() -> None:
+        with commit() as undo:
+            begin(run, Planned(planned, after, optimizer=optimizer, states=state), undo)
             experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
             log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
-            if unmoved:
+            if not moved and (optimizer is not None or before.moved(trained)):
                 run.warned.once(
                     "no-branch-moved",
                     f"stage {plan.stage} ended, and no branch has moved, so their weights are unchanged. Call the "
@@ -82,48 +81,40 @@ def next_stage(
             if then is not None:
                 then()
 
-        begin(run, Planned(planned, after, optimizer=optimizer, states=state), end)
-
 
 def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
     """Start another stage where the running one started, and drop what the running one has trained."""
-    if optimizer is not None:
-        check_holds(optimizer, run.trainable())
     planned = run.plan.at_stage(run.plan.stage + 1)  # a stage number draws its noise only once
     _begin_reset(run, optimizer, planned, run.slow)
 
 
-def _begin_reset(
-    run: Run,
-    optimizer: torch.optim.Optimizer | None,
-    planned: Plan,
-    slow: SlowWeights,
-    then: Callable[[], object] | None = None,
-) -> None:
+def _begin_reset(run: Run, optimizer: torch.optim.Optimizer | None, planned: Plan, slow: SlowWeights) -> None:
     """Start a stage from slow weights, with new branches and a reset optimizer state."""
-    state = treated_state(optimizer, run.trainable().values(), "reset") if optimizer is not None else {}
-    begin(run, Planned(planned, replace(slow, idle=False), optimizer=optimizer, states=state), then, keep=False)
+    state: dict[nn.Parameter, Any] = {}
+    if optimizer is not None:
+        check_holds(optimizer, run.trainable())
+        state = treated_state(optimizer, run.trainable().values(), "reset")
+    with commit() as undo:
+        begin(run, Planned(planned, replace(slow, idle=False), optimizer=optimizer, states=state), undo, keep=False)
 
 
-def begin(run: Run, planned: Planned, then: Callable[[], object] | None = None, keep: bool = True) -> None:
-    """Start a stage: write its weights, new values of the branches, and the optimizer's state, all or nothing.
+def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
+    """Start a stage: write its weights, new values of the branches, and the optimizer's state.
 
     Args:
         run: of the cascade.
         planned: plan, slow weights and optimizer state of the stage.
-        then: called at the end. Everything is rolled back if it raises.
+        undo: gets the steps that restore everything.
         keep: whether branches take over what the spec keeps of the stage before.
     """
     branches = run.branches_by_weight()
     resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
     planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients=Gradients())
-    with commit() as undo:
-        write_planned(run, planned, undo)
-        if then is not None:
-            then()
-        if resized:
-            run.replicas.outdate()
+    write_planned(run, planned, undo)
+    if resized:
+        undo(run.replicas.restorer())
+        run.replicas.outdate()
 
 
 def end_idle(run: Run) -> None:
@@ -177,17 +168,12 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
     """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
     with run.exclusive("rewind", sharded=True):
-        if optimizer is not None:
-            check_holds(optimizer, run.trainable())
         after = at_stage(run.slow, stage, "rewind")
         unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
         # A stage number draws its noise only once, so a stage that has run gets a new number.
         planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)
-
-        def end() -> None:
-            log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
-
-        _begin_reset(run, optimizer, planned, after, end)
+        _begin_reset(run, optimizer, planned, after)
+        log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
 
 
 def ended(run: Run, call: str) -> SlowWeights:

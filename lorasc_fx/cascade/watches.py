@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -171,6 +172,10 @@ class Replicas(Fresh):
             return None
         self._compared = weakref.ref(wrapper)
         return wrapper.process_group
+
+    def restorer(self) -> Callable[[], None]:
+        """Return a function that restores whether the wrapper is outdated."""
+        return partial(setattr, self, "_outdated", self._outdated)
 
     def outdate(self) -> None:
         """Record that parameters no longer fit the buffers of the current wrapper."""

@@ -83,9 +83,6 @@ def weights(side: Side) -> None:
 def methods(side: Side) -> None:
     if side.name == "llama":
         side.show("generate", side.cascade.generate(**side.kwargs, max_new_tokens=3, do_sample=False))
-    if side.name == "conv":
-        side.cascade.recalibrate([side.args[0], side.args[0] + 1])
-        side.show("recalibrate", tensors(side.cascade))
 
 
 def folded(side: Side) -> None:

@@ -262,7 +262,7 @@ def test_statistics_that_are_estimated_inside_a_view() -> None:
     host.add("legal", run("plain", 2))
     with unchanged(host), host.weights({"legal": 0.5, "slow": 0.5}):
         before = values(host.model)["1.running_mean"]
-        host.recalibrate([X])
+        torch.optim.swa_utils.update_bn([X], host)
         assert not torch.equal(values(host.model)["1.running_mean"], before)
 
 

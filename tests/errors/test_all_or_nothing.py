@@ -244,7 +244,7 @@ def weights_and_statistics(_: lx.CascadeSpec, __: Path) -> Call:
 
     def call() -> None:
         with cascade.weights("slow"):
-            cascade.recalibrate([inputs(4, 5)])
+            torch.optim.swa_utils.update_bn([inputs(4, 5)], cascade)
 
     return call, (cascade,)
 

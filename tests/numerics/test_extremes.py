@@ -412,7 +412,7 @@ def test_running_statistics_that_are_nan_are_estimated_anew() -> None:
     x, model = torch.randn(5, 4), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
     model[1].running_var.fill_(float("nan"))
-    with raises(lx.StateError, "non-finite", "1.running_var", "recalibrate"):
+    with raises(lx.StateError, "non-finite", "1.running_var", "update_bn"):
         cascade.release()
-    cascade.recalibrate([x])
+    torch.optim.swa_utils.update_bn([x], cascade)
     assert bool(cascade.release().eval()(x).isfinite().all())

@@ -627,31 +627,6 @@ def test_the_example_runs_by_torchrun() -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_statistics_are_estimated_on_shards() -> None:
-    """By the model itself, in whose graph the momentum of a batch norm is a constant."""
-    x, found = torch.randn(4, 3, 8, 8).double(), []
-    for is_sharded in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).double()
-        cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, pace=0.5))
-        if is_sharded:
-            fsdp.shard(cascade)
-        optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-        for _ in cascade.stages(2, optimizer):
-            cascade(x).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with cascade.weights("slow"):
-            cascade.recalibrate([x, x + 1])
-            found.append(model[1].running_mean.clone())
-        cascade.recalibrate([x + 2])
-        found.append(model[1].running_mean.clone())
-        assert all(hasattr(each, "to_local") == is_sharded for each in cascade.parameters())
-    for one, other in zip(found[:2], found[2:], strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
-
-
-@pytest.mark.usefixtures("group")
 def test_a_sharded_cascade_is_drawn_and_not_copied(tmp_path: Path) -> None:
     cascade = fsdp.shard(small({}))
     assert cascade.draw(tmp_path / "graph.svg").stat().st_size > 1000
