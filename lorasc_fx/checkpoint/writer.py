@@ -161,10 +161,8 @@ def contents(
     streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra}
     try:
-        if optimizer is not None:
-            check_numbers(optimizer.state_dict(), "optimizer", finite=run.plan.spec.on_nonfinite == "raise")
-        if scheduler is not None:
-            check_numbers(scheduler.state_dict(), "scheduler")
+        if optimizer is not None and run.plan.spec.on_nonfinite == "raise":
+            check_numbers(optimizer.state_dict(), "optimizer")
     except ValueError as fault:
         raise CheckpointError(
             f"save: {fault}; nothing was written, and the last version stays. Load that one, and go on with a lower "

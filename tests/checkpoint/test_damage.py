@@ -634,14 +634,8 @@ RESUMES: list[tuple[Edit, tuple[object, ...]]] = [
     (lambda each: each["scheduler"]["state"].pop("gamma"), ("optimizer-differs", "gamma")),
     (scheduler_has(gamma="0.5"), ("optimizer-differs", "scheduler.gamma", "0.5")),
     (scheduler_has(base_lrs=[0.1]), ("optimizer-differs", "scheduler.base_lrs")),
-    (scheduler_has(base_lrs=[0.1, 0.1, -0.1]), ("optimizer-differs", "scheduler.base_lrs[2]")),
-    (scheduler_has(_step_count=-4), ("optimizer-differs", "scheduler._step_count")),
     (group(0, lr=None), ("optimizer-differs", "lr", "None")),
     (outside("nan", *GROUP, "lr"), ("optimizer-differs", "optimizer.param_groups[0].lr")),
-    (outside("inf", *GROUP, "eps"), ("optimizer-differs", "optimizer.param_groups[0].eps")),
-    (group(1, lr=-0.1), ("optimizer-differs", "optimizer.param_groups[1].lr")),
-    (group(0, weight_decay=-1), ("optimizer-differs", "optimizer.param_groups[0].weight_decay")),
-    (group(0, betas=[0.9, 1.5]), ("optimizer-differs", "optimizer.param_groups[0].betas[1]")),
     (lambda each: each["optimizer"]["groups"][0].pop("lr"), ("optimizer-differs", "lr")),
     (group(0, params=[1, 0]), ("optimizer-differs",)),
     (
@@ -651,14 +645,7 @@ RESUMES: list[tuple[Edit, tuple[object, ...]]] = [
 ]
 STATES: list[tuple[Edit, tuple[object, ...]]] = [
     (filled(MOMENT, float("nan")), ("optimizer-differs", "optimizer.state.0.exp_avg", "NaN")),
-    (filled(MOMENT, float("inf")), ("optimizer-differs", "optimizer.state.0.exp_avg", "infinite")),
-    (lambda each: each[SQUARE].view(-1)[1:2].fill_(-1e-9), ("optimizer-differs", "optimizer.state.0.exp_avg_sq")),
-    (filled(COUNT, -1), ("optimizer-differs", "optimizer.state.0.step")),
-    (tensor(COUNT, torch.tensor(-1.0).to(torch.float8_e4m3fn)), ("optimizer-differs", "optimizer.state.0.step")),
-    (
-        lambda each: each.update({SQUARE: each[SQUARE].to(torch.complex64)}),
-        ("optimizer-differs", "optimizer.state.0.exp_avg_sq"),
-    ),
+    (filled(SQUARE, float("nan")), ("optimizer-differs", "optimizer.state.0.exp_avg_sq", "NaN")),
     (gone(COUNT), ("optimizer-differs", "step")),
     (tensor(MOMENT, torch.ones(3)), ("optimizer-differs", "exp_avg", (3,))),
     (tensor("optimizer/99/step", torch.ones(())), ("optimizer-differs", "optimizer/99/step")),

