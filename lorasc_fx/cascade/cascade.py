@@ -386,6 +386,8 @@ class CascadeModule(nn.Module):
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest size of each axis that does not accept all sizes."""
         self._run.check_ready("folded_graph")
+        if isinstance(which, str):  # before a graph is captured, which a call that fails must not add
+            experts.check_which("folded_graph", which, self._run.plan.spec, (*experts.FOLDED, *self._run.added))
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, which)
