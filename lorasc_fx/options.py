@@ -280,24 +280,24 @@ class Distribution(abc.ABC):
     """Whether the noise is scaled by the norm of each row, instead of the standard deviation of the weight."""
 
     @abc.abstractmethod
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        """Return unscaled noise in fp32 on the CPU."""
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return unscaled noise from fp32 numbers that are uniform in [-1/2, 1/2], in their memory."""
 
 
 class Uniform(Distribution):
     """U(-1/2, 1/2): NoisyTune (2202.12024)."""
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        """Return the draw."""
-        return torch.rand(shape, generator=generator, dtype=torch.float32).sub_(0.5)
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the numbers."""
+        return numbers
 
 
 class Normal(Distribution):
     """N(0, 1/12), which has the variance of the uniform distribution."""
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        """Return the draw."""
-        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(12**-0.5)
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the normal quantiles of the numbers."""
+        return _normal(numbers).mul_(12**-0.5)
 
 
 class Filter(Distribution):
@@ -305,9 +305,14 @@ class Filter(Distribution):
 
     by_rows: ClassVar[bool] = True
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        """Return the draw."""
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the normal quantiles of the numbers."""
+        return _normal(numbers)
+
+
+def _normal(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the normal quantiles of fp32 numbers that are uniform in [-1/2, 1/2]; those of the ends are finite."""
+    return numbers.mul_(2 - 2**-23).erfinv_().mul_(2**0.5)
 
 
 DISTRIBUTIONS: Mapping[str, Distribution] = {"uniform": Uniform(), "normal": Normal(), "filter": Filter()}

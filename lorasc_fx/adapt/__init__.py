@@ -49,7 +49,9 @@ def adapt(
             of `CascadeSpec` for all other options.
         frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`: the first that works.
         base: what keeps W0 of the sites. `memory`: a copy on the host; for a weight on the host it is made before the
-            first write (noise, the end of a stage, `weights`). A path: a safetensors file, or a folder with
+            first write (noise, the end of a stage, `weights`). `pinned`: the same in page-locked memory, from which
+            copies to an accelerator are faster. `device`: a copy beside the weight, made before the first write; then
+            transitions and `weights` copy nothing from the host. A path: a safetensors file, or a folder with
             `model.safetensors` or its shards, which is mapped and not read. `file`: the folder that a model of
             transformers was loaded from. Files have to hold the model's values, and must not change.
 

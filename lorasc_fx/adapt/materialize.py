@@ -91,7 +91,7 @@ def materialize(
             DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
             checkpoint, flags = meta.checkpoint, cascade._guard.flags
             source = open_base(path if meta.base == "file" else meta.base, model)
-            start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source)
+            start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source, run.memory)
             if checkpoint is not None:
                 check_base(checkpoint, named_weights(model).parameters)
                 start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.moved)

@@ -23,7 +23,7 @@ from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import MetaModel
 from lorasc_fx.check.isolation import is_on_meta, written_by
-from lorasc_fx.checkpoint.base_file import BaseFile, open_base
+from lorasc_fx.checkpoint.base_file import MEMORIES, BaseFile, open_base
 from lorasc_fx.checkpoint.deferred import check_attributes, groups_of
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.compile import Compiler
@@ -35,6 +35,7 @@ from lorasc_fx.graph.weights import Weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import place_layers
 from lorasc_fx.signature import Calls, check_binds, signature_of
+from lorasc_fx.state.model import Memory
 from lorasc_fx.util.finalizers import run_postponed
 from lorasc_fx.util.undo import PROCESS, Undo
 
@@ -53,7 +54,8 @@ class Start:
         plan: an empty plan that has only a spec, or a saved plan.
         frontend: name of a front end, or `auto`.
         args, kwargs: example inputs.
-        source: the file that keeps W0, or None to keep a copy in memory.
+        source: the file that keeps W0, or None to keep it in memory.
+        memory: which memory, if no file does.
         joined: places whose parameters were tied, see `settle_ties`.
         loads: whether the values of a checkpoint or of a sum follow. Then inputs may be left out: the first call
             captures the graph.
@@ -67,6 +69,7 @@ class Start:
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] | None = None
     source: BaseFile | None = None
+    memory: Memory = "memory"
     joined: Joined = ()
     loads: bool = False
     written: Collection[str] = ()
@@ -102,7 +105,8 @@ class Start:
         source = open_base(base, model) if meta is None else None
         joined = settle_ties(model, plan.spec.untie, undo, strict=not loads)
         written = checkpoint.moved if checkpoint is not None else ()
-        return cls(model, plan, frontend, *inputs, source, joined, loads, written, meta)
+        memory: Memory = next((each for each in MEMORIES if each == base), "memory")
+        return cls(model, plan, frontend, *inputs, source, memory, joined, loads, written, meta)
 
     def cascade(self, undo: Undo, into: Cascade | None = None) -> Cascade:
         """Capture the example, start the run, and return its cascade.
@@ -132,7 +136,15 @@ class Start:
             log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend.name, sites, seconds)
             example = (tuple(self.args), dict(self.kwargs or {}))
         written = partial(written_by, model, frozenset(self.written).intersection(weights.parameters))
-        run = Run(model, decided, self.frontend, base_file=self.source, meta=self.meta, written=written)
+        run = Run(
+            model,
+            decided,
+            self.frontend,
+            base_file=self.source,
+            memory=self.memory,
+            meta=self.meta,
+            written=written,
+        )
         if into is None:
             kind = cascade_class(model, compiler.calls.signature)
             cascade = kind(run, compiler, decided, example, flags, self.joined)

@@ -1,7 +1,12 @@
-"""Noise of a stage or of a step.
+"""The noise of a stage, or of a step: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance; or by
+rows, `N_ij = strength * |W_i| / sqrt(n) * N(0, 1)`.
 
-`N = strength * std(W) * U(-1/2, 1/2)`, or normal with the same variance (NoisyTune, 2202.12024; algorithm.md, row
-"noise"). By rows: `N_ij = strength * |W_i| / sqrt(n) * N(0, 1)` (Flat-LoRA, 2409.14396).
+The random numbers are a function of (seed, stage, step, weight, position), computed by integer arithmetic alone: every
+device computes the same ones, a shard computes only its own, and nothing is drawn in order. A weight is divided into
+blocks; each block has two keys, and position p in it the hash of a fixed table's entry p under these keys.
+
+Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise". By rows: Flat-LoRA (2409.14396). Counters in
+place of a state: Philox (Salmon et al., 2011); the constants of the hash: lowbias32 (Wellons, 2018).
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import torch
 
@@ -18,7 +24,15 @@ from lorasc_fx.shards import WHOLE, ShardSpec
 from lorasc_fx.spec import Noise
 
 BLOCK, WIDE = 32768, 1024
-"""Largest number of entries of a block of noise, and of its last axis. Other values here give other noise."""
+"""Entries of a block of noise, and of its last axis, at most. Part of the key: other numbers here are other noise."""
+PIECE, WORKSPACE = 1 << 21, 40
+"""Entries that are computed at a time on an accelerator, and bytes that each needs meanwhile. The CPU computes a
+block at a time, which stays in its cache."""
+
+CPU = torch.device("cpu")
+
+Places = tuple[slice, ...]
+"""Where a piece lies in a weight."""
 
 
 def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
@@ -83,47 +97,132 @@ def noise_size(
 
 
 def draw(
-    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, shard: ShardSpec = WHOLE
-) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
-    """Yield the unscaled noise of a key in blocks: the place of each block in the weight, and its values in fp32 on the
-    CPU.
+    noise: Noise,
+    seed: int,
+    stage: int,
+    name: str,
+    shape: torch.Size,
+    step: int = 0,
+    shard: ShardSpec = WHOLE,
+    device: torch.device = CPU,
+) -> Iterator[tuple[Places, torch.Tensor]]:
+    """Yield the unscaled noise of a weight in pieces: where each lies, and its numbers in fp32. The caller uses a piece
+    before it asks for the next one, which may be in the same memory.
 
-    Step 0 is the start of the stage. A shard gets the values that it has in the full weight. If only a part of a block
-    is in the shard, the block is drawn in full and cut.
+    Args:
+        noise, seed, stage, name: the key.
+        shape: of the weight, or of the shard of it that is here.
+        step: 0 at the start of the stage.
+        shard: which part of the weight this is; its numbers are those that it has in the whole weight.
+        device: that computes. All devices compute the same uniform numbers; normal ones may differ in the last bits.
     """
-    distribution, purpose = DISTRIBUTIONS[noise.distribution], f"noise of step {step}" if step else "noise"
     full = shard.full_shape(shape)
     firsts = [shard.first if axis == shard.axis else 0 for axis in range(len(full))]
-    axes = [_pieces(*axis) for axis in zip(firsts, shape, full, block_of(full), strict=True)]
-    for pieces in itertools.product(*axes) if math.prod(shape) else ():
-        index, sizes, places, parts = zip(*pieces, strict=True)
-        source = generator(seed, stage, f"block {index} of {purpose}", name)
-        yield places, distribution.draw(torch.Size(sizes), source)[parts]
+    if not math.prod(shape):
+        return
+    purpose = f"noise of step {step}" if step else "noise"
+    hashed = _Hash(generator(seed, stage, purpose, name), full, device)
+    distribution = DISTRIBUTIONS[noise.distribution]
+    pieces = _boxes(shape) if device.type != "cpu" else _block_boxes(firsts, shape, hashed.block)
+    for places in pieces:
+        inside = [(first + place.start, first + place.stop) for first, place in zip(firsts, places, strict=True)]
+        yield places, distribution.from_uniform(hashed.uniform(inside))
 
 
-def add_noise(
-    out: torch.Tensor, blocks: Iterable[tuple[tuple[slice, ...], torch.Tensor]], size: torch.Tensor | float
-) -> None:
-    """Add the blocks of `draw`, multiplied by a size that broadcasts over the weight: `out += noise * size`.
+def add_noise(out: torch.Tensor, pieces: Iterable[tuple[Places, torch.Tensor]], size: torch.Tensor | float) -> None:
+    """Add what `draw` yields, times a size that broadcasts over the weight, as `out += noise * size` would.
 
-    Blocks fit into the cache, and no tensor of the weight's shape is allocated.
+    By pieces: no tensor of the weight's shape is made.
     """
     sizes = size.expand(out.shape) if isinstance(size, torch.Tensor) else None
-    for places, drawn in blocks:
+    for places, drawn in pieces:
         out[places].add_(drawn.to(out).mul_(sizes[places] if sizes is not None else size))
 
 
-def _pieces(first: int, count: int, full: int, size: int) -> list[tuple[int, int, slice, slice]]:
-    """Return the blocks that overlap `first` to `first + count` of an axis.
+class _Hash:
+    """Uniform numbers of the entries of one weight.
 
-    Each has its number, its length, and the overlap as a slice of the shard and as a slice of the block.
+    Args:
+        source: of the keys of the blocks; its seed is the key of the weight.
+        shape: of the whole weight.
+        device: that computes.
     """
-    pieces = []
-    for number in range(first // size, -(-(first + count) // size)):
-        start, length = number * size, min(size, full - number * size)
-        low, high = max(start, first), min(start + length, first + count)
-        pieces.append((number, length, slice(low - first, high - first), slice(low - start, high - start)))
-    return pieces
+
+    def __init__(self, source: torch.Generator, shape: torch.Size, device: torch.device) -> None:
+        self.device, self.block, self.table = device, block_of(shape), _table(device)
+        self.grid = [-(-length // size) for length, size in zip(shape, self.block, strict=True)]
+        keys = torch.randint(-(1 << 31), 1 << 31, (2, math.prod(self.grid)), generator=source)
+        keys[1] |= 1  # it is multiplied by
+        self.keys = keys.to(torch.int32).to(device)
+        if device.type == "cpu":
+            self.key_pairs = keys.T.tolist()
+            self.scratch = torch.empty((2, min(BLOCK, math.prod(shape))), dtype=torch.int32)
+
+    def uniform(self, inside: list[tuple[int, int]]) -> torch.Tensor:
+        """Return fp32 numbers that are uniform in [-1/2, 1/2].
+
+        Args:
+            inside: first entry and end along each axis of the whole weight; on the CPU they are in one block.
+        """
+        hashed, other = self._in_block(inside) if self.device.type == "cpu" else self._anywhere(inside)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+            torch.bitwise_right_shift(hashed, shift, out=other)
+            hashed.bitwise_xor_(other.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)  # a logical shift
+        return other.view(torch.float32).copy_(hashed).mul_(2**-32)
+
+    def _in_block(self, inside: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `(table[position] ^ key) * factor` of each entry, and a tensor of its shape to work in."""
+        number, sizes = 0, [end - first for first, end in inside]
+        for (first, _), size, count in zip(inside, self.block, self.grid, strict=True):
+            number = number * count + first // size
+        entries = self.table[: math.prod(self.block)]
+        if (*sizes,) != self.block:
+            parts = [
+                slice(first % size, (end - 1) % size + 1) for (first, end), size in zip(inside, self.block, strict=True)
+            ]
+            entries = entries.view(self.block)[tuple(parts)].flatten()
+        hashed, other = self.scratch[:, : len(entries)]
+        key, factor = self.key_pairs[number]
+        torch.bitwise_xor(entries, key, out=hashed)
+        return hashed.mul_(factor).view(sizes), other.view(sizes)
+
+    def _anywhere(self, inside: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `_in_block` does, of entries in any number of blocks, by few large operations."""
+        number, position = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+        for axis, ((first, end), size, count) in enumerate(zip(inside, self.block, self.grid, strict=True)):
+            index = torch.arange(first, end, device=self.device).view(-1, *(1 for _ in inside[axis + 1 :]))
+            number, position = number * count + index // size, position * size + index % size
+        hashed = self.table[position].bitwise_xor_(self.keys[0][number]).mul_(self.keys[1][number])
+        return hashed, torch.empty_like(hashed)
+
+
+@lru_cache(maxsize=8)
+def _table(device: torch.device) -> torch.Tensor:
+    """Return the hash's table [BLOCK]: fixed random integers of 32 bits."""
+    table = torch.randint(-(1 << 31), 1 << 31, (BLOCK,), generator=torch.Generator().manual_seed(0))
+    return table.to(torch.int32).to(device)
+
+
+def _block_boxes(firsts: list[int], shape: torch.Size, block: tuple[int, ...]) -> Iterator[Places]:
+    """Yield the parts of blocks that lie in a shard, which begins at `firsts` of the whole weight."""
+    axes = []
+    for first, here, size in zip(firsts, shape, block, strict=True):
+        ends = [*range((first // size + 1) * size, first + here, size), first + here]
+        axes.append([slice(low - first, high - first) for low, high in itertools.pairwise([first, *ends])])
+    yield from itertools.product(*axes)
+
+
+def _boxes(shape: torch.Size) -> Iterator[Places]:
+    """Yield boxes of at most PIECE entries, or single rows of the last axis, that cover a shape."""
+    entries = math.prod(shape[1:])
+    if len(shape) > 1 and entries > PIECE:
+        for index in range(shape[0]):
+            for rest in _boxes(shape[1:]):
+                yield (slice(index, index + 1), *rest)
+        return
+    rows = max(1, PIECE // max(1, entries))
+    for first in range(0, shape[0], rows):
+        yield (slice(first, min(first + rows, shape[0])), *(slice(0, length) for length in shape[1:]))
 
 
 def block_of(shape: torch.Size) -> tuple[int, ...]:

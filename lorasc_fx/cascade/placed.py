@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lorasc_fx.branch.noise import BLOCK
+from lorasc_fx.branch.noise import PIECE, WORKSPACE
 from lorasc_fx.cascade.commit import SPARE, write_weights
 from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which
 from lorasc_fx.cascade.run import Run
@@ -157,6 +157,6 @@ class Before:
         for parameter in writable(self.parameters).values() if run.is_noisy else ():
             if (weight := local(parameter)).device.type != "cpu":
                 exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
-                drawn = 8 * min(weight.numel(), BLOCK)
+                drawn = WORKSPACE * min(weight.numel(), PIECE)
                 sizes[weight.device] = max(sizes[weight.device], exact + drawn + 2 * SPARE)
         return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]

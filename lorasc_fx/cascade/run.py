@@ -120,7 +120,7 @@ class Run(RunBase):
             )
         # Compute the state of the stage, then write it.
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
-        slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
+        slow, branches = self.slow.with_weights(known, self.plan, mapped, self.memory), self.branches_by_weight()
         if factor_start.of_delta and not empty:
             if not any(is_quantized(state.base) for state in slow.states.values()):
                 raise SpecError(

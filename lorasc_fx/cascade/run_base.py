@@ -16,6 +16,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local
 from lorasc_fx.state import Learner, Part, SlowWeights, sums_are_finite
+from lorasc_fx.state.model import Memory
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import Lock
 from lorasc_fx.util.version import source_digest, version
@@ -57,6 +58,7 @@ class RunBase:
         decided: the plan of the running stage, the branches, and the weights without a branch.
         frontend: the requested front end.
         base_file: the files that hold W0 if it is not kept in memory.
+        memory: that keeps W0 otherwise.
         meta: set while the model is on the meta device.
         written: returns the names of the parameters that forward writes.
     """
@@ -68,6 +70,7 @@ class RunBase:
         frontend: str,
         *,
         base_file: BaseValues | None = None,
+        memory: Memory = "memory",
         meta: MetaModel | None = None,
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
@@ -83,7 +86,7 @@ class RunBase:
         self.placed: str | int | None = None  # the weights that weights() has put in place; a number is a stage
         self.released = False
         self.placed_checksums: dict[str, int] = {}
-        self.base_file, self.meta, self.written = base_file, meta, written
+        self.base_file, self.memory, self.meta, self.written = base_file, memory, meta, written
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)

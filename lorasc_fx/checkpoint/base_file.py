@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
@@ -25,7 +25,9 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, pa
 from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local, local_like
+from lorasc_fx.state.model import Memory
 
+MEMORIES = get_args(Memory)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
 
@@ -134,15 +136,19 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
-    """Return where W0 of a model is, by the argument `base` of `adapt`; None for `memory`.
+    """Return where W0 of a model is, by the argument `base` of `adapt`; None if it is kept in memory.
 
     Raises:
         SpecError: base is `file` and the model names no local folder; or it is not a path.
         CheckpointError: the path holds no safetensors file, or cannot be read.
     """
     if not isinstance(base, (str, PathLike)):
-        raise SpecError(f"base is {base!r}; give 'memory', 'file', or the path of a safetensors file or folder")
-    if base == "memory":
+        raise SpecError(
+            f"base is {base!r}; give 'memory', 'pinned', 'device', 'file', or the path of a safetensors file or folder"
+        )
+    if base == "pinned" and not torch.accelerator.is_available():
+        raise SpecError("base='pinned': there is no accelerator, to which copies from pinned memory are faster")
+    if base in MEMORIES:
         return None
     if base == "file":
         named = name_or_path(model)

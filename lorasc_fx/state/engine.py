@@ -107,7 +107,8 @@ class DrawnNoise(StageNoise):
         if state.initial is not None:
             state.write(exact, "fast", dtype, state.residual)
         if top:
-            add_noise(exact, draw(spec.noise, spec.seed, stage, state.name, exact.shape, step, state.shard), size)
+            address = (spec.noise, spec.seed, stage, state.name)
+            add_noise(exact, draw(*address, exact.shape, step, state.shard, exact.device), size)
         if exact is not out:
             out.copy_(exact)
         if top > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from lorasc_fx.state.engine import (
 )
 from lorasc_fx.state.products import Scratch, arithmetic
 from lorasc_fx.state.weight import SlowRule, WeightState, Which
+
+Memory = Literal["memory", "pinned", "device"]
+"""What keeps W0: host memory, page-locked host memory, or the memory of the weight's device."""
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -68,19 +71,25 @@ class SlowWeights:
         return replace(self, states=states, group=group)
 
     def with_weights(
-        self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan,
+        mapped: Mapping[str, torch.Tensor] | None = None,
+        memory: Memory = "memory",
     ) -> SlowWeights:
-        """Return the state that knows these weights as well; their present values are W0, kept on the host.
+        """Return the state that knows these weights as well; their present values are W0.
 
-        `mapped` are W0 of some of them, equal to the present values, kept where they are; of others W0 is the weight's
-        own memory where it can be (`keep_base` before a weight is written). Of a DTensor the state is that of the shard
-        that is here.
+        Args:
+            parameters: by name. Of a DTensor the state is that of the shard that is here.
+            plan: of the running stage.
+            mapped: W0 of some of them, equal to the present values, kept where they are.
+            memory: that keeps W0 of the others.
         """
         sites, mapped = plan.by_weight, mapped or {}
         new = {
             name: WeightState(
                 name,
-                mapped[name] if name in mapped else base_of(value),
+                mapped[name] if name in mapped else base_of(value, memory),
                 stacked=name in sites and sites[name].experts is not None,
                 transposed=name in sites and sites[name].layout == "in_out",
                 shard=shard_of(value),
@@ -266,12 +275,16 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     return local(tensor).detach().to("cpu", copy=True)
 
 
-def base_of(weight: torch.Tensor) -> torch.Tensor:
-    """Return W0 of a weight: a copy in host memory; or the memory of the weight itself, of a plain parameter on the
-    host, until something is written to it.
+def base_of(weight: torch.Tensor, memory: Memory = "memory") -> torch.Tensor:
+    """Return W0 of a weight, in a kind of memory: a copy; or the memory of the weight itself, if it is of this kind,
+    until something is written to it (`keep_base`).
     """
-    on_host = type(weight) is nn.Parameter and weight.device.type == "cpu" and not weight.is_inference()
-    return weight.data if on_host and not is_quantized(weight) else host(weight)
+    if is_quantized(weight) or weight.is_meta:
+        return host(weight)
+    if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
+        own = type(weight) is nn.Parameter and not weight.is_inference()
+        return weight.data if own else local(weight).detach().clone()
+    return host(weight).pin_memory() if memory == "pinned" else host(weight)
 
 
 def keep_base(base: torch.Tensor, weight: torch.Tensor) -> None:

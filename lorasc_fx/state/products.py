@@ -1,9 +1,9 @@
 """`out = base + delta + b @ a`, rounded once: what a fold computes of one weight, the factors that it sums, and
 the dtypes in which weights and deltas are computed.
 
-On the CPU it goes by blocks of rows that stay in the cache between the copy, the product and the rounding; a weight
-narrower than the arithmetic needs a temporary of one block. Elsewhere a block is the whole weight. Every step is in
-place, which autocast leaves alone.
+It goes by blocks of rows. On the CPU they stay in the cache between the copy, the product and the rounding; on an
+accelerator they are large enough for the bus, and W0 is copied to it in its own dtype. A weight narrower than the
+arithmetic needs a temporary of one block. Every step is in place, which autocast leaves alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from functools import partial
 
 import torch
 
+from lorasc_fx.util.accelerator import has_fp64
 from lorasc_fx.util.undo import Block, isolated
 
 BLOCK = 1 << 21
 """Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
+DEVICE_BLOCK = 1 << 26
+"""Bytes of a block on an accelerator: of bf16 weights 32 MiB are copied at a time."""
 
 
 class Scratch:
@@ -67,7 +70,7 @@ def accumulate(
             columns = pair[1].view(*pair[1].shape[:lead], *out.shape[lead:])
             pair = pair[0], columns.permute(order).reshape(pair[1].shape)
         out = out.permute(order)
-    size = BLOCK * torch.get_num_threads() // dtype.itemsize if out.device.type == "cpu" else out.numel()
+    size = (BLOCK * torch.get_num_threads() if out.device.type == "cpu" else DEVICE_BLOCK) // dtype.itemsize
     entries = math.prod(out.shape[1:])
     if stacked and entries > size:
         for index, (one, start) in enumerate(zip(out, base, strict=True)):
@@ -92,12 +95,10 @@ def _block(
 ) -> None:
     target, source = out[part], base[part]
     held = target if room is None else room[: len(target)]
-    if delta is not None and target.device.type != "cpu":
-        # Some accelerators (MPS) have no fp64: add the wide delta on the host.
+    if delta is not None and delta.dtype == torch.float64 and not has_fp64(target.device):
         source, delta = source.cpu().to(held.dtype, copy=True).add_(delta[part].cpu()), None
-    if room is not None and source.device != target.device and source.dtype == target.dtype:
-        source = target.copy_(source)  # so that the narrow numbers travel
-    held.copy_(source)
+    # Copied in its own dtype: `copy_` between devices casts first, and fp32 is twice as much.
+    held.copy_(source.to(target.device))
     if delta is not None:
         held.add_(delta[part].to(held.device))  # a wider delta is added as it is, and the sum is rounded
     if pair is not None and stacked:

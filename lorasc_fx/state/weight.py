@@ -261,7 +261,7 @@ class WeightState(Tree):
         delta = delta.view(self.base.shape) if delta is not None else None
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
         for kept in self.noises:
-            drawn = draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, shard=self.shard)
+            drawn = draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, 0, self.shard, out.device)
             add_noise(out, drawn, kept.amplitude)
 
     def terms(
@@ -282,7 +282,7 @@ class WeightState(Tree):
             more = more if gain is None else _along(gain, more, self.transposed)
             delta = more if delta is None else delta.to(more) + more
         if (rows := self.scale(gain)) is not None:
-            base = _along(rows, base.double(), self.transposed)
+            base = _along(rows, base.cpu().double(), self.transposed)
         return base, delta, pairs
 
     def _pairs(self, view: View, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -25,6 +26,16 @@ def name_of(device: torch.device) -> str:
     """Return the type of an accelerator and, if torch knows it, the name of the product."""
     product = getattr(torch.get_device_module(device), "get_device_name", None)  # torch.mps has none
     return f"{device.type} {product(device) if product is not None else ''}"
+
+
+@lru_cache(maxsize=8)
+def has_fp64(device: torch.device) -> bool:
+    """Whether a device computes in fp64. MPS does not."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
 
 
 def generator_states() -> dict[str, torch.Tensor]:

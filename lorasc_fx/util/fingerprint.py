@@ -23,7 +23,9 @@ Buffer = Any
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 BLOCK = 1 << 22
-"""Bytes that `checksum` reads at a time, on devices other than the host."""
+"""Bytes that have keys of their own, on devices other than the host."""
+PIECE = 8 * BLOCK
+"""Bytes that `checksum` reads at a time there."""
 HOST_BLOCK = 1 << 21
 """Bytes that `checksum` reads at a time on the host; the keys of more would leave the cache."""
 WORTH_THREADS = 1 << 24
@@ -76,11 +78,14 @@ def device_sum(tensor: torch.Tensor) -> int:
     position; the sums of the blocks are the coefficients of a polynomial.
     """
     keys, sums = _keys(BLOCK // 4, tensor.device), []
-    for block in _blocks(tensor, BLOCK // tensor.element_size()):
-        for words in _words(block).split(len(keys)):
-            sums.append(words.to(torch.int64).mul_(keys[: len(words)]).sum())
+    for piece in _blocks(tensor, PIECE // tensor.element_size()):
+        words = _words(piece)
+        whole = len(words) // len(keys) * len(keys)
+        sums.append(words[:whole].view(-1, len(keys)).to(torch.int64).mul_(keys).sum(1))
+        if whole < len(words):
+            sums.append(words[whole:].to(torch.int64).mul_(keys[: len(words) - whole]).sum(0, keepdim=True))
     total = 0
-    for part in torch.stack(sums).tolist():
+    for part in torch.cat(sums).tolist():
         total = (total * MULTIPLIER + part) % (1 << 64)
     return total
 
@@ -133,10 +138,9 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _of_each(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
-    """Return the digest of each tensor: in threads where there is much to read in host memory, in turn elsewhere."""
-    threads = torch.get_num_threads()
-    size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cpu")
-    if threads == 1 or size < WORTH_THREADS or any(tensor.device.type != "cpu" for tensor in tensors.values()):
+    """Return the digest of each tensor: in threads where there is much to read, in turn elsewhere."""
+    threads, size = torch.get_num_threads(), sum(tensor.nbytes for tensor in tensors.values())
+    if threads == 1 or size < WORTH_THREADS:
         return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.branch import noise
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
 from tests.kit.models import OPTIMIZERS, batches, by_hand, factors, mlp, optimizer_of, randomize, train, values
@@ -344,18 +345,18 @@ def test_no_global_generator_is_read_or_advanced(frontend: str) -> None:
 def test_a_shard_draws_its_own_numbers(
     shape: tuple[int, ...], distribution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut along any axis, it has the numbers of the whole weight, and draws few that it has not: parts of blocks."""
+    """Cut along any axis, it has the numbers of the whole weight, and computes no others."""
     noise, kind, drawn = lx.Noise(0.1, distribution), type(DISTRIBUTIONS[distribution]), list[int]()
     full = noise_drawn(noise, 3, 2, "w", shape)
     blocks = [part.flatten()[:2] for part in full.flatten(0, -2).split(16)]
     assert len({tuple(part.tolist()) for part in blocks}) == len(blocks)  # no stream twice
-    real = kind.draw
+    real = kind.from_uniform
 
-    def counted(self: Any, size: torch.Size, source: torch.Generator) -> torch.Tensor:
-        drawn.append(size.numel())
-        return real(self, size, source)
+    def counted(self: Any, numbers: torch.Tensor) -> torch.Tensor:
+        drawn.append(numbers.numel())
+        return real(self, numbers)
 
-    monkeypatch.setattr(kind, "draw", counted)
+    monkeypatch.setattr(kind, "from_uniform", counted)
     for axis, total in enumerate(shape):
         for first, count in ((0, total), (total // 3, total // 3), (total - 1, 1), (total, 0)):
             drawn.clear()
@@ -363,6 +364,38 @@ def test_a_shard_draws_its_own_numbers(
             here = torch.Size((*shape[:axis], count, *shape[axis + 1 :]))
             assert torch.equal(noise_drawn(noise, 3, 2, "w", here, shard), full.narrow(axis, first, count))
             assert max(drawn, default=0) <= 32768
-            assert sum(drawn) <= full.numel()
-            if shape == (700, 4000) and count < total:
-                assert sum(drawn) < 0.6 * full.numel()
+            assert sum(drawn) == here.numel()
+
+
+@pytest.mark.parametrize("shape", [(700, 4000), (5, 3000), (4, 70, 1100), (90, 20, 3, 5), (7,)])
+def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of an accelerator, here on the CPU: a whole weight, and pieces that begin and end inside blocks."""
+    hashed = noise._Hash(noise.generator(3, 2, "noise", "w"), torch.Size(shape), torch.device("cpu"))
+    full = noise_drawn(lx.Noise(0.1), 3, 2, "w", shape)
+    for low, high in ((0, 1), (0.3, 0.7)):
+        inside = [(int(low * length), max(1, int(high * length))) for length in shape]
+        found, _ = hashed._anywhere(inside)
+        monkeypatch.setattr(hashed, "_in_block", lambda _, found=found: (found, torch.empty_like(found)))
+        assert torch.equal(hashed.uniform(inside), full[tuple(slice(*pair) for pair in inside)])
+    monkeypatch.setattr(noise, "PIECE", 1000)
+    covered = torch.zeros(shape)
+    for places in noise._boxes(torch.Size(shape)):
+        covered[places] += 1
+        assert covered[places].numel() <= max(1000, shape[-1])
+    assert torch.equal(covered, torch.ones(shape))
+
+
+def test_noise_has_the_spectrum_of_independent_entries() -> None:
+    """Singular values of a matrix, and correlations of blocks under different keys, are those of random numbers."""
+    rows, columns = 1024, 2048
+    one, other = (noise_drawn(lx.Noise(0.1), 3, stage, "w", (rows, columns)) for stage in (1, 2))
+    for matrix in (one, one + other, one - other, one * other * 12**0.5):
+        values = torch.linalg.svdvals(matrix / matrix.std())
+        assert values[0] == pytest.approx(rows**0.5 + columns**0.5, rel=0.01)  # Bai and Yin, 1993
+        assert values[-1] == pytest.approx(columns**0.5 - rows**0.5, rel=0.02)
+    blocks = torch.cat([one.view(-1, 32, 2, 1024).transpose(1, 2).reshape(-1, 32768), other.view(-1, 32768)])
+    correlations = torch.corrcoef(blocks).triu(1).mul(32768**0.5)
+    assert correlations.abs().max() < 5
+    assert correlations[correlations != 0].std() == pytest.approx(1, rel=0.05)
+    counts = torch.histc(one, 256, -0.5, 0.5)
+    assert (counts - one.numel() / 256).square().sum() / (one.numel() / 256) < 255 + 5 * (2 * 255) ** 0.5
