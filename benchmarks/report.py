@@ -52,15 +52,22 @@ def about(threads: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """Return what the numbers depend on."""
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     packages = {name: version(name) for name in ("torch", "peft", "timm", "transformers")}
-    return {"python": platform.python_version(), **packages, "cpu": _cpu(), **gpu, "threads": threads, "rounds": rounds}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "cpu": f"{processor()}, {os.cpu_count()} cores",
+        **gpu,
+        "threads": threads,
+        "rounds": rounds,
+    }
 
 
-def _cpu() -> str:
-    """Return the processor's name, and its number of cores."""
+def processor() -> str:
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return names[0] if names else platform.processor()
 
 
 def section(results: Mapping[str, Any]) -> str:

@@ -220,7 +220,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "",
         "What the method does, by [the protocol](../experiments/evidence/protocol.toml), which was committed",
         "before the runs. `make evidence` makes the runs that are missing and this page;",
-        "`make evidence-check` makes one run again and compares bits. Everything below is computed from",
+        "`make evidence-check` makes one run again and compares it. Everything below is computed from",
         "`experiments/evidence/results.jsonl`.",
         "",
         f"Protocol version {protocol['version']}; {done:,} of {len(cells):,} runs that are known so far are made"

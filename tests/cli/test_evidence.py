@@ -131,6 +131,11 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
         if again.found[other] is not entry:
             del again.found[other]
     assert runner.check(TINY, again) == 1
+    entry["processor"] = "another"
+    assert runner.check(TINY, again) == 0  # losses to a tolerance there, but accuracies to the bit
+    assert "another processor" in capsys.readouterr().out
+    entry["result"]["test"]["accuracy"] += 1e-9
+    assert runner.check(TINY, again) == 1
 
 
 def test_statistics_by_hand() -> None:
