@@ -22,8 +22,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import lorasc_fx as lx
-from lorasc_fx.branch.noise import BLOCK, WIDE, block_of
-
 from .fake_ranks import RESULTS as FAKE_RANKS
 from .fake_ranks import table as fake_ranks_table
 from .kills import RESULTS as KILLS
@@ -40,9 +38,9 @@ STATES = 2
 """Numbers that AdamW keeps of each entry that trains."""
 STAGES = 4
 """Stages that have ended where a checkpoint is counted: the factors of each are in it."""
-NETWORK, HOST, FILES, DRAWS = 50e9, 25e9, 2e9, 150e6
+NETWORK, HOST, FILES, DRAWS = 50e9, 25e9, 2e9, 10e9
 """What a rank does in a second, assumed: bytes that it sends (400 Gbit/s), copies from host to device, and writes to
-files; and entries of noise that a thread of its CPU draws.
+files; and entries of noise that its device computes, at some 200 bytes an entry in its own memory (2 TB/s).
 """
 
 
@@ -109,13 +107,9 @@ class Weight:
         return self.rank * math.prod(experts) * columns, self.rank * math.prod(experts) * rows
 
     def drawn(self, ranks: int) -> int:
-        """Entries of noise that a rank draws, the one that draws most: those of the blocks that its shard meets."""
-        axis = 0 if len(self.shape) < 3 or self.shape[0] % ranks == 0 else 1
-        total, block = self.shape[axis], block_of(torch.Size(self.shape))[axis]
-        count = -(-total // ranks)
-        ends = ((first, min(first + count, total)) for first in range(0, total, count))
-        most = max(min(-(-end // block) * block, total) - first // block * block for first, end in ends)
-        return self.entries // total * most
+        """Entries of noise of the largest shard."""
+        total = self.shape[0 if len(self.shape) < 3 or self.shape[0] % ranks == 0 else 1]
+        return self.entries // total * -(-total // ranks)
 
     @property
     def leaf(self) -> str:
@@ -289,9 +283,8 @@ def larger(layouts: Iterable[Layout] = LARGER) -> list[str]:
         "At a transition a rank copies its W0 to the device and writes W there. peft merges whole weights, which FSDP2",
         "gathers with the factors. A checkpoint holds the running factors, AdamW's states, and the factors of each",
         "stage that has ended; that of peft, the adapter and AdamW's states, sharded.",
-        f"Each rank draws the noise of the blocks, {BLOCK // WIDE} rows of {WIDE} columns, that its shards meet, "
-        f"{DRAWS / 1e6:.0f} million entries a second",
-        "on a thread: at this size that is most of a transition.",
+        f"The device of each rank computes the noise of its shards, {DRAWS / 1e9:.0f} billion entries a second",
+        "with the traffic of its own memory.",
         "",
         *head,
         *(f"| {told} | " + " | ".join(one.text(name) for one in moves) + " |" for told, name in moved.items()),
@@ -400,7 +393,7 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "",
         *kills_table(json.loads(KILLS.read_text(encoding="utf-8"))),
         "",
-        "What shards refuse, with the reasons, is a table in [Several devices](devices.md#fsdp2).",
+        "What shards refuse, with the reasons, is a table in [Devices](devices.md#fsdp2).",
     ]
     return "\n".join(lines) + "\n"
 
