@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import lorasc_fx as lx
+
 from .fake_ranks import RESULTS as FAKE_RANKS
 from .fake_ranks import table as fake_ranks_table
 from .kills import RESULTS as KILLS
