@@ -56,6 +56,20 @@ class Pair:
     scale: float
 
 
+def hashed(source: torch.Generator, count: int) -> Tensor:
+    """U of the first entries of a block, the only one of its weight, in integers of Python."""
+    assert count <= 32768
+    key, factor = torch.randint(-(1 << 31), 1 << 31, (2, 1), generator=source).flatten().tolist()
+    table = torch.randint(-(1 << 31), 1 << 31, (32768,), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    numbers = []
+    for entry in table:
+        x = ((entry ^ key) * (factor | 1)) % (1 << 32)
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) % (1 << 32)
+        x = ((x ^ (x >> 15)) * 0x846CA68B) % (1 << 32)
+        numbers.append(x - (1 << 32) if x >> 31 else x)
+    return torch.tensor(numbers, dtype=torch.int32).float() / 2**32
+
+
 def address(seed: int, stage: int, purpose: str, name: str) -> torch.Generator:
     """The generator of an address (algorithm.md, "Randomness")."""
     digest = hashlib.sha256(b"\0".join(str(each).encode() for each in (seed, stage, purpose, name))).digest()
@@ -115,12 +129,9 @@ class Plain:
         if self.idle or not law.strength:
             return 0.0
         shape = delta.base.shape
-        only = (0,) * len(shape)  # these weights are smaller than a block
-        source = address(law.seed, self.stage, f"block {only} of noise", name)
-        if law.distribution == "uniform":
-            unit = torch.rand(shape, generator=source) - 0.5
-        else:
-            unit = torch.randn(shape, generator=source) * 12**-0.5
+        unit = hashed(address(law.seed, self.stage, "noise", name), math.prod(shape)).view(shape)
+        if law.distribution == "normal":
+            unit = torch.erfinv(unit * (2 - 2**-23)) * 2**0.5 * 12**-0.5
         return law.strength * (delta.base + delta.start).std() * unit.double()
 
     def live(self, name: str) -> Tensor | float:
