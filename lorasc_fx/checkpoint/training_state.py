@@ -1,14 +1,11 @@
 """The rest of a checkpoint: the state of optimizer, scheduler and random generators, and `extra`.
 
-It is stored as JSON with references to tensors. `resume` restores everything or nothing. The `load_state_dict` methods
-of torch accept anything: a scheduler updates its `__dict__`, where an entry could hide a method. So a saved value is
-accepted only if the current value is of the same kind.
+It is stored as JSON with references to tensors. `resume` restores everything or nothing.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import random
@@ -31,7 +28,6 @@ from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.util.accelerator import generator_states, set_generator_states
-from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.undo import commit
 
@@ -88,7 +84,10 @@ def resume(
             if run.plan.spec.on_nonfinite == "raise":
                 check_numbers(optimizer_state, "optimizer")
         if scheduler is not None:
-            scheduler_state = like(scheduler.state_dict(), manifest["scheduler"]["state"], "scheduler")
+            current_state, saved_state = scheduler.state_dict(), manifest["scheduler"]["state"]
+            if len(saved_state.get("base_lrs", ())) != len(current_state.get("base_lrs", ())):
+                raise ValueError("scheduler.base_lrs: the optimizer has other groups than the saved one")
+            scheduler_state = like(current_state, saved_state)
     extra: dict[str, Any] = manifest["extra"]
     ranks = extra.pop(RANKS, None)
     # Optimizer and scheduler take their state through their own methods, and the generators belong to the process:
@@ -186,13 +185,12 @@ def _state_for(
             if not index.isdecimal() or len(index) > 9 or int(index) >= len(parameters) or not key:
                 raise ValueError(f"{sanitized(name)} is not the state of one of {len(parameters)} parameters")
             state.setdefault(int(index), {})[key] = tensor.clone()
-    _check_state(optimizer, state)
+    _check_shapes(optimizer, state)
     for number, entries in state.items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
                 entries[key] = dtensor_like(value, parameters[number])
-    groups = [_group(group, old, optimizer.defaults) for group, old in zip(current_groups, saved_groups, strict=True)]
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": like(current_groups, saved_groups)}
 
 
 def _saved_dtypes(run: Run, tensors: Mapping[str, torch.Tensor]) -> dict[nn.Parameter, torch.dtype]:
@@ -247,96 +245,33 @@ def _as_saved(loaded: Any, saved: Any, follows: torch.dtype | None, on_host: boo
     return loaded
 
 
-def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    """Refuse a state that only some parameters of a group have, or that differs from its parameter in shape.
+def _check_shapes(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse a state that belongs to parameters of other shapes: those of the optimizer have another order.
 
     Raises:
         ValueError: names the entry and the parameter.
     """
     if not type(optimizer).__module__.startswith("torch.optim.") or type(optimizer).__name__ in _ODD:
         return  # the layout of another optimizer's state is unknown
-    numbers = itertools.count()
-    for group in optimizer.param_groups:
-        numbered = zip(group["params"], numbers, strict=False)
-        entries_of_group = [(index, parameter, state[index]) for parameter, index in numbered if index in state]
-        for index, parameter, entries in entries_of_group:
-            if odd := sorted(entries.keys() ^ entries_of_group[0][2].keys()):
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for name, value in state.get(index, {}).items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
                 raise ValueError(
-                    f"optimizer: only some parameters of a group have {sanitized(odd[0])}, unlike parameter {index}"
+                    f"optimizer: {sanitized(name)} of parameter {index} is {tuple(value.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}"
                 )
-            for name, value in entries.items():
-                entry = f"optimizer: {sanitized(name)} of parameter {index}"
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError(f"{entry} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-                if isinstance(value, (dict, list, str)):
-                    raise ValueError(f"{entry} is not a number")
 
 
-def _group(current: Mapping[str, Any], saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved options of a group. A scheduler may add its own numbers to a group, or lack them."""
-    lost = next((key for key in current if key not in saved and key in defaults), None)
-    if lost is not None:
-        raise ValueError(f"optimizer: a group has no {lost!r}")
-    for key, value in saved.items():
-        if key not in current and not is_number(value):
-            raise ValueError(f"optimizer: a group has {sanitized(repr(key))}, and this one has not")
-    return {
-        key: like(current[key], value, f"optimizer: {key}") if key in current else value for key, value in saved.items()
-    }
-
-
-def like(current: Any, saved: Any, path: str) -> Any:
-    """Return a value from JSON with the types of the current one: tuples and integer keys are restored.
-
-    Raises:
-        ValueError: it is of another kind, or has other keys; names the path.
-    """
-    if isinstance(current, dict):
-        return _like_table(current, saved, path)
-    if isinstance(current, (list, tuple)):
-        return _like_list(current, saved, path)
-    number = isinstance(saved, float) or is_number(saved)  # inf and nan come from references beside the JSON
-    if isinstance(current, torch.Tensor):
-        fits = isinstance(saved, torch.Tensor) and saved.shape == current.shape and saved.dtype == current.dtype
-    elif current is None:
-        fits = saved is None or isinstance(saved, (bool, str)) or number
-    elif isinstance(current, bool):
-        fits = isinstance(saved, bool) or saved is None
-    else:
-        fits = number if isinstance(current, (int, float)) else isinstance(current, str) and isinstance(saved, str)
-    if not fits:
-        raise ValueError(f"{path} is {sanitized(repr(saved))}, and {type(current).__name__} is expected")
-    return saved.to(current.device) if isinstance(current, torch.Tensor) else saved
-
-
-def _like_table(current: dict[Any, Any], saved: Any, path: str) -> Any:
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} is {type(saved).__name__}, not a table")
-    if current and all(type(key) is int for key in current):
-        sample = next(iter(current.values()))
-        numbered = {int(name): value for name, value in saved.items()}
-        return type(current)(
-            {key: like(current.get(key, sample), value, f"{path}[{key}]") for key, value in numbered.items()}
-        )
-    odd = sorted(set(saved) ^ set(current)) if current else [name for name in saved if name.startswith("_")]
-    if odd:
-        verb = "has" if odd[0] in saved else "has no"
-        raise ValueError(f"{path} {verb} {sanitized(repr(odd[0]))}, unlike the current one")
-    return type(current)(
-        {name: like(current.get(name), value, f"{path}.{sanitized(name)}") for name, value in saved.items()}
-    )
-
-
-def _like_list(current: list[Any] | tuple[Any, ...], saved: Any, path: str) -> Any:
-    if not isinstance(saved, list):
-        raise ValueError(f"{path} is {type(saved).__name__}, not a list")
-    nested = any(isinstance(value, (dict, list, tuple)) for value in current)
-    fixed = nested or isinstance(current, tuple) or path.endswith(("lr", "lrs", "momentums"))
-    if fixed and len(current) != len(saved):
-        raise ValueError(f"{path} has {len(saved)} entries, {len(current)} are expected")
-    samples = current if fixed else [current[0] if current else None] * len(saved)
-    values = [like(sample, saved[index], f"{path}[{index}]") for index, sample in enumerate(samples)]
-    return tuple(values) if isinstance(current, tuple) else values
+def like(current: Any, saved: Any) -> Any:
+    """Return a value from JSON with the types of the current one: tuples and integer keys are restored."""
+    if isinstance(current, dict) and isinstance(saved, dict):
+        numbered = bool(current) and all(type(key) is int for key in current)
+        keyed = {int(key) if numbered else key: value for key, value in saved.items()}
+        return type(current)({key: like(current.get(key), value) for key, value in keyed.items()})
+    if isinstance(current, (list, tuple)) and isinstance(saved, list):
+        padded = [*current, *[None] * len(saved)]
+        return type(current)(like(before, value) for before, value in zip(padded, saved, strict=False))
+    return saved.to(current.device) if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor) else saved
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
