@@ -16,7 +16,13 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class EndsStage(CascadePass):
-    """A pass that ends the running stage, and so folds the branches."""
+    """A pass that ends the running stage, and so folds the branches.
+
+    Args:
+        loss: of the stage, if the pace of the spec is "loss".
+    """
+
+    loss: float | None = None
 
     def check(self, graph_module: fx.GraphModule) -> None:
         """Raise for a missing fact; NonFiniteBranch for inf or nan in a branch, unless the spec skips such branches."""
@@ -51,7 +57,7 @@ class FoldBranches(EndsStage):
         plan = graph.record.plan
         if plan is not None and not graph.record.owner:
             named = named_weights(graph.owner)
-            slow = absorb_branches(graph, plan)
+            slow = absorb_branches(graph, plan, self.loss)
             for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))
                 graph.set_tensor(named.names[weight], exact.to(state.base.dtype))
@@ -61,6 +67,7 @@ class FoldBranches(EndsStage):
         graph.set_branches({})
 
 
-def absorb_branches(graph: GraphEditor, plan: Plan) -> SlowWeights:
+def absorb_branches(graph: GraphEditor, plan: Plan, loss: float | None) -> SlowWeights:
     """Return the slow weights after the running stage."""
-    return graph.record.slow.after_stage(plan, {branch.weight_name: branch for branch in graph.branches.values()})
+    branches = {branch.weight_name: branch for branch in graph.branches.values()}
+    return graph.record.slow.after_stage(plan, branches, loss)

@@ -36,11 +36,14 @@ class StageTransition(EndsStage):
                 f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
                 code="requirement-not-met",
             )
-        named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
+        named, slow = named_weights(graph.owner), absorb_branches(graph, plan, self.loss)
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:
-            started = begin_stage(states[site.weight], branches[site.key], site, after.spec, after.stage)
+            left_out = site.weight in slow.left_out
+            started = begin_stage(
+                states[site.weight], branches[site.key], site, after.spec, after.stage, left_out=left_out
+            )
             states[site.weight], new[site.key] = started
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasc_fx import Noise, PassError
+from lorasc_fx import Noise, PassError, SpecError
 from lorasc_fx.graph import record_of, text
 from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
@@ -120,6 +120,32 @@ def test_where_lora_a_starts(start: str) -> None:
         if start == "fresh":
             assert_differ(branch.lora_A.detach(), first[weight])
             assert branch.lora_A.abs().max() <= branch.lora_A.shape[1] ** -0.5
+
+
+@pytest.mark.parametrize("name", ["module_linear", "module_conv2d"])
+def test_a_partial_restart_changes_no_output(name: str) -> None:
+    """The pairs that are trained on are taken out of the constants, and a fold puts them back."""
+    case = BY_NAME[name]
+    inserted = fill(insert(case.own(), replace(case.spec, rank=4, pace=1.0, restart_pairs=0.5)))
+    before = run(inserted, case)
+    after = StageTransition()(inserted).graph_module
+    for branch in branches_of(after).values():
+        assert branch.lora_B.any(0).sum() == 2
+    assert_close(run(after, case), before)
+    assert_close(run(FoldBranches()(after).graph_module, case), before)
+
+
+def test_a_stage_is_weighted_by_its_loss() -> None:
+    """The second of two stages has a third of the weight of the first, so a quarter of the mean."""
+    case = BY_NAME["module_linear"]
+    graph, slow = insert(case.own(), replace(case.spec, pace="loss")), dict[str, torch.Tensor]()
+    with raises(SpecError, "invalid-value", "loss of stage 1 is missing"):
+        StageTransition()(graph)
+    for stage, (loss, share) in enumerate([(1.0, 1.0), (3.0, 0.25)]):
+        added = deltas(fill(graph, seed=stage))
+        graph = StageTransition(loss=loss)(graph).graph_module
+        slow = {name: slow.get(name, 0.0) + share * value for name, value in added.items()}
+    assert_close(run(graph, case), by_hand(case, slow))
 
 
 def test_a_live_graph_is_the_runtimes() -> None:
