@@ -31,7 +31,7 @@ from .steps import measured
 
 HERE = Path(__file__).parent
 PARTS = ("table", "placement", "costs", "start", "curves", "compiled")
-PARTS_OF = {"cpu": PARTS, "cuda": ("table",)}
+PARTS_OF = {"cpu": PARTS, "cuda": ("table", "costs")}
 """Parts that are measured on a device."""
 
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured_now["placement"] = {name: _placement(name, options.rounds) for name in names}
     if "costs" in parts:
         costs(WORKS["tiny"], 1)  # imports, and what is done once in a process
-        measured_now["costs"] = {name: _costs(name, options.repeats) for name in names}
+        measured_now["costs"] = {name: _costs(name, options) for name in names}
     if "start" in parts:
         more = [] if options.names or options.quick else list(STARTED)
         measured_now["start"] = _start([*names, *more], options)
@@ -77,7 +77,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         f"with --only compiled also {', '.join(COMPILED.keys() - WORKS.keys())}, by default {', '.join(COMPILED)}",
     )
     parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--device", choices=PARTS_OF, default="cpu", help="cuda: steps and memory on a GPU, in bf16")
+    parser.add_argument(
+        "--device",
+        choices=PARTS_OF,
+        default="cpu",
+        help="cuda: steps, memory, transitions and the like on a GPU, in bf16",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="fresh models for the costs")
     parser.add_argument("--threads", type=int, default=2)
@@ -130,10 +135,10 @@ def _compiled(name: str, rounds: int) -> dict[str, Any]:
     return row
 
 
-def _costs(name: str, repeats: int) -> dict[str, Any]:
-    row = costs(WORKS[name], repeats)
+def _costs(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    row = costs(works(options.device)[name], options.repeats, device=options.device)
     gc.collect()
-    print(f"\n{report.cost_table({name: row})}", flush=True)
+    print(f"\n{report.cost_table({name: row}, options.device)}", flush=True)
     return row
 
 

@@ -8,6 +8,10 @@
 | `release` | `merge_and_unload` |
 | `save` | `save_pretrained` |
 | `load` | `PeftModel.from_pretrained` |
+| `weights`: into `weights("slow")` and back | `merge_adapter`, `unmerge_adapter` |
+| `generate`: eight tokens, in a stage | `generate`, unmerged |
+
+On an accelerator ours is measured with W0 on the device (`base="device"`) as well.
 """
 
 from __future__ import annotations
@@ -28,40 +32,52 @@ from .models import Work
 from .rivals import adapted, check_same_work, wrapped
 from .transitions import Seconds, streaming_seconds, timed, train, transition_seconds
 
-__all__ = ["ROWS", "clocked", "costs"]
+__all__ = ["ON_DEVICE", "ROWS", "clocked", "costs"]
 
-ROWS = ("adapt", "transition", "fold", "release", "save", "load")
+ROWS = ("adapt", "transition", "fold", "release", "save", "load", "weights", "generate")
+ON_DEVICE = "ours, base=device"
 
 Found = dict[str, list[Seconds]]
 
 
-def costs(work: Work, repeats: int, stages: int = 3) -> dict[str, Any]:
+def costs(work: Work, repeats: int, stages: int = 3, device: str = "cpu") -> dict[str, Any]:
     """Return the least seconds of each row over some repeats, in which the two take turns, as plain data.
 
     Args:
         work: the model.
         repeats: fresh models of each.
         stages: transitions of each model.
+        device: of the work.
     """
     model, batch = work.build(), work.batch()
-    ours: Found = {row: [] for row in ROWS}
-    theirs: Found = {row: [] for row in ROWS}
+    names = ("ours", "peft") if device == "cpu" else ("ours", ON_DEVICE, "peft")
+    found: dict[str, Found] = {name: {row: [] for row in ROWS} for name in names}
     streaming: list[Seconds] = []
     for _ in range(repeats):
-        cascade = _ours(work, model, batch, ours, stages, streaming)
-        wrapper = _theirs(work, model, theirs, stages)
+        if ON_DEVICE in found:
+            beside = _ours(work, model, batch, found[ON_DEVICE], stages, [], "device")
+            clocked(found[ON_DEVICE]["release"], beside.release)
+        cascade = _ours(work, model, batch, found["ours"], stages, streaming)
+        wrapper = _theirs(work, model, batch, found["peft"], stages)
         check_same_work(work, cascade, wrapper)
-        _leave(cascade, wrapper, ours, theirs)
-    least = {name: {row: _least(found[row]) for row in ROWS} for name, found in (("ours", ours), ("peft", theirs))}
+        clocked(found["ours"]["release"], cascade.release)
+        clocked(found["peft"]["release"], wrapper.merge_and_unload)
+    least = {name: {row: _least(rows[row]) for row in ROWS if rows[row]} for name, rows in found.items()}
     return {"title": work.title, **least, "streaming": _least(streaming)}
 
 
 def _ours(
-    work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], found: Found, stages: int, streaming: list[Seconds]
+    work: Work,
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    found: Found,
+    stages: int,
+    streaming: list[Seconds],
+    memory: str = "memory",
 ) -> lx.Cascade:
     base = copy.deepcopy(model)
     forget()
-    cascade = clocked(found["adapt"], lambda: adapted(work, base, batch))
+    cascade = clocked(found["adapt"], lambda: adapted(work, base, batch, base=memory))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     for _ in range(stages):
         train(cascade, optimizer)
@@ -69,6 +85,14 @@ def _ours(
         streaming.append(streaming_seconds(cascade))
     train(cascade, optimizer)
     clocked(found["fold"], cascade.folded_state_dict)
+
+    def visit() -> None:
+        with cascade.weights("slow"):
+            pass
+
+    clocked(found["weights"], visit)
+    if hasattr(model, "generate"):
+        clocked(found["generate"], lambda: cascade.generate(**_prompt(batch)))
     with tempfile.TemporaryDirectory() as folder:
         clocked(found["save"], lambda: lx.save(cascade, Path(folder)))
         again = copy.deepcopy(model)
@@ -77,7 +101,13 @@ def _ours(
     return cascade
 
 
-def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
+def _prompt(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments of `generate` for a batch of ids, or of embeddings, of which a few positions are used."""
+    begun = {name: value[:, :8] for name, value in batch.items()}
+    return {**begun, "min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+def _theirs(work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], found: Found, stages: int) -> Any:
     import peft
 
     base = copy.deepcopy(model)
@@ -100,17 +130,15 @@ def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
         return state
 
     clocked(found["fold"], fold)
+    clocked(found["weights"], lambda: (wrapper.merge_adapter(), wrapper.unmerge_adapter()))
+    if hasattr(model, "generate"):
+        clocked(found["generate"], lambda: wrapper.generate(**_prompt(batch)))
     with tempfile.TemporaryDirectory() as folder:
         clocked(found["save"], lambda: wrapper.save_pretrained(folder))
         again = copy.deepcopy(model)
         forget()
         clocked(found["load"], lambda: peft.PeftModel.from_pretrained(again, folder, is_trainable=True))
     return wrapper
-
-
-def _leave(cascade: lx.Cascade, wrapper: Any, ours: Found, theirs: Found) -> None:
-    clocked(ours["release"], cascade.release)
-    clocked(theirs["release"], wrapper.merge_and_unload)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

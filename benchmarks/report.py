@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .compiled import COMPILED, PAIRS
-from .costs import ROWS
+from .costs import ON_DEVICE, ROWS
 from .placement_oracle import AGAIN
 from .rivals import RANK
 from .start import CALLS, LAYERS, STARTS, WIDTH
@@ -120,7 +120,11 @@ table above.
 MiB, as above; *allocated* is `torch.cuda.max_memory_allocated` of a process that holds only this model, while it
 trains.
 
-{memory_table(results["steps"], "cuda")}"""
+{memory_table(results["steps"], "cuda")}
+
+Wall seconds, ours / ours with base="device" / peft's (`benchmarks/costs.py`):
+
+{cost_table(results.get("costs", {}), "cuda")}"""
 
 
 SECTIONS = {"cpu": section, "cuda": cuda_section}
@@ -248,16 +252,20 @@ def memory_table(rows: Rows, device: str = "cpu") -> str:
     )
 
 
-def cost_table(rows: Rows) -> str:
+def cost_table(rows: Rows, device: str = "cpu") -> str:
     """Return the table of what is paid once, or once a stage."""
+
+    clock = "cpu" if device == "cpu" else "wall"
+    rivals = ("ours", "peft") if device == "cpu" else ("ours", ON_DEVICE, "peft")
+    measured = [name for name in ROWS if any(name in row["ours"] for row in rows.values())]
 
     def cells(row: Mapping[str, Any]) -> Iterable[str]:
         yield row["title"]
-        for name in ROWS:
-            yield f"{row['ours'][name]['cpu']:.2f} / {row['peft'][name]['cpu']:.2f}"
-        yield f"{row['streaming']['cpu']:.2f}"
+        for name in measured:
+            yield " / ".join(f"{row[each][name][clock]:.2f}" if name in row[each] else "-" for each in rivals)
+        yield f"{row['streaming'][clock]:.2f}"
 
-    return table(("model", *ROWS, "streaming"), map(cells, rows.values()))
+    return table(("model", *measured, "streaming"), map(cells, rows.values()))
 
 
 def _started(rows: Rows) -> str:

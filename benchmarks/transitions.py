@@ -33,13 +33,21 @@ class Seconds:
     wall: float
 
 
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def timed(run: Callable[[], object]) -> Seconds:
     """Return the seconds of one call; no garbage is collected within it."""
     gc.collect()
     gc.disable()
     try:
+        synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         run()
+        synchronize()
         return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
     finally:
         gc.enable()
