@@ -1,11 +1,9 @@
-"""A callback for Lightning's Trainer, whose LightningModule holds a cascade, or was adapted itself."""
+"""A callback for Lightning's Trainer, whose LightningModule holds a cascade."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from torch import nn
 
 from lorasc_fx.cascade import transition
 from lorasc_fx.errors import MissingExtra, SpecError, StateError
@@ -18,7 +16,7 @@ try:
 except MissingExtra as fault:  # the extra has only lightning-fabric
     raise MissingExtra("this needs the package 'lightning', which is not installed: pip install lightning") from fault
 
-__all__ = ["CascadeCallback", "as_module"]
+__all__ = ["CascadeCallback"]
 
 
 class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-defined]
@@ -62,7 +60,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         if self.cascade not in pl_module.modules():
             raise StateError(
                 f"CascadeCallback: {type(pl_module).__name__} does not hold the cascade of the callback. Make it an "
-                "attribute of the LightningModule, or fit lorasc_fx.integrations.lightning.as_module(cascade)",
+                "attribute of the LightningModule",
                 code="trainer-not-supported",
             )
         run, optimizer = self.cascade._run, self._optimizer(trainer)
@@ -110,35 +108,3 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
                 code="conflicting-options",
             )
         return trainer.optimizers[0]
-
-
-def as_module(cascade: Cascade) -> Any:
-    """Return a LightningModule whose `self(...)` calls the cascade and whose parameters are those of the cascade.
-
-    It has the methods and attributes of the LightningModule that was adapted. Modules that its steps call by name
-    (`self.net(x)`) compute without branches: adapt such a module instead.
-
-    Args:
-        cascade: `lorasc_fx.adapt(module, ...)` of a LightningModule.
-
-    Raises:
-        SpecError: the cascade was made from another kind of model.
-    """
-    model = cascade.model
-    if not isinstance(model, pytorch.LightningModule):
-        raise SpecError(f"as_module: this is a cascade of {type(model).__name__}. Give one of a LightningModule")
-    kind: Any = type(model)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.cascade(*args, **kwargs)
-
-    def attribute(self: Any, name: str) -> Any:
-        modules = vars(self)["_modules"]
-        return modules["cascade"] if name == "cascade" else getattr(modules["cascade"].model, name)
-
-    attributes = {"forward": forward, "__getattr__": attribute, "__module__": __name__}
-    subclass: Any = type(kind.__name__, (kind,), attributes)
-    module, holder = subclass.__new__(subclass), nn.Module()
-    holder.cascade = cascade
-    vars(module).update({**vars(model), **vars(holder)})
-    return module

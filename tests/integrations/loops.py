@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import lorasc_fx as lx
-from tests.integrations.kit import adapted, arguments, net, rows
+from tests.integrations.kit import adapted, arguments, rows
 
 SPECS: dict[str, dict[str, Any]] = {
     "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("*head.bias",)},
@@ -179,45 +179,39 @@ def by_trainer(how: dict[str, Any], **more: Any) -> Loop:
     return run
 
 
-def by_lightning(whole: bool) -> Loop:
-    """Lightning's Trainer, in epochs of one batch, as it resumes between epochs; the cascade holds the module, or is
-    held by it."""
+def by_lightning(spec: lx.CascadeSpec, folder: Path, at: int) -> Done:
+    """Lightning's Trainer, in epochs of one batch, as it resumes between epochs."""
 
-    def run(spec: lx.CascadeSpec, folder: Path, at: int) -> Done:
-        import lightning
-        from lightning.pytorch.callbacks import ModelCheckpoint
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
-        class Module(lightning.LightningModule):  # type: ignore[misc]
-            def __init__(self) -> None:
-                super().__init__()
-                self.net, self.losses = net(0.0) if whole else adapted(spec, 0.0), list[float]()
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.losses = adapted(spec, 0.0), list[float]()
 
-            def forward(self, x: Tensor, labels: Tensor) -> Any:
-                return self.net(x, labels)
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return self.net(x, labels)
 
-            def training_step(self, batch: Any, _index: int) -> Tensor:
-                loss: Tensor = self(batch["x"], batch["labels"])["loss"]
-                self.losses.append(loss.item())
-                return loss
+        def training_step(self, batch: Any, _index: int) -> Tensor:
+            loss: Tensor = self(batch["x"], batch["labels"])["loss"]
+            self.losses.append(loss.item())
+            return loss
 
-            def configure_optimizers(self) -> torch.optim.Optimizer:
-                return torch.optim.AdamW(self.parameters(), lr=0.02)
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.02)
 
-        logging.getLogger("lightning.pytorch").setLevel("ERROR")
-        module: Any = Module()
-        if whole:
-            module = lx.integrations.lightning.as_module(lx.adapt(module, data(0), spec=spec))
-        cascade = module.cascade if whole else module.net
-        saved = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-        trainer = lightning.Trainer(
-            max_epochs=END, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[lx.integrations.lightning.CascadeCallback(cascade, steps=4), saved],
-        )  # fmt: skip
-        batches = DataLoader([{name: row[name] for name in ("x", "labels")} for row in rows(4)], 4)  # type: ignore[arg-type]
-        trainer.fit(module, batches, ckpt_path=str(folder / f"step={at}.ckpt") if at else None)
-        return module.losses, cascade
-
-    return run
+    logging.getLogger("lightning.pytorch").setLevel("ERROR")
+    module: Any = Module()
+    cascade = module.net
+    saved = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer = lightning.Trainer(
+        max_epochs=END, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[lx.integrations.lightning.CascadeCallback(cascade, steps=4), saved],
+    )  # fmt: skip
+    batches = DataLoader([{name: row[name] for name in ("x", "labels")} for row in rows(4)], 4)  # type: ignore[arg-type]
+    trainer.fit(module, batches, ckpt_path=str(folder / f"step={at}.ckpt") if at else None)
+    return module.losses, cascade
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
@@ -226,15 +220,11 @@ LOOPS: dict[str, Loop] = {
     "accelerate": by_steps(Accelerated),
     "accelerate, bf16": by_steps(AcceleratedHalf),
     "timm": by_steps(Timm),
-    "lightning": by_lightning(whole=False),
-    "lightning, whole": by_lightning(whole=True),
+    "lightning": by_lightning,
     "trainer": by_trainer({"steps": 3}),
     "trainer, bf16": by_trainer({"steps": 3}, bf16=True),
     "trainer, epochs": by_trainer({"epochs": 1}),
     "trainer, accumulated": by_trainer({"steps": 2}, gradient_accumulation_steps=2, num_train_epochs=3),
-    "trainer, rates of stages": by_trainer(
-        {"steps": 3, "schedule": "stage"}, lr_scheduler_type="linear", warmup_steps=1
-    ),
     "trainer, plateau": by_trainer({"plateau": 0}, learning_rate=0.5, **EVALUATED),
     "trainer, best": by_trainer(
         {"steps": 3}, learning_rate=0.3, load_best_model_at_end=True, metric_for_best_model="eval_loss", **EVALUATED

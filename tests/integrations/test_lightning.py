@@ -1,4 +1,4 @@
-"""A cascade in Lightning's Trainer: held by a LightningModule or made of one, with a validation loop."""
+"""A cascade in Lightning's Trainer, held by a LightningModule, with a validation loop."""
 
 from __future__ import annotations
 
@@ -51,10 +51,6 @@ def held() -> Any:
     return module
 
 
-def itself() -> Any:
-    return lx.integrations.lightning.as_module(lx.adapt(Module(), (X, LABELS), spec=SPEC))
-
-
 def data(count: int) -> Any:
     return DataLoader([{name: row[name] for name in ("x", "labels")} for row in rows(count)], 4)  # type: ignore[arg-type]
 
@@ -68,14 +64,13 @@ def trainer_of(module: Any, folder: Path, *, epochs: int = 3, **how: Any) -> Any
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [held, itself])
-def test_stages_and_validation(make: Any, tmp_path: Path) -> None:
+def test_stages_and_validation(tmp_path: Path) -> None:
     """Beside the loop by hand; validation sees W0 + S by the formula."""
-    module = make()
+    module = held()
     trainer = trainer_of(module, tmp_path / "whole")
     trainer.fit(module, data(20), data(8))
     assert module.cascade.stage == 4
-    by_hand = make()
+    by_hand = held()
     optimizer = torch.optim.AdamW(by_hand.cascade.param_groups(lr=0.02))
     losses = []
     for _ in by_hand.cascade.stages(3, optimizer):
@@ -139,5 +134,3 @@ def test_what_is_refused(tmp_path: Path) -> None:
         lx.integrations.lightning.CascadeCallback(other.cascade, epochs=1, steps=2)
     with raises(lx.SpecError, "invalid-value", "evaluate", "slow or fast"):
         lx.integrations.lightning.CascadeCallback(other.cascade, evaluate=("slow", "fast"))
-    with raises(lx.SpecError, "invalid-value", "as_module", "Net"):
-        lx.integrations.lightning.as_module(other.cascade)
