@@ -60,7 +60,7 @@ _COMMON = {"modules_to_save", "bias", "rank_pattern"}
 
 def is_config(spec: Any) -> bool:
     """Whether an object is a configuration of peft that `spec_of` reads."""
-    return getattr(spec, "peft_type", None) in ("LORA", *METHOD_CONFIGS)
+    return getattr(spec, "peft_type", None) in ("LORA", "TRAINABLE_TOKENS", *METHOD_CONFIGS)
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
@@ -72,6 +72,8 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
     if config.peft_type == "LORA":
         return _lora_spec_of(config, values, model)
+    if config.peft_type == "TRAINABLE_TOKENS":
+        return _token_spec_of(config, values, model)
     method = METHOD_CONFIGS[config.peft_type]
     read = {method.size, method.alpha, *method.options, *method.free, *_COMMON, *_UNUSED}
     refused = _refused(config, values, read)
@@ -154,6 +156,16 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
         dropout=float(values["lora_dropout"]),
         start=starts[start.partition("_niter_")[0]] if isinstance(start, str) else "lora",
     )
+
+
+def _token_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> CascadeSpec:
+    """Return the spec of a `peft.TrainableTokensConfig`, by default for the input embedding."""
+    targets = values["target_modules"]
+    _check(_refused(config, values, {*_UNUSED, "token_indices"}), {**values, "target_modules": targets or ()}, config)
+    paths = token_rows(values["token_indices"], model) if targets is None else _targets(config, model)
+    if not paths:
+        raise UnknownTarget(f"spec: target_modules={targets!r} match no module with a weight")
+    return lora_spec({}, (1, USUAL_ALPHA), (), {f"{path}.weight": values["token_indices"] for path in paths})
 
 
 def _targets(config: Any, model: nn.Module) -> list[str]:

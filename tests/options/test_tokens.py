@@ -195,6 +195,26 @@ def test_a_rule_refuses_rows(fields: dict[str, Any]) -> None:
         lx.Rule("*", **fields)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of transformers, about peft
+@pytest.mark.parametrize("targets", [None, ["embed_tokens"], ["lm_head"]], ids=str)
+def test_rows_alone(targets: list[str] | None) -> None:
+    """peft's configuration of rows without LoRA."""
+    model = made("untied")[0]
+    config = peft.TrainableTokensConfig(token_indices=[*ROWS], target_modules=targets)
+    theirs = peft.get_peft_model(copy.deepcopy(model), copy.copy(config))
+    cascade = lx.adapt(model, (ids(0),), spec=config)
+    expected = train(theirs, torch.optim.AdamW(trainable_parameters(theirs), lr=0.02, weight_decay=0.0))
+    ours = torch.optim.AdamW(cascade.param_groups(lr=0.02), weight_decay=0.0)
+    assert train(cascade, ours) == pytest.approx(expected, abs=1e-10, rel=0)
+    refused = peft.TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"], init_weights=False)
+    with raises(lx.SpecError, "adapter-not-supported", "init_weights=False"):
+        lx.adapt(made("untied")[0], (ids(0),), spec=refused)
+    with raises(lx.UnknownTarget, "unknown-target", "no_such"):
+        lx.adapt(
+            made("untied")[0], (ids(0),), spec=peft.TrainableTokensConfig(token_indices=[1], target_modules=["no_such"])
+        )
+
+
 def test_rows_of_one_name_of_a_weight_that_peft_does_not_tie(tmp_path: Path) -> None:
     """peft changes the embedding only, and a cascade both: one error says so."""
     model = Plain()
