@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from lorasc_fx.cli.config import load_config
-from lorasc_fx.cli.run_folder import EXPERT, REFUSAL, SITE, RunFolder, check_output, read_lines, write_whole
+from lorasc_fx.cli.run_folder import REFUSAL, SITE, RunFolder, check_output, read_lines, write_whole
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of, require
 
@@ -64,7 +64,7 @@ class RunRecord:
         self.config = load_config(folder.config)
         self.lines = read_lines(folder.metrics)
         self.about = folder.read_cascade()
-        self.experts = read_lines(folder.experts, EXPERT)  # one record per stage and site
+        self.experts = read_lines(folder.experts)  # one record per stage and site
         self.environment = folder.read_environment()
 
     def by_step(self, name: str) -> list[tuple[int, float]]:

@@ -38,12 +38,9 @@ _PACKAGES = (
     "scipy", "datasets",
 )  # fmt: skip
 
-_CASCADE = ("model", "frontend", "parameters", "trainable", "sites", "refusals", "unreached",
-            "refused_frontends")  # fmt: skip
 SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
 REFUSAL = ("weight", "reason", "sentence")
-EXPERT = ("stage", "site", "norm", "effective_rank")
-"""Required keys of the records."""
+"""Keys of the records of a site, and of a refusal."""
 
 
 class RunFolder:
@@ -185,11 +182,7 @@ class RunFolder:
         Raises:
             StateError: it is damaged, as for all of these records.
         """
-        about = _record(self.cascade, _CASCADE)
-        for entries, keys in ((about["sites"], SITE), (about["refusals"], REFUSAL)):
-            for entry in entries:
-                _check(self.cascade, 1, entry, keys)
-        return about
+        return _record(self.cascade)
 
     def read_classes(self) -> tuple[str, ...]:
         """Return the names of the classes."""
@@ -265,42 +258,32 @@ def write_whole(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
-def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, each with these keys; none if there is no file.
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines; none if there is no file.
 
     Raises:
         StateError: a line is damaged.
     """
     lines = enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1)
-    return [_parsed(path, number, line, keys) for number, line in lines if line.strip()]
+    return [_parsed(path, number, line) for number, line in lines if line.strip()]
 
 
-def _record(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+def _record(path: Path) -> dict[str, Any]:
     """Return the record in a file; an empty one if there is no file."""
-    return _parsed(path, 1, path.read_bytes(), keys) if path.is_file() else {}
+    return _parsed(path, 1, path.read_bytes()) if path.is_file() else {}
 
 
-def _parsed(path: Path, number: int, text: bytes, keys: Sequence[str]) -> dict[str, Any]:
+def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
     try:
-        record = parse_json(text)
+        record, problem = parse_json(text), "is not a JSON object"
     except ValueError as fault:
-        raise _damaged(path, number, f"is not JSON ({fault})") from fault
-    _check(path, number, record, keys)
-    return dict(record)
-
-
-def _check(path: Path, number: int, record: Any, keys: Sequence[str]) -> None:
-    """Check that a value is a JSON object with these keys."""
+        record, problem = None, f"is not JSON ({fault})"
     if not isinstance(record, dict):
-        raise _damaged(path, number, "is not a JSON object")
-    if missing := [key for key in keys if key not in record]:
-        raise _damaged(path, number, f"has no key {missing[0]!r}")
-
-
-def _damaged(path: Path, number: int, problem: str) -> StateError:
-    return StateError(
-        f"{path}: line {number} {problem}; the file is damaged: restore it, or train again", code="invalid-checkpoint"
-    )
+        raise StateError(
+            f"{path}: line {number} {problem}; the file is damaged: restore it, or train again",
+            code="invalid-checkpoint",
+        )
+    return record
 
 
 def singular_values(delta: Delta) -> Tensor:
