@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import fx, nn
@@ -91,13 +92,16 @@ def capture(
         else:
             tried = FRONTENDS.values() if frontend == "auto" else (FRONTENDS[frontend],)
             captured = example.first_that_agrees(tuple(tried))
+    state = Guards(model, preflight.assigned, preflight.written)
+    if captured.known is not None:
+        captured.known.state = ref(state)
     return replace(
         captured,
         own_backward=bool(preflight.functions),
         whole_elsewhere=preflight.only_recomputes,
         conditions=replace(
             captured.conditions,
-            state=Guards(model, preflight.assigned, preflight.written),
+            state=state,
             grad=preflight.grad,
             requires_grad=requires_grad(leaves(args, kwargs)) if preflight.asks else None,
         ),

@@ -136,6 +136,7 @@ class Captured:
         own_backward: whether the model has backward code of its own, such as a custom autograd.Function.
         whole_elsewhere: whether only gradient checkpointing ruled out a whole graph. In another mode it may be off.
         drop_cached: drops the graph from the cache that it was taken from; None for a new graph.
+        known: what the cache holds of a new graph.
     """
 
     module: fx.GraphModule
@@ -146,6 +147,7 @@ class Captured:
     own_backward: bool = False
     whole_elsewhere: bool = False
     drop_cached: Callable[[], None] | None = None
+    known: Any = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

@@ -1,297 +1,205 @@
-"""A cache of exported graphs: a second model in the same state gets a copy of the first one's graph.
+"""A cache of exported graphs: a call whose trace is known gets a copy of the graph of an earlier call.
 
-The key of a graph is everything that an export reads (`key_of`). Most of it is one pickle: the modules with their
-Python state, the inputs without their values, and the classes, functions and global variables behind them. The pickler
-writes a tensor by name, and a class or code object by its identity. A hook, a tensor that is neither parameter nor
-buffer, and an object of a foreign library cannot be compared by value. If the model holds one, nothing is cached.
+`Trace.of` runs the model once on fake tensors, with the sizes of the call, and records each function of torch that it
+calls: the function, its arguments and the shapes of its results. That takes a tenth of an export. Two calls with equal
+traces have equal static graphs, so one export serves models in the same state, arguments that change nothing, and both
+modes of a model that does not read its mode.
 
-A cached graph holds no weights and no model. `capture` compares it with the new model, as it does with a new graph.
+One graph also serves a call whose trace differs from that of the graph in one of these ways:
+
+- The arguments of `FLAGS` that depend on the mode differ: dropout and batch norm. The copy gets the new values.
+- Some functions are not called, and nothing needs their results: a call without labels needs no loss. The copy has
+  other outputs, and no nodes that only the old ones needed.
+
+A trace holds for its own sizes. A graph with dynamic sizes therefore serves another call only at the sizes at which
+both calls were traced. A trace that reads a value or calls an unknown kind of function is not used.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
-import io
-import os
-import pickle  # noqa: TID251 - only writes keys, which nothing reads back
-import types
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensor
-from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode, is_traceable_wrapper_subclass
-from torch.utils.hooks import RemovableHandle
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from lorasc_fx.capture.captured import OWNER, Conditions, with_owner
-from lorasc_fx.check.guards import HOOKS, OPAQUE, UNREAD, is_followed, package_of, slots_of
+from lorasc_fx.check.guards import Guards
+from lorasc_fx.check.isolation import isolated_model
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import copy_graph
+from lorasc_fx.graph.editor import adjust
+from lorasc_fx.parameters import substituted
 from lorasc_fx.signature import whole
 from lorasc_fx.util.accelerator import autocast_state
-from lorasc_fx.util.fingerprint import checksum
+from lorasc_fx.util.undo import Block, isolated
 
 MAX_GRAPHS = 16
 """Graphs in the cache; the least recently used one is dropped first."""
-MAX_OBJECTS = 1 << 16
-"""Objects that the key of a graph may depend on."""
-MAX_KEY = 1 << 24
-"""Bytes of a key."""
 MAX_BYTES = 1 << 20
 """Size of the constants of a cached graph."""
+MAX_SIZES = 4
+"""Sizes at which one graph with dynamic sizes serves calls of another kind. Then these calls get a graph of their own,
+because two traces for each size would take longer than one export."""
 
-_CACHE: OrderedDict[Hashable, CachedGraph] = OrderedDict()
+_ATEN = torch.ops.aten
+FLAGS: dict[Any, tuple[tuple[str, int], Any, int]] = {
+    F.dropout: (("training", 2), _ATEN.dropout.default, 2),
+    F.dropout1d: (("training", 2), _ATEN.feature_dropout.default, 2),
+    F.dropout2d: (("training", 2), _ATEN.feature_dropout.default, 2),
+    F.dropout3d: (("training", 2), _ATEN.feature_dropout.default, 2),
+    F.alpha_dropout: (("training", 2), _ATEN.alpha_dropout.default, 2),
+    F.feature_alpha_dropout: (("training", 2), _ATEN.feature_alpha_dropout.default, 2),
+    F.batch_norm: (("training", 5), _ATEN.batch_norm.default, 5),
+    F.scaled_dot_product_attention: (("dropout_p", 4), _ATEN.scaled_dot_product_attention.default, 4),
+}
+"""Functions with an argument that depends on the mode: its name and position, the op of its node, and the position
+there."""
+_DEFAULTS = {"training": False, "dropout_p": 0.0}
+_ALWAYS_TRAINING = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
+"""Functions of FLAGS whose default is training."""
+
+_CACHE: OrderedDict[int, Known] = OrderedDict()
 
 
-class _NoKey(Exception):
-    """Something that cannot be compared by value."""
+class _NoTrace(Exception):
+    """The run does something that a trace does not show."""
 
 
-def key_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *options: Hashable) -> Hashable | None:
-    """Return all that an export of a call depends on, or None if it cannot be compared.
+@dataclass(frozen=True)
+class Op:
+    """One call of a function of torch.
 
     Args:
-        model: in its current state.
-        args, kwargs: of the call; the values of tensors do not count.
-        options: of the export.
-    """
-    try:
-        return (*options, _Pickler(model).key(args, kwargs), _settings())
-    except (_NoKey, RecursionError, pickle.PicklingError):
-        return None
-
-
-class _Identity:
-    """Equal to another one of the same object, while that lives. Holds the object weakly if it can."""
-
-    def __init__(self, value: Any) -> None:
-        self._id = id(value)
-        try:
-            self._ref: Callable[[], Any] = ref(value)
-        except TypeError:  # such as a builtin function
-            self._ref = lambda: value
-
-    def __hash__(self) -> int:
-        return self._id
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and (value := self._ref()) is other._ref() and id(value) == self._id
-
-
-_BY_VALUE = frozenset(
-    (bool, int, float, complex, str, bytes, type(None), tuple, list, dict, set, frozenset, slice, range, types.CellType)
-)
-_NUMBERS = (int, float, complex, str, bytes)
-_BY_NAME = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_BY_IDENTITY = (type, types.BuiltinFunctionType, types.ModuleType, types.CodeType, enum.Enum)
-_UNREAD = (ReferenceType, RemovableHandle)
-_DESCRIPTORS = (property, staticmethod, classmethod, functools.cached_property)
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
-_FOLLOWED = (*_FUNCTIONS, *_DESCRIPTORS, *_CONTAINERS, types.MappingProxyType)
-_TENSORS = (torch.Tensor, nn.Parameter)
-
-
-class _Pickler(pickle.Pickler):
-    """Writes what an export of a model reads. Nothing ever reads the pickle back.
-
-    References between objects are written as such, so that equal keys mean equal ties. Names and code are compared by
-    `identities`, in the order in which they were reached.
+        function: that is called.
+        args: arguments without the flag. Tensors are replaced by where they come from.
+        results: shapes, dtypes and devices. Strides depend on the kernel, and with it on the mode.
+        flag: value of the flag of a function in FLAGS.
+        pure: whether it only computes its results: it draws no random numbers and writes into nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._file = io.BytesIO()
-        super().__init__(self._file, pickle.HIGHEST_PROTOCOL)
-        self._model = model
-        self._names: dict[int, str] = {}  # of parameters and buffers
-        self._identities: dict[int, tuple[int, Any]] = {}  # number and object, which lives as long as its id is used
-        self._functions: list[types.FunctionType] = []
-        self._of_model = True
+    function: Any
+    args: Any
+    results: Any
+    flag: Any = field(default=None, compare=False)
+    pure: bool = field(default=True, compare=False)
 
-    def key(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
-        """Return the key of a call."""
-        if any(vars(torch_module)[f"_global{name}"] for name in HOOKS):
-            raise _NoKey("a hook of all modules")
-        tensors = tuple(self._registered())
-        inputs = self._inputs(args, kwargs)
-        self.dump(self._model)
-        # What follows is shared by all models, and so the same object for each: its identity is a value.
-        self._of_model = False
-        self.clear_memo()
-        kinds = dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__)
-        waiting = [*self._functions]
-        for kind in kinds:
-            self.dump(vars(kind) if _is_own(kind) else vars(kind).get("forward"))
-            waiting += [function for member in vars(kind).values() if _is_own(kind) for function in _functions(member)]
-        seen = set[int]()
-        while waiting:
-            function = waiting.pop()
-            if id(function) not in seen:
-                seen.add(id(function))
-                values = list(_globals_of(function))
-                self.dump(values)
-                waiting += [other for _, value in values for other in _functions(value)]
-        if self._file.tell() > MAX_KEY:
-            raise _NoKey("much that is shared")
-        identities = tuple([_Identity(value) for _, value in self._identities.values()])
-        return (tensors, inputs, self._file.getvalue(), identities)
 
-    def _registered(self) -> Iterator[Hashable]:
-        """Yield what an export reads of each parameter and buffer, and learn its name."""
-        memory: dict[int, str] = {}
-        parameters = self._model.named_parameters(remove_duplicate=False)
-        buffers = self._model.named_buffers(remove_duplicate=False)
-        for is_buffer, named in enumerate((parameters, buffers)):
-            for name, value in named:
-                if is_traceable_wrapper_subclass(value) or isinstance(value, FakeTensor):
-                    raise _NoKey("a quantized or fake tensor, which has no memory of its own")
-                tied = self._names.setdefault(id(value), name)
-                shared = memory.setdefault(value.untyped_storage().data_ptr(), name) if value.numel() else ""
-                yield name, tied, shared, _layout(value), value.storage_offset(), is_buffer and checksum(value)
+@dataclass(frozen=True)
+class Trace:
+    """What one call of a model does, on fake tensors.
 
-    def _inputs(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
-        """Return the structure of the arguments. Other leaves than tensors are written as state of the model is."""
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
-        first: dict[int, int] = {}
-        layouts: list[Hashable] = []
-        for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor):
-                self.dump(leaf)
-            elif id(leaf) in self._names:
-                raise _NoKey("a weight as an input")
-            else:
-                layouts.append((index, first.setdefault(id(leaf), index), _layout(leaf)))
-        return str(spec), tuple(layouts)
+    Args:
+        ops: in order.
+        inputs: path of each leaf of the arguments.
+        sizes: of each leaf that is a tensor, None for others.
+        values: of each leaf that is no tensor, None for others.
+        outputs: each leaf of the output: where the tensor comes from, or another value.
+        specs: pytree structures of the arguments and of the output.
+        settings: of torch.
+    """
 
-    def persistent_id(self, value: Any) -> Any:
-        """Return what is written in place of an object; None to write the object itself."""
-        if type(value) in _BY_VALUE:
+    ops: tuple[Op, ...]
+    inputs: tuple[str, ...]
+    sizes: tuple[tuple[int, ...] | None, ...]
+    values: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    specs: tuple[pytree.TreeSpec, pytree.TreeSpec]
+    settings: Hashable
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Trace | None:
+        """Trace a call, or return None if a trace would not show all of it.
+
+        Args:
+            model: is left unchanged.
+            args, kwargs: of the call.
+            names: of the arguments, in the order of `args` and `kwargs`.
+        """
+        tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=whole)
+        given = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        if any(map(_is_odd, (*tensors.values(), *given))) or len({*map(id, given)}) < len(given):
             return None
-        if isinstance(value, torch.Tensor):
-            if id(value) in self._names:
-                return self._names[id(value)]
-            if self._of_model:  # the graph reads it from the model, and a copy would not
-                raise _NoKey("a tensor")
-            return self._identity(value), value._version
-        if isinstance(value, _BY_NAME):
-            return repr(value)
-        if isinstance(value, _UNREAD):
-            return type(value).__name__
-        return self._identity(value) if isinstance(value, _BY_IDENTITY) or self._is_opaque(value) else None
-
-    def _is_opaque(self, value: Any) -> bool:
-        """Whether nothing can be said of a shared object except which one it is."""
-        return not (self._of_model or isinstance(value, _FOLLOWED) or is_followed(value))
-
-    def _identity(self, value: Any) -> int:
-        if len(self._identities) > MAX_OBJECTS:
-            raise _NoKey("too many objects")
-        return self._identities.setdefault(id(value), (len(self._identities), value))[0]
-
-    def reducer_override(self, value: Any) -> Any:
-        """Return how an object is written: as its type and its contents."""
-        if type(value) in _BY_VALUE - {types.CellType}:
-            return NotImplemented  # pickle knows these
-        return tuple, (), self._contents(value)
-
-    def _contents(self, value: Any) -> tuple[Any, ...]:
-        """Return what an object holds, which may lead back to it."""
-        kind = type(value)
-        if isinstance(value, types.FunctionType):
-            if self._of_model:
-                self._functions += _functions(value)
-            return value.__code__, value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
-        if isinstance(value, types.MethodType):
-            return value.__self__, value.__func__
-        if isinstance(value, functools.partial):
-            return value.func, value.args, value.keywords
-        if isinstance(value, types.CellType):
-            return (_cell_contents(value),)
-        if isinstance(value, _DESCRIPTORS):
-            return kind, [getattr(value, name, None) for name in ("fget", "__func__", "func")]
-        if isinstance(value, types.MappingProxyType):  # of a class; what torch and Python keep there does not count
-            return ([(name, member) for name, member in value.items() if not name.startswith("__")],)
-        if isinstance(value, nn.Module):
-            if any(getattr(value, name, None) for name in HOOKS):
-                raise _NoKey("a hook")
-            return kind, [(name, held) for name, held in vars(value).items() if name not in UNREAD]
-        if isinstance(value, dict):
-            return kind, list(value.items()), getattr(value, "__dict__", None)
-        if isinstance(value, _CONTAINERS):
-            return kind, list(value), getattr(value, "__dict__", None)
-        if isinstance(value, _NUMBERS):
-            return kind, repr(value), getattr(value, "__dict__", None)
-        if not is_followed(value):
-            raise _NoKey(kind.__name__)
-        slots = [slot for base in kind.__mro__ for slot in slots_of(base)]
-        if not hasattr(value, "__dict__") and not slots:
-            raise _NoKey(kind.__name__)
-        members = [] if self._of_model else [vars(base) for base in kind.__mro__ if _is_own(base)]
-        return kind, getattr(value, "__dict__", None), [getattr(value, slot, None) for slot in slots], members
+        try:
+            return _trace(model, args, kwargs, names, tensors)
+        except MemoryError:
+            raise
+        except Exception:  # a read of a value, an op without a fake kernel, or what forward raises on fake tensors
+            return None
 
 
-def _layout(value: torch.Tensor) -> Hashable:
-    if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_meta or value.is_nested:
-        raise _NoKey("a tensor of another kind")
-    sizes = (tuple(value.shape), value.stride(), value.dtype, value.device)
-    return (type(value), *sizes, value.requires_grad, value.is_leaf, value.is_conj(), value.is_neg())
+def _is_odd(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    return not plain or isinstance(tensor, FakeTensor) or tensor.is_meta or is_traceable_wrapper_subclass(tensor)
 
 
-def _is_own(kind: type) -> bool:
-    """Whether a class is of the model's author: neither torch's nor Python's."""
-    return kind is not object and package_of(kind) not in OPAQUE
+@isolated
+def _run(
+    undo: Block, model: nn.Module, tensors: Mapping[str, torch.Tensor], fake: FakeTensorMode, recorder: _Recorder
+) -> None:
+    """Let the model run on fake tensors in the block, as torch.export lets it run."""
+    undo.enter(quiet(torch.is_grad_enabled()))
+    undo.enter(isolated_model(model))
+    values = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
+    for name, value in values.items():
+        recorder.know(value, ("model", name, _layout(value)))
+    undo.enter(substituted(model, values))
+    for flag in ("_is_compiling_flag", "_is_exporting_flag"):
+        undo(partial(setattr, torch.compiler, flag, getattr(torch.compiler, flag)))
+        setattr(torch.compiler, flag, True)
+    undo.enter(fake)
+    undo.enter(recorder.dispatch)
+    undo.enter(recorder)
 
 
-def _cell_contents(cell: Any) -> Any:
-    return getattr(cell, "cell_contents", None)
-
-
-def _functions(member: Any) -> Iterator[types.FunctionType]:
-    """Yield the function of a class member or of a variable, and those that it wraps."""
-    for name in ("fget", "__func__", "func"):  # of a property, a method, a partial
-        member = getattr(member, name, member) if isinstance(member, (*_DESCRIPTORS, *_FUNCTIONS)) else member
-    while isinstance(member, types.FunctionType):
-        yield member
-        member = vars(member).get("__wrapped__")
-
-
-def _globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield the variables from outside that the code of a function names, also those of modules that it names."""
-    if (function.__module__ or "").partition(".")[0] in OPAQUE:
-        return
-    yield from (("", _cell_contents(cell)) for cell in function.__closure__ or ())
-    names = dict.fromkeys(_names_in(function.__code__))
-    for name in names:
-        if name not in function.__globals__:
-            continue
-        value = function.__globals__[name]
-        yield name, value
-        if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in OPAQUE:
-            yield from ((other, vars(value)[other]) for other in names if other in vars(value))
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
+def _trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: list[str],
+    tensors: Mapping[str, torch.Tensor],
+) -> Trace:
+    fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+    paths: list[str] = []
+    for name, value in zip(names, (*args, *kwargs.values()), strict=True):
+        paths += [f"{name}{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(value, is_leaf=whole)[0]]
+    if len(paths) != len(flat):
+        raise _NoTrace("arguments of another structure")
+    if any(not isinstance(leaf, (torch.Tensor, *_VALUES, torch.dtype, torch.device)) for leaf in flat):
+        raise _NoTrace("an argument of another type")
+    inputs = [fake.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
+    for path, leaf in zip(paths, inputs, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            recorder.know(leaf, ("input", path, _layout(leaf)))
+    positional, named = pytree.tree_unflatten(inputs, spec)
+    with _run(model, tensors, fake, recorder):
+        output = model(*positional, **named)
+    leaves, out_spec = pytree.tree_flatten(output)
+    if any(not isinstance(leaf, (torch.Tensor, *_VALUES)) for leaf in leaves):
+        raise _NoTrace("an output of another type")
+    outputs = tuple(recorder.described(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    sizes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in flat)
+    values = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in flat)
+    return Trace(tuple(recorder.ops), tuple(paths), sizes, values, outputs, (spec, out_spec), _settings())
 
 
 def _settings() -> Hashable:
     """Return the settings of torch that decide what a model does."""
-    if _get_current_function_mode_stack() or _get_current_dispatch_mode() is not None:
-        raise _NoKey("a mode")
     backends = torch.backends
     return (
-        *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
-        autocast_state(),
+        *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast_state()),
         *(torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
         *(backends.mha.get_fastpath_enabled(), backends.mkldnn.enabled, backends.cudnn.enabled),
         *(backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
@@ -299,55 +207,329 @@ def _settings() -> Hashable:
     )
 
 
+def _layout(value: torch.Tensor, strides: bool = True) -> Hashable:
+    return tuple(value.shape), value.stride() if strides else (), value.dtype, value.device
+
+
+_METADATA = {
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.numel, torch.Tensor.nelement),
+    *(torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.is_complex),
+    *(torch.Tensor.__len__, torch.Tensor.get_device, torch.Tensor.element_size, torch.Tensor.storage_offset),
+    *(torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.numel, torch.is_same_size),
+}
+"""Functions whose results follow from sizes and dtypes."""
+_HIDDEN = {torch.Tensor.requires_grad_, torch.Tensor.register_hook}
+"""Functions that act on more than their results show."""
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the functions of torch that are called, and where their tensors come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.inside = self.pure = False
+        self.dispatch = _Unrecorded(self)
+        self._origins: dict[int, Any] = {}
+        self._alive: list[Any] = []  # an id is valid only while its object lives
+
+    def know(self, tensor: torch.Tensor, origin: Any) -> None:
+        """Learn where a tensor comes from."""
+        self._origins[id(tensor)] = origin
+        self._alive.append(tensor)
+
+    def described(self, value: Any) -> Any:
+        """Return what a trace holds of a value."""
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._origins:
+                raise _NoTrace("a tensor that is neither an input nor a parameter or buffer")
+            return self._origins[id(value)]
+        if isinstance(value, (list, tuple)):
+            return (type(value), *map(self.described, value))
+        if isinstance(value, dict):
+            return (dict, *((key, self.described(item)) for key, item in value.items()))
+        if isinstance(value, slice):
+            return (slice, *map(self.described, (value.start, value.stop, value.step)))
+        if value is None or value is Ellipsis or isinstance(value, _PLAIN):
+            return type(value), repr(value)
+        if isinstance(value, type) or callable(value):
+            return value
+        raise _NoTrace(type(value).__name__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _HIDDEN or getattr(func, "__name__", "") in ("__set__", "__delete__"):
+            raise _NoTrace(func.__name__)
+        is_getter = getattr(func, "__name__", "") == "__get__"
+        if is_getter or func in _METADATA:
+            self.inside = True
+            result = func(*args, **kwargs)
+            self.inside = False
+            if not isinstance(result, torch.Tensor):
+                return result
+        flag, given, named = _without_flag(func, args, kwargs)
+        before = self.described((given, named))
+        self.inside, self.pure = True, True
+        result = func(*args, **kwargs)
+        if self.pure and isinstance(result, torch.Tensor) and id(result) in self._origins:
+            # Dropout in eval mode returns its input, and so does `contiguous`. In the graph they are two nodes.
+            result = result.view(result.shape)
+        self.inside = False
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        reads = any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(args))
+        if reads and not tensors and result is not None:
+            raise _NoTrace(f"{func} returns a value of a tensor")
+        number = len(self.ops)
+        pure = self.pure and result is not None
+        self.ops.append(
+            Op(_named(func), before, tuple([_layout(tensor, strides=False) for tensor in tensors]), flag, pure)
+        )
+        for index, tensor in enumerate(tensors):
+            if id(tensor) not in self._origins:
+                self.know(tensor, ("op", number, index))
+        return result
+
+
+_VALUES = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+
+
+def _named(func: Any) -> Any:
+    """Return a value that is equal for the same function. Getters of attributes are made at each access."""
+    owner = getattr(func, "__self__", None)
+    return (owner, func.__name__) if owner is not None and getattr(func, "__name__", "") == "__get__" else func
+
+
+def _without_flag(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:
+    """Return the flag of a function in FLAGS, and the other arguments."""
+    if func not in FLAGS:
+        return None, args, kwargs
+    (name, position), _, _ = FLAGS[func]
+    if kwargs.get("inplace") or (func in _ALWAYS_TRAINING and len(args) > 3 and args[3]):
+        raise _NoTrace("a dropout in place")
+    if len(args) > position:
+        return args[position], (*args[:position], *args[position + 1 :]), kwargs
+    default = func in _ALWAYS_TRAINING or _DEFAULTS[name]
+    return kwargs.get(name, default), args, {key: value for key, value in kwargs.items() if key != name}
+
+
+class _Unrecorded(TorchDispatchMode):
+    """Refuses ops that no recorded function has called."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._recorder.inside:
+            raise _NoTrace(f"{func} outside of a function of torch")
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            self._recorder.pure = False
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
-class CachedGraph:
-    """A graph that reads `model.*`.
+class Difference:
+    """How to make the graph of one trace from that of another.
 
     Args:
+        flags: for each op of a node, the flags of these nodes before and after, in order.
+        outputs: for each leaf of the new output its index in the old one, or a tuple with another value.
+        stopped, started: buffers that only the old graph, or only the new one, counts up.
+    """
+
+    flags: Mapping[Any, list[tuple[Any, Any]]]
+    outputs: tuple[int | tuple[Any], ...]
+    stopped: frozenset[str]
+    started: frozenset[str]
+
+    @classmethod
+    def of(cls, old: Trace, new: Trace) -> Difference | None:
+        """Compare two traces. None if the graph of one does not contain that of the other."""
+        if old.settings != new.settings:
+            return None
+        numbers: dict[int, int] = {}  # of an op in the old trace, by that in the new one
+
+        def renumbered(value: Any) -> Any:
+            if not isinstance(value, tuple):
+                return value
+            if len(value) == 3 and value[0] == "op":
+                return ("op", numbers[value[1]], value[2])
+            return tuple(map(renumbered, value))
+
+        flags: dict[Any, list[tuple[Any, Any]]] = {}
+        skipped: list[Op] = []
+        started = _counted(new.ops) - _counted(old.ops)
+        waiting = enumerate(old.ops)
+        for number, op in enumerate(new.ops):
+            if _counter(op) in started:
+                continue
+            args = renumbered(op.args)
+            for position, candidate in waiting:
+                if (candidate.function, candidate.args, candidate.results) == (op.function, args, op.results):
+                    numbers[number] = position
+                    if op.function in FLAGS:
+                        flags.setdefault(FLAGS[op.function][1], []).append((candidate.flag, op.flag))
+                    break
+                skipped.append(candidate)
+            else:
+                return None
+        skipped += [candidate for _, candidate in waiting]
+        stopped = {_counter(op) for op in skipped if not op.pure}
+        if None in stopped or any(op.function in FLAGS for op in skipped):
+            return None
+        outputs: list[int | tuple[Any]] = []
+        for value in map(renumbered, new.outputs):
+            if not isinstance(value, tuple):
+                outputs.append((value,))
+            elif value in old.outputs:
+                outputs.append(old.outputs.index(value))
+            else:
+                return None
+        return cls(flags, tuple(outputs), frozenset(filter(None, stopped)), started)
+
+
+def _counter(op: Op) -> str | None:
+    """Return the buffer that an op counts up, as batch norm does in training, or None for any other op."""
+    if op.function is not torch.Tensor.add_:
+        return None
+    match op.args:
+        case (_, (_, ("model", str(name), _), (_, "1")), (_,)):
+            return name
+    return None
+
+
+def _counted(ops: tuple[Op, ...]) -> frozenset[str]:
+    """Return the buffers that are counted up once, and not read otherwise."""
+    counters = [name for op in ops if (name := _counter(op)) is not None]
+    read = Counter(name for op in ops for name in _read(op.args))
+    return frozenset(name for name in counters if read[name] == 1)
+
+
+def _read(value: Any) -> Iterator[str]:
+    """Yield the parameters and buffers among the arguments of an op."""
+    if isinstance(value, tuple):
+        if len(value) == 3 and value[0] == "model":
+            yield value[1]
+        for part in value:
+            yield from _read(part)
+
+
+@dataclass
+class Known:
+    """A captured graph that reads `model.*`, without a model.
+
+    Args:
+        trace: of its call.
+        names: of the arguments.
         graph: is copied for each model.
         constants: of the graph, by name. Each model's graph gets its own copies.
         conditions: the calls that the graph is valid for.
+        model: that it was captured for.
+        modes: of the model's modules.
+        state: guards on the Python state of that model, while the model and its cascade live.
+        sizes: number of other sizes at which it has served calls of another kind.
     """
 
+    trace: Trace
+    names: list[str]
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
     conditions: Conditions
+    model: ReferenceType[nn.Module]
+    modes: tuple[bool, ...]
+    state: Callable[[], Guards | None] = lambda: None
+    sizes: int = 0
 
-    def on(self, model: nn.Module) -> fx.GraphModule:
-        """Return a graph module that reads this model."""
+    def trace_at(self, model: nn.Module, flat: list[Any], new: Trace) -> Trace | None:
+        """Return the trace of this graph's kind of call at the sizes of a new call, or None if it cannot serve it."""
+        shapes = dict(zip(self.trace.inputs, self.trace.sizes, strict=True))
+        if all(shapes.get(path, shape) == shape for path, shape in zip(new.inputs, new.sizes, strict=True)):
+            return self.trace
+        given, inputs = (
+            dict(zip(new.inputs, flat, strict=True)),
+            [*zip(self.trace.inputs, self.trace.sizes, strict=True)],
+        )
+        if self.model() is not model or self.sizes == MAX_SIZES:
+            return None
+        if any(shape is not None and not isinstance(given.get(path), torch.Tensor) for path, shape in inputs):
+            return None
+        ours = [
+            value if shape is None else given[path]
+            for (path, shape), value in zip(inputs, self.trace.values, strict=True)
+        ]
+        if not self.conditions.accepts(ours):
+            return None
+        args, kwargs = pytree.tree_unflatten(ours, self.trace.specs[0])
+        modules, modes = list(model.modules()), [module.training for module in model.modules()]
+        try:
+            for module, mode in zip(modules, self.modes, strict=True):
+                module.training = mode
+            if (state := self.state()) is None or not state.hold():
+                return None
+            self.sizes += 1
+            return Trace.of(model, args, kwargs, self.names)
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+
+    def on(self, model: nn.Module, new: Trace, names: list[str], difference: Difference) -> fx.GraphModule | None:
+        """Return a graph module for a new call that reads this model, or None if the graph cannot be adjusted."""
+        order = [self.trace.inputs.index(path) if path in self.trace.inputs else None for path in new.inputs]
+        stopped, started = ({f"{OWNER}.{name}" for name in side} for side in (difference.stopped, difference.started))
+        flags = {op: (_POSITIONS[op], values) for op, values in difference.flags.items()}
+        graph = adjust(copy_graph(self.graph), order, difference.outputs, flags, (stopped, started), names, new.specs)
+        if graph is None:
+            return None
         holder = nn.Module()
-        holder._buffers.update({name: value.clone() for name, value in self.constants.items()})
-        return with_owner(holder, copy_graph(self.graph), model)
+        used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        holder._buffers.update({name: value.clone() for name, value in self.constants.items() if name in used})
+        return with_owner(holder, graph, model)
 
 
-def _environment() -> Hashable:
-    """Return the environment variables. A first export adds some, so they are read at the time of each access."""
-    return tuple(sorted(os.environ.items()))
+_POSITIONS = {op: position for _, op, position in FLAGS.values()}
 
 
-def cached(key: Hashable | None) -> CachedGraph | None:
-    """Return the cached graph of a key, or None."""
-    entry = (key, _environment())
-    graph = _CACHE.get(entry) if key is not None else None
-    if graph is not None:
-        _CACHE.move_to_end(entry)
-    return graph
+def derive(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], names: list[str], new: Trace | None
+) -> tuple[fx.GraphModule, Conditions] | None:
+    """Return the graph of a call made from a cached one, and the calls that it is valid for.
+
+    Args:
+        model, args, kwargs, names: of the call.
+        new: its trace.
+    """
+    flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=whole)
+    for key, known in reversed(_CACHE.items() if new is not None else ()):
+        assert new is not None
+        old = known.trace_at(model, flat, new)
+        difference = Difference.of(old, new) if old is not None else None
+        graph = known.on(model, new, names, difference) if difference is not None else None
+        if graph is not None:
+            _CACHE.move_to_end(key)
+            return graph, Conditions(None, new.sizes)
+    return None
 
 
-def store(key: Hashable | None, live: fx.GraphModule, conditions: Conditions) -> None:
-    """Cache a graph, unless it holds more than names and small constants."""
+def store(
+    new: Trace | None, names: list[str], model: nn.Module, live: fx.GraphModule, conditions: Conditions
+) -> Known | None:
+    """Cache a graph and return it, unless it holds more than names and small constants."""
     constants = {
         name: value for name, value in (*live._parameters.items(), *live._buffers.items()) if value is not None
     }
-    names = {str(node.target) for node in live.graph.nodes if node.op in ("get_attr", "call_module")}
-    foreign = any(name not in constants and not name.startswith(f"{OWNER}.") for name in names)
+    read = {str(node.target) for node in live.graph.nodes if node.op in ("get_attr", "call_module")}
+    foreign = any(name not in constants and not name.startswith(f"{OWNER}.") for name in read)
     plain = all(type(value) is torch.Tensor and not value.requires_grad for value in constants.values())
-    if key is None or foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:
-        return
+    if new is None or foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:
+        return None
     copies = {name: value.detach().clone() for name, value in constants.items()}
-    _CACHE[key, _environment()] = CachedGraph(copy_graph(live.graph), copies, conditions)
+    modes = tuple(module.training for module in model.modules())
+    known = Known(new, names, copy_graph(live.graph), copies, conditions, ref(model), modes)
+    _CACHE[id(known)] = known
     while len(_CACHE) > MAX_GRAPHS:
         _CACHE.popitem(last=False)
+    return known
 
 
 def forget() -> None:

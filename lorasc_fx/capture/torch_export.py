@@ -19,12 +19,12 @@ from torch.fx import config
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_drew_nothing, read_live
-from lorasc_fx.capture.reuse import cached, forget, key_of, store
+from lorasc_fx.capture.reuse import Trace, derive, forget, store
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
-from lorasc_fx.signature import leaves, signature_of
+from lorasc_fx.signature import argument_names, leaves, signature_of
 from lorasc_fx.util.accelerator import generator_states
 from lorasc_fx.util.undo import Block, isolated
 
@@ -52,9 +52,11 @@ EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_
 def _export(
     frontend: FrontEnd, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
 ) -> Captured:
-    key = key_of(model, args, kwargs, frontend.name, frozenset(dynamic))
-    if (graph := cached(key)) is not None:
-        return Captured(graph.on(model), frontend, graph.conditions, drop_cached=forget)
+    names = argument_names(signature_of(model), args, kwargs)
+    trace = Trace.of(model, args, kwargs, names) if frontend is EXPORT else None
+    if (derived := derive(model, args, kwargs, names, trace)) is not None:
+        graph, conditions = derived
+        return Captured(graph, frontend, conditions, drop_cached=forget)
     root = _wrapped(model)
     with quiet(grad=torch.is_grad_enabled()):
         drawn = generator_states()
@@ -78,9 +80,8 @@ def _export(
     if quantized and call_instead(live.graph, aten, F.linear, lambda node: _weight(node) in quantized):
         live.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
-    if not quantized:
-        store(key, live, conditions)
-    return Captured(live, frontend, conditions)
+    known = store(trace, names, model, live, conditions) if not quantized else None
+    return Captured(live, frontend, conditions, known=known)
 
 
 def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:

@@ -124,7 +124,7 @@ class Graphs:
         self.variants.count_changes(call)
         try:
             made = self.compiler.make(
-                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes
+                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes, bool(dynamic)
             )
             disagreements = self.compiler.faults(made.variant) if not self.frontend else []
         except (PassError, SpecError) as fault:

@@ -20,6 +20,7 @@ from lorasc_fx.capture import (
     Conditions,
     GraphBreakFallback,
     capture,
+    forget,
     least_sizes,
     read_live,
 )
@@ -73,7 +74,15 @@ class Compiler:
         """Return where a variant disagrees with its plan. Subgraphs of a fallback were verified when rewritten."""
         return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
 
-    def make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: Collection[Axis] = ()) -> Made:
+    def make(
+        self,
+        model: nn.Module,
+        decided: Decided,
+        args: Any,
+        kwargs: Any,
+        dynamic: Collection[Axis] = (),
+        required: bool = False,
+    ) -> Made:
         """Capture a call and insert the branches, into graphs that nothing else holds yet.
 
         Args:
@@ -81,11 +90,14 @@ class Compiler:
             decided: the plan to follow, the branches that exist, and what was refused.
             args, kwargs: of the call, in canonical shape.
             dynamic: axes to make dynamic, see `capture`.
+            required: whether these have to be dynamic. Otherwise a cached graph may serve the sizes of this call only.
 
         Raises:
             CaptureError: no graph can be made, or torch or the model raises.
             PassError: the graph cannot follow the plan.
         """
+        if required:
+            forget()
         try:
             return self._make(model, decided, args, kwargs, dynamic)
         except (MemoryError, torch.OutOfMemoryError):

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, fill, shared_down
 from lorasc_fx.errors import PassError
@@ -456,3 +458,78 @@ def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
     if len(inputs) == len(names):
         for node, name in zip(inputs, names, strict=True):
             node.target = name
+
+
+def adjust(
+    graph: fx.Graph,
+    inputs: Sequence[int | None],
+    outputs: Sequence[int | tuple[Any]],
+    flags: Mapping[Any, tuple[int, list[tuple[Any, Any]]]],
+    counters: tuple[Collection[str], Collection[str]],
+    names: list[str],
+    specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
+) -> fx.Graph | None:
+    """Return the graph of another kind of call, or None if the nodes are not as expected.
+
+    Args:
+        graph: takes the leaves of its arguments.
+        inputs: for each leaf of the new arguments the index of the old one, or None.
+        outputs: for each leaf of the new output the index of the old one, or a tuple with another value.
+        flags: for each op the position of an argument, and the values of its nodes before and after, in order.
+        counters: names of nodes' buffers that are no longer counted up, and of those that are now.
+        names: of the new arguments.
+        specs: structures of the new arguments and of the new output.
+    """
+    old, (stopped, started) = list(graph.nodes), counters
+    for target, (position, values) in flags.items():
+        nodes = [node for node in old if node.target is target]
+        if len(nodes) != len(values):
+            return None
+        for node, (before, after) in zip(nodes, values, strict=True):
+            default = node.target._schema.arguments[position].default_value
+            missing = [argument.default_value for argument in node.target._schema.arguments[len(node.args) : position]]
+            if (node.args[position] if len(node.args) > position else default) != before:
+                return None
+            if before != after:
+                node.args = (*node.args[:position], *missing, after, *node.args[position + 1 :])
+    additions = [node for node in old if node.target is torch.ops.aten.add_.Tensor and not node.users]
+    dropped = {node for node in additions if getattr(node.args[0], "target", None) in stopped}
+    if len(dropped) != len(stopped):
+        return None
+    kept = {node for node in old if _has_effect(node) and node not in dropped}
+    before = old[-1].args[0]
+    results = [before[each] if isinstance(each, int) else each[0] for each in outputs]
+    waiting = [*kept, *(result for result in results if isinstance(result, fx.Node))]
+    while waiting:
+        node = waiting.pop()
+        kept.add(node)
+        waiting += [other for other in node.all_input_nodes if other not in kept]
+    placeholders = [node for node in old if node.op == "placeholder"]
+    new, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    leaves = [placeholders[index].name if index is not None else None for index in inputs]
+    for number, (index, name) in enumerate(zip(inputs, leaves, strict=True)):
+        placeholder = new.placeholder(name or f"unused_{number}")
+        if index is not None:
+            placeholder.meta = dict(placeholders[index].meta)
+            copied[placeholders[index]] = placeholder
+    for name in sorted(started):
+        new.call_function(torch.ops.aten.add_.Tensor, (new.get_attr(name), 1))
+    for node in old[:-1]:
+        if node in kept and node.op != "placeholder":
+            if any(other not in copied for other in node.all_input_nodes):
+                return None  # it reads an argument that the new call does not have
+            copied[node] = new.node_copy(node, copied.__getitem__)
+    if any(isinstance(result, fx.Node) and result not in copied for result in results):
+        return None
+    new.output([copied[result] if isinstance(result, fx.Node) else result for result in results])
+    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, *specs)))
+    return new
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does something besides computing its result: it writes, draws, or is of an unknown kind."""
+    if node.op != "call_function":
+        return node.op == "call_module"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is not operator.getitem
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
