@@ -15,10 +15,9 @@ from lorasc_fx import CascadeSpec, Noise, PassError
 from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
-from lorasc_fx.graph import branch_nodes, record_of, text, use_of
+from lorasc_fx.graph import branch_nodes, text, use_of
 from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
-from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn, weight_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
@@ -283,13 +282,6 @@ def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
         x = torch.randn(2, 3, length, dtype=torch.float64)
         with torch.no_grad():
             assert_close(inserted(x), functional_call(model, weights, (x,)), **CLOSE)
-
-
-def test_refusals_are_data_not_branches() -> None:
-    case = BY_NAME["module_max_norm"]
-    inserted = insert(case.own(), case.spec)
-    assert {refusal.weight: refusal.reason for refusal in record_of(inserted).refusals} == {"0.weight": Reason.MUTATED}
-    assert set(branches_of(inserted)) == set(case.sites)
 
 
 class Recurrent(nn.Module):

@@ -10,7 +10,6 @@ from lorasc_fx import CascadeSpec, Rule, SpecError, UnknownTarget
 from lorasc_fx.graph import record_of
 from lorasc_fx.passes import InsertBranches, MatchSites, NoSites, Pipeline
 from lorasc_fx.plan import Reason
-from lorasc_fx.spec import KINDS
 from tests.passes.cases import BY_NAME, CASES, Case, Encoder
 from tests.passes.kit import Photograph, branches_of, insert, sites_of, weights_of
 
@@ -114,13 +113,6 @@ def test_the_first_rule_that_matches_counts() -> None:
     assert shapes == {weight: rank for weight, (rank, _) in found.items()}
 
 
-def test_rules_under_rslora() -> None:
-    spec = CascadeSpec(rank=4, lora_alpha=6.0, use_rslora=True, rules=(Rule("conv", rank=9),))
-    sites = sites_of(insert(mixed(), spec))
-    assert sites["stem.0.weight"].scale == 2.0
-    assert sites["head.weight"].scale == 3.0
-
-
 # fmt: off
 UNKNOWN = [
     (CascadeSpec(targets=("blocks.*.attn.qvk",)),
@@ -184,15 +176,6 @@ def test_no_site_at_all(case: str, spec: CascadeSpec, message: str) -> None:
     assert str(raised.value) == message
     assert isinstance(raised.value, SpecError)
     photograph.assert_unchanged()
-
-
-def test_a_graph_without_any_weight() -> None:
-    graph_module = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Tanh()))
-    with pytest.raises(NoSites) as raised:
-        Pipeline([MatchSites(), InsertBranches()])(graph_module)
-    assert str(raised.value) == (
-        f"the spec leaves no site to adapt:\n  no weight that the graph uses is of a kind or name in targets={KINDS}"
-    )
 
 
 SPECS = {
