@@ -278,7 +278,7 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
             "given.safetensors holds no 4.weight with the values that it had before",
         ),
         "no tensor is named": (
-            {f"{name}x": value for name, value in state.items()}, "out", "given.safetensors holds no 0.",
+            {f"{name}x": value for name, value in state.items()}, "out", "given.safetensors holds no ",
         ),
         "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
         "the place is the base": (state, "given.safetensors", "safetensors is the base, which is not overwritten"),

@@ -387,6 +387,7 @@ def test_a_buffer_that_training_has_made_inf_or_nan_is_kept_nowhere(
     cascade(x).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+    cascade.folded_graph()  # which makes its graph
     model.scale[1] = value
     calls: dict[str, Callable[[], object]] = {
         "save": lambda: lx.save(cascade, tmp_path / "run"),
