@@ -1,4 +1,7 @@
-"""Run passes in a given order, on a copy, and commit at the end.
+"""Run passes on a copy of the graph, and commit at the end.
+
+They run in the given order, or in one that is solved from their contracts: a topological sort over the facts that
+passes provide, require and remove, as near as possible to the given order.
 
 Other people's passes (any callable on a GraphModule) may stand in between. If such a pass makes a new graph module and
 drops the record of the graph, the pipeline copies the record to it.
@@ -6,8 +9,8 @@ drops the record of the graph, the pipeline copies the record to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -24,16 +27,22 @@ class Pipeline:
     """A sequence of passes that runs as one: all of it, or nothing.
 
     Args:
-        passes: ours or other people's, in the order in which they run.
+        passes: ours or other people's.
+        order: `given`; or `solved` from what the passes require, provide and remove, which `passes` then has.
 
     Raises:
-        PassOrderError: there is no pass.
+        PassOrderError: there is no pass; or no order can be solved, because passes need each other in a circle, one is
+            there twice, or one has no contract.
     """
 
-    def __init__(self, passes: Sequence[AnyPass]) -> None:
+    def __init__(self, passes: Sequence[AnyPass], order: Literal["given", "solved"] = "given") -> None:
         self.passes: tuple[AnyPass, ...] = tuple(passes)
         if not self.passes:
             raise PassOrderError("the pipeline is empty; give at least one pass", code="invalid-value")
+        if order == "solved":
+            self.passes = _solved(self.passes)
+        elif order != "given":
+            raise PassOrderError(f"order is {order!r}; give 'given' or 'solved'", code="invalid-value")
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Run every pass on one copy of the graph; whatever raises, the input stays as it was.
@@ -82,6 +91,46 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     after = editor.resume(result)
     after.modified |= changed
     return after
+
+
+def _solved(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
+    import networkx as nx  # noqa: PLC0415 - its import takes longer than that of this package
+
+    contracts = [pass_ for pass_ in passes if isinstance(pass_, CascadePass)]
+    foreign = next((name_of(pass_) for pass_ in passes if not isinstance(pass_, CascadePass)), None)
+    if foreign is not None:
+        raise PassOrderError(
+            f"order='solved': {foreign} does not say what it requires and provides. Give the passes in their order, or "
+            "make it a CascadePass"
+        )
+    names = [pass_.name for pass_ in contracts]
+    if len(set(names)) < len(names):
+        raise PassOrderError(f"order='solved': a pass is there twice ({', '.join(names)}). Give them in their order")
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(contracts)))
+    graph.add_edges_from(_before(contracts))
+    try:
+        return tuple(contracts[index] for index in nx.lexicographical_topological_sort(graph))
+    except nx.NetworkXUnfeasible:
+        circle = [earlier for earlier, _ in nx.find_cycle(graph)]
+        chain = " -> ".join(names[index] for index in [*circle, circle[0]])
+        raise PassOrderError(f"these passes need each other in a circle: {chain}. Run one of them by itself") from None
+
+
+def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
+    """Yield (earlier, later) for passes of which one provides a fact that the other requires, or requires a fact that
+    the other removes.
+    """
+    for later, pass_ in enumerate(passes):
+        for earlier, other in enumerate(passes):
+            if earlier == later:
+                continue
+            wanted = pass_.requires & other.provides
+            passed_on = pass_.provides & wanted  # it requires and provides the fact: any earlier provider will do
+            if wanted - passed_on or (wanted and not other.requires & wanted):
+                yield earlier, later
+            if other.requires & (pass_.requires & pass_.removes - other.removes):
+                yield earlier, later
 
 
 def _check_order(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-CORE = ("torch", "safetensors")
+CORE = ("torch", "networkx", "safetensors")
 
 
 def sources() -> list[Path]:

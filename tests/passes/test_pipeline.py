@@ -1,7 +1,8 @@
-"""Pipeline: order, text form, other people's passes, and what it says when something is wrong."""
+"""Pipeline: order, other people's passes, and what it says when something is wrong."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,46 @@ def test_insertion_transition_and_fold_give_the_graph_back() -> None:
     assert same_bits(run(result.graph_module, CASE), run(CASE.model, CASE))
     staged = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()])(CASE.own())
     assert record_of(staged.graph_module).plan.stage == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([MatchSites(SPEC), InsertBranches(), FoldBranches()])])
+def test_any_permutation_is_solved(order: tuple[CascadePass, ...]) -> None:
+    pipeline = Pipeline(order, order="solved")
+    assert [each.name for each in pipeline.passes] == ["match-sites", "insert-branches", "fold-branches"]
+    original = CASE.own()
+    assert text(pipeline(original).graph_module) == text(original)
+
+
+def test_solved_passes_stay_as_near_as_possible_to_the_given_order() -> None:
+    passes = [contract("c"), contract("a"), contract("b", {"fact"}), contract("d"), contract("e", set(), {"fact"})]
+    assert [each.name for each in Pipeline(passes, order="solved").passes] == ["c", "a", "d", "e", "b"]
+    staged = Pipeline([FoldBranches(), StageTransition(), InsertBranches(), MatchSites(SPEC)], order="solved")
+    assert [each.name for each in staged.passes][-2:] == ["stage-transition", "fold-branches"]
+
+
+def nothing(graph_module: fx.GraphModule) -> None:
+    """A pass without a contract."""
+
+
+CIRCLE = [
+    contract("one", {"a"}, {"b"}),
+    contract("two", {"b"}, {"c"}),
+    contract("free"),
+    contract("three", {"c"}, {"a"}),
+]
+UNSOLVABLE: dict[str, list[Any]] = {
+    "one -> two -> three -> one": CIRCLE,
+    "nothing does not say": [MatchSites(SPEC), nothing],
+    "twice": [InsertBranches(), FoldBranches(), InsertBranches()],
+}
+
+
+@pytest.mark.parametrize("told", UNSOLVABLE)
+def test_passes_without_an_order(told: str) -> None:
+    with raises(PassOrderError, "pass-order", told):
+        Pipeline(UNSOLVABLE[told], order="solved")
+    with raises(PassOrderError, "invalid-value", "'any'"):
+        Pipeline([MatchSites(SPEC)], order="any")  # type: ignore[arg-type]
 
 
 def test_what_a_graph_brings_along_counts() -> None:
