@@ -51,6 +51,7 @@ CODES = {
     "concurrent-save": "another process is writing there",
     "conflicting-options": "two options, or arguments, exclude each other",
     "constant-adapted": "(warning) a frozen weight, perhaps a constant, has become a site",
+    "dropout-not-applied": "(warning) a training step ran in eval mode, and dropout was asked for",
     "evaluated-with-noise": "(warning) the cascade was called in eval mode, and its weights hold noise",
     "form-not-registered": "a graph or checkpoint uses a form that is not registered",
     "format-not-supported": "a file has a format version that this version does not read",

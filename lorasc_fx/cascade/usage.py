@@ -21,11 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.watches import Fresh
-from lorasc_fx.errors import StateError, warn
+from lorasc_fx.errors import StateError, named, warn
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
@@ -159,13 +160,16 @@ class UsageWatch(Fresh):
     # ---- calls of the cascade
 
     def check_call(self, run: Run, cascade: Any) -> None:
-        """Check a call: wrappers once per stage, gradient mode and wrapper, and noise in eval mode.
+        """Check a call: wrappers once per stage, gradient mode and wrapper, and noise and dropout in eval mode.
 
         Raises:
             StateError: inside context parallelism, in a wrapper that shards, copies or lacks parameters, or the ranks
                 of DistributedDataParallel differ.
         """
         grad, wrapper = torch.is_grad_enabled(), DistributedDataParallel._active_ddp_module
+        # The next backward tells whether a call in eval mode trains. It may be an evaluation without torch.no_grad.
+        if not cascade.training and grad and "dropout-not-applied" not in run.warned:
+            run.pending.at_backward = self._check_dropout
         # A model that came in eval mode is trained in it, so its training calls may see noise.
         if not cascade.training and run.is_noisy and (not grad or self._train_mode):
             run.warned.once(
@@ -192,6 +196,28 @@ class UsageWatch(Fresh):
         # Before the first training call: the wrapper has broadcast the parameters of rank 0, but not its W0.
         if grad and (group := run.replicas.new_group()) is not None:
             run.check_ranks("DistributedDataParallel", group)
+
+    def _check_dropout(self) -> None:
+        """Warn of a backward in eval mode if there is dropout. Looks at the modules once per cascade."""
+        run = self._run()
+        if run is None or run.branches.training:
+            return
+        skipped = [f"dropout={run.plan.spec.dropout:g} of the spec"] if run.plan.spec.dropout else []
+        skipped += [
+            f"{name}={value:g} of {path or type(run.model).__name__}"
+            for path, module in run.model.named_modules()
+            for name, value in vars(module).items()
+            if "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
+            if isinstance(value, float) and value > 0 and not module.training
+        ]
+        if not skipped:
+            run.warned.accept("dropout-not-applied")
+            return
+        run.warned.once(
+            "dropout-not-applied",
+            f"a training step ran in eval mode, in which dropout does nothing: {named(skipped)}. Models of "
+            "from_pretrained come in eval mode. Call train() of the cascade before training, or set dropout to 0",
+        )
 
 
 def callers() -> Iterator[FrameType]:

@@ -55,6 +55,7 @@ class PendingWatch(Fresh):
     """
 
     def __init__(self) -> None:
+        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
         self._handles: list[Any] = []
         self._versions: dict[int, int] = {}  # of parameters, when their last gradient arrived
         # Weak references: a parameter's hook refers to this watch, and the garbage collector does not see such hooks.
@@ -65,7 +66,7 @@ class PendingWatch(Fresh):
         for parameter in parameters:
             if id(parameter) not in self._watched:
                 self._watched[id(parameter)] = parameter
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
 
     @property
     def accumulated(self) -> bool:
@@ -98,6 +99,12 @@ class PendingWatch(Fresh):
             and self._versions.get(id(parameter)) == parameter._version
             and bool(local(parameter.grad).any())
         ]
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        if self.at_backward is not None:
+            check, self.at_backward = self.at_backward, None
+            check()
+        self.note(parameter)
 
     def note(self, parameter: nn.Parameter) -> None:
         """Record that the current gradient of a parameter waits for a step."""

@@ -157,6 +157,48 @@ def test_evaluation_with_noise() -> None:
         cascade.eval()(X)
 
 
+class Attends(nn.Module):
+    """A linear whose output an attention with dropout sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.attention = nn.Linear(5, 4), nn.MultiheadAttention(4, 2, dropout=0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return self.attention(y, y, y)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "dropout", "names"),
+    [
+        (net(), 0.5, ["dropout=0.5 of the spec"]),
+        (nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.1)), 0.0, ["p=0.1 of 1", "train()"]),
+        (Attends(), 0.0, ["dropout=0.25 of attention"]),
+        (nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.0)), 0.0, []),
+    ],
+)
+def test_training_in_eval_mode_without_the_dropout(
+    model: nn.Module, dropout: float, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told at the first backward, once. An evaluation has none, and no dropout; the modules are looked at once."""
+    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, dropout=dropout), copy.deepcopy(model).eval())
+    with silent():
+        cascade(X)  # an evaluation without no_grad
+        cascade.train()
+        step(cascade, optimizer)
+    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, dropout=dropout), model.eval())
+    for branch in cascade.branches.values():
+        nn.init.ones_(branch.lora_B)
+    with silent(), torch.no_grad():
+        assert torch.equal(cascade(X), cascade(X))
+    with warns("dropout-not-applied", *names) if names else silent():
+        step(cascade, optimizer)
+    with silent(), monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "named_modules", None)
+        step(cascade, optimizer)
+
+
 def test_training_in_eval_mode_is_no_evaluation() -> None:
     """As with frozen batch norms: the model is in eval mode from the start, and an evaluation asks for no gradients."""
     cascade, _ = adapted(NOISY, net().eval())
