@@ -271,9 +271,12 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.sampled_from(["slow", "fast", "base"]), batch=st.integers(2, 4), with_y=st.booleans())
     def look(self, which: Any, batch: int, with_y: bool) -> None:
         args = self.inputs(batch, 5, with_y)
+        statistics = [buffer.clone() for buffer in self.plain.model.buffers()]
         with self.cascade.weights(which):
             found = self.cascade(*args)
             self.near_to(found, self.plain(*args, weights=self.plain.weights(which)), f"output by {which}")
+        for buffer, value in zip(self.plain.model.buffers(), statistics, strict=True):  # restored with the weights
+            buffer.copy_(value)
 
     @rule(batch=st.integers(2, 4), with_y=st.booleans())
     def call(self, batch: int, with_y: bool) -> None:
