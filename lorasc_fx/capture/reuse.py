@@ -151,6 +151,8 @@ def _run(
     """Let the model run on fake tensors in the block, as torch.export lets it run."""
     undo.enter(quiet(torch.is_grad_enabled()))
     undo.enter(isolated_model(model))
+    # torch.cond and its like compile what they call: a compilation that fails here would be skipped in the export, too.
+    undo.enter(torch.compiler.set_stance("force_eager"))
     values = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
     for name, value in values.items():
         recorder.know(value, ("model", name, _layout(value)))

@@ -466,8 +466,8 @@ def test_a_model_that_has_grown_since_is_released() -> None:
 def test_ctrl_c_at_any_moment() -> None:
     """From another thread, whenever: the transition is whole, or it is none; and its twin shows which."""
     cascade, optimizer = made()
-    twin, others = made()
     step(cascade, optimizer, X)
+    twin, others = made()  # which seeds the generator of dropout again
     step(twin, others, X)
     twin.transition(others)
     before, after = numbers(cascade, optimizer), numbers(twin, others)

@@ -69,7 +69,7 @@ def same_at_first(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bo
 
 def same_as_formula(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
     """B != 0: outputs are those of W + s B A, and the gradients of A and B those of autograd through the formula."""
-    randomize(cascade, size=0.1)
+    randomize(cascade, 4, size=0.1)
     follow(twin, cascade.model)
     expected, factors = by_formula(cascade, twin.train(training), case.call())
     found = run(cascade.train(training), case.call(), grad=True)
@@ -114,7 +114,7 @@ def covered(case: Case, cascade: lx.Cascade, model: nn.Module) -> None:
 
 def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before: Any) -> None:
     """The release is the user's object with W0 + pace s B A, and computes as a fresh model with those weights."""
-    randomize(cascade, size=0.1)
+    randomize(cascade, 4, size=0.1)
     sites = {site.weight for site in cascade.sites}
     held = dict(cascade.model.named_parameters())
     slow = {name: base[name][1] if name in sites else value.detach().clone() for name, value in held.items()}

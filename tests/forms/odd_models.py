@@ -60,7 +60,7 @@ ODD: list[Case] = [
         refuses=("export", "dynamo")),
     Case("spectral", Spectral, rand((2, 8)), lin("lift", "lower") | convs("local") | linear("pair"),
         refuses=("symbolic",)),
-    Case("sparse", Sparse, adjacency, linear("first") | lin("second"), refuses=("export", "dynamo")),
+    Case("sparse", Sparse, adjacency, linear("first") | lin("second")),
     Case("control_flow", ControlFlow, X, lin("either", "head"), refuses=("symbolic",), modes=(True,)),
     Case("weight_data", Raw, X, lin("body", "head"), refuses=("export", "dynamo"),
         opaque=("body.weight", "head.weight")),
