@@ -44,8 +44,8 @@ is what an optimizer takes. The Parameters of the model that was traced keep the
 share their memory. A fold makes what was frozen trainable again.
 
 A pass that makes a new graph module drops what we noted of the old one. Inside a Pipeline it is handed on; in torch's
-PassManager, put such a pass in as `Pipeline([it])`. A Pipeline runs passes in the given order; `Pipeline(passes, order="solved")` sorts passes
-with a contract by what they require, provide and remove.
+PassManager, put such a pass in as `Pipeline([it])`. A Pipeline runs passes in the given order;
+`Pipeline(passes, order="solved")` sorts them by what they require, provide and remove.
 
 Each cell is run by `tests/compose/test_table.py`. *yes*: outputs equal those of the same pass on the plain model in
 which `W + s B A` is written for W by hand (fp64: 1e-10 of their scale; quantization in fp32: 1e-5), and the pass has
