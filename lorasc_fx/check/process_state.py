@@ -157,8 +157,11 @@ def _same_torch_stacks(undo: Block) -> None:
 
     undo(same_hooks)
     functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    # A mode sets these when it is entered, and resets them when it exits, which a mode that is popped does not do.
+    flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
 
     def pop_modes() -> None:
+        vars(_python_dispatch).update(flags)
         while torch._C._len_torch_function_stack() > functions:
             torch._C._pop_torch_function_stack()
         while torch._C._len_torch_dispatch_stack() > dispatches:

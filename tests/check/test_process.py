@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import lorasc_fx as lx
 from lorasc_fx.capture.graph_breaks import _dynamo_settings
@@ -260,7 +261,9 @@ def test_what_a_tracer_leaves_on_the_stacks_of_torch_is_dropped() -> None:
         torch.autocast_increment_nesting()
         casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.autocast_decrement_nesting()
         keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        return torch._C._functorch.get_dynamic_layer_stack_depth(), modes, casts, str(keys), torch.is_grad_enabled()
+        inside = is_in_torch_dispatch_mode(), is_in_torch_dispatch_mode(include_infra_modes=False)
+        depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+        return depth, modes, inside, casts, str(keys), torch.is_grad_enabled()
 
     before, drawn = stacks(), torch.get_rng_state()
     with quiet():
