@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import fill
+from lorasc_fx.branch.noise import PIECE, WORKSPACE
 from lorasc_fx.cascade.optim import put_state, stepping
 from lorasc_fx.cascade.run_base import RunBase
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import dtensor_like, local
-from lorasc_fx.state import Scratch, SlowWeights, keep_base
+from lorasc_fx.state import Scratch, SlowWeights, arithmetic, keep_base
 from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
-"""Bytes that are kept free so that weights can be restored if memory runs out: for small tensors. A block of noise
-reuses the memory of the block before it."""
+"""Bytes that are kept free so that weights can be restored if memory runs out: for small tensors."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
 def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
     """Write the planned parameters in turn. Undoing it writes what the run says they hold between two steps."""
     scratch = Scratch()
-    # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
-    devices = {torch.device("cpu")} | {local(each).device for each in planned.parameters.values()}
-    spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
+    spare = reserve(planned.parameters, planned.plan.spec.noise.is_on)
 
     def resting(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
         if name in planned.live:
@@ -145,6 +143,25 @@ def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
 
     before = run.plan, run.slow
     write_weights(run, planned.parameters, write, planned.slow)
+
+
+def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = False) -> list[torch.Tensor]:
+    """Allocate memory, on the host and wherever a weight is, that is freed before weights are restored.
+
+    Without it, a device that has run full would keep some of the weights that were written.
+
+    Args:
+        parameters: of the model, by name.
+        noisy: whether noise is restored with them, which an accelerator computes in a workspace.
+        narrow: whether the exact values of a narrow weight need memory as well.
+    """
+    sizes = {torch.device("cpu"): SPARE} | {local(each).device: SPARE for each in parameters.values()}
+    for parameter in writable(parameters).values() if noisy else ():
+        if (weight := local(parameter)).device.type != "cpu":
+            exact = 4 * weight.numel() if narrow and weight.dtype != arithmetic(weight.dtype) else 0
+            workspace = WORKSPACE * min(weight.numel(), PIECE)
+            sizes[weight.device] = max(sizes[weight.device], exact + workspace + 2 * SPARE)
+    return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
 
 
 def write_weights(

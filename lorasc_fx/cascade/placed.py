@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lorasc_fx.branch.noise import PIECE, WORKSPACE
-from lorasc_fx.cascade.commit import SPARE, write_weights
+from lorasc_fx.cascade.commit import reserve, write_weights
 from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage
@@ -19,7 +18,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders_of
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
-from lorasc_fx.state import Scratch, Which, arithmetic
+from lorasc_fx.state import Scratch, Which
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 
@@ -82,7 +81,7 @@ class Before:
         self.owned = run.owned(names)
         self.places = holders_of(run.model, self.owned)
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
-        self.reserve = self._reserved()
+        self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)
         self.changed: str | None = None  # the first weight that was written inside the `with`
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # with their values from before
         norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
@@ -145,18 +144,3 @@ class Before:
         names = tuple(name for name in self.versions if name in self.owned)
         versions = tuple(self.versions[name] if version is None else version for name in names)
         torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)
-
-    def _reserved(self) -> list[torch.Tensor]:
-        """Allocate memory that is freed before noisy weights are restored.
-
-        Restoring needs more memory than placing: a block of noise, and the exact weight if it is narrow. Without this
-        reserve, a device that has run full inside the `with` would keep some of the other weights.
-        """
-        run = self.run
-        sizes = {torch.device("cpu"): SPARE} | {local(each).device: SPARE for each in self.parameters.values()}
-        for parameter in writable(self.parameters).values() if run.is_noisy else ():
-            if (weight := local(parameter)).device.type != "cpu":
-                exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
-                drawn = WORKSPACE * min(weight.numel(), PIECE)
-                sizes[weight.device] = max(sizes[weight.device], exact + drawn + 2 * SPARE)
-        return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]

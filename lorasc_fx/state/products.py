@@ -97,8 +97,8 @@ def _block(
     held = target if room is None else room[: len(target)]
     if delta is not None and delta.dtype == torch.float64 and not has_fp64(target.device):
         source, delta = source.cpu().to(held.dtype, copy=True).add_(delta[part].cpu()), None
-    # Copied in its own dtype: `copy_` between devices casts first, and fp32 is twice as much.
-    held.copy_(source.to(target.device))
+    # `copy_` between devices casts first: right for fp64, but a narrow weight is copied before it is cast.
+    held.copy_(source.to(target.device) if source.dtype.itemsize < held.dtype.itemsize else source)
     if delta is not None:
         held.add_(delta[part].to(held.device))  # a wider delta is added as it is, and the sum is rounded
     if pair is not None and stacked:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
+from lorasc_fx.util.accelerator import has_fp64
 from tests.accelerator.device import NAME, ops
 from tests.accelerator.models import build, loss_of
 
@@ -163,10 +164,12 @@ def counted() -> Iterator[Mapping[str, int]]:
 def without_fp64() -> Iterator[None]:
     """Let the simulated device refuse fp64, as Apple's MPS does."""
     ops.set_without_fp64(True)
+    has_fp64.cache_clear()
     try:
         yield
     finally:
         ops.set_without_fp64(False)
+        has_fp64.cache_clear()
 
 
 def at_each_allocation(call: Callable[[], Any], check: Callable[[], Any]) -> int:
