@@ -300,7 +300,7 @@ def strike(name: str, spec: str, place: str, folder: Path, most: int) -> None:
         assert_same(of(*things), before)
     else:
         kept.append(call())
-    assert struck >= min(most, counter.count, 20) // 2
+    assert struck >= min(most, counter.count, 20) // 3  # a call that reuses an earlier graph has fewer places
     assert_same(numbers(*things), numbers(*twins))
 
 
