@@ -1,9 +1,9 @@
 """The noise of a stage, or of a step: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance; or by
 rows, `N_ij = strength * |W_i| / sqrt(n) * N(0, 1)`.
 
-The random numbers are a function of (seed, stage, step, weight, position), computed by integer arithmetic alone: every
-device computes the same ones, a shard computes only its own, and nothing is drawn in order. A weight is divided into
-blocks; each block has two keys, and position p in it the hash of a fixed table's entry p under these keys.
+Each random number is a function of (seed, stage, step, weight, position). Uniform numbers are computed with integers,
+so they are the same on every device, and a shard computes only its own. A weight is divided into blocks with two keys
+each. The number at position p of a block is a hash of these keys and of entry p of a fixed table.
 
 Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise". By rows: Flat-LoRA (2409.14396). Counters in
 place of a state: Philox (Salmon et al., 2011); the constants of the hash: lowbias32 (Wellons, 2018).
@@ -24,10 +24,10 @@ from lorasc_fx.shards import WHOLE, ShardSpec
 from lorasc_fx.spec import Noise
 
 BLOCK, WIDE = 32768, 1024
-"""Entries of a block of noise, and of its last axis, at most. Part of the key: other numbers here are other noise."""
+"""Largest number of entries of a block of noise, and of its last axis. Other values here give other noise."""
 PIECE, WORKSPACE = 1 << 21, 40
-"""Entries that are computed at a time on an accelerator, and bytes that each needs meanwhile. The CPU computes a
-block at a time, which stays in its cache."""
+"""Number of entries that an accelerator computes at a time, and bytes of temporary memory for each. The CPU computes
+one block at a time, which fits into its cache."""
 
 CPU = torch.device("cpu")
 

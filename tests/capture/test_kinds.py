@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
+from lorasc_fx.capture.reuse import Trace
 from tests.kit.seams import SEAMS
 
 SPEC = lx.CascadeSpec(rank=2)
@@ -163,3 +164,27 @@ def test_a_mode_and_a_size_together(exports: list[bool]) -> None:
         cascade.train(mode)
         eager.train(mode)
         assert_same(cascade, eager, torch.randn(size, 6))
+
+
+class Touches(nn.Module):
+    """A forward that does to a tensor what its result does not show."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(6, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        if self.how == "flag":
+            hidden.requires_grad_()
+        elif self.how == "hook":
+            hidden.requires_grad_().register_hook(lambda gradient: 2 * gradient)
+        elif self.how == "attribute":
+            hidden.requires_grad = True
+        return hidden
+
+
+@pytest.mark.parametrize("how", ["none", "flag", "hook", "attribute"])
+def test_what_results_do_not_show_has_no_trace(how: str) -> None:
+    trace = Trace.of(Touches(how).requires_grad_(False), (torch.randn(2, 6),), {}, ["x"])
+    assert (trace is None) == (how != "none")
