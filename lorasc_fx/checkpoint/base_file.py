@@ -159,7 +159,14 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
                 code="no-base",
             )
         base = named
-    return BaseFile(path_of(base), model)
+    path = path_of(base)
+    if not path.exists():
+        raise CheckpointError(
+            f"base: {path} does not exist. Give a safetensors file, a folder with {SINGLE} or {INDEX}, or 'memory', "
+            "'pinned', 'device' or 'file'",
+            code="no-base",
+        )
+    return BaseFile(path, model)
 
 
 def name_or_path(model: nn.Module) -> str | None:
