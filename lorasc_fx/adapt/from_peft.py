@@ -14,7 +14,7 @@ from lorasc_fx.capture import open_model
 from lorasc_fx.cascade.experts import install_experts
 from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.facade import Cascade
-from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.reader import Adapter, Pair, read_adapter, spec_of
 from lorasc_fx.spec import CascadeSpec
 
@@ -50,7 +50,7 @@ def from_peft(
     opened = open_model(model)
     adapter = read_adapter(path_of(folder), opened)
     spec = spec if spec is not None else spec_of(adapter, opened)
-    changes = _changes(adapter, opened, spec)
+    changes = adapter.by_weight(opened, spec.untie)
     cascade = adapt(opened, args, kwargs, spec=spec, frontend=frontend, base=base)
     try:
         _install(cascade, adapter, changes)
@@ -58,41 +58,6 @@ def from_peft(
         cascade.release()
         raise
     return cascade
-
-
-def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str, Pair]:
-    """Return one pair of factors for each weight, with the ties that the spec keeps.
-
-    Raises:
-        CheckpointError: the adapter changes only one name of a tied weight, or each name differently.
-    """
-    changes = {}
-    groups: list[list[str]] = []
-    for names in named_weights(model).names.values():
-        apart = [name for name in names if any(matches(pattern, (name,)) for pattern in spec.untie)]
-        rest = [name for name in names if name not in apart]
-        groups += [[name] for name in apart] + ([rest] if rest else [])
-    for group in groups:
-        pairs = [adapter.pairs[name] for name in group if name in adapter.pairs]
-        if not pairs:
-            continue
-        if len(pairs) < len(group) or any(not _same(pairs[0], pair) for pair in pairs[1:]):
-            raise CheckpointError(
-                f"{adapter.folder}: {' and '.join(group)} are one weight, and the adapter changes "
-                f"{' and '.join(pair.target.name for pair in pairs)}, each by itself; untie them: spec with "
-                f"untie=({group[-1]!r},)",
-                code="tied-weights-differ",
-            )
-        changes[group[0]] = pairs[0]
-    return changes
-
-
-def _same(one: Pair, other: Pair) -> bool:
-    """Whether two pairs are equal."""
-    ours, theirs = ((pair.expert.b, pair.expert.a, pair.expert.row_scale) for pair in (one, other))
-    return all(
-        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
-    )
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:

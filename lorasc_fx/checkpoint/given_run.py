@@ -12,7 +12,7 @@ from lorasc_fx.cascade.experts import bare, differ, other_kind
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read
-from lorasc_fx.errors import SpecError, named
+from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.state import Part
 from lorasc_fx.state.model import host
 
@@ -57,9 +57,10 @@ class GivenRun:
         """Return the run as a part of the sum. A running stage that has trained counts as ended, as in `release`.
 
         Args:
-            bases: W0 by name, which ending the running stage of a checkpoint needs.
+            bases: W0 by name. Without one, a checkpoint must have no running stage that has trained.
 
         Raises:
+            StateError: there is such a stage, and a base is missing.
             CheckpointError: the tensors of a checkpoint do not fit its plan.
             NonFiniteBranch: a running branch holds inf or nan.
         """
@@ -69,6 +70,12 @@ class GivenRun:
         state, learners = self.run.with_learners()
         slow = state.slow
         if slow.moved(learners):
+            if slow.states.keys() - bases.keys():
+                raise StateError(
+                    f"{self.name}, is in the middle of stage {state.plan.stage}, and ending the stage takes the base: "
+                    "give the model too",
+                    code="stage-not-ended",
+                )
             states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
             slow = replace(slow, states=states).after_stage(state.plan, learners)
         return Part(self.name, state.plan, bare(slow), state.buffers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Branch, Factors
+from lorasc_fx.branch import Branch, Delta, Factors
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.format import RANKS, rows_with
@@ -26,6 +26,9 @@ from lorasc_fx.state import (
     svd_of,
     truncated,
 )
+
+KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which has no low rank"
+"""Reason for which a weight has no pair."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,17 @@ def nothing(state: WeightState) -> Factors:
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
+def pair_of(state: WeightState, view: Which, running: Delta | None = None) -> Factors | None:
+    """Return what a view adds to a weight as one pair, in fp64 on the host. None if it adds nothing.
+
+    A dense delta, which replaced experts, is factored at its numerical rank.
+    """
+    _, delta, terms = state.terms(view, running)
+    if delta is not None and bool(delta.any()):
+        terms.append((1.0, factored(delta)))
+    return sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
+
+
 def change_of(run: Run, which: Which) -> Change:
     """Return the change of a cascade's weights. Slow and averaged weights count a stage that has trained as ended.
 
@@ -152,17 +166,14 @@ def change_of(run: Run, which: Which) -> Change:
             continue
         if which == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
             running = delta_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle, torch.device("cpu"))
-        _, delta, terms = state.terms(view if running is None else "fast", running)
-        if delta is not None and bool(delta.any()):
-            terms.append((1.0, factored(delta)))
-        pair = sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
+        pair = pair_of(state, view if running is None else "fast", running)
         row_scale = state.scale(running.gain if running is not None else None)
         site = run.plan.site(name)
-        if row_scale is None and terms and site is not None and site.options.method.scales_rows:
+        if row_scale is None and pair is not None and site is not None and site.options.method.scales_rows:
             # experts that came from elsewhere
             row_scale = torch.ones(state.out, dtype=torch.float64)
         if state.noises:
-            change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"
+            change.refused[name] = KEEPS_NOISE
         elif row_scale is not None and not bool(row_scale.all()):
             change.refused[name] = "one of its rows was scaled to 0, which magnitudes cannot express"
         elif row_scale is not None:

@@ -7,7 +7,7 @@ memory than the shapes of the model need.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,7 +20,7 @@ from lorasc_fx.branch import Factors
 from lorasc_fx.checkpoint.layout import plain_bytes, refusing, sanitized
 from lorasc_fx.checkpoint.manifest import parsed
 from lorasc_fx.errors import CheckpointError, nearest, path_of
-from lorasc_fx.graph import named_weights
+from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.options import SCALES
 from lorasc_fx.peft.format import (
     CONFIG,
@@ -91,6 +91,44 @@ class Adapter:
     config: AdapterConfig
     pairs: Mapping[str, Pair]
     whole: Mapping[str, torch.Tensor]
+
+    def by_weight(self, model: nn.Module, untie: Iterable[str] = ()) -> dict[str, Pair]:
+        """Return one pair of factors for each weight, by the first of its tied names.
+
+        Args:
+            model: that the adapter fits.
+            untie: patterns of names that become weights of their own.
+
+        Raises:
+            CheckpointError: the adapter changes only one name of a tied weight, or each name differently.
+        """
+        pairs = {}
+        groups: list[list[str]] = []
+        for names in named_weights(model).names.values():
+            apart = [name for name in names if any(matches(pattern, (name,)) for pattern in untie)]
+            rest = [name for name in names if name not in apart]
+            groups += [[name] for name in apart] + ([rest] if rest else [])
+        for group in groups:
+            found = [self.pairs[name] for name in group if name in self.pairs]
+            if not found:
+                continue
+            if len(found) < len(group) or any(not _same(found[0], pair) for pair in found[1:]):
+                raise CheckpointError(
+                    f"{self.folder}: {' and '.join(group)} are one weight, and the adapter changes "
+                    f"{' and '.join(pair.target.name for pair in found)}, each by itself; untie them: spec with "
+                    f"untie=({group[-1]!r},)",
+                    code="tied-weights-differ",
+                )
+            pairs[group[0]] = found[0]
+        return pairs
+
+
+def _same(one: Pair, other: Pair) -> bool:
+    """Whether two pairs are equal."""
+    ours, theirs = ((pair.expert.b, pair.expert.a, pair.expert.row_scale) for pair in (one, other))
+    return all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
+    )
 
 
 def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:

@@ -1,0 +1,140 @@
+"""`low_rank_pairs`: a cascade, a checkpoint and an adapter of peft as one pair per weight, against folded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchao.quantization as torchao
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.peft.low_rank import LowRankAdapter, low_rank_pairs
+from lorasc_fx.util.fingerprint import fingerprints
+from tests.errors.state import unchanged
+from tests.kit.errors import raises
+from tests.kit.models import randomize
+from tests.peft.adapters import cascade_of, merged, trained_by_peft
+from tests.peft.models import BUILD, INPUTS, made
+
+
+def assert_sums_to(found: LowRankAdapter, name: str, folded: dict[str, torch.Tensor]) -> None:
+    """W0 with the pairs is the folded model, of every parameter; and every pair changes something."""
+    base = made(BUILD[name]).state_dict()
+    assert found.pairs
+    for key, value in base.items():
+        total = value.clone()
+        if key in found.pairs:
+            pair = found.pairs[key]
+            assert pair.b.dtype == pair.a.dtype == torch.float64
+            assert not torch.equal(value, folded[key])
+            total += (pair.b @ pair.a).view(value.shape)
+        torch.testing.assert_close(total, folded[key], rtol=0, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", ["suffixes", "words", "convs", "mixture"])
+def test_a_cascade_and_its_checkpoint(name: str, tmp_path: Path) -> None:
+    cascade, running = cascade_of(name, stages=3, running=False), cascade_of(name, stages=2)
+    lx.save(cascade, tmp_path / "ended")
+    lx.save(running, tmp_path / "running")
+    base = made(BUILD[name])
+    with unchanged(cascade, running):
+        found = low_rank_pairs(cascade)
+        assert_sums_to(found, name, cascade.folded_state_dict())
+        assert_sums_to(low_rank_pairs(tmp_path / "ended"), name, cascade.folded_state_dict())
+        assert_sums_to(low_rank_pairs(running), name, running.folded_state_dict())
+        assert_sums_to(low_rank_pairs(tmp_path / "running", base), name, running.folded_state_dict())
+    found.check_base(fingerprints(dict(base.named_parameters())), "test")
+    with raises(lx.StateError, "stage-not-ended", "the run", "running", "stage 2", "model"):
+        low_rank_pairs(tmp_path / "running")
+
+
+def test_a_method_whose_delta_is_dense() -> None:
+    spec = lx.CascadeSpec(adapter="hira", rank=2, pace=0.5)
+    cascade = lx.adapt(made(BUILD["suffixes"]), INPUTS["suffixes"](), spec=spec, frontend="symbolic")
+    with torch.no_grad():
+        for parameter in cascade.branches.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    assert_sums_to(low_rank_pairs(cascade), "suffixes", cascade.folded_state_dict())
+
+
+@pytest.mark.parametrize("name", ["suffixes", "words", "convs"])
+def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
+    targets = {"suffixes": ["lin", "other"], "words": ["emb", "up"], "convs": ["stem", "same", "head"]}[name]
+    theirs = trained_by_peft(name, tmp_path, target_modules=targets, use_rslora=True)
+    model = made(BUILD[name])
+    found = low_rank_pairs(tmp_path, model)
+    assert_sums_to(found, name, merged(theirs).state_dict())
+    assert found.rank == 3
+    found.check_base({"of": "anything"}, "test")  # peft keeps no fingerprint
+    with raises(lx.SpecError, "invalid-value", "the run", tmp_path, "model"):
+        low_rank_pairs(tmp_path)
+
+
+def test_a_smaller_rank_and_its_exact_error(tmp_path: Path) -> None:
+    cascade = cascade_of("convs", stages=3)
+    found, full = low_rank_pairs(cascade, max_rank=3), low_rank_pairs(cascade)
+    assert (found.rank, full.rank) == (3, 6)
+    assert not full.cut
+    written = lx.export.peft(cascade, tmp_path, max_rank=3).cut
+    assert found.cut == written
+    for name, cut in found.cut.items():
+        left, right = (adapter.pairs[name].b @ adapter.pairs[name].a for adapter in (found, full))
+        assert cut.error == pytest.approx(float((left - right).norm()), rel=1e-9)
+
+
+def test_a_quantized_base() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 8))
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(version=2))
+        return model
+
+    cascade = lx.adapt(build(), (torch.randn(4, 32),), spec=lx.CascadeSpec(rank=2, pace=1.0))
+    randomize(cascade)
+    cascade.transition(None)
+    found, folded = low_rank_pairs(cascade), cascade.folded_state_dict("dequantize")
+    base: Any = build()
+    for name in ("0.weight", "1.weight"):
+        pair = found.pairs[name]
+        total = base.get_parameter(name).dequantize().double() + pair.b @ pair.a
+        torch.testing.assert_close(total.float(), folded[name])
+
+
+def test_another_base_is_refused() -> None:
+    found, model = low_rank_pairs(cascade_of("suffixes")), made(BUILD["suffixes"])
+    with torch.no_grad():
+        model.get_parameter("lin.weight")[0, 0] += 1
+    with raises(lx.CheckpointError, "base-differs", "add: ", "the run, a cascade", "lin.weight"):
+        found.check_base(fingerprints(dict(model.named_parameters())), "add")
+
+
+def test_what_is_more_than_factors_is_one_error(tmp_path: Path) -> None:
+    whole = cascade_of("words", targets=("emb", "up"), train=("head",))
+    with raises(lx.SpecError, "method-not-supported", "bank: one, a cascade", "head.0.weight", "in full"):
+        low_rank_pairs(whole, name="one", call="bank")
+    kept = cascade_of("suffixes", noise=lx.Noise(0.1, keep=True), targets=("lin.weight",))
+    with raises(lx.SpecError, "method-not-supported", "lin.weight", "noise.keep"):
+        low_rank_pairs(kept)
+    with raises(lx.SpecError, "method-not-supported", "up.weight", "DoRA"):
+        low_rank_pairs(cascade_of("words", adapter="dora", targets=("up",)))
+    counted = cascade_of("convs")
+    with torch.no_grad():
+        counted.model.get_buffer("bn.running_mean").add_(1)
+    with raises(lx.SpecError, "method-not-supported", "bn.running_mean", "buffer"):
+        low_rank_pairs(counted, made(BUILD["convs"]))
+    trained_by_peft("words", tmp_path, target_modules=["up"], modules_to_save=["head"], use_dora=True)
+    with raises(lx.SpecError, "method-not-supported", "up.weight", "DoRA", "head.0.weight", "in full"):
+        low_rank_pairs(tmp_path, made(BUILD["words"]))
+
+
+def test_a_parameter_that_did_not_move_is_no_obstacle() -> None:
+    cascade = lx.adapt(
+        made(BUILD["words"]),
+        INPUTS["words"](),
+        spec=lx.CascadeSpec(targets=("up",), train=("head",)),
+    )
+    randomize(cascade)
+    assert low_rank_pairs(cascade).pairs.keys() == {"up.weight"}
