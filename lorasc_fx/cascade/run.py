@@ -20,7 +20,7 @@ from lorasc_fx.plan import Reason
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Expert, Part, SlowWeights
+from lorasc_fx.state import Expert, SlowWeights
 from lorasc_fx.util.finalizers import POSTPONED, run_postponed
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Undo, commit
@@ -237,10 +237,6 @@ class Run(RunBase):
         self.register_sites(undo, empty)
         parameters = self.parameters_by_name()
         self._frozen = checksums({name: value for name, value in parameters.items() if name not in self.slow.states})
-
-    def add(self, name: str, part: Part) -> None:
-        """Keep another run on the same base under a name. It replaces one of the same name."""
-        self.added = {**self.added, name: part}
 
     def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer; see `Cascade.param_groups`."""

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lorasc_fx.cascade import CascadeModule, experts
 from lorasc_fx.checkpoint import given_run, reader, training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
-from lorasc_fx.errors import SpecError, StateError, path_of
+from lorasc_fx.errors import SpecError, StateError, nearest, path_of
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.util.undo import Undo, commit
 
@@ -78,15 +78,15 @@ class SavedCascade(CascadeModule):
 
         Several runs can so share one model in memory. Weights are computed from W0 at each switch. The other run
         counts as its `release` would leave it. This cascade trains and saves only its own run, and after a load the
-        others must be added again. Another run of the same name is replaced.
+        others must be added again.
 
         Args:
-            name: of your choice, except the names that `weights` knows already.
+            name: of your choice, except the names that `weights` knows already. To replace a run, `remove` it first.
             run: a checkpoint folder (its newest version), or a cascade on a copy of the base. It may have changed only
                 weights that are sites, or trained in full, here too.
 
         Raises:
-            SpecError: an invalid name, or the other run has changed other weights.
+            SpecError: an invalid name, one that is taken, or the other run has changed other weights.
             CheckpointError: a folder without a complete checkpoint, or a run on another base; names what differs.
             StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
             NonFiniteBranch: a running branch of the other run holds inf or nan.
@@ -94,9 +94,23 @@ class SavedCascade(CascadeModule):
         self._run.check_ready("add")
         if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
             raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
+        if name in self._run.added:
+            raise SpecError(f"add: a run {name!r} was added already. Give another name, or call remove({name!r}) first")
         added = given_run.GivenRun(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
         with self._run.exclusive("add"):
             given_run.add(self._run, name, added)
+
+    def remove(self, name: str) -> None:
+        """Drop a run that `add` has added, and free its memory.
+
+        Raises:
+            StateError: no run of this name was added; after `release`, inside `weights` or inside a backward.
+        """
+        with self._run.exclusive("remove"):
+            added = self._run.added
+            if name not in added:
+                raise StateError(f"remove: no run {name!r} was added{nearest(str(name), added)}", code="unknown-name")
+            self._run.added = {other: part for other, part in added.items() if other != name}
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return copies of everything that a resume needs from the cascade.

@@ -102,4 +102,4 @@ def add(run: Run, name: str, added: GivenRun) -> None:
     for key, state in states.items():
         if differ(state, sites[key]):
             raise other_kind("add", added.name, key)
-    run.add(name, replace(part, slow=replace(part.slow, states=states)))
+    run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=states))}

@@ -101,6 +101,7 @@ def test_a_site_that_the_host_trains_in_full_is_rounded_once() -> None:
         host.add("legal", other := run("kept noise", seed))
         with host.weights("legal"):
             found = values(host.model)
+        host.remove("legal")
         same(found, values(other.release()))
 
 
@@ -205,13 +206,23 @@ def test_the_own_run_by_itself_is_the_slow_weights(slow_train: bool) -> None:
     same(host.folded_state_dict(which={"slow": 1}), host.folded_state_dict())
 
 
-def test_a_run_of_the_same_name_is_replaced() -> None:
-    host = run("plain", 1)
+def test_a_name_is_added_once_and_free_after_a_removal() -> None:
+    host, other = run("plain", 1), run("plain", 3)
     host.add("legal", run("plain", 2))
-    host.add("legal", other := run("plain", 3))
+    with unchanged(host), raises(lx.SpecError, "invalid-value", "add", "'legal'", "remove"):
+        host.add("legal", other)
+    assert host.views.count("legal") == 1
+    with host.weights("legal"), raises(lx.StateError, "inside-weights", "remove"):
+        host.remove("legal")
+    with raises(lx.StateError, "unknown-name", "remove", "'legel'", "legal"):
+        host.remove("legel")
+    host.remove("legal")
+    assert host.views == ("slow", "fast", "base")
+    with raises(lx.StateError, "unknown-name", "legal"):
+        host.weights("legal").__enter__()
+    host.add("legal", other)
     with host.weights("legal"):
         same(values(host.model), values(other.release()))
-    assert host.views.count("legal") == 1
 
 
 def test_what_cannot_be_added() -> None:
