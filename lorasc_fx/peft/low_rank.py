@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from lorasc_fx.checkpoint.reader import check_digests
 from lorasc_fx.errors import SpecError, named, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.factors import KEEPS_NOISE, Change, CutOff, pair_of
+from lorasc_fx.peft.factors import KEEPS_NOISE, Change, CutOff, compressed, padded, pair_of
 from lorasc_fx.peft.format import CONFIG
 from lorasc_fx.peft.reader import read_adapter
+from lorasc_fx.plan import Site
 from lorasc_fx.util.fingerprint import fingerprint
 
 _IN_FULL = "trained in full, not as factors; adapt it by a branch (targets=...), or leave it out of train"
@@ -34,21 +36,39 @@ class LowRankAdapter:
         name: what it is and where it comes from, for messages.
         pairs: factors by weight name, in fp64 on the host: `b @ a` is added to the weight as stored, and the scale is
             folded into `b`.
-        cut: what `max_rank` cost each weight that had a higher rank.
         base: fingerprints of the base by parameter name. An adapter of peft has none.
         moved: names of what is not part of the base: buffers, and parameters that forward writes.
     """
 
     name: str
     pairs: Mapping[str, Factors]
-    cut: Mapping[str, CutOff]
     base: Mapping[str, str]
     moved: Collection[str] = ()
 
-    @property
-    def rank(self) -> int:
-        """The highest rank."""
-        return max((pair.rank for pair in self.pairs.values()), default=0)
+    def tensors(self, site: Site, max_rank: int) -> tuple[dict[str, torch.Tensor], CutOff]:
+        """Return the parameters of a LoRA branch of a site that has this delta, in fp64, and what `max_rank` cost.
+
+        They are padded with zeros to `max_rank`, and the scale is 1. A pair of a higher rank is replaced by the nearest
+        one, in each slice of a fused weight. Without a change of the weight all factors are zero.
+        """
+        pair = self.pairs.get(site.weight)
+        if pair is None:
+            a, b = replace(site, options=replace(site.options, rank=max_rank, ranks=())).factor_shapes
+            zeros = {"lora_A": torch.zeros(a).double(), "lora_B": torch.zeros(b).double()}
+            return {**zeros, "scale": torch.ones(()).double()}, CutOff(0, 0, 0.0, 0.0)
+        up, down = (pair.a.mT, pair.b.mT) if site.layout == "in_out" else (pair.b, pair.a)
+        parts = [Factors(up, down)]
+        if site.slices:
+            parts = [_used(Factors(rows, down)) for rows in up.split(site.slices)]
+        cut = [compressed(part, max_rank) for part in parts]
+        fitted = [padded(part, max_rank) for part, _ in cut]
+        error, norm = (math.hypot(*(getattr(each, name) for _, each in cut)) for name in ("error", "norm"))
+        before, after = (max(getattr(each, name) for _, each in cut) for name in ("before", "after"))
+        factors = {
+            "lora_A": torch.cat([part.a for part in fitted], -2),
+            "lora_B": torch.cat([part.b for part in fitted], -2),
+        }
+        return {**factors, "scale": torch.ones(()).double()}, CutOff(before, after, error, norm)
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
         """Refuse a model with other weights than the base of this adapter. An adapter of peft is not compared.
@@ -70,7 +90,6 @@ def low_rank_pairs(
     model: nn.Module | None = None,
     *,
     name: str = "the run",
-    max_rank: int | None = None,
     call: str = "low_rank_pairs",
 ) -> LowRankAdapter:
     """Return the total change of a run against W0 as one pair of factors for each weight.
@@ -84,7 +103,6 @@ def low_rank_pairs(
         model: the base, not adapted. Needed for an adapter of peft, and for a checkpoint in the middle of a stage.
             With it, buffers are compared too.
         name: of the source, for messages.
-        max_rank: reduce higher ranks to this one; `cut` has the exact error.
         call: for messages.
 
     Raises:
@@ -110,9 +128,14 @@ def low_rank_pairs(
             by_reason.setdefault(reason, []).append(weight)
         lines = "".join(f"\n  {named(weights)}: {reason}" for reason, weights in by_reason.items())
         raise SpecError(f"{call}: {title}, is more than factors:{lines}", code="method-not-supported")
-    if max_rank is not None:
-        change.at_most(max_rank)
-    return LowRankAdapter(title, change.pairs, change.cut, base, moved)
+    return LowRankAdapter(title, change.pairs, base, moved)
+
+
+def _used(pair: Factors) -> Factors:
+    """Return a pair without the columns of b that are zero, but with one column at least."""
+    used = pair.b.any(0)
+    used[:1] = True
+    return Factors(pair.b[:, used], pair.a[used])
 
 
 def _change_of_run(given: GivenRun, tensors: Mapping[str, torch.Tensor]) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,61 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
     model = made(BUILD[name])
     found = low_rank_pairs(tmp_path, model)
     assert_sums_to(found, name, merged(theirs).state_dict())
-    assert found.rank == 3
+    assert {pair.rank for pair in found.pairs.values()} == {3}
     found.check_base({"of": "anything"}, "test")  # peft keeps no fingerprint
     with raises(lx.SpecError, "invalid-value", "the run", tmp_path, "model"):
         low_rank_pairs(tmp_path)
 
 
-def test_a_smaller_rank_and_its_exact_error(tmp_path: Path) -> None:
-    cascade = cascade_of("convs", stages=3)
-    found, full = low_rank_pairs(cascade, max_rank=3), low_rank_pairs(cascade)
-    assert (found.rank, full.rank) == (3, 6)
-    assert not full.cut
-    written = lx.export.peft(cascade, tmp_path, max_rank=3).cut
-    assert found.cut == written
-    for name, cut in found.cut.items():
-        left, right = (adapter.pairs[name].b @ adapter.pairs[name].a for adapter in (found, full))
-        assert cut.error == pytest.approx(float((left - right).norm()), rel=1e-9)
+@pytest.mark.parametrize("name", ["convs", "mixture"])
+def test_tensors_of_a_branch_and_the_exact_error_of_a_smaller_rank(name: str, tmp_path: Path) -> None:
+    cascade = cascade_of(name, stages=3)
+    found, written = low_rank_pairs(cascade), lx.export.peft(cascade, tmp_path, max_rank=3).cut
+    for site in cascade.sites:
+        pair, (tensors, cut) = found.pairs[site.weight], found.tensors(site, 7)
+        assert {key: tuple(value.shape) for key, value in tensors.items()} == {
+            "lora_A": (*pair.a.shape[:-2], 7, site.matrix_shape[1]),
+            "lora_B": (*pair.b.shape[:-2], site.matrix_shape[0], 7),
+            "scale": (),
+        }
+        assert (cut.after, cut.error) == (pair.rank, 0)
+        delta = tensors["lora_B"] @ tensors["lora_A"]
+        whole = pair.b @ pair.a
+        torch.testing.assert_close(delta.mT if site.layout == "in_out" else delta, whole, rtol=0, atol=0)
+        tensors, cut = found.tensors(site, 3)
+        if pair.rank > 3:
+            assert cut == written[site.weight]
+        delta = tensors["lora_B"] @ tensors["lora_A"]
+        assert cut.error == pytest.approx(
+            float((delta - (whole.mT if site.layout == "in_out" else whole)).norm()), abs=1e-9
+        )
+    zeros, cut = replace(found, pairs={}).tensors(cascade.sites[0], 5)
+    assert not any(zeros[key].any() for key in ("lora_A", "lora_B"))
+    assert cut.relative == 0
+    assert zeros["lora_A"].shape[-2] == zeros["lora_B"].shape[-1] == 5
+
+
+def test_tensors_of_slices_and_of_a_transposed_weight() -> None:
+    """The sliced input projection of attention, and a weight stored as [in, out]."""
+    torch.manual_seed(4)
+    attention, x = nn.MultiheadAttention(8, 2).double(), torch.randn(3, 2, 8, dtype=torch.float64)
+    fused = lx.adapt(attention, (x, x + 1, x - 1), {"need_weights": False}, spec=lx.CascadeSpec(rank=2, pace=1.0))
+    assert fused.sites[0].slices
+    for cascade, shape in ((fused, (12, 8)), (cascade_of("gpt2", targets=("*.c_fc",)), (4, 12))):
+        randomize(cascade)
+        site, found = cascade.sites[0], low_rank_pairs(cascade)
+        tensors, cut = found.tensors(site, 4)
+        assert tuple(tensors["lora_A"].shape) == shape
+        assert cut.error < 1e-12
+        branch = type(cascade.branches[site.key])(
+            replace(site, options=replace(site.options, rank=4, lora_alpha=4.0)), 0, 1, torch.zeros(1).double()
+        )
+        for key in ("lora_A", "lora_B"):
+            branch.get_parameter(key).data.copy_(tensors[key])
+        pair = found.pairs[site.weight]
+        delta = branch.delta()
+        assert float((pair.b @ pair.a).norm()) > 0.1
+        torch.testing.assert_close(delta.b @ delta.a, pair.b @ pair.a, rtol=0, atol=1e-12)
 
 
 def test_a_quantized_base() -> None:
