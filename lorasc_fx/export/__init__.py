@@ -1,9 +1,13 @@
-"""Other formats: safetensors, `.pt2` and ONNX out, LoRA adapters of peft out and in."""
+"""Other formats: safetensors, `.pt2` and ONNX out, LoRA adapters of peft out and in, adapters of an exported base."""
 
 from lorasc_fx.errors import ExportError
+from lorasc_fx.export.adapters import AdapterFile, adapter
 from lorasc_fx.export.graphs import onnx, program, pt2
 from lorasc_fx.export.safetensors_files import safetensors
 from lorasc_fx.peft.reader import peft_spec
 from lorasc_fx.peft.writer import PeftAdapter, peft
 
-__all__ = ["ExportError", "PeftAdapter", "onnx", "peft", "peft_spec", "program", "pt2", "safetensors"]
+__all__ = [
+    "AdapterFile", "ExportError", "PeftAdapter", "adapter", "onnx", "peft", "peft_spec", "program", "pt2",
+    "safetensors",
+]  # fmt: skip

@@ -51,6 +51,9 @@ class CutOff:
         """The error as a share of the delta."""
         return self.error / self.norm if self.norm else 0.0
 
+    def __str__(self) -> str:
+        return f"rank {self.before} to {self.after}, error {self.error:.3g} of {self.norm:.3g} ({self.relative:.2%})"
+
 
 def factored(delta: torch.Tensor) -> Factors:
     """Return a dense delta [rows, columns], or a stack of them, as a pair of its numerical rank, in fp64.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Factors
+from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.given_run import GivenRun
-from lorasc_fx.checkpoint.reader import check_digests
+from lorasc_fx.checkpoint.reader import Checkpoint, check_digests
 from lorasc_fx.errors import SpecError, named, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.factors import KEEPS_NOISE, Change, CutOff, compressed, padded, pair_of
 from lorasc_fx.peft.format import CONFIG
 from lorasc_fx.peft.reader import read_adapter
-from lorasc_fx.plan import Site
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.state import Part
 from lorasc_fx.util.fingerprint import fingerprint
 
 _IN_FULL = "trained in full, not as factors; adapt it by a branch (targets=...), or leave it out of train"
@@ -38,12 +40,16 @@ class LowRankAdapter:
             folded into `b`.
         base: fingerprints of the base by parameter name. An adapter of peft has none.
         moved: names of what is not part of the base: buffers, and parameters that forward writes.
+        plan: of the run; None for an adapter of peft.
+        dtypes: of the branches of the run, by weight name.
     """
 
     name: str
     pairs: Mapping[str, Factors]
     base: Mapping[str, str]
     moved: Collection[str] = ()
+    plan: Plan | None = None
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def tensors(self, site: Site, max_rank: int) -> tuple[dict[str, torch.Tensor], CutOff]:
         """Return the parameters of a LoRA branch of a site that has this delta, in fp64, and what `max_rank` cost.
@@ -113,22 +119,24 @@ def low_rank_pairs(
         NonFiniteBranch: a running branch holds inf or nan.
     """
     tensors = {} if model is None else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    base: Mapping[str, str] = {}
-    moved: Collection[str] = ()
     if not isinstance(source, Cascade) and isinstance(source, (str, PathLike)) and (Path(source) / CONFIG).is_file():
         if model is None:
             raise SpecError(f"{call}: {name}, {source}, is an adapter of peft, which fits a model; give the model too")
-        title, change = f"{name}, {source}", _change_of_peft(path_of(source), model)
+        change = _change_of_peft(path_of(source), model)
+        adapter = LowRankAdapter(f"{name}, {source}", change.pairs, {})
     else:
         given = GivenRun(source._run if isinstance(source, Cascade) else source, name, call)
-        title, base, moved, change = given.name, given.base, given.moved, _change_of_run(given, tensors)
+        part = given.part(tensors)
+        change = _change_of_run(given, part, tensors)
+        dtypes = branch_dtypes(given.run)
+        adapter = LowRankAdapter(given.name, change.pairs, given.base, given.moved, given.plan, dtypes)
     if change.refused:
         by_reason: dict[str, list[str]] = {}
         for weight, reason in change.refused.items():
             by_reason.setdefault(reason, []).append(weight)
         lines = "".join(f"\n  {named(weights)}: {reason}" for reason, weights in by_reason.items())
-        raise SpecError(f"{call}: {title}, is more than factors:{lines}", code="method-not-supported")
-    return LowRankAdapter(title, change.pairs, base, moved)
+        raise SpecError(f"{call}: {adapter.name}, is more than factors:{lines}", code="method-not-supported")
+    return adapter
 
 
 def _used(pair: Factors) -> Factors:
@@ -138,9 +146,17 @@ def _used(pair: Factors) -> Factors:
     return Factors(pair.b[:, used], pair.a[used])
 
 
-def _change_of_run(given: GivenRun, tensors: Mapping[str, torch.Tensor]) -> Change:
+def branch_dtypes(run: Run | Checkpoint) -> dict[str, torch.dtype]:
+    """Return the dtype of each branch by weight name: fp64 for a weight in fp64, otherwise fp32."""
+    if isinstance(run, Run):
+        return {branch.weight_name: next(branch.parameters()).dtype for branch in run.by_key.values()}
+    names = {site.weight: next(iter(site.parameter_shapes)) for site in run.plan.sites}
+    return {weight: run.tensors[f"branch/{weight}/{name}"].dtype for weight, name in names.items()}
+
+
+def _change_of_run(given: GivenRun, part: Part, tensors: Mapping[str, torch.Tensor]) -> Change:
     """Return the pairs of a run, and what is more than a pair as `refused`."""
-    part, change = given.part(tensors), Change()
+    change = Change()
     for name, state in part.slow.states.items():
         if state.full:
             value = state.slow.dense

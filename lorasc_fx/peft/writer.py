@@ -92,10 +92,7 @@ class PeftAdapter:
         ranks = str(low) if low == high else f"{low} to {high}"
         lines = [f"{self.folder}: {len(self.ranks)} weights adapted, ranks {ranks}"]
         lines[0] += f"; saved completely: {', '.join(self.saved)}" if self.saved else ""
-        lines += [
-            f"  {name}: rank {cut.before} to {cut.after}, error {cut.error:.3g} of {cut.norm:.3g} ({cut.relative:.2%})"
-            for name, cut in self.cut.items()
-        ]
+        lines += [f"  {name}: {cut}" for name, cut in self.cut.items()]
         return "\n".join(lines)
 
 
