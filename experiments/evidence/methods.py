@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import lorasc_fx as lx
+from lorasc_fx import branch
 
 __all__ = ["METHODS", "Method", "ends_of", "rate_factor", "spec_of"]
 
@@ -83,6 +84,10 @@ RECIPE = Method(
 )
 
 
+ADAPTERS = ("dora", "lora-xs", "vera", "hira", "shira", "miss", "oft", "lokr", "delora")
+"""Values of `CascadeSpec.adapter`, each a method in one stage with its default options."""
+
+
 def _recipe(about: str, **spec: Any) -> Method:
     return replace(RECIPE, about=about, spec=RECIPE.spec | spec)
 
@@ -106,7 +111,7 @@ METHODS: dict[str, Method] = {
         stages=True,
         spec={"restart": "fast", "pace": 1.0},
     ),
-    "dora": replace(LORA, about="DoRA", spec={"adapter": "dora"}),
+    **{name: replace(LORA, about=f"adapter={name!r}", spec={"adapter": name}) for name in ADAPTERS},
     "full": Method("full fine-tuning of the same layers", full=True),
     "paper": PAPER,
     "paper-noise": replace(PAPER, about="LoRASC as the paper reads, with noise", noise=NOISE),
@@ -175,9 +180,9 @@ def spec_of(method: Method, rank: int, cycles: int, train: tuple[str, ...], seed
     base: dict[str, Any] = {"pace": 1.0, **method.spec}
     # The recorded runs drew the noise of a weight from one stream, and not by blocks as today.
     noise = lx.Noise(method.noise, redraw="step") if method.noise else lx.Noise()
-    return lx.CascadeSpec(
-        rank=rank * factor, lora_alpha=2.0 * rank * factor, train=train, noise=noise, seed=seed, **base
-    )
+    if "lora_alpha" in branch.METHODS[base.get("adapter", "lora")].options:
+        base["lora_alpha"] = 2.0 * rank * factor
+    return lx.CascadeSpec(rank=rank * factor, train=train, noise=noise, seed=seed, **base)
 
 
 def rate_factor(method: Method, step: int, steps: int, cycles: int, warmup: int) -> float:

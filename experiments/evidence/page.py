@@ -238,6 +238,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         *_map(results),
         *_ranks(results),
         *_others(results),
+        *_adapters(results),
         *_forgetting(results),
         *_rates(results, folder),
         *_sizes(results),
@@ -448,19 +449,35 @@ def _test_row(runs: list[dict[str, Any]]) -> list[str]:
     return [_mean([score(run, "accuracy", "test") for run in runs]), f"{loss:.3f}"]
 
 
+def _adapter_row(runs: list[dict[str, Any]]) -> list[str]:
+    return [f"{runs[0]['trained']:,}", *_test_row(runs)]
+
+
 def _others(results: Results) -> list[str]:
     about = (
         "Methods beside the finalists, each at the rate of its own grid with the lowest validation loss. "
         "DoRA leaves out embeddings."
     )
     table = _of_phase(results, "others", "Other methods", about, ["test", "test loss"], _test_row)
-    return [*table, *_less_lora(results)]
+    return [*table, *_less_lora(results, "others", "Other methods less LoRA", ("others", "grid"))]
 
 
-def _less_lora(results: Results) -> list[str]:
-    phase, grid, rows = results.phase("others"), results.phase("grid"), []
+def _adapters(results: Results) -> list[str]:
+    about = (
+        "The other values of `CascadeSpec(adapter=...)` with their default options and LoRA's rank, in one stage, each "
+        "at the rate of its own grid with the lowest validation loss. LoKr leaves out embeddings. Two seeds: a "
+        "difference of a few points is no finding."
+    )
+    table = _of_phase(results, "adapters", "Adapter methods", about, ["trained", "test", "test loss"], _adapter_row)
+    return [*table, *_less_lora(results, "adapters", "Adapter methods less LoRA", ("adapters",))]
+
+
+def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[str]) -> list[str]:
+    """Return the differences from LoRA of the methods in some phases, over the tasks of one phase."""
+    phase, grid, rows = results.phase(of_tasks), results.phase("grid"), []
+    phases = [results.phase(name) for name in compared]
     for budget in phase["budgets"]:
-        for of, method in [(each, name) for each in (phase, grid) for name in each["methods"] if name != "lora"]:
+        for of, method in [(each, name) for each in phases for name in each["methods"] if name != "lora"]:
             pairs: list[tuple[Any, Any]] = []
             for task in phase["tasks"]:
                 cell = (task, phase["sizes"][0], budget)
@@ -474,7 +491,7 @@ def _less_lora(results: Results) -> list[str]:
             )
             rows.append([budget, method, f"{statistics.fmean(accuracy):+.1f}", f"{statistics.fmean(loss):+.3f}"])
     about = "Means over these tasks and the seeds of the grid, in points of accuracy, and of loss with the sign turned."
-    return _section("Other methods less LoRA", about, ["budget", "method", "test", "test loss"], rows)
+    return _section(title, about, ["budget", "method", "test", "test loss"], rows)
 
 
 def _restarts(results: Results) -> list[str]:

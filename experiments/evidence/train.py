@@ -97,7 +97,7 @@ def run(
     else:
         sample = examples.at(order.index(0))
         spec = spec_of(method, task.rank, len(ends), task.head, seed)
-        if spec.adapter == "dora":  # an embedding takes no magnitude
+        if "embedding" not in spec.method.kinds:
             tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
             spec = replace(spec, exclude=tuple(f"{name}.weight" for name in tables))
         learner = lx.adapt(model, args=sample.inputs, spec=spec)

@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     ]
     + [
         {"name": name, "tasks": [], "sizes": [], "budgets": [], "methods": [], "seeds": [], "rates": "grid"}
-        for name in ("ranks", "design", "forgetting", "sizes", "others", "restarts", "map")
+        for name in ("ranks", "design", "forgetting", "sizes", "others", "adapters", "restarts", "map")
     ],
     "claims": [
         {

@@ -45,6 +45,13 @@ def assert_loads(cascade: lx.Cascade, name: str, folder: Path, merges: bool = Tr
             close(seeded(theirs.merge_and_unload(), args), right)
 
 
+@pytest.mark.parametrize(("given", "written"), [(None, "SEQ_CLS"), ("TOKEN_CLS", "TOKEN_CLS")])
+def test_the_task_is_that_of_the_model_unless_it_is_given(given: str | None, written: str, tmp_path: Path) -> None:
+    cascade = cascade_of("bert", exclude=("classifier",))
+    lx.export.peft(cascade, tmp_path / "adapter", task_type=given)
+    assert config_in(tmp_path / "adapter")["task_type"] == written
+
+
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
