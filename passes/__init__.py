@@ -10,6 +10,7 @@ if __name__ != "lorasc_fx.passes":
 
 from lorasc_fx.errors import NoSites, PassOrderError, VerifyError
 
+from .adapter_inputs import AdapterInputs, BindAdapter, adapter_inputs, adapter_values
 from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
@@ -20,7 +21,9 @@ from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
 
 __all__ = [
+    "AdapterInputs",
     "AttentionMasks",
+    "BindAdapter",
     "CascadePass",
     "FoldBranches",
     "InsertBranches",
@@ -32,4 +35,6 @@ __all__ = [
     "SplitInputs",
     "StageTransition",
     "VerifyError",
+    "adapter_inputs",
+    "adapter_values",
 ]

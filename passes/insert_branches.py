@@ -7,11 +7,20 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lorasc_fx.branch import Branch, branch_class
 from lorasc_fx.errors import NoSites, PassError
-from lorasc_fx.graph import GraphEditor, Record, branch_nodes, call_template, named_weights, trained_by, use_of
+from lorasc_fx.graph import (
+    GraphEditor,
+    Record,
+    branch_nodes,
+    call_template,
+    named_weights,
+    record_of,
+    trained_by,
+    use_of,
+)
 from lorasc_fx.graph.flow import expert_index
 from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT, form_named
 from lorasc_fx.graph.weights import module_at
@@ -36,6 +45,15 @@ class InsertBranches(CascadePass):
     requires: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
     provides: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
     removes: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
+
+    def check(self, graph_module: fx.GraphModule) -> None:
+        """Raise PassError for a missing fact, or if the branches are there and get their tensors as inputs."""
+        super().check(graph_module)
+        if record_of(graph_module).lifted is not None:
+            raise PassError(
+                f"{self.name}: the branches of this graph get their tensors as inputs; run bind-adapter before",
+                code="requirement-not-met",
+            )
 
     def rewrite(self, graph: GraphEditor) -> None:
         """Insert what is missing; a graph whose uses all have their branch stays as it is."""

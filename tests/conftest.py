@@ -77,6 +77,8 @@ SAMPLED = {
     "integrations/test_trainer.py::test_one_stage_is_peft_in_the_same_trainer": 3,
     "options/test_lora_fa.py::test_gradients_of_lora_b_are_those_with_a_trained_lora_a": 4,
     "options/test_lora_fa.py::test_lora_fa_is_pefts": 3,
+    "passes/test_adapter_inputs.py::test_every_method": 4,
+    "passes/test_adapter_inputs.py::test_lift_and_bind": 6,
     "passes/test_attention_masks.py::test_what_holds_at_every_size_goes": 6,
     "passes/test_fold_branches.py::test_fold": 6,
     "passes/test_fold_branches.py::test_fold_of_a_live_graph_erases_nodes_and_leaves_values": 6,

@@ -10,15 +10,19 @@ import abc
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.branch.products import PRODUCTS
+from lorasc_fx.errors import PassError
+from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
@@ -88,6 +92,9 @@ class Branch(nn.Module, abc.ABC):
 
     uses_weight: ClassVar[bool] = False
     """Whether the delta depends on the weight."""
+
+    pads_with_zeros: ClassVar[bool] = False
+    """Whether the delta stays the same if its parameters are padded with zeros to a larger rank."""
 
     slices: tuple[int, ...] = ()
     """Numbers of rows of the slices of a fused weight (q, k and v), each with separate factors."""
@@ -209,10 +216,31 @@ class Branch(nn.Module, abc.ABC):
 
     # ---- placements
 
-    def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
-        """Call the method of the placement that the graph node names."""
-        output: torch.Tensor = getattr(self, at)(*args, **options)
+    def forward(
+        self,
+        *args: Any,
+        at: str,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        scale: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Compute at the placement that the graph node names.
+
+        Args:
+            args, options: of the placement.
+            at: name of the placement.
+            tensors, scale: computes with these instead of the parameters and the scale, see `computed_with`.
+        """
+        if tensors is not None:
+            assert scale is not None
+            return self.computed_with(tensors, scale, *args, at=at, **options)
+        output: torch.Tensor = self.placement(at)(*args, **options)
         return output
+
+    def placement(self, at: str) -> Callable[..., torch.Tensor]:
+        """Return the method of a placement."""
+        method: Callable[..., torch.Tensor] = getattr(self, at)
+        return method
 
     def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the adapted weight, as it is stored."""
@@ -226,11 +254,86 @@ class Branch(nn.Module, abc.ABC):
         """Return what the op of this name computes with the adapted weight; the options are those of a convolution
         (`ConvCall`).
         """
-        adapted = self.on_weight(weight)
+        return self.product_with(x, self.on_weight(weight), bias, op, **options)
+
+    def product_with(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str, **options: Any
+    ) -> torch.Tensor:
+        """Return what the op of this name computes with a weight."""
         if op != "conv":
-            return PRODUCTS[op](x, adapted, bias)
+            return PRODUCTS[op](x, weight, bias)
         call = ConvCall(**options)
-        return call.conv(len(self.weight_shape) - 2, call.padded(x), adapted, bias)
+        return call.conv(len(self.weight_shape) - 2, call.padded(x), weight, bias)
+
+    # ---- tensors as inputs of the graph (passes.AdapterInputs)
+
+    def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
+        """Return the values of all parameters in the order of `shapes`, padded with zeros to a rank.
+
+        Raises:
+            PassError: the rank of the site is larger, or padding would change the delta of this method.
+        """
+        values = {name: full_tensor(self.get_parameter(name).detach()) for name in self.shapes(site)}
+        wanted = self.shapes(replace(site, options=replace(site.options, rank=rank, ranks=())))
+        if all(tuple(value.shape) == wanted.get(name) for name, value in values.items()):
+            return values
+        if site.rank > rank:
+            raise PassError(
+                f"{site.weight} has a branch of rank {site.rank}, and the inputs have rank {rank}. "
+                f"Give max_rank={site.rank} or more",
+                code="rank-too-large",
+            )
+        if not self.pads_with_zeros or values.keys() != wanted.keys():
+            raise PassError(
+                f"{site.weight} has a branch of rank {site.rank}, and {site.options.adapter} cannot be padded to rank "
+                f"{rank} by zeros: its delta would change. Give max_rank={site.rank}, or leave it out (sites=...)",
+                code="input-not-supported",
+            )
+        return {name: self.pad(name, value, wanted[name]) for name, value in values.items()}
+
+    def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the value of a parameter padded with zeros to a shape."""
+        return pad_to(value, shape)
+
+    def cut(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the value of a parameter without its padding, the inverse of `pad`."""
+        return value[tuple(slice(size) for size in shape)]
+
+    def without_values(self) -> Branch:
+        """Return a copy that gets parameters and scale as arguments. Its own parameters are None, and its scale 1."""
+        empty = shallow(self)
+        assert isinstance(empty, Branch)
+        empty._parameters = dict.fromkeys(self._parameters)
+        empty.scale = 1.0
+        return empty
+
+    def computed_with(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        scale: torch.Tensor,
+        *args: Any,
+        at: str,
+        rows: Any = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Compute a placement of a copy `without_values` by plain, differentiable operations.
+
+        Args:
+            tensors: values of the parameters by name, which may be padded.
+            scale: factor of the delta, of shape [].
+            args, at, options: of the placement.
+            rows: where the rows of the batch are. Only low-rank branches compute with other tensors for each row.
+        """
+        adapted = {"at": "adapted", **({"expert": options.pop("expert")} if "expert" in options else {})}
+        weight = args[0] if at == "on_weight" else args[1]
+        changed: torch.Tensor = functional_call(self, dict(tensors), (weight, scale), adapted)
+        if at == "on_weight":
+            return changed
+        return self.product_with(args[0], changed, args[2] if len(args) > 2 else None, **options)
+
+    def adapted(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return the weight with `scale` times the delta, for a branch whose own scale is 1."""
+        return weight + (self.dense_delta(weight) * scale).to(weight.dtype)
 
     # ---- helpers
 
@@ -288,6 +391,12 @@ class Branch(nn.Module, abc.ABC):
         """Return what `print` shows of the branch."""
         entries = sum(math.prod(value.shape) for value in self.trainable().values())
         return f"{self.weight_name}, {entries} trained, scale={self.scale:g}"
+
+
+def pad_to(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor padded with zeros at the end of each axis."""
+    pairs = [(0, size - old) for size, old in zip(shape, value.shape, strict=True)]
+    return F.pad(value, [count for pair in reversed(pairs) for count in pair])
 
 
 def fill(parameter: nn.Parameter, value: torch.Tensor) -> None:

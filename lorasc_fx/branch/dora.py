@@ -7,14 +7,14 @@ the backward. The branch computes in place of its op, so that the product is sca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch.contract import StartWeight, unchanged
+from lorasc_fx.branch.contract import Branch, StartWeight, unchanged
 from lorasc_fx.branch.conv import ConvCall, low_rank_conv
 from lorasc_fx.branch.factors import InitialFactors, Side
 from lorasc_fx.branch.lora import LoraBranch
@@ -120,19 +120,35 @@ class DoraBranch(LoraBranch):
         left, right = (shard.take(left), right) if shard.axis == 0 else (left, shard.take(right))
         return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
 
-    def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
-        """Compute in place of the op, the only placement of this branch.
+    def placement(self, at: str) -> Callable[..., torch.Tensor]:
+        """Return the method that computes in place of the op, the only placement of this branch.
 
         Raises:
             StateError: the node asks for another placement.
         """
-        if at != "in_place":
+        if at not in ("in_place", "adapted"):
             raise StateError(
                 f"The branch of {self.weight_name} is called {at}, but a DoRA branch scales the product of its op and "
                 f"can only replace the op. Exclude it (exclude=({self.weight_name!r},)), or give adapter='lora'",
                 code="method-not-supported",
             )
-        return self.in_place(*args, **options)
+        return Branch.placement(self, at)
+
+    def computed_with(
+        self, tensors: Mapping[str, torch.Tensor], scale: torch.Tensor, *args: Any, at: str, **options: Any
+    ) -> torch.Tensor:
+        """Compute with the weight that these tensors give."""
+        return Branch.computed_with(self, tensors, scale, *args, at=at, **options)
+
+    def adapted(
+        self, weight: torch.Tensor, scale: torch.Tensor, expert: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return `g (W + scale B A)`, and W for the scale 0, whatever the magnitude is."""
+        total = weight.to(self.lora_A.dtype) + self.product() * scale
+        axis, spread = (0, (1, -1)) if self.transposed else (1, (-1, *(1 for _ in self.weight_shape[1:])))
+        norms = total.detach().reshape(total.shape if self.transposed else (total.shape[0], -1)).norm(dim=axis)
+        gain = self.lora_magnitude_vector / torch.where(norms == 0, 1.0, norms)
+        return torch.where(scale == 0, weight, (total * gain.view(spread)).to(weight.dtype))
 
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any

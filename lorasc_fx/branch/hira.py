@@ -28,6 +28,7 @@ class HiraBranch(Branch):
     hira_B: nn.Parameter
     kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
     zeros: ClassVar[tuple[str, ...]] = ("hira_B",)
+    pads_with_zeros = True
     uses_weight = True
 
     @classmethod

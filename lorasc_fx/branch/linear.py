@@ -46,13 +46,15 @@ class MatrixOps:
 
         With an expert, an index of no axis, the weight is the matrix that it takes out of the stack.
         """
-        if expert is None:
-            delta = branch.product()
-        else:
-            delta = branch.up[expert] @ branch.down[expert]
-            delta = delta.transpose(-2, -1) if branch.transposed else delta
+        delta = branch.product() if expert is None else MatrixOps.expert_product(branch, expert)
         total = plus(weight, delta.to(weight.dtype), branch.scale)
         return apply(DenseGradient, total) if by_hand(weight) and total.dim() == 2 else total
+
+    @staticmethod
+    def expert_product(branch: LowRankBranch, expert: int | torch.Tensor) -> torch.Tensor:
+        """Return the delta of one expert as its matrix is stored, without the scale."""
+        delta = branch.up[expert] @ branch.down[expert]
+        return delta.transpose(-2, -1) if branch.transposed else delta
 
     @staticmethod
     def in_place(

@@ -8,19 +8,22 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
+from torch.func import functional_call
 
-from lorasc_fx.branch.contract import Branch, unchanged
-from lorasc_fx.branch.conv import ConvOps
+from lorasc_fx.branch.contract import Branch, pad_to, unchanged
+from lorasc_fx.branch.conv import ConvCall, ConvOps
 from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.branch.functions import draw_seed
+from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
 from lorasc_fx.branch.linear import MatrixOps
 from lorasc_fx.branch.noise import generator
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import full_tensor
 from lorasc_fx.spec import CascadeSpec
@@ -107,10 +110,63 @@ class LowRankBranch(Branch):
         like = next(self.parameters()).detach()
         self.unmerged_B, self.unmerged_A = (None, None) if pair is None else (pair.b.to(like), pair.a.to(like))
 
-    def forward(self, *args: Any, at: str, **options: Any) -> torch.Tensor:
-        """Compute at the placement that the graph node names."""
-        output: torch.Tensor = getattr(self.ops, at)(self, *args, **options)
-        return output
+    def placement(self, at: str) -> Callable[..., torch.Tensor]:
+        """Return the function of a placement."""
+        if at in ("adapted", "factors"):
+            return super().placement(at)
+        return partial(getattr(self.ops, at), self)
+
+    def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
+        """Return the values of all parameters, see `Branch.padded`."""
+        if self.unmerged_A is not None:
+            raise PassError(
+                f"{self.weight_name} is quantized, and its branch also adds what earlier stages have trained: these "
+                "tensors do not become inputs. Leave the site out (sites=...), or lift the branches of the first stage",
+                code="input-not-supported",
+            )
+        return super().padded(site, rank)
+
+    def computed_with(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        scale: torch.Tensor,
+        *args: Any,
+        at: str,
+        rows: Sequence[Any] = FIRST_AXIS,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Compute with these tensors, see `Branch.computed_with`. Without noise, dropout, or a hand-written backward.
+
+        Factors [rows, rank, in] and [rows, out, rank] with a scale [rows] are those of one row of the batch each.
+        """
+        place = Rows(*rows)
+        if at == "on_weight":
+            return super().computed_with(tensors, scale, *args, at=at, **options)
+        pair = Pair(*self.given_factors(tensors), scale)
+        if at == "in_place":
+            x, weight, *bias = args
+            op = options.pop("op")
+            args = (self.product_with(x, weight, bias[0] if bias else None, op, **options), x)
+        if self.kind == "conv":
+            base, x = args
+            return beside_conv(base, x, pair, ConvCall(**options), self.weight_shape, place)
+        return BESIDE[at](*args, pair, rows=place, **options)
+
+    def given_factors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B as functions of these values of the parameters."""
+        factors: tuple[torch.Tensor, torch.Tensor] = functional_call(self, dict(tensors), (), {"at": "factors"})
+        return factors
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B."""
+        return self.down, self.up
+
+    def adapted(
+        self, weight: torch.Tensor, scale: torch.Tensor, expert: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the weight with `scale` times the delta. With an expert, the weight is its matrix."""
+        delta = self.product() if expert is None else MatrixOps.expert_product(self, expert)
+        return weight + (delta * scale).to(weight.dtype)
 
     def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the adapted weight, as it is stored."""
@@ -129,6 +185,7 @@ class LoraBranch(LowRankBranch):
     lora_B: nn.Parameter
     zeros: ClassVar[tuple[str, ...]] = ("lora_B",)
     slices_apart = True
+    pads_with_zeros = True
     options = frozenset(OPTIONS)
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
@@ -180,6 +237,24 @@ class LoraBranch(LowRankBranch):
     def shared_factor(self) -> str | None:
         """A can be stacked with those of other branches."""
         return "lora_A"
+
+    def given_factors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the values of A and B."""
+        return tensors["lora_A"], tensors["lora_B"]
+
+    def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a padded factor; the A of each slice is padded by itself."""
+        if name != "lora_A" or not self.slices:
+            return super().pad(name, value, shape)
+        count = len(self.slices)
+        return torch.cat([pad_to(part, (shape[0] // count, shape[1])) for part in value.chunk(count)])
+
+    def cut(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a factor without its padding."""
+        if name != "lora_A" or not self.slices:
+            return super().cut(name, value, shape)
+        count = len(self.slices)
+        return torch.cat([part[: shape[0] // count] for part in value.chunk(count)])
 
     def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
         """Return masks of the pairs with the largest terms `s b_i a_i`, in the Frobenius norm, as full tensors.

@@ -32,6 +32,7 @@ class LoraXsBranch(LowRankBranch):
     xs_A: nn.Parameter
     xs_B: nn.Parameter
     zeros: ClassVar[tuple[str, ...]] = ("xs_R",)
+    pads_with_zeros = True
     options = frozenset({"lora_alpha", "use_rslora"})
     beside_quantized = False
 

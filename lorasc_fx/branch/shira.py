@@ -28,6 +28,7 @@ class ShiraBranch(Branch):
     positions: torch.Tensor
     kinds = frozenset({"linear", "conv", "embedding", "recurrent"})
     zeros: ClassVar[tuple[str, ...]] = ("shira_values",)
+    pads_with_zeros = True
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)

@@ -6,6 +6,8 @@
   metadata of the node, so that a fold can write it again;
 - on a weight: `%adapted = branches.KEY(%weight, at="on_weight")`.
 
+A branch whose tensors are inputs of the graph has two more options, `tensors={NAME: %input}` and `scale=%input`.
+
 Everything here only reads; `GraphEditor` makes and erases the nodes.
 """
 
@@ -22,6 +24,9 @@ from lorasc_fx.branch import Branch, shared_down
 from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
 from lorasc_fx.graph.weights import BRANCHES, module_at
+
+GIVEN = ("tensors", "scale", "rows")
+"""Options of a branch node whose tensors are inputs of the graph; `rows` says where the rows of the batch are."""
 
 
 def use_of(node: fx.Node) -> Use | None:

@@ -8,6 +8,7 @@ names stable, and lints. The functions below it edit in place the graph that a f
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -224,10 +225,64 @@ class GraphEditor:
                 self._erase(source)
         self.modified = True
 
+    def move_after(self, node: fx.Node, place: fx.Node) -> None:
+        """Move a node right behind another one."""
+        if node.prev is not place:
+            place.append(node)
+            self.modified = True
+
     def give_arguments(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Replace the arguments of a node."""
         node.args, node.kwargs = args, dict(kwargs)
         self.modified = True
+
+    def add_inputs(self, names: Sequence[str]) -> list[fx.Node]:
+        """Append inputs to the signature, and return their placeholders. A name that is taken gets a number.
+
+        Raises:
+            PassError: the arguments of the graph are not known as positional and keyword ones.
+        """
+        graph = self.module.graph
+        inputs = [node for node in self.nodes if node.op == "placeholder"]
+        default: tuple[Any, ...] = (None,) if inputs and inputs[-1].args else ()  # as Python demands after a default
+        made, last = [], inputs[-1] if inputs else None
+        for name in names:
+            unique = graph._graph_namespace.create_name(re.sub(r"\W", "_", name).lower(), None)
+            with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
+                last = graph.create_node("placeholder", unique, default, {})
+            last.name = unique
+            self._names.add(unique)
+            made.append(last)
+        self._set_keywords(lambda keywords: {**keywords, **dict.fromkeys(node.name for node in made)})
+        self.modified = True
+        return made
+
+    def remove_inputs(self, nodes: Sequence[fx.Node]) -> None:
+        """Remove inputs that `add_inputs` has made, and that nothing reads any more."""
+        names = {node.name for node in nodes}
+        self._set_keywords(lambda keywords: {name: old for name, old in keywords.items() if name not in names})
+        for node in nodes:
+            self._erase(node)
+
+    def _set_keywords(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Change the keyword arguments that a graph of leaves takes: the structure of each by name, None for a leaf."""
+        codegen = self.module.graph._codegen
+        if not isinstance(codegen, _PyTreeCodeGen):
+            return
+        names, spec, out = codegen.pytree_info
+        both = _children(spec)
+        if spec.type is not tuple or len(both) != 2 or both[0].type is not tuple or both[1].type is not dict:
+            raise PassError(
+                f"{self.name}: the graph module takes its arguments as {spec}, not as positional and keyword ones, so "
+                "none can be added; trace the model again by torch.export",
+                code="input-not-supported",
+            )
+        _, leaf = pytree.tree_flatten(0)
+        keywords = change(dict(zip(both[1].context, _children(both[1]), strict=True)))
+        named = pytree.TreeSpec(dict, [*keywords], [leaf if each is None else each for each in keywords.values()])
+        positional = names[: len(names) - len(both[1].context)]
+        info = _PyTreeInfo([*positional, *keywords], pytree.TreeSpec(tuple, None, [both[0], named]), out)
+        self.module.graph.set_codegen(_PyTreeCodeGen(info))
 
     def drop_unused(self, drop: Callable[[fx.Node], bool]) -> None:
         """Erase the nodes without users for which `drop` is true, last first."""
@@ -328,6 +383,11 @@ class GraphEditor:
                 self._owned.add(id(child))
             holder = child
         return holder
+
+
+def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """Return the parts of a structure."""
+    return spec.children() if hasattr(spec, "children") else spec.children_specs  # torch 2.9
 
 
 def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node]:

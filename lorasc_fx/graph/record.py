@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import fx, nn
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.state import SlowWeights
 
@@ -36,6 +38,41 @@ class Use:
 
 
 @dataclass(frozen=True)
+class AdapterInput:
+    """One tensor of an adapter that a graph takes as an input.
+
+    Args:
+        name: of the input: `fc_weight_lora_a` for the tensor `lora_A` of `fc.weight`, in lower case, as torch.export
+            names inputs.
+        weight: name of the site.
+        tensor: name of the branch's parameter, or `scale`.
+        shape: of the tensor, padded to the rank of the inputs; () for a scale.
+        dtype: of the tensor.
+    """
+
+    name: str
+    weight: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """What AdapterInputs has done to a graph.
+
+    Args:
+        rank: to which the tensors are padded.
+        inputs: in the order of the graph's last placeholders.
+        branches: as they were, by key.
+    """
+
+    rank: int
+    inputs: tuple[AdapterInput, ...]
+    branches: Mapping[str, Branch] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Record:
     """The metadata of a graph module.
 
@@ -48,6 +85,7 @@ class Record:
         slow: state of the sites and of weights with noise, for a graph module that owns its weights.
         branched: the weights whose branches nodes of this graph called after the insertion.
         frozen: the Parameters that were replaced by frozen ones at the insertion, by name.
+        lifted: the tensors of branches that are inputs of the graph; None if there are none.
     """
 
     facts: frozenset[str] = frozenset()
@@ -58,6 +96,7 @@ class Record:
     slow: SlowWeights = field(default_factory=SlowWeights)
     branched: frozenset[str] = frozenset()
     frozen: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
+    lifted: Lifted | None = None
 
     @property
     def prefix(self) -> str:

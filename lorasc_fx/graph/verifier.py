@@ -18,7 +18,15 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch, branch_class, ops_of, shared_down
 from lorasc_fx.errors import VerifyError
-from lorasc_fx.graph.branch_calls import branch_nodes, call_template, made_by, replaced_call, shared_input, use_of
+from lorasc_fx.graph.branch_calls import (
+    GIVEN,
+    branch_nodes,
+    call_template,
+    made_by,
+    replaced_call,
+    shared_input,
+    use_of,
+)
 from lorasc_fx.graph.flow import constants, expert_index, indexed_experts, uses_of, written_between
 from lorasc_fx.graph.forms import (
     ON_INDEXED_EXPERT,
@@ -50,8 +58,17 @@ class Subject:
 
     @property
     def inserted(self) -> bool:
-        """Whether branches were inserted."""
-        return "branches-inserted" in self.record.facts
+        """Whether branches were inserted, with tensors of their own or given as inputs."""
+        return not self.record.facts.isdisjoint(("branches-inserted", "adapter-inputs"))
+
+    def options(self, node: fx.Node) -> dict[str, Any]:
+        """Return the options of a branch node, except the inputs of the graph that it reads."""
+        return {name: value for name, value in node.kwargs.items() if name not in GIVEN}
+
+    def is_given(self, weight: str) -> bool:
+        """Whether a weight's branch has no values of its own."""
+        lifted = self.record.lifted
+        return lifted is not None and any(branch.weight_name == weight for branch in lifted.branches.values())
 
 
 Check = Callable[[Subject], Iterator[str]]
@@ -232,8 +249,8 @@ def _branches_stand_at_sites(subject: Subject) -> Iterator[str]:
                 yield f"branch node {node.name} gets the product of {shared.factor}, not its own"
         if ((shared.x,) if shared is not None else node.args[1:]) != inputs:
             yield f"branch node {node.name} does not read the input of {base.name}"
-        if dict(node.kwargs) != options:
-            yield f"branch node {node.name} has {dict(node.kwargs)}, but {base.name} has {options}"
+        if subject.options(node) != options:
+            yield f"branch node {node.name} has {subject.options(node)}, but {base.name} has {options}"
         strays = [user.name for user in base.users if user is not node]
         if strays:
             yield f"node {base.name} has a branch, but {', '.join(strays)} read it without"
@@ -254,8 +271,8 @@ def _stands_in_place(subject: Subject, node: fx.Node, branch: Branch) -> Iterato
     wanted = [read for read in (reading.x, reading.weight, reading.bias) if read is not None]
     if [_named(read, had) for read, had in zip_longest(node.args, wanted)] != wanted:
         yield f"branch node {node.name} does not read what {op.name}, in whose place it stands, would read"
-    if dict(node.kwargs) != {"at": "in_place", **reading.options, "op": op.form.product}:
-        yield f"branch node {node.name} has {dict(node.kwargs)}, but {op.name} has {dict(reading.options)}"
+    if subject.options(node) != {"at": "in_place", **reading.options, "op": op.form.product}:
+        yield f"branch node {node.name} has {subject.options(node)}, but {op.name} has {dict(reading.options)}"
     if not node.users:
         yield f"branch node {node.name} is read by nobody"
 
@@ -316,7 +333,8 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
             yield f"the branch of {site.weight} is stored transposed against its layout, {site.layout}"
         for field in ("weight_name", "scale", "dropout", "slices"):
             actual, planned = getattr(branch, field), getattr(site, "weight" if field == "weight_name" else field)
-            if actual != planned:
+            given = field == "scale" and subject.is_given(site.weight)
+            if actual != planned and not given:
                 yield f"the branch of {site.weight} has {field} {actual}, planned as {planned}"
         if plan.spec.on_nonfinite == "raise" and not branch.finite():
             yield f"the branch of {site.weight} holds inf or nan"
@@ -384,6 +402,28 @@ def _factors_are_read_by_branches(subject: Subject) -> Iterator[str]:
             yield f"node {strays[0]} reads {node.target} past the branch of {branch.weight_name}"
 
 
+def _inputs_are_the_adapters(subject: Subject) -> Iterator[str]:
+    """The last inputs of the graph are those of the record, and each branch node reads those of its weight."""
+    lifted = subject.record.lifted
+    inputs = lifted.inputs if lifted is not None else ()
+    last = [node for node in subject.module.graph.nodes if node.op == "placeholder"][-len(inputs) :] if inputs else []
+    if [node.name for node in last] != [each.name for each in inputs]:
+        yield f"the last inputs are {[node.name for node in last]}, recorded as {[each.name for each in inputs]}"
+        return
+    by_weight: dict[str, dict[str, fx.Node]] = {}
+    for node, each in zip(last, inputs, strict=True):
+        by_weight.setdefault(each.weight, {})[each.tensor] = node
+    for node, branch in subject.branches.items():
+        tensors: Any = node.kwargs.get("tensors", {})
+        read = {**tensors, **({"scale": node.kwargs["scale"]} if "scale" in node.kwargs else {})}
+        if read != by_weight.get(branch.weight_name, {}):
+            yield f"branch node {node.name} does not read the inputs of {branch.weight_name}"
+    for node in last:
+        strays = [user.name for user in node.users if user not in subject.branches]
+        if strays:
+            yield f"node {strays[0]} reads {node.name}, an input of a branch"
+
+
 def _nothing_is_written_in_between(subject: Subject) -> Iterator[str]:
     """Nothing writes into the input of an op before its branch reads it."""
     for node in subject.branches:
@@ -447,6 +487,7 @@ RULES: tuple[Check, ...] = (
     _nothing_is_left_over,
     _branches_stand_in_this_graph,
     _factors_are_read_by_branches,
+    _inputs_are_the_adapters,
     _nothing_is_written_in_between,
     _weights_are_the_stages,
 )

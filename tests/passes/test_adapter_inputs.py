@@ -1,0 +1,246 @@
+"""AdapterInputs: tensors of branches as inputs of the graph; BindAdapter is the inverse, node for node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import lorasc_fx as lx
+from lorasc_fx.graph import text
+from lorasc_fx.passes import (
+    AdapterInputs,
+    BindAdapter,
+    FoldBranches,
+    InsertBranches,
+    MatchSites,
+    Pipeline,
+    ShareInputs,
+    SplitInputs,
+    adapter_inputs,
+    adapter_values,
+)
+from tests.branch.test_contract import ROWS, adapted, train
+from tests.kit.errors import raises
+from tests.passes.cases import ADAPTABLE, Case
+from tests.passes.kit import Photograph, assert_close, assert_differ, fill, insert, run, same_bits, sites_of
+
+UNPADDED = ("vera", "miss", "oft", "lokr", "delora")
+"""Methods whose delta would be another one at another rank."""
+
+
+def call(graph: fx.GraphModule, case: Case, tensors: dict[str, Tensor]) -> Any:
+    with torch.no_grad():
+        return graph(*case.args, **tensors)
+
+
+def zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in tensors.items()}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def net(**options: Any) -> fx.GraphModule:
+    torch.manual_seed(0)
+    inserted = insert(fx.symbolic_trace(Net().double()), lx.CascadeSpec(rank=2, **options))
+    for branch in inserted.branches.children():
+        for parameter in branch.parameters():
+            nn.init.normal_(parameter)
+    return inserted
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_lift_and_bind(case: Case) -> None:
+    inserted, base = insert(case.own(), case.spec), run(case.own(), case)
+    untrained = same_bits(run(inserted, case), base)  # else eager mode takes another path for the base
+    before, photograph = text(fill(inserted)), Photograph(inserted, case)
+    rank = max(site.rank for site in sites_of(inserted).values()) + 2
+    result = AdapterInputs(rank)(inserted)
+    lifted, inputs, values = (
+        result.graph_module,
+        adapter_inputs(result.graph_module),
+        adapter_values(result.graph_module),
+    )
+    assert result.modified  # 1 truthful
+    photograph.assert_unchanged()
+    placeholders = [node.name for node in lifted.graph.nodes if node.op == "placeholder"]
+    assert placeholders[-len(inputs) :] == [each.name for each in inputs] == [*values]
+    assert not [name for name, _ in lifted.named_parameters() if name.startswith("branches")]
+
+    assert_close(call(lifted, case, values), run(inserted, case))  # 2 numerics, and zeros are the base
+    nothing = call(lifted, case, zeros(values))
+    if not untrained:
+        assert_close(nothing, base)
+    for got, want in zip(pytree.tree_leaves(nothing), pytree.tree_leaves(base), strict=True) if untrained else ():
+        assert got is want or torch.equal(got, want)
+    assert_differ(call(lifted, case, values), nothing)
+
+    again = AdapterInputs(rank)(lifted)  # 3 a fixed point
+    assert not again.modified
+    assert again.graph_module is lifted
+    for bind in (BindAdapter(), BindAdapter(values)):  # 4 the inverse
+        back = bind(lifted)
+        assert back.modified
+        assert text(back.graph_module) == before
+        assert same_bits(run(back.graph_module, case), run(inserted, case))
+        assert not bind(back.graph_module).modified
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_every_method(name: str, kind: str) -> None:
+    model, cascade, x = adapted(name, kind)
+    train(cascade)
+    expected, variant = cascade(x).detach(), cascade._graphs.variants.oldest
+    assert variant is not None
+    assert isinstance(variant.module, fx.GraphModule)
+    lifted = AdapterInputs(2 if name in UNPADDED else 4)(variant.module).graph_module
+    values = adapter_values(lifted)
+    with torch.no_grad():
+        torch.testing.assert_close(lifted(x, **values), expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(lifted(x, **zeros(values)), model(x))
+    back = BindAdapter(values)(lifted).graph_module
+    assert text(back) == text(variant.module)
+    assert torch.equal(back(x), expected)
+
+
+@pytest.mark.parametrize("name", UNPADDED)
+def test_methods_without_padding_are_refused(name: str) -> None:
+    _, cascade, _ = adapted(name, "linear")
+    variant = cascade._graphs.variants.oldest
+    assert variant is not None
+    with raises(lx.PassError, "input-not-supported", "0.weight", f"{name} cannot be padded to rank 4"):
+        AdapterInputs(4)(variant.module)
+
+
+def test_names_and_order() -> None:
+    inputs = adapter_inputs(AdapterInputs(3)(net()).graph_module)
+    assert [(each.name, each.weight, each.tensor, each.shape) for each in inputs] == [
+        ("first_weight_lora_a", "first.weight", "lora_A", (3, 6)),
+        ("first_weight_lora_b", "first.weight", "lora_B", (8, 3)),
+        ("first_weight_scale", "first.weight", "scale", ()),
+        ("second_weight_lora_a", "second.weight", "lora_A", (3, 8)),
+        ("second_weight_lora_b", "second.weight", "lora_B", (5, 3)),
+        ("second_weight_scale", "second.weight", "scale", ()),
+    ]
+    assert {each.dtype for each in inputs} == {torch.float64}
+
+
+def test_some_sites() -> None:
+    inserted, x = net(), torch.randn(4, 6, dtype=torch.float64)
+    lifted = AdapterInputs(2, sites=("second",))(inserted).graph_module
+    values = adapter_values(lifted)
+    assert {each.weight for each in adapter_inputs(lifted)} == {"second.weight"}
+    torch.testing.assert_close(lifted(x, **values), inserted(x))
+    assert text(BindAdapter()(lifted).graph_module) == text(inserted)
+    with raises(lx.UnknownTarget, "unknown-target", "sites: 'third' matches no site", "first.weight"):
+        AdapterInputs(2, sites=("third",))(inserted)
+
+
+def test_gradients_and_rows() -> None:
+    """One batch whose rows have other factors, with the gradients of one call for each row."""
+    lifted, x = AdapterInputs(2)(net()).graph_module, torch.randn(3, 7, 6, dtype=torch.float64)
+    names = [each.name for each in adapter_inputs(lifted)]
+    runs = [
+        {
+            name: torch.randn(value.shape, dtype=value.dtype).requires_grad_()
+            for name, value in adapter_values(lifted).items()
+        }
+        for _ in x
+    ]
+    mixed = lifted(x, **{name: torch.stack([each[name] for each in runs]) for name in names})
+    alone = torch.cat([lifted(row[None], **each) for row, each in zip(x, runs, strict=True)])
+    torch.testing.assert_close(mixed, alone, rtol=1e-12, atol=1e-12)
+    leaves = [value for each in runs for value in each.values()]
+    ours, theirs = (torch.autograd.grad(out.sin().sum(), leaves) for out in (mixed, alone))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_torch_export_and_compile_take_it() -> None:
+    lifted, x = AdapterInputs(4)(net()).graph_module, torch.randn(4, 6, dtype=torch.float64)
+    values = adapter_values(lifted)
+    program = torch.export.export(lifted, (x,), values)
+    assert not [name for name in program.state_dict if "lora" in name]
+    assert {node.target.namespace for node in program.graph.nodes if node.op == "call_function"} == {"aten"}
+    expected = lifted(x, **values)
+    torch.testing.assert_close(program.module()(x, **values), expected)
+    count: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        count.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lifted, backend=backend, fullgraph=True)
+    for factor in (1.0, 2.0, 0.0):
+        more = {name: value * factor for name, value in values.items()}
+        torch.testing.assert_close(compiled(x, **more), lifted(x, **more))
+    assert len(count) == 1
+
+
+def test_refusals() -> None:
+    inserted = net()
+    with raises(lx.PassError, "rank-too-large", "first.weight", "rank 2", "Give max_rank=2 or more"):
+        AdapterInputs(1)(inserted)
+    lifted = AdapterInputs(4)(inserted).graph_module
+    with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
+        FoldBranches()(lifted)
+    with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
+        AdapterInputs(8)(lifted)
+    with raises(lx.PassError, "requirement-not-met", "run bind-adapter before"):
+        InsertBranches()(lifted)
+    values = adapter_values(lifted)
+    with raises(lx.PassError, "adapter-does-not-fit", "no value for the input first_weight_lora_a"):
+        BindAdapter({name: values[name] for name in [*values][1:]})(lifted)
+    with raises(lx.PassError, "adapter-does-not-fit", "a value for other, which is no input"):
+        BindAdapter({**values, "other": values["first_weight_scale"]})(lifted)
+    with raises(lx.PassError, "adapter-does-not-fit", "first_weight_lora_a has shape (2, 2)"):
+        BindAdapter({**values, "first_weight_lora_a": torch.zeros(2, 2)})(lifted)
+    with raises(lx.PassError, "adapter-does-not-fit", "the scale of first.weight is 3.0"):
+        BindAdapter({**values, "first_weight_scale": torch.tensor(3.0, dtype=torch.float64)})(lifted)
+    with raises(lx.PassError, "rank-too-large", "lora_A of first.weight has a larger rank than 2"):
+        BindAdapter({**values, "first_weight_lora_a": torch.ones(4, 6, dtype=torch.float64)})(lifted)
+
+
+def test_shared_inputs_are_split_before() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) * self.other(x)
+
+    inserted, x = insert(fx.symbolic_trace(Twice().double()), lx.CascadeSpec(rank=2)), torch.randn(4, 6).double()
+    fill(inserted)
+    shared = ShareInputs()(inserted).graph_module
+    with raises(lx.PassError, "requirement-not-met", "run split-inputs before"):
+        AdapterInputs(4)(shared)
+    lifted = Pipeline([SplitInputs(), AdapterInputs(4)])(shared).graph_module
+    torch.testing.assert_close(lifted(x, **adapter_values(lifted)), inserted(x))
+
+
+def test_a_verifier_rule_finds_other_inputs() -> None:
+    lifted = AdapterInputs(2)(net()).graph_module
+    first, second = (node for node in lifted.graph.nodes if node.op == "call_module" and "tensors" in node.kwargs)
+    first.kwargs = {**first.kwargs, "scale": second.kwargs["scale"]}
+    lifted.recompile()
+    with raises(lx.PassError, "graph-not-verified", "does not read the inputs of first.weight"):
+        BindAdapter()(lifted)
+
+
+def test_solved_order() -> None:
+    torch.manual_seed(0)
+    traced = fx.symbolic_trace(Net().double())
+    passes = [AdapterInputs(2), InsertBranches(), MatchSites(lx.CascadeSpec(rank=2))]
+    lifted = Pipeline(passes, order="solved")(traced).graph_module
+    assert len(adapter_inputs(lifted)) == 6
