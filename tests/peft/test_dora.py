@@ -10,6 +10,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
@@ -58,6 +60,29 @@ def test_slow_and_fast_weights_are_the_formula(name: str, rank: int, noise: floa
         with cascade.weights("slow"):
             for each, value in weights(cascade.model).items():
                 torch.testing.assert_close(value, ends[2][each], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pace", [0.4, 1.0])
+def test_a_weight_stored_as_in_out_is_the_transpose(pace: float) -> None:
+    """A Conv1D of transformers [in, out] trains and folds as the Linear [out, in] of the same weight."""
+    torch.manual_seed(5)
+    linear, transposed = nn.Linear(6, 5).double(), Conv1D(5, 6).double()
+    with torch.no_grad():
+        transposed.weight.copy_(linear.weight.T)
+        transposed.bias.copy_(linear.bias)
+    calls = batches(3, 4, 6)
+    kept: list[torch.Tensor] = []
+    for model in (linear, transposed):
+        cascade = adapted(nn.Sequential(model, nn.Tanh()), calls[0], rank=1, pace=pace)
+        optimizer = optimizer_of(cascade, "sgd")
+        for _ in range(2):
+            train(cascade, optimizer, calls)
+            cascade.transition(optimizer)
+        before = weights(cascade.model)["0.weight"]
+        train(cascade, optimizer, calls)
+        kept.append(cascade.release()[0].weight.detach().clone())
+        assert (kept[-1] - before).abs().max() > 1e-4
+    torch.testing.assert_close(kept[1].T, kept[0], rtol=0, atol=1e-12)
 
 
 def test_a_magnitude_alone_that_has_trained() -> None:
