@@ -262,13 +262,9 @@ def survey(
         record: with the plan to follow, if there is one.
         spec: what the user asks for.
         outside: weights that a run of the model uses, in graphs or in between, with their kind, or "" for other uses.
-
-    Raises:
-        UnknownTarget: a pattern of the spec matches nothing.
     """
     owner = owner_of(graph_modules[0], record)
     weights = named_weights(owner)
-    check_patterns(spec, weights.matrices, weights.names)
     uses = _no_uses(owner, weights)
     for path, module in owner.named_modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)):
