@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.parameters import shallow
 from lorasc_fx.util.undo import Block, Undo, isolated
+
+T = TypeVar("T", bound=torch.Tensor)
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
@@ -46,9 +48,25 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return plain
 
 
-def writable(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the parameters that can hold new values: all except quantized ones."""
-    return {name: parameter for name, parameter in parameters.items() if not is_quantized(parameter)}
+def quantized_in(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the quantized weights among some tensors, by name."""
+    return {name: tensor for name, tensor in tensors.items() if is_quantized(tensor)}
+
+
+def writable(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors that can hold new values: all except quantized weights."""
+    return {name: tensor for name, tensor in tensors.items() if not is_quantized(tensor)}
+
+
+def can_require_grad(tensor: torch.Tensor) -> bool:
+    """Whether a parameter can require a gradient."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and not is_quantized(tensor)
+
+
+def same_quantized(one: torch.Tensor, other: torch.Tensor) -> bool | None:
+    """Whether two quantized weights have the same values. None if neither tensor is quantized."""
+    kinds = {is_quantized(one), is_quantized(other)}
+    return None if kinds == {False} else kinds == {True} and torch.equal(dense(one), dense(other))
 
 
 # ---- the libraries

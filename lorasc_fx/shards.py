@@ -112,6 +112,10 @@ class ProcessGroup:
             return cls(handle, torch.device("cpu"))
         return cls(handle, torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device()))
 
+    def or_else(self, handle: Any) -> ProcessGroup:
+        """Return this group, or that of a handle if this is the null object of a single process."""
+        return ProcessGroup.of(handle) if self.handle is None else self
+
     @property
     def rank(self) -> int:
         """Number of this process."""
@@ -138,9 +142,14 @@ class ProcessGroup:
         """Whether a flag is set on some rank."""
         return flag if self.handle is None else self.sum(float(flag)) > 0
 
-    def sum(self, number: float) -> float:
-        """Return the sum of a number over the ranks, in fp64."""
-        return self._reduced(number, "SUM")
+    def sum(self, number: float, operation: str = "SUM") -> float:
+        """Return the sum of a number over the ranks, in fp64. `operation` names another reduction of torch."""
+        if self.handle is None:
+            return number
+        held = torch.tensor([number], dtype=torch.float64, device=self.device)
+        with _together():
+            dist.all_reduce(held, getattr(dist.ReduceOp, operation), group=self.handle)
+        return held.item()
 
     def sum_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the ranks, on its device. Its shape must be the same on all ranks."""
@@ -163,16 +172,8 @@ class ProcessGroup:
     def max(self, number: float) -> float:
         """Return the maximum of a number over the ranks. nan if it is nan on a rank."""
         missing = math.isnan(number)
-        top = self._reduced(-math.inf if missing else number, "MAX")
+        top = self.sum(-math.inf if missing else number, "MAX")
         return math.nan if self.any(missing) else top
-
-    def _reduced(self, number: float, operation: str) -> float:
-        if self.handle is None:
-            return number
-        held = torch.tensor([number], dtype=torch.float64, device=self.device)
-        with _together():
-            dist.all_reduce(held, getattr(dist.ReduceOp, operation), group=self.handle)
-        return held.item()
 
     def gather(self, data: torch.Tensor, call: str) -> list[torch.Tensor]:
         """Return the bytes of every rank, by rank.

@@ -103,10 +103,10 @@ def check_binds(
         give = "kwargs=..." if isinstance(args, Mapping) else "args=(x,) for a single input x"
         raise CaptureError(
             f"args is a {type(args).__name__}, not a sequence of positional inputs. Give {give}",
-            code="invalid-inputs",
+            code="invalid-value",
         )
     if not isinstance(kwargs, Mapping):
-        raise CaptureError(f"kwargs is a {type(kwargs).__name__}. Give a dict of inputs by name", code="invalid-inputs")
+        raise CaptureError(f"kwargs is a {type(kwargs).__name__}. Give a dict of inputs by name", code="invalid-value")
     args = tuple(args)
     try:
         return bind(signature_of(model), args, kwargs)
@@ -114,7 +114,7 @@ def check_binds(
         raise CaptureError(
             f"{type(model).__name__}.forward does not take these example inputs: {fault}; "
             f"its signature is {signature_of(model)}",
-            code="invalid-inputs",
+            code="invalid-value",
         ) from fault
 
 

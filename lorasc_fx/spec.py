@@ -353,9 +353,10 @@ class CascadeSpec:
 
     def average_share(self, count: int) -> float | None:
         """Return the share of new slow weights in an average of `count` stages before; None without an average."""
-        if not self.keeps_average:
+        average = AVERAGES[self.average]
+        if not average.kept:
             return None
-        return 1.0 if count == 0 else AVERAGES[self.average].share(count, self.average_decay)
+        return 1.0 if count == 0 else average.share(count, self.average_decay)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""

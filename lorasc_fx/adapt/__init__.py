@@ -20,7 +20,7 @@ from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.graph.forms import forms_missing
 from lorasc_fx.peft.spec import is_config, spec_of
 from lorasc_fx.plan import Plan, Reason
-from lorasc_fx.quantized import LIBRARIES, is_quantized
+from lorasc_fx.quantized import LIBRARIES, quantized_in
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.undo import AllOrNothing
 
@@ -152,7 +152,7 @@ def _check_forms(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: {sites[form]} was adapted through the form {form!r}, which is not registered "
             f"here{hint}; call lorasc_fx.graph.register_form with it before load",
-            code="form-not-registered",
+            code="unknown-name",
         )
 
 
@@ -207,7 +207,7 @@ def _warn_of_quantized_weights(cascade: Cascade) -> None:
         for refusal in cascade.refusals
         if refusal.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and refusal.weight not in complex_ones
     }
-    left_out = list(refused) + [name for name in cascade.unreached if is_quantized(parameters[name])]
+    left_out = [*refused, *quantized_in({name: parameters[name] for name in cascade.unreached})]
     packed = {
         name: buffer
         for name, buffer in cascade.model.named_buffers()

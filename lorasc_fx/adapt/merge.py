@@ -12,7 +12,7 @@ from torch import nn
 
 from lorasc_fx.adapt.start import Start, check_new
 from lorasc_fx.capture import open_model
-from lorasc_fx.cascade.experts import install_sum, weighted_sum
+from lorasc_fx.cascade.experts import check_summable, install_sum, weighted_sum
 from lorasc_fx.checkpoint.given_run import GivenRun
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.facade import Cascade
@@ -61,13 +61,7 @@ def merge(
     shares = _shares(weights, len(runs))
     sources = [run._run if isinstance(run, Cascade) else run for run in runs]
     named_runs = [GivenRun(run, f"run {number}", "merge") for number, run in enumerate(sources, start=1)]
-    scaled = next((run.name for run in named_runs if run.plan.spec.method.scales_rows), None)
-    if scaled is not None:
-        raise SpecError(
-            f"merge: {scaled}, has magnitudes (DoRA): its rows are scaled, and a sum of runs is one of experts. "
-            "Release the runs and sum their weights",
-            code="method-not-supported",
-        )
+    check_summable("merge", {run.name: run.plan for run in named_runs}, "Release the runs and sum their weights")
     opened = open_model(model)
     check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:

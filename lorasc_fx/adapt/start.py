@@ -35,7 +35,7 @@ from lorasc_fx.graph.weights import Weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import place_layers
 from lorasc_fx.signature import Calls, check_binds, signature_of
-from lorasc_fx.state.model import Memory
+from lorasc_fx.state import Memory
 from lorasc_fx.util.finalizers import run_postponed
 from lorasc_fx.util.undo import PROCESS, Undo
 
@@ -157,8 +157,8 @@ class Start:
         undo(cascade._guard.disarm)
         cascade._guard.arm()
         run.start(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
-        undo(partial(_forget, weights.parameters.values()))
         for parameter in weights.parameters.values():
+            undo(partial(_ADAPTED.pop, parameter, None))
             _ADAPTED[parameter] = ref(cascade)
         return cascade
 
@@ -181,11 +181,6 @@ def _is_adapted(parameter: nn.Parameter) -> bool:
     reference = _ADAPTED.get(parameter)
     cascade = reference() if reference is not None else None
     return cascade is not None and not cascade._run.released
-
-
-def _forget(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        _ADAPTED.pop(parameter, None)
 
 
 def _trained(plan: Plan, weights: Weights) -> dict[str, nn.Parameter]:
@@ -230,12 +225,6 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights:
         )
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the module's weights on the meta device between calls."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ())))
-
-
 def check_new(model: nn.Module, on_meta: bool = False) -> None:
     """Refuse a model that cannot be adapted as it is: adapted already, sharded, offloaded, or without values.
 
@@ -248,7 +237,14 @@ def check_new(model: nn.Module, on_meta: bool = False) -> None:
         StateError: the model is sharded, a cascade or adapted already.
     """
     run_postponed()  # an earlier cascade of the model may have been dropped inside a trace
-    if offloaded := [name for name, module in model.named_modules() if _is_offloaded(module)]:
+    # accelerate keeps the weights of a module with such a hook on the meta device between calls.
+    hooks = {name: getattr(module, "_hf_hook", None) for name, module in model.named_modules()}
+    offloaded = [
+        name
+        for name, hook in hooks.items()
+        if any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ())))
+    ]
+    if offloaded:
         raise CaptureError(
             f"accelerate offloads the weights of {named(offloaded)} to the host or to disk, and puts them on the "
             "device for a call only: a branch cannot train beside them. Load the model without offloading: leave "

@@ -34,9 +34,16 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
         if memory is not None:
             shared[id(parameter)] = first.setdefault(memory, parameter)
     joined = exchange(model, lambda holder: shared.get(id(holder.value)), undo)
-    if strict:
-        _check_untie(model, patterns)
-    untied = _untie(model, patterns, undo)
+    ties = _ties(model) if patterns else []
+    for pattern in patterns if strict else ():
+        if not any(matches(pattern, names) for tie in ties for names in tie.places.values()):
+            tied = "; tied here: " + ", ".join("=".join(names[0] for names in tie.places.values()) for tie in ties[:5])
+            raise SpecError(
+                f"untie: {pattern!r} means no parameter that is held in two places"
+                f"{tied if ties else ', and none here is: leave untie out'}",
+                code="unknown-target",
+            )
+    untied = _untie(model, ties, patterns, undo)
     return tuple(
         (holder.module, holder.leaf, holder.value)
         for holder in joined
@@ -45,26 +52,13 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
     )
 
 
-def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Raise SpecError for a pattern that matches no tied parameter."""
-    ties = _ties(model)
-    for pattern in patterns:
-        if not any(matches(pattern, names) for tie in ties for names in tie.places.values()):
-            tied = "; tied here: " + ", ".join("=".join(names[0] for names in tie.places.values()) for tie in ties[:5])
-            raise SpecError(
-                f"untie: {pattern!r} means no parameter that is held in two places"
-                f"{tied if ties else ', and none here is: leave untie out'}",
-                code="unknown-target",
-            )
-
-
-def _untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> set[_Place]:
+def _untie(model: nn.Module, ties: Sequence[_Tie], patterns: Sequence[str], undo: Undo) -> set[_Place]:
     """Give each place that matches a pattern a separate, equal parameter. Return the places that changed.
 
     The first place keeps the shared object. Places that match no pattern stay tied to each other.
     """
     new: dict[_Place, nn.Parameter] = {}
-    for tie in _ties(model) if patterns else ():
+    for tie in ties:
         shared = tie.parameter
         untie = [key for key, names in tie.places.items() if any(matches(pattern, names) for pattern in patterns)]
         tied = [key for key in tie.places if key not in untie]

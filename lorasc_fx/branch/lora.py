@@ -326,7 +326,7 @@ class LoraBranch(LowRankBranch):
                 f"shard: if ranks change by stage, FSDP shards lora_A by its inputs, but {parts} ranks do not divide "
                 f"the {self.lora_A.shape[inputs]} inputs of {self.weight_name}. Exclude it, or give one rank for all "
                 "stages",
-                code="not-shardable",
+                code="sharded",
             )
         axes = {"lora_A": inputs} if self.lora_A.shape[inputs] % parts == 0 else {}
         if stacked and weight.dim() == 3:

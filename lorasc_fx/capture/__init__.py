@@ -97,13 +97,13 @@ def capture(
         captured.known.state = ref(state)
     return replace(
         captured,
-        own_backward=bool(preflight.functions),
+        own_backward=bool(preflight.seen.functions),
         whole_elsewhere=preflight.only_recomputes,
         conditions=replace(
             captured.conditions,
             state=state,
             grad=preflight.grad,
-            requires_grad=requires_grad(leaves(args, kwargs)) if preflight.asks else None,
+            requires_grad=requires_grad(leaves(args, kwargs)) if preflight.seen.asks else None,
         ),
     )
 

@@ -39,7 +39,7 @@ from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import regions_as_modules, weights_from_inputs
 from lorasc_fx.graph.forms import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, registered_form, weighs
 from lorasc_fx.parameters import shallow, substituted
-from lorasc_fx.quantized import as_opaque_products, is_quantized
+from lorasc_fx.quantized import as_opaque_products, can_require_grad
 from lorasc_fx.util.undo import PROCESS, Block, isolated
 
 MAX_CAPTURES = 64
@@ -74,7 +74,7 @@ class GraphBreakFallback:
         self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self.swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._effective: EffectiveWeights | None = None
-        self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
+        self.look: Callable[[Any, Mapping[str, Any]], None] | None = None  # gets the arguments before each call runs
         self._discovering = False
         compiler = inspect.unwrap(torch.compile)  # Lightning Fabric wraps it, and would copy the backend
         backend = _Backend(ref(self))
@@ -114,13 +114,13 @@ class GraphBreakFallback:
         Raises:
             CaptureError: the calls vary too much: dynamo would continue without graphs, and so without branches.
         """
-        if self._look is not None:
-            self._look(args, kwargs)
+        if self.look is not None:
+            self.look(args, kwargs)
         return self.compute(args, kwargs)
 
     @_disable_dynamo  # torch.compile around a cascade would trace the model itself, without branches
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a call without the function of `look_before_calls`. Raises as a call does."""
+        """Run a call without calling `look` first. Raises as a call does."""
         try:
             with _dynamo_settings(), as_opaque_products():
                 return self._call(args, kwargs)
@@ -160,10 +160,6 @@ class GraphBreakFallback:
         """Restore the parameters of the model's modules. A later call swaps them again."""
         if self._effective is not None:
             self._effective.close()
-
-    def look_before_calls(self, look: Callable[[Any, Mapping[str, Any]], None]) -> None:
-        """Set a function that gets the arguments of each call before it runs."""
-        self._look = look
 
     @property
     def located(self) -> set[str]:
@@ -220,7 +216,7 @@ class GraphBreakFallback:
         return run
 
     def _run(self, subgraph: _Subgraph, inputs: tuple[Any, ...]) -> Any:
-        names = self._names(inputs)
+        names = tuple(map(self._name, inputs))
         running = subgraph.running.get(names)
         running = self._add_graph(subgraph, names) if running is None else running
         if not self._discovering:
@@ -229,9 +225,6 @@ class GraphBreakFallback:
         named = [value for value, name in zip(inputs, names, strict=True) if name not in (None, *written)]
         with _weights_require_grad(value for value in named if isinstance(value, nn.Parameter)):
             return running(*inputs)
-
-    def _names(self, inputs: tuple[Any, ...]) -> Names:
-        return tuple(self._name(value) for value in inputs)
 
     def _name(self, value: Any) -> str | None:
         """Return the name of an input that is a current parameter or buffer of the model, or None."""
@@ -282,7 +275,7 @@ GRAPH_BREAKS = FrontEnd("graph-breaks", _capture, whole=False)
 def _weights_require_grad(undo: Block, weights: Iterable[torch.Tensor]) -> None:
     """Let matrices require gradients inside the block, as the outputs of branches do."""
     for weight in weights:
-        if weight.dim() > 1 and weight.is_floating_point() and not (weight.requires_grad or is_quantized(weight)):
+        if weight.dim() > 1 and weight.is_floating_point() and not weight.requires_grad and can_require_grad(weight):
             undo(partial(weight.requires_grad_, False))
             weight.requires_grad_(True)
 
@@ -298,25 +291,25 @@ class _Backend:
         self._owner = owner
 
     def __call__(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        """Compile a subgraph."""
+        """Compile a subgraph.
+
+        Raises:
+            CaptureError: the current code was compiled too often for the same modules.
+        """
         fallback = self._owner()
         assert fallback is not None
-        self._check_limit(type(fallback.model).__name__)
-        return fallback.take(source)
-
-    def _check_limit(self, model: str) -> None:
-        """Raise CaptureError if the current code was compiled too often for the same modules."""
+        # Count how often the current code was compiled for the same modules.
         frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
         entries = [entry for entry in _entries_of(frame.f_code) if self._owns(entry)]
         alike = sum(torch._dynamo.cache_size._has_same_id_matched_objs(frame, entry) for entry in entries)
         if alike < MAX_CAPTURES and len(entries) < 4 * MAX_CAPTURES:
-            return
+            return fallback.take(source)
         guards = torch._dynamo.utils.guard_failures.get(frame.f_code, ["its inputs"])
         guard = str(guards[-1]).splitlines()[0].partition(" #")[0].strip()
         raise CaptureError(
-            f"{model} was captured {MAX_CAPTURES} times for the same modules. The last graph did not fit because of "
-            f"{guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing state in Python, or "
-            "adapt a part of the model"
+            f"{type(fallback.model).__name__} was captured {MAX_CAPTURES} times for the same modules. The last graph "
+            f"did not fit because of {guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing "
+            "state in Python, or adapt a part of the model"
         )
 
     def _owns(self, entry: Any) -> bool:

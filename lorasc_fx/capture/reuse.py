@@ -129,7 +129,12 @@ class Trace:
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=whole)
         given = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-        if any(map(_is_odd, (*tensors.values(), *given))) or len({*map(id, given)}) < len(given):
+        for tensor in (*tensors.values(), *given):
+            plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+            wrapped = isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
+            if not plain or wrapped or tensor.is_meta:
+                return None
+        if len({*map(id, given)}) < len(given):  # one tensor given twice would have two origins
             return None
         try:
             return _trace(model, args, kwargs, names, tensors)
@@ -137,11 +142,6 @@ class Trace:
             raise
         except Exception:  # a read of a value, an op without a fake kernel, or what forward raises on fake tensors
             return None
-
-
-def _is_odd(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
-    return not plain or isinstance(tensor, FakeTensor) or tensor.is_meta or is_traceable_wrapper_subclass(tensor)
 
 
 @isolated
@@ -270,7 +270,7 @@ class _Recorder(TorchFunctionMode):
             if not isinstance(result, torch.Tensor):
                 return result
         flag, given, named = _without_flag(func, args, kwargs)
-        before = self.described((given, named))
+        before = self.described((given, named))  # before the call, which may write into its arguments
         self.inside, self.pure = True, True
         result = func(*args, **kwargs)
         if self.pure and isinstance(result, torch.Tensor) and id(result) in self._origins:
@@ -359,6 +359,7 @@ class Difference:
                 return ("op", numbers[value[1]], value[2])
             return tuple(map(renumbered, value))
 
+        # Match each new op with the next old op that is the same. Old ops in between are skipped: nothing needs them.
         flags: dict[Any, list[tuple[Any, Any]]] = {}
         skipped: list[Op] = []
         started = _counted(new.ops) - _counted(old.ops)
@@ -448,17 +449,15 @@ class Known:
         shapes = dict(zip(self.trace.inputs, self.trace.sizes, strict=True))
         if all(shapes.get(path, shape) == shape for path, shape in zip(new.inputs, new.sizes, strict=True)):
             return self.trace
-        given, inputs = (
-            dict(zip(new.inputs, flat, strict=True)),
-            [*zip(self.trace.inputs, self.trace.sizes, strict=True)],
-        )
+        # Other sizes. Trace this graph's kind of call once more, with the tensors of the new call.
+        given = dict(zip(new.inputs, flat, strict=True))
         if self.model() is not model or self.sizes == MAX_SIZES:
             return None
-        if any(shape is not None and not isinstance(given.get(path), torch.Tensor) for path, shape in inputs):
+        if any(shape is not None and not isinstance(given.get(path), torch.Tensor) for path, shape in shapes.items()):
             return None
         ours = [
             value if shape is None else given[path]
-            for (path, shape), value in zip(inputs, self.trace.values, strict=True)
+            for (path, shape), value in zip(shapes.items(), self.trace.values, strict=True)
         ]
         if not self.conditions.accepts(ours):
             return None

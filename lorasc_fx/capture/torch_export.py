@@ -23,7 +23,7 @@ from lorasc_fx.capture.reuse import Trace, derive, forget, store
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
-from lorasc_fx.quantized import as_opaque_products, is_quantized
+from lorasc_fx.quantized import as_opaque_products, quantized_in
 from lorasc_fx.signature import argument_names, leaves, signature_of
 from lorasc_fx.util.accelerator import generator_states
 from lorasc_fx.util.undo import Block, isolated
@@ -32,28 +32,24 @@ _GUARDS = "_guards_fn"
 _RESERVED = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(nn.Module))
 
 
-def capture_dynamo(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis] = ()
-) -> Captured:
-    """Return the model's ATen graph, traced by dynamo through the model's Python. Raises what torch.export raises."""
-    return _export(DYNAMO, model, args, kwargs, dynamic)
-
-
-def capture_export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis] = ()
-) -> Captured:
-    """Return the model's ATen graph. Raises what torch.export raises."""
-    return _export(EXPORT, model, args, kwargs, dynamic)
-
-
-EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_dynamo)
-
-
 def _export(
-    frontend: FrontEnd, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: Collection[Axis] = (),
+    *,
+    strict: bool,
 ) -> Captured:
+    """Return the model's ATen graph. Raises what torch.export raises.
+
+    Args:
+        model, args, kwargs, dynamic: of the call.
+        strict: whether dynamo traces the model's Python. Otherwise Python runs on fake tensors.
+    """
+    frontend = DYNAMO if strict else EXPORT
     names = argument_names(signature_of(model), args, kwargs)
-    trace = Trace.of(model, args, kwargs, names) if frontend is EXPORT else None
+    # An earlier call with the same trace has a graph to copy. Strict mode traces more than such a trace shows.
+    trace = None if strict else Trace.of(model, args, kwargs, names)
     if (derived := derive(model, args, kwargs, names, trace)) is not None:
         graph, conditions = derived
         return Captured(graph, frontend, conditions, drop_cached=forget)
@@ -62,17 +58,26 @@ def _export(
         drawn = generator_states()
         shapes = _dynamic_shapes(signature_of(model), args, kwargs, dynamic)
         with substituted(model, _stand_ins(model)), as_opaque_products(), _buffer_hooks_kept(), _no_stack_traces():
-            strict = frontend is DYNAMO
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
         check_drew_nothing(drawn)
         program._guards_code = _by_parameter(program._guards_code, inspect.signature(root.forward))
         exported: Any = program.module()
     # The guards are kept apart from the graph, to be evaluated before a call rather than in it.
     guards = exported._modules.get(_GUARDS)
-    _check_guards(guards, leaves(args, kwargs))
+    try:
+        if guards is not None:
+            guards(*leaves(args, kwargs))
+    except (AssertionError, NameError) as fault:
+        raise RuntimeError(f"the guards of torch.export refuse its own example: {fault}") from fault
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
-    sizes = tuple(_fixed_sizes(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
+    inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    sizes = tuple(
+        tuple(size if isinstance(size, int) else None for size in value.shape)
+        if isinstance(value, torch.Tensor)
+        else None
+        for value in inputs
+    )
     live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
     # A quantized weight implements F.linear, and not always the ATen op.
     quantized = {f"{OWNER}.{name}" for name in _stand_ins(model)}
@@ -102,13 +107,8 @@ def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:
     return guards
 
 
-def _check_guards(guards: nn.Module | None, flat: list[Any]) -> None:
-    """Raise RuntimeError if the guards fail on the very call that was exported."""
-    try:
-        if guards is not None:
-            guards(*flat)
-    except (AssertionError, NameError) as fault:
-        raise RuntimeError(f"the guards of torch.export refuse its own example: {fault}") from fault
+capture_export, capture_dynamo = partial(_export, strict=False), partial(_export, strict=True)
+EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_dynamo)
 
 
 @isolated
@@ -137,8 +137,7 @@ def _stand_ins(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return plain tensors to trace with instead of the quantized weights, which torch.export would decompose."""
     return {
         name: nn.Parameter(torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape), False)
-        for name, value in model.named_parameters()
-        if is_quantized(value)
+        for name, value in quantized_in(dict(model.named_parameters())).items()
     }
 
 
@@ -165,13 +164,6 @@ def _wrapped(model: nn.Module) -> nn.Module:
 
     vars(forward)["__signature__"] = inspect.signature(type(model).forward)
     return cast("nn.Module", type("_Wrapper", (_Wrapper,), {"forward": forward})(model))
-
-
-def _fixed_sizes(value: Any) -> tuple[int | None, ...] | None:
-    """Return the constant sizes of a placeholder's tensor, with None for each dynamic size."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(size if isinstance(size, int) else None for size in value.shape)
 
 
 def _dynamic_shapes(

@@ -125,7 +125,7 @@ class CascadeModule(nn.Module):
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
         # Inside `weights(...)` the model itself computes, except if only a graph can gather its shards.
-        if run.placed is not None and not graphs.are_split:
+        if run.placed is not None and graphs.split is None:
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself and cannot hash a signature
             bound, named = graphs.compiler.bind(args, kwargs)
@@ -463,8 +463,12 @@ class CascadeModule(nn.Module):
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
             self._called_by("copy")
-            if sys._getframe(1).f_code.co_name == "deepcopy":
-                self._run.check_copy()
+            if sys._getframe(1).f_code.co_name == "deepcopy" and self._run.is_sharded:
+                raise StateError(
+                    "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
+                    "lorasc_fx.save and lorasc_fx.load it onto another model",
+                    code="sharded",
+                )
             return super().__reduce_ex__(protocol)
         raise StateError(
             "a cascade cannot be pickled, by torch.save, a spawned process or otherwise. Write a checkpoint by "

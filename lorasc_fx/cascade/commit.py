@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -108,16 +108,16 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             if name in planned.gradients.pending:
                 run.pending.note(parameter)
     run.plan, run.slow = planned.plan, planned.slow
-    run.note_written(planned.parameters)
+    run.note_weights(planned.parameters)
     run.set_unmerged()
 
 
 def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
-    """Write the planned parameters in turn. Undoing it writes what the run says they hold between two steps."""
-    scratch = Scratch()
+    """Write the planned parameters in turn. A rollback writes what they hold between two steps of the current stage."""
+    scratch, plan = Scratch(), run.plan
     spare = reserve(planned.parameters, planned.plan.spec.noise.is_on)
 
-    def resting(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
+    def write_resting(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
         if name in planned.live:
             out.copy_(planned.live[name])
         elif name in slow.states:
@@ -125,24 +125,21 @@ def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
         else:  # the state does not know this weight yet
             planned.slow.write_value(name, "base", out)
 
-    def restore(name: str, out: torch.Tensor, version: int, plan: Plan, slow: SlowWeights) -> None:
+    def restore(slow: SlowWeights, name: str, out: torch.Tensor, version: int) -> None:
         spare.clear()
         with torch.no_grad():
             try:
-                resting(plan, slow, name, out)
-            except (MemoryError, RuntimeError):  # there is no memory, which is fine if nothing was written here
+                write_resting(plan, slow, name, out)
+            except (MemoryError, RuntimeError):  # out of memory does no harm if nothing was written here
                 if out._version != version:
                     raise
 
-    def write(name: str, out: torch.Tensor) -> None:
-        undo(partial(restore, name, out, out._version, before[0], before[1]))
+    for name, out in weights_to_write(run, planned.parameters, planned.slow):
+        undo(partial(restore, run.slow, name, out, out._version))
         if planned.write is not None:
             planned.write(name, out)
         else:
-            resting(planned.plan, planned.slow, name, out)
-
-    before = run.plan, run.slow
-    write_weights(run, planned.parameters, write, planned.slow)
+            write_resting(planned.plan, planned.slow, name, out)
 
 
 def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = False) -> list[torch.Tensor]:
@@ -164,29 +161,25 @@ def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = 
     return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
 
 
-def write_weights(
-    run: RunBase,
-    parameters: Mapping[str, nn.Parameter],
-    write: Callable[[str, torch.Tensor], object],
-    after: SlowWeights | None = None,
-) -> None:
-    """Call `write(name, local tensor)` for these parameters in turn.
+def weights_to_write(
+    run: RunBase, parameters: Mapping[str, nn.Parameter], after: SlowWeights | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the local tensor of each of these parameters. The caller writes into the tensor.
 
-    A quantized weight is not written: its branch computes the unmerged delta (`RunBase.set_unmerged`).
+    W0 is copied first if it shares the memory of the tensor. Quantized weights are left out: their branches compute the
+    deltas (`RunBase.set_unmerged`).
 
     Args:
-        run: whose W0 is copied before its memory is overwritten.
+        run: whose W0 is kept.
         parameters: by name.
-        write: writes the values.
         after: slow weights that the run will hold, if they differ.
     """
-    known = [slow.states for slow in (run.slow, after) if slow is not None]
     for name, parameter in writable(parameters).items():
         out = local(parameter)
-        for states in known:  # W0 may be the memory that is written next
-            if name in states:
-                keep_base(states[name].base, out)
-        write(name, out)
+        for slow in (run.slow, after):
+            if slow is not None and name in slow.states:
+                keep_base(slow.states[name].base, out)
+        yield name, out
 
 
 def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:

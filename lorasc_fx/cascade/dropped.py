@@ -146,7 +146,7 @@ class DropGuard:
             for name, parameter in writable(run.weights_by_name()).items()
             if slow.states[name].differs_from_slow(run.plan.spec.noise.is_on)
         }
-        changed = run.changed_weights(parameters)
+        changed = run.not_written_here(parameters)
         for name, parameter in parameters.items():
             if name not in changed:
                 slow.write_value(name, "slow", parameter)

@@ -23,9 +23,7 @@ from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, Learner, Part, SlowWeights, View, WeightState, Which, arithmetic, summing
-from lorasc_fx.state.engine import fits
-from lorasc_fx.state.model import host
+from lorasc_fx.state import Expert, Learner, Part, SlowWeights, View, WeightState, Which, arithmetic, host, summing
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.undo import Undo
 
@@ -242,13 +240,8 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
     slow = run.slow
     parts = [run.added[name] if name in run.added else _own(run, call, folded) for name in weights]
     alone = [*weights.values()] == [1]
-    scaled = next((part.name for part in parts if part.plan.spec.method.scales_rows), None)
-    if scaled is not None and not alone:
-        raise SpecError(
-            f"{call}: {scaled}, has magnitudes (DoRA), which scale rows, and a sum of runs only adds experts. Give "
-            "one run by its name",
-            code="method-not-supported",
-        )
+    if not alone:
+        check_summable(call, {part.name: part.plan for part in parts}, "Give one run by its name")
     after = weighted_sum(slow, parts, [*weights.values()], 1)
     if alone:  # take the run's own state, so that nothing is rounded in another order
         states = dict(after.states)
@@ -265,9 +258,19 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
     return Weights(after, buffers={name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
 
 
+def check_summable(call: str, plans: Mapping[str, Plan], advice: str) -> None:
+    """Raise SpecError if one of the runs scales rows, because a sum only adds experts. Plans are by the runs' names."""
+    scaled = next((name for name, plan in plans.items() if plan.spec.method.scales_rows), None)
+    if scaled is not None:
+        raise SpecError(
+            f"{call}: {scaled}, has magnitudes (DoRA), which scale rows, and a sum of runs only adds experts. {advice}",
+            code="method-not-supported",
+        )
+
+
 def _check_fits(after: SlowWeights, call: str) -> None:
     """Raise SpecError if a weight of a sum overflows its dtype."""
-    if beyond := [name for name, state in after.states.items() if not fits(state)]:
+    if beyond := [name for name, state in after.states.items() if not state.fits()]:
         raise SpecError(
             f"{call}: the sum takes {named(beyond)} beyond the dtype of the weight. Give the runs smaller numbers"
         )

@@ -44,7 +44,7 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
         return None
     run.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
-    if run.fingerprinted or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
+    if run.digests or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
         run.fingerprints()
     unmoved = [name for name, value in trained.items() if not run.slow.moved({name: value})]
 
@@ -167,7 +167,8 @@ def folded_each(
 def _folded(weights: Weights, name: str, value: Any) -> Any:
     """Return a copy of an entry of the state dict, with the folded value if `name` is a weight of the slow state."""
     slow = weights.slow
-    if name in slow.states and not (is_quantized(value) and slow.states[name].unmerged("slow") is None):
+    # A quantized weight that has not trained stays as it is.
+    if name in slow.states and (not is_quantized(value) or slow.states[name].unmerged("slow") is not None):
         return slow.value(name, weights.which, value)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
@@ -207,9 +208,7 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize, modules: bool = F
     if not (how in (None, "dequantize") or (modules and (how == "requantize" or callable(how)))):
         more = ", 'requantize' or a callable that quantizes a module" if modules else ""
         raise SpecError(f"{call}: quantized is {how!r}. Give None or 'dequantize'{more}")
-    names = [
-        name for name, state in slow.states.items() if is_quantized(state.base) and state.unmerged("slow") is not None
-    ]
+    names = [name for name, state in slow.states.items() if state.unmerged("slow") is not None]
     if names and how is None:
         raise StateError(
             f"{call}: {named(names, 1)} is quantized and cannot hold what was trained; nothing was changed. Give "

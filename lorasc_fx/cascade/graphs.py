@@ -44,7 +44,7 @@ class Graphs:
         self.refused_frontends: tuple[tuple[str, str], ...] = ()
         self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # to run the model itself
         self.origin = ""  # path of the checkpoint whose plan the first graph must fit
-        self._split: Callable[[Variant], Variant] | None = None  # splits each graph for shards
+        self.split: Callable[[Variant], Variant] | None = None  # splits each graph, so that it can gather shards
         if isinstance(decided, Made) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
@@ -70,14 +70,9 @@ class Graphs:
     ) -> None:
         """Replace each graph, now and later, by the result of `split`. Modules of the model run inside `gathered`."""
         undo(self.variants.restorer())
-        undo(partial(vars(self).update, _split=self._split, gathered=self.gathered))
+        undo(partial(vars(self).update, split=self.split, gathered=self.gathered))
         self.variants.exchange(split)
-        self._split, self.gathered = split, gathered
-
-    @property
-    def are_split(self) -> bool:
-        """Whether graphs gather sharded weights, which the model itself cannot."""
-        return self._split is not None
+        self.split, self.gathered = split, gathered
 
     def drop(self, undo: Undo) -> None:
         """Detach and drop all graphs. The next call captures new ones."""
@@ -138,7 +133,7 @@ class Graphs:
             raise own from None  # a call raises what the model raises
         if disagreements:
             raise self._does_not_fit(disagreements)
-        if self._split is not None:
+        if self.split is not None:
             late = [branch.weight_name for name, branch in made.branches.items() if name not in run.branches]
             if late:
                 raise StateError(
@@ -146,7 +141,7 @@ class Graphs:
                     "so their branches are on no rank. Make such a call before shard, or exclude the weight",
                     code="sharded",
                 )
-            made = replace(made, variant=self._split(made.variant))
+            made = replace(made, variant=self.split(made.variant))
         number, sizes, seconds = len(self.variants) + 1, ", dynamic sizes" if axes else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend.name, sizes, seconds)
         with run.lock, commit() as undo:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lorasc_fx.cascade.commit import reserve, write_weights
+from lorasc_fx.cascade.commit import reserve, weights_to_write
 from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage
@@ -48,14 +48,15 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
             weights = Weights(run.slow, view, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
         # Everything is computed before the first write.
         buffers = weights.moves(run)
-        dense = weights.dense(run.quantized if weights.which != "base" else (), before.parameters)
+        dense = weights.dense(run.slow.quantized if weights.which != "base" else (), before.parameters)
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
         before.keep_buffers(buffer for buffer, _ in buffers)
         for holder in before.places:
             if id(holder.value) in replaced:
                 holder.put(replaced[id(holder.value)])
-        write_weights(run, before.parameters, weights.write)
+        for name, out in weights_to_write(run, before.parameters):
+            weights.write(name, out)
         for buffer, statistics in buffers:
             buffer.copy_(statistics)
         run.placed = stage if stage is not None else str(which)
@@ -121,20 +122,18 @@ class Before:
             if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
                 parameter.data = memory
 
-        def resting(name: str, out: torch.Tensor) -> None:
+        for name, out in weights_to_write(run, self.parameters):
             if name in self.trained:
                 out.copy_(self.trained[name])
-                return
+                continue
             try:
                 run.slow.write_resting(name, run.plan, out, scratch)
-            except (MemoryError, RuntimeError):  # there is no memory, which is fine if nothing was written here yet
+            except (MemoryError, RuntimeError):  # out of memory does no harm if nothing was written here yet
                 if run.placed is not None or self.versions.get(name) != out._version:
                     raise
-
-        write_weights(run, self.parameters, resting)
         for buffer, value in self.buffers:
             buffer.copy_(value)
-        run.note_written(self.parameters)
+        run.note_weights(self.parameters)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:
             self.set_versions()  # autograd graphs from before can be differentiated again

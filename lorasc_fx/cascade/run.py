@@ -17,7 +17,7 @@ from lorasc_fx.cascade.optim import check_holds, check_rates, groups
 from lorasc_fx.cascade.run_base import BaseValues, RunBase
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.plan import Reason
-from lorasc_fx.quantized import dense, is_quantized
+from lorasc_fx.quantized import dense, quantized_in
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Expert, SlowWeights
@@ -94,7 +94,8 @@ class Run(RunBase):
         matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
         names += [name for name in noise.on_others(matrices) if name not in without]
         new = [name for name in names if name not in self.slow.states]
-        quantized = next((name for name in new if is_quantized(parameters[name])), None)
+        known = {name: parameters[name] for name in new}
+        quantized = next(iter(quantized_in(known)), None)
         for asked, option, what, instead in (
             (noise.is_on, f"noise.strength is {noise.strength}", "noise", "0"),
             (takes_residual, f"start is {start!r}", "the residual", "start='lora' or 'loftq'"),
@@ -105,7 +106,6 @@ class Run(RunBase):
                     f"Give {instead}, or exclude the weight (exclude=({quantized!r},))",
                     code="quantized-not-supported",
                 )
-        known = {name: parameters[name] for name in new}
         hooked = [
             name
             for name in new
@@ -122,7 +122,7 @@ class Run(RunBase):
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped, self.memory), self.branches_by_weight()
         if factor_start.of_delta and not empty:
-            if not any(is_quantized(state.base) for state in slow.states.values()):
+            if not slow.quantized:
                 raise SpecError(
                     f"start is {start!r}, which needs quantized weights, but no site has one. Give start='lora'",
                     code="conflicting-options",
@@ -133,7 +133,7 @@ class Run(RunBase):
         written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # otherwise the weights are written next
-            self.note_weights({name for name in known if name not in written})
+            self.note_weights({name: known[name] for name in known if name not in written})
         self._watch()
         self.replicas.check(self.trainable)
 
@@ -158,9 +158,7 @@ class Run(RunBase):
             CheckpointError: the file lacks a weight.
         """
         states = dict(slow.states)
-        for name, value in known.items():
-            if not is_quantized(value):
-                continue
+        for name, value in quantized_in(known).items():
             if self.base_file is None:
                 raise SpecError(
                     f"start is 'loftq', which needs the values of {name} before it was quantized. Give base=, the "
@@ -232,7 +230,7 @@ class Run(RunBase):
         undo(self.restorer())
         rules = {name: state.rule for name, state in self.slow.trained.items() if state.rule is not None}
         trained = self.trained_parameters()
-        self.meta, self.base_file, self._fingerprints = None, base_file, dict(fingerprints)
+        self.meta, self.base_file, self.digests = None, base_file, dict(fingerprints)
         self.slow = replace(self.slow, states={}).with_trained(trained, rules)
         self.register_sites(undo, empty)
         parameters = self.parameters_by_name()
@@ -283,15 +281,6 @@ class Run(RunBase):
                 f"{type(self.model).__name__}: the model of a cascade, or a module in it, was called, and its weights "
                 "are sharded over several processes. Call the cascade, inside `with cascade.weights(...)` for other "
                 "weights, or a method that gathers them (cascade.generate, encode, predict)",
-                code="sharded",
-            )
-
-    def check_copy(self) -> None:
-        """Raise StateError for a deep copy of sharded weights, which FSDP would not shard."""
-        if self.is_sharded:
-            raise StateError(
-                "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
-                "lorasc_fx.save and lorasc_fx.load it onto another model",
                 code="sharded",
             )
 
@@ -361,5 +350,4 @@ class Run(RunBase):
             return self.grouped and self._kept is None
         if self._kept == sum(parameter._version for parameter in self.branches.parameters()):
             return False
-        unmerged = any(self.slow.states[name].experts for name in self.quantized)
-        return unmerged or self.slow.moved(self.branches_by_weight())
+        return self.branches_add()

@@ -13,10 +13,8 @@ from torch import nn
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.errors import StateError
-from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import local
-from lorasc_fx.state import Learner, Part, SlowWeights, sums_are_finite
-from lorasc_fx.state.model import Memory
+from lorasc_fx.state import Learner, Memory, Part, SlowWeights, sums_are_finite
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import Lock
 from lorasc_fx.util.version import source_digest, version
@@ -92,7 +90,7 @@ class RunBase:
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
         self._kept: int | None = None  # sum of the branches' version counters when they were last saved or folded
-        self._fingerprints: dict[str, str] = {}
+        self.digests: dict[str, str] = {}  # fingerprints of the base, as far as they were computed
         self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, at their fingerprints
         self._checksums: dict[str, int] = {}  # of the weights, when they were last written here or first seen
         self._objects: dict[str, int] = {}  # ids of the weights' Parameter objects, at the same time
@@ -169,11 +167,6 @@ class RunBase:
         return self.meta is None
 
     @property
-    def is_local(self) -> bool:
-        """Whether this process alone has all values: the weights are neither sharded nor on the meta device."""
-        return self.holds_numbers and not self.is_sharded
-
-    @property
     def is_noisy(self) -> bool:
         """Whether the weights that are in place hold noise."""
         return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None
@@ -220,31 +213,33 @@ class RunBase:
                 code="non-finite",
             )
 
-    @property
-    def quantized(self) -> tuple[str, ...]:
-        """Names of the sites whose weights are quantized."""
-        return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base) and not state.full)
+    def branches_add(self) -> bool:
+        """Whether a branch adds something: it has trained, or it computes the deltas of a quantized weight."""
+        quantized = any(self.slow.states[name].experts for name in self.slow.quantized)
+        return quantized or self.slow.moved(self.branches_by_weight())
 
-    def note_weights(self, written: Iterable[str] | None = None) -> None:
-        """Record the checksums of weights that were written here, by default of all."""
-        parameters = self.weights_by_name()
-        names = [name for name in parameters if written is None or name in written]
-        self._checksums = {**self._checksums, **checksums({name: parameters[name] for name in names})}
-        self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
+    def note_weights(self, written: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Record the checksums of weights that were written here, by default of all.
 
-    def note_written(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Record the checksums of parameters that were written here, if they are still those of the model."""
-        now = self.present(parameters)
-        # FSDP exchanges parameters itself. Without it, the user has replaced a parameter that is another one now.
-        self.note_weights({name for name in now if self.is_sharded or now[name] is parameters[name]})
+        A parameter that the user has replaced since is not recorded. FSDP replaces parameters itself.
+        """
+        weights = self.weights_by_name()
+        if written is not None:
+            weights = {
+                name: weight
+                for name, weight in weights.items()
+                if name in written and (self.is_sharded or weight is written[name])
+            }
+        self._checksums = {**self._checksums, **checksums(weights)}
+        self._objects = {**self._objects, **{name: id(weight) for name, weight in weights.items()}}
 
     def exchanged(self) -> bool:
         """Whether the model holds other objects than its weights, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
-    def changed_weights(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    def not_written_here(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Return the names of those of these weights whose values were not written here."""
-        return [name for name, value in checksums(dict(parameters)).items() if value != self._checksums.get(name)]
+        return [name for name, value in checksums(parameters).items() if value != self._checksums.get(name)]
 
     def changed(self, known: Mapping[str, int]) -> str | None:
         """Return the first parameter that is missing or does not have this checksum."""
@@ -301,8 +296,8 @@ class RunBase:
         parameters = {name: value for name, value in self.parameters_by_name().items() if name not in moved}
         others = {} if self.is_sharded else {name: value for name, value in parameters.items() if name not in bases}
         frozen = checksums(others)
-        for name in [name for name in frozen if name in self._fingerprints and frozen[name] != self._frozen[name]]:
-            del self._fingerprints[name]
+        for name in [name for name in frozen if name in self.digests and frozen[name] != self._frozen[name]]:
+            del self.digests[name]
             self.warned.once(
                 "frozen-parameter-changed",
                 f"{name} was changed after an earlier save. It is neither adapted nor trained, so checkpoints do not "
@@ -310,9 +305,9 @@ class RunBase:
                 "to the spec",
             )
         self._frozen |= frozen
-        new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self._fingerprints}
-        self._fingerprints |= fingerprints(new)
-        return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
+        new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self.digests}
+        self.digests |= fingerprints(new)
+        return {name: digest for name, digest in self.digests.items() if name not in moved}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
         """Return what must be equal on all ranks of a run (`ProcessGroup.check_alike`).
@@ -327,16 +322,6 @@ class RunBase:
         digests = {f"weight {name}": str(digest)[:12] for name, digest in weights.items()}
         digests |= {f"factor {name}": str(checksum(value)) for name, value in self.branches.named_parameters()}
         return {**code, **spec, "stage": f"{self.plan.stage}, step {self.plan.step}", **sites, **digests}
-
-    def note_fingerprints(self, digests: Mapping[str, str]) -> None:
-        """Add the fingerprints of W0 from a checkpoint, if fingerprints were computed before."""
-        if self._fingerprints:
-            self._fingerprints = {**self._fingerprints, **digests}
-
-    @property
-    def fingerprinted(self) -> bool:
-        """Whether fingerprints were computed."""
-        return bool(self._fingerprints)
 
     def note_frozen(self) -> None:
         """Record new checksums of parameters that no training moves, after a move or a cast. Fingerprints stay."""
@@ -357,7 +342,7 @@ class RunBase:
         """Return a function that restores this state, except values of parameters and buffers (see `commit`)."""
         names = (
             *("plan", "slow", "base_file", "released", "added", "refusals", "unreached", "meta", "placed"),
-            *("placed_checksums", "_fingerprints", "_frozen", "_checksums", "_objects"),
+            *("placed_checksums", "digests", "_frozen", "_checksums", "_objects"),
         )
         fields, branches = {name: getattr(self, name) for name in names}, set(self.branches)
         restore_pending = self.pending.restorer()
@@ -373,11 +358,11 @@ class RunBase:
 
     def set_unmerged(self) -> None:
         """Give the branches of quantized weights their unmerged deltas."""
-        slow = self.slow
-        for name, branch in self.branches_by_weight().items():
-            state = slow.states.get(name)
-            if state is not None and is_quantized(state.base):
-                branch.set_unmerged(state.unmerged("slow") if slow.idle else state.beside)
+        slow, branches = self.slow, self.branches_by_weight() if self.slow.quantized else {}
+        for name in slow.quantized:
+            if name in branches:  # a rollback may have removed it
+                state = slow.states[name]
+                branches[name].set_unmerged(state.unmerged("slow") if slow.idle else state.beside)
 
 
 def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -59,9 +59,9 @@ def next_stage(
         if optimizer is not None:
             state |= treated_state(optimizer, trained.values(), "kept")
             for branch in branches.values():
-                kept = {} if idle else branch.kept_entries(plan.spec)
                 state |= treated_state(optimizer, branch.parameters(), plan.spec.optimizer_state)
-                state |= kept_state(optimizer, {branch.get_parameter(name): mask for name, mask in kept.items()})
+                if kept := {} if idle else branch.kept_entries(plan.spec):
+                    state |= kept_state(optimizer, {branch.get_parameter(name): mask for name, mask in kept.items()})
             # Reset the state of factors with a new shape, and the state that led to inf or nan.
             reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
             for name in after.left_out:

@@ -233,13 +233,12 @@ def _differs(run: Run) -> bool:
 
     False for shards, where the other processes would have to be asked.
     """
-    if run.released or run.inside_weights or not run.is_local:
+    if run.released or run.inside_weights or run.is_sharded or not run.holds_numbers:
         return False
     if run.exchanged():  # torch.func.functional_call runs the model with other tensors
         return False
-    running = run.is_noisy or any(state.taken_out is not None for state in run.slow.states.values())
-    unmerged = any(run.slow.states[name].experts for name in run.quantized)
-    return running or unmerged or run.slow.moved(run.branches_by_weight())
+    running = run.is_noisy or any(state.residual is not None for state in run.slow.states.values())
+    return running or run.branches_add()
 
 
 def _shares_parameters(one: nn.Module, other: nn.Module | None) -> bool:

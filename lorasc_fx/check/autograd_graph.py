@@ -97,22 +97,18 @@ class _Describer:
             if variable._backward_hooks:
                 raise _NotVisible("a hook")
             return name, takes, self._names.get(id(variable))
-        saved = tuple([self._value(getattr(node, key)) for key in _saved(kind)])
+        saved = tuple([self._value(getattr(node, key)) for key in dir(kind) if key.startswith("_saved_")])
         return _SAME_BACKWARD.get(name, name), takes, saved
 
     def _value(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._tensor(value)
         if isinstance(value, (tuple, list)):
             return tuple(map(self._value, value))
         if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
             return type(value), repr(value)
-        raise _NotVisible(type(value).__name__)
-
-    def _tensor(self, tensor: torch.Tensor) -> Any:
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-            raise _NotVisible(type(tensor).__name__)
-        tensor = tensor.detach()
+        plain = type(value) in _PLAIN and value.layout is torch.strided
+        if not plain or value.is_nested or value.is_meta:
+            raise _NotVisible(type(value).__name__)
+        tensor = value.detach()
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address not in self._memory:
@@ -124,10 +120,6 @@ class _Describer:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _saved(kind: type) -> list[str]:
-    return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
 def _passes_on(node: Any) -> tuple[Any, int] | None:

@@ -26,7 +26,7 @@ from lorasc_fx.check.guards import MISSING, Held, attribute_tensors, same_value,
 from lorasc_fx.check.process_state import OurMode, eager, quiet, seed
 from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.parameters import exchange, substituted
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import writable
 from lorasc_fx.signature import copied, whole
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Block, isolated
@@ -79,14 +79,11 @@ def call_recorder(
         leaves: gets path, module and output after a call; None if the call raised.
     """
 
-    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        enters(path, module, args, kwargs)
-
     def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
         leaves(path, module, output)
 
     for path, module in model.named_modules():
-        undo(module.register_forward_pre_hook(partial(before, path), prepend=True, with_kwargs=True).remove)
+        undo(module.register_forward_pre_hook(partial(enters, path), prepend=True, with_kwargs=True).remove)
         undo(module.register_forward_hook(partial(after, path), always_call=True).remove)
 
 
@@ -140,7 +137,11 @@ class Attributes:
                 if not has_history and (without := without_history(tensor)) is not tensor:
                     detached[id(tensor)] = without
         for held, contents in self.places:
-            where, before = held.where, _exchanged(contents, detached)
+            where, before = held.where, contents
+            if detached and isinstance(contents, dict):
+                before = {key: detached.get(id(value), value) for key, value in contents.items()}
+            elif detached:
+                before = type(contents)(detached.get(id(value), value) for value in contents)
             if isinstance(where, dict):
                 for key in [key for key in held.contents() if key not in before]:
                     del where[key]
@@ -152,15 +153,6 @@ class Attributes:
             elif len(where) != len(before) or not same_value(held.contents(), before):
                 where.clear()
                 where.extend(before) if isinstance(where, (list, deque)) else where.update(before)
-
-
-def _exchanged(contents: Any, new: Mapping[int, torch.Tensor]) -> Any:
-    """Return the contents of a holder with some tensors replaced, by id."""
-    if not new:
-        return contents
-    if isinstance(contents, dict):
-        return {key: new.get(id(value), value) for key, value in contents.items()}
-    return type(contents)(new.get(id(value), value) for value in contents)
 
 
 def without_history(tensor: torch.Tensor) -> torch.Tensor:
@@ -310,9 +302,9 @@ def same_values(undo: Block, model: nn.Module) -> None:
     written_before = WRITTEN.get(model)
     memory = {
         name: (parameter, parameter.data)
-        for name, parameter in model.named_parameters()
+        # Quantized weights have few ops, and none that forward would write with.
+        for name, parameter in writable(dict(model.named_parameters())).items()
         if (written_before is None or name in written_before) and not isinstance(parameter, FakeTensor)
-        if not is_quantized(parameter)  # they have few ops, and none that forward would write with
     }
     # In a first run, most parameters are never written, so each is copied only when an op writes into it.
     lazily = {

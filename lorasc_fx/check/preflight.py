@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +77,6 @@ class Preflight:
     grad: bool | None = None
 
     @property
-    def functions(self) -> tuple[str, ...]:
-        """Reasons why only the model's own Python can run it."""
-        return self.seen.functions
-
-    @property
-    def asks(self) -> bool:
-        """Whether the model's Python asks tensors for their gradient state."""
-        return self.seen.asks
-
-    @property
     def obstacles(self) -> list[str]:
         """Why a whole graph cannot replace the model."""
         obstacles = [
@@ -99,7 +89,7 @@ class Preflight:
         ]
         if self.draws:
             obstacles.append("the model draws random numbers in Python, which the graph would hold as constants")
-        obstacles += [f"the model uses {function}" for function in self.functions]
+        obstacles += [f"the model uses {function}" for function in self.seen.functions]
         return obstacles + [_RECOMPUTES] * self.seen.recomputes
 
     @property
@@ -151,7 +141,13 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 changes, written = guards.changes(), guards.written()
                 restless = sorted(change.entry for change in changes if change.is_new)
                 assigned = {(change.holder, change.key) for change in changes}
-            draws = _draws(model, args, kwargs, states)
+            seed()  # what a run that draws from the generators of Python or numpy has moved
+            moved = [index for index, state in enumerate(_generators()) if state != states[index]]
+            draws = False
+            if moved:  # a model that seeds them itself leaves the same state under another seed
+                _run(model, args, kwargs, start=1)
+                again = _generators()
+                draws = any(states[index] != again[index] for index in moved)
             attributes.restore()
             with torch.set_grad_enabled(not grad):
                 other = observe_or_none(model, args, kwargs)
@@ -176,17 +172,6 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             f"give args and kwargs with which the model runs{advice if without_values else ''}",
             code="model-refuses-inputs",
         ) from fault
-
-
-def _draws(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], states: Sequence[Any]) -> bool:
-    """Whether the model draws from the generators of Python or numpy. `states` are what a run under seed 0 left."""
-    seed()
-    moved = [index for index, state in enumerate(_generators()) if state != states[index]]
-    if not moved:
-        return False
-    _run(model, args, kwargs, start=1)
-    again = _generators()  # a model that seeds them itself leaves the same state under another seed
-    return any(states[index] != again[index] for index in moved)
 
 
 def check_agrees(

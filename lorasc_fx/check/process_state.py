@@ -12,17 +12,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import overrides
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops import utils as higher_order
+from torch.backends import mha
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import _pop_mode
 
 from lorasc_fx.util.accelerator import generator_states, seed_generators, set_generator_states
 from lorasc_fx.util.undo import PROCESS, Block, isolated
+
+T = TypeVar("T")
 
 
 class Shared:
@@ -66,19 +69,11 @@ class Shared:
 
 
 @contextlib.contextmanager
-def _fastpath_off() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _switched(read: Callable[[], T], write: Callable[[T], object], value: T) -> Iterator[None]:
+    before = read()
+    write(value)
     yield
-    torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _logs_off() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(before)
+    write(before)
 
 
 @contextlib.contextmanager
@@ -90,11 +85,12 @@ def _warnings_off() -> Iterator[None]:
         warnings.filters.remove(ignore)  # type: ignore[attr-defined]
 
 
-no_fastpath = Shared(_fastpath_off)
+no_fastpath = Shared(partial(_switched, mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
 """Turns off torch's fused path of attention, which has no gradient."""
 own_warnings = Shared(warnings.catch_warnings)
 """Drops warning filters at the end that were added inside."""
-_no_logs, _no_warnings = Shared(_logs_off), Shared(_warnings_off)
+_no_warnings = Shared(_warnings_off)
+_no_logs = Shared(partial(_switched, lambda: logging.root.manager.disable, logging.disable, logging.CRITICAL))
 
 
 class _Muted:
@@ -197,8 +193,19 @@ def quiet(undo: Block, grad: bool = True) -> None:
     if numpy is not None:
         undo(partial(numpy.random.set_state, numpy.random.get_state()))
     # A model that calls `torch.seed()` has to repeat itself, so that its runs can be compared.
-    undo(partial(setattr, torch, "seed", torch.seed))
-    torch.seed = partial(_seed_from_generator, torch.seed, threading.get_ident())
+    reseed, thread = torch.seed, threading.get_ident()
+
+    @_disable_dynamo  # as torch.seed does
+    def seed_from_generator() -> int:
+        """Seed all generators with a number drawn from the default one. Other threads call the original function."""
+        if threading.get_ident() != thread:
+            return reseed()
+        number = int(torch.randint(1 << 62, ()))
+        torch.manual_seed(number)
+        return number
+
+    undo(partial(setattr, torch, "seed", reseed))
+    torch.seed = seed_from_generator
     undo(partial(set_generator_states, generator_states()))
     for shared in (_no_logs, no_fastpath, own_warnings, _no_warnings):
         undo.enter(shared)
@@ -206,16 +213,6 @@ def quiet(undo: Block, grad: bool = True) -> None:
     undo.enter(_muted("stderr"))
     undo.enter(torch.set_grad_enabled(grad))
     undo.enter(_same_torch_stacks())  # undone first: the other steps would run inside what a tracer has left
-
-
-@_disable_dynamo  # as torch.seed does
-def _seed_from_generator(reseed: Callable[[], int], thread: int) -> int:
-    """Seed all generators with a number drawn from the default one, and return it. Other threads call `reseed`."""
-    if threading.get_ident() != thread:
-        return reseed()
-    number = int(torch.randint(1 << 62, ()))
-    torch.manual_seed(number)
-    return number
 
 
 @isolated

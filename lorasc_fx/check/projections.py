@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import can_require_grad
 from lorasc_fx.util.undo import Block, isolated
 
 PROJECTIONS = 8
@@ -21,8 +21,7 @@ def requiring_grad(undo: Block, model: nn.Module, names: Collection[str] | None)
     """Let these parameters require gradients, and no others, as in training. None means all that can."""
     for name, parameter in model.named_parameters():
         undo(partial(parameter.requires_grad_, parameter.requires_grad))
-        possible = (parameter.is_floating_point() or parameter.is_complex()) and not is_quantized(parameter)
-        parameter.requires_grad_(possible and (names is None or name in names))
+        parameter.requires_grad_(can_require_grad(parameter) and (names is None or name in names))
 
 
 def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
@@ -80,14 +79,13 @@ def without_gradients(undo: Block, leaves: Sequence[torch.Tensor]) -> None:
 
 def backward_of_projection(outputs: Sequence[torch.Tensor]) -> None:
     """Run backward from a random projection of the outputs, if there are any."""
+    coefficients = []
+    for index, output in enumerate(outputs):
+        drawn = _normal(output.shape, index).to(output.device, output.dtype)
+        # 0 for entries that are not finite: they would make every gradient nan.
+        coefficients.append(torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn)))
     if outputs:
-        torch.autograd.backward(outputs, [_coefficients(output, index) for index, output in enumerate(outputs)])
-
-
-def _coefficients(output: torch.Tensor, key: int) -> torch.Tensor:
-    """Return the coefficients of a random projection, by shape and key; 0 for entries that are not finite."""
-    drawn = _normal(output.shape, key).to(output.device, output.dtype)
-    return torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn))
+        torch.autograd.backward(outputs, coefficients)
 
 
 def projected(value: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,9 @@ from lorasc_fx.checkpoint.layout import plain_bytes, refusing
 from lorasc_fx.checkpoint.manifest import LONGEST, parsed
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
 from lorasc_fx.parameters import names_of
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local, local_like
-from lorasc_fx.state.model import Memory
+from lorasc_fx.state import Memory
 
 MEMORIES = get_args(Memory)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -63,10 +63,9 @@ class BaseFile:
             CheckpointError: one is missing, or has another shape, dtype or value than in the model.
         """
         wanted: dict[Path, dict[str, str]] = {}
-        for name, parameter in parameters.items():
-            if not is_quantized(parameter):
-                key = self._key(name)
-                wanted.setdefault(self.tensors[key].path, {})[name] = key
+        for name in writable(parameters):
+            key = self._key(name)
+            wanted.setdefault(self.tensors[key].path, {})[name] = key
         tensors = {}
         for path, keys in wanted.items():
             read = mapped_tensors(path, keys.values())

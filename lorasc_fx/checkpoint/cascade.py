@@ -55,7 +55,7 @@ class SavedCascade(CascadeModule):
                 ranks have loaded different versions, or another rank has failed or is gone.
             CheckpointError: the checkpoint has no such state, or that of another optimizer.
         """
-        ranks = self._run.slow.group if self._run.is_sharded else ProcessGroup.of(group)
+        ranks = self._run.slow.group.or_else(group)
         with ranks.agreed("resume"):
             self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:

@@ -179,7 +179,7 @@ def decode(
     Raises:
         ValueError, CheckpointError: a tensor is missing, unexpected or not finite, or has another shape or dtype.
     """
-    file = _Tensors(tensors)
+    file = TensorTable(tensors)
     bare = _bare(manifest, tensors, plan, taker)
     entries = manifest["slow"]
     if odd := sorted((entries.keys() ^ {state.name for state in bare}) | (plan.by_weight.keys() - entries.keys())):
@@ -241,7 +241,7 @@ def _bare(
     return states
 
 
-def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Tensors) -> WeightState:
+def _decoded(state: WeightState, entry: Mapping[str, Any], file: TensorTable) -> WeightState:
     """Return the slow state that an entry of the manifest and these tensors describe."""
     name, experts = state.name, []
     for number, described in enumerate(entry["experts"]):
@@ -289,7 +289,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Tensors) -> We
 
 
 def _initial(
-    state: WeightState, site: Site, manifest: Mapping[str, Any], plan: Plan, file: _Tensors
+    state: WeightState, site: Site, manifest: Mapping[str, Any], plan: Plan, file: TensorTable
 ) -> InitialFactors | None:
     """Return the factors and magnitudes that the running stage started with; None if it started at B = 0."""
     factors, magnitude, path = None, None, f"initial/{state.name}"
@@ -304,7 +304,7 @@ def _initial(
     return None if factors is None and magnitude is None else InitialFactors(factors, magnitude)
 
 
-class _Tensors:
+class TensorTable:
     """The tensors of a checkpoint: checks each one that is taken, and knows which ones were not."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -397,7 +397,7 @@ def _model_state(
     """
     in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
-    tensors = _Tensors({f"buffer/{name}": value for name, value in state.buffers.items()})
+    tensors = TensorTable({f"buffer/{name}": value for name, value in state.buffers.items()})
     buffers = buffer_holders(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:

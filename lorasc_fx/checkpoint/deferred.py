@@ -104,8 +104,16 @@ class DeferredValues:
         self.files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
         for tensor in tensors:
             if tensor.keys and not any(name in buffers for name in tensor.names):
-                self.files.setdefault(stored[tensor.keys[0]].path, []).append((tensor.keys[0], tensor.value))
-                _check_tied(tensor.keys, stored)
+                first = tensor.keys[0]
+                self.files.setdefault(stored[first].path, []).append((first, tensor.value))
+                for alias in tensor.keys[1:]:
+                    pair = [mapped_tensors(stored[key].path, [key])[0] for key in (first, alias)]
+                    if pair[0].dtype != pair[1].dtype or not same_bits(*pair):
+                        raise CheckpointError(
+                            f"materialize: {first} and {alias} are one tensor in the model, and differ in the files; "
+                            "build the model without that tie",
+                            code="tied-weights-differ",
+                        )
         self._model = model
         self._tensors = [tensor.value for tensor in tensors]
         self._given = [(by_name[name].value, value) for name, value in buffers.items()]
@@ -187,18 +195,6 @@ def _check_names(
             + "\n".join(lines),
             code="base-differs",
         )
-
-
-def _check_tied(keys: list[str], stored: Mapping[str, FileTensor]) -> None:
-    """Refuse the keys of one tensor under which the files hold different values."""
-    for alias in keys[1:]:
-        pair = [mapped_tensors(stored[key].path, [key])[0] for key in (keys[0], alias)]
-        if pair[0].dtype != pair[1].dtype or not same_bits(*pair):
-            raise CheckpointError(
-                f"materialize: {keys[0]} and {alias} are one tensor in the model, and differ in the files; build the "
-                "model without that tie",
-                code="tied-weights-differ",
-            )
 
 
 def with_values(old: torch.Tensor, values: torch.Tensor, device: torch.device) -> torch.Tensor:

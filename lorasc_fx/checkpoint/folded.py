@@ -15,7 +15,6 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.parameters import names_of
-from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state import Which, check_finite
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -58,7 +57,7 @@ def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeigh
     changes: dict[str, Change] = {
         name: partial(slow.value, name, meant)
         for name, state in slow.states.items()
-        if state.changed and not is_quantized(state.base)
+        if state.changed and name not in slow.quantized
     }
     whole = {name: slow.value(name, meant, parameters[name]) for name in slow.trained}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}

@@ -13,8 +13,7 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read
 from lorasc_fx.errors import SpecError, StateError, named
-from lorasc_fx.state import Part
-from lorasc_fx.state.model import host
+from lorasc_fx.state import Part, host
 
 
 class GivenRun:

@@ -52,7 +52,7 @@ def refusing(
         where: the file or folder.
         advice: what to do about it.
         code: for errors without a code.
-        also: further exceptions to raise so. For MemoryError, the code is "out-of-memory".
+        also: further exceptions to raise so. For MemoryError, the code is "unreadable-file".
     """
     damage: tuple[type[Exception], ...] = (*_DAMAGE, *also)
     try:
@@ -67,7 +67,7 @@ def refusing(
         raise CheckpointError(f"{where}: cannot be read: {reason}; {advice}", code="unreadable-file") from fault
     except damage as fault:
         name = "" if isinstance(fault, ValueError) else f"{type(fault).__name__}: "
-        code = "out-of-memory" if isinstance(fault, MemoryError) else code
+        code = "unreadable-file" if isinstance(fault, MemoryError) else code
         raise CheckpointError(f"{where}: {name}{sanitized(str(fault), 400)}; {advice}", code=code) from fault
 
 
@@ -90,7 +90,13 @@ def list_versions(root: Path) -> list[Path]:
     """Return the versions in a folder, oldest first. A folder without any file of ours is not a version."""
     if not root.is_dir():
         return []
-    numbered = [(_number(path), path) for path in root.iterdir() if _number(path) and _holds_files(path)]
+    numbered = []
+    for path in root.iterdir():
+        try:
+            if _number(path) and not path.is_symlink() and any(is_our_file(entry.name) for entry in path.iterdir()):
+                numbered.append((_number(path), path))
+        except (FileNotFoundError, NotADirectoryError):  # a file; or a writer has just deleted this version
+            continue
     return [path for _, path in sorted(numbered)]
 
 
@@ -111,13 +117,6 @@ def _number(path: Path) -> int:
     """Return the number in the name of a version; 0 for other names."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
-
-
-def _holds_files(path: Path) -> bool:
-    try:
-        return not path.is_symlink() and any(is_our_file(entry.name) for entry in path.iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # a file; or a writer has just deleted this version
-        return False
 
 
 def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> bytes:
@@ -151,7 +150,7 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
             return file.read(about.st_size)
         except MemoryError as fault:
             raise CheckpointError(
-                f"has {about.st_size} bytes, and there is not enough memory for them: free some", code="out-of-memory"
+                f"has {about.st_size} bytes, and there is not enough memory for them: free some", code="unreadable-file"
             ) from fault
 
 

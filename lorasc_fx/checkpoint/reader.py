@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load
 
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.codec import RunState, decode, install
+from lorasc_fx.checkpoint.codec import RunState, TensorTable, decode, install
 from lorasc_fx.checkpoint.layout import MANIFEST, list_versions, plain_bytes, refusing, sanitized, way_back
 from lorasc_fx.checkpoint.manifest import LONGEST, parsed, plan_of
 from lorasc_fx.errors import CheckpointError, named, path_of
@@ -150,8 +150,12 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         state = tensors.get(RNG)
         if state is None:
             raise ValueError(f"has no tensor {RNG!r}")
-        if state.dtype != torch.uint8 or state.shape != torch.get_rng_state().shape or not _is_random(state):
-            raise ValueError(f"{RNG!r} is not a state of torch's random generator")
+        try:
+            if state.dtype != torch.uint8 or state.shape != torch.get_rng_state().shape:
+                raise RuntimeError("another dtype or shape")
+            torch.Generator().set_state(state)
+        except RuntimeError as fault:
+            raise ValueError(f"{RNG!r} is not a state of torch's random generator") from fault
         shapes = {
             f"branch/{site.weight}/{name}": shape
             for site in plan.sites
@@ -162,11 +166,9 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
                 raise ValueError(f"holds {sanitized(repr(name))}, which is not a random generator")
             if name.startswith("branch/") and name not in shapes:
                 raise ValueError(f"holds {sanitized(repr(name))}, and the plan has no such site")
+        table = TensorTable(tensors)
         for name, shape in shapes.items():
-            if name not in tensors:
-                raise ValueError(f"has no tensor {sanitized(repr(name))}")
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"{sanitized(repr(name))} is {tuple(tensors[name].shape)}, the plan says {shape}")
+            table.take(name, shape)
         base_values = {name: value for name, value in tensors.items() if name.startswith("base/")}
         for key, digest in fingerprints(base_values).items():
             name = key.removeprefix("base/")
@@ -195,14 +197,6 @@ def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, in
             raise ValueError(f"the shards of {sanitized(repr(name))} do not fit together along axis {axis}")
         tensors[name] = torch.cat(pieces, axis)
     return tensors
-
-
-def _is_random(state: torch.Tensor) -> bool:
-    try:
-        torch.Generator().set_state(state)
-    except RuntimeError:
-        return False
-    return True
 
 
 def check_base(
@@ -319,4 +313,6 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     state = checkpoint.decoded(RunState.of(run))
     with checkpoint.refusing():
         install(run, state, undo)
-    run.note_fingerprints({name: checkpoint.manifest["base"][name] for name in checkpoint.bases})
+    if run.digests:
+        base = checkpoint.manifest["base"]
+        run.digests = {**run.digests, **{name: base[name] for name in checkpoint.bases}}  # a new table, for a rollback

@@ -8,7 +8,7 @@ which no cascade can be restored.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,15 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> reader.Che
     checkpoint = reader.checked(reader.Checkpoint(Path(where), manifest, tensors, plan, advice))
     with checkpoint.refusing():
         axes = {name: axis for name, axis in manifest.get("shards", {}).items() if name in tensors}
-        pieces = _pieces(tensors, axes, len(manifest["files"]))
-        if list(map(digest_of, pieces)) != list(manifest["files"].values()):
-            raise ValueError(f"its tensors differ from the digest in {KEY}: it is damaged")
+        for rank, digest in enumerate(manifest["files"].values()):
+            # Each rank wrote its shards, and the first rank all other tensors.
+            written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
+            for name, axis in axes.items():
+                if axis < tensors[name].dim():
+                    part = chunk_of(tensors[name].shape[axis], len(manifest["files"]), rank)
+                    written[name] = tensors[name].narrow(axis, *part)
+            if digest_of(written) != digest:
+                raise ValueError(f"its tensors differ from the digest in {KEY}: it is damaged")
     return checkpoint
 
 
@@ -111,18 +117,6 @@ def take_over(run: Run, checkpoint: reader.Checkpoint, undo: Undo) -> None:
     with checkpoint.refusing():
         gradients = gradients_of(run, checkpoint.manifest, checkpoint.tensors)
     run.commit(gradients, undo)
-
-
-def _pieces(
-    tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors that each of `count` ranks wrote: its shards, and on the first rank all unsharded tensors."""
-    for rank in range(count):
-        written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
-        for name, axis in axes.items():
-            if axis < tensors[name].dim():
-                written[name] = tensors[name].narrow(axis, *chunk_of(tensors[name].shape[axis], count, rank))
-        yield written
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:

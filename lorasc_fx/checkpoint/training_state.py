@@ -65,7 +65,7 @@ def resume(
         if part not in manifest:
             raise CheckpointError(
                 f"{where}: has no {part} state, because it was saved without one; call resume without it",
-                code="state-not-saved",
+                code="not-available",
             )
         kind = manifest[part]["class"]
         if type(owner).__name__ != kind:
@@ -103,7 +103,15 @@ def resume(
                     undo(partial(setattr, holder, name, getattr(holder, name)))
             optimizer.load_state_dict(optimizer_state)
             host = manifest["optimizer"].get("host", ())
-            keep_as_saved(optimizer, optimizer_state["state"], host, _saved_dtypes(run, tensors))
+            # The dtype of each trained parameter when the checkpoint was written.
+            saved_as = {
+                parameter: tensors.get(f"branch/{weight}/{name}")
+                for weight, branch in run.branches_by_weight().items()
+                for name, parameter in branch.named_parameters()
+            }
+            saved_as |= {value: tensors.get(f"value/{name}") for name, value in run.trained_parameters().items()}
+            dtypes = {parameter: tensor.dtype for parameter, tensor in saved_as.items() if tensor is not None}
+            keep_as_saved(optimizer, optimizer_state["state"], host, dtypes)
             run.commit(replace(gradients_of(run, manifest, tensors), optimizer=optimizer), undo)
         if scheduler is not None:
             undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
@@ -191,17 +199,6 @@ def _state_for(
             if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
                 entries[key] = dtensor_like(value, parameters[number])
     return {"state": state, "param_groups": like(current_groups, saved_groups)}
-
-
-def _saved_dtypes(run: Run, tensors: Mapping[str, torch.Tensor]) -> dict[nn.Parameter, torch.dtype]:
-    """Return the dtype that each trained parameter had when the checkpoint was written."""
-    saved = {
-        parameter: tensors.get(f"branch/{weight}/{name}")
-        for weight, branch in run.branches_by_weight().items()
-        for name, parameter in branch.named_parameters()
-    }
-    saved |= {parameter: tensors.get(f"value/{name}") for name, parameter in run.trained_parameters().items()}
-    return {parameter: tensor.dtype for parameter, tensor in saved.items() if tensor is not None}
 
 
 def keep_as_saved(

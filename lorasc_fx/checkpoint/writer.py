@@ -66,8 +66,8 @@ def write_version(
     if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
     is_first, is_alone = group.rank == 0, group.handle is None
-    takes_part = is_first or run.is_sharded
-    order = group.order if run.is_sharded else [0]  # the ranks that write: replicas hold the same shards
+    # Ranks that share the weights all take part, but replicas hold the same shards and do not write.
+    takes_part, order = group.rank < run.slow.group.size, run.slow.group.order
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary = root
@@ -273,18 +273,11 @@ def _drop(version: Path) -> None:
 
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
     """Whether an older version has an undamaged manifest of ours, for the same base and spec as this one."""
-    older = _undamaged(version)
     try:
+        older = parsed(plain_bytes(version / MANIFEST, LONGEST))
+        if older["digest"] != text_digest(canonical(older)):
+            return False
         old_spec, new_spec = (Plan.from_json(json.dumps(one["plan"])).spec for one in (older, manifest))
         return bool(older["base"] == manifest["base"] and old_spec == new_spec)
-    except (CheckpointError, KeyError, TypeError):
+    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):  # damaged, or not ours
         return False
-
-
-def _undamaged(version: Path) -> dict[str, Any]:
-    """Return the manifest of a version; an empty one if it is damaged or not ours."""
-    try:
-        manifest = parsed(plain_bytes(version / MANIFEST, LONGEST))
-        return manifest if manifest["digest"] == text_digest(canonical(manifest)) else {}
-    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):
-        return {}

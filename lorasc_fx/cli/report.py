@@ -58,7 +58,7 @@ class RunRecord:
             raise StateError(
                 f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is missing. A run "
                 "writes them in its first steps",
-                code="run-has-no-data",
+                code="not-available",
             )
         self.name = run.resolve().name
         self.config = load_config(folder.config)

@@ -29,7 +29,7 @@ from lorasc_fx.graph.weights import BRANCHES
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import quantized_in, writable
 from lorasc_fx.signature import whole
 from lorasc_fx.util.undo import Undo, isolated
 
@@ -123,7 +123,7 @@ def make_fallback(
 
     def attach(run: Growable) -> None:
         growing.run = ref(run)
-        fallback.look_before_calls(growing.look)
+        fallback.look = growing.look
 
     variant = Variant(
         fallback,
@@ -178,10 +178,15 @@ class Growing:
 
     def comparison(self, args: Any, kwargs: Mapping[str, Any]) -> Comparison:
         """Return the comparison with the eager model on one call."""
-        model = self.fallback.model
-        quantized = [branch for branch in self.branches if is_quantized(model.get_parameter(branch.weight_name))]
+        quantized = self._quantized()
         plain = [branch for branch in self.branches if branch not in quantized]
         return Comparison(self.fallback, plain, quantized, args, kwargs)
+
+    def _quantized(self) -> list[Branch]:
+        """Return the branches of quantized weights."""
+        model = self.fallback.model
+        names = quantized_in({branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches})
+        return [branch for branch in self.branches if branch.weight_name in names]
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
         """Return a subgraph with branches. The cascade's run gets new sites."""
@@ -206,7 +211,7 @@ class Growing:
         if (modes := self.modes) not in self.tried:
             with torch.inference_mode(False):
                 with requiring_grad(model, {branch.weight_name for branch in self.branches}):
-                    own_backward = not fallback.eager and bool(run_preflight(model, args, kwargs).functions)
+                    own_backward = not fallback.eager and bool(run_preflight(model, args, kwargs).seen.functions)
                 self.settle(args, kwargs, eager=own_backward)
             self.tried.add(modes)
         weights = named_weights(model)
@@ -235,14 +240,13 @@ class Growing:
         fallback, model = self.fallback, self.fallback.model
         if not (eager or fallback.eager or self._wrong_gradients(args, kwargs)):
             return
-        for branch in self.branches:
-            if is_quantized(model.get_parameter(branch.weight_name)):
-                raise CaptureError(
-                    f"{branch.weight_name} is quantized, and {type(model).__name__} has code of its own for "
-                    "backward, which a branch beside the weight does not reach; exclude it "
-                    f"(exclude=({branch.weight_name!r},))",
-                    code="quantized-not-supported",
-                )
+        for branch in self._quantized():
+            raise CaptureError(
+                f"{branch.weight_name} is quantized, and {type(model).__name__} has code of its own for "
+                "backward, which a branch beside the weight does not reach; exclude it "
+                f"(exclude=({branch.weight_name!r},))",
+                code="quantized-not-supported",
+            )
         fallback.swap({branch.weight_name: branch.on_weight for branch in self.branches})
         wrong: tuple[str, ...] = ()
         for once in (True,) if fallback.once else (False, True):
@@ -333,7 +337,7 @@ class Comparison:
         weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches}
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         temporary = _temporary_parameters([*self.branches, *self.quantized])
-        leaves = [value for value in model.parameters() if value.is_leaf and not is_quantized(value)]
+        leaves = [value for value in writable(dict(model.named_parameters())).values() if value.is_leaf]
         with quiet(), without_gradients(leaves), temporary:
             for branch in self.branches:
                 self._probe(branch, probe)

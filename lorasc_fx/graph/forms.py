@@ -359,7 +359,7 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     if form is None or isinstance(form, WeightForm):  # no use is marked with the name of a WeightForm
         raise PassError(
             f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)",
-            code="form-not-registered",
+            code="unknown-name",
         )
     return form
 
@@ -497,9 +497,9 @@ def _check(form: RegisteredForm) -> None:
     if not isinstance(form.name, str) or not form.name:
         raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
     if any(form.name == row.name for row in FORMS):
-        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="invalid-form")
+        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="invalid-value")
     if registered_named(form.name) is not None:
-        raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="invalid-form")
+        raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="invalid-value")
     kinds = KINDS if isinstance(form, WeightForm) else BESIDE
     if form.kind not in kinds:
         raise SpecError(
@@ -513,7 +513,7 @@ def _check(form: RegisteredForm) -> None:
         if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
             raise SpecError(
                 f"{form.name}: {form.module.__name__} computes as {row.name} does, which is built in",
-                code="invalid-form",
+                code="invalid-value",
             )
 
 
@@ -530,18 +530,18 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
         for row, how in ((built_in(target), "built in"), (registered_form(target), "registered")):
             if row is not None:
                 raise SpecError(
-                    f"{form.name}: {_shown(target)} is a form already: {row.name}, which is {how}", code="invalid-form"
+                    f"{form.name}: {_shown(target)} is a form already: {row.name}, which is {how}", code="invalid-value"
                 )
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
             raise SpecError(
-                f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="invalid-form"
+                f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="invalid-value"
             )
         schema = getattr(target, "_schema", None)
         arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
             raise SpecError(
                 f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}",
-                code="invalid-form",
+                code="invalid-value",
             )
 
 

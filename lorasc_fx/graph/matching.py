@@ -311,7 +311,7 @@ def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, 
                 raise PassError(
                     f"{weight} has a branch, but this graph uses it where none can stand: {refusal.sentence}. "
                     f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
-                    code="branch-not-placeable",
+                    code="method-not-supported",
                 )
         elif refusal is not None:
             refusals.append(refusal)
@@ -411,7 +411,7 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
             raise PassError(
                 f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has. "
                 f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
-                code="branch-not-placeable",
+                code="method-not-supported",
             )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))

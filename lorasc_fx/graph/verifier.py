@@ -42,7 +42,7 @@ from lorasc_fx.graph.forms import (
 from lorasc_fx.graph.record import Record, record_of
 from lorasc_fx.graph.weights import BRANCHES, Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Site
-from lorasc_fx.quantized import dense, is_quantized
+from lorasc_fx.quantized import same_quantized
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import WeightState, start_weight
 
@@ -460,17 +460,15 @@ def _weights_are_the_stages(subject: Subject) -> Iterator[str]:
 def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, stage: int) -> bool:
     if parameter.is_meta:
         return True
-    if is_quantized(parameter) or is_quantized(state.base):
-        both = is_quantized(parameter) and is_quantized(state.base)
-        return both and torch.equal(dense(parameter), dense(state.base))
+    if (same := same_quantized(parameter, state.base)) is not None:
+        return same
     plain = not (spec.noise.is_on or state.experts or state.noises or state.initial or state.start_differs)
     plain = plain and state.scale() is None
     if plain and state.start.dense is None and parameter.data_ptr() == state.base.data_ptr():
         return True  # the same memory
     with torch.no_grad():
         start = start_weight(state, spec, stage).to(parameter)
-        same = (parameter == start) | (parameter.isnan() & start.isnan())
-        return bool(same.all())
+        return bool(((parameter == start) | (parameter.isnan() & start.isnan())).all())
 
 
 RULES: tuple[Check, ...] = (

@@ -160,7 +160,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     run = cascade._run
     if not run.is_sharded:
         raise StateError(
-            "folded_state_dict: this cascade is not sharded. Call cascade.folded_state_dict()", code="not-sharded"
+            "folded_state_dict: this cascade is not sharded. Call cascade.folded_state_dict()", code="not-available"
         )
     run.check_ready("folded_state_dict", sharded=True)
     is_first, state_dict = run.slow.group.rank == 0, {}
@@ -196,7 +196,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError(
             "shard: there is no process group. Start the processes by torchrun and call "
             "torch.distributed.init_process_group first",
-            code="not-sharded",
+            code="not-available",
         )
     if run.is_sharded:
         raise StateError("shard: this cascade is already sharded", code="sharded")
@@ -223,9 +223,9 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "Adapt it with another front end",
             code="no-whole-graph",
         )
-    if run.quantized:
+    if run.slow.quantized:
         raise StateError(
-            f"shard: {run.quantized[0]} is quantized, and FSDP cannot shard it. Exclude it",
+            f"shard: {run.slow.quantized[0]} is quantized, and FSDP cannot shard it. Exclude it",
             code="quantized-not-supported",
         )
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
@@ -235,9 +235,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         if not parameter.dim() or not parameter.is_contiguous() or cut:
             what = "has no axis" if not parameter.dim() else "is not contiguous"
             what = "is a DTensor already" if cut else what
-            raise StateError(
-                f"shard: {name} {what}, but FSDP shards the first axis of plain tensors", code="not-shardable"
-            )
+            raise StateError(f"shard: {name} {what}, but FSDP shards the first axis of plain tensors", code="sharded")
         if parameter.is_meta == run.holds_numbers:
             raise StateError(
                 f"shard: {name} has values, but other parameters are on the meta device. Build all of them there, or "
@@ -257,7 +255,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             odd = " and ".join(f"{first} {dtype}" for dtype, first in seen.items())
             raise StateError(
                 f"shard: {odd} have gradients in one block, but FSDP reduces only one dtype per block. Cast them",
-                code="not-shardable",
+                code="sharded",
             )
     return {number: segmented(graph, units) for number, graph in graphs.items()}
 

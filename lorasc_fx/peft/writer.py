@@ -40,7 +40,7 @@ from lorasc_fx.peft.format import (
     wrap_counts,
 )
 from lorasc_fx.peft.targets import Saved, save_whole, targets_of
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import quantized_in
 from lorasc_fx.state import arithmetic
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.extras import module_of
@@ -305,9 +305,8 @@ def _heads_of(
     inside = [name for name in parameters if name.startswith(paths) and name not in change.trained]
     others = [target for name, group in by_weight.items() if name not in inside for target in group]
     _, unsaved = save_whole(run.model, [*change.trained, *inside], others)
-    if not others or any(
-        name in unsaved or name in change.refused or is_quantized(parameters[name]) for name in inside
-    ):
+    not_plain = {*unsaved, *change.refused, *quantized_in(parameters)}
+    if not others or any(name in not_plain for name in inside):
         return {}
     states = run.slow.states
     return {name: merged(change, states[name]) if name in states else parameters[name].detach() for name in inside}

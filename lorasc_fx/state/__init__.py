@@ -11,14 +11,17 @@ from lorasc_fx.state.engine import (
     start_weight,
     sums_are_finite,
 )
-from lorasc_fx.state.model import Part, SlowWeights, keep_base
+from lorasc_fx.state.model import Part, SlowWeights
 from lorasc_fx.state.products import Scratch, arithmetic, summing
 from lorasc_fx.state.weight import (
     Expert,
     KeptNoise,
+    Memory,
     View,
     WeightState,
     Which,
+    host,
+    keep_base,
     scaled,
     sum_of,
     svd_of,
@@ -29,6 +32,7 @@ __all__ = [
     "Expert",
     "KeptNoise",
     "Learner",
+    "Memory",
     "Part",
     "Scratch",
     "SlowWeights",
@@ -42,6 +46,7 @@ __all__ = [
     "delta_of",
     "end_stage",
     "has_trained",
+    "host",
     "keep_base",
     "scaled",
     "start_weight",

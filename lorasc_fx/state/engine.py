@@ -1,4 +1,4 @@
-"""What the start and the end of a stage mean for one weight; runtime and passes both compute by these functions.
+"""What the start and the end of a stage mean for one weight. The cascade and the passes both call these functions.
 
 Source: algorithm.md, "One site".
 
@@ -21,11 +21,11 @@ from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
-from lorasc_fx.quantized import dense, is_quantized
+from lorasc_fx.quantized import dense
 from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
-from lorasc_fx.state.weight import KeptNoise, SlowRule, WeightState, Which
+from lorasc_fx.state.weight import KeptNoise, SlowRule, WeightState
 
 Learner = Branch | torch.Tensor
 """What trains a weight in a stage: its branch, or the parameter itself if it is trained in full."""
@@ -41,8 +41,8 @@ def start_weight(
     device: torch.device | None = None,
     step: int = 0,
 ) -> torch.Tensor:
-    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), less what the branch took out of
-    it, rounded once to the weight's dtype.
+    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), minus the branch's initial
+    factors, rounded once to the weight's dtype.
     """
     start = torch.empty(
         state.base.shape, dtype=state.base.dtype, device=state.base.device if device is None else device
@@ -60,74 +60,45 @@ def write_start(
     step: int,
     scratch: Scratch | None = None,
 ) -> None:
-    """Write what `start_weight` returns into `out`, in place: of extra memory there is a block of noise, and where
-    `out` is narrower than the arithmetic `scratch` for the exact weight (without noise a block of it).
+    """Write what `start_weight` returns into `out`, in place.
+
+    Noise is drawn by (seed, stage, step, weight), block by block. If `out` is narrower than the arithmetic, the exact
+    weight needs a scratch buffer.
+
+    Raises:
+        SpecError: the weight has no finite size, or its noise exceeds its dtype.
     """
-    if state.base.dtype not in (out.dtype, arithmetic(state.base.dtype)):  # a narrow weight that was cast since
+    dtype = arithmetic(state.base.dtype)
+    if state.base.dtype not in (out.dtype, dtype):  # a narrow weight that was cast since
         out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
-    else:
-        stage_noise(state, spec, noisy).write_start(out, state, spec, stage, step, scratch or Scratch())
-
-
-class StageNoise:
-    """The noise on a weight while a stage runs (`CascadeSpec.noise`): here there is none, as where no stage runs."""
-
-    def write_start(
-        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, scratch: Scratch
-    ) -> None:
-        """Write the weight that the stage starts from, or has after a step, less what the branch took out of it."""
-        state.write(out, "fast", arithmetic(state.base.dtype), state.residual)
-
-    def kept(self, state: WeightState, spec: CascadeSpec, stage: int) -> tuple[KeptNoise, ...]:
-        """Return what stays in the slow weights when the stage ends."""
-        return ()
-
-
-class DrawnNoise(StageNoise):
-    """Noise of the key (seed, stage, step, weight), which is drawn again wherever it is needed."""
-
-    def write_start(
-        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, scratch: Scratch
-    ) -> None:
-        """Write the weight with its noise, whose size is that of the weight before anything was taken out.
-
-        Raises:
-            SpecError: the weight has no finite size, or the noise takes it beyond its dtype.
-        """
-        dtype = arithmetic(state.base.dtype)
-        exact = out if out.dtype == dtype else scratch.like(out, dtype)
-        state.write(exact, "fast", dtype)
-        size = noise_size(spec.noise, exact, state.stacked, state.transposed, state.shard)
-        top = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0
-        if not math.isfinite(top):
-            raise SpecError(
-                f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
-                f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
-            )
-        if state.initial is not None:
-            state.write(exact, "fast", dtype, state.residual)
-        if top:
-            address = (spec.noise, spec.seed, stage, state.name)
-            add_noise(exact, draw(*address, exact.shape, step, state.shard, exact.device), size)
-        if exact is not out:
-            out.copy_(exact)
-        if top > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
-            raise SpecError(
-                f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
-                f"Give less, or exclude it (exclude=({state.name!r},))"
-            )
-
-    def kept(self, state: WeightState, spec: CascadeSpec, stage: int) -> tuple[KeptNoise, ...]:
-        """Return its key and amplitude, if the spec keeps noise."""
-        if not spec.noise.keep:
-            return ()
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
-        return (KeptNoise(spec.noise, spec.seed, stage, size),)
-
-
-def stage_noise(state: WeightState, spec: CascadeSpec, noisy: bool) -> StageNoise:
-    """Return the strategy of `noise`: no noise if no stage runs, or if the weight is trained in full."""
-    return DrawnNoise() if noisy and spec.noise.is_on and not state.full else StageNoise()
+        return
+    if not noisy or not spec.noise.is_on or state.full:
+        state.write(out, "fast", dtype, state.residual)
+        return
+    # The size of the noise is that of the full weight, before the initial factors are subtracted.
+    exact = out if out.dtype == dtype else (scratch or Scratch()).like(out, dtype)
+    state.write(exact, "fast", dtype)
+    size = noise_size(spec.noise, exact, state.stacked, state.transposed, state.shard)
+    largest = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0
+    if not math.isfinite(largest):
+        raise SpecError(
+            f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
+            f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
+        )
+    if state.initial is not None:
+        state.write(exact, "fast", dtype, state.residual)
+    if largest:
+        address = (spec.noise, spec.seed, stage, state.name)
+        add_noise(exact, draw(*address, exact.shape, step, state.shard, exact.device), size)
+    if exact is not out:
+        out.copy_(exact)
+    # Looking at all entries takes a pass, so only noise near the limit of the dtype is checked.
+    limits = torch.finfo(out.dtype)
+    if largest > limits.max * limits.eps / 64 and not bool(torch.isfinite(out).all()):
+        raise SpecError(
+            f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
+            f"Give less, or exclude it (exclude=({state.name!r},))"
+        )
 
 
 def start_weight_of(
@@ -244,21 +215,21 @@ def end_stage(
     Raises:
         NonFiniteBranch: the weight would be left out, and spec.on_nonfinite is "raise".
     """
-    stage = rule.stage
+    stage, on_all = rule.stage, state.shard.group.all
     if not state.follows(spec):
         rule = replace(rule, pace=1.0, momentum=0.0)
     after, fault = None, ""
     if isinstance(learner, torch.Tensor):
         value = local(learner).detach().to("cpu", copy=True)
-        if state.every(not state.broken(value)):
+        if on_all(not state.broken(value)):
             after = state.absorb(value, rule)
         else:
             fault = f"{state.name}, which is trained in full, holds inf or nan"
-    elif learner is not None and (checked or state.every(learner.finite())):
-        moved = not state.every(not has_trained(learner, state))
+    elif learner is not None and (checked or on_all(learner.finite())):
+        moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
         after = state.absorb(delta, rule)
-        if not state.every(fits(after)):
+        if not on_all(after.fits()):
             after, fault = None, f"the branch of {state.name} takes it beyond {state.base.dtype}"
     elif learner is not None:
         fault = f"the branch of {state.name} holds inf or nan"
@@ -271,26 +242,10 @@ def end_stage(
         )
     if after is None:
         after = state.absorb(None, rule)
-    noises = (*after.noises, *stage_noise(state, spec, noisy).kept(state, spec, stage))
-    return replace(after, noises=noises), bool(fault)
-
-
-def fits(state: WeightState) -> bool:
-    """Whether slow and start weights, rounded to the dtype of W0, are finite wherever W0 is.
-
-    They are looked at only where a bound on what was added leaves it open: what is less than half the distance of the
-    two largest numbers of a dtype makes no finite number infinite.
-    """
-    if is_quantized(state.base):
-        return all(math.isfinite(expert.bound) for expert in state.experts)
-    limits = torch.finfo(state.base.dtype)
-    room = limits.max * limits.eps / 8
-    if not state.full and state.reach(state.slow) < room and state.reach(state.start) < room:
-        return True
-    both: tuple[Which, ...] = ("slow", "fast") if state.start_differs else ("slow",)
-    return not any(
-        state.broken(state.exact(which, arithmetic(state.base.dtype)).to(state.base.dtype)) for which in both
-    )
+    if noisy and spec.noise.is_on and spec.noise.keep and not state.full:
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
+        after = replace(after, noises=(*after.noises, KeptNoise(spec.noise, spec.seed, stage, size)))
+    return after, bool(fault)
 
 
 def factors_out_of(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ from torch import nn
 from lorasc_fx.branch import Branch, Delta
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Plan
-from lorasc_fx.quantized import is_quantized
-from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
+from lorasc_fx.quantized import quantized_in
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local_like, shard_of
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state.engine import (
     Learner,
@@ -31,10 +31,7 @@ from lorasc_fx.state.engine import (
     write_start,
 )
 from lorasc_fx.state.products import Scratch, arithmetic
-from lorasc_fx.state.weight import SlowRule, WeightState, Which
-
-Memory = Literal["memory", "pinned", "device"]
-"""What keeps W0: host memory, page-locked host memory, or the memory of the weight's device."""
+from lorasc_fx.state.weight import Memory, SlowRule, WeightState, Which, base_of, host
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -64,6 +61,11 @@ class SlowWeights:
     def trained(self) -> Mapping[str, WeightState]:
         """The states of the parameters trained in full."""
         return {name: state for name, state in self.states.items() if state.full}
+
+    @cached_property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the weights that are quantized. Branches compute what the stages add to them."""
+        return tuple(quantized_in({name: state.base for name, state in self.states.items() if not state.full}))
 
     def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
         """Return the state of this rank's shards of the weights, by name. If `mapped`, W0 stays in its file."""
@@ -152,7 +154,7 @@ class SlowWeights:
                 and not state.follows(plan.spec)
             ):
                 which = "fast"
-        elif learner is not None and which == "fast" and not state.every(not has_trained(learner, state)):
+        elif learner is not None and which == "fast" and not state.shard.group.all(not has_trained(learner, state)):
             assert plan is not None, "the delta of a branch depends on the plan of its stage"
             live = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
         state.write(out, which, arithmetic(out.dtype), live)
@@ -264,35 +266,3 @@ class Part:
     plan: Plan
     slow: SlowWeights
     buffers: Mapping[str, torch.Tensor]
-
-
-def host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, off the training device, of what is here; of a quantized weight, which nothing
-    writes to, itself, and so of one without numbers.
-    """
-    if is_quantized(tensor) or tensor.is_meta:
-        return tensor.detach()
-    return local(tensor).detach().to("cpu", copy=True)
-
-
-def base_of(weight: torch.Tensor, memory: Memory = "memory") -> torch.Tensor:
-    """Return W0 of a weight, in a kind of memory: a copy; or the memory of the weight itself, if it is of this kind,
-    until something is written to it (`keep_base`).
-    """
-    if is_quantized(weight) or weight.is_meta:
-        return host(weight)
-    if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
-        own = type(weight) is nn.Parameter and not weight.is_inference()
-        return weight.data if own else local(weight).detach().clone()
-    return host(weight).pin_memory() if memory == "pinned" else host(weight)
-
-
-def keep_base(base: torch.Tensor, weight: torch.Tensor) -> None:
-    """Copy W0 if it is the weight's own memory. Call this before each write to the weight.
-
-    The copy replaces the data of `base`, so every state that holds this tensor reads the copy.
-    """
-    if is_quantized(base) or base.is_meta:
-        return
-    if base.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-        base.data = base.clone()

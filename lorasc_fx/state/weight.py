@@ -1,16 +1,16 @@
-"""The state of one weight: W0, the experts that stages added, and views: coefficients over the experts.
+"""The state of one weight: W0, the experts that stages added, and views (coefficients over the experts).
 
 Algorithm.md, "The slow state is small": slow and fast weights, averages and the ends of earlier stages are coefficient
-vectors over the same experts. A state is a value: `absorb` returns the next one, so that a transition that fails has
-changed nothing. Every weight is computed from W0 and rounded once.
+vectors over the same experts. A state is immutable: `absorb` returns the next one, so a transition that fails changes
+nothing. Every weight is computed from W0 and rounded once.
 
-A parameter trained in full is a weight without experts: the dense tensor of a view is then its value itself, and not
-what was added to W0, so that it comes back bit for bit.
+A parameter trained in full is a weight without experts. The dense tensor of its views is its value itself, not the
+difference from W0, so it is restored bit for bit.
 
-Every field that holds tensors says once, in its metadata, how they lie beside the weight (`Side`), and `Tree.map`
-reaches all of them: whatever moves, cuts or gathers a state is a call of it.
+The metadata of a field with tensors says how they are laid out beside the weight (`Side`). `Tree.map` visits all of
+them: moving, slicing and gathering a state are calls of it.
 
-Under DoRA a stage multiplies the rows of all that was there before it. With p the pace and g of the stage's branch,
+Under DoRA a stage multiplies the rows of the weight that it started from. With p the pace and g the gain of the branch,
 `S_t + W0 = (1 - p) W_{t-1} + p diag(g) (W_{t-1} + s B A) = diag(1 - p + p g) W_{t-1} + p diag(g) s B A`.
 """
 
@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -29,7 +29,7 @@ from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.shards import WHOLE, ShardSpec
+from lorasc_fx.shards import WHOLE, ShardSpec, local
 from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
 from lorasc_fx.state.products import accumulate, arithmetic, cast, exact_products, summing
 
@@ -37,8 +37,8 @@ Which = Literal["slow", "fast", "base", "averaged"]
 
 log = logging.getLogger("lorasc_fx")
 
-MOST = 100
-"""Ends of stages of which a parameter trained in full keeps its value, the latest."""
+MAX_ENDS = 100
+"""Number of stages whose final value a parameter trained in full keeps: the latest ones."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Expert(Factors):
     """What one stage added.
 
     Args:
-        stage: that trained it; 0 for one that was trained elsewhere.
-        row_scale: [out] in fp64, of DoRA: the stage multiplied by it the rows of W0 and of all experts before this one.
-            A stage that has moved magnitudes alone leaves an expert of rank 0.
+        stage: the stage that trained it; 0 if it was trained elsewhere.
+        row_scale: [out] in fp64, for DoRA: the stage multiplied the rows of W0 and of all earlier experts by it. A
+            stage that trained only magnitudes leaves an expert of rank 0.
     """
 
     stage: int = 0
@@ -57,27 +57,26 @@ class Expert(Factors):
 
 @dataclass(frozen=True)
 class View(Tree):
-    """One value of a weight: a coefficient for each expert of its time, and the dense delta beside them, [rows,
-    columns], where experts were summed; of a parameter trained in full the value itself, of its shape.
+    """One value of a weight.
+
+    Args:
+        coefficients: one for each expert that existed then.
+        dense: what summed experts have added, [rows, columns]. For a parameter trained in full, the value itself.
     """
 
     coefficients: tuple[float, ...] = ()
     dense: torch.Tensor | None = field(default=None, metadata={Side: Side.WEIGHT})
 
-    def same(self, other: View) -> bool:
-        """Whether both are the same value of the weight."""
-        return self.coefficients == other.coefficients and self.dense is other.dense
-
     def to(self, dtype: torch.dtype) -> View:
-        """Return the view with its dense tensor in a dtype; the view itself if it has that dtype already."""
+        """Return the view with its dense tensor in a dtype. If it has that dtype already, it is returned unchanged."""
         return self if self.dense is None or self.dense.dtype == dtype else replace(self, dense=self.dense.to(dtype))
 
     def extended(self, more: Sequence[float]) -> View:
-        """Return it with the coefficients of more experts."""
+        """Return the view with the coefficients of more experts."""
         return replace(self, coefficients=(*self.coefficients, *more))
 
     def toward(self, other: View, share: float) -> View:
-        """Return `self + share * (other - self)`; experts that are new in the other have had the coefficient 0."""
+        """Return `self + share * (other - self)`. The coefficient of an expert that only `other` has is 0 here."""
         missing = len(other.coefficients) - len(self.coefficients)
         pairs = zip(self.extended([0.0] * missing).coefficients, other.coefficients, strict=True)
         delta = self.dense
@@ -195,28 +194,25 @@ class WeightState(Tree):
     @property
     def start_differs(self) -> bool:
         """Whether the running stage started from other weights than the slow ones."""
-        return not self.start.same(self.slow)
+        start, slow = self.start, self.slow
+        return start.coefficients != slow.coefficients or start.dense is not slow.dense
 
     def differs_from_slow(self, noisy: bool) -> bool:
         """Whether the parameter holds other numbers than the slow weights while the stage runs."""
         return noisy or self.initial is not None or self.start_differs
 
     def view(self, which: Which) -> View:
-        """Return the view of slow, fast or averaged weights; the fast ones are `start` and the running branch."""
+        """Return the view of slow, fast or averaged weights. Fast weights are `start` plus the running branch."""
         if which == "averaged":
             return self.views.get("average", self.slow)
         return self.start if which == "fast" else self.slow
 
     @property
     def ends(self) -> Mapping[int, View]:
-        """The views of ends of stages, by stage, oldest first."""
-        return ends_of(self.views)
+        """The views at the ends of stages, by stage, oldest first."""
+        return {int(name.removeprefix("stage/")): view for name, view in self.views.items() if "/" in name}
 
     # ---- values
-
-    def every(self, flag: bool) -> bool:
-        """Whether it holds here, and on every process that holds a shard of this weight. All-reduced."""
-        return self.shard.group.all(flag)
 
     def exact(
         self,
@@ -267,15 +263,16 @@ class WeightState(Tree):
     def terms(
         self, which: Which, live: Delta | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
-        """Return the terms of slow, fast or averaged weights: W0, the dense delta, and pairs with their coefficients;
-        with their rows scaled if a method scales rows.
+        """Return W0, the dense delta, and pairs of coefficient and factors, whose sum are the weights of a view.
+
+        If a method scales rows, each term has its rows scaled.
         """
         live = live if which == "fast" and live is not None else Delta()
         view, gain = self.view(which), live.gain
         base, delta, pairs = dense(self.base), view.dense, self._pairs(view, gain)
         if live.factors is not None:
             pairs.append((1.0, scaled(live.factors, gain, self.transposed)))
-        if delta is not None and (rows := _times(self._scale_since(), gain)) is not None:
+        if delta is not None and (rows := self._scale_since(0, gain)) is not None:
             delta = _along(rows, delta, self.transposed)
         if live.dense is not None:
             more = live.dense.reshape(self.matrix)
@@ -287,56 +284,74 @@ class WeightState(Tree):
 
     def _pairs(self, view: View, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
         return [
-            (c, scaled(expert, _times(self._scale_since(index), gain), self.transposed))
+            (c, scaled(expert, self._scale_since(index + 1, gain), self.transposed))
             for index, (c, expert) in enumerate(zip(view.coefficients, self.experts, strict=True))
             if c != 0 and expert.rank
         ]
 
-    def _scale_since(self, index: int = -1) -> torch.Tensor | None:
-        """Return the product of the row scales of the experts behind this place; None where there is none."""
-        scales = [expert.row_scale for expert in self.experts[index + 1 :] if expert.row_scale is not None]
-        return torch.stack(scales).prod(0) if scales else None
+    def _scale_since(self, index: int, *more: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the product of the row scales of the experts from this index on, and of more; None without any."""
+        scales = [expert.row_scale for expert in self.experts[index:] if expert.row_scale is not None]
+        product = torch.stack(scales).prod(0) if scales else None
+        for scale in more:
+            if scale is not None:
+                product = scale if product is None else product * scale
+        return product
 
     def scale(self, gain: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Return the row scale of W0 [out] in fp64, times a gain; None where its rows are as they were."""
-        return _times(_times(self.row_scale, self._scale_since()), gain)
+        """Return the row scale of W0 [out] in fp64, times a gain. None if its rows are not scaled."""
+        return self._scale_since(0, self.row_scale, gain)
 
-    def reach(self, view: View) -> float:
-        """Return a number that no entry of the weight has moved by in a view, seen from W0."""
-        if self.scale() is not None:
-            return math.inf
-        total = sum(abs(c) * expert.bound for c, expert in zip(view.coefficients, self.experts, strict=True) if c)
-        if view.dense is not None and view.dense.numel():
-            total += max(abs(extreme.item()) for extreme in torch.aminmax(view.dense))
-        return total + sum(8 * noise.amplitude for noise in self.noises)
+    def fits(self) -> bool:
+        """Whether the slow and the start weights, rounded to the dtype of W0, are finite wherever W0 is.
+
+        A sum over all entries is computed only if a bound on the change is not small enough: a change smaller than half
+        the distance of the two largest numbers of the dtype makes no finite number infinite.
+        """
+        if is_quantized(self.base):
+            return all(math.isfinite(expert.bound) for expert in self.experts)
+        limits = torch.finfo(self.base.dtype)
+        if not self.full and self.scale() is None:
+            noise = sum(8 * kept.amplitude for kept in self.noises)
+            bounds = []
+            for view in (self.slow, self.start):
+                experts = zip(view.coefficients, self.experts, strict=True)
+                bound = sum(abs(c) * expert.bound for c, expert in experts if c)
+                if view.dense is not None and view.dense.numel():
+                    bound += max(abs(extreme.item()) for extreme in torch.aminmax(view.dense))
+                bounds.append(bound + noise)
+            if all(bound < limits.max * limits.eps / 8 for bound in bounds):
+                return True
+        names: tuple[Which, ...] = ("slow", "fast") if self.start_differs else ("slow",)
+        exact = arithmetic(self.base.dtype)
+        return not any(self.broken(self.exact(name, exact).to(self.base.dtype)) for name in names)
 
     def unmerged(self, which: Literal["slow", "start"]) -> Factors | None:
-        """Return what the stages added as one pair of factors, as for a quantized weight, which cannot hold it."""
-        pairs = self._pairs(self.views[which])
+        """Return what the stages added to a quantized weight, as one pair of factors. None if there is nothing, and for
+        weights that are not quantized, because these hold it themselves.
+        """
+        pairs = self._pairs(self.views[which]) if is_quantized(self.base) else []
         return sum_of(pairs, pairs[0][1].b.dtype, pairs[0][1].b.device) if pairs else None
 
     @property
     def beside(self) -> Factors | None:
-        """What the branch of a quantized weight computes beside it while the stage runs: what the stages added, less
-        what the branch started from.
+        """What the branch of a quantized weight adds beside it while the stage runs: the deltas of earlier stages,
+        minus the factors that the branch started from.
         """
-        pair, taken = self.unmerged("start"), self.taken_out
-        if pair is None or taken is None:
+        pair, residual = self.unmerged("start"), self.residual
+        if pair is None or residual is None or residual.factors is None:
             return pair
-        total = sum_of([(1.0, pair), (1.0, taken)], torch.float64, torch.device("cpu"))
+        total = sum_of([(1.0, pair), (1.0, residual.factors)], torch.float64, torch.device("cpu"))
         rest, _ = nearest_pair(total, None, 1e-5 * pair.bound)
         return rest.map(lambda factor, _: cast(factor, pair.b.dtype, pair.b.device)) if rest.rank else None
 
     @property
-    def taken_out(self) -> Factors | None:
-        """What is added to the start of the running stage so that its branch adds nothing: `- s B_0 A_0`."""
-        taken = self.initial.factors if self.initial is not None else None
-        return Factors(-taken.b, taken.a) if taken is not None else None
-
-    @property
     def residual(self) -> Delta | None:
-        """`taken_out` as a delta of the weight."""
-        return Delta(self.taken_out) if self.taken_out is not None else None
+        """What is added to the start weight while the stage trains, because its branch starts at `s B_0 A_0`: the
+        negative of that. None if the branch starts at zero.
+        """
+        taken = self.initial.factors if self.initial is not None else None
+        return Delta(Factors(-taken.b, taken.a)) if taken is not None else None
 
     @property
     def changed(self) -> bool:
@@ -366,7 +381,7 @@ class WeightState(Tree):
             if live.gain is not None:
                 wide, row_scale = scaled(pair, live.gain, self.transposed), 1 - pace + pace * live.gain
                 pair = Factors(wide.b.to(pair.b.dtype), wide.a.to(pair.a.dtype))
-            if not self.every(not pair.b.any()):
+            if not self.shard.group.all(not pair.b.any()):
                 experts, moved = (*experts, Expert(pair.b, pair.a, stage, row_scale)), moved.extended((1.0,))
             elif row_scale is not None:
                 b, a = pair.b[..., :0].clone(), pair.a[..., :0, :].clone()
@@ -385,21 +400,17 @@ class WeightState(Tree):
             start = start.to(live.dtype) if isinstance(live, torch.Tensor) else self.start
         views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
         if slow.dense is not self.slow.dense:
-            for end in list(ends)[: 1 - MOST if rule.keeps and self.full else None]:
+            for end in list(ends)[: 1 - MAX_ENDS if rule.keeps and self.full else None]:
                 gone = max(gone, end)
                 del ends[end]
         views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
         if velocity is not None:
             views["velocity"] = velocity
-        if (average := self._averaged(slow, rule.share)) is not None:
-            views["average"] = average
+        if rule.share is not None and rule.share != 1:  # with a share of 1 the average is S_t, and needs no view
+            views["average"] = self.view("averaged").toward(slow, rule.share)
+        elif rule.share is None and "average" in self.views:
+            views["average"] = self.views["average"]
         return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(rule.carry_rank)
-
-    def _averaged(self, slow: View, share: float | None) -> View | None:
-        """Return what the average becomes: `average + share * (S_t - average)`; None where it is S_t."""
-        if share is None or share == 1:
-            return self.views.get("average") if share is None else None
-        return self.view("averaged").toward(slow, share)
 
     def added(self, experts: Sequence[Expert], coefficients: Sequence[float]) -> WeightState:
         """Return the state with experts that were trained elsewhere in what it is now, not in the ends of stages."""
@@ -448,42 +459,35 @@ class WeightState(Tree):
         return self.matrix[-1 if self.transposed else -2]
 
     def compact(self, carry_rank: int | None = None) -> WeightState:
-        """Return the state with its experts summed, where there are too many of them.
+        """Return the state with its experts summed if they need more memory than the sum.
 
         Args:
-            carry_rank: of the spec, for quantized weights.
-        """
-        return self.collapsed(carry_rank) if self._crowded(carry_rank) else self
-
-    def _carried(self, carry_rank: int | None) -> int:
-        """Return the rank at which the delta of a quantized weight is carried: that of its matrix at most."""
-        return min(*self.matrix[-2:], *(() if carry_rank is None else (carry_rank,)))
-
-    def _crowded(self, carry_rank: int | None) -> bool:
-        """Whether the experts together hold more numbers than the weight itself, or than the dense delta that is there
-        already; of a quantized weight, whether their ranks are more than it carries.
+            carry_rank: of the spec, for quantized weights: the largest rank that is kept beside them.
         """
         ranks = sum(expert.rank for expert in self.experts)
         if is_quantized(self.base):
-            return ranks > self._carried(carry_rank)
-        if self.slow.dense is not None:
-            return ranks > 0
-        # Of the whole weight, so that all processes come to the same.
+            rank = min(*self.matrix[-2:], *(() if carry_rank is None else (carry_rank,)))
+            return self._collapsed(rank) if ranks > rank else self
+        if self.slow.dense is not None:  # they are added to the dense delta that exists already
+            return self._collapsed() if ranks else self
+        # Sizes of the full weight, so that all ranks decide alike.
         rows, *rest = self.shard.full_shape(self.base.shape)[1 if self.stacked else 0 :]
         columns = math.prod(rest)
-        return ranks * (rows + columns) > rows * columns
+        return self._collapsed() if ranks * (rows + columns) > rows * columns else self
 
-    def collapsed(self, carry_rank: int | None = None) -> WeightState:
-        """Return the same state with its experts summed for each view that differs: into one dense delta, or for a
-        quantized weight, beside which a branch computes, into one expert of the rank that it carries.
+    def _collapsed(self, rank: int | None = None) -> WeightState:
+        """Return the same state with one sum of experts for each view that differs.
+
+        Args:
+            rank: for a quantized weight, which needs low-rank sums. Otherwise the sums are dense.
         """
         live = {name: view for name, view in self.views.items() if "/" not in name}
         if not self.start_differs:
             del live["start"]
         experts: tuple[Expert, ...] = ()
-        if is_quantized(self.base):
+        if rank is not None:
             stage = max(expert.stage for expert in self.experts)
-            experts = tuple(self._low_rank(view, self._carried(carry_rank), stage) for view in live.values())
+            experts = tuple(self._low_rank(view, rank, stage) for view in live.values())
             summed = {name: View(tuple(float(name == other) for other in live)) for name in live}
         else:
             summed = {name: View((), self._sum(view)) for name, view in live.items()}
@@ -496,7 +500,7 @@ class WeightState(Tree):
         return replace(self, experts=experts, views=views, gone=gone, row_scale=self.scale())
 
     def _low_rank(self, view: View, rank: int, stage: int) -> Expert:
-        """Return the nearest expert of this rank at most to the delta of a view."""
+        """Return the expert of at most this rank that is nearest to the delta of a view."""
         dtype, pairs = summing(self.base.dtype), self._pairs(view)
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
@@ -510,7 +514,7 @@ class WeightState(Tree):
 
     def _sum(self, view: View) -> torch.Tensor:
         dtype, before = summing(self.base.dtype), view.dense
-        pairs, rows = self._pairs(view), self._scale_since()
+        pairs, rows = self._pairs(view), self._scale_since(0)
         like = self.experts[0].b if before is None else before
         total = (
             torch.zeros(self.matrix, dtype=dtype, device=like.device) if before is None else before.to(dtype, copy=True)
@@ -591,12 +595,46 @@ class WeightState(Tree):
         return sentences
 
 
-V = TypeVar("V")
+# ---- W0
 
 
-def ends_of(views: Mapping[str, V]) -> dict[int, V]:
-    """Return the views that are ends of stages, by stage, oldest first."""
-    return {int(name.removeprefix("stage/")): view for name, view in views.items() if name.startswith("stage/")}
+Memory = Literal["memory", "pinned", "device"]
+"""Where W0 is kept: in host memory, in page-locked host memory, or in the memory of the weight's device."""
+
+
+def host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of the local tensor in host memory.
+
+    A quantized weight, which is never written, and a tensor on the meta device are not copied.
+    """
+    if is_quantized(tensor) or tensor.is_meta:
+        return tensor.detach()
+    return local(tensor).detach().to("cpu", copy=True)
+
+
+def base_of(weight: torch.Tensor, memory: Memory = "memory") -> torch.Tensor:
+    """Return W0 of a weight in a kind of memory.
+
+    If the weight is in this kind of memory already, W0 shares it until the first write (`keep_base`). Otherwise W0 is
+    a copy.
+    """
+    if is_quantized(weight) or weight.is_meta:
+        return host(weight)
+    if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
+        shared = type(weight) is torch.nn.Parameter and not weight.is_inference()
+        return weight.data if shared else local(weight).detach().clone()
+    return host(weight).pin_memory() if memory == "pinned" else host(weight)
+
+
+def keep_base(base: torch.Tensor, weight: torch.Tensor) -> None:
+    """Copy W0 if it shares the memory of the weight. Call this before each write to the weight.
+
+    The copy replaces the data of `base`, so every state that holds this tensor reads the copy.
+    """
+    if is_quantized(base) or base.is_meta:
+        return
+    if base.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+        base.data = base.clone()
 
 
 # ---- pairs of factors
@@ -661,11 +699,6 @@ def _along(rows: torch.Tensor, tensor: torch.Tensor, transposed: bool) -> torch.
     """Return `diag(rows) tensor` of a weight [out, ...], or of one that is stored as [in, out], in its dtype."""
     spread = (1, -1) if transposed else (-1, *(1 for _ in tensor.shape[1:]))
     return tensor * rows.to(device=tensor.device, dtype=tensor.dtype).view(spread)
-
-
-def _times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the product of two row scales of which either may be missing."""
-    return other if one is None else one if other is None else one * other
 
 
 def scaled(pair: Factors, rows: torch.Tensor | None, transposed: bool) -> Factors:

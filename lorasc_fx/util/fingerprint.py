@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,24 +50,18 @@ def checksum(tensor: torch.Tensor) -> int:
     if bare.device.type != "cpu":
         return (total * MULTIPLIER + device_sum(bare)) % (1 << 64)
     with _disable_current_modes():  # nobody counts or fakes these operations
+        keys = _keys(HOST_BLOCK // 8, bare.device)
         for block in _blocks(bare, HOST_BLOCK // bare.element_size()):
-            total = (total * MULTIPLIER + _host_sum(block.contiguous())) % (1 << 64)
-    return total
-
-
-def _host_sum(block: torch.Tensor) -> int:
-    """Return the checksum of a vector of at most HOST_BLOCK bytes in host memory.
-
-    Words of 64 bits are multiplied by odd keys and summed, as in `device_sum`; twice, as the words begin at every four
-    bytes, for the highest bits of two words add up to nothing. The bytes that fill no word have their CRC-32.
-    """
-    held = block if block.data_ptr() % 8 == 0 else block.clone()
-    data = data_of(held)
-    total, keys = zlib.crc32(data[len(data) // 8 * 8 :]), _keys(HOST_BLOCK // 8, block.device)
-    for start in (0, 4):
-        if (count := (len(data) - start) // 8) > 0:
-            words = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start)
-            total = total * MULTIPLIER + int(torch.dot(words, keys[:count]))
+            plain = block.contiguous()
+            data = data_of(plain if plain.data_ptr() % 8 == 0 else plain.clone())
+            part = zlib.crc32(data[len(data) // 8 * 8 :])  # of the bytes that fill no word
+            # Words of 64 bits are multiplied by odd keys and summed, as in `device_sum`. The highest bits of two words
+            # can cancel out, so there is a second sum of words that start four bytes later.
+            for start in (0, 4):
+                if (count := (len(data) - start) // 8) > 0:
+                    words = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start)
+                    part = part * MULTIPLIER + int(torch.dot(words, keys[:count]))
+            total = (total * MULTIPLIER + part) % (1 << 64)
     return total
 
 
@@ -127,23 +121,17 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return fingerprint_of(plain.dtype, tuple(plain.shape), [data_of(plain)])
 
 
-def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the fingerprint of each tensor, by name, on as many threads as torch has."""
-    return _of_each(fingerprint, tensors)
-
-
-def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the checksum of each tensor, by name, on as many threads as torch has."""
-    return _of_each(checksum, tensors)
-
-
 def _of_each(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
-    """Return the digest of each tensor: in threads where there is much to read, in turn elsewhere."""
+    """Return the digest of each tensor, by name. Uses as many threads as torch does if there is much to read."""
     threads, size = torch.get_num_threads(), sum(tensor.nbytes for tensor in tensors.values())
     if threads == 1 or size < WORTH_THREADS:
         return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+checksums = partial(_of_each, checksum)
+fingerprints = partial(_of_each, fingerprint)
 
 
 def fingerprint_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Buffer]) -> str:

@@ -265,7 +265,7 @@ def test_a_file_that_memory_does_not_hold(version: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
     try:
-        refuse(version, ("out-of-memory", TENSORS, 1 << 31))
+        refuse(version, ("unreadable-file", TENSORS, 1 << 31))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -696,7 +696,7 @@ def test_saved_without(what: str, tmp_path: Path) -> None:
     cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
     version = lx.save(cascade, tmp_path, optimizer=None if what == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
-    refuse_resume(version, ("state-not-saved", what), cascade, optimizer, scheduler if what == "scheduler" else None)
+    refuse_resume(version, ("not-available", what), cascade, optimizer, scheduler if what == "scheduler" else None)
 
 
 def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
     version = tmp_path / "version-00000001"
     with (
         register_form(own_form.FORM),
-        raises(lx.CheckpointError, "form-not-registered", version, "1.kernel", SKEWED.name),
+        raises(lx.CheckpointError, "unknown-name", version, "1.kernel", SKEWED.name),
     ):
         lx.load(tmp_path, net(), args=(X,))
     with register_form(own_form.FORM), register_form(SKEWED):
@@ -152,7 +152,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
     with (
         register_form(own_form.FORM),
         register_form(replace(SKEWED, name="my.skewd")),
-        raises(lx.CheckpointError, "form-not-registered", "my.skewed", "my.skewd"),
+        raises(lx.CheckpointError, "unknown-name", "my.skewed", "my.skewd"),
     ):
         lx.load(tmp_path, net(), args=(X,))
 
@@ -161,21 +161,21 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
 INVALID = [
     ("linear", ("invalid-value", "form")),
     (replace(SKEWED, name=""), ("invalid-value",)),
-    (replace(SKEWED, name="aten.mm"), ("invalid-form", "aten.mm")),
+    (replace(SKEWED, name="aten.mm"), ("invalid-value", "aten.mm")),
     (replace(SKEWED, kind="lineer"), ("unknown-name", "kind", "my.skewed", "lineer")),
     (replace(SKEWED, kind="recurrent"), ("unknown-name", "kind", "my.skewed", "recurrent")),
     (replace(own_form.FORM, kind="linears"), ("unknown-name", "my.linear_gelu", "linears", "linear")),
     (replace(SKEWED, weight="kernal"), ("unknown-name", "my.skewed", "kernal", "kernel")),
-    (replace(SKEWED, parameters=("kernel", "x")), ("invalid-form", "parameters", "my.skewed", "kernel")),
+    (replace(SKEWED, parameters=("kernel", "x")), ("invalid-value", "parameters", "my.skewed", "kernel")),
     (replace(SKEWED, targets=()), ("invalid-value", "targets", "my.skewed")),
     (FunctionForm("my.mm", "linear", (torch.ops.aten.mm.default,), ("self", "mat2"), 2, "mat2", "self"),
-        ("invalid-form", "mm.default", "my.mm", "aten.mm")),
+        ("invalid-value", "mm.default", "my.mm", "aten.mm")),
     (FunctionForm("my.matmul", "linear", (torch.matmul,), ("input", "weight"), 2),
-        ("invalid-form", "matmul", "my.matmul", "torch.matmul")),
+        ("invalid-value", "matmul", "my.matmul", "torch.matmul")),
     (WeightForm("my.bmm", "linear", (torch.ops.aten.bmm.default,), ("self", "mat2"), "mat2"),
-        ("invalid-form", "bmm.default", "my.bmm")),
-    (WeightForm("my.einsum", "linear", ("einsum",), ("x", "weight")), ("invalid-form", "einsum", "my.einsum")),
-    (ModuleForm("my.Linear", "linear", nn.Linear), ("invalid-form", "my.Linear", "Linear", "nn.Linear")),
+        ("invalid-value", "bmm.default", "my.bmm")),
+    (WeightForm("my.einsum", "linear", ("einsum",), ("x", "weight")), ("invalid-value", "einsum", "my.einsum")),
+    (ModuleForm("my.Linear", "linear", nn.Linear), ("invalid-value", "my.Linear", "Linear", "nn.Linear")),
 ]
 # fmt: on
 
@@ -189,9 +189,9 @@ def test_what_cannot_be_registered(form: Any, message: tuple[str, ...]) -> None:
 
 def test_a_name_and_a_target_are_registered_once() -> None:
     with register_form(SKEWED):
-        with raises(lx.SpecError, "invalid-form", "my.skewed"):
+        with raises(lx.SpecError, "invalid-value", "my.skewed"):
             register_form(SKEWED)
-        with raises(lx.SpecError, "invalid-form", "other", "skewed.default", "my.skewed"):
+        with raises(lx.SpecError, "invalid-value", "other", "skewed.default", "my.skewed"):
             register_form(replace(SKEWED, name="other"))
     assert not REGISTERED
 

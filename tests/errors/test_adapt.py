@@ -92,9 +92,9 @@ def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) ->
 @pytest.mark.parametrize(
     ("args", "kwargs", "sentence"),
     [
-        (X, None, ("invalid-inputs", "args", "Tensor")),
-        ({"input": X}, None, ("invalid-inputs", "args")),
-        ((), (X,), ("invalid-inputs", "kwargs")),
+        (X, None, ("invalid-value", "args", "Tensor")),
+        ({"input": X}, None, ("invalid-value", "args")),
+        ((), (X,), ("invalid-value", "kwargs")),
     ],
 )
 def test_inputs_that_are_no_sequence(args: Any, kwargs: Any, sentence: tuple[str, ...]) -> None:
@@ -125,15 +125,15 @@ def test_torchscript() -> None:
 
 @pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
 def test_inputs_of_a_wrong_number(frontend: str) -> None:
-    expected = ("invalid-inputs", "Sequential.forward", "too many positional arguments", "(input)")
+    expected = ("invalid-value", "Sequential.forward", "too many positional arguments", "(input)")
     refuse(lx.CaptureError, expected, mlp(), X, X, frontend=frontend)
-    with unchanged(model := mlp()), raises(lx.CaptureError, "invalid-inputs", "missing a required argument: 'input'"):
+    with unchanged(model := mlp()), raises(lx.CaptureError, "invalid-value", "missing a required argument: 'input'"):
         lx.adapt(model, frontend=frontend)
 
 
 @pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
 def test_kwargs_that_the_forward_does_not_take(frontend: str) -> None:
-    expected = ("invalid-inputs", "Sequential.forward", "'mask'", "(input)")
+    expected = ("invalid-value", "Sequential.forward", "'mask'", "(input)")
     refuse(lx.CaptureError, expected, mlp(), kwargs={"mask": X}, frontend=frontend)
 
 

@@ -260,7 +260,7 @@ def _used_twice(case: Case, weight: str) -> fx.GraphModule:
 
 def test_a_planned_weight_where_no_branch_can_stand_is_an_error() -> None:
     case = BY_NAME["module_linear"]
-    with raises(PassError, "branch-not-placeable", "0.weight", "node sigmoid (call_function torch.sigmoid)"):
+    with raises(PassError, "method-not-supported", "0.weight", "node sigmoid (call_function torch.sigmoid)"):
         MatchSites(case.spec)(_used_twice(case, "0.weight"))
 
 
