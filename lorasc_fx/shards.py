@@ -112,6 +112,11 @@ class ProcessGroup:
             return cls(handle, torch.device("cpu"))
         return cls(handle, torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device()))
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is a single process, so that no collective is needed."""
+        return self.handle is None
+
     def or_else(self, handle: Any) -> ProcessGroup:
         """Return this group, or that of a handle if this is the null object of a single process."""
         return ProcessGroup.of(handle) if self.handle is None else self

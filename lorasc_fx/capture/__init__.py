@@ -84,6 +84,7 @@ def capture(
         )
     on_values = has_values(model)
     with with_fake_tensors(model, args, kwargs) as (inputs, named):
+        # Run the model before any tracer sees it: graphs are compared with what this run shows.
         with requiring_grad(model, trained):
             preflight = run_preflight(model, inputs, named, torch.is_grad_enabled())
         example = _Example(model, inputs, named, dynamic, trained, rewrites, preflight, on_values)

@@ -78,6 +78,7 @@ class Conditions:
         torch.export assumes that a dynamic size is neither 0 nor 1, and keeps no guard for it. Such calls are captured
         on their own. Simple enough for dynamo to trace.
         """
+        # Not strict: `sizes` is empty if the graph holds no sizes.
         for leaf, sizes in zip(leaves, self.sizes, strict=False):
             if isinstance(leaf, torch.Tensor) and sizes is not None:
                 for size, fixed in zip(leaf.shape, sizes, strict=True):
@@ -171,7 +172,7 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         if name in tensors or (name in modules and not region):
             return f"{OWNER}.{name}"
         if target not in foreign:
-            flat = target.replace(".", "_")
+            flat = target.replace(".", "_")  # a holder of constants has no children
             while flat == OWNER or flat in foreign.values():
                 flat += "_"
             foreign[target] = flat
@@ -179,6 +180,7 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         return foreign[target]
 
     retarget(graph, rename)
+    # A tracer recorded the product of a quantized layer as an opaque op with the key of its module. Read the weight.
     layers = {
         module.key: (f"{OWNER}.{name}", module.bias is not None)
         for name, module in model.named_modules()
@@ -202,6 +204,7 @@ def with_owner(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.Graph
 
 def _put(module: nn.Module, name: str, value: Any) -> None:
     """Give a module a child, parameter, buffer or plain attribute."""
+    # The order matters: a Parameter is a Tensor.
     stores = ((nn.Module, module._modules), (nn.Parameter, module._parameters), (torch.Tensor, module._buffers))
     store: Any = next((store for kind, store in stores if isinstance(value, kind)), vars(module))
     store[name] = value

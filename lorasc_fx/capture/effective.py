@@ -61,7 +61,7 @@ class _Parameters(dict[str, Any]):
     def items(self) -> Any:
         """Return names and current values, each computed lazily."""
         reader = self.reader()
-        if reader is None or not reader.reading:
+        if reader is None or not reader.reading:  # most reads of all parameters, such as an optimizer's, want these
             return super().items()
         return ((leaf, self._read(leaf, value)) for leaf, value in super().items())
 
@@ -202,6 +202,7 @@ class EffectiveWeights:
         backward: tuple[int, int] | None = getattr(self._local, "backward", None)
         if backward is not None and task > backward[0]:  # a backward inside the backward of a node
             return backward[1]
+        # The node that runs now was made in a call, or in code that has nothing to do with the model.
         node = torch._C._current_autograd_node()
         number = node._sequence_nr() if node is not None else -1
         if not self._is_of_a_call(number):
@@ -239,7 +240,7 @@ class EffectiveWeights:
             ends.pop()
         begins.append(begin)
         ends.append(end)
-        if len(begins) > MAX_SPANS:
+        if len(begins) > MAX_SPANS:  # drop the older half, whose graphs can no longer be alive
             del begins[: MAX_SPANS // 2], ends[: MAX_SPANS // 2]
 
     def _backward_ends(self) -> None:

@@ -56,6 +56,7 @@ def least_sizes(
     ones: dict[Any, int] = {}
     for symbol in sizes:
         one = {symbol: 1}
+        # A symbol may be right alone and wrong together with others, as in a product of sizes.
         if not is_right(one) or (ones and not is_right(ones | one)):
             least[symbol] = 2
             continue

@@ -157,6 +157,7 @@ def _run(
     for name, value in values.items():
         recorder.know(value, ("model", name, _layout(value)))
     undo.enter(substituted(model, values))
+    # Models ask torch.compiler.is_exporting(), and must answer as in an export.
     for flag in ("_is_compiling_flag", "_is_exporting_flag"):
         undo(partial(setattr, torch.compiler, flag, getattr(torch.compiler, flag)))
         setattr(torch.compiler, flag, True)
@@ -378,6 +379,7 @@ class Difference:
             else:
                 return None
         skipped += [candidate for _, candidate in waiting]
+        # A skipped op must not have done anything else than compute its results, except count up a buffer.
         stopped = {_counter(op) for op in skipped if not op.pure}
         if None in stopped or any(op.function in FLAGS for op in skipped):
             return None
@@ -462,6 +464,7 @@ class Known:
         if not self.conditions.accepts(ours):
             return None
         args, kwargs = pytree.tree_unflatten(ours, self.trace.specs[0])
+        # The cached graph may be of another mode of this model.
         modules, modes = list(model.modules()), [module.training for module in model.modules()]
         try:
             for module, mode in zip(modules, self.modes, strict=True):
@@ -520,6 +523,7 @@ def store(
         name: value for name, value in (*live._parameters.items(), *live._buffers.items()) if value is not None
     }
     read = {str(node.target) for node in live.graph.nodes if node.op in ("get_attr", "call_module")}
+    # A graph that reads more than names of the model could keep another model alive, or compute with its values.
     foreign = any(name not in constants and not name.startswith(f"{OWNER}.") for name in read)
     plain = all(type(value) is torch.Tensor and not value.requires_grad for value in constants.values())
     if new is None or foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:

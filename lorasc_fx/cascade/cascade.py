@@ -463,12 +463,8 @@ class CascadeModule(nn.Module):
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
             self._called_by("copy")
-            if sys._getframe(1).f_code.co_name == "deepcopy" and self._run.is_sharded:
-                raise StateError(
-                    "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
-                    "lorasc_fx.save and lorasc_fx.load it onto another model",
-                    code="sharded",
-                )
+            if sys._getframe(1).f_code.co_name == "deepcopy":
+                self._run.check_copy()
             return super().__reduce_ex__(protocol)
         raise StateError(
             "a cascade cannot be pickled, by torch.save, a spawned process or otherwise. Write a checkpoint by "

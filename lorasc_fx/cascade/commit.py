@@ -78,6 +78,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
         quantized = run.present(planned.dense)
         dense = {id(quantized[name]): nn.Parameter(value, False) for name, value in planned.dense.items()}
         exchange(run.model, lambda holder: dense.get(id(holder.value)), undo)
+    # Steps to undo are added before the writes and run in reverse order, so the run's fields are restored after values.
     undo(run.restorer())
     undo(_values_restorer(run, planned))
     with torch.no_grad():
@@ -134,6 +135,7 @@ def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
                 if out._version != version:
                     raise
 
+    # Each weight is computed again for a rollback: a copy of all weights would double the memory.
     for name, out in weights_to_write(run, planned.parameters, planned.slow):
         undo(partial(restore, run.slow, name, out, out._version))
         if planned.write is not None:

@@ -60,6 +60,7 @@ def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Seque
     Raises:
         SpecError: names the first group that is to have another rate.
     """
+    # With one rate for all, the user built the optimizer from `parameters()` and lost the rates of the spec.
     trained = {id(parameter) for group in asked(0.0) for parameter in group["params"]}
     rates = {
         float(group.get("initial_lr", group["lr"]))
@@ -123,7 +124,7 @@ def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, to
         entries = {name: value for name, value in state.items() if name not in _COPIES}
         tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor) and value.dim()}
         if any(value.shape != parameter.shape for value in tensors.values()):
-            entries, tensors = {}, {}
+            entries, tensors = {}, {}  # factored moments: their entries are not those of the parameter
         for name, value in tensors.items():
             full = full_tensor(value.detach())
             entries[name] = dtensor_like(torch.where(mask.to(full.device), full, 0), value)
@@ -147,6 +148,7 @@ def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> 
     count = round(ratio * parameter.numel())
     if not count or not shaped:
         return dict(state)
+    # The smallest entries of the full tensors: those of a shard would depend on the number of ranks.
     values = {name: full_tensor(value) for name, value in shaped.items()}
     zeros = torch.cat([value.abs().flatten().topk(count, largest=False).indices for value in values.values()])
     return dict(state) | {

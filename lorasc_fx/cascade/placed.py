@@ -47,8 +47,9 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
             view: Which = next(name for name in WHICH if name == which)
             weights = Weights(run.slow, view, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
         # Everything is computed before the first write.
-        buffers = weights.moves(run)
-        dense = weights.dense(run.slow.quantized if weights.which != "base" else (), before.parameters)
+        buffers = weights.moves(run) if weights.buffers else []
+        quantized = run.slow.quantized if weights.which != "base" else ()
+        dense = weights.dense(quantized, before.parameters) if quantized else {}
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
         before.keep_buffers(buffer for buffer, _ in buffers)
@@ -73,13 +74,12 @@ class Before:
     """
 
     def __init__(self, run: Run) -> None:
-        names, parameters = [*run.slow.states], run.parameters_by_name()
         self.run = run
-        self.parameters = {name: parameters[name] for name in names}
-        self.trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
+        self.parameters = run.present(run.slow.states)
+        self.trained = {name: local(self.parameters[name]).detach().clone() for name in run.slow.trained}
         dense = writable(self.parameters)
         self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
-        self.owned = run.owned(names)
+        self.owned = run.owned(self.parameters)
         self.places = holders_of(run.model, self.owned)
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)

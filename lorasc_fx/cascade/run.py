@@ -284,6 +284,15 @@ class Run(RunBase):
                 code="sharded",
             )
 
+    def check_copy(self) -> None:
+        """Raise StateError for a deep copy of sharded weights, which FSDP would not shard."""
+        if self.is_sharded:
+            raise StateError(
+                "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
+                "lorasc_fx.save and lorasc_fx.load it onto another model",
+                code="sharded",
+            )
+
     @contextmanager
     def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
         """Hold the lock inside a `with` that may change weights. Arguments and errors are those of `check_ready`."""
@@ -341,6 +350,18 @@ class Run(RunBase):
     def note_kept(self) -> None:
         """Record that what is trained now is kept in a file, a state dict or another run."""
         self._kept = sum(parameter._version for parameter in self.branches.parameters())
+
+    def differs_from_model(self) -> bool:
+        """Whether the user's model computes something else than the cascade: it lacks branches, or holds noise.
+
+        False for shards, because the other processes would have to be asked.
+        """
+        if self.released or self.inside_weights or self.is_sharded or not self.holds_numbers:
+            return False
+        if self.exchanged():  # torch.func.functional_call runs the model with other tensors
+            return False
+        residual = any(state.residual is not None for state in self.slow.states.values())
+        return self.is_noisy or residual or self.branches_add()
 
     def loses_training(self) -> bool:
         """Whether dropping the run would lose training that is kept nowhere else. For shards this is a guess."""

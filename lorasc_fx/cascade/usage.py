@@ -143,7 +143,7 @@ class UsageWatch(Fresh):
             return
         if how == "called":
             run.check_model_call()
-        if not _differs(run):
+        if not run.differs_from_model():
             return
         message = (
             f"the {'state dict of the ' if how == 'read' else ''}model of a cascade was {how} inside stage "
@@ -226,19 +226,6 @@ def callers() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _differs(run: Run) -> bool:
-    """Whether the user's model computes something else than the cascade: it lacks branches, or holds noise.
-
-    False for shards, where the other processes would have to be asked.
-    """
-    if run.released or run.inside_weights or run.is_sharded or not run.holds_numbers:
-        return False
-    if run.exchanged():  # torch.func.functional_call runs the model with other tensors
-        return False
-    running = run.is_noisy or any(state.residual is not None for state in run.slow.states.values())
-    return running or run.branches_add()
 
 
 def _shares_parameters(one: nn.Module, other: nn.Module | None) -> bool:

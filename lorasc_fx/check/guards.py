@@ -201,6 +201,7 @@ class _Walk:
         held, dot = vars(module), f"{name}." if name else ""
         # The graph of a GraphModule does not depend on the mode: its modules are called, and read it then.
         skipped = UNREAD | STORES | ({"training"} if self._is_graph else set())
+        # A module of torch.nn reads only some of its attributes, unless a hook or a new forward reads others.
         plain = "forward" not in held and not any(held.get(store) for store in HOOKS)
         kind: Any = type(module)
         read = _read_by(kind) if plain and module is not self._model else None
@@ -423,7 +424,7 @@ class Guards:
             for where, key, expected in self._entries:  # first, because they include the modes
                 if where[key] is not expected and not _alike(where[key], expected):
                     return False
-            if list(map(len, self._sized)) != self._sizes:
+            if list(map(len, self._sized)) != self._sizes:  # one comparison of lists is faster than a loop
                 return False
             for items, key, expected in self._items:
                 if items[key] is not expected and not _alike(items[key], expected):

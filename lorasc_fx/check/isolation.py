@@ -229,6 +229,7 @@ class _Writes(OurMode, TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
+        # Only schemas of torch's own namespaces are known to say what an op writes.
         if not isinstance(func, torch._ops.OpOverload):  # the ops inside a higher-order op are not seen here
             self.unseen()
         elif func.namespace not in _DECLARED:

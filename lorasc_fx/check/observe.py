@@ -129,6 +129,7 @@ class _AutogradUse(OurMode, TorchFunctionMode):
         self._before = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Gradient checkpointing computes under its own hooks on saved tensors.
         self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
         self.asks |= not self._inside and any(getattr(func, "__self__", None) is getter for getter in _ASKS)
         self.hooks |= func is torch.Tensor.register_hook or getattr(func, "__self__", None) is torch.Tensor.grad_fn
@@ -183,7 +184,7 @@ def observe(
     """
     inputs, named = copied(args, kwargs)
     with same_values(model):
-        seed()
+        seed()  # so that dropout draws the same numbers in each observed run
         held = attribute_tensors(model)
         with _AutogradUse() as use, _watched_hooks(model) as observers, _products_observed(model, use):
             output = call(*inputs, **named)
@@ -200,6 +201,7 @@ def observe(
         differentiates = torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(tensors_in((inputs, named)))}
         parameters = dict(model.named_parameters())
+        # The description shows neither hooks nor writes, so a backward pass must run if there may be some.
         visible = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
         autograd = describe(_differentiable(tensors), parameters, leaves) if visible else None
         same = autograd is not None and (like is None or autograd == like.autograd)

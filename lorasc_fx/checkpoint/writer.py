@@ -65,7 +65,7 @@ def write_version(
     """
     if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
-    is_first, is_alone = group.rank == 0, group.handle is None
+    is_first = group.rank == 0
     # Ranks that share the weights all take part, but replicas hold the same shards and do not write.
     takes_part, order = group.rank < run.slow.group.size, run.slow.group.order
     tensors: Tensors = {}
@@ -76,12 +76,12 @@ def write_version(
         try:
             # No rank writes anything unless all ranks may save.
             with group.agreed("save"):
-                if not is_alone:
+                if not group.is_alone:
                     check_between_steps(run, "save")
                 if takes_part:
                     stack.enter_context(run.exclusive("save", sharded=True))
                     check_finite(run)
-            if not is_alone:
+            if not group.is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
             # The state is copied into memory. The first rank locks the folder and makes a temporary one.
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):

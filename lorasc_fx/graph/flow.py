@@ -90,7 +90,9 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
         read = read_values(node)
         computed = node.op in ("call_function", "call_method") and read and not is_impure(node)
         is_new = node.op == "call_function" and not node.all_input_nodes and name_of(node) in _FACTORIES
-        if reads_shape_only(node) or (computed and sizes.issuperset(read) and _arithmetic(node)):
+        home, name = getattr(node.target, "__module__", ""), name_of(node)
+        of_numbers = home in ("_operator", "builtins", "math") or name.startswith("sym_")
+        if reads_shape_only(node) or (computed and sizes.issuperset(read) and of_numbers):
             sizes.add(node)
             constant.add(node)
         elif node.op == "get_attr" or is_new or (computed and constant.issuperset(read) and not sizes.issuperset(read)):
@@ -103,12 +105,6 @@ def read_values(node: fx.Node) -> list[fx.Node]:
     if name_of(node) not in LIKE_ANOTHER:
         return node.all_input_nodes
     return [source for source in node.all_input_nodes if source is node.args[0]]
-
-
-def _arithmetic(node: fx.Node) -> bool:
-    """Whether a node computes a number from numbers."""
-    home = getattr(node.target, "__module__", "")
-    return home in ("_operator", "builtins", "math") or name_of(node).startswith("sym_")
 
 
 Test = Callable[[fx.Node, Collection[fx.Node]], bool]
@@ -273,8 +269,11 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
     if any(kind_of(consumer) for consumer in with_constants):
         return with_constants
     scaled = list(consumers(weight, constant, is_passed=lambda node, reads: name_of(node) in SCALES))
-    if any(_as_weight(consumer) for consumer in scaled):
-        return scaled
+    for consumer in scaled:
+        args, reads = consumer.node.args, consumer.reads
+        is_product = weighs(name_of(consumer.node)) and len(args) > 1
+        if is_product and args[1] in reads and args[0] not in reads:  # the weight of the product, and not its input
+            return scaled
     looked_up = list(
         consumers(weight, constant, is_use=lambda node, reads: looks_up(node, constant) and node.args[0] in reads)
     )
@@ -302,14 +301,6 @@ def kind_of(consumer: Consumer) -> str | None:
 def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
-
-
-def _as_weight(consumer: Consumer) -> bool:
-    """Whether the node reads what is computed from the weight as its weight, and something else as its input."""
-    args = consumer.node.args
-    return (
-        weighs(name_of(consumer.node)) and len(args) > 1 and args[1] in consumer.reads and args[0] not in consumer.reads
-    )
 
 
 def written_between(first: fx.Node, last: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:

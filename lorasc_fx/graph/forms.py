@@ -468,7 +468,14 @@ def register_form(form: RegisteredForm) -> RemovableHandle:
     Raises:
         SpecError: the row is incomplete, its name is taken, or a built-in row has its target.
     """
-    form = _with_overloads(form)
+    if isinstance(form, (FunctionForm, WeightForm)):
+        if not isinstance(form.targets, tuple) or not form.targets:
+            raise SpecError(
+                f"{form.name}: targets is {form.targets!r}; give a tuple of functions, ops or names of methods"
+            )
+        # Graphs call the op of a `torch.library.custom_op`, not the function.
+        ops = (target._opoverload if isinstance(target, CustomOpDef) else target for target in form.targets)
+        form = replace(form, targets=tuple(ops))
     _check(form)
     handle = RemovableHandle(REGISTERED)
     REGISTERED[handle.id] = form
@@ -481,25 +488,15 @@ def forms_missing(names: Iterable[str]) -> dict[str, str]:
     return {name: nearest(name, known) for name in names if name and registered_named(name) is None}
 
 
-def _with_overloads(form: RegisteredForm) -> RegisteredForm:
-    """Return the row with each `torch.library.custom_op` replaced by its op, which graphs call."""
-    if not isinstance(form, (FunctionForm, WeightForm)):
-        return form
-    if not isinstance(form.targets, tuple) or not form.targets:
-        raise SpecError(f"{form.name}: targets is {form.targets!r}; give a tuple of functions, ops or names of methods")
-    targets = tuple(target._opoverload if isinstance(target, CustomOpDef) else target for target in form.targets)
-    return replace(form, targets=targets)
-
-
 def _check(form: RegisteredForm) -> None:
     if not isinstance(form, (FunctionForm, ModuleForm, WeightForm)):
         raise SpecError(f"form is {type(form).__name__}; give a FunctionForm, a ModuleForm or a WeightForm")
     if not isinstance(form.name, str) or not form.name:
         raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
     if any(form.name == row.name for row in FORMS):
-        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="invalid-value")
+        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another")
     if registered_named(form.name) is not None:
-        raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="invalid-value")
+        raise SpecError(f"{form.name} is registered already; call remove() on its handle before")
     kinds = KINDS if isinstance(form, WeightForm) else BESIDE
     if form.kind not in kinds:
         raise SpecError(
@@ -511,10 +508,7 @@ def _check(form: RegisteredForm) -> None:
         return
     for row in FORMS:
         if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
-            raise SpecError(
-                f"{form.name}: {form.module.__name__} computes as {row.name} does, which is built in",
-                code="invalid-value",
-            )
+            raise SpecError(f"{form.name}: {form.module.__name__} computes as {row.name} does, which is built in")
 
 
 def _check_targets(form: FunctionForm | WeightForm) -> None:
@@ -529,20 +523,13 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
     for target in targets_of(form):
         for row, how in ((built_in(target), "built in"), (registered_form(target), "registered")):
             if row is not None:
-                raise SpecError(
-                    f"{form.name}: {_shown(target)} is a form already: {row.name}, which is {how}", code="invalid-value"
-                )
+                raise SpecError(f"{form.name}: {_shown(target)} is a form already: {row.name}, which is {how}")
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
-            raise SpecError(
-                f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="invalid-value"
-            )
+            raise SpecError(f"{form.name}: {_shown(target)} is known already: its branch stands on the weight")
         schema = getattr(target, "_schema", None)
         arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
-            raise SpecError(
-                f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}",
-                code="invalid-value",
-            )
+            raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}")
 
 
 def _is_torchs(target: Any) -> bool:

@@ -163,7 +163,9 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
                 shape = tuple(weights.parameters[weight].shape)
                 for start in _behind_branches(graph_module, node):
                     for consumer in uses_of(start, constant | {start}):
-                        if not _repeats_weight(graph_module, consumer):
+                        # A branch beside an op may read the weight of that op as well.
+                        beside = _is_beside(graph_module, consumer.node)
+                        if not beside or consumer.reads != (consumer.node.kwargs.get("weight"),):
                             _read_consumer(consumer, start, shape, uses[weight])
         elif node.op == "call_module":
             _read_module(graph_module, node, record, weights, uses)
@@ -178,11 +180,6 @@ def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.N
         if branches:
             return branches
     return [source]
-
-
-def _repeats_weight(graph_module: fx.GraphModule, consumer: Consumer) -> bool:
-    """Whether a branch beside an op reads the weight of that op as well."""
-    return _is_beside(graph_module, consumer.node) and consumer.reads == (consumer.node.kwargs.get("weight"),)
 
 
 def _is_beside(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -40,8 +40,7 @@ from lorasc_fx.graph.forms import (
     without_transposes,
 )
 from lorasc_fx.graph.record import Record, record_of
-from lorasc_fx.graph.weights import BRANCHES, Weights, module_at, named_weights, owner_of
-from lorasc_fx.plan import Site
+from lorasc_fx.graph.weights import BRANCHES, module_at, named_weights, owner_of
 from lorasc_fx.quantized import same_quantized
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import WeightState, start_weight
@@ -103,14 +102,11 @@ def _plan_fits_weights(subject: Subject) -> Iterator[str]:
             yield f"{site.weight} is planned, but the model has no weight of this name"
         elif tuple(parameter.shape) != site.shape:
             yield f"{site.weight} is {tuple(parameter.shape)}, planned as {site.shape}"
-        elif _ties_differ(weights, site):
+        # A name that nothing reads may be missing in a graph module.
+        elif set(weights.names[site.weight][1:]) - set(site.aliases) or any(
+            weights.canonical.get(alias, site.weight) != site.weight for alias in site.aliases
+        ):
             yield f"{site.weight} is tied to {weights.names[site.weight][1:]}, planned with {site.aliases}"
-
-
-def _ties_differ(weights: Weights, site: Site) -> bool:
-    """Whether the ties differ from those of the plan. A name that nothing reads may be missing in a graph module."""
-    new = set(weights.names[site.weight][1:]) - set(site.aliases)
-    return bool(new) or any(weights.canonical.get(alias, site.weight) != site.weight for alias in site.aliases)
 
 
 def _uses_fit_plan(subject: Subject) -> Iterator[str]:

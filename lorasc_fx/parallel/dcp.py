@@ -57,10 +57,10 @@ def state_dict(
     kept = dict(extra or {})
     with group.agreed(call):
         run.check_ready(call, sharded=True)
-        if run.is_sharded:
+        if not group.is_alone:
             writer.check_between_steps(run, call)
         writer.check_finite(run)
-    if run.is_sharded:
+    if not group.is_alone:
         kept[training_state.RANKS] = group.gather(training_state.random_bytes(), call)
     with group.agreed(call):
         tensors, manifest = writer.contents(run, optimizer, scheduler, kept)

@@ -141,13 +141,14 @@ def begin_stage(
     started = type(branch)(site, spec.seed, stage, parameter)
     initial = InitialFactors()
     with torch.no_grad():
+        # Pairs that are kept are part of the weight that the stage starts from, so the weight must not have them twice.
         if keep and started.follow(branch, spec, pairs=noisy and not left_out):
             assert isinstance(started, LoraBranch)
             initial = InitialFactors(started.exact_factors().map(state.cut))
         if "factors" in started.starts_from(spec, noisy):
             assert isinstance(started, LoraBranch)
             exact = state.exact("fast", arithmetic(state.base.dtype), device=parameter.device)
-            if spec.factor_start.of_delta:
+            if spec.factor_start.of_delta:  # LoftQ: the factors approximate what quantization took from the weight
                 exact = exact - dense(state.base).to(exact)
             a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec)
             # A decomposition does not have the same bits on all machines.
@@ -226,6 +227,7 @@ def end_stage(
         else:
             fault = f"{state.name}, which is trained in full, holds inf or nan"
     elif learner is not None and (checked or on_all(learner.finite())):
+        # All ranks must agree, because adding an expert changes the number of experts on all of them.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
         after = state.absorb(delta, rule)
@@ -312,6 +314,7 @@ def delta_of(
         if state.initial is not None and state.initial.factors is not None:
             assert isinstance(branch, LoraBranch)
             current, start = branch.exact_factors().map(state.cut), state.initial.factors
+            # s (B A - B_0 A_0) as one pair: both terms are as small as the change.
             b = torch.cat([current.b - start.b, start.b], dim=-1)
             a = torch.cat([current.a, current.a - start.a], dim=-2)
             return Delta(Factors(cast(b, parameter.dtype, device), cast(a, parameter.dtype, device)), gain=gain)

@@ -145,6 +145,7 @@ class SlowWeights:
         """
         state = self.started(name)
         live: Delta | torch.Tensor | None = None
+        # A parameter that does not follow the slow rule has no slow value but its current one.
         if isinstance(learner, torch.Tensor):
             live = learner
             if (
@@ -204,6 +205,7 @@ class SlowWeights:
         losses = self.losses_with(loss, plan)
         spec, noisy = plan.spec, not self.idle
         branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
+        # One pass over all factors. Only if it fails is each branch looked at, in `end_stage`.
         finite = self.group.all(all_finite(branches))
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(AFFORDABLE, size)
@@ -235,7 +237,7 @@ class SlowWeights:
         states, values = dict(self.states), {}
         for name, branch in branches.items():
             if not restart and not branch.starts_from(plan.spec, not self.idle):
-                continue
+                continue  # its parameters were initialized when it was made, and do not depend on the weight
             site = plan.by_weight[name]
             states[name], started = begin_stage(
                 states[name], branch, site, plan.spec, plan.stage, keep, not self.idle, name in self.left_out

@@ -1,9 +1,8 @@
-"""`out = base + delta + b @ a`, rounded once: what a fold computes of one weight, the factors that it sums, and
-the dtypes in which weights and deltas are computed.
+"""The arithmetic of a fold, `out = base + delta + b @ a`, rounded once, and the dtypes in which it is computed.
 
-It goes by blocks of rows. On the CPU they stay in the cache between the copy, the product and the rounding; on an
-accelerator they are large enough for the bus, and W0 is copied to it in its own dtype. A weight narrower than the
-arithmetic needs a temporary of one block. Every step is in place, which autocast leaves alone.
+It works on blocks of rows. On the CPU a block stays in the cache between the copy, the product and the rounding. On an
+accelerator blocks are large enough for the bus, and W0 is copied there in its own dtype. A weight narrower than the
+arithmetic needs a temporary of one block. Every step is in place, and autocast does not change ops in place.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ DEVICE_BLOCK = 1 << 26
 
 
 class Scratch:
-    """A scratch buffer for one weight at a time, in the dtype of the arithmetic: page faults of a new one take longer
-    than the arithmetic.
+    """A scratch buffer in the dtype of the arithmetic, for one weight at a time.
+
+    It is reused, because the page faults of a new buffer take longer than the arithmetic.
     """
 
-    def __init__(self) -> None:
-        self._held: torch.Tensor | None = None
+    _buffer: torch.Tensor | None = None
 
     def like(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return `torch.empty_like(weight, dtype=dtype)`; what was returned before may lie in the same memory."""
-        held, entries = self._held, weight.numel()
-        if held is None or held.numel() < entries or (held.dtype, held.device) != (dtype, weight.device):
-            self._held = held = None  # first
-            self._held = held = torch.empty(entries, dtype=dtype, device=weight.device)
-        return held.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
+        """Return `torch.empty_like(weight, dtype=dtype)`. It may share memory with what was returned before."""
+        buffer, entries = self._buffer, weight.numel()
+        if buffer is None or buffer.numel() < entries or (buffer.dtype, buffer.device) != (dtype, weight.device):
+            self._buffer = buffer = None  # free the old buffer before the new one is allocated
+            self._buffer = buffer = torch.empty(entries, dtype=dtype, device=weight.device)
+        return buffer.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
 
 
 def accumulate(
@@ -59,12 +58,12 @@ def accumulate(
     """
     lead = 2 if stacked else 1
     order = [*range(lead), *sorted(range(lead, out.dim()), key=out.stride, reverse=True)]
-    if not out.permute(order).is_contiguous():  # its rows are no matrix in memory
-        whole = torch.empty(out.shape, dtype=dtype, device=out.device)
-        accumulate(whole, base, dtype, delta, pair, stacked)
-        out.copy_(whole)
+    if not out.permute(order).is_contiguous():  # its rows are not the rows of a matrix in memory
+        contiguous = torch.empty(out.shape, dtype=dtype, device=out.device)
+        accumulate(contiguous, base, dtype, delta, pair, stacked)
+        out.copy_(contiguous)
         return
-    if order != sorted(order):  # channels last: base, delta and the columns of `a` in the order of the weight
+    if order != sorted(order):  # channels last: permute base, delta and the columns of `a` like the weight
         base, delta = base.permute(order), None if delta is None else delta.permute(order)
         if pair is not None:
             columns = pair[1].view(*pair[1].shape[:lead], *out.shape[lead:])
@@ -78,39 +77,28 @@ def accumulate(
             accumulate(one, start, dtype, None if delta is None else delta[index], factors)
         return
     rows = max(1, size // max(1, entries))
-    room = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)
+    narrow = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)
     with exact_products(out):
         for first in range(0, out.shape[0], rows):
-            _block(out, base, delta, pair, slice(first, first + rows), room, stacked)
-
-
-def _block(
-    out: torch.Tensor,
-    base: torch.Tensor,
-    delta: torch.Tensor | None,
-    pair: tuple[torch.Tensor, torch.Tensor] | None,
-    part: slice,
-    room: torch.Tensor | None,
-    stacked: bool,
-) -> None:
-    target, source = out[part], base[part]
-    held = target if room is None else room[: len(target)]
-    if delta is not None and delta.dtype == torch.float64 and not has_fp64(target.device):
-        source, delta = source.cpu().to(held.dtype, copy=True).add_(delta[part].cpu()), None
-    # `copy_` between devices casts first: right for fp64, but a narrow weight is copied before it is cast.
-    held.copy_(source.to(target.device) if source.dtype.itemsize < held.dtype.itemsize else source)
-    if delta is not None:
-        held.add_(delta[part].to(held.device))  # a wider delta is added as it is, and the sum is rounded
-    if pair is not None and stacked:
-        held.view(*held.shape[:2], math.prod(held.shape[2:])).baddbmm_(pair[0][part], pair[1][part])
-    elif pair is not None:
-        held.view(len(held), math.prod(held.shape[1:])).addmm_(pair[0][part], pair[1])
-    if room is not None:
-        target.copy_(held)
+            block = slice(first, first + rows)
+            target, source, more = out[block], base[block], None if delta is None else delta[block]
+            total = target if narrow is None else narrow[: len(target)]
+            if more is not None and more.dtype == torch.float64 and not has_fp64(target.device):
+                source, more = source.cpu().to(total.dtype, copy=True).add_(more.cpu()), None
+            # `copy_` between devices casts first: right for fp64, but a narrow weight is copied before it is cast.
+            total.copy_(source.to(target.device) if source.dtype.itemsize < total.dtype.itemsize else source)
+            if more is not None:
+                total.add_(more.to(total.device))  # a wider delta is added as it is, and the sum is rounded
+            if pair is not None and stacked:
+                total.view(*total.shape[:2], math.prod(total.shape[2:])).baddbmm_(pair[0][block], pair[1][block])
+            elif pair is not None:
+                total.view(len(total), math.prod(total.shape[1:])).addmm_(pair[0][block], pair[1])
+            if narrow is not None:
+                target.copy_(total)
 
 
 def exact_products(like: torch.Tensor) -> AbstractContextManager[None]:
-    """Let fp32 products on an accelerator be fp32, whatever the process has chosen for its training (TF32, say)."""
+    """Compute fp32 products on an accelerator in fp32, even if the process has chosen TF32 for its training."""
     return _ieee() if like.is_cuda else nullcontext()
 
 
@@ -122,15 +110,17 @@ def _ieee(undo: Block) -> None:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the tensor in a dtype on a device. It is cast on the host if it comes from there or goes there: some
-    accelerators (MPS) have no fp64.
+    """Return the tensor in a dtype on a device.
+
+    If it comes from the host or goes there, it is cast on the host, because some accelerators (MPS) have no fp64.
     """
     return tensor.to(dtype).to(device) if tensor.device.type == "cpu" else tensor.to(device).to(dtype)
 
 
 def summing(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a dense delta, to which every stage adds: fp64, so that its sum is rounded once however many
-    there were; fp32 is fine enough for weights that are narrower.
+    """Return the dtype of a dense delta, to which every stage adds.
+
+    It is wider than the weight, so that the sum of all stages is rounded once: fp64, or fp32 for narrow weights.
     """
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
 

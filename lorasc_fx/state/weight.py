@@ -203,9 +203,9 @@ class WeightState(Tree):
 
     def view(self, which: Which) -> View:
         """Return the view of slow, fast or averaged weights. Fast weights are `start` plus the running branch."""
-        if which == "averaged":
-            return self.views.get("average", self.slow)
-        return self.start if which == "fast" else self.slow
+        if which == "averaged" and "average" in self.views:
+            return self.views["average"]
+        return self.views["start" if which == "fast" else "slow"]
 
     @property
     def ends(self) -> Mapping[int, View]:
@@ -249,7 +249,7 @@ class WeightState(Tree):
             out.copy_(value)
             return
         assert not isinstance(live, torch.Tensor)
-        if self.noises and out.dtype != dtype:
+        if self.noises and out.dtype != dtype:  # noise is added last, and the sum is rounded once
             out.copy_(self.exact(which, dtype, live, out.device))
             return
         base, delta, pairs = self.terms(which, live)
@@ -278,7 +278,7 @@ class WeightState(Tree):
             more = live.dense.reshape(self.matrix)
             more = more if gain is None else _along(gain, more, self.transposed)
             delta = more if delta is None else delta.to(more) + more
-        if (rows := self.scale(gain)) is not None:
+        if (rows := self._scale_since(0, self.row_scale, gain)) is not None:
             base = _along(rows, base.cpu().double(), self.transposed)
         return base, delta, pairs
 
@@ -399,6 +399,7 @@ class WeightState(Tree):
         if self.full:  # what the parameter then holds, in its own dtype
             start = start.to(live.dtype) if isinstance(live, torch.Tensor) else self.start
         views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
+        # Earlier ends are vectors over the same experts. Once the dense tensor changes, they have no base any more.
         if slow.dense is not self.slow.dense:
             for end in list(ends)[: 1 - MAX_ENDS if rule.keeps and self.full else None]:
                 gone = max(gone, end)
@@ -492,6 +493,7 @@ class WeightState(Tree):
         else:
             summed = {name: View((), self._sum(view)) for name, view in live.items()}
         slow = summed["slow"]
+        # An end before the last row scale had other rows of W0, so the collapsed state cannot express it.
         last = max((expert.stage for expert in self.experts if expert.row_scale is not None), default=0)
         ends = self.ends
         now = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]

@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,6 +121,16 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return fingerprint_of(plain.dtype, tuple(plain.shape), [data_of(plain)])
 
 
+def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the fingerprint of each tensor, by name."""
+    return _of_each(fingerprint, tensors)
+
+
+def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the checksum of each tensor, by name."""
+    return _of_each(checksum, tensors)
+
+
 def _of_each(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
     """Return the digest of each tensor, by name. Uses as many threads as torch does if there is much to read."""
     threads, size = torch.get_num_threads(), sum(tensor.nbytes for tensor in tensors.values())
@@ -128,10 +138,6 @@ def _of_each(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Te
         return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
-
-
-checksums = partial(_of_each, checksum)
-fingerprints = partial(_of_each, fingerprint)
 
 
 def fingerprint_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Buffer]) -> str:

@@ -51,7 +51,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "commit": (Run, "commit"),
     "digest of the source": (run_base, "source_digest"),
     "redraw": (model, "write_start"),
-    "sum over ranks": (ProcessGroup, "_reduced"),
+    "sum over ranks": (ProcessGroup, "sum"),
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (WeightState, "exact"),
     # integrations
