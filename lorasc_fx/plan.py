@@ -116,14 +116,14 @@ class Site:
         """Number of matrices that a weight of kind `experts` stacks, each with a pair of its own; else None."""
         return self.shape[0] if self.kind == "experts" else None
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """[out, in] of the weight seen as a matrix (of each, for experts): all but the first axis are flattened."""
         first, *rest = self.shape[1:] if self.experts else self.shape
         columns = math.prod(rest)
         return (first, columns) if self.layout == "out_in" else (columns, first)
 
-    @property
+    @cached_property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of a pair A [rank, in] and B [out, rank], with the axis of experts before them if there is one.
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.captured import Axis, Captured, FrontEnd, check_drew_nothing, read_live
 from lorasc_fx.check.process_state import quiet
@@ -34,7 +35,11 @@ def capture_symbolic(
     """
     given = signature_of(model).bind(*args, **kwargs)
     given.apply_defaults()
-    constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
+    constants = {
+        name: value
+        for name, value in given.arguments.items()
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+    }
     tracer = _Tracer()
     with quiet(grad=torch.is_grad_enabled()):
         drawn = generator_states()
@@ -83,7 +88,7 @@ class _Tracer(fx.Tracer):
         }
         self._modes = _modes()
         forward, args = self.create_args_for_root(type(root).forward, True, concrete_args)
-        with _intercepted(self, root), _exchanged_functions(), _Modes():
+        with _intercepted(self, root), _Modes():
             self.create_node("output", "output", (self.create_arg(forward(*args)),), {})
         return self.graph
 
@@ -92,7 +97,8 @@ class _Tracer(fx.Tracer):
 def _intercepted(undo: Block, tracer: _Tracer, root: nn.Module) -> None:
     """Route calls of the model's modules to `call_module`, and reads of its parameters to proxies.
 
-    A call is intercepted through `_compiled_call_impl`, the attribute that nn.Module.__call__ tries first.
+    A call is intercepted through `_compiled_call_impl`, the attribute that nn.Module.__call__ tries first. Functions
+    registered by `torch.fx.wrap` are recorded as one call each. The caller holds the lock of `quiet`.
     """
     tracing, proxies = threading.get_ident(), dict[str, fx.Proxy]()
 
@@ -124,6 +130,7 @@ def _intercepted(undo: Block, tracer: _Tracer, root: nn.Module) -> None:
         vars(module)[_CALL] = interceptor(module)
         if isinstance(module._parameters, dict):  # a script module has a container of its own
             vars(module)["_parameters"] = Parameters(module._parameters)
+    _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
 
 
 class _Modes(TorchFunctionMode):
@@ -140,14 +147,9 @@ def _modes() -> tuple[Any, ...]:
     return (torch.is_inference_mode_enabled(), autocast_state())
 
 
-@isolated
-def _exchanged_functions(undo: Block) -> None:
-    """Record functions registered by `torch.fx.wrap` as one call each. The caller holds the lock of `quiet`."""
-    _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
-
-
 def _check_differentiates_activations(graph: fx.Graph) -> None:
     """Raise RuntimeError if the graph asks for gradients of weights, because weights with a branch are frozen."""
+    # A gradient for an activation is fine: the graph computes it through the branches.
     weights: set[fx.Node] = set()  # weights, and nodes computed from weights alone
     for node in graph.nodes:
         if node.op == "get_attr" or (
@@ -159,10 +161,6 @@ def _check_differentiates_activations(graph: fx.Graph) -> None:
             inputs = differentiated if isinstance(differentiated, (tuple, list)) else (differentiated,)
             if not weights.isdisjoint(inputs):
                 raise RuntimeError("the model differentiates by a weight, which is frozen where its branch trains")
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
 
 
 def _checks_a_constant(node: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def _export(
     with quiet(grad=torch.is_grad_enabled()):
         drawn = generator_states()
         shapes = _dynamic_shapes(signature_of(model), args, kwargs, dynamic)
-        with substituted(model, _stand_ins(model)), as_opaque_products(), _buffer_hooks_kept(), _no_stack_traces():
+        with substituted(model, _stand_ins(model)), as_opaque_products(), _export_settings():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
         check_drew_nothing(drawn)
         program._guards_code = _by_parameter(program._guards_code, inspect.signature(root.forward))
@@ -112,22 +112,18 @@ EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_
 
 
 @isolated
-def _buffer_hooks_kept(undo: Block) -> None:
-    """Remove the global buffer hook that torch 2.9 leaves behind when an export fails."""
+def _export_settings(undo: Block) -> None:
+    """Remove global hooks that an export leaves behind, and switch off what takes time and is not needed."""
     hooks = nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
 
-    def remove() -> None:
+    def remove() -> None:  # torch 2.9 leaves a hook behind if an export fails
         for key in hooks.keys() - before:
             if hooks[key].__module__.startswith("torch."):
                 del hooks[key]
 
     undo(remove)
-
-
-@isolated
-def _no_stack_traces(undo: Block) -> None:
-    """Do not record a stack trace for each node: nothing reads them, and it takes a sixth of the time of an export."""
+    # Nothing reads the stack trace of a node, and recording them takes a sixth of the time of an export.
     if hasattr(config, "do_not_emit_stack_traces"):  # not in torch 2.9
         undo(partial(setattr, config, "do_not_emit_stack_traces", config.do_not_emit_stack_traces))
         config.do_not_emit_stack_traces = True
