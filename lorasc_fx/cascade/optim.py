@@ -1,4 +1,4 @@
-"""What a transition does to an optimizer: the state of the branches' parameters, and of nothing else."""
+"""The optimizer at a transition: only the state of the branches' parameters changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasc_fx.shards import dtensor_like, full_tensor, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
 _COPIES = {"lookahead_slow_buff"}
-"""Entries of a state that are copies of the parameter: after a transition, of one that is no more."""
+"""Entries of a state that are copies of the parameter. They are stale after a transition."""
 
 
 def check_numbers(state: Any, path: str) -> None:
@@ -51,14 +51,14 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
 
 
 def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Sequence[Mapping[str, Any]]]) -> None:
-    """Refuse an optimizer with one learning rate for all that trains, where the spec asks for others beside it.
+    """Refuse an optimizer that has one learning rate for all trained parameters although the spec has several.
 
     Args:
-        optimizer: whose rates count as they were before a scheduler changed them.
-        asked: returns the groups that an optimizer of the spec has, by the learning rate of A (`groups`).
+        optimizer: its initial rates count, before a scheduler changed them.
+        asked: returns the groups that the spec asks for, given the learning rate of A (`groups`).
 
     Raises:
-        SpecError: names the first group that is to have another rate.
+        SpecError: names the first group that needs another rate.
     """
     # With one rate for all, the user built the optimizer from `parameters()` and lost the rates of the spec.
     trained = {id(parameter) for group in asked(0.0) for parameter in group["params"]}
@@ -91,12 +91,12 @@ def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def treated_state(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
 ) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for these parameters after a restart, as new tensors; the optimizer is not changed.
+    """Return the optimizer's state for these parameters after a restart, as new tensors. Does not change the optimizer.
 
-    `reset` is the state of a parameter that was never stepped; a number is a share to prune by magnitude (ReLoRA,
-    2307.05695): what is among that share of the smallest entries in any state tensor of the parameter's shape becomes
-    zero in all of them. Adam's second moment is never pruned where the first is kept: A, whose gradient is zero
-    while B is, would step by exp_avg / eps. Copies of the parameter are never kept.
+    `reset` is the state of a parameter that was never stepped. A number is the share to prune by magnitude (ReLoRA,
+    2307.05695): an entry among the smallest of any state tensor becomes zero in all state tensors of the parameter's
+    shape. So Adam's second moment is never zero where the first is not: A, whose gradient is zero while B is zero,
+    would step by exp_avg / eps. Copies of the parameter are never kept.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter in parameters:
@@ -116,7 +116,7 @@ def treated_state(
 def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, Any]:
     """Return the optimizer's state for these parameters with zeros where their masks are False, as new tensors.
 
-    A state that is not kept by entry, such as the factored moments of Adafactor, is reset.
+    A state without an entry for each entry of the parameter, such as Adafactor's factored moments, is reset.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter, mask in masks.items():
@@ -134,7 +134,7 @@ def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, to
 
 
 def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Any]) -> None:
-    """Give the optimizer these states; an empty one is taken away, so that the next step starts it anew."""
+    """Give the optimizer these states. An empty state is removed, so that the next step initializes it."""
     table = stepping(optimizer).state
     for parameter, state in states.items():
         if state:

@@ -1,4 +1,4 @@
-"""Other weights in place of those of the running stage, for the time of a `with`."""
+"""Replaces the weights of the running stage by other weights inside a `with`."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
 
 
 class Before:
-    """What the parameters of a run hold before other weights are put in place, and how to restore it.
+    """The state of a run's parameters before other weights replace them, and how to restore it.
 
-    Weights of the slow state are computed anew; parameters trained in full and running statistics are copied.
+    Weights of the slow state are computed again. Parameters trained in full and running statistics are copied.
     """
 
     def __init__(self, run: Run) -> None:
@@ -94,7 +94,7 @@ class Before:
         self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in kept]
 
     def restore(self) -> None:
-        """Write back what the parameters hold while the stage trains. If that raises, try once more.
+        """Restore the weights of the running stage. If that raises, try once more.
 
         Raises:
             StateError: a weight was written inside the `with`. The weights are restored.
@@ -139,7 +139,7 @@ class Before:
             self.set_versions()  # autograd graphs from before can be differentiated again
 
     def set_versions(self, version: int | None = None) -> None:
-        """Set the version counters of the parameters, by default those that they had before."""
+        """Set the version counters of the parameters, by default to their earlier values."""
         names = tuple(name for name in self.versions if name in self.owned)
         versions = tuple(self.versions[name] if version is None else version for name in names)
         torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)

@@ -34,7 +34,7 @@ from lorasc_fx.state.products import Scratch, arithmetic
 from lorasc_fx.state.weight import Memory, SlowRule, WeightState, Which, base_of, host
 
 AFFORDABLE = 1 << 20
-"""Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
+"""Number of entries trained in full up to which each stage keeps a copy. The limit is higher if branches are larger."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class SlowWeights:
 
     Args:
         states: of the parameters trained in full, the sites, and every matrix that carries noise.
-        idle: no stage runs; the parameters hold the slow weights, without noise.
-        left_out: names of the weights that the last fold did not move, because what had trained was not finite.
+        idle: whether no stage runs. Then the parameters hold the slow weights without noise.
+        left_out: names of the weights that the last fold did not change, because the trained values were not finite.
         averaged: number of stages whose slow weights are in the average.
-        losses: of the stages that have ended, by number, if the pace depends on them.
-        group: the processes that hold the weights in shards, of which this one has its own.
+        losses: losses of the stages that have ended, by number, if the pace depends on them.
+        group: the ranks that hold the shards of the weights.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
@@ -79,13 +79,13 @@ class SlowWeights:
         mapped: Mapping[str, torch.Tensor] | None = None,
         memory: Memory = "memory",
     ) -> SlowWeights:
-        """Return the state that knows these weights as well; their present values are W0.
+        """Return a state with these weights added. Their current values are W0.
 
         Args:
-            parameters: by name. Of a DTensor the state is that of the shard that is here.
-            plan: of the running stage.
-            mapped: W0 of some of them, equal to the present values, kept where they are.
-            memory: that keeps W0 of the others.
+            parameters: by name. For a DTensor, the state is that of the local shard.
+            plan: plan of the running stage.
+            mapped: W0 of some of them as memory-mapped tensors, equal to the current values.
+            memory: the kind of memory that keeps W0 of the others.
         """
         sites, mapped = plan.by_weight, mapped or {}
         new = {
@@ -102,7 +102,7 @@ class SlowWeights:
         return replace(self, states={**self.states, **new})
 
     def with_trained(self, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, TrainRule]) -> SlowWeights:
-        """Return the state that knows these parameters, trained in full, some by a rule of their own."""
+        """Return a state with these parameters added, which are trained in full. Some have a rule."""
         new = {
             name: WeightState(name, host(value), shard=shard_of(value), full=True, rule=rules.get(name)).bare()
             for name, value in parameters.items()
@@ -110,7 +110,7 @@ class SlowWeights:
         return replace(self, states={**self.states, **new})
 
     def started(self, name: str) -> WeightState:
-        """Return the state of a weight from which the running stage started: when idle, the slow weights."""
+        """Return the state of a weight with the start of the running stage. If idle, the start is the slow weights."""
         state = self.states[name]
         if not self.idle:
             return state
@@ -118,8 +118,10 @@ class SlowWeights:
         return replace(state, views={**state.views, "start": start})
 
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor, scratch: Scratch | None = None) -> None:
-        """Write what the parameter of this name holds between two steps, W_t or when idle the slow weight, into `out`;
-        of a parameter trained in full, what its stage started from. `scratch` is for one weight at a time.
+        """Write the value between two steps into `out`: W_t, or the slow weight if idle.
+
+        For a parameter trained in full, this is the value that its stage started from. `scratch` is for one weight at a
+        time.
         """
         if self.idle:
             self.write_value(name, "fast", out)
@@ -140,14 +142,14 @@ class SlowWeights:
     ) -> None:
         """Write what `value` returns into `out`.
 
-        With the plan of the running stage the magnitudes of its branch count, and what does not follow the slow rule is
-        as it is now.
+        If the plan of the running stage is given, the magnitudes of its branch count, and parameters that do not follow
+        the slow rule have their current values.
         """
         state = self.started(name)
-        live: Delta | torch.Tensor | None = None
+        running: Delta | torch.Tensor | None = None
         # A parameter that does not follow the slow rule has no slow value but its current one.
         if isinstance(learner, torch.Tensor):
-            live = learner
+            running = learner
             if (
                 plan is not None
                 and which != "base"
@@ -157,13 +159,13 @@ class SlowWeights:
                 which = "fast"
         elif learner is not None and which == "fast" and not state.shard.group.all(not has_trained(learner, state)):
             assert plan is not None, "the delta of a branch depends on the plan of its stage"
-            live = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
-        state.write(out, which, arithmetic(out.dtype), live)
+            running = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
+        state.write(out, which, arithmetic(out.dtype), running)
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
-        """Whether one of these, by weight name, has left the start of its stage, here or elsewhere."""
+        """Whether one of these, by weight name, has changed since the start of its stage, on any rank."""
         trained = [has_trained(learner, self.started(name)) for name, learner in learners.items()]
-        return self.group.any(any(trained))  # all are asked first: ranks talk
+        return self.group.any(any(trained))  # not lazily: every rank must make the same collective calls
 
     def losses_with(self, loss: Any, plan: Plan) -> Mapping[int, float]:
         """Return the losses of the stages with that of the running one; empty if the pace does not depend on losses.

@@ -43,7 +43,7 @@ MAX_ENDS = 100
 
 @dataclass(frozen=True)
 class Expert(Factors):
-    """What one stage added.
+    """The delta of one stage.
 
     Args:
         stage: the stage that trained it; 0 if it was trained elsewhere.
@@ -132,20 +132,21 @@ class WeightState(Tree):
     """W0 with what the stages added.
 
     Args:
-        name: of the weight.
-        base: W0, in the weight's own dtype; never written to.
-        stacked: the first axis counts matrices (a mixture of experts).
-        transposed: it is stored as [in, out].
+        name: name of the weight.
+        base: W0 in the weight's dtype. It is never written.
+        stacked: whether the first axis counts matrices (a mixture of experts).
+        transposed: whether the weight is stored as [in, out].
         experts: the trained branches, oldest first.
-        views: by name. `slow`; `start`, from which the running stage started; `average` over stages, where it is not
-            the slow one; `velocity`, v of the slow rule with momentum; `stage/K`, the slow one at the end of stage K.
-        gone: the last stage whose end has no view left: its experts were summed into a dense delta.
-        row_scale: of W0 [out] in fp64, as it was when experts were summed.
-        noises: that stay.
-        initial: factors of the running stage; None for B = 0.
-        shard: which shard of the weight all of this is of.
-        full: it is trained in full. Then there are no experts and no noise.
-        rule: of a parameter trained in full, the first of the spec's train_rules that means it.
+        views: by name. `slow`; `start`, from which the running stage started; `average` over stages, unless it equals
+            the slow weights; `velocity`, v of the slow rule with momentum; `stage/K`, the slow weights at the end of
+            stage K.
+        gone: the last stage whose end has no view any more, because its experts were summed into a dense delta.
+        row_scale: row scale of W0, [out] in fp64, at the time when experts were summed.
+        noises: the noise that stays in the weight.
+        initial: initial factors of the running stage. None if its branch started at B = 0.
+        shard: the slice of the weight on this rank.
+        full: whether the weight is trained in full. Then there are no experts and no noise.
+        rule: for a parameter trained in full, the first of the spec's train_rules that matches it.
     """
 
     name: str
@@ -165,14 +166,14 @@ class WeightState(Tree):
     # ---- a parameter trained in full
 
     def holding(self, value: torch.Tensor) -> WeightState:
-        """Return the state of a parameter trained in full whose stage starts from a value; earlier ends are gone."""
+        """Return the state of a parameter trained in full whose stage starts from a value. Earlier ends are dropped."""
         dtype = arithmetic(self.base.dtype)
         slow = View((), value.to(dtype))
         start = slow if self.base.dtype == dtype else View((), value.to(self.base.dtype))
         return replace(self, views={"slow": slow, "start": start}, gone=max((self.gone, *self.ends)), full=True)
 
     def follows(self, spec: CascadeSpec) -> bool:
-        """Whether the slow weights follow at the pace of the spec; else they are the fast ones."""
+        """Whether the slow weights follow the pace of the spec. Otherwise they equal the fast weights."""
         return not self.full or (spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow)
 
     def broken(self, value: torch.Tensor) -> bool:
@@ -218,16 +219,16 @@ class WeightState(Tree):
         self,
         which: Which,
         dtype: torch.dtype,
-        live: Delta | torch.Tensor | None = None,
+        running: Delta | torch.Tensor | None = None,
         device: torch.device | None = None,
     ) -> torch.Tensor:
-        """Return W0 + delta in the dtype of the arithmetic, before the one rounding.
+        """Return W0 + delta in the dtype of the arithmetic, before it is rounded.
 
-        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md); of a parameter
-        trained in full `live` is the value itself.
+        `fast` is the start of the running stage plus `running`, the delta of the running branch (F_t of algorithm.md).
+        For a parameter trained in full, `running` is its current value.
         """
         total = torch.empty(self.base.shape, dtype=dtype, device=self.base.device if device is None else device)
-        self.write(total, which, dtype, live)
+        self.write(total, which, dtype, running)
         return total
 
     def write(
@@ -235,24 +236,22 @@ class WeightState(Tree):
         out: torch.Tensor,
         which: Which,
         dtype: torch.dtype,
-        live: Delta | torch.Tensor | None = None,
+        running: Delta | torch.Tensor | None = None,
     ) -> None:
-        """Write what `exact` returns into `out`, of the weight's shape: computed in `dtype`, rounded once to that of
-        `out`.
-        """
+        """Compute the weight in `dtype`, like `exact`, and write it into `out`, rounded once to the dtype of `out`."""
         if which == "base":
             out.copy_(dense(self.base))
             return
         if self.full:
-            value = self.view(which).dense if which != "fast" or live is None else live
+            value = self.view(which).dense if which != "fast" or running is None else running
             assert isinstance(value, torch.Tensor)
             out.copy_(value)
             return
-        assert not isinstance(live, torch.Tensor)
+        assert not isinstance(running, torch.Tensor)
         if self.noises and out.dtype != dtype:  # noise is added last, and the sum is rounded once
-            out.copy_(self.exact(which, dtype, live, out.device))
+            out.copy_(self.exact(which, dtype, running, out.device))
             return
-        base, delta, pairs = self.terms(which, live)
+        base, delta, pairs = self.terms(which, running)
         pair = sum_of(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
@@ -261,21 +260,21 @@ class WeightState(Tree):
             add_noise(out, drawn, kept.amplitude)
 
     def terms(
-        self, which: Which, live: Delta | None
+        self, which: Which, running: Delta | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
         """Return W0, the dense delta, and pairs of coefficient and factors, whose sum are the weights of a view.
 
         If a method scales rows, each term has its rows scaled.
         """
-        live = live if which == "fast" and live is not None else Delta()
-        view, gain = self.view(which), live.gain
+        running = running if which == "fast" and running is not None else Delta()
+        view, gain = self.view(which), running.gain
         base, delta, pairs = dense(self.base), view.dense, self._pairs(view, gain)
-        if live.factors is not None:
-            pairs.append((1.0, scaled(live.factors, gain, self.transposed)))
+        if running.factors is not None:
+            pairs.append((1.0, scaled(running.factors, gain, self.transposed)))
         if delta is not None and (rows := self._scale_since(0, gain)) is not None:
             delta = _along(rows, delta, self.transposed)
-        if live.dense is not None:
-            more = live.dense.reshape(self.matrix)
+        if running.dense is not None:
+            more = running.dense.reshape(self.matrix)
             more = more if gain is None else _along(gain, more, self.transposed)
             delta = more if delta is None else delta.to(more) + more
         if (rows := self._scale_since(0, self.row_scale, gain)) is not None:
@@ -360,26 +359,26 @@ class WeightState(Tree):
 
     # ---- the next state
 
-    def absorb(self, live: Delta | torch.Tensor | None, rule: SlowRule) -> WeightState:
+    def absorb(self, running: Delta | torch.Tensor | None, rule: SlowRule) -> WeightState:
         """Return the state after the slow update. The velocity of a rule with momentum is one more view.
 
-        Zero factors are not kept: a longer product sums in another order, and without them weights stay bit-identical.
+        Zero factors are dropped: a longer product sums in another order, so weights would not stay bit-identical.
 
         Args:
-            live: what the branch has added, or the value of a parameter trained in full; None for a weight that is left
-                out, or that has no branch.
-            rule: of the stage that ends.
+            running: the delta of the branch, or the value of a parameter trained in full. None for a weight without a
+                branch, and for one whose training is dropped.
+            rule: the slow update of the stage that ends.
         """
         experts, old, moved, stage, pace = self.experts, self.slow, self.start, rule.stage, rule.pace
-        if isinstance(live, torch.Tensor):
+        if isinstance(running, torch.Tensor):
             assert old.dense is not None
-            moved = View((), live.to(old.dense.dtype))
+            moved = View((), running.to(old.dense.dtype))
         elif self.full:
             moved = old
-        elif live is not None and live.factors is not None:
-            pair, row_scale = live.factors, None
-            if live.gain is not None:
-                wide, row_scale = scaled(pair, live.gain, self.transposed), 1 - pace + pace * live.gain
+        elif running is not None and running.factors is not None:
+            pair, row_scale = running.factors, None
+            if running.gain is not None:
+                wide, row_scale = scaled(pair, running.gain, self.transposed), 1 - pace + pace * running.gain
                 pair = Factors(wide.b.to(pair.b.dtype), wide.a.to(pair.a.dtype))
             if not self.shard.group.all(not pair.b.any()):
                 experts, moved = (*experts, Expert(pair.b, pair.a, stage, row_scale)), moved.extended((1.0,))
@@ -387,8 +386,8 @@ class WeightState(Tree):
                 b, a = pair.b[..., :0].clone(), pair.a[..., :0, :].clone()
                 experts = (*experts, Expert(b, a, stage, row_scale))
                 old, moved = old.extended((1.0,)), moved.extended((1.0,))
-        elif live is not None and live.dense is not None:
-            more = live.dense.reshape(self.matrix).to(summing(self.base.dtype))
+        elif running is not None and running.dense is not None:
+            more = running.dense.reshape(self.matrix).to(summing(self.base.dtype))
             moved = moved.plus(View(dense=more), 1.0)
         slow, velocity = old.toward(moved, pace), self.views.get("velocity")
         if rule.momentum:
@@ -397,7 +396,7 @@ class WeightState(Tree):
             slow = slow.plus(velocity, pace * rule.momentum)
         start = RESTARTS[rule.restart].start(slow, moved)
         if self.full:  # what the parameter then holds, in its own dtype
-            start = start.to(live.dtype) if isinstance(live, torch.Tensor) else self.start
+            start = start.to(running.dtype) if isinstance(running, torch.Tensor) else self.start
         views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
         # Earlier ends are vectors over the same experts. Once the dense tensor changes, they have no base any more.
         if slow.dense is not self.slow.dense:
@@ -414,17 +413,17 @@ class WeightState(Tree):
         return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(rule.carry_rank)
 
     def added(self, experts: Sequence[Expert], coefficients: Sequence[float]) -> WeightState:
-        """Return the state with experts that were trained elsewhere in what it is now, not in the ends of stages."""
+        """Return the state with experts that were trained elsewhere. The ends of stages do not get them."""
         views = {name: view.extended(coefficients) for name, view in self.views.items() if "/" not in name}
         views |= {name: view for name, view in self.views.items() if "/" in name}
-        if "velocity" in self.views:  # what comes from elsewhere was no step of this run
+        if "velocity" in self.views:  # these experts are not a step of this run
             views["velocity"] = self.views["velocity"].extended([0.0] * len(coefficients))
         return replace(self, experts=(*self.experts, *experts), views=views).compact()
 
     def at(self, stage: int) -> WeightState | None:
-        """Return the state at the end of a stage (0: W0), as both slow and start; None if it is not kept any more.
+        """Return the state at the end of a stage (0: W0), as both slow and start. None if that end was dropped.
 
-        A weight that was not known yet had no delta.
+        A weight that was added in a later stage had no delta then.
         """
         if 0 < stage <= self.gone:
             return None
@@ -440,7 +439,7 @@ class WeightState(Tree):
         return replace(self, experts=experts, views=views, noises=noises, initial=None)
 
     def bare(self, base: torch.Tensor | None = None) -> WeightState:
-        """Return the state of the weight before the first stage; of another W0, if one is given."""
+        """Return the state of the weight before the first stage, with another W0 if one is given."""
         base = self.base if base is None else base
         kept = self.name, base, self.stacked, self.transposed
         bare = WeightState(*kept, shard=self.shard, full=self.full, rule=self.rule)
@@ -448,7 +447,7 @@ class WeightState(Tree):
 
     @property
     def matrix(self) -> tuple[int, ...]:
-        """Shape of the weight seen as a matrix [rows, columns], or as a stack of them; if trained in full its own."""
+        """Shape of the weight as a matrix [rows, columns] or a stack of matrices. If trained in full, its own shape."""
         if self.full:
             return tuple(self.base.shape)
         stack, (first, *rest) = (self.base.shape[:1], self.base.shape[1:]) if self.stacked else ((), self.base.shape)
@@ -482,23 +481,23 @@ class WeightState(Tree):
         Args:
             rank: for a quantized weight, which needs low-rank sums. Otherwise the sums are dense.
         """
-        live = {name: view for name, view in self.views.items() if "/" not in name}
+        current = {name: view for name, view in self.views.items() if "/" not in name}
         if not self.start_differs:
-            del live["start"]
+            del current["start"]
         experts: tuple[Expert, ...] = ()
         if rank is not None:
             stage = max(expert.stage for expert in self.experts)
-            experts = tuple(self._low_rank(view, rank, stage) for view in live.values())
-            summed = {name: View(tuple(float(name == other) for other in live)) for name in live}
+            experts = tuple(self._low_rank(view, rank, stage) for view in current.values())
+            summed = {name: View(tuple(float(name == other) for other in current)) for name in current}
         else:
-            summed = {name: View((), self._sum(view)) for name, view in live.items()}
+            summed = {name: View((), self._sum(view)) for name, view in current.items()}
         slow = summed["slow"]
         # An end before the last row scale had other rows of W0, so the collapsed state cannot express it.
         last = max((expert.stage for expert in self.experts if expert.row_scale is not None), default=0)
         ends = self.ends
-        now = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]
-        gone = max((self.gone, *(end for end in ends if end not in now)))
-        views = {"slow": slow, "start": slow, **summed} | {f"stage/{end}": slow for end in now}
+        same_ends = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]
+        gone = max((self.gone, *(end for end in ends if end not in same_ends)))
+        views = {"slow": slow, "start": slow, **summed} | {f"stage/{end}": slow for end in same_ends}
         return replace(self, experts=experts, views=views, gone=gone, row_scale=self.scale())
 
     def _low_rank(self, view: View, rank: int, stage: int) -> Expert:
@@ -533,11 +532,11 @@ class WeightState(Tree):
     # ---- shards
 
     def axis(self, side: Side) -> int | None:
-        """Return the axis along which a tensor of this side is cut, as the weight is; None where it is whole."""
+        """Return the axis along which a tensor of this side is sharded. None if each rank has all of it."""
         return None if self.shard.axis is None else side.axis(self.shard.axis, self.stacked, self.transposed)
 
     def to_shard(self, shard: ShardSpec, mapped: bool = False) -> WeightState:
-        """Return the state of the shard that is here, in memory of its own; W0 stays in its file where `mapped`."""
+        """Return a copy of the state for the slice on this rank. If `mapped`, W0 stays memory-mapped."""
         part = replace(self, shard=shard)
 
         def here(value: torch.Tensor, side: Side) -> torch.Tensor:
@@ -546,7 +545,7 @@ class WeightState(Tree):
         return replace(part.map(here), shard=shard)
 
     def cut(self, value: torch.Tensor, side: Side, copied: bool = True) -> torch.Tensor:
-        """Return of a whole tensor that lies beside the weight what is here, in memory of its own where `copied`."""
+        """Return this rank's slice of a full tensor of this side, as a copy if `copied`."""
         axis = self.axis(side)
         if axis is None:
             return value
@@ -554,14 +553,14 @@ class WeightState(Tree):
         return here.clone() if copied else here
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
-        """Return the whole of a tensor that lies beside the weight. Every rank must call this at the same point."""
+        """Return the full tensor of this rank's slice. Every rank must call this at the same point."""
         axis = self.axis(side)
         return replace(self.shard, axis=axis).whole(value)
 
     # ---- faults
 
     def faults(self) -> list[str]:
-        """Return what is wrong with what a checkpoint may hold, each as the end of a sentence about the slow state."""
+        """Return what is wrong with a state from a checkpoint, each as the end of a sentence about the slow state."""
         sentences = []
         counts = {name: len(view.coefficients) for name, view in self.views.items() if "/" not in name}
         if not len(self.experts) == counts["slow"] == counts["start"]:
@@ -643,10 +642,10 @@ def keep_base(base: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device) -> Factors:
-    """Return the sum of `c * b @ a` as one pair: all `b` side by side, times c, and all `a` one below the other; of one
-    pair that fits, its own tensors.
+    """Return the sum of `c * b @ a` as one pair: all `c b` side by side, and all `a` one below the other.
 
-    Both are row-major: BLAS rounds the product of a transposed factor differently, and a checkpoint keeps no strides.
+    The tensors of a single pair are returned without a copy if possible. Both are row-major: BLAS rounds the product of
+    a transposed factor differently, and a checkpoint keeps no strides.
     """
     # Experts lie on the host, the factors of a running branch beside the model: concatenate where the experts are.
     home = pairs[0][1].b.device
@@ -692,13 +691,13 @@ def truncated(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, ran
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with the strides of a new one; `contiguous` leaves those of axes of length 1 as they are."""
+    """Return the tensor with the strides of a new one. `contiguous` does not change the strides of axes of length 1."""
     strides = torch.empty(tensor.shape, device="meta").stride()
     return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _along(rows: torch.Tensor, tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """Return `diag(rows) tensor` of a weight [out, ...], or of one that is stored as [in, out], in its dtype."""
+    """Return `diag(rows) tensor` for a weight stored as [out, ...] or as [in, out], in its dtype."""
     spread = (1, -1) if transposed else (-1, *(1 for _ in tensor.shape[1:]))
     return tensor * rows.to(device=tensor.device, dtype=tensor.dtype).view(spread)
 
