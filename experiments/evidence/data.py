@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from experiments.data import blur, digits, imdb, mnist5k, rotten_tomatoes
 from lorasc_fx.errors import SpecError
 
-__all__ = ["TASKS", "Part", "Task"]
+__all__ = ["TASKS", "Part", "Task", "cached", "corpus", "measure"]
 
 FOLDER = Path("runs/evidence")
 
@@ -44,6 +44,22 @@ class Part:
         return Part(tuple(value[index] for value in self.inputs), self.labels[index])
 
 
+@torch.no_grad()
+def measure(model: nn.Module, part: Part) -> dict[str, float]:
+    """Return accuracy, mean loss and expected calibration error (15 bins) on a part."""
+    logits = torch.cat([model(*(value[i : i + 64] for value in part.inputs)) for i in range(0, len(part), 64)])
+    logits, labels = logits.flatten(0, -2).double(), part.labels.flatten()
+    confidence, predicted = logits.softmax(-1).max(-1)
+    right = (predicted == labels).double()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, right - confidence)
+    return {
+        "accuracy": right.mean().item(),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "calibration": gaps.abs().sum().item() / len(labels),
+    }
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned.
@@ -58,6 +74,9 @@ class Task:
         head: globs on the parameters that are trained in full beside the branches.
         source: a test set of what the model could do before, where forgetting is measured.
         frozen_norm: batch norms stay in eval mode.
+        exclude: globs on weights that are never changed.
+        measure: returns accuracy and loss of a model on a part.
+        general: text that has nothing to do with the task. The loss on it is measured, and not the size of the change.
     """
 
     name: str
@@ -70,6 +89,9 @@ class Task:
     head: tuple[str, ...] = ("head.*",)
     source: Part | None = None
     frozen_norm: bool = False
+    exclude: tuple[str, ...] = ()
+    measure: Callable[[nn.Module, Part], dict[str, float]] = measure
+    general: Part | None = None
 
 
 # ---- texts: the last layer of MiniLM -------------------------------------------------------------------------------
@@ -150,7 +172,7 @@ def _texts(
             tensors |= _encoded(f"shift/{shift}", *_subset(*other(), 500), classes)
         return tensors | {"classes": torch.tensor(len(classes))}
 
-    kept = _kept(name, compute)
+    kept = cached(name, compute)
     own = Part((kept["own.hidden"], kept["own.mask"]), kept["own.labels"])
     pool, validation, test = _split(own)
     return Task(
@@ -338,7 +360,7 @@ def _images(
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[:2000]
         return tensors | {"other.maps": _maps(pixels[order]), "other.labels": labels[order]}
 
-    kept = _kept(name.removesuffix("-after"), compute)
+    kept = cached(name.removesuffix("-after"), compute)
     pool, validation, test = _split(Part((kept["own.maps"],), kept["own.labels"]))
     other_part = Part((kept["other.maps"],), kept["other.labels"])
     shifts = {
@@ -476,7 +498,7 @@ def _split(part: Part) -> tuple[Part, Part, Part]:
     return part.at(places[:cut]), part.at(places[cut + test :]), part.at(places[cut : cut + test])
 
 
-def _kept(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def cached(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return tensors that are computed once."""
     path = FOLDER / "inputs" / f"{name}.safetensors"
     if not path.exists():
@@ -509,7 +531,7 @@ def _trained_before(
             optimizer.zero_grad()
         return dict(model.state_dict())
 
-    weights = _kept(f"{name}-model", compute)
+    weights = cached(f"{name}-model", compute)
 
     def build(seed: int) -> nn.Module:
         model = fresh(seed)

@@ -11,7 +11,7 @@ from lorasc_fx import branch
 
 __all__ = ["METHODS", "Method", "ends_of", "rate_factor", "spec_of"]
 
-Average = Literal["none", "ends", "tail"]
+Average = Literal["none", "ends", "tail", "loss"]
 Schedule = Literal["decay", "cycles", "constant"]
 
 
@@ -26,10 +26,12 @@ class Method:
             empty.
         schedule: of the learning rate after a warm-up: one cosine `decay` to 0 over the run, one in each of the
             `cycles`, or `constant`.
-        average: of the weights that are evaluated: the last ones (`none`), the mean over the `ends` of cycles, or the
-            mean over the `tail`, the second half of the run.
+        average: of the weights that are evaluated: the last ones (`none`), the mean over the `ends` of cycles, this
+            mean weighted by 1 / the mean training `loss` of the cycle, or the mean over the `tail`, the second half of
+            the run.
         stop_early: evaluate the weights with the lowest validation loss of ten looks.
         full: every weight of the trained part is trained, without branches.
+        untrained: the model is measured as it is.
         rank_factor: rank and lora_alpha over those of the task; 0 stands for the number of cycles.
         growing: of a branch of the rank of all cycles together, a cycle trains the rank of the cycles up to it.
         spec: other fields of the CascadeSpec.
@@ -43,6 +45,7 @@ class Method:
     average: Average = "none"
     stop_early: bool = False
     full: bool = False
+    untrained: bool = False
     rank_factor: int = 1
     growing: bool = False
     spec: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +65,7 @@ class Method:
         """
         looks = tuple(round(look * steps / LOOKS) for look in range(1, LOOKS + 1))
         tail = tuple(step for step in looks if 2 * step > steps)
-        return looks if self.stop_early else {"none": (), "ends": ends, "tail": tail}[self.average]
+        return looks if self.stop_early else {"none": (), "ends": ends, "loss": ends, "tail": tail}[self.average]
 
 
 LOOKS = 10
@@ -88,8 +91,17 @@ ADAPTERS = ("dora", "lora-xs", "vera", "hira", "shira", "miss", "oft", "lokr", "
 """Values of `CascadeSpec.adapter`, each a method in one stage with its default options."""
 
 
+STAGED = ("dora", "hira", "shira", "miss", "oft", "lora-xs")
+"""Those that are also trained in stages, by the paper's rule."""
+MOMENTA = (0.3, 0.6, 0.9)
+
+
 def _recipe(about: str, **spec: Any) -> Method:
     return replace(RECIPE, about=about, spec=RECIPE.spec | spec)
+
+
+def _paper(about: str, **spec: Any) -> Method:
+    return replace(PAPER, about=about, spec=PAPER.spec | spec)
 
 
 METHODS: dict[str, Method] = {
@@ -112,6 +124,20 @@ METHODS: dict[str, Method] = {
         spec={"restart": "fast", "pace": 1.0},
     ),
     **{name: replace(LORA, about=f"adapter={name!r}", spec={"adapter": name}) for name in ADAPTERS},
+    "base": Method("the model before training", untrained=True),
+    "rslora": replace(LORA, about="LoRA with the scale of rsLoRA", spec={"use_rslora": True}),
+    **{
+        f"momentum-{momentum}": _paper(f"LoRASC with Nesterov momentum {momentum} over stages", momentum=momentum)
+        for momentum in MOMENTA
+    },
+    **{f"{name}-stages": _paper(f"LoRASC with adapter={name!r}", adapter=name) for name in STAGED},
+    "loss-average": replace(RECIPE, about="the recipe, mean weighted by 1 / the loss of the stage", average="loss"),
+    "partial-restart": replace(
+        RECIPE,
+        about="the recipe's stages, half of the pairs of each branch restart, the last weights",
+        average="none",
+        spec=RECIPE.spec | {"restart_pairs": 0.5},
+    ),
     "full": Method("full fine-tuning of the same layers", full=True),
     "paper": PAPER,
     "paper-noise": replace(PAPER, about="LoRASC as the paper reads, with noise", noise=NOISE),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +22,7 @@ import lorasc_fx as lx
 from experiments.evidence.data import Part, Task
 from experiments.evidence.methods import Method, ends_of, rate_factor, spec_of
 
-__all__ = ["Training", "freeze_later", "measure", "run"]
+__all__ = ["Training", "freeze_later", "run"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def run(
     order = Order(len(examples), min(training.batch_size, len(examples)), seed)
     model = task.model(seed).train(not task.frozen_norm)
     before, template = _matrices(model), copy.deepcopy(model)
+    if method.untrained:
+        return [{"trained": 0} | _measured(task, template, before, model.state_dict(), mixes) for _ in methods]
     moments = {step for other in methods for step in other.moments(ends, steps)}
     states: dict[int, dict[str, Tensor]] = {}
     result: dict[str, Any] = {"diverged": False}
@@ -100,6 +107,7 @@ def run(
         if "embedding" not in spec.method.kinds:
             tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
             spec = replace(spec, exclude=tuple(f"{name}.weight" for name in tables))
+        spec = replace(spec, exclude=(*spec.exclude, *task.exclude))
         learner = lx.adapt(model, args=sample.inputs, spec=spec)
         parameters = list(learner.param_groups(lr=rate))
         trained = learner.folded_state_dict
@@ -109,26 +117,31 @@ def run(
     if isinstance(learner, lx.Cascade):
         stages = iter(learner.stages(len(ends) if method.stages else 1, optimizer))
         next(stages)
-    loss = torch.zeros(())
+    losses: list[float] = []
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
         factor = rate_factor(method, step, steps, training.cycles, training.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
         batch = examples.at(order.index(step))
-        loss = _loss(learner(*batch.inputs), batch.labels)
-        if not math.isfinite(loss.item()):
-            return [result | {"diverged": True, "steps": step} for _ in methods]
-        loss.backward()
-        if method.growing and isinstance(learner, lx.Cascade):
-            freeze_later(learner, task.rank * (1 + sum(end <= step for end in ends)))
-        parameters_now = [value for group in optimizer.param_groups for value in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters_now, training.clip)
-        optimizer.step()
+        watch = PeakMemory() if step == 1 and task.general is not None else None  # the optimizer has its state by then
+        with watch or nullcontext():
+            loss = _loss(learner(*batch.inputs), batch.labels)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                return [result | {"diverged": True, "steps": step} for _ in methods]
+            loss.backward()
+            if method.growing and isinstance(learner, lx.Cascade):
+                freeze_later(learner, task.rank * (1 + sum(end <= step for end in ends)))
+            parameters_now = [value for group in optimizer.param_groups for value in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters_now, training.clip)
+            optimizer.step()
+        if watch is not None:
+            result["memory"] = watch.peak
         optimizer.zero_grad()
         done = step + 1
         if observe is not None:
-            observe(done, loss.item(), lambda: _deltas(before, trained()))
+            observe(done, losses[-1], lambda: _deltas(before, trained()))
         if done in moments:
             states[done] = trained()
         if done in ends and stages is not None and method.stages:
@@ -137,22 +150,49 @@ def run(
             except lx.StateError:  # a branch with inf or nan
                 return [result | {"diverged": True, "steps": done} for _ in methods]
     last = trained()
-    result |= {"steps": steps, "loss": loss.item(), "cpu_s": round(time.process_time() - began, 2)}
+    result |= {"steps": steps, "loss": losses[-1], "cpu_s": round(time.process_time() - began, 2)}
+    if task.general is not None and isinstance(learner, lx.Cascade):
+        result["disk"] = _saved_size(learner)
     results = []
     for other in methods:
         kept = [states[step] for step in other.moments(ends, steps)]
-        final = _chosen(kept, other, template, task) if kept else last
+        of_cycles = [statistics.fmean(losses[start:end]) for start, end in itertools.pairwise((0, *ends))]
+        final = _chosen(kept, other, template, task, of_cycles) if kept else last
         results.append(result | _measured(task, template, before, final, mixes))
     return results
+
+
+class PeakMemory:
+    """Measures how much more memory torch held at the peak of a block than at its start: `peak`, in bytes."""
+
+    def __enter__(self) -> Self:
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.profile.__exit__(*exception)
+        results = self.profile.profiler.kineto_results
+        changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+        self.peak = max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+def _saved_size(cascade: lx.Cascade) -> int:
+    """Return the bytes of tensors in a checkpoint of a cascade, without optimizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(file.stat().st_size for file in lx.save(cascade, Path(folder)).rglob("*.safetensors"))
 
 
 def _measured(
     task: Task, model: nn.Module, before: Mapping[str, Tensor], final: Mapping[str, Tensor], mixes: bool
 ) -> dict[str, Any]:
     kept = _with(model, final)
-    result: dict[str, Any] = {"validation": measure(kept, task.validation), "test": measure(kept, task.test)}
-    result["shifts"] = {name: measure(kept, part) for name, part in task.shifts.items()}
-    result["delta"] = _deltas(before, final)
+    result: dict[str, Any] = {"validation": task.measure(kept, task.validation), "test": task.measure(kept, task.test)}
+    result["shifts"] = {name: task.measure(kept, part) for name, part in task.shifts.items()}
+    if task.general is None:
+        result["delta"] = _deltas(before, final)
+    else:  # singular values of such large weights would take longer than the training
+        result["general"] = task.measure(kept, task.general)["loss"]
     if mixes:
         result["kept"] = _mixings(model, before, final, task)
     return result | {"diverged": not math.isfinite(result["validation"]["loss"])}
@@ -175,10 +215,25 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def _chosen(states: Sequence[dict[str, Tensor]], method: Method, model: nn.Module, task: Task) -> dict[str, Tensor]:
-    """Return the mean of states, or the one of the lowest validation loss."""
+def _chosen(
+    states: Sequence[dict[str, Tensor]], method: Method, model: nn.Module, task: Task, losses: Sequence[float]
+) -> dict[str, Tensor]:
+    """Return the mean of states, weighted by 1 / the loss of their cycle or not, or the one of the lowest validation
+    loss.
+    """
     if method.stop_early:
-        return min(states, key=lambda state: measure(_with(model, state), task.validation)["loss"])
+        return min(states, key=lambda state: task.measure(_with(model, state), task.validation)["loss"])
+    if method.average == "loss":
+        weights = [1 / loss / sum(1 / other for other in losses) for loss in losses]
+        return {
+            name: sum(
+                (weight * state[name].double() for weight, state in zip(weights, states, strict=True)),
+                torch.zeros((), dtype=torch.float64),
+            ).to(value.dtype)
+            if value.is_floating_point()
+            else value
+            for name, value in states[0].items()
+        }
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
         if value.is_floating_point()
@@ -192,22 +247,6 @@ def _with(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     plain = copy.deepcopy(model)
     plain.load_state_dict(dict(state))
     return plain.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def measure(model: nn.Module, part: Part) -> dict[str, float]:
-    """Return accuracy, mean loss and expected calibration error (15 bins) on a part."""
-    logits = torch.cat([model(*(value[i : i + 64] for value in part.inputs)) for i in range(0, len(part), 64)])
-    logits, labels = logits.flatten(0, -2).double(), part.labels.flatten()
-    confidence, predicted = logits.softmax(-1).max(-1)
-    right = (predicted == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, right - confidence)
-    return {
-        "accuracy": right.mean().item(),
-        "loss": F.cross_entropy(logits, labels).item(),
-        "calibration": gaps.abs().sum().item() / len(labels),
-    }
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -239,6 +278,6 @@ def _mixings(
             name: torch.lerp(before[name], value, share) if name in before else value for name, value in after.items()
         }
         plain = _with(model, mixed)
-        target, source = measure(plain, task.test), measure(plain, task.source)
+        target, source = task.measure(plain, task.test), task.measure(plain, task.source)
         found.append({"share": share, "target": target["accuracy"], "source": source["accuracy"]})
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from scipy.stats import trim_mean
 from torch import nn
 
-from experiments.evidence import page, runner
-from experiments.evidence.data import TASKS, Part, Task
+from experiments.evidence import language, page, runner
+from experiments.evidence.data import TASKS, Part, Task, measure
 from experiments.evidence.methods import METHODS
 from experiments.evidence.train import Training, run
+from tests.kit import tiny
 
 TINY: dict[str, Any] = {
     "version": 7,
@@ -80,7 +82,8 @@ def test_the_protocol_names_what_is_there() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in METHODS if "+" not in name and name != "recipe-gradient-A"]  # its option was removed
+    # The option of recipe-gradient-A was removed, and base is the untrained model.
+    [name for name in METHODS if "+" not in name and name not in {"recipe-gradient-A", "base"}]
     + ["design+restart+cycles+average+noise", "map+pace=mean+stages=6+noise=0.3", "map+pace=0.5+stages=2+noise=0.0"],
 )
 def test_every_method_trains(name: str) -> None:
@@ -146,3 +149,92 @@ def test_statistics_by_hand() -> None:
     deviation = scores.std() / numpy.sqrt(scores.size)
     assert 2 * deviation < found.high - found.low < 8 * deviation
     assert page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as R's p.adjust
+
+
+# ---- a language model: a tiny Llama in the place of SmolLM2 ----------------------------------------------------------
+
+LAYERS = 2
+"""Trained layers, of 3."""
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    torch.manual_seed(0)
+    return tiny.llama(num_hidden_layers=3).eval().requires_grad_(False)
+
+
+def drawn_examples(count: int, seed: int = 0) -> list[language.Example]:
+    """Return examples of different lengths, whose answer is the first tokens of the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        prompt = tuple(torch.randint(3, 40, (4 + number % 3,), generator=generator).tolist())
+        found.append(language.Example(prompt, prompt[: 1 + number % 2]))
+    return found
+
+
+def language_task(llama: Any) -> Task:
+    """Return a task of the tail of a tiny Llama."""
+    pool, rest = (language.part_of(llama, LAYERS, drawn_examples(24, seed)) for seed in (1, 2))
+    model = language.Tail(llama, LAYERS)
+    return Task(
+        "tiny",
+        4,
+        lambda seed: copy.deepcopy(model).requires_grad_(True),
+        pool,
+        pool,
+        rest,
+        {"other": rest},
+        head=(),
+        exclude=("head.*",),
+        measure=language.exact_match,
+        general=rest,
+    )
+
+
+def test_the_tail_computes_the_logits_of_the_whole_model(llama: Any) -> None:
+    """On padded examples, against a call of the model with an attention mask."""
+    examples = drawn_examples(7)
+    part = language.part_of(llama, LAYERS, examples)
+    logits = language.Tail(llama, LAYERS)(*part.inputs)
+    for row, each in enumerate(examples):
+        count, padding = len(each.answer), 3
+        tokens = torch.tensor([[*[0] * padding, *each.prompt, *each.answer]])  # padded on the other side
+        mask = torch.ones_like(tokens)
+        mask[:, :padding] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        whole = llama(tokens, attention_mask=mask, position_ids=positions).logits[0, -count - 1 : -1]
+        torch.testing.assert_close(logits[row, :count], whole, atol=1e-5, rtol=0)
+        assert part.labels[row].tolist() == [*each.answer, *[-100] * (part.labels.shape[1] - count)]
+
+
+def test_exact_match_is_that_of_greedy_decoding(llama: Any) -> None:
+    examples = []
+    for number, each in enumerate(drawn_examples(6)):
+        prompt = torch.tensor([each.prompt])
+        told = llama.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        answer = told[0, prompt.shape[1] :].tolist()
+        if number % 3 == 2:
+            answer[number // 3 + 1] ^= 1  # a wrong token
+        examples.append(language.Example(each.prompt, tuple(answer)))
+    part = language.part_of(llama, LAYERS, examples)
+    found = language.exact_match(language.Tail(llama, LAYERS), part)
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    logits, labels = language.Tail(llama, LAYERS)(*part.inputs), part.labels
+    assert found["loss"] == pytest.approx(measure(lambda *_: logits, Part(part.inputs, labels))["loss"], rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_language_model_is_trained_and_measured(llama: Any) -> None:
+    task = language_task(llama)
+    (before,) = run(task, [METHODS["base"]], TRAINING, 0, 6, 0.0, 0)
+    for name in ("lora", "oft-stages"):
+        (after,) = run(task, [METHODS[name]], TRAINING, 0, 6, 0.01, 0)
+        assert not after["diverged"]
+        assert after["validation"]["loss"] < before["validation"]["loss"]
+        assert after["shifts"]["other"] == after["test"] != before["test"]
+        assert after["general"] == after["test"]["loss"]  # in this test the same examples
+        assert after["memory"] > 4 * after["trained"]
+        assert after["disk"] > 4 * after["trained"]
+    again = run(task, [METHODS["recipe"], METHODS["loss-average"]], TRAINING, 0, 6, 0.01, 0)
+    assert again[0]["test"] != again[1]["test"]
+    assert before["trained"] == 0
