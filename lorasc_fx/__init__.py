@@ -13,6 +13,7 @@ from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.from_peft import from_peft
 from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
+from lorasc_fx.bank import AdapterBank
 from lorasc_fx.branch import register_branch
 from lorasc_fx.checkpoint.cascade import save
 from lorasc_fx.errors import (
@@ -35,6 +36,7 @@ from lorasc_fx.util.version import version as _version
 __version__ = _version()
 
 __all__ = [
+    "AdapterBank",
     "CaptureError",
     "Cascade",
     "CascadeSpec",

@@ -55,6 +55,7 @@ asks for it."""
 
 
 SAMPLED = {
+    "bank/test_architectures.py::test_operators": 4,
     "checkpoint/test_resume.py::test_after_stages_have_ended": 3,
     "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
     "checkpoint/test_resume.py::test_optimizers": 3,

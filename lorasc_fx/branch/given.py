@@ -149,6 +149,8 @@ def _plus_rows(
 ) -> torch.Tensor:
     """Return `base + scale up low` for low [rows, entries, rank], with factors up [rows, out, rank]."""
     low = low * scale.to(low.dtype).reshape(-1, 1, 1)
+    up = up.to(low.dtype).transpose(1, 2)
     first = rows.first(base, len(up))
-    total = torch.baddbmm(first.flatten(1, -2), low, up.to(low.dtype).transpose(1, 2))
-    return rows.back(total.view(first.shape))
+    if rows != FIRST_AXIS or not base.is_contiguous():  # the sum keeps the strides of base
+        return base + rows.back(torch.bmm(low, up).view(first.shape))
+    return torch.baddbmm(first.flatten(1, -2), low, up).view(base.shape)

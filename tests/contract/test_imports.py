@@ -199,6 +199,7 @@ def test_the_public_face_is_small() -> None:
     import lorasc_fx
 
     assert lorasc_fx.__all__ == [
+        "AdapterBank",
         "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
         "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError", "TrainRule",
         "UnknownTarget", "adapt", "export", "from_peft", "integrations", "load", "materialize", "merge", "parallel",

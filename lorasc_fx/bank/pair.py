@@ -1,0 +1,32 @@
+"""The branch of a bank: one pair of factors for each weight, whatever method its adapters were trained with."""
+
+from __future__ import annotations
+
+import torch
+
+from lorasc_fx.branch import register_branch
+from lorasc_fx.branch.lora import LoraBranch
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.spec import CascadeSpec
+
+ADAPTER = "pair"
+"""Name of the method in a plan."""
+
+
+class PairBranch(LoraBranch):
+    """A pair of factors, zero at the start, that fused weights share between their slices."""
+
+    slices_apart = False
+
+    @classmethod
+    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return zeros."""
+        return dict(super(LoraBranch, cls).initial_values(site, seed, stage))
+
+
+register_branch(ADAPTER, PairBranch)
+
+
+def pair_plan(targets: tuple[str, ...], max_rank: int) -> Plan:
+    """Return an empty plan whose branches are pairs of a rank, with scale 1, beside their ops."""
+    return Plan(CascadeSpec(targets=targets, adapter=ADAPTER, rank=max_rank, lora_alpha=max_rank, placement="beside"))
