@@ -21,6 +21,7 @@ from lorasc_fx.cascade.usage import callers
 from lorasc_fx.checkpoint.cascade import SavedCascade
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.hub import uploading
 
 __all__ = ["Cascade"]
 
@@ -106,6 +107,8 @@ class Cascade(SavedCascade):
                 'trained. Use lorasc_fx.save for a checkpoint, `with cascade.weights("slow"): '
                 f"cascade.model.{name}(...)` for the folded model, or lorasc_fx.export.peft for an adapter"
             )
+        if name == "push_to_hub":
+            return uploading(value)
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "

@@ -29,7 +29,8 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
     Args:
         cascade: the cascade in the LightningModule.
-        epochs: epochs per stage. The default is 1, as in the paper, unless `steps` is given.
+        stages: number of stages, among which the steps of the training are divided evenly.
+        epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
         steps: optimizer steps per stage.
         evaluate: the weights for validation, test and prediction: `slow`, `fast`, or `trained` (the cascade as it is
             now, including noise).
@@ -43,6 +44,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         self,
         cascade: Cascade,
         *,
+        stages: int | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         evaluate: Evaluated = "slow",
@@ -51,7 +53,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             raise SpecError(
                 f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give slow or fast"
             )
-        super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
+        super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, evaluate=evaluate)
         self._done = 0
         self._batch_loss: Any = None
 
@@ -63,19 +65,21 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
                 "attribute of the LightningModule",
                 code="trainer-not-supported",
             )
+        if self.stages is not None:
+            self._divide(self.stages, trainer.estimated_stepping_batches)
         run, optimizer = self.cascade._run, self._optimizer(trainer)
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
         self._done = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *about: Any) -> None:
-        """End a stage after its steps or epochs."""
+        """End a stage if this is its last batch."""
         if self._needs_loss:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             self._batch_loss = loss if loss is None else trainer.strategy.reduce(loss, reduce_op="mean")
         self.log("stage", float(self.cascade.stage))
         stepped, self._done = trainer.global_step > self._done, trainer.global_step
-        by_steps = self.steps is not None and stepped and trainer.global_step % self.steps == 0
+        by_steps = stepped and self._ends_after(trainer.global_step)
         last = self.epochs is not None and trainer.is_last_batch
         if by_steps or (last and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
             self.cascade.transition(self._optimizer(trainer), loss=self._loss())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -28,17 +29,18 @@ class StageEnds:
         *,
         epochs: int | None,
         steps: int | None,
+        stages: int | None,
         evaluate: Evaluated | Sequence[Evaluated],
         plateau: Plateau | int | None = None,
     ) -> None:
-        rules = {"epochs": epochs, "steps": steps, "plateau": plateau}
+        rules = {"epochs": epochs, "steps": steps, "stages": stages, "plateau": plateau}
         chosen = [name for name, value in rules.items() if value is not None]
         if len(chosen) > 1:
             raise SpecError(
                 f"CascadeCallback: {' and '.join(chosen)} both say when a stage ends. Give only one",
                 code="conflicting-options",
             )
-        for name, count in (("epochs", epochs), ("steps", steps)):
+        for name, count in (("epochs", epochs), ("steps", steps), ("stages", stages)):
             if count is not None and (not is_integer(count, 1)):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}. Give a whole number of 1 or more")
         passes = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
@@ -46,13 +48,27 @@ class StageEnds:
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}. Give one of {', '.join(get_args(Evaluated))}")
         cascade._run.check_alive("CascadeCallback")
         self.cascade, self.evaluate, self._passes = cascade, evaluate, passes
-        self.epochs, self.steps = epochs if chosen else 1, steps
+        self.epochs, self.steps, self.stages = epochs if chosen else 1, steps, stages
+        self._ends: set[int] = set()
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._needs_loss = cascade.plan.spec.pace_rule.needs_loss
         self._which: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in passes:
             cascade._run.warned.accept("evaluated-with-noise")  # the user asks for noise
+
+    def _divide(self, stages: int, total: float) -> None:
+        """Divide the optimizer steps of a training into stages, as evenly as possible."""
+        if not stages <= total < math.inf:
+            raise SpecError(
+                f"CascadeCallback: stages is {stages}, but the training has {total:g} optimizer steps. Give fewer "
+                "stages, or steps=... if the training has no end"
+            )
+        self._ends = {round(number * total / stages) for number in range(1, stages + 1)}
+
+    def _ends_after(self, step: int) -> bool:
+        """Whether a stage ends after this optimizer step, by `steps` or `stages`."""
+        return step in self._ends or (self.steps is not None and step % self.steps == 0)
 
     @contextlib.contextmanager
     def _placing(self, which: str) -> Iterator[None]:

@@ -22,6 +22,7 @@ from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.schedules import Plateau
 from lorasc_fx.util.extras import require
+from lorasc_fx.util.hub import uploading
 
 require("loops", "transformers", "accelerate")
 
@@ -62,7 +63,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
 
     Args:
         cascade: the Trainer's model.
-        epochs: epochs per stage. The default is 1, as in the paper, unless `steps` or `plateau` is given.
+        stages: number of stages, among which the steps of the training are divided evenly.
+        epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
         steps: optimizer steps per stage.
         plateau: end a stage when `eval_fast_loss` stops improving: a `schedules.Plateau`, or its patience. The slow
             weights do not change within a stage.
@@ -79,12 +81,13 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self,
         cascade: Cascade,
         *,
+        stages: int | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         plateau: Plateau | int | None = None,
         evaluate: Evaluated | Sequence[Evaluated] = "slow",
     ) -> None:
-        super().__init__(cascade, epochs=epochs, steps=steps, plateau=plateau, evaluate=evaluate)
+        super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, plateau=plateau, evaluate=evaluate)
         self._trainer: Any = None
         self._over = False
         self._stage = cascade.stage
@@ -132,6 +135,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if self._needs_loss:
             replaced["training_step"] = self._training_step
         self._keep_state_dicts(trainer)
+        trainer.push_to_hub = uploading(trainer.push_to_hub)
         for name, method in replaced.items():
             setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
 
@@ -153,6 +157,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "CascadeCallback: plateau needs evaluations, but eval_strategy is 'no'. Give another one",
                 code="conflicting-options",
             )
+        if self.stages is not None:
+            self._divide(self.stages, state.max_steps)
         run, optimizer = self.cascade._run, about["optimizer"]
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
@@ -168,9 +174,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._step_losses.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """End a stage after its steps or epochs, before an evaluation or a checkpoint of the same step."""
+        """End a stage if this is its last step, before an evaluation or a checkpoint of the same step."""
         whole = state.epoch is not None and state.epoch == int(state.epoch)
-        if (self.steps is not None and state.global_step % self.steps == 0) or (
+        if self._ends_after(state.global_step) or (
             self.epochs is not None and whole and int(state.epoch) % self.epochs == 0
         ):
             self.cascade.transition(about["optimizer"], loss=self._loss())

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama, values_of, with_weights
+from tests.kit.errors import raises
 from tests.kit.models import randomize
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
@@ -117,3 +118,18 @@ def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path
     held = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
     for name, value in llama().named_parameters():
         assert torch.equal(held.get_parameter(name), value)
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, type("ConnectError", (Exception,), {})])
+def test_a_hub_that_is_not_reached_is_a_sentence(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = made()
+
+    def offline(*_: object, **__: object) -> None:
+        raise kind("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(type(cascade.model), "push_to_hub", offline)
+    with (
+        cascade.weights("slow"),
+        raises(lx.errors.ExportError, "write-failed", "push_to_hub", "Errno 111", "upload_folder"),
+    ):
+        cascade.push_to_hub("me/model")

@@ -100,6 +100,19 @@ def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
     assert [float(line["stage"]) for line in lines] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
 
 
+def test_a_number_of_stages_divides_the_steps(tmp_path: Path) -> None:
+    module = held()
+    trainer = trainer_of(module, tmp_path, epochs=2, stages=3)
+    trainer.logger, trainer.log_every_n_steps = CSVLogger(tmp_path), 1
+    trainer.fit(module, data(20), data(8))  # 10 steps
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["stage"]]
+    assert [float(line["stage"]) for line in lines] == [1] * 3 + [2] * 4 + [3] * 3
+    other = held()
+    with raises(lx.SpecError, "invalid-value", "stages is 20", "10 optimizer steps"):
+        trainer_of(other, tmp_path / "other", epochs=2, stages=20).fit(other, data(20), data(8))
+
+
 @pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "WeightAveraging"])
 def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) -> None:
     module = held()

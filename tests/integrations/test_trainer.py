@@ -61,3 +61,13 @@ def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, A
     expected = lora.merge_and_unload().state_dict()
     for name, value in cascade.release().state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
+
+
+def test_a_number_of_stages_divides_the_steps(tmp_path: Path) -> None:
+    """18 rows in batches of 4 are 5 steps an epoch: 10 steps in 3 stages end after steps 3, 7 and 10."""
+    cascade = adapted(SPEC, 0.0, torch.float64)
+    trainer = trainer_of(cascade, tmp_path, {"stages": 3}, rows(18, torch.float64), num_train_epochs=2)
+    trainer.train()
+    stages = [line["stage"] for line in trainer.state.log_history if "loss" in line]
+    assert stages == [1] * 3 + [2] * 4 + [3] * 3
+    assert cascade.stage == 4

@@ -25,6 +25,8 @@ CallbackOf = lx.integrations.transformers.CascadeCallback
     [
         ({"epochs": 1, "steps": 2}, ("conflicting-options", "epochs", "steps")),
         ({"steps": 0}, ("invalid-value", "steps", "0")),
+        ({"stages": 0}, ("invalid-value", "stages", "0")),
+        ({"stages": 2, "epochs": 1}, ("conflicting-options", "epochs", "stages")),
         ({"epochs": True}, ("invalid-value", "epochs", "True")),
         ({"evaluate": "slwo"}, ("invalid-value", "evaluate", "slwo", "slow, fast, trained")),
         *(
@@ -51,6 +53,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple
     "neftune": ({}, {"neftune_noise_alpha": 5.0}, {}, (OPTION, "neftune_noise_alpha", 5.0)),
     "cast evaluation": ({}, {"bf16_full_eval": True}, {}, (OPTION, "bf16_full_eval", True)),
     "no length": ({}, {"max_steps": 3}, {"train_dataset": Stream()}, ("invalid-data", "epochs", "1")),
+    "more stages than steps": ({"stages": 4}, {"max_steps": 3}, {}, ("invalid-value", "stages is 4", "3 optimizer")),
     "no evaluations": ({"plateau": 2}, {}, {}, ("conflicting-options",)),
     "which loss": (
         {"plateau": 2}, STEPS, {"eval_dataset": {"a": rows(4), "b": rows(5)}}, (OPTION, "eval_fast_loss")
