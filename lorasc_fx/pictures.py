@@ -6,8 +6,9 @@ draws them. Both are imported on first use.
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -31,6 +32,8 @@ LETTER, LINE = 5.2, 11.5
 """Width of a letter and height of a line, in points, of the monospaced 8.5 point type in the boxes."""
 PAD, GAP = 9.0, 22.0
 """Points between a box's text and its edge, and between boxes."""
+TITLE, LEGEND = 18.0, 300.0
+"""Height of a title and width of the legend, in points."""
 
 INK, MUTED = "#1f2430", "#68707f"
 STYLES = {
@@ -54,13 +57,28 @@ MAX_LETTERS = 34
 """Letters of a line. The middle of a longer name is left out."""
 
 
+class Picture:
+    """A drawing without a file, which a notebook shows.
+
+    Args:
+        svg: the text of the drawing.
+    """
+
+    def __init__(self, svg: str) -> None:
+        self.svg = svg
+
+    def _repr_svg_(self) -> str:
+        """Return what IPython shows."""
+        return self.svg
+
+
 def draw_graphs(
     graphs: Sequence[fx.GraphModule],
     plan: Plan,
-    file: str | PathLike[str],
+    file: str | PathLike[str] | None,
     sites: Sequence[str],
     radius: int,
-) -> Path:
+) -> Path | Picture:
     """Draw rewritten graphs around some sites; see `Cascade.draw`.
 
     Raises:
@@ -69,33 +87,75 @@ def draw_graphs(
         StateError: no graph has a branch of these sites.
         MissingExtra: igraph or matplotlib is not installed.
     """
-    path = path_of(file)
-    if path.suffix not in ENDINGS:
+    path = None if file is None else path_of(file)
+    if path is not None and path.suffix not in ENDINGS:
         raise SpecError(f"draw: {path} does not end with one of {', '.join(ENDINGS)}")
-    if not path.parent.is_dir():
+    if path is not None and not path.parent.is_dir():
         raise SpecError(f"draw: there is no folder {path.parent}", code="unreadable-file")
     if not is_integer(radius, 0):
         raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
-    figure = _figure(scene(graphs, plan, chosen_sites(plan, sites), radius))
+    return _written({"": scene(graphs, plan, chosen_sites(plan, sites), radius)}, path)
+
+
+def draw_steps(steps: Mapping[str, fx.GraphModule], plan: Plan, file: Path, sites: Sequence[str], radius: int) -> None:
+    """Draw one graph at several steps of its rewrite side by side, around the reads of some weights.
+
+    Args:
+        steps: the graphs, by the title of their panels. They need no branches.
+        plan, sites, radius: as for `Cascade.draw`; the radius is counted from the reads of the weights.
+        file: path of the file.
+    """
+    weights = {site.weight for site in chosen_sites(plan, sites)}
+    panels = {}
+    for title, graph_module in steps.items():
+        reads = [node for node in graph_module.graph.nodes if node.op == "get_attr" and _weight(node, plan) in weights]
+        panels[title] = Scene(*_shown(graph_module, _around(reads, radius), plan))
+    _written(panels, file)
+
+
+def _written(panels: Mapping[str, Scene], path: Path | None) -> Path | Picture:
+    """Write the drawing to a file and return its path. Without a path, return the picture."""
     with module_of("report", "matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorasc-fx"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return path
+        figure = _figure(panels)
+        buffer = io.StringIO()
+        svg = path is None or path.suffix == ".svg"
+        figure.savefig(path or buffer, format=None if path else "svg", metadata={"Date": None} if svg else None)
+    return path or Picture(buffer.getvalue())
 
 
-def _figure(scene: Scene) -> Any:
-    """Return the drawing of a scene as a figure of matplotlib. Its units are points, y downwards."""
+def _figure(panels: Mapping[str, Scene]) -> Any:
+    """Return the drawing of scenes, side by side, as a figure of matplotlib. Its units are points, y downwards."""
     patches, figures = (module_of("report", f"matplotlib.{name}") for name in ("patches", "figure"))
-    width = max(len(line) for box in scene.boxes.values() for line in box.lines) * LETTER + 2 * PAD
-    height = max(box.height for box in scene.boxes.values())
-    layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 2 * GAP)
-    kinds = [kind for kind in STYLES if any(box.kind == kind for box in scene.boxes.values())]
-    xs, ys = zip(*[point for path in layout.arrows for point in path], *layout.centres.values(), strict=True)
-    left, right = min(xs) - width / 2 - GAP, max(max(xs) + width / 2 + GAP, min(xs) + 260)
-    top, bottom = min(ys) - height / 2 - GAP, max(ys) + height / 2 + GAP + 16 * (len(kinds) + 1)
-    figure = figures.Figure(figsize=((right - left) / 72, (bottom - top) / 72))
+    figure = figures.Figure()
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.axis("off")
+    left = bottom = 0.0
+    for title, scene in panels.items():
+        width = max(len(line) for box in scene.boxes.values() for line in box.lines) * LETTER + 2 * PAD
+        height = max(box.height for box in scene.boxes.values())
+        layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 2 * GAP)
+        xs, ys = zip(*[point for path in layout.arrows for point in path], *layout.centres.values(), strict=True)
+        across, down = left + width / 2 + GAP - min(xs), (TITLE if title else 0) + height / 2 + GAP - min(ys)
+        _draw_scene(axes, scene, layout.moved(across, down))
+        if title:
+            axes.text(left + GAP, TITLE, title, fontsize=11, fontweight="bold", color=INK)
+        left += max(xs) - min(xs) + width + 2 * GAP
+        bottom = max(bottom, max(ys) + down + height / 2 + GAP)
+    boxes = [box for scene in panels.values() for box in scene.boxes.values()]
+    kinds = [kind for kind in STYLES if any(box.kind == kind for box in boxes)]
+    right, bottom = max(left, LEGEND), bottom + 16 * (len(kinds) + 1)
+    figure.set_size_inches(right / 72, bottom / 72)
+    axes.set(xlim=(0, right), ylim=(bottom, 0))
+    legend = [
+        patches.Patch(edgecolor=STYLES[kind][0], facecolor=STYLES[kind][1], label=STYLES[kind][2]) for kind in kinds
+    ]
+    legend.append(patches.Patch(edgecolor=MUTED, facecolor="white", linestyle="--", label="has neighbours not shown"))
+    axes.legend(handles=legend, loc="lower left", fontsize=9, frameon=False, labelspacing=0.2)
+    return figure
+
+
+def _draw_scene(axes: Any, scene: Scene, layout: Placed) -> None:
+    """Draw arrows and boxes at their places."""
     for (source, target), path in zip(scene.arrows, layout.arrows, strict=True):
         (x0, y0), *between, (x1, y1) = path
         points = [(x0, y0 + scene.boxes[source].height / 2), *between, (x1, y1 - scene.boxes[target].height / 2)]
@@ -108,12 +168,6 @@ def _figure(scene: Scene) -> Any:
         style |= {"linewidth": 2 if box.is_branch else 1, "linestyle": "--" if box.cut else "-"}
         centre = {"horizontalalignment": "center", "verticalalignment": "center"}
         axes.text(*layout.centres[name], "\n".join(box.lines), bbox=style, family="monospace", fontsize=8.5, **centre)
-    legend = [
-        patches.Patch(edgecolor=STYLES[kind][0], facecolor=STYLES[kind][1], label=STYLES[kind][2]) for kind in kinds
-    ]
-    legend.append(patches.Patch(edgecolor=MUTED, facecolor="white", linestyle="--", label="has neighbours not shown"))
-    axes.legend(handles=legend, loc="lower left", fontsize=9, frameon=False, labelspacing=0.2)
-    return figure
 
 
 @dataclass(frozen=True)
@@ -179,25 +233,13 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     arrows: list[tuple[str, str]] = []
     drawn: set[str] = set()
     for number, graph_module in enumerate(graphs):
-        branches = branch_nodes(graph_module)
-        seeds = [node for node, branch in branches.items() if branch.weight_name in weights]
+        seeds = [node for node, branch in branch_nodes(graph_module).items() if branch.weight_name in weights]
         if not seeds or text(graph_module) in drawn:  # other sizes of a call that is drawn already
             continue
         drawn.add(text(graph_module))
-        prefix = f"{number}:" if len(graphs) > 1 else ""
-        shown_nodes = _around(seeds, radius)
-        shown = [node for node in graph_module.graph.nodes if node in shown_nodes]
-        symbols: dict[str, str] = {}
-        for node in shown:
-            cut = any(neighbour not in shown_nodes for neighbour in (*node.all_input_nodes, *node.users))
-            kind = _kind(node, branches, plan)
-            boxes[prefix + node.name] = Box(kind, _lines(node, kind, branches, symbols), cut)
-        arrows += [
-            (prefix + source.name, prefix + node.name)
-            for node in shown
-            for source in node.all_input_nodes
-            if source in shown_nodes
-        ]
+        more = _shown(graph_module, _around(seeds, radius), plan, f"{number}:" if len(graphs) > 1 else "")
+        boxes |= more[0]
+        arrows += more[1]
     if not boxes:
         raise StateError(
             f"draw: the branches of {', '.join(sorted(weights)[:3])} stand in no graph: Python between the graphs uses "
@@ -205,6 +247,21 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
             code="no-whole-graph",
         )
     return Scene(boxes, tuple(arrows))
+
+
+def _shown(
+    graph_module: fx.GraphModule, shown_nodes: Collection[fx.Node], plan: Plan, prefix: str = ""
+) -> tuple[dict[str, Box], tuple[tuple[str, str], ...]]:
+    """Return the boxes of some nodes of a graph, and the arrows between them."""
+    branches, symbols = branch_nodes(graph_module), dict[str, str]()
+    boxes: dict[str, Box] = {}
+    shown = [node for node in graph_module.graph.nodes if node in shown_nodes]
+    for node in shown:
+        cut = any(neighbour not in shown_nodes for neighbour in (*node.all_input_nodes, *node.users))
+        kind = _kind(node, branches, plan)
+        boxes[prefix + node.name] = Box(kind, _lines(node, kind, branches, symbols, plan), cut)
+    pairs = ((source, node) for node in shown for source in node.all_input_nodes if source in shown_nodes)
+    return boxes, tuple((prefix + source.name, prefix + node.name) for source, node in pairs)
 
 
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
@@ -229,16 +286,18 @@ def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
     if node.target is shared_down:
         return "shared"
     if node.op == "get_attr":
-        return "site" if _weight(node) in plan.by_weight else "parameter"
+        return "site" if _weight(node, plan) in plan.by_weight else "parameter"
     return "input" if node.op in ("placeholder", "output") else "op"
 
 
-def _lines(node: fx.Node, kind: str, branches: dict[fx.Node, Any], symbols: dict[str, str]) -> tuple[str, ...]:
+def _lines(
+    node: fx.Node, kind: str, branches: dict[fx.Node, Any], symbols: dict[str, str], plan: Plan
+) -> tuple[str, ...]:
     if node in branches:
         where = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[kind]
         name, does = branches[node].weight_name, f"branch, rank {branches[node].rank}, {where}"
     elif node.op == "get_attr":
-        name, does = _weight(node), "weight" if kind == "site" else "parameter"
+        name, does = _weight(node, plan), "weight" if kind == "site" else "parameter"
     elif kind == "input":
         name, does = node.name, "output" if node.op == "output" else "input"
     else:
@@ -248,8 +307,10 @@ def _lines(node: fx.Node, kind: str, branches: dict[fx.Node, Any], symbols: dict
     return (_short(name), does, *_shape(node, symbols))
 
 
-def _weight(node: fx.Node) -> str:
-    return str(node.target).removeprefix("model.")
+def _weight(node: fx.Node, plan: Plan) -> str:
+    """Return the name of a parameter. Graphs read `model.NAME`, and folded graphs have constants `NAME`."""
+    name = str(node.target)
+    return name if name in plan.by_weight else name.removeprefix("model.")
 
 
 def _short(name: str) -> str:
@@ -275,6 +336,11 @@ class Placed:
 
     centres: Mapping[str, Point]
     arrows: Sequence[Sequence[Point]]
+
+    def moved(self, across: float, down: float) -> Placed:
+        """Return the layout, moved by a distance."""
+        centres = {name: (x + across, y + down) for name, (x, y) in self.centres.items()}
+        return Placed(centres, [[(x + across, y + down) for x, y in path] for path in self.arrows])
 
 
 def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: float, down: float) -> Placed:

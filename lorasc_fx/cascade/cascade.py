@@ -10,10 +10,10 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
@@ -26,7 +26,7 @@ from lorasc_fx.cascade.placed import placed
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.usage import UsageWatch
-from lorasc_fx.compile import Axis, Compiler
+from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.state import Which
@@ -211,16 +211,36 @@ class CascadeModule(nn.Module):
         """Where the branch of each weight computes in the first graph: `beside`, `merged` or `weight`."""
         return dict(first.placements) if (first := self._graphs.variants.oldest) is not None else {}
 
-    def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path:
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The adapted graph of the first call: it reads the live weights of `model` and calls `branches`.
+
+        Other kinds of calls have graphs of their own. Give it to passes and printers, and train the cascade itself.
+
+        Raises:
+            StateError: after `release`, there was no call yet, or the model has graph breaks.
+        """
+        self._run.check_alive("graph_module", on_meta=True)
+        return self._graphs.whole_graph()
+
+    @overload
+    def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path: ...
+
+    @overload
+    def draw(self, file: None = None, sites: Sequence[str] = (), radius: int = 2) -> Picture: ...
+
+    def draw(
+        self, file: str | PathLike[str] | None = None, sites: Sequence[str] = (), radius: int = 2
+    ) -> Path | Picture:
         """Draw the rewritten graph around some sites: placements of branches, names, dtypes and shapes.
 
         Args:
-            file: path of the .svg, .png or .pdf to write.
+            file: path of the .svg, .png or .pdf to write. Without one, the picture is returned: a notebook shows it.
             sites: kinds or globs on weight names, as in a spec. The default is the first three sites.
             radius: number of arrows to follow from each branch, in both directions.
 
         Returns:
-            The path.
+            The path, or without a file the picture.
 
         Raises:
             UnknownTarget: a pattern matches no site.

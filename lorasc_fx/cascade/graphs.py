@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.compile import Axis, Call, Compiler, Made, Variant, Variants
+from lorasc_fx.compile import Axis, Call, Compiler, Made, Picture, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
@@ -80,15 +80,27 @@ class Graphs:
         self.variants.detach()
         self.variants = Variants()
 
-    def draw(self, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
+    def draw(self, file: str | PathLike[str] | None, sites: Sequence[str], radius: int) -> Path | Picture:
         """Draw the first graph around some sites."""
-        first = self.variants.oldest
-        if first is None:
+        return self.compiler.draw(self._first("draw"), self.run.plan, file, sites, radius)
+
+    def whole_graph(self) -> fx.GraphModule:
+        """Return the first graph, if the model has no graph breaks."""
+        module = self._first("graph_module").module
+        if not isinstance(module, fx.GraphModule):
             raise StateError(
-                "draw: there is no graph yet, or none since the cascade was moved or copied. Call it once",
+                "graph_module: graph breaks, or shards, divide the graph of this cascade. `draw` shows its parts",
+                code="no-whole-graph",
+            )
+        return module
+
+    def _first(self, name: str) -> Variant:
+        if (first := self.variants.oldest) is None:
+            raise StateError(
+                f"{name}: there is no graph yet, or none since the cascade was moved or copied. Call it once",
                 code="not-available",
             )
-        return self.compiler.draw(first, self.run.plan, file, sites, radius)
+        return first
 
     def fold(
         self, variant: Variant, call: Call, values: Mapping[str, torch.Tensor] | None

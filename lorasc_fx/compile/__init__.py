@@ -3,6 +3,7 @@
 from lorasc_fx.capture import Axis
 from lorasc_fx.compile.compiler import Compiler
 from lorasc_fx.compile.variants import Growable, Made, Variant, Variants
+from lorasc_fx.pictures import Picture
 from lorasc_fx.signature import Call
 
-__all__ = ["Axis", "Call", "Compiler", "Growable", "Made", "Variant", "Variants"]
+__all__ = ["Axis", "Call", "Compiler", "Growable", "Made", "Picture", "Variant", "Variants"]

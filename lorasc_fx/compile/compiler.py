@@ -36,7 +36,7 @@ from lorasc_fx.graph.matching import candidates, survey
 from lorasc_fx.graph.record import at_stage
 from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
-from lorasc_fx.pictures import draw_graphs
+from lorasc_fx.pictures import Picture, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls, bind
 
@@ -174,8 +174,10 @@ class Compiler:
         copy.recompile()
         return copy, least
 
-    def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
-        """Draw the variant around some sites into a file; of a fallback, the graphs that have run."""
+    def draw(
+        self, variant: Variant, plan: Plan, file: str | PathLike[str] | None, sites: Sequence[str], radius: int
+    ) -> Path | Picture:
+        """Draw the variant around some sites; of a fallback, the graphs that have run."""
         module = variant.module
         graphs = getattr(module, "rewritten", [module])  # of a fallback, or of a graph split for shards
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 import lorasc_fx as lx
+from lorasc_fx.pictures import draw_steps
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.state import oldest_variant
@@ -139,3 +140,33 @@ def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "igraph", None)
     with unchanged(cascade), raises(lx.errors.MissingExtra, "missing-extra", "igraph", "lorasc-fx[report]"):
         cascade.draw(tmp_path / "graph.svg")
+
+
+def test_without_a_file_a_notebook_shows_the_picture(tmp_path: Path) -> None:
+    cascade = adapted()
+    picture = cascade.draw(sites=["q"])
+    assert picture._repr_svg_() == picture.svg == cascade.draw(tmp_path / "graph.svg", ["q"]).read_text()
+
+
+def test_the_steps_of_a_rewrite_are_drawn_side_by_side(tmp_path: Path) -> None:
+    whole = nn.ModuleDict({"model": Attention()})
+    whole.forward = lambda x: whole["model"](x)
+    cascade = lx.adapt(whole, X, spec=lx.CascadeSpec(rank=2, placement="beside"))
+    steps = {"before": cascade.folded_graph(), "with branches": cascade.graph_module, "folded": cascade.folded_graph()}
+    draw_steps(steps, cascade.plan, tmp_path / "steps.svg", ["*.q.weight"], 2)
+    shown = texts(tmp_path / "steps.svg")
+    assert {*steps} <= {*shown}
+    assert shown.count("model.q.weight") == 4  # in each graph, and the branch
+    assert shown.count("branch, rank 2, beside the op") == 1
+
+
+def test_the_graph_of_a_cascade_is_an_attribute() -> None:
+    cascade = adapted()
+    assert cascade.graph_module is oldest_variant(cascade).module
+    assert torch.equal(cascade.graph_module(*X), cascade(*X))
+    cascade.double()
+    with raises(lx.StateError, "not-available", "graph_module"):
+        _ = cascade.graph_module
+    broken = lx.adapt(Attention(), X, spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
+    with raises(lx.StateError, "no-whole-graph", "graph_module"):
+        _ = broken.graph_module
