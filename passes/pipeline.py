@@ -47,6 +47,8 @@ class Pipeline:
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Run every pass on one copy of the graph; whatever raises, the input stays as it was.
 
+        An exception of a pass gets a note with the name of the pass (`__notes__`, which a traceback prints).
+
         Raises:
             PassOrderError: a pass requires a fact that an earlier one removes, or that only a later one provides; lists
                 every such pair.
@@ -59,12 +61,16 @@ class Pipeline:
             first.check(graph_module)
         verify(graph_module, f"before {name_of(first)}")
         editor = GraphEditor(graph_module)
-        for pass_ in self.passes:
-            if not isinstance(pass_, CascadePass):
-                editor = _run_foreign(pass_, editor)
-            elif not pass_.done(editor.module):
-                pass_.check(editor.module)
-                pass_.apply(editor)
+        for number, pass_ in enumerate(self.passes, start=1):
+            try:
+                if not isinstance(pass_, CascadePass):
+                    editor = _run_foreign(pass_, editor)
+                elif not pass_.done(editor.module):
+                    pass_.check(editor.module)
+                    pass_.apply(editor)
+            except Exception as fault:
+                fault.add_note(f"in the pass {name_of(pass_)}, number {number} of {len(self.passes)} of a Pipeline")
+                raise
         return PassResult(editor.finish(), True) if editor.modified else PassResult(graph_module, False)
 
 

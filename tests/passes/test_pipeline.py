@@ -260,6 +260,15 @@ def test_a_foreign_pass_that_returns_something_else() -> None:
             Pipeline([odd, MatchSites(SPEC)])(CASE.own())
 
 
+def test_an_exception_has_a_note_with_the_name_of_the_pass() -> None:
+    def halve(graph_module: fx.GraphModule) -> None:
+        raise ZeroDivisionError("of the user")
+
+    with pytest.raises(ZeroDivisionError, match="of the user") as caught:
+        Pipeline([MatchSites(SPEC), Note(), halve])(CASE.own())
+    assert caught.value.__notes__ == ["in the pass halve, number 3 of 3 of a Pipeline"]
+
+
 def test_a_foreign_pass_that_adds_a_use_of_a_site_is_found() -> None:
     case = BY_NAME["functional_keywords"]
 
