@@ -19,6 +19,7 @@ from lorasc_fx.capture import least_sizes
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
+from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import refuse_smaller
 from lorasc_fx.signature import bind, leaves, signature_of, whole
@@ -77,6 +78,8 @@ def onnx(
 ) -> Path:
     """Write the graph of eval mode as an ONNX file. Dynamic sizes of the captured graph stay dynamic.
 
+    Dynamic axes are named after their place in an input: `batch`, `sequence`, or of images `height` and `width`.
+
     ONNX does not check sizes. If the model computes something else than the graph at a size of 0 or 1, this warns, and
     the metadata of the file has the smallest sizes: `least_sizes`, as JSON by input and axis.
 
@@ -117,6 +120,7 @@ def onnx(
             code="not-exportable",
         ) from fault
     assert onnx_program is not None
+    name_axes(onnx_program)
     if least:
         sizes = json.dumps(least)
         onnx_program.model.metadata_props["least_sizes"] = sizes
