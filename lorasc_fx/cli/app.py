@@ -27,7 +27,7 @@ COMMANDS = {
     "export": "export RUN --to FORMAT --output PATH                the folded model as pt2, onnx, safetensors or peft",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
     "predict": "predict RUN FILE-or-FOLDER                       classes of images or texts, by a run's folded weights",
-    "report": "report RUN [--output FILE]                          one HTML page of a run: loss, experts, sites",
+    "report": "report RUN [--output FILE]                          one HTML page of a run or a comparison",
 }
 """The usage of each command, by its name: `run_NAME` of the module of that name, or of the one in `_MODULES`."""
 

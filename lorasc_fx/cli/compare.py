@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -37,6 +37,7 @@ from lorasc_fx.cli.training import (
     accuracy,
     describe,
     make_optimizer,
+    note_short_stages,
     on_ctrl_c,
     predict,
     train_parameters,
@@ -150,17 +151,13 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     folder.check(config, resume=started, overwrite=overwrite)
     setup = None if started else Setup.of(config)  # before the folder is made, because the data may be invalid
     folder.begin(config, resume=started, overwrite=overwrite)
-    runs = [
-        Run(method, seed, lr)
-        for seed in config.compare.seeds
-        for method in METHODS
-        if method in config.compare.methods
-        for lr in config.compare.rates_of(method)
-    ]
+    runs = planned(config)
     results = {run: Result.read(folder.results, run) for run in runs}
     if None in results.values():
         setup = setup or Setup.of(config)
         describe(setup)
+        if any(METHODS[method].staged for method in config.compare.methods):
+            note_short_stages(setup, rates="compare.rates")
         with reporting() as reporter, on_ctrl_c() as interrupt:
             for number, run in enumerate(runs, start=1):
                 if results[run] is None and not interrupt.is_set():
@@ -171,6 +168,17 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
                     reporter.say(f"Stopped; {done} of {len(runs)} runs are done, and the same command does the others.")
                     return None
     return [result for result in results.values() if result is not None]
+
+
+def planned(config: Config) -> list[Run]:
+    """Return the runs of a comparison, in the order in which they are made."""
+    return [
+        Run(method, seed, lr)
+        for seed in config.compare.seeds
+        for method in METHODS
+        if method in config.compare.methods
+        for lr in config.compare.rates_of(method)
+    ]
 
 
 def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Event) -> Result | None:
@@ -298,39 +306,59 @@ def best_rates(results: Sequence[Result], select: str) -> dict[str, list[Result]
     return best
 
 
-def print_tables(config: Config, results: Sequence[Result]) -> None:
-    """Print both tables on standard output."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class Table:
+    """A table as text, for the screen and for the report."""
 
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: str
+
+
+def tables(config: Config, results: Sequence[Result]) -> Iterator[Table]:
+    """Yield the table of accuracies, and if there is something to compare with that of the differences."""
     best = best_rates(results, config.compare.select)
     parts = ["test", *map(short_name, config.data.shifts)]
-    screen = console()
-    runs_each = f"mean of {len(config.compare.seeds)} seeds" if len(config.compare.seeds) > 1 else "one seed"
-    screen.print(f"{config.model.name} on {short_name(config.data.name)}: accuracy in %, {runs_each}", soft_wrap=True)
-    accuracies = Table()
-    for column in ("method", "lr", "trained", "train s", "val. loss", "validation", *parts):
-        accuracies.add_column(column, justify="left" if column == "method" else "right")
-    for method, runs in best.items():
-        accuracies.add_row(method, *_row(runs, parts))
-    screen.print(accuracies)
-    for method in best:
-        screen.print(f"{method}: {METHODS[method].about}", soft_wrap=True)
-    screen.print(_caption(config, results), soft_wrap=True)
+    seeds = len(config.compare.seeds)
+    yield Table(
+        f"{config.model.name} on {short_name(config.data.name)}: accuracy in %, "
+        + (f"mean of {seeds} seeds" if seeds > 1 else "one seed"),
+        ("method", "lr", "trained", "train s", "val. loss", "validation", *parts),
+        [(method, *_row(runs, parts)) for method, runs in best.items()],
+        "\n".join([*(f"{method}: {METHODS[method].about}" for method in best), _caption(config, results)]),
+    )
     reference = config.compare.reference
     if reference not in best or len(best) < 2:
         return
-    differences = Table(title=f"Difference to {reference} in points, with 95 % intervals")
-    for column in ("method", "on", "difference", "over seeds (t)", "over examples (bootstrap)"):
-        differences.add_column(column, justify="left" if column in ("method", "on") else "right")
-    for method, runs in best.items():
-        for part in parts if method != reference else ():
-            differences.add_row(method, part, *_differences(runs, best[reference], part))
-    screen.print(differences)
-    screen.print(
+    yield Table(
+        f"Difference to {reference} in points, with 95 % intervals",
+        ("method", "on", "difference", "over seeds (t)", "over examples (bootstrap)"),
+        [
+            (method, part, *_differences(runs, best[reference], part))
+            for method, runs in best.items()
+            for part in parts
+            if method != reference
+        ],
         "* marks an interval that leaves out 0. Over seeds: other runs on these examples; over examples: other\n"
         "examples with these runs. They say nothing of other models or data, and are not corrected for their number.",
-        soft_wrap=True,
     )
+
+
+def print_tables(config: Config, results: Sequence[Result]) -> None:
+    """Print both tables on standard output."""
+    from rich.table import Table as Shown
+
+    screen = console()
+    for table in tables(config, results):
+        screen.print(table.title, soft_wrap=True)
+        shown = Shown()
+        for column in table.head:
+            shown.add_column(column, justify="left" if column in ("method", "on") else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        screen.print(shown)
+        screen.print(table.notes, soft_wrap=True)
 
 
 def _row(runs: Sequence[Result], parts: Sequence[str]) -> list[str]:

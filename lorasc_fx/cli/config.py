@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,8 +175,27 @@ class Config:
         check(self)
 
 
+def with_paths(config: Config, change: Callable[[str], str]) -> Config:
+    """Return a configuration with a function applied to each path of a model, weights or data."""
+
+    def changed(name: str) -> str:
+        kind, _, path = name.partition(":")
+        is_path = kind in ("csv", "json", "parquet", "imagefolder") or (
+            kind == "hf" and not path.startswith("package:")
+        )
+        return f"{kind}:{change(path)}" if is_path and path else name
+
+    model, data = config.model, config.data
+    weights = change(model.weights) if model.weights.endswith(".safetensors") else model.weights
+    model = dataclasses.replace(model, name=changed(model.name), weights=weights)
+    data = dataclasses.replace(data, name=changed(data.name), shifts=tuple(map(changed, data.shifts)))
+    return dataclasses.replace(config, model=model, data=data)
+
+
 def load_config(path: Path) -> Config:
-    """Read a configuration.
+    """Read a configuration. Relative paths of models, weights and data start at the folder of the file.
+
+    They are returned relative to the working directory. `output` is not changed.
 
     Raises:
         SpecError: the file cannot be read, is not TOML, has an unknown key, or an invalid value.
@@ -190,7 +211,9 @@ def load_config(path: Path) -> Config:
         config: Config = decode(Config, data)
     except SpecError as fault:
         raise SpecError(f"{path}: {fault}", code=fault.code) from fault
-    return config
+    if path.parent == Path("."):
+        return config
+    return with_paths(config, lambda name: os.path.normpath(path.parent / name))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -200,7 +223,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the configuration as TOML that `load_config` reads back to an equal one."""
+    """Write the configuration as TOML that `load_config` reads back to an equal one.
+
+    Relative paths are written relative to the folder of the file.
+    """
     tomli_w = module_of("cli", "tomli_w")
+    config = with_paths(config, lambda name: name if os.path.isabs(name) else os.path.relpath(name, path.parent))
     with replacing(path) as new:
         new.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")

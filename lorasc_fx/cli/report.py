@@ -1,4 +1,4 @@
-"""`lorasc-fx report`: one HTML file about a run, with charts by matplotlib and tables. It needs no network."""
+"""`lorasc-fx report`: one HTML file about a run or a comparison, with charts by matplotlib. It needs no network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from lorasc_fx.cli.config import load_config
+from lorasc_fx.cli.compare import Result, best_rates, planned, tables
+from lorasc_fx.cli.config import Config, load_config
+from lorasc_fx.cli.data import short_name
 from lorasc_fx.cli.run_folder import REFUSAL, SITE, RunFolder, check_output, read_lines, write_whole
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of, require
@@ -23,6 +25,8 @@ from lorasc_fx.util.extras import module_of, require
 LONG = 12
 """A table with more rows is collapsed."""
 MEASURES = ("validation", "validation_fast", "validation_loss", "validation_loss_fast")
+Drawing = tuple[str, Callable[[Any], None]]
+"""The title of a chart, and the function that draws it on axes of matplotlib."""
 EXPERTS = {"norm": "norm", "effective_rank": "effective rank"}
 
 PAGE = """<!doctype html>
@@ -112,16 +116,19 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write one HTML page about a run, which needs no network: loss, slow and fast weights, experts, sites."""
+    """Write one HTML page about a run or a comparison, which needs no network.
+
+    Of a run: loss, slow and fast weights, experts, sites. Of a comparison: accuracies and differences by method.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of a run of `train` or `compare`."""
     output: Path | None = None
     """File to write; RUN/report.html if not given."""
 
 
 def run_report(arguments: ReportArguments) -> int:
-    """Write the report of a run, and return the exit code.
+    """Write the report of a run or a comparison, and return the exit code.
 
     Raises:
         StateError: the folder holds no run with records.
@@ -129,11 +136,12 @@ def run_report(arguments: ReportArguments) -> int:
         MissingExtra: the extra `report` is not installed.
     """
     require("report", "matplotlib")
-    record = RunRecord(arguments.run)
-    output = arguments.output or RunFolder(arguments.run).report
+    folder = RunFolder(arguments.run)
+    text = comparison_page(folder) if folder.results.exists() else page(RunRecord(arguments.run))
+    output = arguments.output or folder.report
     check_output(output, folder=False)
-    write_whole(output, page(record))
-    print(f"{output}: the report of {record.name}", flush=True)
+    write_whole(output, text)
+    print(f"{output}: the report of {arguments.run.resolve().name}", flush=True)
     return 0
 
 
@@ -149,7 +157,7 @@ def page(record: RunRecord) -> str:
     refused = [tuple(refusal[key] for key in REFUSAL) for refusal in record.about["refusals"]]
     refused += [(name, "unreached", "no captured graph uses it") for name in record.about["unreached"]]
     body = [
-        charts(record),
+        charts(_drawings(record)),
         table("Run", ("what", "value"), _facts(record)),
         table("Validation at the end of each stage, of slow and fast weights", ("stage", "step", *MEASURES), stages),
         table("Experts by site", ("site", *columns),
@@ -160,13 +168,70 @@ def page(record: RunRecord) -> str:
     return PAGE.format(title=html.escape(f"Run {record.name}"), lead=html.escape(lead), body="\n".join(body))
 
 
+def comparison_page(folder: RunFolder) -> str:
+    """Return the page of a comparison as text.
+
+    Raises:
+        StateError: no run of the comparison has ended, or a file is damaged.
+    """
+    config = load_config(folder.config)
+    runs = planned(config)
+    results = [result for run in runs if (result := Result.read(folder.results, run)) is not None]
+    if not results:
+        raise StateError(
+            f"{folder.path} has nothing to show yet: no run of the comparison has ended", code="run-has-no-data"
+        )
+    ended = "" if len(results) == len(runs) else f" {len(results)} of {len(runs)} runs have ended."
+    body = [charts(_comparison_drawings(config, results))]
+    for each in tables(config, results):
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in each.notes.splitlines())
+        body.append(table(each.title, each.head, each.rows) + notes)
+    title, lead = f"Comparison {folder.path.resolve().name}", f"{config.model.name} on {config.data.name}.{ended}"
+    return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(body))
+
+
+def _comparison_drawings(config: Config, results: Sequence[Result]) -> Iterator[Drawing]:
+    """Yield the title of each chart, and the function that draws it."""
+    best = best_rates(results, config.compare.select)
+    for part in ("test", *map(short_name, config.data.shifts)):
+        values = {
+            method: [100 * run.accuracy(part) for run in runs if not run.diverged] for method, runs in best.items()
+        }
+        yield f"accuracy on {part} in %: seeds, and their mean", partial(_by_method, values)
+    ended = [result for result in results if not result.diverged]
+    if any(len(config.compare.rates_of(method)) > 1 for method in best):
+        yield "validation loss by learning rate, mean of the seeds", partial(_by_rate, ended)
+
+
+def _by_method(values: Mapping[str, Sequence[float]], axes: Any) -> None:
+    for place, accuracies in enumerate(values.values()):
+        if accuracies:
+            axes.plot([place] * len(accuracies), accuracies, "o", color="C0", alpha=0.5)
+            axes.plot([place - 0.2, place + 0.2], [statistics.fmean(accuracies)] * 2, color="C0")
+    axes.set_xticks(range(len(values)), values)
+    axes.margins(x=0.2)
+
+
+def _by_rate(results: Sequence[Result], axes: Any) -> None:
+    for method in dict.fromkeys(result.method for result in results):
+        losses: dict[float, list[float]] = {}
+        for result in results:
+            if result.method == method:
+                losses.setdefault(result.lr, []).append(result.losses["validation"])
+        points = [(rate, statistics.fmean(losses[rate])) for rate in sorted(losses)]
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.legend()
+
+
 def table(title: str, head: Sequence[str], rows: Any) -> str:
     """Return a table as HTML, collapsed if it is long; nothing if it has no rows."""
     lines = [f"<tr>{''.join(f'<td>{html.escape(_shown(cell))}</td>' for cell in row)}</tr>" for row in rows]
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    text = f"<table><caption>{title}</caption>\n<tr>{cells}</tr>\n" + "\n".join(lines) + "\n</table>"
+    text = f"<table><caption>{html.escape(title)}</caption>\n<tr>{cells}</tr>\n" + "\n".join(lines) + "\n</table>"
     if len(lines) > LONG:
-        text = f"<details><summary>{title} ({len(lines)} rows)</summary>{text}</details>"
+        text = f"<details><summary>{html.escape(title)} ({len(lines)} rows)</summary>{text}</details>"
     return text if lines else ""
 
 
@@ -201,9 +266,9 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
-def charts(record: RunRecord) -> str:
+def charts(chosen: Iterator[Drawing]) -> str:
     """Return one SVG element with all charts."""
-    drawings = list(_drawings(record))
+    drawings = list(chosen)
     matplotlib, figures = module_of("report", "matplotlib"), module_of("report", "matplotlib.figure")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorasc-fx"}):
         rows = math.ceil(len(drawings) / 2)
@@ -218,7 +283,7 @@ def charts(record: RunRecord) -> str:
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{titles}"', 1)
 
 
-def _drawings(record: RunRecord) -> Iterator[tuple[str, Callable[[Any], None]]]:
+def _drawings(record: RunRecord) -> Iterator[Drawing]:
     """Yield the title of each chart, and the function that draws it."""
     for name, title in (("loss", "training loss"), ("lr", "learning rate")):
         if points := record.by_step(name):

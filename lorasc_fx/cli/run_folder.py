@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Delta
 from lorasc_fx.checkpoint.layout import list_versions
 from lorasc_fx.checkpoint.writer import write_tensors
-from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
+from lorasc_fx.cli.config import Config, config_to_dict, load_config, with_paths, write_config
 from lorasc_fx.cli.progress import FILE, append
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.state import delta_of, svd_of
@@ -215,7 +216,8 @@ class RunFolder:
                 shutil.rmtree(path)
 
     def _check_same(self, config: Config) -> None:
-        old, new = (json.loads(json.dumps(config_to_dict(one))) for one in (load_config(self.config), config))
+        absolute = (with_paths(one, os.path.abspath) for one in (load_config(self.config), config))
+        old, new = (json.loads(json.dumps(config_to_dict(one))) for one in absolute)
         for section in SECTIONS:
             for key, value in new[section].items():
                 was = old[section].get(key)

@@ -24,6 +24,7 @@ from lorasc_fx.cli.training import (
     accuracy,
     describe,
     make_optimizer,
+    note_short_stages,
     on_ctrl_c,
     predict,
     train_steps,
@@ -49,6 +50,7 @@ def run_train(arguments: TrainArguments) -> int:
     folder.check(config, resume=resume, overwrite=overwrite)
     setup = Setup.of(config)
     describe(setup)
+    note_short_stages(setup, rates="train.lr")
     steps = setup.stage_steps(config.train.stages)
     cascade, optimizer, schedule, start = _begin(setup, folder, steps, resume=resume, overwrite=overwrite)
     _describe_cascade(cascade)

@@ -39,6 +39,8 @@ from lorasc_fx.graph import matches
 from lorasc_fx.spec import CascadeSpec
 
 EVAL_BATCH = 64
+SHORT_STAGE = 50
+"""Steps of a stage below which `note_short_stages` says something. Measured were 20 and 100 (docs/evidence.md)."""
 RARE = 2
 """Smallest number of training examples of a class without a warning."""
 
@@ -156,6 +158,25 @@ def describe(setup: Setup) -> None:
             "learned. Add examples, or remove these classes",
             file=sys.stderr,
         )
+
+
+def note_short_stages(setup: Setup, rates: str) -> None:
+    """Say that short stages need another learning rate than LoRA, if the stages are short.
+
+    Args:
+        setup: of the run.
+        rates: the key of the configuration that sets the learning rate.
+    """
+    config = setup.config.train
+    steps = setup.stage_steps(config.stages)
+    if config.stages == 1 or max(steps) >= SHORT_STAGE or config.floor == 1:
+        return
+    print(
+        f"Note: stages of {max(steps)} steps are short: each begins with new branches and a warm-up, and its learning "
+        f"rate decays. LoRA's rate is often too low for that: try 3 times as much, too ({rates}), or the recipe for "
+        "small data: --train.floor 1 --spec.pace 0.5 --spec.restart slow (docs/evidence.md)",
+        flush=True,
+    )
 
 
 def check_device(device: str) -> None:

@@ -37,7 +37,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert load_config(written(tmp_path, "")) == Config()
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(
         output='runs/ü "quoted"',
         data=DataConfig(name="csv:a.csv", shifts=("imdb",)),
@@ -50,8 +50,10 @@ def test_round_trip(tmp_path: Path) -> None:
         ),
         compare=CompareConfig(seeds=(3, 4), rates={"full": (1e-5, 1e-4)}),
     )
-    write_config(config, tmp_path / "out.toml")
-    assert load_config(tmp_path / "out.toml") == config
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    write_config(config, Path("run/out.toml"))
+    assert load_config(Path("run/out.toml")) == config
 
 
 def test_a_number_may_be_whole(tmp_path: Path) -> None:
@@ -100,6 +102,28 @@ def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, text: str, message: 
     with pytest.raises(SpecError) as caught:
         load_config(path)
     assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_paths_start_at_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    text = "[model]\nname = 'hf:model'\nweights = '../w.safetensors'\n[data]\nname = 'csv:a.csv'\n"
+    text += "shifts = ['json:/b.json']\n"
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "own", text)
+    config = load_config(Path("own/run.toml"))
+    assert config.model.name == f"hf:{Path('own/model')}"
+    assert config.model.weights == "w.safetensors"
+    assert (config.data.name, config.data.shifts) == (f"csv:{Path('own/a.csv')}", ("json:/b.json",))
+    (tmp_path / "runs").mkdir()
+    write_config(config, Path("runs/config.toml"))
+    assert load_config(Path("runs/config.toml")) == config
+    monkeypatch.chdir(tmp_path / "runs")
+    assert load_config(Path("config.toml")).data.name == f"csv:{Path('../own/a.csv')}"
+
+
+@pytest.mark.parametrize("name", ["hf:package:minilm", "timm:resnet18", "python:my.module:build"])
+def test_names_that_are_no_paths_stay(name: str, tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, f"[model]\nname = '{name}'\n")).model.name == name
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def damaged(run: Path) -> None:
         (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is missing"),
         (
             lambda run: (begin(run), (run / "results").mkdir()),
-            "absent holds a comparison, and this command takes one run",
+            "absent has nothing to show yet: no run of the comparison has ended",
         ),
         (damaged, "absent/metrics.jsonl: line 2 is not JSON (Expecting value: "),
         (
@@ -252,3 +252,18 @@ def test_a_damaged_record_is_named(
     (run / file).write_bytes(content)
     assert main(["report", str(run)]) == 2
     assert capsys.readouterr().err.startswith(f"lorasc-fx: {run / file}: {message}")
+
+
+def test_a_comparison_has_a_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tables are those that `compare` prints."""
+    asked = ["--compare.methods", "lora", "lorasc", "--compare.lrs", "0.01", "0.02", "--train.steps", "6"]
+    assert main(["compare", "tiny.toml", *asked]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Note: stages of 2 steps are short" in printed
+    assert "(compare.rates)" in printed
+    assert main(["report", "runs/tiny"]) == 0
+    page = check_page((place / "runs" / "tiny" / "report.html").read_text())
+    accuracies, differences = page.tables.values()
+    assert [row[0] for row in accuracies] == ["method", "lora", "lorasc"]
+    assert {row[1] for row in differences[1:]} == {"test", "blur", "mnist5k"}
+    assert all(cell in printed for row in accuracies[1:] for cell in row)
