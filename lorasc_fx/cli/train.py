@@ -50,10 +50,10 @@ def run_train(arguments: TrainArguments) -> int:
     folder.check(config, resume=resume, overwrite=overwrite)
     setup = Setup.of(config)
     describe(setup)
-    note_short_stages(setup, rates="train.lr")
     steps = setup.stage_steps(config.train.stages)
     cascade, optimizer, schedule, start = _begin(setup, folder, steps, resume=resume, overwrite=overwrite)
     _describe_cascade(cascade)
+    note_short_stages(setup, rates="train.lr")
     done, total = start, sum(steps)
     with reporting() as reporter, closing(Metrics(folder.path)) as metrics, on_ctrl_c() as interrupt:
 

@@ -69,7 +69,7 @@ def test_a_run_folder_is_whole(
     assert {"test", "blur", "mnist5k"} < result.keys()
     said = capsys.readouterr().out
     assert "stage 3/3 ends at step 12: validation" in said
-    splits, classes, sites, before = said.splitlines()[:4]
+    splits, classes, sites, note, before = said.splitlines()[:5]
     assert splits == "examples of digits: train 64, validation 32, test 100, blur 50, mnist5k 50"
     counts = load_data(load_config(run / "config.toml").data).train.labels.bincount().tolist()
     assert classes == "10 classes in train: " + ", ".join(f"{name} {count}" for name, count in enumerate(counts))
@@ -77,6 +77,7 @@ def test_a_run_folder_is_whole(
     assert sites == (
         f"weights adapted: 2 (not adapted: 1 trained-in-full); {trained} parameters trained, 83.22% of the model's 566"
     )
+    assert note.startswith("Note: stages of 4 steps are short")
     first = lines(run)[0]
     assert first["step"] == 0
     assert before.startswith(f"validation before training {first['validation_before']:.3f} (always the most frequent")
