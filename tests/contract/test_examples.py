@@ -40,6 +40,13 @@ def test_loops_of_others(name: str, told: tuple[str, ...], tmp_path: Path, capsy
     assert all(each in said for each in told)
 
 
+def test_many_runs_are_separate_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from examples.many_runs import main
+
+    assert max(main(steps=12).values()) < 1e-10
+    assert "large: loss" in capsys.readouterr().out
+
+
 def test_a_graph_without_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from examples.graph_only import main
 
