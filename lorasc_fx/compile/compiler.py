@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -29,16 +30,25 @@ from lorasc_fx.check.observe import one_line
 from lorasc_fx.compile.fallback import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
-from lorasc_fx.graph import Record, faults, matches, named_weights, shared_memory
+from lorasc_fx.graph import Record, faults, matches, named_weights, record_of, shared_memory
 from lorasc_fx.graph.copies import own_copy
 from lorasc_fx.graph.editor import refuse_smaller
 from lorasc_fx.graph.matching import candidates, survey
-from lorasc_fx.graph.record import at_stage
-from lorasc_fx.passes import AttentionMasks, FoldBranches
+from lorasc_fx.graph.record import AdapterInput, at_stage
+from lorasc_fx.passes import (
+    AdapterInputs,
+    AttentionMasks,
+    FoldBranches,
+    InsertBranches,
+    MatchSites,
+    Pipeline,
+    adapter_inputs,
+)
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import Picture, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls, bind
+from lorasc_fx.spec import CascadeSpec
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
@@ -173,6 +183,36 @@ class Compiler:
         refuse_smaller(copy.graph, [node.name for node in copy.graph.nodes if node.op == "placeholder"], least)
         copy.recompile()
         return copy, least
+
+    def lift(
+        self,
+        variant: Variant,
+        model: nn.Module,
+        stage: int,
+        values: Mapping[str, torch.Tensor],
+        max_rank: int,
+        args: Any,
+        kwargs: Any,
+    ) -> tuple[fx.GraphModule, tuple[AdapterInput, ...], dict[Axis, int]]:
+        """Return the variant's graph with a LoRA adapter for its sites as inputs, these inputs, and smallest sizes.
+
+        Args:
+            variant, model, stage, args, kwargs: as for `fold`.
+            values: of the weights; they become constants of the graph.
+            max_rank: of the inputs.
+        """
+        folded, least = self.fold(variant, model, stage, None, args, kwargs)
+        plan = record_of(folded).plan
+        assert plan is not None
+        targets = tuple(glob.escape(site.weight) for site in plan.sites)
+        spec = CascadeSpec(targets, rank=max_rank, lora_alpha=float(max_rank), placement="beside")
+        passes = Pipeline([MatchSites(spec), InsertBranches(), AdapterInputs(max_rank)])
+        lifted = passes(folded).graph_module
+        copy, inputs = own_copy(lifted, OWNER, values), adapter_inputs(lifted)
+        own = [node.name for node in copy.graph.nodes if node.op == "placeholder"][: -len(inputs)]
+        refuse_smaller(copy.graph, own, least)
+        copy.recompile()
+        return copy, inputs, least
 
     def draw(
         self, variant: Variant, plan: Plan, file: str | PathLike[str] | None, sites: Sequence[str], radius: int

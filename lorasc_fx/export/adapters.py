@@ -130,4 +130,5 @@ def inputs_of(
 
 def input_name(weight: str, tensor: str) -> str:
     """Return the name of the input for a tensor of the branch of a weight."""
-    return re.sub(r"\W", "_", f"{weight}.{tensor}").lower()
+    name = re.sub(r"\W", "_", f"{weight}.{tensor}").lower()
+    return f"_{name}" if name[0].isdigit() else name

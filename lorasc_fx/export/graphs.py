@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,13 +17,15 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import least_sizes
 from lorasc_fx.check.process_state import quiet
-from lorasc_fx.compile import Variant
+from lorasc_fx.compile import Axis, Call, Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
+from lorasc_fx.export.adapters import check_rank, inputs_of
 from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import refuse_smaller
+from lorasc_fx.peft.low_rank import LowRankAdapter, branch_dtypes
 from lorasc_fx.signature import bind, leaves, signature_of, whole
-from lorasc_fx.util.extras import require
+from lorasc_fx.util.extras import module_of, require
 from lorasc_fx.util.files import replacing
 from lorasc_fx.util.undo import Block, isolated
 
@@ -36,6 +38,8 @@ def pt2(
     *,
     folded: bool = True,
     which: Literal["slow", "averaged"] = "slow",
+    adapters: Literal["inputs"] | None = None,
+    max_rank: int | None = None,
 ) -> Path:
     """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads without lorasc_fx.
 
@@ -48,12 +52,15 @@ def pt2(
         args, kwargs: inputs to capture the graph for; by default those of `adapt`.
         folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
         which: if folded: `slow` weights, or their average over stages.
+        adapters: `inputs` to write the base W0, whose graph takes the adapter of each site as inputs. `adapter` writes
+            files for them, by name. Zeros are no adapter: the graph computes the base then.
+        max_rank: of the adapters, for adapters="inputs".
 
     Returns:
         The path.
 
     Raises:
-        SpecError: another ending.
+        SpecError: another ending, or options that exclude each other.
         CaptureError: the model has graph breaks, or torch.export does not take its graph.
         ExportError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
@@ -61,7 +68,8 @@ def pt2(
     out = path_of(path)
     if out.suffix != ".pt2":
         raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
-    exported = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
+    rank = _rank_of(adapters, max_rank, folded, which, "export.pt2")
+    exported, _, _ = _program(cascade, args, kwargs, folded, which, rank, "export.pt2")
     with replacing(out) as new:
         torch.export.save(exported, new)
     return out
@@ -75,6 +83,8 @@ def onnx(
     *,
     folded: bool = True,
     which: Literal["slow", "averaged"] = "slow",
+    adapters: Literal["inputs"] | None = None,
+    max_rank: int | None = None,
 ) -> Path:
     """Write the graph of eval mode as an ONNX file. Dynamic sizes of the captured graph stay dynamic.
 
@@ -91,13 +101,16 @@ def onnx(
         args, kwargs: inputs to capture the graph for; by default those of `adapt`.
         folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
         which: if folded: `slow` weights, or their average over stages.
+        adapters: `inputs` to write the base W0, whose graph takes the adapter of each site as inputs. `adapter` writes
+            files for them, by name. They are optional: without an adapter the graph computes the base.
+        max_rank: of the adapters, for adapters="inputs".
 
     Returns:
         The path.
 
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
-        SpecError: another ending.
+        SpecError: another ending, or options that exclude each other.
         CaptureError: the model has graph breaks, or has an operator that torch.onnx does not know.
         ExportError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
@@ -106,7 +119,8 @@ def onnx(
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx")
     require("onnx", "onnx", "onnxscript")
-    exported, least = _program(cascade, args, kwargs, folded, which, "export.onnx")
+    rank = _rank_of(adapters, max_rank, folded, which, "export.onnx")
+    exported, least, inputs = _program(cascade, args, kwargs, folded, which, rank, "export.onnx")
     try:
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
@@ -121,6 +135,11 @@ def onnx(
         ) from fault
     assert onnx_program is not None
     name_axes(onnx_program)
+    graph = onnx_program.model.graph
+    for value in graph.inputs:
+        if value.name in inputs:  # an input with an initializer is optional
+            value.const_value = module_of("onnx", "onnx_ir").tensor(inputs[value.name], name=value.name)
+            graph.register_initializer(value)
     if least:
         sizes = json.dumps(least)
         onnx_program.model.metadata_props["least_sizes"] = sizes
@@ -131,12 +150,12 @@ def onnx(
             "smaller-sizes-not-refused",
         )
     with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
-        graph = Path(folder, out.name)
-        onnx_program.save(graph)
+        file = Path(folder, out.name)
+        onnx_program.save(file)
         for weights in Path(folder).glob("*.data"):
             with replacing(out.with_name(weights.name)) as new_weights:
                 weights.rename(new_weights)
-        graph.rename(new)
+        file.rename(new)
     return out
 
 
@@ -147,15 +166,37 @@ def program(
     *,
     folded: bool = True,
     which: Literal["slow", "averaged"] = "slow",
-    call: str = "export.program",
+    adapters: Literal["inputs"] | None = None,
+    max_rank: int | None = None,
 ) -> torch.export.ExportedProgram:
     """Return the graph of eval mode as an ExportedProgram of torch; see `pt2`.
 
     Raises:
+        SpecError: options that exclude each other.
         CaptureError: the model has graph breaks, or torch.export does not take its graph.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    return _program(cascade, args, kwargs, folded, which, call)[0]
+    rank = _rank_of(adapters, max_rank, folded, which, "export.program")
+    return _program(cascade, args, kwargs, folded, which, rank, "export.program")[0]
+
+
+def _rank_of(adapters: Any, max_rank: int | None, folded: bool, which: str, call: str) -> int | None:
+    """Return the rank of adapters that are inputs; None if they are not.
+
+    Raises:
+        SpecError: options that exclude each other, or an invalid rank.
+    """
+    if adapters not in (None, "inputs"):
+        raise SpecError(f"{call}: adapters is {adapters!r}; give 'inputs', or leave it out")
+    if adapters is None and max_rank is None:
+        return None
+    if adapters is None or not folded or which != "slow":
+        raise SpecError(
+            f"{call}: adapters='inputs' takes max_rank, and writes the base W0. Leave folded and which out",
+            code="conflicting-options",
+        )
+    check_rank(max_rank, call)
+    return max_rank
 
 
 def _program(
@@ -164,22 +205,33 @@ def _program(
     kwargs: Mapping[str, Any] | None,
     folded: bool,
     which: Literal["slow", "averaged"],
+    rank: int | None,
     call: str,
-) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]]]:
-    """Return the program, and the smallest sizes that it checks, by input and axis."""
+) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]], dict[str, torch.Tensor]]:
+    """Return the program, the smallest sizes that it checks, by input and axis, and the tensors of no adapter by input.
+
+    Args:
+        cascade, args, kwargs, folded, which: as for `pt2`.
+        rank: of the adapters, if they are inputs. There are no tensors otherwise.
+        call: for messages.
+    """
     cascade._run.check_ready(call)
     cascade._run.check_buffers(call)
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
+    nothing: dict[str, torch.Tensor] = {}
     with _evaluating(cascade):
         variant, captured_call = cascade._graphs.variant_of(bound, named, dynamic=True)
         module: nn.Module = cascade
-        if folded or variant.universal:  # of a model with graph breaks: raises, and says where they are
+        if rank is not None:
+            module, nothing, least = _lifted(cascade, variant, captured_call, rank, call)
+        elif folded or variant.universal:  # of a model with graph breaks: raises, and says where they are
             module, least = cascade._folded(bound, named, None, which)
         else:
             _, least = cascade._graphs.fold(variant, captured_call, None)
-        shapes = _shapes(module, variant, bound, named)
+        shapes = _shapes(module, variant, bound, named, nothing)
         bound, named = _as_given(signature_of(cascade.model), bound, named, inputs[1])
+        named |= nothing
         try:
             with quiet():
                 exported = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
@@ -198,13 +250,47 @@ def _program(
     by_name: dict[str, dict[int, int]] = {}
     for (index, axis), size in least.items():
         by_name.setdefault(names[index], {})[axis] = size
-    return exported, by_name
+    return exported, by_name, nothing
 
 
-def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _lifted(
+    cascade: Cascade, variant: Variant, captured_call: Call, rank: int, call: str
+) -> tuple[nn.Module, dict[str, torch.Tensor], dict[Axis, int]]:
+    """Return a graph on W0 whose adapter is an input, the tensors of no adapter by input, and smallest sizes.
+
+    Raises:
+        CaptureError: the inputs are not those that `adapter` writes for this cascade.
+    """
+    run, plan = cascade._run, cascade.plan
+    with run.exclusive(call):
+        parameters = run.parameters_by_name()
+        values = {name: run.slow.value(name, "base", parameters[name]) for name in run.slow.states}
+    module, lifted, least = cascade._graphs.compiler.lift(
+        variant, cascade.model, plan.stage, values, rank, captured_call.args, captured_call.kwargs
+    )
+    empty = LowRankAdapter("no adapter", {}, {})
+    nothing, _ = inputs_of(empty, plan, rank, branch_dtypes(run))
+    found = {each.name: (each.shape, each.dtype) for each in lifted}
+    for name in nothing.keys() | found.keys():
+        if name not in nothing or found.get(name) != (tuple(nothing[name].shape), nothing[name].dtype):
+            raise CaptureError(
+                f"{call}: the graph of these inputs takes {found.get(name)} as {name} of an adapter, which no file of "
+                "this cascade has. Export a call that uses all sites, of a cascade with adapter='lora'",
+                code="not-exportable",
+            )
+    return module, nothing, least
+
+
+def _shapes(
+    module: nn.Module,
+    variant: Variant,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    static: Iterable[str],
+) -> Any:
     """Return which sizes are dynamic, by the names of the module's arguments, for torch.export.
 
-    These are all sizes except the constants of the captured graph.
+    These are all sizes except the constants of the captured graph, and those of the arguments in `static`.
     """
     flat = leaves(args, kwargs)
     sizes_of_inputs = variant.conditions.sizes or (None,) * len(flat)
@@ -217,7 +303,7 @@ def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: 
     _, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
     positional, by_name = pytree.tree_unflatten(open_axes, tree)
     signature = inspect.signature(module.forward)
-    named: dict[str, Any] = signature.bind(*positional, **by_name).arguments
+    named: dict[str, Any] = signature.bind(*positional, **by_name, **dict.fromkeys(static)).arguments
     if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in named):
         return None  # torch 2.13 does not support them
     return named

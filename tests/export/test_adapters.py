@@ -20,7 +20,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def stem(weight: str) -> str:
-    return weight.replace(".", "_").lower()
+    name = weight.replace(".", "_").lower()
+    return f"_{name}" if name[0] in "0123456789" else name
 
 
 def assert_holds(tensors: Tensors, sites: tuple[lx.Site, ...], name: str, folded: Tensors, rank: int) -> None:
