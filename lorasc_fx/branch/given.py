@@ -7,6 +7,7 @@ and multiplies A x, the smallest one. Zero factors or the scale 0 add zero: the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,9 @@ def beside(base: torch.Tensor, x: torch.Tensor, pair: Pair, rows: Rows) -> torch
         up = pair.up.to(low.dtype)
         if not base.is_contiguous():  # keep its strides, or what follows may sum in another order
             return base + F.linear(low, up)
-        flat = base.reshape(-1, base.shape[-1])
-        return torch.addmm(flat, low.reshape(-1, low.shape[-1]), up.t()).view(base.shape)
+        flat, low = base.view(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
+        add = flat.addmm_ if _is_scratch(base, low) else partial(torch.addmm, flat)
+        return add(low, up.t()).view(base.shape)
     x = rows.first(x, len(down)).flatten(1, -2)
     return _plus_rows(base, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale, rows)
 
@@ -153,4 +155,17 @@ def _plus_rows(
     first = rows.first(base, len(up))
     if rows != FIRST_AXIS or not base.is_contiguous():  # the sum keeps the strides of base
         return base + rows.back(torch.bmm(low, up).view(first.shape))
-    return torch.baddbmm(first.flatten(1, -2), low, up).view(base.shape)
+    flat = first.flatten(1, -2)
+    add = flat.baddbmm_ if _is_scratch(base, low) else partial(torch.baddbmm, flat)
+    return add(low, up).view(base.shape)
+
+
+def _is_scratch(base: torch.Tensor, low: torch.Tensor) -> bool:
+    """Whether the output of an op can be overwritten, which saves a copy: in plain eager mode without gradients.
+
+    Only its branch reads it.
+    """
+    plain = type(base) is type(low) is torch.Tensor and base.dtype == low.dtype
+    return plain and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )

@@ -30,7 +30,7 @@ OPERATOR_ROWS = [
 QUICK = ("resnet18", "gpt2", "llama", "mixtral", "vit_tiny_patch16_224")
 MORE = (
     *("swin_tiny_patch4_window7_224", "convnext_atto", "mobilenetv3_small_050", "tv_fcn", "hf_patchtst", "bert", "t5"),
-    *("distilbert", "roberta", "albert", "deberta_v2", "mamba", "qwen2", "gemma", "falcon", "opt", "bloom", "clip"),
+    *("distilbert", "roberta", "albert", "deberta_v2", "mamba", "qwen2", "gemma", "falcon", "opt", "clip"),
 )
 SLOW = [name for name in ZOO if name in MORE]
 
