@@ -25,6 +25,7 @@ from lorasc_fx.passes import (
 )
 from tests.branch.test_contract import ROWS, adapted, train
 from tests.kit.errors import raises
+from tests.kit.state import oldest_variant
 from tests.passes.cases import ADAPTABLE, Case
 from tests.passes.kit import Photograph, assert_close, assert_differ, fill, insert, run, same_bits, sites_of
 
@@ -100,7 +101,7 @@ def test_lift_and_bind(case: Case) -> None:
 def test_every_method(name: str, kind: str) -> None:
     model, cascade, x = adapted(name, kind)
     train(cascade)
-    expected, variant = cascade(x).detach(), cascade._graphs.variants.oldest
+    expected, variant = cascade(x).detach(), oldest_variant(cascade)
     assert variant is not None
     assert isinstance(variant.module, fx.GraphModule)
     lifted = AdapterInputs(2 if name in UNPADDED else 4)(variant.module).graph_module
@@ -116,7 +117,7 @@ def test_every_method(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", UNPADDED)
 def test_methods_without_padding_are_refused(name: str) -> None:
     _, cascade, _ = adapted(name, "linear")
-    variant = cascade._graphs.variants.oldest
+    variant = oldest_variant(cascade)
     assert variant is not None
     with raises(lx.PassError, "input-not-supported", "0.weight", f"{name} cannot be padded to rank 4"):
         AdapterInputs(4)(variant.module)

@@ -30,7 +30,10 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 import lorasc_fx as lx
+from lorasc_fx.graph import text
+from lorasc_fx.passes import AdapterInputs, BindAdapter, adapter_values
 from tests.kit.errors import raises
+from tests.kit.state import graphs_of
 from tests.property.nets import Build, Net, inputs, loss_of
 from tests.property.plain import Law, Plain
 
@@ -281,6 +284,16 @@ class Machine(RuleBasedStateMachine):
     @rule(batch=st.integers(2, 4), with_y=st.booleans())
     def call(self, batch: int, with_y: bool) -> None:
         self.both(self.inputs(batch, 6, with_y))
+
+    @rule(rank=st.integers(3, 5))
+    def lift(self, rank: int) -> None:
+        """A graph with its adapters as inputs, bound to the values that it had, is the graph before, node for node."""
+        for graph in graphs_of(self.cascade):
+            lifted = AdapterInputs(rank)(graph).graph_module
+            bound = BindAdapter(adapter_values(lifted))(lifted).graph_module
+            assert text(bound) == text(graph)
+            for branch, same in zip(graph.branches.children(), bound.branches.children(), strict=True):
+                assert all(map(torch.equal, branch.parameters(), same.parameters()))
 
     @rule(train=st.booleans())
     def mode(self, train: bool) -> None:
