@@ -141,9 +141,11 @@ class AdapterBank:
         Raises:
             SpecError, CheckpointError: as of the constructor; or the name is taken, or there is no room.
         """
+        self._check_new_name(name)
+        adapter = self._read(name, source)  # without the lock: a cascade that is read has locks of its own
         with self._lock:
             self._check_new_name(name)
-            self._place(name, self._read(name, source))
+            self._place(name, adapter)
 
     def start(self, name: str, *, rank: int | None = None, lora_alpha: float = 16.0, seed: int = 0) -> None:
         """Add a trainable LoRA adapter at its start: A random as that of a cascade of this seed, and B zero.

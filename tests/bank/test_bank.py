@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,28 @@ def test_add_and_remove_while_it_serves() -> None:
     assert distance(bank(X, adapter="a"), folded(mlp(), pairs(7))(X)) < 1e-13
     assert all(torch.equal(value, before[name]) for name, value in bank.model.state_dict().items())
     assert len(bank._variants) == 1
+
+
+def test_threads_call_while_adapters_come_and_go() -> None:
+    bank, right, failed = bank_of("a", capacity=2), expected("a"), []
+
+    def serve() -> None:
+        try:
+            for _ in range(50):
+                assert distance(bank(X, adapter="a"), right) < 1e-13
+                assert distance(bank(X, adapter=["a", None] * 2 + ["a"]), right, 2, len(X)) < 1e-13
+        except BaseException as fault:
+            failed.append(fault)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for seed in range(20):
+        bank.add("b", pairs(seed))
+        bank.remove("b")
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_ranks_may_differ_and_stages_are_summed() -> None:
