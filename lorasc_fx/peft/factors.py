@@ -6,6 +6,7 @@ Young, 1936).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -71,10 +72,12 @@ def compressed(pair: Factors, rank: int) -> tuple[Factors, CutOff]:
 
     For stacked factors the rank is that of each matrix, and the error that of all together.
     """
-    left, values, right = svd_of(pair)
-    before, norm = pair.a.shape[-2], float(values.norm())
+    before = pair.a.shape[-2]
     if rank >= before:
-        return pair, CutOff(before, before, 0.0, norm)
+        squared = ((pair.b.mT @ pair.b) * (pair.a @ pair.a.mT)).sum()  # trace(B^T B A A^T), without a decomposition
+        return pair, CutOff(before, before, 0.0, math.sqrt(max(0.0, float(squared))))
+    left, values, right = svd_of(pair)
+    norm = float(values.norm())
     rank = min(rank, values.shape[-1])
     return truncated(left, values, right, rank), CutOff(before, rank, float(values[..., rank:].norm()), norm)
 
