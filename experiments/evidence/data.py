@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import fcntl
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -499,13 +499,15 @@ def _split(part: Part) -> tuple[Part, Part, Part]:
 
 
 def cached(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return tensors that are computed once."""
+    """Return tensors that are computed once: another process waits for the one that computes them."""
     path = FOLDER / "inputs" / f"{name}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.part")  # both processes may compute it
-        save_file({key: value.contiguous().clone() for key, value in compute().items()}, scratch)
-        scratch.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released as the file is closed
+        if not path.exists():
+            scratch = path.with_suffix(".part")
+            save_file({key: value.contiguous().clone() for key, value in compute().items()}, scratch)
+            scratch.replace(path)
     return load_file(path)
 
 

@@ -36,7 +36,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 6
 """Number of trained layers, of 30."""
 RANK = 8
-VALIDATION, TEST, SHIFT, POOL = 100, 200, 100, 2000
+VALIDATION, TEST, SHIFT, POOL = 60, 100, 60, 1600
 """Number of examples; POOL is the largest number of training examples."""
 IGNORED = -100
 """Label of a position after the end of an answer."""
@@ -321,7 +321,7 @@ def _extractions() -> dict[str, Texts]:
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 
 
-TEXT_TOKENS, WINDOW = 40, 48
+TEXT_TOKENS, WINDOW = 24, 48
 """Tokens of a text that is classified; of a window of general text."""
 
 
@@ -379,7 +379,7 @@ def _general() -> dict[str, Tensor]:
     windows = []
     for texts in (tales, reviews):
         long = [tokens for text in texts if len(tokens := tokenizer(text[:1000]).input_ids) > WINDOW]
-        windows += [Example(tuple(tokens[:1]), tuple(tokens[1 : WINDOW + 1])) for tokens in long[:16]]
+        windows += [Example(tuple(tokens[:1]), tuple(tokens[1 : WINDOW + 1])) for tokens in long[:8]]
     return _tensors({"windows": part_of(model, LAYERS, windows)})
 
 

@@ -90,38 +90,76 @@ class Results:
         """Return the rate that the grid chose."""
         return runner.best_rate(self.protocol, self.lines, task, size, budget, method, by)
 
-    def finalist(self, task: str, size: int, budget: str, method: str, by: str, seed: int) -> dict[str, Any] | None:
-        """Return a finalist's run at the chosen rate."""
-        rate = self.rate(task, size, budget, method, by)
-        return None if rate is None else self.result("finalists", task, size, budget, method, rate, seed)
+    def methods(self, phase: dict[str, Any]) -> list[str]:
+        """Return the methods of a phase that are known."""
+        return runner.methods_of(self.protocol, self.lines, phase)
+
+    def at_best(
+        self, phase: dict[str, Any], task: str, size: int, budget: str, method: str, by: str, seed: int
+    ) -> dict[str, Any] | None:
+        """Return a run of a phase at the rate that its grid chose."""
+        if phase["rates"] == "best over tasks":
+            rate = runner.shared_rate(self.protocol, self.lines, budget, method)
+        else:
+            rate = self.rate(task, size, budget, method, by)
+        return None if rate is None else self.result(phase["name"], task, size, budget, method, rate, seed)
+
+    def seeds(
+        self, phase: dict[str, Any], task: str, size: int, budget: str, method: str, by: str = "loss"
+    ) -> list[dict[str, Any]] | None:
+        """Return the runs of all seeds of a phase at the rate that its grid chose; None until all are there."""
+        runs = [self.at_best(phase, task, size, budget, method, by, seed) for seed in phase["seeds"]]
+        found = [run for run in runs if run is not None]
+        return found if len(found) == len(runs) else None
+
+    def differences(
+        self,
+        phase: dict[str, Any],
+        cells: Sequence[tuple[str, int, str]],
+        methods: tuple[str, str],
+        metric: str,
+        part: str,
+        by: str = "loss",
+    ) -> NDArray[Any] | None:
+        """Return differences [seeds, cells] of two methods in the cells all of whose seeds are there; None without any.
+
+        Args:
+            cells: tasks, sizes and budgets.
+            methods: a first and a second one.
+            metric, part: see `score`.
+            by: how the rate was chosen.
+        """
+        columns = []
+        for cell in cells:
+            first, second = (self.seeds(phase, *cell, method, by) for method in methods)
+            pairs = [
+                [score(run, metric, part) for run in pair] for pair in zip(first or (), second or (), strict=False)
+            ]
+            if first and second and not any(None in pair for pair in pairs):
+                columns.append([one - other for one, other in pairs])  # type: ignore[operator]
+        return numpy.array(columns).T if columns else None
+
+    def method(self, claim: dict[str, Any]) -> str:
+        """Return the method of a claim: by name, or the best one of a list of its phase, by the list's position."""
+        if isinstance(claim["method"], str):
+            return claim["method"]
+        names = self.phase(claim["phase"])["best_of"][claim["method"]]
+        return runner.best_method(self.protocol, self.lines, names) or f"best of {len(names)}"
 
     def paired(self, claim: dict[str, Any], budget: str, by: str) -> NDArray[Any] | None:
-        """Return differences [seeds, tasks] on the tasks all of whose seeds are there; None without any."""
+        """Return the differences [seeds, cells] that decide on a claim."""
         if claim["metric"] == "sensitivity":
             return self._sensitivity(claim, budget)
-        phase, columns = self.phase("finalists"), []
-        for task in phase["tasks"]:
-            column = []
-            for seed in phase["seeds"]:
-                pair = [
-                    self.finalist(task, phase["sizes"][0], budget, method, by, seed)
-                    for method in (claim["method"], claim["against"])
-                ]
-                values = [score(each, claim["metric"], claim["part"]) for each in pair if each is not None]
-                if len(values) == 2 and None not in values:
-                    column.append(values[0] - values[1])
-            if len(column) == len(phase["seeds"]):
-                columns.append(column)
-        return numpy.array(columns).T if columns else None
+        phase, methods = self.phase(claim["phase"]), (self.method(claim), claim["against"])
+        return self.differences(phase, _cells(claim, phase, budget), methods, claim["metric"], claim["part"], by)
 
     def complete(self, claim: dict[str, Any], budget: str, by: str) -> bool:
         """Whether all runs that decide on a claim are there; those of the grid are, where a finalist has a rate."""
-        phase = self.phase("finalists")
+        phase = self.phase(claim["phase"])
         return all(
-            self.finalist(task, phase["sizes"][0], budget, claim[who], by, seed) is not None
-            for task in phase["tasks"]
-            for seed in phase["seeds"]
-            for who in ("method", "against")
+            self.seeds(phase, *cell, method, by) is not None
+            for cell in _cells(claim, phase, budget)
+            for method in (self.method(claim), claim["against"])
         )
 
     def _sensitivity(self, claim: dict[str, Any], budget: str) -> NDArray[Any] | None:
@@ -149,10 +187,17 @@ class Results:
         return sum(value >= max(values) - 0.01 for value in values) / len(values)
 
 
+def _cells(about: dict[str, Any], phase: dict[str, Any], budget: str) -> list[tuple[str, int, str]]:
+    """Return the cells of a phase in a budget: of the tasks of a claim or a recommendation, if it names any."""
+    return [(task, size, budget) for task in about.get("tasks", phase["tasks"]) for size in phase["sizes"]]
+
+
 def score(result: dict[str, Any], metric: str, part: str) -> float | None:
     """Return a figure in points, larger is better; None where a task has no shifts. A diverged run has accuracy 0."""
     if result["diverged"]:
         return 0.0 if metric == "accuracy" else None
+    if part == "general":
+        return -result["general"]
     if part == "shifts" and not result["shifts"]:
         return None
     values = result["shifts"].values() if part == "shifts" else [result[part]]
@@ -228,7 +273,9 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "Runs at chosen rates become known when their grid is complete; a comparison is shown once all its seeds are",
         "there.",
         "",
+        *_which(results),
         *_in_short(results),
+        *_language(results),
         *_claims(results),
         *_grid(results),
         *_tasks(results),
@@ -285,14 +332,126 @@ def _decided(results: Results) -> list[_Claim]:
     entries = []
     for claim in results.protocol["claims"]:
         for budget in claim["budgets"]:
-            for by in SELECTIONS:
+            for by in SELECTIONS[: 1 if claim["phase"].startswith("lm-") else None]:
                 scores = results.paired(claim, budget, by)
                 if scores is not None:
                     difference = difference_over_tasks(scores, results.protocol["statistics"]["resamples"])
                     complete = claim["metric"] == "sensitivity" or results.complete(claim, budget, by)
                     entries.append(_Claim(claim, budget, by, scores, difference, complete))
-    corrected = iter(holm([entry.difference.p for entry in entries if entry.by == "loss"]))
-    return [replace(entry, p=next(corrected)) if entry.by == "loss" else entry for entry in entries]
+    for phase in {entry.claim["phase"] for entry in entries}:
+        places = [place for place, entry in enumerate(entries) if entry.by == "loss" and entry.claim["phase"] == phase]
+        for place, p in zip(places, holm([entries[place].difference.p for place in places]), strict=True):
+            entries[place] = replace(entries[place], p=p)
+    return entries
+
+
+RECIPES = {
+    "lora": "`recipes.lora`",
+    "paper": "`recipes.small_data`",
+    "recipe": "`recipes.long_training`",
+}
+"""Methods of `lx.recipes`."""
+
+
+def _which(results: Results) -> list[str]:
+    """Return what to use by type of task, number of examples and steps."""
+    rows, missing = [], False
+    for about in results.protocol["recommendations"]:
+        phases = [results.phase(name) for name in about["phases"]]
+        for phase, size, budget in (
+            (each, size, budget) for each in phases for size in each["sizes"] for budget in each["budgets"]
+        ):
+            cells = [(task, size, budget) for task in about["tasks"]]
+            row = _recommended(results, phase, cells)
+            missing |= row is None
+            if row is not None:
+                steps = str(results.protocol["budgets"][budget])
+                rows.append([about["type"], str(size or "all"), steps, *row])
+    text = (
+        "Of the finalists the one with the best validation accuracy is compared with LoRA on the test examples, in as "
+        "many steps, each at its rate of the lowest validation loss. If the 95 % interval of its gain is not above 0, "
+        "LoRA is as good, and is what to use. Gains are in points of test accuracy. Two studies of language models "
+        "found that LoRA at a well chosen rate is within 1 to 2 % of its variants "
+        "([2602.04998](https://arxiv.org/abs/2602.04998), [2601.22708](https://arxiv.org/abs/2601.22708))."
+    )
+    if missing:
+        text += " The runs of the other rows of the protocol, on a language model among them, are not made yet."
+    names = [name for name in METHODS if any(f"`{name}`" in row[4] for row in rows) and name not in RECIPES]
+    legend = [f"- `{name}`: {METHODS[name].about}" for name in names]
+    table = _section("Which should I use?", text, ["task", "examples", "steps", "use", "best", "its gain"], rows)
+    return [*table, *legend, *([""] if legend else [])]
+
+
+def _recommended(results: Results, phase: dict[str, Any], cells: Sequence[tuple[str, int, str]]) -> list[str] | None:
+    """Return what to use, the best method by validation accuracy, and its gain on the test examples."""
+    accuracy = {}
+    methods = results.methods(phase)
+    for method in methods:
+        runs = [results.seeds(phase, *cell, method) for cell in cells]
+        if None in runs:
+            return None
+        accuracy[method] = statistics.fmean(
+            score(run, "accuracy", "validation") or 0.0 for found in runs for run in found or ()
+        )
+    best = max(methods, key=lambda method: accuracy[method], default="lora")
+    scores = results.differences(phase, cells, (best, "lora"), "accuracy", "test")
+    if scores is None:
+        return None
+    gain = difference_over_tasks(scores, results.protocol["statistics"]["resamples"])
+    use = best if gain.low > 0 else "lora"
+    return [RECIPES.get(use, f"`{use}`"), f"`{best}`", "" if best == "lora" else str(gain)]
+
+
+def _language(results: Results) -> list[str]:
+    """Return the methods on a language model: against LoRA, and what they cost."""
+    base, phase, rows = results.phase("lm-base"), results.phase("lm-methods"), []
+    (size,), (budget,) = phase["sizes"], phase["budgets"]
+    before = [
+        run["general"]
+        for task in base["tasks"][:1]
+        if (run := results.result("lm-base", task, base["sizes"][0], base["budgets"][0], "base", 0.0, base["seeds"][0]))
+    ]
+    for method in results.methods(phase):
+        cells = [(task, size, budget) for task in phase["tasks"]]
+        runs = [run for cell in cells for run in results.seeds(phase, *cell, method) or () if not run["diverged"]]
+        found = [
+            results.differences(phase, cells, (method, "lora"), metric, part)
+            for metric, part in (("accuracy", "test"), ("loss", "test"), ("accuracy", "shifts"))
+        ]
+        if not runs or not before or found[0] is None:
+            continue
+        accuracy = difference_over_tasks(found[0], results.protocol["statistics"]["resamples"])
+        mean = {
+            key: statistics.fmean(run[key] for run in runs) for key in ("general", "cpu_s", "memory", "disk", "trained")
+        }
+        rows.append(
+            [
+                method,
+                str(accuracy),
+                *("-" if each is None else f"{each.mean():+.2f}" for each in found[1:]),
+                f"{mean['general'] - before[0]:+.3f}",
+                f"{mean['memory'] / 2**20:.0f}",
+                f"{mean['cpu_s']:.0f}",
+                f"{mean['disk'] / 2**10:,.0f}",
+                f"{mean['trained']:,.0f}",
+                str(accuracy.tasks),
+            ]
+        )
+    about = (
+        "SmolLM2-135M-Instruct, its last layers trained. Less LoRA: test accuracy, test loss with the sign turned, "
+        "accuracy under shift. Then the change of the loss on general text (more is forgotten), the peak memory of a "
+        f"step in MiB, seconds of training, KiB on disk, and trained parameters. {len(phase['seeds'])} seeds, "
+        f"{size} examples, {results.protocol['budgets'][budget]} steps."
+    )
+    header = ["method", "test", "test loss", "shift", "general loss", "memory", "seconds", "disk", "trained", "tasks"]
+    if not before:
+        return []
+    return [
+        *_section("Language model", about, header, rows),
+        *_pivot(results, "lm-finalists", "Language tasks", "Finalists, test accuracy and loss.", results.seeds),
+        *_pivot(results, "lm-finalists-long", "Language tasks, long", "As above.", results.seeds),
+        *_pivot(results, "lm-finalists-all", "Language tasks, all examples", "As above.", results.seeds),
+    ]
 
 
 def _in_short(results: Results) -> list[str]:
@@ -301,33 +460,36 @@ def _in_short(results: Results) -> list[str]:
     for entry in _decided(results):
         if entry.by == "loss":
             worst, best = entry.tasks
-            about = f"{entry.claim['name']} ({entry.claim['method']} - {entry.claim['against']}, {entry.budget})"
+            about = f"{entry.claim['name']} ({results.method(entry.claim)} - {entry.claim['against']}, {entry.budget})"
             lines.append(f"- {about}: {entry.difference}, by task {worst:+.2f} to {best:+.2f}: {entry.verdict}")
     return ["## In short", "", *(lines or ["No runs yet."]), ""]
 
 
 def _claims(results: Results) -> list[str]:
+    decided = _decided(results)
+    by_accuracy = {(entry.claim["name"], entry.budget): entry for entry in decided if entry.by == "accuracy"}
     rows = []
-    for entry in _decided(results):
-        rows.append(
-            [
-                entry.claim["name"],
-                f"{entry.claim['method']} - {entry.claim['against']}",
-                entry.budget,
-                entry.by,
-                str(entry.difference),
-                *(f"{value:+.2f}" for value in entry.tasks),
-                "" if entry.p is None else f"{entry.p:.3f}",
-                str(entry.difference.tasks),
-                entry.verdict,
-            ]
-        )
+    for entry in decided:
+        if entry.by == "loss":
+            other = by_accuracy.get((entry.claim["name"], entry.budget))
+            rows.append(
+                [
+                    f"{results.method(entry.claim)} - {entry.claim['against']}",
+                    f"{entry.claim['metric']}, {entry.claim['part']}",
+                    entry.budget,
+                    str(entry.difference),
+                    "" if other is None else str(other.difference),
+                    "" if entry.p is None else f"{entry.p:.3f}",
+                    str(entry.difference.tasks),
+                    entry.verdict,
+                ]
+            )
     about = (
-        "Interquartile mean over tasks of paired differences, in points of accuracy (or of loss, with the sign turned "
-        "so that more is better), with 95 % bootstrap intervals over seeds; worst and best are means of one task. p is "
-        "corrected by Holm; the verdict is the protocol's."
+        "Interquartile mean over tasks (and sizes) of paired differences, in points of accuracy, or of loss with the "
+        "sign turned so that more is better, with 95 % bootstrap intervals over seeds; the rate of each method is by "
+        "validation loss, and beside it by validation accuracy. p is corrected by Holm over the claims of a phase."
     )
-    header = ["claim", "methods", "budget", "rate by", "difference", "worst", "best", "p", "tasks", "verdict"]
+    header = ["methods", "of", "budget", "difference", "rate by accuracy", "p", "cells", "verdict"]
     return _section("Claims", about, header, rows)
 
 
@@ -375,39 +537,12 @@ def _grid(results: Results) -> list[str]:
 
 def _mean(values: Sequence[float | None]) -> str:
     present = [value for value in values if value is not None]
-    if not present:
-        return "-"
-    spread = f" ± {statistics.stdev(present):.1f}" if len(present) > 1 else ""
-    return f"{statistics.fmean(present):.1f}{spread}"
+    return f"{statistics.fmean(present):.1f}" if present else "-"
 
 
 def _tasks(results: Results) -> list[str]:
-    phase, rows = results.phase("finalists"), []
-    for task in phase["tasks"]:
-        for budget in phase["budgets"]:
-            for method in phase["methods"]:
-                runs = [
-                    results.finalist(task, phase["sizes"][0], budget, method, "loss", seed) for seed in phase["seeds"]
-                ]
-                found = [run for run in runs if run is not None]
-                if len(found) < len(runs):
-                    continue
-                losses = [run["test"]["loss"] for run in found if not run["diverged"]]
-                rows.append(
-                    [
-                        task,
-                        budget,
-                        method,
-                        _rate(results, task, budget, method),
-                        _mean([score(run, "accuracy", "test") for run in found]),
-                        f"{statistics.fmean(losses):.3f}" if losses else "diverged",
-                        _mean([score(run, "accuracy", "shifts") for run in found]),
-                    ]
-                )
-    about = (
-        "Finalists at the rate of the lowest validation loss: mean and standard deviation over seeds, accuracy in %."
-    )
-    return _section("Tasks", about, ["task", "budget", "method", "rate", "test", "test loss", "shifts"], rows)
+    about = "Finalists at the rate of the lowest validation loss: mean test accuracy in % over seeds, and test loss."
+    return _pivot(results, "finalists", "Tasks", about, results.seeds)
 
 
 def _design(results: Results) -> list[str]:
@@ -425,32 +560,35 @@ def _grid_best(
     return None if rate is None or runs is None else runs[rate]
 
 
-def _of_phase(
+Runs = Callable[[dict[str, Any], str, int, str, str], list[dict[str, Any]] | None]
+"""Returns the runs of a phase, task, size, budget and method; None until all are there."""
+
+
+def _grid_runs(results: Results) -> Runs:
+    return lambda *cell: _grid_best(results, *cell)
+
+
+def _test(runs: list[dict[str, Any]]) -> str:
+    loss = statistics.fmean(run["test"]["loss"] if not run["diverged"] else float("nan") for run in runs)
+    return f"{_mean([score(run, 'accuracy', 'test') for run in runs])} ({loss:.3f})"
+
+
+def _pivot(
     results: Results,
     name: str,
     title: str,
     about: str,
-    header: Sequence[str],
-    row: Callable[[list[dict[str, Any]]], list[str]],
+    runs_of: Runs,
+    cell: Callable[[list[dict[str, Any]]], str] = _test,
 ) -> list[str]:
+    """Return a table of a phase with a row for each task, size and budget, and a column for each method."""
     phase, rows = results.phase(name), []
-    for task in phase["tasks"]:
-        for size in phase["sizes"]:
-            for budget in phase["budgets"]:
-                for method in phase["methods"]:
-                    runs = _grid_best(results, phase, task, size, budget, method)
-                    if runs is not None:
-                        rows.append([task, str(size or "all"), budget, method, *row(runs)])
-    return _section(title, about, ["task", "examples", "budget", "method", *header], rows)
-
-
-def _test_row(runs: list[dict[str, Any]]) -> list[str]:
-    loss = statistics.fmean(run["test"]["loss"] for run in runs)
-    return [_mean([score(run, "accuracy", "test") for run in runs]), f"{loss:.3f}"]
-
-
-def _adapter_row(runs: list[dict[str, Any]]) -> list[str]:
-    return [f"{runs[0]['trained']:,}", *_test_row(runs)]
+    methods = results.methods(phase)
+    for task, size, budget in itertools.product(phase["tasks"], phase["sizes"], phase["budgets"]):
+        found = [runs_of(phase, task, size, budget, method) for method in methods]
+        if any(found):
+            rows.append([task, str(size or "all"), budget, *(cell(runs) if runs else "-" for runs in found)])
+    return _section(title, about, ["task", "examples", "budget", *methods], rows)
 
 
 def _others(results: Results) -> list[str]:
@@ -458,7 +596,7 @@ def _others(results: Results) -> list[str]:
         "Methods beside the finalists, each at the rate of its own grid with the lowest validation loss. "
         "DoRA leaves out embeddings."
     )
-    table = _of_phase(results, "others", "Other methods", about, ["test", "test loss"], _test_row)
+    table = _pivot(results, "others", "Other methods", about, _grid_runs(results))
     return [*table, *_less_lora(results, "others", "Other methods less LoRA", ("others", "grid"))]
 
 
@@ -468,7 +606,7 @@ def _adapters(results: Results) -> list[str]:
         "at the rate of its own grid with the lowest validation loss. LoKr leaves out embeddings. Two seeds: a "
         "difference of a few points is no finding."
     )
-    table = _of_phase(results, "adapters", "Adapter methods", about, ["trained", "test", "test loss"], _adapter_row)
+    table = _pivot(results, "adapters", "Adapter methods", about, _grid_runs(results))
     return [*table, *_less_lora(results, "adapters", "Adapter methods less LoRA", ("adapters",))]
 
 
@@ -483,7 +621,7 @@ def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[s
                 cell = (task, phase["sizes"][0], budget)
                 ours, lora = _grid_best(results, of, *cell, method), _grid_best(results, grid, *cell, "lora")
                 pairs += zip(ours, lora, strict=True) if ours and lora else [(None, None)]
-            if (None, None) in pairs:
+            if not pairs or (None, None) in pairs:
                 continue
             accuracy, loss = (
                 [score(ours, metric, "test") - score(lora, metric, "test") for ours, lora in pairs]
@@ -496,7 +634,7 @@ def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[s
 
 def _restarts(results: Results) -> list[str]:
     about = "The recipe with one part changed, in the short budget, each at the best rate of its own grid."
-    return _of_phase(results, "restarts", "What a restart costs", about, ["test", "test loss"], _test_row)
+    return _pivot(results, "restarts", "What a restart costs", about, _grid_runs(results))
 
 
 def _map(results: Results) -> list[str]:
@@ -536,31 +674,27 @@ def _ranks(results: Results) -> list[str]:
     about = (
         "A teacher whose change has rank R, 20 % of the training labels drawn at random; test labels are the teacher's."
     )
-    return _of_phase(results, "ranks", "Known rank", about, ["test", "test loss"], _test_row)
+    return _pivot(results, "ranks", "Known rank", about, _grid_runs(results))
 
 
 def _sizes(results: Results) -> list[str]:
     about = "More training examples, at the rate of the lowest validation loss."
-    return _of_phase(results, "sizes", "Sizes", about, ["test", "test loss"], _test_row)
+    return _pivot(results, "sizes", "Sizes", about, _grid_runs(results))
 
 
 def _forgetting(results: Results) -> list[str]:
-    def row(runs: list[dict[str, Any]]) -> list[str]:
+    def cell(runs: list[dict[str, Any]]) -> str:
         means = [
-            {key: statistics.fmean(run["kept"][place][key] for run in runs) for key in ("share", "target", "source")}
-            for place in range(len(runs[0]["kept"]))
+            [100 * statistics.fmean(run["kept"][place][key] for run in runs) for key in ("target", "source")]
+            for place in (0, 5, 10)
         ]
-        return [
-            " / ".join(
-                f"{100 * point['target']:.1f}, {100 * point['source']:.1f}" for point in (means[0], means[5], means[10])
-            )
-        ]
+        return " / ".join(f"{target:.1f}, {source:.1f}" for target, source in means)
 
     about = (
-        "Accuracy on the target, and on the source that the model was trained on before, with none, half and all of "
-        "the change in."
+        "Accuracy on the target, and on the source that the model was trained on before, with none / half / all of the "
+        "change in."
     )
-    return _of_phase(results, "forgetting", "Forgetting", about, ["target, source at 0 / 0.5 / 1"], row)
+    return _pivot(results, "forgetting", "Forgetting", about, _grid_runs(results), cell)
 
 
 def _axes(rows: int, columns: int) -> tuple[Any, Any]:
@@ -672,13 +806,12 @@ def _rate(results: Results, task: str, budget: str, method: str) -> str:
 def _deltas(results: Results) -> list[str]:
     phase, rows = results.phase("finalists"), []
     for budget in phase["budgets"]:
-        for method in phase["methods"]:
+        for method in results.methods(phase):
             found = [
                 run["delta"]
                 for task in phase["tasks"]
-                for seed in phase["seeds"]
-                if (run := results.finalist(task, phase["sizes"][0], budget, method, "loss", seed)) is not None
-                and not run["diverged"]
+                for run in results.seeds(phase, task, phase["sizes"][0], budget, method) or ()
+                if not run["diverged"]
             ]
             if found:
                 norm, rank = (statistics.fmean(delta[key] for delta in found) for key in ("norm", "rank"))

@@ -11,7 +11,9 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -25,18 +27,38 @@ from typing import Any
 import torch
 
 from benchmarks.report import processor
-from experiments.evidence.data import TASKS, Task
+from experiments.evidence import data
+from experiments.evidence.data import Task
+from experiments.evidence.language import LANGUAGE_TASKS
 from experiments.evidence.methods import METHODS
 from experiments.evidence.train import Training, run
 from lorasc_fx.errors import SpecError
 
-__all__ = ["Cell", "Lines", "best_rate", "cells_of", "grid_of", "main", "runs_of", "training_of"]
+__all__ = [
+    "TASKS",
+    "Cell",
+    "Lines",
+    "best_method",
+    "best_rate",
+    "cells_of",
+    "grid_of",
+    "main",
+    "methods_of",
+    "phase_of",
+    "runs_of",
+    "shared_rate",
+    "training_of",
+]
+
+TASKS = data.TASKS | LANGUAGE_TASKS
 
 HERE = Path(__file__).parent
 PROTOCOL, RESULTS = HERE / "protocol.toml", HERE / "results.jsonl"
 PROCESSES = 2
 TOLERANCE = 1e-4
 """Of losses and other numbers, where a run is made again on another processor."""
+NOT_REPEATED = {"cpu_s", "memory"}
+"""Measures that another run of the same cell may differ in."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +130,49 @@ def cells_of(protocol: dict[str, Any], lines: Lines) -> Iterator[Cell]:
         SpecError: an unknown task, budget or method.
     """
     for phase in protocol["phases"]:
-        patterns = phase["methods"]
-        methods = [name for name in METHODS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        candidates = list(itertools.chain(phase["methods"], *phase.get("best_of", [])))
         for kind, names, known in (
-            ("method", [p for p in patterns if not fnmatch.filter(METHODS, p)], METHODS),
+            ("method", [p for p in candidates if not fnmatch.filter(METHODS, p)], METHODS),
             ("task", phase["tasks"], TASKS),
             ("budget", phase["budgets"], protocol["budgets"]),
         ):
             for name in names:
                 if name not in known:
                     raise SpecError(f"{PROTOCOL.name}, phase {phase['name']!r}: there is no {kind} {name!r}")
+        methods = methods_of(protocol, lines, phase)
         for task, size, budget, seed in itertools.product(
             phase["tasks"], phase["sizes"], phase["budgets"], phase["seeds"]
         ):
             for method in methods:
                 for rate in _rates(protocol, phase, lines, (task, size, budget, method)):
                     yield Cell(protocol["version"], phase["name"], task, size, budget, method, rate, seed)
+
+
+def phase_of(protocol: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a phase by name."""
+    return next(phase for phase in protocol["phases"] if phase["name"] == name)
+
+
+def methods_of(protocol: dict[str, Any], lines: Lines, phase: dict[str, Any]) -> list[str]:
+    """Return the methods of a phase that are known: those of `methods`, and the best one of each list in `best_of`."""
+    best = [best_method(protocol, lines, names) for names in phase.get("best_of", [])]
+    patterns = [*phase["methods"], *(name for name in best if name is not None)]
+    return [name for name in METHODS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def best_method(protocol: dict[str, Any], lines: Lines, names: Sequence[str]) -> str | None:
+    """Return the method with the lowest validation loss in the first grid over tasks, each at its best rate.
+
+    None until all runs of the grid are there.
+    """
+    grid = next(each for each in protocol["phases"] if each["rates"] == "grid over tasks")
+    losses = {}
+    for name in names:
+        found = _shared(protocol, lines, grid, grid["budgets"][0], name)
+        if found is None:
+            return None
+        losses[name] = found.loss
+    return min(losses, key=lambda name: losses[name])
 
 
 def _rates(
@@ -134,6 +183,13 @@ def _rates(
         return list(protocol["rates"]["full" if METHODS[method].full else "branches"])
     if phase["rates"] == "grid":
         return grid_of(protocol, lines, phase, *cell)
+    if phase["rates"] == "none":
+        return [0.0]
+    if phase["rates"] == "grid over tasks":
+        return _shared_grid(protocol, lines, phase, budget, method)
+    if phase["rates"] == "best over tasks":
+        rate = shared_rate(protocol, lines, budget, method)
+        return [] if rate is None else [rate]
     chosen = phase["rates"].removeprefix("best of ") if phase["rates"].startswith("best of ") else method
     best = [best_rate(protocol, lines, task, size, budget, chosen, by) for by in ("loss", "accuracy")]
     return sorted({rate for rate in best if rate is not None})
@@ -196,9 +252,70 @@ def best_rate(
     protocol: dict[str, Any], lines: Lines, task: str, size: int, budget: str, method: str, by: str, phase: str = "grid"
 ) -> float | None:
     """Return the rate of the best mean validation loss or accuracy in the grid of a phase; None until all are there."""
-    about = next(each for each in protocol["phases"] if each["name"] == phase)
-    runs = runs_of(protocol, lines, about, task, size, budget, method)
+    runs = runs_of(protocol, lines, phase_of(protocol, phase), task, size, budget, method)
     return None if runs is None else _best(runs, by)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a grid over tasks has chosen: the rate, and the mean of the logarithm of its validation losses."""
+
+    rate: float
+    loss: float
+
+
+def shared_rate(protocol: dict[str, Any], lines: Lines, budget: str, method: str) -> float | None:
+    """Return the rate that a grid over tasks chose for a budget; None until all its runs are there."""
+    for phase in protocol["phases"]:
+        if phase["rates"] == "grid over tasks" and budget in phase["budgets"]:
+            found = _shared(protocol, lines, phase, budget, method)
+            if found is not None:
+                return found.rate if found.loss < math.inf else None
+    return None
+
+
+def _shared(protocol: dict[str, Any], lines: Lines, phase: dict[str, Any], budget: str, method: str) -> Shared | None:
+    rates = _shared_grid(protocol, lines, phase, budget, method)
+    return _best_shared(protocol, lines, phase, rates, budget, method)
+
+
+def _best_shared(
+    protocol: dict[str, Any], lines: Lines, phase: dict[str, Any], rates: Sequence[float], budget: str, method: str
+) -> Shared | None:
+    """Return the best one of some rates, the smaller of equals; None until all runs are there.
+
+    Of a rate that diverged on a task the loss is infinite.
+    """
+    runs = [_by_rate(protocol, lines, phase, rates, task, phase["sizes"][0], budget, method) for task in phase["tasks"]]
+    found = [each for each in runs if each is not None]
+    if len(found) < len(runs):
+        return None
+    losses = {
+        rate: statistics.fmean(
+            math.inf if result["diverged"] else math.log(result["validation"]["loss"])
+            for by_rate in found
+            for result in by_rate[rate]
+        )
+        for rate in rates
+    }
+    best = min(rates, key=lambda rate: (losses[rate], rate))
+    return Shared(best, losses[best])
+
+
+def _shared_grid(
+    protocol: dict[str, Any], lines: Lines, phase: dict[str, Any], budget: str, method: str
+) -> list[float]:
+    """Return the rates of a grid over tasks that are known so far: another follows while the best one is at an end."""
+    about = protocol["rates"]["language"]
+    rates, lower, higher = list(about["start"]), list(about["lower"]), list(about["higher"])
+    while (best := _best_shared(protocol, lines, phase, rates, budget, method)) is not None:
+        if best.rate == rates[0] and lower:
+            rates.insert(0, lower.pop(0))
+        elif best.rate == rates[-1] and higher:
+            rates.append(higher.pop(0))
+        else:
+            break
+    return rates
 
 
 @functools.cache
@@ -218,17 +335,19 @@ def _made(cells: Sequence[Cell], protocol: dict[str, Any], mixes: bool) -> list[
     cell = cells[0]
     steps = protocol["budgets"][cell.budget]
     methods = [METHODS[each.method] for each in cells]
-    return run(_task(cell.task), methods, training_of(protocol), cell.size, steps, cell.rate, cell.seed, mixes)
+    training = training_of(protocol, cell.phase)
+    return run(_task(cell.task), methods, training, cell.size, steps, cell.rate, cell.seed, mixes)
 
 
-def training_of(protocol: dict[str, Any]) -> Training:
-    """Return what every run of a protocol has in common."""
-    about = protocol["training"]
+def training_of(protocol: dict[str, Any], phase: str) -> Training:
+    """Return what every run of a phase has in common."""
+    about = protocol["training"] | phase_of(protocol, phase).get("training", {})
     return Training(about["batch_size"], about["warmup"], about["cycles"], about["gradient_clipping"])
 
 
 def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> None:
     """Make the runs that are missing; `only` names phases."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # each measurement of memory would print that it begins
     context = multiprocessing.get_context("spawn")
     phases = set(only)
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
@@ -274,7 +393,8 @@ def check(protocol: dict[str, Any], lines: Lines) -> int:
     now = json.loads(json.dumps(made))
     same = line.get("processor") == processor()
     tolerance = 0.0 if same else TOLERANCE
-    differing = [key for key in before if key != "cpu_s" and not agrees(now.get(key), before[key], tolerance, key)]
+    compared = before.keys() - NOT_REPEATED
+    differing = [key for key in sorted(compared) if not agrees(now.get(key), before[key], tolerance, key)]
     for key in differing:
         print(f"  {key}: {now.get(key)} now, {before[key]} in the line", file=sys.stderr)
     how = "bit for bit" if same else f"accuracies equal, other numbers to {TOLERANCE:g}, made on another processor"

@@ -61,5 +61,5 @@ def _observed(
             for part, value in change().items():
                 seen[part].append(value)
 
-    run(task, [METHODS[method]], runner.training_of(protocol), *how, observe=observe)
+    run(task, [METHODS[method]], runner.training_of(protocol, "restarts"), *how, observe=observe)
     return seen

@@ -137,7 +137,7 @@ def run(
             torch.nn.utils.clip_grad_norm_(parameters_now, training.clip)
             optimizer.step()
         if watch is not None:
-            result["memory"] = watch.peak
+            result["memory"] = watch.peak + 3 * 4 * result["trained"]  # the values and AdamW's two moments
         optimizer.zero_grad()
         done = step + 1
         if observe is not None:
@@ -152,7 +152,8 @@ def run(
     last = trained()
     result |= {"steps": steps, "loss": losses[-1], "cpu_s": round(time.process_time() - began, 2)}
     if task.general is not None and isinstance(learner, lx.Cascade):
-        result["disk"] = _saved_size(learner)
+        idle = 4 * result["trained"] if method.stages else 0  # the branches of a next stage, which nobody needs
+        result["disk"] = _saved_size(learner) - idle
     results = []
     for other in methods:
         kept = [states[step] for step in other.moments(ends, steps)]
@@ -223,6 +224,11 @@ def _chosen(
     """
     if method.stop_early:
         return min(states, key=lambda state: task.measure(_with(model, state), task.validation)["loss"])
+    changed = {
+        name
+        for name, value in states[0].items()
+        if value.is_floating_point() and not all(torch.equal(value, state[name]) for state in states)
+    }
     if method.average == "loss":
         weights = [1 / loss / sum(1 / other for other in losses) for loss in losses]
         return {
@@ -230,13 +236,13 @@ def _chosen(
                 (weight * state[name].double() for weight, state in zip(weights, states, strict=True)),
                 torch.zeros((), dtype=torch.float64),
             ).to(value.dtype)
-            if value.is_floating_point()
+            if name in changed
             else value
             for name, value in states[0].items()
         }
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
-        if value.is_floating_point()
+        if name in changed
         else value
         for name, value in states[0].items()
     }

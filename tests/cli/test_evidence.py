@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from scipy.stats import trim_mean
 from torch import nn
 
 from experiments.evidence import language, page, runner
-from experiments.evidence.data import TASKS, Part, Task, measure
+from experiments.evidence.data import Part, Task, measure
 from experiments.evidence.methods import METHODS
 from experiments.evidence.train import Training, run
 from tests.kit import tiny
 
+LANGUAGE = ("lm-base", "lm-grid", "lm-finalists", "lm-methods", "lm-grid-long", "lm-finalists-long", "lm-finalists-all")
 TINY: dict[str, Any] = {
     "version": 7,
     "counts": [6],
@@ -39,12 +41,14 @@ TINY: dict[str, Any] = {
         for name, rates in (("grid", "grid"), ("finalists", "best"))
     ]
     + [
-        {"name": name, "tasks": [], "sizes": [], "budgets": [], "methods": [], "seeds": [], "rates": "grid"}
-        for name in ("ranks", "design", "forgetting", "sizes", "others", "adapters", "restarts", "map")
+        {"name": name, "tasks": [], "sizes": [16], "budgets": ["short"], "methods": [], "seeds": [], "rates": "grid"}
+        for name in ("ranks", "design", "forgetting", "sizes", "others", "adapters", "restarts", "map", *LANGUAGE)
     ],
+    "recommendations": [{"type": "noisy labels", "phases": ["finalists"], "tasks": ["teacher-4"]}],
     "claims": [
         {
             "name": "better",
+            "phase": "finalists",
             "method": "recipe",
             "against": "lora",
             "metric": metric,
@@ -75,9 +79,11 @@ def test_the_protocol_names_what_is_there() -> None:
     protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
     cells = list(runner.cells_of(protocol, runner.Lines(Path("none"), protocol)))
     assert len(cells) == len(set(cells)) > 1000
-    waiting = {"finalists", "design"}  # for the rates of the grid
+    waiting = {  # for the rates of a grid
+        "finalists", "design", "lm-finalists", "lm-methods", "lm-finalists-long", "lm-finalists-all",
+    }  # fmt: skip
     assert {cell.phase for cell in cells} == {phase["name"] for phase in protocol["phases"]} - waiting
-    assert all(cell.task in TASKS and cell.method in METHODS for cell in cells)
+    assert all(cell.task in runner.TASKS and cell.method in METHODS for cell in cells)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,8 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
     page.write(TINY, runner.Lines(path, TINY), tmp_path)
     written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     assert f"{len(again.found)} of {len(again.found)} runs" in written
-    assert "| better | recipe - lora | short | loss |" in written
+    assert "| recipe - lora | loss, test | short |" in written
+    assert "| noisy labels | 16 | 6 |" in written
 
     entry = next(entry for entry in again.found.values())
     entry["result"]["test"]["loss"] += 1e-12
@@ -139,6 +146,40 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
     assert "another processor" in capsys.readouterr().out
     entry["result"]["test"]["accuracy"] += 1e-9
     assert runner.check(TINY, again) == 1
+
+
+def test_a_grid_over_tasks_goes_on_while_its_best_rate_is_at_an_end(tmp_path: Path) -> None:
+    """Its rate, and the method with the lowest loss, are those of the phase of finalists."""
+    common = {"tasks": ["lm-extract", "lm-r8"], "sizes": [200], "budgets": ["short"], "seeds": [0]}
+    protocol = TINY | {
+        "rates": {"language": {"start": [0.001, 0.01], "lower": [0.0001], "higher": [0.1, 1.0]}},
+        "phases": [
+            common | {"name": "lm-grid", "methods": ["lora", "hira", "oft"], "rates": "grid over tasks"},
+            common
+            | {"name": "lm-finalists", "methods": ["lora"], "best_of": [["hira", "oft"]], "rates": "best over tasks"},
+        ],
+    }
+    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
+    best = {"lora": 0.01, "hira": 0.0001, "oft": 1.0}  # hira goes on below, oft as far as there are rates, lora twice
+
+    def result(cell: runner.Cell) -> dict[str, Any]:
+        far = abs(math.log(cell.rate / best[cell.method]))
+        return {"diverged": cell.rate > 0.5 and cell.method == "hira", "validation": {"loss": 1 + far, "accuracy": 0.5}}
+
+    for _ in range(10):
+        for cell in [each for each in runner.cells_of(protocol, lines) if each not in lines.found]:
+            lines.add(cell, result(cell))
+    rates = {
+        method: sorted({cell.rate for cell in lines.found if (cell.phase, cell.method) == ("lm-grid", method)})
+        for method in best
+    }
+    assert rates == {
+        "lora": [0.001, 0.01, 0.1],
+        "hira": [0.0001, 0.001, 0.01],
+        "oft": [0.001, 0.01, 0.1, 1.0],
+    }
+    finalists = {(cell.method, cell.rate) for cell in lines.found if cell.phase == "lm-finalists"}
+    assert finalists == {("lora", 0.01), ("hira", 0.0001)}  # hira and oft have the same loss; the first one counts
 
 
 def test_statistics_by_hand() -> None:
