@@ -276,6 +276,9 @@ def test_a_language_model_is_trained_and_measured(llama: Any) -> None:
         assert after["general"] == after["test"]["loss"]  # in this test the same examples
         assert after["memory"] > 4 * after["trained"]
         assert after["disk"] > 4 * after["trained"]
+        (repeated,) = run(task, [METHODS[name]], TRAINING, 0, 6, 0.01, 0)
+        differing = {key for key in after if after[key] != repeated[key]}
+        assert differing <= runner.NOT_REPEATED
     again = run(task, [METHODS["recipe"], METHODS["loss-average"]], TRAINING, 0, 6, 0.01, 0)
     assert again[0]["test"] != again[1]["test"]
     assert before["trained"] == 0
