@@ -278,7 +278,7 @@ def _check_fits(after: SlowWeights, call: str) -> None:
 
 def _own(run: Run, call: str, folded: bool) -> Part:
     """Return the run itself as a part of a sum. Parameters outside the slow rule have their current values."""
-    slow, trained = (ended(run, call), {}) if folded else (run.slow, run.trained_parameters())
+    slow, trained = (ended(run, call), {}) if folded else (run.slow, run.present(run.slow.trained))
     now = {
         name: state.holding(host(trained[name]))
         for name, state in slow.trained.items()

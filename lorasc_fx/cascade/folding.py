@@ -38,7 +38,7 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
         StateError: after `release`, or if something changes, inside `weights` or inside a backward.
     """
     run.check_alive("to")
-    parameters, trained = run.parameters_by_name(), run.trained_parameters()
+    parameters, trained = run.parameters_by_name(), run.present(run.slow.trained)
     tensors = [*(parameter.data for parameter in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
     # `to` with the current device and dtype changes nothing, and must not drop the graphs.
     if all(_stays(tensor.data, fn(tensor.data)) for tensor in tensors):

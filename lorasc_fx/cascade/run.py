@@ -229,7 +229,7 @@ class Run(RunBase):
         """
         undo(self.restorer())
         rules = {name: state.rule for name, state in self.slow.trained.items() if state.rule is not None}
-        trained = self.trained_parameters()
+        trained = self.present(self.slow.trained)
         self.meta, self.base_file, self.digests = None, base_file, dict(fingerprints)
         self.slow = replace(self.slow, states={}).with_trained(trained, rules)
         self.register_sites(undo, empty)
@@ -243,7 +243,8 @@ class Run(RunBase):
         return self._groups(lr, options)
 
     def _groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        trained = [(parameter, self.slow.trained[name].rule) for name, parameter in self.trained_parameters().items()]
+        states = self.slow.trained
+        trained = [(parameter, states[name].rule) for name, parameter in self.present(states).items()]
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
     def begin_loop(self, optimizer: torch.optim.Optimizer, call: str = "stages") -> None:

@@ -106,18 +106,11 @@ class RunBase:
 
     def learners(self) -> dict[str, Learner]:
         """Return what trains in the running stage, by weight name: branches, and parameters trained in full."""
-        return {**self.branches_by_weight(), **self.trained_parameters()}
+        return {**self.branches_by_weight(), **self.present(self.slow.trained)}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Return the user's parameters by their first names."""
         return dict(self.model.named_parameters())
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained in full."""
-        if not self.slow.trained:
-            return {}
-        parameters = self.parameters_by_name()
-        return {name: parameters[name] for name in self.slow.trained}
 
     def present(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Return the parameters that the model has now under these names. Missing ones are left out."""
@@ -149,7 +142,7 @@ class RunBase:
             if isinstance(branch, Branch)
             for name, parameter in branch.trainable().items()
         }
-        return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
+        return parameters | {f"model.{name}": parameter for name, parameter in self.present(self.slow.trained).items()}
 
     @property
     def trained_entries(self) -> int:

@@ -48,7 +48,7 @@ def next_stage(
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, begun = run.plan, run.slow, time.monotonic()
-        branches, trained = run.branches_by_weight(), run.trained_parameters()
+        branches, trained = run.branches_by_weight(), run.present(run.slow.trained)
         if optimizer is not None:
             check_holds(optimizer, run.trainable())
         run.check_buffers("transition")

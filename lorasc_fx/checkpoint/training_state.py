@@ -109,7 +109,7 @@ def resume(
                 for weight, branch in run.branches_by_weight().items()
                 for name, parameter in branch.named_parameters()
             }
-            saved_as |= {value: tensors.get(f"value/{name}") for name, value in run.trained_parameters().items()}
+            saved_as |= {value: tensors.get(f"value/{name}") for name, value in run.present(run.slow.trained).items()}
             dtypes = {parameter: tensor.dtype for parameter, tensor in saved_as.items() if tensor is not None}
             keep_as_saved(optimizer, optimizer_state["state"], host, dtypes)
             run.commit(replace(gradients_of(run, manifest, tensors), optimizer=optimizer), undo)

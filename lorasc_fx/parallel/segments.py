@@ -323,7 +323,21 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
     The weights of a block (`layers.3`) are gathered while one of its modules runs, and all others until the end. Every
     rank must call the same modules in the same order.
     """
-    modules, blocks = dict(model.named_modules()), _Blocks(shards)
+    modules, depth = dict(model.named_modules()), Counter[str]()  # of nested calls that read a unit
+
+    def call(names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            for name in names:
+                depth[name] += 1
+                with torch.inference_mode(False):  # otherwise FSDP would create its buffers in inference mode
+                    shards.unit(name).unshard()
+            return function(*args, **kwargs)
+        finally:
+            for name in names:
+                depth[name] -= 1
+                if not depth[name]:
+                    shards.unit(name).reshard()
+
     units = {id(held): name for name in shards.names for held in shards.unit(name).parameters()}
     numbered = {name for name in shards.names if _NUMBER.match(f"{name}.")}
     for name in numbered:
@@ -332,37 +346,11 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
                 table, slot = vars(module), "_compiled_call_impl"  # not a hook, see cascade/usage.py
                 inner = module._compiled_call_impl
                 undo(partial(table.pop, slot) if inner is None else partial(table.update, {slot: inner}))
-                table[slot] = partial(blocks.call, names, inner or module._call_impl)
+                table[slot] = partial(call, names, inner or module._call_impl)
     for name in (ROOT, *(name for name in shards.names if name not in numbered)):
         undo(shards.unit(name).reshard)
         with torch.inference_mode(False):
             shards.unit(name).unshard()
-
-
-class _Blocks:
-    """Gathers units while calls run that read them, only once for nested calls."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards, self.depth = shards, Counter[str]()
-
-    def call(self, names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function with the weights of some units gathered."""
-        with self._whole(names):
-            return function(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _whole(self, names: list[str]) -> Iterator[None]:
-        try:
-            for name in names:
-                self.depth[name] += 1
-                with torch.inference_mode(False):  # otherwise FSDP would create its buffers in inference mode
-                    self.shards.unit(name).unshard()
-            yield
-        finally:
-            for name in names:
-                self.depth[name] -= 1
-                if not self.depth[name]:
-                    self.shards.unit(name).reshard()
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

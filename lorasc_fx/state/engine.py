@@ -322,12 +322,13 @@ def delta_of(
         delta = source.delta(weight.exact() if branch.uses_weight else None)
         if isinstance(delta, torch.Tensor):
             return Delta(dense=state.cut(full_tensor(delta), Side.WEIGHT).to(device, copy=True), gain=gain)
-        left, right = _part_of(delta.b, state, Side.LEFT), _part_of(delta.a, state, Side.RIGHT)
-        return Delta(Factors(left.to(device, copy=True), right.to(device, copy=True)), gain=gain)
-
-
-def _part_of(factor: torch.Tensor, state: WeightState, side: Side) -> torch.Tensor:
-    """Return this rank's slice of a factor if the weight is cut along it, otherwise the whole factor."""
-    if state.axis(side) is None:
-        return full_tensor(factor)
-    return local(factor) if shard_of(factor).axis == state.shard.axis else state.shard.take(full_tensor(factor))
+        parts = []
+        for factor, side in ((delta.b, Side.LEFT), (delta.a, Side.RIGHT)):
+            if state.axis(side) is None:  # each rank needs all of it
+                part = full_tensor(factor)
+            elif shard_of(factor).axis == state.shard.axis:  # sharded like the weight
+                part = local(factor)
+            else:
+                part = state.shard.take(full_tensor(factor))
+            parts.append(part.to(device, copy=True))
+        return Delta(Factors(*parts), gain=gain)

@@ -79,9 +79,14 @@ class AllOrNothing(Block):
 @contextmanager
 def commit() -> Iterator[Undo]:
     """`with commit() as undo:` a short block that writes. Ctrl-C waits for its end, and then rolls it back."""
-    with interrupts_deferred() as answer, AllOrNothing() as undo:
-        yield undo
-        answer()
+    undo = Block()
+    with interrupts_deferred() as answer:
+        try:
+            yield undo
+            answer()
+        except BaseException as fault:
+            undo.roll_back(fault)
+            raise
 
 
 @contextmanager

@@ -66,8 +66,8 @@ def test_a_transition_and_other_weights_run_few_functions() -> None:
             pass
 
     functions = functions_in(look)
-    assert len(functions) <= 68, functions
+    assert len(functions) <= 67, functions
     assert len({name.split()[0] for name in functions}) <= 18
     functions = functions_in(lambda: cascade.transition(optimizer))
-    assert len(functions) <= 148, functions
+    assert len(functions) <= 144, functions
     assert len({name.split()[0] for name in functions}) <= 22

@@ -186,7 +186,7 @@ def trainable(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
 
 def trained_in_full(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
     """The parameters trained in full, by name."""
-    return cascade._run.trained_parameters()
+    return cascade._run.present(cascade._run.slow.trained)
 
 
 def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
