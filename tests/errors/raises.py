@@ -13,8 +13,6 @@ from lorasc_fx import errors
 
 ROOT = Path(__file__).parents[2]
 CLASSES = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
-BY_WORDS: set[str] = set()
-"""Codes whose tests see words only: on the standard error of a command, or of another process."""
 
 
 def sources() -> Iterator[tuple[Path, ast.Module]]:

@@ -13,7 +13,7 @@ import lorasc_fx as lx
 from lorasc_fx import errors
 from tests.errors.catalogue import ENTRIES
 from tests.errors.page import PAGE, page
-from tests.errors.raises import BY_WORDS, expected_codes, given_codes, uncoded
+from tests.errors.raises import expected_codes, given_codes, uncoded
 from tests.kit.errors import raises
 
 PUBLIC = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
@@ -61,7 +61,7 @@ def test_every_code_is_in_the_table_and_used() -> None:
 
 def test_every_code_is_raised_by_some_test() -> None:
     """Found in the sources of the tests."""
-    assert set(errors.CODES) - expected_codes() == BY_WORDS
+    assert not set(errors.CODES) - expected_codes()
 
 
 def test_no_error_is_without_a_code() -> None:
