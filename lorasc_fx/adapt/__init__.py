@@ -132,7 +132,13 @@ def load(
         weights = named_weights(opened)
         check_base(checkpoint, weights.parameters)
         check_plan(checkpoint, weights.matrices, weights.parameters)
-        _check_forms(checkpoint)
+        sites = {site.form: site.weight for site in reversed(checkpoint.plan.sites)}
+        for form, hint in forms_missing(sites).items():
+            raise CheckpointError(
+                f"{checkpoint.path}: {sites[form]} was adapted through the form {form!r}, which is not registered "
+                f"here{hint}; call lorasc_fx.graph.register_form with it before load",
+                code="unknown-name",
+            )
         try:
             cascade = start.cascade(undo)
         except (PassError, SpecError) as fault:
@@ -143,17 +149,6 @@ def load(
             cascade._take_over(checkpoint, undo)
             check_loaded(cascade, checkpoint.path)
         return cascade
-
-
-def _check_forms(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with sites of forms that are not registered in this process."""
-    sites = {site.form: site.weight for site in reversed(checkpoint.plan.sites)}
-    for form, hint in forms_missing(sites).items():
-        raise CheckpointError(
-            f"{checkpoint.path}: {sites[form]} was adapted through the form {form!r}, which is not registered "
-            f"here{hint}; call lorasc_fx.graph.register_form with it before load",
-            code="unknown-name",
-        )
 
 
 def _tell_of_wide_branches(plan: Plan) -> None:

@@ -22,7 +22,7 @@ from lorasc_fx.capture.torch_export import DYNAMO, EXPORT
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import has_values, isolated_model, with_fake_tensors
 from lorasc_fx.check.observe import one_line
-from lorasc_fx.check.preflight import Disagreement, Preflight, check_agrees, first_difference, run_preflight
+from lorasc_fx.check.preflight import RECOMPUTES, Disagreement, Preflight, check_agrees, first_difference, run_preflight
 from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.errors import CaptureError, nearest
 from lorasc_fx.signature import copied, know_trees, leaves, requires_grad
@@ -99,7 +99,7 @@ def capture(
     return replace(
         captured,
         own_backward=bool(preflight.seen.functions),
-        whole_elsewhere=preflight.only_recomputes,
+        whole_elsewhere=preflight.obstacles == [RECOMPUTES],
         conditions=replace(
             captured.conditions,
             state=state,

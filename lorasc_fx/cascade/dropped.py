@@ -118,7 +118,7 @@ class DropGuard:
             if lost:
                 warn(f"{_LOST} Its weights are sharded, and stay as they are. {_ADVICE}", "training-not-kept")
             return
-        changed = self._remove_noise() if run.holds_numbers else []
+        changed = self._remove_noise() if run.meta is None else []
         if all(p.requires_grad == (name in run.slow.trained) for name, p in model.named_parameters()):
             replace(self.flags, training={}).restore(model)
         self.restore_structure(model, lambda _: None)

@@ -52,7 +52,7 @@ class Run(RunBase):
             empty: whether slow state and branches are loaded next, so that no factors are taken out of the weights.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
-        if self.holds_numbers:
+        if self.meta is None:
             self.register_sites(undo, empty)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
@@ -147,7 +147,7 @@ class Run(RunBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a deep copy. Its watches are new and must watch the copied parameters."""
         vars(self).update(state)
-        if self.holds_numbers and not self.released:
+        if self.meta is None and not self.released:
             self._watch()
 
     def _with_corrections(self, slow: SlowWeights, known: Mapping[str, nn.Parameter]) -> SlowWeights:
@@ -357,7 +357,7 @@ class Run(RunBase):
 
         False for shards, because the other processes would have to be asked.
         """
-        if self.released or self.inside_weights or self.is_sharded or not self.holds_numbers:
+        if self.released or self.inside_weights or self.is_sharded or self.meta is not None:
             return False
         if self.exchanged():  # torch.func.functional_call runs the model with other tensors
             return False
@@ -366,7 +366,7 @@ class Run(RunBase):
 
     def loses_training(self) -> bool:
         """Whether dropping the run would lose training that is kept nowhere else. For shards this is a guess."""
-        if not self.holds_numbers:
+        if self.meta is not None:
             return False
         if self.is_sharded:
             return self.grouped and self._kept is None

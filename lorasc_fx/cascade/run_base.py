@@ -155,11 +155,6 @@ class RunBase:
         return self.slow.group.handle is not None
 
     @property
-    def holds_numbers(self) -> bool:
-        """Whether the model is not on the meta device."""
-        return self.meta is None
-
-    @property
     def is_noisy(self) -> bool:
         """Whether the weights that are in place hold noise."""
         return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None

@@ -50,7 +50,7 @@ class Disagreement(RuntimeError):
         self.graph, self.weights, self.grad = graph, difference.weights, grad
 
 
-_RECOMPUTES = (
+RECOMPUTES = (
     "the model recomputes in backward what it does not keep (gradient checkpointing), and a traced graph would keep it "
     "all"
 )
@@ -90,12 +90,7 @@ class Preflight:
         if self.draws:
             obstacles.append("the model draws random numbers in Python, which the graph would hold as constants")
         obstacles += [f"the model uses {function}" for function in self.seen.functions]
-        return obstacles + [_RECOMPUTES] * self.seen.recomputes
-
-    @property
-    def only_recomputes(self) -> bool:
-        """Whether gradient checkpointing is the only obstacle."""
-        return self.obstacles == [_RECOMPUTES]
+        return obstacles + [RECOMPUTES] * self.seen.recomputes
 
     def check(self) -> None:
         """Raise RuntimeError if a whole graph cannot replace the model."""

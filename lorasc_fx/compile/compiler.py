@@ -134,7 +134,9 @@ class Compiler:
             made = insert(captured.module, decided)
             variant = replace(made.variant, frontend=captured.frontend, conditions=captured.conditions)
             made = replace(made, variant=variant, refused_frontends=captured.refused)
-            hidden = next((str(refusal) for refusal in made.refusals if _may_be_hidden(refusal)), "")
+            # A graph that sees inside modules might adapt a weight that is refused for these reasons.
+            reasons = (Reason.OPAQUE, Reason.MIXED_USES)
+            hidden = next((str(one) for one in made.refusals if one.node and one.reason in reasons), "")
         except PassError as raised:  # no sites, or an existing branch cannot be placed in this graph
             hidden, fault = str(raised).splitlines()[-1].strip(), raised
         if hidden and self.frontend == "auto" and not captured.frontend.sees_inside:
@@ -240,11 +242,6 @@ def _trained(model: nn.Module, decided: Decided) -> set[str]:
     """Return the parameters that training changes, directly or by a branch, as far as is known before a capture."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trainable | (candidates(model, decided.plan.spec) - {refusal.weight for refusal in decided.refusals})
-
-
-def _may_be_hidden(refusal: Refusal) -> bool:
-    """Whether a graph that sees inside modules might adapt this weight."""
-    return bool(refusal.node) and refusal.reason in (Reason.OPAQUE, Reason.MIXED_USES)
 
 
 def _of_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Any) -> Made:

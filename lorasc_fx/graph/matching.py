@@ -94,11 +94,6 @@ class WeightUses:
         seen = (self.beside, self.contracted, self.others, self.opaque, self.written, self.outside)
         return any(seen)
 
-    @property
-    def can_follow(self) -> bool:
-        """Whether an existing branch of the weight can be placed in this graph, on the weight at least."""
-        return not (self.written or self.opaque or (self.called and not self.all_beside))
-
     def join(self, other: WeightUses) -> None:
         """Add the uses of this weight in another graph."""
         for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
@@ -304,7 +299,9 @@ def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, 
         seen = uses.get(weight, WeightUses())
         refusal = earlier.get(weight) or _refuse(spec, weights, weight, seen)
         if weight in known:
-            if refusal is not None and not seen.can_follow:
+            # An existing branch can be placed on the weight at least, unless one of these uses would not see it.
+            lost = seen.written or seen.opaque or (seen.called and not seen.all_beside)
+            if refusal is not None and lost:
                 raise PassError(
                     f"{weight} has a branch, but this graph uses it where none can stand: {refusal.sentence}. "
                     f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",

@@ -74,7 +74,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
-            weights = run.fingerprints() if run.holds_numbers else {}  # of the full weights, before they are sharded
+            weights = run.fingerprints() if run.meta is None else {}  # of the full weights, before they are sharded
         with ranks.agreed("shard"):
             ranks.check_alike("shard", run.facts(weights))
         if mesh is None:
@@ -88,7 +88,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
         run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
         run.note_frozen()
-        if run.holds_numbers:  # write them as a transition does: products of shards may round differently
+        if run.meta is None:  # write them as a transition does: products of shards may round differently
             noisy, states = run.plan.spec.noise.is_on, run.slow.states
             moved = {
                 name: parameter
@@ -236,7 +236,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             what = "has no axis" if not parameter.dim() else "is not contiguous"
             what = "is a DTensor already" if cut else what
             raise StateError(f"shard: {name} {what}, but FSDP shards the first axis of plain tensors", code="sharded")
-        if parameter.is_meta == run.holds_numbers:
+        if parameter.is_meta == (run.meta is None):
             raise StateError(
                 f"shard: {name} has values, but other parameters are on the meta device. Build all of them there, or "
                 "none",
