@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 import lorasc_fx as lx
 from lorasc_fx.branch import Factors
@@ -200,6 +201,23 @@ def test_generate(make: Any) -> None:
     assert not any(module._forward_hooks for module in bank.model.modules())
     with raises(lx.StateError, "rows-differ", "2 rows, and the batch has 3"):
         bank.generate(ids, adapter=["a", "b"], **options)
+
+
+def test_a_model_that_reads_a_weight_past_its_module_does_not_generate() -> None:
+    class Past(type(tiny.llama())):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            output = super().forward(input_ids, **kwargs)
+            weight = self.model.layers[0].mlp.down_proj.weight
+            output.logits = output.logits + linear(output.logits[..., : weight.shape[1]], weight).sum()
+            return output
+
+    torch.manual_seed(0)
+    ids = torch.randint(3, 40, (2, 5))
+    model = Past(tiny.llama().config).double().eval()
+    bank = lx.AdapterBank(model, kwargs={"input_ids": ids, "use_cache": False}, targets=("*down_proj*",), max_rank=2)
+    bank.add("a", random_pairs(bank.sites, 2, 0))
+    with raises(lx.StateError, "not-available", "a weight is used past its module"):
+        bank.generate(ids, adapter="a", max_new_tokens=2)
 
 
 def test_rows_that_depend_on_each_other() -> None:
