@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs; nothing has to be done before. Other Pythons: make PYTHON=python3.12
+# Every target makes its virtual environment and installs what it needs; nothing has to be done before. Other Pythons: make PYTHON=python3.12
 SHELL := bash
 .DEFAULT_GOAL := help
 
@@ -18,26 +18,39 @@ CORE := $(addprefix tests/,adapt branch capture cascade check compile forms grap
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
+DEMO := .venv-demo
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then; all of it takes a minute
 
-.PHONY: help venv demo demo-images test test-device test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
+.PHONY: help venv demo compare compare-images test test-device test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 
 venv: $(STAMP) ## .venv with the package (editable) and all its extras
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml $(CONSTRAINTS) requirements/demo.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lorasc-fx needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+	$(PIP) --no-deps -r requirements/demo.txt
 	@touch $@
 
-demo: $(STAMP) ## methods side by side on a small data set of texts (experiments/demo.toml)
-	$(BIN)/python -m experiments.demo
+demo: $(DEMO)/.installed ## a language model learns to answer with JSON, step by step, in about 3 minutes
+	@$(DEMO)/bin/python -m experiments.demo
 
-demo-images: $(STAMP) ## the same for a convolutional network (experiments/demo_images.toml)
-	$(BIN)/python -m experiments.demo experiments/demo_images.toml
+# An environment of its own: transformers imports torchao where it is installed, which takes seconds and prints warnings.
+$(DEMO)/.installed: pyproject.toml $(CONSTRAINTS) requirements/demo.txt
+	@echo 'Installing torch, transformers, peft and SmolLM2-135M into $(DEMO), once.'
+	@test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/python -m pip install --quiet --no-compile -e '.[cli,text,report]' peft -c $(CONSTRAINTS)
+	@$(DEMO)/bin/python -m pip install --quiet --no-compile --no-deps -r requirements/demo.txt
+	@touch $@
+
+compare: $(STAMP) ## LoRA and LoRASC side by side on film reviews, three seeds (experiments/compare.toml), in 3 minutes
+	$(BIN)/python -m experiments.compare
+
+compare-images: $(STAMP) ## four methods on digits (experiments/compare_images.toml)
+	$(BIN)/python -m experiments.compare experiments/compare_images.toml
 
 test: $(STAMP) ## everything that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
@@ -99,4 +112,4 @@ site: $(STAMP) ## the documentation as pages, in site/: every link is held, and 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove .venv and what builds and tools left
-	rm -rf $(VENV) .venv-torch-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DEMO) .venv-torch-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -151,7 +151,7 @@ def measure(model: nn.Module, ranks: int, tokens: int, spec: lx.CascadeSpec) -> 
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """Return the table of docs/scale.md, with what it says of itself."""
+    """Return the table of benchmarks/scale.md, with what it says of itself."""
     kinds = {"all-gathers": GATHERS, "reduce-scatters": SCATTERS, "all-reduces": SUMS}
     lines = [
         "## A step as one rank of 64",

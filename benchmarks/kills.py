@@ -68,7 +68,7 @@ def run(part: str, seed: int, kills: int) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the table of docs/scale.md."""
+    """Return the table of benchmarks/scale.md."""
     lines = [
         "## Ranks that are killed",
         "",

@@ -1,8 +1,8 @@
 """Memory and traffic of large models on 8 to 512 ranks: `python -m benchmarks.scale [--write]`.
 
 The models are built on the meta device, and so are their branches: shapes are counted, nothing is run. --write writes
-docs/scale.md, with what `benchmarks.shards` has measured. The lines of a layer are those of every layer, so that two
-layers are adapted, and all are counted.
+benchmarks/scale.md, with what `benchmarks.shards` has measured. The lines of a layer are those of every layer, so that
+two layers are adapted, and all are counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .kills import RESULTS as KILLS
 from .kills import table as kills_table
 from .shards import RESULTS, table
 
-PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+PAGE = Path(__file__).with_name("scale.md")
 RANK, TOKENS = 16, 4096
 SPEC = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=RANK, noise=lx.Noise(0.1), placement="beside")
 LAYER = re.compile(r"\.layers\.\d+\.")
@@ -346,7 +346,7 @@ class Moves:
 
 
 def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
-    """Return docs/scale.md."""
+    """Return benchmarks/scale.md."""
     weights = weights_of(llama)
     base, trained = sum(weight.entries for weight in weights), sum(sum(weight.factors) for weight in weights)
     columns = [(f"FSDP2, {count} ranks", fsdp2(weights, count)) for count in ranks]
@@ -394,7 +394,7 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "",
         *kills_table(json.loads(KILLS.read_text(encoding="utf-8"))),
         "",
-        "What shards refuse, with the reasons, is a table in [Devices](devices.md#fsdp2).",
+        "What shards refuse, with the reasons, is a table in [Devices](../docs/devices.md#fsdp2).",
     ]
     return "\n".join(lines) + "\n"
 

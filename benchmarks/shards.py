@@ -172,7 +172,7 @@ def _anonymous() -> int:
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """Return the table of docs/scale.md, with what it says of itself."""
+    """Return the table of benchmarks/scale.md, with what it says of itself."""
     size = Size(**results["size"])
     lines = [
         "## A model that no process holds whole",

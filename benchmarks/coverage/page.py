@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -21,13 +22,27 @@ ABOUT = """\
 Made by `make coverage`. Each model is built small from its library's own configuration, in fp64, and held
 against its own eager code by `benchmarks/coverage/examine.py`: in train and eval mode B = 0 changes no bit of outputs
 and buffers, branches are the merged weights and get the gradients of the formula, and after two stages with
-noise the released model holds the slow weights of the formula and loads strictly into a fresh one. *Sites*,
-*refused* and *unreached* are together all weight matrices. *s* are seconds for all of that, on one core. The
-last column is LoRA by peft on every linear and convolution of the same model: how many matrices it adapts, and
-what goes wrong. "B = 0 changes no bit" holds against the frozen eager model with the fast path of
-MultiheadAttention off; from the user's own trainable model TransformerEncoderLayer, CLIP, ESM2 and volo differ by
-about 1e-7."""
-HEAD = "| model | source | front end | sites | refused | unreached | s | lorasc-fx | peft |\n" + "|---" * 9 + "|"
+noise the released model holds the slow weights of the formula and loads strictly into a fresh one. *Adapted* and
+*not adapted* are together all weight matrices. The last column is LoRA by peft on every linear and convolution of the
+same model: how many matrices it adapts, and what goes wrong. "B = 0 changes no bit" holds against the frozen eager
+model with the fast path of MultiheadAttention off; from the user's own trainable model TransformerEncoderLayer, CLIP,
+ESM2 and volo differ by about 1e-7.
+
+The front end is `export` unless another one is named behind the model."""
+HEAD = "| model | adapted | not adapted | peft |\n|---|---|---|---|"
+EVERYTHING = "Every weight matrix is adapted, here and by peft, and peft's result is right"
+BUT_EMBEDDINGS = "Every weight matrix is adapted here, and by peft all but embeddings; peft's result is right"
+SHORT = (
+    (
+        "currently, support is limited to conv layers where the rank is div",
+        "Every weight matrix is adapted here; peft raises, as the rank is not divisible by the groups of a convolution",
+    ),
+    (
+        "merging is not supported for _convnd layers with groups",
+        "Every weight matrix is adapted here; peft cannot merge a convolution with groups",
+    ),
+)
+"""Messages of peft that many models have, and what they mean."""
 WORKERS = int(os.environ.get("JOBS", "2"))
 
 
@@ -77,7 +92,17 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
     summary = f"{right} of {len(everything)} models are right here; under peft {clean} are without remark. "
     lines = ["# Coverage", "", ABOUT, "", f"{summary}Front ends: {counts}."]
     for library, found in libraries.items():
-        lines += ["", f"## {library}", "", HEAD, *map(_row, found)]
+        lists: dict[str, list[str]] = {}
+        rows = []
+        for each in found:
+            alike = _alike(each)
+            if alike:
+                lists.setdefault(alike, []).append(f"{each['name']}{_front_end(each)}")
+            else:
+                rows.append(_row(each))
+        lines += ["", f"## {library}", ""]
+        lines += [line for title, names in lists.items() for line in (f"{title}: {', '.join(names)}.", "")]
+        lines += [HEAD, *rows]
 
     def section(title: str, key: str, text: Callable[[dict[str, str]], str], none: str) -> list[str]:
         return ["", f"## {title}", ""] + ([f"- {e['name']}: {text(e[key])}" for e in everything if e[key]] or [none])
@@ -85,25 +110,60 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
     lines += section(
         "Weights that get no gradient, and why",
         "idle",
-        lambda idle: f"{', '.join(f'`{weight}`' for weight in idle)}: {next(iter(idle.values()))}",
+        lambda idle: (
+            f"`{next(iter(idle))}`{f' and {len(idle) - 1} more' * (len(idle) > 1)}: {next(iter(idle.values()))}"
+        ),
         "None.",
     )
-    lines += section(
-        "Why the earlier front ends refused",
-        "refused",
-        lambda refused: "; ".join(f"{name}: {_cell(reason)}" for name, reason in refused.items()),
-        "None did.",
-    )
+    lines += ["", "## Why `export` was not taken", ""]
+    models: dict[str, list[str]] = {}
+    for each in everything:
+        if each["refused"]:
+            models.setdefault(_reason(next(iter(each["refused"].values()))), []).append(each["name"])
+    lines += [f"- {reason}: {', '.join(names)}" for reason, names in models.items()] or ["It always was."]
     return "\n".join(lines) + "\n"
+
+
+def _reason(text: str) -> str:
+    """Return why a front end refused, without what differs between models."""
+    if text.startswith("GuardOnDataDependentSymNode"):
+        return "a size or a branch depends on values"
+    text = re.sub(r"autograd\.Function \w+,", "autograd.Function,", text)
+    return _cell(text.removeprefix("RuntimeError: "))
+
+
+def _alike(each: dict[str, Any]) -> str:
+    """Return what is to be said of this model if it is the same for many, else nothing."""
+    if each["refusals"] or each["unreached"] or each["faults"]:
+        return ""
+    if found := re.fullmatch(r"(\d+) of (\d+) matrices", each["peft"]):
+        missed = int(found[2]) - int(found[1])
+        if missed in (0, list(each["sites"].values()).count("embedding")):
+            return BUT_EMBEDDINGS if missed else EVERYTHING
+    return next((meaning for start, meaning in SHORT if start in each["peft"].lower()), "")
+
+
+def _front_end(each: dict[str, Any]) -> str:
+    return "" if each["frontend"] == "export" else f" ({each['frontend']})"
 
 
 def _row(each: dict[str, Any]) -> str:
     reasons = Counter(sentence.partition(": ")[2].partition(" (")[0] for sentence in each["refusals"].values())
-    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "0"
+    reasons["unreached"] = len(each["unreached"])
+    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
     sites = ", ".join(f"{count} {kind}" for kind, count in Counter(each["sites"].values()).most_common()) or "0"
-    state = "; ".join(map(_cell, each["faults"])) or "right"
-    cells = (each["name"], each["source"], each["frontend"], sites, refused, str(len(each["unreached"])))
-    return "| " + " | ".join((*cells, f"{each['seconds']:.1f}", state, _cell(each["peft"]))) + " |"
+    state = "; ".join(map(_cell, each["faults"]))
+    peft = each["peft"]
+    if SHORT[0][0] in peft.lower():
+        peft = "raises: groups do not divide the rank"
+    elif SHORT[1][0] in peft.lower():
+        peft = "cannot merge a convolution with groups"
+    peft = _cell(
+        peft.replace(" matrices", "")
+        .replace("merged differs by", "merge off by")
+        .replace("adapters without a gradient", "without gradient")
+    )[:110]
+    return f"| {each['name']}{_front_end(each)} | {sites} | {refused}{state and f'; NOT RIGHT: {state}'} | {peft} |"
 
 
 def _cell(text: str) -> str:

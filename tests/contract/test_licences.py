@@ -27,7 +27,7 @@ FREE = (
 
 
 def test_the_page_is_what_the_packages_say() -> None:
-    told = "docs/licences.md is out of date: python -m tests.contract.licences"
+    told = "requirements/licences.md is out of date: python -m tests.contract.licences"
     assert PAGE.read_text(encoding="utf-8") == page(), told
 
 

@@ -148,10 +148,19 @@ def test_without_a_file_a_notebook_shows_the_picture(tmp_path: Path) -> None:
     assert picture._repr_svg_() == picture.svg == cascade.draw(tmp_path / "graph.svg", ["q"]).read_text()
 
 
+class Whole(nn.Module):
+    """A model whose names begin with `model`, as many of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Attention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)  # type: ignore[no-any-return]
+
+
 def test_the_steps_of_a_rewrite_are_drawn_side_by_side(tmp_path: Path) -> None:
-    whole = nn.ModuleDict({"model": Attention()})
-    whole.forward = lambda x: whole["model"](x)
-    cascade = lx.adapt(whole, X, spec=lx.CascadeSpec(rank=2, placement="beside"))
+    cascade = lx.adapt(Whole(), X, spec=lx.CascadeSpec(rank=2, placement="beside"))
     steps = {"before": cascade.folded_graph(), "with branches": cascade.graph_module, "folded": cascade.folded_graph()}
     draw_steps(steps, cascade.plan, tmp_path / "steps.svg", ["*.q.weight"], 2)
     shown = texts(tmp_path / "steps.svg")

@@ -1,4 +1,4 @@
-"""docs/scale.md is what its command prints, and its formulas count what runs and what can be counted by hand."""
+"""benchmarks/scale.md is what its command prints, and its formulas count what runs and what can be counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo runs, and its proof notices a difference."""
+"""`make compare` runs, and its proof notices a difference."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def small(config: dict[str, dict[str, object]], folder: Path, **tables: dict[str
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("demo.toml", {"train": 64, "validation": 32, "test": 100, "shift_test": 20, "max_length": 16}),
-        ("demo_images.toml", {"train": 64, "validation": 32, "test": 200, "shift_test": 50, "image_size": 32}),
+        ("compare.toml", {"train": 64, "validation": 32, "test": 100, "shift_test": 20, "max_length": 16}),
+        ("compare_images.toml", {"train": 64, "validation": 32, "test": 200, "shift_test": 50, "image_size": 32}),
     ],
 )
-def test_the_demo(
+def test_the_comparison(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -40,7 +40,7 @@ def test_the_demo(
 ) -> None:
     import tomllib
 
-    from experiments.demo import main, prove
+    from experiments.compare import main, prove
 
     monkeypatch.chdir(tmp_path)
     whole = tomllib.loads((ROOT / "experiments" / name).read_text())
@@ -62,8 +62,8 @@ def test_the_demo(
     assert json.loads(weights.with_suffix(".json").read_text())["method"] == "lorasc"
 
 
-@pytest.mark.parametrize("name", ["demo.toml", "demo_images.toml"])
-def test_the_demos_configurations_are_read(name: str) -> None:
+@pytest.mark.parametrize("name", ["compare.toml", "compare_images.toml"])
+def test_the_configurations_are_read(name: str) -> None:
     config = load_config(ROOT / "experiments" / name)
     assert config.compare.keep_weights == ("lorasc",)
     assert config.data.shifts
