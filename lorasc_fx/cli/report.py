@@ -179,7 +179,7 @@ def comparison_page(folder: RunFolder) -> str:
     results = [result for run in runs if (result := Result.read(folder.results, run)) is not None]
     if not results:
         raise StateError(
-            f"{folder.path} has nothing to show yet: no run of the comparison has ended", code="run-has-no-data"
+            f"{folder.path} has nothing to show yet: no run of the comparison has ended", code="not-available"
         )
     ended = "" if len(results) == len(runs) else f" {len(results)} of {len(runs)} runs have ended."
     body = [charts(_comparison_drawings(config, results))]
