@@ -468,7 +468,7 @@ def _language(results: Results) -> list[str]:
 
 
 def _in_short(results: Results) -> list[str]:
-    """Return a line for each claim; ."""
+    """Return a line for each claim."""
     lines = []
     for entry in _decided(results):
         if entry.by == "loss":
