@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 sys.modules["lorasc_fx"] = None  # type: ignore[assignment]  # an import of it raises
 
@@ -20,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 def main(folder: Path, gguf: Path) -> int:
     disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft reads the old name
     expected = load_file(folder / "answers.safetensors")
     prompts = {name: expected[name] for name in ("input_ids", "attention_mask")}
     base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
