@@ -283,6 +283,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         *_language(results),
         *_claims(results),
         *_design(results),
+        *_less_lora(results, "adapters", "Adapter methods", ("adapters",), _ABOUT_ADAPTERS),
         *_rates(results, folder),
         f"The other tables are in [{tables.name}]({link}).",
     ]
@@ -662,17 +663,19 @@ def _others(results: Results) -> list[str]:
     return [*table, *_less_lora(results, "others", "Other methods less LoRA", ("others", "grid"))]
 
 
+_ABOUT_ADAPTERS = (
+    "The other values of `CascadeSpec(adapter=...)` with their default options and LoRA's rank, in one stage, each at "
+    "the rate of its own grid with the lowest validation loss. Two seeds: a difference of a few points is no finding. "
+    "LoKr leaves out embeddings. DeLoRA's first step is as large as its option `bound` allows, at every rate; on "
+    "digits it stays at chance."
+)
+
+
 def _adapters(results: Results) -> list[str]:
-    about = (
-        "The other values of `CascadeSpec(adapter=...)` with their default options and LoRA's rank, in one stage, each "
-        "at the rate of its own grid with the lowest validation loss. LoKr leaves out embeddings. Two seeds: a "
-        "difference of a few points is no finding."
-    )
-    table = _pivot(results, "adapters", "Adapter methods", about, _grid_runs(results))
-    return [*table, *_less_lora(results, "adapters", "Adapter methods less LoRA", ("adapters",))]
+    return _pivot(results, "adapters", "Adapter methods", _ABOUT_ADAPTERS, _grid_runs(results))
 
 
-def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[str]) -> list[str]:
+def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[str], about: str = "") -> list[str]:
     """Return the differences from LoRA of the methods in some phases, over the tasks of one phase."""
     phase, grid, rows = results.phase(of_tasks), results.phase("grid"), []
     phases = [results.phase(name) for name in compared]
@@ -690,8 +693,10 @@ def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[s
                 for metric in ("accuracy", "loss")
             )
             rows.append([budget, method, f"{statistics.fmean(accuracy):+.1f}", f"{statistics.fmean(loss):+.3f}"])
-    about = "Means over these tasks and the seeds of the grid, in points of accuracy, and of loss with the sign turned."
-    return _section(title, about, ["budget", "method", "test", "test loss"], rows)
+    means = f"Means over {', '.join(phase['tasks'])} and the seeds of the grid, in points of accuracy, and of loss"
+    return _section(
+        title, f"{means} with the sign turned. {about}".rstrip(), ["budget", "method", "test", "test loss"], rows
+    )
 
 
 def _restarts(results: Results) -> list[str]:
