@@ -138,7 +138,7 @@ def onnx(
     graph = onnx_program.model.graph
     for value in graph.inputs:
         if value.name in inputs:  # an input with an initializer is optional
-            value.const_value = module_of("onnx", "onnx_ir").tensor(inputs[value.name], name=value.name)
+            value.const_value = module_of("onnx", "onnxscript.ir").tensor(inputs[value.name], name=value.name)
             graph.register_initializer(value)
     if least:
         sizes = json.dumps(least)
