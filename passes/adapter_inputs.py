@@ -7,7 +7,7 @@ becomes
 
     %fc_weight_lora_a, %fc_weight_lora_b, %fc_weight_scale = placeholder
     %fc = linear(%x, %weight)
-    %fc_lora = branches.fc/weight(%fc, %x, at="beside", tensors={"lora_A": ..., "lora_B": ...}, scale=%fc_weight_scale)
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside", tensors={...}, scale=%fc_weight_scale)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AdapterInputs(CascadePass):
 
     The inputs follow the others in the signature, and can be given by name. They are ordered by site, as in the plan
     (sites that this graph does not call have none). The inputs of a site are the parameters of its branch, in the
-    order of `Branch.shapes` (`lora_A`, `lora_B`), and its scale, of shape []. `adapter_inputs` lists them, and
+    order of `Branch.shapes`, and its scale, of shape []. `adapter_inputs` lists them, and
     `adapter_values` has the values of the branches for them.
 
     Zeros pad the parameters to `max_rank`. All zeros, or the scale 0, are no adapter: the graph computes the base, bit

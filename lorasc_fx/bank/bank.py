@@ -20,7 +20,7 @@ from lorasc_fx.bank.slots import Key, Slots
 from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.contract import pad_to
 from lorasc_fx.branch.given import FIRST_AXIS, Pair
-from lorasc_fx.branch.lora import random_factor
+from lorasc_fx.branch.lora import DOWN, UP, random_factor
 from lorasc_fx.capture import open_model
 from lorasc_fx.compile import Call, Compiler, Variant, Variants
 from lorasc_fx.errors import CaptureError, SpecError, StateError, named, nearest
@@ -167,10 +167,8 @@ class AdapterBank:
             values = {}
             for site in self.sites:
                 a, b = replace(site, options=replace(site.options, rank=rank)).factor_shapes
-                values[site.weight, "lora_A"] = _padded(
-                    random_factor(seed, 1, "lora_A", site.weight, a), site, "lora_A"
-                )
-                values[site.weight, "lora_B"] = _padded(torch.zeros(b), site, "lora_B")
+                values[site.weight, DOWN] = _padded(random_factor(seed, 1, DOWN, site.weight, a), site, DOWN)
+                values[site.weight, UP] = _padded(torch.zeros(b), site, UP)
             self._occupy(name, values)
             self._train(name, values, lora_alpha / rank)
 
@@ -191,7 +189,7 @@ class AdapterBank:
                     graph.known.pop(trained, None)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """Return the factors of an adapter as trainable parameters, by names such as `fc.weight.lora_A`.
+        """Return the factors of an adapter as trainable parameters, by the names of weight and factor.
 
         A frozen adapter is trained from then on: calls compute with these parameters, and gradients flow into them. An
         optimizer for each name trains several runs on one base at once.
@@ -215,7 +213,7 @@ class AdapterBank:
         values, scale = self._factors(name)
         pairs = {}
         for site in self.sites:
-            a, b = (values[site.weight, key].detach().cpu().double() for key in ("lora_A", "lora_B"))
+            a, b = (values[site.weight, key].detach().cpu().double() for key in (DOWN, UP))
             pairs[site.weight] = (
                 Factors(a.mT * scale, b.mT) if site.layout == "in_out" else Factors(b * scale, a.clone())
             )
@@ -326,8 +324,8 @@ class AdapterBank:
         """Return a copy of the model whose modules compute with factors, or with those of each row."""
 
         def factors(weight: str) -> Pair:
-            up = tensors[weight, "lora_B"]
-            return Pair(tensors[weight, "lora_A"], up, torch.tensor(scale, dtype=up.dtype, device=up.device))
+            up = tensors[weight, UP]
+            return Pair(tensors[weight, DOWN], up, torch.tensor(scale, dtype=up.dtype, device=up.device))
 
         return hooked(self.model, self.sites, factors)
 
@@ -457,7 +455,7 @@ class AdapterBank:
                     f"the rest {cut.relative:.2%} of its change would be missing. Give the bank a larger max_rank",
                     code="rank-too-large",
                 )
-            values |= {(site.weight, key): tensors[key] for key in ("lora_A", "lora_B")}
+            values |= {(site.weight, key): tensors[key] for key in (DOWN, UP)}
         self._occupy(name, values)
 
     def _occupy(self, name: str, values: Mapping[Key, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from lorasc_fx.plan import Site
 
 Key = tuple[str, str]
-"""Weight name and tensor name (`lora_A`, `lora_B`)."""
+"""Weight name and tensor name (`branch.lora.DOWN`, `UP`)."""
 
 
 class _Place(NamedTuple):

@@ -29,6 +29,9 @@ from lorasc_fx.shards import full_tensor
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.spec_checks import OPTIONS
 
+DOWN, UP = "lora_A", "lora_B"
+"""Names of the factors [rank, in] and [out, rank], as in peft."""
+
 
 class LowRankBranch(Branch):
     """A branch that adds `s B A`. A subclass defines its parameters, and A and B as functions of them."""

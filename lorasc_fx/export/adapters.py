@@ -1,7 +1,7 @@
 """Adapter files for an exported base: the tensors that its graph takes as inputs.
 
-An input has the name of its weight and tensor: `layers_0_fc_weight_lora_a` for `lora_A` of `layers.0.fc.weight`. For
-each site of the plan, in its order, there are `lora_A`, `lora_B` and `scale` (see `passes.AdapterInputs`).
+An input has the name of its weight and tensor, in lower case and with `_` for `.`. For each site of the plan, in its
+order, there are both factors and `scale` (see `passes.AdapterInputs` and docs/serving.md).
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ class AdapterInput:
     """One tensor of an adapter that a graph takes as an input.
 
     Args:
-        name: of the input: `fc_weight_lora_a` for the tensor `lora_A` of `fc.weight`, in lower case, as torch.export
-            names inputs.
+        name: of the input: `fc_weight_scale` for the scale of `fc.weight`, in lower case, as torch.export names inputs.
         weight: name of the site.
         tensor: name of the branch's parameter, or `scale`.
         shape: of the tensor, padded to the rank of the inputs; () for a scale.
