@@ -157,16 +157,16 @@ def places(side: Side) -> None:
 
 def runs(side: Side) -> None:
     lx.save(side.cascade, side.folder / "saved")
-    for place in PLACES:
-        other = side.twin(place, adapted=True)
+    for number, place in enumerate(PLACES):
+        other, name = side.twin(place, adapted=True), f"other-{number}"
         other.labels = other.labels.flip(0)
         other.transition()
-        side.cascade.add("other", other.cascade)
-        with side.cascade.weights("other"), torch.no_grad():
+        side.cascade.add(name, other.cascade)
+        with side.cascade.weights(name), torch.no_grad():
             side.show("weights of an added run", side.call())
         if side.spec.adapter == "dora":
             continue  # sums are refused
-        with side.cascade.weights({"other": 0.5, "slow": 0.25}), torch.no_grad():
+        with side.cascade.weights({name: 0.5, "slow": 0.25}), torch.no_grad():
             side.show("sum of runs", side.call())
         twin = side.twin(place)
         merged = lx.merge([side.cascade, other.cascade, side.folder / "saved"], *twin.inputs)
