@@ -417,6 +417,13 @@ class AdapterBank:
         if isinstance(source, LowRankAdapter):
             return source
         if isinstance(source, Mapping):
+            for weight, pair in source.items():
+                if not isinstance(pair, Factors) or not all(
+                    isinstance(each, torch.Tensor) for each in (pair.a, pair.b)
+                ):
+                    raise SpecError(
+                        f"bank: {name!r} has {pair!r:.60} for {weight}; give lorasc_fx.branch.Factors(b, a) of tensors"
+                    )
             return LowRankAdapter(repr(name), dict(source), {})
         adapter = low_rank_pairs(source, self.model, name=repr(name), call="bank")
         if adapter.base:

@@ -247,6 +247,8 @@ def test_refusals() -> None:
         bank.add("a", pairs(1))
     with raises(lx.SpecError, "invalid-value", "the name of an adapter is ''"):
         bank.add("", pairs(1))
+    with raises(lx.SpecError, "invalid-value", "'b' has None for 0.weight; give lorasc_fx.branch.Factors"):
+        bank.add("b", {"0.weight": None})  # type: ignore[dict-item]
     with raises(lx.SpecError, "adapter-does-not-fit", "'b' has b (8, 2) and a (2, 5) for 0.weight"):
         bank.add("b", {"0.weight": Factors(torch.zeros(8, 2), torch.zeros(2, 5))})
     with raises(lx.SpecError, "sites-differ", "'b' changes 1.weight"):
