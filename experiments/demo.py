@@ -73,14 +73,14 @@ class Task:
         return [self.texts.batch(chosen[at : at + BATCH], length) for at in range(0, len(chosen), BATCH)]
 
     @torch.no_grad()
-    def count_right(self, cascade: lx.Cascade, which: str) -> int:
+    def count_right(self, cascade: lx.Cascade, view: str) -> int:
         """Return how many answers are right with these weights.
 
         Greedy generation gives the right answer if each of its tokens is the most likely one after those before it, so
         one forward tells it.
         """
         right = 0
-        with cascade.weights(which):
+        with cascade.weights(view):
             for batch in self._batches(self.test):
                 labels = batch["labels"][:, 1:]
                 tokens = cascade(**batch).logits[:, :-1].argmax(-1)
@@ -94,9 +94,9 @@ class Task:
         model.train(mode)
         return tokens[:, prompts["input_ids"].shape[1] :]
 
-    def measure(self, cascade: lx.Cascade, which: str) -> Measured:
+    def measure(self, cascade: lx.Cascade, view: str) -> Measured:
         """Return the answers with these weights, and how many of them are right."""
-        with cascade.weights(which) as model:
+        with cascade.weights(view) as model:
             tokens = self.generate(model)
         answers = self.texts.answers(tokens)
         return Measured(tokens, answers, round(share_right(answers, self.test) * len(self.test)))

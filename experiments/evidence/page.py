@@ -277,7 +277,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "Runs at chosen rates become known when their grid is complete; a comparison is shown once all its seeds are",
         "there.",
         "",
-        *_which(results),
+        *_recommendations(results),
         *_in_short(results),
         *_summary(results, folder),
         *_language(results),
@@ -367,7 +367,7 @@ RECIPES = {
 """Methods of `lx.recipes`."""
 
 
-def _which(results: Results) -> list[str]:
+def _recommendations(results: Results) -> list[str]:
     """Return what to use by type of task, number of examples and steps."""
     rows, missing = [], False
     for about in results.protocol["recommendations"]:

@@ -29,7 +29,7 @@ from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.state import Which
+from lorasc_fx.state import ViewName
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.undo import AllOrNothing, commit
 
@@ -340,11 +340,11 @@ class CascadeModule(nn.Module):
     @property
     def views(self) -> tuple[str, ...]:
         """The names for `weights`: slow, fast and base weights, averaged ones if they are kept, and added runs."""
-        names = [name for name in experts.WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
+        names = [name for name in experts.VIEW_NAMES if name != "averaged" or self._run.plan.spec.keeps_average]
         return (*names, *self._run.added)
 
     def weights(
-        self, which: Which | str | Mapping[str, float] | None = None, *, stage: int | None = None
+        self, view: ViewName | str | Mapping[str, float] | None = None, *, stage: int | None = None
     ) -> AbstractContextManager[Self]:
         """Put other weights in place for a `with`: slow, fast, base, averaged, of an earlier stage, or of another run.
 
@@ -354,10 +354,10 @@ class CascadeModule(nn.Module):
         end the weights from before are restored exactly.
 
         Args:
-            which: `slow`, `fast`, `base`, `averaged` or the name of an added run. Or numbers by such names,
+            view: `slow`, `fast`, `base`, `averaged` or the name of an added run. Or numbers by such names,
                 `{"legal": 0.7, "slow": 0.3}`, for the sum `W0 + sum_i w_i S_i`. A run comes with its buffers (running
                 statistics), a sum with those that are equal in all its runs.
-            stage: instead of `which`, the number of a stage that has ended, for the slow weights at its end. 0 is the
+            stage: instead of `view`, the number of a stage that has ended, for the slow weights at its end. 0 is the
                 base.
 
         Raises:
@@ -366,10 +366,10 @@ class CascadeModule(nn.Module):
                 `release`. At the end of the `with`: a weight was written inside, and that write is dropped.
             SpecError: a sum without names or with invalid numbers, beyond the dtype of a weight, or with DoRA.
         """
-        return placed(self._run, which, stage, self)
+        return placed(self._run, view, stage, self)
 
     def folded_state_dict(
-        self, quantized: Literal["dequantize"] | None = None, *, which: str | Mapping[str, float] = "slow"
+        self, quantized: Literal["dequantize"] | None = None, *, view: str | Mapping[str, float] = "slow"
     ) -> dict[str, torch.Tensor]:
         """Return a copy of the model's state dict with the slow weights. It loads with strict=True.
 
@@ -378,10 +378,10 @@ class CascadeModule(nn.Module):
         Args:
             quantized: `dequantize` for dense tensors in place of quantized weights that have trained, which are refused
                 otherwise.
-            which: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
+            view: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
         """
         with self._run.exclusive("folded_state_dict"):
-            return folding.folded_state(self._run, "folded_state_dict", quantized, which)
+            return folding.folded_state(self._run, "folded_state_dict", quantized, view)
 
     def folded_graph(
         self,
@@ -389,7 +389,7 @@ class CascadeModule(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
         quantized: Literal["dequantize"] | None = None,
         *,
-        which: str | Mapping[str, float] = "slow",
+        view: str | Mapping[str, float] = "slow",
     ) -> nn.Module:
         """Return a plain GraphModule with the captured nodes, names and shapes, and slow weights as its own constants.
 
@@ -397,23 +397,23 @@ class CascadeModule(nn.Module):
 
         Args:
             args, kwargs: inputs that choose the graph, by default those of `adapt`. The current mode counts too.
-            quantized, which: as for `folded_state_dict`.
+            quantized, view: as for `folded_state_dict`.
         """
-        return self._folded(*self._inputs(args, kwargs), quantized, which)[0]
+        return self._folded(*self._inputs(args, kwargs), quantized, view)[0]
 
     def _folded(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, which: Any
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, view: Any
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest size of each axis that does not accept all sizes."""
         self._run.check_ready("folded_graph")
-        if isinstance(which, str):  # before a graph is captured, which a call that fails must not add
-            experts.check_which("folded_graph", which, self._run.plan.spec, (*experts.FOLDED, *self._run.added))
+        if isinstance(view, str):  # before a graph is captured, which a call that fails must not add
+            experts.check_view("folded_graph", view, self._run.plan.spec, (*experts.FOLDED, *self._run.added))
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
-            state = folding.folded_state(self._run, "folded_graph", quantized, which)
+            state = folding.folded_state(self._run, "folded_graph", quantized, view)
         return self._graphs.fold(variant, call, state)
 
-    def release(self, quantized: Requantize = None, *, which: str | Mapping[str, float] = "slow") -> nn.Module:
+    def release(self, quantized: Requantize = None, *, view: str | Mapping[str, float] = "slow") -> nn.Module:
         """End the cascade and return the user's model, with the slow weights and its original flags.
 
         A running stage that has trained is folded first, so nothing is lost.
@@ -423,7 +423,7 @@ class CascadeModule(nn.Module):
                 quantizes them again by the method of their layer (bitsandbytes, HQQ, quanto). A callable gets each
                 module with its dense weight and quantizes it in place, such as torchao's
                 `lambda module: quantize_(module, config)`. The rounding error is logged.
-            which: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
+            view: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
 
         Raises:
             StateError: gradients are pending, after `release`, training has made a buffer inf or nan, or quantized
@@ -436,7 +436,7 @@ class CascadeModule(nn.Module):
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run, self))
             undo(self._guard.arm)
-            folding.release(self._run, quantized, which, undo)
+            folding.release(self._run, quantized, view, undo)
             self._guard.flags.restore(self.model)
             self._guard.restore_structure(self.model, undo)
             self._graphs.drop(undo)

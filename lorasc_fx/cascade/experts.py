@@ -23,7 +23,7 @@ from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, Learner, Part, SlowWeights, View, WeightState, Which, arithmetic, host, summing
+from lorasc_fx.state import Expert, Learner, Part, SlowWeights, View, ViewName, WeightState, arithmetic, host, summing
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.undo import Undo
 
@@ -146,16 +146,16 @@ def other_kind(call: str, name: str, weight: str) -> SpecError:
     )
 
 
-WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
-FOLDED: tuple[Which, ...] = ("slow", "averaged")
+VIEW_NAMES: tuple[ViewName, ...] = ("slow", "fast", "base", "averaged")
+FOLDED: tuple[ViewName, ...] = ("slow", "averaged")
 """The weights that a fold can write."""
 
 
-def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
+def check_view(call: str, view: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
     """Raise StateError for an unknown name, and for averaged weights if the spec keeps no average."""
-    if which not in known:
-        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
-    if which == "averaged" and not spec.keeps_average:
+    if view not in known:
+        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(view), known)}", code="unknown-name")
+    if view == "averaged" and not spec.keeps_average:
         raise StateError(
             f"{call}: the spec keeps no average of the slow weights. Give it average='ema' or 'swa'",
             code="not-available",
@@ -168,7 +168,7 @@ class Weights:
 
     Args:
         slow: the slow state.
-        which: the view of the state.
+        view: the view of the state.
         buffers: buffers, and parameters that forward writes, by name, if these weights have their own.
         learners: branches and current values of parameters trained in full, by weight name, if the running stage
             counts.
@@ -177,19 +177,19 @@ class Weights:
     """
 
     slow: SlowWeights
-    which: Which = "slow"
+    view: ViewName = "slow"
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     learners: Mapping[str, Learner] = field(default_factory=dict)
     plan: Plan | None = None
 
     def write(self, name: str, out: torch.Tensor) -> None:
         """Write the weight of this name."""
-        self.slow.write_value(name, self.which, out, self.learners.get(name), self.plan)
+        self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the values of quantized weights as dense tensors, by name."""
         return {
-            name: self.slow.value(name, self.which, parameters[name], self.learners.get(name), self.plan)
+            name: self.slow.value(name, self.view, parameters[name], self.learners.get(name), self.plan)
             for name in names
         }
 
@@ -200,26 +200,26 @@ class Weights:
         return [(buffer, value) for buffer, value in pairs if buffer.shape == value.shape]
 
 
-def folded_weights(run: Run, which: str | Mapping[str, float], call: str) -> Weights:
+def folded_weights(run: Run, view: str | Mapping[str, float], call: str) -> Weights:
     """Return the weights that a fold writes. A running stage that has trained is folded first.
 
     Raises:
         StateError, SpecError, NonFiniteBranch: as of `Cascade.weights` and `Cascade.release`.
     """
-    if (weights := added_weights(run, which, call, folded=True)) is not None:
+    if (weights := added_weights(run, view, call, folded=True)) is not None:
         return weights
-    check_which(call, str(which), run.plan.spec, (*FOLDED, *run.added))
-    return Weights(ended(run, call), "averaged" if which == "averaged" else "slow")
+    check_view(call, str(view), run.plan.spec, (*FOLDED, *run.added))
+    return Weights(ended(run, call), "averaged" if view == "averaged" else "slow")
 
 
-def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weights | None:
-    """Return the weights of an added run, or a sum of several, `W0 + sum_i w_i S_i`. None if `which` is another name.
+def added_weights(run: Run, view: Any, call: str, folded: bool = False) -> Weights | None:
+    """Return the weights of an added run, or a sum of several, `W0 + sum_i w_i S_i`. None if `view` is another name.
 
     A single run has the same bits as its own fold.
 
     Args:
         run: to which the runs were added.
-        which: the name of an added run, or numbers by such names. `slow` is the run itself.
+        view: the name of an added run, or numbers by such names. `slow` is the run itself.
         call: for messages.
         folded: whether the running stage of the run itself is folded first.
 
@@ -227,13 +227,13 @@ def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weig
         StateError: an unknown name.
         SpecError: no name, a number that is not finite, a sum beyond the dtype of a weight, or a sum with DoRA.
     """
-    weights: Mapping[str, float] = {which: 1} if isinstance(which, str) and which in run.added else which
+    weights: Mapping[str, float] = {view: 1} if isinstance(view, str) and view in run.added else view
     if not isinstance(weights, Mapping):
         return None
     if not weights:
         raise SpecError(f"{call}: no run is named. Give numbers by the names of added runs, or 'slow'")
     for name in weights:
-        check_which(call, name, run.plan.spec, ("slow", *run.added))
+        check_view(call, name, run.plan.spec, ("slow", *run.added))
     for name, weight in weights.items():
         if not is_number(weight):
             raise SpecError(f"{call}: {name!r} has the weight {weight!r}. Give finite numbers")

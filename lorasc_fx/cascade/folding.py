@@ -129,12 +129,12 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def folded_state(
-    run: Run, call: str, quantized: Requantize, which: str | Mapping[str, float]
+    run: Run, call: str, quantized: Requantize, view: str | Mapping[str, float]
 ) -> dict[str, torch.Tensor]:
     """Return a copy of the model's state dict with the folded weights. Tied names share one tensor."""
     folded: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
-    for name, value, new in folded_each(run, call, quantized, which):
+    for name, value, new in folded_each(run, call, quantized, view):
         if not isinstance(value, nn.Parameter):
             folded[name] = new()
             continue
@@ -145,10 +145,10 @@ def folded_state(
 
 
 def folded_each(
-    run: Run, call: str, quantized: Requantize = None, which: str | Mapping[str, float] = "slow"
+    run: Run, call: str, quantized: Requantize = None, view: str | Mapping[str, float] = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: name, current value, and a function that returns the folded value."""
-    weights, parameters = folded_weights(run, which, call), run.parameters_by_name()
+    weights, parameters = folded_weights(run, view, call), run.parameters_by_name()
     buffers = weights.buffers
     names = {name: parameters[name] for name in check_asked(call, weights.slow, quantized)}
     # Placeholders for quantized weights that become dense. Their values are computed when they are asked for.
@@ -170,13 +170,13 @@ def _folded(weights: Weights, name: str, value: Any) -> Any:
     slow = weights.slow
     # A quantized weight that has not trained stays as it is.
     if name in slow.states and (not is_quantized(value) or slow.states[name].unmerged("slow") is not None):
-        return slow.value(name, weights.which, value)
+        return slow.value(name, weights.view, value)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(run: Run, quantized: Requantize, which: str | Mapping[str, float], undo: Undo) -> None:
+def release(run: Run, quantized: Requantize, view: str | Mapping[str, float], undo: Undo) -> None:
     """Write slow, averaged or other weights into the user's parameters, for good, and drop W0."""
-    weights, parameters = folded_weights(run, which, "release"), run.parameters_by_name()
+    weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
     dense = weights.dense(check_asked("release", weights.slow, quantized, modules=True), parameters)
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders, written = holders_of(run.model, dense), run.present(weights.slow.states)

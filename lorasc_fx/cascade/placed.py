@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasc_fx.cascade.commit import reserve, weights_to_write
-from lorasc_fx.cascade.experts import WHICH, Weights, added_weights, check_which
+from lorasc_fx.cascade.experts import VIEW_NAMES, Weights, added_weights, check_view
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage
 from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders_of
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
-from lorasc_fx.state import Scratch, Which
+from lorasc_fx.state import Scratch, ViewName
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 
@@ -29,26 +29,26 @@ _VERSIONS = itertools.count(1 << 24)
 
 
 @isolated
-def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
+def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
     """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds."""
     run.check_alive("weights")
-    if stage is not None and which is not None:
-        raise StateError(f"weights({which!r}, stage={stage!r}): give only one of the two", code="conflicting-options")
-    added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
+    if stage is not None and view is not None:
+        raise StateError(f"weights({view!r}, stage={stage!r}): give only one of the two", code="conflicting-options")
+    added = isinstance(view, Mapping) or (isinstance(view, str) and view in run.added)
     if stage is None and not added:
-        check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
+        check_view(f"weights({view!r})", str(view), run.plan.spec, (*VIEW_NAMES, *run.added))
     # Leave inference mode: DTensors cannot be read or written in it.
     with torch.inference_mode(False), torch.no_grad(), run.exclusive("weights", sharded=not added):
         before = Before(run)
-        weights = added_weights(run, which, f"weights({which!r})")
+        weights = added_weights(run, view, f"weights({view!r})")
         if stage is not None:
             weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
         elif weights is None:
-            view: Which = next(name for name in WHICH if name == which)
-            weights = Weights(run.slow, view, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
+            checked: ViewName = next(name for name in VIEW_NAMES if name == view)
+            weights = Weights(run.slow, checked, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
         # Everything is computed before the first write.
         buffers = weights.moves(run) if weights.buffers else []
-        quantized = run.slow.quantized if weights.which != "base" else ()
+        quantized = run.slow.quantized if weights.view != "base" else ()
         dense = weights.dense(quantized, before.parameters) if quantized else {}
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
@@ -60,7 +60,7 @@ def placed(undo: Block, run: Run, which: str | Mapping[str, float] | None, stage
             weights.write(name, out)
         for buffer, statistics in buffers:
             buffer.copy_(statistics)
-        run.placed = stage if stage is not None else str(which)
+        run.placed = stage if stage is not None else str(view)
         run.placed_checksums = checksums(run.present(run.slow.states))
         # A version that nothing else has: autograd refuses to differentiate graphs that saved the weights from before.
         before.set_versions(next(_VERSIONS))

@@ -92,8 +92,8 @@ class SavedCascade(CascadeModule):
             NonFiniteBranch: a running branch of the other run holds inf or nan.
         """
         self._run.check_ready("add")
-        if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
-            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
+        if not isinstance(name, str) or not name or name in (*experts.VIEW_NAMES, "stage"):
+            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.VIEW_NAMES)}")
         if name in self._run.added:
             raise SpecError(f"add: a run {name!r} was added already. Give another name, or call remove({name!r}) first")
         added = given_run.GivenRun(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.cascade.experts import check_which
+from lorasc_fx.cascade.experts import check_view
 from lorasc_fx.cascade.folding import check_asked
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.parameters import names_of
-from lorasc_fx.state import Which, check_finite
+from lorasc_fx.state import ViewName, check_finite
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From W0 to the folded weight of the same shape, dtype and device."""
@@ -44,14 +44,14 @@ class FoldedWeights:
     running: int | None = None
 
 
-def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeights:
+def of_run(run: Run, call: str, view: str | Mapping[str, float]) -> FoldedWeights:
     """Return the folded weights of a cascade. A running stage that has trained counts as ended.
 
     Raises:
         StateError: a quantized weight has trained, and a file in the layout of the base cannot hold it.
     """
-    check_which(call, str(which), run.plan.spec)
-    meant: Which = "averaged" if which == "averaged" else "slow"
+    check_view(call, str(view), run.plan.spec)
+    meant: ViewName = "averaged" if view == "averaged" else "slow"
     slow, parameters = ended(run, call), run.parameters_by_name()
     check_asked(f"{call} into the files of a base", slow, None)
     changes: dict[str, Change] = {
@@ -65,7 +65,7 @@ def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeigh
     return FoldedWeights(call, run.fingerprints(), changes, whole, buffers, names_of(run.model))
 
 
-def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:
+def of_checkpoint(checkpoint: Checkpoint, view: ViewName = "slow") -> FoldedWeights:
     """Return the folded weights of a checkpoint. A running stage that has trained counts as ended.
 
     Raises:
@@ -74,7 +74,7 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
         NonFiniteBranch: a running branch holds inf or nan.
     """
     plan = checkpoint.plan
-    check_which(f"fold {checkpoint.path}", which, plan.spec)
+    check_view(f"fold {checkpoint.path}", view, plan.spec)
     state, learners = checkpoint.with_learners()
     slow, begun = state.slow, state.slow.moved(learners)
     if begun:
@@ -88,7 +88,7 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
         one = replace(slow, states={name: held if held.full else replace(held, base=base)})
         if begun:
             one = one.after_stage(plan, {name: learners[name]} if name in learners else {})
-        return one.value(name, which, base)
+        return one.value(name, view, base)
 
     changes: dict[str, Change] = {
         name: partial(folded, name) for name, weight in slow.states.items() if begun or weight.changed

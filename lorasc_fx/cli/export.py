@@ -21,7 +21,7 @@ from lorasc_fx.errors import SpecError, StateError, nearest, warn
 from lorasc_fx.export.safetensors_files import fold_files
 from lorasc_fx.plan import Plan
 
-Which = Literal["slow", "averaged"]
+ViewName = Literal["slow", "averaged"]
 
 
 def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]:
@@ -71,7 +71,7 @@ class FoldArguments:
     copied, and no model is built."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
     """File or folder to write; RUN/folded.safetensors, or RUN/folded with a --base folder, if not given."""
-    which: Which = "slow"
+    view: ViewName = "slow"
     """The slow weights, or their average over stages, if the run's spec keeps one."""
 
 
@@ -93,8 +93,8 @@ def run_fold(arguments: FoldArguments) -> int:
         cascade, weights = open_run(arguments.run, output, folder=output.suffix != ".safetensors")
         with reporting() as reporter:
             reporter.begin(f"fold {arguments.run}")
-            lx.export.safetensors(cascade, output, which=arguments.which, progress=reporter.copied)
-        print(f"{output}: {arguments.which} {weights}")
+            lx.export.safetensors(cascade, output, view=arguments.view, progress=reporter.copied)
+        print(f"{output}: {arguments.view} {weights}")
         return 0
     path = folder.checkpoint if folder.config.is_file() else arguments.run
     single = arguments.base.is_file() and arguments.base.suffix != ".json"
@@ -107,12 +107,12 @@ def run_fold(arguments: FoldArguments) -> int:
     checkpoint = read(path)
     with reporting() as reporter:
         reporter.begin(f"fold {path}")
-        folded = of_checkpoint(checkpoint, arguments.which)
+        folded = of_checkpoint(checkpoint, arguments.view)
         classes = folder.read_classes() if folder.cascade.is_file() else None
         fold_files(folded, arguments.base, output, reporter.copied, classes)
     if folded.running is not None:
         _warn_of_running(str(checkpoint.path), checkpoint.plan, folded.running)
-    print(f"{output}: {arguments.which} weights of {checkpoint.path}, in the layout of {arguments.base}")
+    print(f"{output}: {arguments.view} weights of {checkpoint.path}, in the layout of {arguments.base}")
     return 0
 
 
@@ -135,7 +135,7 @@ class ExportArguments:
     """For `peft`: no weight gets a higher rank. The error is printed for each weight."""
     uniform_rank: bool = False
     """For `peft`: one rank for all weights, padded with zeros, for loaders that ignore patterns (vLLM)."""
-    which: Which = "slow"
+    view: ViewName = "slow"
     """The slow weights, or their average over stages, if the run's spec keeps one."""
 
 
@@ -167,7 +167,7 @@ def run_export(arguments: ExportArguments) -> int:
             f"{arguments.output.with_suffix(ending)}"
         )
     cascade, weights = open_run(arguments.run, arguments.output, folder=folder)
-    options: dict[str, Any] = {"which": arguments.which}
+    options: dict[str, Any] = {"view": arguments.view}
     with reporting() as reporter:
         reporter.begin(f"write {arguments.output}")
         if adapter:
@@ -177,5 +177,5 @@ def run_export(arguments: ExportArguments) -> int:
         written = getattr(lx.export, arguments.to)(cascade, arguments.output, **options)
     if adapter:
         print(written)
-    print(f"{arguments.output}: {arguments.which} {weights}")
+    print(f"{arguments.output}: {arguments.view} {weights}")
     return 0

@@ -60,10 +60,10 @@ def run_train(arguments: TrainArguments) -> int:
         def save() -> None:
             lx.save(cascade, folder.checkpoint, optimizer=optimizer, scheduler=schedule, extra={"step": done})
 
-        def validate(which: Literal["slow", "fast"], suffix: str, **at: int) -> float:
+        def validate(view: Literal["slow", "fast"], suffix: str, **at: int) -> float:
             mode, examples = cascade.training, setup.splits.validation
             cascade.eval()
-            with cascade.weights(which) as model:
+            with cascade.weights(view) as model:
                 logits = predict(model, examples, config.train.device)
             cascade.train(mode)
             share, loss = accuracy(logits, examples), F.cross_entropy(logits, examples.labels).item()

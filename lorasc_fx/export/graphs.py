@@ -37,7 +37,7 @@ def pt2(
     kwargs: Mapping[str, Any] | None = None,
     *,
     folded: bool = True,
-    which: Literal["slow", "averaged"] = "slow",
+    view: Literal["slow", "averaged"] = "slow",
     adapters: Literal["inputs"] | None = None,
     max_rank: int | None = None,
 ) -> Path:
@@ -51,7 +51,7 @@ def pt2(
         path: ends with `.pt2`.
         args, kwargs: inputs to capture the graph for; by default those of `adapt`.
         folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
-        which: if folded: `slow` weights, or their average over stages.
+        view: if folded: `slow` weights, or their average over stages.
         adapters: `inputs` to write the base W0, whose graph takes the adapter of each site as inputs. `adapter` writes
             files for them, by name. Zeros are no adapter: the graph computes the base then.
         max_rank: of the adapters, for adapters="inputs".
@@ -68,8 +68,8 @@ def pt2(
     out = path_of(path)
     if out.suffix != ".pt2":
         raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
-    rank = _rank_of(adapters, max_rank, folded, which, "export.pt2")
-    exported, _, _ = _program(cascade, args, kwargs, folded, which, rank, "export.pt2")
+    rank = _rank_of(adapters, max_rank, folded, view, "export.pt2")
+    exported, _, _ = _program(cascade, args, kwargs, folded, view, rank, "export.pt2")
     with replacing(out) as new:
         torch.export.save(exported, new)
     return out
@@ -82,7 +82,7 @@ def onnx(
     kwargs: Mapping[str, Any] | None = None,
     *,
     folded: bool = True,
-    which: Literal["slow", "averaged"] = "slow",
+    view: Literal["slow", "averaged"] = "slow",
     adapters: Literal["inputs"] | None = None,
     max_rank: int | None = None,
 ) -> Path:
@@ -100,7 +100,7 @@ def onnx(
         path: ends with `.onnx`. Weights of about 2 GB and more are written to a second file, `PATH.data`.
         args, kwargs: inputs to capture the graph for; by default those of `adapt`.
         folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
-        which: if folded: `slow` weights, or their average over stages.
+        view: if folded: `slow` weights, or their average over stages.
         adapters: `inputs` to write the base W0, whose graph takes the adapter of each site as inputs. `adapter` writes
             files for them, by name. They are optional: without an adapter the graph computes the base.
         max_rank: of the adapters, for adapters="inputs".
@@ -119,8 +119,8 @@ def onnx(
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx")
     require("onnx", "onnx", "onnxscript")
-    rank = _rank_of(adapters, max_rank, folded, which, "export.onnx")
-    exported, least, inputs = _program(cascade, args, kwargs, folded, which, rank, "export.onnx")
+    rank = _rank_of(adapters, max_rank, folded, view, "export.onnx")
+    exported, least, inputs = _program(cascade, args, kwargs, folded, view, rank, "export.onnx")
     try:
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
@@ -165,7 +165,7 @@ def program(
     kwargs: Mapping[str, Any] | None = None,
     *,
     folded: bool = True,
-    which: Literal["slow", "averaged"] = "slow",
+    view: Literal["slow", "averaged"] = "slow",
     adapters: Literal["inputs"] | None = None,
     max_rank: int | None = None,
 ) -> torch.export.ExportedProgram:
@@ -176,11 +176,11 @@ def program(
         CaptureError: the model has graph breaks, or torch.export does not take its graph.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    rank = _rank_of(adapters, max_rank, folded, which, "export.program")
-    return _program(cascade, args, kwargs, folded, which, rank, "export.program")[0]
+    rank = _rank_of(adapters, max_rank, folded, view, "export.program")
+    return _program(cascade, args, kwargs, folded, view, rank, "export.program")[0]
 
 
-def _rank_of(adapters: Any, max_rank: int | None, folded: bool, which: str, call: str) -> int | None:
+def _rank_of(adapters: Any, max_rank: int | None, folded: bool, view: str, call: str) -> int | None:
     """Return the rank of adapters that are inputs; None if they are not.
 
     Raises:
@@ -190,9 +190,9 @@ def _rank_of(adapters: Any, max_rank: int | None, folded: bool, which: str, call
         raise SpecError(f"{call}: adapters is {adapters!r}; give 'inputs', or leave it out")
     if adapters is None and max_rank is None:
         return None
-    if adapters is None or not folded or which != "slow":
+    if adapters is None or not folded or view != "slow":
         raise SpecError(
-            f"{call}: adapters='inputs' takes max_rank, and writes the base W0. Leave folded and which out",
+            f"{call}: adapters='inputs' takes max_rank, and writes the base W0. Leave out `folded` and `view`",
             code="conflicting-options",
         )
     check_rank(max_rank, call)
@@ -204,7 +204,7 @@ def _program(
     args: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
     folded: bool,
-    which: Literal["slow", "averaged"],
+    view: Literal["slow", "averaged"],
     rank: int | None,
     call: str,
 ) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]], dict[str, torch.Tensor]]:
@@ -226,7 +226,7 @@ def _program(
         if rank is not None:
             module, nothing, least = _lifted(cascade, variant, captured_call, rank, call)
         elif folded or variant.universal:  # of a model with graph breaks: raises, and says where they are
-            module, least = cascade._folded(bound, named, None, which)
+            module, least = cascade._folded(bound, named, None, view)
         else:
             _, least = cascade._graphs.fold(variant, captured_call, None)
         shapes = _shapes(module, variant, bound, named, nothing)

@@ -46,7 +46,7 @@ def safetensors(
     path: str | PathLike[str],
     *,
     base: str | PathLike[str] | None = None,
-    which: str | Mapping[str, float] = "slow",
+    view: str | Mapping[str, float] = "slow",
     quantized: Literal["dequantize"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
@@ -61,7 +61,7 @@ def safetensors(
             as transformers reads them.
         base: the safetensors file or folder that the model came from. Its files, names, dtypes and metadata are kept,
             and every tensor that the fold does not change is copied.
-        which: `slow`, or their average over stages (`averaged`); without `base` also a run that was added, or a sum, as
+        view: `slow`, or their average over stages (`averaged`); without `base` also a run that was added, or a sum, as
             in `Cascade.weights`.
         quantized: `dequantize` to write dense tensors in place of quantized weights. By default, quantized weights
             that have trained, or that a file cannot store, are refused. Not with `base`.
@@ -90,13 +90,13 @@ def safetensors(
                 )
             labels = getattr(getattr(cascade.model, "config", None), "id2label", None)
             classes = list(labels.values()) if isinstance(labels, dict) else None
-            return fold_files(of_run(cascade._run, call, which), path_of(base), out, progress, classes)
+            return fold_files(of_run(cascade._run, call, view), path_of(base), out, progress, classes)
         if not is_integer(max_shard_bytes, 1):
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
         _check_free(out)
         values: dict[str, Callable[[], torch.Tensor]] = {}
         entries: list[Entry] = []
-        for name, value, folded in folded_each(cascade._run, call, quantized, which):
+        for name, value, folded in folded_each(cascade._run, call, quantized, view):
             if not isinstance(value, torch.Tensor):
                 raise StateError(
                     f"{call}: {name} of the state dict is {type(value).__name__}, not a tensor",

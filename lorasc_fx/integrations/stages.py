@@ -52,7 +52,7 @@ class StageEnds:
         self._ends: set[int] = set()
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._needs_loss = cascade.plan.spec.pace_rule.needs_loss
-        self._which: str | None = None
+        self._view: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in passes:
             cascade._run.warned.accept("evaluated-with-noise")  # the user asks for noise
@@ -71,26 +71,26 @@ class StageEnds:
         return step in self._ends or (self.steps is not None and step % self.steps == 0)
 
     @contextlib.contextmanager
-    def _placing(self, which: str) -> Iterator[None]:
+    def _placing(self, view: str) -> Iterator[None]:
         """Put weights in place for a `with`. At its end, those that this callback had put in place before are back."""
-        before, users = self._which, self._which is None and self.cascade._run.placed is not None
-        if which == "trained" or (users and which in get_args(Evaluated)):  # keep the user's own `weights(...)`
+        before, users = self._view, self._view is None and self.cascade._run.placed is not None
+        if view == "trained" or (users and view in get_args(Evaluated)):  # keep the user's own `weights(...)`
             yield
             return
-        self._put(which)
+        self._put(view)
         try:
             yield
         finally:
             self._put(before)
 
-    def _put(self, which: str | None) -> None:
-        held, self._placed, self._which = self._placed, None, None
+    def _put(self, view: str | None) -> None:
+        held, self._placed, self._view = self._placed, None, None
         if held is not None:
             held.__exit__(None, None, None)
-        if which is not None:
-            placed = self.cascade.weights(which)
+        if view is not None:
+            placed = self.cascade.weights(view)
             placed.__enter__()
-            self._placed, self._which = placed, which
+            self._placed, self._view = placed, view
 
     def _loss(self) -> Any:
         """Return the loss of the last optimizer step, the mean over all processes, if the pace needs it."""

@@ -213,7 +213,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             metric = f"_{args.metric_for_best_model}"
-            best = next((which for which in get_args(Evaluated) if f"_{which}_" in metric), self._passes[0])
+            best = next((view for view in get_args(Evaluated) if f"_{view}_" in metric), self._passes[0])
             if best == "slow":
                 with run.lock:
                     transition.restart(run, optimizer)
@@ -288,16 +288,16 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if self.plateau is not None and self._trainer.is_in_train:
             passes.setdefault("fast", True)  # the plateau needs only its loss
         first: Any = None
-        for which, loss_only in passes.items():
+        for view, loss_only in passes.items():
             sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
-            with self._placing(which):
+            with self._placing(view):
                 output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
             if first is None:
                 first = output
             elif sums is not None:
                 self._trainer._metrics = sums  # TRL's trainers add up metrics there: keep those of the first pass
             prefix = f"{metric_key_prefix}_"
-            metrics = {f"{prefix}{which}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
+            metrics = {f"{prefix}{view}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
             first.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
         return first
 

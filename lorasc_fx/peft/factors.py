@@ -18,8 +18,8 @@ from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.format import RANKS, rows_with
 from lorasc_fx.quantized import dense
 from lorasc_fx.state import (
+    ViewName,
     WeightState,
-    Which,
     delta_of,
     has_trained,
     scaled,
@@ -145,7 +145,7 @@ def nothing(state: WeightState) -> Factors:
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
-def pair_of(state: WeightState, view: Which, running: Delta | None = None) -> Factors | None:
+def pair_of(state: WeightState, view: ViewName, running: Delta | None = None) -> Factors | None:
     """Return what a view adds to a weight as one pair, in fp64 on the host. None if it adds nothing.
 
     A dense delta, which replaced experts, is factored at its numerical rank.
@@ -156,21 +156,21 @@ def pair_of(state: WeightState, view: Which, running: Delta | None = None) -> Fa
     return sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
 
 
-def change_of(run: Run, which: Which) -> Change:
+def change_of(run: Run, view: ViewName) -> Change:
     """Return the change of a cascade's weights. Slow and averaged weights count a stage that has trained as ended.
 
     A dense delta, which replaced experts, is factored at its numerical rank. Its pair is at most twice as large as the
     delta. Weights with kept noise, which has full rank, are refused.
     """
-    slow = run.slow if which == "fast" else ended(run, "export.peft")
+    slow = run.slow if view == "fast" else ended(run, "export.peft")
     learners, change, parameters = run.learners(), Change(), run.parameters_by_name()
-    view = "slow" if which == "fast" and slow.idle else which
+    view = "slow" if view == "fast" and slow.idle else view
     for name, state in slow.states.items():
         running, branch = None, learners.get(name)
         if state.full:
-            change.trained[name] = slow.value(name, which, parameters[name], branch).cpu()
+            change.trained[name] = slow.value(name, view, parameters[name], branch).cpu()
             continue
-        if which == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
+        if view == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
             running = delta_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle, torch.device("cpu"))
         pair = pair_of(state, view if running is None else "fast", running)
         row_scale = state.scale(running.gain if running is not None else None)

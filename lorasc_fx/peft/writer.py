@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.cascade.experts import check_which
+from lorasc_fx.cascade.experts import check_view
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.base_file import name_or_path
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
@@ -46,7 +46,7 @@ from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.files import replacing
 
-_WHICH = ("slow", "fast", "averaged")
+_VIEWS = ("slow", "fast", "averaged")
 
 _SAVED_WHOLE = {
     "SEQ_CLS": ("classifier", "score"),
@@ -100,7 +100,7 @@ def peft(
     cascade: Cascade,
     folder: str | PathLike[str],
     *,
-    which: Literal["slow", "fast", "averaged"] = "slow",
+    view: Literal["slow", "fast", "averaged"] = "slow",
     max_rank: int | None = None,
     uniform_rank: bool = False,
     dtype: torch.dtype | None = None,
@@ -115,7 +115,7 @@ def peft(
     Args:
         cascade: is not changed. Its model runs on the example inputs, to find out where an adapter has an effect.
         folder: absent, empty, or an adapter, which is replaced when the new one is complete.
-        which: `slow` or `averaged`, for which a stage that has trained is folded as by `release`; or `fast`.
+        view: `slow` or `averaged`, for which a stage that has trained is folded as by `release`; or `fast`.
         max_rank: no site gets a higher rank: a sum of experts is replaced by the nearest pair of this rank. The exact
             errors are logged, and are in the result.
         uniform_rank: pad all sites with zeros to one rank of 8, 16, 32, 64, 128, 256, 320, 512, for loaders that ignore
@@ -145,8 +145,8 @@ def peft(
 
     # What the stages have added to each weight.
     with run.exclusive("export.peft"):
-        check_which("export.peft", which, run.plan.spec, _WHICH)
-        change = change_of(run, which)
+        check_view("export.peft", view, run.plan.spec, _VIEWS)
+        change = change_of(run, view)
     if not change.pairs and not change.refused:
         if not ((change.trained or change.rows) and run.plan.sites):
             raise StateError(

@@ -31,7 +31,7 @@ from lorasc_fx.state.engine import (
     write_start,
 )
 from lorasc_fx.state.products import Scratch, arithmetic
-from lorasc_fx.state.weight import Memory, SlowRule, WeightState, Which, base_of, host
+from lorasc_fx.state.weight import Memory, SlowRule, ViewName, WeightState, base_of, host
 
 AFFORDABLE = 1 << 20
 """Number of entries trained in full up to which each stage keeps a copy. The limit is higher if branches are larger."""
@@ -129,16 +129,16 @@ class SlowWeights:
             write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, scratch)
 
     def value(
-        self, name: str, which: Which, like: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
+        self, name: str, view: ViewName, like: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
     ) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""
         value = torch.empty(self.states[name].base.shape, dtype=like.dtype, device=like.device)
         with torch.no_grad():
-            self.write_value(name, which, value, learner, plan)
+            self.write_value(name, view, value, learner, plan)
         return value
 
     def write_value(
-        self, name: str, which: Which, out: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
+        self, name: str, view: ViewName, out: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
     ) -> None:
         """Write what `value` returns into `out`.
 
@@ -150,17 +150,12 @@ class SlowWeights:
         # A parameter that does not follow the slow rule has no slow value but its current one.
         if isinstance(learner, torch.Tensor):
             running = learner
-            if (
-                plan is not None
-                and which != "base"
-                and state.view(which) is state.slow
-                and not state.follows(plan.spec)
-            ):
-                which = "fast"
-        elif learner is not None and which == "fast" and not state.shard.group.all(not has_trained(learner, state)):
+            if plan is not None and view != "base" and state.view(view) is state.slow and not state.follows(plan.spec):
+                view = "fast"
+        elif learner is not None and view == "fast" and not state.shard.group.all(not has_trained(learner, state)):
             assert plan is not None, "the delta of a branch depends on the plan of its stage"
             running = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
-        state.write(out, which, arithmetic(out.dtype), running)
+        state.write(out, view, arithmetic(out.dtype), running)
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
         """Whether one of these, by weight name, has changed since the start of its stage, on any rank."""

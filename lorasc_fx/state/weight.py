@@ -33,7 +33,7 @@ from lorasc_fx.shards import WHOLE, ShardSpec, local
 from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
 from lorasc_fx.state.products import accumulate, arithmetic, cast, exact_products, summing
 
-Which = Literal["slow", "fast", "base", "averaged"]
+ViewName = Literal["slow", "fast", "base", "averaged"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -202,11 +202,11 @@ class WeightState(Tree):
         """Whether the parameter holds other numbers than the slow weights while the stage runs."""
         return noisy or self.initial is not None or self.start_differs
 
-    def view(self, which: Which) -> View:
+    def view(self, name: ViewName) -> View:
         """Return the view of slow, fast or averaged weights. Fast weights are `start` plus the running branch."""
-        if which == "averaged" and "average" in self.views:
+        if name == "averaged" and "average" in self.views:
             return self.views["average"]
-        return self.views["start" if which == "fast" else "slow"]
+        return self.views["start" if name == "fast" else "slow"]
 
     @property
     def ends(self) -> Mapping[int, View]:
@@ -217,7 +217,7 @@ class WeightState(Tree):
 
     def exact(
         self,
-        which: Which,
+        view: ViewName,
         dtype: torch.dtype,
         running: Delta | torch.Tensor | None = None,
         device: torch.device | None = None,
@@ -228,30 +228,30 @@ class WeightState(Tree):
         For a parameter trained in full, `running` is its current value.
         """
         total = torch.empty(self.base.shape, dtype=dtype, device=self.base.device if device is None else device)
-        self.write(total, which, dtype, running)
+        self.write(total, view, dtype, running)
         return total
 
     def write(
         self,
         out: torch.Tensor,
-        which: Which,
+        view: ViewName,
         dtype: torch.dtype,
         running: Delta | torch.Tensor | None = None,
     ) -> None:
         """Compute the weight in `dtype`, like `exact`, and write it into `out`, rounded once to the dtype of `out`."""
-        if which == "base":
+        if view == "base":
             out.copy_(dense(self.base))
             return
         if self.full:
-            value = self.view(which).dense if which != "fast" or running is None else running
+            value = self.view(view).dense if view != "fast" or running is None else running
             assert isinstance(value, torch.Tensor)
             out.copy_(value)
             return
         assert not isinstance(running, torch.Tensor)
         if self.noises and out.dtype != dtype:  # noise is added last, and the sum is rounded once
-            out.copy_(self.exact(which, dtype, running, out.device))
+            out.copy_(self.exact(view, dtype, running, out.device))
             return
-        base, delta, pairs = self.terms(which, running)
+        base, delta, pairs = self.terms(view, running)
         pair = sum_of(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
@@ -260,15 +260,15 @@ class WeightState(Tree):
             add_noise(out, drawn, kept.amplitude)
 
     def terms(
-        self, which: Which, running: Delta | None
+        self, view: ViewName, running: Delta | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
         """Return W0, the dense delta, and pairs of coefficient and factors, whose sum are the weights of a view.
 
         If a method scales rows, each term has its rows scaled.
         """
-        running = running if which == "fast" and running is not None else Delta()
-        view, gain = self.view(which), running.gain
-        base, delta, pairs = dense(self.base), view.dense, self._pairs(view, gain)
+        running = running if view == "fast" and running is not None else Delta()
+        stored, gain = self.view(view), running.gain
+        base, delta, pairs = dense(self.base), stored.dense, self._pairs(stored, gain)
         if running.factors is not None:
             pairs.append((1.0, scaled(running.factors, gain, self.transposed)))
         if delta is not None and (rows := self._scale_since(0, gain)) is not None:
@@ -321,15 +321,15 @@ class WeightState(Tree):
                 bounds.append(bound + noise)
             if all(bound < limits.max * limits.eps / 8 for bound in bounds):
                 return True
-        names: tuple[Which, ...] = ("slow", "fast") if self.start_differs else ("slow",)
+        names: tuple[ViewName, ...] = ("slow", "fast") if self.start_differs else ("slow",)
         exact = arithmetic(self.base.dtype)
         return not any(self.broken(self.exact(name, exact).to(self.base.dtype)) for name in names)
 
-    def unmerged(self, which: Literal["slow", "start"]) -> Factors | None:
+    def unmerged(self, view: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added to a quantized weight, as one pair of factors. None if there is nothing, and for
         weights that are not quantized, because these hold it themselves.
         """
-        pairs = self._pairs(self.views[which]) if is_quantized(self.base) else []
+        pairs = self._pairs(self.views[view]) if is_quantized(self.base) else []
         return sum_of(pairs, pairs[0][1].b.dtype, pairs[0][1].b.device) if pairs else None
 
     @property

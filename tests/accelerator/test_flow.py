@@ -18,9 +18,9 @@ def flow(side: Side) -> None:
     for stage in side.cascade.stages(3, side.optimizer):
         side.step()
         side.show(f"stage {stage.number}", tensors(side.cascade))
-        for which in ("slow", "fast", "base"):
-            with side.cascade.weights(which), torch.no_grad():
-                side.show(f"stage {stage.number}, {which} weights", side.call())
+        for view in ("slow", "fast", "base"):
+            with side.cascade.weights(view), torch.no_grad():
+                side.show(f"stage {stage.number}, {view} weights", side.call())
     side.show("released", tensors(side.cascade.release()))
 
 

@@ -71,9 +71,9 @@ def parameters(side: Side) -> dict[str, torch.Tensor]:
 
 def weights(side: Side) -> None:
     before = parameters(side)
-    for which in side.cascade.views:
-        with side.cascade.weights(which), torch.no_grad():
-            side.show(f"weights({which!r})", side.call())
+    for view in side.cascade.views:
+        with side.cascade.weights(view), torch.no_grad():
+            side.show(f"weights({view!r})", side.call())
     with side.cascade.weights(stage=earlier(side)), torch.no_grad():
         side.show("weights(stage=...)", side.call())
     after = parameters(side)

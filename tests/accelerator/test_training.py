@@ -145,10 +145,10 @@ def test_weights_and_factors_stay_at_their_addresses(spec: lx.CascadeSpec, tmp_p
     for _ in range(2):
         side.transition()
     side.step()
-    for which in ("slow", "fast", "base"):
-        with side.cascade.weights(which):
+    for view in ("slow", "fast", "base"):
+        with side.cascade.weights(view):
             inside = addresses()
-        assert inside == before, which
+        assert inside == before, view
     lx.save(side.cascade, tmp_path, optimizer=side.optimizer)
     side.cascade.rewind(1, side.optimizer)
     side.cascade.load_state_dict(side.cascade.state_dict())

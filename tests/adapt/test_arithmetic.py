@@ -104,8 +104,8 @@ def test_folders_and_cascades_of_other_ranks_and_sites(tmp_path: Path, weights: 
     assert [site.rank for site in merged.sites] == [2, 2, 1]
     assert merged.stage == 4
     assert merged.plan.spec == runs[0].cascade.plan.spec
-    for which in ({"which": "slow"}, {"stage": 3}):
-        with merged.weights(**which):
+    for view in ({"view": "slow"}, {"stage": 3}):
+        with merged.weights(**view):
             assert_holds(model, values)
     with merged.weights(stage=0):
         assert_holds(model, expected([], [], base()))

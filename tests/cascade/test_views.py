@@ -85,14 +85,14 @@ def test_a_view_is_the_fold_of_its_run(kind: str, given: str, tmp_path: Path) ->
                 found = values(host.model)
                 assert torch.equal(host(X), host.model(X))
             same(found, expected)
-        same(host.folded_state_dict(which="legal"), found)
-        file = lx.export.safetensors(host, tmp_path / "legal.safetensors", which="legal")
+        same(host.folded_state_dict(view="legal"), found)
+        file = lx.export.safetensors(host, tmp_path / "legal.safetensors", view="legal")
         same(load_file(file), found)
-    folded = host.eval().folded_graph(which="legal")
+    folded = host.eval().folded_graph(view="legal")
     with host.weights("legal"), torch.no_grad():
         assert torch.equal(folded(X), host.model(X))
     host.zero_grad()
-    same(values(host.release(which="legal")), found)
+    same(values(host.release(view="legal")), found)
 
 
 def test_a_site_that_the_host_trains_in_full_is_rounded_once() -> None:
@@ -121,8 +121,8 @@ def test_a_parameter_that_forward_writes_comes_with_its_run(given: str, tmp_path
     assert not torch.equal(expected["teacher.weight"], values(host.model)["teacher.weight"])
     with unchanged(host), host.weights("legal"):
         same(values(host.model), expected)
-    same(host.folded_state_dict(which="legal"), expected)
-    same(values(host.release(which="legal")), expected)
+    same(host.folded_state_dict(view="legal"), expected)
+    same(values(host.release(view="legal")), expected)
 
 
 def test_the_own_run_sees_nothing_of_it(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_the_own_run_sees_nothing_of_it(tmp_path: Path) -> None:
         pass
     for cascade in (alone, host):
         trained(cascade, 3)
-    for which in ("slow", "fast", "base"):
-        with alone.weights(which), host.weights(which):
+    for view in ("slow", "fast", "base"):
+        with alone.weights(view), host.weights(view):
             same(values(host.model), values(alone.model))
     expected = values(run("dense", 2).release())
     with host.weights("legal"):  # after two transitions more
@@ -189,7 +189,7 @@ def test_sums_are_those_of_merge_and_of_the_formula() -> None:
         alone = values(host.model)
     with host.weights({"one": 1}):
         same(values(host.model), alone)
-    same(values(host.release(which=shares)), {**values(host.model), **{name: found[name] for name in w0}})
+    same(values(host.release(view=shares)), {**values(host.model), **{name: found[name] for name in w0}})
 
 
 @pytest.mark.parametrize("slow_train", [True, False])
@@ -203,7 +203,7 @@ def test_the_own_run_by_itself_is_the_slow_weights(slow_train: bool) -> None:
     assert torch.equal(slow["4.weight"], now) != slow_train
     with unchanged(host), host.weights({"slow": 1}):
         same(values(host.model), slow)
-    same(host.folded_state_dict(which={"slow": 1}), host.folded_state_dict())
+    same(host.folded_state_dict(view={"slow": 1}), host.folded_state_dict())
 
 
 def test_a_name_is_added_once_and_free_after_a_removal() -> None:
@@ -250,20 +250,20 @@ def test_what_is_no_sum() -> None:
     host = run("plain", 1, last=False)
     host.add("legal", run("plain", 2))
     host.add("scaled", run("dora", 3))
-    for which, code in (
+    for view, code in (
         ({}, "invalid-value"),
         ({"legal": float("nan")}, "invalid-value"),
         ({"legal": "much"}, "invalid-value"),
         ({"legal": 0.5, "scaled": 0.5}, "method-not-supported"),
         ({"scaled": 0.5}, "method-not-supported"),
     ):
-        for act in (lambda which=which: host.weights(which).__enter__(), lambda which=which: host.release(which=which)):
+        for act in (lambda view=view: host.weights(view).__enter__(), lambda view=view: host.release(view=view)):
             with unchanged(host), raises(lx.SpecError, code):
                 act()
     host.add("1", run("plain", 4))
-    for which in ({"legel": 1}, {"fast": 1}, {1: 1.0}, "legel"):
+    for view in ({"legel": 1}, {"fast": 1}, {1: 1.0}, "legel"):
         with unchanged(host), raises(lx.StateError, "unknown-name", "legal"):
-            host.weights(which).__enter__()
+            host.weights(view).__enter__()
     with host.weights("legal"), raises(lx.StateError, "inside-weights", "legal"):
         host.transition(None)
 
@@ -285,6 +285,6 @@ def test_a_sum_beyond_the_dtype_of_a_weight(kind: str) -> None:
     with unchanged(host), raises(lx.SpecError, "invalid-value", "weights", "4.weight"):
         host.weights({name: 30 * weight for name, weight in huge.items()}).__enter__()
     with unchanged(host), raises(lx.SpecError, "invalid-value", "release", "0.weight"):
-        host.release(which={name: 30 * weight for name, weight in huge.items()})
+        host.release(view={name: 30 * weight for name, weight in huge.items()})
     with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "beyond the dtype", "4.weight"):
         lx.merge([other, host], model, (X,), weights=[9e39, 3e39])

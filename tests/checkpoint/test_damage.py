@@ -106,8 +106,8 @@ def test_the_copy_is_whole(kind: str, made: Callable[[str], Path]) -> None:
     manifest = json.loads((version / MANIFEST).read_text())
     if kind == "average":
         assert (manifest["averaged"], manifest["trained"]) == (2, {"head.weight": None, "head.bias": 0})
-        for which in ("slow", "averaged"):
-            with cascade.weights(which):
+        for view in ("slow", "averaged"):
+            with cascade.weights(view):
                 assert cascade(X).isfinite().all()
         return
     assert "averaged" not in manifest  # options that were not given are not told of

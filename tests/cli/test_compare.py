@@ -106,10 +106,10 @@ def test_each_method_has_its_own_grid(place: Path) -> None:
 
 
 def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -> None:
-    """The kept weights are those of `train` and `fold --which averaged`."""
+    """The kept weights are those of `train` and `fold --view averaged`."""
     asked = ["--spec.average", "swa", "--train.seed", "0"]
     assert main(["train", "tiny.toml", *asked, "--output", "one"]) == 0
-    assert main(["fold", "one", "--which", "averaged", "--output", "mean.safetensors"]) == 0
+    assert main(["fold", "one", "--view", "averaged", "--output", "mean.safetensors"]) == 0
     methods = ["--compare.methods", "lorasc", "--compare.seeds", "0", "--compare.keep-weights", "lorasc"]
     assert main(["compare", "tiny.toml", *asked, *methods]) == 0
     mean, slow = load_file("mean.safetensors"), load_file("one/folded.safetensors")

@@ -44,12 +44,12 @@ def test_a_run_with_options_is_resumed_and_folded(
     again = load_file(place / "parts" / "folded.safetensors")
     assert all(torch.equal(slow[name], again[name]) for name in slow)
     for run in ("whole", "parts"):
-        assert main(["fold", run, "--which", "averaged", "--output", f"{run}.safetensors"]) == 0
+        assert main(["fold", run, "--view", "averaged", "--output", f"{run}.safetensors"]) == 0
         assert "averaged weights at step 12 of 12\n" in capsys.readouterr().out
     mean = load_file(place / "whole.safetensors")
     assert all(torch.equal(mean[name], load_file(place / "parts.safetensors")[name]) for name in mean)
     assert not torch.equal(mean["0.weight"], slow["0.weight"])
-    assert main(["export", "whole", "--to", "safetensors", "--out", "a.safetensors", "--which", "averaged"]) == 0
+    assert main(["export", "whole", "--to", "safetensors", "--out", "a.safetensors", "--view", "averaged"]) == 0
     assert all(torch.equal(mean[name], load_file(place / "a.safetensors")[name]) for name in mean)
 
 

@@ -71,18 +71,18 @@ def test_w0_from_files_and_other_inputs(run: Any, tmp_path: Path) -> None:
         assert caught.value.code == "weights-changed-outside"
 
 
-@pytest.mark.parametrize("which", ["slow", "averaged"])
-def test_graphs_of_other_inputs(which: Any, run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["slow", "averaged"])
+def test_graphs_of_other_inputs(view: Any, run: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     cascade = run[0]
-    with cascade.weights(which):
+    with cascade.weights(view):
         wanted = cascade(X, shift=SHIFT).detach()
-    file = lx.export.onnx(cascade, tmp_path / "net.onnx", (X,), {"shift": SHIFT}, which=which)
+    file = lx.export.onnx(cascade, tmp_path / "net.onnx", (X,), {"shift": SHIFT}, view=view)
     session = onnxruntime.InferenceSession(str(file))
     assert [entry.name for entry in session.get_inputs()] == ["x", "shift"]
     (found,) = session.run(None, {"x": X.numpy(), "shift": SHIFT.numpy()})
     assert np.abs(found - wanted.numpy()).max() < 1e-5
-    program = torch.export.load(lx.export.pt2(cascade, tmp_path / "net.pt2", (X,), {"shift": SHIFT}, which=which))
+    program = torch.export.load(lx.export.pt2(cascade, tmp_path / "net.pt2", (X,), {"shift": SHIFT}, view=view))
     torch.testing.assert_close(program.module()(X, shift=SHIFT), wanted, atol=1e-6, rtol=0)
 
 

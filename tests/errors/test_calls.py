@@ -230,8 +230,8 @@ def test_a_step_that_a_scaler_skipped(to_none: bool) -> None:
 
 
 @pytest.mark.parametrize("spec", [SPEC, TRAINED])
-@pytest.mark.parametrize("which", ["slow", "fast", "base"])
-def test_inside_weights(which: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["slow", "fast", "base"])
+def test_inside_weights(view: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     cascade, optimizer = adapted(spec)
     step(cascade, optimizer)
     calls: dict[str, Callable[[], Any]] = {
@@ -247,9 +247,9 @@ def test_inside_weights(which: Any, spec: lx.CascadeSpec, tmp_path: Path) -> Non
         "state_dict": cascade.state_dict,
         "to": cascade.double,
     }
-    with unchanged(cascade, optimizer), cascade.weights(which), unchanged(cascade, optimizer):
+    with unchanged(cascade, optimizer), cascade.weights(view), unchanged(cascade, optimizer):
         for call, act in calls.items():
-            with raises(lx.StateError, "inside-weights", call, which):
+            with raises(lx.StateError, "inside-weights", call, view):
                 act()
     assert not list(tmp_path.iterdir())
 
@@ -267,13 +267,13 @@ def test_a_stage_that_ends_inside_weights() -> None:
         next(stages)
 
 
-@pytest.mark.parametrize(("which", "hint"), [("slwo", "nearest: 'slow'"), ("ema", ""), (1, ""), (None, "")])
-def test_weights_of_an_unknown_name(which: Any, hint: str) -> None:
+@pytest.mark.parametrize(("view", "hint"), [("slwo", "nearest: 'slow'"), ("ema", ""), (1, ""), (None, "")])
+def test_weights_of_an_unknown_name(view: Any, hint: str) -> None:
     cascade, optimizer = adapted()
     step(cascade, optimizer)
-    expected = ("unknown-name", repr(which), "slow, fast, base, averaged", hint)
+    expected = ("unknown-name", repr(view), "slow, fast, base, averaged", hint)
     with unchanged(cascade, optimizer), raises(lx.StateError, *expected):
-        cascade.weights(which).__enter__()
+        cascade.weights(view).__enter__()
 
 
 def test_an_error_inside_weights_puts_them_back() -> None:

@@ -71,8 +71,8 @@ def test_a_program_as_the_documentation_has_it(spec: lx.CascadeSpec, tmp_path: P
         for stage in cascade.stages(2, optimizer):
             step(cascade, optimizer)
             lx.save(cascade, tmp_path, optimizer=optimizer, extra={"stage": stage.index})
-            for which in ("slow", "fast"):
-                with cascade.weights(which):  # type: ignore[arg-type]
+            for view in ("slow", "fast"):
+                with cascade.weights(view):  # type: ignore[arg-type]
                     cascade.eval()(X)
                     cascade.model(X)
                     cascade.model.state_dict()
@@ -281,8 +281,8 @@ def test_a_method_that_calls_modules_of_the_model() -> None:
         step(cascade, optimizer)
         with silent():
             assert cascade.width() == 4
-            for which in ("slow", "fast"):
-                with cascade.weights(which):
+            for view in ("slow", "fast"):
+                with cascade.weights(view):
                     cascade.forward_features(X)
         with warns("model-called-inside-stage", "stage 1", 'weights("slow")'):
             found = cascade.forward_features(X)

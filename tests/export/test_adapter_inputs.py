@@ -206,7 +206,7 @@ def test_what_cannot_be_exported_is_one_error(tmp_path: Path) -> None:
         ({"adapters": "inputs", "max_rank": 0}, "invalid-value", "max_rank is 0"),
         ({"max_rank": 4}, "conflicting-options", "adapters='inputs'"),
         ({"adapters": "inputs", "max_rank": 4, "folded": False}, "conflicting-options", "folded"),
-        ({"adapters": "inputs", "max_rank": 4, "which": "averaged"}, "conflicting-options", "which"),
+        ({"adapters": "inputs", "max_rank": 4, "view": "averaged"}, "conflicting-options", "view"),
     ):
         for write in (lx.export.pt2, lx.export.program):
             target = () if write is lx.export.program else (out,)

@@ -82,7 +82,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def values_of(cascade: lx.Cascade, which: str = "slow") -> dict[str, Tensor]:
+def values_of(cascade: lx.Cascade, view: str = "slow") -> dict[str, Tensor]:
     """The weights of a cascade by the formula, in fp64: W0 + S, or with "fast" W0 + S + s B A of the running branch."""
     found = {}
     for weight, branch in branches_of(cascade).items():
@@ -92,7 +92,7 @@ def values_of(cascade: lx.Cascade, which: str = "slow") -> dict[str, Tensor]:
             value += state.dense_slow.double().view_as(value)
         for coefficient, expert in zip(state.slow, state.experts, strict=True):
             value += coefficient * expert.b.double() @ expert.a.double()
-        if which == "fast":
+        if view == "fast":
             value += branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
         found[weight] = value
     return found

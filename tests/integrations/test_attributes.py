@@ -73,8 +73,8 @@ def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
     slow, fast = values_of(cascade), values_of(cascade, "fast")
     noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
     expected = {
-        which: with_weights(cascade.model, each).generate(IDS, max_new_tokens=6, do_sample=False)
-        for which, each in {"slow": slow, "fast": fast, "noisy": {}}.items()
+        view: with_weights(cascade.model, each).generate(IDS, max_new_tokens=6, do_sample=False)
+        for view, each in {"slow": slow, "fast": fast, "noisy": {}}.items()
     }
     assert len({str(each) for each in expected.values()}) == 3
     assert torch.equal(cascade.generate(IDS, max_new_tokens=6, do_sample=False), expected["fast"])
@@ -96,10 +96,10 @@ def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(1.0), targets=("linear",))
     cascade = lx.adapt(Encoder(5, 3).double(), (x,), spec=spec)
     randomize(cascade, 1)
-    for which in (None, "slow"):
-        with cascade.weights(which) if which else contextlib.nullcontext():
+    for view in (None, "slow"):
+        with cascade.weights(view) if view else contextlib.nullcontext():
             found = getattr(cascade, method)(x)
-        torch.testing.assert_close(found, x @ values_of(cascade, which or "fast")["weight"].T + cascade.model.bias)
+        torch.testing.assert_close(found, x @ values_of(cascade, view or "fast")["weight"].T + cascade.model.bias)
 
 
 def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path
     with pytest.raises(AttributeError, match=r"^save_pretrained .*lorasc_fx\.save .*cascade\.model\.save_pretrained"):
         cascade.save_pretrained(tmp_path)
     assert not hasattr(cascade, "push_to_hub")
-    for which in ("slow", "base"):
-        with cascade.weights(which):
-            cascade.save_pretrained(tmp_path / which)
+    for view in ("slow", "base"):
+        with cascade.weights(view):
+            cascade.save_pretrained(tmp_path / view)
     held = AutoModelForCausalLM.from_pretrained(tmp_path / "slow", dtype=torch.float64)
     for name, value in slow.items():
         torch.testing.assert_close(held.get_parameter(name).detach(), value, atol=1e-12, rtol=0)

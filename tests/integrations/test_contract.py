@@ -40,8 +40,8 @@ def test_a_resumed_run_has_the_same_bits(loop: str, fields: str, tmp_path: Path)
         assert found
         assert found == losses[at:]
         assert resumed.stage == whole.stage
-        for which in ("slow", "fast"):
-            with whole.weights(which), resumed.weights(which):  # type: ignore[arg-type]
+        for view in ("slow", "fast"):
+            with whole.weights(view), resumed.weights(view):  # type: ignore[arg-type]
                 ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
                 assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

@@ -42,7 +42,7 @@ def test_logs_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     class Spy(CallbackOf):  # type: ignore[valid-type, misc]
         def on_evaluate(self, *args: Any, **about: Any) -> None:
-            expected.append(tuple(loss_of(values_of(cascade, which)) for which in ("slow", "fast")))
+            expected.append(tuple(loss_of(values_of(cascade, view)) for view in ("slow", "fast")))
 
     more = {"report_to": ["tensorboard"], "eval_strategy": "steps", "eval_steps": 2, "max_steps": 7}
     trainer = Trainer(

@@ -93,10 +93,10 @@ def test_a_pipeline_computes_without_noise(task: str) -> None:
     noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
     weights = {"slow": values_of(cascade), "fast": values_of(cascade, "fast"), "noisy": {}}
     expected = {
-        which: numbers(
+        view: numbers(
             [pipeline(task, model=with_weights(cascade.model, each), **tools())(row, **how) for row in given()]
         )
-        for which, each in weights.items()
+        for view, each in weights.items()
     }
     assert not same(expected["noisy"], expected["fast"])
     assert not same(expected["slow"], expected["fast"])

@@ -78,9 +78,9 @@ class Cascade:
             self.slow = {name: slow + self.pace * (fast[name] - slow) for name, slow in self.slow.items()}
             self.start = dict(self.slow if self.restart == "slow" else fast)
 
-    def weights(self, which: str) -> dict[str, torch.Tensor]:
+    def weights(self, view: str) -> dict[str, torch.Tensor]:
         """W0 + S, W0 + F or W0."""
         with torch.no_grad():
-            if which == "base":
+            if view == "base":
                 return dict(self.base)
-            return {n: w + (self.slow[n] if which == "slow" else self.fast(n)) for n, w in self.base.items()}
+            return {n: w + (self.slow[n] if view == "slow" else self.fast(n)) for n, w in self.base.items()}

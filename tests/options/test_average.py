@@ -108,18 +108,18 @@ def test_folds_can_choose_it(average: str, tmp_path: Path) -> None:
     twin.transition(None)
     expected.take(twin)
     values = expected.values
-    state = cascade.folded_state_dict(which="averaged")
-    lx.export.safetensors(cascade, tmp_path / "a.safetensors", which="averaged")
-    lx.export.pt2(cascade, tmp_path / "a.pt2", which="averaged")
-    lx.export.peft(cascade, tmp_path / "adapter", which="averaged")
+    state = cascade.folded_state_dict(view="averaged")
+    lx.export.safetensors(cascade, tmp_path / "a.safetensors", view="averaged")
+    lx.export.pt2(cascade, tmp_path / "a.pt2", view="averaged")
+    lx.export.peft(cascade, tmp_path / "adapter", view="averaged")
     theirs = peft.PeftModel.from_pretrained(wide(), tmp_path / "adapter")
     out = expected.mean(X)
     torch.testing.assert_close(theirs(X), out, **EXACT)
-    torch.testing.assert_close(cascade.folded_graph(which="averaged")(X), out, **EXACT)
+    torch.testing.assert_close(cascade.folded_graph(view="averaged")(X), out, **EXACT)
     torch.testing.assert_close(torch.export.load(tmp_path / "a.pt2").module()(X), out, **EXACT)
     written = load_file(tmp_path / "a.safetensors")
-    loaded = lx.load(tmp_path / "run", wide(), (X,)).release(which="averaged").state_dict()
-    model = cascade.release(which="averaged")
+    loaded = lx.load(tmp_path / "run", wide(), (X,)).release(view="averaged").state_dict()
+    model = cascade.release(view="averaged")
     for name, value in values.items():
         for found in (state[name], written[name], loaded[name], dict(model.named_parameters())[name]):
             torch.testing.assert_close(found.detach(), value.detach(), **EXACT, msg=name)
@@ -158,20 +158,20 @@ def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
     assert all(state.average is None for state in weight_states(cascade).values())
     calls: dict[str, Any] = {
         "weights('averaged')": lambda: cascade.weights("averaged").__enter__(),
-        "folded_state_dict": lambda: cascade.folded_state_dict(which="averaged"),
-        "folded_graph": lambda: cascade.folded_graph(which="averaged"),
-        "release": lambda: cascade.release(which="averaged"),
-        "export.safetensors": lambda: lx.export.safetensors(cascade, tmp_path / "a.safetensors", which="averaged"),
-        "export.peft": lambda: lx.export.peft(cascade, tmp_path / "a", which="averaged"),
+        "folded_state_dict": lambda: cascade.folded_state_dict(view="averaged"),
+        "folded_graph": lambda: cascade.folded_graph(view="averaged"),
+        "release": lambda: cascade.release(view="averaged"),
+        "export.safetensors": lambda: lx.export.safetensors(cascade, tmp_path / "a.safetensors", view="averaged"),
+        "export.peft": lambda: lx.export.peft(cascade, tmp_path / "a", view="averaged"),
     }
     for call, run in calls.items():
         with unchanged(cascade, optimizer), raises(lx.StateError, "not-available", call):
             run()
     assert not list(tmp_path.iterdir())
     with raises(lx.StateError, "unknown-name", "averaged"):
-        cascade.release(which="average")  # type: ignore[arg-type]
+        cascade.release(view="average")  # type: ignore[arg-type]
     with raises(lx.StateError, "unknown-name", "folded_state_dict"):
-        cascade.folded_state_dict(which="fast")  # type: ignore[arg-type]
+        cascade.folded_state_dict(view="fast")  # type: ignore[arg-type]
 
 
 def test_a_pace_of_mean_is_the_mean_of_the_ends_of_stages() -> None:

@@ -36,11 +36,11 @@ def adapted(frontend: str = "export") -> lx.Cascade:
     return cascade
 
 
-def plain(cascade: lx.Cascade, which: Any) -> nn.Module:
+def plain(cascade: lx.Cascade, view: Any) -> nn.Module:
     """A model of torch's own with these weights, and statistics by update_bn."""
     model = net()
     model(IMAGES[0])
-    with cascade.weights(which):
+    with cascade.weights(view):
         model.load_state_dict(cascade.model.state_dict())
     update_bn(IMAGES, model)
     return model
@@ -57,12 +57,12 @@ def assert_equal(model: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("which", ["slow", "fast", "base"])
-def test_update_bn_inside_weights_counts_until_its_end(which: Any) -> None:
+@pytest.mark.parametrize("view", ["slow", "fast", "base"])
+def test_update_bn_inside_weights_counts_until_its_end(view: Any) -> None:
     cascade = adapted()
-    before, expected = statistics(cascade.model), plain(cascade, which)
+    before, expected = statistics(cascade.model), plain(cascade, view)
     with unchanged(cascade):
-        with cascade.weights(which):
+        with cascade.weights(view):
             update_bn(IMAGES[:2], cascade)
             update_bn(IMAGES, cascade)
             assert_equal(cascade.model, expected)

@@ -36,8 +36,8 @@ def adapted(**fields: Any) -> lx.Cascade:
     return lx.adapt(net(), (X,), spec=lx.CascadeSpec(**{"rank": 2, **fields}))
 
 
-def placed(cascade: lx.Cascade, which: Any) -> Values:
-    with cascade.weights(which):
+def placed(cascade: lx.Cascade, view: Any) -> Values:
+    with cascade.weights(view):
         return {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
 
 

@@ -122,7 +122,7 @@ def test_losses_and_merged_weights_are_those_of_peft(name: str, tmp_path: Path) 
             torch.testing.assert_close(value, wanted[key], **CLOSE)
 
     # Our file in peft.
-    lx.export.peft(cascade, tmp_path / "ours", which="fast")
+    lx.export.peft(cascade, tmp_path / "ours", view="fast")
     loaded = peft.PeftModel.from_pretrained(made(name)[0], tmp_path / "ours")
     for key, value in merged(loaded).items():
         torch.testing.assert_close(value, fast[key], **CLOSE)
@@ -232,7 +232,7 @@ def test_only_rows_are_no_adapter_of_lora(tmp_path: Path) -> None:
     with torch.no_grad():
         next(cascade.branches.parameters()).add_(1)
     with raises(lx.errors.ExportError, "not-exportable", "only rows"):
-        lx.export.peft(cascade, tmp_path / "x", which="fast")
+        lx.export.peft(cascade, tmp_path / "x", view="fast")
 
 
 def delete(tensors: dict[str, Tensor], key: str) -> None:

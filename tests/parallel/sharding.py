@@ -136,12 +136,10 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
     cascade.eval()
     average = ("averaged",) if cascade.plan.spec.average != "off" else ()
-    for which in ("slow", "fast", "base", *average):
-        with cascade.weights(which), torch.no_grad():  # type: ignore[arg-type]
-            found[f"{which}/output"] = cascade(tokens)
-            found |= {
-                f"{which}/{name}": whole(each.detach()).clone() for name, each in cascade.model.named_parameters()
-            }
+    for view in ("slow", "fast", "base", *average):
+        with cascade.weights(view), torch.no_grad():  # type: ignore[arg-type]
+            found[f"{view}/output"] = cascade(tokens)
+            found |= {f"{view}/{name}": whole(each.detach()).clone() for name, each in cascade.model.named_parameters()}
     with torch.no_grad():
         found["output"] = cascade(tokens)
     cascade.train()

@@ -98,9 +98,9 @@ def run(model: nn.Module, optimizer: Any, done: int, until: int, share: tuple[in
 def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     """Everything that the numbers of a run show in: slow and fast weights, and the factors of the running stage."""
     found = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
-    for which in ("slow", "fast"):
-        with cascade.weights(which):  # type: ignore[arg-type]
-            found |= {f"{which}/{name}": value.detach().clone() for name, value in cascade.model.named_parameters()}
+    for view in ("slow", "fast"):
+        with cascade.weights(view):  # type: ignore[arg-type]
+            found |= {f"{view}/{name}": value.detach().clone() for name, value in cascade.model.named_parameters()}
     return found
 
 

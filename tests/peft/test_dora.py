@@ -38,10 +38,10 @@ def test_slow_and_fast_weights_are_the_formula(name: str, rank: int, noise: floa
         train(cascade, optimizer, calls)
         fast = {each: trained(cascade, each, slow[each], held[each]) for each in base}
         assert all((fast[each] - slow[each]).abs().max() > 1e-5 for each in base)
-        for which, expected in (("fast", fast), ("slow", slow), ("base", base)):
-            with cascade.weights(which):
+        for view, expected in (("fast", fast), ("slow", slow), ("base", base)):
+            with cascade.weights(view):
                 for each, value in weights(cascade.model).items():
-                    torch.testing.assert_close(value, expected[each], rtol=0, atol=1e-12, msg=f"{which} {each}")
+                    torch.testing.assert_close(value, expected[each], rtol=0, atol=1e-12, msg=f"{view} {each}")
         cascade.transition(optimizer)
         slow = {each: (1 - pace) * slow[each] + pace * fast[each] for each in base}
         if noise == 0:
@@ -171,13 +171,13 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
         train(cascade, optimizer, calls)
         cascade.transition(optimizer)
     train(cascade, optimizer, calls)
-    for which in ("slow", "fast"):
-        written = lx.export.peft(cascade, tmp_path / which, which=which)
+    for view in ("slow", "fast"):
+        written = lx.export.peft(cascade, tmp_path / view, view=view)
         assert set(written.ranks.values()) <= {2, 3}  # 2 is all that a dense delta of that weight has
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / which)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / view)
         with cascade.weights("fast"):
             expected = cascade(calls[0]).detach()
-        if which == "slow":
+        if view == "slow":
             folded = copy.deepcopy(base)
             folded.load_state_dict(cascade.folded_state_dict())
             expected = folded(calls[0])

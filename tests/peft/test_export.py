@@ -89,7 +89,7 @@ def test_the_cascade_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_fast_weights(tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", pace=0.25)
-    lx.export.peft(cascade, tmp_path / "fast", which="fast")
+    lx.export.peft(cascade, tmp_path / "fast", view="fast")
     with torch.no_grad(), cascade.weights("fast"):
         right = seeded(cascade.model, INPUTS["suffixes"]())
     close(seeded(loaded("suffixes", tmp_path / "fast"), INPUTS["suffixes"]()), right)

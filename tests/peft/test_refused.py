@@ -180,7 +180,7 @@ def test_a_rank_above_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "sentence"),
     [
-        ({"which": "base"}, lx.StateError, ("unknown-name", "slow", "fast", "averaged")),
+        ({"view": "base"}, lx.StateError, ("unknown-name", "slow", "fast", "averaged")),
         ({"max_rank": 0}, lx.SpecError, ("invalid-value", "max_rank", "0")),
         ({"dtype": torch.int8}, lx.SpecError, ("invalid-value", "dtype", "torch.int8")),
     ],

@@ -118,8 +118,8 @@ def test_slow_and_fast_weights_are_the_formula(start: str, restart: str) -> None
         train(cascade, optimizer, calls)
         fast = {name: begin[name] + delta(first[name], pair) for name, pair in pairs(cascade).items()}
         assert all((fast[name] - begin[name]).abs().max() > 1e-3 for name in base)
-        for which, expected in (("fast", fast), ("slow", slow), ("base", dict.fromkeys(base, 0.0))):
-            with cascade.weights(which):
+        for view, expected in (("fast", fast), ("slow", slow), ("base", dict.fromkeys(base, 0.0))):
+            with cascade.weights(view):
                 for name, value in weights(cascade.model).items():
                     torch.testing.assert_close(value, base[name] + expected[name], rtol=0, atol=1e-13)
         cascade.transition(optimizer)
@@ -247,11 +247,11 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
     base = copy.deepcopy(model)
     cascade = adapted(model, calls[0], start, targets=("0", "2"), pace=0.5, rank=1, lora_alpha=SCALE)
     train(cascade, optimizer_of(cascade), calls)
-    for which in ("fast", "slow"):
-        written = lx.export.peft(cascade, tmp_path / which, which=which)
+    for view in ("fast", "slow"):
+        written = lx.export.peft(cascade, tmp_path / view, view=view)
         assert set(written.ranks.values()) == {2}
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / which)
-        state = cascade.folded_state_dict() if which == "slow" else None
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / view)
+        state = cascade.folded_state_dict() if view == "slow" else None
         with cascade.weights("fast"):
             state = (
                 {name: value.clone() for name, value in cascade.model.state_dict().items()} if state is None else state

@@ -144,11 +144,11 @@ class Plain:
         held = {n: delta.base + self.started(n) + self.noise(n) for n, delta in self.deltas.items()}
         return self.frozen | held | self.values
 
-    def weights(self, which: str) -> dict[str, Tensor]:
+    def weights(self, view: str) -> dict[str, Tensor]:
         """W0 + S, W0 + F or W0, without noise."""
-        if which == "base":
+        if view == "base":
             changed = {name: delta.base for name, delta in (self.deltas | self.trained).items()}
-        elif which == "fast":
+        elif view == "fast":
             changed = {n: delta.base + self.started(n) + self.live(n) for n, delta in self.deltas.items()} | self.values
         else:
             changed = {name: delta.base + delta.slow for name, delta in self.deltas.items()}

@@ -213,10 +213,10 @@ class Machine(RuleBasedStateMachine):
             self.near_to(self.velocity(leaves[key]), expected, f"momentum of {key}")
         if self.near is ROUNDED:
             self.hand_over(leaves)
-        for which in ("slow", "fast", "base"):
-            with cascade.weights(which):
-                for name, value in plain.weights(which).items():
-                    self.near_to(dict(cascade.model.named_parameters())[name], value, f"{which} {name}")
+        for view in ("slow", "fast", "base"):
+            with cascade.weights(view):
+                for name, value in plain.weights(view).items():
+                    self.near_to(dict(cascade.model.named_parameters())[name], value, f"{view} {name}")
         folded = cascade.folded_state_dict()
         for name, value in plain.released().items():
             self.near_to(folded[name], value, f"folded {name}")
@@ -271,13 +271,13 @@ class Machine(RuleBasedStateMachine):
                 break
             self.plain.transition(idle=stage.index == count)
 
-    @rule(which=st.sampled_from(["slow", "fast", "base"]), batch=st.integers(2, 4), with_y=st.booleans())
-    def look(self, which: Any, batch: int, with_y: bool) -> None:
+    @rule(view=st.sampled_from(["slow", "fast", "base"]), batch=st.integers(2, 4), with_y=st.booleans())
+    def look(self, view: Any, batch: int, with_y: bool) -> None:
         args = self.inputs(batch, 5, with_y)
         statistics = [buffer.clone() for buffer in self.plain.model.buffers()]
-        with self.cascade.weights(which):
+        with self.cascade.weights(view):
             found = self.cascade(*args)
-            self.near_to(found, self.plain(*args, weights=self.plain.weights(which)), f"output by {which}")
+            self.near_to(found, self.plain(*args, weights=self.plain.weights(view)), f"output by {view}")
         for buffer, value in zip(self.plain.model.buffers(), statistics, strict=True):  # restored with the weights
             buffer.copy_(value)
 

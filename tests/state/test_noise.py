@@ -135,8 +135,8 @@ def test_noise_does_not_depend_on_other_sites(frontend: str) -> None:
         cascade = lx.adapt(
             model, (x,), spec=lx.CascadeSpec(**{"rank": 2, "noise": lx.Noise(STRENGTH), **options}), frontend=frontend
         )
-        for which in ("slow", "base", "fast"):
-            with cascade.weights(which):
+        for view in ("slow", "base", "fast"):
+            with cascade.weights(view):
                 pass
         noisy = [name for name, value in values(model).items() if not torch.equal(value, before[name])]
         assert noisy
@@ -180,10 +180,10 @@ def test_nothing_of_the_noise_is_left(dtype: torch.dtype, restart: str, where: A
             randomize(cascade, seed)
         changed = {n for n, v in values(noisy.model).items() if not torch.equal(v, values(clean.model)[n])}
         assert changed == {"0.weight", "4.weight", *(["2.weight"] if where == "all" else [])}
-        for which in ("slow", "fast", "base"):
-            with noisy.weights(which), clean.weights(which):
+        for view in ("slow", "fast", "base"):
+            with noisy.weights(view), clean.weights(view):
                 for name, value in values(clean.model).items():
-                    assert torch.equal(values(noisy.model)[name], value), (which, name)
+                    assert torch.equal(values(noisy.model)[name], value), (view, name)
         if seed < 2:
             noisy.transition(None)
             clean.transition(None)
@@ -210,10 +210,10 @@ def test_kept_noise_stays(restart: str, where: Any) -> None:
         for each in (cascade, clean):
             randomize(each, stage)
         running, start = values(cascade.model), values(clean.model)
-        for which in ("slow", "fast", "base"):  # the running stage's noise is in none
-            with cascade.weights(which), clean.weights(which):
+        for view in ("slow", "fast", "base"):  # the running stage's noise is in none
+            with cascade.weights(view), clean.weights(view):
                 for name, value in values(clean.model).items():
-                    expected = value + (kept[name] if which != "base" else 0)
+                    expected = value + (kept[name] if view != "base" else 0)
                     torch.testing.assert_close(values(cascade.model)[name], expected, rtol=0, atol=1e-13)
         for name, value in start.items():
             now = value + kept[name]

@@ -88,12 +88,12 @@ def test_one_expert_is_rounded_once(dtype: torch.dtype) -> None:
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=1, lora_alpha=2.0, pace=0.5))
     few_bits(cascade)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    for which, pace in (("fast", 1.0), ("slow", 0.5)):
-        if which == "slow":
+    for view, pace in (("fast", 1.0), ("slow", 0.5)):
+        if view == "slow":
             cascade.transition(None)
-        with cascade.weights(which):
+        with cascade.weights(view):
             for name, branch in branches(cascade).items():
-                if which == "fast":
+                if view == "fast":
                     delta = (2.0 * branch.lora_B.detach()) @ branch.lora_A.detach()
                     base[f"{name} delta"] = delta
                 right = (base[name].to(exact) + base[f"{name} delta"] * pace).to(dtype)

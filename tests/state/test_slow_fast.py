@@ -45,11 +45,11 @@ def assert_weights(model: nn.Module, expected: Mapping[str, torch.Tensor], **clo
 def assert_all(cascade: lx.Cascade, reference: oracle.Cascade) -> None:
     """Slow, fast and base weights, and after each `with` the start of the stage again, bit for bit."""
     before = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
-    for which in ("slow", "fast", "base"):
-        exact = {"rtol": 0, "atol": 0} if which == "base" else CLOSE
-        with cascade.weights(which) as inside:
+    for view in ("slow", "fast", "base"):
+        exact = {"rtol": 0, "atol": 0} if view == "base" else CLOSE
+        with cascade.weights(view) as inside:
             assert inside is cascade
-            assert_weights(cascade.model, reference.weights(which), **exact)
+            assert_weights(cascade.model, reference.weights(view), **exact)
         assert_weights(cascade.model, before, rtol=0, atol=0)
 
 

@@ -91,28 +91,28 @@ def test_map_reaches_every_tensor_once() -> None:
         ((4, 6, 2), True, False, (0, 1, 2)),
     ],
 )
-@pytest.mark.parametrize("which", ["base", "slow", "fast", "averaged"])
+@pytest.mark.parametrize("view", ["base", "slow", "fast", "averaged"])
 def test_a_shard_of_the_state_is_the_state_of_the_shard(
-    shape: tuple[int, ...], stacked: bool, transposed: bool, axes: tuple[int, ...], which: Any
+    shape: tuple[int, ...], stacked: bool, transposed: bool, axes: tuple[int, ...], view: Any
 ) -> None:
     state = full(shape, stacked, transposed)
-    whole = state.exact(which, torch.float64)
+    whole = state.exact(view, torch.float64)
     for axis in axes:
         shard = ShardSpec(1, shape[axis] - 2, shape[axis], axis=axis)
-        here = state.to_shard(shard).exact(which, torch.float64)
+        here = state.to_shard(shard).exact(view, torch.float64)
         assert here.shape == shard.take(whole).shape
         torch.testing.assert_close(here, shard.take(whole), rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("which", ["base", "slow", "fast", "averaged"])
+@pytest.mark.parametrize("view", ["base", "slow", "fast", "averaged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_on_a_device_is_computed_from_experts_on_the_host(which: Any, dtype: torch.dtype) -> None:
+def test_a_weight_on_a_device_is_computed_from_experts_on_the_host(view: Any, dtype: torch.dtype) -> None:
     with fake_device() as mode:
         state = dataclasses.replace(full((6, 4)), noises=()).map(lambda value, _: mode.from_tensor(value))
         out = torch.empty(6, 4, dtype=dtype, device=DEVICE)
         factors = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
         for gain in (None, torch.empty(6, dtype=torch.float64)):
-            state.write(out, which, torch.float32, Delta(factors, gain=gain))
+            state.write(out, view, torch.float32, Delta(factors, gain=gain))
 
 
 def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
@@ -181,7 +181,7 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     assert torch.equal(half.exact("slow", wide), slow)
     assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
     left_out = half.absorb(None, SlowRule(3, 0.5, restart, keeps=True))
-    assert all(torch.equal(left_out.exact(which, wide), half.exact(which, wide)) for which in ("slow", "fast"))
+    assert all(torch.equal(left_out.exact(view, wide), half.exact(view, wide)) for view in ("slow", "fast"))
     assert fast.absorb(base, SlowRule(3, 1.0, restart)).at(2) is None  # without `keeps`, the last end alone
     assert not half.faults()
     plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
