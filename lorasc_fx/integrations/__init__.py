@@ -1,6 +1,6 @@
-"""Training loops of other libraries: `transformers` and `lightning` hold a `CascadeCallback` for their Trainers.
+"""Callbacks for the trainers of other libraries: `transformers.CascadeCallback` and `lightning.CascadeCallback`.
 
-Each module imports its library, and is imported when it is first used.
+The two modules are imported lazily, because each one imports its library.
 """
 
 from lorasc_fx.util.extras import lazy_modules

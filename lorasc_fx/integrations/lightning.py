@@ -1,4 +1,4 @@
-"""A callback for Lightning's Trainer, whose LightningModule holds a cascade."""
+"""A callback for Lightning's Trainer. The cascade is an attribute of the LightningModule."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from lorasc_fx.util.extras import module_of
 
 try:
     pytorch = module_of("loops", "lightning.pytorch")
-except MissingExtra as fault:  # the extra has only lightning-fabric
-    raise MissingExtra("this needs the package 'lightning', which is not installed: pip install lightning") from fault
+except MissingExtra as fault:  # the extra `loops` installs only lightning-fabric
+    raise MissingExtra(
+        "lorasc_fx.integrations.lightning needs the package 'lightning', which is not installed: pip install lightning"
+    ) from fault
 
 __all__ = ["CascadeCallback"]
 
 
 class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-defined]
-    """Runs the transitions of a cascade in a LightningModule, after the optimizer's step, before validation and save.
+    """Ends the stages of a cascade in a LightningModule: after the optimizer step, before validation and checkpoints.
 
-    `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction see the slow weights.
-    Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` resumes from them. A stage that is
-    running at the end of the training is folded. The logger gets `stage`, that of the batch. Under pace="loss" the loss
-    of a stage is that of its last batch.
+    Pass it to the Trainer: `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction
+    use the slow weights. Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` resumes from
+    them. If a stage is still running when the training ends, it is folded. The stage of each batch is logged as
+    `stage`. With pace="loss", the loss of a stage is the loss of its last batch.
 
     Args:
         cascade: the cascade in the LightningModule.
-        stages: number of stages, among which the steps of the training are divided evenly.
+        stages: number of stages. The steps of the training are divided evenly among them.
         epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
         steps: optimizer steps per stage.
-        evaluate: the weights for validation, test and prediction: `slow`, `fast`, or `trained` (the cascade as it is
-            now, including noise).
+        evaluate: the weights for validation, test and prediction: `slow`, `fast`, or `trained` (the current weights,
+            including noise).
 
     Raises:
-        SpecError: two ways to end stages, a count below 1, or several optimizers.
-        StateError: the LightningModule does not hold the cascade, or the optimizer does not hold the branches.
+        SpecError: two rules that end stages, a count below 1, or several optimizers.
+        StateError: the LightningModule has no such cascade, or the optimizer does not have the branches' parameters.
     """
 
     def __init__(
@@ -51,18 +53,19 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     ) -> None:
         if not isinstance(evaluate, str):
             raise SpecError(
-                f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give slow or fast"
+                f"CascadeCallback: evaluate is {evaluate!r}, but Lightning validates only once. Give one of slow or "
+                "fast"
             )
         super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, evaluate=evaluate)
-        self._done = 0
+        self._steps_done = 0
         self._batch_loss: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training can run as configured."""
         if self.cascade not in pl_module.modules():
             raise StateError(
-                f"CascadeCallback: {type(pl_module).__name__} does not hold the cascade of the callback. Make it an "
-                "attribute of the LightningModule",
+                f"CascadeCallback: {type(pl_module).__name__} does not contain the callback's cascade. Assign the "
+                "cascade to an attribute of the LightningModule",
                 code="trainer-not-supported",
             )
         if self.stages is not None:
@@ -70,45 +73,46 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         run, optimizer = self.cascade._run, self._optimizer(trainer)
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
-        self._done = trainer.global_step
+        self._steps_done = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *about: Any) -> None:
-        """End a stage if this is its last batch."""
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        """End the stage if this was its last batch."""
         if self._needs_loss:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             self._batch_loss = loss if loss is None else trainer.strategy.reduce(loss, reduce_op="mean")
         self.log("stage", float(self.cascade.stage))
-        stepped, self._done = trainer.global_step > self._done, trainer.global_step
-        by_steps = stepped and self._ends_after(trainer.global_step)
-        last = self.epochs is not None and trainer.is_last_batch
-        if by_steps or (last and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
+        # With gradient accumulation, most batches make no optimizer step and must not end a stage a second time.
+        stepped, self._steps_done = trainer.global_step > self._steps_done, trainer.global_step
+        by_steps = stepped and self._is_last_step(trainer.global_step)
+        last_batch = self.epochs is not None and trainer.is_last_batch
+        if by_steps or (last_batch and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
             self.cascade.transition(self._optimizer(trainer), loss=self._loss())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Fold a stage that was cut short."""
+        """Fold the stage that is still running."""
         if transition.has_begun(self.cascade._run):
-            self._end_last(self._optimizer(trainer))
+            self._fold_last_stage(self._optimizer(trainer))
 
     def _loss(self) -> Any:
         return self._batch_loss
 
-    def _begin(self, *about: Any) -> None:
-        """Put the weights for an evaluation in place."""
-        if self._passes[0] != "trained" and self.cascade._run.placed is None:
-            self._put(self._passes[0])
+    def _place_evaluated(self, *args: Any) -> None:
+        """Place the weights for an evaluation in the model, unless the user has placed some."""
+        if self._evaluated[0] != "trained" and self.cascade._run.placed is None:
+            self._place(self._evaluated[0])
 
-    def _end(self, *about: Any) -> None:
-        """Restore the weights of the training."""
-        self._put(None)
+    def _restore_trained(self, *args: Any) -> None:
+        """Restore the weights of the training after an evaluation."""
+        self._place(None)
 
-    on_validation_start = on_test_start = on_predict_start = _begin
-    on_validation_end = on_test_end = on_predict_end = on_exception = _end
+    on_validation_start = on_test_start = on_predict_start = _place_evaluated
+    on_validation_end = on_test_end = on_predict_end = on_exception = _restore_trained
 
     def _optimizer(self, trainer: Any) -> Any:
         if len(trainer.optimizers) != 1:
             raise SpecError(
-                f"CascadeCallback: the LightningModule has {len(trainer.optimizers)} optimizers. Give it one that "
-                "holds the branches: torch.optim.AdamW(cascade.param_groups(lr=...))",
+                f"CascadeCallback: the LightningModule has {len(trainer.optimizers)} optimizers. Return exactly one "
+                "from configure_optimizers: torch.optim.AdamW(cascade.param_groups(lr=...))",
                 code="conflicting-options",
             )
         return trainer.optimizers[0]

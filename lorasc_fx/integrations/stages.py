@@ -1,4 +1,4 @@
-"""Common part of the callbacks for trainers: when a stage ends, and which weights are evaluated."""
+"""Base class of the callbacks for trainers: decides when a stage ends and which weights are evaluated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ Evaluated = Literal["slow", "fast", "trained"]
 
 
 class StageEnds:
-    """The cascade of a trainer, the rule that ends its stages, and the weights that the callback has put in place."""
+    """The rule that ends the stages of a cascade, and the weights that the callback has placed in the model.
+
+    Args:
+        cascade: the cascade that the trainer trains.
+        epochs, steps, stages, plateau: the rules. At most one is given; the default is epochs=1.
+        evaluate: the weights for evaluations, or several of them.
+
+    Raises:
+        SpecError: two rules, a count below 1, or unknown weights.
+        StateError: the cascade was released.
+    """
 
     def __init__(
         self,
@@ -37,65 +47,70 @@ class StageEnds:
         chosen = [name for name, value in rules.items() if value is not None]
         if len(chosen) > 1:
             raise SpecError(
-                f"CascadeCallback: {' and '.join(chosen)} both say when a stage ends. Give only one",
+                f"CascadeCallback: {' and '.join(chosen)} cannot be combined, because each decides when a stage ends. "
+                "Give only one",
                 code="conflicting-options",
             )
         for name, count in (("epochs", epochs), ("steps", steps), ("stages", stages)):
             if count is not None and (not is_integer(count, 1)):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}. Give a whole number of 1 or more")
-        passes = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
-        if not passes or len({*passes}) < len(passes) or not {*passes} <= {*get_args(Evaluated)}:
-            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}. Give one of {', '.join(get_args(Evaluated))}")
+        views = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
+        if not views or len({*views}) < len(views) or not {*views} <= {*get_args(Evaluated)}:
+            raise SpecError(
+                f"CascadeCallback: evaluate is {evaluate!r}. Give one of {', '.join(get_args(Evaluated))}, or a tuple "
+                "of different ones"
+            )
         cascade._run.check_alive("CascadeCallback")
-        self.cascade, self.evaluate, self._passes = cascade, evaluate, passes
+        self.cascade, self.evaluate, self._evaluated = cascade, evaluate, views
         self.epochs, self.steps, self.stages = epochs if chosen else 1, steps, stages
-        self._ends: set[int] = set()
+        self._last_steps: set[int] = set()
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._needs_loss = cascade.plan.spec.pace_rule.needs_loss
         self._view: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
-        if "trained" in passes:
-            cascade._run.warned.accept("evaluated-with-noise")  # the user asks for noise
+        if "trained" in views:
+            cascade._run.warned.accept("evaluated-with-noise")  # "trained" includes noise, so do not warn about it
 
     def _divide(self, stages: int, total: float) -> None:
-        """Divide the optimizer steps of a training into stages, as evenly as possible."""
+        """Divide `total` optimizer steps into stages, as evenly as possible."""
         if not stages <= total < math.inf:
             raise SpecError(
                 f"CascadeCallback: stages is {stages}, but the training has {total:g} optimizer steps. Give fewer "
                 "stages, or steps=... if the training has no end"
             )
-        self._ends = {round(number * total / stages) for number in range(1, stages + 1)}
+        self._last_steps = {round(number * total / stages) for number in range(1, stages + 1)}
 
-    def _ends_after(self, step: int) -> bool:
-        """Whether a stage ends after this optimizer step, by `steps` or `stages`."""
-        return step in self._ends or (self.steps is not None and step % self.steps == 0)
+    def _is_last_step(self, step: int) -> bool:
+        """Return whether a stage ends after this optimizer step, by the rule `steps` or `stages`."""
+        return step in self._last_steps or (self.steps is not None and step % self.steps == 0)
 
     @contextlib.contextmanager
     def _placing(self, view: str) -> Iterator[None]:
-        """Put weights in place for a `with`. At its end, those that this callback had put in place before are back."""
-        before, users = self._view, self._view is None and self.cascade._run.placed is not None
-        if view == "trained" or (users and view in get_args(Evaluated)):  # keep the user's own `weights(...)`
+        """Place weights in the model inside the block, and restore the previous ones afterwards."""
+        previous, by_user = self._view, self._view is None and self.cascade._run.placed is not None
+        if view == "trained" or (by_user and view in get_args(Evaluated)):  # keep the user's own `weights(...)`
             yield
             return
-        self._put(view)
+        self._place(view)
         try:
             yield
         finally:
-            self._put(before)
+            self._place(previous)
 
-    def _put(self, view: str | None) -> None:
-        held, self._placed, self._view = self._placed, None, None
-        if held is not None:
-            held.__exit__(None, None, None)
+    def _place(self, view: str | None) -> None:
+        """Place weights in the model instead of those that this callback has placed. None restores the trained ones."""
+        previous, self._placed, self._view = self._placed, None, None
+        if previous is not None:
+            previous.__exit__(None, None, None)
         if view is not None:
             placed = self.cascade.weights(view)
             placed.__enter__()
             self._placed, self._view = placed, view
 
     def _loss(self) -> Any:
-        """Return the loss of the last optimizer step, the mean over all processes, if the pace needs it."""
+        """Return the loss of the last optimizer step, averaged over all processes, or None if the pace ignores it."""
         raise NotImplementedError
 
-    def _end_last(self, optimizer: torch.optim.Optimizer) -> None:
-        """Fold the stage that is running at the end of the training."""
+    def _fold_last_stage(self, optimizer: torch.optim.Optimizer) -> None:
+        """Fold the stage that is still running when the training ends."""
         transition.next_stage(self.cascade._run, optimizer, idle=True, loss=self._loss())

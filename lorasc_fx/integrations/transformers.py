@@ -1,7 +1,7 @@
-"""A callback for transformers' Trainer, whose model is the cascade itself.
+"""A callback for transformers' Trainer. The cascade itself is the Trainer's model.
 
 The Trainer calls its callbacks after a step, an epoch and an evaluation, but not before it evaluates or saves. So the
-callback wraps `evaluation_loop`, `save_model` and a few more methods of its own Trainer instance.
+callback also wraps `evaluation_loop`, `save_model` and a few more methods of the Trainer instance.
 """
 
 from __future__ import annotations
@@ -33,48 +33,49 @@ from transformers.utils.generic import find_labels  # noqa: E402
 __all__ = ["CascadeCallback"]
 
 _PLATEAU = "lorasc_fx.plateau"
-"""Key of the plateau in the Trainer's state."""
+"""Key of the plateau's state in `TrainerState.stateful_callbacks`."""
 
 _TIME = "_model_preparation_time"
-"""Suffix of an entry among the metrics that is not a metric."""
+"""Suffix of an entry in `output.metrics` that is a duration and not a metric of the weights."""
 
 _REFERENCE = "reference"
-"""Name of the reference weights of a preference training."""
+"""Name of the view with the reference weights of a preference training, such as DPO."""
 
-_CHANGE_MODEL = (
+_MODEL_CHANGES = (
     *("neftune_noise_alpha", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval"),
     *("cast_lm_head_to_fp32", "sync_ref_model"),
 )
-"""Arguments with which a Trainer changes the code, the dtype or the weights of a model. Captured graphs miss that."""
+"""Training arguments that change the model's code, dtype or weights. Captured graphs would not see the change."""
 
 
 class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
-    """Runs the transitions of a cascade in a Trainer, after the optimizer's step and before the next forward.
+    """Ends the stages of a cascade in a Trainer: after the optimizer step, before the next forward.
 
-    Give the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
-    Evaluations and predictions see the slow weights. `trainer.save_model(folder)` writes the user's model with the slow
-    weights, in the layout of its library. Each `checkpoint-N` holds what a resume needs, without W0. To resume, adapt
-    the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. A stage that is running at
-    the end of the training is folded, except after `load_best_model_at_end`: then the weights are the best ones.
+    Pass the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
+    Evaluations and predictions use the slow weights. `trainer.save_model(folder)` writes the user's model with the slow
+    weights, in the layout of its library. Each `checkpoint-N` holds the state of the cascade, without W0. To resume,
+    adapt the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. If a stage is still
+    running when the training ends, it is folded. The exception is `load_best_model_at_end`: then the weights stay
+    the best ones.
 
-    Training logs (also for W&B and TensorBoard) have `stage`, that of the step. Evaluations also report each metric by
-    the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`. Under pace="loss" the loss of a stage is that
-    of its last optimizer step.
+    Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`. Evaluations also report each
+    metric under the name of the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`. With pace="loss", the
+    loss of a stage is the loss of its last optimizer step.
 
     Args:
         cascade: the Trainer's model.
-        stages: number of stages, among which the steps of the training are divided evenly.
+        stages: number of stages. The steps of the training are divided evenly among them.
         epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
         steps: optimizer steps per stage.
-        plateau: end a stage when `eval_fast_loss` stops improving: a `schedules.Plateau`, or its patience. The slow
-            weights do not change within a stage.
-        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or `trained` (the cascade as it is now,
-            including noise). With several, such as `("slow", "fast")`, each gets its own pass, and the first one gives
-            the predictions and `eval_loss`.
+        plateau: end a stage when `eval_fast_loss` stops improving: a `schedules.Plateau`, or its patience. (The loss of
+            the slow weights cannot be used: they do not change within a stage.)
+        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or `trained` (the current weights,
+            including noise). With several, such as `("slow", "fast")`, each is evaluated in a separate pass, and the
+            first one gives the predictions and `eval_loss`.
 
     Raises:
-        SpecError: two ways to end stages, a count below 1, or arguments of the Trainer that a cascade does not support.
-        StateError: the Trainer has another model, or got the callback after it was made.
+        SpecError: two rules that end stages, a count below 1, or training arguments that a cascade does not support.
+        StateError: the Trainer has another model, or the callback was added after the Trainer was constructed.
     """
 
     def __init__(
@@ -89,22 +90,23 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, plateau=plateau, evaluate=evaluate)
         self._trainer: Any = None
-        self._over = False
+        self._reached_plateau = False
         self._stage = cascade.stage
         self._step_losses: list[torch.Tensor] = []
         self._reference: _Reference | None = None
-        self._other_reference = False
-        vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by it whether to shift labels
-        cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
-        vars(cascade)["_hf_peft_config_loaded"] = True  # a Trainer trains no quantized model without adapters
+        self._user_reference = False  # whether the user has given another reference model
+        vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by this name whether to shift labels
+        cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model, so do not warn
+        vars(cascade)["_hf_peft_config_loaded"] = True  # without it, a Trainer refuses to train a quantized model
 
     @property
     def reference(self) -> torch.nn.Module:
-        """The reference model of a preference training: the cascade before it, without a copy of the weights.
+        """The reference model of a preference training: the cascade before the training, without a copy of W0.
 
-        `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. It computes with the added run `reference`. If
-        there is none when the training begins, the callback calls `cascade.add("reference", cascade)`, which keeps the
-        base of a new cascade, or what a loaded run has learnt.
+        Pass it as `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. It computes with the added run
+        `reference`. If the cascade has no run of this name when the training starts, the callback calls
+        `cascade.add("reference", cascade)`. For a new cascade, this run is the base. For a loaded one, it is the loaded
+        run.
         """
         if self._reference is None:
             self._reference = _Reference(self)
@@ -112,78 +114,85 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
 
     # ---- events of the Trainer
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the Trainer's arguments, and wrap its methods."""
-        self._check_model(about["model"])
+        self._check_model(kwargs["model"])
         self._check_arguments(args)
         self._trainer, arguments = _calling_trainer()
         trainer = self._trainer
         if trainer.is_fsdp_enabled:
             raise _sharded("accelerate launch --use_fsdp")
         if args.label_names is None:
-            trainer.label_names = find_labels(type(self.cascade.model))  # it also depends on the name of the class
+            # The Trainer has called it with the class Cascade, but the labels depend on the class of the user's model.
+            trainer.label_names = find_labels(type(self.cascade.model))
         reference = arguments.get("ref_model")
-        self._other_reference = reference is not None and reference is not self._reference
-        replaced: dict[str, Callable[..., Any]] = {
+        self._user_reference = reference is not None and reference is not self._reference
+        wrappers: dict[str, Callable[..., Any]] = {
             "evaluation_loop": self._evaluation_loop,
             "log": self._log,
             "train": self._train,
             "save_model": self._save_model,
         }
         if hasattr(trainer, "compute_ref_log_probs"):
-            replaced["compute_ref_log_probs"] = self._compute_ref_log_probs
+            wrappers["compute_ref_log_probs"] = self._compute_ref_log_probs
         if self._needs_loss:
-            replaced["training_step"] = self._training_step
-        self._keep_state_dicts(trainer)
+            wrappers["training_step"] = self._training_step
+        self._save_state_dicts(trainer)
         trainer.push_to_hub = uploading(trainer.push_to_hub)
-        for name, method in replaced.items():
-            setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
+        for name, wrapper in wrappers.items():
+            setattr(trainer, name, functools.partial(wrapper, getattr(trainer, name)))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the training can run as configured."""
-        self._check_model(about["model"])
+        self._check_model(kwargs["model"])
         if self._trainer is None:
             raise StateError(
-                "CascadeCallback: the Trainer was made without this callback. Give it as Trainer(callbacks=[...])",
+                "CascadeCallback: the callback was added after the Trainer was constructed. Pass it to the "
+                "constructor: Trainer(..., callbacks=[callback])",
                 code="trainer-not-supported",
             )
-        if self.epochs is not None and not has_length(about["train_dataloader"]):
+        if self.epochs is not None and not has_length(kwargs["train_dataloader"]):
             raise SpecError(
-                f"CascadeCallback: epochs is {self.epochs}, but the data have no length. Give steps=...",
+                f"CascadeCallback: epochs is {self.epochs}, but the dataset has no length. Give steps=... to count "
+                "optimizer steps instead",
                 code="invalid-data",
             )
         if self.plateau is not None and args.eval_strategy == "no":
             raise SpecError(
-                "CascadeCallback: plateau needs evaluations, but eval_strategy is 'no'. Give another one",
+                "CascadeCallback: plateau needs evaluations, but eval_strategy is 'no'. Set eval_strategy='steps' or "
+                "'epoch' in the training arguments",
                 code="conflicting-options",
             )
         if self.stages is not None:
             self._divide(self.stages, state.max_steps)
-        run, optimizer = self.cascade._run, about["optimizer"]
+        run, optimizer = self.cascade._run, kwargs["optimizer"]
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
         self._restore_plateau(state)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """End a stage on a plateau. By now the weights that were evaluated have been saved."""
-        if self._over:
-            self.cascade.transition(about["optimizer"], loss=self._loss())
-            self._over = False
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End a stage on a plateau.
+
+        This waits for the next step, so that the Trainer first saves the weights that it has evaluated.
+        """
+        if self._reached_plateau:
+            self.cascade.transition(kwargs["optimizer"], loss=self._loss())
+            self._reached_plateau = False
             self._store_plateau(state)
         self._stage = self.cascade.stage
         self._step_losses.clear()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """End a stage if this is its last step, before an evaluation or a checkpoint of the same step."""
-        whole = state.epoch is not None and state.epoch == int(state.epoch)
-        if self._ends_after(state.global_step) or (
-            self.epochs is not None and whole and int(state.epoch) % self.epochs == 0
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the stage if this was its last step, before an evaluation or a checkpoint of the same step."""
+        epoch_ends = state.epoch is not None and state.epoch == int(state.epoch)
+        if self._is_last_step(state.global_step) or (
+            self.epochs is not None and epoch_ends and int(state.epoch) % self.epochs == 0
         ):
-            self.cascade.transition(about["optimizer"], loss=self._loss())
+            self.cascade.transition(kwargs["optimizer"], loss=self._loss())
 
-    def _training_step(self, original: Any, *about: Any, **more: Any) -> Any:
-        """Keep the loss of a micro batch, which the Trainer has divided by their number."""
-        loss = original(*about, **more)
+    def _training_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Record the loss of a micro-batch. The Trainer has divided it by the number of micro-batches."""
+        loss = original(*args, **kwargs)
         self._step_losses.append(loss)
         return loss
 
@@ -192,51 +201,58 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             return None
         return self._trainer.accelerator.reduce(torch.stack(self._step_losses).sum(), reduction="mean")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **about: Any) -> None:
-        """Report the loss to the plateau."""
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Pass the loss of the fast weights to the plateau rule."""
         if self.plateau is None or not self._trainer.is_in_train:
             return
         name = "eval_fast_loss"
         if name not in metrics:
             raise SpecError(
-                f"CascadeCallback: plateau needs {name}, but the evaluation gives {', '.join(sorted(metrics))}. "
-                "Give the Trainer one eval_dataset, with labels",
+                f"CascadeCallback: plateau needs {name}, but the evaluation reports {', '.join(sorted(metrics))}. "
+                "Give the Trainer a single eval_dataset that has labels",
                 code="trainer-not-supported",
             )
-        self._over = self.plateau.over(metrics[name]) or self._over
+        self._reached_plateau = self.plateau.over(metrics[name]) or self._reached_plateau
         self._store_plateau(state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Fold a stage that was cut short, or drop it if the best model was loaded: it was not evaluated."""
-        run, optimizer = self.cascade._run, about["optimizer"]
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fold the stage that is still running.
+
+        If the best model was loaded by its slow weights, the running stage is restarted instead: its branches were not
+        evaluated.
+        """
+        run, optimizer = self.cascade._run, kwargs["optimizer"]
         if not transition.has_begun(run):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             metric = f"_{args.metric_for_best_model}"
-            best = next((view for view in get_args(Evaluated) if f"_{view}_" in metric), self._passes[0])
+            best = next((view for view in get_args(Evaluated) if f"_{view}_" in metric), self._evaluated[0])
             if best == "slow":
                 with run.lock:
                     transition.restart(run, optimizer)
         else:
-            self._end_last(optimizer)
+            self._fold_last_stage(optimizer)
 
-    # ---- inside
+    # ---- the plateau in the Trainer's state
 
     def _store_plateau(self, state: Any) -> None:
         """Store the plateau in the Trainer's state, which is part of its checkpoints."""
         if self.plateau is not None:
-            state.stateful_callbacks[_PLATEAU] = {"over": self._over, "plateau": self.plateau.state_dict()}
+            state.stateful_callbacks[_PLATEAU] = {"over": self._reached_plateau, "plateau": self.plateau.state_dict()}
 
     def _restore_plateau(self, state: Any) -> None:
         """Restore the plateau from the Trainer's state."""
         if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
             self.plateau.load_state_dict(saved["plateau"])
-            self._over = saved["over"]
+            self._reached_plateau = saved["over"]
+
+    # ---- wrappers of the Trainer's methods
 
     def _replace_references(self) -> None:
-        """Replace what a trainer has set up with the user's model by the cascade.
+        """Replace the user's model by the cascade in objects that a subclass of Trainer has created from it.
 
-        In TRL these are a forward and a second copy of the base, in sentence-transformers the model in the losses.
+        TRL's trainers patch forward and may copy the base as a reference model. In sentence-transformers, the losses
+        hold the model.
         """
         trainer = self._trainer
         losses = getattr(trainer, "loss", None)
@@ -244,14 +260,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             if isinstance(loss, torch.nn.Module):
                 self._replace_model_in(loss)
         _replace_fused_head(self.cascade)
-        _replace_switch(self.cascade)
+        _remove_hook_on_disable(self.cascade)
         reference = getattr(trainer, "ref_model", None)
-        if self._other_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
+        if self._user_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
             return
         if _REFERENCE not in self.cascade.views:
             self.cascade.add(_REFERENCE, self.cascade)
         if reference is not None:
-            vars(self.reference).pop("forward", None)
+            vars(self.reference).pop("forward", None)  # TRL may have patched it
             trainer.ref_model = self.reference
 
     def _replace_model_in(self, module: torch.nn.Module) -> None:
@@ -263,7 +279,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 self._replace_model_in(child)
 
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
-        """Compute the reference log-probabilities with the reference weights, if there is no reference model."""
+        """Compute the reference log-probabilities. Without a reference model, TRL calls this with the trained one."""
         self._replace_references()
         with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
@@ -282,47 +298,51 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate once for each of the requested weights."""
+        """Evaluate once for each of the requested weights, and return the output of the first pass.
+
+        Its metrics also have the metrics of every pass, under the name of the weights.
+        """
         self._replace_references()
-        passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
+        views: dict[str, bool | None] = dict.fromkeys(self._evaluated, prediction_loss_only)
         if self.plateau is not None and self._trainer.is_in_train:
-            passes.setdefault("fast", True)  # the plateau needs only its loss
-        first: Any = None
-        for view, loss_only in passes.items():
+            views.setdefault("fast", True)  # the plateau needs only the loss
+        result: Any = None
+        for view, loss_only in views.items():
             sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
             with self._placing(view):
                 output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-            if first is None:
-                first = output
+            if result is None:
+                result = output
             elif sums is not None:
-                self._trainer._metrics = sums  # TRL's trainers add up metrics there: keep those of the first pass
+                self._trainer._metrics = sums  # TRL's trainers sum metrics here: keep only the sums of the first pass
             prefix = f"{metric_key_prefix}_"
             metrics = {f"{prefix}{view}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
-            first.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
-        return first
+            result.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
+        return result
 
-    def _log(self, original: Any, logs: dict[str, Any], *about: Any, **more: Any) -> None:
+    def _log(self, original: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log, and add the stage to training logs."""
         if "loss" in logs:
             logs["stage"] = self._stage
-        original(logs, *about, **more)
+        original(logs, *args, **kwargs)
 
     def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the user's model with the slow weights, or for a checkpoint the state dict of the cascade."""
-        if _internal_call:
+        """Write the user's model with the slow weights. For a checkpoint, write the state dict of the cascade."""
+        if _internal_call:  # the Trainer saves a checkpoint
             original(output_dir, _internal_call=True)
             return
-        with self._placing("slow"), _naming_dense(self.cascade.model):
+        with self._placing("slow"), _skipping_dense(self.cascade.model):
             self._trainer.model = self.cascade.model
             try:
                 original(output_dir)
             finally:
                 self._trainer.model = self.cascade
 
-    def _keep_state_dicts(self, trainer: Any) -> None:
-        """Make a sentence-transformers trainer write state dicts of the cascade into checkpoints, as a Trainer does.
+    def _save_state_dicts(self, trainer: Any) -> None:
+        """Make a sentence-transformers trainer save the cascade's state dict in checkpoints, as a plain Trainer does.
 
-        It would write a model by `save_pretrained`, and would only log an error when it loads the best one.
+        By default, it would save a model by `save_pretrained`. Loading the best checkpoint would then only log an
+        error.
         """
         if type(trainer)._save.__module__ != "sentence_transformers.base.trainer":
             return
@@ -340,8 +360,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def _check_model(self, model: Any) -> None:
         if model is not self.cascade:
             raise StateError(
-                f"CascadeCallback: the Trainer's model is {type(model).__name__}, not the cascade of the callback. "
-                "Give both the same cascade, and no model_init",
+                f"CascadeCallback: the Trainer's model is a {type(model).__name__}, not the callback's cascade. "
+                "Pass the same cascade to both, without model_init",
                 code="trainer-not-supported",
             )
 
@@ -349,30 +369,30 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if args.n_gpu > 1:
             raise SpecError(
                 f"CascadeCallback: the Trainer would copy the cascade to {args.n_gpu} devices at each step "
-                "(DataParallel), and copies have no graphs. Start one process per device by torchrun, or make only one "
-                "device visible",
+                "(DataParallel), and copies have no graphs. Start one process per device with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES to one device",
                 code="wrapper-not-supported",
             )
         if args.deepspeed:
             raise SpecError(
-                f"CascadeCallback: deepspeed is {args.deepspeed!r}. It shards parameters, and transitions could not "
-                "write them. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel",
+                f"CascadeCallback: deepspeed is {args.deepspeed!r}, which is not supported: it shards parameters, and "
+                "transitions could not write them. Remove it. With torchrun, the Trainer uses DistributedDataParallel",
                 code="trainer-not-supported",
             )
         if args.fsdp or self.cascade._run.is_sharded:
             raise _sharded(f"fsdp is {args.fsdp!r}" if args.fsdp else "the weights are sharded")
-        for name in _CHANGE_MODEL:
+        for name in _MODEL_CHANGES:
             if getattr(args, name, None):
                 raise SpecError(
-                    f"CascadeCallback: {name} is {getattr(args, name)!r}. It changes the model, but not the captured "
-                    "graphs. Leave it out",
+                    f"CascadeCallback: {name} is {getattr(args, name)!r}, which is not supported: it changes the "
+                    "model, but not the captured graphs. Remove it from the training arguments",
                     code="trainer-not-supported",
                 )
 
 
 @contextlib.contextmanager
-def _naming_dense(model: Any) -> Iterator[None]:
-    """Name the dense modules in the configuration of a model that bitsandbytes has quantized.
+def _skipping_dense(model: Any) -> Iterator[None]:
+    """List the dense modules as `llm_int8_skip_modules` in the quantization config of a bitsandbytes model.
 
     Trained weights are dense in a saved model, but transformers would load all modules as quantized.
     """
@@ -380,25 +400,24 @@ def _naming_dense(model: Any) -> Iterator[None]:
     if getattr(config, "quant_method", None) != "bitsandbytes":
         yield
         return
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    before, config.llm_int8_skip_modules = (
-        config.llm_int8_skip_modules,
-        [
-            name
-            for name, module in linear
-            if library_of(module) is None and not (isinstance(module, QuantizedLinear) and module.holds_layer)
-        ],
-    )
+    previous = config.llm_int8_skip_modules
+    config.llm_int8_skip_modules = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and library_of(module) is None
+        and not (isinstance(module, QuantizedLinear) and module.holds_layer)
+    ]
     try:
         yield
     finally:
-        config.llm_int8_skip_modules = before
+        config.llm_int8_skip_modules = previous
 
 
 def _replace_fused_head(cascade: Cascade) -> None:
-    """Replace TRL's forward with a fused head by one that uses the logits of the cascade.
+    """Replace the forward that TRL has patched into the cascade, by one that uses the logits of the cascade.
 
-    With `fused_lm_head=True` TRL's forward calls the backbone and the head separately, without branches.
+    With `fused_lm_head=True`, TRL's forward calls the backbone and the head separately, which skips the branches.
     """
     fused: Any = getattr(vars(cascade).get("forward"), "__func__", None)
     if getattr(fused, "__globals__", {}).get("__name__") != "trl.trainer.utils":
@@ -424,27 +443,29 @@ def _replace_fused_head(cascade: Cascade) -> None:
         if shift_labels is None:
             assert labels is not None
             logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        # The formulas of TRL's fused kernel. Positions with the label -100 are zero in every output.
         mask, label = shift_labels != -100, shift_labels.clamp(min=0)
-        every = logits.log_softmax(-1)
-        log_probs = every.gather(-1, label[..., None])[..., 0].masked_fill(~mask, 0)
+        all_log_probs = logits.log_softmax(-1)  # [batch, tokens, vocabulary]
+        log_probs = all_log_probs.gather(-1, label[..., None])[..., 0].masked_fill(~mask, 0)
         with torch.no_grad():
-            measured = {
-                "entropy": -(every.exp() * every).sum(-1),
-                "log_sum_sq_probs": (2 * every).logsumexp(-1),
+            metrics = {
+                "entropy": -(all_log_probs.exp() * all_log_probs).sum(-1),
+                "log_sum_sq_probs": (2 * all_log_probs).logsumexp(-1),
                 "mean_logits": logits.mean(-1),
-                "is_top1": every.argmax(-1) == label,
+                "is_top1": all_log_probs.argmax(-1) == label,
             }
-            measured = {name: value.masked_fill(~mask, 0) for name, value in measured.items()}
+            metrics = {name: value.masked_fill(~mask, 0) for name, value in metrics.items()}
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return output(loss=-log_probs.sum() / count, log_probs=log_probs, label_mask=mask, **measured)
+        return output(loss=-log_probs.sum() / count, log_probs=log_probs, label_mask=mask, **metrics)
 
     vars(cascade)["forward"] = forward
 
 
-def _replace_switch(cascade: Cascade) -> None:
-    """Remove the hook of gradient checkpointing when it is turned off. transformers only adds one each time.
+def _remove_hook_on_disable(cascade: Cascade) -> None:
+    """Make `gradient_checkpointing_disable` remove the hook on the input embedding.
 
-    TRL's trainers turn it off and on at each step, and other hooks would make the cascade capture a new graph.
+    transformers adds a hook at each `enable` and never removes it. TRL's trainers disable and enable at each step, and
+    each new hook would make the cascade capture a new graph.
     """
     model: Any = cascade.model
     if not hasattr(model, "disable_input_require_grads"):
@@ -466,24 +487,25 @@ class _Reference(torch.nn.Module):
         self._callback = callback
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the cascade with the reference weights in place."""
+        """Call the cascade while the reference weights are placed in the model."""
         with self._callback._placing(_REFERENCE):
             return self._callback.cascade(*args, **kwargs)
 
 
-def _sharded(what: str) -> SpecError:
+def _sharded(fault: str) -> SpecError:
     return SpecError(
-        f"CascadeCallback: {what}, and a Trainer trains no shards of a cascade. Leave fsdp out: started by torchrun, "
-        "the Trainer uses DistributedDataParallel. Shards are trained in a loop of your own, also with accelerate "
-        "(lorasc_fx.parallel.fsdp.shard)",
+        f"CascadeCallback: {fault}, but a Trainer cannot train a sharded cascade. Remove fsdp: with torchrun, the "
+        "Trainer uses DistributedDataParallel. To train shards, call lorasc_fx.parallel.fsdp.shard in your own "
+        "training loop, with or without accelerate",
         code="trainer-not-supported",
     )
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:
-    """Return the Trainer that has called the callback, and the arguments of its constructor.
+    """Return the Trainer that has called the callback, and the local variables of its constructors.
 
-    A callback does not get the Trainer as an argument, so it is found on the call stack.
+    A callback does not get the Trainer as an argument, so it is found on the call stack. The variables include the
+    arguments of `__init__`, also of subclasses.
     """
     frame, trainer, arguments = inspect.currentframe(), None, dict[str, Any]()
     while frame is not None:
@@ -495,6 +517,7 @@ def _calling_trainer() -> tuple[Any, dict[str, Any]]:
     if trainer is not None:
         return trainer, arguments
     raise StateError(
-        "CascadeCallback: on_init_end was not called by a Trainer, and the callback works only in one",
+        "CascadeCallback: on_init_end was not called by a transformers.Trainer. Pass the callback to one: "
+        "Trainer(..., callbacks=[callback])",
         code="trainer-not-supported",
     )
