@@ -1,13 +1,19 @@
-"""Checks a graph against its plan: a table of rules, independent of the code that edits, run before and after a pass.
+"""Check a graph against its plan, with a table of rules that runs before and after each pass.
 
-A rule yields a sentence for each fault, which names the node or the weight. `verify` raises all of them at once.
-Besides the plan, the rules check what passes of other people may do that a fold cannot follow. A fold erases branches
-and computes the weights again. So each inserted branch has to be called in this graph and to compute what its op
-computed, and the weights have to be those that the stage began with.
+The rules share no code with the passes and the editor. A rule yields one sentence per fault, with the name of the node
+or weight. `verify` raises one error that lists every fault.
+
+The rules also detect edits by foreign passes that a fold could not undo. A fold erases the branch nodes and recomputes
+the weights. It is correct only if:
+
+- this graph calls each inserted branch;
+- each branch reads the same input as its op;
+- the weights still have the values that they had at the start of the stage.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -48,7 +54,14 @@ from lorasc_fx.state import WeightState, start_weight
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at: a graph module, its record, its branch nodes, and the first name of every weight name."""
+    """The input of every rule: a graph module and lookup tables.
+
+    Args:
+        module: the graph module.
+        record: its record.
+        branches: the branch of each branch node.
+        canonical: the first name of a parameter, by each of its names.
+    """
 
     module: fx.GraphModule
     record: Record
@@ -57,24 +70,25 @@ class Subject:
 
     @property
     def inserted(self) -> bool:
-        """Whether branches were inserted, with tensors of their own or given as inputs."""
+        """Whether branches were inserted, with parameters or with tensors that are graph inputs."""
         return not self.record.facts.isdisjoint(("branches-inserted", "adapter-inputs"))
 
     def options(self, node: fx.Node) -> dict[str, Any]:
-        """Return the options of a branch node, except the inputs of the graph that it reads."""
+        """Return the keyword arguments of a branch node, without the ones that read graph inputs."""
         return {name: value for name, value in node.kwargs.items() if name not in GIVEN}
 
-    def is_given(self, weight: str) -> bool:
-        """Whether a weight's branch has no values of its own."""
+    def has_inputs(self, weight: str) -> bool:
+        """Whether the tensors of a weight's branch are graph inputs, so that the branch module holds no values."""
         lifted = self.record.lifted
         return lifted is not None and any(branch.weight_name == weight for branch in lifted.branches.values())
 
 
 Check = Callable[[Subject], Iterator[str]]
-"""A rule: yields a sentence for each fault, which names the node or the weight."""
+"""A rule. Yields one sentence per fault, with the name of the node or weight."""
 
 
-def _graph_is_sound(subject: Subject) -> Iterator[str]:
+def _graph_is_well_formed(subject: Subject) -> Iterator[str]:
+    """The graph passes `fx.Graph.lint`."""
     try:
         subject.module.graph.lint()
     except (RuntimeError, ValueError) as fault:
@@ -82,34 +96,37 @@ def _graph_is_sound(subject: Subject) -> Iterator[str]:
 
 
 def _targets_exist(subject: Subject) -> Iterator[str]:
+    """Each `call_module` node names a submodule that exists."""
     for node in subject.module.graph.nodes:
         if node.op == "call_module" and module_at(subject.module, node.target) is None:
             yield f"node {node.name} calls {node.target}, which the module does not have"
 
 
 def _plan_fits_weights(subject: Subject) -> Iterator[str]:
+    """Each planned site exists once in the model, with the planned shape and tied names."""
     if subject.record.plan is None:
         return
     if subject.record.plan.stage < 1:
-        yield f"the plan is in stage {subject.record.plan.stage}; the first one is 1"
+        yield f"the plan is in stage {subject.record.plan.stage}, but stages are counted from 1"
     weights, seen = named_weights(owner_of(subject.module, subject.record)), set()
     for site in subject.record.plan.sites:
         if site.weight in seen:
-            yield f"{site.weight} is planned twice"
+            yield f"{site.weight} is in the plan twice"
         seen.add(site.weight)
         parameter = weights.parameters.get(site.weight)
         if parameter is None:
-            yield f"{site.weight} is planned, but the model has no weight of this name"
+            yield f"{site.weight} is in the plan, but the model has no weight of this name"
         elif tuple(parameter.shape) != site.shape:
-            yield f"{site.weight} is {tuple(parameter.shape)}, planned as {site.shape}"
-        # A name that nothing reads may be missing in a graph module.
+            yield f"{site.weight} has shape {tuple(parameter.shape)}, but the plan says {site.shape}"
+        # A planned alias may be missing: a traced graph module keeps only the names that its graph reads.
         elif set(weights.names[site.weight][1:]) - set(site.aliases) or any(
             weights.canonical.get(alias, site.weight) != site.weight for alias in site.aliases
         ):
-            yield f"{site.weight} is tied to {weights.names[site.weight][1:]}, planned with {site.aliases}"
+            yield f"{site.weight} is tied to {weights.names[site.weight][1:]}, but the plan says {site.aliases}"
 
 
 def _uses_fit_plan(subject: Subject) -> Iterator[str]:
+    """Each node that is marked as a use has the form, weight, kind and layout that its mark and the plan say."""
     plan = subject.record.plan
     for node in subject.module.graph.nodes:
         use = use_of(node)
@@ -117,34 +134,39 @@ def _uses_fit_plan(subject: Subject) -> Iterator[str]:
             continue
         site = plan.site(use.weight) if plan is not None else None
         if site is None:
-            yield f"node {node.name} is marked as a use of {use.weight}, which is not planned"
+            yield f"node {node.name} is marked as a use of {use.weight}, which is not in the plan"
             continue
         op = replaced_call(node)
         module = module_at(subject.module, node.target) if node.op == "call_module" else None
         form = op.form if op is not None else form_of(node, module)
-        indexed = form is None and expert_index(node) is not None
-        on = ON_INDEXED_EXPERT if indexed else ON_WEIGHT if node.op == "get_attr" else "in no form"
-        name = form.name if form is not None else on
+        if form is not None:
+            name = form.name
+        elif expert_index(node) is not None:
+            name = ON_INDEXED_EXPERT
+        else:
+            name = ON_WEIGHT if node.op == "get_attr" else "an op without a form"
         if op is not None and not use.merged:
-            yield f"node {node.name} stands in place of {op.name}, but no pass has marked it so"
+            yield f"node {node.name} is a merged branch that replaced {op.name}, but is not marked as merged"
         elif use.merged and site.placement != "merged":
-            yield f"node {node.name} is merged with the branch of {use.weight}, planned {site.placement}"
+            yield f"node {node.name} is marked as merged, but the plan has placement {site.placement} for {use.weight}"
         elif name != use.form:
             yield f"node {node.name} is marked as {use.form}, but is {name}"
-        elif _weight_of(subject, node) != use.weight:
-            yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(subject, node)}"
-        elif form is not None and not _alike(form.kind, site.kind):
-            yield f"node {node.name} is a {form.kind}, but {use.weight} is planned as a {site.kind}"
+        elif (weight := _weight_of(subject, node)) != use.weight:
+            actual = weight or "no weight of the model"
+            yield f"node {node.name} is marked as a use of {use.weight}, but reads {actual}"
+        elif form is not None and not _compatible(form.kind, site.kind):
+            yield f"node {node.name} is of kind {form.kind}, but {use.weight} is planned as {site.kind}"
         elif form is not None and _layout_of(node, form) != site.layout:
-            yield f"node {node.name} reads {use.weight} as {_layout_of(node, form)}, planned as {site.layout}"
+            yield f"node {node.name} reads {use.weight} as {_layout_of(node, form)}, but the plan says {site.layout}"
 
 
-def _alike(used: str, planned: str) -> bool:
-    """Whether the branch of a site of one kind can stand beside a use of another."""
+def _compatible(used: str, planned: str) -> bool:
+    """Whether a branch that was planned for one kind of op can be added to an op of another kind."""
     return ops_of(used) is ops_of(planned) and (used == "experts") == (planned == "experts")
 
 
 def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
+    """Each node that computes with a site's weight is marked as a use, so that it gets the branch."""
     plan = subject.record.plan
     if not subject.inserted or plan is None:
         return
@@ -161,18 +183,19 @@ def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
                 readers = [use.node for use in uses_of(node, constant)]
             weight = subject.canonical[name]
         elif node.op == "call_module" and node not in subject.branches:
-            inside = module_at(subject.module, node.target)
-            names = [f"{name}.{leaf}" for leaf, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
+            module = module_at(subject.module, node.target)
+            names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(remove_duplicate=False)] if module else []
             sites = [subject.canonical[name] for name in names if subject.canonical.get(name) in planned]
             readers, weight = [node] if sites else [], sites[0] if sites else ""
         else:
             continue
-        for reader in readers:  # _branches_stand_at_sites checks what a branch reads
+        for reader in readers:  # _branches_are_at_uses checks what a branch reads
             if use_of(reader) is None and reader not in subject.branches:
                 yield f"node {reader.name} reads {weight}, a site, but no pass has marked it as a use"
 
 
 def _weight_of(subject: Subject, node: fx.Node) -> str | None:
+    """Return the first name of the weight that a use reads, or None if it reads none."""
     op = replaced_call(node)
     if op is None and node.op == "call_module":
         return subject.canonical.get(f"{str(node.target).removeprefix(subject.record.prefix)}.weight")
@@ -190,96 +213,109 @@ def _weight_of(subject: Subject, node: fx.Node) -> str | None:
 
 
 def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
-    """Return the layout in which a use reads its weight, including transposes."""
+    """Return the layout in which a use reads its weight, including transposes between the weight and the op."""
     if replaced_call(node) is not None or isinstance(form, ModuleForm):
         return form.layout
     return turned(form.layout, without_transposes(form.argument(node, form.weight), form.dims)[1])
 
 
-def _slow_state_is_kept(subject: Subject) -> Iterator[str]:
+def _slow_states_fit_plan(subject: Subject) -> Iterator[str]:
+    """The record of a graph module that owns its weights has a valid slow state for each site."""
     plan = subject.record.plan
     if not subject.inserted or plan is None or subject.record.owner:
         return
     for site in plan.sites:
         state = subject.record.slow.states.get(site.weight)
         if state is None:
-            yield f"{site.weight} has a branch, but the record holds no slow state of it"
+            yield f"{site.weight} has a branch, but the record has no slow state for it"
         elif tuple(state.base.shape) != site.shape:
-            yield f"the slow state of {site.weight} is {tuple(state.base.shape)}, planned as {site.shape}"
+            yield (
+                f"the slow state of {site.weight} has shape {tuple(state.base.shape)}, but the plan says {site.shape}"
+            )
         else:
             yield from (f"the slow state of {site.weight} {fault}" for fault in state.faults())
 
 
-def _branches_stand_at_sites(subject: Subject) -> Iterator[str]:
-    """Each branch stands beside, on or in place of a use of its own site, and reads what the op reads."""
+def _branches_are_at_uses(subject: Subject) -> Iterator[str]:
+    """Each branch node is at a use of its site, reads the input of the op, and is the only user of its output."""
     plan = subject.record.plan
     for node, branch in subject.branches.items():
         if not subject.inserted:
             yield f"node {node.name} calls a branch, but no pass has inserted any"
             continue
         if call_template(node) is not None:
-            yield from _stands_in_place(subject, node, branch)
+            yield from _merged_branch_fits(subject, node, branch)
             continue
+        # The first argument is the output of the op, or the weight.
         base = node.args[0] if node.args else None
         use = use_of(base) if isinstance(base, fx.Node) else None
         if use is None or not isinstance(base, fx.Node):
-            yield f"branch node {node.name} does not stand beside the use of a site"
+            yield f"the first argument of branch node {node.name} is not marked as a use of a site"
             continue
         site = plan.site(use.weight) if plan is not None else None
         if site is None or node.target != f"{BRANCHES}.{site.key}":
-            yield f"branch node {node.name} stands beside {use.weight}, but calls {node.target}"
+            yield f"branch node {node.name} is at a use of {use.weight}, but calls {node.target}"
             continue
         if branch.weight_name != use.weight:
-            yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
+            yield f"branch node {node.name} calls the branch of {branch.weight_name} at a use of {use.weight}"
         if not is_form(use.form):
-            continue  # a fault of _uses_fit_plan
+            continue  # _uses_fit_plan reports it
+        # Compare the inputs and options with what InsertBranches would write for this op now.
         reading = _reading(subject, use.form, base)
         if reading is None:
-            yield f"node {base.name} has not the arguments of {use.form}"
+            yield f"node {base.name} does not have the arguments of {use.form}"
             continue
         inputs, options = reading
         shared = shared_input(node)
         if shared is not None:
             options |= {"at": "after_shared"}
             if shared.factor != site.key:
-                yield f"branch node {node.name} gets the product of {shared.factor}, not its own"
+                yield f"branch node {node.name} reads the shared product of {shared.factor} instead of {site.key}"
         if ((shared.x,) if shared is not None else node.args[1:]) != inputs:
             yield f"branch node {node.name} does not read the input of {base.name}"
         if subject.options(node) != options:
-            yield f"branch node {node.name} has {subject.options(node)}, but {base.name} has {options}"
-        strays = [user.name for user in base.users if user is not node]
-        if strays:
-            yield f"node {base.name} has a branch, but {', '.join(strays)} read it without"
+            yield f"branch node {node.name} has options {subject.options(node)}, but {base.name} needs {options}"
+        bypassing = [user.name for user in base.users if user is not node]
+        if bypassing:
+            yield f"node {base.name} has a branch, but is also read without it, by {', '.join(bypassing)}"
         if not node.users:
-            yield f"branch node {node.name} is read by nobody"
+            yield f"branch node {node.name} has no users"
 
 
-def _stands_in_place(subject: Subject, node: fx.Node, branch: Branch) -> Iterator[str]:
-    """Compare a merged branch with the op that it replaced, as a fold would write it now."""
+def _merged_branch_fits(subject: Subject, node: fx.Node, branch: Branch) -> Iterator[str]:
+    """A merged branch has the inputs and options of the op that it replaced and that a fold would restore."""
     plan, use, op = subject.record.plan, use_of(node), replaced_call(node)
     site = plan.site(use.weight) if plan is not None and use is not None else None
     if op is None or op.form is None or op.reading is None or use is None or site is None:
-        yield f"branch node {node.name} stands in place of an op that is no use of a site"
+        yield f"the op that branch node {node.name} replaced is not marked as a use of a site"
         return
     if node.target != f"{BRANCHES}.{site.key}" or branch.weight_name != use.weight:
-        yield f"branch node {node.name} computes with {use.weight}, but calls {node.target}"
+        yield f"branch node {node.name} reads {use.weight}, but calls {node.target}"
     reading = op.reading
-    wanted = [read for read in (reading.x, reading.weight, reading.bias) if read is not None]
-    if [_named(read, had) for read, had in zip_longest(node.args, wanted)] != wanted:
-        yield f"branch node {node.name} does not read what {op.name}, in whose place it stands, would read"
+    expected = [argument for argument in (reading.x, reading.weight, reading.bias) if argument is not None]
+    # For a replaced module call, weight and bias are expected as names of attributes.
+    actual = [
+        argument.target if isinstance(argument, fx.Node) and isinstance(wanted, str) else argument
+        for argument, wanted in zip_longest(node.args, expected)
+    ]
+    if actual != expected:
+        yield f"branch node {node.name} does not have the arguments of {op.name}, the op that it replaced"
     if subject.options(node) != {"at": "in_place", **reading.options, "op": op.form.product}:
-        yield f"branch node {node.name} has {subject.options(node)}, but {op.name} has {dict(reading.options)}"
+        yield (
+            f"branch node {node.name} has options {subject.options(node)}, but {op.name} needs {dict(reading.options)}"
+        )
     if not node.users:
-        yield f"branch node {node.name} is read by nobody"
-
-
-def _named(read: Any, wanted: Any) -> Any:
-    """Return the name of a node if a name is wanted, otherwise the node."""
-    return read.target if isinstance(read, fx.Node) and isinstance(wanted, str) else read
+        yield f"branch node {node.name} has no users"
 
 
 def _reading(subject: Subject, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the inputs and options that a branch at this use must have, or None if the op has no input."""
+    """Return the inputs and options that a branch at this use must have, or None if the op has no input.
+
+    Args:
+        subject: the checked graph.
+        form: name of the form in the mark of `base`.
+        base: the op, or the node of the weight.
+    """
     if form == ON_WEIGHT:
         return (), {"at": "on_weight"}
     if form == ON_INDEXED_EXPERT:
@@ -292,22 +328,20 @@ def _reading(subject: Subject, form: str, base: fx.Node) -> tuple[tuple[Any, ...
 
 
 def _every_use_has_a_branch(subject: Subject) -> Iterator[str]:
-    """Each use has one branch, unless it is dead code."""
+    """Each use has one branch. A use without users is dead code and has none."""
     if not subject.inserted:
         return
-    count: dict[fx.Node, int] = {}
-    for node in subject.branches:
-        stands = node if call_template(node) is not None else node.args[0] if node.args else None
-        if isinstance(stands, fx.Node):
-            count[stands] = count.get(stands, 0) + 1
+    # The mark is on the op or weight, or on the branch node if the branch replaced the op.
+    marked = [node if call_template(node) is not None else next(iter(node.args), None) for node in subject.branches]
+    count = Counter(node for node in marked if isinstance(node, fx.Node))
     for node in subject.module.graph.nodes:
         use = use_of(node)
-        if use is not None and count.get(node, 0) != (1 if node.users else 0):
-            yield f"{use.weight} is used at node {node.name} with {count.get(node, 0)} branches instead of one"
+        if use is not None and count[node] != (1 if node.users else 0):
+            yield f"{use.weight} is used at node {node.name} with {count[node]} branches instead of one"
 
 
 def _branches_fit_plan(subject: Subject) -> Iterator[str]:
-    """The branches are those of the plan, in shape, scale and values."""
+    """There is one branch per planned site, with the planned class, shapes, scale and options, and finite values."""
     holder = subject.module._modules.get(BRANCHES)
     plan = subject.record.plan
     if not subject.inserted or plan is None or holder is None:
@@ -315,33 +349,33 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
     for site in plan.sites:
         branch = holder._modules.get(site.key)
         if not isinstance(branch, Branch):
-            yield f"{site.weight} is planned, but has no branch"
+            yield f"{site.weight} is in the plan, but has no branch"
             continue
-        alike = type(branch) is branch_class(site) and _alike(branch.kind, site.kind)
-        if not alike or branch.weight_shape != site.shape:
-            actual = f"{type(branch).__name__} for a {branch.kind} of {branch.weight_shape}"
-            yield f"the branch of {site.weight} is a {actual}, planned for a {site.kind} of {site.shape}"
+        fits = type(branch) is branch_class(site) and _compatible(branch.kind, site.kind)
+        if not fits or branch.weight_shape != site.shape:
+            actual = f"{type(branch).__name__} for {branch.kind} of shape {branch.weight_shape}"
+            yield f"the branch of {site.weight} is a {actual}, but the plan says {site.kind} of shape {site.shape}"
         parameters = dict(branch.named_parameters())
         for name, shape in site.parameter_shapes.items():
             if name in parameters and tuple(parameters[name].shape) != shape:
-                yield f"{name} of {site.weight} is {tuple(parameters[name].shape)}, planned as {shape}"
+                yield f"{name} of {site.weight} has shape {tuple(parameters[name].shape)}, but the plan says {shape}"
         if branch.transposed != (site.layout == "in_out"):
-            yield f"the branch of {site.weight} is stored transposed against its layout, {site.layout}"
+            yield f"the branch of {site.weight} has transposed={branch.transposed}, but its layout is {site.layout}"
         for field in ("weight_name", "scale", "dropout", "slices"):
             actual, planned = getattr(branch, field), getattr(site, "weight" if field == "weight_name" else field)
-            given = field == "scale" and subject.is_given(site.weight)
-            if actual != planned and not given:
-                yield f"the branch of {site.weight} has {field} {actual}, planned as {planned}"
+            is_input = field == "scale" and subject.has_inputs(site.weight)
+            if actual != planned and not is_input:
+                yield f"the branch of {site.weight} has {field} {actual}, but the plan says {planned}"
         if plan.spec.on_nonfinite == "raise" and not branch.finite():
-            yield f"the branch of {site.weight} holds inf or nan"
+            yield f"the branch of {site.weight} has inf or nan values"
     keys = {site.key for site in plan.sites}
     for key in holder._modules:
         if key not in keys:
-            yield f"branch {key} belongs to no planned site"
+            yield f"branch {key} does not belong to a site of the plan"
 
 
-def _metadata_is_the_base_ops(subject: Subject) -> Iterator[str]:
-    """The metadata of a branch node are those of its op."""
+def _metadata_matches_op(subject: Subject) -> Iterator[str]:
+    """A branch node has the stamp of a pass, and the shape and dtype of its op in its metadata."""
     for node in subject.branches:
         base = node.args[0] if node.args else None
         if not isinstance(base, fx.Node):
@@ -349,79 +383,84 @@ def _metadata_is_the_base_ops(subject: Subject) -> Iterator[str]:
         if call_template(node) is not None:
             base = node
         if not made_by(node):
-            yield f"branch node {node.name} was made by no pass of ours"
-        ours, theirs = node.meta.get("val"), base.meta.get("val")
+            yield f"branch node {node.name} was not created by a pass of lorasc_fx"
+        value, base_value = node.meta.get("val"), base.meta.get("val")
         use, plan = use_of(base), subject.record.plan
         site = plan.site(use.weight) if plan is not None and use is not None else None
-        if site is not None and base is node and isinstance(ours, torch.Tensor):
-            axis = ours.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
-            if not 0 <= axis < ours.dim() or ours.shape[axis] != site.matrix_shape[0]:
+        # A merged branch has no op left to compare with, so its channels are compared with the weight.
+        if site is not None and base is node and isinstance(value, torch.Tensor):
+            axis = value.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
+            if not 0 <= axis < value.dim() or value.shape[axis] != site.matrix_shape[0]:
                 outputs = f"{site.weight} has {site.matrix_shape[0]} outputs"
-                yield f"branch node {node.name} is said to be {_shape(ours)}, but {outputs}"
-        if ours is not theirs and _shape(ours) != _shape(theirs):
-            yield f"branch node {node.name} is said to be {_shape(ours)}, {base.name} is {_shape(theirs)}"
+                yield f"branch node {node.name} has metadata {_shape(value)}, but {outputs}"
+        if value is not base_value and _shape(value) != _shape(base_value):
+            yield f"branch node {node.name} has metadata {_shape(value)}, but {base.name} has {_shape(base_value)}"
 
 
-def _nothing_is_left_over(subject: Subject) -> Iterator[str]:
-    """Nodes that passes made for a branch are read."""
+def _helper_nodes_are_read(subject: Subject) -> Iterator[str]:
+    """A node that a pass created for a branch, such as a shared product, has users."""
     for node in subject.module.graph.nodes:
         if made_by(node) and node not in subject.branches and not node.users:
-            yield f"node {node.name} was made by {made_by(node)} for a branch, and is read by nobody"
+            yield f"node {node.name} was created by {made_by(node)} for a branch, but has no users"
 
 
 def _shape(value: Any) -> tuple[str, torch.dtype] | None:
+    """Return shape and dtype of a tensor, or None for another value."""
     return (str(tuple(value.shape)), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
-def _branches_stand_in_this_graph(subject: Subject) -> Iterator[str]:
-    """Each inserted branch is called by a node of this graph, and not only inside another module."""
+def _branches_are_called_here(subject: Subject) -> Iterator[str]:
+    """Each inserted branch is still called by a node of this graph, and not from inside another module."""
     called = {branch.weight_name for branch in subject.branches.values()}
     for node in subject.module.graph.nodes:
         module = module_at(subject.module, str(node.target)) if node.op == "call_module" else None
         inside = [inner.weight_name for inner in module.modules() if isinstance(inner, Branch)] if module else []
         if inside and node not in subject.branches:
             called |= set(inside)
-            yield f"node {node.name} calls a module inside which the branch of {inside[0]} stands; no fold reaches it"
+            yield f"node {node.name} calls a module that contains the branch of {inside[0]}, where no fold reaches it"
     used = {use.weight for node in subject.module.graph.nodes if (use := use_of(node)) is not None}
     for weight in sorted(subject.record.branched - called - used):
-        yield f"{weight} had a branch in this graph, and no node calls it any more; fold before what takes it out"
+        yield (
+            f"{weight} had a branch in this graph, but no node calls it any more; fold before the pass that removes it"
+        )
 
 
 def _factors_are_read_by_branches(subject: Subject) -> Iterator[str]:
-    """Only a branch, or the shared product of several, reads the factors of a branch."""
+    """No node reads the parameters of a branch, except the shared product of several branches."""
     for node in subject.module.graph.nodes:
         if node.op != "get_attr" or not str(node.target).startswith(f"{BRANCHES}."):
             continue
         branch = module_at(subject.module, str(node.target).rpartition(".")[0])
-        strays = [user.name for user in node.users if user.target is not shared_down]
-        if isinstance(branch, Branch) and strays:
-            yield f"node {strays[0]} reads {node.target} past the branch of {branch.weight_name}"
+        readers = [user.name for user in node.users if user.target is not shared_down]
+        if isinstance(branch, Branch) and readers:
+            yield f"node {readers[0]} reads {node.target} directly; only the branch of {branch.weight_name} may read it"
 
 
-def _inputs_are_the_adapters(subject: Subject) -> Iterator[str]:
-    """The last inputs of the graph are those of the record, and each branch node reads those of its weight."""
+def _adapter_inputs_fit_record(subject: Subject) -> Iterator[str]:
+    """The last placeholders are the adapter inputs of the record, and only the branch of their weight reads them."""
     lifted = subject.record.lifted
     inputs = lifted.inputs if lifted is not None else ()
     last = [node for node in subject.module.graph.nodes if node.op == "placeholder"][-len(inputs) :] if inputs else []
-    if [node.name for node in last] != [each.name for each in inputs]:
-        yield f"the last inputs are {[node.name for node in last]}, recorded as {[each.name for each in inputs]}"
+    if [node.name for node in last] != [adapter_input.name for adapter_input in inputs]:
+        recorded = [adapter_input.name for adapter_input in inputs]
+        yield f"the last inputs are {[node.name for node in last]}, but the record says {recorded}"
         return
     by_weight: dict[str, dict[str, fx.Node]] = {}
-    for node, each in zip(last, inputs, strict=True):
-        by_weight.setdefault(each.weight, {})[each.tensor] = node
+    for node, adapter_input in zip(last, inputs, strict=True):
+        by_weight.setdefault(adapter_input.weight, {})[adapter_input.tensor] = node
     for node, branch in subject.branches.items():
         tensors: Any = node.kwargs.get("tensors", {})
         read = {**tensors, **({"scale": node.kwargs["scale"]} if "scale" in node.kwargs else {})}
         if read != by_weight.get(branch.weight_name, {}):
-            yield f"branch node {node.name} does not read the inputs of {branch.weight_name}"
+            yield f"branch node {node.name} does not read the adapter inputs of {branch.weight_name}"
     for node in last:
-        strays = [user.name for user in node.users if user not in subject.branches]
-        if strays:
-            yield f"node {strays[0]} reads {node.name}, an input of a branch"
+        readers = [user.name for user in node.users if user not in subject.branches]
+        if readers:
+            yield f"node {readers[0]} reads {node.name}, an adapter input; only a branch may read it"
 
 
-def _nothing_is_written_in_between(subject: Subject) -> Iterator[str]:
-    """Nothing writes into the input of an op before its branch reads it."""
+def _no_write_before_branch(subject: Subject) -> Iterator[str]:
+    """No node between an op and its branch writes in place into a tensor that the branch reads."""
     for node in subject.branches:
         base = node.args[0] if node.args else None
         if call_template(node) is not None or not isinstance(base, fx.Node):
@@ -429,15 +468,19 @@ def _nothing_is_written_in_between(subject: Subject) -> Iterator[str]:
         shared = shared_input(node)
         x = shared.x if shared is not None else node.args[1] if len(node.args) > 1 else None
         inputs = [node for node in (x, base) if isinstance(node, fx.Node)]
-        for first, last in ((base, node),) if shared is None else ((base, node), sorted((base, shared.group))):
-            writer = written_between(first, last, inputs)
+        # A shared product may come before or after the op.
+        for start, end in ((base, node),) if shared is None else ((base, node), sorted((base, shared.group))):
+            writer = written_between(start, end, inputs)
             if writer is not None:
-                yield f"node {writer.name} writes into what {base.name} and its branch node {node.name} read in turn"
+                yield (
+                    f"node {writer.name} writes in place into a tensor that branch node {node.name} reads, "
+                    f"after {base.name} was computed"
+                )
                 break
 
 
-def _weights_are_the_stages(subject: Subject) -> Iterator[str]:
-    """The weights are those that the stage began with: a fold starts from W0, and would lose any other change."""
+def _weights_are_unchanged(subject: Subject) -> Iterator[str]:
+    """The weights have the values of the start of the stage. A fold starts from W0 and would lose any other change."""
     plan = subject.record.plan
     if not subject.inserted or plan is None or subject.record.owner:
         return
@@ -445,51 +488,53 @@ def _weights_are_the_stages(subject: Subject) -> Iterator[str]:
     for weight, state in subject.record.slow.states.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
-        fits = fits and not state.faults()  # these are faults of _slow_state_is_kept
+        fits = fits and not state.faults()  # _slow_states_fit_plan reports these
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
             yield (
-                f"{weight} holds other numbers than stage {plan.stage} began with; run what changes weights before the "
+                f"{weight} was changed after stage {plan.stage} started; run passes that change weights before the "
                 "branches are inserted, or after they are folded"
             )
 
 
 def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, stage: int) -> bool:
+    """Whether a parameter has the value with which the stage starts. True on the meta device."""
     if parameter.is_meta:
         return True
     if (same := same_quantized(parameter, state.base)) is not None:
         return same
-    plain = not (spec.noise.is_on or state.experts or state.noises or state.initial or state.start_differs)
-    plain = plain and state.scale() is None
-    if plain and state.start.dense is None and parameter.data_ptr() == state.base.data_ptr():
-        return True  # the same memory
+    # If the start is W0 itself, the parameter usually shares its memory: avoid computing and comparing a copy.
+    is_base = not (spec.noise.is_on or state.experts or state.noises or state.initial or state.start_differs)
+    is_base = is_base and state.scale() is None and state.start.dense is None
+    if is_base and parameter.data_ptr() == state.base.data_ptr():
+        return True
     with torch.no_grad():
         start = start_weight(state, spec, stage).to(parameter)
         return bool(((parameter == start) | (parameter.isnan() & start.isnan())).all())
 
 
 RULES: tuple[Check, ...] = (
-    _graph_is_sound,
+    _graph_is_well_formed,
     _targets_exist,
     _plan_fits_weights,
     _uses_fit_plan,
     _readers_of_sites_are_marked,
-    _branches_stand_at_sites,
+    _branches_are_at_uses,
     _every_use_has_a_branch,
     _branches_fit_plan,
-    _slow_state_is_kept,
-    _metadata_is_the_base_ops,
-    _nothing_is_left_over,
-    _branches_stand_in_this_graph,
+    _slow_states_fit_plan,
+    _metadata_matches_op,
+    _helper_nodes_are_read,
+    _branches_are_called_here,
     _factors_are_read_by_branches,
-    _inputs_are_the_adapters,
-    _nothing_is_written_in_between,
-    _weights_are_the_stages,
+    _adapter_inputs_fit_record,
+    _no_write_before_branch,
+    _weights_are_unchanged,
 )
-"""Every rule, in the order in which faults are listed."""
+"""All rules, in the order in which their faults are listed."""
 
 
 def faults(graph_module: fx.GraphModule) -> list[str]:
-    """Return a sentence for each fault."""
+    """Return one sentence per fault of a graph. An empty list means that the graph agrees with its plan."""
     record = record_of(graph_module)
     canonical = named_weights(owner_of(graph_module, record)).canonical
     subject = Subject(graph_module, record, branch_nodes(graph_module), canonical)
@@ -497,7 +542,12 @@ def faults(graph_module: fx.GraphModule) -> list[str]:
 
 
 def verify(graph_module: fx.GraphModule, when: str) -> None:
-    """Raise VerifyError, with every fault and `when` it was found, if the graph does not agree with its plan."""
+    """Raise VerifyError with all faults, if the graph does not agree with its plan.
+
+    Args:
+        graph_module: the graph to check.
+        when: beginning of the message, such as `after insert-branches`.
+    """
     sentences = faults(graph_module)
     if sentences:
         raise VerifyError(f"{when}, the graph does not agree with its plan:\n  " + "\n  ".join(sentences))

@@ -214,7 +214,7 @@ ROWS: tuple[Row, ...] = (
     Row("int8 weights", "torchao.quantization.quantize_ by Int8WeightOnlyConfig", "eager", quantize_weights,
         lambda module: any(type(e) is nn.Linear and type(e.weight) is not nn.Parameter for e in module.modules()),
         Yes("`adapt` of the quantized model; `release(quantized=...)` says what becomes of it"),
-        Refused("holds other numbers than stage 1 began with", "quantize first"), Yes(), tolerance=1e-5,
+        Refused("was changed after stage 1 started", "quantize first"), Yes(), tolerance=1e-5,
         dtype=torch.float32),
 )
 # fmt: on

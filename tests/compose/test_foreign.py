@@ -232,7 +232,7 @@ def dead_uses_dropped_whole(module: fx.GraphModule) -> None:
 # --- refused --------------------------------------------------------------------------------------------------------
 
 
-@case("node linear is marked as a use of first.weight, but computes with None")
+@case("node linear is marked as a use of first.weight, but reads no weight of the model")
 def weight_under_a_quantizer(module: fx.GraphModule) -> None:
     base = at(module, "linear")
     with module.graph.inserting_before(base):
@@ -240,7 +240,7 @@ def weight_under_a_quantizer(module: fx.GraphModule) -> None:
     base.args = (base.args[0], rounded, *base.args[2:])
 
 
-@case("conv.weight holds other numbers than stage 1 began with", model=Stored, dialect="modules")
+@case("conv.weight was changed after stage 1 started", model=Stored, dialect="modules")
 def norm_folded_into_the_weights_below(module: fx.GraphModule) -> None:
     """A fusion that looks through the branch, and forgets it."""
     norm = at(module, "bn")
@@ -249,7 +249,7 @@ def norm_folded_into_the_weights_below(module: fx.GraphModule) -> None:
     module.graph.erase_node(norm)
 
 
-@case("inside which the branch of", dialect="modules")
+@case("calls a module that contains the branch of", dialect="modules")
 def cut_between_base_and_branch(module: fx.GraphModule) -> Any:
     from torch.fx.passes.split_module import split_module
 
@@ -258,7 +258,7 @@ def cut_between_base_and_branch(module: fx.GraphModule) -> Any:
     return split_module(module, module, part.__getitem__)
 
 
-@case("reads branches.first/weight.lora_B past the branch of first.weight")
+@case("reads branches.first/weight.lora_B directly; only the branch of first.weight may read it")
 def penalty_on_a_factor(module: fx.GraphModule) -> None:
     output = next(iter(reversed(module.graph.nodes)))
     with module.graph.inserting_before(output):
@@ -268,7 +268,7 @@ def penalty_on_a_factor(module: fx.GraphModule) -> None:
     output.args = (total,)
 
 
-@case("node add_ writes into what linear_1 and its branch node linear_1_lora read in turn")
+@case("node add_ writes in place into a tensor that branch node linear_1_lora reads, after linear_1 was computed")
 def input_written_between(module: fx.GraphModule) -> None:
     branch = at(module, "linear_1_lora")
     with module.graph.inserting_before(branch):
@@ -335,7 +335,7 @@ def test_noise_is_no_other_weight() -> None:
     with torch.no_grad():
         other.get_parameter("third.weight")[0, 0] += 1e-9  # no site, but it carries noise that a fold takes out
     assert [fault.partition(";")[0] for fault in faults(other)] == [
-        "third.weight holds other numbers than stage 4 began with"
+        "third.weight was changed after stage 4 started"
     ]
 
 

@@ -1,7 +1,6 @@
-"""The verifier: every kind of damage that we could think of is told, by node or weight.
+"""The verifier reports every kind of damage, with the node or weight.
 
-A row is a way to damage a graph, and all that the verifier has to say of it. And whatever is done to the arguments of a
-graph, the verifier tells faults; it raises nothing of its own.
+A row of the table is a function that damages a graph, and the faults that the verifier must report.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ def in_stage_two() -> fx.GraphModule:
     return fill(StageTransition()(fill(insert(case.own(), replace(case.spec, rank=1)))).graph_module)
 
 
-MADE: dict[str, Callable[[], fx.GraphModule]] = {
+OTHER_GRAPHS: dict[str, Callable[[], fx.GraphModule]] = {
     "merged": lambda: fill(merged_graph()),
     "shared": lambda: fill(
         Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(attention("export")).graph_module
     ),
     "stage two": in_stage_two,
 }
-"""Graphs that are not those of a case as it is inserted."""
+"""Graphs that `of_case` does not make."""
 
 # --- ways to damage it -----------------------------------------------------------------------------------------------
 
@@ -67,18 +66,18 @@ def at(graph_module: fx.GraphModule, name: str) -> fx.Node:
     return next(node for node in graph_module.graph.nodes if node.name == name)
 
 
-def held(graph_module: fx.GraphModule) -> nn.ModuleDict:
+def branch_dict(graph_module: fx.GraphModule) -> nn.ModuleDict:
     branches = graph_module.branches
     assert isinstance(branches, nn.ModuleDict)
     return branches
 
 
 def args(name: str, change: Callable[..., tuple[Any, ...]]) -> Damage:
-    """Let a node have other arguments: `change` is given those of now, and a function that finds nodes by name."""
+    """Replace the arguments of a node: `change` gets the current ones, and a function that finds a node by name."""
 
     def damage(graph_module: fx.GraphModule) -> None:
         node = at(graph_module, name)
-        node.args = change(node.args, lambda other: at(graph_module, other))
+        node.args = change(node.args, lambda source: at(graph_module, source))
 
     return damage
 
@@ -100,7 +99,7 @@ def unmark(name: str, mark: str) -> Damage:
 
 
 def mark(name: str, **changes: Any) -> Damage:
-    """Let the mark of a node say something else."""
+    """Change fields of the mark of a node."""
 
     def damage(graph_module: fx.GraphModule) -> None:
         use = use_of(at(graph_module, name))
@@ -111,7 +110,7 @@ def mark(name: str, **changes: Any) -> Damage:
 
 
 def shapes(dtype: torch.dtype = torch.float64, /, **sizes: tuple[int, ...]) -> Damage:
-    """Let nodes be said to be tensors of these sizes."""
+    """Set the metadata of nodes to tensors of these sizes."""
 
     def damage(graph_module: fx.GraphModule) -> None:
         for name, size in sizes.items():
@@ -121,7 +120,7 @@ def shapes(dtype: torch.dtype = torch.float64, /, **sizes: tuple[int, ...]) -> D
 
 
 def after(name: str, add: Callable[[fx.Graph, fx.Node], Any]) -> Damage:
-    """Add nodes behind this one."""
+    """Add nodes after this one."""
 
     def damage(graph_module: fx.GraphModule) -> None:
         node = at(graph_module, name)
@@ -132,7 +131,7 @@ def after(name: str, add: Callable[[fx.Graph, fx.Node], Any]) -> Damage:
 
 
 def unhook(name: str, base: str) -> Damage:
-    """Take a branch node out; its readers read its base."""
+    """Erase a branch node. Its users read the op instead."""
 
     def damage(graph_module: fx.GraphModule) -> None:
         branch = at(graph_module, name)
@@ -155,26 +154,28 @@ def plan(change: Callable[[Any], Any]) -> Damage:
 
 
 def site(weight: str, **changes: Any) -> Damage:
-    """Let the plan say something else of a site."""
+    """Change fields of a site in the plan."""
     return plan(
-        lambda now: replace(now, sites=tuple(replace(s, **changes) if s.weight == weight else s for s in now.sites))
+        lambda current: replace(
+            current, sites=tuple(replace(s, **changes) if s.weight == weight else s for s in current.sites)
+        )
     )
 
 
 def option(weight: str, **changes: Any) -> Damage:
-    """Let the plan say something else of the options of a site."""
+    """Change options of a site in the plan."""
     return plan(
-        lambda now: replace(
-            now,
+        lambda current: replace(
+            current,
             sites=tuple(
-                replace(s, options=replace(s.options, **changes)) if s.weight == weight else s for s in now.sites
+                replace(s, options=replace(s.options, **changes)) if s.weight == weight else s for s in current.sites
             ),
         )
     )
 
 
 def state(**changes: Any) -> Damage:
-    """Let the slow state of 0.weight be another."""
+    """Change fields of the slow state of 0.weight."""
     return lambda graph_module: change_state(graph_module, "0.weight", **changes)
 
 
@@ -204,7 +205,7 @@ def branch_on_a_branch(graph: fx.Graph, lora: fx.Node) -> None:
 
 
 def swapped(graph_module: fx.GraphModule) -> None:
-    branches = held(graph_module)
+    branches = branch_dict(graph_module)
     one, two = branches["shared/weight"], branches["back/weight"]
     branches["shared/weight"], branches["back/weight"] = two, one
 
@@ -213,11 +214,11 @@ def another_kind_of_branch(graph_module: fx.GraphModule) -> None:
     old, plan = branches_of(graph_module)["3.weight"], record_of(graph_module).plan
     assert plan is not None
     site = dataclasses.replace(plan.by_weight["3.weight"], kind="linear")
-    held(graph_module)["3/weight"] = LoraBranch(site, 0, 1, old.lora_A)
+    branch_dict(graph_module)["3/weight"] = LoraBranch(site, 0, 1, old.lora_A)
 
 
 def branch_too_many(graph_module: fx.GraphModule) -> None:
-    held(graph_module)["2/weight"] = copy.deepcopy(held(graph_module)["3/weight"])
+    branch_dict(graph_module)["2/weight"] = copy.deepcopy(branch_dict(graph_module)["3/weight"])
 
 
 def renamed_weight(graph_module: fx.GraphModule) -> None:
@@ -237,7 +238,7 @@ def untied(graph_module: fx.GraphModule) -> None:
 
 
 def second_call(weight: str, base: str, last: str) -> Damage:
-    """Use a weight once more, behind its branch, and return that as well."""
+    """Use a weight a second time without its branch, and return that result too."""
 
     def damage(graph_module: fx.GraphModule) -> None:
         graph, old = graph_module.graph, at(graph_module, base)
@@ -279,8 +280,8 @@ def relu_between(graph: fx.Graph, part: fx.Node) -> None:
 
 
 def swapped_parts(graph_module: fx.GraphModule) -> None:
-    first, second = (at(graph_module, f"relu_shared_{index}") for index in (0, 1))
-    first.args, second.args = second.args, first.args
+    part_0, part_1 = (at(graph_module, f"relu_shared_{index}") for index in (0, 1))
+    part_0.args, part_1.args = part_1.args, part_0.args
 
 
 def lost_fact(graph_module: fx.GraphModule) -> None:
@@ -290,15 +291,19 @@ def lost_fact(graph_module: fx.GraphModule) -> None:
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-NO_USE = "does not stand beside the use of a site"
-NO_OP = "branch node linear_lora stands in place of an op that is no use of a site"
+NO_OP = "the op that branch node linear_lora replaced is not marked as a use of a site"
 NO_MARK = "a site, but no pass has marked it as a use"
 NO_BRANCH = "with 0 branches instead of one"
-NOBODY = "is read by nobody"
+NO_USERS = "has no users"
 OTHER_INPUT = "branch node linear_lora does not read the input of linear"
 MALFORMED = "the graph is malformed: "
 GROUPED = "transformers::grouped_mm_fallback"
 SHAPE = "(6, 12, 1, 1)"
+
+
+def no_use(node: str) -> str:
+    return f"the first argument of branch node {node} is not marked as a use of a site"
+
 
 Row = tuple[Damage, tuple[str, ...]]
 # fmt: off
@@ -310,81 +315,86 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "rewired base": (args("conv2d_1", lambda old, at: (at("input_1"), *old[1:])),
             ("branch node conv2d_1_lora does not read the input of conv2d_1",)),
         "node between": (after("conv2d_1", node_between),
-            (f"branch node conv2d_1_lora {NO_USE}", f"1.weight is used at node conv2d_1 {NO_BRANCH}")),
+            (no_use("conv2d_1_lora"), f"1.weight is used at node conv2d_1 {NO_BRANCH}")),
         "changed branch options": (kwargs("conv2d_lora", lambda old: {**old, "stride": [2, 2]}),
-            ("branch node conv2d_lora has {'at': 'beside', 'stride': [2, 2], 'padding': [1, 2], 'dilation': [1, 2]}, "
-            "but conv2d has {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}",)),
+            ("branch node conv2d_lora has options {'at': 'beside', 'stride': [2, 2], 'padding': [1, 2], 'dilation': "
+            "[1, 2]}, but conv2d needs {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}",)),
         "changed base options": (args("conv2d", lambda old, at: (*old[:-1], [2, 2])),
-            ("branch node conv2d_lora has {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [1, 2]}, "
-            "but conv2d has {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [2, 2]}",)),
+            ("branch node conv2d_lora has options {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': "
+            "[1, 2]}, but conv2d needs {'at': 'beside', 'stride': [2, 1], 'padding': [1, 2], 'dilation': [2, 2]}",)),
         "removed branch node": (unhook("conv2d_2_lora", "conv2d_2"),
             (f"3.weight is used at node conv2d_2 {NO_BRANCH}",)),
         "second branch on a base": (after("conv2d_2_lora", lambda graph, lora: graph.node_copy(lora)),
-            ("node conv2d_2 has a branch, but conv2d_2_lora_1 read it without",
-            "node conv2d_2 has a branch, but conv2d_2_lora read it without", f"branch node conv2d_2_lora_1 {NOBODY}",
+            ("node conv2d_2 has a branch, but is also read without it, by conv2d_2_lora_1",
+            "node conv2d_2 has a branch, but is also read without it, by conv2d_2_lora",
+            f"branch node conv2d_2_lora_1 {NO_USERS}",
             "3.weight is used at node conv2d_2 with 2 branches instead of one")),
-        "branch on a branch": (after("conv2d_2_lora", branch_on_a_branch), (f"branch node conv2d_2_lora_1 {NO_USE}",)),
+        "branch on a branch": (after("conv2d_2_lora", branch_on_a_branch), (no_use("conv2d_2_lora_1"),)),
         "call of another site's branch": (target("conv2d_1_lora", "branches.3/weight"),
-            ("branch node conv2d_1_lora stands beside 1.weight, but calls branches.3/weight",)),
+            ("branch node conv2d_1_lora is at a use of 1.weight, but calls branches.3/weight",)),
         "another rank": (branch("0.weight", larger_factors),
-            ("lora_A of 0.weight is (4, 24), planned as (3, 24)", "lora_B of 0.weight is (6, 4), planned as (6, 3)")),
+            ("lora_A of 0.weight has shape (4, 24), but the plan says (3, 24)",
+            "lora_B of 0.weight has shape (6, 4), but the plan says (6, 3)")),
         "transposed factor": (branch("1.weight", lambda conv: setattr(conv, "lora_B", nn.Parameter(conv.lora_B.t()))),
-            ("lora_B of 1.weight is (3, 12), planned as (12, 3)",)),
+            ("lora_B of 1.weight has shape (3, 12), but the plan says (12, 3)",)),
         "nan in a factor": (branch("4.weight", lambda conv: conv.lora_A.data[0, 1].fill_(float("nan"))),
-            ("the branch of 4.weight holds inf or nan",)),
+            ("the branch of 4.weight has inf or nan values",)),
         "inf in a factor": (branch("3.weight", lambda conv: conv.lora_B.data[1, 0].fill_(float("-inf"))),
-            ("the branch of 3.weight holds inf or nan",)),
+            ("the branch of 3.weight has inf or nan values",)),
         "changed scale": (branch("3.weight", lambda conv: setattr(conv, "scale", 2.5)),
-            ("the branch of 3.weight has scale 2.5, planned as 1.6666666666666667",)),
+            ("the branch of 3.weight has scale 2.5, but the plan says 1.6666666666666667",)),
         "another kind of branch": (another_kind_of_branch,
-            (f"the branch of 3.weight is a LoraBranch for a linear of {SHAPE}, planned for a conv of {SHAPE}",)),
-        "missing branch": (lambda graph_module: held(graph_module).pop("1/weight"),
+            (f"the branch of 3.weight is a LoraBranch for linear of shape {SHAPE}, but the plan says conv of shape "
+            f"{SHAPE}",)),
+        "missing branch": (lambda graph_module: branch_dict(graph_module).pop("1/weight"),
             (f"{MALFORMED}Node conv2d_1_lora target branches.1/weight references nonexistent attribute 1/weight of "
             "branches", "node conv2d_1_lora calls branches.1/weight, which the module does not have",
-            f"1.weight is used at node conv2d_1 {NO_BRANCH}", "1.weight is planned, but has no branch")),
-        "branch too many": (branch_too_many, ("branch 2/weight belongs to no planned site",)),
+            f"1.weight is used at node conv2d_1 {NO_BRANCH}", "1.weight is in the plan, but has no branch")),
+        "branch too many": (branch_too_many, ("branch 2/weight does not belong to a site of the plan",)),
         "plan of another shape": (site("3.weight", shape=(7, 12, 1, 1)),
-            (f"3.weight is {SHAPE}, planned as (7, 12, 1, 1)",
-            f"the branch of 3.weight is a LoraBranch for a conv of {SHAPE}, planned for a conv of (7, 12, 1, 1)",
-            "lora_B of 3.weight is (6, 3), planned as (7, 3)",
-            f"the slow state of 3.weight is {SHAPE}, planned as (7, 12, 1, 1)")),
-        "renamed weight": (renamed_weight, ("3.weight is planned, but the model has no weight of this name",
+            (f"3.weight has shape {SHAPE}, but the plan says (7, 12, 1, 1)",
+            f"the branch of 3.weight is a LoraBranch for conv of shape {SHAPE}, but the plan says conv of shape "
+            "(7, 12, 1, 1)",
+            "lora_B of 3.weight has shape (6, 3), but the plan says (7, 3)",
+            f"the slow state of 3.weight has shape {SHAPE}, but the plan says (7, 12, 1, 1)")),
+        "renamed weight": (renamed_weight, ("3.weight is in the plan, but the model has no weight of this name",
             f"{MALFORMED}Node _3_weight target 3.weight references nonexistent attribute weight of 3",
-            "node conv2d_2 is marked as a use of 3.weight, but computes with None")),
+            "node conv2d_2 is marked as a use of 3.weight, but reads no weight of the model")),
         "another weight": (args("conv2d_2", lambda old, at: (old[0], at("_4_weight"), *old[2:])),
-            ("node conv2d_2 is marked as a use of 3.weight, but computes with 4.weight",)),
+            ("node conv2d_2 is marked as a use of 3.weight, but reads 4.weight",)),
         "another operator": (target("conv2d_2", torch.ops.aten.convolution.default),
-            ("node conv2d_2 is marked as aten.conv2d, but is in no form",)),
+            ("node conv2d_2 is marked as aten.conv2d, but is an op without a form",)),
         "branch without reader": (args("output", lambda old, at: ((at("conv2d_2_lora"),),)),
-            (f"branch node conv2d_3_lora {NOBODY}",)),
+            (f"branch node conv2d_3_lora {NO_USERS}",)),
         "stray reader": (args("output", lambda old, at: ((at("conv2d_3_lora"), at("conv2d_2")),)),
-            ("node conv2d_2 has a branch, but output read it without",)),
-        "lost stamp": (unmark("conv2d_3_lora", "made_by"), ("branch node conv2d_3_lora was made by no pass of ours",)),
+            ("node conv2d_2 has a branch, but is also read without it, by output",)),
+        "lost stamp": (unmark("conv2d_3_lora", "made_by"),
+            ("branch node conv2d_3_lora was not created by a pass of lorasc_fx",)),
         "lost mark": (unmark("conv2d_3", "use"),
-            (f"node conv2d_3 reads 4.weight, {NO_MARK}", f"branch node conv2d_3_lora {NO_USE}")),
+            (f"node conv2d_3 reads 4.weight, {NO_MARK}", no_use("conv2d_3_lora"))),
         "unmarked use": (second_call("", "conv2d_2", "conv2d_3_lora"),
             (f"node conv2d_default reads 3.weight, {NO_MARK}",)),
         "unknown use": (after("_3_weight", lambda graph, weight: graph.call_function(torch.abs, (weight,))),
             (f"node abs_1 reads 3.weight, {NO_MARK}",)),
         "mark of another weight": (mark("conv2d", weight="9.weight"),
-            ("node conv2d is marked as a use of 9.weight, which is not planned",)),
+            ("node conv2d is marked as a use of 9.weight, which is not in the plan",)),
         "lost fact": (lost_fact,
             tuple(f"node conv2d{tail}_lora calls a branch, but no pass has inserted any" for tail in ("", "_1", "_2",
             "_3"))),
         "lost slow state": (lambda graph_module: drop_state(graph_module, "4.weight"),
-            ("4.weight has a branch, but the record holds no slow state of it",)),
+            ("4.weight has a branch, but the record has no slow state for it",)),
         "wrong order": (lambda graph_module: at(graph_module,
             "conv2d_2_lora").append(at(graph_module, "conv2d_3_lora")),
             (f"{MALFORMED}Argument 'conv2d_3' of Node 'conv2d_3_lora' was used before it has been defined! Please",)),
         "argument too many": (args("conv2d_3_lora", lambda old, at: (*old, None)),
             ("branch node conv2d_3_lora does not read the input of conv2d_3",)),
-        "no arguments": (args("conv2d_3_lora", lambda old, at: ()), (f"branch node conv2d_3_lora {NO_USE}",)),
+        "no arguments": (args("conv2d_3_lora", lambda old, at: ()), (no_use("conv2d_3_lora"),)),
     },
     "module_conv2d": {
         "changed module": (lambda graph_module: setattr(graph_module.get_submodule("1"), "stride", (2, 1)),
-            ("branch node _1_lora has {'at': 'beside', 'stride': (1, 1), 'padding': 'same', 'dilation': (1, 1), "
-            "'groups': 6}, but "
-            "_1 has {'at': 'beside', 'stride': (2, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}",)),
+            ("branch node _1_lora has options {'at': 'beside', 'stride': (1, 1), 'padding': 'same', 'dilation': "
+            "(1, 1), 'groups': 6}, "
+            "but _1 needs {'at': 'beside', 'stride': (2, 1), 'padding': 'same', 'dilation': (1, 1), 'groups': 6}",)),
         "missing module": (lambda graph_module: graph_module._modules.pop("2"),
             (f"{MALFORMED}Node _2 target 2 references nonexistent attribute 2 of ",
             "node _2 calls 2, which the module does not have")),
@@ -392,106 +402,114 @@ DAMAGE: dict[str, dict[str, Row]] = {
             (f"node _3_1 reads 3.weight, {NO_MARK}",)),
     },
     "aten_shared": {
-        "swapped branches": (swapped, ("branch node linear_lora calls the branch of back.weight beside shared.weight",
-            "branch node linear_1_lora calls the branch of shared.weight beside back.weight",
-            "branch node linear_2_lora calls the branch of back.weight beside shared.weight",
-            "the branch of shared.weight is a LoraBranch for a linear of (5, 6), planned for a linear of (6, 5)",
-            "lora_A of shared.weight is (3, 6), planned as (3, 5)",
-            "lora_B of shared.weight is (5, 3), planned as (6, 3)",
-            "the branch of back.weight is a LoraBranch for a linear of (6, 5), planned for a linear of (5, 6)",
-            "lora_A of back.weight is (3, 5), planned as (3, 6)",
-            "lora_B of back.weight is (6, 3), planned as (5, 3)")),
+        "swapped branches": (swapped,
+            ("branch node linear_lora calls the branch of back.weight at a use of shared.weight",
+            "branch node linear_1_lora calls the branch of shared.weight at a use of back.weight",
+            "branch node linear_2_lora calls the branch of back.weight at a use of shared.weight",
+            "the branch of shared.weight is a LoraBranch for linear of shape (5, 6), but the plan says linear of "
+            "shape (6, 5)",
+            "lora_A of shared.weight has shape (3, 6), but the plan says (3, 5)",
+            "lora_B of shared.weight has shape (5, 3), but the plan says (6, 3)",
+            "the branch of back.weight is a LoraBranch for linear of shape (6, 5), but the plan says linear of shape "
+            "(5, 6)",
+            "lora_A of back.weight has shape (3, 5), but the plan says (3, 6)",
+            "lora_B of back.weight has shape (6, 3), but the plan says (5, 3)")),
     },
     "module_linear": {
         "weight of another shape": (lambda graph_module: setattr(graph_module.get_submodule("0"), "weight",
-            nn.Parameter(torch.ones(4, 5, dtype=torch.float64))), ("0.weight is (4, 5), planned as (7, 5)",)),
+            nn.Parameter(torch.ones(4, 5, dtype=torch.float64))),
+            ("0.weight has shape (4, 5), but the plan says (7, 5)",)),
     },
     "aten_tied_live": {
-        "untied weight": (untied, ("first.weight is tied to (), planned with ('second.weight',)",
-            "node linear_2 is marked as a use of first.weight, but computes with second.weight")),
+        "untied weight": (untied, ("first.weight is tied to (), but the plan says ('second.weight',)",
+            "node linear_2 is marked as a use of first.weight, but reads second.weight")),
     },
     "aten_linear": {
         "wrong dtype in metadata": (both(shapes(torch.float32, linear_1_lora=(6, 2, 3)), shapes(linear_1=(6, 2, 3))),
-            ("branch node linear_1_lora is said to be ('(6, 2, 3)', torch.float32), linear_1 is "
+            ("branch node linear_1_lora has metadata ('(6, 2, 3)', torch.float32), but linear_1 has "
             "('(6, 2, 3)', torch.float64)",)),
         "wrong shape in metadata": (shapes(linear_lora=(6, 2, 5), linear=(6, 2, 7)),
-            ("branch node linear_lora is said to be ('(6, 2, 5)', torch.float64), linear is "
+            ("branch node linear_lora has metadata ('(6, 2, 5)', torch.float64), but linear has "
             "('(6, 2, 7)', torch.float64)",)),
-        "site taken from the plan": (plan(lambda now: replace(now, sites=now.sites[1:])),
-            ("node linear is marked as a use of 0.weight, which is not planned",
-            "branch node linear_lora stands beside 0.weight, but calls branches.0/weight",
-            "branch 0/weight belongs to no planned site")),
-        "site planned twice": (plan(lambda now: replace(now, sites=(now.sites[0], *now.sites))),
-            ("0.weight is planned twice",)),
-        "plan lost": (plan(lambda now: None), ("node linear is marked as a use of 0.weight, which is not planned",)),
-        "plan before its first stage": (plan(lambda now: replace(now, stage=0)),
-            ("the plan is in stage 0; the first one is 1",)),
+        "site taken from the plan": (plan(lambda current: replace(current, sites=current.sites[1:])),
+            ("node linear is marked as a use of 0.weight, which is not in the plan",
+            "branch node linear_lora is at a use of 0.weight, but calls branches.0/weight",
+            "branch 0/weight does not belong to a site of the plan")),
+        "site planned twice": (plan(lambda current: replace(current, sites=(current.sites[0], *current.sites))),
+            ("0.weight is in the plan twice",)),
+        "plan lost": (plan(lambda current: None),
+            ("node linear is marked as a use of 0.weight, which is not in the plan",)),
+        "plan before its first stage": (plan(lambda current: replace(current, stage=0)),
+            ("the plan is in stage 0, but stages are counted from 1",)),
         "plan of another rank": (option("0.weight", rank=4),
-            ("lora_A of 0.weight is (3, 5), planned as (4, 5)", "lora_B of 0.weight is (7, 3), planned as (7, 4)")),
+            ("lora_A of 0.weight has shape (3, 5), but the plan says (4, 5)",
+            "lora_B of 0.weight has shape (7, 3), but the plan says (7, 4)")),
         "plan of another lora_alpha": (option("0.weight", lora_alpha=9.0),
-            ("the branch of 0.weight has scale 1.6666666666666667, planned as 3.0",)),
+            ("the branch of 0.weight has scale 1.6666666666666667, but the plan says 3.0",)),
         "plan of another scaling": (option("0.weight", use_rslora=True),
-            ("the branch of 0.weight has scale 1.6666666666666667, planned as 2.886751345948129",)),
+            ("the branch of 0.weight has scale 1.6666666666666667, but the plan says 2.886751345948129",)),
         "plan of another layout": (site("0.weight", layout="in_out"),
-            ("node linear reads 0.weight as out_in, planned as in_out",
-            "the branch of 0.weight is stored transposed against its layout, in_out")),
+            ("node linear reads 0.weight as out_in, but the plan says in_out",
+            "the branch of 0.weight has transposed=False, but its layout is in_out")),
         "plan of another kind": (site("0.weight", kind="conv"),
-            ("node linear is a linear, but 0.weight is planned as a conv",)),
+            ("node linear is of kind linear, but 0.weight is planned as conv",)),
         "plan of another tie": (site("0.weight", aliases=("2.weight",)),
-            ("0.weight is tied to (), planned with ('2.weight',)",)),
+            ("0.weight is tied to (), but the plan says ('2.weight',)",)),
         "plan of another dropout": (site("0.weight", dropout=0.25),
-            ("the branch of 0.weight has dropout 0.0, planned as 0.25",)),
-        "plan of an unknown weight": (plan(lambda now: now.with_sites((replace(now.sites[0], weight="3.weight"),))),
-            ("3.weight is planned, but the model has no weight of this name",)),
+            ("the branch of 0.weight has dropout 0.0, but the plan says 0.25",)),
+        "plan of an unknown weight": (
+            plan(lambda current: current.with_sites((replace(current.sites[0], weight="3.weight"),))),
+            ("3.weight is in the plan, but the model has no weight of this name",)),
         "branch of another name": (branch("0.weight", lambda matrix: setattr(matrix, "weight_name", "2.weight")),
-            ("the branch of 0.weight has weight_name 2.weight, planned as 0.weight",)),
+            ("the branch of 0.weight has weight_name 2.weight, but the plan says 0.weight",)),
         "branch with dropout": (branch("0.weight", lambda matrix: setattr(matrix, "dropout", 0.5)),
-            ("the branch of 0.weight has dropout 0.5, planned as 0.0",)),
+            ("the branch of 0.weight has dropout 0.5, but the plan says 0.0",)),
     },
     # w0 -> w0_lora -> chunk -> linear ...; w1 -> w1_lora -> slice -> linear
     "aten_packed": {
         "removed branch on a weight": (unhook("w0_lora", "w0"), (f"w0 is used at node w0 {NO_BRANCH}",)),
         "stray reader of a weight": (args("slice_1", lambda old, at: (at("w1"), *old[1:])),
-            ("node w1 has a branch, but slice_1 read it without", f"branch node w1_lora {NOBODY}")),
+            ("node w1 has a branch, but is also read without it, by slice_1", f"branch node w1_lora {NO_USERS}")),
         "branch behind a slice": (branch_behind_a_slice,
-            (f"branch node w1_lora {NO_USE}", f"w1 is used at node w1 {NO_BRANCH}")),
+            (no_use("w1_lora"), f"w1 is used at node w1 {NO_BRANCH}")),
         "input of a branch on a weight": (args("w0_lora", lambda old, at: (at("w0"), at("w1"))),
             ("branch node w0_lora does not read the input of w0",)),
         "option of a branch on a weight": (kwargs("w0_lora", lambda old: {"at": "at_lookup"}),
-            ("branch node w0_lora has {'at': 'at_lookup'}, but w0 has {'at': 'on_weight'}",)),
+            ("branch node w0_lora has options {'at': 'at_lookup'}, but w0 needs {'at': 'on_weight'}",)),
         "second read of a weight": (second_call("w0", "linear", "mul"), (f"node linear_default reads w0, {NO_MARK}",)),
         "another weight under a branch": (target("w1", "w0"),
-            ("node w1 is marked as a use of w1, but computes with w0",)),
+            ("node w1 is marked as a use of w1, but reads w0",)),
         "lost mark of a weight": (unmark("w0", "use"),
-            (f"node linear_1 reads w0, {NO_MARK}", f"branch node w0_lora {NO_USE}")),
+            (f"node linear_1 reads w0, {NO_MARK}", no_use("w0_lora"))),
     },
     "aten_products": {
         "transposed branch": (branch("w0", lambda matrix: setattr(matrix, "transposed", False)),
-            ("the branch of w0 is stored transposed against its layout, in_out",)),
-        "transposed weight": (turned_weight, ("node addmm reads w0 as out_in, planned as in_out",)),
+            ("the branch of w0 has transposed=False, but its layout is in_out",)),
+        "transposed weight": (turned_weight, ("node addmm reads w0 as out_in, but the plan says in_out",)),
     },
     "aten_lookups": {
         "lost padding row": (args("embedding", lambda old, at: old[:2]),
-            ("branch node embedding_lora has {'at': 'at_lookup', 'padding_idx': 1}, but "
-            "embedding has {'at': 'at_lookup'}",)),
+            ("branch node embedding_lora has options {'at': 'at_lookup', 'padding_idx': 1}, but "
+            "embedding needs {'at': 'at_lookup'}",)),
     },
     "aten_routed": {
         "transposed experts": (branch("w1", turned_factors),
-            ("lora_A of w1 is (3, 3, 5), planned as (3, 3, 4)", "lora_B of w1 is (3, 4, 3), planned as (3, 5, 3)")),
+            ("lora_A of w1 has shape (3, 3, 5), but the plan says (3, 3, 4)",
+            "lora_B of w1 has shape (3, 4, 3), but the plan says (3, 5, 3)")),
     },
     "aten_grouped": {
         "lost ends": (kwargs("grouped_mm_fallback_1_lora", lambda old: {"at": old["at"], "by": old["by"]}),
-            (f"branch node grouped_mm_fallback_1_lora has {{'at': 'grouped', 'by': {GROUPED!r}}}, but "
-            "grouped_mm_fallback_1 has "
+            (f"branch node grouped_mm_fallback_1_lora has options {{'at': 'grouped', 'by': {GROUPED!r}}}, but "
+            "grouped_mm_fallback_1 needs "
             f"{{'at': 'grouped', 'by': {GROUPED!r}, 'offs': to, 'weight': transpose}}",)),
         "experts read the other way": (args("grouped_mm_fallback_1", lambda old, at: (old[0], at("w1"), old[2])),
-            ("node grouped_mm_fallback_1 reads w1 as in_out, planned as out_in",)),
+            ("node grouped_mm_fallback_1 reads w1 as in_out, but the plan says out_in",)),
         "experts planned as a matrix": (site("w1", kind="linear"),
-            ("node grouped_mm_fallback_1 is a experts, but w1 is planned as a linear",)),
+            ("node grouped_mm_fallback_1 is of kind experts, but w1 is planned as linear",)),
     },
     "aten_slices": {
         "plan of other slices": (site("w0", slices=(4, 2, 6)),
-            ("the branch of w0 has slices (2, 4, 6), planned as (4, 2, 6)",)),
+            ("the branch of w0 has slices (2, 4, 6), but the plan says (4, 2, 6)",)),
     },
     # %linear_lora = branches.q/weight(%relu, %q_weight, %q_bias, op='linear')
     "merged": {
@@ -500,30 +518,30 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "an argument too many": (args("linear_lora", lambda old, at: (*old, old[0])), (NO_OP,)),
         "without its mark": (unmark("linear_lora", "use"), (NO_OP,)),
         "with another weight": (args("linear_lora", lambda old, at: (old[0], at("linear_1_lora").args[1], *old[2:])),
-            ("node linear_lora is marked as a use of q.weight, but computes with k.weight",)),
+            ("node linear_lora is marked as a use of q.weight, but reads k.weight",)),
         "into another product": (kwargs("linear_lora", lambda old: {"op": "matmul"}),
-            ("branch node linear_lora has {'op': 'matmul'}, but linear has {}",)),
+            ("branch node linear_lora has options {'op': 'matmul'}, but linear needs {}",)),
         "branch of another site": (target("linear_lora", "branches.k/weight"),
-            ("branch node linear_lora computes with q.weight, but calls branches.k/weight",)),
-        "without its replaced call": (unmark("linear_lora", "replaced_call"), (f"branch node linear_lora {NO_USE}",)),
+            ("branch node linear_lora reads q.weight, but calls branches.k/weight",)),
+        "without its replaced call": (unmark("linear_lora", "replaced_call"), (no_use("linear_lora"),)),
         "marked as beside": (mark("linear_lora", merged=False),
-            ("node linear_lora stands in place of linear, but no pass has marked it so",)),
+            ("node linear_lora is a merged branch that replaced linear, but is not marked as merged",)),
         "without its stamp": (unmark("linear_lora", "made_by"),
-            ("branch node linear_lora was made by no pass of ours",)),
+            ("branch node linear_lora was not created by a pass of lorasc_fx",)),
         "wrong metadata": (shapes(linear_lora=(3, 8, 9)),
-            ("branch node linear_lora is said to be ('(3, 8, 9)', torch.float64), but q.weight has 4 outputs",)),
-        "read by nobody": (lambda graph_module: (node := at(graph_module,
-            "linear_3_lora")).replace_all_uses_with(node.args[0]), (f"branch node linear_3_lora {NOBODY}",)),
+            ("branch node linear_lora has metadata ('(3, 8, 9)', torch.float64), but q.weight has 4 outputs",)),
+        "no users": (lambda graph_module: (node := at(graph_module,
+            "linear_3_lora")).replace_all_uses_with(node.args[0]), (f"branch node linear_3_lora {NO_USERS}",)),
         "planned beside": (site("q.weight", placement="beside"),
-            ("node linear_lora is merged with the branch of q.weight, planned beside",)),
+            ("node linear_lora is marked as merged, but the plan has placement beside for q.weight",)),
     },
     # %relu_shared_0 = shared_down(%relu, (q.A, k.A, v.A))[0]; branches.q(%linear, %relu_shared_0, at="after_shared")
     "shared": {
-        "parts swapped": (swapped_parts, ("branch node linear_lora gets the product of k/weight, not its own",
-            "branch node linear_1_lora gets the product of q/weight, not its own")),
+        "parts swapped": (swapped_parts, ("branch node linear_lora reads the shared product of k/weight instead of",
+            "branch node linear_1_lora reads the shared product of q/weight instead of")),
         "product of another input": (args("relu_shared", lambda old, at: (old[0].args[0], *old[1:])), (OTHER_INPUT,)),
         "factor of another": (args("relu_shared", lambda old, at: (old[0], (old[1][1], old[1][1], old[1][2]))),
-            ("branch node linear_lora gets the product of k/weight, not its own",)),
+            ("branch node linear_lora reads the shared product of k/weight instead of",)),
         "factor missing": (args("relu_shared", lambda old, at: (old[0], old[1][:2])),
             ("branch node linear_2_lora does not read the input of linear_2",)),
         "part out of range": (args("relu_shared_0", lambda old, at: (old[0], 7)), (OTHER_INPUT,)),
@@ -531,7 +549,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "option lost": (kwargs("linear_lora", lambda old: {"at": "beside"}), (OTHER_INPUT,)),
         "part left over": (both(args("linear_lora", lambda old, at: (old[0], at("relu"))),
             kwargs("linear_lora", lambda old: {"at": "beside"})),
-            ("node relu_shared_0 was made by share-inputs for a branch, and is read by nobody",)),
+            ("node relu_shared_0 was created by share-inputs for a branch, but has no users",)),
         "product after its branch": (lambda graph_module: at(graph_module,
             "linear_lora").append(at(graph_module, "relu_shared_0")), (MALFORMED,)),
     },
@@ -554,33 +572,35 @@ ROWS = [(graph, name) for graph, rows in DAMAGE.items() for name in rows]
 
 
 def damaged(graph: str, name: str) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    harm, told = DAMAGE[graph][name]
-    graph_module = MADE[graph]() if graph in MADE else of_case(graph)
+    """Return the damaged graph of a row, and the faults that the verifier must report."""
+    damage, expected = DAMAGE[graph][name]
+    graph_module = OTHER_GRAPHS[graph]() if graph in OTHER_GRAPHS else of_case(graph)
     assert faults(graph_module) == []
-    harm(graph_module)
-    return graph_module, told
+    damage(graph_module)
+    return graph_module, expected
 
 
 @pytest.mark.parametrize(("graph", "name"), ROWS)
-def test_damage_is_told(graph: str, name: str) -> None:
-    graph_module, told = damaged(graph, name)
-    found = faults(graph_module)
-    missed = [each for each in told if not any(fault.startswith(each) for fault in found)]
-    assert missed == [], "\n".join(found)
+def test_damage_is_reported(graph: str, name: str) -> None:
+    graph_module, expected = damaged(graph, name)
+    reported = faults(graph_module)
+    missing = [start for start in expected if not any(fault.startswith(start) for fault in reported)]
+    assert missing == [], "\n".join(reported)
     with pytest.raises(VerifyError) as raised:
-        verify(graph_module, "after the harm")
-    assert str(raised.value) == "after the harm, the graph does not agree with its plan:\n  " + "\n  ".join(found)
+        verify(graph_module, "after the damage")
+    faults_text = "\n  ".join(reported)
+    assert str(raised.value) == f"after the damage, the graph does not agree with its plan:\n  {faults_text}"
 
 
 @pytest.mark.parametrize(
-    ("graph", "name"), [row for row in ROWS if row[0] not in MADE and not row[1].endswith("in a factor")]
+    ("graph", "name"), [row for row in ROWS if row[0] not in OTHER_GRAPHS and not row[1].endswith("in a factor")]
 )
 def test_a_pass_refuses_a_damaged_graph(graph: str, name: str) -> None:
-    graph_module, told = damaged(graph, name)
-    for each in (InsertBranches(),) if name == "lost fact" else (FoldBranches(), InsertBranches()):
+    graph_module, expected = damaged(graph, name)
+    for run in (InsertBranches(),) if name == "lost fact" else (FoldBranches(), InsertBranches()):
         with pytest.raises(VerifyError) as raised:
-            each(graph_module)
-        assert told[0] in str(raised.value)
+            run(graph_module)
+        assert expected[0] in str(raised.value)
 
 
 @pytest.mark.parametrize("mode", ["own", "live"])
@@ -594,15 +614,15 @@ def test_a_sound_graph_has_no_faults(case: Case, mode: str) -> None:
         assert faults(FoldBranches()(inserted).graph_module) == []
 
 
-def test_a_branch_that_may_be_left_out_is_no_fault() -> None:
+def test_a_nonfinite_branch_is_no_fault_if_the_spec_skips_it() -> None:
     case = ADAPTABLE[0]
     inserted = insert(case.own(), replace(case.spec, on_nonfinite="skip"))
     next(iter(branches_of(inserted).values())).lora_A.data.fill_(float("nan"))
     assert faults(inserted) == []
 
 
-def test_every_branch_is_looked_at() -> None:
-    """No rule stops at the first site: the same damage at each one is told once for each."""
+def test_every_branch_is_checked() -> None:
+    """The same damage at each site is reported once per site."""
     inserted = insert(BY_NAME["aten_conv2d"].own(), BY_NAME["aten_conv2d"].spec)
     for branch in branches_of(inserted).values():
         assert isinstance(branch, Branch)
@@ -610,6 +630,6 @@ def test_every_branch_is_looked_at() -> None:
     assert len(faults(inserted)) == len(branch_nodes(inserted)) == 4
 
 
-def test_slow_states_of_a_second_stage_are_sound() -> None:
+def test_slow_states_of_a_second_stage_have_experts() -> None:
     experts = {name: state.experts for name, state in weight_states(in_stage_two()).items()}
     assert any(experts.values())
