@@ -37,7 +37,7 @@ from lorasc_fx.check.process_state import Shared, no_fastpath, own_warnings
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import regions_as_modules, weights_from_inputs
-from lorasc_fx.graph.forms import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, registered_form, weighs
+from lorasc_fx.graph.forms import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, has_weight_argument, registered_form
 from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products, can_require_grad
 from lorasc_fx.util.undo import PROCESS, Block, isolated
@@ -457,7 +457,7 @@ class _Watcher(TorchFunctionMode):
             self._note(3, weights if inputs and id(args[0]) in self._made_of else (), "embedding")
             self._follow(output, self._made_of, weights)
         scaled = set().union(*(self._scaled.get(id(tensor), set()) for tensor in tensors))
-        if scaled and kind is not None and len(args) > 1 and id(args[1]) in self._scaled and weighs(name):
+        if scaled and kind is not None and len(args) > 1 and id(args[1]) in self._scaled and has_weight_argument(name):
             self._note(2, self._scaled[id(args[1])], kind)
         elif scaled and (name in SCALES or not any(id(tensor) not in self._scaled for tensor in inputs)):
             self._follow(output, self._scaled, scaled | weights)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.branch_calls import call_template, replaced_call
-from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, name_of, weighs
+from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, has_weight_argument, name_of
 from lorasc_fx.graph.weights import module_at
 
 
@@ -271,7 +271,7 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
     scaled = list(consumers(weight, constant, is_passed=lambda node, reads: name_of(node) in SCALES))
     for consumer in scaled:
         args, reads = consumer.node.args, consumer.reads
-        is_product = weighs(name_of(consumer.node)) and len(args) > 1
+        is_product = has_weight_argument(name_of(consumer.node)) and len(args) > 1
         if is_product and args[1] in reads and args[0] not in reads:  # the weight of the product, and not its input
             return scaled
     looked_up = list(

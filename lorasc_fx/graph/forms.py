@@ -1,12 +1,15 @@
-"""Forms: the kinds of calls that a branch can stand beside, one row each, and the ops that contract with a weight.
+"""The table of ops whose weight can be adapted.
 
-A row says which node it is, where its input and weight stand, how the op reads the weight, and which arguments the
-branch must repeat. Adding an operator is adding a row to FORMS and a case in tests/kit/operators; no pass changes.
-There are three dialects: ATen (torch.export), functional (the builtins that F.linear and F.conv* trace to, and methods)
-and modules (`call_module`).
+A form is one kind of node, as a row of `FORMS`: its targets, which arguments are input and weight, the layout of the
+weight, and the arguments that the branch needs too. The op of a form is linear in its weight, so a branch can be added
+to its output: `op(x, W + D) = op(x, W) + D x`. To support another op, add a row here and a case in
+tests/kit/operators. No pass changes.
 
-An op in no row that multiplies by a weight, or looks rows of it up, is in CONTRACTIONS: its branch stands on the
-weight. `register_form` adds rows of the user.
+There are rows for three dialects of graphs: ATen (torch.export), functional (`F.linear` and other functions, and
+methods of tensors, from `fx.symbolic_trace`) and modules (`call_module`).
+
+Other ops that multiply by a weight or look up its rows are in `CONTRACTIONS`. Their branch is added to the weight
+before the op. `register_form` adds rows at run time.
 """
 
 from __future__ import annotations
@@ -35,11 +38,11 @@ class AnyNode(Protocol):
 
     @property
     def op(self) -> str:
-        """The kind of node."""
+        """The opcode of the node, such as `call_function`."""
 
     @property
     def target(self) -> Any:
-        """What it calls."""
+        """The function, method or module that it calls."""
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -52,9 +55,12 @@ class AnyNode(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """The parts of a node: input, arguments that the branch repeats, weight and bias.
+    """The arguments of an op that a branch needs.
 
-    Weight and bias are nodes, or names if a module holds them.
+    Args:
+        x: the input.
+        options: keyword arguments for the branch node, such as stride and padding.
+        weight, bias: nodes, or names of attributes if the node calls a module.
     """
 
     x: fx.node.Argument
@@ -65,23 +71,28 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form(abc.ABC):
-    """A row: a `name` for messages, and the `kind` of its sites."""
+    """A row of the table.
+
+    Args:
+        name: unique name, which marks, plans and messages contain.
+        kind: kind of the sites, such as `linear` or `conv`.
+    """
 
     name: str
     kind: str
 
     @abc.abstractmethod
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
-        """Return the node's input and options."""
+        """Return the arguments of a node of this form. `module` is the module that a `call_module` node calls."""
 
     @property
     def product(self) -> str:
-        """The op that a branch may be merged into, as `lorasc_fx.branch` names it, or ""."""
+        """The name in `lorasc_fx.branch` of the op that a merged branch computes, or "" if none can replace the op."""
         return {"linear": self.name.rpartition(".")[2].lower(), "conv": "conv"}.get(self.kind, "")
 
 
-class _Call:
-    """A row whose nodes call a function or method with named parameters."""
+class _NamedArguments:
+    """Looks up arguments of a call by parameter name."""
 
     parameters: tuple[str, ...]
 
@@ -92,20 +103,20 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class FunctionForm(Form, _Call):
-    """A call that a branch can stand beside: the op is linear in its weight.
+class FunctionForm(Form, _NamedArguments):
+    """A call of a function or method that is linear in its weight. A branch can be added to its output.
 
     Args:
         name, kind: see `Form`.
         targets: functions, names of methods, or `namespace::name` of ops that another library defines.
-        parameters: names of the target's arguments, in order.
+        parameters: names of the target's parameters, in order.
         dims: number of axes of the weight.
-        weight, x: which parameters are the weight and the input.
-        repeats: parameters that the branch repeats.
-        plain: parameters that must have this value or None.
+        weight, x: names of the parameters that are the weight and the input.
+        repeats: parameters that the branch gets as well.
+        plain: parameters that must be None or have this value; otherwise the node does not have the form.
         counted: parameters that must not be negative.
-        options: more options of the branch.
-        needs: parameters that must be given.
+        options: further keyword arguments of the branch node.
+        needs: parameters that must not be None.
         layout: `out_in` if the op reads the weight as [out, in], or `in_out`.
     """
 
@@ -122,18 +133,18 @@ class FunctionForm(Form, _Call):
     layout: str = "out_in"
 
     def fits(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether the node reads `source` as its weight and nowhere else, and its other arguments fit the row."""
+        """Whether `source` is the node's weight and no other argument, and the other arguments match the row."""
         reads: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), reads.append)
-        plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
-        plain = plain and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
-        plain = plain and all(self.argument(node, name) is not None for name in self.needs)
-        return plain and self.argument(node, self.weight) is source and reads.count(source) == 1
+        fits = all(self.argument(node, name) in (None, value) for name, value in self.plain)
+        fits = fits and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
+        fits = fits and all(self.argument(node, name) is not None for name in self.needs)
+        return fits and self.argument(node, self.weight) is source and reads.count(source) == 1
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
-        """Return the parts of the node."""
-        given = {name: self.argument(node, name) for name in self.repeats}
-        options = {name: value for name, value in given.items() if value is not None}
+        """Return the arguments of a node of this form."""
+        repeated = {name: self.argument(node, name) for name in self.repeats}
+        options = {name: value for name, value in repeated.items() if value is not None}
         bias = self.argument(node, "bias") if "bias" in self.parameters else None
         return Reading(
             self.argument(node, self.x), {**dict(self.options), **options}, self.argument(node, self.weight), bias
@@ -141,17 +152,17 @@ class FunctionForm(Form, _Call):
 
 
 @dataclass(frozen=True)
-class WeightForm(_Call):
-    """A call that computes with its weight in any way. The branch stands on the weight, before the op.
+class WeightForm(_NamedArguments):
+    """A call of an op that need not be linear in its weight. The branch is added to the weight before the op.
 
-    The op may do anything with `W + s B A`. The full gradient of the weight is computed.
+    The op gets `W + s B A`. The backward computes the full gradient of the weight.
 
     Args:
-        name: in plans and messages.
-        kind: of the sites, one of `lorasc_fx.spec.KINDS`. The targets of a spec may name it.
+        name: unique name, which plans and messages contain.
+        kind: kind of the sites, one of `lorasc_fx.spec.KINDS`. The targets of a spec may name it.
         targets: functions, torch ops, or names of methods.
-        parameters: names of the target's arguments, in order.
-        weight: which of them is the weight.
+        parameters: names of the target's parameters, in order.
+        weight: name of the parameter that is the weight.
     """
 
     name: str
@@ -163,25 +174,32 @@ class WeightForm(_Call):
 
 @dataclass(frozen=True)
 class ModuleForm(Form):
-    """A call of a module whose forward is that of the class `module`. Its own class may be a subclass."""
+    """A call of a module of a class, or of a subclass that inherits its forward.
+
+    Args:
+        name, kind: see `Form`.
+        module: the class.
+        layout: see `FunctionForm`.
+    """
 
     module: type[nn.Module]
     layout: str = "out_in"
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether the module computes as the class of the row: without hooks, and without a forward of its own."""
+        """Whether a module computes what the class computes: no hooks, and the inherited forward."""
         kind = type(module)
         if module._forward_pre_hooks or module._forward_hooks:
             return False
+        # An assignment to `module.forward` also overrides the class.
         if not isinstance(module, self.module) or kind.forward is not self.module.forward or "forward" in vars(module):
             return False
-        convolves = getattr(self.module, "_conv_forward", None)
-        same = convolves is None or getattr(kind, "_conv_forward", None) is convolves
-        plain = not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
-        return same and plain
+        conv_forward = getattr(self.module, "_conv_forward", None)
+        inherits = conv_forward is None or getattr(kind, "_conv_forward", None) is conv_forward
+        # Embeddings with these options write into the weight or scale its gradient, which no branch repeats.
+        return inherits and not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
-        """Return the parts of the call; the options are attributes of the module."""
+        """Return the arguments of a call. The options are attributes of the module."""
         x = node.args[0] if node.args else node.kwargs["input"]
         bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
         weights = (f"{node.target}.weight", bias)
@@ -193,7 +211,7 @@ class ModuleForm(Form):
             return Reading(x, {}, *weights)
         options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
         options |= {"dilation": module.dilation, "groups": module.groups}
-        if module.padding_mode != "zeros":
+        if module.padding_mode != "zeros":  # forward calls F.pad before a convolution without padding
             pad = tuple(module._reversed_padding_repeated_twice)
             options |= {"padding": (0,) * len(module.stride), "pad": pad, "pad_mode": module.padding_mode}
         return Reading(x, options, *weights)
@@ -202,11 +220,11 @@ class ModuleForm(Form):
 RegisteredForm = FunctionForm | ModuleForm | WeightForm
 
 REGISTERED: OrderedDict[int, RegisteredForm] = OrderedDict()
-"""The registered rows by the id of their handle. Torch's handles need a dictionary of this type."""
+"""The registered rows, by the id of their handle. `RemovableHandle` requires an OrderedDict."""
 
 
 def registered_form(target: Any) -> FunctionForm | WeightForm | None:
-    """Return the registered row that names this target, or None."""
+    """Return the registered row that has this target, or None."""
     for form in REGISTERED.values() if REGISTERED else ():
         if not isinstance(form, ModuleForm) and target in targets_of(form):
             return form
@@ -219,7 +237,7 @@ def registered_named(name: str) -> RegisteredForm | None:
 
 
 def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
-    """Return the targets of a row, and the packet of each op whose default overload is one of them."""
+    """Return the targets of a row. If one is a default overload, its packet (`op` for `op.default`) is added."""
     ops = [target for target in form.targets if isinstance(target, OpOverload)]
     return (*form.targets, *(op.overloadpacket for op in ops if op._overloadname == "default"))
 
@@ -227,10 +245,10 @@ def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
 aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
-"""Name of the form in which a branch stands on the weight, before the op that computes with it."""
+"""Name in marks of the weight placement: the branch is added to the weight, before every op that reads it."""
 
 ON_INDEXED_EXPERT = "on-indexed-expert"
-"""Name of the form in which a branch stands on the matrix that an input selects from a stack."""
+"""Name in marks of a branch that is added to one matrix of a stack, which the graph selects by an index node."""
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -275,7 +293,7 @@ def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str, *more
         weight=parameters[1],
         x=parameters[0],
         repeats=("offs", *more),
-        needs=("offs",),  # without offsets it is another product
+        needs=("offs",),  # without offsets, the op is a batched product of two 3-d tensors
         plain=(("bias", None), ("out_dtype", None)),
         options=(("at", "grouped"), ("by", by)),
         layout="in_out",
@@ -292,7 +310,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("aten.conv3d", (aten.conv3d.default, aten.conv3d.padding), 5),
     _lookup("aten.embedding", aten.embedding.default),
     _grouped("aten._grouped_mm", aten._grouped_mm.default, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
-    # Its own backward computes the gradient of a frozen weight too. The branch computes that of the input alone.
+    # The op's backward computes the gradient of a frozen weight too. The branch node computes only the input gradient.
     _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK, "weight"),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
     FunctionForm("quantized_linear", "linear", (quantized_linear,), _LINEAR, 2),
@@ -312,7 +330,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
         2,
         repeats=("padding_idx",),
         plain=(("max_norm", None), *_EVENLY),
-        counted=("padding_idx",),  # F.embedding, unlike torch.embedding, counts a negative one from the end
+        counted=("padding_idx",),  # F.embedding counts a negative index from the end, torch.embedding ignores it
         options=(("at", "at_lookup"),),
     ),
     ModuleForm("nn.Linear", "linear", nn.Linear),
@@ -321,7 +339,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     ModuleForm("nn.Conv3d", "conv", nn.Conv3d),
     ModuleForm("nn.Embedding", "embedding", nn.Embedding),
 )
-"""Every form that a branch can stand beside, in the order in which they are tried."""
+"""The built-in forms, in the order in which they are tried."""
 
 _CONTRACTIONS = {
     "linear": "linear addmm mm matmul bmm baddbmm addbmm einsum tensordot mv addmv inner bilinear _trilinear "
@@ -334,16 +352,16 @@ _CONTRACTIONS = {
     "recurrent": "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
 }
 CONTRACTIONS = {name: kind for kind, names in _CONTRACTIONS.items() for name in names.split()}
-"""Names of the ops that multiply by a weight or look it up, in all dialects, with the kind of site they make."""
+"""Names of the ops, in all dialects, that multiply by a weight or look up its rows. Maps each to the kind of site."""
 
 ADDED_FIRST = {"addmm", "baddbmm", "addbmm", "addmv"}
-"""Contractions that only add their first argument."""
+"""Contractions that add their first argument and multiply the others."""
 
 SCALES = {"mul", "div", "truediv", "multiply", "divide", "true_divide", "__mul__", "__rmul__", "__truediv__"}
 """Names of the ops that scale one argument by another."""
 
 LIKE_ANOTHER = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
-"""Names of the ops that read only the values of their first argument."""
+"""Names of the ops that read the values of their first argument only. Of the others they read shape or dtype."""
 
 _BY_TARGET = {target: form for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
 _BY_NAME = {form.name: form for form in FORMS}
@@ -353,32 +371,35 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     """Return the row of this name.
 
     Raises:
-        PassError: there is none; a registered row may have been removed.
+        PassError: there is no such row. A registered one may have been removed.
     """
     form = _BY_NAME.get(name) or registered_named(name)
-    if form is None or isinstance(form, WeightForm):  # no use is marked with the name of a WeightForm
+    if form is None or isinstance(form, WeightForm):  # uses of a WeightForm are marked as ON_WEIGHT
         raise PassError(
-            f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)",
+            f"there is no form named {name!r}. Register it again (lorasc_fx.graph.register_form).",
             code="unknown-name",
         )
     return form
 
 
-def built_in(target: Any) -> FunctionForm | None:
+def built_in_form(target: Any) -> FunctionForm | None:
     """Return the built-in row that has this target, or None."""
     packet = getattr(target, "overloadpacket", target)
     return _BY_TARGET.get(target) or _BY_TARGET.get(getattr(packet, "_qualified_op_name", ""))
 
 
 def is_form(name: str) -> bool:
-    """Whether a row has this name."""
+    """Whether a mark may have this name of a form."""
     return name in (ON_WEIGHT, ON_INDEXED_EXPERT) or name in _BY_NAME or registered_named(name) is not None
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
-    """Return the row that fits a node, or None. `module` is the module that a `call_module` calls."""
+    """Return the row for the target of a node, or None. `module` is the module that a `call_module` node calls.
+
+    The arguments of a function call are not checked; see `FunctionForm.fits`.
+    """
     if node.op in ("call_function", "call_method"):
-        form = built_in(node.target) or registered_form(node.target)
+        form = built_in_form(node.target) or registered_form(node.target)
         return form if isinstance(form, FunctionForm) else None
     if node.op == "call_module" and module is not None:
         rows = (*FORMS, *REGISTERED.values())
@@ -387,21 +408,21 @@ def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleFor
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the name of the target of a node, the same in all dialects."""
+    """Return the name of a node's target without namespace and overload, such as `linear`. It is alike in all dialects."""
     return _name(node.target)
 
 
-def weighs(name: str) -> bool:
-    """Whether an op of this name takes a weight as its second argument, as linear and the convolutions do."""
+def has_weight_argument(name: str) -> bool:
+    """Whether the second argument of an op of this name is a weight, as for linear and the convolutions."""
     return name == "linear" or name.startswith(("conv", "_conv"))
 
 
 def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
-    """Return the kind of site if the node multiplies by the weight or looks it up, otherwise None.
+    """Return the kind of site if the node multiplies by a weight or looks up its rows, otherwise None.
 
     Args:
         node: any node.
-        reads: its arguments that are computed from the weight. A matrix that is only added does not count.
+        reads: its arguments that are computed from the weight. An argument that is only added does not count.
     """
     if node.op not in ("call_function", "call_method"):
         return None
@@ -422,58 +443,67 @@ _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
 def without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
-    """Return the node where a chain of transposes starts, and whether the chain transposes it."""
+    """Skip a chain of transposes. Return the node before it, and whether the number of transposes is odd.
+
+    Args:
+        source: the end of the chain.
+        dims: number of axes; the last two are transposed.
+    """
     transposed = False
     while isinstance(source, fx.Node) and source.all_input_nodes and _transposes(source, dims):
         source, transposed = source.all_input_nodes[0], not transposed
     return source, transposed
 
 
-def turned(layout: str, transposed: bool) -> str:
-    """Return the layout of a weight that an op reads in `layout`, perhaps behind a transpose."""
+def stored_layout(layout: str, transposed: bool) -> str:
+    """Return the layout of a stored weight that an op reads in `layout`, if `transposed` after a transpose."""
     return {"out_in": "in_out", "in_out": "out_in"}[layout] if transposed else layout
 
 
 def _transposes(node: fx.Node, dims: int) -> bool:
-    """Whether a node transposes a matrix, or each matrix of a stack with `dims` axes, and does nothing else."""
+    """Whether a node only transposes the last two of the `dims` axes of its argument."""
     if node.target is getattr:
         return node.args[1:2] == ("mT",) or (dims == 2 and node.args[1:2] == ("T",))
-    rest: Any = node.args[1:]
+    axes: Any = node.args[1:]
     if node.target in _T:
-        return not rest and (dims == 2 or node.target is aten.mT.default)
+        return not axes and (dims == 2 or node.target is aten.mT.default)
     if node.target in _SWAP:
-        return len(rest) == 2 and {axis % dims for axis in rest} == {dims - 2, dims - 1}
+        return len(axes) == 2 and {axis % dims for axis in axes} == {dims - 2, dims - 1}
     if node.target in _PERMUTE:
-        axes = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+        axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
         return [axis % dims for axis in axes] == [*range(dims - 2), dims - 1, dims - 2]
     return False
 
 
-BESIDE = ("linear", "conv", "embedding")
+BESIDE_KINDS = ("linear", "conv", "embedding")
+"""Kinds of registered forms with a branch that is added to the output of the op."""
 
 
 def register_form(form: RegisteredForm) -> RemovableHandle:
-    """Add a form, until `remove()` is called on the handle or its `with` block ends.
+    """Register an op whose weight can be adapted.
 
-    `WeightForm` is always right: the branch stands on the weight, before the op. `FunctionForm` and `ModuleForm` say
-    that a branch may stand beside the op, `op(x, W + D) = op(x, W) + D x`, which needs less memory. Only your own tests
-    check that. Graphs that were captured before stay as they are.
+    `WeightForm` is correct for every op: the branch is added to the weight before the op. With `FunctionForm` and
+    `ModuleForm`, the branch is added to the output of the op, which needs less memory. This is correct only if the op
+    is linear in its weight, `op(x, W + D) = op(x, W) + D x`. Registration does not check that: test it.
+
+    Graphs that were captured before are not changed.
 
     Args:
         form: the row. Its name appears in plans and messages; its `kind` is one of `lorasc_fx.spec.KINDS`.
 
     Returns:
-        A handle as torch returns it for hooks.
+        A handle like the ones of torch hooks. The form is registered until `handle.remove()`, or the end of
+        `with handle:`.
 
     Raises:
-        SpecError: the row is incomplete, its name is taken, or a built-in row has its target.
+        SpecError: the row is incomplete, its name is taken, or another row has its target.
     """
     if isinstance(form, (FunctionForm, WeightForm)):
         if not isinstance(form.targets, tuple) or not form.targets:
             raise SpecError(
-                f"{form.name}: targets is {form.targets!r}; give a tuple of functions, ops or names of methods"
+                f"{form.name}: targets is {form.targets!r}. Give a tuple of functions, ops or names of methods."
             )
-        # Graphs call the op of a `torch.library.custom_op`, not the function.
+        # `torch.library.custom_op` returns a wrapper; graphs call the op inside it.
         ops = (target._opoverload if isinstance(target, CustomOpDef) else target for target in form.targets)
         form = replace(form, targets=tuple(ops))
     _check(form)
@@ -483,24 +513,25 @@ def register_form(form: RegisteredForm) -> RemovableHandle:
 
 
 def forms_missing(names: Iterable[str]) -> dict[str, str]:
-    """Return the names among these that are not registered, each with a hint."""
-    known = [form.name for form in REGISTERED.values()]
-    return {name: nearest(name, known) for name in names if name and registered_named(name) is None}
+    """Return the names without a registered form, each with a hint at the most similar registered name."""
+    registered = [form.name for form in REGISTERED.values()]
+    return {name: nearest(name, registered) for name in names if name and registered_named(name) is None}
 
 
 def _check(form: RegisteredForm) -> None:
+    """Raise SpecError if a form to register is incomplete or collides with another one."""
     if not isinstance(form, (FunctionForm, ModuleForm, WeightForm)):
-        raise SpecError(f"form is {type(form).__name__}; give a FunctionForm, a ModuleForm or a WeightForm")
+        raise SpecError(f"form is {type(form).__name__}. Give a FunctionForm, a ModuleForm or a WeightForm.")
     if not isinstance(form.name, str) or not form.name:
-        raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
+        raise SpecError(f"the form's name is {form.name!r}. Give a readable name, such as 'my.linear'.")
     if any(form.name == row.name for row in FORMS):
-        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another")
+        raise SpecError(f"{form.name} is the name of a built-in form. Choose another name.")
     if registered_named(form.name) is not None:
-        raise SpecError(f"{form.name} is registered already; call remove() on its handle before")
-    kinds = KINDS if isinstance(form, WeightForm) else BESIDE
+        raise SpecError(f"{form.name} is registered already. Call remove() on its handle first.")
+    kinds = KINDS if isinstance(form, WeightForm) else BESIDE_KINDS
     if form.kind not in kinds:
         raise SpecError(
-            f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}; known: {', '.join(kinds)}",
+            f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}. Allowed: {', '.join(kinds)}.",
             code="unknown-name",
         )
     if not isinstance(form, ModuleForm):
@@ -508,32 +539,38 @@ def _check(form: RegisteredForm) -> None:
         return
     for row in FORMS:
         if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
-            raise SpecError(f"{form.name}: {form.module.__name__} computes as {row.name} does, which is built in")
+            raise SpecError(
+                f"{form.name}: {form.module.__name__} has the same forward as {row.name}, a built-in form. Such "
+                "modules are adapted without registration."
+            )
 
 
 def _check_targets(form: FunctionForm | WeightForm) -> None:
+    """Raise SpecError for a wrong name of a parameter, or a target that another row has."""
     named = [form.weight] + ([form.x] if isinstance(form, FunctionForm) else [])
     for name in named:
         if name not in form.parameters:
             hint = nearest(name, form.parameters)
             raise SpecError(
-                f"{form.name}: {name!r} is not one of its parameters{hint}; they are {form.parameters}",
+                f"{form.name}: {name!r} is not one of its parameters{hint}. They are {form.parameters}.",
                 code="unknown-name",
             )
     for target in targets_of(form):
-        for row, how in ((built_in(target), "built in"), (registered_form(target), "registered")):
+        for row, origin in ((built_in_form(target), "built-in"), (registered_form(target), "registered")):
             if row is not None:
-                raise SpecError(f"{form.name}: {_shown(target)} is a form already: {row.name}, which is {how}")
-        if _is_torchs(target) and _name(target) in CONTRACTIONS:
-            raise SpecError(f"{form.name}: {_shown(target)} is known already: its branch stands on the weight")
+                raise SpecError(f"{form.name}: {_shown(target)} is already a target of the {origin} form {row.name}.")
+        if _is_torch_op(target) and _name(target) in CONTRACTIONS:
+            raise SpecError(
+                f"{form.name}: {_shown(target)} needs no form. Its branch is added to the weight before the op."
+            )
         schema = getattr(target, "_schema", None)
         arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
-            raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}")
+            raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}.")
 
 
-def _is_torchs(target: Any) -> bool:
-    """Whether a target is torch's own, or a method's name."""
+def _is_torch_op(target: Any) -> bool:
+    """Whether torch defines a target. Names of methods count, because graphs call methods of tensors."""
     if isinstance(target, OpOverload):
         return target.namespace in ("aten", "prims")
     if isinstance(target, OpOverloadPacket):
@@ -543,9 +580,11 @@ def _is_torchs(target: Any) -> bool:
 
 
 def _name(target: Any) -> str:
+    """Return the name of a target without namespace and overload."""
     packet = getattr(target, "overloadpacket", target)
     return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
 
 
 def _shown(target: Any) -> str:
+    """Return the name of a target for a message."""
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

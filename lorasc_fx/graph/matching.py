@@ -35,7 +35,7 @@ from lorasc_fx.graph.forms import (
     form_of,
     registered_form,
     registered_named,
-    turned,
+    stored_layout,
     without_transposes,
 )
 from lorasc_fx.graph.patterns import check_patterns, describe, matches, targeted
@@ -196,7 +196,7 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         read = consumer.reads[0]
         source, transposed = (read, False) if form.kind == "conv" else without_transposes(read, dims)
         if source is start and form.fits(node, read):
-            layout = turned(form.layout, transposed)
+            layout = stored_layout(form.layout, transposed)
     if isinstance(form, FunctionForm) and layout is not None:
         uses.beside.append(BesideUse(node, form.name, form.kind, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:

@@ -42,7 +42,7 @@ from lorasc_fx.graph.forms import (
     form_named,
     form_of,
     is_form,
-    turned,
+    stored_layout,
     without_transposes,
 )
 from lorasc_fx.graph.record import Record, record_of
@@ -216,7 +216,7 @@ def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
     """Return the layout in which a use reads its weight, including transposes between the weight and the op."""
     if replaced_call(node) is not None or isinstance(form, ModuleForm):
         return form.layout
-    return turned(form.layout, without_transposes(form.argument(node, form.weight), form.dims)[1])
+    return stored_layout(form.layout, without_transposes(form.argument(node, form.weight), form.dims)[1])
 
 
 def _slow_states_fit_plan(subject: Subject) -> Iterator[str]:

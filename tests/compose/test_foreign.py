@@ -334,9 +334,7 @@ def test_noise_is_no_other_weight() -> None:
     other = copy.deepcopy(inserted)
     with torch.no_grad():
         other.get_parameter("third.weight")[0, 0] += 1e-9  # no site, but it carries noise that a fold takes out
-    assert [fault.partition(";")[0] for fault in faults(other)] == [
-        "third.weight was changed after stage 4 started"
-    ]
+    assert [fault.partition(";")[0] for fault in faults(other)] == ["third.weight was changed after stage 4 started"]
 
 
 def test_a_shared_input_is_shared_only_while_it_stays_the_same() -> None:
