@@ -1,8 +1,10 @@
-"""Options as strategies: an object for each value of an option, and one table from the value to the object.
+"""Strategy objects for the options of `CascadeSpec`, and one table per option from its values to the objects.
 
-Engine, passes and checkpoints call the object's methods and never compare the value. A new value of an option is a
-class and a line in its table: the spec accepts it, and everything else works with it (CONTRIBUTING.md, "Add an
-option").
+Engine, passes and checkpoints call methods of these objects and never compare option values. To add a value, add a
+class and a row in the table of the option (CONTRIBUTING.md, "Add an option"). docs/method.md lists the formulas.
+
+Notation (docs/algorithm.md, "One site"): W0 is the pretrained weight, t = 1, 2, ... the stage, S_t the slow delta, F_t
+the fast delta, s the scale of a branch, B [out, r] and A [r, in] its factors, r its rank.
 """
 
 from __future__ import annotations
@@ -20,46 +22,52 @@ Value = TypeVar("Value")
 
 
 class Start(abc.ABC):
-    """Initial factors of a stage (`CascadeSpec.start`)."""
+    """Computes the initial factors of a branch at the start of a stage (`CascadeSpec.start`)."""
 
     from_weight: ClassVar[bool] = True
-    """Whether the factors are computed from the weight, which holds the residual `W - s B_0 A_0` while a stage runs."""
+    """Whether the factors are computed from the weight. It then holds the residual `W - s B_0 A_0` during the stage."""
 
     of_delta: ClassVar[bool] = False
-    """Whether the factors are computed from the difference of the weight and W0 instead of the weight."""
+    """Whether the factors are computed from the slow delta `W - W0` instead of the weight W."""
 
     @abc.abstractmethod
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return B_0 [..., out, k] and A_0 [..., k, in] of a matrix [..., out, in], with k of at most `rank`.
+        """Return B_0 [..., out, k] and A_0 [..., k, in], with k at most `rank`.
 
-        Further rows of A start as in LoRA, further columns of B at zero. `scale` is s of the branch.
+        If k is smaller than the rank, the remaining rows of A are initialized as in LoRA, and the remaining columns of
+        B are zero.
+
+        Args:
+            matrix: the weight or the delta [..., out, in]. Leading axes are independent matrices (stacked experts).
+            rank: rank of the branch.
+            scale: scale s of the branch. The branch adds `s B_0 A_0`.
         """
 
 
 class LoraStart(Start):
-    """B = 0, and A by restart_A. The weight stays unchanged."""
+    """LoRA (2106.09685): B = 0, and A as `CascadeSpec.restart_A` says. The weight is not changed."""
 
     from_weight: ClassVar[bool] = False
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factors of rank 0."""
+        """Return factors of rank 0, because nothing is computed from the weight."""
         return matrix[..., :0], matrix[..., :0, :]
 
 
 class PissaStart(Start):
-    """PiSSA (2404.02948): the r largest singular triplets, `s B_0 A_0` is the nearest matrix of rank r."""
+    """PiSSA (2404.02948): the r largest singular triplets, so `s B_0 A_0` is the nearest matrix of rank r."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of `W = U diag(v) V^T`."""
+        """Return `U_r sqrt(v_r / s)` and `sqrt(v_r / s) V_r^T`, with `W = U diag(v) V^T`."""
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return split_evenly(left[..., :rank], values[..., :rank], right[..., :rank, :], scale)
 
 
 class MiloraStart(Start):
-    """MiLoRA (2406.09044): the r smallest singular triplets, which are orthogonal to the largest ones."""
+    """MiLoRA (2406.09044): the r smallest singular triplets, which are orthogonal to the principal ones."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the last r columns, values and rows."""
+        """Return the factors like `PissaStart`, from the last r columns of U, values v and rows of V^T."""
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return split_evenly(left[..., -rank:], values[..., -rank:], right[..., -rank:, :], scale)
 
@@ -68,24 +76,25 @@ class OloraStart(Start):
     """OLoRA (2406.01775): the first r columns of Q and rows of R of `W = Q R`."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the columns and the rows."""
+        """Return `Q[:, :r]` and `R[:r]`. The scale is not divided out, as in peft."""
         left, right = torch.linalg.qr(matrix)
         return left[..., :rank], right[..., :rank, :]
 
 
 class LoftqStart(Start):
-    """LoftQ (2310.08659), with one step: the r largest singular triplets of the quantization error.
+    """LoftQ (2310.08659) with one iteration: the r largest singular triplets of the quantization error.
 
-    W0 is the quantized weight Q. The slow delta starts as the nearest matrix of rank r to `W - Q`, with the weight W
-    before quantization. The branch starts from this delta, so Q is not changed. Later stages start from the r largest
-    triplets of the delta. A weight without a delta starts as in LoRA.
+    W0 is the quantized weight Q, which is never changed. The slow delta is initialized to the nearest matrix of rank r
+    to `W - Q`, where W is the weight before quantization, and the first branch starts from this delta. Later stages
+    start from the r largest triplets of the current slow delta. A weight without a delta starts as in LoRA.
     """
 
     of_delta: ClassVar[bool] = True
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the first r values above the rounding errors."""
+        """Return the factors like `PissaStart`, with fewer than r pairs if the delta has a smaller rank."""
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        # Smaller singular values are rounding errors. Stacked matrices share one count, so take the smallest.
         count = min(rank, int((values > 1e-5 * values[..., :1]).sum(-1).min()))
         return split_evenly(left[..., :count], values[..., :count], right[..., :count, :], scale)
 
@@ -93,7 +102,7 @@ class LoftqStart(Start):
 def split_evenly(
     left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors with `scale * b @ a = left diag(values) right`. Each factor has the root of the values."""
+    """Return b and a with `scale * b @ a = left diag(values) right`. Each gets the square root of values / scale."""
     root = (values / scale).sqrt()
     return left * root.unsqueeze(-2), root.unsqueeze(-1) * right
 
@@ -105,67 +114,69 @@ STARTS: Mapping[str, Start] = {
     "milora": MiloraStart(),
     "loftq": LoftqStart(),
 }
-"""By the value of `CascadeSpec.start`."""
+"""Strategies by the value of `CascadeSpec.start`."""
 
 
 class PaceRule(abc.ABC):
-    """Share of the fast weights that a transition adds to the slow ones (`CascadeSpec.pace`)."""
+    """Computes the share of the fast weights that a transition merges into the slow ones (`CascadeSpec.pace`)."""
 
     needs_loss: ClassVar[bool] = False
-    """Whether the share depends on the losses of the stages."""
+    """Whether `at` reads the losses of the stages."""
 
     @abc.abstractmethod
     def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the share in a stage.
+        """Return the share for the transition at the end of a stage.
 
         Args:
-            stage: number of the stage, 1 is the first.
-            losses: of the stages that have ended, and of this one, by number, if `needs_loss`.
-            penalty: `CascadeSpec.loss_penalty`.
+            stage: number of the stage; the first is 1.
+            losses: losses of this stage and of all earlier ones, by stage number. Empty unless `needs_loss`.
+            penalty: value of `CascadeSpec.loss_penalty`.
         """
 
 
 class GivenPace(PaceRule):
-    """A share for each stage: the number of the spec, or an entry of its sequence, whose last entry repeats."""
+    """Shares given as numbers, one per stage. The last one repeats."""
 
     def __init__(self, shares: Sequence[float]) -> None:
         self.shares = shares
 
     def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the share."""
+        """Return the entry for the stage."""
         return self.shares[min(stage, len(self.shares)) - 1]
 
 
 class MeanPace(PaceRule):
-    """1/t in stage t. With restart="fast" the slow weights are the mean of the weights at the ends of stages."""
+    """1/t in stage t. With restart="fast", S_t is the mean of F_1, ..., F_t (docs/algorithm.md, "slow update")."""
 
     def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the share."""
+        """Return `1 / stage`."""
         return 1 / stage
 
 
 class LossPace(PaceRule):
-    """The mean of the fast weights of all stages, each weighted by `L_t^-p` (metrics-weighted averaging, 2504.18580).
+    """Mean of the fast weights of all stages, weighted by their losses (metrics-weighted averaging, 2504.18580).
 
-    With `w_k = L_k^-p` the share of stage t is `w_t / (w_1 + ... + w_t)`: after it the slow weights are
-    `sum_k w_k F_k / sum_k w_k`. p = 0 is the plain mean, and a large p takes the stage with the smallest loss.
+    Stage k has the weight `w_k = L_k^-p`, where L_k is its loss and p is `CascadeSpec.loss_penalty`. The share of stage
+    t is `w_t / (w_1 + ... + w_t)`, so `S_t = sum_k w_k F_k / sum_k w_k`. p = 0 gives the plain mean. A large p selects
+    the stage with the smallest loss.
     """
 
     needs_loss: ClassVar[bool] = True
 
     def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the share. Weights are relative to the stage with the smallest loss, so no power overflows."""
-        least = math.log(min(losses.values()))
-        weights = {number: math.exp(penalty * (least - math.log(loss))) for number, loss in losses.items()}
+        """Return `w_t / (w_1 + ... + w_t)` for stage t."""
+        smallest = math.log(min(losses.values()))
+        # w_k relative to the stage with the smallest loss, so that no power overflows.
+        weights = {number: math.exp(penalty * (smallest - math.log(loss))) for number, loss in losses.items()}
         return weights[stage] / math.fsum(weights.values())
 
 
 PACES: Mapping[str, PaceRule] = {"mean": MeanPace(), "loss": LossPace()}
-"""By the value of `CascadeSpec.pace`, if that is not a number."""
+"""Strategies by the value of `CascadeSpec.pace`, if it is a name. For numbers see `GivenPace`."""
 
 
 class Scale:
-    """Scale s of a branch (`CascadeSpec.use_rslora`): the one of LoRA."""
+    """Scale s of a branch as in LoRA (`CascadeSpec.use_rslora` is False)."""
 
     def scale(self, rank: int, lora_alpha: float) -> float:
         """Return `lora_alpha / rank`."""
@@ -173,7 +184,7 @@ class Scale:
 
 
 class RsloraScale(Scale):
-    """rsLoRA (2312.03732)."""
+    """Scale s of a branch as in rsLoRA (2312.03732)."""
 
     def scale(self, rank: int, lora_alpha: float) -> float:
         """Return `lora_alpha / sqrt(rank)`."""
@@ -181,46 +192,54 @@ class RsloraScale(Scale):
 
 
 SCALES: Mapping[bool, Scale] = {False: Scale(), True: RsloraScale()}
-"""By the value of `CascadeSpec.use_rslora`."""
+"""Strategies by the value of `CascadeSpec.use_rslora`."""
 
 
 ADAPTERS: dict[str, type[Any]] = {}
-"""Branch classes (`lorasc_fx.branch.Branch`) by the value of `CascadeSpec.adapter`; `lorasc_fx.branch.methods` fills
-the table, and `register_branch` adds to it."""
+"""Subclasses of `lorasc_fx.branch.Branch` by the value of `CascadeSpec.adapter`.
+
+`lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
+checks names before the branches, which need the spec, can be imported.
+"""
 
 
 class NextA:
-    """A of the next stage (`CascadeSpec.restart_A`): fresh values."""
+    """Initial A of the next stage (`CascadeSpec.restart_A`): fresh random values."""
 
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return the initial A of a stage, from the previous A and a fresh one, which may have another rank."""
+        """Return the initial A [rank, in] of a stage.
+
+        Args:
+            previous: A at the end of the previous stage. It may have another rank.
+            fresh: random A for the next stage.
+        """
         return fresh
 
 
 class KeptA(NextA):
-    """A of the stage before, if it has the same rank and is finite."""
+    """A of the previous stage if it has the same rank and is finite, otherwise fresh values."""
 
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the previous A."""
+        """Return a copy of `previous`, or `fresh`. With shards, every rank must call this."""
         if previous.shape != fresh.shape or not bool(torch.isfinite(full_tensor(previous)).all()):
             return fresh
         return previous.detach().clone()
 
 
 NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA()}
-"""By the value of `CascadeSpec.restart_A`."""
+"""Strategies by the value of `CascadeSpec.restart_A`."""
 
 
 class Restart(abc.ABC):
-    """Weights from which the next stage starts (`CascadeSpec.restart`)."""
+    """Selects the weights from which the next stage starts (`CascadeSpec.restart`)."""
 
     @abc.abstractmethod
     def start(self, slow: Value, fast: Value) -> Value:
-        """Return the slow or the fast value: coefficients, or tensors."""
+        """Return one of the two values. They are coefficients of experts, or tensors."""
 
 
 class FromSlow(Restart):
-    """`W0 + S_t`."""
+    """The next stage starts from the slow weights `W0 + S_t`."""
 
     def start(self, slow: Value, fast: Value) -> Value:
         """Return the slow value."""
@@ -228,7 +247,7 @@ class FromSlow(Restart):
 
 
 class FromFast(Restart):
-    """`W0 + F_t`: the slow weights average the trajectory."""
+    """The next stage continues from the fast weights `W0 + F_t`. S_t is then an average over the trajectory."""
 
     def start(self, slow: Value, fast: Value) -> Value:
         """Return the fast value."""
@@ -236,21 +255,27 @@ class FromFast(Restart):
 
 
 RESTARTS: Mapping[str, Restart] = {"slow": FromSlow(), "fast": FromFast()}
-"""By the value of `CascadeSpec.restart`."""
+"""Strategies by the value of `CascadeSpec.restart`."""
 
 
 class Average:
-    """Average of the slow weights at the ends of stages (`CascadeSpec.average`): no average."""
+    """Average of the slow weights at the ends of stages (`CascadeSpec.average`). The base class keeps no average."""
 
     kept: ClassVar[bool] = False
+    """Whether an average is kept."""
 
     def share(self, count: int, decay: float) -> float:
-        """Return the share of the new slow weights after `count` stages, 1 or more."""
+        """Return c in `M_t = M_{t-1} + c (S_t - M_{t-1})`.
+
+        Args:
+            count: number of earlier stages in the average M, 1 or more.
+            decay: value of `CascadeSpec.average_decay`.
+        """
         return 1.0
 
 
 class Exponential(Average):
-    """Exponential average: each stage multiplies the average by `decay`."""
+    """Exponential average: `M_t = decay * M_{t-1} + (1 - decay) * S_t`."""
 
     kept: ClassVar[bool] = True
 
@@ -260,7 +285,7 @@ class Exponential(Average):
 
 
 class Mean(Average):
-    """The plain mean: SWA (1803.05407)."""
+    """Mean of the slow weights at the ends of all stages, as in SWA (1803.05407)."""
 
     kept: ClassVar[bool] = True
 
@@ -270,25 +295,28 @@ class Mean(Average):
 
 
 AVERAGES: Mapping[str, Average] = {"off": Average(), "ema": Exponential(), "swa": Mean()}
-"""By the value of `CascadeSpec.average`."""
+"""Strategies by the value of `CascadeSpec.average`."""
 
 
 class Distribution(abc.ABC):
-    """Distribution of the noise of a stage (`Noise.distribution`), before it is scaled."""
+    """Distribution of the noise before it is scaled (`Noise.distribution`)."""
 
     by_rows: ClassVar[bool] = False
-    """Whether the noise is scaled by the norm of each row, instead of the standard deviation of the weight."""
+    """Whether each row of the noise is scaled by the norm of its row of the weight.
+
+    Otherwise all entries are scaled by the standard deviation of the weight.
+    """
 
     @abc.abstractmethod
     def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return unscaled noise from fp32 numbers that are uniform in [-1/2, 1/2], in their memory."""
+        """Convert fp32 numbers that are uniform in [-1/2, 1/2] to unscaled noise, in place."""
 
 
 class Uniform(Distribution):
-    """U(-1/2, 1/2): NoisyTune (2202.12024)."""
+    """U(-1/2, 1/2), as in NoisyTune (2202.12024)."""
 
     def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the numbers."""
+        """Return the numbers unchanged."""
         return numbers
 
 
@@ -296,30 +324,25 @@ class Normal(Distribution):
     """N(0, 1/12), which has the variance of the uniform distribution."""
 
     def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the normal quantiles of the numbers."""
+        """Return normal numbers of variance 1/12."""
         return _normal(numbers).mul_(12**-0.5)
 
 
 class Filter(Distribution):
-    """N(0, 1), scaled by `|W_i| / sqrt(n)` of each row i of n entries: Flat-LoRA (2409.14396)."""
+    """N(0, 1), scaled by `|W_i| / sqrt(n)` in row i with n entries, as in Flat-LoRA (2409.14396)."""
 
     by_rows: ClassVar[bool] = True
 
     def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the normal quantiles of the numbers."""
+        """Return normal numbers of variance 1."""
         return _normal(numbers)
 
 
 def _normal(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the normal quantiles of fp32 numbers that are uniform in [-1/2, 1/2]; those of the ends are finite."""
+    """Convert fp32 numbers that are uniform in [-1/2, 1/2] to standard normal numbers, in place."""
+    # Slightly less than 2, because erfinv is infinite at -1 and 1.
     return numbers.mul_(2 - 2**-23).erfinv_().mul_(2**0.5)
 
 
 DISTRIBUTIONS: Mapping[str, Distribution] = {"uniform": Uniform(), "normal": Normal(), "filter": Filter()}
-"""By the value of `Noise.distribution`."""
-
-
-def one_of(table: Mapping[str, object]) -> str:
-    """Return the values of a table for a sentence: "'a', 'b' or 'c'"."""
-    *first, last = map(repr, table)
-    return f"{', '.join(first)} or {last}" if first else last
+"""Strategies by the value of `Noise.distribution`."""

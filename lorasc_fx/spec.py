@@ -1,7 +1,9 @@
-"""The configuration of a cascade: frozen dataclasses that validate themselves and convert to and from dictionaries.
+"""Configuration of a cascade: frozen dataclasses that check their fields and convert to and from dictionaries.
 
-The paper (arXiv 2407.01491) does not say how noise is drawn, what alpha (here `pace`) is, whether noise stays after
-a fold, or which learning rate follows a restart. docs/method.md lists our choices.
+The formulas are in docs/algorithm.md, and docs/method.md lists every option with its formula and source. The LoRASC
+paper (arXiv 2407.01491) leaves several choices open: how noise is drawn, the value of alpha (here `pace`), whether
+noise stays after a fold, and the learning rate after a restart. Where an option below has no source, the default is our
+own choice (docs/method.md, "What the paper leaves open").
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ from lorasc_fx.options import (
 )
 from lorasc_fx.spec_checks import (
     CONFLICTS,
+    DEFAULT_DECAY,
+    DEFAULT_PENALTY,
+    DEFAULT_RANK,
     NOISE_CONFLICTS,
-    OF_PEFT,
+    PEFT_OPTIONS,
     RULE_CONFLICTS,
-    USUAL_DECAY,
-    USUAL_PENALTY,
-    USUAL_RANK,
     check_adapter_options,
 )
 from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
-"""Kinds of weights. A target that is none of these names is a glob on weight names."""
+"""Kinds of weights. A target with any other text is a glob on weight names."""
 
 PLACEMENTS = ("beside", "merged", "weight")
-"""Where a branch computes (docs/design.md)."""
+"""Values of `Site.placement`: where a branch computes (docs/design.md, "Placements")."""
 
 Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
@@ -50,46 +52,53 @@ Adapter = Annotated[
     str,
     Check(
         ADAPTERS.__contains__,
-        "give the name of a method in docs/method.md, or one that register_branch knows",
+        "give the name of a method in docs/method.md, or one registered by register_branch",
         ADAPTERS,
     ),
 ]
 AdapterOptions = tuple[tuple[str, float], ...]
 Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
 Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
-Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "it scales the branch: give a number above 0")]
-Rate = Annotated[float, Check(lambda rate: rate > 0, "it makes a learning rate: give a number above 0")]
-Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is the share that is set to zero: give a number in [0, 1)")]
+Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "give a number above 0, because it scales the branch")]
+Rate = Annotated[float, Check(lambda rate: rate > 0, "give a number above 0, because it defines a learning rate")]
+Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is a probability: give a number in [0, 1)")]
 Tokens = Annotated[
-    tuple[Annotated[int, Check(lambda row: 0 <= row < 2**31, "give the number of a row, 0 or more")], ...],
+    tuple[Annotated[int, Check(lambda row: 0 <= row < 2**31, "give a row index of 0 or more")], ...],
     Check(lambda rows: len({*rows}) == len(rows), "give each row once"),
 ]
 Share = Annotated[float, Check(lambda p: 0 < p <= 1, "it is a share of the fast weights: give a number in (0, 1]")]
 Pace = Annotated[
     Share | tuple[Share, ...] | Annotated[str, choice(PACES)],
-    Check(lambda pace: pace != (), "give a share of the fast weights in (0, 1], one for each stage, 'mean' or 'loss'"),
+    Check(lambda pace: pace != (), "give a number in (0, 1], one for each stage, 'mean' or 'loss'"),
 ]
 
 
 @checks_names
 @dataclass(frozen=True)
 class Noise:
-    """Noise on the frozen weights while a stage trains: `strength * std(W) * U(-1/2, 1/2)`.
+    """Noise that is added to the frozen weights while a stage trains (docs/algorithm.md, row "noise").
+
+    Each entry of a weight W gets `strength * std(W) * U(-1/2, 1/2)`. The noise of a weight depends only on the seed,
+    the stage and the name of the weight.
 
     Args:
-        strength: lambda of algorithm.md, 0 is off.
-        distribution: `uniform` as above (NoisyTune, 2202.12024), `normal` of the same variance, or `filter` (Flat-LoRA,
-            2409.14396): `strength * |W_i| / sqrt(n) * N(0, 1)` in row i of n entries. The paper uses the rows of the
-            weight with its branch, and a strength that grows from 0. Here the rows are from the start of the stage, and
-            the strength is constant.
-        keep: whether the noise of a stage stays in the slow weights. Otherwise the fold removes it, bit for bit.
-        where: `sites`, or `all` weight matrices except the ones trained in full.
-        redraw: once per `stage`, or after each optimizer `step` as in Flat-LoRA. Each draw costs a fold, because the
-            weights are computed again from W0.
+        strength: lambda in docs/algorithm.md, relative to the standard deviation of the weight. 0 (default) turns noise
+            off. NoisyTune (2202.12024) uses 0.15.
+        distribution: `uniform` (default) as above, the form of NoisyTune. `normal` has the same variance. `filter`
+            scales each row i with n entries by its norm: `strength * |W_i| / sqrt(n) * N(0, 1)` (Flat-LoRA,
+            2409.14396). Flat-LoRA takes the norms of the weight with its branch, and increases the strength from 0.
+            Here the norms are those of the weight at the start of the stage, and the strength is constant.
+        keep: if True, the noise of each stage stays in the slow weights. If False (default), the fold removes it
+            exactly. Cannot be combined with redraw="step", distribution="filter", an average, or adapter="dora".
+        where: `sites` (default) for the adapted weights only, or `all` for every weight matrix that is not trained in
+            full.
+        redraw: draw the noise once per `stage` (default), or again after each optimizer `step` (Flat-LoRA). Each draw
+            costs one fold, because the weights are computed again from W0. `step` cannot be combined with keep=True or
+            adapter="dora".
     """
 
     strength: Annotated[
-        float, Check(lambda strength: strength >= 0, "it scales a standard deviation: give 0 (off) or more")
+        float, Check(lambda strength: strength >= 0, "it scales a standard deviation: give a number of 0 (off) or more")
     ] = 0.0
     distribution: Annotated[str, choice(DISTRIBUTIONS)] = "uniform"
     keep: bool = False
@@ -101,29 +110,31 @@ class Noise:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is noise."""
+        """Whether noise is added at all."""
         return self.strength > 0
 
     @property
     def follows_steps(self) -> bool:
-        """Whether it is drawn again after each optimizer step."""
+        """Whether the noise is drawn again after each optimizer step."""
         return self.is_on and self.redraw == "step"
 
     def on_others(self, names: Iterable[str]) -> list[str]:
-        """Return the names of the weights without a branch that have noise."""
+        """Return which of these weights without a branch get noise: all if `where` is "all", otherwise none."""
         return list(names) if self.is_on and self.where == "all" else []
 
 
 @checks_names
 @dataclass(frozen=True)
 class Rule:
-    """Other options for the weights that a pattern matches; the first match counts.
+    """Options for the weights that a pattern matches, instead of the options of the spec. The first match counts.
 
     Args:
-        pattern: a kind, or a glob on weight names.
-        rank, lora_alpha: replace the fields of the spec.
-        tokens: rows to train, such as new tokens of an embedding, instead of a branch of the spec's adapter. A tied
-            head has the same rows.
+        pattern: one of KINDS, or a glob on weight names.
+        rank: rank of these branches in every stage. None (default): `CascadeSpec.rank` and `ranks`.
+        lora_alpha: numerator of the scale of these branches. None (default): `CascadeSpec.lora_alpha`.
+        tokens: indices of rows to train directly, such as new tokens of an embedding, without a branch of
+            `CascadeSpec.adapter`. If the weight is tied, all its names get the same rows. Cannot be combined with rank
+            or lora_alpha. As peft's `trainable_token_indices`.
     """
 
     pattern: Pattern
@@ -138,12 +149,12 @@ class Rule:
 @checks_names
 @dataclass(frozen=True)
 class TrainRule:
-    """Options of the parameters trained in full that a glob matches; the first match counts.
+    """Options for parameters trained in full, instead of the options of the spec. The first match counts.
 
     Args:
         pattern: glob on parameter names. `CascadeSpec.train` has to match these parameters as well.
-        lr: their learning rate, instead of the one given to `param_groups`.
-        slow: whether they have a slow copy, instead of `CascadeSpec.slow_train`.
+        lr: learning rate of these parameters. None (default): the one given to `Cascade.param_groups`.
+        slow: whether these parameters follow the slow rule. None (default): `CascadeSpec.slow_train`.
     """
 
     pattern: Annotated[str, Check(bool, "give a glob on parameter names")]
@@ -156,17 +167,18 @@ class TrainRule:
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """Options of the branch of one site, from a spec and its rules.
+    """Options of the branch of one site, resolved from a spec and the rule that matches the site.
 
     Args:
-        adapter: name of the method.
-        rank: in the running stage.
-        lora_alpha, use_rslora: define the scale.
-        adapter_options: options of the method, as pairs.
-        ranks: rank in stage 1, 2, ...; the last one repeats. Empty: the rank does not change.
+        rank: rank in the running stage.
+        lora_alpha: numerator of the scale.
+        adapter: name of the adapter method.
+        use_rslora: whether the scale divides by `sqrt(rank)` instead of `rank`.
+        adapter_options: options of the method, as (name, value) pairs.
+        ranks: rank in stage 1, 2, ...; the last entry repeats. Empty if the rank is the same in all stages.
         train_A: whether A is trained.
-        nearest_full_gradient: whether the gradient of B is corrected to the step nearest to full training.
-        tokens: trained rows, if a rule gives them.
+        nearest_full_gradient: whether the gradient of B is corrected (see CascadeSpec).
+        tokens: indices of the trained rows. Empty unless a rule gives them.
     """
 
     rank: Rank
@@ -180,12 +192,15 @@ class SiteOptions:
     tokens: Tokens = ()
 
     def at_stage(self, stage: int) -> SiteOptions:
-        """Return the options in a stage: the rank follows `ranks`."""
+        """Return the options in a stage, with the rank that `ranks` has for it. The first stage is 1."""
         return replace(self, rank=self.ranks[min(stage, len(self.ranks)) - 1]) if self.ranks else self
 
     @property
     def scale(self) -> float:
-        """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA; 1 for a method without a scale."""
+        """Factor s of the delta: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` under rsLoRA.
+
+        1 for adapter methods without the option `lora_alpha`.
+        """
         if "lora_alpha" not in self.method.options:
             return 1.0
         return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
@@ -199,62 +214,85 @@ class SiteOptions:
 @checks_names
 @dataclass(frozen=True)
 class CascadeSpec:
-    """All that a user asks of an adaptation.
+    """Configuration of `lorasc_fx.adapt`: what is adapted, how branches train, and how stages are merged.
+
+    Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, nearest_full_gradient,
+    lr_ratio, restart_A, restart_pairs and start. With another method they must keep their defaults.
 
     Args:
-        targets: kinds (see KINDS; all by default) or globs on weight names. A glob that names a module means its
-            weights.
-        exclude: globs on weight names that are never changed.
-        train: globs on names of parameters to train in full (a new head, norms).
+        targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, experts), or globs on weight
+            names. A glob that matches a module name selects all weights of the module. Default: all kinds.
+        exclude: globs on names of weights that must not be changed, whatever targets says. Default: none.
+        train: globs on names of parameters to train in full, such as a new head or norms. As peft's modules_to_save.
+            Default: none.
         untie: globs on names of tied parameters, such as a head that shares its weight with the embedding. They become
-            separate parameters, and stay separate after a release.
-        rules: another rank or lora_alpha, or rows to train, by pattern; the first match counts.
-        adapter: the method: `lora`, `dora` (2402.09353), or another row of docs/method.md, or one of your own
-            (`register_branch`).
-        adapter_options: options of the method, by name (docs/method.md). A mapping is stored as pairs.
-        rank: r of the branches.
-        lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
-        dropout: share of the entries of a branch's input that are set to zero in train mode, as in peft's LoRA. Such
-            branches compute beside their op, because only there they have an input.
-        ranks: rank of stage 1, 2, ...; the last one repeats. Empty: every stage has `rank`. It does not change the rank
-            that a rule gives.
-        train_A: whether A is trained. Without it only A x is saved for the backward (LoRA-FA, 2308.03303).
-        nearest_full_gradient: multiply the gradient of B by `(A A^T)^-1 / s^2`. With a frozen A this is the step
-            nearest to full training.
-        lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, there about 16).
-        train_rules: learning rate and slow copy by pattern, for parameters under `train`; the first match counts.
-        average: average of the slow weights over the ends of stages, for `weights("averaged")`: `ema`, exponential with
-            average_decay, or `swa`, the plain mean (1803.05407).
-        placement: where the branches compute: `beside` the op, `merged` with it, on the `weight`, or `auto` by a cost
-            model. If a node does not allow the given placement, another one is used.
-        pace: share of the fast weights that a transition adds to the slow ones (the paper's alpha), in (0, 1]. A
-            sequence has one share for each stage; the last one repeats. `mean` is 1/t in stage t: with restart="fast"
-            the slow weights are the mean of the weights at the ends of stages. `loss` weights each stage in this mean
-            by `L_t^-loss_penalty` of its loss L_t (2504.18580), which `transition(optimizer, loss=...)` takes.
-        loss_penalty: p of pace="loss"; 0 is the plain mean, and a larger one prefers stages with a small loss.
-        momentum: m of Nesterov's momentum over stages (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`,
-            `v_t = m v_{t-1} + d_t`, `S_t = S_{t-1} + pace (d_t + m v_t)`. With 0 it is LoRASC's rule.
-        restart: whether the next stage starts from the slow or from the fast weights.
-        noise: see `Noise`.
-        restart_A: A of the next stage: `fresh` random values, or `kept` from the stage before.
-        restart_pairs: share of the rank-1 pairs of each branch that a transition restarts (SRLoRA, 2505.12433): those
-            with the smallest terms stay in the weight, and the others are trained on with their optimizer state.
-        start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
-            residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
-            (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
-            `loftq` (2310.08659) starts beside a quantized weight from the nearest pair to what quantization took from
-            it; `adapt` is given the files of the model before by `base`.
-        carry_rank: largest rank of the delta of earlier stages beside a quantized weight. A delta of a higher rank is
-            replaced by the nearest one. None: the rank of the matrix.
-        optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
-            entries that are set to zero (ReLoRA, 2307.05695).
-        slow_train: whether parameters under `train` follow the slow rule as well.
-        on_nonfinite: a branch with inf or nan at a fold is an error (`raise`) or is left out (`skip`).
-        seed: seed of initial values and noise. `torch.manual_seed` and a trainer's seed do not change them, so give
-            another seed for each repetition of an experiment.
+            separate parameters, and stay separate after `Cascade.release`. Default: none.
+        rules: other ranks or lora_alpha, or rows to train, by pattern (see Rule). The first match counts. Default:
+            none.
+        adapter: adapter method: `lora` (default), `dora` (2402.09353), another row of docs/method.md, or a name given
+            to `register_branch`. `dora` cannot be combined with restart="fast", momentum, average, noise.keep or
+            noise.redraw="step".
+        adapter_options: options of the adapter method by name (docs/method.md), as a mapping. Stored as sorted pairs.
+            Default: none.
+        rank: rank r of the branches. Default: 8.
+        lora_alpha: numerator of the scale `s = lora_alpha / rank`. Default: 8.0.
+        use_rslora: divide by `sqrt(rank)` instead of rank (rsLoRA, 2312.03732). Default: False.
+        dropout: probability that an entry of a branch's input is set to zero in train mode, as peft's lora_dropout.
+            Cannot be combined with placement="merged" or "weight", because a branch has no input there. Default: 0.0.
+        ranks: rank in stage 1, 2, ...; the last entry repeats. Rules with a rank are not affected. Cannot be combined
+            with another `rank` than the first entry. Default: empty, every stage has `rank`.
+        train_A: whether A is trained. If False, only the product A x is saved for the backward (LoRA-FA, 2308.03303).
+            Default: True.
+        nearest_full_gradient: multiply the gradient of B by `(A A^T)^-1 / s^2`, so that a step on B is the nearest one
+            to a step of full fine-tuning (LoRA-Pro, 2407.18242). Requires train_A=False. Default: False.
+        lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, which suggests about 16).
+            Cannot be combined with train_A=False. Default: 1.0.
+        train_rules: learning rate and slow rule by pattern, for parameters under `train` (see TrainRule). The first
+            match counts. Requires train. Default: none.
+        average: average of the slow weights at the ends of stages, for `Cascade.weights("averaged")`: `off` (default),
+            `ema` (exponential, with average_decay) or `swa` (the mean, 1803.05407). Cannot be combined with noise.keep.
+        average_decay: factor by which each stage multiplies the exponential average, in (0, 1). Requires average="ema".
+            Default: 0.9.
+        placement: where branches compute: `beside` the op, `merged` into it, on the `weight`, or `auto` (default) to
+            let a cost model choose. A site whose op does not allow the placement gets another one. The `auto` choice
+            is made at the first capture. See docs/design.md, "Placements".
+        pace: share of the fast weights that a transition merges into the slow ones, in (0, 1]; alpha in the paper.
+            A sequence has one share per stage; its last entry repeats. 1.0 merges whole stages (COLA, 2401.04151).
+            `mean` is 1/t in stage t: with restart="fast", the slow weights are then the mean of the weights at the ends
+            of stages. `loss` weights each stage in this mean by `L_t^-loss_penalty`, with L_t the loss given to
+            `Cascade.transition(optimizer, loss=...)` (2504.18580). Default: 0.5.
+        loss_penalty: exponent p of pace="loss", 0 or more. 0 is the plain mean; a larger p prefers stages with a small
+            loss. Requires pace="loss". Default: 1.0.
+        momentum: Nesterov momentum m over stages, in [0, 1) (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`,
+            `v_t = m v_{t-1} + d_t`, `S_t = S_{t-1} + pace (d_t + m v_t)`. Default: 0.0, the rule of LoRASC.
+        restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
+        noise: noise on the frozen weights (see Noise). Default: off.
+        restart_A: A at the start of the next stage: `fresh` random values (default), or `kept` from the previous stage
+            if the rank is the same. `kept` requires start="lora".
+        restart_pairs: share of the rank-1 pairs `b_i a_i` of each branch that restart at a transition, in (0, 1]
+            (SRLoRA, 2505.12433). The pairs with the smallest norms restart, and what they have learned stays in the
+            weight. The other pairs continue to train with their optimizer state. A share below 1 requires start="lora",
+            optimizer_state="reset" and no ranks. Default: 1.0.
+        start: factors at the start of a stage. `lora` (default): A by restart_A, and B = 0. The others compute the
+            factors from the weight W, and the weight holds the residual `W - s B A` while the stage trains: the largest
+            singular triplets (`pissa`, 2404.02948), the smallest ones (`milora`, 2406.09044), or the first columns and
+            rows of the QR decomposition (`olora`, 2406.01775). `loftq` (2310.08659) is for quantized weights: the
+            factors approximate the quantization error. Then give `adapt` the files of the unquantized model by `base`.
+        carry_rank: maximum rank of the unmerged delta of earlier stages, which is computed beside a quantized weight. A
+            delta of a higher rank is replaced by the nearest one of this rank. Default: None, no limit.
+        optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
+            (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
+        slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
+        on_nonfinite: what a fold does with a branch that holds inf or nan: `raise` NonFiniteBranch (default), or `skip`
+            the branch with a warning.
+        seed: seed of initial values and noise. `torch.manual_seed` and the seed of a trainer do not change them, so
+            give another seed to each repetition of an experiment. Default: 0.
+
+    Raises:
+        SpecError: a value has the wrong type or is out of range, or options cannot be combined.
     """
 
-    OTHER_NAMES: ClassVar[Mapping[str, str]] = OF_PEFT
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = PEFT_OPTIONS
 
     targets: Annotated[tuple[str, ...], Check(bool, f"give kinds {KINDS} or globs on weight names")] = KINDS
     exclude: tuple[str, ...] = ()
@@ -263,7 +301,7 @@ class CascadeSpec:
     rules: tuple[Rule, ...] = ()
     adapter: Adapter = "lora"
     adapter_options: AdapterOptions = ()
-    rank: Rank = USUAL_RANK
+    rank: Rank = DEFAULT_RANK
     lora_alpha: Alpha = 8.0
     use_rslora: bool = False
     dropout: Dropout = 0.0
@@ -274,12 +312,12 @@ class CascadeSpec:
     train_rules: tuple[TrainRule, ...] = ()
     average: Annotated[str, choice(AVERAGES)] = "off"
     average_decay: Annotated[
-        float, Check(lambda decay: 0 < decay < 1, "it is what an average keeps: give a number in (0, 1)")
-    ] = USUAL_DECAY
+        float, Check(lambda decay: 0 < decay < 1, "it multiplies the average at each stage: give a number in (0, 1)")
+    ] = DEFAULT_DECAY
     placement: Placement = "auto"
     pace: Pace = 0.5
     loss_penalty: Annotated[float, Check(lambda p: p >= 0, "it is an exponent: give a number of 0 or more")] = (
-        USUAL_PENALTY
+        DEFAULT_PENALTY
     )
     momentum: Annotated[float, Check(lambda m: 0 <= m < 1, "it is a momentum: give a number in [0, 1)")] = 0.0
     restart: Annotated[str, choice(RESTARTS)] = "slow"
@@ -292,7 +330,7 @@ class CascadeSpec:
     carry_rank: Rank | None = None
     optimizer_state: (
         Literal["reset", "kept"]
-        | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept' or a ratio in (0, 1) to prune")]
+        | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept', or the share in (0, 1) to prune")]
     ) = "reset"
     slow_train: bool = True
     on_nonfinite: OnNonFinite = "raise"
@@ -300,30 +338,32 @@ class CascadeSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.adapter_options, Mapping):
+            # Pairs in sorted order: a spec must be hashable, and equal specs must compare equal.
             object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
         check(self, conflicts=CONFLICTS)
         check_adapter_options(self.adapter, self.adapter_options)
+        # `rank` is the rank of the first stage, also if only `ranks` was given.
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
 
     def site_options(self, rule: Rule | None = None) -> SiteOptions:
-        """Return the options of a site in the first stage, with the rule that matches it, if any."""
+        """Return the options of a site in the first stage. `rule` is the rule that matches the site, if any."""
         if rule is not None and rule.tokens:
             return SiteOptions(len(rule.tokens), float(self.lora_alpha), "tokens", tokens=rule.tokens)
-        given = {option.name: getattr(self, option.name) for option in fields(SiteOptions) if option.name != "tokens"}
+        values = {option.name: getattr(self, option.name) for option in fields(SiteOptions) if option.name != "tokens"}
         if rule is not None and rule.rank is not None:
-            given |= {"rank": rule.rank, "ranks": ()}
+            values |= {"rank": rule.rank, "ranks": ()}
         if rule is not None and rule.lora_alpha is not None:
-            given["lora_alpha"] = rule.lora_alpha
-        return SiteOptions(**{**given, "lora_alpha": float(given["lora_alpha"])})
+            values["lora_alpha"] = rule.lora_alpha
+        return SiteOptions(**{**values, "lora_alpha": float(values["lora_alpha"])})
 
     @property
     def factor_start(self) -> Start:
-        """The strategy of `start`."""
+        """The strategy object of the option `start`."""
         return STARTS[self.start]
 
     @property
     def next_a(self) -> NextA:
-        """The strategy of `restart_A`."""
+        """The strategy object of the option `restart_A`."""
         return NEXT_A[self.restart_A]
 
     @property
@@ -338,28 +378,28 @@ class CascadeSpec:
 
     @property
     def pace_rule(self) -> PaceRule:
-        """The strategy of `pace`."""
+        """The strategy object of the option `pace`."""
         if isinstance(self.pace, str):
             return PACES[self.pace]
         return GivenPace(self.pace if isinstance(self.pace, tuple) else (self.pace,))
 
     def pace_at(self, stage: int, losses: Mapping[int, float]) -> float:
-        """Return the pace of a stage; the first one is 1. `losses` has the loss of each stage, if the pace needs it."""
+        """Return the pace of a stage (the first is 1). `losses` holds the loss of each stage if `pace` is "loss"."""
         return self.pace_rule.at(stage, losses, self.loss_penalty)
 
     def rank_at(self, stage: int) -> int:
-        """Return the rank of a stage, unless a rule gives another one; the first stage is 1."""
+        """Return the rank of branches without a rule in a stage (the first is 1)."""
         return self.ranks[min(stage, len(self.ranks)) - 1] if self.ranks else self.rank
 
     def average_share(self, count: int) -> float | None:
-        """Return the share of new slow weights in an average of `count` stages before; None without an average."""
+        """Return the share of the slow weights in the average after `count` earlier stages. None without an average."""
         average = AVERAGES[self.average]
         if not average.kept:
             return None
         return 1.0 if count == 0 else average.share(count, self.average_decay)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""
+        """Convert to lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         return {name: _plain(value) for name, value in values.items() if value is not None}
 
@@ -368,7 +408,7 @@ class CascadeSpec:
         """Build a spec from plain data.
 
         Raises:
-            SpecError: an unknown key (with the nearest known one), or a value that the field refuses.
+            SpecError: a key is unknown (the message has the nearest known one), or a value is invalid.
         """
         spec: CascadeSpec = decode(cls, data, ("spec",))
         return spec

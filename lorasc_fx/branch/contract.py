@@ -82,7 +82,7 @@ class Branch(nn.Module, abc.ABC):
     """Conditions on the values of the method's own options."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """The options among `spec_checks.OPTIONS` that the method supports."""
+    """The options among `spec_checks.METHOD_OPTIONS` that the method supports."""
 
     scales_rows: ClassVar[bool] = False
     """Whether the method scales rows of the weight (`gain`), so that the slow weights are not only a sum of deltas."""

@@ -27,7 +27,7 @@ from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import full_tensor
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.spec_checks import OPTIONS
+from lorasc_fx.spec_checks import METHOD_OPTIONS
 
 DOWN, UP = "lora_A", "lora_B"
 """Names of the factors [rank, in] and [out, rank], as in peft."""
@@ -189,7 +189,7 @@ class LoraBranch(LowRankBranch):
     zeros: ClassVar[tuple[str, ...]] = ("lora_B",)
     slices_apart = True
     pads_with_zeros = True
-    options = frozenset(OPTIONS)
+    options = frozenset(METHOD_OPTIONS)
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)

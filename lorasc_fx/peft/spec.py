@@ -17,9 +17,9 @@ from torch import nn
 from lorasc_fx.errors import SpecError, UnknownTarget
 from lorasc_fx.peft.format import IGNORED, READ, UNSUPPORTED, by_pattern, lora_spec, token_rows
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.spec_checks import OPTIONS
+from lorasc_fx.spec_checks import METHOD_OPTIONS
 
-USUAL_ALPHA = float(OPTIONS["lora_alpha"])
+DEFAULT_ALPHA = float(METHOD_OPTIONS["lora_alpha"])
 _UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
 
 
@@ -86,7 +86,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     options = {option: values[field_name] for field_name, option in method.options.items()}
     if method.adapter == "oft" and not values["use_cayley_neumann"]:
         options["neumann_terms"] = 0
-    alpha, ranks = float(values[method.alpha]) if method.alpha else USUAL_ALPHA, values.get("rank_pattern") or {}
+    alpha, ranks = float(values[method.alpha]) if method.alpha else DEFAULT_ALPHA, values.get("rank_pattern") or {}
     pairs = {name: (by_pattern(ranks, name.removesuffix(".weight"), values[method.size]), alpha) for name in names}
     return lora_spec(pairs, (values[method.size], alpha), train, {}, adapter=method.adapter, adapter_options=options)
 
@@ -165,7 +165,7 @@ def _token_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> 
     paths = token_rows(values["token_indices"], model) if targets is None else _targets(config, model)
     if not paths:
         raise UnknownTarget(f"spec: target_modules={targets!r} match no module with a weight")
-    return lora_spec({}, (1, USUAL_ALPHA), (), {f"{path}.weight": values["token_indices"] for path in paths})
+    return lora_spec({}, (1, DEFAULT_ALPHA), (), {f"{path}.weight": values["token_indices"] for path in paths})
 
 
 def _targets(config: Any, model: nn.Module) -> list[str]:

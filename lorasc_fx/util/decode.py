@@ -1,6 +1,6 @@
-"""Read dataclasses from plain data (JSON, TOML, arguments) and check their fields.
+"""Convert plain data (JSON, TOML, arguments) to dataclasses, and check their fields against their annotations.
 
-The annotations of a class say what its fields hold. What a type cannot say is a `Check` in an `Annotated` type:
+A condition that a type cannot express is a `Check` in an `Annotated` type:
 
     Rank = Annotated[int, Check(lambda rank: rank >= 1, "a rank is an integer of 1 or more")]
 
@@ -9,7 +9,7 @@ The annotations of a class say what its fields hold. What a type cannot say is a
         pattern: str
         ranks: tuple[Rank, ...] = ()
 
-An error names the field by its path: `rules[1].ranks[0] is -1; a rank is an integer of 1 or more`.
+An error message names the field by its path: `rules[1].ranks[0] is -1; a rank is an integer of 1 or more`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from lorasc_fx.util.checks import is_number
 
 T = TypeVar("T")
 FieldPath = tuple[Any, ...]
-_LONGEST = 80
+_MAX_SHOWN = 80
+"""Maximum number of characters of a value that a message shows."""
 _UNIONS = (Union, UnionType)
 _REMEDIES: dict[Any, str] = {
     bool: "true or false",
@@ -48,24 +49,35 @@ _REMEDIES: dict[Any, str] = {
     list: "a list",
     dict: "a table",
 }
+"""What to give for a type without a `Check`. The words are those of TOML."""
 
 
 class Check(NamedTuple):
-    """A condition on a value of the right type, what to give instead, and the known names if the value is a name."""
+    """A condition on a value that already has the right type.
+
+    Args:
+        accepts: returns whether the value is valid.
+        remedy: what to give instead, for the error message.
+        known: valid names if the value is a name, for a suggestion in the error message.
+    """
 
     accepts: Callable[[Any], Any]
     remedy: str
     known: Collection[str] = ()
 
     def __hash__(self) -> int:
-        """Hash without the known names, which may be a table: annotations must be hashable."""
+        """Hash without `known`, which may be a dict. Annotations must be hashable."""
         return hash((self.accepts, self.remedy))
 
 
 class Conflict(NamedTuple):
-    """Valid values of several fields that cannot be combined: a condition, the reason, and what to give instead.
+    """Values of several fields that are valid alone but cannot be combined.
 
-    A field of a field is written as `noise.keep`.
+    Args:
+        fields: names of the fields. `noise.keep` is the field `keep` of the field `noise`.
+        holds: takes the values of these fields, and returns whether they are in conflict.
+        why: the reason, as a clause for the error message.
+        remedy: what to set instead, as a sentence for the error message.
     """
 
     fields: tuple[str, ...]
@@ -75,16 +87,21 @@ class Conflict(NamedTuple):
 
 
 def choice(names: Iterable[str]) -> Check:
-    """Return the condition that a value is one of these names."""
+    """Return a check that a value is one of these names."""
     known = tuple(names)
     return Check(known.__contains__, f"give one of {', '.join(known)}", known)
 
 
 def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
-    """Convert a value to this type: a table becomes a dataclass, a list becomes a tuple.
+    """Convert a value to an annotated type. A table becomes a dataclass, and a list becomes a tuple.
+
+    Args:
+        hint: the type, perhaps `Annotated` with checks.
+        value: plain data.
+        path: where the value comes from, for error messages: field names and list indices.
 
     Raises:
-        SpecError: the value, or one inside it, is of another type or out of range.
+        SpecError: the value, or a value inside it, has the wrong type or is invalid.
     """
     kind, checks = _split(hint)
     if not _fits(kind, value):
@@ -96,7 +113,8 @@ def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
         kinds = parts if origin is tuple and parts[-1] is not ... else parts[:1] * len(value)
         if len(kinds) != len(value):
             raise _wrong(path, value, Check(bool, f"give {len(kinds)} entries"))
-        value = origin(decode(each, item, (*path, n)) for n, (each, item) in enumerate(zip(kinds, value, strict=True)))
+        pairs = enumerate(zip(kinds, value, strict=True))
+        value = origin(decode(item_kind, item, (*path, index)) for index, (item_kind, item) in pairs)
     elif origin is dict:
         value = {decode(parts[0], key, path): decode(parts[1], item, (*path, key)) for key, item in value.items()}
     elif is_typeddict(kind) or (_is_dataclass(kind) and not isinstance(value, kind)):
@@ -108,10 +126,15 @@ def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
 
 
 def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None:
-    """Check the fields of a frozen dataclass in its `__post_init__`, and decode lists and tables in them.
+    """Decode and check the fields of a frozen dataclass. Called in its `__post_init__`.
+
+    Args:
+        instance: the dataclass. Its fields are replaced by their decoded values.
+        path: where the instance comes from, for error messages.
+        conflicts: combinations of values that are refused.
 
     Raises:
-        SpecError: a field is of another type or out of range, or fields are in conflict.
+        SpecError: a field has the wrong type or is invalid, or fields are in conflict.
     """
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
@@ -119,51 +142,59 @@ def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None
     for conflict in conflicts:
         values = [functools.reduce(getattr, name.split("."), instance) for name in conflict.fields]
         if conflict.holds(*values):
-            shown = [f"{path_text((*path, n))} is {_shown(v)}" for n, v in zip(conflict.fields, values, strict=True)]
+            pairs = zip(conflict.fields, values, strict=True)
+            settings = [f"{path_text((*path, name))}={_shortened(value)}" for name, value in pairs]
             raise SpecError(
-                f"{' and '.join(shown)}: {conflict.why}; {conflict.remedy}",
+                f"{settings[0]} cannot be combined with {' and '.join(settings[1:])}: {conflict.why}. "
+                f"{conflict.remedy}",
                 code="conflicting-options",
             )
 
 
-def check_names(cls: Any, given: Iterable[Any], path: FieldPath) -> None:
-    """Refuse names that are not fields of a class, in one error. `cls.OTHER_NAMES` maps names of other libraries."""
-    known, others = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
-    if unknown := [name for name in given if name not in known][:20]:
-        told = [
-            f"{name!r} (here {others[name]})" if name in others else f"{_shown(name)}{nearest(str(name), known)}"
+def check_names(cls: Any, names: Iterable[Any], path: FieldPath) -> None:
+    """Check that all names are fields of a class. `cls.OTHER_NAMES` maps names in other libraries to our fields.
+
+    Raises:
+        SpecError: lists all unknown names, each with our name for it or the nearest field.
+    """
+    fields, other_names = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
+    if unknown := [name for name in names if name not in fields][:20]:
+        entries = [
+            f"{name!r} (here {other_names[name]})"
+            if name in other_names
+            else f"{_shown(name)}{nearest(str(name), fields)}"
             for name in unknown
         ]
         raise SpecError(
-            f"{path_text(path) or 'the table'} has no field {', '.join(told)}; known: {', '.join(known)}",
+            f"{path_text(path) or 'the table'} has no field {', '.join(entries)}; known: {', '.join(fields)}",
             code="unknown-name",
         )
 
 
 def checks_names(cls: type[T]) -> type[T]:
-    """Make a dataclass raise the error of `check_names` for an unknown argument instead of a TypeError."""
+    """Decorate a dataclass so that an unknown argument raises the SpecError of `check_names`, not a TypeError."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **given: Any) -> None:
-        check_names(cls, given, (cls.__name__,))
-        init(self, *args, **given)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_names(cls, kwargs, (cls.__name__,))
+        init(self, *args, **kwargs)
 
     cls.__init__ = checked  # type: ignore[method-assign]
     return cls
 
 
 def path_text(path: FieldPath) -> str:
-    """Return a path as `spec.rules[2].rank`."""
+    """Format a path like `spec.rules[2].rank`."""
     text = ""
     for part in path:
-        is_name = isinstance(part, str) and len(part) <= _LONGEST and part.replace(".", "").isidentifier()
+        is_name = isinstance(part, str) and len(part) <= _MAX_SHOWN and part.replace(".", "").isidentifier()
         text += f"{'.' if text else ''}{part}" if is_name else f"[{_shown(part)}]"
     return text
 
 
 def _split(hint: Any) -> tuple[Any, list[Check]]:
-    """Split an annotation into its type and its conditions."""
+    """Split an annotation into its type and its checks."""
     if get_origin(hint) is Literal:
         return str, [choice(get_args(hint))]
     if get_origin(hint) is NotRequired:
@@ -173,24 +204,29 @@ def _split(hint: Any) -> tuple[Any, list[Check]]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value has this type, without looking at what is inside it."""
+    """Whether a value has this type. Items of lists and tables are not checked."""
     kind, _ = _split(hint)
     if get_origin(kind) in _UNIONS:
         return any(_fits(part, value) for part in get_args(kind))
     kind = get_origin(kind) or kind
     if kind is tuple:
         return isinstance(value, (tuple, list))
-    if kind is float:
+    if kind is float:  # an int is a number too, and inf and nan are not accepted
         return is_number(value)
     if is_typeddict(kind):
         return isinstance(value, dict)
     if _is_dataclass(kind) and isinstance(value, Mapping):
         return True
+    # A bool is an int in Python, but not for us.
     return kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
 
 
 def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
-    """Build a dataclass, or a TypedDict, from a table."""
+    """Convert a table to a dataclass or a TypedDict.
+
+    Raises:
+        SpecError: a key is unknown or missing, or a value is invalid.
+    """
     check_names(cls, data, path)
     hints = _hints(cls)
     for name in _required(cls):
@@ -219,7 +255,7 @@ def _required(cls: Any) -> Iterable[str]:
 
 
 def _remedy(hint: Any) -> str:
-    """Return the remedy for a value of the wrong type."""
+    """Return what to give instead of a value of the wrong type."""
     kind, checks = _split(hint)
     if checks and get_origin(kind) not in (tuple, list):
         return checks[0].remedy
@@ -230,13 +266,16 @@ def _remedy(hint: Any) -> str:
 
 
 def _wrong(path: FieldPath, value: Any, check: Check) -> SpecError:
-    near = nearest(str(value)[:_LONGEST], check.known) if check.known else ""
-    return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{near}")
+    suggestion = nearest(str(value)[:_MAX_SHOWN], check.known) if check.known else ""
+    return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{suggestion}")
 
 
 def _shown(value: Any) -> str:
-    """Format a value for a message, without control characters and within a line."""
-    if isinstance(value, (str, tuple, list, dict)) and not value:
-        return "empty"
+    """Format a value for a message: its shortened repr, or "empty"."""
+    return "empty" if isinstance(value, (str, tuple, list, dict)) and not value else _shortened(value)
+
+
+def _shortened(value: Any) -> str:
+    """Return the repr of a value. A long one is cut, so that the message stays readable."""
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"

@@ -116,8 +116,9 @@ def test_a_misspelt_value(name: str) -> None:
 
 @pytest.mark.parametrize("names", CONFLICTING)
 def test_conflicting_options(names: str) -> None:
-    """All are named, with their values, and so is what to give instead."""
-    with raises(lx.SpecError, "conflicting-options", *(f"{name} is " for name in names.split(", ")), "; give "):
+    """The message names all options of the conflict with their values."""
+    settings = [f"{name}=" for name in names.split(", ")]
+    with raises(lx.SpecError, "conflicting-options", *settings, " cannot be combined with "):
         lx.CascadeSpec(**CONFLICTING[names])
 
 
@@ -144,7 +145,7 @@ def test_every_conflict_is_tested() -> None:
 def test_other_values_in_conflict(placement: Any) -> None:
     with raises(lx.SpecError, "conflicting-options", "dropout", repr(placement)):
         lx.CascadeSpec(dropout=0.1, placement=placement)
-    with raises(lx.SpecError, "conflicting-options", "average_decay is 0.5 and average is 'off'"):
+    with raises(lx.SpecError, "conflicting-options", "average_decay=0.5 cannot be combined with average='off'"):
         lx.CascadeSpec(average_decay=0.5)
 
 
@@ -159,7 +160,7 @@ def test_wrong_noise(field: str, value: Any, told: str) -> None:
 @pytest.mark.parametrize("other", [{"redraw": "step"}, {"distribution": "filter"}])
 def test_noise_that_cannot_be_kept(other: dict[str, Any]) -> None:
     ((name, value),) = other.items()
-    with raises(lx.SpecError, "conflicting-options", f"noise.keep is True and noise.{name} is {value!r}"):
+    with raises(lx.SpecError, "conflicting-options", f"noise.keep=True cannot be combined with noise.{name}={value!r}"):
         lx.Noise(keep=True, **other)
 
 

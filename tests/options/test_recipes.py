@@ -49,7 +49,7 @@ def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
 @pytest.mark.parametrize("recipe", [lx.recipes.lora, lx.recipes.small_data, lx.recipes.long_training])
 def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], adapter: str) -> None:
     if adapter == "dora" and recipe is lx.recipes.long_training:
-        with raises(lx.SpecError, "conflicting-options", "adapter is 'dora'", "restart is 'fast'"):
+        with raises(lx.SpecError, "conflicting-options", "adapter='dora'", "restart='fast'"):
             recipe(6, adapter=adapter)
         return
     spec, schedule = recipe(6, adapter=adapter, rank=2)

@@ -34,7 +34,7 @@ class Outer:
     on: bool = False
 
     def __post_init__(self) -> None:
-        check(self, conflicts=(Conflict(("on", "size"), lambda on, size: on and size, "no", "give one"),))
+        check(self, conflicts=(Conflict(("on", "size"), lambda on, size: on and size, "no", "Give one"),))
 
 
 ROW = {"name": "x", "pair": [1, 2]}
@@ -65,7 +65,7 @@ def test_data_become_dataclasses() -> None:
         ({"size": "9" * 500}, "invalid-value", "... (502 characters); give a whole number"),
         ({"size": float("nan")}, "invalid-value", "root.size is nan"),
         ({"on": 1}, "invalid-value", "root.on is 1; give true or false"),
-        ({"on": True, "size": 2}, "conflicting-options", "on is True and size is 2: no; give one"),
+        ({"on": True, "size": 2}, "conflicting-options", "on=True cannot be combined with size=2: no. Give one"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_path(data: Any, code: str, told: str) -> None:
