@@ -123,7 +123,13 @@ class MatrixOps:
 
     @staticmethod
     def _beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if by_hand(base, x) and (branch.drops or max(base.numel(), x.numel()) > _SMALL):
+        # A tracer must not see the comparison of sizes: it would specialize the graph on them.
+        traced = type(base) is not torch.Tensor or torch.compiler.is_compiling()
+        if not traced and not branch.drops and base.numel() <= _SMALL and x.numel() <= _SMALL:
+            # No view and no `addmm`: each of them costs more than the products.
+            low = F.linear(x, branch.down.to(x.dtype))
+            return torch.add(base, F.linear(low, branch.up.to(low.dtype)), alpha=branch.scale)
+        if by_hand(base, x):
             a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
             return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)
         x = F.dropout(x, branch.dropout) if branch.drops else x

@@ -13,6 +13,7 @@ import enum
 import functools
 import itertools
 import math
+import operator
 import sys
 import types
 from collections import deque
@@ -366,10 +367,14 @@ class Guards:
         registered = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
         self._held: list[tuple[Held, frozenset[Any], Any, dict[Any, Any]]] = []
         self._shapes: list[tuple[Any, frozenset[Any], Any]] = []
+        # `hold` runs before each call, after the model has evicted these objects from the processor's caches. Parallel
+        # lists let it compare in C, without reading a tuple per entry or a length per empty container.
+        self._empty: list[Any] = []
         self._sized: list[Any] = []
         self._sizes: list[int] = []
-        # Three lists of the same kind, because a loop over one kind of holder is faster.
-        self._entries: list[tuple[dict[Any, Any], Any, Any]] = []
+        self._holders: list[dict[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
         self._items: list[tuple[Any, Any, Any]] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []
         self._versions: list[tuple[torch.Tensor, int, str]] = []
@@ -397,8 +402,11 @@ class Guards:
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
             self._shapes.append((where, skipped, held.shape(skipped)))
         elif held.sized and isinstance(where, (dict, list, deque)):
-            self._sized.append(where)
-            self._sizes.append(len(where))
+            if where:
+                self._sized.append(where)
+                self._sizes.append(len(where))
+            else:
+                self._empty.append(where)
         for key, value in values.items():
             if isinstance(where, (dict, list)) and (_by_value(value) or isinstance(value, _OBJECTS)):
                 if held.ordered:
@@ -406,7 +414,9 @@ class Guards:
                 else:
                     self._traced.append((where, key, value, _by_value(value)))
             if type(where) is dict and not held.ordered:
-                self._entries.append((where, key, value))
+                self._holders.append(where)
+                self._keys.append(key)
+                self._values.append(value)
             elif isinstance(where, (list, types.MappingProxyType)) and value is not MISSING:
                 self._items.append((where, key, value))
             else:
@@ -421,10 +431,12 @@ class Guards:
     def hold(self) -> bool:
         """Whether the state is unchanged."""
         try:
-            for where, key, expected in self._entries:  # first, because they include the modes
-                if where[key] is not expected and not _alike(where[key], expected):
-                    return False
-            if list(map(len, self._sized)) != self._sizes:  # one comparison of lists is faster than a loop
+            current = map(operator.getitem, self._holders, self._keys)
+            if not all(map(operator.is_, current, self._values)):  # first, because they include the modes
+                for where, key, expected in zip(self._holders, self._keys, self._values, strict=True):
+                    if where[key] is not expected and not _alike(where[key], expected):
+                        return False
+            if any(self._empty) or list(map(len, self._sized)) != self._sizes:
                 return False
             for items, key, expected in self._items:
                 if items[key] is not expected and not _alike(items[key], expected):
@@ -447,6 +459,9 @@ class Guards:
 
         Leaves out what dynamo cannot compare: in-place writes, entries of sets, classes and slots, and rare types.
         """
+        for where in self._empty:
+            if len(where) != 0:
+                return False
         for where, size in zip(self._sized, self._sizes, strict=True):
             if len(where) != size:
                 return False
