@@ -18,7 +18,7 @@ from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import dtensor_like, local
-from lorasc_fx.state import Scratch, SlowWeights, arithmetic, keep_base
+from lorasc_fx.state import Scratch, SlowWeights, arithmetic
 from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
@@ -180,7 +180,7 @@ def weights_to_write(
         out = local(parameter)
         for slow in (run.slow, after):
             if slow is not None and name in slow.states:
-                keep_base(slow.states[name].base, out)
+                slow.states[name].keep_base(out)
         yield name, out
 
 

@@ -350,7 +350,7 @@ class RunBase:
         for name in slow.quantized:
             if name in branches:  # a rollback may have removed it
                 state = slow.states[name]
-                branches[name].set_unmerged(state.unmerged("slow") if slow.idle else state.beside)
+                branches[name].set_unmerged(state.unmerged("slow") if slow.idle else state.unmerged_in_stage)
 
 
 def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
-"""Stage transitions: fold the branches, then start them again. Nodes and Parameter objects stay in place.
+"""Stage transitions: fold the branches, then start them again. Graph nodes and Parameter objects stay the same.
 
-Everything is computed before the first write. If anything raises, Ctrl-C included, all writes are rolled back.
+All values are computed before the first write. If anything raises, Ctrl-C included, all writes are rolled back.
 
-S_k of an earlier stage is one more coefficient vector over the experts (algorithm.md, "The slow state is small").
-Parameters trained in full keep one copy per stage (`state.model.AFFORDABLE`). After a dense collapse the experts of the
-earlier stages are gone, and with them those stages.
+The slow weights at the end of an earlier stage are one more coefficient vector over the experts (docs/algorithm.md,
+"The slow state is small"). Parameters trained in full keep one copy per stage if they are small
+(`state.model.MAX_FULL_ENTRIES`). When the experts of a weight are summed into a dense delta, its earlier stages are no
+longer available.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The slow state of weights as values, and what the start and the end of a stage make of it. No graph in here."""
+"""The slow state of weights as immutable values, and the functions that start and end a stage. Knows no graphs."""
 
+from lorasc_fx.state.base import Memory, host
 from lorasc_fx.state.engine import (
     Learner,
     all_finite,
@@ -12,21 +13,8 @@ from lorasc_fx.state.engine import (
     sums_are_finite,
 )
 from lorasc_fx.state.model import Part, SlowWeights
-from lorasc_fx.state.products import Scratch, arithmetic, summing
-from lorasc_fx.state.weight import (
-    Expert,
-    KeptNoise,
-    Memory,
-    View,
-    ViewName,
-    WeightState,
-    host,
-    keep_base,
-    scaled,
-    sum_of,
-    svd_of,
-    truncated,
-)
+from lorasc_fx.state.products import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
+from lorasc_fx.state.weight import Expert, KeptNoise, View, ViewName, WeightState
 
 __all__ = [
     "Expert",
@@ -47,7 +35,6 @@ __all__ = [
     "end_stage",
     "has_trained",
     "host",
-    "keep_base",
     "scaled",
     "start_weight",
     "sum_of",

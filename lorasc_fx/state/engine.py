@@ -1,11 +1,11 @@
-"""What the start and the end of a stage mean for one weight. The cascade and the passes both call these functions.
+"""The start and the end of a stage for one weight. The cascade and the passes both call these functions.
 
-Source: algorithm.md, "One site".
+Source: docs/algorithm.md, "One site".
 
-PiSSA (2404.02948) and OLoRA (2406.01775) take B_0 and A_0 out of the weight: while the stage trains, the parameter
-holds the residual `W_t - s B_0 A_0`, so that nothing is changed at the start. What has trained is
-`s (B A - B_0 A_0)`, kept as one pair of twice the rank, `[B - B_0, B_0] [A; A - A_0]`: both of its terms are as small
-as the change, and exactly zero before the first step.
+PiSSA (2404.02948) and OLoRA (2406.01775) subtract initial factors from the weight. During the stage the parameter holds
+the residual `W_t - s B_0 A_0`, so that the branch changes nothing at the start. The delta of the stage is
+`s (B A - B_0 A_0)`. It is kept as one pair of twice the rank, `[B - B_0, B_0] [A; A - A_0]`. Both of its terms are as
+small as the change, and exactly zero before the first step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import KeptNoise, SlowRule, WeightState
 
 Learner = Branch | torch.Tensor
-"""What trains a weight in a stage: its branch, or the parameter itself if it is trained in full."""
+"""The trained part of a weight in a stage: its branch, or the parameter itself if it is trained in full."""
 
 _LOWER = "Lower the learning rate or clip gradients"
 
@@ -41,8 +41,20 @@ def start_weight(
     device: torch.device | None = None,
     step: int = 0,
 ) -> torch.Tensor:
-    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), minus the branch's initial
-    factors, rounded once to the weight's dtype.
+    """Return the weight that a stage trains on, in the shape of the weight, rounded once to its dtype.
+
+    This is `W_t = W0 + S_{t-1} + N_t`, or `W0 + F_{t-1} + N_t` under restart="fast", minus the initial factors of the
+    branch (docs/algorithm.md, "start of stage t").
+
+    Args:
+        state: state of the weight.
+        spec, stage: of the plan.
+        noisy: whether to add the noise N_t if the spec has noise.
+        device: device of the result, by default the device of W0.
+        step: number of optimizer steps in the stage, if noise is drawn again after each.
+
+    Raises:
+        SpecError: as for `write_start`.
     """
     start = torch.empty(
         state.base.shape, dtype=state.base.dtype, device=state.base.device if device is None else device
@@ -60,30 +72,31 @@ def write_start(
     step: int,
     scratch: Scratch | None = None,
 ) -> None:
-    """Write what `start_weight` returns into `out`, in place.
+    """Write the weight that `start_weight` returns into `out`.
 
-    Noise is drawn by (seed, stage, step, weight), block by block. If `out` is narrower than the arithmetic, the exact
-    weight needs a scratch buffer.
+    The noise depends on (seed, stage, step, weight name) and is drawn block by block. If `out` is narrower than the
+    arithmetic, the exact weight is computed in `scratch`.
 
     Raises:
-        SpecError: the weight has no finite size, or its noise exceeds its dtype.
+        SpecError: the standard deviation of the weight is not finite, or the noise exceeds the range of its dtype.
     """
     dtype = arithmetic(state.base.dtype)
-    if state.base.dtype not in (out.dtype, dtype):  # a narrow weight that was cast since
+    if state.base.dtype not in (out.dtype, dtype):  # the parameter was cast since: round to the dtype of W0 first
         out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
         return
     if not noisy or not spec.noise.is_on or state.full:
         state.write(out, "fast", dtype, state.residual)
         return
-    # The size of the noise is that of the full weight, before the initial factors are subtracted.
+    # Initial factors are subtracted last, because the noise depends on the standard deviation of the full weight.
     exact = out if out.dtype == dtype else (scratch or Scratch()).like(out, dtype)
     state.write(exact, "fast", dtype)
     size = noise_size(spec.noise, exact, state.stacked, state.transposed, state.shard)
     largest = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0
     if not math.isfinite(largest):
         raise SpecError(
-            f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
-            f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
+            f"noise.strength is {spec.noise.strength}, and the standard deviation of {state.name} is not finite: it "
+            "holds inf or nan, or numbers whose squares overflow. So its noise is undefined. "
+            f"Give exclude=({state.name!r},) or noise.strength=0"
         )
     if state.initial is not None:
         state.write(exact, "fast", dtype, state.residual)
@@ -92,19 +105,19 @@ def write_start(
         add_noise(exact, draw(*address, exact.shape, step, state.shard, exact.device), size)
     if exact is not out:
         out.copy_(exact)
-    # Looking at all entries takes a pass, so only noise near the limit of the dtype is checked.
+    # A check of all entries takes a pass over the weight, so it is skipped unless the noise could overflow the dtype.
     limits = torch.finfo(out.dtype)
     if largest > limits.max * limits.eps / 64 and not bool(torch.isfinite(out).all()):
         raise SpecError(
-            f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
-            f"Give less, or exclude it (exclude=({state.name!r},))"
+            f"noise.strength is {spec.noise.strength}: in stage {stage} the noise makes {state.name} overflow "
+            f"{out.dtype}. Give a smaller strength, or exclude=({state.name!r},)"
         )
 
 
 def start_weight_of(
     state: WeightState, spec: CascadeSpec, stage: int, noisy: bool, device: torch.device
 ) -> StartWeight:
-    """Return the weight of a state as its branch sees it in a stage."""
+    """Return the start weight of a stage as the object that branches expect. It computes values lazily."""
     return StartWeight(
         exact=lambda: state.whole(state.exact("fast", arithmetic(state.base.dtype), device=device), Side.WEIGHT),
         noisy=lambda: start_weight(state, spec, stage, noisy, device),
@@ -125,33 +138,36 @@ def begin_stage(
     noisy: bool = True,
     left_out: bool = False,
 ) -> tuple[WeightState, Branch]:
-    """Return the state of a stage that starts, and a new branch with plain tensors as it starts.
+    """Start a stage: return its state, and a new branch with its initial values as plain tensors.
 
-    If the weight is sharded, every rank must call this at the same point: the weight is gathered if it is decomposed.
+    If the weight is sharded, every rank must call this at the same point, because a decomposition gathers the weight.
 
     Args:
-        state: that the stage starts from.
-        branch: of the stage before.
-        site, spec, stage: of the plan; the new branch has the rank of this site.
-        keep: whether the new branch takes over what the spec keeps of the branch before.
-        noisy: whether the stage runs; else its weight has no noise, and nothing is subtracted from it.
-        left_out: whether the weight was left out of the fold before, so that no pair of its branch is kept.
+        state: state of the weight after the stage before.
+        branch: branch of the stage before.
+        site, spec, stage: of the plan of the new stage. The new branch has the rank of this site.
+        keep: whether the new branch keeps the factors that the spec says (lora_A, the largest pairs).
+        noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
+        left_out: whether the fold before left the weight out. Then no pairs of its branch are kept.
+
+    Raises:
+        SpecError: the branch starts from a decomposition, and the weight holds inf or nan.
     """
     parameter = next(branch.parameters()).detach()
     started = type(branch)(site, spec.seed, stage, parameter)
     initial = InitialFactors()
     with torch.no_grad():
-        # Pairs that are kept are part of the weight that the stage starts from, so the weight must not have them twice.
+        # The fold has added the kept pairs to the weight, so they are subtracted from it like other initial factors.
         if keep and started.follow(branch, spec, pairs=noisy and not left_out):
             assert isinstance(started, LoraBranch)
             initial = InitialFactors(started.exact_factors().map(state.cut))
         if "factors" in started.starts_from(spec, noisy):
             assert isinstance(started, LoraBranch)
             exact = state.exact("fast", arithmetic(state.base.dtype), device=parameter.device)
-            if spec.factor_start.of_delta:  # LoftQ: the factors approximate what quantization took from the weight
+            if spec.factor_start.of_delta:  # LoftQ: the factors approximate the quantization error
                 exact = exact - dense(state.base).to(exact)
-            a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec)
-            # A decomposition does not have the same bits on all machines.
+            a, b = decomposed(state.whole(exact, Side.WEIGHT), started, spec)
+            # Broadcast the factors, because a decomposition does not have the same bits on all machines.
             started.set_factors(state.shard.group.of_first(b), state.shard.group.of_first(a))
             initial = InitialFactors(started.exact_factors().map(state.cut))
         state = replace(state, initial=initial)
@@ -163,16 +179,16 @@ def begin_stage(
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
-    """Whether no entry of any factor is inf or nan; every factor is looked at if a sum is not finite."""
+    """Whether no parameter of any branch holds inf or nan. Entries are checked only if a sum is not finite."""
     branches = list(branches)
     factors = [factor for branch in branches for factor in branch.parameters()]
     return sums_are_finite(factors) or all(branch.finite() for branch in branches)
 
 
 def sums_are_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the sums of these tensors are finite: one pass over them, and one look at each device.
+    """Whether the sum of each tensor is finite, with one synchronization per device.
 
-    Then all their entries are finite. A sum that is not finite may have overflowed.
+    If so, all entries are finite. The reverse does not hold, because a sum of finite entries may overflow.
     """
     with torch.no_grad():
         sums = [local(tensor).sum() for tensor in tensors]
@@ -189,7 +205,7 @@ def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
 
 def _not_folded(fault: str) -> NonFiniteBranch:
     return NonFiniteBranch(
-        f"{fault}; nothing was folded. {_LOWER}, or set on_nonfinite='skip' to go on from what the stage started from"
+        f"{fault}; nothing was folded. {_LOWER}, or set on_nonfinite='skip' to leave such weights out of the fold"
     )
 
 
@@ -201,16 +217,17 @@ def end_stage(
     noisy: bool,
     checked: bool,
 ) -> tuple[WeightState, bool]:
-    """Return the slow state after the stage, with the stage's noise if it is kept, and whether the weight was left out.
+    """End a stage: return the slow state after it, and whether the weight was left out of the fold.
 
-    A weight is left out if what has trained is not finite, or would take an entry of the weight beyond its dtype.
+    A weight is left out if its trained values are not finite, or if the fold would make it overflow its dtype. Then it
+    keeps the value that the stage started from. The noise of the stage is added to the state if `noise.keep` is set.
 
     Args:
-        state: of the weight when the stage started.
-        learner: None for a weight that only has noise.
+        state: state of the weight in the stage.
+        learner: the branch, or the parameter trained in full. None for a weight that only has noise.
         spec: of the plan.
-        rule: of the slow update in this stage.
-        noisy: whether the stage ran with its noise.
+        rule: the slow update of this stage.
+        noisy: whether the stage ran, so that its weight had noise.
         checked: whether the factors of branches are known to be finite.
 
     Raises:
@@ -227,19 +244,19 @@ def end_stage(
         else:
             fault = f"{state.name}, which is trained in full, holds inf or nan"
     elif learner is not None and (checked or on_all(learner.finite())):
-        # All ranks must agree, because adding an expert changes the number of experts on all of them.
+        # All ranks must agree, because each rank has the same number of experts.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
         after = state.absorb(delta, rule)
         if not on_all(after.fits()):
-            after, fault = None, f"the branch of {state.name} takes it beyond {state.base.dtype}"
+            after, fault = None, f"the branch of {state.name} makes the weight overflow {state.base.dtype}"
     elif learner is not None:
         fault = f"the branch of {state.name} holds inf or nan"
     if fault and spec.on_nonfinite == "raise":
         raise _not_folded(f"{fault} at the end of stage {stage}")
     if fault:
         warn(
-            f"{fault} at the end of stage {stage}: it goes on from what the stage started from. {_LOWER}",
+            f"{fault} at the end of stage {stage}. The weight is reset to the start of the stage. {_LOWER}",
             "non-finite-left-out",
         )
     if after is None:
@@ -250,23 +267,28 @@ def end_stage(
     return after, bool(fault)
 
 
-def factors_out_of(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B as `spec.start` finds them in a weight, in its dtype, on its device.
+def decomposed(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decompose a weight into initial factors by `spec.start` (PiSSA, OLoRA and others).
 
-    A rank beyond the rank of the matrix starts as in LoRA.
+    If the branch has a larger rank than the matrix, the remaining rows of A keep LoRA's values. The remaining columns
+    of B are zero.
 
     Args:
-        weight: as it is stored; each slice of a fused weight, and each expert, is decomposed separately.
-        branch: that starts, with A as LoRA starts it.
-        spec: whose start is used.
+        weight: the full weight in its stored layout. Slices of a fused weight, and experts, are decomposed separately.
+        branch: the new branch, with LoRA's initial A.
+        spec: its `start` chooses the decomposition.
+
+    Returns:
+        A [r, in] and B [out, r], in the dtype and on the device of the weight. Stacked experts have one more axis, and
+        slices have their factors one after another.
 
     Raises:
         SpecError: the weight holds inf or nan.
     """
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
-            f"start is {spec.start!r}, and {branch.weight_name} holds inf or nan, which has no decomposition. "
-            f"Exclude it (exclude=({branch.weight_name!r},)), or give start='lora'",
+            f"start is {spec.start!r}, which decomposes the weight, but {branch.weight_name} holds inf or nan. "
+            f"Give exclude=({branch.weight_name!r},) or start='lora'",
             code="non-finite",
         )
     a, b = branch.down.to(weight, copy=True), branch.up.new_zeros(branch.up.shape).to(weight)
@@ -277,16 +299,17 @@ def factors_out_of(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) 
     downs = a.split(branch.rank) if branch.slices else (a,)
     with exact_products(matrix):
         for part, up, down in zip(matrices, ups, downs, strict=True):
-            left, right = spec.factor_start.initial_factors(part, branch.rank, branch.scale)
-            up[..., : left.shape[-1]] = left
-            down[..., : right.shape[-2], :] = right
+            initial_b, initial_a = spec.factor_start.initial_factors(part, branch.rank, branch.scale)
+            up[..., : initial_b.shape[-1]] = initial_b
+            down[..., : initial_a.shape[-2], :] = initial_a
     return a, b
 
 
 def has_trained(learner: Learner, state: WeightState) -> bool:
-    """Whether a branch, or a parameter trained in full, has left the start of its stage. A cast is no training.
+    """Whether a branch, or a parameter trained in full, has changed since the start of its stage.
 
-    The answer is for the slice on this rank. Every rank must call this at the same point.
+    A cast does not count as a change. The answer is for the slice on this rank. Every rank must call this at the same
+    point.
     """
     if isinstance(learner, Branch):
         return learner.moved(state.initial, state.cut)
@@ -302,10 +325,10 @@ def delta_of(
     noisy: bool,
     device: torch.device,
 ) -> Delta:
-    """Return what a branch has added to its weight since the stage started, on a device: copies, for this rank's slice.
+    """Return the delta that a branch has added to its weight since the start of the stage, as copies on a device.
 
-    A branch that started from zero leaves its own factors; one that started from factors of the weight leaves
-    `[B - B_0, B_0]` and `[A; A - A_0]`.
+    It is the delta of this rank's slice of the weight. A branch that started at zero contributes its factors. A branch
+    that started from factors of the weight contributes `[B - B_0, B_0]` and `[A; A - A_0]` (see the module docstring).
     """
     parameter = next(branch.parameters())
     weight = start_weight_of(state, spec, stage, noisy, parameter.device)
@@ -318,13 +341,15 @@ def delta_of(
             b = torch.cat([current.b - start.b, start.b], dim=-1)
             a = torch.cat([current.a, current.a - start.a], dim=-2)
             return Delta(Factors(cast(b, parameter.dtype, device), cast(a, parameter.dtype, device)), gain=gain)
-        source = branch if isinstance(branch, LoraBranch) else branch.whole()  # LoRA's factors are cut like the weight
+        source = (
+            branch if isinstance(branch, LoraBranch) else branch.whole()
+        )  # LoRA's factors are sharded like the weight
         delta = source.delta(weight.exact() if branch.uses_weight else None)
         if isinstance(delta, torch.Tensor):
             return Delta(dense=state.cut(full_tensor(delta), Side.WEIGHT).to(device, copy=True), gain=gain)
         parts = []
         for factor, side in ((delta.b, Side.LEFT), (delta.a, Side.RIGHT)):
-            if state.axis(side) is None:  # each rank needs all of it
+            if state.axis(side) is None:  # each rank needs the full factor
                 part = full_tensor(factor)
             elif shard_of(factor).axis == state.shard.axis:  # sharded like the weight
                 part = local(factor)

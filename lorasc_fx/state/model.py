@@ -1,7 +1,7 @@
-"""The state of a model: a `WeightState` for each weight that is adapted, gets noise, or is trained in full.
+"""The slow state of a model: a `WeightState` for each weight that is adapted, gets noise, or is trained in full.
 
-While a stage trains, the user's parameters hold `W_t`. `SlowWeights` is a value: a transition makes the next one,
-writes it, and only then is it the cascade's.
+During a stage the user's parameters hold `W_t`. `SlowWeights` is immutable. A transition computes the next one, writes
+its values, and then stores it in the run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local_like, shard_of
 from lorasc_fx.spec import TrainRule
+from lorasc_fx.state.base import Memory, base_of, host
 from lorasc_fx.state.engine import (
     Learner,
     all_finite,
@@ -31,23 +32,24 @@ from lorasc_fx.state.engine import (
     write_start,
 )
 from lorasc_fx.state.products import Scratch, arithmetic
-from lorasc_fx.state.weight import Memory, SlowRule, ViewName, WeightState, base_of, host
+from lorasc_fx.state.weight import SlowRule, ViewName, WeightState
 
-AFFORDABLE = 1 << 20
-"""Number of entries trained in full up to which each stage keeps a copy. The limit is higher if branches are larger."""
+MAX_FULL_ENTRIES = 1 << 20
+"""Limit on the entries of all parameters trained in full together, up to which each stage keeps a copy of them. If the
+branches have more entries than this, their number is the limit."""
 
 
 @dataclass(frozen=True)
 class SlowWeights:
-    """Slow states by weight name.
+    """The slow states of all weights of a model.
 
     Args:
-        states: of the parameters trained in full, the sites, and every matrix that carries noise.
+        states: by weight name: sites, parameters trained in full, and every other matrix that gets noise.
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
-        left_out: names of the weights that the last fold did not change, because the trained values were not finite.
-        averaged: number of stages whose slow weights are in the average.
-        losses: losses of the stages that have ended, by number, if the pace depends on them.
-        group: the ranks that hold the shards of the weights.
+        left_out: names of the weights that the last fold did not change, because their trained values were not finite.
+        averaged: number of stages in the average.
+        losses: losses of the stages that have ended, by stage number, if the pace depends on them.
+        group: the process group that holds the shards of the weights.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
@@ -64,11 +66,17 @@ class SlowWeights:
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
-        """Names of the weights that are quantized. Branches compute what the stages add to them."""
+        """Names of the quantized weights. Their parameters cannot hold a delta, so their branches compute it."""
         return tuple(quantized_in({name: state.base for name, state in self.states.items() if not state.full}))
 
     def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
-        """Return the state of this rank's shards of the weights, by name. If `mapped`, W0 stays in its file."""
+        """Return the state for this rank's shards.
+
+        Args:
+            specs: the slice of each weight on this rank, by name.
+            group: the process group of the shards.
+            mapped: whether W0 is memory-mapped from files. Then its slices are views of the files.
+        """
         states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
         return replace(self, states=states, group=group)
 
@@ -79,13 +87,13 @@ class SlowWeights:
         mapped: Mapping[str, torch.Tensor] | None = None,
         memory: Memory = "memory",
     ) -> SlowWeights:
-        """Return a state with these weights added. Their current values are W0.
+        """Return a state with new weights, whose current values become W0. Known weights keep their state.
 
         Args:
-            parameters: by name. For a DTensor, the state is that of the local shard.
-            plan: plan of the running stage.
-            mapped: W0 of some of them as memory-mapped tensors, equal to the current values.
-            memory: the kind of memory that keeps W0 of the others.
+            parameters: parameters of the model, by name. Of a DTensor, the local shard becomes W0.
+            plan: plan of the running stage. It says which weights are stacked or transposed.
+            mapped: W0 of some weights as memory-mapped tensors, equal to the current values, by name.
+            memory: the kind of memory for W0 of all other weights.
         """
         sites, mapped = plan.by_weight, mapped or {}
         new = {
@@ -102,7 +110,7 @@ class SlowWeights:
         return replace(self, states={**self.states, **new})
 
     def with_trained(self, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, TrainRule]) -> SlowWeights:
-        """Return a state with these parameters added, which are trained in full. Some have a rule."""
+        """Return a state with these parameters added as trained in full. `rules` has train_rules for some of them."""
         new = {
             name: WeightState(name, host(value), shard=shard_of(value), full=True, rule=rules.get(name)).bare()
             for name, value in parameters.items()
@@ -110,7 +118,10 @@ class SlowWeights:
         return replace(self, states={**self.states, **new})
 
     def started(self, name: str) -> WeightState:
-        """Return the state of a weight with the start of the running stage. If idle, the start is the slow weights."""
+        """Return the state of a weight whose `start` view equals the weights in place.
+
+        If the cascade is idle, these are the slow weights, whatever the next stage starts from.
+        """
         state = self.states[name]
         if not self.idle:
             return state
@@ -118,10 +129,9 @@ class SlowWeights:
         return replace(state, views={**state.views, "start": start})
 
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor, scratch: Scratch | None = None) -> None:
-        """Write the value between two steps into `out`: W_t, or the slow weight if idle.
+        """Write the value that the parameter holds in the running stage: W_t, or the slow weight if idle.
 
-        For a parameter trained in full, this is the value that its stage started from. `scratch` is for one weight at a
-        time.
+        For a parameter trained in full, this is the value that its stage started from.
         """
         if self.idle:
             self.write_value(name, "fast", out)
@@ -131,7 +141,7 @@ class SlowWeights:
     def value(
         self, name: str, view: ViewName, like: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
     ) -> torch.Tensor:
-        """Return weights of this name, rounded once to the dtype of `like`, on its device."""
+        """Return the value of a weight, rounded once to the dtype of `like`, on its device; see `write_value`."""
         value = torch.empty(self.states[name].base.shape, dtype=like.dtype, device=like.device)
         with torch.no_grad():
             self.write_value(name, view, value, learner, plan)
@@ -140,14 +150,19 @@ class SlowWeights:
     def write_value(
         self, name: str, view: ViewName, out: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
     ) -> None:
-        """Write what `value` returns into `out`.
+        """Write a weight into `out`, rounded once to the dtype of `out`.
 
-        If the plan of the running stage is given, the magnitudes of its branch count, and parameters that do not follow
-        the slow rule have their current values.
+        Args:
+            name: name of the weight.
+            view: the weights to compute.
+            out: local tensor in the shape of the weight.
+            learner: the branch, or the current value of a parameter trained in full. Without it, fast weights are the
+                start of the running stage.
+            plan: plan of the running stage. Required if `learner` is a branch and the view is "fast". With it, slow
+                weights of parameters that do not follow the slow rule are their current values.
         """
         state = self.started(name)
         running: Delta | torch.Tensor | None = None
-        # A parameter that does not follow the slow rule has no slow value but its current one.
         if isinstance(learner, torch.Tensor):
             running = learner
             if plan is not None and view != "base" and state.view(view) is state.slow and not state.follows(plan.spec):
@@ -158,16 +173,18 @@ class SlowWeights:
         state.write(out, view, arithmetic(out.dtype), running)
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
-        """Whether one of these, by weight name, has changed since the start of its stage, on any rank."""
+        """Whether a learner (by weight name) has changed since the start of its stage, on any rank."""
         trained = [has_trained(learner, self.started(name)) for name, learner in learners.items()]
         return self.group.any(any(trained))  # not lazily: every rank must make the same collective calls
 
     def losses_with(self, loss: Any, plan: Plan) -> Mapping[int, float]:
-        """Return the losses of the stages with that of the running one; empty if the pace does not depend on losses.
+        """Return the losses of the stages by number, with `loss` for the running stage.
+
+        The result is empty if the pace does not depend on losses.
 
         Args:
-            loss: a number, or a tensor with one number. If the weights are sharded, that of the first rank counts.
-            plan: of the running stage.
+            loss: a number, or a tensor with one number. If the weights are sharded, the value on the first rank counts.
+            plan: plan of the running stage.
 
         Raises:
             SpecError: the loss is missing, or is not a finite number above 0.
@@ -188,24 +205,25 @@ class SlowWeights:
         return {**self.losses, plan.stage: number}
 
     def after_stage(self, plan: Plan, learners: Mapping[str, Learner], loss: Any = None) -> SlowWeights:
-        """Return the state after the slow update of the running stage (algorithm.md, row "slow update").
+        """Return the state after the slow update of the running stage (docs/algorithm.md, row "slow update").
 
         Args:
-            plan: of the stage that ends.
-            learners: by weight name: branches, and parameters trained in full.
-            loss: of the stage, see `losses_with`.
+            plan: plan of the stage that ends.
+            learners: branches, and parameters trained in full, by weight name.
+            loss: loss of the stage, see `losses_with`.
 
         Raises:
-            NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
-            SpecError: the pace depends on losses, and there is none.
+            NonFiniteBranch: a learner is not finite, or its weight would overflow, and spec.on_nonfinite is "raise".
+            SpecError: the pace depends on losses, and the loss is missing or invalid.
         """
         losses = self.losses_with(loss, plan)
         spec, noisy = plan.spec, not self.idle
         branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
-        # One pass over all factors. Only if it fails is each branch looked at, in `end_stage`.
+        # Check all factors in one pass. `end_stage` checks each branch only if this fails.
         finite = self.group.all(all_finite(branches))
+        # Small parameters trained in full keep a copy per stage, so that `rewind` can restore them.
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
-        keeps = sum(state.base.numel() for state in self.trained.values()) <= max(AFFORDABLE, size)
+        keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
         share, pace = spec.average_share(self.averaged), spec.pace_at(plan.stage, losses)
         rule = SlowRule(plan.stage, pace, spec.restart, spec.momentum, spec.carry_rank, share, keeps)
         ended = {
@@ -223,18 +241,22 @@ class SlowWeights:
     def begin_stage(
         self, plan: Plan, branches: Mapping[str, Branch], restart: bool = False, keep: bool = True
     ) -> tuple[SlowWeights, dict[str, dict[str, torch.Tensor]]]:
-        """Return the state of a stage that starts, and the initial values of its branches' parameters by weight name.
+        """Start a stage: return its state, and the initial values of its branches.
 
         Args:
-            plan: of the stage that starts.
-            branches: by weight name.
-            restart: whether all branches start again; else only those whose start depends on the weight.
-            keep: whether they take over what the spec keeps of the stage before.
+            plan: plan of the stage that starts.
+            branches: branches of the model, by weight name.
+            restart: whether all branches get new initial values. Otherwise only branches whose initial values depend on
+                the weight (PiSSA, DoRA) get them.
+            keep: whether branches keep the factors that the spec says (lora_A, the largest pairs).
+
+        Returns:
+            The state, and local tensors by weight name and parameter name.
         """
         states, values = dict(self.states), {}
         for name, branch in branches.items():
             if not restart and not branch.starts_from(plan.spec, not self.idle):
-                continue  # its parameters were initialized when it was made, and do not depend on the weight
+                continue  # its constructor has set its initial values
             site = plan.by_weight[name]
             states[name], started = begin_stage(
                 states[name], branch, site, plan.spec, plan.stage, keep, not self.idle, name in self.left_out
@@ -246,19 +268,19 @@ class SlowWeights:
         return replace(self, states=states), values
 
     def faults(self) -> list[str]:
-        """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
+        """Return a sentence for each problem: a slow state with inf or nan, or with tensors of inconsistent shapes."""
         return [f"the slow state of {name} {fault}" for name, state in self.states.items() for fault in state.faults()]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a sum.
+    """One run in a weighted sum of runs.
 
     Args:
-        name: for messages.
-        plan: of its running stage.
-        slow: its slow weights as a release would have them; its bases are without numbers, they are those of the sum.
-        buffers: of its model, and the parameters that its forward writes.
+        name: name of the run, for messages.
+        plan: plan of its running stage.
+        slow: its slow weights with the running stage folded. W0 is on the meta device, because all runs share one.
+        buffers: buffers of its model, and parameters that its forward writes, by name.
     """
 
     name: str

@@ -1,37 +1,42 @@
-"""The arithmetic of a fold, `out = base + delta + b @ a`, rounded once, and the dtypes in which it is computed.
+"""The arithmetic of a fold: `out = base + delta + b @ a`, rounded once, and sums of low-rank factors.
 
-It works on blocks of rows. On the CPU a block stays in the cache between the copy, the product and the rounding. On an
-accelerator blocks are large enough for the bus, and W0 is copied there in its own dtype. A weight narrower than the
-arithmetic needs a temporary of one block. Every step is in place, and autocast does not change ops in place.
+A fold works on blocks of rows. On the CPU a block stays in the cache between the copy, the product and the rounding.
+On an accelerator a block is large enough to use the bandwidth of the bus, and W0 is copied there in its own dtype. A
+weight narrower than the arithmetic needs a temporary buffer of one block. Every step is in place, because autocast does
+not change the dtype of in-place ops.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 
+from lorasc_fx.branch.factors import Factors
+from lorasc_fx.options import split_evenly
 from lorasc_fx.util.accelerator import has_fp64
 from lorasc_fx.util.undo import Block, isolated
 
 BLOCK = 1 << 21
-"""Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
+"""Bytes of a block per thread on the CPU. Sizes from 1 to 4 MiB are equally fast. Smaller blocks need more calls, and a
+whole weight does not fit in the cache."""
 DEVICE_BLOCK = 1 << 26
-"""Bytes of a block on an accelerator: of bf16 weights 32 MiB are copied at a time."""
+"""Bytes of a block on an accelerator, in the dtype of the arithmetic. Of a bf16 weight, 32 MiB are copied at a time."""
 
 
 class Scratch:
-    """A scratch buffer in the dtype of the arithmetic, for one weight at a time.
+    """A scratch buffer in the dtype of the arithmetic, reused from weight to weight.
 
-    It is reused, because the page faults of a new buffer take longer than the arithmetic.
+    The page faults of a new buffer take longer than the arithmetic.
     """
 
     _buffer: torch.Tensor | None = None
 
     def like(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return `torch.empty_like(weight, dtype=dtype)`. It may share memory with what was returned before."""
+        """Return `torch.empty_like(weight, dtype=dtype)`. It may share memory with tensors from earlier calls."""
         buffer, entries = self._buffer, weight.numel()
         if buffer is None or buffer.numel() < entries or (buffer.dtype, buffer.device) != (dtype, weight.device):
             self._buffer = buffer = None  # free the old buffer before the new one is allocated
@@ -50,15 +55,17 @@ def accumulate(
     """Write `base + delta + b @ a` into `out`, computed in `dtype` and rounded once to the dtype of `out`.
 
     Args:
-        out: a weight [out, ...], stacked [experts, out, ...], on any device, in any memory format.
-        base, delta: of the same shape, on any device and in any dtype.
-        dtype: of the arithmetic.
-        pair: `b` [out, r] and `a` [r, columns] in `dtype` on the device of `out`; both stacked if the weight is.
-        stacked: the first axis counts experts.
+        out: a weight [out, ...], or stacked [experts, out, ...], on any device, in any memory format.
+        base, delta: tensors in the shape of `out`, on any device and in any dtype.
+        dtype: dtype of the arithmetic.
+        pair: `b` [out, r] and `a` [r, columns] in `dtype` on the device of `out`. If the weight is stacked, both have
+            the axis of experts first.
+        stacked: whether the first axis counts experts.
     """
+    # Step 1: find an order of axes in which the weight is contiguous, so that its rows are rows of a matrix.
     lead = 2 if stacked else 1
     order = [*range(lead), *sorted(range(lead, out.dim()), key=out.stride, reverse=True)]
-    if not out.permute(order).is_contiguous():  # its rows are not the rows of a matrix in memory
+    if not out.permute(order).is_contiguous():
         contiguous = torch.empty(out.shape, dtype=dtype, device=out.device)
         accumulate(contiguous, base, dtype, delta, pair, stacked)
         out.copy_(contiguous)
@@ -69,36 +76,38 @@ def accumulate(
             columns = pair[1].view(*pair[1].shape[:lead], *out.shape[lead:])
             pair = pair[0], columns.permute(order).reshape(pair[1].shape)
         out = out.permute(order)
+    # Step 2: choose the number of rows of a block. If one expert exceeds a block, fold each expert as a matrix.
     size = (BLOCK * torch.get_num_threads() if out.device.type == "cpu" else DEVICE_BLOCK) // dtype.itemsize
     entries = math.prod(out.shape[1:])
     if stacked and entries > size:
-        for index, (one, start) in enumerate(zip(out, base, strict=True)):
+        for index, (matrix, base_matrix) in enumerate(zip(out, base, strict=True)):
             factors = None if pair is None else (pair[0][index], pair[1][index])
-            accumulate(one, start, dtype, None if delta is None else delta[index], factors)
+            accumulate(matrix, base_matrix, dtype, None if delta is None else delta[index], factors)
         return
     rows = max(1, size // max(1, entries))
-    narrow = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)
+    buffer = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)
+    # Step 3: compute block by block.
     with exact_products(out):
-        for first in range(0, out.shape[0], rows):
-            block = slice(first, first + rows)
-            target, source, more = out[block], base[block], None if delta is None else delta[block]
-            total = target if narrow is None else narrow[: len(target)]
-            if more is not None and more.dtype == torch.float64 and not has_fp64(target.device):
-                source, more = source.cpu().to(total.dtype, copy=True).add_(more.cpu()), None
-            # `copy_` between devices casts first: right for fp64, but a narrow weight is copied before it is cast.
+        for start in range(0, out.shape[0], rows):
+            block = slice(start, start + rows)
+            target, source, dense = out[block], base[block], None if delta is None else delta[block]
+            total = target if buffer is None else buffer[: len(target)]
+            if dense is not None and dense.dtype == torch.float64 and not has_fp64(target.device):  # add on the host
+                source, dense = source.cpu().to(total.dtype, copy=True).add_(dense.cpu()), None
+            # `copy_` casts before it transfers. A narrow weight is transferred first, because it has fewer bytes.
             total.copy_(source.to(target.device) if source.dtype.itemsize < total.dtype.itemsize else source)
-            if more is not None:
-                total.add_(more.to(total.device))  # a wider delta is added as it is, and the sum is rounded
+            if dense is not None:
+                total.add_(dense.to(total.device))  # not cast first, so that only the sum is rounded
             if pair is not None and stacked:
                 total.view(*total.shape[:2], math.prod(total.shape[2:])).baddbmm_(pair[0][block], pair[1][block])
             elif pair is not None:
                 total.view(len(total), math.prod(total.shape[1:])).addmm_(pair[0][block], pair[1])
-            if narrow is not None:
+            if buffer is not None:
                 target.copy_(total)
 
 
 def exact_products(like: torch.Tensor) -> AbstractContextManager[None]:
-    """Compute fp32 products on an accelerator in fp32, even if the process has chosen TF32 for its training."""
+    """Return a context manager that computes fp32 products on CUDA in fp32, even if the process has enabled TF32."""
     return _ieee() if like.is_cuda else nullcontext()
 
 
@@ -110,21 +119,113 @@ def _ieee(undo: Block) -> None:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the tensor in a dtype on a device.
+    """Return the tensor in a dtype on a device. A transfer from or to the host casts on the host.
 
-    If it comes from the host or goes there, it is cast on the host, because some accelerators (MPS) have no fp64.
+    Some accelerators (MPS) have no fp64.
     """
     return tensor.to(dtype).to(device) if tensor.device.type == "cpu" else tensor.to(device).to(dtype)
 
 
 def summing(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a dense delta, to which every stage adds.
+    """Return the dtype of the dense delta of a weight: fp64, or fp32 for weights narrower than fp32.
 
-    It is wider than the weight, so that the sum of all stages is rounded once: fp64, or fp32 for narrow weights.
+    Every stage adds to the dense delta. It is wider than the weight, so that only the sum of all stages is rounded.
     """
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights of this dtype are computed: fp64 and complex dtypes themselves, else fp32."""
+    """Return the dtype in which weights of a dtype are computed: fp64 and complex dtypes unchanged, otherwise fp32."""
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
+
+
+# ---- pairs of factors
+
+
+def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device) -> Factors:
+    """Return the sum of `c * b @ a` over (c, factors) pairs as one pair of the summed rank.
+
+    Its `b` [rows, sum of r] has all `c b` as columns, its `a` [sum of r, columns] all `a` as rows. A single pair is not
+    copied if possible. Both results are row-major: BLAS rounds the product of a transposed factor differently, and a
+    checkpoint does not store strides.
+    """
+    if len(pairs) == 1:
+        b, a = pairs[0][1].b, pairs[0][1].a
+    else:
+        # Experts are on the host, and the factors of a running branch may not be. Concatenate where the experts are.
+        home = pairs[0][1].b.device
+        b = torch.cat([factors.b.to(home) for _, factors in pairs], dim=-1)
+        a = torch.cat([factors.a.to(home) for _, factors in pairs], dim=-2)
+    b, a = cast(b, dtype, device), cast(a, dtype, device)
+    if any(c != pairs[0][0] for c, _ in pairs):
+        columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
+        b = b * torch.tensor(columns, dtype=dtype, device=device)
+    elif pairs[0][0] != 1:
+        b = b * pairs[0][0]
+    return Factors(_row_major(b), _row_major(a))
+
+
+def nearest_pair(pair: Factors, rank: int | None, floor: float = 0.0) -> tuple[Factors, float]:
+    """Return the best approximation of `b @ a` by a pair of a rank (Eckart and Young, 1936), and its relative error.
+
+    Args:
+        pair: `b` [rows, r] and `a` [r, columns].
+        rank: largest rank of the result. None for no limit.
+        floor: singular values up to this number are dropped. Values that are zero up to rounding are always dropped.
+
+    Returns:
+        The pair, and the Frobenius norm of the dropped part divided by the norm of `b @ a`.
+    """
+    u, values, vh = svd_of(pair)
+    norm = float(values.norm())
+    smallest = max(floor, norm * torch.finfo(values.dtype).eps * max(len(u), vh.shape[-1]))
+    count = int((values > smallest).sum())
+    count = count if rank is None else min(rank, count)
+    return truncated(u, values, vh, count), float(values[count:].norm()) / norm if norm else 0.0
+
+
+def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the SVD of `b @ a`, or of a stack of products: U [rows, k], singular values [k] and V^H [k, columns].
+
+    k is min(r, rows, columns). `b @ a` is never computed: with `b = Q_b R_b` and `a^T = Q_a R_a`, it is enough to
+    decompose the core `R_b R_a^T`.
+    """
+    q_b, r_b = torch.linalg.qr(pair.b)
+    q_a, r_a = torch.linalg.qr(pair.a.mT)
+    u, values, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    return q_b @ u, values, vh @ q_a.mT
+
+
+def truncated(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int) -> Factors:
+    """Return the factors of the `rank` largest singular values of an SVD. Each factor gets the roots of the values."""
+    return Factors(*split_evenly(u[..., :rank], values[..., :rank], vh[..., :rank, :], 1.0))
+
+
+def _row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with the strides of a new tensor, copied if necessary.
+
+    `contiguous` is not enough, because it keeps any strides of axes of length 1.
+    """
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def scale_rows(scale: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Return a weight [out, ...], or [in, out] if `transposed`, with output row i multiplied by `scale[i]`.
+
+    The result has the dtype of the weight. Under DoRA the scale is [out] in fp64.
+    """
+    shape = (1, -1) if transposed else (-1, *(1 for _ in weight.shape[1:]))
+    return weight * scale.to(device=weight.device, dtype=weight.dtype).view(shape)
+
+
+def scaled(pair: Factors, scale: torch.Tensor | None, transposed: bool) -> Factors:
+    """Return the factors of a delta whose output rows are multiplied by `scale` [out]. None returns the pair unchanged.
+
+    The factor that is scaled is in fp64 on the host.
+    """
+    if scale is None:
+        return pair
+    if transposed:
+        return Factors(pair.b, scale_rows(scale, pair.a.cpu().double(), True))
+    return Factors(scale_rows(scale, pair.b.cpu().double(), False), pair.a)

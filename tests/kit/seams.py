@@ -62,7 +62,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "manifest bytes": ((writer, "LONGEST"), (reader, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
-    "entries kept of each stage": ((model, "AFFORDABLE"),),
+    "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),
     "graphs that are kept": ((reuse, "MAX_GRAPHS"),),
     "captures of the fallback": ((graph_breaks, "MAX_CAPTURES"),),

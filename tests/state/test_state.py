@@ -14,9 +14,9 @@ from lorasc_fx.checkpoint.codec import RunState, decode, encode
 from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.state import Expert, KeptNoise, SlowWeights, View, WeightState
+from lorasc_fx.state import Expert, KeptNoise, SlowWeights, View, WeightState, scaled
 from lorasc_fx.state.engine import delta_of
-from lorasc_fx.state.weight import SlowRule, scaled
+from lorasc_fx.state.weight import SlowRule
 from tests.kit.devices import DEVICE, fake_device
 
 
