@@ -408,7 +408,7 @@ def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleFor
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the name of a node's target without namespace and overload, such as `linear`. It is alike in all dialects."""
+    """Return the name of a node's target in every dialect, without namespace and overload, such as `linear`."""
     return _name(node.target)
 
 

@@ -1,8 +1,10 @@
-"""Matching: how a graph uses each weight matrix, and whether it becomes a site, is refused, or is not reached.
+"""Find the uses of each weight matrix in a graph, and decide whether the weight is adapted.
 
-A weight is adapted at all of its uses or at none: a fold changes the weight itself, so with a use without a branch the
-folded model would differ from the trained one. If every use has a form, branches stand beside the uses. Otherwise one
-branch stands on the weight, before all of them.
+A weight is adapted at all of its uses or at none. A fold changes the weight itself, so a use without a branch would
+compute one thing in training and another after the fold.
+
+If every use has a form, a branch is added to the output of each use, or replaces it (placement `merged`). Otherwise one
+branch is added to the weight, before all uses (placement `weight`).
 """
 
 from __future__ import annotations
@@ -49,7 +51,15 @@ from lorasc_fx.spec import KINDS, CascadeSpec
 
 @dataclass(frozen=True)
 class BesideUse:
-    """A node that a branch can stand beside."""
+    """A use of a weight in a known form, so that a branch can be added to its output.
+
+    Args:
+        node: the op.
+        form: name of its form.
+        kind: kind of the site.
+        layout: layout of the stored weight, `out_in` or `in_out`.
+        mergeable: whether a merged branch can replace the op.
+    """
 
     node: fx.Node
     form: str
@@ -64,16 +74,16 @@ class WeightUses:
 
     Args:
         sources: its get_attr nodes.
-        beside: uses that a branch can stand beside.
-        contracted: other nodes that multiply by it or look it up, with the kind of site.
+        beside: uses in a known form.
+        contracted: other nodes that multiply by it or look up its rows, each with the kind of site.
         others: nodes that use it in any other way.
-        opaque: calls of modules that hold it, and whose inside the graph does not show.
+        opaque: calls of leaf modules that own it. The graph does not show how they use it.
         written: nodes that write into it.
-        outside: kinds of its uses in Python between the graphs.
-        touched: whether Python between the graphs uses it, in whatever way.
-        rows: the rows that each use reads, None if unknown.
+        outside: kinds of its uses in Python code between the graphs.
+        script: path of the TorchScript module that owns it, or "".
+        rows: the range of rows that each use in `contracted` reads, None if unknown.
+        touched: whether Python code between the graphs uses it in any way.
         layer: whether it is the weight of a linear, conv or embedding module of torch.nn.
-        script: path of the TorchScript module that holds it, or "".
     """
 
     sources: list[fx.Node] = field(default_factory=list)
@@ -91,13 +101,12 @@ class WeightUses:
     @property
     def reached(self) -> bool:
         """Whether anything uses the weight."""
-        seen = (self.beside, self.contracted, self.others, self.opaque, self.written, self.outside)
-        return any(seen)
+        return any((self.beside, self.contracted, self.others, self.opaque, self.written, self.outside))
 
-    def join(self, other: WeightUses) -> None:
+    def join(self, uses: WeightUses) -> None:
         """Add the uses of this weight in another graph."""
         for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
-            getattr(self, name).extend(getattr(other, name))
+            getattr(self, name).extend(getattr(uses, name))
 
     @property
     def kinds(self) -> list[str]:
@@ -106,40 +115,40 @@ class WeightUses:
 
     @property
     def all_beside(self) -> bool:
-        """Whether a branch can stand beside every use, in one layout."""
+        """Whether every use has a form, and all read the weight in one layout."""
         return not (self.contracted or self.others or self.outside) and len({use.layout for use in self.beside}) == 1
 
     def slices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The numbers of rows of the slices in which the uses read the weight, or ()."""
+        """The number of rows of each slice, if the uses divide a weight of this shape into slices; otherwise ()."""
         sliced = not (self.beside or self.others or self.outside) and kind_at(shape, self) != "experts"
         return slices_of(self.rows, shape[0]) if sliced else ()
 
     @property
     def registered_form(self) -> str:
-        """Name of the first registered form among the uses, or ""."""
+        """Name of the first form among the uses that `register_form` added, or ""."""
         names = [use.form for use in self.beside if registered_named(use.form) is not None]
         forms = [form for node, _ in self.contracted if (form := registered_form(node.target)) is not None]
         return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
     def without_branch(self) -> list[fx.Node]:
-        """The uses that no branch can stand beside, or else all uses."""
+        """The uses without a form. If all have one, every use."""
         return self.others or [node for node, _ in self.contracted] or [use.node for use in self.beside]
 
     @property
     def called(self) -> list[fx.Node]:
-        """Uses that call a module which holds the weight. They would not see a branch on the weight."""
+        """Uses that call the module that owns the weight. A branch that is added to the weight would not reach them."""
         return [use.node for use in self.beside if (replaced_call(use.node) or use.node).op == "call_module"]
 
 
-def kind_at(shape: tuple[int, ...], seen: WeightUses) -> str:
-    """Return the kind of site of a weight with this shape and these uses."""
-    kind = seen.kinds[0]
+def kind_at(shape: tuple[int, ...], uses: WeightUses) -> str:
+    """Return the kind of site of a weight with this shape and at least one use of known kind."""
+    kind = uses.kinds[0]
     return "experts" if kind == "linear" and len(shape) == 3 else kind
 
 
 def _no_uses(owner: nn.Module, weights: Weights) -> dict[str, WeightUses]:
-    """Return what is known of each weight without a graph."""
+    """Return an entry without uses for each weight, by its name. Weights in TorchScript modules have `script` set."""
     uses: dict[str, WeightUses] = defaultdict(WeightUses)
     for name, script in scripted_weights(owner).items():
         uses[weights.canonical[name]].script = script
@@ -156,41 +165,52 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
             if weight is not None and weights.parameters[weight].dim() > 1:
                 uses[weight].sources.append(node)
                 shape = tuple(weights.parameters[weight].shape)
-                for start in _behind_branches(graph_module, node):
+                # In a graph with branches, the uses of an adapted weight come after the branch.
+                for start in _after_branches(graph_module, node):
                     for consumer in uses_of(start, constant | {start}):
-                        # A branch beside an op may read the weight of that op as well.
-                        beside = _is_beside(graph_module, consumer.node)
-                        if not beside or consumer.reads != (consumer.node.kwargs.get("weight"),):
+                        # A branch that is added to an op's output may get the op's weight too. This is no use.
+                        is_branch = _adds_to_first_argument(graph_module, consumer.node)
+                        if not is_branch or consumer.reads != (consumer.node.kwargs.get("weight"),):
                             _read_consumer(consumer, start, shape, uses[weight])
         elif node.op == "call_module":
             _read_module(graph_module, node, record, weights, uses)
     return uses
 
 
-def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
-    """Return the branch nodes that stand on a weight or on an expert of it, or else the weight's own node."""
-    for holders in ([source], indexed_experts(source)):
-        users = [user for holder in holders for user in holder.users if user.args == (holder,)]
-        branches = [user for user in users if _is_beside(graph_module, user)]
+def _after_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
+    """Return the branch nodes that are added to a weight or to its indexed experts. Without any, the weight's node."""
+    for nodes in ([source], indexed_experts(source)):
+        users = [user for node in nodes for user in node.users if user.args == (node,)]
+        branches = [user for user in users if _adds_to_first_argument(graph_module, user)]
         if branches:
             return branches
     return [source]
 
 
-def _is_beside(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _adds_to_first_argument(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node calls a branch that has not replaced an op: it adds to an op's output or to a weight."""
     branch = node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), Branch)
     return branch and call_template(node) is None
 
 
 def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], uses: WeightUses) -> None:
+    """Add one consumer of a weight to its uses.
+
+    Args:
+        consumer: the node where the weight meets an input.
+        start: the weight's node, or a branch that is added to it.
+        shape: of the weight.
+        uses: the list to extend.
+    """
     node, dims = consumer.node, len(shape)
     if any(mutates(node, source) for source in consumer.aliases):
         uses.written.append(node)
         return
     op = replaced_call(node)
-    if op is not None and op.form is not None:  # a merged branch has replaced the op
+    if op is not None and op.form is not None:  # a merged branch replaced the op in an earlier pass
         uses.beside.append(BesideUse(node, op.form.name, op.form.kind, op.form.layout, mergeable=True))
         return
+    # A form requires that the op reads the weight itself, apart from transposes, which change the layout.
     form, layout = form_of(node, None), None
     if isinstance(form, FunctionForm) and form.dims == dims and len(consumer.reads) == 1:
         read = consumer.reads[0]
@@ -209,24 +229,33 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
 def _read_module(
     graph_module: fx.GraphModule, node: fx.Node, record: Record, weights: Weights, uses: dict[str, WeightUses]
 ) -> None:
+    """Add the call of a module to the uses of the matrices that the module owns."""
     module = module_at(graph_module, str(node.target))
     if module is None or isinstance(module, Branch):
         return
     name = str(node.target).removeprefix(record.prefix)
     form = form_of(node, module)
-    used = weights.canonical.get(f"{name}.weight") if form is not None else None
-    if form is not None and used is not None:
-        uses[used].beside.append(BesideUse(node, form.name, form.kind, form.layout, mergeable(node, form)))
+    form_weight = weights.canonical.get(f"{name}.weight") if form is not None else None
+    if form is not None and form_weight is not None:
+        uses[form_weight].beside.append(BesideUse(node, form.name, form.kind, form.layout, mergeable(node, form)))
     for leaf, parameter in module.named_parameters(remove_duplicate=False):
         weight = weights.canonical.get(f"{name}.{leaf}")
-        if weight is not None and weight != used and parameter.dim() > 1:
-            renormed = leaf == "weight" and getattr(module, "max_norm", None) is not None
-            (uses[weight].written if renormed else uses[weight].opaque).append(node)
+        if weight is not None and weight != form_weight and parameter.dim() > 1:
+            # An embedding with max_norm writes the renormalized rows into its weight.
+            writes = leaf == "weight" and getattr(module, "max_norm", None) is not None
+            (uses[weight].written if writes else uses[weight].opaque).append(node)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """The result of a match: the plan with its sites, the use of each marked node, and the other matrices."""
+    """The result of a match.
+
+    Args:
+        plan: the plan with its sites.
+        uses: the mark of each node that uses a site.
+        refusals: the matrices that are not adapted, with reasons.
+        unreached: the matrices that the graph does not use.
+    """
 
     plan: Plan
     uses: dict[fx.Node, Use]
@@ -235,7 +264,7 @@ class Matching:
 
 
 def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
-    """Return the weights that may become sites, before a graph shows how they are used."""
+    """Return the weights that the spec selects and that can be adapted, before a graph shows how they are used."""
     weights = named_weights(owner)
     uses = _no_uses(owner, weights)
     return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, uses[name]) is None)
@@ -247,13 +276,14 @@ def survey(
     spec: CascadeSpec,
     outside: Mapping[str, str],
 ) -> Matching:
-    """Classify the weights of a model that runs as several graphs. No node is marked.
+    """Classify the weights of a model that dynamo split into several graphs. No node is marked.
 
     Args:
-        graph_modules: they read one live model.
-        record: with the plan to follow, if there is one.
-        spec: what the user asks for.
-        outside: weights that a run of the model uses, in graphs or in between, with their kind, or "" for other uses.
+        graph_modules: the graphs, which read one live model.
+        record: their record. Its plan is followed, if it has one.
+        spec: the user's spec.
+        outside: kind of each weight that a run of the model used, in graphs or in Python code between them. The kind is
+            "" if the weight was used in an unknown way.
     """
     owner = owner_of(graph_modules[0], record)
     weights = named_weights(owner)
@@ -262,8 +292,8 @@ def survey(
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)):
             uses[weights.canonical.get(f"{path}.weight".lstrip("."), "")].layer = True
     for graph_module in graph_modules:
-        for weight, seen in read(graph_module, record, weights).items():
-            uses[weight].join(seen)
+        for weight, graph_uses in read(graph_module, record, weights).items():
+            uses[weight].join(graph_uses)
     for weight, kind in outside.items():
         if weight in weights.matrices and not uses[weight].kinds:
             uses[weight].touched = True
@@ -274,12 +304,12 @@ def survey(
 def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec) -> Matching:
     """Classify every weight matrix of the graph module's owner.
 
-    A plan in the record is followed: its sites keep their branches, refused weights stay refused, and a weight that was
-    not reached becomes a site if this graph uses it.
+    A plan in the record is followed: its sites keep their branches, and refused weights stay refused. A weight that no
+    earlier graph used becomes a site if this graph uses it.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        PassError: the graph uses a planned site where no branch can stand.
+        PassError: the graph uses a planned site in a way that its branch cannot follow.
     """
     weights = named_weights(owner_of(graph_module, record))
     check_patterns(spec, weights.matrices, weights.names)
@@ -289,8 +319,9 @@ def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec) -> Ma
 
 
 def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec) -> Matching:
+    """Make each weight matrix a site, a refusal or unreached, from its uses. No node is marked."""
     plan = record.plan if record.plan is not None else Plan(spec)
-    known = plan.by_weight
+    planned = plan.by_weight
     earlier = {refusal.weight: refusal for refusal in record.refusals}
     sites: list[Site] = []
     refusals: list[Refusal] = []
@@ -298,13 +329,13 @@ def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, 
     for weight, names in weights.matrices.items():
         seen = uses.get(weight, WeightUses())
         refusal = earlier.get(weight) or _refuse(spec, weights, weight, seen)
-        if weight in known:
-            # An existing branch can be placed on the weight at least, unless one of these uses would not see it.
-            lost = seen.written or seen.opaque or (seen.called and not seen.all_beside)
-            if refusal is not None and lost:
+        if weight in planned:
+            # The branch of an earlier graph can at least be added to the weight, unless these uses bypass it.
+            bypassed = seen.written or seen.opaque or (seen.called and not seen.all_beside)
+            if refusal is not None and bypassed:
                 raise PassError(
-                    f"{weight} has a branch, but this graph uses it where none can stand: {refusal.sentence}. "
-                    f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
+                    f"{weight} has a branch, but this graph uses it in a way that the branch cannot follow: "
+                    f"{refusal.sentence}. Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
                     code="method-not-supported",
                 )
         elif refusal is not None:
@@ -321,33 +352,38 @@ def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, 
 
 
 def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
-    """Return the site with its placement, and with dropout if the branch has an input to drop.
+    """Return the site with its placement, and with dropout if its placement supports dropout.
+
+    The placement `beside` is the default of a site. It is also recorded for a weight that has uses without a form: its
+    branch is then added to the weight, and `_marks` decides so for each graph.
 
     Raises:
-        SpecError: the site uses DoRA, and is used where no branch can replace the op.
+        SpecError: the adapter method does not support the kind of the site, its shape, or its uses.
     """
     method, adapter = site.options.method, site.options.adapter
+    # Check the method.
     if site.kind not in method.kinds or (is_quantized(weight) and not method.beside_quantized):
         raise SpecError(
-            f"adapter is {adapter!r}, and {site.weight} is {_seen_as(site, seen, weight)}, which this method does not "
-            f"adapt. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
+            f"adapter is {adapter!r}, but this method does not support {site.weight}, which is "
+            f"{_seen_as(site, seen, weight)}. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
             code="method-not-supported",
         )
     if fault := method.fault(site):
         raise SpecError(f"adapter is {adapter!r}, and {site.weight} {fault}", code="method-not-supported")
+    # A method that is not added to the output of an op, such as DoRA, replaces the op if possible.
     if "beside" not in method.placements:
-        if _in_place(site, seen) and (spec.placement != "weight" or seen.called):
+        if _replaceable(site, seen) and (spec.placement != "weight" or seen.called):
             return replace(site, placement="merged")
         if "weight" in method.placements and not seen.called:
             return replace(site, placement="weight")
         raise SpecError(
-            f"adapter is {adapter!r}, and {site.weight} is {_seen_as(site, seen, weight)}. This method replaces "
-            "the op: only products and convolutions that read the weight as it is stored. "
+            f"adapter is {adapter!r}, but {site.weight} is {_seen_as(site, seen, weight)}. This method replaces "
+            "the op, and supports only linears and convolutions that read the stored weight directly. "
             f"Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
             code="method-not-supported",
         )
     if not _beside(site, seen):
-        return site  # its placement is that on the weight, whatever the plan says
+        return site  # the branch is added to the weight
     if spec.placement == "weight" and not seen.called and not is_quantized(weight):
         return replace(site, placement="weight")
     if site.kind not in ("linear", "conv"):
@@ -356,18 +392,20 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
         return replace(site, dropout=float(spec.dropout))
     if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in seen.beside):
         return site
+    # With placement "auto", a branch with frozen A is not merged: `beside`, it saves only A x for the backward.
     if spec.placement != "merged" and not spec.train_A:
-        return site  # beside the op, a branch with frozen A keeps only A x
+        return site
     merged = spec.placement == "merged" or by_shape(site, [use.node for use in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 
 
-def _in_place(site: Site, seen: WeightUses) -> bool:
-    """Whether a branch can replace every use."""
+def _replaceable(site: Site, seen: WeightUses) -> bool:
+    """Whether a merged branch can replace the op at every use."""
     return site.kind in ("linear", "conv") and _beside(site, seen) and all(use.mergeable for use in seen.beside)
 
 
 def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
+    """Return a phrase for an error: the kind of the site and the node that uses it."""
     if is_quantized(weight):
         return "quantized"
     nodes = seen.without_branch
@@ -375,24 +413,30 @@ def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
 
 
 def _beside(site: Site, seen: WeightUses) -> bool:
-    """Whether a branch can stand beside every use. A stack of experts needs forms of experts."""
+    """Whether a branch can be added to the output of every use. A stack of experts needs forms of kind `experts`."""
     kinds = {use.kind for use in seen.beside}
     return seen.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
 
 def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: Plan) -> dict[fx.Node, Use]:
+    """Return the mark of each node that gets a branch, in the order of the graph.
+
+    Raises:
+        PassError: the graph uses a site in an op where its branch cannot compute.
+    """
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         seen = uses.get(weight, WeightUses())
-        method, in_place = site.options.method, _in_place(site, seen)
-        if "weight" not in method.placements and seen.reached and not in_place:
+        method, replaceable = site.options.method, _replaceable(site, seen)
+        if "weight" not in method.placements and seen.reached and not replaceable:
             raise PassError(
-                f"The branch of {weight} replaces its op ({site.options.adapter}), and this graph uses the weight in "
-                f"an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model in this "
-                "mode",
+                f"the branch of {weight} replaces its op (adapter={site.options.adapter!r}), but this graph uses the "
+                f"weight in an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model "
+                "in this mode",
                 code="method-not-supported",
             )
-        at_op = in_place or "beside" in method.placements
+        # Mark the ops if the branch can compute at all of them, otherwise the weight itself.
+        at_op = replaceable or "beside" in method.placements
         at_op = at_op and _beside(site, seen) and seen.beside[0].layout == site.layout
         if at_op and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"
@@ -403,7 +447,7 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
                 marks |= dict.fromkeys(experts, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
         elif seen.reached:
             raise PassError(
-                f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has. "
+                f"{weight}: node {seen.called[0].name} reads it in another layout than its branch, {site.layout}. "
                 f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
                 code="method-not-supported",
             )
@@ -411,67 +455,72 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))
 
 
-_UNUSED = "uses it neither in a matrix product or convolution nor as a table"
+_UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"
 
 
 def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) -> Refusal | None:
-    """Return why a weight gets no branch, or None if it can have one or is not reached."""
+    """Return why a weight is not adapted, or None if it can be adapted or is not used."""
     names, parameter = weights.names[weight], weights.parameters[weight]
 
     def refusal(reason: Reason, sentence: str, node: fx.Node | None = None) -> Refusal:
         return Refusal(weight, node.name if node is not None else "", reason, sentence)
 
-    # What the spec says.
+    # Reasons in the spec.
     if any(matches(pattern, names) for pattern in spec.exclude):
         return refusal(Reason.EXCLUDED, "excluded by the spec")
     if any(matches(pattern, names) for pattern in spec.train):
-        return refusal(Reason.TRAINED, "trained in full, as the spec asks")
+        return refusal(Reason.TRAINED, "the spec trains it in full")
     if seen.kinds:
         wanted = targeted(spec.targets, kind_at(tuple(parameter.shape), seen), names)
-    else:  # a target that is a kind may mean it
+    else:  # the kind is unknown, so a target that names a kind may select it
         wanted = any(pattern in KINDS or matches(pattern, names) for pattern in spec.targets)
     if not wanted:
         return refusal(Reason.NOT_TARGETED, "matches no target of the spec")
-    # What the weight is.
+    # Properties of the weight.
     if not parameter.numel():
-        return refusal(Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
-    if seen.script:  # whether torch.export sees inside depends on how often the module has run
+        return refusal(Reason.EMPTY, f"its shape is {tuple(parameter.shape)}, so it has no entries")
+    if seen.script:  # torch.export sees inside such a module or not, depending on how often it has run
         return refusal(
-            Reason.OPAQUE, f"it is inside the TorchScript module {seen.script}; give the nn.Module that it was made of"
+            Reason.OPAQUE,
+            f"it belongs to the TorchScript module {seen.script}; use the nn.Module that was scripted",
         )
     if not parameter.is_floating_point():
-        why = "and branches are real" if parameter.is_complex() else "which has no gradient"
-        return refusal(Reason.NOT_FLOATING, f"holds {parameter.dtype}, {why}")
-    # How it is used.
+        why = "but branches are real" if parameter.is_complex() else "which has no gradient"
+        return refusal(Reason.NOT_FLOATING, f"its dtype is {parameter.dtype}, {why}")
+    # Reasons in its uses.
     if seen.written:
         node = seen.written[0]
         return refusal(Reason.MUTATED, f"node {_shown(node)} writes into it while the model runs", node)
     if seen.opaque:
         node = seen.opaque[0]
         return refusal(
-            Reason.OPAQUE, f"module {node.target} is called whole; capture with another front end sees inside it", node
+            Reason.OPAQUE,
+            f"module {node.target} is called as one node, which hides its ops; use another front end to capture it",
+            node,
         )
     if not seen.reached:
-        return refusal(Reason.NO_FORM, f"Python between the graphs {_UNUSED}") if seen.touched else None
+        return refusal(Reason.NO_FORM, f"Python code between the graphs {_UNUSED}") if seen.touched else None
     if not seen.kinds:
         node = seen.others[0]
         return refusal(Reason.NO_FORM, f"node {_shown(node)} {_UNUSED}", node)
     if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
         nodes = seen.without_branch
-        where = f"node {_shown(nodes[0])}" if nodes else "Python between the graphs"
-        sentence = f"{where} computes with its quantized numbers, and no branch can stand beside that"
+        where = f"node {_shown(nodes[0])}" if nodes else "Python code between the graphs"
+        sentence = f"{where} reads the quantized weight in an op other than a linear, where no branch is supported"
         return refusal(Reason.QUANTIZED, sentence, nodes[0] if nodes else None)
     if not seen.all_beside and seen.called:
         node = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
-        sentence = f"module {seen.called[0].target} is called whole, and node {_shown(node)} uses its weight as well"
+        sentence = f"module {seen.called[0].target} is called as one node, but node {_shown(node)} uses its weight too"
         return refusal(Reason.MIXED_USES, sentence, node)
-    # A layer with one output that only Python between the graphs calls is no vector: its branch stands on the weight.
+    # A weight with one axis longer than 1 is mostly a scale or bias. Exception: a layer with one output or input that
+    # only Python code between the graphs calls.
     single = parameter.numel() == max(parameter.shape, default=0)
     if single and not seen.all_beside and not (seen.layer and not seen.contracted and not seen.others):
-        return refusal(Reason.VECTOR, f"of shape {tuple(parameter.shape)}, has one axis longer than 1")
+        return refusal(Reason.VECTOR, f"its shape is {tuple(parameter.shape)}: only one axis is longer than 1")
     return None
 
 
 def _shown(node: fx.Node) -> str:
+    """Return the name, opcode and target of a node for a message."""
     target = fx.node._get_qualified_name(node.target) if callable(node.target) else str(node.target)
     return f"{node.name} ({node.op} {target})"

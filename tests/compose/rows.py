@@ -190,7 +190,7 @@ ROWS: tuple[Row, ...] = (
         lambda module: calls(module, "tanh") == 1, Yes(), Yes("equal uses of a site become one, with one branch"),
         Yes()),
     Row("splitting", "torch.fx.passes.split_module.split_module", "modules", split,
-        lambda module: hasattr(module, "submod_1"), Refused("is called whole", "adapt first"),
+        lambda module: hasattr(module, "submod_1"), Refused("is called as one node", "adapt first"),
         Refused("no fold reaches it", "fold first"), Yes(), computes=True),
     Row("shapes", "torch.fx.passes.shape_prop.ShapeProp", "modules", shapes,
         lambda module: all("tensor_meta" in node.meta for node in module.graph.nodes if node.op == "call_module"),

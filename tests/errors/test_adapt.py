@@ -85,8 +85,8 @@ def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) ->
     cascade = lx.adapt(Multiplies(), (X,), spec=lx.CascadeSpec(rank=2), frontend=frontend)
     told = {refusal.weight: refusal.sentence for refusal in cascade.refusals}
     assert told.keys() == {"gate", "mix"}
-    assert told["gate"].endswith(") uses it neither in a matrix product or convolution nor as a table")
-    assert told["mix"] == "holds torch.complex64, and branches are real"
+    assert told["gate"].endswith(") uses it neither in a matrix product or convolution nor as an embedding table")
+    assert told["mix"] == "its dtype is torch.complex64, but branches are real"
 
 
 @pytest.mark.parametrize(

@@ -433,7 +433,9 @@ def test_a_planned_weight_that_another_mode_writes_to(frontend: str) -> None:
         cascade(X)
     sentence = str(caught.value)
     assert re.match(
-        r"^weight has a branch, but this graph uses it where none can stand: node mul_ \(.*\) writes into it", sentence
+        r"^weight has a branch, but this graph uses it in a way that the branch cannot follow: node mul_ \(.*\) "
+        "writes into it",
+        sentence,
     )
     assert sentence.endswith(". Exclude it (exclude=('weight',)), or do not run the model in this mode")
     cascade.train()

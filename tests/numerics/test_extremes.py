@@ -186,8 +186,8 @@ def test_weights_without_entries_are_refused_by_name(placement: Any, frontend: s
     cascade = lx.adapt(model, (x,), spec=spec(placement=placement, noise=lx.Noise(0.1, where="all")), frontend=frontend)
     assert [site.weight for site in cascade.sites] == ["some.weight"]
     assert [str(refusal) for refusal in cascade.refusals] == [
-        "none_in: empty (of shape (3, 0), holds no numbers)",
-        "none_out: empty (of shape (0, 5), holds no numbers)",
+        "none_in: empty (its shape is (3, 0), so it has no entries)",
+        "none_out: empty (its shape is (0, 5), so it has no entries)",
     ]
     loss_of(cascade(x)).backward()
     for parameter in trainable(cascade).values():

@@ -101,19 +101,20 @@ def test_every_target_of_a_row_has_a_case() -> None:
 # fmt: off
 SENTENCES = [
     ("module_mixed_uses", "lin.weight",
-        "lin.weight: mixed-uses (module lin is called whole, and node linear (call_function torch._C._nn.linear) "
-        "uses its weight as well)"),
+        "lin.weight: mixed-uses (module lin is called as one node, but node linear (call_function "
+        "torch._C._nn.linear) uses its weight too)"),
     ("aten_added", "rows",
         "rows: no-form (node add_1 (call_function torch.ops.aten.add.Tensor) uses it neither in a matrix product "
-        "or convolution nor as a table)"),
+        "or convolution nor as an embedding table)"),
     ("aten_max_norm", "0.weight", "0.weight: written-by-forward (node embedding_renorm_ (call_function "
         "torch.ops.aten.embedding_renorm_.default) writes into it while the model runs)"),
     ("aten_weight_norm", "0.parametrizations.weight.original0",
-        "0.parametrizations.weight.original0: vector (of shape (7, 1), has one axis longer than 1)"),
+        "0.parametrizations.weight.original0: vector (its shape is (7, 1): only one axis is longer than 1)"),
     ("module_opaque", "3.qkv.weight",
-        "3.qkv.weight: opaque-module (module 3 is called whole; capture with another front end sees inside it)"),
-    ("functional_whole_numbers", "q", "q: not-floating (holds torch.int8, which has no gradient)"),
-    ("aten_encoder", "blocks.0.fc2.weight", "blocks.0.fc2.weight: trained-in-full (trained in full, as the spec asks)"),
+        "3.qkv.weight: opaque-module (module 3 is called as one node, which hides its ops; use another front end to "
+        "capture it)"),
+    ("functional_whole_numbers", "q", "q: not-floating (its dtype is torch.int8, which has no gradient)"),
+    ("aten_encoder", "blocks.0.fc2.weight", "blocks.0.fc2.weight: trained-in-full (the spec trains it in full)"),
     ("aten_encoder", "blocks.1.fc2.weight", "blocks.1.fc2.weight: excluded (excluded by the spec)"),
 ]
 # fmt: on

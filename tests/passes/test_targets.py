@@ -153,13 +153,13 @@ def test_a_pattern_that_means_nothing(spec: CascadeSpec, message: str, mode: str
 # fmt: off
 WITHOUT_SITES = [
     ("module_mixed_uses", CascadeSpec(exclude=("back",)), "the spec leaves no site to adapt:\n"
-        "  lin.weight: mixed-uses (module lin is called whole, and node linear (call_function torch._C._nn.linear) "
-        "uses its weight as well)\n  back.weight: excluded (excluded by the spec)"),
+        "  lin.weight: mixed-uses (module lin is called as one node, but node linear (call_function "
+        "torch._C._nn.linear) uses its weight too)\n  back.weight: excluded (excluded by the spec)"),
     ("module_linear", CascadeSpec(targets=("conv",)), "the spec leaves no site to adapt:\n"
         "  no weight that the graph uses is of a kind or name in targets=('conv',)"),
     ("module_linear", CascadeSpec(exclude=("0",), train=("2.*",)), "the spec leaves no site to adapt:\n"
         "  0.weight: excluded (excluded by the spec)\n"
-        "  2.weight: trained-in-full (trained in full, as the spec asks)"),
+        "  2.weight: trained-in-full (the spec trains it in full)"),
     ("aten_bare_matrices", CascadeSpec(exclude=("w[0-2]",)), "the spec leaves no site to adapt:\n"
         "  w0: excluded (excluded by the spec)\n  w1: excluded (excluded by the spec)\n"
         "  w2: excluded (excluded by the spec)\n  w3: unreached (no node of this graph uses it)"),
