@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
+from lorasc_fx.cascade.inputs import describe
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.compile import Axis, Call, Compiler, Made, Picture, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
@@ -39,6 +40,8 @@ class Graphs:
 
     def __init__(self, run: Run, compiler: Compiler, decided: Decided, example: Example | None) -> None:
         self.run, self.compiler, self.example = run, compiler, example
+        if example is not None:
+            run.inputs = describe(*example)
         self.variants = Variants()
         self.frontend = ""
         self.refused_frontends: tuple[tuple[str, str], ...] = ()
@@ -183,6 +186,7 @@ class Graphs:
                 lambda tensor: tensor if tensor.is_leaf else tensor.detach().requires_grad_(),  # drop autograd graphs
                 (call.args, call.kwargs),
             )
+            self.run.inputs = describe(*self.example)
 
 
 def _axes_of(call: Call) -> frozenset[Axis]:

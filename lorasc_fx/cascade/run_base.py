@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Decided
+from lorasc_fx.cascade.inputs import Description
 from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.errors import StateError
 from lorasc_fx.shards import local
@@ -75,6 +76,7 @@ class RunBase:
         self.model, self.frontend = model, frontend
         self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; the child of the cascade
         self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
+        self.inputs: Description | None = None  # of the example inputs, for the checkpoint
         self.lock = Lock()  # held while weights are read or written; never while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()

@@ -193,6 +193,8 @@ class SavedCascade(CascadeModule):
     def _note_loaded(self, checkpoint: reader.Checkpoint) -> None:
         self._loaded, self._graphs.origin = checkpoint, str(checkpoint.path)
         self._run.note_kept()
+        if self._run.inputs is None:  # no graph was captured here yet
+            self._run.inputs = checkpoint.manifest.get("inputs")
 
 
 def save(

@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from lorasc_fx.branch import Side
+from lorasc_fx.cascade.inputs import is_description
 from lorasc_fx.checkpoint.layout import FORMAT, canonical, file_names, sanitized
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
@@ -148,6 +149,11 @@ class Manifest(TypedDict):
     files: dict[str, Digest]
     base: dict[str, Digest]
     frontend: str
+    inputs: NotRequired[
+        Annotated[
+            dict[str, Any], Check(is_description, "give the shapes of the arguments of a call, see cascade/inputs.py")
+        ]
+    ]
     slow: dict[str, WeightEntry]
     trained: dict[str, Stage | None]
     idle: bool

@@ -180,6 +180,7 @@ def contents(
             "format": FORMAT,
             "plan": json.loads(run.plan.to_json()),
             "frontend": run.frontend,
+            **({} if run.inputs is None else {"inputs": run.inputs}),
             "versions": versions(),
             "base": run.fingerprints(),
             **meta,

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorasc_fx.cascade.experts import check_view
+from lorasc_fx.cascade.inputs import stand_ins
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.base_file import name_or_path
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
@@ -40,6 +41,7 @@ from lorasc_fx.peft.format import (
     wrap_counts,
 )
 from lorasc_fx.peft.targets import Saved, save_whole, targets_of
+from lorasc_fx.plan import Site
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.state import arithmetic
 from lorasc_fx.util.checks import is_integer
@@ -113,7 +115,8 @@ def peft(
     modules (`modules_to_save`). Other buffers, such as the statistics of a batch norm, are not part of an adapter.
 
     Args:
-        cascade: is not changed. Its model runs on the example inputs, to find out where an adapter has an effect.
+        cascade: is not changed. Its model runs on the example inputs, to find out where an adapter has an effect. After
+            a `load` without inputs it runs on tensors of the shapes that the checkpoint holds.
         folder: absent, empty, or an adapter, which is replaced when the new one is complete.
         view: `slow` or `averaged`, for which a stage that has trained is folded as by `release`; or `fast`.
         max_rank: no site gets a higher rank: a sum of experts is replaced by the nearest pair of this rank. The exact
@@ -166,7 +169,7 @@ def peft(
 
     # Where peft can adapt each weight, and which heads it saves completely instead.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
-    by_weight, unreached = targets_of(model, sites, *cascade.example)
+    by_weight, unreached = _targets(cascade, sites)
     task = task_type if task_type is not None else _task_of(model)
     heads = _heads_of(run, task, change, by_weight)
     for name, value in heads.items():
@@ -226,6 +229,22 @@ def peft(
                 "tied-weight-exported-twice",
             )
     return written
+
+
+def _targets(cascade: Cascade, sites: Sequence[Site]) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
+    """Return the result of `targets_of` on the example inputs, or on stand-ins after a load without inputs."""
+    description = cascade._run.inputs
+    if cascade._graphs.example is not None or description is None:
+        return targets_of(cascade.model, sites, *cascade.example)
+    device = next(cascade.model.parameters()).device
+    try:
+        return targets_of(cascade.model, sites, *stand_ins(description, device))
+    except Exception as fault:  # whatever the user's model raises on other values
+        raise StateError(
+            "export.peft: the run was loaded without example inputs, and the model raises on tensors of the shapes "
+            f"that the checkpoint holds: {type(fault).__name__}: {fault}. Give args or kwargs to lorasc_fx.load",
+            code="not-available",
+        ) from fault
 
 
 def _factors(

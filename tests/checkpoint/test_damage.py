@@ -497,6 +497,14 @@ DISAGREE: list[tuple[Edit, tuple[object, ...]]] = [
         ("invalid-checkpoint", "noise.strength is -1"),
     ),
     (of(frontend="scripted"), ("unknown-name", "scripted")),
+    (
+        of(inputs={"tuple": [{"tuple": [{"tensor": [-1], "dtype": "float32"}]}, {"dict": {}}]}),
+        (
+            "invalid-checkpoint",
+            "inputs",
+        ),
+    ),
+    (of(inputs={"dict": {}}), ("invalid-checkpoint", "inputs")),
 ]
 
 

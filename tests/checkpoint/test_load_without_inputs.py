@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,58 @@ def test_what_needs_a_graph_says_so_until_the_first_call(tmp_path: Path) -> None
     assert cascade.unreached == trained.unreached
     assert cascade.refusals == trained.refusals
     assert torch.equal(cascade.example[0][0], X)
+
+
+class Masked(nn.Module):
+    """Token ids with a mask, which must not be all False, nested in a dictionary, and a plain option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.out, self.refuses = nn.Embedding(7, 6), nn.Linear(6, 5), False
+
+    def forward(self, ids: torch.Tensor, extra: dict[str, Any], scale: float = 1.0) -> torch.Tensor:
+        mask = extra["mask"]
+        if self.refuses or not bool(mask.any()):
+            raise ValueError("nothing is left")
+        return self.out(self.table(ids) * mask.unsqueeze(-1)) * scale
+
+
+IDS = torch.tensor([[3, 6, 0], [1, 1, 2]])
+MASK = torch.tensor([[True, True, False], [True, True, True]])
+
+
+def test_an_export_to_peft_runs_on_the_shapes_of_the_checkpoint(tmp_path: Path) -> None:
+    cascade = lx.adapt(Masked(), (IDS, {"mask": MASK}), {"scale": 0.5}, spec=lx.CascadeSpec(rank=2))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    cascade(IDS, {"mask": MASK}, scale=0.5).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    lx.save(cascade, tmp_path / "run")
+    loaded = lx.load(tmp_path / "run", Masked())
+    with unchanged(loaded):
+        written = [lx.export.peft(each, tmp_path / name) for name, each in (("one", cascade), ("other", loaded))]
+    assert written[0].ranks == written[1].ranks == {"table.weight": 2, "out.weight": 2}
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    lx.save(loaded, tmp_path / "again")
+    described = [
+        json.loads((next((tmp_path / each).glob("*/manifest.json"))).read_text())["inputs"] for each in ("run", "again")
+    ]
+    assert described[0] == described[1]
+    assert described[0]["tuple"][0]["tuple"][0] == {"tensor": [2, 3], "dtype": "int64", "fill": 6}
+
+
+def test_a_model_that_raises_on_stand_ins_asks_for_inputs(tmp_path: Path) -> None:
+    cascade = lx.adapt(Masked(), (IDS, {"mask": MASK}), spec=lx.CascadeSpec(rank=2))
+    with torch.no_grad():
+        next(iter(cascade.branches.values())).lora_B.fill_(1)
+    lx.save(cascade, tmp_path / "run")
+    loaded, folder = lx.load(tmp_path / "run", Masked()), tmp_path / "out"
+    loaded.model.refuses = True
+    with raises(lx.StateError, "not-available", "shapes", "ValueError: nothing is left", "lorasc_fx.load"):
+        lx.export.peft(loaded, folder)
+    assert not folder.exists()
 
 
 def test_a_first_call_that_cannot_be_captured_leaves_the_cascade_as_it_was(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""The example inputs as plain data: structure, shapes and dtypes, without the user's values.
+
+A checkpoint keeps this description. What needs a run of the model and was loaded without inputs, such as `export.peft`,
+then runs it on stand-ins of the same shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+Description = dict[str, Any]
+"""One of `{"tensor": shape, "dtype": name, "fill": number}`, `{"list": [...]}`, `{"tuple": [...]}`, `{"dict": {...}}`
+and `{"value": plain value}`. `fill` is absent for floating-point tensors."""
+
+
+def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Description | None:
+    """Return a description of the arguments of a call, or None if it cannot be stored as JSON.
+
+    Of the values of integer and boolean tensors only the largest is kept, because it is a valid index or class.
+    """
+    try:
+        return _described((tuple(args), dict(kwargs)))
+    except TypeError:
+        return None
+
+
+def stand_ins(description: Description, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with these shapes: floating-point tensors from N(0, 1) with a fixed seed, others constant."""
+    source = torch.Generator().manual_seed(0)
+    args, kwargs = _built(description, source, device)
+    return args, kwargs
+
+
+def is_description(value: Any) -> bool:
+    """Whether plain data that was read from a file is a description of the arguments of a call."""
+    pair = value.get("tuple") if isinstance(value, dict) else None
+    kinds = ["tuple", "dict"]
+    if not isinstance(pair, list) or [next(iter(part), "") for part in pair if isinstance(part, dict)] != kinds:
+        return False
+    return _is_valid(value)
+
+
+def _described(value: Any) -> Description:
+    if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
+        if value.layout is not torch.strided or value.is_nested or value.is_complex():
+            raise TypeError("only dense real tensors are described")
+        found: Description = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if not value.is_floating_point():
+            found["fill"] = int(value.max()) if value.numel() and not value.is_meta else 0
+        return found
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_described(part) for part in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _described(part) for key, part in value.items()}}
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+        return {"value": value}
+    raise TypeError(f"a {type(value).__name__} is not described")
+
+
+def _built(found: Description, source: torch.Generator, device: torch.device) -> Any:
+    if "tensor" in found:
+        shape, dtype = found["tensor"], getattr(torch, found["dtype"])
+        if "fill" in found:
+            return torch.full(shape, found["fill"], dtype=dtype, device=device)
+        return torch.randn(shape, generator=source).to(device, dtype)
+    if "dict" in found:
+        return {key: _built(part, source, device) for key, part in found["dict"].items()}
+    if "value" in found:
+        return found["value"]
+    kind, parts = next(iter(found.items()))
+    built = [_built(part, source, device) for part in parts]
+    return tuple(built) if kind == "tuple" else built
+
+
+def _is_valid(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    if "tensor" in found:
+        dtype = getattr(torch, str(found.get("dtype")), None)
+        return (
+            isinstance(dtype, torch.dtype)
+            and not dtype.is_complex
+            and found.keys() == {"tensor", "dtype"} | (set() if dtype.is_floating_point else {"fill"})
+            and isinstance(found["tensor"], list)
+            and all(type(size) is int and size >= 0 for size in found["tensor"])
+            and type(found.get("fill", 0)) is int
+        )
+    kind, value = next(iter(found.items()), ("", None))
+    if len(found) != 1:
+        return False
+    if kind == "value":
+        return value is None or type(value) in (bool, int, str, float)
+    if kind == "dict":
+        return isinstance(value, dict) and all(map(_is_valid, value.values()))
+    return kind in ("list", "tuple") and isinstance(value, list) and all(map(_is_valid, value))
