@@ -103,8 +103,8 @@ def load(
     from `adapt`.
 
     Without args and kwargs nothing is captured. The checkpoint says which weights have branches, and the first call
-    makes the graph, or raises what `adapt` would raise. What needs no graph (resume, weights, save, release) works
-    before that call. On several processes give inputs.
+    makes the graph, or raises what `adapt` would raise. What needs no graph (resume, weights, save, release,
+    export.peft, export.safetensors) works before that call. On several processes give inputs.
 
     Args:
         folder: written by `lorasc_fx.save`, or a checkpoint that was read from it. For the folder of a run of

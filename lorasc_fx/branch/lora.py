@@ -22,6 +22,7 @@ from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
 from lorasc_fx.branch.linear import MatrixOps
+from lorasc_fx.branch.low_rank import by_hand
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
@@ -194,6 +195,7 @@ class LoraBranch(LowRankBranch):
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
         self.nearest = site.options.nearest_full_gradient
+        self._inverses: tuple[object, list[torch.Tensor]] = (None, [])  # of lora_A, and the lora_A they belong to
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
@@ -229,7 +231,17 @@ class LoraBranch(LowRankBranch):
     @property
     def up(self) -> torch.Tensor:
         """B, with the gradient that the spec asks for (`nearest_full`)."""
-        return nearest_full(self.lora_B, self.lora_A, self.scale, self.slices) if self.nearest else self.lora_B
+        if not self.nearest or not torch.is_grad_enabled():
+            return self.lora_B
+        slices = self.slices or (self.lora_B.shape[-2],)
+        if not by_hand(self.lora_A):
+            return nearest_full(self.lora_B, self.lora_A, self.scale, slices)
+        # lora_A is frozen in a stage: an SVD in each forward would compute the same inverses.
+        a = self.lora_A
+        state = (a.data_ptr(), a._version, a.device, a.dtype, self.scale)
+        if self._inverses[0] != state:
+            self._inverses = state, inverses(a, self.scale, len(slices))
+        return with_corrected_gradient(self.lora_B, self._inverses[1], slices)
 
     @property
     def rank(self) -> int:
@@ -377,19 +389,26 @@ def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, slices: tuple[i
         b: B [out, rank], or with an axis of experts before.
         a: A [rank, in], likewise; with slices [slices * rank, in].
         scale: s of the branch.
-        slices: rows of B of each slice that has an A of its own; empty for one A.
+        slices: number of rows of B of each slice that has a separate A.
     """
     if not torch.is_grad_enabled():
         return b
-    slices = slices or (b.shape[-2],)
+    return with_corrected_gradient(b, inverses(a, scale, len(slices)), slices)
+
+
+def inverses(a: torch.Tensor, scale: float, count: int) -> list[torch.Tensor]:
+    """Return `(A A^T)^-1 / scale^2`, [rank, rank], of each of `count` slices that A stacks."""
+    found = []
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        for part in a.chunk(count, -2):
+            gram = part @ part.transpose(-2, -1)
+            steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            found.append(torch.linalg.pinv(steady) / scale**2)
+    return found
+
+
+def with_corrected_gradient(b: torch.Tensor, factors: list[torch.Tensor], slices: tuple[int, ...]) -> torch.Tensor:
+    """Return B; the gradient of the rows of each slice is multiplied by its factor [rank, rank]."""
     with torch.autocast(b.device.type, enabled=False):
-        pairs = zip((b - b.detach()).split(slices, -2), a.detach().chunk(len(slices), -2), strict=True)
-        return b.detach() + torch.cat([zero @ _inverse(down, scale) for zero, down in pairs], -2)
-
-
-def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `(A A^T)^-1 / scale^2`, [rank, rank]."""
-    gram = a @ a.transpose(-2, -1)
-    steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse: torch.Tensor = torch.linalg.pinv(steady)
-    return inverse / scale**2
+        pairs = zip((b - b.detach()).split(slices, -2), factors, strict=True)
+        return b.detach() + torch.cat([zero @ factor for zero, factor in pairs], -2)

@@ -57,6 +57,31 @@ def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
         assert branch.lora_A.grad is None
 
 
+def test_the_inverses_are_computed_once_in_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    sites = len(cascade.sites)
+    counted, pinv = [], torch.linalg.pinv
+    monkeypatch.setattr(torch.linalg, "pinv", lambda matrix: (counted.append(matrix), pinv(matrix))[1])
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=LR))
+    for stage in (1, 2):
+        for _ in range(3):
+            optimizer.zero_grad()
+            cascade(X).square().sum().backward()
+            optimizer.step()
+        assert len(counted) == stage * sites
+        cascade.transition(optimizer)
+    with torch.no_grad():
+        branch = branches(cascade)[cascade.sites[0].weight]
+        branch.lora_A.mul_(2)
+    cascade(X)
+    assert len(counted) == 3 * sites
+    b, a, scale = branch.lora_B, branch.lora_A.detach(), branch.scale
+    gradient = torch.autograd.grad((branch.up * torch.ones_like(b)).sum(), b)[0]
+    exact = torch.ones_like(b) @ torch.linalg.inv(a @ a.T) / scale**2
+    torch.testing.assert_close(gradient, exact, rtol=1e-6, atol=0)
+
+
 def test_the_correction_under_autocast_is_that_of_full_precision() -> None:
     spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
     x, gradients = X.float(), []
