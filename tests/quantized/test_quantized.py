@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,26 @@ def test_quantized_again_where_asked(width: str, caplog: pytest.LogCaptureFixtur
     for name, value in numbers(model).items():  # a number on the border of two steps may fall to either side
         off = (value - numbers(again)[name]).abs() > 1e-6
         assert off.float().mean() < 0.01
+
+
+@BOTH
+def test_a_bank_serves_adapters_on_a_quantized_base(width: str, tmp_path: Path) -> None:
+    expected = {None: net(width)(inputs())}
+    bank = lx.AdapterBank(net(width), args=(inputs(),), targets=("linear",))
+    before = numbers(bank.model)
+    for seed in (1, 2):
+        cascade = lx.adapt(net(width), (inputs(),), spec=replace(SPEC, seed=seed))
+        slow = train(cascade)
+        lx.save(cascade, tmp_path / str(seed))
+        bank.add(str(seed), tmp_path / str(seed))
+        expected[str(seed)] = plain(slow)(inputs())
+    names = ["1", None, "2", "2", None, "1"]
+    with torch.no_grad():
+        mixed = bank(inputs(), adapter=names)
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], expected[name][row], rtol=0, atol=2e-5)
+            torch.testing.assert_close(bank(inputs(), adapter=name), expected[name], rtol=0, atol=2e-5)
+    assert all(torch.equal(value, before[name]) for name, value in numbers(bank.model).items())
 
 
 def test_an_untrained_cascade_gives_the_weights_back() -> None:
