@@ -1,6 +1,7 @@
-"""What runs: the cascade, its slow weights and its stages. Graphs are made by `compile`, for the cascade."""
+"""The cascade: the adapted model as an nn.Module, its slow weights and its stages. `compile` makes its graphs."""
 
-from lorasc_fx.cascade.cascade import CascadeModule, Stage
+from lorasc_fx.cascade.cascade import CascadeModule
 from lorasc_fx.cascade.dropped import Flags
+from lorasc_fx.cascade.transition import Stage
 
 __all__ = ["CascadeModule", "Flags", "Stage"]

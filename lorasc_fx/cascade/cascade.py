@@ -1,11 +1,10 @@
-"""The adapted model as an nn.Module, with the user's model and the branches as its children."""
+"""The adapted model as an nn.Module. The user's model and the branches are its children."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -18,40 +17,31 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade import experts, folding, transition
-from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
 from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
+from lorasc_fx.cascade.moving import move
 from lorasc_fx.cascade.placed import placed
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
+from lorasc_fx.cascade.transition import Stage
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.state import ViewName
 from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.undo import AllOrNothing, commit
-
-
-@dataclass
-class Stage:
-    """A stage of a loop: its `number` in the cascade (part of the key of its noise), and its `index` of `count`.
-
-    Under pace="loss" the loop sets `loss` before the stage ends.
-    """
-
-    number: int
-    index: int
-    count: int
-    loss: Any = None
+from lorasc_fx.util.undo import commit
 
 
 class CascadeModule(nn.Module):
-    """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
+    """The adapted model, made by `lorasc_fx.adapt`. A call computes `y = W_t x + b + s B_t A_t x` at every site.
 
-    Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
-    made per call signature and hold no weights.
+    W_t [out, in] is the frozen weight of stage t, A_t [r, in] and B_t [out, r] are the trained factors, and s is their
+    scale (LoRASC, 2407.01491; docs/algorithm.md, "One site").
+
+    Child modules are `model`, the user's model, which remains the only owner of its weights, and `branches`, one per
+    site. One graph is captured for each call signature. Graphs contain no weights and read these modules.
     """
 
     def __init__(
@@ -75,25 +65,25 @@ class CascadeModule(nn.Module):
         """Set an attribute.
 
         Raises:
-            StateError: another model or other branches. Graphs and folds use those of `adapt`.
+            StateError: the name is `model` or `branches`. Graphs and folds refer to the modules that `adapt` was given.
         """
-        held = self.__dict__.get("_modules", {}).get(name) if name in ("model", "branches") else None
-        if held is not None and value is not held:
+        child = self.__dict__.get("_modules", {}).get(name) if name in ("model", "branches") else None
+        if child is not None and value is not child:
             raise StateError(
-                f"cascade.{name} cannot be replaced: graphs and folds use the one of adapt. Call release and adapt the "
-                "other model. To compile, compile the cascade",
+                f"cascade.{name} cannot be replaced, because graphs and folds refer to the original module. To adapt "
+                "another model, call release() and adapt(other_model, ...). To compile, call torch.compile(cascade)",
                 code="weights-changed-outside",
             )
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model, such as `config` or `device`.
+        """Return an attribute of the user's model that the cascade does not have, such as `config` or `device`.
 
-        Methods run unchanged, with a warning if they compute with an adapted weight inside a stage. Submodules are not
-        available, because a call of one computes without branches.
+        A method of the model is called without branches, and warns if it computes with an adapted weight in a stage.
+        Submodules are not available, because calling one would silently compute without branches.
 
         Raises:
-            AttributeError: neither the cascade nor the model has it, or it is a submodule.
+            AttributeError: neither the cascade nor the model has the attribute, or it is a submodule.
         """
         children = self.__dict__.get("_modules", {})
         if name in children:
@@ -106,8 +96,9 @@ class CascadeModule(nn.Module):
         value = getattr(model, name)
         if isinstance(value, nn.Module):
             raise AttributeError(
-                f"{name} is a module of the user's model and computes without branches. Use cascade.model.{name}. "
-                "A Trainer needs lorasc_fx.integrations.transformers.CascadeCallback(cascade) among its callbacks"
+                f"{name} is a submodule of the user's model, and calling it computes without branches. If that is what "
+                f"you want, use cascade.model.{name}. With a transformers Trainer, pass "
+                "callbacks=[lorasc_fx.integrations.transformers.CascadeCallback(cascade)]"
             )
         of_model = isinstance(value, MethodType) and value.__self__ is model
         return self._usage.method(value) if of_model else value
@@ -115,26 +106,35 @@ class CascadeModule(nn.Module):
     # ---- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the user's model computes for these arguments, with the branches. Types are the model's own.
+        """Run the user's model with the branches.
+
+        The first call of a new kind (mode, dtypes, structure of arguments, or a size that a graph has fixed) captures a
+        graph. Inside `weights(...)` no branch computes.
+
+        Args:
+            args, kwargs: arguments of the user's model.
+
+        Returns:
+            The output of the user's model, in its own types and shapes.
 
         Raises:
             StateError: after `release`.
-            CaptureError: no front end can capture a new kind of call.
-            Exception: what the model itself raises for these arguments.
+            CaptureError: no front end can capture this kind of call.
+            Exception: whatever the model itself raises for these arguments.
         """
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
-        # Inside `weights(...)` the model itself computes, except if only a graph can gather its shards.
+        # Inside `weights(...)` the model itself computes, unless its weights are sharded and only a graph gathers them.
         if run.placed is not None and graphs.split is None:
             return self.model(*args, **kwargs)
-        if torch.compiler.is_compiling():  # dynamo guards inputs itself and cannot hash a signature
+        if torch.compiler.is_compiling():  # dynamo has its own guards on inputs, and cannot trace the hash of a call
             bound, named = graphs.compiler.bind(args, kwargs)
             compiled = graphs.variants.compiled(self.training, pytree.tree_leaves((bound, named)))
             if compiled is None:
                 return graphs.variants.not_compiled(self, args, kwargs)
             return compiled.module(*bound, **named)
         call = graphs.compiler.calls.bind(args, kwargs)
-        if call.key is None:  # torch.fx traces the cascade
+        if call.key is None:  # torch.fx traces the cascade with proxies, so no graph can be looked up by its inputs
             variant, count = graphs.variants.symbolic(self.training)
             variant.conditions.assert_sizes(call.leaves)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
@@ -145,49 +145,49 @@ class CascadeModule(nn.Module):
         return (graphs.variants.find(call) or graphs.capture(call)).run(call)
 
     def _called_by(self, event: str) -> bool:
-        """Whether another library causes this event, so that a call acts differently. May refuse it.
+        """Whether the caller is another library that needs special treatment for this event. May raise StateError.
 
-        This class knows no other library: `lorasc_fx.Cascade` has the table (`facade`).
+        This class does not know any library. The subclass `lorasc_fx.Cascade` has the table (`facade`).
         """
         return False
 
-    # ---- what was decided
+    # ---- the plan and the graphs
 
     @property
     def plan(self) -> Plan:
-        """The spec, the sites and the stage."""
+        """The spec, the sites and the number of the running stage, as immutable data."""
         return self._run.plan
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The adapted weights, in the model's order."""
+        """The adapted weights, in the order of the model's parameters."""
         return self._run.plan.sites
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """The weight matrices that are not adapted, each with its reason."""
+        """The weight matrices that were not adapted, with the reason of each."""
         return self._run.refusals
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """The weight matrices that no captured graph has used yet."""
+        """The names of the weight matrices that no captured graph has used yet."""
         return self._run.unreached
 
     @property
     def stage(self) -> int:
-        """Number of the running stage, from 1. After the last fold it is that of the next stage."""
+        """Number of the running stage, from 1. After the last stage of a loop, the number of the next stage."""
         return self._run.plan.stage
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs of `adapt`, positional and by name. After a `load` without inputs, of the first call.
+        """The example inputs of `adapt`, as (args, kwargs). After a `load` without inputs, those of the first call.
 
         Raises:
-            StateError: there was no call yet.
+            StateError: the cascade was loaded without inputs and has not been called yet.
         """
         if self._graphs.example is None:
             raise StateError(
-                "the cascade was loaded without example inputs. Call it once, or give args or kwargs",
+                "the cascade was loaded without example inputs. Call it once, or give args=(...) or kwargs={...}",
                 code="not-available",
             )
         return self._graphs.example
@@ -203,25 +203,28 @@ class CascadeModule(nn.Module):
 
     @property
     def refused_frontends(self) -> tuple[tuple[str, str], ...]:
-        """Names of the front ends that `auto` tried before, and why they failed."""
+        """The front ends that `frontend="auto"` tried first, as (name, why it failed)."""
         return self._graphs.refused_frontends
 
     @property
     def placements(self) -> dict[str, str]:
-        """Where the branch of each weight computes in the first graph: `beside`, `merged` or `weight`."""
-        return dict(first.placements) if (first := self._graphs.variants.oldest) is not None else {}
+        """Where each branch computes in the first graph, by weight name: `beside`, `merged` or `weight`.
+
+        Empty before the first graph is captured.
+        """
+        return dict(oldest.placements) if (oldest := self._graphs.variants.oldest) is not None else {}
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The adapted graph of the first call: it reads the live weights of `model` and calls `branches`.
+        """The adapted graph of the first call. It reads the current weights of `model` and calls `branches`.
 
-        Other kinds of calls have graphs of their own. Give it to passes and printers, and train the cascade itself.
+        Use it with passes and printers. Train the cascade itself, which has a separate graph for each kind of call.
 
         Raises:
-            StateError: after `release`, there was no call yet, or the model has graph breaks.
+            StateError: after `release`, before the first call, or if the model has graph breaks.
         """
         self._run.check_alive("graph_module", on_meta=True)
-        return self._graphs.whole_graph()
+        return self._graphs.unbroken_graph()
 
     @overload
     def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path: ...
@@ -232,20 +235,21 @@ class CascadeModule(nn.Module):
     def draw(
         self, file: str | PathLike[str] | None = None, sites: Sequence[str] = (), radius: int = 2
     ) -> Path | Picture:
-        """Draw the rewritten graph around some sites: placements of branches, names, dtypes and shapes.
+        """Draw the adapted graph around some sites, with placements of branches, names, dtypes and shapes.
 
         Args:
-            file: path of the .svg, .png or .pdf to write. Without one, the picture is returned: a notebook shows it.
-            sites: kinds or globs on weight names, as in a spec. The default is the first three sites.
-            radius: number of arrows to follow from each branch, in both directions.
+            file: path of the .svg, .png or .pdf file to write. Without a file, the picture is returned, and a notebook
+                displays it.
+            sites: kinds of weights, or globs on weight names, as in a spec. The default is the first three sites.
+            radius: number of edges to follow from each branch, in both directions.
 
         Returns:
-            The path, or without a file the picture.
+            The path of the file, or the picture if no file is given.
 
         Raises:
             UnknownTarget: a pattern matches no site.
-            SpecError: another ending, its folder does not exist, or radius is not a count.
-            StateError: after `release`, or no graph has one of these branches.
+            SpecError: the file has another ending, its folder does not exist, or `radius` is not a count.
+            StateError: after `release`, or if the first graph has none of these branches.
             MissingExtra: the extra `report` is not installed.
         """
         self._run.check_alive("draw", on_meta=True)
@@ -258,80 +262,85 @@ class CascadeModule(nn.Module):
     # ---- stages
 
     def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Return groups for a torch optimizer: one for each name of a branch parameter, and `train` for parameters
-        trained in full.
+        """Return parameter groups for a torch optimizer.
 
-        Each rule of the spec's train_rules with a learning rate has its own group, `train:PATTERN`. With train_A=False
-        there is no group of A.
+        There is one group for each kind of branch parameter (`lora_A`, `lora_B`), and a group `train` for parameters
+        trained in full. Each of the spec's train_rules with a learning rate has a separate group `train:PATTERN`. Empty
+        groups are omitted, so with train_A=False there is no group `lora_A`.
 
         Args:
-            lr: learning rate. That of B is `lr * lr_ratio` (LoRA+, 2402.12354).
-            options: further options of the optimizer's groups.
+            lr: learning rate of all groups, except `lora_B`, whose rate is `lr * lr_ratio` (LoRA+, 2402.12354), and
+                rules with a rate.
+            options: more options for every group, such as `weight_decay`.
+
+        Raises:
+            StateError: after `release`, or while the model is on the meta device.
         """
         return self._run.param_groups(lr, options)
 
     def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
-        """Yield `count` stages, with a transition between them and a fold after the last one.
+        """Yield `count` stages. Between stages a transition runs, and after the last one the weights are folded.
 
-        Arguments are checked at the call. A loop that is left early leaves its stage running.
+        After the loop the parameters hold the slow weights, without noise. If the loop is left early, its stage keeps
+        running. Arguments are checked when this method is called, before the first stage.
 
         Args:
-            count: number of stages.
-            optimizer: holds the branches. Its state for them is treated as the spec says.
-            scheduler: a torch learning rate scheduler that is stepped once per transition.
+            count: number of stages, 1 or more.
+            optimizer: the optimizer of the branches. A transition treats its state as `optimizer_state` of the spec
+                says.
+            scheduler: a torch learning rate scheduler, which is stepped once per transition.
 
         Raises:
-            StateError: the optimizer does not hold the branches. SpecError: an invalid count.
+            SpecError: `count` is not an integer of 1 or more, or the optimizer ignores the learning rates of the spec.
+            StateError: the optimizer does not hold the branches, or weights must not change now, as for `transition`.
         """
         if not is_integer(count, 1):
-            raise SpecError(f"stages({count!r}): give the number of stages, an integer of 1 or more")
+            raise SpecError(f"stages({count!r}): the number of stages must be an integer of 1 or more")
         self._run.begin_loop(optimizer)
-        return self._stages(count, optimizer, scheduler)
-
-    def _stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
-        transition.end_idle(self._run)
-        then = scheduler.step if scheduler is not None else None
-        for index in range(1, count + 1):
-            stage = Stage(self._run.plan.stage, index, count)
-            yield stage
-            transition.next_stage(self._run, optimizer, idle=index == count, then=then, loss=stage.loss)
+        return transition.loop(self._run, count, optimizer, scheduler)
 
     def transition(self, optimizer: torch.optim.Optimizer | None, loss: Any = None) -> None:
-        """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
+        """End the running stage and start the next one (docs/algorithm.md, "One site").
 
-        If anything raises, Ctrl-C included, nothing is changed. Threads that call this, or another method that reads or
-        writes weights, wait for each other. Calls of the cascade do not wait, so a call in another thread may see
-        weights of both stages.
+        The slow weights become `S_t = S_{t-1} + pace * (F_t - S_{t-1})`. The parameters get the weights of the next
+        stage, with new noise. Branches get new initial values, and the optimizer's state for them is reset or kept as
+        the spec says.
+
+        If anything raises, Ctrl-C included, nothing is changed. Methods that read or write weights take a lock, so they
+        are safe to call from several threads. Calls of the cascade take no lock: a call in another thread may compute
+        with weights of both stages.
 
         Parameter objects stay the same, so optimizers, compiled code and wrappers stay valid. If the spec's `ranks`
         change shapes, compiled code is compiled again and the optimizer's state is reset.
 
         Args:
-            optimizer: holds the branches; None if there is none.
-            loss: of the stage, a number above 0 or a tensor with one, by which pace="loss" weights it. Other paces
-                ignore it. If the weights are sharded, the loss of the first rank counts.
+            optimizer: the optimizer of the branches; None if there is none.
+            loss: loss of the stage, a number above 0 or a tensor with one. pace="loss" computes the pace from it. Other
+                paces ignore it. If the weights are sharded, the loss on the first rank counts.
 
         Raises:
-            StateError: inside a backward, with gradients pending, inside `weights`, an optimizer without the branches,
-                or training has made a buffer inf or nan.
-            NonFiniteBranch: a branch holds inf or nan.
-            SpecError: the pace is "loss", and the loss is missing, or is not a finite number above 0.
+            StateError: inside a backward, with gradients pending, inside `weights`, after `release`, if the optimizer
+                does not hold the branches, or if training has made a buffer inf or nan.
+            NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
+            SpecError: the pace is "loss", and the loss is missing or is not a finite number above 0.
         """
         transition.next_stage(self._run, optimizer, loss=loss)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Start a stage from the slow weights of an earlier one, and drop what came after it. All or nothing.
+        """Go back to the slow weights at the end of an earlier stage and start a new stage from them.
 
-        The new stage has a new number, so its noise and initial values are new. It starts from the slow weights for
-        either `restart`. The state of the optimizer is reset. Buffers (running statistics) stay. Outside `stages` it
-        runs until `transition`.
+        All later stages are dropped, including what the running one has trained. The new stage has a new number, so it
+        draws new noise and new initial values. It starts from the slow weights even under restart="fast". The
+        optimizer's state is reset. Buffers (running statistics) keep their values. If anything raises, nothing is
+        changed.
 
         Args:
-            stage: number of a stage that has ended; 0 is the base.
-            optimizer: holds the branches; None if there is none.
+            stage: number of a stage that has ended. 0 is the base, W0.
+            optimizer: the optimizer of the branches; None if there is none.
 
         Raises:
-            StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
+            StateError: the stage has not ended or is no longer available, or weights must not change now, as for
+                `transition`.
         """
         transition.rewind(self._run, stage, optimizer)
 
@@ -339,46 +348,56 @@ class CascadeModule(nn.Module):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The names for `weights`: slow, fast and base weights, averaged ones if they are kept, and added runs."""
+        """The names that `weights` accepts: `slow`, `fast`, `base`, `averaged` if kept, and the names of added runs."""
         names = [name for name in experts.VIEW_NAMES if name != "averaged" or self._run.plan.spec.keeps_average]
         return (*names, *self._run.added)
 
     def weights(
         self, view: ViewName | str | Mapping[str, float] | None = None, *, stage: int | None = None
     ) -> AbstractContextManager[Self]:
-        """Put other weights in place for a `with`: slow, fast, base, averaged, of an earlier stage, or of another run.
+        """Return a context manager that replaces the weights inside the block and restores the previous ones exactly.
 
-        Inside, no branch computes, so the cascade and the model compute the same, and methods of the model (`generate`)
-        work. `slow` is W0 + S as of the last transition, `fast` is W0 + F including the running branches, `base` is W0,
-        and `averaged` is the mean of slow weights that the spec's `average` asks for. None of them holds noise. At the
-        end the weights from before are restored exactly.
+        Inside the block no branch computes, so the cascade and the model compute the same, and methods of the model
+        such as `generate` can be used. None of these weights has noise:
+
+        - `slow`: W0 + S, as of the last transition.
+        - `fast`: W0 + F, which includes the running branches.
+        - `base`: W0.
+        - `averaged`: the average of the slow weights over stages, if the spec has `average`.
 
         Args:
-            view: `slow`, `fast`, `base`, `averaged` or the name of an added run. Or numbers by such names,
-                `{"legal": 0.7, "slow": 0.3}`, for the sum `W0 + sum_i w_i S_i`. A run comes with its buffers (running
-                statistics), a sum with those that are equal in all its runs.
-            stage: instead of `view`, the number of a stage that has ended, for the slow weights at its end. 0 is the
-                base.
+            view: one of these names, or the name of an added run. A mapping of names to numbers, such as
+                `{"legal": 0.7, "slow": 0.3}`, selects the sum `W0 + sum_i w_i S_i`. A single added run also puts its
+                buffers (running statistics) in place. A sum puts the buffers in place that are equal in all its runs.
+            stage: the number of a stage that has ended, instead of `view`: the slow weights at its end. 0 is the base.
 
         Raises:
-            StateError: an unknown name, a stage that has not ended or is not kept, averaged weights that are not kept,
-                an added run if the weights are sharded, inside another `weights`, inside a backward, or after
-                `release`. At the end of the `with`: a weight was written inside, and that write is dropped.
-            SpecError: a sum without names or with invalid numbers, beyond the dtype of a weight, or with DoRA.
+            StateError: when the block is entered: the name is unknown, the stage has not ended or is no longer
+                available, there is no average, or an added run is used with sharded weights. Also inside another
+                `weights`, inside a backward, or after `release`. At the end of the block: a weight was written inside
+                it. The write is dropped.
+            SpecError: a sum has no names or invalid numbers, overflows the dtype of a weight, or has a run with DoRA.
         """
         return placed(self._run, view, stage, self)
 
     def folded_state_dict(
         self, quantized: Literal["dequantize"] | None = None, *, view: str | Mapping[str, float] = "slow"
     ) -> dict[str, torch.Tensor]:
-        """Return a copy of the model's state dict with the slow weights. It loads with strict=True.
+        """Return a copy of the model's state dict with the slow weights.
 
-        A running stage that has trained is folded, as in `release`.
+        The original model can load it with strict=True. If the running stage has trained, its slow update is included,
+        as in `release`. The cascade is not changed.
 
         Args:
-            quantized: `dequantize` for dense tensors in place of quantized weights that have trained, which are refused
-                otherwise.
-            view: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
+            quantized: `dequantize` to return dense tensors for quantized weights that have trained. None raises for
+                them.
+            view: `slow`, `averaged`, the name of an added run, or a sum of runs, as in `weights`.
+
+        Returns:
+            Tensors by name, in the shapes and dtypes of the model. Tied parameters share one tensor.
+
+        Raises:
+            StateError, SpecError, NonFiniteBranch: as for `release`.
         """
         with self._run.exclusive("folded_state_dict"):
             return folding.folded_state(self._run, "folded_state_dict", quantized, view)
@@ -391,22 +410,28 @@ class CascadeModule(nn.Module):
         *,
         view: str | Mapping[str, float] = "slow",
     ) -> nn.Module:
-        """Return a plain GraphModule with the captured nodes, names and shapes, and slow weights as its own constants.
+        """Return a plain GraphModule without branches, whose constants are the slow weights.
 
-        It raises RuntimeError for a size of 0 or 1 at which it would compute something else than the model.
+        It has the nodes, names and shapes of the captured graph, and does not depend on the cascade. If an input has a
+        size of 0 or 1 for which the graph would not compute the same as the model, it raises RuntimeError.
 
         Args:
-            args, kwargs: inputs that choose the graph, by default those of `adapt`. The current mode counts too.
+            args, kwargs: inputs of the kind that the graph is for, by default the example inputs of `adapt`. The graph
+                is for the current mode of the cascade (train or eval).
             quantized, view: as for `folded_state_dict`.
+
+        Raises:
+            StateError, SpecError, NonFiniteBranch: as for `release`.
+            CaptureError: no front end can capture this kind of call.
         """
         return self._folded(*self._inputs(args, kwargs), quantized, view)[0]
 
     def _folded(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, view: Any
     ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the folded graph, and the smallest size of each axis that does not accept all sizes."""
+        """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
         self._run.check_ready("folded_graph")
-        if isinstance(view, str):  # before a graph is captured, which a call that fails must not add
+        if isinstance(view, str):  # check before capturing, because a call that raises must not add a graph
             experts.check_view("folded_graph", view, self._run.plan.spec, (*experts.FOLDED, *self._run.added))
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
@@ -414,24 +439,26 @@ class CascadeModule(nn.Module):
         return self._graphs.fold(variant, call, state)
 
     def release(self, quantized: Requantize = None, *, view: str | Mapping[str, float] = "slow") -> nn.Module:
-        """End the cascade and return the user's model, with the slow weights and its original flags.
+        """End the cascade and return the user's model with the slow weights, requires_grad flags and modes of before.
 
-        A running stage that has trained is folded first, so nothing is lost.
+        If the running stage has trained, its slow update is included: with a pace below 1 the model gets that share of
+        its training. If anything raises, nothing is changed.
 
         Args:
-            quantized: what to do with quantized weights that have trained. `dequantize` leaves them dense. `requantize`
-                quantizes them again by the method of their layer (bitsandbytes, HQQ, quanto). A callable gets each
-                module with its dense weight and quantizes it in place, such as torchao's
-                `lambda module: quantize_(module, config)`. The rounding error is logged.
-            view: `slow`, their average over stages (`averaged`), an added run, or a sum, as in `weights`.
+            quantized: how to treat quantized weights that have trained. `dequantize` leaves them dense. `requantize`
+                quantizes them again with the settings of their layer (bitsandbytes, HQQ, quanto). A callable gets each
+                module with its dense weight and quantizes it in place, for example torchao's
+                `lambda module: quantize_(module, config)`. The relative rounding error is logged. None raises.
+            view: `slow`, `averaged`, the name of an added run, or a sum of runs, as in `weights`.
 
         Raises:
-            StateError: gradients are pending, after `release`, training has made a buffer inf or nan, or quantized
-                weights have trained and `quantized` is None.
-            NonFiniteBranch: a branch holds inf or nan; nothing was changed.
+            StateError: gradients are pending, inside `weights` or a backward, after `release`, training has made a
+                buffer inf or nan, or quantized weights have trained and `quantized` is None.
+            SpecError: `quantized` or a sum is invalid.
+            NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
         """
         with self._run.exclusive("release", ends_stage=True), commit() as undo:
-            # Undo steps first: each restores what the steps below change.
+            # Register all undo steps before the first change, because the steps below change these fields.
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run, self))
@@ -448,38 +475,31 @@ class CascadeModule(nn.Module):
     # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move or cast. Graphs are dropped, because their constants do not move. Branches and slow state stay."""
-        graphs = self._graphs
-        with self._run.lock, AllOrNothing() as undo:
-            if (rounded_anew := folding.cast_weights(self._run, fn)) is None:
-                return self
-            undo(partial(setattr, graphs, "example", graphs.example))
-            undo(folding.tensors_writer(self._run, self))
-            if recurse:
-                folding.replace_quantized(self.model, fn)
-                self.model._apply(fn)
-                self.branches._apply(folding.wide(fn))
-            graphs.drop(undo)
-            graphs.example = pytree.tree_map_only(torch.Tensor, fn, graphs.example)
-            self._run.commit(Planned(self._run.plan, self._run.slow, self._run.present(rounded_anew())), undo)
-            self._run.note_weights()
-            self._run.note_frozen()
-            return self
+        """Move or cast the model and the branches; the base of `to`, `cuda`, `half` and others.
+
+        The slow state stays where it is. Graphs are dropped, because their constants do not move with the model. The
+        next call captures new ones. Branches stay in fp32 or wider.
+        """
+        move(self._run, self._graphs, self, fn, recurse)
+        return self
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of model and cascade. The graph of an exported program has only one mode and keeps it."""
+        """Set train or eval mode of the cascade, its branches and the user's model.
+
+        The module of an exported program has one fixed mode and keeps it.
+        """
         self._run.check_alive("train", on_meta=True)
         self.training = self.branches.train(mode).training
-        if "train" not in vars(self.model):
+        if "train" not in vars(self.model):  # torch.export replaces `train` of its modules by a function that raises
             self.model.train(mode)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Allow `copy` but not pickling, because graphs read the model that they were made from.
+        """Support the `copy` module but not pickling, because graphs read the live model.
 
         Raises:
-            StateError: the caller is not Python's `copy`, it copies for an average of parameters, or it makes a deep
-                copy of sharded weights.
+            StateError: the caller is not Python's `copy` module, copies for an average of parameters
+                (`torch.optim.swa_utils`), or makes a deep copy of sharded weights.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
             self._called_by("copy")
@@ -487,7 +507,8 @@ class CascadeModule(nn.Module):
                 self._run.check_copy()
             return super().__reduce_ex__(protocol)
         raise StateError(
-            "a cascade cannot be pickled, by torch.save, a spawned process or otherwise. Write a checkpoint by "
-            "lorasc_fx.save and read it by lorasc_fx.load, or pickle the model after cascade.release()",
+            "a cascade cannot be pickled (by torch.save, a spawned process or otherwise), because its graphs read the "
+            "live model. Write a checkpoint by lorasc_fx.save(cascade, folder) and read it by lorasc_fx.load, or "
+            "pickle the model after cascade.release()",
             code="not-serializable",
         )

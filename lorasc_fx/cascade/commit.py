@@ -1,4 +1,7 @@
-"""Writes planned values. Only this file and `placed` write to the user's model and to the branches."""
+"""Writes the next state of a cascade, all or nothing.
+
+Only this file and `placed` write to the user's model and to the branches.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ from lorasc_fx.state import Scratch, SlowWeights, arithmetic
 from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
-"""Bytes that are kept free so that weights can be restored if memory runs out: for small tensors."""
+"""Bytes reserved on each device for the small tensors that restoring a weight allocates, in case memory runs out."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the running stage. A trained parameter that is not named has none.
+    """The gradients to set on the trained parameters. All other trained parameters get `grad = None`.
 
     Args:
-        values: by the names of `Run.trainable`.
+        values: full gradients, by the names of `Run.trainable`.
         pending: names of the gradients that no optimizer step has consumed.
     """
 
@@ -40,21 +43,23 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Planned:
-    """The next state of a cascade. All values are known before the first one is written.
+    """The next state of a cascade, computed in full before the first write.
 
     Args:
         plan: the next plan.
         slow: the next slow weights.
-        parameters: parameters of the model to write, by name. Quantized ones are not written.
-        write: writes one of them, by name. The default writes what the parameter holds between two steps, and `live`
-            values of parameters trained in full.
+        parameters: parameters of the model to write, by name. Quantized parameters are skipped.
+        write: writes the value of a parameter into a tensor, given its name. The default writes the weight of the
+            running stage (`SlowWeights.write_resting`), or the value in `current`.
         dense: dense values that replace quantized weights, by name.
-        factors: local values of the branches' parameters, by weight and by name.
-        tensors: pairs of another tensor and its value.
-        buffers: pairs of the place of a buffer and the tensor to put there.
-        gradients: of trained parameters; None to keep them.
-        optimizer, states: an optimizer, and the states that it gets.
-        live: copies of parameters trained in full, if the caller has them. Otherwise a copy is made for the rollback.
+        factors: local values of the branches' parameters, by weight name and parameter name.
+        tensors: pairs of a tensor to write and its value, for example buffers.
+        buffers: pairs of a buffer's place in the model and the tensor to put there.
+        gradients: gradients of trained parameters; None to keep the current ones.
+        optimizer: the optimizer that gets `states`.
+        states: the next optimizer state of some parameters. An empty state resets the parameter.
+        current: copies of the current values of parameters trained in full, if the caller has them. They are used for a
+            rollback. Without them, copies are made.
     """
 
     plan: Plan
@@ -68,17 +73,17 @@ class Planned:
     gradients: Gradients | None = None
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
-    live: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    current: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
-    """Write planned values and let the run hold them. `undo` gets the steps that restore everything."""
+    """Write the planned state into the model, the branches, the optimizer and the run. `undo` collects undo steps."""
     branches = run.branches_by_weight()
     if planned.dense:
         quantized = run.present(planned.dense)
         dense = {id(quantized[name]): nn.Parameter(value, False) for name, value in planned.dense.items()}
         exchange(run.model, lambda holder: dense.get(id(holder.value)), undo)
-    # Steps to undo are added before the writes and run in reverse order, so the run's fields are restored after values.
+    # Undo steps run in reverse order, so the fields of the run are restored after all values.
     undo(run.restorer())
     undo(_values_restorer(run, planned))
     with torch.no_grad():
@@ -98,7 +103,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
             put_state(optimizer, planned.states)
         _write_parameters(run, planned, undo)
     if planned.gradients is not None:
-        # Also factors that are not trained may hold a gradient of the stage before.
+        # Frozen factors may have a gradient from the stage before too.
         for parameter in run.branches.parameters():
             parameter.grad = None
         for name, parameter in run.trainable().items():
@@ -114,28 +119,30 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
 
 
 def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
-    """Write the planned parameters in turn. A rollback writes what they hold between two steps of the current stage."""
+    """Write the planned parameters one after another. A rollback writes the weights of the stage before.
+
+    A rollback computes each weight again. Copies of all weights would double the memory.
+    """
     scratch, plan = Scratch(), run.plan
     spare = reserve(planned.parameters, planned.plan.spec.noise.is_on)
 
     def write_resting(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
-        if name in planned.live:
-            out.copy_(planned.live[name])
+        if name in planned.current:
+            out.copy_(planned.current[name])
         elif name in slow.states:
             slow.write_resting(name, plan, out, scratch)
-        else:  # the state does not know this weight yet
+        else:  # a new weight: before this commit it had the value that is W0 now
             planned.slow.write_value(name, "base", out)
 
     def restore(slow: SlowWeights, name: str, out: torch.Tensor, version: int) -> None:
-        spare.clear()
+        spare.clear()  # free the reserve for this computation
         with torch.no_grad():
             try:
                 write_resting(plan, slow, name, out)
-            except (MemoryError, RuntimeError):  # out of memory does no harm if nothing was written here
+            except (MemoryError, RuntimeError):  # out of memory; harmless if this weight was not written yet
                 if out._version != version:
                     raise
 
-    # Each weight is computed again for a rollback: a copy of all weights would double the memory.
     for name, out in weights_to_write(run, planned.parameters, planned.slow):
         undo(partial(restore, run.slow, name, out, out._version))
         if planned.write is not None:
@@ -145,16 +152,19 @@ def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
 
 
 def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = False) -> list[torch.Tensor]:
-    """Allocate memory, on the host and wherever a weight is, that is freed before weights are restored.
+    """Allocate memory on the host and on each device with a weight. The caller frees it to restore weights.
 
-    Without it, a device that has run full would keep some of the weights that were written.
+    Without this reserve, a rollback after running out of memory could fail as well, and leave some weights changed.
 
     Args:
-        parameters: of the model, by name.
-        noisy: whether noise is restored with them, which an accelerator computes in a workspace.
-        narrow: whether the exact values of a narrow weight need memory as well.
+        parameters: parameters of the model, by name.
+        noisy: whether restored weights have noise. An accelerator draws it in a workspace.
+        narrow: whether restoring a weight narrower than fp32 needs a buffer for its exact values as well.
+
+    Returns:
+        One tensor of bytes per device.
     """
-    sizes = {torch.device("cpu"): SPARE} | {local(each).device: SPARE for each in parameters.values()}
+    sizes = {torch.device("cpu"): SPARE} | {local(parameter).device: SPARE for parameter in parameters.values()}
     for parameter in writable(parameters).values() if noisy else ():
         if (weight := local(parameter)).device.type != "cpu":
             exact = 4 * weight.numel() if narrow and weight.dtype != arithmetic(weight.dtype) else 0
@@ -166,15 +176,15 @@ def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = 
 def weights_to_write(
     run: RunBase, parameters: Mapping[str, nn.Parameter], after: SlowWeights | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and the local tensor of each of these parameters. The caller writes into the tensor.
+    """Yield the name and the local tensor of each parameter. The caller writes into the tensor.
 
-    W0 is copied first if it shares the memory of the tensor. Quantized weights are left out: their branches compute the
-    deltas (`RunBase.set_unmerged`).
+    W0 is copied first if it shares the memory of the tensor. Quantized weights are skipped, because their branches
+    compute the deltas (`RunBase.set_unmerged`).
 
     Args:
-        run: whose W0 is kept.
-        parameters: by name.
-        after: slow weights that the run will hold, if they differ.
+        run: the run, whose W0 must survive the write.
+        parameters: parameters of the model, by name.
+        after: the next slow weights, if they differ from those of the run. Their W0 must survive as well.
     """
     for name, parameter in writable(parameters).items():
         out = local(parameter)
@@ -185,16 +195,17 @@ def weights_to_write(
 
 
 def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
-    """Return a function that restores the values and gradients that a commit changes.
+    """Return a function that restores the branches, tensors and gradients that a commit changes, from copies.
 
-    Weights of the slow state are computed again, and for parameters in `live` there is a copy: both are left out.
+    Weights of the slow state are left out, because `_write_parameters` computes them again. Of parameters trained in
+    full, only those without a copy in `current` are copied.
     """
     branches, trained = run.branches_by_weight(), run.slow.trained
     written = [branches[weight] for weight in planned.factors]
     scales = [(branch, branch.scale) for branch in written]
     copied = [factor for branch in written for factor in branch.parameters()]
     copied += [
-        parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.live
+        parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.current
     ]
     values = [(parameter, parameter.detach().clone()) for parameter in copied]
     tensors = [(tensor, tensor.detach().clone()) for tensor, _ in planned.tensors]

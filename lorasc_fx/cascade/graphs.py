@@ -87,7 +87,7 @@ class Graphs:
         """Draw the first graph around some sites."""
         return self.compiler.draw(self._first("draw"), self.run.plan, file, sites, radius)
 
-    def whole_graph(self) -> fx.GraphModule:
+    def unbroken_graph(self) -> fx.GraphModule:
         """Return the first graph, if the model has no graph breaks."""
         module = self._first("graph_module").module
         if not isinstance(module, fx.GraphModule):

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,66 +31,95 @@ from lorasc_fx.util.undo import Undo, commit
 log = logging.getLogger("lorasc_fx")
 
 
+@dataclass
+class Stage:
+    """One stage of the loop `for stage in cascade.stages(...)`.
+
+    Args:
+        number: number of the stage in the cascade, from 1. The seed of its noise depends on it.
+        index: number of the stage in the loop, from 1 to `count`.
+        count: number of stages of the loop.
+        loss: loss of the stage, a number above 0 or a tensor with one. Under pace="loss", set it before the stage ends.
+    """
+
+    number: int
+    index: int
+    count: int
+    loss: Any = None
+
+
+def loop(run: Run, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
+    """Yield the stages of a loop, with a transition after each; see `Cascade.stages`."""
+    end_idle(run)
+    for index in range(1, count + 1):
+        stage = Stage(run.plan.stage, index, count)
+        yield stage
+        # After the last stage the run is idle: nobody trains on noisy weights, and callers evaluate the slow ones.
+        next_stage(run, optimizer, idle=index == count, scheduler=scheduler, loss=stage.loss)
+
+
 def next_stage(
     run: Run,
     optimizer: torch.optim.Optimizer | None,
     idle: bool = False,
-    then: Callable[[], object] | None = None,
+    scheduler: Any = None,
     loss: Any = None,
 ) -> None:
-    """End the running stage and start the next one.
+    """End the running stage and start the next one; see `Cascade.transition`.
 
     Args:
-        run: of the cascade.
-        optimizer: holds the branches; None if there is none.
-        idle: whether the next stage waits: the slow weights are in place, without noise.
-        then: called at the end. The transition is rolled back if it raises.
-        loss: of the stage, for pace="loss".
+        run: the run of the cascade.
+        optimizer: the optimizer of the branches; None if there is none.
+        idle: whether the next stage waits. Then the parameters hold the slow weights, without noise.
+        scheduler: a learning rate scheduler, stepped at the end. If it raises, the transition is rolled back.
+        loss: loss of the stage, for pace="loss".
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
-        plan, before, begun = run.plan, run.slow, time.monotonic()
+        plan, before, start_time = run.plan, run.slow, time.monotonic()
         branches, trained = run.branches_by_weight(), run.present(run.slow.trained)
         if optimizer is not None:
             check_holds(optimizer, run.trainable())
         run.check_buffers("transition")
-        # Fold: the slow state after this stage.
+        # Fold the branches: compute the slow state after this stage.
         after = replace(before.after_stage(plan, {**branches, **trained}, loss), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
         moved, state = before.moved(branches), dict[nn.Parameter, Any]()
+        # Compute the optimizer's state for the next stage. Parameters trained in full continue, so they keep theirs.
         if optimizer is not None:
             state |= treated_state(optimizer, trained.values(), "kept")
             for branch in branches.values():
                 state |= treated_state(optimizer, branch.parameters(), plan.spec.optimizer_state)
                 if kept := {} if idle else branch.kept_entries(plan.spec):
                     state |= kept_state(optimizer, {branch.get_parameter(name): mask for name, mask in kept.items()})
-            # Reset the state of factors with a new shape, and the state that led to inf or nan.
+            # Reset the state of factors with a new shape, and of factors that became inf or nan.
             reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
             for name in after.left_out:
                 reset += branches[name].parameters() if name in branches else [trained[name]]
             state |= treated_state(optimizer, reset, "reset")
+        # Write all of it, or nothing.
         with commit() as undo:
             begin(run, Planned(planned, after, optimizer=optimizer, states=state), undo)
-            experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
+            experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - start_time
             log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
             if not moved and (optimizer is not None or before.moved(trained)):
                 run.warned.once(
                     "no-branch-moved",
-                    f"stage {plan.stage} ended, and no branch has moved, so their weights are unchanged. Call the "
-                    "cascade in the training loop, not the adapted model, and check that optimizer.step() runs with "
+                    f"stage {plan.stage} ended, and no branch has moved, so the weights are unchanged. In the training "
+                    "loop call the cascade, not the model that you adapted, and check that optimizer.step() runs with "
                     "learning rates above 0",
                 )
-            if then is not None:
-                then()
+            if scheduler is not None:
+                scheduler.step()
 
 
 def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
-    """Start another stage where the running one started, and drop what the running one has trained."""
+    """Drop the training of the running stage, and start a new stage from the same weights."""
     planned = run.plan.at_stage(run.plan.stage + 1)  # a stage number draws its noise only once
     _begin_reset(run, optimizer, planned, run.slow)
 
 
 def _begin_reset(run: Run, optimizer: torch.optim.Optimizer | None, planned: Plan, slow: SlowWeights) -> None:
-    """Start a stage from slow weights, with new branches and a reset optimizer state."""
+    """Start a stage from these slow weights, with new initial values of the branches and a reset optimizer state."""
     state: dict[nn.Parameter, Any] = {}
     if optimizer is not None:
         check_holds(optimizer, run.trainable())
@@ -100,32 +129,37 @@ def _begin_reset(run: Run, optimizer: torch.optim.Optimizer | None, planned: Pla
 
 
 def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
-    """Start a stage: write its weights, new values of the branches, and the optimizer's state.
+    """Start a stage: write its weights, the initial values of its branches, and the optimizer's state.
 
     Args:
-        run: of the cascade.
+        run: the run of the cascade.
         planned: plan, slow weights and optimizer state of the stage.
-        undo: gets the steps that restore everything.
-        keep: whether branches take over what the spec keeps of the stage before.
+        undo: collects the undo steps.
+        keep: whether branches keep the factors that the spec says (lora_A, the largest pairs).
     """
     branches = run.branches_by_weight()
     resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
     planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients=Gradients())
     write_planned(run, planned, undo)
-    if resized:
+    if resized:  # DistributedDataParallel has gradient buffers of the old shapes
         undo(run.replicas.restorer())
         run.replicas.outdate()
 
 
 def end_idle(run: Run) -> None:
-    """Start the waiting stage after a loop has ended: write its start weights, noise included."""
+    """Start the stage that waits since an earlier loop has ended: write its start weights with noise.
+
+    Raises:
+        StateError: the branches have been trained since that loop ended.
+    """
     with run.exclusive("stages", sharded=True):
         if not run.slow.idle:
             return
         if has_begun(run):
             raise StateError(
-                "stages: the branches were trained after the last stage ended. Call transition(optimizer) first",
+                "stages: the branches were trained after the last stage had ended. Call "
+                "cascade.transition(optimizer) first, to end a stage with this training",
                 code="stage-not-ended",
             )
         after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
@@ -138,52 +172,56 @@ def has_begun(run: Run) -> bool:
 
 
 def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
-    """Return the slow weights at the end of a stage; 0 is the base.
+    """Return the slow weights at the end of a stage. Stage 0 is the base, W0.
 
     Raises:
-        StateError: the stage has not ended here, or its weights are no longer kept.
+        StateError: the stage has not ended in this cascade, or its weights are no longer available.
     """
-    gone_to = max((state.gone for state in slow.states.values()), default=0)
-    ended = sorted({end for state in slow.states.values() for end in state.ends} | set(range(1, gone_to + 1)))
+    last_gone = max((state.gone for state in slow.states.values()), default=0)
+    ended = sorted({end for state in slow.states.values() for end in state.ends} | set(range(1, last_gone + 1)))
     if not is_integer(stage, 0) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade. Available: "
-            f"{', '.join(map(str, (0, *ended)))} (0 is the base). For the running stage give weights('fast')",
+            f"{', '.join(map(str, (0, *ended)))} (0 is the base). For the weights of the running stage use "
+            "weights('fast')",
             code="unknown-stage",
         )
     states = {name: state.at(stage) for name, state in slow.states.items()}
     if gone := [name for name, state in states.items() if state is None]:
-        can = [end for end in (0, *ended) if all(state.at(end) is not None for state in slow.states.values())]
+        complete = [end for end in (0, *ended) if all(state.at(end) is not None for state in slow.states.values())]
         raise StateError(
-            f"{call}: stage {stage} is gone for {named(gone)}. Experts are summed if they outgrow their weight, or the "
-            "rank that a quantized weight carries, and parameters trained in full are kept for each stage only if they "
-            f"are small. Available: {', '.join(map(str, can))}. To have all, save a checkpoint per stage (keep=...)",
+            f"{call}: stage {stage} is no longer available for {named(gone)}. Experts are summed if they need more "
+            "memory than their weight, or if a quantized weight would exceed carry_rank. Parameters trained in full "
+            f"are kept for each stage only if they are small. Available: {', '.join(map(str, complete))}. To keep all "
+            "stages, save a checkpoint per stage: lorasc_fx.save(cascade, folder, keep=...)",
             code="unknown-stage",
         )
-    # An average starts again from the slow weights of that stage.
-    found = {name: state for name, state in states.items() if state is not None}
+    at_end = {name: state for name, state in states.items() if state is not None}
     losses = {end: loss for end, loss in slow.losses.items() if end <= stage}
-    return SlowWeights(found, averaged=min(stage, slow.averaged, 1), losses=losses, group=slow.group)
+    # The average of that time is not kept, so it starts again with these slow weights as its first stage.
+    return SlowWeights(at_end, averaged=min(stage, slow.averaged, 1), losses=losses, group=slow.group)
 
 
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
-    """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
+    """Start a stage from the slow weights at the end of an earlier one; see `Cascade.rewind`."""
     with run.exclusive("rewind", sharded=True):
         after = at_stage(run.slow, stage, "rewind")
         unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
-        # A stage number draws its noise only once, so a stage that has run gets a new number.
+        # Two stages with one number would draw the same noise, so only a stage that has not run keeps its number.
         planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)
         _begin_reset(run, optimizer, planned, after)
-        log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
+        log.info("rewound to the end of stage %d; stage %d starts", stage, planned.stage)
 
 
 def ended(run: Run, call: str) -> SlowWeights:
-    """Return the slow state with the running stage folded if it has trained. Writes nothing.
+    """Return the slow state after the slow update of the running stage, or unchanged if the stage has not trained.
 
-    Warns if a first stage outside `stages` keeps only a part of what it has trained.
+    Writes nothing. Warns if the pace is below 1 and the run never had a loop over stages: the user may expect to keep
+    all of the training.
 
     Raises:
         StateError: training has made a buffer inf or nan.
+        NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
     """
     run.check_buffers(call)
     slow, learners = run.slow, run.learners()
@@ -194,8 +232,8 @@ def ended(run: Run, call: str) -> SlowWeights:
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",
-            f"{call}: stage 1 has trained and is folded now, which keeps only {pace:g} of what it has trained: the "
-            "pace of the spec. Train in `for stage in cascade.stages(...)`. To keep all of it without stages, give "
-            'pace=1.0, or save inside `with cascade.weights("fast"):`',
+            f"{call}: stage 1 has trained and is folded now. The pace of the spec is {pace:g}, so only this share of "
+            "its training is kept. Train in stages: `for stage in cascade.stages(count, optimizer):`. To keep all "
+            'training of a single stage, give pace=1.0, or save inside `with cascade.weights("fast"):`',
         )
     return after

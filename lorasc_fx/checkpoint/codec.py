@@ -382,7 +382,7 @@ def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
         factors=state.branches,
         tensors=tensors,
         buffers=buffers,
-        live=untrained,
+        current=untrained,
     )
     run.commit(planned, undo)
 

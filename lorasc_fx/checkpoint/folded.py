@@ -10,7 +10,7 @@ import torch
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.experts import check_view
-from lorasc_fx.cascade.folding import check_asked
+from lorasc_fx.cascade.folding import check_quantized
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint
@@ -53,7 +53,7 @@ def of_run(run: Run, call: str, view: str | Mapping[str, float]) -> FoldedWeight
     check_view(call, str(view), run.plan.spec)
     meant: ViewName = "averaged" if view == "averaged" else "slow"
     slow, parameters = ended(run, call), run.parameters_by_name()
-    check_asked(f"{call} into the files of a base", slow, None)
+    check_quantized(f"{call} into the files of a base", slow, None)
     changes: dict[str, Change] = {
         name: partial(slow.value, name, meant)
         for name, state in slow.states.items()

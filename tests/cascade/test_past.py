@@ -164,8 +164,8 @@ def test_stages_before_a_dense_collapse_are_gone_and_said_to_be(tmp_path: Path) 
             assert all(torch.equal(value, slow[name]) for name, value in held.model.named_parameters())
         with unchanged(held), raises(lx.StateError, "unknown-stage") as caught:
             held.rewind(2, None)
-        assert "rewind: stage 2 is gone for 0.weight" in str(caught.value)
-        assert "Available: 0, 4. To have all, save a checkpoint per stage" in str(caught.value)
+        assert "rewind: stage 2 is no longer available for 0.weight" in str(caught.value)
+        assert "Available: 0, 4. To keep all stages, save a checkpoint per stage" in str(caught.value)
         held.rewind(4, None)
         assert held.stage == 6
     cascade.transition(None)  # a stage that trained nothing moves no weight, so stage 4 is still there
@@ -181,7 +181,7 @@ def test_large_parameters_trained_in_full_are_not_kept(monkeypatch: pytest.Monke
         cascade.transition(None)
     with raises(lx.StateError, "unknown-stage", "1", "0.weight", "0.bias") as caught, cascade.weights(stage=1):
         pass
-    assert "Available: 0, 2. To have all" in str(caught.value)
+    assert "Available: 0, 2. To keep all" in str(caught.value)
     with cascade.weights(stage=0):
         assert_holds(cascade.model, dict(wide().named_parameters()))
 
