@@ -74,35 +74,33 @@ def section(results: Mapping[str, Any]) -> str:
     """Return the text between the markers."""
     made = results["about"]
     return f"""\
-One command makes all of this, `make bench`: the text, `benchmarks/results.json` and the curves.
+`make bench` measures everything in this section and writes the text, `benchmarks/results.json` and the curves.
 {made["cpu"]}; torch {made["torch"]}, peft {made["peft"]}; rank {RANK}, fp32, {made["threads"]} threads, \
-{made["rounds"]} rounds in which the rivals take turns.
+{made["rounds"]} rounds. In a round the variants of a model take turns.
 
-CPU seconds of a training step over those of the same model frozen (forward, and the gradient down to the input):
-ratio of the minima (median of the ratios within a round). *Folded* is the model that `release()` gives back; its
-deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank products added to those of the frozen step.
-Memory that is freed stays in the process, for all rivals
-(`benchmarks/measure.py`).
+CPU seconds of a training step divided by the seconds of the frozen model (forward, and the gradient of the input):
+ratio of the minima (median of the ratios within a round). *Folded* is the released model; its
+deviation from 1.00 is measurement noise. *Floor* counts flops: the frozen step plus the low-rank products.
+In all variants, freed memory stays in the process (`benchmarks/measure.py`).
 
 {step_table(results["steps"])}
 
-{_placed(results.get("placement", {}))}{_compiled(results.get("compiled", {}))}
-MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is what the frozen model
-keeps together with the inputs of the branches. Two columns are with adapter dropout of {DROPOUT:g}. *Resident* is the
-peak of a process that holds only this model, while it trains; interpreter and libraries are in it. Ours copies W0
-before the first write, when the first stage ends, so that *ours* is of the second stage. *base=FOLDER* is ours with W0
-in files.
+{_compiled(results.get("compiled", {}))}
+MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is the memory of the
+frozen model plus the inputs of the branches. Two columns have adapter dropout of {DROPOUT:g}. *Resident* is the
+peak of a process that trains only this model, including interpreter and libraries. lorasc-fx copies W0
+when the first stage ends, so *ours* is measured in the second stage. *base=FOLDER* is lorasc-fx with W0 in files.
 
 {memory_table(results["steps"])}
 
-CPU seconds, ours / peft's for the same (`benchmarks/costs.py` says what that is): a transition stands beside
+CPU seconds, ours / peft's for the same task (listed in `benchmarks/costs.py`). A transition is compared with
 `merge_and_unload`, `get_peft_model` and a new optimizer. *Streaming* is a plain copy of the bytes that a transition
-has to read and write.
+reads and writes.
 
 {cost_table(results["costs"])}
 {_started(results.get("start", {}))}
-The curves are in [benchmarks/curves.svg](../benchmarks/curves.svg), their numbers in `benchmarks/curves.json`: a step
-against the rank, against the number of sites, and after some transitions; and the size of the slow state."""
+[benchmarks/curves.svg](../benchmarks/curves.svg) and `benchmarks/curves.json` have curves: the step by rank, by number
+of sites and by number of past transitions, and the size of the slow state."""
 
 
 def cuda_section(results: Mapping[str, Any]) -> str:
@@ -110,10 +108,10 @@ def cuda_section(results: Mapping[str, Any]) -> str:
     made = results["about"]
     return f"""\
 {made["gpu"]}, CUDA {made["cuda"]}; torch {made["torch"]}, peft {made["peft"]}; rank {RANK}, bf16, {made["rounds"]} \
-rounds in which the rivals take turns.
+rounds. In a round the variants of a model take turns.
 
-Seconds of a training step between two CUDA events, over those of the same model frozen. The columns are those of the
-table above.
+Seconds of a training step between two CUDA events, divided by the seconds of the frozen model. The columns are the same
+as in the table above.
 
 {step_table(results["steps"])}
 
@@ -165,20 +163,6 @@ def step_table(rows: Rows) -> str:
     return table(head, map(cells, rows.values()))
 
 
-def _placed(rows: Rows) -> str:
-    """Return the table of placements; nothing where none was measured."""
-    if not rows:
-        return ""
-    return f"""\
-The step with placements that a cost model chose, before the rule on shapes did, over the same with others
-(`benchmarks/placement_oracle.py`):
-every branch beside its op, every branch merged, and the fastest that has one group of sites in its other placement.
-*Again* is a second model with the placements chosen: its deviation from 1.00 is measurement noise.
-
-{placement_table(rows)}
-"""
-
-
 def placement_table(rows: Rows) -> str:
     """Return the table of placements: as chosen over the others."""
 
@@ -200,11 +184,10 @@ def _compiled(rows: Rows) -> str:
     if not rows:
         return ""
     return f"""
-`torch.compile` of all three, by inductor with empty caches for each (`benchmarks/compiled.py`). Seconds of the first
-step, forward and backward, with the compilation in it, wall time and (CPU, with that of the C++ compiler). Then each
-trains and ends a stage, ours by `transition`, peft's by `merge_and_unload`, `get_peft_model` and another
-`torch.compile`: the graphs that were compiled again, and seconds of the first step after it. At last the rivals take
-turns with a step, as above.
+`torch.compile` with inductor and empty caches (`benchmarks/compiled.py`). *First step* includes the compilation, in
+seconds of wall time (and CPU time with the C++ compiler). Then each variant trains and ends a stage: ours by
+`transition`, peft's by `merge_and_unload`, `get_peft_model` and another `torch.compile`. The next columns count
+recompiled graphs and time the first step after it. The last columns compare steps as above.
 
 {compiled_table(rows)}
 """
@@ -276,23 +259,23 @@ def _started(rows: Rows) -> str:
     return f"""
 `import lorasc_fx` takes {seconds["lorasc_fx"]:.2f} CPU seconds after `import torch` ({seconds["torch"]:.2f}).
 
-On one thread, each model in a process of its own: CPU seconds of `adapt` and of a `load` without inputs, on two
-examples, beside a forward, a backward and `torch.export.export` alone. `adapt` has three forwards in it, by which the
-graph is held against the model, and two backwards where their autograd graphs differ; *again* is `adapt` of another
-model in the same state, and *with noise* the same with noise, for which W0 is copied; *first call* makes the graph
-after `load`. *Added* is what `adapt` adds to a process at its peak, without and with noise, and by `base=FOLDER` with
-W0 in files; *of a forward* is what a forward alone adds, with its autograd graph.
+CPU seconds on one thread, with one process per model and two examples as inputs. *Forward*, *backward* and *export*
+(`torch.export.export`) are for comparison. `adapt` runs three forwards to compare the graph with the model, and two
+backwards if their autograd graphs differ. *Again* is `adapt` of another model in the same state, *with noise* the same
+with noise, for which W0 is copied. *Load* has no inputs, and *first call* captures the graph after it. *MiB added* is
+the peak memory that `adapt` adds to a process: alone, with noise, and with W0 in files. *Of a forward* is
+the memory that one forward adds, with its autograd graph.
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 
-Models with graph breaks, of `benchmarks.coverage`: CPU seconds of `adapt`, beside dynamo's own first call of the frozen
-model with its backend `eager`, and of one in which the weights with branches are *trained*: branches need the gradient
-of what a custom function computes, which dynamo traces too then.
+CPU seconds of `adapt` for two models with graph breaks from `benchmarks.coverage`. *Dynamo* is dynamo's first call of
+the frozen model with the backend `eager`. In *dynamo, trained* the weights with branches require gradients, so
+dynamo also traces the backward of custom functions, as `adapt` does.
 
 {graph_breaks_table(rows["once"])}
 
-Milliseconds of CPU of a call of a BERT of {LAYERS} layers and width {WIDTH}, and of a token that a Llama of 8 layers
-and this width generates with its cache, where Python is most of the time; *eager* is the model without branches:
+CPU milliseconds of calls that spend most of their time in Python: a BERT of {LAYERS} layers and width {WIDTH}, and one
+token that a Llama of 8 layers and the same width generates with its cache. *Eager* is the model without branches:
 
 {call_table(rows["once"])}
 """

@@ -1,7 +1,7 @@
-"""Every public error: where it comes from, what to do, and calls that raise it. docs/errors.md is made from this list.
+"""Every public error with the calls that raise it, the remedy and examples. docs/errors.md is generated from this list.
 
-An example is a function whose body is shown on the page, with the message that it really raised. `model` is `mlp()`,
-and `x` its input; it runs in an empty folder.
+An example is a function. The page shows its body and the message that it raised. `model` is `mlp()`, and `x` its
+input. Examples run in an empty folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Entry:
 
     Args:
         raised: the class. by: the calls that raise it.
-        remedy: what to do, beyond what the message says itself.
+        remedy: advice in addition to the message.
         examples: each raises it.
     """
 
@@ -40,7 +40,7 @@ class Entry:
 
     @property
     def bases(self) -> list[str]:
-        """What else catches it."""
+        """The base classes that catch it, too."""
         return [each.__name__ for each in self.raised.__mro__[1:] if each not in (BaseException, Exception, object)]
 
 
@@ -50,19 +50,12 @@ def body(example: Example) -> str:
     return textwrap.dedent("\n".join(lines[1:]))
 
 
-def anything(model: nn.Module, x: Tensor) -> None:
-    try:
-        lx.adapt(model, args=(x,), spec=lx.CascadeSpec(pace=2.0))
-    except lx.LorascError as error:
-        raise error
-
-
 def a_rank(model: nn.Module, x: Tensor) -> None:
     lx.CascadeSpec(rank=0)
 
 
 def a_field(model: nn.Module, x: Tensor) -> None:
-    lx.CascadeSpec.from_dict({"lora_alhpa": 8.0})
+    lx.CascadeSpec.from_dict({"noise": {"strenght": 0.1}})
 
 
 def a_target(model: nn.Module, x: Tensor) -> None:
@@ -144,11 +137,16 @@ def not_installed(model: nn.Module, x: Tensor) -> None:
 
 
 ENTRIES = (
-    Entry(lx.LorascError, ("everything here",), "Catch it to catch all of them.", (anything,)),
+    Entry(
+        lx.LorascError,
+        ("all functions of the package",),
+        "`except lx.LorascError as error:` catches every error of this page. `error.code` is its code.",
+        (),
+    ),
     Entry(
         lx.SpecError,
         ("CascadeSpec", "Noise", "Rule", "adapt", "stages", "save", "lorasc-fx"),
-        "Give the value that the message asks for. Of a file, the line is told.",
+        "Use a value that the message lists. For a configuration file, the message has the line.",
         (a_rank, a_field),
     ),
     Entry(
@@ -160,64 +158,64 @@ ENTRIES = (
     Entry(
         lx.passes.NoSites,
         ("adapt", "InsertBranches"),
-        "Widen `targets`, or take away what `exclude` and `train` name; the reason of each weight is told.",
+        "Widen `targets`, or remove patterns from `exclude` and `train`. The message has the reason for each weight.",
         (all_excluded,),
     ),
     Entry(
         lx.CaptureError,
         ("adapt", "load", "a call of the cascade", "folded_graph"),
-        "Give inputs with which the model runs. Where no front end takes it, each one's reason is told: change the "
-        "model there, or adapt a part of it.",
+        "Check that the model runs on the example inputs. If every front end fails, the message has the reason of each "
+        "one: change the model there, or adapt a part of it.",
         (no_model,),
     ),
     Entry(
         lx.PassError,
         ("passes",),
-        "Run the passes that the message names before.",
+        "Run the passes that the message names first.",
         (before_its_time,),
     ),
     Entry(
         lx.passes.PassOrderError,
         ("Pipeline",),
-        "Put each pass after those that provide what it requires, as the message tells.",
+        "Put each pass after the passes that provide its requirements. The message names them.",
         (a_wrong_order,),
     ),
     Entry(
         lx.passes.VerifyError,
         ("passes", "load"),
-        "Somebody edited the graph, or the plan is another model's: fold the branches before you edit a graph, and "
-        "adapt it anew.",
+        "Other code edited the graph, or the plan belongs to another model. Fold the branches before you edit a graph, "
+        "then adapt it again.",
         (an_edited_graph, another_kind),
     ),
     Entry(
         lx.StateError,
         ("every call of a cascade", "adapt", "save"),
-        "The call is right, the moment is not: do first what the message says.",
+        "The call is not possible in the current state. First do what the message says.",
         (released, unused_gradients, twice),
     ),
     Entry(
         lx.NonFiniteBranch,
         ("transition", "stages", "release", "folded_state_dict", "folded_graph", "passes"),
-        "Nothing was folded: the last checkpoint, and the slow weights, are whole.",
+        "Nothing was folded: the slow weights and the last checkpoint are still finite.",
         (diverged,),
     ),
     Entry(
         lx.CheckpointError,
         ("load", "save", "resume", "adapt(base=...)", "Plan.from_json"),
-        "A damaged version can be deleted: `load` takes the newest that is there, and `save(keep=N)` keeps several.",
+        "Delete a damaged version: `load` reads the newest one that exists, and `save(keep=N)` keeps several.",
         (another_base,),
     ),
     Entry(
         lx.export.ExportError,
         ("export.peft",),
-        "Exclude the weights that the message names from the run, or export the folded weights "
-        "(`export.safetensors`), which hold everything. Nothing was written.",
+        "Exclude the weights that the message names from the run, or export all folded weights with "
+        "`export.safetensors`. Nothing was written.",
         (no_adapter,),
     ),
     Entry(
         lx.errors.MissingExtra,
         ("lorasc-fx",),
-        "Run the pip command of the message.",
+        "Run the pip command in the message.",
         (not_installed,),
     ),
 )

@@ -1,9 +1,11 @@
-"""Write docs/errors.md from the catalogue: `python -m tests.errors.page`. Every message on it was raised just now."""
+"""Write docs/errors.md from the catalogue: `python -m tests.errors.page`. It runs every example for its message."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import lorasc_fx as lx
@@ -15,47 +17,107 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 HEAD = """# Errors
 
-Each error and each warning has a `code`, which does not change: compare it in a program, and look it up in the table
-below. Its message says what happened, where, and what to do, in words that may change; an unknown name is answered with
-the nearest known ones.
-Whatever raises has changed nothing. In the examples `model` is a `Sequential` of `nn.Linear(5, 7)`, a `Tanh`,
-`nn.Linear(7, 6)` and `nn.Linear(6, 2)`, and `x` is its input. `python -m tests.errors.page` runs them and writes this
-page.
+Each error and each warning has a `code` that does not change between versions. Compare the code in a program, and look
+it up on this page. The message says what is wrong, where, and what to do; its words may change. If an error is raised,
+nothing has changed: model, branches, optimizer and files are as before the call.
+
+Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). Each is given once per cascade, at the
+line of your program. `warnings.filterwarnings("error", category=lorasc_fx.errors.LorascWarning)` turns them into
+errors.
+
+In the examples, `model` is a `Sequential` of `nn.Linear(5, 7)`, a `Tanh`, `nn.Linear(7, 6)` and `nn.Linear(6, 2)`, and
+`x` is its input. `python -m tests.errors.page` runs them and writes this page.
 """
 
 
-TAIL = """
-## LorascWarning
+@dataclass(frozen=True)
+class Task:
+    """A section of the page: what the user was doing.
 
-What you have to act on although nothing failed is a `LorascWarning` (a `UserWarning`), given at the line of your
-program, once a cascade: `warnings.filterwarnings("error", category=lorasc_fx.errors.LorascWarning)` makes it an error.
-The logger `lorasc_fx` holds at INFO what was done and how long it took.
+    Args:
+        title: of the section.
+        classes: names of the errors that are mostly raised there.
+        codes: of errors and warnings, in the order of the table.
+    """
 
-- A stage ended and no branch has moved: the loop calls the model and not the cascade, or no step was made.
-- A first stage that has trained is folded (`release`, `folded_state_dict`, `folded_graph`, an export, `merge`) under a
-  `pace` below 1, and neither `stages` nor `transition` was called: that share of what it has trained is kept.
-- `lorasc-fx fold` or `export` meets a run, or a checkpoint, whose running stage has trained and never ended: it is
-  folded as it is, and the `pace` of the spec counts.
-- A cascade is garbage collected while its model lives, and what the running stage has trained goes with it.
-- The cascade is called in eval mode inside a stage with noise; `weights("slow")` and `weights("fast")` hold none.
-- The user's model is called, copied (`deepcopy`) or pickled (`torch.save`), or its `state_dict()` is read, inside a
-  stage: it lacks the running branches, and may hold noise. Calls of its submodules are not seen.
-- A Trainer of transformers or trl, or accelerate's `save_model`, writes the state dict of a cascade as if it were that
-  of a model.
-- `adapt` made a site of a weight that had `requires_grad=False`, where such sites are fewer than half of all, in number
-  and in entries, and no target names the weight in full: a constant written as a layer. A frozen backbone is silent.
-- A parameter that is neither adapted nor trained was changed after a save: later checkpoints load onto its new numbers
-  only.
-- A weight that is adapted has a hook on its gradient, which it no longer gets.
-- A site came with a call after the optimizer was made.
-- A branch, or a parameter trained in full, was left out of a fold because it is not finite (`on_nonfinite="skip"`).
-- More than 32 variants were captured; `merge` found buffers that differ; a checkpoint was written by other versions;
-  `export.peft` wrote a tied weight twice.
-"""
+    title: str
+    classes: tuple[str, ...]
+    codes: str
+
+
+TASKS = (
+    Task(
+        "Writing a spec",
+        ("SpecError", "UnknownTarget", "NoSites"),
+        "invalid-value conflicting-options unknown-name unknown-target no-sites",
+    ),
+    Task(
+        "Adapting a model",
+        ("CaptureError",),
+        "not-a-model model-refuses-inputs not-captured no-whole-graph already-adapted not-trainable meta-model "
+        "method-not-supported quantized-left-out constant-adapted hook-not-called late-sites too-many-variants",
+    ),
+    Task(
+        "Training",
+        ("StateError", "NonFiniteBranch"),
+        "gradients-pending inside-backward inside-weights released unknown-stage not-available "
+        "optimizer-lacks-parameters optimizer-differs backward-not-supported non-finite weights-changed-outside "
+        "stage-not-ended quantized-not-supported no-branch-moved non-finite-left-out dropout-not-applied "
+        "evaluated-with-noise model-called-inside-stage model-saved-inside-stage training-not-kept "
+        "running-stage-folded",
+    ),
+    Task(
+        "Saving, loading and merging",
+        ("CheckpointError",),
+        "base-differs spec-differs sites-differ tied-weights-differ no-checkpoint no-base invalid-checkpoint "
+        "format-not-supported unreadable-file write-failed path-in-the-way concurrent-save not-serializable "
+        "frozen-parameter-changed buffers-differ other-versions",
+    ),
+    Task(
+        "Exporting, importing and serving",
+        ("ExportError",),
+        "not-exportable adapter-does-not-fit adapter-not-supported invalid-adapter input-not-supported bank-full "
+        "rank-too-large rows-differ rows-not-independent smaller-sizes-not-refused tied-weight-exported-twice",
+    ),
+    Task(
+        "Trainers and several processes",
+        (),
+        "trainer-not-supported wrapper-not-supported sharded rank-failed ranks-differ unfolded-save",
+    ),
+    Task(
+        "Running passes on a graph",
+        ("PassError", "PassOrderError", "VerifyError"),
+        "requirement-not-met pass-order graph-not-verified wrong-function-result",
+    ),
+    Task("Using the command line", ("MissingExtra",), "missing-extra invalid-data"),
+)
+"""The sections of the page. Each class except LorascError, and each code, is in one of them."""
+
+WARNINGS = {
+    "constant-adapted": "Fewer than half of the sites, in number and in entries, were frozen before `adapt`, and no "
+    "target names them in full: the weight may be a constant. Exclude it, or name it in `targets`",
+    "evaluated-with-noise": "The cascade was called in eval mode inside a stage with noise. Evaluate inside "
+    '`weights("slow")` or `weights("fast")`',
+    "frozen-parameter-changed": "A parameter that is neither adapted nor trained changed after a save. Later "
+    "checkpoints load only onto its new values",
+    "model-called-inside-stage": "The user's model was called inside a stage, without the running branches and perhaps "
+    "with noise. Call the cascade. Calls of submodules are not noticed",
+    "model-saved-inside-stage": "The user's model was copied, pickled, or its `state_dict()` was read inside a stage, "
+    "without the running branches and perhaps with noise",
+    "no-branch-moved": "A stage ended and no branch has changed: the loop calls the model instead of the cascade, or "
+    "makes no optimizer step",
+    "running-stage-folded": "The running stage was folded, and only the share `pace` of its change is kept. It was the "
+    "first stage and neither `stages` nor `transition` was called, or `lorasc-fx` folded a run inside a stage",
+    "training-not-kept": "A cascade was garbage collected while its model is alive, so the training of its running "
+    "stage is lost. Call `release` or `lx.save` before",
+    "unfolded-save": "A trainer, or accelerate's `save_model`, wrote the state dict of a cascade as if it were the "
+    "model's state dict",
+}
+"""Meanings of warnings that need more words than in `errors.CODES`."""
 
 
 def message_of(entry: Entry, example: Example) -> str:
-    """Run an example in an empty folder; return what it raised, as Python prints it."""
+    """Run an example in an empty folder. Return its error as Python prints it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         try:
             example(mlp(), inputs(2, 5))
@@ -66,27 +128,41 @@ def message_of(entry: Entry, example: Example) -> str:
     raise AssertionError(f"{example.__name__} raised no {entry.raised.__name__}")
 
 
-def section(entry: Entry) -> str:
-    """One class."""
+def of_class(entry: Entry) -> str:
+    """Return the part of the page on one class."""
     sentence = " ".join((entry.raised.__doc__ or "").split())
-    bases = ", ".join(f"`{name}`" for name in entry.bases)
+    bases = ", ".join(f"`{name}`" for name in entry.bases if name != "LorascError")
     by = ", ".join(f"`{each}`" if " " not in each else each for each in entry.by)
-    facts = [f"Raised by {by}."] + ([f"Is a {bases} as well."] if bases else [])
-    lines = [f"## {entry.raised.__name__}", "", f"{sentence} {' '.join(facts)}", "", entry.remedy]
+    facts = [f"Raised by {by}."] + ([f"Subclass of {bases}."] if bases else [])
+    lines = [f"### {entry.raised.__name__}", "", f"{sentence} {' '.join(facts)}", "", entry.remedy]
     for example in entry.examples:
         lines += ["", "```text", body(example), "", message_of(entry, example), "```"]
     return "\n".join(lines)
 
 
-def codes() -> str:
-    """The table of codes."""
-    rows = [f"| `{code}` | {meaning} |" for code, meaning in errors.CODES.items()]
-    return "\n".join(["## Codes", "", "| code | meaning |", "|---|---|", *rows])
+def meaning(code: str) -> str:
+    """Return the text of a code in the table."""
+    text = errors.CODES[code]
+    if not text.startswith("(warning) "):
+        return text
+    text = WARNINGS.get(code, text.removeprefix("(warning) "))
+    return f"Warning: {text[0].lower()}{text[1:]}"
+
+
+def section(task: Task, entries: Mapping[str, Entry]) -> str:
+    """Return one section."""
+    rows = [f"| `{code}` | {meaning(code)} |" for code in task.codes.split()]
+    table = "\n".join(["| code | meaning |", "|---|---|", *rows])
+    return "\n\n".join([f"## {task.title}", *(of_class(entries[name]) for name in task.classes), table])
 
 
 def page() -> str:
-    """The whole text."""
-    return "\n\n".join([HEAD.rstrip(), *map(section, ENTRIES), TAIL.strip(), codes()]) + "\n"
+    """Return the whole text."""
+    entries = {entry.raised.__name__: entry for entry in ENTRIES}
+    root = of_class(entries.pop("LorascError")).replace("### ", "## ")
+    assert sorted(name for task in TASKS for name in task.classes) == sorted(entries)
+    assert sorted(code for task in TASKS for code in task.codes.split()) == sorted(errors.CODES)
+    return "\n\n".join([HEAD.rstrip(), root, *(section(task, entries) for task in TASKS)]) + "\n"
 
 
 if __name__ == "__main__":
