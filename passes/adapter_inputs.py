@@ -23,7 +23,7 @@ from torch import fx
 from lorasc_fx.branch import Branch, fill
 from lorasc_fx.errors import PassError, UnknownTarget, listed
 from lorasc_fx.graph import GraphEditor, branch_nodes, matches, record_of
-from lorasc_fx.graph.branch_calls import GIVEN, shared_input
+from lorasc_fx.graph.branch_calls import INPUT_OPTIONS, shared_input
 from lorasc_fx.graph.record import AdapterInput, Lifted
 from lorasc_fx.plan import Site
 
@@ -101,7 +101,7 @@ class AdapterInputs(CascadePass):
                     graph.move_after(node, placeholders[-1])
                 tensors = dict(read[branch.weight_name])
                 scale = tensors.pop(SCALE)
-                graph.give_arguments(node, node.args, {**node.kwargs, "tensors": tensors, "scale": scale})
+                graph.set_arguments(node, node.args, {**node.kwargs, "tensors": tensors, "scale": scale})
         lifted = {site.key: branches[site.key] for site in chosen}
         graph.set_branches({**branches, **{key: branch.without_values() for key, branch in lifted.items()}})
         inputs = tuple(
@@ -149,8 +149,8 @@ class BindAdapter(CascadePass):
             branches |= {key: _bound(site, branches[key], values) for key, (site, values) in bound.items()}
         names = {each.name for each in lifted.inputs}
         for node in branch_nodes(graph.module):
-            kwargs = {name: value for name, value in node.kwargs.items() if name not in GIVEN}
-            graph.give_arguments(node, node.args, kwargs)
+            kwargs = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
+            graph.set_arguments(node, node.args, kwargs)
             if kwargs["at"] == "on_weight" and isinstance(node.args[0], fx.Node):
                 graph.move_after(node, node.args[0])
         graph.remove_inputs([node for node in graph.nodes if node.op == "placeholder" and node.name in names])

@@ -121,7 +121,7 @@ def _simplify(graph: GraphEditor, call: fx.Node, instead: Literal["none", "causa
     options = (None, dropout, True) if instead == "causal" else (None, dropout) if dropout != 0.0 else ()
     replaced = {"attn_mask", "dropout_p", "is_causal"}
     kwargs = {name: value for name, value in call.kwargs.items() if name not in replaced}
-    graph.give_arguments(call, (*call.args[:3], *options), kwargs)
+    graph.set_arguments(call, (*call.args[:3], *options), kwargs)
 
 
 def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
@@ -139,7 +139,7 @@ def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
     narrow = isinstance(size, int) and size <= _MAX_HEAD_SIZE and _alike(_shape(values)[-1:], [size])
     if not narrow or not _alike(_shape(query)[:1], _shape(keys)[:1]) or _written([keys, values]):
         return set()
-    graph.give_arguments(call, (query, keys, values, *call.args[3:]), {**call.kwargs, "enable_gqa": True})
+    graph.set_arguments(call, (query, keys, values, *call.args[3:]), {**call.kwargs, "enable_gqa": True})
     return {node for chain in chains for node in chain[:-1]}
 
 

@@ -558,7 +558,7 @@ class _Graph:
             editor = GraphEditor(self.module, "bank")
             for node in editor.nodes:
                 if found.places.get(node.name, FIRST_AXIS) != FIRST_AXIS:
-                    editor.give_arguments(node, node.args, {**node.kwargs, "rows": tuple(found.places[node.name])})
+                    editor.set_arguments(node, node.args, {**node.kwargs, "rows": tuple(found.places[node.name])})
             if editor.modified:
                 self.module = editor.finish()
                 self._function = as_function(self.module)

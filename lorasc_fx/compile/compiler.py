@@ -31,8 +31,8 @@ from lorasc_fx.compile.fallback import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
 from lorasc_fx.graph import Record, faults, matches, named_weights, record_of, shared_memory
-from lorasc_fx.graph.copies import own_copy
-from lorasc_fx.graph.editor import refuse_smaller
+from lorasc_fx.graph.copies import standalone_copy
+from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.graph.matching import candidates, survey
 from lorasc_fx.graph.record import AdapterInput, at_stage
 from lorasc_fx.passes import (
@@ -181,8 +181,8 @@ class Compiler:
         least = {} if variant.frontend.serves_all_calls else least_sizes(folded, model, args, kwargs)
         if values is None:
             return folded, least
-        copy = own_copy(folded, OWNER, values)
-        refuse_smaller(copy.graph, [node.name for node in copy.graph.nodes if node.op == "placeholder"], least)
+        copy = standalone_copy(folded, OWNER, values)
+        assert_min_sizes(copy.graph, [node.name for node in copy.graph.nodes if node.op == "placeholder"], least)
         copy.recompile()
         return copy, least
 
@@ -210,9 +210,9 @@ class Compiler:
         spec = CascadeSpec(targets, rank=max_rank, lora_alpha=float(max_rank), placement="beside")
         passes = Pipeline([MatchSites(spec), InsertBranches(), AdapterInputs(max_rank)])
         lifted = passes(folded).graph_module
-        copy, inputs = own_copy(lifted, OWNER, values), adapter_inputs(lifted)
+        copy, inputs = standalone_copy(lifted, OWNER, values), adapter_inputs(lifted)
         own = [node.name for node in copy.graph.nodes if node.op == "placeholder"][: -len(inputs)]
-        refuse_smaller(copy.graph, own, least)
+        assert_min_sizes(copy.graph, own, least)
         copy.recompile()
         return copy, inputs, least
 

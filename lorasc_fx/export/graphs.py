@@ -22,7 +22,7 @@ from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
 from lorasc_fx.export.adapters import check_rank, inputs_of
 from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
-from lorasc_fx.graph.editor import refuse_smaller
+from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.peft.low_rank import LowRankAdapter, branch_dtypes
 from lorasc_fx.signature import bind, leaves, signature_of, whole
 from lorasc_fx.util.extras import module_of, require
@@ -244,7 +244,7 @@ def _program(
     if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
         least = least_sizes(exported.module(), module, bound, named)
     names = [str(name) for name in exported.graph_signature.user_inputs]
-    refuse_smaller(exported.graph, names, least)  # torch drops checks that it considers redundant
+    assert_min_sizes(exported.graph, names, least)  # torch drops checks that it considers redundant
     exported.graph_module.recompile()
     exported.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
     by_name: dict[str, dict[int, int]] = {}

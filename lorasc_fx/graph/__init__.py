@@ -1,6 +1,7 @@
-"""Graphs: the table of forms, matching, the editor, the verifier, and canonical text.
+"""Read, edit and verify torch.fx graphs.
 
-Other names are imported from the file that defines them.
+`forms` is the table of ops whose weight can be adapted, `matching` finds their uses, `editor` changes graphs and
+`verifier` checks them. Import other names from the file that defines them.
 """
 
 from lorasc_fx.graph.branch_calls import branch_nodes, call_template, use_of

@@ -1,14 +1,17 @@
-"""Nodes that call a branch: which they are, what they stand in place of, and where their input comes from.
+"""Read branch nodes, the `call_module` nodes that call a branch.
 
-- beside an op: `%out = branches.KEY(%base, %x, at="beside")`;
-- with a shared product: `%low = shared_down(%x, (A, ...))`, `branches.KEY(%base, %low[i], at="after_shared")`;
-- in place of an op: `%out = branches.KEY(%x, %weight, %bias, at="in_place", op=...)`. The replaced call is kept in the
-  metadata of the node, so that a fold can write it again;
-- on a weight: `%adapted = branches.KEY(%weight, at="on_weight")`.
+A branch node has one of these forms:
 
-A branch whose tensors are inputs of the graph has two more options, `tensors={NAME: %input}` and `scale=%input`.
+- added to the output of an op (placement `beside`): `%out = branches.KEY(%base, %x, at="beside")`;
+- the same with a shared product: `%low = shared_down(%x, (A, ...))`, then
+  `branches.KEY(%base, %low[i], at="after_shared")`;
+- instead of the op (placement `merged`): `%out = branches.KEY(%x, %weight, %bias, at="in_place", op=...)`. The call of
+  the op is stored in the metadata of the node, so that a fold can restore it;
+- added to a weight (placement `weight`): `%adapted = branches.KEY(%weight, at="on_weight")`.
 
-Everything here only reads; `GraphEditor` makes and erases the nodes.
+If the tensors of a branch are inputs of the graph, its node also has `tensors={NAME: %input}` and `scale=%input`.
+
+`GraphEditor` creates and erases these nodes.
 """
 
 from __future__ import annotations
@@ -25,24 +28,24 @@ from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, re
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
 from lorasc_fx.graph.weights import BRANCHES, module_at
 
-GIVEN = ("tensors", "scale", "rows")
-"""Options of a branch node whose tensors are inputs of the graph; `rows` says where the rows of the batch are."""
+INPUT_OPTIONS = ("tensors", "scale", "rows")
+"""Keyword arguments of a branch node whose tensors are inputs of the graph. `rows` maps inputs to rows of the batch."""
 
 
 def use_of(node: fx.Node) -> Use | None:
-    """Return the use that a match marked on the node."""
+    """Return the mark of a node that uses a site, or None."""
     use = node.meta.get(USE)
     return use if isinstance(use, Use) else None
 
 
 def made_by(node: fx.Node) -> str:
-    """Return the name of the pass of ours that made the node, or ""."""
+    """Return the name of the pass that created the node, or "" if it came from a front end or a foreign pass."""
     name = node.meta.get(MADE_BY, "")
     return name if isinstance(name, str) else ""
 
 
 def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
-    """Return the nodes that call a branch, with their branches."""
+    """Return the branch of each node that calls one, in the order of the graph."""
     nodes: dict[fx.Node, Branch] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
@@ -53,7 +56,7 @@ def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
 
 
 def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
-    """Return the first node that calls a branch, or a module inside which one stands."""
+    """Return the first node that calls a branch or a module that contains one, or None."""
     for node in graph_module.graph.nodes:
         module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
         if module is not None and any(isinstance(inner, Branch) for inner in module.modules()):
@@ -64,15 +67,19 @@ def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class Input:
-    """In a `CallTemplate`, the branch node's argument of this number."""
+    """A placeholder in a `CallTemplate` for the argument of the branch node at this index."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class CallTemplate:
-    """A node's name, op, target and arguments, with an `Input` for each node among them; and the number of the branch's
-    own inputs.
+    """The call of an op that a merged branch replaced, without references to nodes.
+
+    Args:
+        name, op, target: of the op's node.
+        args, kwargs: its arguments, with an `Input` instead of each node.
+        inputs: number of arguments of the branch node.
     """
 
     name: str
@@ -84,7 +91,7 @@ class CallTemplate:
 
     @classmethod
     def of(cls, node: fx.Node, inputs: Sequence[Any]) -> CallTemplate:
-        """Read a node that a branch with these arguments shall stand in place of."""
+        """Return the template of a node that a branch node with these arguments is about to replace."""
 
         def numbered(argument: fx.Node) -> Any:
             return Input(inputs.index(argument))
@@ -95,7 +102,13 @@ class CallTemplate:
 
 @dataclass(frozen=True)
 class ReplacedCall:
-    """A replaced call as it would be written now, and what its form reads off it."""
+    """The call of an op that a merged branch replaced, with the current arguments of the branch node.
+
+    Args:
+        name, op, target, args, kwargs: of the op's node.
+        form: its form, or None if the branch node was damaged.
+        reading: its arguments by role.
+    """
 
     name: str
     op: str
@@ -107,13 +120,13 @@ class ReplacedCall:
 
 
 def call_template(node: fx.Node) -> CallTemplate | None:
-    """Return the call that this branch node replaced, without its inputs; None for any other node."""
+    """Return the stored template of the call that a branch node replaced, or None for any other node."""
     template = node.meta.get(REPLACED_CALL)
     return template if isinstance(template, CallTemplate) else None
 
 
 def replaced_call(node: fx.Node) -> ReplacedCall | None:
-    """Return the call that this branch node replaced, with the inputs of the node; None for any other node."""
+    """Return the call that a branch node replaced, with the current arguments, or None for any other node."""
     template = call_template(node)
     if template is None:
         return None
@@ -128,18 +141,19 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
 
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
-    """Whether a branch can stand in place of this node: it reads the weight as the model stores it."""
-    if not form.product or registered_named(form.name) is not None:  # what a user's op is merged into, nobody said
+    """Whether a merged branch can replace this node: a known op that reads the stored weight directly."""
+    if not form.product or registered_named(form.name) is not None:  # a user's op may do more than the product
         return False
     if isinstance(form, ModuleForm):
         return True
     reading = form.reads(node, None)
     weight = reading.weight
-    known = {reading.x, weight, reading.bias}
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and set(node.all_input_nodes) <= known
+    inputs = {reading.x, weight, reading.bias}
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and set(node.all_input_nodes) <= inputs
 
 
 def _filled(value: Any, inputs: Sequence[Any]) -> Any:
+    """Return arguments of a template with each `Input` replaced by the argument of the branch node."""
     if isinstance(value, Input):
         return inputs[value.index] if value.index < len(inputs) else None
     if isinstance(value, (tuple, list)):
@@ -151,8 +165,12 @@ def _filled(value: Any, inputs: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Where a branch's input comes from: the node of the shared product, its x, and the key of the branch whose factor
-    it was multiplied by.
+    """The slice of a shared product that a branch reads.
+
+    Args:
+        group: the `shared_down` node.
+        x: the input of the product.
+        factor: key of the branch whose A made this slice.
     """
 
     group: fx.Node
@@ -161,7 +179,7 @@ class SharedInput:
 
 
 def shared_input(node: fx.Node) -> SharedInput | None:
-    """Return the shared input of a branch node; None for one that has its own, or whose input is no group's."""
+    """Return the slice of a shared product that a branch node reads, or None if it reads something else."""
     if node.kwargs.get("at") != "after_shared" or len(node.args) < 2:
         return None
     part = node.args[1]

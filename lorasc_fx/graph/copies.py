@@ -1,4 +1,4 @@
-"""Copies of graphs and graph modules, which share tensors with the original or have their own constants."""
+"""Copy graphs and graph modules, with shared or with copied tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from lorasc_fx.parameters import shallow
 
 
 def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module and of all its submodules. A shared submodule stays shared."""
+    """Return a copy of a module tree that shares all tensors with the original.
+
+    Args:
+        module: the root.
+        memo: copies made so far. A submodule that occurs twice is copied once.
+    """
     if module not in memo:
         memo[module] = new = shallow(module)
         for name, child in module._modules.items():
@@ -25,9 +30,10 @@ def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a graph, with names, metadata and calling convention.
+    """Return a copy of a graph with the same node names, metadata and calling convention.
 
-    The tracer's class is not copied: unpickling would trace with it, and the tracer of a front end cannot do that.
+    The tracer class is not copied. Unpickling a GraphModule would trace with it, and the tracers of the front ends do
+    not support that.
     """
     new = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -54,15 +60,15 @@ def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return new
 
 
-def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """Return a plain graph module with the model's names and copies of all tensors.
+def standalone_copy(source: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """Return a graph module that owns copies of the weights, under the names that they have in the model.
 
     Args:
-        live: reads its weights from the child `owner`.
-        owner: name of that child.
-        values: other values of the owner's parameters and buffers, by name.
+        source: graph module that reads the weights of its child `owner`, the live model.
+        owner: name of the child.
+        values: values for parameters and buffers of the model, by name. Others keep their current value.
     """
-    graph, model = copy_graph(live.graph), live.get_submodule(owner)
+    graph, model = copy_graph(source.graph), source.get_submodule(owner)
     memo: dict[int, Any] = {}
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -72,19 +78,20 @@ def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor
         value = values.get(name, tensor).detach().clone()
         copied = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         memo.setdefault(id(tensor), copied)
+    # Copy what the graph reads. `memo` makes deepcopy use the new values.
     attributes: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            attribute = operator.attrgetter(node.target)(live)
+            attribute = operator.attrgetter(node.target)(source)
             node.target = node.target.removeprefix(f"{owner}.")
             attributes[node.target] = copy.deepcopy(attribute, memo)
-    folded = fx.GraphModule(attributes, graph, type(model).__name__)
-    folded.training = live.training
+    new = fx.GraphModule(attributes, graph, type(model).__name__)
+    new.training = source.training
     for path, module in model.named_modules(remove_duplicate=False):
         for name in module._non_persistent_buffers_set:
-            with contextlib.suppress(AttributeError):  # the graph may not read it
-                folded.get_submodule(path)._non_persistent_buffers_set.add(name)
-    strip(folded)
-    for node in folded.graph.nodes:
+            with contextlib.suppress(AttributeError):  # the graph may not use this module
+                new.get_submodule(path)._non_persistent_buffers_set.add(name)
+    strip(new)
+    for node in new.graph.nodes:
         node.meta.pop("from_node", None)
-    return folded
+    return new

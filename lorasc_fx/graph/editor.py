@@ -1,8 +1,10 @@
-"""The only code that creates, erases or rewires nodes, or puts other tensors into a graph module.
+"""Edit graphs. No other file creates, erases or rewires nodes, or replaces tensors of a graph module.
 
-A `GraphEditor` works on a copy that shares every module and tensor with the original. What it changes it copies first,
-so the original is never changed. It copies `node.meta`, stamps the nodes that it makes with the name of the pass, keeps
-names stable, and lints. The functions below it edit in place the graph that a front end has just made.
+A `GraphEditor` edits a copy of a graph module. The copy shares modules and tensors with the original; the editor copies
+a module before it changes it (copy on write). It copies `node.meta` to new nodes, stamps them with the name of the
+pass, keeps the names of nodes stable, and lints the result.
+
+The functions after the class edit a graph in place. They are for graphs that a front end has just created.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from lorasc_fx.graph.branch_calls import (
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
 from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
-from lorasc_fx.graph.weights import BRANCHES, Memory, held_branches, named_weights, owner_of
+from lorasc_fx.graph.weights import BRANCHES, Memory, branches_in, named_weights, owner_of
 from lorasc_fx.parameters import shallow
 from lorasc_fx.quantized import is_opaque_product, quantized_linear
 from lorasc_fx.util.undo import commit
@@ -43,21 +45,21 @@ class GraphEditor:
     """Edits a copy of one GraphModule, and keeps its record up to date.
 
     Args:
-        graph_module: the original, which stays unchanged.
-        name: of the pass, stamped on the nodes that it makes.
+        graph_module: the original. It is not changed.
+        name: name of the pass, stamped on each new node.
     """
 
     def __init__(self, graph_module: fx.GraphModule, name: str = "") -> None:
         self.module = graph_module_like(graph_module, copy_graph(graph_module.graph))
         self.name = name
         self.modified = False
-        self._owned: set[int] = {id(self.module)}
+        self._copied: set[int] = {id(self.module)}
         self._renewed: dict[str, Branch] = {}
         self._names = {node.name for node in self.module.graph.nodes}
 
     @property
     def record(self) -> Record:
-        """The metadata of the graph module. Assign to replace them."""
+        """The record of the graph module. Assign to replace it."""
         return record_of(self.module)
 
     @record.setter
@@ -90,16 +92,16 @@ class GraphEditor:
         """The branches of the graph module, by key."""
         if self.module._modules.get(BRANCHES) is None:
             return {}
-        branches = held_branches(self.module)
+        branches = branches_in(self.module)
         if branches is None:
             raise PassError(
-                f"the graph module has a child {BRANCHES!r} of its own; rename it, branches are kept there",
+                f"the model has a submodule named {BRANCHES!r}, where lorasc_fx stores its branches; rename it",
                 code="not-a-model",
             )
         return branches
 
     def set_branches(self, branches: Mapping[str, Branch]) -> None:
-        """Replace the branches. Without any, the child that holds them is removed."""
+        """Replace all branches. An empty mapping removes the child module that contains them."""
         before = self.branches
         self.module._modules.pop(BRANCHES, None)
         if branches:
@@ -107,20 +109,24 @@ class GraphEditor:
         self.modified |= dict(before) != dict(branches)
 
     def renew_branches(self, renewed: Mapping[str, Branch]) -> None:
-        """Set new values for these branches. `finish` writes them into the old Parameters, which stay in use."""
+        """Replace the values of some branches. `finish` writes them in place into the old Parameters.
+
+        Optimizers that refer to these Parameters stay valid.
+        """
         old = self.branches
         for key in renewed:
             self._renewed.setdefault(key, old[key])
         self.set_branches({**old, **renewed})
 
     def insert_after(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
-        """Insert `branches.KEY(*args, **options)` after a node, and let all users of the node read it."""
+        """Insert `branches.KEY(*args, **options)` after a node, and make all users of the node read the result."""
         graph = self.module.graph
         with graph.inserting_after(base):
             node = graph.create_node("call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{base.name}_lora")
         node.meta = {name: value for name, value in base.meta.items() if name != USE}
         node.meta[MADE_BY] = self.name
-        if f"{base.name}_lora" not in self._names:  # fx numbers a name that was used before, even if a fold freed it
+        # fx adds a number to a name that was used before, even if no node has it any more after a fold.
+        if f"{base.name}_lora" not in self._names:
             node.name = f"{base.name}_lora"
         self._names.add(node.name)
         base.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
@@ -128,13 +134,16 @@ class GraphEditor:
         return node
 
     def replace_op(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
-        """Replace `base` by `branches.KEY(x, weight, bias, at="in_place", op=product)`. A fold restores it."""
+        """Replace `base` by `branches.KEY(x, weight, bias, at="in_place", op=product)`.
+
+        The call of `base` is stored in the metadata of the new node, from which a fold restores it.
+        """
         graph = self.module.graph
         inputs: list[Any] = [reading.x]
-        for what, tensor in (("weight", reading.weight), ("bias", reading.bias)):
+        for name, tensor in (("weight", reading.weight), ("bias", reading.bias)):
             if isinstance(tensor, str):  # an attribute of the module that `base` calls
                 with graph.inserting_before(base):
-                    inputs.append(self._made("get_attr", tensor, (), f"{base.name}_{what}"))
+                    inputs.append(self._create("get_attr", tensor, (), f"{base.name}_{name}"))
             elif tensor is not None:
                 inputs.append(tensor)
         replaced = CallTemplate.of(base, inputs)
@@ -144,29 +153,18 @@ class GraphEditor:
         self._names.discard(base.name)
         return node
 
-    def cut_before(self, nodes: Collection[fx.Node], cut: Any) -> None:
-        """Put a call of `cut` right before each of these nodes, and erase all others."""
-        for node in self.nodes:
-            if (node.op, node.target) == ("call_function", cut) and node.next not in nodes:
-                self._erase(node)
-            elif node in nodes and node.prev.target is not cut:
-                with self.module.graph.inserting_before(node):
-                    made = self.module.graph.create_node("call_function", cut, (), {}, name=f"{node.name}_cut")
-                self._names.add(made.name)
-                self.modified = True
-
     def share(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """Let branch nodes with the same input read slices of one stacked product of it."""
+        """Make branch nodes with the same input read the slices of one stacked product `x [A_1; A_2; ...]^T`."""
         graph, x, branches = self.module.graph, nodes[0].args[1], branch_nodes(self.module)
         assert isinstance(x, fx.Node)
         with graph.inserting_before(nodes[0]):
             factors = tuple(
-                self._made("get_attr", f"{node.target}.{branches[node].shared_factor}", (), f"{node.name}_A")
+                self._create("get_attr", f"{node.target}.{branches[node].shared_factor}", (), f"{node.name}_A")
                 for node in nodes
             )
-            group = self._made("call_function", shared_down, (x, factors), f"{x.name}_shared")
+            group = self._create("call_function", shared_down, (x, factors), f"{x.name}_shared")
             products = [
-                self._made("call_function", operator.getitem, (group, index), f"{x.name}_shared_{index}")
+                self._create("call_function", operator.getitem, (group, index), f"{x.name}_shared_{index}")
                 for index in range(len(nodes))
             ]
         for node, low in zip(nodes, products, strict=True):
@@ -175,7 +173,7 @@ class GraphEditor:
         return group
 
     def unshare(self, node: fx.Node) -> None:
-        """Let a branch node read its input directly again."""
+        """Make a branch node of a shared product read its input directly again."""
         shared = shared_input(node)
         assert shared is not None
         low = node.args[1]
@@ -186,14 +184,15 @@ class GraphEditor:
             self._erase(low)
         self.modified = True
 
-    def _made(self, op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
+    def _create(self, op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
+        """Create a helper node at the insert point. `_erase` removes it with its last user."""
         node = self.module.graph.create_node(op, target, args, {}, name=name)
         node.meta = {MADE_BY: self.name}
         self._names.add(node.name)
         return node
 
     def remove_branch(self, node: fx.Node) -> None:
-        """Erase a branch node. Its users read the base op again."""
+        """Erase a branch node. Its users read the op or the weight again. A replaced op is restored."""
         op = replaced_call(node)
         if op is not None:
             self._restore_op(node, op)
@@ -216,7 +215,7 @@ class GraphEditor:
         self._erase(node)
 
     def _erase(self, node: fx.Node) -> None:
-        """Erase a node without users, and the nodes that passes made for it alone."""
+        """Erase a node without users, and the helper nodes that only it read."""
         read = [source for source in node.all_input_nodes if made_by(source)]
         self.module.graph.erase_node(node)
         self._names.discard(node.name)
@@ -225,13 +224,13 @@ class GraphEditor:
                 self._erase(source)
         self.modified = True
 
-    def move_after(self, node: fx.Node, place: fx.Node) -> None:
-        """Move a node right behind another one."""
-        if node.prev is not place:
-            place.append(node)
+    def move_after(self, node: fx.Node, predecessor: fx.Node) -> None:
+        """Move a node to directly after another one."""
+        if node.prev is not predecessor:
+            predecessor.append(node)
             self.modified = True
 
-    def give_arguments(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def set_arguments(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Replace the arguments of a node."""
         node.args, node.kwargs = args, dict(kwargs)
         self.modified = True
@@ -240,32 +239,38 @@ class GraphEditor:
         """Append inputs to the signature, and return their placeholders. A name that is taken gets a number.
 
         Raises:
-            PassError: the arguments of the graph are not known as positional and keyword ones.
+            PassError: the signature of the graph is not a tuple of args and a dict of kwargs.
         """
         graph = self.module.graph
         inputs = [node for node in self.nodes if node.op == "placeholder"]
-        default: tuple[Any, ...] = (None,) if inputs and inputs[-1].args else ()  # as Python demands after a default
-        made, last = [], inputs[-1] if inputs else None
+        # Python allows no parameter without a default after one with a default.
+        default: tuple[Any, ...] = (None,) if inputs and inputs[-1].args else ()
+        placeholders, last = [], inputs[-1] if inputs else None
         for name in names:
             unique = graph._graph_namespace.create_name(re.sub(r"\W", "_", name).lower(), None)
             with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes))):
                 last = graph.create_node("placeholder", unique, default, {})
             last.name = unique
             self._names.add(unique)
-            made.append(last)
-        self._set_keywords(lambda keywords: {**keywords, **dict.fromkeys(node.name for node in made)})
+            placeholders.append(last)
+        self._set_keywords(lambda keywords: {**keywords, **dict.fromkeys(node.name for node in placeholders)})
         self.modified = True
-        return made
+        return placeholders
 
     def remove_inputs(self, nodes: Sequence[fx.Node]) -> None:
-        """Remove inputs that `add_inputs` has made, and that nothing reads any more."""
+        """Remove inputs without users that `add_inputs` created."""
         names = {node.name for node in nodes}
         self._set_keywords(lambda keywords: {name: old for name, old in keywords.items() if name not in names})
         for node in nodes:
             self._erase(node)
 
     def _set_keywords(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        """Change the keyword arguments that a graph of leaves takes: the structure of each by name, None for a leaf."""
+        """Change the keyword arguments in the signature of a graph that takes flattened arguments.
+
+        Args:
+            change: gets the pytree structure of each keyword argument by name, and returns the new ones. None is a
+                single tensor.
+        """
         codegen = self.module.graph._codegen
         if not isinstance(codegen, _PyTreeCodeGen):
             return
@@ -273,13 +278,13 @@ class GraphEditor:
         both = _children(spec)
         if spec.type is not tuple or len(both) != 2 or both[0].type is not tuple or both[1].type is not dict:
             raise PassError(
-                f"{self.name}: the graph module takes its arguments as {spec}, not as positional and keyword ones, so "
-                "none can be added; trace the model again by torch.export",
+                f"{self.name}: inputs can be added only to a signature of args and kwargs, but the graph module has "
+                f"{spec}; trace the model again with torch.export",
                 code="input-not-supported",
             )
         _, leaf = pytree.tree_flatten(0)
         keywords = change(dict(zip(both[1].context, _children(both[1]), strict=True)))
-        named = pytree.TreeSpec(dict, [*keywords], [leaf if each is None else each for each in keywords.values()])
+        named = pytree.TreeSpec(dict, [*keywords], [leaf if tree is None else tree for tree in keywords.values()])
         positional = names[: len(names) - len(both[1].context)]
         info = _PyTreeInfo([*positional, *keywords], pytree.TreeSpec(tuple, None, [both[0], named]), out)
         self.module.graph.set_codegen(_PyTreeCodeGen(info))
@@ -291,25 +296,27 @@ class GraphEditor:
             self.modified = True
 
     def set_tensor(self, names: tuple[str, ...], value: torch.Tensor) -> None:
-        """Put a new Parameter at these names of the owner, in copies of the modules on the path."""
+        """Set a new Parameter under these names of the owner. The modules on the path are copied first."""
         old = self.module.get_parameter(f"{self.record.prefix}{names[0]}")
         self._put(names, nn.Parameter(value, requires_grad=old.requires_grad))
 
     def _put(self, names: tuple[str, ...], new: nn.Parameter) -> None:
+        """Replace the Parameter under these names of the owner."""
         for name in names:
             *path, leaf = f"{self.record.prefix}{name}".split(".")
-            holder = self._own(path)
+            holder = self._writable(path)
             old = holder._parameters[leaf]
             holder._parameters[leaf] = new
-            for key, values in [*vars(holder).items()]:  # of recurrent layers
+            # Recurrent layers also have their Parameters in the list `_flat_weights`.
+            for key, values in [*vars(holder).items()]:
                 if type(values) is list and any(value is old for value in values):
                     vars(holder)[key] = [new if value is old else value for value in values]
         self.modified = True
 
     def freeze(self, trained: Collection[str]) -> None:
-        """Freeze all weights except those that are trained in full, by new Parameters on the same memory.
+        """Replace each trainable weight outside `trained` by a frozen Parameter on the same memory.
 
-        The original ones, which others hold, stay trainable. `unfreeze` restores them.
+        The original Parameters, which the traced model may share, stay trainable. `unfreeze` restores them.
         """
         named, frozen = named_weights(self.owner), {}
         for name, parameter in named.parameters.items():
@@ -319,7 +326,7 @@ class GraphEditor:
         self.record = replace(self.record, frozen={**self.record.frozen, **frozen})
 
     def unfreeze(self) -> None:
-        """Restore the Parameters that `freeze` replaced. A weight with another value gets a new trainable one."""
+        """Restore the Parameters that `freeze` replaced. A weight that was changed since gets a new trainable one."""
         named = named_weights(self.owner)
         for name, original in self.record.frozen.items():
             current = named.parameters.get(name)
@@ -329,33 +336,32 @@ class GraphEditor:
         self.record = replace(self.record, frozen={})
 
     def release_module(self) -> fx.GraphModule:
-        """Lint, compile, and return the copy for a foreign pass, which may replace modules and parameters in it.
+        """Return the copy for a foreign pass, which may replace modules and parameters in it.
 
-        It shares only tensors with the original, and the live model if there is one.
+        The copy has its own modules, but shares tensors with the original, and the live model if there is one.
         """
-        self.compiled()
+        self._compile()
         memo: dict[nn.Module, nn.Module] = {}
         for name, child in self.module._modules.items():
             if child is not None and name != self.record.owner:
                 self.module._modules[name] = unshared(child, memo)
         return self.module
 
-    def compiled(self) -> fx.GraphModule:
-        """Lint, compile, and return the copy."""
+    def _compile(self) -> None:
+        """Lint the graph and generate the code of the copy."""
         self.module.graph.lint()
         self.module.recompile()
-        return self.module
 
     def resume(self, graph_module: fx.GraphModule) -> GraphEditor:
-        """Return an editor of the result of a foreign pass, which still writes the renewed branches."""
-        after = GraphEditor(graph_module, self.name)
-        after.modified = self.modified
-        after._renewed = dict(self._renewed)
-        return after
+        """Return an editor for the result of a foreign pass. It keeps the pending values of `renew_branches`."""
+        editor = GraphEditor(graph_module, self.name)
+        editor.modified = self.modified
+        editor._renewed = dict(self._renewed)
+        return editor
 
     def finish(self) -> fx.GraphModule:
-        """Lint, compile, write renewed branches in place (all or none), and return the edited copy."""
-        self.compiled()
+        """Lint, compile, and return the edited copy. Writes the renewed branches in place, all or none of them."""
+        self._compile()
         holder = self.module._modules.get(BRANCHES)
         if not isinstance(holder, nn.ModuleDict):
             return self.module
@@ -371,27 +377,27 @@ class GraphEditor:
                 holder[key] = old
             return self.module
 
-    def _own(self, path: list[str]) -> nn.Module:
-        """Return the module at a path, after replacing each module on the path by a copy."""
+    def _writable(self, path: list[str]) -> nn.Module:
+        """Return the module at a path. Each module on the path is copied once, so that a change spares the original."""
         holder: nn.Module = self.module
         for part in path:
             child = holder._modules[part]
             assert child is not None
-            if id(child) not in self._owned:
+            if id(child) not in self._copied:
                 child = shallow(child)
                 holder._modules[part] = child
-                self._owned.add(id(child))
+                self._copied.add(id(child))
             holder = child
         return holder
 
 
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    """Return the parts of a structure."""
+    """Return the subtrees of a pytree structure."""
     return spec.children() if hasattr(spec, "children") else spec.children_specs  # torch 2.9
 
 
 def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Erase the nodes without users for which `drop` is true, last first, and return them."""
+    """Erase the nodes without users that fulfil a condition, in reverse order, and return them."""
     erased = []
     for node in reversed(list(graph.nodes)):
         if not node.users and drop(node):
@@ -401,7 +407,14 @@ def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node
 
 
 def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
-    """Let a graph read weights by name that it gets as inputs. The inputs stay, unread: the caller passes them."""
+    """Read weights as attributes instead of as inputs.
+
+    The placeholders stay in the signature without users, because the caller still passes them.
+
+    Args:
+        graph: is changed.
+        names: attribute that replaces each placeholder.
+    """
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for placeholder, name in names.items():
         with graph.inserting_after(last):
@@ -416,14 +429,14 @@ def regions_as_modules(
     weights: Collection[str],
     module_for: Callable[[str, tuple[str | None, ...], Mapping[str, Any]], str],
 ) -> None:
-    """Replace each call of a higher-order op by a call of a module, which reads its weights itself.
+    """Replace each call of a higher-order op by a call of a module that reads its weights as attributes.
 
     Args:
         graph: is changed.
-        op: called with a body and its inputs.
-        weights: names that the graph reads as weights; the module does not get them as inputs.
-        module_for: gets the name of the body, for each input the weight's name or None, and the options of the op.
-            Returns the name of the module.
+        op: the higher-order op, called with the graph of its body and the inputs of the body.
+        weights: names of attributes that are weights. The module call does not get them as inputs.
+        module_for: returns the name of the module. It gets the name of the body, the weight's name or None for each
+            input, and the keyword arguments of the op.
     """
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target is op]:
         body, *inputs = node.args
@@ -449,36 +462,36 @@ def call_instead(
     graph: fx.Graph,
     old: Callable[..., Any],
     new: Callable[..., Any],
-    where: Callable[[fx.Node], bool],
+    condition: Callable[[fx.Node], bool],
 ) -> bool:
-    """Let the nodes that call `old`, and for which `where` is true, call `new`. Return whether there were any."""
-    calls = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
+    """Replace the target `old` by `new` in the nodes that fulfil a condition. Return whether there were any."""
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target is old and condition(node)]
     for node in calls:
         node.target = new
     return bool(calls)
 
 
 def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:
-    """Let each node call the function that `function_of` returns for it, unless that is None."""
+    """Replace each node by a call of the function that `function_of` returns for it. None keeps the node."""
     functions = {node: function for node in graph.nodes if (function := function_of(node)) is not None}
     for node, function in functions.items():
         node.op, node.target, node.type = "call_function", function, None
-        node.meta.pop("is_wrapped", None)  # or fx would wrap the function
+        node.meta.pop("is_wrapped", None)  # with it, the generated code would call `torch.fx.wrap`
 
 
 def products_with_weights(graph: fx.Graph, modules: Mapping[str, tuple[str, bool]]) -> None:
-    """Let each opaque product of a `QuantizedLinear` read weight and bias of its module.
+    """Replace each opaque product of a `QuantizedLinear` by `quantized_linear(x, weight, bias)`.
 
     Args:
         graph: is changed.
-        modules: path of each module by its key, and whether it has a bias.
+        modules: path of the `QuantizedLinear`, and whether it has a bias, by the key in the call.
     """
     calls = [node for node in graph.nodes if node.op == "call_function" and is_opaque_product(node.target)]
     for node in calls:
         path, biased = modules[str(node.args[1])]
         with graph.inserting_before(node):
-            held = [graph.create_node("get_attr", f"{path}.{leaf}") for leaf in ("weight", "bias")[: 1 + biased]]
-        node.target, node.args = quantized_linear, (node.args[0], *held)
+            tensors = [graph.create_node("get_attr", f"{path}.{leaf}") for leaf in ("weight", "bias")[: 1 + biased]]
+        node.target, node.args = quantized_linear, (node.args[0], *tensors)
 
 
 def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
@@ -488,28 +501,28 @@ def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
             node.target = rename(node)
 
 
-def refuse_smaller(graph: fx.Graph, inputs: Sequence[str], least: Mapping[tuple[int, int], int]) -> None:
-    """Let a graph raise RuntimeError if an axis of an input is too small.
+def assert_min_sizes(graph: fx.Graph, inputs: Sequence[str], minimum: Mapping[tuple[int, int], int]) -> None:
+    """Insert assertions that raise RuntimeError if an axis of an input is smaller than the graph supports.
 
     Args:
         graph: of ATen operators; is changed.
         inputs: names of the placeholders of inputs, in order.
-        least: smallest size, by the number of the input and of the axis.
+        minimum: minimum size, by the index of the input and the axis.
     """
     nodes = {node.name: node for node in graph.nodes}
-    first = [node for node in graph.nodes if node.op == "placeholder"][-1].next
-    for (index, axis), size in least.items():
+    after_inputs = [node for node in graph.nodes if node.op == "placeholder"][-1].next
+    for (index, axis), size in minimum.items():
         source = nodes[inputs[index]]
-        sentence = (
-            f"axis {axis} of {source.name} has to be {size} or more: below that the model does something else than its "
-            "graph. Export the model with example inputs of that size"
+        message = (
+            f"axis {axis} of {source.name} must be {size} or more: for smaller sizes, the model differs from this "
+            "graph. Export the model again with example inputs of the smaller size"
         )
-        with graph.inserting_before(first):
-            read = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
-            holds = graph.call_function(operator.ge, (read, size))
-            graph.call_function(torch.ops.aten._assert_scalar.default, (holds, sentence)).meta["val"] = None
-        read.meta["val"] = source.meta["val"].shape[axis]
-        holds.meta["val"] = read.meta["val"] >= size
+        with graph.inserting_before(after_inputs):
+            actual = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+            condition = graph.call_function(operator.ge, (actual, size))
+            graph.call_function(torch.ops.aten._assert_scalar.default, (condition, message)).meta["val"] = None
+        actual.meta["val"] = source.meta["val"].shape[axis]
+        condition.meta["val"] = actual.meta["val"] >= size
 
 
 def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
@@ -529,18 +542,21 @@ def adjust(
     names: list[str],
     specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
 ) -> fx.Graph | None:
-    """Return the graph of another kind of call, or None if the nodes are not as expected.
+    """Return a copy of a graph for another call of the model, or None if the graph cannot be adjusted.
+
+    The calls may differ in flags such as `training`, in the counters of batch norms, in unused inputs and in outputs.
 
     Args:
-        graph: takes the leaves of its arguments.
-        inputs: for each leaf of the new arguments the index of the old one, or None.
-        outputs: for each leaf of the new output the index of the old one, or a tuple with another value.
-        flags: for each op the position of an argument, and the values of its nodes before and after, in order.
-        counters: names of nodes' buffers that are no longer counted up, and of those that are now.
-        names: of the new arguments.
-        specs: structures of the new arguments and of the new output.
+        graph: takes flattened arguments.
+        inputs: for each leaf of the new arguments, the index of the old leaf, or None for a new one.
+        outputs: for each leaf of the new output, the index of the old leaf, or a tuple with a constant.
+        flags: for each op, the position of the argument to change, and its value before and after at each node.
+        counters: names of the buffers whose increment is removed, and names of the buffers that get one.
+        names: names of the new arguments.
+        specs: pytree structures of the new arguments and of the new output.
     """
     old, (stopped, started) = list(graph.nodes), counters
+    # Set the flags. Each node must have the expected value before.
     for target, (position, values) in flags.items():
         nodes = [node for node in old if node.target is target]
         if len(nodes) != len(values):
@@ -552,18 +568,21 @@ def adjust(
                 return None
             if before != after:
                 node.args = (*node.args[:position], *missing, after, *node.args[position + 1 :])
+    # Drop the increments of counters that the new call does not have.
     additions = [node for node in old if node.target is torch.ops.aten.add_.Tensor and not node.users]
     dropped = {node for node in additions if getattr(node.args[0], "target", None) in stopped}
     if len(dropped) != len(stopped):
         return None
+    # Keep the nodes that the new outputs and the side effects need.
     kept = {node for node in old if _has_effect(node) and node not in dropped}
-    before = old[-1].args[0]
-    results = [before[each] if isinstance(each, int) else each[0] for each in outputs]
+    old_outputs = old[-1].args[0]
+    results = [old_outputs[index] if isinstance(index, int) else index[0] for index in outputs]
     waiting = [*kept, *(result for result in results if isinstance(result, fx.Node))]
     while waiting:
         node = waiting.pop()
         kept.add(node)
-        waiting += [other for other in node.all_input_nodes if other not in kept]
+        waiting += [source for source in node.all_input_nodes if source not in kept]
+    # Copy them to a new graph, with the new placeholders first and the new increments next.
     placeholders = [node for node in old if node.op == "placeholder"]
     new, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     leaves = [placeholders[index].name if index is not None else None for index in inputs]
@@ -576,7 +595,7 @@ def adjust(
         new.call_function(torch.ops.aten.add_.Tensor, (new.get_attr(name), 1))
     for node in old[:-1]:
         if node in kept and node.op != "placeholder":
-            if any(other not in copied for other in node.all_input_nodes):
+            if any(source not in copied for source in node.all_input_nodes):
                 return None  # it reads an argument that the new call does not have
             copied[node] = new.node_copy(node, copied.__getitem__)
     if any(isinstance(result, fx.Node) and result not in copied for result in results):
@@ -587,7 +606,7 @@ def adjust(
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether a node does something besides computing its result: it writes, draws, or is of an unknown kind."""
+    """Whether a node may have a side effect: it writes in place, draws random numbers, or is not an ATen op."""
     if node.op != "call_function":
         return node.op == "call_module"
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -1,15 +1,16 @@
-"""Data flow of weights: where a weight goes, at which nodes it meets an input, and which nodes may share memory.
+"""Data flow analysis: follow a weight to the nodes that use it, and find nodes that may share memory.
 
-A weight may be transposed, sliced, cast, normalized or standardized before it is used. Nodes that depend on weights,
-buffers and literals alone are `constant`. The other nodes that read a constant consume the weight.
+A weight may be transposed, sliced, cast, normalized or standardized before it is used. A node is `constant` if it
+depends on weights, buffers and literals only. A consumer of a weight is a node that combines a value derived from the
+weight with a value that depends on inputs.
 
-A weight may reach an input in several ways. `uses_of` tries them in this order, and the first that makes a site counts:
+A weight may reach an input in several ways. `uses_of` tries four rules and takes the first one that gives a site:
 
-1. what is computed from the weight alone is multiplied by an input or looked up, or is the weight of a product that a
-   branch can stand beside, whatever it is multiplied by;
-2. it is multiplied by a constant in some other form;
-3. scaled by an input, it is the weight of a linear or a convolution (a modulated convolution);
-4. an input selects rows of it.
+1. A value derived from the weight is multiplied by an input, or its rows are looked up. It also counts if it is the
+   weight of an op with a form and the op's input is constant.
+2. The value is multiplied by a constant in an op without a form.
+3. The value is scaled by an input, and then it is the weight of a linear or a convolution (a modulated convolution).
+4. An input selects rows of the value.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lorasc_fx.graph.weights import module_at
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return the sizes of a node's tensor in the captured call, or None if they are unknown."""
+    """Return the shape of a node's tensor in the captured call, or None if the metadata does not say it."""
     for name in ("val", "example_value", "tensor_meta"):
         value = node.meta.get(name)
         shape = getattr(value, "shape", None)
@@ -48,7 +49,7 @@ def entries(node: fx.Node) -> int:
 
 
 def _number(size: int | torch.SymInt) -> int | None:
-    """Return a size in the captured call, or None if it depends on values or differs within a tensor."""
+    """Return the size of an axis in the captured call, or None for an unbacked symbol or a ragged axis."""
     hint = size if isinstance(size, int) else getattr(size.node, "hint", None)
     return hint if isinstance(hint, int) else None
 
@@ -66,12 +67,12 @@ _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
 
 @dataclass(frozen=True)
 class Consumer:
-    """A node where a weight meets an input.
+    """A node that uses a weight.
 
     Args:
         node: the node.
-        reads: its arguments that are computed from the weight.
-        aliases: those of them that may share the weight's memory.
+        reads: its arguments that are derived from the weight.
+        aliases: the arguments among `reads` that may share the weight's memory.
     """
 
     node: fx.Node
@@ -80,9 +81,9 @@ class Consumer:
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that depend on no values of inputs: get_attr, sizes, and calls of such nodes.
+    """Return the nodes that do not depend on values of inputs: get_attr nodes, sizes, and calls that read only these.
 
-    A tensor that is made of sizes alone, such as zeros for this batch, is not constant.
+    A tensor that is computed from sizes alone, such as zeros for this batch, is not constant.
     """
     constant: set[fx.Node] = set()
     sizes: set[fx.Node] = set()
@@ -90,9 +91,9 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
         read = read_values(node)
         computed = node.op in ("call_function", "call_method") and read and not is_impure(node)
         is_new = node.op == "call_function" and not node.all_input_nodes and name_of(node) in _FACTORIES
-        home, name = getattr(node.target, "__module__", ""), name_of(node)
-        of_numbers = home in ("_operator", "builtins", "math") or name.startswith("sym_")
-        if reads_shape_only(node) or (computed and sizes.issuperset(read) and of_numbers):
+        module, name = getattr(node.target, "__module__", ""), name_of(node)
+        on_numbers = module in ("_operator", "builtins", "math") or name.startswith("sym_")
+        if reads_shape_only(node) or (computed and sizes.issuperset(read) and on_numbers):
             sizes.add(node)
             constant.add(node)
         elif node.op == "get_attr" or is_new or (computed and constant.issuperset(read) and not sizes.issuperset(read)):
@@ -107,49 +108,52 @@ def read_values(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if source is node.args[0]]
 
 
-Test = Callable[[fx.Node, Collection[fx.Node]], bool]
+NodeTest = Callable[[fx.Node, Collection[fx.Node]], bool]
+"""A condition on a node and its arguments that are derived from the weight."""
 
 
 def consumers(
     weight: fx.Node,
     constant: set[fx.Node],
-    is_use: Test = lambda node, reads: False,
-    is_passed: Test = lambda node, reads: False,
+    is_use: NodeTest = lambda node, reads: False,
+    is_passed: NodeTest = lambda node, reads: False,
 ) -> Iterator[Consumer]:
-    """Yield the nodes where a weight, or what is computed from it, meets an input; each node once.
+    """Yield each node that combines a value derived from a weight with an input, once.
 
     Args:
         weight: its get_attr node.
-        constant: nodes that depend on no input.
-        is_use: whether a node counts as a use although it depends on no input.
-        is_passed: whether to follow a node although it depends on an input. Both get the node, and its arguments that
-            are computed from the weight.
+        constant: the nodes that do not depend on inputs.
+        is_use: whether a node counts as a consumer although it depends on no input.
+        is_passed: whether to follow a node although it depends on an input. Both functions get the node, and its
+            arguments that are derived from the weight.
     """
-    derived, met = {weight: True}, dict[fx.Node, None]()  # values: whether the node may share the weight's memory
+    derived = {weight: True}  # nodes computed from the weight, and whether they may share its memory
+    consuming = dict[fx.Node, None]()  # consumers, in the order of discovery
     waiting = [weight]
     while waiting:
         for user in waiting.pop().users:
             if reads_shape_only(user) or user in derived:
                 continue
+            # A user is derived too if it depends on nothing but the weight and constants.
             sources = [source for source in read_values(user) if source in derived]
             follows = all(source in derived or source in constant for source in read_values(user))
             follows = (follows or is_passed(user, sources)) and not any(
                 derived[source] and mutates(user, source) for source in sources
             )
-            # A merged branch stands for its op: it is a use even if the input is constant.
-            apart = user.target in _LOOKUPS or call_template(user) is not None or is_use(user, sources)
-            if user.users and not apart and user.op != "output" and (follows or selects(user, derived)):
+            # A lookup, a merged branch or an op of `is_use` is a consumer even if its input is constant.
+            consumes = user.target in _LOOKUPS or call_template(user) is not None or is_use(user, sources)
+            if user.users and not consumes and user.op != "output" and (follows or selects(user, derived)):
                 derived[user] = any(derived[source] for source in sources) and may_alias(user)
                 waiting.append(user)
             else:
-                met[user] = None
-    for node in met:
+                consuming[user] = None
+    for node in consuming:
         reads = tuple(source for source in node.all_input_nodes if source in derived)
         yield Consumer(node, reads, tuple(source for source in reads if derived[source]))
 
 
 def may_alias(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with an argument. True if the op has no schema."""
+    """Whether a node's output may share memory with an argument. True if the op has no schema."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 
@@ -160,7 +164,7 @@ def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
 
 
 def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
-    """Whether a node selects a part of a weight by an index, as a router that depends on inputs selects an expert."""
+    """Whether a node selects a part of a derived value by an index, as a router selects an expert."""
     return _is_selection(node) and node.args[0] in derived and not any(index in derived for index in _indices(node))
 
 
@@ -208,7 +212,7 @@ def mutates(node: fx.Node, source: fx.Node) -> bool:
 
 
 def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
-    """Yield the placeholders of an argument in the bodies that a higher-order op runs."""
+    """Yield the placeholders that receive an argument of a higher-order op in the graphs that the op runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
     owner, operands = node.graph.owning_module, pytree.tree_leaves(node.args)
@@ -225,15 +229,15 @@ def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_impure(node: fx.Node) -> bool:
-    """Whether a node has side effects: it writes, or draws random numbers."""
+    """Whether a node writes in place or draws random numbers."""
     tags = getattr(node.target, "tags", ())
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 
 
 def expert_index(node: fx.Node) -> fx.Node | None:
-    """Return the index node by which a node selects one matrix of a stack, or None.
+    """Return the node of the index by which a node selects one matrix of a stack [experts, out, in], or None.
 
-    A number in the graph is no such index: all experts are read then, each once, and together they are the stack.
+    Constant indices do not count. A graph with constant indices reads each expert once, so the whole stack is used.
     """
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -245,43 +249,47 @@ def expert_index(node: fx.Node) -> fx.Node | None:
     if isinstance(index, (tuple, list)) and len(index) == 1:
         index = index[0]
     stack, selected = shape_of(node.args[0]), shape_of(node)
-    one = stack is not None and selected is not None and len(stack) == 3 and len(selected) == 2
-    return index if one and isinstance(index, fx.Node) else None
+    is_matrix = stack is not None and selected is not None and len(stack) == 3 and len(selected) == 2
+    return index if is_matrix and isinstance(index, fx.Node) else None
 
 
 def indexed_experts(stack: fx.Node) -> list[fx.Node]:
-    """Return the nodes that each select one matrix of a stack; an empty list if anything else reads it."""
+    """Return the nodes that each select one matrix of a stack. Empty if another node reads the stack too."""
     users = [user for user in stack.users if not reads_shape_only(user)]
     return users if users and all(expert_index(user) is not None and user.args[0] is stack for user in users) else []
 
 
 def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
-    """Return where a weight is used, in the first way of the list above that makes a site.
+    """Return the consumers of a weight, by the first rule of the module docstring that gives a site.
 
     Args:
-        weight: a get_attr node, or the node of a branch that stands on one.
-        constant: nodes that depend on no input.
+        weight: a get_attr node, or the node of a branch that is added to one.
+        constant: the nodes that do not depend on inputs.
     """
-    alone = list(consumers(weight, constant, is_use=_fits))
-    if any(kind_of(consumer) for consumer in alone):
-        return alone
+    # Rule 1.
+    with_inputs = list(consumers(weight, constant, is_use=_fits))
+    if any(kind_of(consumer) for consumer in with_inputs):
+        return with_inputs
+    # Rule 2.
     with_constants = list(consumers(weight, constant, is_use=lambda node, reads: contraction(node, reads) is not None))
     if any(kind_of(consumer) for consumer in with_constants):
         return with_constants
+    # Rule 3.
     scaled = list(consumers(weight, constant, is_passed=lambda node, reads: name_of(node) in SCALES))
     for consumer in scaled:
         args, reads = consumer.node.args, consumer.reads
         is_product = has_weight_argument(name_of(consumer.node)) and len(args) > 1
-        if is_product and args[1] in reads and args[0] not in reads:  # the weight of the product, and not its input
+        if is_product and args[1] in reads and args[0] not in reads:  # it is the weight of the op, not the input
             return scaled
+    # Rule 4. Without a site, return the consumers by rule 1 for the reason of the refusal.
     looked_up = list(
         consumers(weight, constant, is_use=lambda node, reads: looks_up(node, constant) and node.args[0] in reads)
     )
-    return looked_up if any(kind_of(consumer) for consumer in looked_up) else alone
+    return looked_up if any(kind_of(consumer) for consumer in looked_up) else with_inputs
 
 
 def kind_of(consumer: Consumer) -> str | None:
-    """Return the kind of site that a consumer makes of its weight, also in the body of a higher-order op, or None."""
+    """Return the kind of site of the weight at a consumer, or None. Looks into the graphs of higher-order ops."""
     replaced = replaced_call(consumer.node)
     if replaced is not None and replaced.form is not None:
         return replaced.form.kind
@@ -291,26 +299,27 @@ def kind_of(consumer: Consumer) -> str | None:
     if looks_up(consumer.node, ()) and consumer.node.args[0] in consumer.reads:
         return "embedding"
     for inner in (argument for source in consumer.reads for argument in inside(consumer.node, source)):
-        met = consumers(inner, constants(inner.graph) | {inner})
-        kind = next((kind for kind in map(kind_of, met) if kind is not None), None)
+        inner_consumers = consumers(inner, constants(inner.graph) | {inner})
+        kind = next((kind for kind in map(kind_of, inner_consumers) if kind is not None), None)
         if kind is not None:
             return kind
     return None
 
 
 def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
+    """Whether a node has a form and its weight is one of `reads`."""
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
 
 
-def written_between(first: fx.Node, last: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
-    """Return a node between `first` and `last` that may write into the memory of one of `values`, or None.
+def written_between(start: fx.Node, end: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
+    """Return a node between `start` and `end` that may write into the memory of one of `values`, or None.
 
-    The value of a node without a schema may share memory with its arguments, unless the op has a form.
+    The output of an op without a schema may share memory with its arguments, unless the op has a form.
     """
     roots: set[fx.Node] | None = None
-    node = first.next
-    while node is not last and node.op != "root":
+    node = start.next
+    while node is not end and node.op != "root":
         written = [source for source in node.all_input_nodes if _writes(node, source)]
         if written:
             roots = _roots(values) if roots is None else roots
@@ -325,9 +334,9 @@ def _writes(node: fx.Node, source: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(_called(node), "inplace", False))
     name = name_of(node)
-    into = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    stated = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
-    return stated or mutates(node, source) or (into and node.args[:1] == (source,))
+    is_inplace = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    by_option = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
+    return by_option or mutates(node, source) or (is_inplace and node.args[:1] == (source,))
 
 
 def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
@@ -342,7 +351,7 @@ def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
 
 
 def _shares(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with an argument."""
+    """Whether a node's output may share memory with an argument. Branches and ops with a form return new tensors."""
     if node.op == "call_module":
         module = _called(node)
         return not isinstance(module, Branch) and form_of(node, module) is None
@@ -350,12 +359,13 @@ def _shares(node: fx.Node) -> bool:
 
 
 def _called(node: fx.Node) -> nn.Module | None:
+    """Return the module that a `call_module` node calls, or None."""
     owner = node.graph.owning_module
     return module_at(owner, str(node.target)) if owner is not None else None
 
 
-_CUTS = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}
-_CUTS |= {"select", "unbind", "getitem"}
+_SLICES = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}
+_SLICES |= {"select", "unbind", "getitem"}
 _VIEWS = {"view", "reshape", "t", "transpose", "permute", "contiguous", "clone", "detach", "squeeze", "unsqueeze"}
 _VIEWS |= {"flatten", "unflatten", "_unsafe_view", "alias", "swapaxes", "movedim", "expand"}
 
@@ -363,22 +373,24 @@ Slice = tuple[int, int]
 
 
 def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice | None:
-    """Return the first row of a weight that a node holds, and the one after the last.
+    """Return the range of rows of a weight that a node contains: the first one, and the last one plus 1.
+
+    Returns None if the node is not computed from the weight by slices and views only, or contains parts of rows.
 
     Args:
-        node: None is returned unless it is computed from the weight by slices and views alone.
+        node: a value derived from the weight.
         weight: the weight's node.
         shape: of the weight.
     """
     path: list[fx.Node] = []
     while node is not weight:
-        if name_of(node) not in _CUTS | _VIEWS or len(node.all_input_nodes) != 1:
+        if name_of(node) not in _SLICES | _VIEWS or len(node.all_input_nodes) != 1:
             return None
         path.append(node)
         node = node.all_input_nodes[0]
-    if not any(name_of(step) in _CUTS for step in path):
+    if not any(name_of(step) in _SLICES for step in path):
         return (0, shape[0])
-    # Run the same ops on a tensor that has the number of its row in each entry.
+    # Run the same ops on a tensor of the weight's shape in which each entry is the index of its row.
     value: Any = torch.arange(shape[0], dtype=torch.int32).view(-1, *(1 for _ in shape[1:])).expand(shape)
     for step in reversed(path):
         current = value
@@ -387,13 +399,18 @@ def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice 
         value = call(*args[step.op == "call_method" :], **kwargs)
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
         return None
-    first, last = int(value.min()), int(value.max())
-    is_dense = value.numel() * shape[0] == (last + 1 - first) * torch.Size(shape).numel()
-    return (first, last + 1) if is_dense and value.unique().numel() == last + 1 - first else None
+    start, end = int(value.min()), int(value.max()) + 1
+    is_complete = value.numel() * shape[0] == (end - start) * torch.Size(shape).numel()
+    return (start, end) if is_complete and value.unique().numel() == end - start else None
 
 
 def slices_of(reads: Iterable[Slice | None], rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows of the slices that divide a weight among its uses, or () if they do not."""
+    """Return the number of rows of each slice, or () unless the uses divide the weight into at least two slices.
+
+    Args:
+        reads: the range of rows that each use reads, None if unknown.
+        rows: number of rows of the weight.
+    """
     ranges = set(reads)
     if None in ranges:
         return ()

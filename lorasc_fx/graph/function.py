@@ -1,9 +1,11 @@
-"""A graph as one Python function, which is faster to call than its GraphModule.
+"""Convert a graph to one Python function, which is faster to call than its GraphModule.
 
-A GraphModule looks up each weight by a path of modules, takes arguments apart again, and calls each branch with the
-machinery of hooks. In the function, a node calls its target directly: a weight is read from the dictionary that holds
-it, so a replaced parameter counts, a branch is called by its `forward`, and products of large frozen weights are
-computed by `for_frozen`. The caller makes sure that no branch has hooks.
+A GraphModule resolves the path of each weight, flattens its arguments, and calls each branch through
+`Module.__call__`. The function avoids this:
+
+- a weight is read from the `_parameters` dictionary of its module, so that a replaced Parameter is seen;
+- a branch is called by its `forward`. The caller checks that no branch has hooks;
+- products with large frozen weights are computed by `for_frozen`.
 """
 
 from __future__ import annotations
@@ -31,16 +33,16 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
 )
 LARGE = 1 << 16
-"""Entries of a matrix from which on `for_frozen` computes its products. Smaller ones gain less than the check takes."""
+"""Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
 
 
 def takes_leaves(graph: fx.Graph) -> bool:
-    """Whether the inputs of a graph are the leaves of its arguments, and not the arguments."""
+    """Whether the placeholders of a graph are the flattened arguments (pytree leaves), as in graphs of torch.export."""
     return isinstance(graph._codegen, _PyTreeCodeGen)
 
 
 def hooks_of(module: fx.GraphModule) -> list[Any]:
-    """Return the dictionaries of hooks on branches, and of the global hooks on all modules."""
+    """Return the hook dictionaries of all branches, and the global ones of `torch.nn.Module`."""
     by_branch = [
         [branch._forward_pre_hooks, branch._forward_hooks, branch._backward_pre_hooks, branch._backward_hooks]
         for branch in branch_nodes(module).values()
@@ -49,9 +51,9 @@ def hooks_of(module: fx.GraphModule) -> list[Any]:
 
 
 def as_function(module: fx.GraphModule) -> Callable[..., Any]:
-    """Return a function that computes what the graph does, from the leaves of the arguments if the graph takes leaves.
+    """Return a function that computes the same as the graph module.
 
-    The graph must not change afterwards.
+    It takes flattened arguments if `takes_leaves(module.graph)`. Later changes of the graph have no effect on it.
     """
     graph, codegen = copy_graph(module.graph), module.graph._codegen
     branches = {node.name for node in branch_nodes(module)}
@@ -67,24 +69,24 @@ def as_function(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 class _Call(functools.partial[Any]):
-    """A function, perhaps with arguments, with the attributes that fx needs to name it in the source text."""
+    """A function, perhaps with bound arguments, and the `__name__` that fx needs to generate code."""
 
     __name__ = "call"
 
     @property
     def unwrapped(self) -> Callable[..., Any]:
-        """The function itself if it has no arguments, because a partial takes time."""
+        """The function itself if it has no bound arguments. This avoids the overhead of a partial."""
         return self if self.args else self.func
 
 
 def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[..., Any] | None:
-    """Return what a node calls in the function, or None for an input, an output or a call of a method."""
+    """Return the function that a node calls in the generated code, or None to keep an input, output or method call."""
     target: Any = node.target
     if node.op == "get_attr":
-        holder, leaf = _place(module, target)
+        holder, leaf = _holder_of(module, target)
         if isinstance(holder, nn.Module):
             for store in ("_parameters", "_buffers", "_modules"):
-                if leaf in vars(holder).get(store, ()):  # a script module keeps its tensors elsewhere
+                if leaf in vars(holder).get(store, ()):  # TorchScript modules have no such dictionaries
                     return _Call(_read, vars(holder), store, leaf)
         return _Call(getattr, holder, leaf)
     if node.op == "call_module":
@@ -94,7 +96,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[
         return None
     if (frozen := for_frozen(target)) is not None and not node.kwargs and _reads_large_matrix(module, node):
         return _Call(frozen)
-    return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # what its __call__ calls
+    return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # skips OpOverload.__call__
 
 
 def _read(attributes: dict[str, Any], store: str, leaf: str) -> Any:
@@ -102,14 +104,14 @@ def _read(attributes: dict[str, Any], store: str, leaf: str) -> Any:
 
 
 def _reads_large_matrix(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an argument is a large matrix of the model, or a stack of matrices."""
+    """Whether an argument is a large matrix, or a large stack of matrices, that the module owns."""
     read = [str(arg.target) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
-    values = [getattr(*_place(module, target)) for target in read]
+    values = [getattr(*_holder_of(module, target)) for target in read]
     return any(isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.numel() >= LARGE for value in values)
 
 
-def _place(module: fx.GraphModule, target: str) -> tuple[Any, str]:
-    """Return the object that holds an attribute of the module, and the attribute's name there."""
+def _holder_of(module: fx.GraphModule, target: str) -> tuple[Any, str]:
+    """Return the object that has the attribute at a dotted path, and the attribute's last name."""
     path, _, leaf = target.rpartition(".")
     holder: Any = module
     for part in path.split(".") if path else ():

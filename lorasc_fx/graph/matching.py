@@ -253,7 +253,7 @@ class Matching:
     Args:
         plan: the plan with its sites.
         uses: the mark of each node that uses a site.
-        refusals: the matrices that are not adapted, with reasons.
+        refusals: the matrices without a branch, with reasons.
         unreached: the matrices that the graph does not use.
     """
 
@@ -370,7 +370,7 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
         )
     if fault := method.fault(site):
         raise SpecError(f"adapter is {adapter!r}, and {site.weight} {fault}", code="method-not-supported")
-    # A method that is not added to the output of an op, such as DoRA, replaces the op if possible.
+    # A method without the placement `beside`, such as DoRA, replaces the op if possible.
     if "beside" not in method.placements:
         if _replaceable(site, seen) and (spec.placement != "weight" or seen.called):
             return replace(site, placement="merged")
@@ -435,7 +435,7 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
                 "in this mode",
                 code="method-not-supported",
             )
-        # Mark the ops if the branch can compute at all of them, otherwise the weight itself.
+        # Mark the ops if the branch can compute at every one, otherwise the weight itself.
         at_op = replaceable or "beside" in method.placements
         at_op = at_op and _beside(site, seen) and seen.beside[0].layout == site.layout
         if at_op and (site.placement != "weight" or seen.called):

@@ -1,4 +1,4 @@
-"""The patterns of a spec: kinds of sites, or globs on the names of weights and of modules that hold them."""
+"""Match the patterns of a spec: kinds of sites, or globs on the names of weights and of their modules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lorasc_fx.spec import KINDS, CascadeSpec, TrainRule
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a glob matches one of these names, or the name of a module that holds one."""
+    """Whether a glob matches one of the names, or the name of a module that contains one."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
 
 
 def targeted(patterns: Sequence[str], kind: str, names: Iterable[str]) -> bool:
-    """Whether one of the patterns is this kind, or matches one of the names."""
+    """Whether one of the patterns is this kind of site, or matches one of the names."""
     names = tuple(names)
     return any(pattern == kind if pattern in KINDS else matches(pattern, names) for pattern in patterns)
 
@@ -24,12 +24,13 @@ def targeted(patterns: Sequence[str], kind: str, names: Iterable[str]) -> bool:
 def check_patterns(
     spec: CascadeSpec, weights: Mapping[str, tuple[str, ...]], parameters: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """Refuse a spec with a pattern that matches nothing.
+    """Raise an error for a pattern of the spec that matches nothing.
 
     Args:
-        spec: its targets, exclude, rules, train, train_rules and untie are checked.
+        spec: `targets` and `rules` must match weight matrices. `exclude`, `train` and `untie` may match any parameter,
+            and `train_rules` the parameters under `train`.
         weights: all names of every weight matrix, by its first name.
-        parameters: all names of every parameter. `train`, `exclude` and `untie` may match any.
+        parameters: all names of every parameter, by its first name.
 
     Raises:
         UnknownTarget: names the field, the pattern, and similar names.
@@ -47,9 +48,9 @@ def check_patterns(
             continue
         names = [name for group in candidates.values() for name in group]
         if not matches(pattern, names):
-            if matches(f"*.{pattern}", names):  # peft's target_modules would match
+            if matches(f"*.{pattern}", names):  # `target_modules` of peft matches the end of a name
                 raise UnknownTarget(
-                    f"{field}: {pattern!r} matches no {noun}: a pattern means a whole name, from its start; "
+                    f"{field}: {pattern!r} matches no {noun}, because a pattern must match a name from its start; "
                     f"give {f'*.{pattern}'!r}"
                 )
             modules = sorted({name.rpartition(".")[0] for name in names} - {""})
@@ -59,7 +60,7 @@ def check_patterns(
 
 
 def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that the spec trains in full and does not exclude, with all their names."""
+    """Return the parameters that the spec trains in full and does not exclude, with all names of each."""
     return {
         name: group
         for name, group in names.items()
@@ -69,7 +70,7 @@ def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[
 
 
 def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> dict[str, TrainRule]:
-    """Return for each of these parameters the first of the spec's train_rules that matches it, if any."""
+    """Return the first rule of `spec.train_rules` that matches a parameter, by its name. Others have no entry."""
     rules = {}
     for name in trained:
         rule = next((rule for rule in spec.train_rules if matches(rule.pattern, names[name])), None)
@@ -87,7 +88,7 @@ def describe(
     layout: str,
     slices: tuple[int, ...],
 ) -> Site:
-    """Return the site of a weight, with the options of the first rule that matches it, otherwise of the spec."""
+    """Return the site of a weight. Its options are from the first matching rule, or from the spec itself."""
     rule = next((rule for rule in spec.rules if targeted((rule.pattern,), kind, (weight, *aliases))), None)
     options = spec.site_options(rule)
     slices = slices if options.method.slices_apart else ()

@@ -1,4 +1,4 @@
-"""Placements of branches: the rule for sites whose placement the spec leaves open, and the placements in a graph."""
+"""Choose the placement of a branch by the shapes of its ops, and read the placements of a graph."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Site
 
 MIN_WORK = 1 << 25
-"""Multiply-adds of an op below which its branch stays beside it."""
+"""Minimum multiply-adds of an op for the placement `merged`."""
 MIN_RATIO = 1.5
-"""Ratio of the entries of input and output to those of the weight, from which on a branch is merged."""
+"""Minimum of (input entries + output entries) / weight entries for the placement `merged`."""
 
 
 def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
     """Return `merged` if input and output of each op are large compared with its weight, otherwise `beside`.
 
-    A branch beside its op reads the input and writes the output once more. A merged one reads and writes the weight.
-    Always beside: unknown sizes, small ops, and less than fp32, to which `W + s B A` would be rounded.
+    With `beside`, the branch reads the input and writes the output a second time. With `merged`, it reads the weight
+    and writes the merged weight. Ops of unknown shape, small ops, and dtypes narrower than fp32 always get
+    `beside`: a narrow dtype would round `W + s B A`.
+
+    Args:
+        site: the adapted weight.
+        nodes: its uses.
     """
     for node in nodes:
         owner = node.graph.owning_module
@@ -44,6 +49,7 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
 
 
 def _is_full_precision(node: fx.Node) -> bool:
+    """Whether a node's tensor is fp32 or fp64, outside autocast."""
     value = node.meta.get("val", node.meta.get("example_value"))
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         return False
@@ -57,6 +63,7 @@ def placements_of(module: fx.GraphModule) -> dict[str, str]:
 
 
 def _placement(node: fx.Node) -> str:
+    """Return the placement of a branch node."""
     if call_template(node) is not None:
         return "merged"
     return "weight" if len(node.args) == 1 else "beside"

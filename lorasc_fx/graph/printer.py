@@ -1,6 +1,6 @@
-"""Canonical text of a graph, for tests and for people: names, ops, targets, arguments, dtypes and shapes.
+"""Print a graph as canonical text: name, dtype, shape, op, target and arguments of each node.
 
-Symbolic sizes are renamed s0, s1, ... in order of appearance, so that the text does not depend on a tracer's counter.
+Symbolic sizes are renamed s0, s1, ... in order of appearance, so that two traces of one model give the same text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def text(graph: fx.Graph | fx.GraphModule) -> str:
-    """Return one line a node: `%name : type = op[target](arguments)`."""
+    """Return one line per node, `%name : dtype[shape] = op[target](arguments)`."""
     nodes = graph.graph.nodes if isinstance(graph, fx.GraphModule) else graph.nodes
     symbols: dict[str, str] = {}
     lines = [_line(node, symbols) for node in nodes]

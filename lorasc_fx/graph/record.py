@@ -1,7 +1,8 @@
-"""The metadata of a graph between passes: facts, plan and refusals of the module, uses and stamps of its nodes.
+"""The metadata that passes store in a graph module and its nodes.
 
-A record is kept in `graph_module.meta`, a use or a stamp in `node.meta`. Both survive copies of the graph and foreign
-passes. `strip` removes them.
+`graph_module.meta` holds a `Record`: the facts that passes provided, the plan, and the refusals. `node.meta` holds the
+marks: which site the node uses (`USE`), which pass created it (`MADE_BY`), and which op it replaced (`REPLACED_CALL`).
+Both survive copies of the graph and most foreign passes. `strip` removes them.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ REPLACED_CALL = "lorasc_fx.replaced_call"
 
 @dataclass(frozen=True)
 class Use:
-    """Marks a node that uses a site's weight.
+    """The mark of a node that uses a site's weight.
 
     Args:
-        weight: the site.
-        form: name of the form of the node.
-        merged: whether the branch replaces the node, or stands beside it.
+        weight: name of the site.
+        form: name of the form of the node, or `on-weight` at the weight itself.
+        merged: whether the branch replaces the node. Otherwise the branch is added to its output.
     """
 
     weight: str
@@ -42,11 +43,12 @@ class AdapterInput:
     """One tensor of an adapter that a graph takes as an input.
 
     Args:
-        name: of the input: `fc_weight_scale` for the scale of `fc.weight`, in lower case, as torch.export names inputs.
+        name: name of the placeholder, in lower case as torch.export does: `fc_weight_scale` for the scale of
+            `fc.weight`.
         weight: name of the site.
         tensor: name of the branch's parameter, or `scale`.
-        shape: of the tensor, padded to the rank of the inputs; () for a scale.
-        dtype: of the tensor.
+        shape: shape of the tensor, padded to the rank of the inputs; () for a scale.
+        dtype: dtype of the tensor.
     """
 
     name: str
@@ -58,12 +60,12 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class Lifted:
-    """What AdapterInputs has done to a graph.
+    """The record of an `AdapterInputs` pass, from which `BindAdapter` restores the branches.
 
     Args:
-        rank: to which the tensors are padded.
-        inputs: in the order of the graph's last placeholders.
-        branches: as they were, by key.
+        rank: rank to which the tensors are padded.
+        inputs: the adapter inputs, in the order of the graph's last placeholders.
+        branches: the branches before the pass, with their values, by key.
     """
 
     rank: int
@@ -76,15 +78,16 @@ class Record:
     """The metadata of a graph module.
 
     Args:
-        facts: provided by the passes so far (`sites-matched`, `branches-inserted`, ...).
-        owner: name of the child that owns the weights (`model`, whose values the runtime changes), or "" for a graph
-            module that owns its weights itself (a fold then writes new constants).
-        plan: what was decided, or None.
-        refusals, unreached: the weight matrices that are not sites.
-        slow: state of the sites and of weights with noise, for a graph module that owns its weights.
-        branched: the weights whose branches nodes of this graph called after the insertion.
-        frozen: the Parameters that were replaced by frozen ones at the insertion, by name.
-        lifted: the tensors of branches that are inputs of the graph; None if there are none.
+        facts: facts that earlier passes provided, such as `sites-matched` and `branches-inserted`.
+        owner: name of the child that owns the weights: `model` for a live model, whose weights the cascade changes. ""
+            if the graph module owns its weights, so that a fold writes new constants.
+        plan: spec, sites and stage; None before `MatchSites`.
+        refusals: the weight matrices without a branch, with reasons.
+        unreached: the weight matrices that the graph does not use.
+        slow: slow state of the sites and of weights with noise, if the graph module owns its weights.
+        branched: names of the weights whose branches this graph called after the insertion.
+        frozen: the original of each Parameter that the insertion replaced by a frozen one, by name.
+        lifted: the adapter inputs; None if the branches hold their tensors.
     """
 
     facts: frozenset[str] = frozenset()
@@ -99,30 +102,30 @@ class Record:
 
     @property
     def prefix(self) -> str:
-        """Prefix of a weight's name in the target of a node."""
+        """Prefix of a weight's name in the target of a node, `model.` or ""."""
         return f"{self.owner}." if self.owner else ""
 
 
 def record_of(graph_module: fx.GraphModule) -> Record:
-    """Return the module's record, or an empty one."""
+    """Return the record of a graph module, or an empty one."""
     record = graph_module.meta.get(_RECORD)
     return record if isinstance(record, Record) else Record()
 
 
 def set_record(graph_module: fx.GraphModule, record: Record) -> None:
-    """Give the module this record."""
+    """Set the record of a graph module."""
     graph_module.meta[_RECORD] = record
 
 
 def at_stage(graph_module: fx.GraphModule, stage: int) -> None:
-    """Set the stage of the module's plan to that of its branches."""
+    """Set the stage of the plan in the record."""
     record = record_of(graph_module)
     if record.plan is not None:
         set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
 
 
 def strip(graph_module: fx.GraphModule) -> None:
-    """Remove the record, and all uses and stamps."""
+    """Remove the record and the marks of all nodes."""
     graph_module.meta.pop(_RECORD, None)
     for node in graph_module.graph.nodes:
         node.meta.pop(USE, None)

@@ -25,7 +25,7 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch, branch_class, ops_of, shared_down
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import (
-    GIVEN,
+    INPUT_OPTIONS,
     branch_nodes,
     call_template,
     made_by,
@@ -75,7 +75,7 @@ class Subject:
 
     def options(self, node: fx.Node) -> dict[str, Any]:
         """Return the keyword arguments of a branch node, without the ones that read graph inputs."""
-        return {name: value for name, value in node.kwargs.items() if name not in GIVEN}
+        return {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
 
     def has_inputs(self, weight: str) -> bool:
         """Whether the tensors of a weight's branch are graph inputs, so that the branch module holds no values."""

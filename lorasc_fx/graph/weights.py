@@ -1,6 +1,6 @@
-"""The weights of a graph module: their names, their ties, and the memory that they share.
+"""The weights of a graph module: names, tied weights, and shared memory.
 
-A child owns them (the live model), or the graph module itself.
+The owner of the weights is a child of the graph module (the live model) or the graph module itself.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lorasc_fx.graph.record import Record
 from lorasc_fx.shards import local
 
 BRANCHES = "branches"
-"""Name of the child of a graph module that holds the branches. It does not belong to the model."""
+"""Name of the child of a graph module that contains the branches. It is not part of the model."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters by name, each once, with all names of each.
+    """The parameters of a module. A tied parameter occurs once and has several names.
 
     Args:
-        parameters: by their first name.
-        names: all names of each parameter, the first one first.
-        canonical: the first name, by every name.
+        parameters: the parameters by first name.
+        names: all names of each parameter by first name, in the order of `named_parameters`.
+        canonical: the first name of a parameter by any of its names.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -38,19 +38,19 @@ class Weights:
 
     @property
     def matrices(self) -> dict[str, tuple[str, ...]]:
-        """Names of the weight matrices: parameters of two axes or more."""
+        """Names of the parameters with two or more axes, by first name."""
         return {name: names for name, names in self.names.items() if self.parameters[name].dim() > 1}
 
 
 def named_weights(owner: nn.Module) -> Weights:
-    """Return the parameters of a module without those of inserted branches."""
+    """Return the parameters of a module, without the parameters of inserted branches."""
     first_names: dict[int, str] = {}
     parameters: dict[str, nn.Parameter] = {}
     names: dict[str, list[str]] = {}
     canonical: dict[str, str] = {}
-    ours = f"{BRANCHES}." if isinstance(owner, fx.GraphModule) and held_branches(owner) is not None else None
+    has_branches = isinstance(owner, fx.GraphModule) and branches_in(owner) is not None
     for name, parameter in owner.named_parameters(remove_duplicate=False):
-        if ours is not None and name.startswith(ours):
+        if has_branches and name.startswith(f"{BRANCHES}."):
             continue
         canonical_name = first_names.setdefault(id(parameter), name)
         parameters.setdefault(canonical_name, parameter)
@@ -59,17 +59,18 @@ def named_weights(owner: nn.Module) -> Weights:
     return Weights(parameters, {name: tuple(ties) for name, ties in names.items()}, canonical)
 
 
-def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
-    """Return the branches of a graph module, by key. None without such a child, or if the child is the model's.
+def branches_in(graph_module: nn.Module) -> dict[str, Branch] | None:
+    """Return the branches of a graph module by key, or None if it has none.
 
-    A graph module that was made from the graph of another one has a plain module instead of a ModuleDict.
+    A model may have a child named `branches` too. It is recognized by contents other than branches.
     """
     holder = graph_module._modules.get(BRANCHES)
+    # `fx.GraphModule(root, graph)` copies the ModuleDict as a plain Module.
     if type(holder) not in (nn.ModuleDict, nn.Module) or holder is None or holder._parameters or holder._buffers:
         return None
     branches = {key: branch for key, branch in holder._modules.items() if isinstance(branch, Branch)}
-    ours = len(branches) == len(holder._modules) and (branches or isinstance(holder, nn.ModuleDict))
-    return branches if ours else None
+    only_branches = len(branches) == len(holder._modules) and (branches or isinstance(holder, nn.ModuleDict))
+    return branches if only_branches else None
 
 
 def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
@@ -78,15 +79,15 @@ def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
 
 
 def module_at(root: nn.Module, target: str) -> nn.Module | None:
-    """Return the module of this dotted name, or None."""
+    """Return the submodule with a dotted name, or None if there is none."""
     module: nn.Module | None = root
-    for part in target.split("."):  # the dictionaries of a script module have no `get`
+    for part in target.split("."):  # `_modules` of a TorchScript module has no `get`
         module = module._modules[part] if module is not None and part in module._modules else None
     return module
 
 
 def scripted_weights(owner: nn.Module) -> dict[str, str]:
-    """Return the parameters in TorchScript modules, each with the path of the outermost such module."""
+    """Return the path of the outermost TorchScript module that owns a parameter, by the parameter's name."""
     paths: dict[str, str] = {}
     for path, module in owner.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
@@ -97,10 +98,10 @@ def scripted_weights(owner: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a strided tensor. Equal for equal views.
+    """The location of a strided tensor in memory. Two views of the same entries are equal.
 
     Args:
-        device, dtype, shape, stride: of the tensor.
+        device, dtype, shape, stride: attributes of the tensor.
         start: address of the first entry.
     """
 
@@ -112,7 +113,7 @@ class Memory:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Memory | None:
-        """Return the memory of a tensor; None if it has none (meta, quantized, sparse, empty)."""
+        """Return the location of a tensor, or None for a meta, quantized, sparse, fake or empty one."""
         bare = local(tensor.detach())
         if is_traceable_wrapper_subclass(bare) or isinstance(bare, FakeTensor):
             return None
@@ -122,7 +123,7 @@ class Memory:
 
     @property
     def end(self) -> int:
-        """Address after the last entry."""
+        """Address of the first byte after the last entry."""
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         return self.start + (last + 1) * self.dtype.itemsize
 
@@ -139,23 +140,23 @@ class Memory:
         for stride, size in axes:
             if stride == 0:
                 return True
-            if stride <= reach:
+            if stride <= reach:  # irregular strides: count the bytes
                 return int(self._mark(self.start, self.end).sum()) < math.prod(self.shape) * self.dtype.itemsize
             reach += (size - 1) * stride
         return False
 
     def overlaps(self, other: Memory) -> bool:
-        """Whether an entry of one shares bytes with an entry of the other."""
-        first, last = max(self.start, other.start), min(self.end, other.end)
-        if self.device != other.device or first >= last:
+        """Whether two tensors share bytes."""
+        if self.device != other.device or max(self.start, other.start) >= min(self.end, other.end):
             return False
         if self.is_dense and other.is_dense and not (self.overlaps_itself or other.overlaps_itself):
             return True
+        # Strided tensors may interleave, such as two columns of a matrix.
         low, high = min(self.start, other.start), max(self.end, other.end)
         return bool((self._mark(low, high) & other._mark(low, high)).any())
 
     def _mark(self, low: int, high: int) -> torch.Tensor:
-        """Return for each byte from `low` to `high` whether it belongs to an entry."""
+        """Return a bool tensor [high - low] that is true for the bytes of the tensor's entries."""
         size = self.dtype.itemsize
         marks = torch.zeros(high - low, dtype=torch.bool, device="cpu")
         strides = (*(stride * size for stride in self.stride), 1)
@@ -164,38 +165,40 @@ class Memory:
 
 
 def shared_memory(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that share memory with another tensor of the model, or overlap themselves, and why.
+    """Return a sentence for each parameter that shares memory with another tensor of the model or with itself.
 
-    A write into such a parameter changes another tensor. A tie, one Parameter in two places, does not count.
+    A fold of such a parameter would also change another tensor. A tied weight, one Parameter with two names, does not
+    count.
     """
     parameters = dict(model.named_parameters())
     tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]
     memories = [(memory, name) for name, value in tensors if (memory := Memory.of(value))]
     memories.sort(key=lambda item: (str(item[0].device), item[0].start))
     sentences: dict[str, str] = {}
-    before: list[tuple[Memory, str]] = []
+    # Sweep over the tensors by address. `active` are the earlier ones that reach into the current one.
+    active: list[tuple[Memory, str]] = []
     for memory, name in memories:
         if name in parameters and memory.overlaps_itself:
             sentences.setdefault(name, "is expanded: several of its entries share one address")
-        before = [item for item in before if item[0].device == memory.device and item[0].end > memory.start]
-        for other, other_name in before:
-            if memory.overlaps(other):
-                for one, two in ((name, other_name), (other_name, name)):
-                    if one in parameters:
-                        sentences.setdefault(one, f"shares memory with {two}: a fold of it would change both")
-        before.append((memory, name))
+        active = [item for item in active if item[0].device == memory.device and item[0].end > memory.start]
+        for earlier, earlier_name in active:
+            if memory.overlaps(earlier):
+                for parameter, tensor in ((name, earlier_name), (earlier_name, name)):
+                    if parameter in parameters:
+                        sentences.setdefault(parameter, f"shares memory with {tensor}: a fold of it would change both")
+        active.append((memory, name))
     return sentences
 
 
 def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that modules hold as plain attributes, or in a list, tuple or dict that is one.
+    """Yield the tensors that modules have as plain attributes, directly or in a list, tuple or dict.
 
-    Skips attributes that a forward pre-hook computes before each call, which `torch.nn.utils.spectral_norm` makes
-    aliases of the parameter until then.
+    Skips attributes that a forward pre-hook recomputes in each call. `torch.nn.utils.spectral_norm` makes them aliases
+    of the parameter until the first call.
     """
     for prefix, module in model.named_modules():
         hooks = module._forward_pre_hooks.values()
-        computed = [getattr(hook, "name", None) for hook in hooks]  # torch.nn.utils names the attribute so
+        computed = [getattr(hook, "name", None) for hook in hooks]  # hooks of torch.nn.utils have the attribute's name
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules") or name in computed:
                 continue

@@ -158,7 +158,7 @@ def test_exports_refuse_sizes_that_they_would_be_wrong_at(
             if size >= least:
                 torch.testing.assert_close(graph(x), cascade.model(x))
             else:
-                with pytest.raises(RuntimeError, match=f"axis {axis} of x has to be {least} or more"):
+                with pytest.raises(RuntimeError, match=f"axis {axis} of x must be {least} or more"):
                     graph(x)
             torch.testing.assert_close(graph(other), cascade.model(other), equal_nan=True)
 
@@ -166,7 +166,7 @@ def test_exports_refuse_sizes_that_they_would_be_wrong_at(
 def test_exports_of_symbolic_graphs_and_of_joint_sizes() -> None:
     x = torch.randn(6, 5, 4)
     checked = lx.export.program(lx.adapt(Model(asserting_by_torch), (x,), spec=SPEC, frontend="symbolic")).module()
-    with pytest.raises(RuntimeError, match="axis 0 of x has to be 2 or more"):
+    with pytest.raises(RuntimeError, match="axis 0 of x must be 2 or more"):
         checked(x[:1])
 
     def both(model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_exports_of_symbolic_graphs_and_of_joint_sizes() -> None:
 
     graph = lx.adapt(Model(both), (x,), spec=SPEC).folded_graph()
     assert graph(x[:1]).shape == (1, 5, 3)
-    with pytest.raises(RuntimeError, match="axis 1 of x has to be 2 or more"):
+    with pytest.raises(RuntimeError, match="axis 1 of x must be 2 or more"):
         graph(x[:1, :1])
 
 
