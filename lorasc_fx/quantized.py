@@ -1,14 +1,19 @@
-"""Quantized weights, and the layers of libraries that store them in their own format.
+"""Quantized weights, in the form in which each library stores them.
 
-torchao quantizes a weight: the parameter of an nn.Linear becomes a tensor subclass with a shape, a dtype and a
-`dequantize`. bitsandbytes, HQQ and quanto quantize a layer: their own module holds packed values and computes with them
-in its forward. While a cascade is alive, a `QuantizedLinear` replaces such a layer. Its weight, a `QuantizedWeight`, is
-also a tensor subclass: it has the shape of the dense weight, and `F.linear(x, weight, bias)` calls the layer's forward.
-So all libraries give the same kind of quantized weight. The graph computes with it unchanged, and the branch computes
-beside the op.
+Libraries quantize in one of two ways:
 
-A row of `LIBRARIES` says how a library dequantizes and re-quantizes. No library is imported before a model holds one of
-its layers.
+1. torchao quantizes a weight. The parameter of an nn.Linear becomes a tensor subclass with the shape of the dense
+   weight and its own `dequantize`.
+2. bitsandbytes, HQQ, quanto, GPTQ and AWQ replace a layer. Their module holds packed values, and its forward computes
+   with them.
+
+While a cascade exists, each layer of the second kind is wrapped by a `QuantizedLinear`. The weight of the wrapper, a
+`QuantizedWeight`, is a tensor subclass of the first kind, and `F.linear(x, weight, bias)` calls the forward of the
+wrapped layer. So the rest of the package sees one kind of quantized weight. The graph reads it unchanged, and a branch
+computes beside the op.
+
+To support another library of the second kind, add a row to `LIBRARIES`. No library is imported before a model contains
+one of its layers.
 """
 
 from __future__ import annotations
@@ -37,24 +42,25 @@ T = TypeVar("T", bound=torch.Tensor)
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a quantized weight: a tensor subclass with its own `dequantize`, as in torchao.
 
-    Such a weight is never written. Its branch computes the unmerged delta.
+    Nothing is ever merged into such a weight while a cascade exists. Its branch computes the deltas of earlier stages
+    too.
     """
     return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a weight as a plain tensor in its own dtype, dequantized if necessary."""
+    """Dequantize a quantized weight to a plain tensor of its dtype. Any other tensor is returned unchanged."""
     plain: torch.Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
     return plain
 
 
 def quantized_in(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return the quantized weights among some tensors, by name."""
+    """Return the tensors that are quantized weights, by name."""
     return {name: tensor for name, tensor in tensors.items() if is_quantized(tensor)}
 
 
 def writable(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return the tensors that can hold new values: all except quantized weights."""
+    """Return the tensors into which values can be written, by name: all except quantized weights."""
     return {name: tensor for name, tensor in tensors.items() if not is_quantized(tensor)}
 
 
@@ -63,25 +69,26 @@ def can_require_grad(tensor: torch.Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and not is_quantized(tensor)
 
 
-def same_quantized(one: torch.Tensor, other: torch.Tensor) -> bool | None:
-    """Whether two quantized weights have the same values. None if neither tensor is quantized."""
-    kinds = {is_quantized(one), is_quantized(other)}
-    return None if kinds == {False} else kinds == {True} and torch.equal(dense(one), dense(other))
+def same_quantized(a: torch.Tensor, b: torch.Tensor) -> bool | None:
+    """Whether two tensors are quantized weights with equal values. None if neither is quantized."""
+    kinds = {is_quantized(a), is_quantized(b)}
+    return None if kinds == {False} else kinds == {True} and torch.equal(dense(a), dense(b))
 
 
-# ---- the libraries
+# ---- Libraries that replace layers
 
 
 @dataclass(frozen=True)
 class Library:
-    """How a library stores the weight of a layer.
+    """Functions for one class of layers of a quantization library.
 
     Args:
-        holds: whether a layer of the class is quantized and computes a plain product.
+        holds: returns whether a layer of this class is quantized, and its forward is only `x W^T + b`.
         dequantize: returns the dense weight [out, in] of a layer.
-        requantize: returns a copy of a layer with another weight [out, in], quantized with the layer's settings. None
-            if this needs more than the weight.
-        attributes: values for attributes of the layer while a cascade is alive.
+        requantize: returns a copy of a layer that holds another dense weight [out, in], quantized with the settings of
+            the layer. None if quantization needs more than the weight, such as calibration data.
+        attributes: attributes that the layer must have while a cascade exists, by name. The previous values are
+            restored afterwards.
     """
 
     holds: Callable[[Any], bool]
@@ -105,15 +112,16 @@ def _requantize_4bit(layer: Any, value: torch.Tensor) -> nn.Module:
 
 
 def _dequantize_8bit(layer: Any) -> torch.Tensor:
-    first = layer.weight.CB is not None  # before its first call
-    numbers, scale = (layer.weight.CB, layer.weight.SCB) if first else (layer.state.CB, layer.state.SCB)
-    like = layer.bias.dtype if layer.bias is not None else torch.get_default_dtype()
-    plain: torch.Tensor = numbers.float() * (scale.float() / 127).unsqueeze(1)
-    return plain.to(like)
+    # The first forward moves the values from the weight to the state.
+    source = layer.weight if layer.weight.CB is not None else layer.state
+    dtype = layer.bias.dtype if layer.bias is not None else torch.get_default_dtype()
+    plain: torch.Tensor = source.CB.float() * (source.SCB.float() / 127).unsqueeze(1)
+    return plain.to(dtype)
 
 
 def _requantize_8bit(layer: Any, value: torch.Tensor) -> nn.Module:
     new, state = shallow(layer), copy.copy(layer.state)
+    # Quantization happens on the move to the device. The next forward then fills the state.
     state.CB = state.SCB = None
     new.state = state
     new.weight = type(layer.weight)(value.cpu(), False, has_fp16_weights=False).to(value.device)
@@ -121,10 +129,10 @@ def _requantize_8bit(layer: Any, value: torch.Tensor) -> nn.Module:
 
 
 def _requantize_hqq(layer: Any, value: torch.Tensor) -> nn.Module:
-    made = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(value.to(layer.compute_dtype), False)
+    linear = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(value.to(layer.compute_dtype), False)
     config = {**layer.quant_config, "offload_meta": layer.offload_meta}
-    new: nn.Module = type(layer)(made, config, compute_dtype=layer.compute_dtype, device=layer.device)
+    new: nn.Module = type(layer)(linear, config, compute_dtype=layer.compute_dtype, device=layer.device)
     new.bias = layer.bias
     return new
 
@@ -160,7 +168,7 @@ LIBRARIES: dict[str, Library] = {
     "hqq.core.quantize.HQQLinear": Library(
         lambda layer: layer.is_initialized(), lambda layer: layer.dequantize(), _requantize_hqq
     ),
-    # GPTQ and AWQ: the packed values come from an optimization, which is not repeated here.
+    # GPTQ and AWQ quantize with calibration data, so another weight cannot be quantized here.
     "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear": Library(
         lambda layer: layer.adapter is None, _dequantize_awq
     ),
@@ -173,67 +181,69 @@ LIBRARIES: dict[str, Library] = {
         _requantize_quanto,
     ),
 }
-"""Rows by the full name of the layer's class."""
+"""Libraries by the full name of the class of their layers."""
 
 
 def library_of(layer: nn.Module) -> Library | None:
-    """Return the row of a quantized layer. None for any other module."""
-    rows = (LIBRARIES.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(layer).__mro__)
-    return next((row for row in rows if row is not None and row.holds(layer)), None)
+    """Return the library of a quantized layer, or None for any other module."""
+    libraries = (LIBRARIES.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(layer).__mro__)
+    return next((library for library in libraries if library is not None and library.holds(layer)), None)
 
 
-# ---- the weight, and the module that holds it
+# ---- The weight of a layer, and the module that wraps the layer
 
 
 class QuantizedWeight(torch.Tensor):
-    """The weight [out, in] of a library's layer. It has no memory of its own: the layer holds the values.
+    """The weight [out, in] of a layer of a library, as a tensor subclass without storage. The layer holds the values.
 
-    `F.linear` calls the layer's forward, in the layer's mode and with its gradient for the input. Any other operation
-    computes with the dequantized weight. No operation may write to it.
+    `F.linear` calls the forward of the layer, in its training mode and with its backward. All other operations
+    dequantize the weight first. Operations that write to it raise RuntimeError.
+
+    Args:
+        layer: a layer of a library in `LIBRARIES`.
+        device: device to report, by default the device of the layer. The meta device is for shape propagation.
     """
 
     layer: Any
 
     @staticmethod
     def __new__(cls, layer: nn.Module, device: torch.device | None = None) -> Self:
-        """Return the weight of a layer of a library in `LIBRARIES`, on its device or on another one."""
-        row = library_of(layer)
-        assert row is not None
+        """Create the weight of a layer."""
+        library = library_of(layer)
+        assert library is not None
         with torch.no_grad():
-            plain = row.dequantize(layer)
-        made: Self = torch.Tensor._make_wrapper_subclass(
+            plain = library.dequantize(layer)
+        weight: Self = torch.Tensor._make_wrapper_subclass(
             cls, plain.shape, dtype=plain.dtype, device=plain.device if device is None else device
         )
-        made.layer = layer
-        return made
+        weight.layer = layer
+        return weight
 
     def dequantize(self) -> torch.Tensor:
         """Return the dense weight [out, in]."""
-        row = library_of(self.layer)
-        assert row is not None
+        library = library_of(self.layer)
+        assert library is not None
         with torch.no_grad():
-            return row.dequantize(self.layer).detach()
+            return library.dequantize(self.layer).detach()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the output of the layer for x [..., in], with this bias [out] instead of its own."""
+        """Return the output [..., out] of the layer for x [..., in], with another bias [out] than its own."""
+        # Libraries store the bias as a parameter, a buffer or a plain attribute.
         stores = (self.layer._parameters, self.layer._buffers, vars(self.layer))
         store: Any = next(store for store in stores if "bias" in store)
-        held = store["bias"]
-        if held is bias:
-            made: torch.Tensor = self.layer(x)
-            return made
+        own_bias = store["bias"]
         try:
             store["bias"] = bias
-            made = self.layer(x)
-            return made
+            output: torch.Tensor = self.layer(x)
+            return output
         finally:
-            store["bias"] = held
+            store["bias"] = own_bias
 
     def entries(self) -> dict[str, torch.Tensor]:
-        """Return the entries of the layer's state dict that store its weight."""
-        saved = self.layer.state_dict(keep_vars=True)
+        """Return the tensors in the state dict of the layer that store its weight: all except the bias."""
+        state = self.layer.state_dict(keep_vars=True)
         return {
-            name: value.detach() for name, value in saved.items() if isinstance(value, torch.Tensor) and name != "bias"
+            name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor) and name != "bias"
         }
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -246,15 +256,15 @@ class QuantizedWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(*args: Any) -> torch.Tensor:
-        raise NotImplementedError("a quantized layer cannot be traced: its product is one call")
+        raise NotImplementedError("a quantized layer cannot be traced, because its forward is one opaque call")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-            if isinstance(given["weight"], cls):
-                return given["weight"].product(given["input"], given.get("bias"))
-        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            arguments = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            if isinstance(arguments["weight"], cls):
+                return arguments["weight"].product(arguments["input"], arguments.get("bias"))
+        with torch._C.DisableTorchFunctionSubclass():  # otherwise results would be of this class
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -262,50 +272,49 @@ class QuantizedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, aten = kwargs or {}, torch.ops.aten
-        if func in (
-            aten.detach.default,
-            aten.alias.default,
-            aten.clone.default,
-        ):  # nothing writes to it
+        # A clone can share the layer too, because nothing writes to the weight.
+        if func in (aten.detach.default, aten.alias.default, aten.clone.default):
             return _alias(args[0])
         if func is aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
             return cls(args[0].layer, torch.device("meta"))
         if func._schema.is_mutable:
-            raise RuntimeError(f"{func} would write to a quantized weight, which has no memory of its own")
+            raise RuntimeError(f"{func} would write to a quantized weight, which is read-only")
         args, kwargs = pytree.tree_map_only(cls, lambda weight: weight.dequantize(), (args, kwargs))
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            made = type(self)(copy.deepcopy(self.layer, memo))
-            memo[id(self)] = nn.Parameter(made, False) if isinstance(self, nn.Parameter) else made
+            weight = type(self)(copy.deepcopy(self.layer, memo))
+            memo[id(self)] = nn.Parameter(weight, False) if isinstance(self, nn.Parameter) else weight
         copied: torch.Tensor = memo[id(self)]
         return copied
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Return shape and layer class, without values."""
+        """Return the shape and the class of the layer, without values."""
         return (
             f"QuantizedWeight(shape={tuple(self.shape)}, of {type(self.layer).__module__}.{type(self.layer).__name__})"
         )
 
 
 def _alias(weight: QuantizedWeight) -> QuantizedWeight:
-    kind = type(weight)
-    made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(
-        kind, weight.shape, dtype=weight.dtype, device=weight.device
+    """Return another tensor object of the same layer."""
+    alias: QuantizedWeight = torch.Tensor._make_wrapper_subclass(
+        type(weight), weight.shape, dtype=weight.dtype, device=weight.device
     )
-    made.layer = weight.layer
-    return made
+    alias.layer = weight.layer
+    return alias
 
 
 _KEYS = count()
-_PLACED: WeakValueDictionary[str, QuantizedLinear] = WeakValueDictionary()
+_MODULES: WeakValueDictionary[str, QuantizedLinear] = WeakValueDictionary()
+"""All `QuantizedLinear` modules by their key, for the fake kernel of the op below."""
 
 
 class QuantizedLinear(nn.Linear):
-    """Replaces a library's layer in the model and calls it. With a dense weight in place it is a linear layer.
+    """Wraps a layer of a library in the user's model, and calls it.
 
-    Mode, device and saved entries are those of the layer. Missing attributes are read from the layer.
+    If its weight parameter is replaced by a dense weight, it computes as an nn.Linear. Training mode, device and state
+    dict are those of the wrapped layer. Missing attributes are read from the layer.
 
     Args:
         layer: a layer of a library in `LIBRARIES`.
@@ -313,45 +322,47 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
-        row = library_of(layer)
-        assert row is not None
-        layer.state_dict()  # when it saves, bitsandbytes undoes its packing for inference
+        library = library_of(layer)
+        assert library is not None
+        layer.state_dict()  # has a side effect: bitsandbytes undoes its repacking for inference
+        # Written to __dict__, because the layer must not become a child module: its names are not the model's.
         self.__dict__["layer"] = layer
-        self.__dict__["before"] = {name: getattr(layer, name) for name in row.attributes if hasattr(layer, name)}
-        for name in self.before:
-            setattr(layer, name, row.attributes[name])
-        self.hold(layer)
+        originals = {name: getattr(layer, name) for name in library.attributes if hasattr(layer, name)}
+        self.__dict__["original_attributes"] = originals
+        for name in originals:
+            setattr(layer, name, library.attributes[name])
+        self.set_layer(layer)
         bias = getattr(layer, "bias", None)
         store: Any = self._parameters if bias is None or isinstance(bias, nn.Parameter) else self._buffers
         store["bias"] = bias
         self.out_features, self.in_features = self.weight.shape
-        self.key = str(next(_KEYS))  # a string: tracers would make a symbol of a number
-        _PLACED[self.key] = self
+        self.key = str(next(_KEYS))  # a string, because tracers would replace an int by a symbol
+        _MODULES[self.key] = self
 
-    def hold(self, layer: nn.Module) -> None:
-        """Replace the layer."""
+    def set_layer(self, layer: nn.Module) -> None:
+        """Wrap another layer of the same shape."""
         self.__dict__["layer"] = layer
         self._parameters["weight"] = nn.Parameter(QuantizedWeight(layer), False)
 
     @property
     def holds_layer(self) -> bool:
-        """Whether it calls the layer. Otherwise a dense weight, or one of another library, is in place."""
+        """Whether the weight is the one of the wrapped layer. Otherwise another weight replaces it for now."""
         return isinstance(self._parameters["weight"], QuantizedWeight)
 
-    def released(self) -> nn.Module:
-        """Return the module to put back into the model: the layer, or a linear layer with the current weight."""
+    def unwrapped(self) -> nn.Module:
+        """Return the module for the model after release: the layer, or an nn.Linear if the weight was replaced."""
         if self.holds_layer:
             layer: nn.Module = self.layer
             return layer
-        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight = self.weight
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = self.weight
         bias = self.bias
-        made.bias = nn.Parameter(bias, False) if bias is not None and not isinstance(bias, nn.Parameter) else bias
-        return made.train(self.training)
+        linear.bias = nn.Parameter(bias, False) if bias is not None and not isinstance(bias, nn.Parameter) else bias
+        return linear.train(self.training)
 
     @property
     def training(self) -> bool:
-        """The layer's mode."""
+        """Training mode of the layer."""
         return bool(self.layer.training) if "layer" in self.__dict__ else True
 
     @training.setter
@@ -360,7 +371,7 @@ class QuantizedLinear(nn.Linear):
             self.layer.train(mode)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the product of the layer, or of the dense weight in its place."""
+        """Return the output [..., out] of the layer, or of the dense weight that replaces its weight."""
         if _capturing and torch.compiler.is_compiling():
             opaque: torch.Tensor = torch.ops.lorasc_fx.quantized_linear(input, self.key)
             return opaque
@@ -378,13 +389,14 @@ class QuantizedLinear(nn.Linear):
         if not self.holds_layer:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        before, bias = self.weight.device, getattr(self.layer, "bias", None)
+        device, bias = self.weight.device, getattr(self.layer, "bias", None)
         self.layer._apply(fn)
-        if QuantizedWeight(self.layer).device != before:
-            self.hold(self.layer)
-        if (now := getattr(self.layer, "bias", None)) is not bias:
+        # After a move, refer to the new weight and bias of the layer.
+        if QuantizedWeight(self.layer).device != device:
+            self.set_layer(self.layer)
+        if (new_bias := getattr(self.layer, "bias", None)) is not bias:
             store: Any = self._parameters if "bias" in self._parameters else self._buffers
-            store["bias"] = now
+            store["bias"] = new_bias
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -401,11 +413,12 @@ class QuantizedLinear(nn.Linear):
             super()._load_from_state_dict(*args, **kwargs)
 
 
-@fx.wrap  # one node in a trace of torch.fx
+@fx.wrap  # torch.fx.symbolic_trace records a call of this function as one node
 def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the product with a quantized weight, or with a dense weight that replaces it.
+    """Return `input weight^T + bias` [..., out] for a quantized weight, or for a dense weight that replaces it.
 
-    A dense weight computes in its own dtype, and the result has the dtype of the input, as for the layers.
+    With a dense weight, the product is computed in the dtype of the weight and converted to the dtype of the input,
+    because the layers of the libraries do this too.
 
     Args:
         input: [..., in].
@@ -418,15 +431,16 @@ def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
 
-# ---- capture: one op that finds its weight by the key of its module
+# ---- Capture: one opaque op per layer. The op knows its layer by the key of the QuantizedLinear.
 
 _capturing = 0
+"""Number of active `as_opaque_products` blocks."""
 
 
 @isolated
 def as_opaque_products(undo: Block) -> None:
-    """Let tracers record the product of each `QuantizedLinear` as one opaque op."""
-    global _capturing  # noqa: PLW0603 - dynamo guards it
+    """Context manager: let compilers trace each `QuantizedLinear` as one call of the op below."""
+    global _capturing  # noqa: PLW0603 - a global, because dynamo guards globals
     _capturing += 1
 
     def end() -> None:
@@ -438,55 +452,57 @@ def as_opaque_products(undo: Block) -> None:
 
 @torch.library.custom_op("lorasc_fx::quantized_linear", mutates_args=())
 def _product(input: torch.Tensor, key: str) -> torch.Tensor:
-    raise NotImplementedError("this op is only in graphs whose weights are not yet read from the model")
+    raise NotImplementedError("only graphs during a capture contain this op, and they are not run")
 
 
 @_product.register_fake
 def _(input: torch.Tensor, key: str) -> torch.Tensor:
-    return input.new_empty(*input.shape[:-1], _PLACED[key].out_features)
+    return input.new_empty(*input.shape[:-1], _MODULES[key].out_features)
 
 
 def is_opaque_product(target: Any) -> bool:
-    """Whether a call target is that op, which takes input [..., in] and the key of a module."""
+    """Whether the target of a node is the op above. Its arguments are the input [..., in] and the key of a module."""
     op = torch.ops.lorasc_fx.quantized_linear
     return target is op or target is op.default
 
 
-# ---- in a model
+# ---- Wrapping the layers of a model
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield every (parent, name, child) of a model. A shared child occurs once for each parent and name."""
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child is not None:
                 yield parent, name, child
 
 
-def place_layers(model: nn.Module, undo: Undo) -> None:
-    """Replace each quantized layer of a library by a `QuantizedLinear`. A layer that is shared stays shared."""
-    made: dict[int, QuantizedLinear] = {}
-    for parent, name, child in list(_places(model)):
+def wrap_layers(model: nn.Module, undo: Undo) -> None:
+    """Replace each quantized layer of a library by a `QuantizedLinear`. Shared layers stay shared."""
+    wrappers: dict[int, QuantizedLinear] = {}
+    for parent, name, child in list(_children(model)):
         if not isinstance(child, QuantizedLinear) and library_of(child) is not None:
-            if id(child) not in made:
-                made[id(child)] = QuantizedLinear(child)
-                undo(partial(_restore, made[id(child)]))
+            if id(child) not in wrappers:
+                wrapper = wrappers[id(child)] = QuantizedLinear(child)
+                undo(partial(_set_attributes, child, wrapper.original_attributes))
             undo(partial(parent._modules.__setitem__, name, child))
-            parent._modules[name] = made[id(child)]
+            parent._modules[name] = wrappers[id(child)]
 
 
-def restore_layers(model: nn.Module, undo: Undo) -> None:
-    """Put the layers back into the model, or a linear layer if the weight is dense now."""
-    made: dict[int, nn.Module] = {}
-    for parent, name, child in list(_places(model)):
+def unwrap_layers(model: nn.Module, undo: Undo) -> None:
+    """Replace each `QuantizedLinear` by its layer, or by an nn.Linear if its weight is dense now."""
+    unwrapped: dict[int, nn.Module] = {}
+    for parent, name, child in list(_children(model)):
         if isinstance(child, QuantizedLinear):
-            if id(child) not in made:
-                made[id(child)] = child.released()
-                undo(partial(_restore, child, {key: getattr(child.layer, key) for key in child.before}))
-                _restore(child)
+            if id(child) not in unwrapped:
+                unwrapped[id(child)] = child.unwrapped()
+                current = {key: getattr(child.layer, key) for key in child.original_attributes}
+                undo(partial(_set_attributes, child.layer, current))
+                _set_attributes(child.layer, child.original_attributes)
             undo(partial(parent._modules.__setitem__, name, child))
-            parent._modules[name] = made[id(child)]
+            parent._modules[name] = unwrapped[id(child)]
 
 
-def _restore(module: QuantizedLinear, attributes: Mapping[str, Any] | None = None) -> None:
-    for name, value in (module.before if attributes is None else attributes).items():
-        setattr(module.layer, name, value)
+def _set_attributes(layer: nn.Module, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        setattr(layer, name, value)

@@ -1,8 +1,9 @@
-"""Sharded tensors: the process group, and which slice of a tensor this rank holds.
+"""Sharded weights: which slice of a tensor this rank holds, and collectives over the ranks of a cascade.
 
-A row shard of `S = sum c b a` needs the same rows of `b` and all of `a`, so each rank folds its rows alone. A column
-shard needs all of `b` and the same columns of `a`. Shared decisions (whether a branch is finite) and statistics of a
-full weight (its standard deviation) are all-reduced.
+Each rank folds its own slice of the slow delta `S = sum c B A` without gathering a weight. If a weight is sharded along
+its rows, a rank needs the same rows of B and all of A. If it is sharded along its columns, a rank needs all of B and
+the same columns of A. Decisions that all ranks share (whether a branch is finite) and statistics of a full weight (its
+standard deviation) are all-reduced.
 """
 
 from __future__ import annotations
@@ -27,32 +28,36 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     if not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
-        found: torch.Tensor = tensor.to_local()
-    return found
+        shard: torch.Tensor = tensor.to_local()
+    return shard
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a DTensor; every rank must call this. A plain tensor is returned unchanged."""
+    """Gather a DTensor. Every rank must call this. A plain tensor is returned unchanged."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     with torch.no_grad():
-        found: torch.Tensor = tensor.full_tensor()
-    return found
+        full: torch.Tensor = tensor.full_tensor()
+    return full
 
 
 def shard_axis(tensor: Any) -> int | None:
-    """Return the axis along which a tensor is sharded. None if it is not."""
+    """Return the axis along which a tensor is sharded, or None if it is replicated or a plain tensor."""
     placements = tensor.placements if hasattr(tensor, "to_local") else ()
     return next((placement.dim for placement in placements if hasattr(placement, "dim")), None)
 
 
 def shard_of(tensor: Any) -> ShardSpec:
-    """Return which slice of a tensor this rank holds."""
-    return WHOLE if shard_axis(tensor) is None else ShardSpec.of(tensor)
+    """Return which slice of a tensor this rank holds. `UNSHARDED` for a replicated or a plain tensor."""
+    return UNSHARDED if shard_axis(tensor) is None else ShardSpec.of(tensor)
 
 
 def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Return a full tensor sharded like a DTensor, on its device. For a plain tensor it is returned unchanged."""
+    """Shard a full tensor like the DTensor `like`, on its device. If `like` is a plain tensor, return it unchanged.
+
+    Every rank has the full tensor and copies its own slice of it, so this does not communicate. A DTensor is returned
+    unchanged.
+    """
     if not hasattr(like, "to_local") or hasattr(tensor, "to_local"):
         return tensor
     spec = ShardSpec.of(like)
@@ -60,41 +65,51 @@ def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return this rank's slice of a tensor that is sharded like another one. Without shards it is the tensor itself."""
+    """Return this rank's slice of a tensor, which is a DTensor, or a full tensor to be sharded like `like`.
+
+    If neither is sharded, return the tensor unchanged. Does not copy.
+    """
     if hasattr(tensor, "to_local"):
         return local(tensor)
     return shard_of(like).take(tensor) if hasattr(like, "to_local") else tensor
 
 
 def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return zeros of another shape, placed like a DTensor if it is one. The sharded axis must have the same length."""
+    """Return zeros of another full shape with the dtype, device and placements of a tensor.
+
+    Args:
+        tensor: a plain tensor or a DTensor.
+        shape: full shape. Along the sharded axis it must have the length of `tensor`.
+    """
     if not hasattr(tensor, "to_local"):
         zeros: torch.Tensor = tensor.new_zeros(shape)
         return zeros
-    axis, here, stride = shard_axis(tensor), list(shape), torch.empty(shape, device="meta").stride()
+    axis, local_shape, stride = shard_axis(tensor), list(shape), torch.empty(shape, device="meta").stride()
     if axis is not None:
-        here[axis] = tensor.to_local().shape[axis]
-    made: torch.Tensor = type(tensor.data).from_local(
-        local(tensor).new_zeros(here),
+        local_shape[axis] = tensor.to_local().shape[axis]
+    sharded: torch.Tensor = type(tensor.data).from_local(
+        local(tensor).new_zeros(local_shape),
         tensor.device_mesh,
         tensor.placements,
         run_check=False,
         shape=torch.Size(shape),
         stride=stride,
     )
-    return made
+    return sharded
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The ranks that work on one cascade, and their collectives. The default is a single process.
+    """The ranks that train one cascade, and their collectives. The default is a single process.
 
-    Every rank must call a method at the same point, as for the collectives of torch.distributed.
+    A single process has no collectives: its methods return their arguments. Otherwise every rank must call a method at
+    the same point of the program, as for the collectives of torch.distributed.
 
     Args:
-        handle: a process group of torch.distributed; None for one process.
-        device: device for the exchanged tensors.
-        replicas: number of copies of the weights on the ranks: for HSDP the size of the first axis of the mesh.
+        handle: a process group of torch.distributed, or None for a single process.
+        device: device for the tensors that are exchanged. It must suit the backend of the group.
+        replicas: number of copies of the weights in the group. With HSDP this is the size of the first axis of the
+            mesh, otherwise 1.
     """
 
     handle: Any = None
@@ -103,10 +118,11 @@ class ProcessGroup:
 
     @classmethod
     def of(cls, handle: Any = None) -> ProcessGroup:
-        """Wrap a process group of torch.distributed, by default all ranks, or one process if it is not initialized."""
+        """Wrap a process group. Default: all ranks, or a single process if torch.distributed is not initialized."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         handle = dist.group.WORLD if handle is None else handle
+        # The gloo backend takes host tensors. NCCL takes only tensors of its accelerator.
         kinds = dist.Backend.backend_capability.get(dist.get_backend(handle), ["cpu"])
         if "cpu" in kinds:
             return cls(handle, torch.device("cpu"))
@@ -114,29 +130,22 @@ class ProcessGroup:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is a single process, so that no collective is needed."""
+        """Whether there is a single process, so that collectives are no-ops."""
         return self.handle is None
-
-    def or_else(self, handle: Any) -> ProcessGroup:
-        """Return this group, or that of a handle if this is the null object of a single process."""
-        return ProcessGroup.of(handle) if self.handle is None else self
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Rank of this process in the group."""
         return dist.get_rank(self.handle) if self.handle is not None else 0
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """Number of ranks in the group."""
         return dist.get_world_size(self.handle) if self.handle is not None else 1
 
     @property
-    def order(self) -> list[int]:
-        """The first ranks of the group that hold all weights together, in the order of their shards.
-
-        The other ranks are replicas of these.
-        """
+    def first_replica(self) -> list[int]:
+        """The ranks of the first copy of the weights, in the order of their shards. All ranks if replicas is 1."""
         return list(range(self.size // self.replicas))
 
     def all(self, flag: bool) -> bool:
@@ -148,49 +157,58 @@ class ProcessGroup:
         return flag if self.handle is None else self.sum(float(flag)) > 0
 
     def sum(self, number: float, operation: str = "SUM") -> float:
-        """Return the sum of a number over the ranks, in fp64. `operation` names another reduction of torch."""
+        """All-reduce a number in fp64. `operation` is a member of `torch.distributed.ReduceOp`."""
         if self.handle is None:
             return number
-        held = torch.tensor([number], dtype=torch.float64, device=self.device)
-        with _together():
-            dist.all_reduce(held, getattr(dist.ReduceOp, operation), group=self.handle)
-        return held.item()
+        buffer = torch.tensor([number], dtype=torch.float64, device=self.device)
+        with _explained():
+            dist.all_reduce(buffer, getattr(dist.ReduceOp, operation), group=self.handle)
+        return buffer.item()
 
-    def sum_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over the ranks, on its device. Its shape must be the same on all ranks."""
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the ranks, on its device. The shape must be the same on all ranks."""
         if self.handle is None:
             return tensor
-        held = tensor.to(self.device, copy=True)
-        with _together():
-            dist.all_reduce(held, group=self.handle)
-        return held.to(tensor.device)
+        buffer = tensor.to(self.device, copy=True)
+        with _explained():
+            dist.all_reduce(buffer, group=self.handle)
+        return buffer.to(tensor.device)
 
-    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor of the first rank, on its device. Its shape must be the same on all ranks."""
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor of rank 0, on the device of `tensor`. The shape must be the same on all ranks."""
         if self.handle is None:
             return tensor
-        held = tensor.to(self.device, copy=True).contiguous()
-        with _together():
-            dist.broadcast(held, dist.get_global_rank(self.handle, 0), group=self.handle)
-        return held.to(tensor.device)
+        buffer = tensor.to(self.device, copy=True).contiguous()
+        with _explained():
+            dist.broadcast(buffer, dist.get_global_rank(self.handle, 0), group=self.handle)
+        return buffer.to(tensor.device)
 
     def max(self, number: float) -> float:
-        """Return the maximum of a number over the ranks. nan if it is nan on a rank."""
-        missing = math.isnan(number)
-        top = self.sum(-math.inf if missing else number, "MAX")
-        return math.nan if self.any(missing) else top
+        """Return the maximum of a number over the ranks, or nan if it is nan on any rank."""
+        # Backends do not propagate nan reliably in MAX, so reduce this separately.
+        is_nan = math.isnan(number)
+        maximum = self.sum(-math.inf if is_nan else number, "MAX")
+        return math.nan if self.any(is_nan) else maximum
 
     def gather(self, data: torch.Tensor, call: str) -> list[torch.Tensor]:
-        """Return the bytes of every rank, by rank.
+        """Gather bytes from all ranks.
+
+        Args:
+            data: a uint8 vector. Its length may differ between ranks.
+            call: name of the public function, for error messages.
+
+        Returns:
+            The bytes of each rank, in the order of ranks, in host memory.
 
         Raises:
-            StateError: a process has ended, or did not call this within the group's timeout.
+            StateError: a process has ended, or did not call this within the timeout of the group.
         """
         if self.handle is None:
             return [data]
         data = data.to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        with _together(f"{call}: "):
+        with _explained(f"{call}: "):
+            # all_gather needs equal shapes: exchange the sizes first, then pad to the largest.
             dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device), group=self.handle)
             padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=self.device)
             padded[: data.numel()] = data
@@ -200,48 +218,58 @@ class ProcessGroup:
         return [row[: int(size)].cpu() for row, size in zip(gathered, sizes, strict=True)]
 
     def gather_text(self, text: str, call: str) -> list[str]:
-        """Return the text of every rank, by rank. Raises like `gather`."""
+        """Gather a text from all ranks, in the order of ranks. Raises like `gather`."""
         if self.handle is None:
             return [text]
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
 
-    def check_alike(self, call: str, facts: Mapping[str, str]) -> None:
-        """Check that all ranks have the same facts.
+    def check_equal(self, call: str, facts: Mapping[str, str]) -> None:
+        """Check that all ranks have equal values.
 
         Args:
-            call: for messages.
-            facts: values that must be equal on all ranks, by what they are. They are only sent if digests differ.
+            call: name of the public function, for error messages.
+            facts: values by a description for error messages. Ranks exchange a digest, and the values only if digests
+                differ.
 
         Raises:
-            StateError: a rank differs from the others. Names the ranks and the facts.
+            StateError: ranks differ. The message names these ranks and values.
         """
         digests = self.gather_text(hashlib.sha256(json.dumps(sorted(facts.items())).encode()).hexdigest(), call)
         if len(set(digests)) == 1:
             return
         tables: list[dict[str, str]] = [json.loads(text) for text in self.gather_text(json.dumps(dict(facts)), call)]
-        usual, _ = Counter(digests).most_common(1)[0]  # the first of as many
-        first = digests.index(usual)
+        # Compare with the most frequent digest (the lowest rank in a tie), because the others are the exceptions.
+        majority, _ = Counter(digests).most_common(1)[0]
+        reference = digests.index(majority)
+        expected = tables[reference]
         lines = []
         for rank, table in enumerate(tables):
-            odd = [name for name in {**tables[first], **table} if table.get(name) != tables[first].get(name)]
-            if odd:
-                here, there = (each.get(odd[0], "missing") for each in (table, tables[first]))
-                lines.append(f"  rank {rank} differs in {named(odd)}: {odd[0]} is {here}, on rank {first} {there}")
+            different = [name for name in {**expected, **table} if table.get(name) != expected.get(name)]
+            if different:
+                name = different[0]
+                value, expected_value = table.get(name, "missing"), expected.get(name, "missing")
+                lines.append(
+                    f"  rank {rank} differs in {named(different)}: {name} is {value}, on rank {reference} it is "
+                    f"{expected_value}"
+                )
         raise StateError(
-            f"{call}: the ranks are not alike and would train different models. Start all of them from the same "
+            f"{call}: the ranks differ and would train different models. Start all of them with the same "
             "weights, spec and code:\n" + "\n".join(lines),
             code="ranks-differ",
         )
 
     @contextlib.contextmanager
     def agreed(self, call: str) -> Iterator[None]:
-        """Wait for all ranks at the end of the block, and raise on all of them if it has raised on one.
+        """Context manager: wait for all ranks at the end of the block, and raise on all ranks if one raised.
 
-        A collective inside the block must be called on every rank or on none.
+        A collective inside the block must be called by every rank or by none.
+
+        Args:
+            call: name of the public function, for error messages.
 
         Raises:
-            StateError: the block has raised on another rank.
+            StateError: the block raised on another rank.
         """
         fault: Exception | None = None
         try:
@@ -253,22 +281,22 @@ class ProcessGroup:
             raise fault
         for rank, text in enumerate(faults):
             if text:
-                raise StateError(f"{call}: rank {rank} has failed, so all ranks stop: {text}", code="rank-failed")
+                raise StateError(f"{call}: rank {rank} failed, so all ranks stop: {text}", code="rank-failed")
 
 
 @contextlib.contextmanager
-def _together(call: str = "") -> Iterator[None]:
-    """Explain a collective that fails, instead of the backend's error.
+def _explained(call: str = "") -> Iterator[None]:
+    """Context manager around a collective: replace an error of the backend by one that says what to do.
 
     Raises:
-        StateError: a process has ended, or did not call this within the group's timeout.
+        StateError: a process has ended, or did not make this call within the timeout of the group.
     """
     try:
         yield
     except RuntimeError as fault:
         raise StateError(
             f"{call}another process has ended, or did not make this call within the timeout of the process group: "
-            f"{fault}. Every rank has to make this call (transition, save, weights, ...). Start the run again from its "
+            f"{fault}. Every rank must make this call (transition, save, weights, ...). Start the run again from its "
             "last checkpoint, on any number of processes",
             code="rank-failed",
         ) from fault
@@ -279,15 +307,17 @@ ONE_PROCESS = ProcessGroup()
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The slice of a weight on this rank: `first` to `first + count` of `total` along an axis.
+    """The slice of a weight that this rank holds: indices `start` to `start + count` along one axis.
 
     Args:
-        first, count, total: the slice, and the length of the axis.
-        group: the ranks that hold the full weight together.
-        axis: the sharded axis. None if the weight is not sharded (`WHOLE`).
+        start: first index of the slice.
+        count: length of the slice. 0 if there are more ranks than indices.
+        total: length of the axis in the full weight.
+        group: the ranks whose slices make up the full weight.
+        axis: the sharded axis, or None if the weight is not sharded (`UNSHARDED`).
     """
 
-    first: int = 0
+    start: int = 0
     count: int = 0
     total: int = 0
     group: ProcessGroup = ONE_PROCESS
@@ -295,50 +325,52 @@ class ShardSpec:
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
-        """Return the shard spec of a DTensor that FSDP has sharded along one axis, or of a replicated one."""
+        """Return the slice of a DTensor that is sharded along at most one axis, as by FSDP."""
         mesh, axis = tensor.device_mesh, shard_axis(tensor)
-        across = next((place for place, each in enumerate(tensor.placements) if hasattr(each, "dim")), 0)
-        handle = mesh.get_group(across)
+        # The axis of the mesh over which the tensor is sharded: the second one for HSDP.
+        mesh_axis = next((index for index, placement in enumerate(tensor.placements) if hasattr(placement, "dim")), 0)
+        handle = mesh.get_group(mesh_axis)
         group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
         if axis is None:
             return cls(0, tensor.shape[0], tensor.shape[0], group, 0)
         total = tensor.shape[axis]
-        return cls(*chunk_of(total, mesh.size(across), mesh.get_local_rank(across)), total, group, axis)
+        return cls(*chunk_of(total, mesh.size(mesh_axis), mesh.get_local_rank(mesh_axis)), total, group, axis)
 
     def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
-        """Return a DTensor with this local slice, sharded like the DTensor `like`."""
+        """Wrap a local slice as a DTensor with the mesh and placements of the DTensor `like`."""
         shape = self.full_shape(shard.shape)
         stride = torch.empty(shape, device="meta").stride()
         mesh, placements = like.device_mesh, like.placements
-        made: torch.Tensor = type(like.data).from_local(
+        sharded: torch.Tensor = type(like.data).from_local(
             shard, mesh, placements, run_check=False, shape=shape, stride=stride
         )
-        return made
+        return sharded
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this rank's slice of a full tensor."""
-        return tensor if self.axis is None else tensor.narrow(self.axis, self.first, self.count)
+        """Return this rank's slice of a full tensor, as a view."""
+        return tensor if self.axis is None else tensor.narrow(self.axis, self.start, self.count)
 
-    def whole(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return the full tensor of a local slice, on its device. Every rank must call this at the same point."""
+    def gather(self, shard: torch.Tensor) -> torch.Tensor:
+        """Gather the full tensor from local slices, on the device of `shard`. Every rank must call this."""
         if self.group.handle is None or self.axis is None:
             return shard
         rows = shard.movedim(self.axis, 0)
         size = self.group.size
+        # all_gather needs equal shapes, but the last chunks may be shorter.
         padded = rows.new_zeros((-(-self.total // size), *rows.shape[1:]), device=self.group.device)
         padded[: self.count] = rows
         parts = [torch.empty_like(padded) for _ in range(size)]
-        with _together():
+        with _explained():
             dist.all_gather(parts, padded, group=self.group.handle)
         gathered = torch.cat([part[: chunk_of(self.total, size, rank)[1]] for rank, part in enumerate(parts)])
         return gathered.movedim(0, self.axis).contiguous().to(shard.device)
 
     def full_shape(self, shard: torch.Size) -> torch.Size:
-        """Return the shape of the full tensor for the shape of a local slice."""
+        """Return the shape of the full tensor, given the shape of a local slice."""
         return shard if self.axis is None else torch.Size((*shard[: self.axis], self.total, *shard[self.axis + 1 :]))
 
     def std(self, shard: torch.Tensor) -> float:
-        """Return the standard deviation of the full tensor of a local slice, like `torch.std`. All-reduced."""
+        """Return the standard deviation of the full tensor, like `torch.std`. All-reduced, without a gather."""
         count = self.group.sum(shard.numel())
         if count < 2:
             return 0.0
@@ -347,12 +379,12 @@ class ShardSpec:
         return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))
 
 
-WHOLE = ShardSpec()
-"""The shard spec of a weight that is not sharded."""
+UNSHARDED = ShardSpec()
+"""For a weight that is not sharded: this rank holds the full weight."""
 
 
 def chunk_of(total: int, size: int, rank: int) -> tuple[int, int]:
-    """Return the first index and the length of a rank's chunk, like `torch.chunk`."""
+    """Return start and length of the chunk of a rank, if an axis is split into `size` chunks like `torch.chunk`."""
     chunk = -(-total // size)
-    first = min(rank * chunk, total)
-    return first, min(chunk, total - first)
+    start = min(rank * chunk, total)
+    return start, min(chunk, total - start)

@@ -115,7 +115,7 @@ def _into_shards(
         names = {id(value): name for name, value in run.parameters_by_name().items()}
         digests = values.fingerprints(names, group.rank, group.size)
     sizes = {f"file {file.name}": f"{file.stat().st_size} bytes" for file in values.files}
-    group.check_alike("materialize", sizes)
+    group.check_equal("materialize", sizes)
     fingerprints: dict[str, str] = {}
     for text in group.gather_text(json.dumps(digests), "materialize"):
         fingerprints |= json.loads(text)

@@ -33,7 +33,7 @@ from lorasc_fx.graph import matches, named_weights, shared_memory, trained_by
 from lorasc_fx.graph.patterns import check_patterns, rules_of
 from lorasc_fx.graph.weights import Weights
 from lorasc_fx.plan import Plan
-from lorasc_fx.quantized import place_layers
+from lorasc_fx.quantized import wrap_layers
 from lorasc_fx.signature import Calls, check_binds, signature_of
 from lorasc_fx.state import Memory
 from lorasc_fx.util.finalizers import run_postponed
@@ -98,7 +98,7 @@ class Start:
         meta = MetaModel(base, groups_of(model), checkpoint) if is_on_meta(model) else None
         if meta is not None:
             check_attributes(model)
-        place_layers(model, undo)
+        wrap_layers(model, undo)
         if not loads:
             weights = named_weights(model)
             check_patterns(plan.spec, weights.matrices, weights.names)

@@ -24,7 +24,7 @@ from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.errors import PassError
 from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor, local, zeros_like
+from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
 
@@ -49,7 +49,7 @@ class StartWeight:
 
     exact: Callable[[], torch.Tensor]
     noisy: Callable[[], torch.Tensor]
-    shard: ShardSpec = WHOLE
+    shard: ShardSpec = UNSHARDED
     cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
     whole: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
     agreed: Callable[[torch.Tensor], torch.Tensor] = lambda value: value

@@ -21,7 +21,7 @@ from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.low_rank import plus
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import WHOLE, ShardSpec, full_tensor
+from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor
 from lorasc_fx.spec import CascadeSpec
 
 
@@ -106,7 +106,7 @@ class DoraBranch(LoraBranch):
             moved |= not torch.equal(current, initial.magnitude.to(current.dtype))
         return moved
 
-    def norms(self, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> torch.Tensor:
+    def norms(self, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) -> torch.Tensor:
         """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros.
 
         Args:
@@ -118,7 +118,7 @@ class DoraBranch(LoraBranch):
             left, right = full_tensor(left), full_tensor(right)
         axis = 0 if self.transposed else 1
         left, right = (shard.take(left), right) if shard.axis == 0 else (left, shard.take(right))
-        return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
+        return row_norms(weight, left, right, self.scale, axis, shard.group.sum_tensor if shard.axis == axis else None)
 
     def placement(self, at: str) -> Callable[..., torch.Tensor]:
         """Return the method that computes in place of the op, the only placement of this branch.

@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 
 from lorasc_fx.options import DISTRIBUTIONS
-from lorasc_fx.shards import WHOLE, ShardSpec
+from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import Noise
 
 BLOCK, WIDE = 32768, 1024
@@ -45,7 +45,7 @@ def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generat
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = WHOLE) -> float:
+def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) -> float:
     """Return `strength * std(W)`, 0 for a weight with fewer than two entries.
 
     If the weight is a shard of W, this is an all-reduce, and every rank must call it at the same point.
@@ -92,7 +92,7 @@ def noise_size(
     sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
     shape = weight.shape
     if shard.axis in rest:
-        sizes, shape = shard.group.sum_of(sizes.square()).sqrt(), shard.full_shape(shape)
+        sizes, shape = shard.group.sum_tensor(sizes.square()).sqrt(), shard.full_shape(shape)
     return sizes.mul_(noise.strength / math.sqrt(max(1, math.prod(shape[axis] for axis in rest))))
 
 
@@ -103,7 +103,7 @@ def draw(
     name: str,
     shape: torch.Size,
     step: int = 0,
-    shard: ShardSpec = WHOLE,
+    shard: ShardSpec = UNSHARDED,
     device: torch.device = CPU,
 ) -> Iterator[tuple[Places, torch.Tensor]]:
     """Yield the unscaled noise of a weight in pieces: where each lies, and its numbers in fp32. The caller uses a piece
@@ -117,7 +117,7 @@ def draw(
         device: that computes. All devices compute the same uniform numbers; normal ones may differ in the last bits.
     """
     full = shard.full_shape(shape)
-    firsts = [shard.first if axis == shard.axis else 0 for axis in range(len(full))]
+    firsts = [shard.start if axis == shard.axis else 0 for axis in range(len(full))]
     if not math.prod(shape):
         return
     purpose = f"noise of step {step}" if step else "noise"

@@ -16,7 +16,7 @@ from torch import nn
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.errors import warn
-from lorasc_fx.quantized import restore_layers, writable
+from lorasc_fx.quantized import unwrap_layers, writable
 from lorasc_fx.util.finalizers import when_idle
 from lorasc_fx.util.undo import Undo
 
@@ -91,7 +91,7 @@ class DropGuard:
                 undo(partial(setattr, module, leaf, shared))
                 value.data = shared.data  # the memory that the tie has now
                 setattr(module, leaf, value)
-        restore_layers(model, undo)
+        unwrap_layers(model, undo)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Act, unless the interpreter is shutting down."""

@@ -189,6 +189,6 @@ def _requantize_like_layer(module: nn.Module, kind: str, weight: nn.Parameter, u
             code="quantized-not-supported",
         )
     assert isinstance(module, QuantizedLinear)
-    undo(partial(module.hold, module.layer))
+    undo(partial(module.set_layer, module.layer))
     with torch.no_grad():
-        module.hold(row.requantize(module.layer, weight.detach()))
+        module.set_layer(row.requantize(module.layer, weight.detach()))

@@ -258,7 +258,7 @@ class Run(RunBase):
 
     def check_ranks(self, call: str, group: Any) -> None:
         """Raise StateError if the ranks of a process group hold different runs."""
-        ProcessGroup.of(group).check_alike(call, self.facts(self._checksums))
+        ProcessGroup.of(group).check_equal(call, self.facts(self._checksums))
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and while the model is on the meta device unless `on_meta` allows it."""

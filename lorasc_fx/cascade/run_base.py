@@ -300,7 +300,7 @@ class RunBase:
         return {name: digest for name, digest in self.digests.items() if name not in moved}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
-        """Return what must be equal on all ranks of a run (`ProcessGroup.check_alike`).
+        """Return what must be equal on all ranks of a run (`ProcessGroup.check_equal`).
 
         Args:
             weights: fingerprints or checksums, by name.

@@ -55,7 +55,9 @@ class SavedCascade(CascadeModule):
                 ranks have loaded different versions, or another rank has failed or is gone.
             CheckpointError: the checkpoint has no such state, or that of another optimizer.
         """
-        ranks = self._run.slow.group.or_else(group)
+        ranks = self._run.slow.group
+        if ranks.is_alone:  # not sharded: the ranks are replicas, as under DDP
+            ranks = ProcessGroup.of(group)
         with ranks.agreed("resume"):
             self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:

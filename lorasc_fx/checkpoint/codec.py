@@ -34,7 +34,7 @@ from lorasc_fx.checkpoint.manifest import EXPERT_FIELDS, VIEWS
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.shards import WHOLE, local, local_like, shard_axis
+from lorasc_fx.shards import UNSHARDED, local, local_like, shard_axis
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, KeptNoise, Learner, SlowWeights, View, WeightState
 from lorasc_fx.util.undo import Undo
@@ -226,7 +226,7 @@ def _bare(
     if taker is not None:
         for state in taker.slow.states.values():
             base = torch.empty(state.shard.full_shape(state.base.shape), dtype=state.base.dtype, device="meta")
-            states.append(replace(state, shard=WHOLE).bare(base))
+            states.append(replace(state, shard=UNSHARDED).bare(base))
         return states
     for name in manifest["slow"]:
         if name in trained:

@@ -67,7 +67,7 @@ def write_version(
         raise SpecError(f"keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
     is_first = group.rank == 0
     # Ranks that share the weights all take part, but replicas hold the same shards and do not write.
-    takes_part, order = group.rank < run.slow.group.size, run.slow.group.order
+    takes_part, order = group.rank < run.slow.group.size, run.slow.group.first_replica
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary = root

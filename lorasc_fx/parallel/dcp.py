@@ -68,7 +68,7 @@ def state_dict(
     own = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: own[name].shape[axis] for name, axis in axes.items()}
     ranks = [json.loads(text) for text in group.gather_text(json.dumps(lengths), call)]
-    digests, order = group.gather_text(digest_of(own), call), group.order
+    digests, order = group.gather_text(digest_of(own), call), group.first_replica
     mesh = next((value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), None)
     replicated = [Replicate()] * (mesh.ndim - 1 if mesh is not None else 0)
     state: dict[str, torch.Tensor] = {}

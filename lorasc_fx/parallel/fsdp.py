@@ -76,7 +76,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
             weights = run.fingerprints() if run.meta is None else {}  # of the full weights, before they are sharded
         with ranks.agreed("shard"):
-            ranks.check_alike("shard", run.facts(weights))
+            ranks.check_equal("shard", run.facts(weights))
         if mesh is None:
             kind = next(iter(cascade.model.parameters())).device.type
             kind = torch.device(ProcessGroup.of().device).type if kind == "meta" else kind

@@ -124,7 +124,7 @@ def start_weight_of(
         shard=state.shard,
         cut=state.cut,
         whole=state.whole,
-        agreed=state.shard.group.of_first,
+        agreed=state.shard.group.broadcast,
     )
 
 
@@ -168,7 +168,7 @@ def begin_stage(
                 exact = exact - dense(state.base).to(exact)
             a, b = decomposed(state.whole(exact, Side.WEIGHT), started, spec)
             # Broadcast the factors, because a decomposition does not have the same bits on all machines.
-            started.set_factors(state.shard.group.of_first(b), state.shard.group.of_first(a))
+            started.set_factors(state.shard.group.broadcast(b), state.shard.group.broadcast(a))
             initial = InitialFactors(started.exact_factors().map(state.cut))
         state = replace(state, initial=initial)
         initial = replace(

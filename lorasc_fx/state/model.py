@@ -195,7 +195,7 @@ class SlowWeights:
             number = float(loss)
         except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor with several numbers
             number = math.nan
-        number = self.group.of_first(torch.tensor(number, dtype=torch.float64)).item()
+        number = self.group.broadcast(torch.tensor(number, dtype=torch.float64)).item()
         if not 0 < number < math.inf:
             raise SpecError(
                 f"the loss of stage {plan.stage} is {'missing' if loss is None else repr(loss)}, but "

@@ -29,7 +29,7 @@ from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.options import RESTARTS
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.shards import WHOLE, ShardSpec
+from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
 from lorasc_fx.state.products import (
     accumulate,
@@ -174,7 +174,7 @@ class WeightState(Tree):
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
     noises: tuple[KeptNoise, ...] = ()
     initial: InitialFactors | None = None
-    shard: ShardSpec = WHOLE
+    shard: ShardSpec = UNSHARDED
     full: bool = False
     rule: TrainRule | None = None
 
@@ -609,13 +609,13 @@ class WeightState(Tree):
         axis = self.axis(side)
         if axis is None:
             return value
-        view = value.narrow(axis, self.shard.first, self.shard.count)
+        view = value.narrow(axis, self.shard.start, self.shard.count)
         return view.clone() if copied else view
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
         """Gather the full tensor from the slices of all ranks. Every rank must call this at the same point."""
         axis = self.axis(side)
-        return replace(self.shard, axis=axis).whole(value)
+        return replace(self.shard, axis=axis).gather(value)
 
     # ---- faults
 

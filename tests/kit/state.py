@@ -22,7 +22,7 @@ from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
 from lorasc_fx.checkpoint.manifest import LONGEST
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of, set_record
-from lorasc_fx.shards import WHOLE, ShardSpec
+from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.state import Expert as StageExpert
 from lorasc_fx.state import View
 from lorasc_fx.state import WeightState as StateOfWeight
@@ -270,7 +270,7 @@ def forget_warnings(cascade: lx.Cascade) -> None:
 
 
 def noise_drawn(
-    noise: lx.Noise, seed: int, stage: int, name: str, shape: Sequence[int], shard: ShardSpec = WHOLE
+    noise: lx.Noise, seed: int, stage: int, name: str, shape: Sequence[int], shard: ShardSpec = UNSHARDED
 ) -> Tensor:
     """The unscaled noise of a weight, whole or of a shard; every entry is in one block."""
     out = torch.full(tuple(shape), torch.nan)
