@@ -1,7 +1,7 @@
-"""Finds the places where a model holds parameters and buffers, and replaces tensors in all of them.
+"""Finds every reference that a model holds to its parameters and buffers, and replaces tensors in all of them.
 
-A module holds a tensor in its dictionaries of parameters and buffers, maybe under several names. It may also hold the
-tensor in a plain list, as recurrent layers do with the weights that they pass to torch (`_flat_weights`).
+A module refers to a tensor in its dictionaries `_parameters` and `_buffers`, perhaps under several names. It may also
+refer to it in a list, as recurrent layers do with `_flat_weights`, the weights that they pass to the op.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lorasc_fx.util.undo import Block, Undo, isolated
 
 @dataclass(frozen=True)
 class Holder:
-    """One place that holds a tensor.
+    """One reference of a module to a tensor: an entry of a dictionary or a list.
 
     Args:
         module: the module.
-        leaf: name of the parameter or buffer in the module. "" for a tensor in a list without a name in this module.
-        store: the dictionary or list.
+        leaf: name of the parameter or buffer in the module. "" for a list entry that has no name in this module.
+        store: the dictionary or list that contains the reference.
         key: key or index in the store.
-        value: the tensor in this place when it was found. None for an empty buffer.
-        device: of the tensor, or of the model for an empty place.
+        value: the tensor when the reference was found. None for a buffer that is None.
+        device: device of the tensor. For a buffer that is None, the device of the model.
     """
 
     module: nn.Module
@@ -38,17 +38,17 @@ class Holder:
     device: torch.device
 
     def put(self, value: torch.Tensor | None) -> None:
-        """Put a tensor into the place."""
+        """Replace the tensor."""
         self.store[self.key] = value
 
     @property
-    def is_there(self) -> bool:
-        """Whether the place still exists."""
+    def exists(self) -> bool:
+        """Whether the store still has this key or index."""
         return self.key < len(self.store) if isinstance(self.store, list) else self.key in self.store
 
 
 def holders(model: nn.Module) -> Iterator[Holder]:
-    """Yield every place that holds a tensor: dictionaries of parameters and buffers, and lists that are attributes."""
+    """Yield every reference to a tensor, in dictionaries of parameters and buffers and in attributes that are lists."""
     for module in model.modules():
         names: dict[int, str] = {}
         for store in (module._parameters, module._buffers):
@@ -66,7 +66,7 @@ def holders(model: nn.Module) -> Iterator[Holder]:
 
 
 def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return all names of each parameter, by each name. A tied parameter has several."""
+    """Map each parameter name to all names of this parameter. A tied parameter has several."""
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
@@ -74,19 +74,22 @@ def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def holders_of(model: nn.Module, names: Iterable[str]) -> list[Holder]:
-    """Return every place that holds one of the parameters of these names."""
+    """Return every reference to the parameters with these names."""
     parameters = dict(model.named_parameters())
-    meant = {id(parameters[name]) for name in names}
-    return [holder for holder in holders(model) if id(holder.value) in meant]
+    ids = {id(parameters[name]) for name in names}
+    return [holder for holder in holders(model) if id(holder.value) in ids]
 
 
 def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], undo: Undo) -> list[Holder]:
-    """Replace tensors in all places of a model, and return the places that changed, with their old values.
+    """Replace tensors of a model in all references to them.
 
     Args:
         model: the model.
-        new: returns the new tensor for a place; None or the current one for no change.
-        undo: gets the steps that restore the old tensors.
+        new: returns the new tensor for a reference. None, or the current tensor, means no change.
+        undo: receives the steps that restore the old tensors.
+
+    Returns:
+        The references that changed. Their `value` is the old tensor.
     """
     changes = [(holder, value) for holder in holders(model) if (value := new(holder)) is not None]
     changes = [(holder, value) for holder, value in changes if value is not holder.value]
@@ -98,7 +101,7 @@ def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], und
 
 
 def shallow(module: nn.Module) -> nn.Module:
-    """Return a copy of a module that shares children and tensors, but has its own dictionaries."""
+    """Return a shallow copy of a module: it shares children, parameters and buffers, but not their dictionaries."""
     new = object.__new__(type(module))
     new.__dict__ = dict(module.__dict__)
     for store in ("_modules", "_parameters", "_buffers"):
@@ -108,9 +111,10 @@ def shallow(module: nn.Module) -> nn.Module:
 
 @isolated
 def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Replace these parameters and buffers inside a `with`.
+    """Context manager: replace parameters and buffers, by name, inside the block.
 
-    torch.func.functional_call does not restore a module that has two names, and does not reach lists of parameters.
+    This does not use torch.func.functional_call, which does not restore a module with two names and does not replace
+    tensors in lists.
     """
     tensors = dict(model.named_buffers()) | dict(model.named_parameters())
     replacements = {id(tensors[name]): value for name, value in values.items()}
@@ -118,33 +122,33 @@ def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor
 
 
 def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Holder]:
-    """Return the places of all buffers by name, including empty ones.
+    """Return the references to all buffers by name, including buffers that are None.
 
     Args:
         model: the model.
-        more: names of buffers that forward registers and that may not exist yet.
+        more: names of further buffers. Those that do not exist yet get a reference to the place for them.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
-    places: dict[str, Holder] = {}
+    references: dict[str, Holder] = {}
     for path, module in modules.items():
         for leaf, value in module._buffers.items():
-            at = device if value is None else value.device
-            places[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, at)
+            place = device if value is None else value.device
+            references[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, place)
     for name in more:
         path, _, leaf = name.rpartition(".")
-        if name not in places and path in modules and not hasattr(modules[path], leaf):
-            places[name] = Holder(modules[path], leaf, modules[path]._buffers, leaf, None, device)
-    return places
+        if name not in references and path in modules and not hasattr(modules[path], leaf):
+            references[name] = Holder(modules[path], leaf, modules[path]._buffers, leaf, None, device)
+    return references
 
 
 def buffer_layout(model: nn.Module) -> dict[str, Any]:
-    """Return, as JSON, which buffers are empty, and which share the tensor of an earlier one."""
-    first: dict[int, str] = {}
+    """Return which buffers are None, and which are the same tensor as an earlier one, as plain data for JSON."""
+    names: dict[int, str] = {}
     empty, shared = [], {}
     for name, holder in buffer_holders(model).items():
         if holder.value is None:
             empty.append(name)
-        elif (other := first.setdefault(id(holder.value), name)) != name:
-            shared[name] = other
+        elif (earlier := names.setdefault(id(holder.value), name)) != name:
+            shared[name] = earlier
     return {key: value for key, value in (("empty_buffers", empty), ("shared_buffers", shared)) if value}

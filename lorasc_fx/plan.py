@@ -1,6 +1,7 @@
-"""What is decided: one description per site. Pure data, no tensors, no nodes, no node names.
+"""The plan of an adaptation: which weights are adapted and how, as plain data that converts to and from JSON.
 
-A `Refusal` names the node that made us refuse, so it belongs to a match (and to people), not to the plan.
+A plan contains no tensors and no graph nodes, so it is the same for all graphs of a cascade and fits in a checkpoint. A
+`Refusal` is not a part of the plan, because it names a node of one graph.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from lorasc_fx.util.decode import Check, choice, decode
 __all__ = ["Plan", "Reason", "Refusal", "Site", "SiteOptions"]
 
 FORMAT = 1
-ENTRIES = 2**40
-"""Of a weight: a larger number in a file is none that this package has written."""
+"""Version of the JSON format."""
+
+MAX_ENTRIES = 2**40
+"""Maximum number of entries of a weight. A larger number in a file means that the file is damaged."""
+
 Count = Annotated[int, Check(lambda count: 1 <= count < 2**31, "give an integer of 1 or more")]
-Size = Annotated[int, Check(lambda size: 0 <= size <= ENTRIES, "give the length of an axis")]
+Size = Annotated[int, Check(lambda size: 0 <= size <= MAX_ENTRIES, "give the length of an axis")]
 Name = Annotated[str, Check(bool, "give the name of a weight")]
 
 
 class Reason(enum.Enum):
-    """Why a weight matrix is not a site; the set is closed."""
+    """Reasons why a weight matrix does not get a branch."""
 
     NOT_TARGETED = "not-targeted"
     EXCLUDED = "excluded"
@@ -44,14 +48,21 @@ class Reason(enum.Enum):
     SHARED_MEMORY = "shared-memory"
 
     @property
-    def asked(self) -> bool:
-        """Whether the user's spec asked for it; the others are ours to explain."""
+    def requested(self) -> bool:
+        """Whether the spec excludes the weight. Otherwise the weight cannot be adapted, which the user must be told."""
         return self in (Reason.NOT_TARGETED, Reason.EXCLUDED, Reason.TRAINED)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A weight matrix that gets no branch: its name, the node that decided (or ""), why, and a sentence for people."""
+    """A weight matrix that does not get a branch.
+
+    Args:
+        weight: name of the weight in the model.
+        node: name of the graph node that causes the refusal, or "" if no node does.
+        reason: the reason, for programs.
+        sentence: the reason, for people.
+    """
 
     weight: str
     node: str
@@ -64,26 +75,27 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Site:
-    """One weight that is adapted, and the description of its branch.
+    """An adapted weight, and the description of its branch.
 
     Args:
-        weight: the weight's own name in the model; of a tied weight, the first name.
-        kind: one of spec.KINDS.
-        shape: of the weight: [out, in], [out, in/groups, *kernel], or [experts, out, in].
-        options: of its branch.
+        weight: name of the weight in the model. For a tied weight, the first of its names.
+        kind: one of `lorasc_fx.spec.KINDS`.
+        shape: shape of the weight: [out, in], [out, in/groups, *kernel], or [experts, out, in].
+        options: options of the branch in the running stage.
         aliases: the other names of a tied weight.
-        layout: `out_in`, or `in_out` for a weight that is stored transposed (transformers' Conv1D).
-        slices: numbers of rows of the slices in which a fused weight is used (q, k and v); each slice has a pair of its
-            own. Empty where the weight is used whole.
-        placement: where the branch computes if a node allows it: `beside` the op, `merged` with it, or on the `weight`;
-            on the weight where no op allows another.
-        dropout: share of the entries of the branch's input that are zero while it trains, beside an op.
-        form: name of the registered form (`lorasc_fx.graph.register_form`) that made it a site; "" for those built in.
+        layout: `out_in`, or `in_out` if the weight is stored transposed (transformers' Conv1D).
+        slices: number of rows of each slice of a fused weight, such as the q, k and v parts of a QKV projection. Each
+            slice has its own pair of factors. Empty if the weight is not sliced.
+        placement: where the branch computes: `beside` the op, `merged` into it, or on the `weight`. Nodes that do not
+            allow it use another placement (docs/design.md, "Placements").
+        dropout: probability that an entry of the branch's input is set to zero in train mode.
+        form: name of the form registered by `lorasc_fx.graph.register_form` that matched the weight. "" if it was a
+            built-in form.
     """
 
     weight: Name
     kind: Annotated[str, choice(KINDS)]
-    shape: Annotated[tuple[Size, ...], Check(lambda shape: len(shape) > 1, "give that of a matrix")]
+    shape: Annotated[tuple[Size, ...], Check(lambda shape: len(shape) > 1, "give the shape of a matrix")]
     options: SiteOptions
     aliases: tuple[Name, ...] = ()
     layout: Annotated[str, choice(("out_in", "in_out"))] = "out_in"
@@ -93,7 +105,7 @@ class Site:
     form: str = ""
 
     def at_stage(self, stage: int) -> Site:
-        """Return the site as this stage has it."""
+        """Return the site with the rank that it has in a stage."""
         return replace(self, options=self.options.at_stage(stage))
 
     @property
@@ -103,31 +115,38 @@ class Site:
 
     @property
     def scale(self) -> float:
-        """What the branch is multiplied by."""
+        """Factor s of the delta, such as `lora_alpha / rank`."""
         return self.options.scale
 
     @property
     def key(self) -> str:
-        """Name of the branch among the branches: a module name, so it has no dots."""
+        """Key of the branch in `Cascade.branches`: the name of the weight with "/" for ".".
+
+        A key is a name of a child module, so it must not contain dots.
+        """
         return self.weight.replace("/", "//").replace(".", "/")
 
     @property
     def experts(self) -> int | None:
-        """Number of matrices that a weight of kind `experts` stacks, each with a pair of its own; else None."""
+        """Number of stacked matrices of a weight of kind `experts`, each with its own pair of factors. Else None."""
         return self.shape[0] if self.kind == "experts" else None
 
     @cached_property
     def matrix_shape(self) -> tuple[int, int]:
-        """[out, in] of the weight seen as a matrix (of each, for experts): all but the first axis are flattened."""
-        first, *rest = self.shape[1:] if self.experts else self.shape
-        columns = math.prod(rest)
-        return (first, columns) if self.layout == "out_in" else (columns, first)
+        """Shape [out, in] of the weight as a matrix. All axes after the first are flattened.
+
+        For experts, the shape of each of the stacked matrices.
+        """
+        rows, *others = self.shape[1:] if self.experts else self.shape
+        columns = math.prod(others)
+        return (rows, columns) if self.layout == "out_in" else (columns, rows)
 
     @cached_property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a pair A [rank, in] and B [out, rank], with the axis of experts before them if there is one.
+        """Shapes of the factors A and B: [rank, in] and [out, rank].
 
-        With slices A is [slices * rank, in]: the A of each slice, one after the other.
+        For experts, both have the axis of experts first. With slices, A is [slices * rank, in], the concatenated A of
+        all slices.
         """
         out, columns = self.matrix_shape
         stack = (self.experts,) if self.experts else ()
@@ -135,20 +154,25 @@ class Site:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters of the branch, by name."""
+        """Shapes of all parameters of the branch, by name."""
         shapes: dict[str, tuple[int, ...]] = self.options.method.shapes(self)
         return shapes
 
     @property
     def parameters(self) -> int:
-        """Number of trainable entries of the branch."""
+        """Number of entries of all parameters of the branch."""
         return sum(map(math.prod, self.parameter_shapes.values()))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Spec, sites in the model's order, the stage that runs (1 is the first), and where noise is redrawn by the step
-    (noise.redraw) how many optimizer steps it has made.
+    """Spec, sites and stage of an adaptation.
+
+    Args:
+        spec: the spec given to `adapt`.
+        sites: adapted weights, in the order in which they were found.
+        stage: number of the running stage; the first is 1.
+        step: number of optimizer steps in this stage, if noise.redraw is "step". Otherwise 0.
     """
 
     spec: CascadeSpec
@@ -157,22 +181,22 @@ class Plan:
     step: Annotated[int, Check(lambda step: 0 <= step < 2**31, "give 0 or more")] = 0
 
     def site(self, weight: str) -> Site | None:
-        """Return the site of this weight name, or None."""
+        """Return the site of a weight by the name of the weight, or None."""
         return self.by_weight.get(weight)
 
     @cached_property
     def by_weight(self) -> Mapping[str, Site]:
-        """Sites by their weight's name."""
+        """Sites by the name of their weight."""
         return {site.weight: site for site in self.sites}
 
     def with_sites(self, sites: tuple[Site, ...]) -> Plan:
-        """Return the plan with these sites added; a weight that is planned already keeps its branch."""
-        known = self.by_weight
-        new = tuple(site.at_stage(self.stage) for site in sites if site.weight not in known)
+        """Return the plan with more sites. A site that the plan has already is not replaced."""
+        planned = self.by_weight
+        new = tuple(site.at_stage(self.stage) for site in sites if site.weight not in planned)
         return replace(self, sites=self.sites + new)
 
     def at_stage(self, stage: int) -> Plan:
-        """Return the same plan at the start of another stage, with the ranks of that one."""
+        """Return the plan at the start of another stage, with the ranks of that stage."""
         return replace(self, stage=stage, step=0, sites=tuple(site.at_stage(stage) for site in self.sites))
 
     def to_json(self) -> str:
@@ -185,17 +209,17 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote.
+        """Build a plan from the result of `to_json`.
 
         Raises:
-            CheckpointError: the text is not a plan of this format.
+            CheckpointError: the text is not a plan, has another format version, or is inconsistent.
         """
         try:
             data: dict[str, Any] = json.loads(text)
             if type(data["format"]) is not int or data["format"] != FORMAT:
                 raise CheckpointError(
-                    f"plan has format {data['format']!r:.40}, this version reads {FORMAT}; "
-                    "read it by the lorasc-fx that wrote it",
+                    f"the plan has format {data['format']!r:.40}, but this version of lorasc-fx reads format {FORMAT}. "
+                    "Read it with the version that wrote it",
                     code="format-not-supported",
                 )
             plan: Plan = decode(cls, {name: value for name, value in data.items() if name != "format"}, ("plan",))
@@ -205,21 +229,21 @@ class Plan:
             if len(set(names)) != len(names):
                 raise ValueError("a weight has two sites")
             if any(site.at_stage(plan.stage) != site for site in plan.sites):
-                raise ValueError(f"a site has another rank than its ranks say for stage {plan.stage}")
+                raise ValueError(f"the rank of a site differs from the entry of its ranks for stage {plan.stage}")
             return plan
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
             raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
 
 
 def _check_site(site: Site) -> None:
-    """Refuse a site that was read, whose fields do not belong together."""
-    if math.prod(max(size, 1) for size in site.shape) > ENTRIES:
-        raise ValueError(f"shape is {site.shape}, more than a weight can have")
+    """Raise ValueError if the fields of a site from a file contradict each other."""
+    if math.prod(max(size, 1) for size in site.shape) > MAX_ENTRIES:
+        raise ValueError(f"shape is {site.shape}, which is larger than any weight")
     if site.kind == "experts" and len(site.shape) != 3:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
     if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
-        raise ValueError(f"slices is {site.slices}, which are not the rows of a weight of shape {site.shape}")
+        raise ValueError(f"slices is {site.slices}, which does not add up to the rows of shape {site.shape}")
     if fault := site.options.method.fault(site):
         raise ValueError(f"{site.weight} {fault}")
     if site.placement not in site.options.method.placements:
-        raise ValueError(f"placement is {site.placement}, and {site.options.adapter} computes at another one")
+        raise ValueError(f"placement is {site.placement}, which adapter {site.options.adapter} does not support")

@@ -1,8 +1,8 @@
-"""Input signatures: the arguments of a call in canonical form, and a hashable key for them.
+"""Input signatures: the canonical form of the arguments of a call, and a hashable key for it.
 
-A variant is one adapted graph for one input signature (docs/design.md): the tree of arguments, which of them are None,
-values that are not tensors, dtypes, devices, numbers of axes, and autocast. The model's Python state counts too, see
-guards.py. Trees of other libraries (key-value caches) are registered with torch's pytree first.
+Each input signature has its own adapted graph, a variant (docs/design.md). The signature consists of the pytree of the
+arguments, which of them are None, all values that are not tensors, and the dtype, device and number of axes of each
+tensor, and the autocast state. Variants also depend on the Python state of the model, see check/guards.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.errors import CaptureError
 
 
-def whole(value: Any) -> bool:
-    """Whether a value is one leaf because its flatten function fails, although its type is registered (some caches)."""
+def is_opaque_leaf(value: Any) -> bool:
+    """Whether a value must be a pytree leaf although its type is registered, because its flatten function raises.
+
+    Pass this as `is_leaf` to the functions of torch's pytree. Some caches of transformers are such values.
+    """
     node = pytree.SUPPORTED_NODES.get(type(value))
     if node is None or type(value) in (dict, list, tuple):
         return False
@@ -36,8 +39,8 @@ def whole(value: Any) -> bool:
     return False
 
 
-def know_trees(model: nn.Module) -> None:
-    """If transformers is in use, let it register its caches with torch's pytree, as for its own exports."""
+def register_cache_pytrees(model: nn.Module) -> None:
+    """Register the key-value caches of transformers as pytrees, with its own function, if transformers is imported."""
     if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
         exporter = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
         exporter.register_cache_pytrees_for_model(model)
@@ -46,9 +49,10 @@ def know_trees(model: nn.Module) -> None:
 def bind(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments in canonical form: as many as possible positional, the others in the signature's order.
+    """Return arguments in canonical form: positional if possible, the others in the order of the signature.
 
-    An argument that is None by default and here is left out, so that `f(x)` and `f(x, mask=None)` are the same call.
+    An argument is dropped if its default is None and its value is None, so that `f(x)` and `f(x, mask=None)` are the
+    same call.
 
     Raises:
         TypeError: the signature does not accept these arguments.
@@ -60,14 +64,20 @@ def bind(
 def _without_nones(
     signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[Any] | None = None
 ) -> inspect.BoundArguments:
-    """Drop arguments that are None by default and here. With `values`, arguments are bound to indices into it.
+    """Drop arguments whose default and value are None.
 
-    Arguments before those for `*args` must stay.
+    Args:
+        signature: signature of forward.
+        bound: bound arguments. Changed in place.
+        values: if given, `bound` maps names to indices into this sequence instead of to values.
     """
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    full = any(kinds[name] is inspect.Parameter.VAR_POSITIONAL and given for name, given in bound.arguments.items())
+    has_varargs = any(
+        kinds[name] is inspect.Parameter.VAR_POSITIONAL and value for name, value in bound.arguments.items()
+    )
     for name, parameter in signature.parameters.items():
-        if full and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        # Dropping an argument before `*args` would shift the values of `*args`.
+        if has_varargs and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         if parameter.default is None and name in bound.arguments:
             value = bound.arguments[name]
@@ -77,12 +87,12 @@ def _without_nones(
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """Return the signature of a module's forward."""
+    """Return the signature of the forward of a module."""
     return inspect.signature(model.forward)
 
 
 def argument_names(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return a name for each argument of a bound call. Those of `*args` are numbered."""
+    """Return a name for each argument of a call in canonical form. Values of `*args` are numbered: `args_0`, ..."""
     names: list[str] = []
     for name, parameter in signature.parameters.items():
         variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
@@ -91,18 +101,18 @@ def argument_names(signature: inspect.Signature, args: Sequence[Any], kwargs: Ma
     return [*names, *kwargs]
 
 
-def check_binds(
+def bind_inputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bind example inputs to the model's forward.
+    """Return example inputs in canonical form, like `bind`.
 
     Raises:
         CaptureError: forward does not accept them, args is not a sequence, or kwargs is not a mapping.
     """
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
-        give = "kwargs=..." if isinstance(args, Mapping) else "args=(x,) for a single input x"
+        remedy = "kwargs=..." if isinstance(args, Mapping) else "args=(x,) for a single input x"
         raise CaptureError(
-            f"args is a {type(args).__name__}, not a sequence of positional inputs. Give {give}",
+            f"args is a {type(args).__name__}, not a sequence of positional inputs. Give {remedy}",
             code="invalid-value",
         )
     if not isinstance(kwargs, Mapping):
@@ -112,24 +122,24 @@ def check_binds(
         return bind(signature_of(model), args, kwargs)
     except TypeError as fault:
         raise CaptureError(
-            f"{type(model).__name__}.forward does not take these example inputs: {fault}; "
-            f"its signature is {signature_of(model)}",
+            f"{type(model).__name__}.forward does not accept these example inputs: {fault}. Its signature is "
+            f"{signature_of(model)}",
             code="invalid-value",
         ) from fault
 
 
 def leaves(args: Any, kwargs: Any) -> list[Any]:
-    """Return the leaves of the arguments in the order of a graph's placeholders."""
-    return pytree.tree_leaves((args, kwargs), is_leaf=whole)
+    """Return the pytree leaves of arguments in canonical form. Placeholders of a graph have this order."""
+    return pytree.tree_leaves((args, kwargs), is_leaf=is_opaque_leaf)
 
 
-def requires_grad(flat: Sequence[Any]) -> tuple[bool, ...]:
+def requires_grad(leaves: Sequence[Any]) -> tuple[bool, ...]:
     """Return for each leaf whether it is a tensor that requires gradients."""
-    return tuple([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat])
+    return tuple([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves])
 
 
-def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return copies of a call's arguments, for a run without side effects: a cache, for example, grows in place."""
+def copy_inputs(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return copies of arguments, for a run that must not change the originals. Key-value caches grow in place."""
 
     def copy_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -137,11 +147,11 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
             if leaf.is_leaf:
                 return copied_leaf
             with torch.enable_grad():
-                return copied_leaf.clone()  # a clone: tensors that are not leaves may be written in place
+                return copied_leaf.clone()  # no leaf of autograd either, so forward may write to it in place
         return copy.deepcopy(leaf)
 
     copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
-        copy_leaf, (tuple(args), dict(kwargs)), is_leaf=whole
+        copy_leaf, (tuple(args), dict(kwargs)), is_leaf=is_opaque_leaf
     )
     return copies
 
@@ -151,8 +161,8 @@ class Call(NamedTuple):
 
     Args:
         args, kwargs: as returned by `bind`.
-        leaves: the leaves of the arguments, in the order of a graph's placeholders.
-        key: equal for calls whose inputs one graph can serve. None while torch.fx traces the call.
+        leaves: pytree leaves of the arguments, in the order of the placeholders of a graph.
+        key: input signature. Calls with equal keys can use the same graph. None if an argument is a torch.fx Proxy.
     """
 
     args: tuple[Any, ...]
@@ -162,66 +172,69 @@ class Call(NamedTuple):
 
 
 class Calls:
-    """Brings the calls of a model into canonical form. The order is cached for each way of passing arguments.
+    """Converts calls of a model to canonical form. This runs at every call, so the order of arguments is cached.
 
     Args:
-        signature: of the model's forward.
-        alike: whether one graph serves all calls, independent of their inputs.
+        signature: signature of the forward of the model.
+        one_key: whether all calls have the same key, because the model is itself a single graph.
     """
 
-    def __init__(self, signature: inspect.Signature, alike: bool = False) -> None:
-        self.signature, self._alike = signature, alike
+    def __init__(self, signature: inspect.Signature, one_key: bool = False) -> None:
+        self.signature, self._one_key = signature, one_key
+        # For each way to pass arguments: indices of the positional arguments, and names and indices of the others.
         self._orders: dict[Hashable, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Return a call in canonical form.
 
         Raises:
-            TypeError: the signature does not take these arguments.
+            TypeError: the signature does not accept these arguments.
         """
-        given = (*args, *kwargs.values()) if kwargs else args
-        way = (len(args), *kwargs, *map(_is_none, given))
-        order = self._orders.get(way)
+        values = (*args, *kwargs.values()) if kwargs else args
+        passing = (len(args), *kwargs, *map(_is_none, values))
+        order = self._orders.get(passing)
         if order is None:
-            order = self._orders[way] = self._order(args, kwargs, given)
+            order = self._orders[passing] = self._order(args, kwargs, values)
         positions, names = order
-        bound = tuple(map(given.__getitem__, positions))
-        named = {name: given[index] for name, index in names} if names else {}
+        bound = tuple(map(values.__getitem__, positions))
+        named = {name: values[index] for name, index in names} if names else {}
+        # Usually all arguments are leaves, so flatten a pytree only if one of them is not.
         leaves: list[Any] = [*bound, *named.values()] if names else list(bound)
         spec: Hashable = (len(bound), *named)
         for leaf in leaves:
             if type(leaf) not in _LEAVES:
-                leaves, spec = pytree.tree_flatten((bound, named), is_leaf=whole)
+                leaves, spec = pytree.tree_flatten((bound, named), is_leaf=is_opaque_leaf)
                 if any(isinstance(leaf, torch.fx.Proxy) for leaf in leaves):
                     return Call(bound, named, leaves, None)
                 break
-        key = () if self._alike else (spec, *map(_leaf, leaves), _autocast(leaves))
+        key = () if self._one_key else (spec, *map(_leaf, leaves), _autocast(leaves))
         return Call(bound, named, leaves, key)
 
     def _order(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Any]
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]
     ) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
-        """Return the canonical order as indices into the given arguments."""
-        names = dict(zip(kwargs, range(len(args), len(given)), strict=True))
-        bound = _without_nones(self.signature, self.signature.bind(*range(len(args)), **names), given)
+        """Return the canonical order as indices into `values`, which are the values of args and kwargs."""
+        names = dict(zip(kwargs, range(len(args), len(values)), strict=True))
+        bound = _without_nones(self.signature, self.signature.bind(*range(len(args)), **names), values)
         return bound.args, tuple(bound.kwargs.items())
 
 
 _is_none = functools.partial(operator.is_, None)
 _LEAVES = {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}
-"""Types that are always leaves."""
+"""Types that are always pytree leaves."""
 
 
 def _leaf(leaf: Any) -> Hashable:
+    """Return the part of the key for one leaf."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, leaf.device, leaf.dim())
     return (type(leaf), leaf) if isinstance(leaf, Hashable) else (type(leaf), id(leaf))
 
 
-def _autocast(flat: list[Any]) -> Hashable:
-    """Return the device types with autocast enabled, and its dtypes."""
+def _autocast(leaves: list[Any]) -> Hashable:
+    """Return the device types of the leaves for which autocast is enabled, with its dtypes."""
     kinds: set[str] = set()
-    for leaf in flat:
+    for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             kinds.add(leaf.device.type)
     casts: tuple[Any, ...] = ()

@@ -34,7 +34,7 @@ from lorasc_fx.graph.patterns import check_patterns, rules_of
 from lorasc_fx.graph.weights import Weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import wrap_layers
-from lorasc_fx.signature import Calls, check_binds, signature_of
+from lorasc_fx.signature import Calls, bind_inputs, signature_of
 from lorasc_fx.state import Memory
 from lorasc_fx.util.finalizers import run_postponed
 from lorasc_fx.util.undo import PROCESS, Undo
@@ -117,8 +117,8 @@ class Start:
         """
         model, plan, weights = self.model, self.plan, named_weights(self.model)
         waits = self.loads and not self.args and self.kwargs is None
-        bound = check_binds(model, self.args, self.kwargs if self.kwargs is not None else {}) if not waits else None
-        compiler = Compiler(self.frontend, Calls(signature_of(model), alike=isinstance(model, fx.GraphModule)))
+        bound = bind_inputs(model, self.args, self.kwargs if self.kwargs is not None else {}) if not waits else None
+        compiler = Compiler(self.frontend, Calls(signature_of(model), one_key=isinstance(model, fx.GraphModule)))
         trained = _trained(plan, weights)
         _check_memory(model, plan, trained, weights)
         flags = Flags.of(model)

@@ -31,7 +31,7 @@ from lorasc_fx.passes import AdapterInputs, adapter_inputs
 from lorasc_fx.passes.adapter_inputs import SCALE
 from lorasc_fx.peft.low_rank import LowRankAdapter, low_rank_pairs
 from lorasc_fx.plan import Site
-from lorasc_fx.signature import Calls, check_binds, leaves, signature_of
+from lorasc_fx.signature import Calls, bind_inputs, leaves, signature_of
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.fingerprint import fingerprints
 from lorasc_fx.util.undo import PROCESS
@@ -97,9 +97,9 @@ class AdapterBank:
         if len(found) > self.capacity:
             raise _full(self.capacity)
         self._compiler = Compiler(
-            frontend, Calls(signature_of(self.model), alike=isinstance(self.model, fx.GraphModule))
+            frontend, Calls(signature_of(self.model), one_key=isinstance(self.model, fx.GraphModule))
         )
-        bound = check_binds(self.model, args, kwargs if kwargs is not None else {})
+        bound = bind_inputs(self.model, args, kwargs if kwargs is not None else {})
         plan = pair_plan(tuple(targets if targets is not None else changed), self.max_rank)
         self._decided = Decided(plan, {}, (), ())
         self._variants, self._lock = Variants(), threading.RLock()

@@ -14,7 +14,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.branch.given import Rows
 from lorasc_fx.check.isolation import isolated_model
 from lorasc_fx.errors import StateError
-from lorasc_fx.signature import whole
+from lorasc_fx.signature import is_opaque_leaf
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest change of another row that counts as rounding, relative to that of the row that was changed, by dtype."""
@@ -142,7 +142,7 @@ def _has_rows(leaf: Any, count: int) -> bool:
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
     """Return the tensors of an output, in order."""
-    return [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)]
 
 
 def check_splits(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> None:
@@ -190,8 +190,8 @@ def by_group(
         def taken(leaf: Any, rows: list[int] = rows) -> Any:
             return leaf[torch.tensor(rows, device=leaf.device)] if _has_rows(leaf, count) else leaf
 
-        group_args, group_kwargs = pytree.tree_map(taken, (args, dict(kwargs)), is_leaf=whole)
-        leaves, tree = pytree.tree_flatten(compute(name, group_args, group_kwargs), is_leaf=whole)
+        group_args, group_kwargs = pytree.tree_map(taken, (args, dict(kwargs)), is_leaf=is_opaque_leaf)
+        leaves, tree = pytree.tree_flatten(compute(name, group_args, group_kwargs), is_leaf=is_opaque_leaf)
         if not all(_has_rows(leaf, len(rows)) for leaf in leaves if isinstance(leaf, torch.Tensor)):
             raise not_independent("an output does not have the rows of the batch on axis 0")
         parts.append(leaves)

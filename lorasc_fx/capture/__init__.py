@@ -25,7 +25,7 @@ from lorasc_fx.check.observe import one_line
 from lorasc_fx.check.preflight import RECOMPUTES, Disagreement, Preflight, check_agrees, first_difference, run_preflight
 from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.errors import CaptureError, nearest
-from lorasc_fx.signature import copied, know_trees, leaves, requires_grad
+from lorasc_fx.signature import copy_inputs, leaves, register_cache_pytrees, requires_grad
 
 __all__ = [
     "FRONTENDS",
@@ -68,7 +68,7 @@ def capture(
 
     Args:
         model: a GraphModule needs no front end. A model on the meta device, or sharded, is captured on fake tensors.
-        args, kwargs: example inputs in canonical shape (`check_binds`).
+        args, kwargs: example inputs in canonical shape (`bind_inputs`).
         frontend: a name in FRONTENDS, or `auto`: the first front end that works.
         dynamic: axes to make dynamic. All other sizes are constants of the graph.
         trained: names of the parameters that require gradients in training, directly or through a branch. None for all.
@@ -128,7 +128,7 @@ class _Example:
         Raises:
             CaptureError: none does; the message lists the reason of each.
         """
-        know_trees(self.model)
+        register_cache_pytrees(self.model)
         name = type(self.model).__name__
         failures: list[tuple[str, str, Exception]] = []
         for front_end in front_ends:
@@ -175,7 +175,7 @@ class _Example:
         """Return the whole graph, traced in the gradient mode of its calls, after the rewrites."""
         grad = self.preflight.grad is not False
         with isolated_model(self.model), requiring_grad(self.model, self.trained), torch.set_grad_enabled(grad):
-            captured = front_end.trace(self.model, *copied(self.args, self.kwargs), self.dynamic)
+            captured = front_end.trace(self.model, *copy_inputs(self.args, self.kwargs), self.dynamic)
             for rewrite in self.rewrites:
                 captured = replace(captured, module=rewrite(captured.module).graph_module)
             return captured

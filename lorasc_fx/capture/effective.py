@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders
-from lorasc_fx.signature import whole
+from lorasc_fx.signature import is_opaque_leaf
 from lorasc_fx.util.undo import Undo, isolated
 
 Effective = Callable[[torch.Tensor], torch.Tensor]
@@ -182,7 +182,7 @@ class EffectiveWeights:
         with _running(self) as call:
             output = self.model(*args, **kwargs)
         if self.once:  # the values live as long as the autograd graph
-            for leaf in pytree.tree_leaves(output, is_leaf=whole):
+            for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf):
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
                     cast("dict[str, Any]", leaf.grad_fn.metadata).setdefault(_MARK, []).append(call)
         return output

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture.captured import Axis
 from lorasc_fx.check.preflight import agrees
 from lorasc_fx.graph.function import takes_leaves
-from lorasc_fx.signature import whole
+from lorasc_fx.signature import is_opaque_leaf
 
 
 def least_sizes(
@@ -31,7 +31,7 @@ def least_sizes(
         graph: as captured, without branches. It reads the live model.
         model, args, kwargs: of the captured call.
     """
-    leaves, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+    leaves, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     if not takes_leaves(graph.graph) or len(values) != len(leaves):
         return {}

@@ -40,7 +40,7 @@ from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import adjust
 from lorasc_fx.parameters import substituted
-from lorasc_fx.signature import whole
+from lorasc_fx.signature import is_opaque_leaf
 from lorasc_fx.util.accelerator import autocast_state
 from lorasc_fx.util.undo import Block, isolated
 
@@ -127,7 +127,7 @@ class Trace:
             names: of the arguments, in the order of `args` and `kwargs`.
         """
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-        flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=whole)
+        flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
         given = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         for tensor in (*tensors.values(), *given):
             plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
@@ -174,10 +174,13 @@ def _trace(
     tensors: Mapping[str, torch.Tensor],
 ) -> Trace:
     fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
-    flat, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     paths: list[str] = []
     for name, value in zip(names, (*args, *kwargs.values()), strict=True):
-        paths += [f"{name}{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(value, is_leaf=whole)[0]]
+        paths += [
+            f"{name}{pytree.keystr(path)}"
+            for path, _ in pytree.tree_flatten_with_path(value, is_leaf=is_opaque_leaf)[0]
+        ]
     if len(paths) != len(flat):
         raise _NoTrace("arguments of another structure")
     if any(not isinstance(leaf, (torch.Tensor, *_VALUES, torch.dtype, torch.device)) for leaf in flat):
@@ -503,7 +506,7 @@ def derive(
         model, args, kwargs, names: of the call.
         new: its trace.
     """
-    flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=whole)
+    flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     for key, known in reversed(_CACHE.items() if new is not None else ()):
         assert new is not None
         old = known.trace_at(model, flat, new)

@@ -95,7 +95,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
         for tensor, value in planned.tensors:
             tensor.copy_(value)
         for holder, buffer in planned.buffers:
-            undo(partial(holder.put, holder.value) if holder.is_there else partial(holder.store.pop, holder.key, 0))
+            undo(partial(holder.put, holder.value) if holder.exists else partial(holder.store.pop, holder.key, 0))
             holder.put(buffer)
         if (optimizer := planned.optimizer) is not None:
             table = stepping(optimizer).state

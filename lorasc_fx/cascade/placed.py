@@ -116,7 +116,7 @@ class Before:
     def _write(self) -> None:
         run, scratch = self.run, Scratch()
         for holder in self.places:
-            if holder.is_there:
+            if holder.exists:
                 holder.put(holder.value)
         for parameter, memory in self.memory:  # a cast or an assignment inside the block has exchanged it
             if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():

@@ -30,10 +30,10 @@ def summary(
     if counted:
         lines.append("  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()))
     lines += [f"  before: {name} refused: {reason}" for name, reason in refused_frontends]
-    asked = Counter(refusal.reason.value for refusal in run.refusals if refusal.reason.asked)
+    asked = Counter(refusal.reason.value for refusal in run.refusals if refusal.reason.requested)
     if asked:
         lines.append("  left as asked: " + ", ".join(f"{count} {reason}" for reason, count in asked.items()))
-    ours = [refusal for refusal in run.refusals if not refusal.reason.asked]
+    ours = [refusal for refusal in run.refusals if not refusal.reason.requested]
     if ours:
         lines.append(f"  {len(ours)} refusals:")
         lines += [f"    {refusal}" for refusal in ours[:_SHOWN]]

@@ -27,7 +27,7 @@ from lorasc_fx.check.process_state import OurMode, eager, quiet, seed
 from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import writable
-from lorasc_fx.signature import copied, whole
+from lorasc_fx.signature import copy_inputs, is_opaque_leaf
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Block, isolated
 
@@ -53,7 +53,7 @@ def isolation(
         seeded: whether the generators start from a fixed seed, so that two runs draw the same numbers. Otherwise they
             draw what the next call would draw, for example which layers are skipped.
     """
-    inputs = copied(args, kwargs)
+    inputs = copy_inputs(args, kwargs)
     undo.enter(quiet(grad))
     undo.enter(isolated_model(model))
     for observer in observers:
@@ -379,7 +379,9 @@ def is_on_meta(model: nn.Module) -> bool:
 
 def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
     """Return the device of the first input tensor that is not on the meta device; the CPU if there is none."""
-    tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=whole) if isinstance(leaf, torch.Tensor))
+    tensors = (
+        leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)
+    )
     return next((leaf.device for leaf in tensors if not leaf.is_meta), torch.device("cpu"))
 
 

@@ -24,7 +24,7 @@ from lorasc_fx.check.isolation import same_values, without_history, written_by
 from lorasc_fx.check.process_state import OurMode, seed
 from lorasc_fx.check.projections import PROJECTIONS, backward_nodes, projected_gradients
 from lorasc_fx.quantized import QuantizedLinear
-from lorasc_fx.signature import copied
+from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.fingerprint import checksum
 from lorasc_fx.util.undo import Block, isolated
 
@@ -182,7 +182,7 @@ def observe(
         backward: run backward in any case.
         whole: keep the values of large outputs too.
     """
-    inputs, named = copied(args, kwargs)
+    inputs, named = copy_inputs(args, kwargs)
     with same_values(model):
         seed()  # so that dropout draws the same numbers in each observed run
         held = attribute_tensors(model)

@@ -35,7 +35,7 @@ from lorasc_fx.check.observe import Difference, Observed, difference_of, observe
 from lorasc_fx.check.process_state import eager, quiet, seed
 from lorasc_fx.check.projections import projected
 from lorasc_fx.errors import CaptureError
-from lorasc_fx.signature import copied
+from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.undo import Block, isolated
 
 MAX_MODULE_ERROR = 1e-3
@@ -266,7 +266,7 @@ def _generators() -> tuple[Any, Any]:
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], start: int = 0) -> Any:
-    inputs, named = copied(args, kwargs)
+    inputs, named = copy_inputs(args, kwargs)
     with same_values(model):
         seed(start)
         return model(*inputs, **named)

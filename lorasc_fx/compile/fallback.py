@@ -30,7 +30,7 @@ from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import quantized_in, writable
-from lorasc_fx.signature import whole
+from lorasc_fx.signature import is_opaque_leaf
 from lorasc_fx.util.undo import Undo, isolated
 
 log = logging.getLogger("lorasc_fx")
@@ -466,7 +466,9 @@ class Comparison:
         """
         with isolation(self.model, self.args, self.kwargs, _other_values(self.model, values or {})) as (inputs, named):
             output = self.fallback.compute(inputs, named) if values is None else self.model(*inputs, **named)
-            tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
+            tensors = [
+                leaf for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)
+            ]
             outputs = [leaf for leaf in tensors if leaf.is_floating_point()]
             if backward:
                 backward_of_projection([output for output in outputs if output.requires_grad])

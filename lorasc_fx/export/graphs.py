@@ -24,7 +24,7 @@ from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.peft.low_rank import LowRankAdapter, branch_dtypes
-from lorasc_fx.signature import bind, leaves, signature_of, whole
+from lorasc_fx.signature import bind, is_opaque_leaf, leaves, signature_of
 from lorasc_fx.util.extras import module_of, require
 from lorasc_fx.util.files import replacing
 from lorasc_fx.util.undo import Block, isolated
@@ -300,7 +300,7 @@ def _shapes(
         else None
         for leaf, sizes in zip(flat, sizes_of_inputs, strict=True)
     ]
-    _, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+    _, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     positional, by_name = pytree.tree_unflatten(open_axes, tree)
     signature = inspect.signature(module.forward)
     named: dict[str, Any] = signature.bind(*positional, **by_name, **dict.fromkeys(static)).arguments

@@ -44,7 +44,7 @@ from lorasc_fx.peft.format import (
 )
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
-from lorasc_fx.signature import copied
+from lorasc_fx.signature import copy_inputs
 
 
 def targets_of(
@@ -248,7 +248,7 @@ class Calls(TorchFunctionMode):
         """Record the start of a call."""
         self._stack.append(module)
         if path not in self.first and any(id(value) in self._names for value in module._parameters.values()):
-            self.first[path] = copied(args, kwargs)
+            self.first[path] = copy_inputs(args, kwargs)
 
     def leave(self, path: str, module: nn.Module, output: Any) -> None:
         """Record the end of a call."""
@@ -329,7 +329,7 @@ def _wide(call: Call) -> Call:
             return leaf
         return leaf.cpu().double() if leaf.is_floating_point() else leaf.cpu()
 
-    widened: Call = pytree.tree_map(widen, copied(*call))
+    widened: Call = pytree.tree_map(widen, copy_inputs(*call))
     return widened
 
 
