@@ -145,7 +145,7 @@ def put(page: str, text: str, device: str = "cpu") -> str:
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table in Markdown."""
     titles = list(head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *map(list, rows)])
+    return "\n".join(f"|{'|'.join(cells)}|" for cells in [titles, ["---"] * len(titles), *map(list, rows)])
 
 
 def step_table(rows: Rows) -> str:
@@ -267,12 +267,6 @@ the peak memory that `adapt` adds to a process: alone, with noise, and with W0 i
 the memory that one forward adds, with its autograd graph.
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
-
-CPU seconds of `adapt` for two models with graph breaks from `benchmarks.coverage`. *Dynamo* is dynamo's first call of
-the frozen model with the backend `eager`. In *dynamo, trained* the weights with branches require gradients, so
-dynamo also traces the backward of custom functions, as `adapt` does.
-
-{graph_breaks_table(rows["once"])}
 
 CPU milliseconds of calls that spend most of their time in Python: a BERT of {LAYERS} layers and width {WIDTH}, and one
 token that a Llama of 8 layers and the same width generates with its cache. *Eager* is the model without branches:

@@ -19,27 +19,33 @@ from typing import Any
 STORE = Path(__file__).parents[2] / "build" / "coverage.json"
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 ABOUT = """\
-Made by `make coverage`. Each model is built small from its library's own configuration, in fp64, and held
-against its own eager code by `benchmarks/coverage/examine.py`: in train and eval mode B = 0 changes no bit of outputs
-and buffers, branches are the merged weights and get the gradients of the formula, and after two stages with
-noise the released model holds the slow weights of the formula and loads strictly into a fresh one. *Adapted* and
-*not adapted* are together all weight matrices. The last column is LoRA by peft on every linear and convolution of the
-same model: how many matrices it adapts, and what goes wrong. "B = 0 changes no bit" holds against the frozen eager
-model with the fast path of MultiheadAttention off; from the user's own trainable model TransformerEncoderLayer, CLIP,
-ESM2 and volo differ by about 1e-7.
+`make coverage` writes this page. Each model is a small one, built from its library's configuration, in fp64.
+`benchmarks/coverage/examine.py` compares it with its own eager code in train and eval mode:
 
-The front end is `export` unless another one is named behind the model."""
-HEAD = "| model | adapted | not adapted | peft |\n|---|---|---|---|"
-EVERYTHING = "Every weight matrix is adapted, here and by peft, and peft's result is right"
-BUT_EMBEDDINGS = "Every weight matrix is adapted here, and by peft all but embeddings; peft's result is right"
+- With B = 0 no bit of outputs and buffers changes. The comparison is with the frozen eager model, without the fast
+  path of MultiheadAttention. With trainable weights, TransformerEncoderLayer, CLIP, ESM2 and volo differ by about 1e-7.
+- Branches compute the merged weights and get the gradients of the formula.
+- After two stages with noise, the released model holds the slow weights of the formula, and its state dict loads
+  strictly into a new model.
+
+The columns count the weight matrices with a branch by kind, and the ones without by reason ([kinds](kinds.md)). The
+column *peft* is LoRA of peft on every linear and convolution of the same model: how many matrices it adapts, and its
+faults. There *groups* means that peft raises because the groups of a convolution do not divide the rank. *No merge*
+means that peft cannot merge a convolution with groups.
+
+The front end is `export` unless another one is named after the model."""
+KINDS = ("linear", "conv", "embedding", "experts", "recurrent")
+HEAD = f"| model | {' | '.join(KINDS)} | not adapted | peft |\n|{'---|' * (len(KINDS) + 3)}"
+EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
+BUT_EMBEDDINGS = "lorasc-fx adapts every weight matrix, peft all except embeddings, and peft's result is right"
 SHORT = (
     (
         "currently, support is limited to conv layers where the rank is div",
-        "Every weight matrix is adapted here; peft raises, as the rank is not divisible by the groups of a convolution",
+        "lorasc-fx adapts every weight matrix; peft raises, because groups do not divide the rank",
     ),
     (
         "merging is not supported for _convnd layers with groups",
-        "Every weight matrix is adapted here; peft cannot merge a convolution with groups",
+        "lorasc-fx adapts every weight matrix; peft cannot merge a convolution with groups",
     ),
 )
 """Messages of peft that many models have, and what they mean."""
@@ -89,7 +95,7 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
     clean = sum("," not in each["peft"] and "matrices" in each["peft"] for each in everything)
     fronts = Counter(each["frontend"] for each in everything)
     counts = ", ".join(f"{name} {count}" for name, count in fronts.most_common())
-    summary = f"{right} of {len(everything)} models are right here; under peft {clean} are without remark. "
+    summary = f"{right} of {len(everything)} models are right in lorasc-fx, and {clean} show no error in peft. "
     lines = ["# Coverage", "", ABOUT, "", f"{summary}Front ends: {counts}."]
     for library, found in libraries.items():
         lists: dict[str, list[str]] = {}
@@ -108,19 +114,19 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
         return ["", f"## {title}", ""] + ([f"- {e['name']}: {text(e[key])}" for e in everything if e[key]] or [none])
 
     lines += section(
-        "Weights that get no gradient, and why",
+        "Weights without a gradient in the eager model",
         "idle",
         lambda idle: (
             f"`{next(iter(idle))}`{f' and {len(idle) - 1} more' * (len(idle) > 1)}: {next(iter(idle.values()))}"
         ),
         "None.",
     )
-    lines += ["", "## Why `export` was not taken", ""]
+    lines += ["", "## Reasons against the front end `export`", ""]
     models: dict[str, list[str]] = {}
     for each in everything:
         if each["refused"]:
             models.setdefault(_reason(next(iter(each["refused"].values()))), []).append(each["name"])
-    lines += [f"- {reason}: {', '.join(names)}" for reason, names in models.items()] or ["It always was."]
+    lines += [f"- {reason}: {len(names)} models" for reason, names in models.items()] or ["None."]
     return "\n".join(lines) + "\n"
 
 
@@ -151,19 +157,20 @@ def _row(each: dict[str, Any]) -> str:
     reasons = Counter(sentence.partition(": ")[2].partition(" (")[0] for sentence in each["refusals"].values())
     reasons["unreached"] = len(each["unreached"])
     refused = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
-    sites = ", ".join(f"{count} {kind}" for kind, count in Counter(each["sites"].values()).most_common()) or "0"
+    counts = Counter(each["sites"].values())
+    sites = "|".join(str(counts[kind] or "") for kind in KINDS)
     state = "; ".join(map(_cell, each["faults"]))
     peft = each["peft"]
     if SHORT[0][0] in peft.lower():
-        peft = "raises: groups do not divide the rank"
+        peft = "groups"
     elif SHORT[1][0] in peft.lower():
-        peft = "cannot merge a convolution with groups"
+        peft = "no merge"
     peft = _cell(
         peft.replace(" matrices", "")
         .replace("merged differs by", "merge off by")
         .replace("adapters without a gradient", "without gradient")
-    )[:110]
-    return f"| {each['name']}{_front_end(each)} | {sites} | {refused}{state and f'; NOT RIGHT: {state}'} | {peft} |"
+    )[:80]
+    return f"|{each['name']}{_front_end(each)}|{sites}|{refused}{state and f'; NOT RIGHT: {state}'}|{peft}|"
 
 
 def _cell(text: str) -> str:

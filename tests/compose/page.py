@@ -1,4 +1,4 @@
-"""`python -m tests.compose.page` writes docs/composing.md from the rows that the tests run."""
+"""Write docs/composing.md from the rows that the tests run: `python -m tests.compose.page`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "composing.md"
 ABOUT = """\
 # Other people's passes
 
-Any callable that takes a GraphModule may stand in a `Pipeline`, before, between and after our passes; it returns a
-GraphModule, a PassResult, or None when it has worked in place:
+A `Pipeline` accepts any callable that takes a GraphModule, before, between and after the passes of lorasc-fx. The
+callable returns a GraphModule or a PassResult, or None if it changed the module in place:
 
 ```python
 import torch
@@ -33,31 +33,31 @@ adapted = Pipeline([MatchSites(lx.CascadeSpec(rank=2)), InsertBranches(), shapes
 folded = PassManager(passes=[Pipeline([shapes]), FoldBranches()])(adapted).graph_module  # torch's own manager
 ```
 
-The Pipeline runs on a copy and commits at the end. The copy has modules of its own and shares the tensors: a pass that
-writes into a tensor in place writes into yours. After each pass the verifier holds the graph against its plan. What was
-renamed, cloned, merged or moved is followed; what a fold could not follow is a `VerifyError` that names the node, the
-weight and the reason, and the input stays as it was. Weights under a branch may not change: a fold starts from W0.
+The Pipeline runs on a copy of the graph and commits at the end. The copy has its own modules but shares the tensors,
+so a pass that writes into a tensor in place also changes your tensor. After each pass the verifier checks the graph
+against its plan. Nodes that were renamed, cloned, merged or moved are followed. If a fold could not follow a change, a
+`VerifyError` names the node, the weight and the reason, and the input does not change. Passes must not change weights
+under a branch, because a fold starts from W0.
 
-The insertion freezes all weights of its result, as peft does, but for those under `spec.train`: of
-`adapted.parameters()` only the branches require a gradient, and `[p for p in adapted.parameters() if p.requires_grad]`
-is what an optimizer takes. The Parameters of the model that was traced keep their flags; the frozen ones are new and
-share their memory. A fold makes what was frozen trainable again.
+The insertion freezes all weights of its result, as peft does, except those under `spec.train`. Pass
+`[p for p in adapted.parameters() if p.requires_grad]` to the optimizer. The Parameters of the traced model keep their
+flags; the frozen ones are new and share their memory. A fold makes them trainable again.
 
-A pass that makes a new graph module drops what we noted of the old one. Inside a Pipeline it is handed on; in torch's
-PassManager, put such a pass in as `Pipeline([it])`. A Pipeline runs passes in the given order;
+A pass that builds a new graph module loses the metadata of lorasc-fx. A Pipeline restores it; in torch's PassManager,
+wrap the pass: `Pipeline([it])`. A Pipeline runs passes in the given order;
 `Pipeline(passes, order="solved")` sorts them by what they require, provide and remove.
 
-Each cell is run by `tests/compose/test_table.py`. *yes*: outputs equal those of the same pass on the plain model in
-which `W + s B A` is written for W by hand (fp64: 1e-10 of their scale; quantization in fp32: 1e-5), and the pass has
-left its trace in the graph. *before*: the pass, our insertion, our fold. *between*: our insertion, the pass, our fold.
-*after*: `cascade.folded_graph()` or `release()`, then the pass. `python -m tests.compose.page` writes this page from
-the rows that the test runs.
+The table shows three orders. *Before*: the pass, the insertion, the fold. *Between*: the insertion, the pass, the fold.
+*After*: `cascade.folded_graph()` or `release()`, then the pass. *Yes* means that the pass changed the graph, and
+that outputs agree with the same pass on the plain model with `W + s B A` for W (fp64: 1e-10 of their scale;
+quantization in fp32: 1e-5). `tests/compose/test_table.py` runs every cell, and `python -m tests.compose.page` writes
+this page.
 
 """
 
 
 def text() -> str:
-    """The page."""
+    """Return the whole page."""
     head = ["| pass | before the insertion | between insertion and fold | after the fold |", "|---|---|---|---|"]
     rows = [f"| {row.name} (`{row.source}`) | {row.before} | {row.between} | {row.after} |" for row in ROWS]
     return ABOUT + "\n".join([*head, *rows]) + "\n"

@@ -1,7 +1,7 @@
-"""The table of compositions: other people's passes, and what becomes of each before, between and after ours.
+"""The table of compositions: passes of other libraries, with the result before, between and after our passes.
 
-The tests run these rows, and docs/composing.md is made of them (`python -m tests.compose.page`). A cell is `Yes`, or
-`Refused` with a part of the message.
+The tests run these rows, and docs/composing.md is generated from them (`python -m tests.compose.page`). A cell is
+`Yes`, or `Refused` with a part of the message.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Row:
     """A pass.
 
     Args:
-        name: for people.
-        source: where it is from.
+        name: on the page.
+        source: its full name.
         dialect: `modules` (torch.fx.symbolic_trace), `aten` (torch.export) or `eager`.
-        run: the pass: a graph module and example inputs in, what comes out of it out.
-        did: whether a graph shows that the pass has run, so that no cell says yes for a pass that found nothing.
+        run: applies the pass to a graph module and example inputs, and returns its result.
+        did: whether the pass has changed a graph, so that no cell says yes for a pass that found nothing.
         before, between, after: the cells.
         tolerance: of outputs, relative to their scale.
-        dtype: of the model; fp64 where the pass allows it.
-        computes: whether what the pass makes of a graph with branches computes the same, though no fold takes it.
+        dtype: of the model; fp64 if the pass allows it.
+        computes: whether a graph with branches computes the same after the pass, although no fold accepts it.
     """
 
     name: str
@@ -178,12 +178,12 @@ UNMARKED = "no pass has marked it as a use"
 ROWS: tuple[Row, ...] = (
     Row("conv-bn fusion", "torch.fx.experimental.optimization.fuse", "modules", fuse,
         lambda module: not calls(module, "BatchNorm2d"), Yes("the fused weights are W0"), Refused(UNMARKED,
-        "it traces anew, through the branches; with `no_trace=True` it is followed, and fuses no site"), Yes(),
+        "it traces the branches again; with `no_trace=True` it is followed, and fuses no site"), Yes(),
         computes=True),
     Row("constant folding", "torch.fx.experimental.const_fold.split_const_subgraphs", "modules", fold_constants,
-        lambda module: not calls(module, "exp"), Yes(), Yes("of what is no branch"), Yes()),
+        lambda module: not calls(module, "exp"), Yes(), Yes("except branches"), Yes()),
     Row("Inductor's constant folding", "torch._inductor.constant_folding.constant_fold", "aten", freeze,
-        lambda module: not calls(module, "exp"), Yes(), Yes("of what is no branch"), Yes()),
+        lambda module: not calls(module, "exp"), Yes(), Yes("except branches"), Yes()),
     Row("dead code", "torch.fx.Graph.eliminate_dead_code", "modules", drop_dead,
         lambda module: not calls(module, "sin"), Yes(), Yes(), Yes()),
     Row("common subexpressions", "torch.fx.passes.dialect.common.cse_pass.CSEPass", "aten", share_equal,
@@ -194,26 +194,26 @@ ROWS: tuple[Row, ...] = (
         Refused("no fold reaches it", "fold first"), Yes(), computes=True),
     Row("shapes", "torch.fx.passes.shape_prop.ShapeProp", "modules", shapes,
         lambda module: all("tensor_meta" in node.meta for node in module.graph.nodes if node.op == "call_module"),
-        Yes(), Yes("of branches too"), Yes()),
+        Yes(), Yes("branches included"), Yes()),
     Row("shapes by fake tensors", "torch.fx.passes.fake_tensor_prop.FakeTensorProp", "modules", fake_shapes,
         lambda module: all("val" in node.meta for node in module.graph.nodes if node.op == "call_module"), Yes(),
-        Yes("of branches too"), Yes()),
+        Yes("branches included"), Yes()),
     Row("subgraph rewriting", "torch.fx.subgraph_rewriter.replace_pattern", "modules", rewrite,
         lambda module: calls(module, "erf") == 1 and not calls(module, "gelu"), Yes(),
-        Yes("of patterns without a site"), Yes()),
+        Yes("for patterns without a site"), Yes()),
     Row("decompositions", "torch.export.ExportedProgram.run_decompositions", "aten", decompose,
         lambda module: not calls(module, "linear"), Yes(),
-        Refused(UNMARKED, "branches are decomposed as well, and compute the same; fold first"), Yes(), computes=True),
+        Refused(UNMARKED, "branches are decomposed too, and compute the same; fold first"), Yes(), computes=True),
     Row("torch.fx's PassManager", "torch.fx.passes.infra.pass_manager.PassManager", "modules", manage,
-        lambda module: not calls(module, "sin"), Yes("with ours in it, or in ours"), Yes("with ours in it, or in ours"),
-        Yes("with ours in it, or in ours")),
+        lambda module: not calls(module, "sin"), Yes("either manager inside the other"), Yes("either way"),
+        Yes("either way")),
     Row("PT2E quantization", "torchao.quantization.pt2e.quantize_pt2e: prepare_pt2e, calibrate, convert_pt2e", "aten",
         quantize_graph, lambda module: calls(module, "quantize_per_tensor") > 0,
-        Refused("the spec leaves no site to adapt", "the weights are whole numbers in no parameter"),
+        Refused("the spec leaves no site to adapt", "the weights are integers and no parameters"),
         Refused("no node calls it any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32),
     Row("int8 weights", "torchao.quantization.quantize_ by Int8WeightOnlyConfig", "eager", quantize_weights,
         lambda module: any(type(e) is nn.Linear and type(e.weight) is not nn.Parameter for e in module.modules()),
-        Yes("`adapt` of the quantized model; `release(quantized=...)` says what becomes of it"),
+        Yes("adapt the quantized model; `release(quantized=...)` chooses the result"),
         Refused("was changed after stage 1 started", "quantize first"), Yes(), tolerance=1e-5,
         dtype=torch.float32),
 )

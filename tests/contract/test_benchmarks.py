@@ -53,7 +53,7 @@ def test_each_part_runs_and_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     written = page.read_text(encoding="utf-8")
     assert report.put(written, report.section(found)) == written
     for block in written.split("\n\n"):
-        if block.startswith("| "):
+        if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1
 
 

@@ -72,7 +72,7 @@ def test_the_readme_is_a_front_page() -> None:
 
 
 def test_the_documentation_is_no_book() -> None:
-    assert sum(page.stat().st_size for page in (ROOT / "docs").glob("*.md")) <= 230_000
+    assert sum(page.stat().st_size for page in (ROOT / "docs").glob("*.md")) <= 220_000
 
 
 def test_what_the_suite_samples_is_there() -> None:

@@ -7,10 +7,9 @@ input. Examples run in an empty folder.
 from __future__ import annotations
 
 import inspect
-import json
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,15 +82,6 @@ def an_edited_graph(model: nn.Module, x: Tensor) -> None:
     branch = next(node for node in adapted.graph.nodes if node.name.endswith("_lora"))
     branch.replace_all_uses_with(branch.args[0], delete_user_cb=lambda user: user is not branch)
     FoldBranches()(adapted)
-
-
-def another_kind(model: nn.Module, x: Tensor) -> None:
-    matched = MatchSites(lx.CascadeSpec())(fx.symbolic_trace(model)).graph_module
-    record = matched.meta["lorasc_fx"]
-    plan = json.loads(record.plan.to_json())
-    plan["sites"][0]["kind"] = "conv"
-    matched.meta["lorasc_fx"] = replace(record, plan=lx.Plan.from_json(json.dumps(plan)))
-    InsertBranches()(matched)
 
 
 def released(model: nn.Module, x: Tensor) -> None:
@@ -185,7 +175,7 @@ ENTRIES = (
         ("passes", "load"),
         "Other code edited the graph, or the plan belongs to another model. Fold the branches before you edit a graph, "
         "then adapt it again.",
-        (an_edited_graph, another_kind),
+        (an_edited_graph,),
     ),
     Entry(
         lx.StateError,
