@@ -1,4 +1,4 @@
-"""`python -m lorasc_fx` is `lorasc-fx`."""
+"""Run the command `lorasc-fx` as `python -m lorasc_fx`."""
 
 from __future__ import annotations
 

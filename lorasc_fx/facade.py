@@ -1,7 +1,8 @@
-"""The class `lorasc_fx.Cascade`: a cascade with the names that other libraries expect of a model.
+"""The class `lorasc_fx.Cascade`: a cascade with the methods that other libraries expect of a model.
 
-Trainers, pipelines and optimizer factories of peft, timm, the Hub, transformers and accelerate get it in place of the
-model. Functions of theirs that would misuse it are found on the call stack, by their names, without importing them.
+Users pass a cascade instead of a model to peft, timm, transformers, accelerate and the Hugging Face Hub. Some functions
+of these libraries would silently do the wrong thing with it, for example save a state dict that the model cannot load.
+Such callers are found on the call stack by module and function name, so that the libraries are not imported.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from lorasc_fx.util.hub import uploading
 __all__ = ["Cascade"]
 
 _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
-"""Modules whose methods put layers of peft into a model and switch them."""
+"""Modules whose methods add layers of peft to a model, or enable and disable them."""
 
 _CALLERS = {
-    # An average of all parameters begins with a copy.
+    # They average all parameters of a model, and start with a deep copy of it.
     "copy": (
         "torch.optim.swa_utils",
         "timm.utils.model_ema",
@@ -37,39 +38,41 @@ _CALLERS = {
         "lightning.pytorch.callbacks.stochastic_weight_avg",
         "pytorch_lightning.callbacks.stochastic_weight_avg",
     ),
-    # accelerate's FSDP plugins begin by asking a model for its blocks.
+    # accelerate's FSDP plugin reads `_no_split_modules` before it shards a model.
     "shard": ("accelerate.utils.dataclasses.set_auto_wrap_policy",),
-    # They write the state dict of the model that they were given as its weights.
+    # They save the state dict of the model that they were given.
     "save": ("transformers.trainer._save", "accelerate.accelerator.save_model"),
     # They shard the parameters, or train copies of them.
     "train": (
         "deepspeed.runtime.engine.forward",
         "torch.distributed.fsdp.fully_sharded_data_parallel.forward",
     ),
-    # A pipeline calls `generate` or the model itself, depending on its task. Both must see the same weights.
+    # A pipeline calls `generate` or the model itself, depending on its task. Both must use the same weights.
     "evaluate": ("transformers.pipelines.base.forward",),
 }
-"""Modules, or functions of modules, by the event of a cascade that they cause."""
+"""Modules, or functions of modules, that may not use a cascade like a model, by what they do to it."""
 
 _REFUSED = {
     "copy": "an average of parameters ({caller}) copies a cascade: it would average W_t with its noise, and B and A "
     "separately. Give it cascade.model, and update it from cascade.model inside "
-    '`with cascade.weights("slow"):` or "fast". Or give the spec average="ema" or "swa"',
+    '`with cascade.weights("slow"):` or "fast". Or set average="ema" or "swa" in the spec',
     "shard": "accelerator.prepare: accelerate's FSDP plugin would shard modules that the cascade's graphs never call, "
-    "and parameters that a transition has to write. Make the Accelerator without fsdp_plugin, call "
+    "and parameters that a transition must write. Create the Accelerator without fsdp_plugin, call "
     "lorasc_fx.parallel.fsdp.shard(cascade), then accelerator.prepare_model(cascade, evaluation_mode=True), which adds "
     "no wrapper, and accelerator.prepare(optimizer, loader)",
-    "train": "forward: {caller} holds the cascade and has sharded or copied its parameters, so a transition could not "
-    "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in a training loop of your own (with accelerate: "
+    "train": "forward: {caller} wraps the cascade and has sharded or copied its parameters, so a transition could not "
+    "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in your own training loop (with accelerate: "
     "prepare the data, not the cascade), or wrap the cascade in DistributedDataParallel",
 }
-"""Messages, by event, where the caller would do something wrong."""
+"""Error messages for callers that are refused. The keys are those of `_CALLERS`."""
 
 
 def _with_fast_weights(name: str) -> Any:
-    """Return a property: the model's method, with fast weights in place unless `weights` has put others there.
+    """Return a property for a method of the user's model that computes with the fast weights.
 
-    If the weights are sharded, every rank must call it, and each block is gathered while it runs.
+    The user's model itself does not contain the running branches. So the fast weights are put into the model for the
+    call, unless it is inside a `cascade.weights(...)` block. If the weights are sharded, every rank must call the
+    method, and each block is gathered while it runs.
     """
 
     def bound(cascade: Cascade) -> Any:
@@ -81,25 +84,28 @@ def _with_fast_weights(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             run = cascade._run
             if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
-                kwargs["synced_gpus"] = True  # ranks that are done keep computing until all are
+                kwargs["synced_gpus"] = True  # a rank that is done must keep calling until all ranks are done
             placed = run.released or run.inside_weights
             with nullcontext() if placed else cascade.weights("fast"), cascade._graphs.gathered():
                 return method(*args, **kwargs)
 
         return call
 
-    return property(bound, doc=f"The model's `{name}`, with the fast weights unless `weights` has put others there.")
+    return property(
+        bound, doc=f"The method `{name}` of the model, with the fast weights outside `weights(...)` blocks."
+    )
 
 
 class Cascade(SavedCascade):
-    """The adapted model, made by `lorasc_fx.adapt`. A call computes `y = W_t x + b + s B_t A_t x` at every site.
+    """An adapted model, created by `lorasc_fx.adapt`. A call computes `y = W_t x + b + s B_t A_t x` at every site.
 
-    Its children are the user's `model`, which owns its weights, and `branches`, one per site. Graphs are captured per
-    call signature and hold no weights. Missing attributes are read from the model.
+    Its child modules are `model`, the user's model, which owns its weights, and `branches`, which has one branch per
+    site. A graph is captured for each input signature. Graphs contain no weights. Missing attributes are read from the
+    user's model.
     """
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model, except methods that save it or put layers of peft into it."""
+        """Return an attribute of the user's model, except methods that save the model or add layers of peft to it."""
         value = super().__getattr__(name)
         if name in ("save_pretrained", "push_to_hub") and not (self._run.inside_weights or self._run.released):
             raise AttributeError(
@@ -112,20 +118,21 @@ class Cascade(SavedCascade):
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "
-                "not call. Use cascade.add(name, folder) to read another run, `with cascade.weights(name):` to put it "
-                "in place, and lorasc_fx.from_peft to make a cascade from an adapter"
+                "not call. Use cascade.add(name, folder) to read another run, `with cascade.weights(name):` to compute "
+                "with its weights, and lorasc_fx.from_peft to create a cascade from an adapter"
             )
         return value
 
     def _called_by(self, event: str) -> bool:
-        """Whether a function of the table `_CALLERS` causes this event.
+        """Whether one of the callers in `_CALLERS[event]` is on the call stack.
 
         Raises:
-            StateError: the function would do something wrong with the cascade.
+            StateError: the caller is refused (see `_REFUSED`).
         """
         caller = "fully_shard" if event == "train" and hasattr(type(self), "_get_fsdp_state") else ""
-        known = any(name in sys.modules or name.rpartition(".")[0] in sys.modules for name in _CALLERS[event])
-        for frame in callers() if known and not caller else ():
+        # Walk the stack only if one of the modules is imported.
+        imported = any(name in sys.modules or name.rpartition(".")[0] in sys.modules for name in _CALLERS[event])
+        for frame in callers() if imported and not caller else ():
             module = frame.f_globals.get("__name__")
             if module in _CALLERS[event] or f"{module}.{frame.f_code.co_name}" in _CALLERS[event]:
                 caller = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else str(module)
@@ -135,13 +142,14 @@ class Cascade(SavedCascade):
         if caller and event == "save" and not self._run.released:
             self._run.warned.once(
                 "unfolded-save",
-                "a trainer saves an unfolded cascade as a model: only cascade.load_state_dict can read the file, the "
-                "user's model cannot. In a Trainer of transformers or trl use "
-                "lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save cascade.release()",
+                "a trainer saves an unfolded cascade as a model. Only cascade.load_state_dict can read this file; the "
+                "user's model cannot. With a Trainer of transformers or trl, use "
+                "lorasc_fx.integrations.transformers.CascadeCallback. Otherwise save the model that cascade.release() "
+                "returns",
             )
         return bool(caller)
 
-    # ---- methods of the model that compute, for transformers and sentence-transformers
+    # ---- Methods of models of transformers and sentence-transformers that compute
 
     generate = _with_fast_weights("generate")
     encode = _with_fast_weights("encode")
@@ -152,14 +160,14 @@ class Cascade(SavedCascade):
 
     @property
     def _no_split_modules(self) -> Any:
-        """The value of the model, for accelerate. Its FSDP plugin, which would shard these modules, is refused."""
+        """The attribute of the user's model, for accelerate. Its FSDP plugin is refused (see `_REFUSED`)."""
         self._called_by("shard")
         return self.__getattr__("_no_split_modules")
 
-    # ---- peft
+    # ---- Methods of PeftModel
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters of model and branches. `print(cascade)` says more."""
+        """Print the number of trainable parameters of model and branches. `print(cascade)` shows more details."""
         self._run.check_alive("print_trainable_parameters", on_meta=True)
         trainable = self._run.trained_entries
         total = sum(parameter.numel() for parameter in self.parameters())
@@ -167,25 +175,30 @@ class Cascade(SavedCascade):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
-        """Fold and return the user's model, as `release`. There is no bar, and inf and nan are always checked for."""
+        """Fold the branches and return the user's model, like `release`. Both arguments are ignored.
+
+        There is no progress bar, and inf and nan are always checked.
+        """
         return self.release()
 
     def disable_adapter(self) -> AbstractContextManager[Self]:
-        """Put the base weights in place for a `with`, as `weights("base")`."""
+        """Return a context manager that uses the base weights inside the block, like `weights("base")`."""
         return self.weights("base")
 
-    # ---- timm, which asks a model how to group its parameters
+    # ---- Methods that timm's optimizer factory calls to group parameters
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Return a function from the name of a parameter to its layer. Parameters of a branch have that of its weight.
+        """Return a function that maps a parameter name to the index of its layer, for layer-wise learning rate decay.
 
-        timm's `create_optimizer_v2(cascade, layer_decay=...)` calls this. Its schedulers scale the learning rates.
+        A parameter of a branch belongs to the layer of the adapted weight. timm's
+        `create_optimizer_v2(cascade, layer_decay=...)` calls this method.
 
         Args:
-            coarse: as for the model's `group_matcher`. A model without one is grouped as timm does it.
+            coarse: passed to the `group_matcher` of the model. For a model without one, timm groups the layers.
 
         Raises:
-            StateError: after `release`. MissingExtra: timm is not installed.
+            StateError: the cascade was released.
+            MissingExtra: timm is not installed.
         """
         self._run.check_alive("group_matcher", on_meta=True)
         model: Any = self.model
@@ -200,12 +213,13 @@ class Cascade(SavedCascade):
         return lambda name: by_name.get(name, last)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that the model wants without weight decay, and of their factors.
+        """Return the names of the parameters without weight decay.
 
-        timm's `create_optimizer_v2` calls this.
+        These are the parameters that `no_weight_decay` of the model names, and the parameters of their branches. timm's
+        `create_optimizer_v2` calls this method.
 
         Raises:
-            StateError: after `release`.
+            StateError: the cascade was released.
         """
         self._run.check_alive("no_weight_decay", on_meta=True)
         patterns: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
@@ -213,7 +227,7 @@ class Cascade(SavedCascade):
         return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in patterns)}
 
     def _weight_names(self) -> dict[str, str]:
-        """Return the weight name of each parameter of a branch, by its name in the cascade."""
+        """Map the name of each branch parameter in the cascade to the name of the adapted weight in the model."""
         return {
             f"branches.{key}.{name}": branch.weight_name
             for key, branch in self._run.by_key.items()
@@ -222,12 +236,12 @@ class Cascade(SavedCascade):
 
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
-    """Return a subclass of Cascade whose forward has the model's signature, for trainers and tracers."""
-    # A copy of the code: torch.compile counts graphs per code object, and stops compiling after a few.
+    """Return a subclass of Cascade whose forward has the signature of the model, which trainers and tracers inspect."""
+    # A new code object, because torch.compile limits the number of graphs per code object.
     forward = FunctionType(Cascade.forward.__code__.replace(), Cascade.forward.__globals__, "forward")
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    shown = signature.replace(parameters=[first, *signature.parameters.values()])
-    vars(forward)["__signature__"] = shown
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [self_parameter, *signature.parameters.values()]
+    vars(forward)["__signature__"] = signature.replace(parameters=parameters)
     vars(forward)["__wrapped__"] = inspect.unwrap(type(model).forward)  # torch.fx reads its argument names
     forward.__doc__ = Cascade.forward.__doc__
     return type("Cascade", (Cascade,), {"forward": forward, "__module__": __name__, "__doc__": Cascade.__doc__})

@@ -1,4 +1,7 @@
-"""A spec with a learning rate schedule, as measured in docs/evidence.md. `make evidence` runs the measurements."""
+"""Combinations of a spec and a learning rate schedule that were measured in docs/evidence.md.
+
+`make evidence` repeats the measurements.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from lorasc_fx.util.decode import check_names
 __all__ = ["Recipe", "long_training", "lora", "small_data"]
 
 WARMUP = 5
-"""Steps of each warm-up, as measured."""
+"""Optimizer steps of each learning rate warm-up, as in the measurements."""
 
 
 class Recipe(NamedTuple):
-    """The result of a recipe::
+    """A spec and a learning rate schedule that belong together::
 
         spec, schedule = lx.recipes.small_data(steps=300, stages=3, rank=8, train=("head.*",))
         model = lx.adapt(model, args=(x,), spec=spec)
@@ -33,7 +36,7 @@ class Recipe(NamedTuple):
 
     Args:
         spec: for `adapt`.
-        schedule: makes the learning rate scheduler for an optimizer and a cascade.
+        schedule: function that creates the learning rate scheduler for an optimizer and a cascade.
     """
 
     spec: CascadeSpec
@@ -41,58 +44,65 @@ class Recipe(NamedTuple):
 
 
 def lora(steps: int, adapter: str = "lora", **options: Any) -> Recipe:
-    """LoRA, or another method: one stage, whose weights are the result, and a rate that decays to 0 over the training.
+    """Plain LoRA, or another adapter method: a single stage with a learning rate that decays to 0.
 
-    Evidence: what the others are measured against (docs/evidence.md). It is the better one on images, by about 2
-    points, and on sentiment by up to one; over tasks it is 3.2 and 2.6 points better than `long_training` under shift.
+    Evidence (docs/evidence.md): this is the baseline of the other recipes. It is better than them by about 2 points on
+    images, and by up to 1 point on sentiment. Under distribution shift it is 3.2 and 2.6 points better than
+    `long_training`, averaged over tasks.
 
     Args:
         steps: optimizer steps of the training.
-        adapter: method of the branches (docs/method.md). Measured was LoRA.
-        options: other fields of the CascadeSpec.
+        adapter: adapter method (docs/method.md). Only `lora` was measured.
+        options: other fields of CascadeSpec.
 
     Raises:
-        SpecError: an option that the recipe sets, or a value that the spec refuses.
+        SpecError: an option is set by the recipe, or has an invalid value.
     """
     return _recipe("lora", {"pace": 1.0, "restart": "slow"}, adapter, options, steps, 1, decays=True)
 
 
 def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: Any) -> Recipe:
-    """The paper's rule: slow weights take half of each stage, the next one starts from them, and the rate stays.
+    """The rule of the LoRASC paper: half of each stage is merged, the next stage starts from the slow weights.
 
-    Evidence (docs/evidence.md, `paper`): points of test accuracy less LoRA, 500 examples, 3 stages, 10 seeds, for 60
-    and for 300 steps. R8 +2.3 and +1.2, 20 Newsgroups +3.7 and +2.8, authors of tweets -0.1 and +3.0; Rotten Tomatoes
-    -0.3 and -0.5, IMDB -1.2 and -0.4; characters of tales +0.2 and +0.1; MNIST -2.4 and -2.1, digits -1.8 and -2.6; a
-    teacher of rank 4 +0.6 and +1.5. Over these nine +0.13 [-0.43, 0.61] and +0.22 [-0.04, 0.47]: undecided.
+    The learning rate is constant after a warm-up.
+
+    Evidence (docs/evidence.md, `paper`): test accuracy minus that of LoRA, in points, with 500 examples, 3 stages and
+    10 seeds, after 60 and after 300 steps. R8 +2.3 and +1.2, 20 Newsgroups +3.7 and +2.8, authors of tweets -0.1 and
+    +3.0, Rotten Tomatoes -0.3 and -0.5, IMDB -1.2 and -0.4, characters of tales +0.2 and +0.1, MNIST -2.4 and -2.1,
+    digits -1.8 and -2.6, a synthetic teacher of rank 4 +0.6 and +1.5. The mean over these nine tasks is
+    +0.13 [-0.43, 0.61] and +0.22 [-0.04, 0.47], which does not decide the sign.
 
     Args:
         steps: optimizer steps of the training.
-        stages: of `steps / stages` steps each.
-        adapter: method of the branches (docs/method.md). Measured was LoRA.
-        options: other fields of the CascadeSpec.
+        stages: number of stages. Each has `steps / stages` steps.
+        adapter: adapter method (docs/method.md). Only `lora` was measured.
+        options: other fields of CascadeSpec.
 
     Raises:
-        SpecError: an option that the recipe sets, or a value that the spec refuses.
+        SpecError: an option is set by the recipe, or has an invalid value.
     """
     return _recipe("small_data", {"pace": 0.5, "restart": "slow"}, adapter, options, steps, stages, decays=False)
 
 
 def long_training(steps: int, stages: int = 3, adapter: str = "lora", **options: Any) -> Recipe:
-    """Stages that go on from the fast weights, a decay to 0 in each; the slow weights are the mean of their ends.
+    """Each stage continues from the fast weights, and the slow weights are the mean over the ends of stages.
 
-    Evidence (docs/evidence.md, `recipe`): points of test accuracy less LoRA, 500 examples, 3 stages of 100 steps, 10
-    seeds. R8 +0.3, 20 Newsgroups +1.6, authors of tweets +0.4, characters of tales +0.2, Rotten Tomatoes -0.1, IMDB
-    -0.3, digits -1.5, MNIST -2.2, a teacher of rank 4 -3.3; over these nine -0.27 [-0.44, -0.10], with a lower test
-    loss on the six of texts. Stages of 20 steps lose up to 6 points (MNIST).
+    The learning rate decays to 0 in each stage, after a warm-up.
+
+    Evidence (docs/evidence.md, `recipe`): test accuracy minus that of LoRA, in points, with 500 examples, 3 stages of
+    100 steps and 10 seeds. R8 +0.3, 20 Newsgroups +1.6, authors of tweets +0.4, characters of tales +0.2, Rotten
+    Tomatoes -0.1, IMDB -0.3, digits -1.5, MNIST -2.2, a synthetic teacher of rank 4 -3.3. The mean over these nine
+    tasks is -0.27 [-0.44, -0.10]. The test loss is lower on the six text tasks. Stages of 20 steps lose up to 6 points
+    (MNIST).
 
     Args:
         steps: optimizer steps of the training.
-        stages: of `steps / stages` steps each.
-        adapter: method of the branches (docs/method.md). Measured was LoRA.
-        options: other fields of the CascadeSpec.
+        stages: number of stages. Each has `steps / stages` steps.
+        adapter: adapter method (docs/method.md). Only `lora` was measured.
+        options: other fields of CascadeSpec.
 
     Raises:
-        SpecError: an option that the recipe sets, or a value that the spec refuses.
+        SpecError: an option is set by the recipe, or has an invalid value.
     """
     return _recipe("long_training", {"pace": "mean", "restart": "fast"}, adapter, options, steps, stages, decays=True)
 
@@ -103,15 +113,16 @@ def _recipe(
     if not is_integer(stages, 1):
         raise SpecError(f"recipes.{name}: stages is {stages!r}; give an integer of 1 or more")
     if not is_integer(steps, stages):
-        raise SpecError(f"recipes.{name}: steps is {steps!r}, of {stages} stages; give an integer of {stages} or more")
-    taken = next((option for option in options if option in fixed), None)
-    if taken is not None:
+        raise SpecError(f"recipes.{name}: steps is {steps!r} for {stages} stages; give an integer of {stages} or more")
+    conflict = next((option for option in options if option in fixed), None)
+    if conflict is not None:
         raise SpecError(
-            f"recipes.{name}: {taken} is {fixed[taken]!r} in this recipe. Leave it out, or give `adapt` your own "
-            "CascadeSpec",
+            f"recipes.{name}: this recipe sets {conflict}={fixed[conflict]!r}. Remove the option, or pass your own "
+            "CascadeSpec to `adapt`",
             code="conflicting-options",
         )
     check_names(CascadeSpec, options, ("spec",))
+    # Stages differ by at most one step. A warm-up must leave at least one step at the full rate.
     ends = [round(stage * steps / stages) for stage in range(stages + 1)]
     lengths = [end - start for start, end in itertools.pairwise(ends)]
     warmup = min(WARMUP, min(lengths) - 1)

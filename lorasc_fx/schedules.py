@@ -1,4 +1,4 @@
-"""Helpers for training loops: when to end a stage, learning rates that restart, and the order of the data."""
+"""Helpers for training loops: ending stages on a plateau, learning rate restarts, and resumable data loading."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Plateau", "StageSchedule", "shuffled_batches"]
 
 @dataclass(eq=False)
 class Plateau:
-    """Decides when a stage is over: after more than `patience` reports in a row without an improvement.
+    """Decides when to end a stage: after more than `patience` consecutive reports without an improvement.
 
-    The rule is that of torch's ReduceLROnPlateau. Each stage starts without a best value::
+    The rule is the one of torch's ReduceLROnPlateau. The best value is reset at the start of each stage::
 
         plateau = lx.schedules.Plateau(patience=2)
         for stage in cascade.stages(5, optimizer):
@@ -34,10 +34,11 @@ class Plateau:
                     break
 
     Args:
-        patience: number of reports without an improvement to accept, 0 or more.
-        threshold: the smallest improvement, as a share of the best value (`rel`) or a difference (`abs`).
-        mode: `min` if lower is better, `max` if higher is better.
-        threshold_mode: `rel` or `abs`.
+        patience: number of consecutive reports without an improvement to tolerate, 0 or more. Default: 2.
+        threshold: smallest change that counts as an improvement, relative to the best value (`rel`) or absolute
+            (`abs`). Default: 1e-4.
+        mode: `min` (default) if lower is better, `max` if higher is better.
+        threshold_mode: `rel` (default) or `abs`.
 
     Raises:
         SpecError: an invalid value.
@@ -54,9 +55,12 @@ class Plateau:
         check(self, "Plateau")
 
     def over(self, metric: Any) -> bool:
-        """Report a metric, as a number or a tensor, and return whether the stage is over.
+        """Report a metric and return whether the stage is over.
 
-        An inf or nan is not an improvement. When this returns True it has reset itself for the next stage.
+        If this returns True, the best value and the count are reset for the next stage.
+
+        Args:
+            metric: a number, or a tensor with one entry. inf and nan are not improvements.
         """
         value = float(metric)
         better = self.best is None
@@ -73,37 +77,40 @@ class Plateau:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the count, for `lx.save(extra=...)`."""
+        """Return the best value and the number of reports since then, for `lx.save(extra=...)`."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Restore the result of `state_dict`."""
         self.best, self.waited = state["best"], state["waited"]
 
 
 class StageSchedule(LRScheduler):
-    """A torch scheduler for each stage: linear warm-up of the learning rate, then decay to a floor.
+    """A learning rate scheduler that restarts at each stage: linear warm-up, then decay to a floor.
 
-    It is stepped once per optimizer step. In step k of a stage (from k = 0) each group's learning rate is::
+    Call `step` once per optimizer step. In step k = 0, 1, ... of a stage, the learning rate of each group is::
 
         full * min(1, (k + 1) / (warmup + 1)) * (floor + (1 - floor) * d(k / steps))
 
-    where d falls from 1 to 0 as a half cosine or a line, and stays 0 after `steps`. Without `steps` there is no decay:
-    the "jagged" schedule of ReLoRA (2307.05695, section 3). `full` comes from `base`, or is the group's learning rate
-    at the start. A transition or a rewind is noticed before the next optimizer step.
+    where d falls from 1 to 0 as a half cosine or a line, and stays 0 after `steps`. `full` is the learning rate of the
+    group when the scheduler is created, or the one that `base` sets. Without `steps` there is no decay, which is the
+    "jagged" schedule of ReLoRA (2307.05695, section 3). After a transition or a rewind of the cascade, the schedule
+    restarts before the next optimizer step.
 
     Args:
         optimizer: the optimizer.
-        cascade: the cascade whose stages are followed. None: a stage lasts `steps`, which gives the same cycles for a
-            training without restarts.
-        steps: optimizer steps of a stage, or a sequence for stage 1, 2, ... whose last entry repeats. None: no decay.
-        warmup: steps until the full learning rate, 0 or more.
-        floor: share of the full rate at which the decay ends, in [0, 1]. 1 is no decay.
-        decay: `cosine` or `linear`.
-        base: another scheduler of this optimizer. Only `step` of this scheduler may step it.
+        cascade: cascade whose stages restart the schedule. None: the schedule restarts after `steps`, for a comparison
+            run without stages.
+        steps: number of optimizer steps of a stage, or a sequence for stage 1, 2, ...; its last entry repeats. None
+            (default): no decay.
+        warmup: number of warm-up steps, 0 or more. Default: 0.
+        floor: share of the full rate at the end of the decay, in [0, 1]. 1 means no decay. Default: 0.0.
+        decay: `cosine` (default) or `linear`.
+        base: another scheduler of this optimizer that sets the full rates. This scheduler steps it, so do not step it
+            yourself. It cannot be a ReduceLROnPlateau. Default: None.
 
     Raises:
-        SpecError: an invalid value, or a base that belongs to another optimizer or needs a metric.
+        SpecError: a value is invalid, or `base` belongs to another optimizer or needs a metric.
     """
 
     def __init__(
@@ -120,22 +127,23 @@ class StageSchedule(LRScheduler):
         counts = () if steps is None else tuple(steps) if isinstance(steps, Sequence) else (steps,)
         if steps is not None and not counts:
             raise SpecError("StageSchedule: steps is empty. Give the optimizer steps of a stage, or None for no decay")
-        for name, value, least in (*(("steps", count, 1) for count in counts), ("warmup", warmup, 0)):
-            if not is_integer(value, least):
-                raise SpecError(f"StageSchedule: {name} is {value!r}; give an integer of {least} or more")
+        for name, value, minimum in (*(("steps", count, 1) for count in counts), ("warmup", warmup, 0)):
+            if not is_integer(value, minimum):
+                raise SpecError(f"StageSchedule: {name} is {value!r}; give an integer of {minimum} or more")
         if not is_number(floor) or not 0 <= floor <= 1:
             raise SpecError(f"StageSchedule: floor is {floor!r}; give a share of the full rate in [0, 1]")
         if decay not in ("cosine", "linear"):
             raise SpecError(f"StageSchedule: decay is {decay!r}; give 'cosine' or 'linear'")
         if isinstance(base, ReduceLROnPlateau):
             raise SpecError(
-                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric. End stages by Plateau, or give "
-                "a scheduler that steps without a metric",
+                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric. End stages with "
+                "lorasc_fx.schedules.Plateau, or give a scheduler that needs no metric",
                 code="conflicting-options",
             )
         if base is not None and base.optimizer is not optimizer:
             raise SpecError(
-                "StageSchedule: base belongs to another optimizer. Give both the same one", code="optimizer-differs"
+                "StageSchedule: base belongs to another optimizer. Create both with the same one",
+                code="optimizer-differs",
             )
         self.steps, self.warmup, self.floor, self.decay = list(counts), warmup, float(floor), decay
         self.since, self.stage = 0, cascade.stage if cascade is not None else 1
@@ -145,46 +153,47 @@ class StageSchedule(LRScheduler):
         optimizer.register_step_pre_hook(self._before_step)
 
     def factor(self, stage: int, step: int) -> float:
-        """Return the share of the full rate in a step (from 0) of a stage (from 1)."""
+        """Return the share of the full learning rate in a step of a stage. Steps count from 0, and stages from 1."""
         warm = min(1.0, (step + 1) / (self.warmup + 1))
         if not self.steps:
             return warm
-        done = min(1.0, step / self._steps_of(stage))
-        left = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
-        return warm * (self.floor + (1 - self.floor) * left)
+        progress = min(1.0, step / self._steps_of(stage))
+        decayed = 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1 - progress
+        return warm * (self.floor + (1 - self.floor) * decayed)
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        """Return the learning rate of each group for the coming step."""
+        """Return the learning rate of each group for the next optimizer step."""
         factor = self.factor(self.stage, self.since)
         return [rate * factor for rate in self._full()]
 
     def step(self, epoch: int | None = None) -> None:
-        """Advance by one optimizer step, and `base` too. Call it after the optimizer's step."""
-        if not self._is_initial:
+        """Advance this scheduler and `base` by one optimizer step. Call it after `optimizer.step()`."""
+        if not self._is_initial:  # torch's constructor calls this once
             self.since += 1
             if not self._same_stage():
                 self.since = 0
             if self._base is not None:
+                # `base` may compute the next rates from the current ones, so give it its own.
                 _put(self.optimizer, self._full())
                 self._base.step()
                 self.full_lrs = _rates(self.optimizer)
         super().step(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return numbers, lists and the state of `base`, for `lx.save(scheduler=...)`."""
-        numbers = {name: value for name, value in super().state_dict().items() if name not in ("_cascade", "_base")}
-        return numbers | {"base": self._base.state_dict() if self._base is not None else None}
+        """Return the state of this scheduler and of `base`, for `lx.save(scheduler=...)`."""
+        state = {name: value for name, value in super().state_dict().items() if name not in ("_cascade", "_base")}
+        return state | {"base": self._base.state_dict() if self._base is not None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        numbers = dict(state_dict)
-        base = numbers.pop("base")
+        """Restore the result of `state_dict`."""
+        state = dict(state_dict)
+        base = state.pop("base")
         if self._base is not None:
             self._base.load_state_dict(base)
-        super().load_state_dict(numbers)
+        super().load_state_dict(state)
 
     def _full(self) -> list[float | torch.Tensor]:
-        """Return the full learning rates. A group that was added later has its initial one."""
+        """Return the full learning rate of each group. For a group that was added later, it is its current one."""
         self.full_lrs += _rates(self.optimizer)[len(self.full_lrs) :]
         return self.full_lrs
 
@@ -192,6 +201,7 @@ class StageSchedule(LRScheduler):
         return self.steps[min(stage, len(self.steps)) - 1]
 
     def _same_stage(self) -> bool:
+        """Update `stage`, and return whether it is unchanged."""
         before = self.stage
         if self._cascade is not None:
             self.stage = self._cascade.stage
@@ -200,6 +210,7 @@ class StageSchedule(LRScheduler):
         return before == self.stage
 
     def _before_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Restart the schedule if the stage changed after the last `step`. A hook of the optimizer."""
         if not self._same_stage():
             self.since = 0
             _put(self.optimizer, self.get_lr())
@@ -222,51 +233,55 @@ def _put(optimizer: torch.optim.Optimizer, rates: list[float | torch.Tensor]) ->
 def shuffled_batches(
     data: Any, batch_size: int, *, seed: int = 0, start: int = 0, share: tuple[int, int] = (0, 1), **options: Any
 ) -> DataLoader[Any]:
-    """Return an endless DataLoader over a shuffled data set, starting at any step.
+    """Return an infinite DataLoader over a shuffled data set, which can start at any step.
 
-    The batch of a step depends only on (seed, step), so a run can be resumed in the middle of an epoch: save the number
-    of finished steps as `extra`, and give it as `start`. Workers that read ahead make no difference, and no global
-    generator is used. Each epoch has its own order and drops a last short batch.
+    The batch of a step depends only on (seed, step), so a run can be resumed in the middle of an epoch. Save the number
+    of finished steps with `lx.save(extra=...)`, and pass it as `start`. The number of workers makes no difference, and
+    no global generator is used. Each epoch has another order, and drops the last batch if it is incomplete.
 
     Args:
-        data: a data set with a length and items by index.
-        batch_size: number of examples per batch.
-        seed: seed of the orders.
-        start: number of finished steps.
-        share: (rank, count) if `count` processes share each batch: this one gets every count-th example, beginning at
-            its rank. A run can be resumed with the same batches on another number of processes.
-        options: further options of DataLoader (num_workers, collate_fn, ...), except those for the order.
+        data: a data set with `__len__` and `__getitem__`.
+        batch_size: number of examples per batch, over all processes.
+        seed: seed of the order, 0 or more. Default: 0.
+        start: number of finished steps. Default: 0.
+        share: (rank, count) if `count` processes share each batch. This process gets every count-th example of the
+            batch, starting with example `rank`. A run can be resumed with the same batches and another count.
+            Default: (0, 1).
+        options: further options of DataLoader (num_workers, collate_fn, ...), except batch_sampler, sampler, shuffle,
+            drop_last and generator.
 
     Raises:
-        SpecError: an invalid batch size, seed, start or share, or an option for the order.
+        SpecError: a value is invalid, the data set is smaller than a batch, or an option would change the order.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0)):
-        if not is_integer(value, least):
-            raise SpecError(f"shuffled_batches: {name} is {value!r}; give an integer of {least} or more")
-    taken = [name for name in ("batch_sampler", "sampler", "shuffle", "drop_last", "generator") if name in options]
-    if taken:
+    for name, value, minimum in (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0)):
+        if not is_integer(value, minimum):
+            raise SpecError(f"shuffled_batches: {name} is {value!r}; give an integer of {minimum} or more")
+    refused = [name for name in ("batch_sampler", "sampler", "shuffle", "drop_last", "generator") if name in options]
+    if refused:
         raise SpecError(
-            f"shuffled_batches: {taken[0]} cannot be given, because the order comes from seed and start",
+            f"shuffled_batches: remove {refused[0]}, because seed and start determine the order",
             code="conflicting-options",
         )
     rank, count = share
     if not 0 <= rank < count or batch_size % count:
         raise SpecError(
             f"shuffled_batches: share is {share!r} for a batch of {batch_size}. Give (rank, number of processes), "
-            "where the number divides the batch"
+            "with a number that divides the batch size"
         )
     if len(data) < batch_size:
         raise SpecError(
-            f"shuffled_batches: {len(data)} examples are fewer than a batch of {batch_size}", code="invalid-data"
+            f"shuffled_batches: the data set has {len(data)} examples, which is less than a batch of {batch_size}",
+            code="invalid-data",
         )
-    of_workers = generator(seed, start, "workers", "")  # otherwise the loader would draw from torch's generator
+    # The loader draws a seed for its workers. Without this it would advance torch's global generator.
+    worker_seeds = generator(seed, start, "workers", "")
     return DataLoader(
-        data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=of_workers, **options
+        data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=worker_seeds, **options
     )
 
 
 class _Batches:
-    """The indices of each batch, or of a share of it, without end. Each iteration begins at `start`."""
+    """Infinite batch sampler: yields the indices of each batch, or of this process's share. Starts at step `start`."""
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, share: tuple[int, int]) -> None:
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
