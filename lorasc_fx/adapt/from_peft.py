@@ -75,7 +75,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         else:
             experts[weight] = [(1.0, pair.expert)]
     trained, buffers = {}, {}
-    for name, value in adapter.whole.items():
+    for name, value in adapter.full.items():
         if name not in canonical:
             buffers[name] = value
         elif canonical[name] in run.slow.trained:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lorasc_fx.checkpoint.layout import plain_bytes, refusing
-from lorasc_fx.checkpoint.manifest import LONGEST, parsed
+from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
 from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import writable
@@ -188,7 +188,7 @@ def shards_of(path: Path) -> list[Path]:
     with refusing(
         f"base: {index}", "give a safetensors file, or a folder that transformers wrote", code="unreadable-file"
     ):
-        names = sorted(set(parsed(plain_bytes(index, LONGEST, links=True))["weight_map"].values()))
+        names = sorted(set(parsed(plain_bytes(index, MAX_MANIFEST_BYTES, links=True))["weight_map"].values()))
         if any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError("names files outside its folder")
     return [index.parent / name for name in names]

@@ -26,7 +26,7 @@ from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import text_digest
 
-LONGEST = 1 << 26
+MAX_MANIFEST_BYTES = 1 << 26
 """Largest number of bytes of a manifest; parsed JSON takes some twenty times as much memory."""
 VIEWS = ("slow", "start", "average", "velocity")
 """Views of a slow state that its entry stores as coefficients. The ends of stages are in its "stage_ends"."""

@@ -23,7 +23,7 @@ from safetensors.torch import load
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.codec import RunState, TensorTable, decode, install
 from lorasc_fx.checkpoint.layout import MANIFEST, list_versions, plain_bytes, refusing, sanitized, way_back
-from lorasc_fx.checkpoint.manifest import LONGEST, parsed, plan_of
+from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed, plan_of
 from lorasc_fx.errors import CheckpointError, named, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import Learner
@@ -106,7 +106,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     path = versions[-1]
     advice = way_back(path)
     with refusing(path / MANIFEST, advice, code="unreadable-file"):
-        data = plain_bytes(path / MANIFEST, LONGEST)
+        data = plain_bytes(path / MANIFEST, MAX_MANIFEST_BYTES)
     manifest, plan = read_manifest(data, path, advice)
     files = []
     for name, digest in manifest["files"].items():

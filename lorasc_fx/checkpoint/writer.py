@@ -35,7 +35,7 @@ from lorasc_fx.checkpoint.layout import (
     plain_bytes,
     versions,
 )
-from lorasc_fx.checkpoint.manifest import LONGEST, parsed
+from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, reason_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import ProcessGroup, local, shard_axis
@@ -234,8 +234,10 @@ def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
     """Add the digest of a manifest, write it, and sync it and its folder."""
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, indent=1, allow_nan=False)
-    if len(text) > LONGEST:  # characters are bytes: json writes ASCII
-        raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
+    if len(text) > MAX_MANIFEST_BYTES:  # characters are bytes: json writes ASCII
+        raise OSError(
+            f"{MANIFEST} would have {len(text)} bytes, of {MAX_MANIFEST_BYTES} at most; put numbers into tensors"
+        )
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
@@ -275,7 +277,7 @@ def _drop(version: Path) -> None:
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
     """Whether an older version has an undamaged manifest of ours, for the same base and spec as this one."""
     try:
-        older = parsed(plain_bytes(version / MANIFEST, LONGEST))
+        older = parsed(plain_bytes(version / MANIFEST, MAX_MANIFEST_BYTES))
         if older["digest"] != text_digest(canonical(older)):
             return False
         old_spec, new_spec = (Plan.from_json(json.dumps(one["plan"])).spec for one in (older, manifest))

@@ -1,1 +1,1 @@
-"""Adapters in peft's format: its configurations and files, read and written."""
+"""Reads and writes adapters in peft's format, and reads peft's configurations."""

@@ -1,6 +1,6 @@
-"""What the stages added to each weight, as one pair of factors: a cascade without its base.
+"""Computes the total change of each weight over all stages, as one pair of low-rank factors.
 
-The norm of the singular values that a smaller rank cuts off is exactly its error in the Frobenius norm (Eckart and
+Reducing the rank drops the smallest singular values. Their norm is exactly the error in the Frobenius norm (Eckart and
 Young, 1936).
 """
 
@@ -28,18 +28,18 @@ from lorasc_fx.state import (
     truncated,
 )
 
-KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which has no low rank"
-"""Reason for which a weight has no pair."""
+KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which is not low-rank"
+"""The reason why the change of a weight with kept noise is not a pair of factors."""
 
 
 @dataclass(frozen=True)
 class CutOff:
-    """What reducing the rank of one weight cost.
+    """The error of reducing the rank of one weight's delta.
 
     Args:
-        before, after: ranks.
-        error: Frobenius norm of the difference of the two deltas.
-        norm: Frobenius norm of the delta.
+        before, after: the ranks.
+        error: Frobenius norm of the difference between the two deltas.
+        norm: Frobenius norm of the original delta.
     """
 
     before: int
@@ -49,7 +49,7 @@ class CutOff:
 
     @property
     def relative(self) -> float:
-        """The error as a share of the delta."""
+        """The error divided by the norm of the original delta."""
         return self.error / self.norm if self.norm else 0.0
 
     def __str__(self) -> str:
@@ -57,50 +57,50 @@ class CutOff:
 
 
 def factored(delta: torch.Tensor) -> Factors:
-    """Return a dense delta [rows, columns], or a stack of them, as a pair of its numerical rank, in fp64.
+    """Factor a dense delta [rows, columns], or a stack of them, at its numerical rank, in fp64.
 
-    Singular values below the rounding errors of the delta are left out.
+    Singular values below the rounding error of the delta's dtype are dropped.
     """
-    left, values, right = torch.linalg.svd(delta.cpu().double(), full_matrices=False)
-    noise = torch.finfo(delta.dtype).eps * max(delta.shape[-2:]) * values.amax(-1, keepdim=True)
-    rank = max(1, int((values > noise).sum(-1).max()))
-    return truncated(left, values, right, rank)
+    u, values, vh = torch.linalg.svd(delta.cpu().double(), full_matrices=False)
+    rounding = torch.finfo(delta.dtype).eps * max(delta.shape[-2:]) * values.amax(-1, keepdim=True)
+    rank = max(1, int((values > rounding).sum(-1).max()))
+    return truncated(u, values, vh, rank)
 
 
 def compressed(pair: Factors, rank: int) -> tuple[Factors, CutOff]:
-    """Return the nearest pair of at most this rank in the Frobenius norm, in fp64, and what the reduction cost.
+    """Return the nearest pair of at most this rank in the Frobenius norm, in fp64, and the error.
 
-    For stacked factors the rank is that of each matrix, and the error that of all together.
+    Stacked factors are reduced matrix by matrix. The error is the norm over all of the matrices.
     """
     before = pair.a.shape[-2]
     if rank >= before:
         squared = ((pair.b.mT @ pair.b) * (pair.a @ pair.a.mT)).sum()  # trace(B^T B A A^T), without a decomposition
         return pair, CutOff(before, before, 0.0, math.sqrt(max(0.0, float(squared))))
-    left, values, right = svd_of(pair)
+    u, values, vh = svd_of(pair)
     norm = float(values.norm())
     rank = min(rank, values.shape[-1])
-    return truncated(left, values, right, rank), CutOff(before, rank, float(values[..., rank:].norm()), norm)
+    return truncated(u, values, vh, rank), CutOff(before, rank, float(values[..., rank:].norm()), norm)
 
 
 def padded(pair: Factors, rank: int) -> Factors:
-    """Return a pair with the same delta, padded with zeros to this rank."""
-    more = rank - pair.a.shape[-2]
-    b = torch.nn.functional.pad(pair.b, (0, more))
-    return Factors(b, torch.nn.functional.pad(pair.a, (0, 0, 0, more)))
+    """Pad a pair with zeros to this rank. The delta stays the same."""
+    padding = rank - pair.a.shape[-2]
+    b = torch.nn.functional.pad(pair.b, (0, padding))
+    return Factors(b, torch.nn.functional.pad(pair.a, (0, 0, 0, padding)))
 
 
 @dataclass
 class Change:
-    """The change of a cascade's weights.
+    """The change of a cascade's weights relative to W0. The keys of all fields are weight names.
 
     Args:
-        pairs: factors of the weights that have moved, in fp64, oriented like the stored weight.
-        magnitudes: [out] in fp64, of weights whose rows are scaled: with the pair in `pairs`, their value is
-            `diag(m / |W0 + b a|) (W0 + b a)`.
+        pairs: factors of the changed weights, in fp64, oriented like the stored weight.
+        magnitudes: DoRA's magnitudes m [out], in fp64, for weights with scaled rows. With the pair in `pairs`, the
+            weight is `diag(m / |W0 + b a|) (W0 + b a)`.
         trained: values of parameters trained in full, in their own dtype.
-        rows: values of the rows that a rule trains (`Rule.tokens`), with their numbers.
-        refused: for weights whose change is not a product of factors, the reason.
-        cut: what a smaller rank cost, by weight.
+        rows: indices and values of the rows that a rule trains (`Rule.tokens`).
+        refused: the reason, for weights whose change is not a product of factors.
+        cut: the error, for weights whose rank was reduced.
     """
 
     pairs: dict[str, Factors] = field(default_factory=dict)
@@ -115,24 +115,27 @@ class Change:
         """Rank of each pair."""
         return {name: pair.a.shape[-2] for name, pair in self.pairs.items()}
 
-    def at_most(self, rank: int) -> None:
-        """Reduce every pair of a higher rank, and record what that cost."""
+    def limit_rank(self, rank: int) -> None:
+        """Reduce every pair of a higher rank to this rank, and record the errors in `cut`."""
         for name, before in self.ranks.items():
             if before > rank:
                 self.pairs[name], self.cut[name] = compressed(self.pairs[name], rank)
 
-    def at_one_rank(self) -> None:
-        """Pad all pairs with zeros to the smallest of RANKS that fits all of them. Refuse those above the largest."""
+    def pad_to_uniform_rank(self) -> None:
+        """Pad all pairs with zeros to one rank, the smallest of RANKS that fits. Refuse pairs above the largest one."""
         ranks = self.ranks
-        over = {name: rank for name, rank in ranks.items() if rank > RANKS[-1]}
-        self.refused |= {name: f"its rank is {rank}, over {RANKS[-1]}; give max_rank" for name, rank in over.items()}
-        if not over:
-            one = next(rank for rank in RANKS if rank >= max(ranks.values(), default=1))
-            self.pairs = {name: padded(pair, one) for name, pair in self.pairs.items()}
+        too_large = {name: rank for name, rank in ranks.items() if rank > RANKS[-1]}
+        self.refused |= {
+            name: f"its rank is {rank}, above {RANKS[-1]}, the largest uniform rank; give max_rank"
+            for name, rank in too_large.items()
+        }
+        if not too_large:
+            uniform = next(rank for rank in RANKS if rank >= max(ranks.values(), default=1))
+            self.pairs = {name: padded(pair, uniform) for name, pair in self.pairs.items()}
 
 
 def merged(change: Change, state: WeightState) -> torch.Tensor:
-    """Return the weight of an unstacked site with its change, rounded once to its dtype, on the host."""
+    """Return the weight of an unstacked site with its change, rounded once to its dtype, on the CPU."""
     rows = rows_with(state.base, change.pairs.get(state.name) or nothing(state), state.transposed)
     if state.name in change.magnitudes:
         rows *= (change.magnitudes[state.name] / rows.norm(dim=1))[:, None]
@@ -140,15 +143,15 @@ def merged(change: Change, state: WeightState) -> torch.Tensor:
 
 
 def nothing(state: WeightState) -> Factors:
-    """Return factors of rank 1 whose product is 0."""
+    """Return a zero pair of rank 1 for a weight."""
     *stack, rows, columns = state.matrix
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
 def pair_of(state: WeightState, view: ViewName, running: Delta | None = None) -> Factors | None:
-    """Return what a view adds to a weight as one pair, in fp64 on the host. None if it adds nothing.
+    """Return the delta of a view of a weight as one pair, in fp64 on the CPU. None if the delta is zero.
 
-    A dense delta, which replaced experts, is factored at its numerical rank.
+    If experts were summed into a dense delta, it is factored at its numerical rank.
     """
     _, delta, terms = state.terms(view, running)
     if delta is not None and bool(delta.any()):
@@ -157,10 +160,11 @@ def pair_of(state: WeightState, view: ViewName, running: Delta | None = None) ->
 
 
 def change_of(run: Run, view: ViewName) -> Change:
-    """Return the change of a cascade's weights. Slow and averaged weights count a stage that has trained as ended.
+    """Return the change of a cascade's weights relative to W0.
 
-    A dense delta, which replaced experts, is factored at its numerical rank. Its pair is at most twice as large as the
-    delta. Weights with kept noise, which has full rank, are refused.
+    For the slow and averaged weights, a running stage that has trained counts as ended. If experts were summed into a
+    dense delta, it is factored at its numerical rank. The pair then has at most twice the size of the delta. Weights
+    with kept noise, which has full rank, are refused.
     """
     slow = run.slow if view == "fast" else ended(run, "export.peft")
     learners, change, parameters = run.learners(), Change(), run.parameters_by_name()
@@ -176,25 +180,25 @@ def change_of(run: Run, view: ViewName) -> Change:
         row_scale = state.scale(running.gain if running is not None else None)
         site = run.plan.site(name)
         if row_scale is None and pair is not None and site is not None and site.options.method.scales_rows:
-            # experts that came from elsewhere
+            # Experts without a row scale, for example from a LoRA run, are exported as DoRA with the scale 1.
             row_scale = torch.ones(state.out, dtype=torch.float64)
         if state.noises:
             change.refused[name] = KEEPS_NOISE
         elif row_scale is not None and not bool(row_scale.all()):
             change.refused[name] = "one of its rows was scaled to 0, which magnitudes cannot express"
         elif row_scale is not None:
-            # With d the row scale, diag(d) W0 + b a = diag(d) (W0 + diag(1 / d) b a).
+            # With the row scale d, the weight is diag(d) W0 + b a = diag(d) (W0 + diag(1 / d) b a).
             change.pairs[name] = scaled(pair or nothing(state), 1 / row_scale, state.transposed)
             rows = rows_with(state.base, change.pairs[name], state.transposed)
             change.magnitudes[name] = row_scale * rows.norm(dim=1)
         elif site is not None and site.options.tokens and pair is not None:
-            numbers = list(site.options.tokens)
+            indices = list(site.options.tokens)
             total = state.exact(view if running is None else "fast", torch.float64, running, torch.device("cpu"))
-            others = (total != dense(state.base).cpu().double()).any(1)
-            others[numbers] = False
-            if bool(others.any()):
-                change.refused[name] = "other rows than those of its rule have changed"
-            change.rows[name] = site.options.tokens, total[numbers]
+            changed = (total != dense(state.base).cpu().double()).any(1)
+            changed[indices] = False
+            if bool(changed.any()):
+                change.refused[name] = "rows outside of its rule's `tokens` have changed"
+            change.rows[name] = site.options.tokens, total[indices]
         elif pair is not None:
             change.pairs[name] = pair
     return change

@@ -1,9 +1,9 @@
-"""The format of peft's LoRA adapters: files, keys of the configuration, keys of tensors, and how the factors of each
-kind of layer are stored.
+"""The format of peft's LoRA adapters: files, keys of the configuration, keys of tensors, and layouts of the factors.
 
-Source: peft 0.21, `tuners/lora/layer.py`, `tuners/lora/config.py`, `utils/other.py: get_pattern_key`. Ours are `b`
-[rows, r] and `a` [r, columns] with `b @ a` the delta of the weight as it is stored (`Factors`); peft's are (A, B) with
-`B @ A` the delta of a weight [out, in].
+In this package, `Factors` are `b` [rows, r] and `a` [r, columns]. Their product `b @ a` is the delta of the weight in
+its stored orientation. In peft, `B @ A` is the delta of a weight [out, in].
+
+Source: peft 0.21, `tuners/lora/layer.py`, `tuners/lora/config.py`, `utils/other.py: get_pattern_key`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Rule, Tokens
 from lorasc_fx.util.decode import Check
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-"""The files of an adapter's folder."""
+"""Names of the files in an adapter's folder."""
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of max_lora_rank in vLLM, except 1."""
+"""Ranks that vLLM accepts as max_lora_rank, except 1."""
 
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
@@ -37,7 +37,7 @@ IGNORED = {
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
     "task_type",
 }  # fmt: skip
-"""Keys of a configuration that do not affect the values, or repeat what the names of the tensors say."""
+"""Keys of a configuration that do not affect the values, or repeat information from the names of the tensors."""
 
 UNSUPPORTED = {
     "alora_invocation_tokens": "an activated LoRA changes only some tokens",
@@ -49,13 +49,13 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA draws its factors",
     "use_bdlora": "its factors are block-diagonal",
     "use_qalora": "QA-LoRA pools the input",
-    "velora_config": "VeLoRA is another layer",
+    "velora_config": "VeLoRA computes in a different layer",
 }
-"""Keys of features that are not `W + s B A`, with or without magnitudes, each with the reason."""
+"""Keys of features that do not compute `W + s B A`, with or without DoRA's magnitudes. The value is the reason."""
 
 
 def _is_safe(pattern: str) -> bool:
-    """Whether a pattern is a regular expression that is matched quickly on any text."""
+    """Return whether a pattern is a valid regular expression that cannot backtrack exponentially."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
@@ -70,14 +70,14 @@ Names = tuple[Annotated[str, Check(bool, "give the name of a module or parameter
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The keys of a configuration that matter here, under peft's names. A list or a table may be null.
+    """The keys of `adapter_config.json` that affect the values, under peft's names. Lists and tables may be null.
 
     Args:
-        r, lora_alpha: unless a pattern says otherwise.
-        use_rslora, use_dora, lora_dropout: of all targets.
-        modules_to_save: ends of paths of modules that are saved completely.
-        target_parameters: names, or ends of names, of adapted parameters.
-        trainable_token_indices: trained rows by the ends of paths of modules, or those of the input embedding.
+        r, lora_alpha: defaults, for targets that match no pattern.
+        use_rslora, use_dora, lora_dropout: settings of all targets.
+        modules_to_save: suffixes of paths of modules that are saved completely.
+        target_parameters: names of adapted parameters, or suffixes of names.
+        trainable_token_indices: trained rows by suffix of a module's path. A list means the input embedding.
     """
 
     r: Rank = 8
@@ -93,31 +93,31 @@ class AdapterConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
 
     def rank_of(self, name: str) -> int:
-        """Return the rank of a module or parameter of this name."""
+        """Return the rank for a module or parameter with this name."""
         return by_pattern(self.rank_pattern or {}, name, self.r)
 
     def alpha_of(self, name: str) -> float:
-        """Return lora_alpha of a module or parameter of this name."""
+        """Return lora_alpha for a module or parameter with this name."""
         return float(by_pattern(self.alpha_pattern or {}, name, self.lora_alpha))
 
 
-READ = {*(each.name for each in fields(AdapterConfig)), "init_lora_weights"}
-"""Keys that a spec is made from."""
+READ = {*(field.name for field in fields(AdapterConfig)), "init_lora_weights"}
+"""Keys of a configuration that determine the spec."""
 
 PREFIX = "base_model.model."
-"""Start of every key in an adapter file."""
+"""Prefix of every key in an adapter file."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How peft stores A and B for a kind of layer; by default as we do.
+    """How peft stores A and B for a kind of layer. The defaults equal the layout of `Factors`.
 
     Args:
-        keys: last parts of the keys of A and B in an adapter file.
-        transposed: the weight is [in, out], or a stack of experts [experts, in, out].
-        is_conv: A is a convolution with the same kernel, B one with kernel 1.
-        is_parameter: the weight is one of peft's `target_parameters`: any parameter, replaced while its module runs. A
-            stack of experts has one pair. The ranks of A are ordered by expert, those of B by rank.
+        keys: suffixes of the keys of A and B in an adapter file.
+        transposed: whether the weight is [in, out], or a stack of MoE experts [experts, in, out].
+        is_conv: whether A is a convolution with the weight's kernel size, and B a convolution with kernel size 1.
+        is_parameter: whether the weight is one of peft's `target_parameters`. peft replaces such a parameter while its
+            module runs. A stack of MoE experts has one pair: A is [experts * r, in] and B is [out, r * experts].
     """
 
     keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
@@ -126,7 +126,7 @@ class Layout:
     is_parameter: bool = False
 
     def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (A, B) of our factors of a weight of this shape."""
+        """Convert the factors of a weight with this shape to peft's (A, B)."""
         rank = pair.a.shape[-2]
         a, b = (pair.b.mT, pair.a.mT) if self.transposed else (pair.a, pair.b)
         if a.dim() == 3:
@@ -135,7 +135,7 @@ class Layout:
         return a.reshape(shape_a), b.reshape(shape_b)
 
     def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
-        """Return our factors of a weight of this shape: the inverse of `to_peft`."""
+        """Convert peft's (A, B) of a weight with this shape to factors: the inverse of `to_peft`."""
         a, b = lora_a.flatten(1), lora_b.flatten(1)
         if self.is_parameter and len(shape) == 3:
             a = a.reshape(shape[0], -1, a.shape[-1])
@@ -145,14 +145,14 @@ class Layout:
         return Factors(b.contiguous(), a.contiguous())
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B at this rank."""
+        """Return the shapes of peft's A and B for a weight with this shape."""
         if self.is_conv:
             return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
         *stack, out, inner = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         return (math.prod(stack) * rank, inner), (out, rank * math.prod(stack))
 
     def magnitude_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape in which peft stores DoRA's magnitudes [out] of a weight of this shape."""
+        """Return the shape in which peft stores DoRA's magnitudes [out] for a weight with this shape."""
         if self.is_conv:
             return (1, shape[0], *(1 for _ in shape[2:]))
         return (shape[-1 if self.transposed else -2],)
@@ -160,7 +160,7 @@ class Layout:
 
 LINEAR = Layout()
 CONV1D = Layout(transposed=True)
-"""transformers' Conv1D, a linear layer."""
+"""The layout for transformers' Conv1D, a linear layer with the weight [in, out]."""
 EMBEDDING = Layout(("lora_embedding_A", "lora_embedding_B"), transposed=True)
 CONV = Layout(is_conv=True)
 PARAMETER = Layout(is_parameter=True)
@@ -168,19 +168,23 @@ PARAMETER = Layout(is_parameter=True)
 _LAYOUTS: Mapping[type[nn.Module], Layout] = {
     nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
 }  # fmt: skip
-"""For torch's layers that peft adapts by the module's name."""
+"""Layouts of torch's layers that peft adapts by the module's name."""
 
 TOKENS = "token_adapter.trainable_tokens_delta"
-"""Last part of the key of trained rows: their values [count, in]."""
+"""Suffix of the key of trained rows. The tensor has their values [count, in]."""
 
 ENDS = (*LINEAR.keys, *EMBEDDING.keys)
-"""Last parts of the keys of factors."""
+"""Suffixes of the keys of factors."""
 
 
 def layout_of(module: nn.Module, axes: int) -> Layout | None:
-    """Return the layout in which peft adapts the `weight` of a module, which has this many axes; None if it does not.
+    """Return the layout in which peft adapts the `weight` of a module. None if peft cannot adapt it.
 
-    Grouped convolutions have none, because peft's delta of them mixes the groups.
+    Grouped convolutions have none, because peft's delta for them mixes the groups.
+
+    Args:
+        module: the module whose `weight` is adapted.
+        axes: number of axes of the weight.
     """
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1:
         return None
@@ -191,7 +195,10 @@ def layout_of(module: nn.Module, axes: int) -> Layout | None:
 
 
 def parameter_layout(module: nn.Module, axes: int) -> Layout:
-    """Return the layout of a module's own parameter. Stacked experts may be transposed (`is_transposed`)."""
+    """Return the layout of one of peft's `target_parameters`, with this number of axes, in a module.
+
+    Stacked experts are transposed if the module says so by `is_transposed`, as in transformers.
+    """
     return replace(PARAMETER, transposed=axes == 3 and bool(getattr(module, "is_transposed", False)))
 
 
@@ -200,9 +207,9 @@ class Target:
     """A parameter that peft adapts.
 
     Args:
-        path: of the module that holds it.
-        leaf: its name there.
-        layout: of its factors.
+        path: path of the module that holds it.
+        leaf: name of the parameter in that module.
+        layout: layout of its factors.
     """
 
     path: str
@@ -216,19 +223,19 @@ class Target:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is one of peft's `target_parameters`, and not the weight of a module that peft replaces."""
+        """Whether it is one of peft's `target_parameters`. Otherwise peft replaces the module that holds it."""
         return self.layout.is_parameter
 
     @property
     def pattern(self) -> str:
-        """The text that peft matches rank_pattern and alpha_pattern against."""
+        """The name that peft matches against rank_pattern and alpha_pattern."""
         return self.name if self.is_parameter else self.path
 
 
 def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[str, str, str]]:
-    """Return the keys of A, B and DoRA's magnitudes of each target, in one adapter for all targets.
+    """Return the keys of A, B and DoRA's magnitudes for each target, in one adapter for all targets.
 
-    peft wraps a module once for each of its `target_parameters`, innermost for the first one.
+    peft wraps a module once for each of its `target_parameters`. The innermost wrapper belongs to the first parameter.
     """
     targets = list(targets)
     wraps = wrap_counts(targets)
@@ -247,22 +254,22 @@ def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[s
 
 
 def wrap_counts(targets: Iterable[Target]) -> Counter[str]:
-    """Return how often peft wraps each module for its own parameters, by path."""
+    """Return how often peft wraps each module because of `target_parameters`, by path."""
     return Counter(target.path for target in targets if target.is_parameter)
 
 
 def key_path(path: str, wraps: Mapping[str, int]) -> str:
-    """Return a module's path after peft has wrapped the modules above it as often as `wraps` says."""
+    """Return a module's path after peft has wrapped each of its parents `wraps[parent]` times."""
     names = path.split(".")
-    above = (".".join(names[:count]) for count in range(1, len(names)))
-    parts = ([name, *["base_layer"] * wraps.get(outer, 0)] for name, outer in zip(names, above, strict=False))
+    parents = (".".join(names[:count]) for count in range(1, len(names)))
+    parts = ([name, *["base_layer"] * wraps.get(parent, 0)] for name, parent in zip(names, parents, strict=False))
     return ".".join([*chain.from_iterable(parts), names[-1]])
 
 
 def token_rows(indices: Any, model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the rows that `trainable_token_indices` trains, by the path of a module, as peft finds it.
+    """Return the rows that `trainable_token_indices` trains, by module path. Modules are found as in peft.
 
-    A list is that of the input embedding.
+    A list means rows of the input embedding.
     """
     modules = dict(model.named_modules())
     if indices and not isinstance(indices, Mapping):
@@ -273,13 +280,13 @@ def token_rows(indices: Any, model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def ties_heads(model: nn.Module) -> bool:
-    """Whether peft gives a head that is tied to the input embedding the trained rows of that."""
+    """Return whether the trained rows of the input embedding are also the rows of a tied head in peft."""
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def lora_spec(
     pairs: Mapping[str, tuple[int, float]],
-    usual: tuple[int, float],
+    default: tuple[int, float],
     train: Iterable[str],
     tokens: Mapping[str, Sequence[int]],
     **options: Any,
@@ -287,10 +294,10 @@ def lora_spec(
     """Return a spec that adapts these weights and trains these parameters in full.
 
     Args:
-        pairs: rank and lora_alpha by the weight's name.
-        usual: rank and lora_alpha without a rule.
-        train: names of parameters.
-        tokens: rows that are trained by the weight's name.
+        pairs: rank and lora_alpha by weight name.
+        default: rank and lora_alpha of the spec. Weights with other values get a rule.
+        train: names of the parameters that are trained in full.
+        tokens: trained rows by weight name.
         options: other fields of the spec.
     """
     return CascadeSpec(
@@ -301,11 +308,11 @@ def lora_spec(
             *(
                 Rule(glob.escape(name), rank, float(alpha))
                 for name, (rank, alpha) in pairs.items()
-                if (rank, alpha) != usual
+                if (rank, alpha) != default
             ),
         ),
-        rank=usual[0],
-        lora_alpha=float(usual[1]),
+        rank=default[0],
+        lora_alpha=float(default[1]),
         **options,
     )
 
@@ -314,13 +321,13 @@ Value = TypeVar("Value")
 
 
 def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
-    """Return the value of the first pattern that matches a module or parameter of this name, as peft matches it."""
+    """Return the value of the first pattern that matches a name by peft's rule, or `otherwise`."""
     matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
     return next(matching, otherwise)
 
 
 def rows_with(weight: torch.Tensor, pair: Factors, transposed: bool) -> torch.Tensor:
-    """Return a weight with the delta of a pair, in fp64 on the host, as rows [out, in]: a view of a new tensor."""
+    """Return a weight plus the delta of a pair, as a new fp64 tensor [out, in] on the CPU."""
     values = dense(weight.detach()).cpu().double()
     total = values + (pair.b.double() @ pair.a.double()).view_as(values)
     return total.mT if transposed else total.flatten(1)

@@ -1,4 +1,4 @@
-"""A run, or an adapter of peft, as one low-rank pair for each weight: what a graph takes as inputs."""
+"""Converts a run or an adapter of peft to one low-rank pair per weight, which a graph can take as inputs."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from lorasc_fx.plan import Plan, Site
 from lorasc_fx.state import Part
 from lorasc_fx.util.fingerprint import fingerprint
 
-_IN_FULL = "trained in full, not as factors; adapt it by a branch (targets=...), or leave it out of train"
+_TRAINED_IN_FULL = "it was trained in full; adapt it with factors (targets=...), or remove it from train=..."
 _SCALES_ROWS = "its rows are scaled (DoRA), which factors cannot express"
-_BUFFER = "a buffer with other values than in the model; run the training in eval mode, or give the trained model"
+_BUFFER = "the training has changed this buffer; train in eval mode, or give the trained model"
 
 
 @dataclass(frozen=True)
 class LowRankAdapter:
-    """The total change of a model's weights against W0, as one pair of factors for each weight that has changed.
+    """The total change of a model's weights relative to W0, as one pair of factors for each changed weight.
 
     Args:
-        name: what it is and where it comes from, for messages.
-        pairs: factors by weight name, in fp64 on the host: `b @ a` is added to the weight as stored, and the scale is
-            folded into `b`.
-        base: fingerprints of the base by parameter name. An adapter of peft has none.
-        moved: names of what is not part of the base: buffers, and parameters that forward writes.
-        plan: of the run; None for an adapter of peft.
-        dtypes: of the branches of the run, by weight name.
+        name: name of the source in messages, with its path.
+        pairs: factors by weight name, in fp64 on the CPU. `b @ a` is added to the weight in its stored orientation. The
+            scale is folded into `b`.
+        base: fingerprints of the base by parameter name. Empty for an adapter of peft.
+        moved: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        plan: the plan of the run. None for an adapter of peft.
+        dtypes: dtypes of the branches of the run, by weight name.
     """
 
     name: str
@@ -52,10 +52,11 @@ class LowRankAdapter:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def tensors(self, site: Site, max_rank: int) -> tuple[dict[str, torch.Tensor], CutOff]:
-        """Return the parameters of a LoRA branch of a site that has this delta, in fp64, and what `max_rank` cost.
+        """Return the parameters of a LoRA branch with this delta for a site, in fp64, and the error of `max_rank`.
 
-        They are padded with zeros to `max_rank`, and the scale is 1. A pair of a higher rank is replaced by the nearest
-        one, in each slice of a fused weight. Without a change of the weight all factors are zero.
+        The factors are padded with zeros to `max_rank`, and the scale is 1. A pair of a higher rank is replaced by the
+        nearest pair of this rank, separately for each slice of a fused weight. If the weight has not changed, all
+        factors are zero.
         """
         pair = self.pairs.get(site.weight)
         if pair is None:
@@ -66,10 +67,11 @@ class LowRankAdapter:
         parts = [Factors(up, down)]
         if site.slices:
             parts = [_used(Factors(rows, down)) for rows in up.split(site.slices)]
-        cut = [compressed(part, max_rank) for part in parts]
-        fitted = [padded(part, max_rank) for part, _ in cut]
-        error, norm = (math.hypot(*(getattr(each, name) for _, each in cut)) for name in ("error", "norm"))
-        before, after = (max(getattr(each, name) for _, each in cut) for name in ("before", "after"))
+        reduced = [compressed(part, max_rank) for part in parts]
+        fitted = [padded(part, max_rank) for part, _ in reduced]
+        cuts = [cut for _, cut in reduced]
+        error, norm = math.hypot(*(cut.error for cut in cuts)), math.hypot(*(cut.norm for cut in cuts))
+        before, after = max(cut.before for cut in cuts), max(cut.after for cut in cuts)
         factors = {
             "lora_A": torch.cat([part.a for part in fitted], -2),
             "lora_B": torch.cat([part.b for part in fitted], -2),
@@ -77,17 +79,17 @@ class LowRankAdapter:
         return {**factors, "scale": torch.ones(()).double()}, CutOff(before, after, error, norm)
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
-        """Refuse a model with other weights than the base of this adapter. An adapter of peft is not compared.
+        """Check that a model has the weights of this adapter's base. An adapter of peft is not checked.
 
         Args:
             digests: fingerprints of the model's parameters by name (`util.fingerprint.fingerprints`).
-            call: for the message.
+            call: name of the user's call, for the message.
 
         Raises:
-            CheckpointError: names the parameters that differ.
+            CheckpointError: some parameters differ. The message names them.
         """
         if self.base:
-            advice = "give a run, or an adapter, of this base"
+            advice = "give a run or an adapter of this base"
             check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
 
 
@@ -98,49 +100,55 @@ def low_rank_pairs(
     name: str = "the run",
     call: str = "low_rank_pairs",
 ) -> LowRankAdapter:
-    """Return the total change of a run against W0 as one pair of factors for each weight.
+    """Return the total change of a run relative to W0, as one pair of factors for each weight.
 
-    All stages become one pair; a running stage that has trained counts as ended, as in `release`. The source and the
-    model are only read.
+    All stages become one pair. A running stage that has trained counts as ended, as in `release`. The source and the
+    model are not changed.
 
     Args:
-        source: a cascade, a checkpoint folder (also that of a run of the command line), or the folder of a LoRA
-            adapter of peft.
-        model: the base, not adapted. Needed for an adapter of peft, and for a checkpoint in the middle of a stage.
-            With it, buffers are compared too.
-        name: of the source, for messages.
-        call: for messages.
+        source: a cascade, a checkpoint folder, a run folder of `lorasc-fx train`, or the folder of a LoRA adapter of
+            peft.
+        model: the base, not adapted. Required for an adapter of peft, and for a checkpoint in the middle of a stage. If
+            it is given, buffers are compared too.
+        name: name of the source, for messages.
+        call: name of the user's call, for messages.
 
     Raises:
-        SpecError: factors cannot express the change of some weights (DoRA, kept noise, parameters trained in full);
-            names all of them. Or an adapter of peft came without a model.
-        StateError: a checkpoint in the middle of a stage came without a model.
+        SpecError: factors cannot express the change of some weights (DoRA, kept noise, parameters trained in full). The
+            message names them all. Or the model is missing for an adapter of peft.
+        StateError: the model is missing for a checkpoint in the middle of a stage.
         CheckpointError: there is no checkpoint, it is damaged, or the adapter is not for this model.
         NonFiniteBranch: a running branch holds inf or nan.
     """
     tensors = {} if model is None else {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if not isinstance(source, Cascade) and isinstance(source, (str, PathLike)) and (Path(source) / CONFIG).is_file():
         if model is None:
-            raise SpecError(f"{call}: {name}, {source}, is an adapter of peft, which fits a model; give the model too")
+            raise SpecError(
+                f"{call}: {name}, {source}, is an adapter of peft. Give the model that it was trained on too"
+            )
         change = _change_of_peft(path_of(source), model)
         adapter = LowRankAdapter(f"{name}, {source}", change.pairs, {})
     else:
-        given = GivenRun(source._run if isinstance(source, Cascade) else source, name, call)
-        part = given.part(tensors)
-        change = _change_of_run(given, part, tensors)
-        dtypes = branch_dtypes(given.run)
-        adapter = LowRankAdapter(given.name, change.pairs, given.base, given.moved, given.plan, dtypes)
+        source_run = GivenRun(source._run if isinstance(source, Cascade) else source, name, call)
+        part = source_run.part(tensors)
+        change = _change_of_run(source_run, part, tensors)
+        dtypes = branch_dtypes(source_run.run)
+        adapter = LowRankAdapter(
+            source_run.name, change.pairs, source_run.base, source_run.moved, source_run.plan, dtypes
+        )
     if change.refused:
         by_reason: dict[str, list[str]] = {}
         for weight, reason in change.refused.items():
             by_reason.setdefault(reason, []).append(weight)
         lines = "".join(f"\n  {named(weights)}: {reason}" for reason, weights in by_reason.items())
-        raise SpecError(f"{call}: {adapter.name}, is more than factors:{lines}", code="method-not-supported")
+        raise SpecError(
+            f"{call}: factors cannot express all changes of {adapter.name}:{lines}", code="method-not-supported"
+        )
     return adapter
 
 
 def _used(pair: Factors) -> Factors:
-    """Return a pair without the columns of b that are zero, but with one column at least."""
+    """Drop the columns of b that are zero, and the matching rows of a. Keep at least one."""
     used = pair.b.any(0)
     used[:1] = True
     return Factors(pair.b[:, used], pair.a[used])
@@ -154,15 +162,15 @@ def branch_dtypes(run: Run | Checkpoint) -> dict[str, torch.dtype]:
     return {weight: run.tensors[f"branch/{weight}/{name}"].dtype for weight, name in names.items()}
 
 
-def _change_of_run(given: GivenRun, part: Part, tensors: Mapping[str, torch.Tensor]) -> Change:
-    """Return the pairs of a run, and what is more than a pair as `refused`."""
+def _change_of_run(source_run: GivenRun, part: Part, tensors: Mapping[str, torch.Tensor]) -> Change:
+    """Return the pairs of a run. Changes that a pair cannot express are in `refused`."""
     change = Change()
     for name, state in part.slow.states.items():
         if state.full:
             value = state.slow.dense
             assert value is not None
-            if fingerprint(value.to(state.base.dtype)) != given.base.get(name):
-                change.refused[name] = _IN_FULL
+            if fingerprint(value.to(state.base.dtype)) != source_run.base.get(name):
+                change.refused[name] = _TRAINED_IN_FULL
         elif state.noises:
             change.refused[name] = KEEPS_NOISE
         elif state.scale() is not None:
@@ -176,7 +184,7 @@ def _change_of_run(given: GivenRun, part: Part, tensors: Mapping[str, torch.Tens
 
 
 def _change_of_peft(folder: Path, model: nn.Module) -> Change:
-    """Return the pairs of an adapter of peft, and what is more than a pair as `refused`."""
+    """Return the pairs of an adapter of peft. Changes that a pair cannot express are in `refused`."""
     adapter, change = read_adapter(folder, model), Change()
     canonical, tensors = named_weights(model).canonical, model.state_dict(keep_vars=True)
     for name, pair in adapter.by_weight(model).items():
@@ -184,7 +192,7 @@ def _change_of_peft(folder: Path, model: nn.Module) -> Change:
             change.refused[canonical[name]] = _SCALES_ROWS
         else:
             change.pairs[canonical[name]] = Factors(pair.expert.b.double().cpu(), pair.expert.a.double().cpu())
-    for name, value in adapter.whole.items():
+    for name, value in adapter.full.items():
         if not torch.equal(value.to(tensors[name]), tensors[name]):
-            change.refused[name] = _IN_FULL
+            change.refused[name] = _TRAINED_IN_FULL
     return change

@@ -1,7 +1,7 @@
-"""Read and check a LoRA or DoRA adapter that peft saved.
+"""Reads and checks a LoRA or DoRA adapter that peft saved.
 
-The header of the safetensors file is compared with the model before a tensor is read. So no file makes us allocate more
-memory than the shapes of the model need.
+The header of the safetensors file is checked against the model before a tensor is read. A damaged file therefore cannot
+cause an allocation that is larger than the shapes of the model justify.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Expert, scaled
 from lorasc_fx.util.decode import decode
 
-LONGEST = 1 << 24
-"""Largest number of bytes of a configuration; large models have a few hundred thousand."""
+MAX_CONFIG_BYTES = 1 << 24
+"""Largest accepted configuration. Configurations of large models have a few hundred thousand bytes."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Accepted values of `init_lora_weights`. Others change the base weights, or need another layer."""
+"""Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
 _HEADS = ("classifier", "score", "qa_outputs")
-"""What peft adds to modules_to_save for some tasks, whether the model has it or not."""
+"""Names that peft adds to modules_to_save for some tasks, even if the model has no such module."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The factors of one target.
+    """The change that an adapter makes to one target.
 
     Args:
-        target: that they adapt.
-        rank, lora_alpha: as in the configuration.
-        expert: with the scale folded into `b`.
-        tokens: rows that were trained, in place of factors.
+        target: the adapted parameter.
+        rank, lora_alpha: its values in the configuration.
+        expert: the change as an expert, with the scale folded into `b`.
+        tokens: indices of the trained rows, if the adapter trained rows instead of factors.
     """
 
     target: Target
@@ -78,26 +78,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits a model.
+    """An adapter whose tensors have the shapes of a model.
 
     Args:
-        folder: of the adapter.
-        config: of the adapter.
-        pairs: by the name of the weight.
-        whole: values of parameters and buffers that were trained in full, by name.
+        folder: the folder of the adapter.
+        config: its configuration.
+        pairs: the adapted weights, by parameter name.
+        full: values of parameters and buffers that were trained in full, by name.
     """
 
     folder: Path
     config: AdapterConfig
     pairs: Mapping[str, Pair]
-    whole: Mapping[str, torch.Tensor]
+    full: Mapping[str, torch.Tensor]
 
     def by_weight(self, model: nn.Module, untie: Iterable[str] = ()) -> dict[str, Pair]:
-        """Return one pair of factors for each weight, by the first of its tied names.
+        """Return one pair for each weight, under the first of its tied names.
 
         Args:
-            model: that the adapter fits.
-            untie: patterns of names that become weights of their own.
+            model: the model that the adapter was read for.
+            untie: patterns of names that become separate weights.
 
         Raises:
             CheckpointError: the adapter changes only one name of a tied weight, or each name differently.
@@ -105,50 +105,50 @@ class Adapter:
         pairs = {}
         groups: list[list[str]] = []
         for names in named_weights(model).names.values():
-            apart = [name for name in names if any(matches(pattern, (name,)) for pattern in untie)]
-            rest = [name for name in names if name not in apart]
-            groups += [[name] for name in apart] + ([rest] if rest else [])
+            untied = [name for name in names if any(matches(pattern, (name,)) for pattern in untie)]
+            tied = [name for name in names if name not in untied]
+            groups += [[name] for name in untied] + ([tied] if tied else [])
         for group in groups:
-            found = [self.pairs[name] for name in group if name in self.pairs]
-            if not found:
+            changes = [self.pairs[name] for name in group if name in self.pairs]
+            if not changes:
                 continue
-            if len(found) < len(group) or any(not _same(found[0], pair) for pair in found[1:]):
+            if len(changes) < len(group) or any(not _equal(changes[0], pair) for pair in changes[1:]):
                 raise CheckpointError(
-                    f"{self.folder}: {' and '.join(group)} are one weight, and the adapter changes "
-                    f"{' and '.join(pair.target.name for pair in found)}, each by itself; untie them: spec with "
-                    f"untie=({group[-1]!r},)",
+                    f"{self.folder}: {' and '.join(group)} are names of one tied weight, but the adapter changes "
+                    f"{' and '.join(pair.target.name for pair in changes)} separately. Untie them: "
+                    f"CascadeSpec(untie=({group[-1]!r},))",
                     code="tied-weights-differ",
                 )
-            pairs[group[0]] = found[0]
+            pairs[group[0]] = changes[0]
         return pairs
 
 
-def _same(one: Pair, other: Pair) -> bool:
-    """Whether two pairs are equal."""
-    ours, theirs = ((pair.expert.b, pair.expert.a, pair.expert.row_scale) for pair in (one, other))
+def _equal(pair: Pair, other: Pair) -> bool:
+    """Return whether two pairs have equal tensors."""
+    tensors, others = ((item.expert.b, item.expert.a, item.expert.row_scale) for item in (pair, other))
     return all(
-        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(tensors, others, strict=True)
     )
 
 
 def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
-    """Return a spec with the targets, ranks, scales and dropout of an adapter, which trains what the adapter trained.
+    """Return a spec that trains the same parameters as an adapter, with its ranks, scales and dropout.
 
-    Use `dataclasses.replace` to give it another pace or noise.
+    Use `dataclasses.replace` to change the pace, the noise or other options.
 
     Raises:
-        CheckpointError: as `from_peft` does.
+        CheckpointError: the adapter is damaged, not a LoRA, or for another model.
     """
     return spec_of(read_adapter(path_of(folder), model), model)
 
 
 def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
-    """Return a spec with the targets, ranks, scales and dropout of an adapter."""
+    """Return a spec that trains the same parameters as an adapter, with its ranks, scales and dropout."""
     config, canonical = adapter.config, named_weights(model).canonical
     return lora_spec(
         {name: (pair.rank, pair.lora_alpha) for name, pair in adapter.pairs.items() if not pair.tokens},
         (config.r, float(config.lora_alpha)),
-        (canonical[name] for name in adapter.whole if name in canonical),
+        (canonical[name] for name in adapter.full if name in canonical),
         {canonical[name]: pair.tokens for name, pair in adapter.pairs.items() if pair.tokens},
         use_rslora=config.use_rslora,
         adapter="dora" if config.use_dora else "lora",
@@ -157,19 +157,19 @@ def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:
-    """Read an adapter folder and compare it with a model.
+    """Read the folder of an adapter and check that it fits a model.
 
     Raises:
-        CheckpointError: it is damaged, not a LoRA, or for another model; names file and tensor.
+        CheckpointError: the adapter is damaged, not a LoRA, or for another model. The message names file and tensor.
     """
     with refusing(folder / CONFIG, _ADVICE, code="invalid-adapter"):
-        config = _config(parsed(plain_bytes(folder / CONFIG, LONGEST, links=True)))
+        config = _config(parsed(plain_bytes(folder / CONFIG, MAX_CONFIG_BYTES, links=True)))
     path = folder / TENSORS
-    # RuntimeError: a dtype that torch does not have.
+    # safetensors raises RuntimeError for a dtype that torch lacks.
     with refusing(path, _ADVICE, code="invalid-adapter", also=(RuntimeError,)):
         if not path.is_file():
             others = sorted(file.name for file in folder.glob("adapter_model.*"))
-            hint = f"; {others[0]} is a pickle, which can run code: save it again as safetensors" if others else ""
+            hint = f"; {others[0]} is a pickle, which can run code: convert it to safetensors" if others else ""
             raise CheckpointError(f"does not exist{hint}", code="unreadable-file")
         with safe_open(path, framework="pt") as handle:
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
@@ -181,35 +181,38 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
             }
             pairs |= reader.tokens(handle.get_tensor)
             values = {name: handle.get_tensor(key) for key, name in trained.items()}
+            # The copies show whether the adapter was trained on this base.
             for key, name in copies.items():
                 weight, value = dense(reader.tensors[name].detach()), handle.get_tensor(key)
                 if not torch.equal(value.to(weight.device, weight.dtype), weight):
                     raise CheckpointError(
-                        f"{key!r} differs from the model: the adapter is for another base", code="base-differs"
+                        f"{key!r} differs from the model, so the adapter was trained on another base",
+                        code="base-differs",
                     )
     return Adapter(folder, config, pairs, values)
 
 
 def _config(data: object) -> AdapterConfig:
-    """Check a configuration.
+    """Check and decode the configuration of an adapter.
 
     Raises:
-        ValueError, CheckpointError: it is damaged, or not for a LoRA; says what and why.
+        ValueError: it is damaged.
+        CheckpointError: it is not for a LoRA, or uses an unsupported option.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"is a {type(data).__name__}, not a table")
+        raise ValueError(f"is a {type(data).__name__}, not a JSON object")
     known_keys, unsupported = {*IGNORED, *READ, *UNSUPPORTED}, "adapter-not-supported"
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"peft_type is {data.get('peft_type')!r}, and only adapters of type LORA are factors", code=unsupported
+            f"peft_type is {data.get('peft_type')!r}, but only adapters of type LORA can be read", code=unsupported
         )
     for key, value in data.items():
         if value and key in UNSUPPORTED:
             raise CheckpointError(f"{key} is {sanitized(value)}: {UNSUPPORTED[key]}", code=unsupported)
         if value and key not in known_keys:
             raise CheckpointError(
-                f"{key!r} is {sanitized(value)}, an unknown key, which may change what the adapter computes"
-                f"{nearest(key, known_keys)}",
+                f"{key!r} is an unknown key with the value {sanitized(value)}, which may change what the adapter "
+                f"computes{nearest(key, known_keys)}",
                 code=unsupported,
             )
     start = data.get("init_lora_weights", True)
@@ -223,7 +226,7 @@ def _config(data: object) -> AdapterConfig:
 
 
 class _Reader:
-    """Compares the keys of a file with the keys that peft writes for a model. Errors do not name the file."""
+    """Matches the keys of an adapter file with the parameters of a model. The caller adds the path to its errors."""
 
     def __init__(self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.config, self.shapes = config, shapes
@@ -244,7 +247,7 @@ class _Reader:
         }
 
     def _targets(self, path: str, module: nn.Module) -> list[Target]:
-        """Return what peft may adapt of a module's own parameters, with this configuration."""
+        """Return the parameters of a module that peft may adapt with this configuration."""
         parameters = dict(module.named_parameters(recurse=False))
         ends = tuple(f".{name}" for name in self.config.target_parameters or ())
         named = [leaf for leaf in parameters if f".{path}.{leaf}".endswith(ends)]
@@ -255,11 +258,14 @@ class _Reader:
         return [Target(path, "weight", layout)] if layout is not None else []
 
     def sorted(self) -> tuple[dict[Target, dict[int, str]], dict[str, str], dict[str, str]]:
-        """Return the keys of the factors by target and place, and the names of the other tensors by key: of those
-        trained in full, and of copies of base weights.
+        """Sort the keys of the file by their meaning, and check their shapes.
+
+        Returns:
+            The keys of A, B and the magnitudes (0, 1 and 2) of each target. Then, by key, the names of the tensors that
+            were trained in full, and the names of tensors that are copies of the base.
         """
         factors: dict[Target, dict[int, str]] = {}
-        whole: dict[str, str] = {}
+        full: dict[str, str] = {}
         copies: dict[str, str] = {}
         for key, shape in self.shapes.items():
             if key in self.token_keys:
@@ -275,16 +281,16 @@ class _Reader:
                 raise self._unknown(key)
             expected = tuple(self.tensors[name].shape)
             if shape != expected:
-                raise _does_not_fit(f"{key!r} is {list(shape)}, and {name} of the model is {list(expected)}")
+                raise _does_not_fit(f"{key!r} is {list(shape)}, but {name} of the model is {list(expected)}")
             is_bias = self.config.bias != "none" and name.endswith("bias")
             in_saved = any(name.startswith(f"{module}.") for module in self.saved)
-            (whole if is_bias or in_saved else copies)[key] = name
+            (full if is_bias or in_saved else copies)[key] = name
         for target, keys in factors.items():
             self._check(target, keys)
         if not factors and not self.token_keys:
-            raise ValueError("holds no factors")
-        self._check_saved(set(whole.values()))
-        return factors, whole, copies
+            raise ValueError("has no LoRA factors")
+        self._check_saved(set(full.values()))
+        return factors, full, copies
 
     def pair(self, target: Target, tensors: list[torch.Tensor]) -> Pair:
         """Return the expert of a target from A, B and, for DoRA, the magnitudes."""
@@ -313,23 +319,24 @@ class _Reader:
         return Pair(target, rank, alpha, Expert(pair.b.to(width), pair.a.to(width), row_scale=row_scale))
 
     def tokens(self, read: Callable[[str], torch.Tensor]) -> dict[str, Pair]:
-        """Return the experts of trained rows: the values less those of the base."""
+        """Return the experts of trained rows. Their delta is the difference between the trained and the base rows."""
         pairs = {}
         for key, (path, rows) in self.token_keys.items():
             layout, weight = layout_of(self.modules[path], 2), self.parameters.get(f"{path}.weight")
             if weight is None or layout not in (LINEAR, EMBEDDING):
-                raise _does_not_fit(f"trainable_token_indices: {path} is no embedding and no linear layer")
+                raise _does_not_fit(f"trainable_token_indices: {path} is neither an embedding nor a linear layer")
             if key not in self.shapes:
-                raise ValueError(f"has no {key!r}, whose rows were trained according to trainable_token_indices")
+                raise ValueError(f"has no {key!r}, but trainable_token_indices says that these rows were trained")
             if max(rows, default=0) >= len(weight) or self.shapes[key] != (len(rows), weight.shape[1]):
                 raise _does_not_fit(
-                    f"{key!r} is {list(self.shapes[key])}, for the rows {sanitized(list(rows))} of {path}.weight, "
-                    f"which is {list(weight.shape)}"
+                    f"{key!r} is {list(self.shapes[key])}, which does not fit the rows {sanitized(list(rows))} of "
+                    f"{path}.weight {list(weight.shape)}"
                 )
             values, base = read(key), dense(weight.detach())
             width = torch.float64 if torch.float64 in (values.dtype, base.dtype) else torch.float32
             if not (values.is_floating_point() and bool(torch.isfinite(values).all())):
-                raise CheckpointError(f"{key!r} holds inf or nan, or integers", code="non-finite")
+                raise CheckpointError(f"{key!r} holds inf, nan or integers", code="non-finite")
+            # b [rows of the weight, count] selects the trained rows, so that b @ a is their change.
             b = torch.zeros(len(base), len(rows), dtype=width)
             b[list(rows), range(len(rows))] = 1
             expert = Expert(b, values.to(width) - base[list(rows)].cpu().to(width))
@@ -341,12 +348,12 @@ class _Reader:
     def _unknown(self, key: str) -> Exception:
         """Return the error for a key that peft does not write for this model."""
         if not key.startswith(PREFIX):
-            return ValueError(f"{key!r} does not start with {PREFIX!r}, as keys of peft do")
+            return ValueError(f"{key!r} does not start with {PREFIX!r}, as all keys of peft do")
         name = key.removeprefix(PREFIX)
         end = next((end for end in ENDS if name.endswith(f".{end}")), None)
         if end is None:
-            of_dora = "DoRA's magnitudes of something that is not adapted with adapter='dora'"
-            meaning = of_dora if "lora_magnitude_vector" in name else "neither in the model nor a factor"
+            magnitudes = "a DoRA magnitude, but its module is not adapted with use_dora"
+            meaning = magnitudes if "lora_magnitude_vector" in name else "neither a tensor of the model nor a factor"
             return _does_not_fit(f"{key!r} is {meaning}{nearest(name, self.tensors)}")
         path = _unwrapped(name.removesuffix(f".{end}"))
         module, parent = self.modules.get(path), self.modules.get(path.rpartition(".")[0])
@@ -354,50 +361,50 @@ class _Reader:
             return _does_not_fit(f"{key!r}: the model has no module {path}{nearest(path, self.modules)}")
         if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
             return CheckpointError(
-                f"{key!r} adapts a complete nn.MultiheadAttention, whose change of out_proj peft itself merges twice. "
-                "Train its parameters with target_parameters",
+                f"{key!r} adapts a complete nn.MultiheadAttention, where peft merges the change of out_proj twice. "
+                "Train its parameters with target_parameters instead",
                 code="adapter-not-supported",
             )
         if any(target.path == path for target in self.targets):
-            return ValueError(f"{key!r} is not a key that peft uses for a pair of {path}")
+            return ValueError(f"{key!r} is not a key that peft uses for the factors of {path}")
         grouped = (
-            ", and the change of a grouped convolution mixes the groups" if getattr(module, "groups", 1) > 1 else ""
+            " (peft's change of a grouped convolution mixes the groups)" if getattr(module, "groups", 1) > 1 else ""
         )
-        return _does_not_fit(f"{key!r}: {path} is a {type(module).__name__}, which cannot hold this adapter{grouped}")
+        return _does_not_fit(f"{key!r}: {path} is a {type(module).__name__}, which cannot have this adapter{grouped}")
 
     def _check(self, target: Target, keys: Mapping[int, str]) -> None:
         """Check the number, rank and shapes of the factors of a target."""
         if len(keys) != (3 if self.config.use_dora else 2):
             parts = "two factors and DoRA's magnitudes" if self.config.use_dora else "two factors"
-            raise ValueError(f"{target.path} has {' and '.join(map(repr, keys.values()))}, not {parts}")
+            raise ValueError(f"{target.path} has only {' and '.join(map(repr, keys.values()))}, but needs {parts}")
         shape = tuple(self.parameters[target.name].shape)
         rank = self.config.rank_of(target.pattern)
         if target.is_parameter and len(shape) not in (2, 3):
             raise CheckpointError(
-                f"{keys[0]!r}: {target.name} has {len(shape)} axes, and peft adapts 2 or 3",
+                f"{keys[0]!r}: {target.name} has {len(shape)} axes, but peft adapts only parameters with 2 or 3",
                 code="adapter-not-supported",
             )
         if rank > max(shape[0], math.prod(shape[1:]), RANKS[-1]):
-            raise _does_not_fit(f"{target.name} is {list(shape)}, and rank {rank} is more than it can use")
+            raise _does_not_fit(f"rank {rank} is larger than {target.name} {list(shape)} can use")
         shapes = (*target.layout.shapes(shape, rank), target.layout.magnitude_shape(shape))
         for index, key in keys.items():
             if self.shapes[key] != shapes[index]:
                 raise _does_not_fit(
-                    f"{key!r} is {list(self.shapes[key])}, but for {target.name} {list(shape)} at rank {rank} of the "
-                    f"configuration it must be {list(shapes[index])}"
+                    f"{key!r} is {list(self.shapes[key])}. It must be {list(shapes[index])} for {target.name} "
+                    f"{list(shape)} and the rank {rank} of the configuration"
                 )
 
     def _check_saved(self, names: set[str]) -> None:
-        """Refuse an adapter that lacks what its configuration says it trained in full."""
+        """Raise if the file lacks a parameter that was trained in full according to modules_to_save."""
         for end in self.config.modules_to_save or ():
             modules = [path for path in self.saved if path.endswith(end)]
             if not modules and end not in _HEADS:
                 raise _does_not_fit(f"modules_to_save: the model has no module {end}{nearest(end, self.modules)}")
             for path in modules:
-                wanted = [name for name in self.parameters if name.startswith(f"{path}.")]
-                lacking = next((name for name in wanted if name not in names), None)
-                if lacking is not None:
-                    raise ValueError(f"has no {lacking}, which was trained according to modules_to_save")
+                expected = [name for name in self.parameters if name.startswith(f"{path}.")]
+                missing = next((name for name in expected if name not in names), None)
+                if missing is not None:
+                    raise ValueError(f"has no {missing}, but modules_to_save says that it was trained in full")
 
 
 def _does_not_fit(problem: str) -> CheckpointError:
@@ -405,5 +412,5 @@ def _does_not_fit(problem: str) -> CheckpointError:
 
 
 def _unwrapped(name: str) -> str:
-    """Return a name without what peft adds for modules that it has wrapped."""
+    """Remove the parts `base_layer`, which peft adds for wrapped modules, from a name."""
     return ".".join(part for part in name.split(".") if part != "base_layer")

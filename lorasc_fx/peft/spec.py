@@ -1,6 +1,6 @@
-"""Turns a configuration of peft into a spec. peft itself finds the modules. Unsupported options are one error.
+"""Converts a configuration of peft to a spec. peft's own functions match the modules.
 
-Source: peft 0.21, `tuners/*/config.py`, `tuners/tuners_utils.py`.
+All unsupported options are reported in one error. Source: peft 0.21, `tuners/*/config.py`, `tuners/tuners_utils.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """How a configuration of peft is written as a spec.
+    """How the fields of one of peft's configurations map to a spec.
 
     Args:
-        adapter: name of the method.
-        size: field that is the rank.
-        alpha: field that is lora_alpha; "" for a method without a scale.
-        options: option of the method by field.
-        free: further fields that do not change the method (initial values are drawn by our own keys).
+        adapter: name of the adapter method in the spec.
+        size: the field with the rank.
+        alpha: the field with lora_alpha, or "" for a method without a scale.
+        options: the method's option in `adapter_options`, by field.
+        free: fields that are ignored, because they only affect the random initial values.
     """
 
     adapter: str
@@ -53,21 +53,22 @@ METHOD_CONFIGS = {
     "LOKR": MethodConfig("lokr", alpha="alpha", options={"decompose_factor": "decompose_factor"}),
     "DELORA": MethodConfig("delora", options={"delora_lambda": "bound"}),
 }
-"""By the peft_type of a configuration; LoRA and DoRA have more options (`_lora_spec_of`)."""
+"""The mapping by peft_type. LoRA and DoRA have more options and are converted by `_lora_spec_of`."""
 
 _COMMON = {"modules_to_save", "bias", "rank_pattern"}
 
 
 def is_config(spec: Any) -> bool:
-    """Whether an object is a configuration of peft that `spec_of` reads."""
+    """Return whether an object is a configuration of peft that `spec_of` supports."""
     return getattr(spec, "peft_type", None) in ("LORA", "TRAINABLE_TOKENS", *METHOD_CONFIGS)
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
-    """Return the spec that adapts a model as a configuration of peft says. Other options have their defaults.
+    """Return a spec with the targets and options of a configuration of peft. The spec's other options are defaults.
 
     Raises:
-        SpecError: names all options without a counterpart. UnknownTarget: target_modules match no module.
+        SpecError: some options have no counterpart. The message lists them all.
+        UnknownTarget: target_modules match no module.
     """
     values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
     if config.peft_type == "LORA":
@@ -92,12 +93,12 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
 
 
 def _refused(config: Any, values: Mapping[str, Any], read: Collection[str]) -> list[str]:
-    """Return the options that differ from their defaults and are not read, with their values."""
-    usual = type(config)()
+    """Return the options that differ from their defaults but are not in `read`, as texts with their values."""
+    default = type(config)()
     return [
         f"{name}={value!r}" + (f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else "")
         for name, value in values.items()
-        if name not in read and (value or isinstance(value, bool)) and value != getattr(usual, name)
+        if name not in read and (value or isinstance(value, bool)) and value != getattr(default, name)
     ]
 
 
@@ -106,13 +107,13 @@ def _check(refused: list[str], values: Mapping[str, Any], config: Any) -> None:
         refused = [*refused, "target_modules=None (name the modules, or give 'all-linear')"]
     if refused:
         raise SpecError(
-            f"spec: a cascade does not support these options of the {type(config).__name__}: {'; '.join(refused)}",
+            f"spec: a cascade does not support these options of {type(config).__name__}: {'; '.join(refused)}",
             code="adapter-not-supported",
         )
 
 
 def _parts(config: Any, values: Mapping[str, Any], model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the parameters that are trained in full, and the weights that are adapted."""
+    """Return the names of the parameters that are trained in full, and of the weights that are adapted."""
     saved = _under(model, values["modules_to_save"] or ())
     targets = [path for path in _targets(config, model) if path not in saved]
     names = [f"{path}.weight" for path in targets]
@@ -135,7 +136,7 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
         loftq = dict(values["loftq_config"])
         refused = [option for option in refused if not option.startswith("loftq_config=")]
         if loftq.get("loftq_iter", 1) != 1:
-            refused.append(f"loftq_config={loftq!r} (the weights are quantized before adapt: one iteration)")
+            refused.append(f"loftq_config={loftq!r} (adapt gets quantized weights, so only loftq_iter=1 is possible)")
     if start is not True and (not isinstance(start, str) or start.partition("_niter_")[0] not in starts):
         refused.append(f"init_lora_weights={start!r} (give True, 'pissa', 'olora' or 'loftq')")
     _check(refused, values, config)
@@ -159,7 +160,7 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
 
 
 def _token_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> CascadeSpec:
-    """Return the spec of a `peft.TrainableTokensConfig`, by default for the input embedding."""
+    """Return the spec of a `peft.TrainableTokensConfig`. Without target_modules it is for the input embedding."""
     targets = values["target_modules"]
     _check(_refused(config, values, {*_UNUSED, "token_indices"}), {**values, "target_modules": targets or ()}, config)
     paths = token_rows(values["token_indices"], model) if targets is None else _targets(config, model)
@@ -169,8 +170,8 @@ def _token_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> 
 
 
 def _targets(config: Any, model: nn.Module) -> list[str]:
-    """Return the paths of the modules that target_modules match by peft's own rules, in the model's order."""
-    utils = sys.modules["peft.tuners.tuners_utils"]  # loaded, because the configuration is an object of peft
+    """Return the paths of the modules that match target_modules by peft's own rules, in the model's order."""
+    utils = sys.modules["peft.tuners.tuners_utils"]  # already imported, because the configuration is an object of peft
     config = copy.copy(config)
     utils._maybe_include_all_linear_layers(config, model)
     matrices = [
@@ -182,7 +183,7 @@ def _targets(config: Any, model: nn.Module) -> list[str]:
 
 
 def _under(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the paths of the modules whose paths end with these names, as in peft, and of all modules inside them."""
+    """Return the paths of modules with one of these suffixes (peft's rule), and of all modules inside them."""
     paths = [path for path, _ in model.named_modules()]
     tops = [path for path in paths if path.endswith(tuple(names))]
     return {path for path in paths if any(path == top or path.startswith(f"{top}.") for top in tops)}

@@ -1,12 +1,11 @@
-"""Finds out where peft can adapt each weight of a cascade, or why it cannot, and what it saves completely.
+"""Finds out where peft can adapt each weight of a cascade, or why it cannot, and which modules it saves completely.
 
-An adapter of peft replaces a module by a wrapper. Two things can go wrong without an error. Each is tried by running
-the model on its example:
+An adapter of peft wraps a module. The wrapped module can silently compute something else than the merged weight, for
+two reasons. Both are tested by running the model on its example:
 
-- The adapter computes when its module is called, but others read the weight without calling the module (`calls_of`).
-- The module is not a plain layer of torch, so that the adapter is another function than the merged weight. Examples are
-  a convolution with a dilation or another padding mode, or an embedding that does more than look up (`fault_of`, in
-  fp64 on a recorded call).
+- Another module reads the weight without calling the module that holds it, and so bypasses the adapter (`calls_of`).
+- The module is not a plain layer of torch, so that peft's adapter computes another function. Examples are a convolution
+  with a dilation or a padding mode, or an embedding with extra operations (`fault_of`, in fp64 on a recorded call).
 
 Parameters trained in full are saved with their modules (`modules_to_save`), or are biases of adapted modules.
 """
@@ -50,9 +49,10 @@ from lorasc_fx.signature import copy_inputs
 def targets_of(
     model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
-    """Return what peft adapts for each site's weight (several modules for a tied one), and for the others the reason.
+    """Return peft's targets for the weight of each site, and the reason for each weight that peft cannot adapt.
 
-    The model runs on the arguments, without side effects, and each module of interest once more in fp64.
+    A tied weight has several targets. The model runs once on the arguments, without side effects. Each module that peft
+    would wrap also runs in fp64.
     """
     sites = list(sites)
     finder = _Finder(model, calls_of(model, [site.weight for site in sites], args, kwargs))
@@ -74,15 +74,22 @@ def targets_of(
 
 
 class _Finder:
-    """Finds the targets of sites, from a model's modules and a recorded run."""
+    """Finds the targets of sites, from the modules of a model and a recorded run.
+
+    Attributes:
+        modules: modules by their first path.
+        paths: all paths of a module, by its id.
+        holders: the path of the module and the parameter's name in it, for each place that holds a weight.
+        encoders: paths of modules in which torch may run a fused implementation.
+    """
 
     def __init__(self, model: nn.Module, calls: Calls) -> None:
         self.calls = calls
-        self.modules = dict(model.named_modules())  # by first path
-        self.paths: dict[int, tuple[str, ...]] = {}  # all paths of a module, by id
+        self.modules = dict(model.named_modules())
+        self.paths: dict[int, tuple[str, ...]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self.paths[id(module)] = (*self.paths.get(id(module), ()), path)
-        self.holders: dict[str, tuple[tuple[str, str], ...]] = {}  # module path and name there, by weight
+        self.holders: dict[str, tuple[tuple[str, str], ...]] = {}
         canonical = named_weights(model).canonical
         for path, module in self.modules.items():
             for leaf, value in module._parameters.items():
@@ -92,7 +99,7 @@ class _Finder:
         self.encoders = [path for path, module in self.modules.items() if _has_fast_path(module)]
 
     def targets(self, site: Site) -> tuple[Target, ...] | str:
-        """Return what peft adapts for a site's weight, or why it cannot adapt it."""
+        """Return peft's targets for the weight of a site, or the reason why peft cannot adapt it."""
         called = [(path, leaf) for path, leaf in self.holders[site.weight] if path in self.calls.first]
         if not called:
             return self._read_by(site.weight)
@@ -105,13 +112,15 @@ class _Finder:
         return self._read_by(site.weight) if site.weight in self.calls.reader else tuple(targets)
 
     def _target(self, site: Site, path: str, leaf: str) -> Target | str:
+        """Return the target for one place that holds a weight, or the reason why there is none."""
         module = self.modules[path]
         if len(self.paths[id(module)]) > 1:
             return f"its module has the paths {' and '.join(self.paths[id(module)])}, and peft adapts only one of them"
         if any(path.startswith(f"{encoder}.") for encoder in self.encoders):
-            return "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
+            return "in eval mode, torch's fused TransformerEncoderLayer does not call the modules that peft adapts"
         if not path:
             return "it is a parameter of the top module, which peft cannot wrap"
+        # First choice: peft adapts the module by its path. Second: the parameter by its name (target_parameters).
         layout = layout_of(module, len(site.shape)) if leaf == "weight" else None
         if layout is not None:
             target = Target(path, leaf, layout)
@@ -121,26 +130,26 @@ class _Finder:
         elif getattr(module, "groups", 1) != 1:
             fault = "peft's adapter of a grouped convolution mixes the groups"
         else:
-            fault = f"peft adapts no {type(module).__name__} of {len(site.shape)} axes"
+            fault = f"peft adapts no {type(module).__name__} with a weight of {len(site.shape)} axes"
         if len(site.shape) != 2 and not (site.kind == "experts" and site.shape[0] > 1):
             return fault
         if isinstance(module, (nn.RNNBase, ParametrizationList)):
-            return f"{type(module).__name__} keeps it where peft's adapter of a parameter has no effect"
+            return f"it is a parameter of a {type(module).__name__}, where peft's target_parameters have no effect"
         return Target(path, leaf, parameter_layout(module, len(site.shape)))
 
     def _read_by(self, weight: str) -> str:
         reader = self.calls.reader.get(weight, "another module")
-        return f"{reader} reads it outside of its own module, where an adapter of peft has no effect"
+        return f"{reader} reads it without calling the module that holds it, so that an adapter of peft has no effect"
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What is saved besides factors.
+class SavedModules:
+    """The modules that an adapter stores completely, in addition to its factors.
 
     Args:
-        modules: paths of modules that are saved completely, none inside another.
+        modules: paths of these modules. No module is inside another one.
         keys: name of the parameter or buffer for each key in the file.
-        biases: whether biases of adapted modules are among them.
+        biases: whether `keys` includes biases of adapted modules.
     """
 
     modules: tuple[str, ...]
@@ -148,13 +157,15 @@ class Saved:
     biases: bool
 
 
-def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Target]) -> tuple[Saved, dict[str, str]]:
-    """Return what peft saves for the parameters trained in full, and the reason for each one that it cannot save.
+def saved_modules(
+    model: nn.Module, trained: Iterable[str], targets: Sequence[Target]
+) -> tuple[SavedModules, dict[str, str]]:
+    """Return the modules that peft must save for parameters trained in full, and the reason for each that it cannot.
 
     Args:
-        model: the user's own.
+        model: the user's model.
         trained: names of the parameters.
-        targets: what is adapted.
+        targets: the adapted parameters.
     """
     weights, wraps = named_weights(model), wrap_counts(targets)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -162,6 +173,7 @@ def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Targe
     refused: dict[str, str] = {}
     saved_paths: dict[str, str] = {}
     biases: dict[str, str] = {}
+    # Find the module of each parameter. Biases of adapted modules are stored without their module.
     for parameter in trained:
         for name in weights.names[parameter]:
             path, _, leaf = name.rpartition(".")
@@ -170,34 +182,36 @@ def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Targe
                 biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = parameter
             elif not path:
                 refused[parameter] = "it is a parameter of the top module, and peft saves only modules inside it"
-            elif inside := next((other for other in adapted if _within(other, path)), None):
-                refused[parameter] = f"its module holds {inside}, which is adapted, and peft saves complete modules"
-            elif any(_within(path, other) for other in wraps):
+            elif inside := next((target for target in adapted if _within(target, path)), None):
+                refused[parameter] = f"its module contains {inside}, which is adapted, and peft saves complete modules"
+            elif any(_within(path, wrapped) for wrapped in wraps):
                 refused[parameter] = "peft wraps a module above it, and then does not find it"
             else:
                 saved_paths.setdefault(path, parameter)
-    for path in modules:  # peft saves every module whose path ends like this
-        meant = next((other for other in saved_paths if path.endswith(other) and path != other), None)
-        if meant is None or path in saved_paths:
+    # peft also saves every module whose path ends with one of these paths.
+    for path in modules:
+        suffix = next((saved for saved in saved_paths if path.endswith(saved) and path != saved), None)
+        if suffix is None or path in saved_paths:
             continue
-        if any(_within(other, path) or _within(path, other) for other in adapted):
-            refused[saved_paths[meant]] = f"{meant} also means {path} to peft, which is adapted"
+        if any(_within(target, path) or _within(path, target) for target in adapted):
+            refused[saved_paths[suffix]] = f"to save {suffix}, peft would also save {path}, which is adapted"
         else:
-            saved_paths[path] = saved_paths[meant]
-    outer = tuple(
-        path for path in saved_paths if not any(_within(path, other) for other in saved_paths if other != path)
+            saved_paths[path] = saved_paths[suffix]
+    outermost = tuple(
+        path for path in saved_paths if not any(_within(path, saved) for saved in saved_paths if saved != path)
     )
-    for path in outer:
-        hidden = next((other for other in adapted if re.match(rf"(^|.*\.){path}($|\..*)", other)), None)
-        if hidden is not None:
-            refused[saved_paths[path]] = f"saving {path} excludes {hidden} from what peft adapts"
+    # peft does not adapt modules that match a saved one.
+    for path in outermost:
+        excluded = next((target for target in adapted if re.match(rf"(^|.*\.){path}($|\..*)", target)), None)
+        if excluded is not None:
+            refused[saved_paths[path]] = f"if {path} is saved completely, peft does not adapt {excluded}"
     keys = {
         f"{PREFIX}{path}.{name}": f"{path}.{name}"
-        for path in outer
+        for path in outermost
         for name in modules[path].state_dict(keep_vars=True)
     }
     named = {key: weights.canonical.get(name, name) for key, name in keys.items()}
-    return Saved(outer, {**named, **biases}, bool(biases)), refused
+    return SavedModules(outermost, {**named, **biases}, bool(biases)), refused
 
 
 def _within(path: str, outer: str) -> bool:
@@ -205,7 +219,7 @@ def _within(path: str, outer: str) -> bool:
 
 
 def _has_fast_path(module: nn.Module) -> bool:
-    """Whether torch's fused implementation may run instead of the modules inside this one."""
+    """Return whether torch may run a fused implementation that does not call the modules inside this one."""
     if not isinstance(module, nn.TransformerEncoderLayer) or (
         "forward" in vars(type(module)) and (type(module).forward is not nn.TransformerEncoderLayer.forward)
     ):
@@ -220,7 +234,7 @@ def _has_fast_path(module: nn.Module) -> bool:
     )
 
 
-# ---- whether an adapter does the same as the delta of its weight, found by running the model
+# ---- whether an adapter computes the same as the merged weight: tested by running the model
 
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -228,14 +242,15 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class Calls(TorchFunctionMode):
-    """Records the calls of modules, and which modules are running when torch computes a tensor from a weight.
+    """Records the calls of modules, and the reads of weights outside of the modules that hold them.
 
     Args:
-        names: of the weights, by id.
+        names: name of each weight by its id.
 
     Attributes:
-        first: the first call of each module that holds one of the weights, by its first path.
-        reader: class of a module that read a weight while no module that holds it was running, by weight.
+        first: arguments of the first call of each module that holds one of the weights, by the module's first path.
+        reader: by weight, the class of the running module when torch computed a tensor from the weight while no module
+            that holds it was running.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -262,16 +277,16 @@ class Calls(TorchFunctionMode):
         if not weights or name == "requires_grad_":
             return output
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
-            held = {id(value) for module in self._stack for value in module._parameters.values()}
+            parameters = {id(value) for module in self._stack for value in module._parameters.values()}
             reader = type(self._stack[-1]).__name__ if self._stack else "the model"
             for weight in weights:
-                if id(weight) not in held:
+                if id(weight) not in parameters:
                     self.reader.setdefault(self._names[id(weight)], reader)
         return output
 
 
 def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
-    """Run the model once, without side effects, and return who read the parameters of these names."""
+    """Run the model once, without side effects, and record the reads of these parameters."""
     parameters = dict(model.named_parameters())
     calls = Calls({id(parameters[name]): name for name in names})
     recorder = call_recorder(model, calls.enter, calls.leave)
@@ -281,14 +296,14 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwar
 
 
 def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
-    """Return what is wrong with peft's adapter of a target, for a message, or None.
+    """Compare peft's adapter of a module with the merged weight. Return the reason if they differ, otherwise None.
 
     Args:
-        target: a module that peft adapts by its name.
+        target: a module that peft adapts by its path.
         module: the module.
-        call: arguments that the module was called with.
+        call: arguments of a recorded call of the module.
     """
-    # On the host, because some accelerators (MPS) have no fp64.
+    # Compute on the CPU, because some accelerators (MPS) have no fp64.
     values = {name: value.cpu() for name, value in module.named_buffers()}
     values |= {name: dense(value.detach()).cpu().double() for name, value in module.named_parameters()}
     weight = values[target.leaf]
@@ -301,40 +316,42 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
         with quiet(grad=False):  # building peft's layers draws random numbers, and may warn
             base = _run(module, values, call)
             full = _run(module, values | {target.leaf: weight + delta}, call)
-            adapted = base + _term(target, module, pair, weight, _wide(call)[0][0])
-            moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
+            adapted = base + _adapter_term(target, module, pair, weight, _in_fp64(call)[0][0])
+            change, error = (float((full - output).abs().max()) for output in (base, adapted))
     except Exception as fault:  # whatever the module's own code raises, peft's adapter would fail likewise
         return f"peft's adapter of {type(module).__name__} cannot be tested: {type(fault).__name__}: {fault}"
-    if gap <= 1e-6 * moved + 1e-12 * float(full.abs().max()):
+    if error <= 1e-6 * change + 1e-12 * float(full.abs().max()):
         return None
     return (
-        f"peft's adapter of this {type(module).__name__} does not compute what its merged weight would "
-        f"(off by {gap / moved if moved else math.inf:.2g} of the change)"
+        f"peft's adapter of this {type(module).__name__} does not compute the same as the merged weight "
+        f"(relative error of the change: {error / change if change else math.inf:.2g})"
     )
 
 
 def _run(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
-    with isolation(module, *_wide(call), substituted(module, values), grad=False) as (inputs, named):
+    with isolation(module, *_in_fp64(call), substituted(module, values), grad=False) as (inputs, named):
         output = module(*inputs, **named)
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"it returns {type(output).__name__}, not a tensor")
     return output
 
 
-def _wide(call: Call) -> Call:
-    """Return copies of a call's arguments on the host, with floating-point tensors in fp64."""
+def _in_fp64(call: Call) -> Call:
+    """Return copies of a call's arguments on the CPU, with floating-point tensors in fp64."""
 
-    def widen(leaf: Any) -> Any:
+    def convert(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         return leaf.cpu().double() if leaf.is_floating_point() else leaf.cpu()
 
-    widened: Call = pytree.tree_map(widen, copy_inputs(*call))
-    return widened
+    converted: Call = pytree.tree_map(convert, copy_inputs(*call))
+    return converted
 
 
-def _term(target: Target, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return what peft's layer adds to the module's output, built as peft builds it."""
+def _adapter_term(
+    target: Target, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """Compute the term that peft's adapter layer adds to the module's output, in the same way as peft."""
     lora_a, lora_b = target.layout.to_peft(pair, weight.shape)
     if isinstance(module, nn.Embedding):
         looked_up = F.embedding(

@@ -1,7 +1,8 @@
-"""A cascade as one LoRA adapter of peft: all its stages in one pair of factors per site, with scale 1.
+"""Writes a cascade as one LoRA adapter of peft: all stages become one pair of factors per site, with scale 1.
 
-The change of a site is the sum of its experts, so A and B are theirs, concatenated, with coefficients and scales folded
-in (algorithm.md, "The slow state is small"). peft is not imported: the files are JSON and safetensors in its format.
+The change of a site is the sum of its experts. Its A and B are therefore the factors of all experts, concatenated, with
+the coefficients and scales folded in (docs/algorithm.md, "The slow state is small"). The files are JSON and
+safetensors, and are written without importing peft.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lorasc_fx.peft.format import (
     keys_of,
     wrap_counts,
 )
-from lorasc_fx.peft.targets import Saved, save_whole, targets_of
+from lorasc_fx.peft.targets import SavedModules, saved_modules, targets_of
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.state import arithmetic
@@ -50,12 +51,12 @@ from lorasc_fx.util.files import replacing
 
 _VIEWS = ("slow", "fast", "averaged")
 
-_SAVED_WHOLE = {
+_SAVED_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""Modules that peft's classes for a task always save completely (peft 0.21, `peft_model.py`)."""
+"""Modules that peft's class for a task always saves completely (peft 0.21, `peft_model.py`)."""
 
 _TASKS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
@@ -64,23 +65,23 @@ _TASKS = {
     "TOKEN_CLS": "TOKEN_CLASSIFICATION",
     "QUESTION_ANS": "QUESTION_ANSWERING",
 }
-"""Tasks of peft, with the name of the table of models that transformers has for each."""
+"""peft's tasks, and the part of transformers' MODEL_FOR_..._MAPPING_NAMES that lists the models for each."""
 
-_MARKS = {"transformers": "config", "timm": "pretrained_cfg"}
-"""Attributes of the models that a library builds by name."""
+_CONFIG_ATTRIBUTES = {"transformers": "config", "timm": "pretrained_cfg"}
+"""Attribute that a library sets on the models that it builds by name."""
 
 log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What was written.
+    """An adapter that was written.
 
     Args:
-        folder: that it was written to.
-        ranks: of each adapted weight.
-        cut: what `max_rank` cost each weight that had a higher rank.
-        saved: modules that were saved completely.
+        folder: the folder of the adapter.
+        ranks: rank of each adapted weight.
+        cut: error of each weight whose rank `max_rank` reduced.
+        saved: paths of the modules that were saved completely.
     """
 
     folder: Path
@@ -109,44 +110,46 @@ def peft(
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> PeftAdapter:
-    """Write what the stages added as a LoRA adapter that `peft.PeftModel.from_pretrained` loads with equal outputs.
+    """Write the change of all stages as a LoRA adapter that `peft.PeftModel.from_pretrained` loads with equal outputs.
 
     The files are `adapter_config.json` and `adapter_model.safetensors`. Parameters trained in full are saved with their
     modules (`modules_to_save`). Other buffers, such as the statistics of a batch norm, are not part of an adapter.
 
     Args:
-        cascade: is not changed. Its model runs on the example inputs, to find out where an adapter has an effect. After
-            a `load` without inputs it runs on tensors of the shapes that the checkpoint holds.
-        folder: absent, empty, or an adapter, which is replaced when the new one is complete.
-        view: `slow` or `averaged`, for which a stage that has trained is folded as by `release`; or `fast`.
-        max_rank: no site gets a higher rank: a sum of experts is replaced by the nearest pair of this rank. The exact
-            errors are logged, and are in the result.
-        uniform_rank: pad all sites with zeros to one rank of 8, 16, 32, 64, 128, 256, 320, 512, for loaders that ignore
-            patterns (vLLM).
-        dtype: of the factors; by default fp64 for weights in fp64, otherwise fp32.
-        task_type: of peft, such as `CAUSAL_LM`; by default the task of a class of transformers, so that
-            `AutoPeftModelForCausalLM` and the like load the folder. The head of a classifier, adapted or not, is saved
-            completely with its merged weights, as peft's classes for these tasks do. For tasks unknown to peft, or if
-            only a head is adapted, `AutoPeftModel` loads the folder.
-        base_model: name or path of the base, by default what a model of transformers or timm says of itself.
+        cascade: the cascade, which is not changed. Its model runs on the example inputs, to find out where an adapter
+            has an effect. After a `load` without inputs, it runs on tensors of the shapes in the checkpoint.
+        folder: a new or empty folder, or an existing adapter. An adapter is replaced once the new one is complete.
+        view: the weights to export: `slow`, `averaged` or `fast`. For `slow` and `averaged`, a running stage that has
+            trained counts as ended, as in `release`.
+        max_rank: largest rank of a site. If the sum of the experts has a higher rank, it is replaced by the nearest
+            pair of this rank. The exact errors are logged and returned.
+        uniform_rank: pad all sites with zeros to the same rank, one of 8, 16, 32, 64, 128, 256, 320, 512. For loaders
+            that ignore rank patterns (vLLM).
+        dtype: dtype of the factors. The default is fp64 for weights in fp64, otherwise fp32.
+        task_type: peft's task, such as `CAUSAL_LM`. By default it is derived from the model's class in transformers, so
+            that `AutoPeftModelForCausalLM` and similar classes load the folder. The head of a classifier, adapted or
+            not, is saved completely with its merged weights, as peft's classes for these tasks do. If peft has no such
+            task, or only a head is adapted, load the folder with `AutoPeftModel`.
+        base_model: name or path of the base. The default is the name or path in the config of a model of transformers
+            or timm.
 
     Returns:
-        Ranks, errors and the modules that were saved completely.
+        The ranks, the errors, and the modules that were saved completely.
 
     Raises:
-        ExportError: an adapter of peft cannot express some sites, which are all named with the reason; or the folder
-            holds something else, or cannot be written. Nothing was written.
-        StateError: nothing was trained, after `release`, or inside `weights`.
+        ExportError: an adapter of peft cannot express some sites; the message lists them all with the reasons. Or the
+            folder contains other files, or cannot be written. Nothing is written.
+        StateError: nothing was trained, the cascade was released, or the call is inside `with cascade.weights(...)`.
         NonFiniteBranch: a branch holds inf or nan.
-        SpecError: an invalid argument.
+        SpecError: an argument is invalid.
     """
     run, model = cascade._run, cascade.model
     if max_rank is not None and not is_integer(max_rank, 1):
-        raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
+        raise SpecError(f"export.peft: max_rank is {max_rank!r}; give an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating-point dtype, such as torch.float32")
 
-    # What the stages have added to each weight.
+    # Compute the change of each weight.
     with run.exclusive("export.peft"):
         check_view("export.peft", view, run.plan.spec, _VIEWS)
         change = change_of(run, view)
@@ -155,19 +158,22 @@ def peft(
             raise StateError(
                 "export.peft: no site has trained, so there is nothing to write; train first", code="not-available"
             )
-        # peft has no adapters that only save modules, or train only rows
-        first = next((site.weight for site in run.plan.sites if not site.options.tokens), None)
-        if first is None:
-            raise ExportError("export.peft: an adapter of LoRA needs a weight with factors, and only rows were adapted")
-        change.pairs[first] = nothing(run.slow.states[first])
+        # An adapter of peft needs at least one pair of factors, so one site gets a zero pair.
+        weight = next((site.weight for site in run.plan.sites if not site.options.tokens), None)
+        if weight is None:
+            raise ExportError(
+                "export.peft: a LoRA adapter needs at least one weight with factors, but this cascade trains only rows "
+                "(tokens). Adapt another weight, or export the weights with lorasc_fx.export.safetensors"
+            )
+        change.pairs[weight] = nothing(run.slow.states[weight])
     if max_rank is not None and change.magnitudes:
         raise SpecError(
-            f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (DoRA): a pair of a smaller "
-            "rank would have other row norms; give max_rank=None",
+            f"export.peft: max_rank is {max_rank}, but this cascade uses DoRA, and a pair of a smaller rank would have "
+            "other row norms; give max_rank=None",
             code="method-not-supported",
         )
 
-    # Where peft can adapt each weight, and which heads it saves completely instead.
+    # Find out where peft can adapt each weight, and which heads it saves completely instead.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
     by_weight, unreached = _targets(cascade, sites)
     task = task_type if task_type is not None else _task_of(model)
@@ -178,19 +184,23 @@ def peft(
         change.magnitudes.pop(name, None)
         by_weight.pop(name, None)
     if max_rank is not None:
-        change.at_most(max_rank)
+        change.limit_rank(max_rank)
     if uniform_rank:
-        change.at_one_rank()
+        change.pad_to_uniform_rank()
 
-    # Everything that an adapter cannot express is refused in one error.
+    # Report all changes that an adapter cannot express in one error.
     targets = [target for group in by_weight.values() for target in group]
-    saved, unsaved = save_whole(model, change.trained, targets)
+    saved, unsaved = saved_modules(model, change.trained, targets)
     unreached = {name: reason for name, reason in unreached.items() if name not in heads}
-    refused = change.refused | unreached | _out_of_reach(model, targets) | unsaved
+    refused = change.refused | unreached | _not_addressable(model, targets) | unsaved
     if refused:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
-        raise ExportError(f"export.peft: an adapter of peft cannot express this cascade; nothing was written:{reasons}")
+        raise ExportError(
+            "export.peft: an adapter of peft cannot express the change of these weights; nothing was written. Exclude "
+            f"them, or export the weights with lorasc_fx.export.safetensors:{reasons}"
+        )
 
+    # Make the configuration and the tensors.
     ranks, tokens = change.ranks, _tokens(run, change)
     config = _config(model, {target: ranks[name] for name, group in by_weight.items() for target in group}, saved)
     config |= _auto_class(model, task, task_type is not None, saved.modules)
@@ -201,15 +211,17 @@ def peft(
         width = arithmetic(model.get_parameter(f"{path}.weight").dtype)
         tensors[f"{PREFIX}{path}.{TOKENS}"] = values.to(dtype or width)
 
+    # Write them next to the folder, and replace the folder at the end.
     out = path_of(folder)
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; give the name of a folder", code="path-in-the-way")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
         raise ExportError(
-            f"{out} holds other files and no {CONFIG}; give an empty folder, or a new one", code="path-in-the-way"
+            f"{out} contains files but no {CONFIG}, so it is not an adapter; give an empty or a new folder",
+            code="path-in-the-way",
         )
     with replacing(out) as new:
-        if out.is_dir():  # the user's own files stay
+        if out.is_dir():  # keep the user's own files
             shutil.copytree(out, new, symlinks=True)
         else:
             new.mkdir()
@@ -217,15 +229,16 @@ def peft(
             (new / name).unlink(missing_ok=True)
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors makes it private to its owner
+        shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets only the owner read the file
     written = PeftAdapter(out, ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
     for name, group in by_weight.items():
         if len(group) > 1:
             warn(
-                f"{name} is tied, and peft keeps a pair for each of {' and '.join(target.path for target in group)}: "
-                "correct as an adapter, but its merge adds them all. Merge with cascade.release() instead",
+                f"{name} is tied, so the adapter has one pair for each of "
+                f"{' and '.join(target.path for target in group)}. It is correct as an adapter, but peft's merge would "
+                "add all pairs to the weight. Merge with cascade.release() instead",
                 "tied-weight-exported-twice",
             )
     return written
@@ -250,7 +263,7 @@ def _targets(cascade: Cascade, sites: Sequence[Site]) -> tuple[dict[str, tuple[T
 def _factors(
     run: Run, by_weight: Mapping[str, Sequence[Target]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """Return the factors and magnitudes of all pairs by their keys in the file."""
+    """Return the factors and magnitudes of all pairs, by their keys in the file."""
     keys = keys_of(run.model, [target for targets in by_weight.values() for target in targets])
     tensors: dict[str, torch.Tensor] = {}
     for name, targets in by_weight.items():
@@ -265,22 +278,23 @@ def _factors(
 
 
 def _tokens(run: Run, change: Change) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """Return the path of each module with trained rows, with their numbers and values; all names of a tied weight."""
-    names, found = named_weights(run.model).names, []
-    for weight, (rows, values) in change.rows.items():
-        paths = [name.rpartition(".")[0] for name in names[weight]]
-        found += [(path, rows, values.clone()) for path in paths]
-    return found
+    """Return path, row indices and values for each module with trained rows. A tied weight has several modules."""
+    names = named_weights(run.model).names
+    return [
+        (name.rpartition(".")[0], rows, values.clone())
+        for weight, (rows, values) in change.rows.items()
+        for name in names[weight]
+    ]
 
 
-def _saved_tensors(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers of modules that are saved completely, by their keys in the file."""
+def _saved_tensors(run: Run, saved: SavedModules, change: Change) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of completely saved modules, by their keys in the file."""
     current: dict[str, torch.Tensor] = {**run.parameters_by_name(), **dict(run.model.named_buffers())}
     tensors = {}
     for key, name in saved.keys.items():
         if name in change.trained:
             value = change.trained[name]
-        elif name in run.slow.states:  # a matrix that holds noise
+        elif name in run.slow.states:  # the parameter itself holds noise
             value = run.slow.value(name, "slow", current[name])
         else:
             value = current[name].detach()
@@ -288,27 +302,25 @@ def _saved_tensors(run: Run, saved: Saved, change: Change) -> dict[str, torch.Te
     return tensors
 
 
-def _out_of_reach(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
-    """Return the `target_parameters` that peft does not find, or confuses with others, with the reason."""
+def _not_addressable(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
+    """Return the `target_parameters` that peft does not find, or whose name also matches others, with the reason."""
     wraps = wrap_counts(targets)
-    wanted = {target.name: target for target in targets if target.is_parameter}
+    parameters = {target.name: target for target in targets if target.is_parameter}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     reasons = {}
-    for name, target in wanted.items():
-        outer = next((path for path in wraps if target.path.startswith(f"{path}.")), None)
-        confused = next(
-            (confused for confused in names if confused.endswith(f".{name}") and confused not in wanted), None
-        )
-        if outer is not None:
-            reasons[name] = f"peft wraps {outer} for its parameters, and then does not find those of {target.path}"
-        elif confused is not None:  # peft compares the ends of names
-            reasons[name] = f"its name also means {confused} to peft"
+    for name, target in parameters.items():
+        wrapped = next((path for path in wraps if target.path.startswith(f"{path}.")), None)
+        confused = next((other for other in names if other.endswith(f".{name}") and other not in parameters), None)
+        if wrapped is not None:
+            reasons[name] = f"peft wraps {wrapped} for its own parameters, and then does not find {target.path} in it"
+        elif confused is not None:  # peft compares the suffixes of names
+            reasons[name] = f"peft would also adapt {confused} under its name"
     return reasons
 
 
 def _head_paths(model: nn.Module, task: str | None) -> list[str]:
-    """Return the modules that peft's class for a task saves completely."""
-    heads = _SAVED_WHOLE.get(task or "", ())
+    """Return the paths of the modules that peft's class for a task saves completely."""
+    heads = _SAVED_HEADS.get(task or "", ())
     return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in heads]
 
 
@@ -317,13 +329,13 @@ def _heads_of(
 ) -> dict[str, torch.Tensor]:
     """Return the merged parameters of the heads that peft's class for a task saves completely, by name.
 
-    There are none if nothing else is adapted, or if an adapter cannot store them so.
+    The result is empty if only heads are adapted, or if an adapter cannot store a head completely.
     """
     parameters = run.parameters_by_name()
     paths = tuple(f"{path}." for path in _head_paths(run.model, task))
     inside = [name for name in parameters if name.startswith(paths) and name not in change.trained]
     others = [target for name, group in by_weight.items() if name not in inside for target in group]
-    _, unsaved = save_whole(run.model, [*change.trained, *inside], others)
+    _, unsaved = saved_modules(run.model, [*change.trained, *inside], others)
     not_plain = {*unsaved, *change.refused, *quantized_in(parameters)}
     if not others or any(name in not_plain for name in inside):
         return {}
@@ -332,22 +344,22 @@ def _heads_of(
 
 
 def _auto_class(model: nn.Module, task: str | None, given_by_user: bool, saved: Sequence[str]) -> dict[str, Any]:
-    """Return the keys of a configuration by which peft's Auto classes build the base.
+    """Return the keys of a configuration from which peft's Auto classes build the base.
 
     Args:
-        model: the user's own.
-        task: peft's name for it.
+        model: the user's model.
+        task: peft's name of the task.
         given_by_user: whether the user gave the task.
-        saved: modules that the adapter stores completely.
+        saved: paths of modules that the adapter stores completely.
 
     Raises:
-        SpecError: the user gave a task whose class in peft takes a head from the adapter that is not among `saved`.
+        SpecError: the user gave a task for which peft reads a head from the adapter, but the head is not in `saved`.
     """
     lacking = next((path for path in _head_paths(model, task) if path not in saved), None)
     if lacking is not None and given_by_user:
         raise SpecError(
-            f"export.peft: task_type is {task!r}, and peft's class for this task takes {lacking} from the adapter, "
-            "which cannot store it here. Leave task_type out, or train the head in full (train=...)",
+            f"export.peft: task_type is {task!r}, and peft's class for this task reads {lacking} from the adapter, "
+            "which cannot store it here. Omit task_type, or train the head in full (train=...)",
             code="conflicting-options",
         )
     task = None if lacking is not None else task
@@ -357,18 +369,18 @@ def _auto_class(model: nn.Module, task: str | None, given_by_user: bool, saved: 
     return {"auto_mapping": {"base_model_class": type(model).__name__, "parent_library": library}}
 
 
-def _config(model: nn.Module, ranks: Mapping[Target, int], saved: Saved) -> dict[str, Any]:
-    """Return the configuration of an adapter with scale 1 everywhere.
+def _config(model: nn.Module, ranks: Mapping[Target, int], saved: SavedModules) -> dict[str, Any]:
+    """Return the configuration of an adapter. lora_alpha equals the rank everywhere, so the scale is 1.
 
-    A pattern is `^` and the escaped path. peft matches `(.*\\.)?(PATTERN)$`, in which `^` matches only at the start, so
-    that a module whose path ends like another's keeps its own rank.
+    A pattern is `^` and the escaped path. peft matches `(.*\\.)?(PATTERN)$`. Because of the `^`, a pattern does not
+    match a longer path with the same suffix.
     """
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    patterns = {f"^{re.escape(target.pattern)}": rank for target, rank in ranks.items() if rank != usual}
+    default = Counter(ranks.values()).most_common(1)[0][0]
+    patterns = {f"^{re.escape(target.pattern)}": rank for target, rank in ranks.items() if rank != default}
     paths = [target.path for target in ranks if not target.is_parameter]
-    ends = tuple(f".{path}" for path in paths)
-    # peft compares the ends of paths, but a string is a regular expression for the complete path.
-    ambiguous = paths and any(name.endswith(ends) and name not in paths for name, _ in model.named_modules())
+    suffixes = tuple(f".{path}" for path in paths)
+    # peft compares suffixes of paths if target_modules is a list. A string is a regular expression for the full path.
+    ambiguous = paths and any(name.endswith(suffixes) and name not in paths for name, _ in model.named_modules())
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -378,11 +390,11 @@ def _config(model: nn.Module, ranks: Mapping[Target, int], saved: Saved) -> dict
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": usual,
+        "lora_alpha": default,
         "lora_dropout": 0.0,
         "modules_to_save": list(saved.modules) or None,
         "peft_type": "LORA",
-        "r": usual,
+        "r": default,
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         "revision": None,
@@ -397,7 +409,7 @@ def _config(model: nn.Module, ranks: Mapping[Target, int], saved: Saved) -> dict
 
 
 def _name_of(model: nn.Module) -> str | None:
-    """Return where a model of transformers or timm says that it was loaded from; None if it does not."""
+    """Return the name or path that a model of transformers or timm was loaded from. None if it is unknown."""
     config = getattr(model, "pretrained_cfg", None)
     if _library_of(model) == "timm" and isinstance(config, Mapping):
         if config.get("source") == "local-dir":
@@ -410,7 +422,7 @@ def _name_of(model: nn.Module) -> str | None:
 
 
 def _task_of(model: nn.Module) -> str | None:
-    """Return peft's name for the task of a model of transformers; None for other models and other tasks."""
+    """Return peft's name of the task of a model of transformers. None for other models and other tasks."""
     if _library_of(model) != "transformers":
         return None
     tables = sys.modules.get("transformers.models.auto.modeling_auto") or module_of(
@@ -423,6 +435,6 @@ def _task_of(model: nn.Module) -> str | None:
 
 
 def _library_of(model: nn.Module) -> str | None:
-    """Return the library that defines the class of a model, if it builds models by name."""
+    """Return `transformers` or `timm` if that library has built the model. Otherwise return None."""
     package = type(model).__module__.partition(".")[0]
-    return package if package in _MARKS and hasattr(model, _MARKS[package]) else None
+    return package if package in _CONFIG_ATTRIBUTES and hasattr(model, _CONFIG_ATTRIBUTES[package]) else None

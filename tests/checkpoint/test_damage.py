@@ -40,7 +40,7 @@ from tests.errors.models import inputs
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
-from tests.kit.state import LONGEST, read, weight_states
+from tests.kit.state import MAX_MANIFEST_BYTES, read, weight_states
 
 Edit = Callable[[Any], Any]
 
@@ -197,8 +197,8 @@ FILES: dict[str, tuple[Edit, tuple[str, ...]]] = {
         without_end(TENSORS, 1 << 43), ("invalid-checkpoint", TENSORS, f"{1 << 43}")
     ),
     "manifest without end": (
-        without_end(MANIFEST, LONGEST + 1),
-        ("invalid-checkpoint", MANIFEST, f"{LONGEST + 1}"),
+        without_end(MANIFEST, MAX_MANIFEST_BYTES + 1),
+        ("invalid-checkpoint", MANIFEST, f"{MAX_MANIFEST_BYTES + 1}"),
     ),
 }  # fmt: skip
 

@@ -60,7 +60,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "manifest bytes": ((writer, "LONGEST"), (reader, "LONGEST")),
+    "manifest bytes": ((writer, "MAX_MANIFEST_BYTES"), (reader, "MAX_MANIFEST_BYTES")),
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),

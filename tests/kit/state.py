@@ -19,7 +19,7 @@ from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.commit import SPARE
 from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
-from lorasc_fx.checkpoint.manifest import LONGEST
+from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import UNSHARDED, ShardSpec
@@ -29,7 +29,7 @@ from lorasc_fx.state import WeightState as StateOfWeight
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 
 # fmt: off
-__all__ = ["LONGEST", "MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage", "TrainedState",
+__all__ = ["MAX_MANIFEST_BYTES", "MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage", "TrainedState",
     "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum", "drop_state",
     "end_idle", "exact_slow", "file_digest", "folded_changes", "forget_warnings", "graphs_of",
     "is_idle", "is_released", "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant",

@@ -140,7 +140,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
     "nested parameters": (
         lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))),
         "0.inner.rows",
-        "peft wraps 0 for its parameters, and then does not find those of 0.inner",
+        "peft wraps 0 for its own parameters, and then does not find 0.inner in it",
     ),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),

@@ -70,16 +70,19 @@ def image(other: nn.Module, x: torch.Tensor) -> Any:
     return other(x.unflatten(2, (2, 3)))
 
 
-READ = "reads it outside of its own module, where an adapter of peft has no effect"
-FUSED = "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
-OTHER = r"peft's adapter of this {} does not compute what its merged weight would \(off by [\d.e-]+ of the change\)"
+READ = "reads it without calling the module that holds it, so that an adapter of peft has no effect"
+FUSED = "in eval mode, torch's fused TransformerEncoderLayer does not call the modules that peft adapts"
+OTHER = (
+    r"peft's adapter of this {} does not compute the same as the merged weight "
+    r"\(relative error of the change: [\d.e-]+\)"
+)
 
 # fmt: off
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "grouped": (lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image),
         {"other.weight": "peft's adapter of a grouped convolution mixes the groups"}),
     "transposed": (lambda: Net(nn.ConvTranspose2d(4, 3, 2), image),
-        {"other.weight": "peft adapts no ConvTranspose2d of 4 axes"}),
+        {"other.weight": "peft adapts no ConvTranspose2d with a weight of 4 axes"}),
     "dilated": (lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image),
         {"other.weight": OTHER.format("Conv2d")}),
     "padding mode": (lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image),
@@ -95,8 +98,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "called and read": (lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
         {"other.weight": f"Net {READ}"}),
     "recurrent": (lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
-        {"other.weight_hh_l0": "GRU keeps it where peft's adapter of a parameter has no effect",
-        "other.weight_ih_l0": "GRU keeps it where peft's adapter of a parameter has no effect"}),
+        {"other.weight_hh_l0": "it is a parameter of a GRU, where peft's target_parameters have no effect",
+        "other.weight_ih_l0": "it is a parameter of a GRU, where peft's target_parameters have no effect"}),
     "shared module": (Shared, {"one.weight": "its module has the paths one and two, and peft adapts only one of them"}),
     "top module": (Own, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
 }
@@ -118,8 +121,8 @@ def test_what_no_adapter_expresses(case: str, tmp_path: Path) -> None:
     randomize(cascade)
     with pytest.raises(ExportError) as caught:
         lx.export.peft(cascade, tmp_path / "adapter")
-    first, *lines = str(caught.value).splitlines()
-    assert first == "export.peft: an adapter of peft cannot express this cascade; nothing was written:"
+    summary, *lines = str(caught.value).splitlines()
+    assert summary.startswith("export.peft: an adapter of peft cannot express the change of these weights; nothing was")
     assert len(lines) == len(reasons), lines
     for line, (name, reason) in zip(lines, reasons.items(), strict=True):
         assert re.fullmatch(rf"  {re.escape(name)}: {reason}", line), line
