@@ -1,4 +1,4 @@
-"""Other formats: safetensors, `.pt2` and ONNX out, LoRA adapters of peft out and in, adapters of an exported base."""
+"""Exports to other formats: safetensors, `.pt2`, ONNX, peft adapters, and adapter files for an exported base."""
 
 from lorasc_fx.errors import ExportError
 from lorasc_fx.export.adapters import AdapterFile, adapter

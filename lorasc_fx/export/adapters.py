@@ -1,7 +1,8 @@
-"""Adapter files for an exported base: the tensors that its graph takes as inputs.
+"""Writes adapter files for an exported base. They contain the tensors that its graph takes as inputs.
 
-An input has the name of its weight and tensor, in lower case and with `_` for `.`. For each site of the plan, in its
-order, there are both factors and `scale` (see `passes.AdapterInputs` and docs/serving.md).
+The graph has three inputs for each site, in the order of the plan: `lora_A`, `lora_B` and `scale`. An input is named by
+its weight and tensor, in lower case and with `_` instead of `.`, such as `head_weight_lora_a`. See
+`passes.AdapterInputs` and docs/serving.md.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class AdapterFile:
     """An adapter file that was written.
 
     Args:
-        path: of the file.
-        cut: what `max_rank` cost each weight whose change had a higher rank.
+        path: path of the file.
+        cut: error of each weight whose rank `max_rank` reduced, by weight name.
     """
 
     path: Path
@@ -45,82 +46,84 @@ def adapter(
     run: Cascade | str | PathLike[str],
     path: str | PathLike[str],
     *,
-    max_rank: int,
+    max_rank: int | None = None,
     base: Cascade | None = None,
 ) -> AdapterFile:
-    """Write what a run has added to the base, for a graph exported with `adapters="inputs"`.
+    """Write the change of a run as an adapter file, for a graph exported with `adapters="inputs"`.
 
-    All stages become one pair of factors for each site, padded with zeros to `max_rank`, with scale 1. Read a
-    `.safetensors` file by `safetensors.torch.load_file`, and an `.onnx_adapter`, which has no scales, by
-    `onnxruntime.LoraAdapter`. The names are those of the inputs of the graph.
+    All stages become one pair of factors for each site, padded with zeros to `max_rank`, with scale 1. The tensors have
+    the names of the graph's inputs. Read a `.safetensors` file with `safetensors.torch.load_file`, and an
+    `.onnx_adapter`, which has no scales, with `onnxruntime.LoraAdapter`.
 
     Args:
-        run: a cascade, a checkpoint folder, or the folder of a LoRA adapter of peft. It is only read.
-        path: ends with `.safetensors` or `.onnx_adapter`.
-        max_rank: of the exported graph. Pairs of a higher rank are replaced by the nearest ones of this rank.
-        base: the cascade whose graph was exported, if it is not the run itself. The file then has its sites. Needed for
-            an adapter of peft, for a checkpoint in the middle of a stage, and for runs with other sites.
+        run: a cascade, a checkpoint folder, or the folder of a LoRA adapter of peft. It is not changed.
+        path: a path that ends with `.safetensors` or `.onnx_adapter`.
+        max_rank: the max_rank of the exported graph. It is required. Pairs of a higher rank are replaced by the nearest
+            pairs of this rank.
+        base: the cascade whose graph was exported, if it is not the run itself. The file then has the sites of `base`.
+            Required for an adapter of peft, for a checkpoint in the middle of a stage, and for runs with other sites.
 
     Returns:
-        The path, and the exact error of each rank that was reduced.
+        The path, and the exact error of each weight whose rank was reduced.
 
     Raises:
-        SpecError: another ending or rank; factors cannot express the run, or it changes a weight that is not a site of
-            `base`.
+        SpecError: the ending or the rank is invalid, factors cannot express the run, or the run changes a weight that
+            is not a site of `base`.
         CheckpointError: the run has another base, or cannot be read.
-        StateError: a checkpoint in the middle of a stage came without `base`.
+        StateError: `base` is missing for a checkpoint in the middle of a stage.
         ExportError: the path cannot be written.
         MissingExtra: onnxruntime is not installed, for `.onnx_adapter`.
     """
     out = path_of(path)
     if out.suffix not in (".safetensors", ".onnx_adapter"):
-        raise SpecError(f"export.adapter: {out} does not end with .safetensors or .onnx_adapter")
-    check_rank(max_rank, "export.adapter")
+        raise SpecError(f"export.adapter: the path {out} must end with .safetensors or .onnx_adapter")
+    rank = checked_rank(max_rank, "export.adapter")
     if base is None or base is run:
-        found = low_rank_pairs(run, call="export.adapter")
-        plan, dtypes = found.plan, found.dtypes
+        change = low_rank_pairs(run, call="export.adapter")
+        plan, dtypes = change.plan, change.dtypes
     else:
         with base.weights("base"):
-            found = low_rank_pairs(run, base.model, call="export.adapter")
-        found.check_base(base._run.fingerprints(), "export.adapter")
+            change = low_rank_pairs(run, base.model, call="export.adapter")
+        change.check_base(base._run.fingerprints(), "export.adapter")
         plan, dtypes = base.plan, branch_dtypes(base._run)
-    assert plan is not None, "an adapter of peft comes with a base"
-    if foreign := found.pairs.keys() - plan.by_weight.keys():
+    assert plan is not None, "low_rank_pairs requires a model for an adapter of peft"
+    if foreign := change.pairs.keys() - plan.by_weight.keys():
         raise SpecError(
-            f"export.adapter: {found.name}, changes {min(foreign)}, which is not a site of the base. Adapt the base "
+            f"export.adapter: {change.name}, changes {min(foreign)}, which is not a site of the base. Adapt the base "
             "with targets that include it",
             code="sites-differ",
         )
-    tensors, cut = inputs_of(found, plan, max_rank, dtypes)
+    tensors, cut = inputs_of(change, plan, rank, dtypes)
     for weight, error in cut.items():
         log.info("export.adapter: %s: %s", weight, error)
     with replacing(out) as new:
         if out.suffix == ".safetensors":
-            save_file(tensors, new, metadata={"format": "pt", "max_rank": str(max_rank)})
+            save_file(tensors, new, metadata={"format": "pt", "max_rank": str(rank)})
         else:
             runtime = module_of("onnx", "onnxruntime")
             file = runtime.AdapterFormat()
-            # The format has no tensors of shape []. The graph's own default of a scale is 1.
+            # The format has no tensors of shape [], so the scales are omitted. Their default in the graph is 1.
             factors = {name: value.numpy() for name, value in tensors.items() if value.dim()}
             file.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in factors.items()})
             file.export_adapter(str(new))
     return AdapterFile(out, cut)
 
 
-def check_rank(max_rank: object, call: str) -> None:
-    """Raise SpecError unless this is a rank."""
-    if not is_integer(max_rank, 1):
-        raise SpecError(f"{call}: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
+def checked_rank(max_rank: int | None, call: str) -> int:
+    """Return the rank if it is valid, otherwise raise SpecError."""
+    if max_rank is None or not is_integer(max_rank, 1):
+        raise SpecError(f"{call}: max_rank is {max_rank!r}; give an integer of 1 or more")
+    return max_rank
 
 
 def inputs_of(
-    found: LowRankAdapter, plan: Plan, max_rank: int, dtypes: Mapping[str, torch.dtype]
+    change: LowRankAdapter, plan: Plan, max_rank: int, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, torch.Tensor], dict[str, CutOff]]:
-    """Return the tensors of an adapter by the names of the inputs, in their order, and what `max_rank` cost."""
+    """Return the tensors of an adapter by input name, in the order of the inputs, and the errors of `max_rank`."""
     tensors: dict[str, torch.Tensor] = {}
     cut: dict[str, CutOff] = {}
     for site in plan.sites:
-        values, error = found.tensors(site, max_rank)
+        values, error = change.tensors(site, max_rank)
         dtype = dtypes[site.weight]
         tensors |= {input_name(site.weight, name): value.to(dtype).contiguous() for name, value in values.items()}
         if error.after < error.before:
@@ -129,6 +132,6 @@ def inputs_of(
 
 
 def input_name(weight: str, tensor: str) -> str:
-    """Return the name of the input for a tensor of the branch of a weight."""
+    """Return the name of the graph's input for a tensor of a weight's branch."""
     name = re.sub(r"\W", "_", f"{weight}.{tensor}").lower()
     return f"_{name}" if name[0].isdigit() else name

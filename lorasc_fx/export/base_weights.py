@@ -1,7 +1,7 @@
-"""Finds which tensor of a base's files is which weight of the model, and checks it by the fingerprint of W0.
+"""Matches the tensors in a base's files with the weights of the model, and checks them by the fingerprints of W0.
 
-The names in a file may have another prefix than those in the model, and a tied weight its other name, or both. A file
-may have a narrower dtype than the model was adapted in.
+The names in a file may have another prefix than the names in the model. A tied weight may have any or all of its names.
+The dtype of the file may be narrower than the dtype that the model was adapted in.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _WIDER = {
     "F16": (torch.float32, torch.float64),
     "F32": (torch.float64,),
 }
-"""Dtypes that hold every number of a narrower one: a model loaded in them has exactly the values of the file."""
+"""Dtypes that represent every value of a narrower dtype. A model loaded in them has exactly the values of the file."""
 
 
 def matched(
     weights: FoldedWeights, base: Path, files: Sequence[TensorFile], done: Callable[[int], None]
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
-    """Return the changes by key, and the tensors to add by key. Every tensor of the files is read once.
+    """Return the changes by key in the files, and the tensors to add by name. Every tensor of the files is read once.
 
-    A parameter trained in full that the files lack, or have in another shape, is a new head, and is added.
+    If the files lack a parameter that was trained in full, or have it in another shape, it is a new head and is added.
 
     Args:
-        weights: of the fold.
+        weights: the folded weights.
         base: the path that the user gave, for messages.
-        files: of the base.
-        done: is called with the size of each tensor that was read.
+        files: the files of the base.
+        done: is called with the size in bytes of each tensor that was read.
 
     Raises:
-        CheckpointError: the files are another base, or lack a changed weight.
+        CheckpointError: the files are from another base, or lack a changed weight.
     """
     keys = [entry.name for file in files for entry in file.entries]
     all_names = {*weights.base, *weights.aliases, *weights.buffers}
     names = {key: weights.aliases.get(name, (name,))[0] for name, key in keys_of(all_names, keys).items()}
-    changes, found = dict[str, Change](), set[str]()
+    changes, matched_names = dict[str, Change](), set[str]()
     for tensors in files:
         with tensors.path.open("rb") as file:
             for entry in tensors.entries:
@@ -57,33 +57,34 @@ def matched(
                     dtype = _dtype_of(entry, file, weights.base[name])
                     if dtype is None and (entry.name in weights.base or entry.name in weights.aliases):
                         raise CheckpointError(
-                            f"base: {entry.name} of {tensors.path} holds other values than the {name} that was adapted "
-                            f"({weights.where}); give the files of the model that was adapted",
+                            f"base: the values of {entry.name} in {tensors.path} differ from the {name} that was "
+                            f"adapted ({weights.where}); give the files of the model that was adapted",
                             code="base-differs",
                         )
-                    if dtype is not None:  # otherwise a prefix that fits by chance
-                        found.add(name)
+                    if dtype is not None:  # otherwise the key is another tensor that only has the same suffix
+                        matched_names.add(name)
                         if name in weights.changes:
                             changes[entry.name] = partial(_rounded, weights.changes[name], dtype)
                 done(entry.size)
-    added = {name for name in weights.changes if name not in found and name in weights.whole}
-    for name in weights.changes.keys() - found - added:
+    added = {name for name in weights.changes if name not in matched_names and name in weights.full}
+    for name in weights.changes.keys() - matched_names - added:
         raise CheckpointError(
-            f"base: {base} holds no {name} with the values that it had before ({weights.where}){nearest(name, keys)}. "
-            "Give the files of the model that was adapted. To write weights that they lack, name otherwise, or hold in "
-            "another layout, call lorasc_fx.export.safetensors(cascade, folder) without base",
+            f"base: {base} has no {name} with the values that it had before the training ({weights.where})"
+            f"{nearest(name, keys)}. Give the files of the model that was adapted. If they lack this weight, or "
+            "have it under another name or in another layout, call lorasc_fx.export.safetensors(cascade, folder) "
+            "without base",
             code="base-differs",
         )
-    return changes, {name: weights.whole[name] for name in added}
+    return changes, {name: weights.full[name] for name in added}
 
 
 def _is_new_head(weights: FoldedWeights, name: str, entry: Entry) -> bool:
-    """Whether a parameter trained in full replaces a tensor of its name that has another shape."""
-    return name in weights.whole and entry.name == name and entry.shape != tuple(weights.whole[name].shape)
+    """Return whether a parameter trained in full replaces a tensor with the same name and another shape."""
+    return name in weights.full and entry.name == name and entry.shape != tuple(weights.full[name].shape)
 
 
 def _dtype_of(entry: Entry, file: BinaryIO, fingerprint: str) -> torch.dtype | None:
-    """Return the dtype, its own or a wider one, in which a tensor of a file has this fingerprint; or None."""
+    """Return the dtype in which a tensor of a file has this fingerprint: its own or a wider one. None if no dtype."""
     for dtype in (DTYPES.get(entry.dtype), *_WIDER.get(entry.dtype, ())):
         if dtype is not None and entry.fingerprint(file, dtype) == fingerprint:
             return dtype
@@ -96,8 +97,8 @@ def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Te
 
 
 def _buffer(buffer: torch.Tensor, entry: Entry, file: BinaryIO) -> Change | None:
-    """Return the change of a buffer to its value in the model, if it has moved."""
+    """Return a change that sets a buffer to its value in the model. None if the value has not changed."""
     if DTYPES.get(entry.dtype) is None or entry.shape != tuple(buffer.shape):
         return None
-    before = entry.read(file).to(buffer.dtype)
-    return None if torch.equal(before, buffer) else lambda base: buffer.to(base.dtype)
+    previous = entry.read(file).to(buffer.dtype)
+    return None if torch.equal(previous, buffer) else lambda base: buffer.to(base.dtype)

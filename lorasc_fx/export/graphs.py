@@ -1,4 +1,4 @@
-"""A cascade as one graph of ATen operations: an ExportedProgram, or a `.pt2` or ONNX file made from it."""
+"""Exports a cascade as one graph of ATen operations: an ExportedProgram, a `.pt2` file or an ONNX file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorasc_fx.capture import least_sizes
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Axis, Call, Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
-from lorasc_fx.export.adapters import check_rank, inputs_of
+from lorasc_fx.export.adapters import checked_rank, inputs_of
 from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import assert_min_sizes
@@ -43,31 +43,33 @@ def pt2(
 ) -> Path:
     """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads without lorasc_fx.
 
-    Dynamic sizes of the captured graph stay dynamic, such as the batch. An axis of size 1 in the example is fixed. The
-    file holds zeros instead of your example inputs.
+    Dynamic sizes of the captured graph, such as the batch, stay dynamic. An axis of size 1 in the example is fixed. The
+    example inputs in the file are zeros, not yours.
 
     Args:
-        cascade: is not changed.
-        path: ends with `.pt2`.
-        args, kwargs: inputs to capture the graph for; by default those of `adapt`.
-        folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
-        view: if folded: `slow` weights, or their average over stages.
-        adapters: `inputs` to write the base W0, whose graph takes the adapter of each site as inputs. `adapter` writes
-            files for them, by name. Zeros are no adapter: the graph computes the base then.
-        max_rank: of the adapters, for adapters="inputs".
+        cascade: the cascade, which is not changed.
+        path: a path that ends with `.pt2`.
+        args, kwargs: inputs to capture the graph for. The default is the example of `adapt`.
+        folded: True to write the folded weights without branches. False to write the running cascade, with branches and
+            noise.
+        view: the folded weights: `slow`, or their average over stages (`averaged`).
+        adapters: `inputs` to write the base W0 with a graph that takes the adapter of each site as inputs.
+            `lorasc_fx.export.adapter` writes files with these tensors. If all of them are zeros, the graph computes the
+            base.
+        max_rank: rank of the adapters, for adapters="inputs".
 
     Returns:
         The path.
 
     Raises:
-        SpecError: another ending, or options that exclude each other.
-        CaptureError: the model has graph breaks, or torch.export does not take its graph.
+        SpecError: the ending is invalid, or options cannot be combined.
+        CaptureError: the model has graph breaks, or torch.export cannot export its graph.
         ExportError: the path cannot be written.
-        StateError: after `release`, inside `weights`, or inside a backward.
+        StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
     out = path_of(path)
     if out.suffix != ".pt2":
-        raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
+        raise SpecError(f"export.pt2: the path {out} must end with .pt2, which torch.export.load requires")
     rank = _rank_of(adapters, max_rank, folded, view, "export.pt2")
     exported, _, _ = _program(cascade, args, kwargs, folded, view, rank, "export.pt2")
     with replacing(out) as new:
@@ -88,36 +90,38 @@ def onnx(
 ) -> Path:
     """Write the graph of eval mode as an ONNX file. Dynamic sizes of the captured graph stay dynamic.
 
-    Dynamic axes are named after their place in an input: `batch`, `sequence`, or of images `height` and `width`.
+    Dynamic axes are named by their position in an input: `batch`, `sequence`, or `height` and `width` for images.
 
-    ONNX does not check sizes. If the model computes something else than the graph at a size of 0 or 1, this warns, and
-    the metadata of the file has the smallest sizes: `least_sizes`, as JSON by input and axis.
+    ONNX does not check sizes. If the model computes something else than the graph at a size of 0 or 1, there is a
+    warning, and the file's metadata entry `least_sizes` has the smallest valid sizes, as JSON by input and axis.
 
-    torch chooses the version of the operators. For another version, give `program(...)` to torch.onnx.export.
+    torch chooses the opset version. For another version, pass the result of `program(...)` to torch.onnx.export.
 
     Args:
-        cascade: is not changed.
-        path: ends with `.onnx`. Weights of about 2 GB and more are written to a second file, `PATH.data`.
-        args, kwargs: inputs to capture the graph for; by default those of `adapt`.
-        folded: write the slow weights and the captured nodes; otherwise the running cascade, with branches and noise.
-        view: if folded: `slow` weights, or their average over stages.
-        adapters: `inputs` to write the base W0, whose graph takes the adapter of each site as inputs. `adapter` writes
-            files for them, by name. They are optional: without an adapter the graph computes the base.
-        max_rank: of the adapters, for adapters="inputs".
+        cascade: the cascade, which is not changed.
+        path: a path that ends with `.onnx`. Weights of about 2 GB or more are written to a second file, `PATH.data`.
+        args, kwargs: inputs to capture the graph for. The default is the example of `adapt`.
+        folded: True to write the folded weights without branches. False to write the running cascade, with branches and
+            noise.
+        view: the folded weights: `slow`, or their average over stages (`averaged`).
+        adapters: `inputs` to write the base W0 with a graph that takes the adapter of each site as inputs.
+            `lorasc_fx.export.adapter` writes files with these tensors. The inputs are optional: without them, the graph
+            computes the base.
+        max_rank: rank of the adapters, for adapters="inputs".
 
     Returns:
         The path.
 
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
-        SpecError: another ending, or options that exclude each other.
-        CaptureError: the model has graph breaks, or has an operator that torch.onnx does not know.
+        SpecError: the ending is invalid, or options cannot be combined.
+        CaptureError: the model has graph breaks, or an operator that torch.onnx cannot convert.
         ExportError: the path cannot be written.
-        StateError: after `release`, inside `weights`, or inside a backward.
+        StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
     out = path_of(path)
     if out.suffix != ".onnx":
-        raise SpecError(f"export.onnx: {out} does not end with .onnx")
+        raise SpecError(f"export.onnx: the path {out} must end with .onnx")
     require("onnx", "onnx", "onnxscript")
     rank = _rank_of(adapters, max_rank, folded, view, "export.onnx")
     exported, least, inputs = _program(cascade, args, kwargs, folded, view, rank, "export.onnx")
@@ -126,27 +130,27 @@ def onnx(
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
     except Exception as fault:  # torch.onnx may raise anything
         cause: BaseException = fault
-        while cause.__cause__ is not None:  # outer errors say that something failed, but not what
+        while cause.__cause__ is not None:  # only the innermost error has the reason
             cause = cause.__cause__
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise CaptureError(
-            f"export.onnx: torch.onnx cannot convert this graph: {reason[0]}; change the model there",
+            f"export.onnx: torch.onnx cannot convert this graph: {reason[0]}; replace this operation in the model",
             code="not-exportable",
         ) from fault
     assert onnx_program is not None
     name_axes(onnx_program)
     graph = onnx_program.model.graph
     for value in graph.inputs:
-        if value.name in inputs:  # an input with an initializer is optional
+        if value.name in inputs:  # give it an initializer, which makes an input optional in ONNX
             value.const_value = module_of("onnx", "onnxscript.ir").tensor(inputs[value.name], name=value.name)
             graph.register_initializer(value)
     if least:
         sizes = json.dumps(least)
         onnx_program.model.metadata_props["least_sizes"] = sizes
         warn(
-            f"export.onnx: the smallest sizes by input and axis are {sizes}. Below them the model computes something "
-            "else than its graph, and ONNX cannot refuse them: check sizes before you run the file, or export the "
-            "model with example inputs of a smaller size",
+            f"export.onnx: the smallest valid sizes by input and axis are {sizes}. Below them, the graph computes "
+            "something else than the model, and ONNX cannot check sizes. Check them before you run the file, or export "
+            "with smaller example inputs",
             "smaller-sizes-not-refused",
         )
     with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
@@ -169,34 +173,34 @@ def program(
     adapters: Literal["inputs"] | None = None,
     max_rank: int | None = None,
 ) -> torch.export.ExportedProgram:
-    """Return the graph of eval mode as an ExportedProgram of torch; see `pt2`.
+    """Return the graph of eval mode as a `torch.export.ExportedProgram`. The arguments are described at `pt2`.
 
     Raises:
-        SpecError: options that exclude each other.
-        CaptureError: the model has graph breaks, or torch.export does not take its graph.
-        StateError: after `release`, inside `weights`, or inside a backward.
+        SpecError: options cannot be combined.
+        CaptureError: the model has graph breaks, or torch.export cannot export its graph.
+        StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
     rank = _rank_of(adapters, max_rank, folded, view, "export.program")
     return _program(cascade, args, kwargs, folded, view, rank, "export.program")[0]
 
 
 def _rank_of(adapters: Any, max_rank: int | None, folded: bool, view: str, call: str) -> int | None:
-    """Return the rank of adapters that are inputs; None if they are not.
+    """Return the rank of the adapters if they are inputs of the graph, otherwise None.
 
     Raises:
-        SpecError: options that exclude each other, or an invalid rank.
+        SpecError: options cannot be combined, or the rank is invalid.
     """
     if adapters not in (None, "inputs"):
-        raise SpecError(f"{call}: adapters is {adapters!r}; give 'inputs', or leave it out")
+        raise SpecError(f"{call}: adapters is {adapters!r}; give 'inputs' or None")
     if adapters is None and max_rank is None:
         return None
     if adapters is None or not folded or view != "slow":
         raise SpecError(
-            f"{call}: adapters='inputs' takes max_rank, and writes the base W0. Leave out `folded` and `view`",
+            f"{call}: adapters='inputs' and max_rank must be given together, without `folded` and `view`, because the "
+            "weights are the base W0",
             code="conflicting-options",
         )
-    check_rank(max_rank, call)
-    return max_rank
+    return checked_rank(max_rank, call)
 
 
 def _program(
@@ -208,58 +212,62 @@ def _program(
     rank: int | None,
     call: str,
 ) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]], dict[str, torch.Tensor]]:
-    """Return the program, the smallest sizes that it checks, by input and axis, and the tensors of no adapter by input.
+    """Export a cascade with torch.export.
 
     Args:
-        cascade, args, kwargs, folded, which: as for `pt2`.
-        rank: of the adapters, if they are inputs. There are no tensors otherwise.
-        call: for messages.
+        cascade, args, kwargs, folded, view: as for `pt2`.
+        rank: rank of the adapters if they are inputs of the graph, otherwise None.
+        call: name of the user's call, for messages.
+
+    Returns:
+        The program, the smallest sizes that it accepts by input and axis, and a zero adapter by input (empty without a
+        rank).
     """
     cascade._run.check_ready(call)
     cascade._run.check_buffers(call)
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
-    nothing: dict[str, torch.Tensor] = {}
+    zeros: dict[str, torch.Tensor] = {}
     with _evaluating(cascade):
         variant, captured_call = cascade._graphs.variant_of(bound, named, dynamic=True)
         module: nn.Module = cascade
         if rank is not None:
-            module, nothing, least = _lifted(cascade, variant, captured_call, rank, call)
-        elif folded or variant.universal:  # of a model with graph breaks: raises, and says where they are
+            module, zeros, least = _lifted(cascade, variant, captured_call, rank, call)
+        elif folded or variant.universal:  # for a model with graph breaks, this raises and names them
             module, least = cascade._folded(bound, named, None, view)
         else:
             _, least = cascade._graphs.fold(variant, captured_call, None)
-        shapes = _shapes(module, variant, bound, named, nothing)
-        bound, named = _as_given(signature_of(cascade.model), bound, named, inputs[1])
-        named |= nothing
+        shapes = _dynamic_shapes(module, variant, bound, named, zeros)
+        bound, named = _with_user_keywords(signature_of(cascade.model), bound, named, inputs[1])
+        named |= zeros
         try:
             with quiet():
                 exported = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
         except Exception as fault:  # a tracer may raise anything
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise CaptureError(
-                f"{call}: torch.export cannot export this graph: {reason[0]}; change the model there",
+                f"{call}: torch.export cannot export this graph: {reason[0]}; replace this operation in the model",
                 code="not-exportable",
             ) from fault
-    if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
+    if not variant.conditions.sizes:  # the front end has not found the smallest sizes, but torch.export has
         least = least_sizes(exported.module(), module, bound, named)
     names = [str(name) for name in exported.graph_signature.user_inputs]
-    assert_min_sizes(exported.graph, names, least)  # torch drops checks that it considers redundant
+    assert_min_sizes(exported.graph, names, least)  # torch.export drops checks that it considers redundant
     exported.graph_module.recompile()
     exported.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
     by_name: dict[str, dict[int, int]] = {}
     for (index, axis), size in least.items():
         by_name.setdefault(names[index], {})[axis] = size
-    return exported, by_name, nothing
+    return exported, by_name, zeros
 
 
 def _lifted(
     cascade: Cascade, variant: Variant, captured_call: Call, rank: int, call: str
 ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[Axis, int]]:
-    """Return a graph on W0 whose adapter is an input, the tensors of no adapter by input, and smallest sizes.
+    """Return a graph on W0 whose adapters are inputs, a zero adapter by input, and the smallest sizes.
 
     Raises:
-        CaptureError: the inputs are not those that `adapter` writes for this cascade.
+        CaptureError: the inputs differ from the tensors that `lorasc_fx.export.adapter` writes for this cascade.
     """
     run, plan = cascade._run, cascade.plan
     with run.exclusive(call):
@@ -268,51 +276,53 @@ def _lifted(
     module, lifted, least = cascade._graphs.compiler.lift(
         variant, cascade.model, plan.stage, values, rank, captured_call.args, captured_call.kwargs
     )
-    empty = LowRankAdapter("no adapter", {}, {})
-    nothing, _ = inputs_of(empty, plan, rank, branch_dtypes(run))
-    found = {each.name: (each.shape, each.dtype) for each in lifted}
-    for name in nothing.keys() | found.keys():
-        if name not in nothing or found.get(name) != (tuple(nothing[name].shape), nothing[name].dtype):
+    zeros, _ = inputs_of(LowRankAdapter("no adapter", {}, {}), plan, rank, branch_dtypes(run))
+    graph_inputs = {item.name: (item.shape, item.dtype) for item in lifted}
+    for name in zeros.keys() | graph_inputs.keys():
+        if name not in zeros or graph_inputs.get(name) != (tuple(zeros[name].shape), zeros[name].dtype):
             raise CaptureError(
-                f"{call}: the graph of these inputs takes {found.get(name)} as {name} of an adapter, which no file of "
-                "this cascade has. Export a call that uses all sites, of a cascade with adapter='lora'",
+                f"{call}: the graph has the adapter input {name} as {graph_inputs.get(name)}, which differs from the "
+                "adapter files of this cascade. Export a call that uses all sites, and a cascade with adapter='lora'",
                 code="not-exportable",
             )
-    return module, nothing, least
+    return module, zeros, least
 
 
-def _shapes(
+def _dynamic_shapes(
     module: nn.Module,
     variant: Variant,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     static: Iterable[str],
 ) -> Any:
-    """Return which sizes are dynamic, by the names of the module's arguments, for torch.export.
+    """Return the `dynamic_shapes` of torch.export, by the names of the module's arguments.
 
-    These are all sizes except the constants of the captured graph, and those of the arguments in `static`.
+    All axes are dynamic, except sizes that are constant in the captured graph, and the arguments in `static`.
     """
     flat = leaves(args, kwargs)
     sizes_of_inputs = variant.conditions.sizes or (None,) * len(flat)
-    open_axes = [
+    dynamic_axes = [
         {axis: torch.export.Dim.AUTO for axis in range(leaf.dim()) if sizes is None or sizes[axis] is None}
         if isinstance(leaf, torch.Tensor)
         else None
         for leaf, sizes in zip(flat, sizes_of_inputs, strict=True)
     ]
     _, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
-    positional, by_name = pytree.tree_unflatten(open_axes, tree)
+    positional, by_name = pytree.tree_unflatten(dynamic_axes, tree)
     signature = inspect.signature(module.forward)
     named: dict[str, Any] = signature.bind(*positional, **by_name, **dict.fromkeys(static)).arguments
     if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in named):
-        return None  # torch 2.13 does not support them
+        return None  # torch 2.13 does not support dynamic shapes for **kwargs
     return named
 
 
-def _as_given(
+def _with_user_keywords(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], by_name: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a bound call with the same arguments by name as in the user's call, because a program accepts no other."""
+    """Return a bound call in which the arguments in `by_name` are keywords, as in the user's call.
+
+    An ExportedProgram accepts only the split into positional and keyword arguments that it was exported with.
+    """
     arguments = signature.bind(*args, **kwargs).arguments
     named = {name: arguments.pop(name) for name in list(arguments) if name in by_name}
     leading = list(signature.parameters)[: len(arguments)]
@@ -324,7 +334,7 @@ def _as_given(
 
 @isolated
 def _evaluating(undo: Block, cascade: Cascade) -> None:
-    """Put the model in eval mode inside the block, and restore the mode of each module after it."""
+    """Switch the model to eval mode inside the block, and restore the mode of each module afterwards."""
     for module in cascade.modules():
         undo(partial(setattr, module, "training", module.training))
     cascade.eval()

@@ -1,7 +1,7 @@
-"""Folded weights as safetensors, under the model's names or in the files of the base, one tensor in memory at a time.
+"""Writes folded weights as safetensors, with the model's state dict names or in the layout of the base's files.
 
-In the files of the base, names, dtypes and metadata stay, and unchanged tensors are copied byte for byte. This needs no
-model.
+Only one tensor is in memory at a time. In the layout of the base, the names, dtypes and metadata of the files are kept,
+and unchanged tensors are copied byte for byte. This does not need the model.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from lorasc_fx.util.files import parse_json, replacing
 from lorasc_fx.util.fingerprint import Buffer
 
 Progress = Callable[[int, int], object]
-"""Called with the number of bytes that are done, and of all."""
+"""A callback that gets the number of bytes done so far, and the total."""
 
 CONFIG = "config.json"
-"""The configuration in a folder of transformers."""
+"""Name of the configuration in a model folder of transformers."""
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
 )  # fmt: skip
-"""Endings of files that hold the weights of the base in other formats, and are not copied."""
+"""Endings of files with weights of the base in other formats. They are not copied, because they would be stale."""
 
 
 def safetensors(
@@ -51,32 +51,32 @@ def safetensors(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the folded weights as safetensors. The cascade goes on. One tensor is computed and written at a time.
+    """Write the folded weights as safetensors. One tensor is computed and written at a time.
 
-    A running stage that has trained is folded, as by `release`.
+    The cascade is not changed and can train on. A running stage that has trained counts as ended, as in `release`.
 
     Args:
-        cascade: whose weights are written.
-        path: a file that ends with `.safetensors`, or a folder, which gets `model.safetensors`, or shards with an index
-            as transformers reads them.
-        base: the safetensors file or folder that the model came from. Its files, names, dtypes and metadata are kept,
-            and every tensor that the fold does not change is copied.
-        view: `slow`, or their average over stages (`averaged`); without `base` also a run that was added, or a sum, as
-            in `Cascade.weights`.
-        quantized: `dequantize` to write dense tensors in place of quantized weights. By default, quantized weights
-            that have trained, or that a file cannot store, are refused. Not with `base`.
-        max_shard_bytes: size above which a folder's weights are split, without `base`.
-        progress: is called with the number of bytes that are done, and of all.
+        cascade: the cascade.
+        path: a file that ends with `.safetensors`, or a folder. A folder gets `model.safetensors`, or shards with an
+            index, in the layout of transformers.
+        base: the safetensors file or folder that the model was loaded from. If it is given, the output has its files,
+            names, dtypes and metadata, and all unchanged tensors are copied from it.
+        view: the weights to write: `slow`, or their average over stages (`averaged`). Without `base` also an added run
+            or a weighted sum, as in `Cascade.weights`.
+        quantized: `dequantize` to write quantized weights as dense tensors. By default, quantized weights that have
+            trained, or that safetensors cannot store, are an error. Cannot be combined with `base`.
+        max_shard_bytes: maximum size of a file in a folder, without `base`.
+        progress: is called with the number of bytes done so far, and the total.
 
     Returns:
         The path.
 
     Raises:
-        StateError: the path is the base, or a folder that is not empty; or a quantized weight would be written. After
-            `release`, inside `weights`, or inside a backward.
-        CheckpointError: base is not what was adapted.
+        StateError: the path is the base or a non-empty folder, a quantized weight would be written, the cascade was
+            released, or the call is inside `with cascade.weights(...)` or inside a backward.
+        CheckpointError: `base` is not the model that was adapted.
         ExportError: the path cannot be written. Nothing is left there.
-        SpecError: `quantized` with `base`, or another value.
+        SpecError: `quantized` is invalid, or given with `base`.
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"
@@ -84,22 +84,23 @@ def safetensors(
         if base is not None:
             if quantized is not None:
                 raise SpecError(
-                    f"{call}: quantized and base are given, but the files of the base hold other values than those "
-                    "beside which the branches trained; leave base out",
+                    f"{call}: quantized cannot be combined with base: the branches trained beside the quantized "
+                    "weights, whose values differ from the files of the base. Remove base=...",
                     code="conflicting-options",
                 )
             labels = getattr(getattr(cascade.model, "config", None), "id2label", None)
             classes = list(labels.values()) if isinstance(labels, dict) else None
             return fold_files(of_run(cascade._run, call, view), path_of(base), out, progress, classes)
         if not is_integer(max_shard_bytes, 1):
-            raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
+            raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give an integer of 1 or more")
         _check_free(out)
         values: dict[str, Callable[[], torch.Tensor]] = {}
         entries: list[Entry] = []
         for name, value, folded in folded_each(cascade._run, call, quantized, view):
             if not isinstance(value, torch.Tensor):
                 raise StateError(
-                    f"{call}: {name} of the state dict is {type(value).__name__}, not a tensor",
+                    f"{call}: {name} in the state dict is a {type(value).__name__}, which safetensors cannot store; "
+                    "store it as a tensor, or remove it from the state dict",
                     code="not-serializable",
                 )
             if quantized is not None and is_quantized(value):
@@ -124,7 +125,7 @@ def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Return a function that adds up the sizes that it is called with, and reports their sum."""
+    """Return a function that gets the size of each finished tensor, and reports the sum of the sizes."""
     bytes_done = 0
 
     def done(size: int) -> None:
@@ -136,11 +137,11 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     return done
 
 
-def _shards(folder: Path, entries: list[Entry], most: int) -> list[TensorFile]:
-    """Divide tensors into files of at most this many bytes, and write the index of several files."""
+def _shards(folder: Path, entries: list[Entry], max_bytes: int) -> list[TensorFile]:
+    """Divide tensors into files of at most `max_bytes`, and write the index if there are several files."""
     groups: list[list[Entry]] = [[]]
     for entry in entries:
-        if groups[-1] and sum(member.size for member in groups[-1]) + entry.size > most:
+        if groups[-1] and sum(member.size for member in groups[-1]) + entry.size > max_bytes:
             groups.append([])
         groups[-1].append(entry)
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
@@ -153,7 +154,7 @@ def _shards(folder: Path, entries: list[Entry], most: int) -> list[TensorFile]:
 
 
 def _write_index(folder: Path, index: dict[str, Any], entries: Iterable[Entry]) -> None:
-    """Write the index of the files of a folder, with the size of all tensors."""
+    """Write the index of a folder's files, with the total size of the tensors."""
     index["metadata"] = {**index.get("metadata", {}), "total_size": sum(entry.size for entry in entries)}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -165,19 +166,19 @@ def fold_files(
     progress: Progress | None,
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Write the files of a base with folded weights in them. A new head that they lack is added to the last file.
+    """Write copies of a base's files with the folded weights. A new head is added to the last file.
 
     Args:
-        weights: of the fold.
+        weights: the folded weights.
         base: a safetensors file, or a folder with `model.safetensors` or its shards.
-        out: the file or folder to write. A folder gets the other files of the base too (configuration, tokenizer).
-        progress: is called with the number of bytes that were compared or written, and of all.
-        classes: names of the classes of a classifier, for the `config.json` of transformers.
+        out: the file or folder to write. A folder also gets the other files of the base (configuration, tokenizer).
+        progress: is called with the number of bytes compared or written so far, and the total.
+        classes: names of a classifier's classes, for the `config.json` of transformers.
 
     Raises:
-        CheckpointError: the base cannot be read, or is not what was adapted.
+        CheckpointError: the base cannot be read, or is not the model that was adapted.
         ExportError: `out` cannot be written.
-        StateError: `out` is the base, or a folder that is not empty. Nothing was written.
+        StateError: `out` is the base or a non-empty folder. Nothing was written.
     """
     files = [TensorFile.read(path) for path in shards_of(base)]
     _check_free(out, base)
@@ -204,31 +205,31 @@ def fold_files(
 
 
 def _name_classes(config: Path, classes: Sequence[str]) -> None:
-    """Write the classes into a configuration of transformers that has others: their number is that of the head.
+    """Write the classes into the `config.json` of a classifier, because transformers builds the head from it.
 
     Raises:
         CheckpointError: the configuration is not JSON.
     """
     with refusing(f"base: {config.name}", "give the folder of the model that was adapted", code="unreadable-file"):
-        about = parse_json(config.read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or "Classification" not in str(about.get("architectures")):
+        settings = parse_json(config.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "Classification" not in str(settings.get("architectures")):
         return
-    old_labels = about.get("id2label") or {
-        str(number): f"LABEL_{number}" for number in range(about.get("num_labels", 2))
+    old_labels = settings.get("id2label") or {
+        str(number): f"LABEL_{number}" for number in range(settings.get("num_labels", 2))
     }
     labels = {str(number): name for number, name in enumerate(classes)}
     if old_labels != labels:
-        about |= {"id2label": labels, "label2id": {name: number for number, name in enumerate(classes)}}
-        about.pop("num_labels", None)
-        config.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        settings |= {"id2label": labels, "label2id": {name: number for number, name in enumerate(classes)}}
+        settings.pop("num_labels", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_free(out: Path, base: Path | None = None) -> None:
-    """Raise StateError for a folder that is not empty, or for the base itself. A file is replaced by a complete one."""
+    """Raise StateError if the output is a non-empty folder or the base itself. Other files may be replaced."""
     if out.is_dir() and any(out.iterdir()):
-        raise StateError(f"{out} is not empty; give another place, or remove it first", code="path-in-the-way")
+        raise StateError(f"{out} is not empty; give another path, or remove it first", code="path-in-the-way")
     if base is not None and out.exists() and out.samefile(base):
-        raise StateError(f"{out} is the base, which is not overwritten; give another place", code="path-in-the-way")
+        raise StateError(f"{out} is the base, which is not overwritten; give another path", code="path-in-the-way")
 
 
 def _write_like(
@@ -238,7 +239,7 @@ def _write_like(
     path: Path,
     done: Callable[[int], None],
 ) -> None:
-    """Write a file of the base: its header, and one tensor after the other, computed or copied."""
+    """Write a copy of a base's file, in which the changed and added tensors have their new values."""
 
     def content(entry: Entry, source: BinaryIO) -> Iterable[Buffer]:
         if entry.name in added:
@@ -249,8 +250,8 @@ def _write_like(
         value = changes[entry.name](base)
         if value.shape != base.shape or value.dtype != base.dtype:
             raise CheckpointError(
-                f"{entry.name} is {list(base.shape)} {base.dtype}, and became {list(value.shape)} {value.dtype} in "
-                "the fold; the checkpoint was edited, use one that save wrote"
+                f"{entry.name} is {list(base.shape)} {base.dtype} in the base, but {list(value.shape)} {value.dtype} "
+                "after the fold. The checkpoint was edited: use one that `save` wrote"
             )
         return bytes_of(value)
 

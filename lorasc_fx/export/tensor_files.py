@@ -1,7 +1,7 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The library writes complete files from memory, and a model may be larger than that. A file is the length of its header
-in eight bytes, the header as JSON, and the bytes of one tensor after the other.
+The safetensors library can only write tensors that are all in memory, but a model may be larger than the memory. The
+format of a file: the length of the header (8 bytes, little-endian), the header as JSON, and the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
-"""By their names in a header. A tensor of any other dtype can only be copied."""
+"""Dtypes by their names in a header. A tensor with another dtype can only be copied as bytes."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 1 << 22
@@ -36,11 +36,11 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file.
+    """The position and type of a tensor in a file.
 
     Args:
-        name, dtype, shape: as in the header.
-        begin, end: where its bytes are in the file.
+        name, dtype, shape: its values in the header.
+        begin, end: offsets of its bytes in the file.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> Entry:
-        """Return the entry of a tensor that is not in a file yet.
+        """Return the entry for a new tensor. `TensorFile.of` decides its position in the file.
 
         Raises:
             StateError: a safetensors file cannot store it.
@@ -60,7 +60,7 @@ class Entry:
             kind = type(tensor).__name__ if wrapped else tensor.dtype
             raise StateError(
                 f"safetensors: {name} is {kind}, which a safetensors file cannot store; give quantized='dequantize', "
-                "or cast it",
+                "or convert it to another dtype",
                 code="not-serializable",
             )
         return cls(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
@@ -71,7 +71,7 @@ class Entry:
         return self.end - self.begin
 
     def blocks(self, file: BinaryIO) -> Iterator[Buffer]:
-        """Yield the tensor's bytes in blocks. A block is valid until the next one."""
+        """Yield the tensor's bytes in blocks. All blocks share one buffer, so use each block before the next one."""
         buffer = memoryview(bytearray(min(_BLOCK, self.size)))
         file.seek(self.begin)
         remaining = self.size
@@ -83,7 +83,7 @@ class Entry:
             yield buffer[:count]
 
     def read(self, file: BinaryIO) -> torch.Tensor:
-        """Return the tensor in new memory."""
+        """Read the tensor into new memory."""
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         view, offset = memoryview(data_of(tensor)).cast("B"), 0
         for block in self.blocks(file):
@@ -92,7 +92,7 @@ class Entry:
         return tensor
 
     def fingerprint(self, file: BinaryIO, dtype: torch.dtype) -> str:
-        """Return the fingerprint (`util.fingerprint`) of the tensor in this dtype."""
+        """Return the fingerprint (`util.fingerprint`) of the tensor converted to this dtype."""
         blocks: Iterable[Buffer] = self.blocks(file)
         if dtype != DTYPES[self.dtype]:
             stored = DTYPES[self.dtype]
@@ -102,12 +102,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file.
+    """The path and header of a safetensors file, which may not exist yet.
 
     Args:
-        path: of the file.
-        head: everything before the tensors.
-        entries: the tensors, in the order of their bytes.
+        path: path of the file.
+        head: the bytes before the first tensor.
+        entries: the tensors in the order of their bytes.
     """
 
     path: Path
@@ -119,10 +119,10 @@ class TensorFile:
         """Read the header of a file.
 
         Raises:
-            CheckpointError: it cannot be read, or is not a safetensors file.
+            CheckpointError: the file cannot be read, or is not a safetensors file.
         """
-        with refusing(f"base: {path}", "give safetensors files that are whole", code="unreadable-file"):
-            with safe_open(path, framework="pt"):  # checks the header
+        with refusing(f"base: {path}", "give complete safetensors files", code="unreadable-file"):
+            with safe_open(path, framework="pt"):  # raises if the header is invalid
                 pass
             with path.open("rb") as file:
                 length = file.read(8)
@@ -138,9 +138,9 @@ class TensorFile:
 
     @classmethod
     def of(cls, path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> TensorFile:
-        """Return a new file with these tensors, which is not written yet.
+        """Lay out a new file with these tensors. It is not written yet.
 
-        Wide dtypes come first, as the library has them, so that each number lies at a multiple of its size.
+        Wider dtypes come first, as in the safetensors library, so that each element is aligned to its size.
         """
         order = sorted(entries, key=lambda entry: (-DTYPES[entry.dtype].itemsize, entry.name))
         table: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -155,17 +155,17 @@ class TensorFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The free text in the header."""
+        """The `__metadata__` of the header."""
         metadata: dict[str, str] = json.loads(self.head[8:]).get("__metadata__", {})
         return metadata
 
     def write(self, path: Path, content: Callable[[Entry], Iterable[Buffer]], done: Callable[[int], None]) -> None:
-        """Write the file to a path.
+        """Write the file.
 
         Args:
-            path: to write to.
+            path: the path to write to.
             content: returns the bytes of a tensor.
-            done: is called with the size of each tensor that was written.
+            done: is called with the size in bytes of each tensor that was written.
         """
         with path.open("wb") as file:
             file.write(self.head)
@@ -181,7 +181,7 @@ def bytes_of(tensor: torch.Tensor) -> Iterable[Buffer]:
 
 
 def extended(files: Sequence[TensorFile], added: Mapping[str, torch.Tensor]) -> list[TensorFile]:
-    """Return the files with these tensors in the last one, and without others of their names."""
+    """Add tensors to the last file. They replace tensors with the same names in any of the files."""
     if not added:
         return list(files)
     changed = []

@@ -142,7 +142,7 @@ def low_rank_pairs(
             by_reason.setdefault(reason, []).append(weight)
         lines = "".join(f"\n  {named(weights)}: {reason}" for reason, weights in by_reason.items())
         raise SpecError(
-            f"{call}: factors cannot express all changes of {adapter.name}:{lines}", code="method-not-supported"
+            f"{call}: {adapter.name}, has changes that factors cannot express:{lines}", code="method-not-supported"
         )
     return adapter
 

@@ -43,7 +43,7 @@ def test_a_run_is_exported(
         assert main(["export", "runs/tiny", "--to", to, "--out", path]) == 0
         assert capsys.readouterr().out == f"{path}: slow weights at step 4 of 4\n"
     assert main(["export", "runs/tiny", "--to", "safetensors", "--out", "a/folder"]) == 2
-    assert "a/folder is not empty; give another place" in capsys.readouterr().err
+    assert "a/folder is not empty; give another path" in capsys.readouterr().err
     assert main(["export", "runs/tiny", "--to", "peft", "--out", "a/adapter"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"a/adapter: \d+ weights adapted, ranks .*", told[0])

@@ -272,13 +272,13 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
     lx.save(cascade, tmp_path / "checkpoint")
     bent = {**state, "2.weight": state["2.weight"] * 2}
     cases: dict[str, tuple[dict[str, torch.Tensor] | None, str, str]] = {
-        "another base": (bent, "out", "2.weight of {}/given.safetensors holds other values than the 2.weight that"),
+        "another base": (bent, "out", "the values of 2.weight in {}/given.safetensors differ from the 2.weight that"),
         "a weight is missing": (
             {name: value for name, value in state.items() if name != "4.weight"}, "out",
-            "given.safetensors holds no 4.weight with the values that it had before",
+            "given.safetensors has no 4.weight with the values that it had before",
         ),
         "no tensor is named": (
-            {f"{name}x": value for name, value in state.items()}, "out", "given.safetensors holds no ",
+            {f"{name}x": value for name, value in state.items()}, "out", "given.safetensors has no ",
         ),
         "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
         "the place is the base": (state, "given.safetensors", "safetensors is the base, which is not overwritten"),

@@ -145,7 +145,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
         "0.parametrizations.weight.original1",
-        "ParametrizationList keeps it where peft's adapter of a parameter has no effect",
+        "it is a parameter of a ParametrizationList, where peft's target_parameters have no effect",
     ),
 }
 
