@@ -13,7 +13,7 @@ from torch import nn
 from lorasc_fx.adapt.start import Start, check_new
 from lorasc_fx.capture import open_model
 from lorasc_fx.cascade.experts import check_summable, install_sum, weighted_sum
-from lorasc_fx.checkpoint.given_run import GivenRun
+from lorasc_fx.checkpoint.run_source import RunSource
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
@@ -60,7 +60,7 @@ def merge(
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
     sources = [run._run if isinstance(run, Cascade) else run for run in runs]
-    named_runs = [GivenRun(run, f"run {number}", "merge") for number, run in enumerate(sources, start=1)]
+    named_runs = [RunSource(run, f"run {number}", "merge") for number, run in enumerate(sources, start=1)]
     check_summable("merge", {run.name: run.plan for run in named_runs}, "Release the runs and sum their weights")
     opened = open_model(model)
     check_new(opened)

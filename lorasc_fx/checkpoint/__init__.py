@@ -1,1 +1,1 @@
-"""Checkpoints and base models on disk: the state as tensors and JSON, read and written without running code."""
+"""Reads and writes checkpoints and base models on disk. No code from a file is run."""

@@ -1,8 +1,8 @@
-"""W0 as pages of the safetensors file that the model came from, instead of a copy in host memory (`base="file"`).
+"""Reads W0 from the memory-mapped safetensors files of the model, instead of a copy in host memory (`base="file"`).
 
-Such a tensor is memory-mapped: the system reads its pages on use and drops them when memory is short. It is compared
-with the model once, bit for bit, so that W0 is the same wherever it is kept. Nothing is written to the file, and no
-other program may write to it while the cascade lives, which is checked before each call that needs W0.
+The operating system reads mapped pages on use and drops them when memory is short. Each tensor is compared with the
+model once, bit for bit, so that W0 is the same wherever it is stored. The files are never written. No other program may
+write to them while the cascade exists. This is checked before each call that needs W0.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _ADVICE = "Load these files into the model before you adapt it, or give base='me
 
 
 class FileTensor(NamedTuple):
-    """The file that holds a tensor, and its shape there."""
+    """The file that holds a tensor, and the tensor's shape in it."""
 
     path: Path
     shape: tuple[int, ...]
 
 
 class BaseFile:
-    """Where the tensors of a base are.
+    """The safetensors files of a base, and which parameter of the model each of their tensors is.
 
     Args:
         path: a safetensors file, or a folder with `model.safetensors` or its shards.
-        model: whose parameters they are.
+        model: the model that was loaded from the files.
 
     Raises:
-        CheckpointError: the path holds no safetensors file, or cannot be read.
+        CheckpointError: there is no safetensors file at the path, or it cannot be read.
     """
 
     def __init__(self, path: Path, model: nn.Module) -> None:
@@ -57,64 +57,65 @@ class BaseFile:
         self.stamps = {shard: _stamp(shard) for shard in shards}
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W0 of these parameters as mapped tensors, of a DTensor its local shard, without quantized ones.
+        """Return W0 of these parameters as mapped tensors, except quantized ones. For a DTensor, map its local shard.
 
         Raises:
-            CheckpointError: one is missing, or has another shape, dtype or value than in the model.
+            CheckpointError: a tensor is missing, or its shape, dtype or values differ from the model.
         """
-        wanted: dict[Path, dict[str, str]] = {}
+        keys_by_file: dict[Path, dict[str, str]] = {}
         for name in writable(parameters):
             key = self._key(name)
-            wanted.setdefault(self.tensors[key].path, {})[name] = key
+            keys_by_file.setdefault(self.tensors[key].path, {})[name] = key
         tensors = {}
-        for path, keys in wanted.items():
+        for path, keys in keys_by_file.items():
             read = mapped_tensors(path, keys.values())
             for name, tensor in zip(keys, read, strict=True):
                 value, where = parameters[name].detach(), f"base: {keys[name]} of {path}"
                 shard = local_like(tensor, value) if tensor.shape == value.shape else tensor
                 value = local(value)
                 if (shard.shape, shard.dtype) != (value.shape, value.dtype):
-                    there, ours = (
+                    stored, current = (
                         f"{list(item.shape)} {str(item.dtype).removeprefix('torch.')}" for item in (shard, value)
                     )
                     raise CheckpointError(
-                        f"{where} is {there}, and {name} of the model is {ours}. {_ADVICE}", code="base-differs"
+                        f"{where} is {stored}, but {name} of the model is {current}. {_ADVICE}", code="base-differs"
                     )
                 if not same_bits(shard, value):
                     raise CheckpointError(
-                        f"{where} holds other values than {name} of the model. {_ADVICE}", code="base-differs"
+                        f"{where} has other values than {name} of the model. {_ADVICE}", code="base-differs"
                     )
                 tensors[name] = shard
         return tensors
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return a weight from before it was quantized.
+        """Return the unquantized values of a weight.
 
         Raises:
-            CheckpointError: it is missing, or has another shape.
+            CheckpointError: the files have no such weight, or it has another shape.
         """
         key = self._key(name)
         entry = self.tensors[key]
         if entry.shape != tuple(shape):
             raise CheckpointError(
-                f"base: {key} of {entry.path} is {list(entry.shape)}, and {name} is {list(shape)}. Give the files of "
+                f"base: {key} of {entry.path} is {list(entry.shape)}, but {name} is {list(shape)}. Give the files of "
                 "the model that was quantized",
                 code="base-differs",
             )
         return mapped_tensors(entry.path, [key])[0]
 
     def check(self, call: str) -> None:
-        """Raise StateError if a file was written to. A file that was deleted or replaced is still mapped.
+        """Raise StateError if a file was written to.
 
-        A change of permissions or hard links looks like a write.
+        A file that was deleted or replaced is still mapped and raises no error. A change of permissions or hard links
+        cannot be distinguished from a write.
         """
         for path, (device, inode, *written) in self.stamps.items():
             stamp = _stamp(path) if path.exists() else None
             if stamp is not None and stamp[:2] == (device, inode) and [*stamp[2:]] != written:
                 raise StateError(
-                    f"{call}: {path} was written to while the cascade lives (or its permissions or links changed), and "
-                    "W0 is read from it (base=...). Load the model and the newest checkpoint again, and write to other "
-                    "files",
+                    f"{call}: {path} was written to (or its permissions or links were changed), but the cascade still "
+                    "reads W0 from it (base=...). Load the model and the newest checkpoint again, and do not write to "
+                    "the files of the base",
                     code="weights-changed-outside",
                 )
 
@@ -129,32 +130,36 @@ class BaseFile:
         )
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal bit for bit."""
-    return torch.equal(*(value.detach().cpu().contiguous().view(-1).view(torch.uint8) for value in (one, other)))
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Return whether two tensors with the same shape and dtype are equal bit for bit."""
+    return torch.equal(*(value.detach().cpu().contiguous().view(-1).view(torch.uint8) for value in (x, y)))
 
 
 def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
-    """Return where W0 of a model is, by the argument `base` of `adapt`; None if it is kept in memory.
+    """Open the files that the argument `base` of `adapt` names. Return None if it says to keep W0 in memory.
 
     Raises:
-        SpecError: base is `file` and the model names no local folder; or it is not a path.
-        CheckpointError: the path holds no safetensors file, or cannot be read.
+        SpecError: base is `file` but the model does not name a local folder, or base is not a path.
+        CheckpointError: there is no safetensors file at the path, or it cannot be read.
     """
     if not isinstance(base, (str, PathLike)):
         raise SpecError(
             f"base is {base!r}; give 'memory', 'pinned', 'device', 'file', or the path of a safetensors file or folder"
         )
     if base == "pinned" and not torch.accelerator.is_available():
-        raise SpecError("base='pinned': there is no accelerator, to which copies from pinned memory are faster")
+        raise SpecError(
+            "base='pinned' needs an accelerator, and this machine has none. Pinned memory only makes copies to an "
+            "accelerator faster: give base='memory'"
+        )
     if base in MEMORIES:
         return None
     if base == "file":
         named = name_or_path(model)
         if named is None or not Path(named).is_dir():
-            said = f"says {named!r}, which is not a local folder" if named else "does not say where it came from"
+            reason = f"was loaded from {named!r}, which is not a local folder" if named else "does not name its files"
             raise SpecError(
-                f"base='file': {type(model).__name__} {said}; give the path of its safetensors file or folder as base",
+                f"base='file': the {type(model).__name__} {reason}; give the path of its safetensors file or folder as "
+                "base",
                 code="no-base",
             )
         base = named
@@ -169,13 +174,17 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
 
 
 def name_or_path(model: nn.Module) -> str | None:
-    """Return where a model of transformers says that it was loaded from; None if it does not."""
+    """Return the name or path that a model of transformers was loaded from. None if it is unknown."""
     named = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return named if isinstance(named, str) and named else None
 
 
 def shards_of(path: Path) -> list[Path]:
-    """Return the safetensors files at a path: the file itself, or the files in a folder that transformers wrote."""
+    """Return the safetensors files at a path: the file itself, or the files in a folder that transformers wrote.
+
+    Raises:
+        CheckpointError: there is no safetensors file, or the index is damaged.
+    """
     if path.is_file() and path.suffix != ".json":
         return [path]
     index = path if path.is_file() else path / INDEX
@@ -190,12 +199,12 @@ def shards_of(path: Path) -> list[Path]:
     ):
         names = sorted(set(parsed(plain_bytes(index, MAX_MANIFEST_BYTES, links=True))["weight_map"].values()))
         if any(Path(name).name != name or name in ("", "..") for name in names):
-            raise ValueError("names files outside its folder")
+            raise ValueError("lists files outside its folder")
     return [index.parent / name for name in names]
 
 
 def headers(shards: Iterable[Path]) -> dict[str, FileTensor]:
-    """Return location and shape of each tensor in safetensors files, by key."""
+    """Return the file and the shape of each tensor in safetensors files, by key."""
     tensors = {}
     for shard in shards:
         with _refusing(shard), safe_open(shard, framework="pt") as handle:
@@ -205,33 +214,32 @@ def headers(shards: Iterable[Path]) -> dict[str, FileTensor]:
 
 
 def mapped_tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
-    """Return tensors of a safetensors file as mapped memory."""
+    """Return tensors of a safetensors file as memory-mapped tensors."""
     with _refusing(path), safe_open(path, framework="pt") as handle:
         return [handle.get_tensor(key) for key in keys]
 
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Raise anything odd about a safetensors file as a CheckpointError. The library checks header against size."""
-    # RuntimeError: a dtype that torch does not have.
-    with refusing(
-        f"base: {path}", "give safetensors files that are whole", code="unreadable-file", also=(RuntimeError,)
-    ):
-        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+    """Raise any error of reading a safetensors file as CheckpointError. The library checks the header and the size."""
+    # safetensors raises RuntimeError for a dtype that torch lacks.
+    with refusing(f"base: {path}", "give complete safetensors files", code="unreadable-file", also=(RuntimeError,)):
+        if path.exists() and not path.is_file():  # opening a named pipe would block
             raise ValueError("is not a regular file")
         yield
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
     status = os.stat(path)
-    # A program can reset mtime after a write (rsync -t, cp -p, touch -r), but not ctime.
+    # A program can reset mtime after a write (rsync -t, cp -p, touch -r), but it cannot reset ctime.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
-    """Return the key of each name: the name itself, or with the one prefix more or less that finds most of the others.
+    """Match names of a model with the keys of its files. Names without a key are left out.
 
-    Names without a key are left out. Names that are keys themselves come last.
+    A name that is a key matches it. For the other names, one prefix is added or removed, the same for all. It is the
+    prefix that matches most of them. Names that are keys come last in the result.
     """
     names, available = set(names), set(keys)
     missing = names - available
@@ -242,14 +250,14 @@ def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
         counts.update(("", prefix) for prefix, suffix in _cuts(name) if suffix in available)
     keys_by_name = {}
     if counts:
-        theirs, ours = min(counts, key=lambda prefixes: (-counts[prefixes], sum(map(len, prefixes)), prefixes))
-        renamed = {name: theirs + name.removeprefix(ours) for name in missing if name.startswith(ours)}
+        added, removed = min(counts, key=lambda prefixes: (-counts[prefixes], sum(map(len, prefixes)), prefixes))
+        renamed = {name: added + name.removeprefix(removed) for name in missing if name.startswith(removed)}
         keys_by_name = {name: key for name, key in renamed.items() if key in available}
     return keys_by_name | {name: name for name in names & available}
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the name in two parts, cut after each of its dots."""
+    """Yield the name split into two parts, after each of its dots."""
     for end, letter in enumerate(name, start=1):
         if letter == ".":
             yield name[:end], name[end:]

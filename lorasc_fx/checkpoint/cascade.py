@@ -1,4 +1,4 @@
-"""The cascade with what saves and restores its state: state dicts, checkpoint folders, and further runs."""
+"""Adds saving and restoring to the cascade: state dicts, checkpoint folders, and added runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade import CascadeModule, experts
-from lorasc_fx.checkpoint import given_run, reader, training_state, writer
+from lorasc_fx.checkpoint import reader, run_source, training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.errors import SpecError, StateError, nearest, path_of
 from lorasc_fx.shards import ProcessGroup
@@ -39,21 +39,21 @@ class SavedCascade(CascadeModule):
         *,
         group: dist.ProcessGroup | None = None,
     ) -> dict[str, Any]:
-        """After `lorasc_fx.load`: restore optimizer, scheduler and random generators, and return `extra`.
+        """Restore optimizer, scheduler and random generators after `lorasc_fx.load`, and return `extra`.
 
-        If a process group of torch.distributed is initialized, every rank must call this: with DistributedDataParallel
-        after the wrapper was made, on shards after `shard`. The saved run may have had another number of ranks.
-        If it is the same, the random generators of each rank are restored. Otherwise each rank gets a stream that is a
-        function of the first rank's, the rank and the number of ranks.
+        If a process group of torch.distributed is initialized, every rank must call this. Call it after wrapping the
+        cascade in DistributedDataParallel, or after `shard`. The saved run may have had another number of ranks. If the
+        number is the same, the random generators of each rank are restored. Otherwise each rank gets a new stream,
+        derived from the first rank's stream, the rank and the number of ranks.
 
         Args:
-            optimizer, scheduler: built like the saved ones.
-            group: of the ranks that go on; by default all ranks.
+            optimizer, scheduler: built in the same way as the saved ones.
+            group: the ranks that resume. The default is all ranks.
 
         Raises:
-            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches; the
-                ranks have loaded different versions, or another rank has failed or is gone.
-            CheckpointError: the checkpoint has no such state, or that of another optimizer.
+            StateError: the cascade was not loaded from a checkpoint, the optimizer does not have the branches'
+                parameters, the ranks have loaded different versions, or another rank has failed.
+            CheckpointError: the checkpoint has no state of an optimizer or scheduler, or it is from another one.
         """
         ranks = self._run.slow.group
         if ranks.is_alone:  # not sharded: the ranks are replicas, as under DDP
@@ -62,82 +62,88 @@ class SavedCascade(CascadeModule):
             self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
-                    "resume: this cascade was not loaded; make it with lorasc_fx.load(folder, model)",
+                    "resume: this cascade was not loaded from a checkpoint; create it with "
+                    "lorasc_fx.load(folder, model)",
                     code="not-available",
                 )
         names = ranks.gather_text(loaded.path.name, "resume")
         if len(set(names)) > 1:
             raise StateError(
-                f"resume: the ranks have loaded different versions: {', '.join(names)}, by rank; load from a folder "
-                "that every rank sees, while nobody writes into it",
+                f"resume: the ranks have loaded different versions: {', '.join(names)} (in the order of the ranks). "
+                "Load from a folder that every rank can read, while no process saves into it",
                 code="ranks-differ",
             )
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
             return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
 
     def add(self, name: str, run: CascadeModule | str | PathLike[str]) -> None:
-        """Add another run on the same base under a name, by which `weights` and `release` find its weights.
+        """Add another run on the same base under a name, for use with `weights(name)` and `release(name)`.
 
-        Several runs can so share one model in memory. Weights are computed from W0 at each switch. The other run
-        counts as its `release` would leave it. This cascade trains and saves only its own run, and after a load the
-        others must be added again.
+        In this way several runs share one model in memory. At each switch, the weights are computed from W0. A running
+        stage of the other run that has trained counts as ended, as in `release`. This cascade trains and saves only its
+        own run. After a load, the other runs must be added again.
 
         Args:
-            name: of your choice, except the names that `weights` knows already. To replace a run, `remove` it first.
-            run: a checkpoint folder (its newest version), or a cascade on a copy of the base. It may have changed only
-                weights that are sites, or trained in full, here too.
+            name: a new name, different from the names of views such as `slow`. To replace a run, `remove` it first.
+            run: a checkpoint folder (its newest version is used), or a cascade on a copy of the base. It may have
+                changed only weights that this cascade adapts or trains in full too.
 
         Raises:
-            SpecError: an invalid name, one that is taken, or the other run has changed other weights.
-            CheckpointError: a folder without a complete checkpoint, or a run on another base; names what differs.
-            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            SpecError: the name is invalid or in use, or the other run has changed other weights.
+            CheckpointError: the folder has no complete checkpoint, or the run has another base.
+            StateError: the cascade was released, the weights are sharded, or the call is inside
+                `with cascade.weights(...)` or inside a backward.
             NonFiniteBranch: a running branch of the other run holds inf or nan.
         """
         self._run.check_ready("add")
         if not isinstance(name, str) or not name or name in (*experts.VIEW_NAMES, "stage"):
-            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.VIEW_NAMES)}")
+            raise SpecError(
+                f"add: the name is {name!r}; give a text other than the names of views: {', '.join(experts.VIEW_NAMES)}"
+            )
         if name in self._run.added:
-            raise SpecError(f"add: a run {name!r} was added already. Give another name, or call remove({name!r}) first")
-        added = given_run.GivenRun(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
+            raise SpecError(f"add: there is already a run {name!r}. Give another name, or call remove({name!r}) first")
+        added = run_source.RunSource(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
         with self._run.exclusive("add"):
-            given_run.add(self._run, name, added)
+            run_source.add(self._run, name, added)
 
     def remove(self, name: str) -> None:
-        """Drop a run that `add` has added, and free its memory.
+        """Remove a run that `add` has added, and free its memory.
 
         Raises:
-            StateError: no run of this name was added; after `release`, inside `weights` or inside a backward.
+            StateError: there is no added run of this name, the cascade was released, or the call is inside
+                `with cascade.weights(...)` or inside a backward.
         """
         with self._run.exclusive("remove"):
             added = self._run.added
             if name not in added:
                 raise StateError(f"remove: no run {name!r} was added{nearest(str(name), added)}", code="unknown-name")
-            self._run.added = {other: part for other, part in added.items() if other != name}
+            self._run.added = {key: part for key, part in added.items() if key != name}
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return copies of everything that a resume needs from the cascade.
+        """Return copies of the cascade's state, from which `load_state_dict` resumes the training.
 
-        These are branches, experts, coefficients, the stage, buffers, gradients that wait for a step, random generators
-        (for `resume`), and parameters trained in full with their W0. Noise is drawn again from its key. The optimizer
-        has its own state dict, and `folded_state_dict` returns the weights of the user's model. Wrappers and containers
-        call this method.
+        The state has branches, experts, coefficients, the stage, buffers, and parameters trained in full with their W0.
+        It also has gradients that no optimizer step has consumed, and the random generators (for `resume`). Noise is
+        drawn again from its key. The optimizer has a separate state dict. For the weights of the user's model, call
+        `folded_state_dict`. Wrappers and containers of torch call this method too.
 
         Args:
-            destination, prefix: table to add to, and prefix of each name, as torch passes them.
+            destination, prefix: the dict to add to, and the prefix of each name, as torch passes them.
             keep_vars: has no effect.
 
         Raises:
-            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            StateError: the cascade was released, the weights are sharded, or the call is inside
+                `with cascade.weights(...)` or inside a backward.
             NonFiniteBranch: a branch holds inf or nan.
         """
         self._called_by("save")
         state: Any = OrderedDict() if destination is None else destination
-        for before in self._state_dict_pre_hooks.values():
-            before(self, prefix, keep_vars)
+        for pre_hook in self._state_dict_pre_hooks.values():
+            pre_hook(self, prefix, keep_vars)
         with self._run.exclusive("state_dict"):
             state.update({prefix + name: tensor for name, tensor in to_state_dict(self._run).items()})
-        for after in self._state_dict_hooks.values():
-            after(self, state, prefix, {})
+        for hook in self._state_dict_hooks.values():
+            hook(self, state, prefix, {})
         return state
 
     def _load_from_state_dict(
@@ -150,18 +156,17 @@ class SavedCascade(CascadeModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Restore what `state_dict` returned, all or nothing. `load_state_dict` calls this, here and in containers.
+        """Read a state from `state_dict`. torch calls this in `load_state_dict`, also for a cascade in a container.
 
-        The model must be the same base, adapted with the same spec. Parameters stay the same objects, also with
-        `assign`. If the state has no entry of the cascade, its key is missing, which is an error unless `strict` is
-        False.
+        `_load_state` applies the state later, completely or not at all. The model must be the same base, adapted with
+        the same spec. Parameters stay the same objects, even with `assign=True`. If the state has no entry of the
+        cascade, its key is reported as missing, which is an error unless `strict` is False.
 
         Raises:
-            CheckpointError: damage, another base, another spec, other sites. The cascade is as it was.
-            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            CheckpointError: the state is damaged.
         """
-        for before in self._load_state_dict_pre_hooks.values():
-            before(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for pre_hook in self._load_state_dict_pre_hooks.values():
+            pre_hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         table = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         is_present = bool(table) or not prefix
         if not is_present:
@@ -170,10 +175,15 @@ class SavedCascade(CascadeModule):
         self._to_load = checkpoint, len(missing_keys), error_msgs
 
     def _load_state(self, keys: Any) -> None:
-        """Take over the checkpoint that `_load_from_state_dict` has read, after torch has visited model and branches.
+        """Apply the checkpoint that `_load_from_state_dict` has read, after torch has visited all modules.
 
-        These have no entries in the state, so that keys which torch misses there do not count. Do nothing if torch has
-        met an error, which it will raise.
+        The state has no entries of model and branches, so keys that torch misses there are not reported. If torch has
+        collected errors, it raises them, and nothing is applied.
+
+        Raises:
+            CheckpointError: the state has another base, another spec or other sites. The cascade is unchanged.
+            StateError: the cascade was released, the weights are sharded, or the call is inside
+                `with cascade.weights(...)` or inside a backward.
         """
         (checkpoint, missing, errors), self._to_load = self._to_load, (None, 0, ())
         del keys.missing_keys[missing:]
@@ -181,14 +191,15 @@ class SavedCascade(CascadeModule):
             return
         run = self._run
         with run.exclusive("load_state_dict"), commit() as undo:
-            placed = {site.weight: site.placement for site in run.plan.sites}
+            placements = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
-            if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine
+            # Placements can differ if they were chosen on another machine. The graphs must then be built again.
+            if placements != {site.weight: site.placement for site in run.plan.sites}:
                 self._graphs.drop(undo)
             self._note_loaded(checkpoint)
 
     def _take_over(self, checkpoint: reader.Checkpoint, undo: Undo | None = None) -> None:
-        """Take over a checkpoint, by itself or as part of a larger transaction."""
+        """Apply a checkpoint, in a new transaction or as part of the transaction `undo`."""
         reader.restore(self._run, checkpoint, undo)
         self._note_loaded(checkpoint)
 
@@ -208,40 +219,43 @@ def save(
     extra: Mapping[str, Any] | None = None,
     keep: int = 1,
 ) -> Path:
-    """Write what a resume needs as a new version in `folder`, and delete versions older than the last `keep`.
+    """Save a cascade as a new version in `folder`, and delete all but the last `keep` versions.
 
-    A process that is killed at any moment leaves only complete versions: the new one exists from the moment at which it
-    is on disk, and old ones are deleted after that. Gradients that wait for a step, and the states of the random
-    generators of torch, Python, numpy and CUDA, are written too; `Cascade.resume` restores them.
+    A version is either complete or absent, even if the process is killed at any moment. Old versions are deleted only
+    after the new one is on disk. Gradients that no optimizer step has consumed are saved, and the random generators of
+    torch, Python, numpy and CUDA. `Cascade.resume` restores them.
 
-    With DistributedDataParallel or sharded weights, every rank must call this at the same point, between two steps.
-    Each rank writes its shards, the first rank everything else, and an error on one rank is raised on all.
+    With DistributedDataParallel or sharded weights, every rank must call this at the same point, between two optimizer
+    steps. Each rank writes its shards. The first rank also writes everything else. An error on one rank is raised on
+    all ranks.
 
     Args:
-        cascade: whose branches, experts, coefficients, trained parameters and buffers are written; or the
-            DistributedDataParallel around it.
-        optimizer, scheduler: whose state is written.
-        folder: that every rank sees.
-        extra: anything that JSON can store, and tensors in it. Examples: the number of steps done, from which the
-            position in the stage and in `shuffled_batches` follows; the state of a GradScaler; averaged weights.
+        cascade: the cascade, or the DistributedDataParallel that wraps it. Its branches, experts, coefficients, trained
+            parameters and buffers are saved.
+        folder: the checkpoint folder. Every rank must be able to access it.
+        optimizer, scheduler: are saved with the cascade, if they are given.
+        extra: values that JSON can store, and tensors. Examples: the number of steps done (which determines the
+            position in the stage and in `shuffled_batches`), the state of a GradScaler, averaged weights.
         keep: number of versions to keep.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
-            neither JSON nor safetensors can store. What was there stays.
+        CheckpointError: the folder cannot be written, another process saves into it, or `extra` or the scheduler
+            contain values that neither JSON nor safetensors can store. Existing versions stay.
         SpecError: keep is less than 1.
-        StateError: after `release`, inside `weights`, or inside a backward; training has made a buffer inf or nan; on
-            several ranks, gradients wait for a step, or another rank has failed or is gone.
+        StateError: the cascade was released, the call is inside `with cascade.weights(...)` or inside a backward, or
+            training has made a buffer inf or nan. On several ranks also: gradients wait for an optimizer step, or
+            another rank has failed.
         NonFiniteBranch: a branch holds inf or nan.
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None
     model = wrapper.module if wrapper is not None else cascade
     if not isinstance(model, CascadeModule):
         raise StateError(
-            f"save: this is {type(model).__name__}; give a cascade, or DistributedDataParallel(cascade)",
+            f"save: the first argument is a {type(model).__name__}; give a cascade, or "
+            "DistributedDataParallel(cascade)",
             code="invalid-value",
         )
     run = model._run

@@ -1,15 +1,15 @@
-"""The state of a cascade as a manifest and tensors, and back: `encode` and `decode`, which only handle values.
+"""Converts the state of a cascade to a manifest and tensors (`encode`), and back (`decode`), without any file access.
 
 Checkpoint folders of one or several ranks, state dicts, folds and sums of saved runs all use these two functions.
-`decode` checks the content of a file against the plan, and against the cascade that takes it over, if there is one. It
-raises ValueError or CheckpointError without a path: call it inside `layout.refusing`. Names of tensors:
+`decode` checks the content of a file against the plan, and against the cascade that is restored, if there is one. Its
+errors do not name the path: call it inside `layout.refusing`. Names of tensors:
 
-| name | what |
+| name | content |
 |---|---|
 | `branch/WEIGHT/FACTOR` | the running branch |
-| `expert/WEIGHT/NUMBER/FIELD` | an expert: the tensors that its entry in the manifest names |
+| `expert/WEIGHT/NUMBER/FIELD` | the tensors of an expert that its entry in the manifest names |
 | `row_scale/WEIGHT` | the row scale of W0 |
-| `dense/WEIGHT/VIEW` | the dense tensor of a view: a delta, or a value. A view without one uses that of `slow` |
+| `dense/WEIGHT/VIEW` | the dense tensor of a view: a delta, or a value. A view without one uses the tensor of `slow` |
 | `initial/WEIGHT/b`, `a`, `magnitude` | initial factors and magnitudes |
 | `value/NAME` | the current value of a parameter trained in full |
 | `gradient/NAME` | a gradient |
@@ -43,8 +43,8 @@ Tensors = dict[str, torch.Tensor]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
-ELSEWHERE = ("rng/", "optimizer/", "gradient/", "reference/", "base/")
-"""Tensors that are not part of the slow state: `resume`, or the code that builds the base, takes them."""
+OUTSIDE_STATE = ("rng/", "optimizer/", "gradient/", "reference/", "base/")
+"""Prefixes of tensors outside of the slow state. `resume`, or the code that builds the base, reads them."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class RunState:
     """The part of a cascade's state that a checkpoint stores.
 
     Args:
-        plan: of the running stage.
+        plan: the plan in the running stage.
         slow: the slow state.
         branches: parameters of the running branches, by weight and name.
         values: current values of the parameters trained in full, by name.
-        buffers: of the model, and parameters that forward writes, by name.
-        layout: which buffers hold no tensor, and which share that of another buffer.
+        buffers: buffers of the model, and parameters that forward writes, by name.
+        layout: names of buffers that are None, and of buffers that share the tensor of another buffer.
     """
 
     plan: Plan
@@ -80,9 +80,7 @@ class RunState:
         return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model))
 
     def learners(self) -> dict[str, Learner]:
-        """Return what trains in the running stage, by weight: branches with these factors, and the values of
-        parameters trained in full.
-        """
+        """Return the learners of the running stage by weight: branches, and values of parameters trained in full."""
         branches: dict[str, Branch] = {}
         for site in self.plan.sites:
             factors = self.branches[site.weight]
@@ -95,7 +93,7 @@ class RunState:
     def placed_like(self, taker: RunState) -> RunState:
         """Return this state with the W0, the shards and the dtypes of another state of the same weights.
 
-        W0 of a parameter trained in full stays that of this state, if it is known.
+        For a parameter trained in full, the W0 of this state is kept if it is known.
         """
         slow, states = taker.slow, {}
         for name, state in self.slow.states.items():
@@ -112,7 +110,7 @@ class RunState:
 
 
 def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
-    """Return the fields of the manifest, copies of this rank's tensors, and the axis of each sharded tensor by name."""
+    """Return fields of the manifest, copies of this rank's tensors, and the axis of each sharded tensor, by name."""
     slow, spec = state.slow, state.plan.spec
     tensors: Tensors = {}
     axes: dict[str, int | None] = {}
@@ -138,7 +136,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
 
 
 def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, Side]]]:
-    """Return the manifest's entry and the tensors of one weight, each with the side of the weight that it lies on."""
+    """Return the manifest's entry and the tensors of one weight. Each tensor comes with its side of the weight."""
     name, tensors = state.name, dict[str, tuple[torch.Tensor, Side]]()
     entry: dict[str, Any] = {"experts": [], "gone": state.gone, "noises": [asdict(noise) for noise in state.noises]}
     for number, expert in enumerate(state.experts):
@@ -168,13 +166,14 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.
 def decode(
     manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan, taker: RunState | None = None
 ) -> RunState:
-    """Return the state that a manifest, which `manifest.plan_of` has checked, and tensors describe.
+    """Return the state in a checkpoint.
 
     Args:
-        manifest, tensors: of a checkpoint.
-        plan: of the manifest.
-        taker: state of the cascade that is to take this one over. It has the same weights, and the result gets its W0,
-            shards and dtypes. Without it, W0 is on the meta device, and the plan gives the shapes.
+        manifest: the manifest, which `manifest.plan_of` has checked.
+        tensors: the tensors.
+        plan: the plan in the manifest.
+        taker: state of the cascade that is restored, with the same weights. The result gets its W0, shards and dtypes.
+            Without it, W0 is on the meta device, with the shapes in the plan.
 
     Raises:
         ValueError, CheckpointError: a tensor is missing, unexpected or not finite, or has another shape or dtype.
@@ -185,8 +184,8 @@ def decode(
     if odd := sorted((entries.keys() ^ {state.name for state in bare}) | (plan.by_weight.keys() - entries.keys())):
         raise ValueError(f"the slow state and the plan disagree about {sanitized(odd[0])}")
     if manifest["trained"].keys() != {state.name for state in bare if state.full}:
-        raise ValueError("other parameters were trained in full than the spec names")
-    finite = plan.spec.on_nonfinite == "raise"  # else the fold leaves out a branch with inf or nan
+        raise ValueError("the parameters that were trained in full differ from the spec")
+    finite = plan.spec.on_nonfinite == "raise"  # otherwise, inf and nan are valid: the fold skips such a branch
     branches = {
         site.weight: {
             name: file.take(f"branch/{site.weight}/{name}", shape, finite=finite)
@@ -207,10 +206,13 @@ def decode(
     for name, value in values.items():
         start = slow.started(name).start.dense
         if start is not None and not slow.moved({name: value}):
-            values[name] = start  # the file may be from a cascade in another dtype: rounding is not training
-    buffers = {name.removeprefix("buffer/"): file.take(name) for name in list(file.left) if name.startswith("buffer/")}
+            # The value only differs by rounding, because the cascade was saved in another dtype.
+            values[name] = start
+    buffers = {
+        name.removeprefix("buffer/"): file.take(name) for name in list(file.unread) if name.startswith("buffer/")
+    }
     layout = {key: manifest[key] for key in ("empty_buffers", "shared_buffers") if key in manifest}
-    file.check_all_taken()
+    file.check_all_read()
     state = RunState(plan, slow, branches, values, buffers, layout)
     return state if taker is None else state.placed_like(taker)
 
@@ -218,9 +220,9 @@ def decode(
 def _bare(
     manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], plan: Plan, taker: RunState | None
 ) -> list[WeightState]:
-    """Return bare states of full weights without values: of the taker's weights, or else of the shapes in the plan.
+    """Return the states of full weights without experts or values, for the weights of `taker`, otherwise of the plan.
 
-    A parameter trained in full has no shape in the plan. Without a taker it has that of its tensor.
+    A parameter trained in full has no shape in the plan. Without `taker`, its shape is the shape of its tensor.
     """
     states, trained = [], manifest["trained"]
     if taker is not None:
@@ -242,10 +244,10 @@ def _bare(
 
 
 def _decoded(state: WeightState, entry: Mapping[str, Any], file: TensorTable) -> WeightState:
-    """Return the slow state that an entry of the manifest and these tensors describe."""
+    """Return the slow state of a weight from its entry in the manifest and its tensors."""
     name, experts = state.name, []
     for number, described in enumerate(entry["experts"]):
-        *stack, rows, columns = state.matrix  # a bias has no experts
+        *stack, rows, columns = state.matrix  # only matrices have experts
         path = f"expert/{name}/{number}"
         a = file.tensors.get(f"{path}/a") if "a" in described["tensors"] else None
         rank = a.shape[-2] if a is not None and a.dim() > 1 else 0
@@ -291,7 +293,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: TensorTable) ->
 def _initial(
     state: WeightState, site: Site, manifest: Mapping[str, Any], plan: Plan, file: TensorTable
 ) -> InitialFactors | None:
-    """Return the factors and magnitudes that the running stage started with; None if it started at B = 0."""
+    """Return the factors and magnitudes that the running stage started with. None if it started with B = 0."""
     factors, magnitude, path = None, None, f"initial/{state.name}"
     fields = site.options.method.starts_from(plan.spec, not manifest["idle"])
     if "factors" in fields or (plan.spec.restart_pairs < 1 and f"{path}/b" in file):
@@ -305,11 +307,11 @@ def _initial(
 
 
 class TensorTable:
-    """The tensors of a checkpoint: checks each one that is taken, and knows which ones were not."""
+    """The tensors of a checkpoint. Checks each tensor that is read, and reports tensors that were not read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
-        self.left = dict.fromkeys(name for name in tensors if not name.startswith(ELSEWHERE))
+        self.unread = dict.fromkeys(name for name in tensors if not name.startswith(OUTSIDE_STATE))
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -317,47 +319,48 @@ class TensorTable:
     def take(
         self, name: str, shape: tuple[int, ...] | None = None, like: torch.dtype | None = None, finite: bool = False
     ) -> torch.Tensor:
-        """Return a tensor.
+        """Return a tensor and mark it as read.
 
         Args:
-            name: in the file.
-            shape: that it must have; without one it may have any shape and dtype.
-            like: a dtype of the same kind (real, complex, or else the very same); float32 by default.
-            finite: refuse inf and nan.
+            name: name in the file.
+            shape: required shape. Without one, any shape and dtype are accepted.
+            like: a dtype of the required kind. A floating-point dtype accepts every floating-point dtype, a complex
+                dtype accepts every complex dtype, and another dtype accepts only itself. The default is float32.
+            finite: whether inf and nan are an error.
 
         Raises:
-            ValueError, CheckpointError: it is missing, or anything else than that.
+            ValueError, CheckpointError: the tensor is missing, or does not meet a requirement.
         """
         tensor, shown = self.tensors.get(name), sanitized(repr(name))
         if tensor is None:
             raise ValueError(f"has no tensor {shown}")
         like = torch.float32 if like is None else like
         if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{shown} is {tuple(tensor.shape)}, the plan says {tuple(shape)}")
+            raise ValueError(f"{shown} is {tuple(tensor.shape)}, but must be {tuple(shape)}")
         same_kind = tensor.dtype == like or any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX))
         if shape is not None and not same_kind:
-            raise ValueError(f"{shown} holds {tensor.dtype}, not {like}")
+            raise ValueError(f"{shown} is {tensor.dtype}, not {like}")
         if finite and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{shown} holds inf or nan, which save never writes", code="non-finite")
-        self.left.pop(name, None)
+        self.unread.pop(name, None)
         return tensor
 
-    def check_all_taken(self) -> None:
-        """Refuse tensors that nobody took."""
-        if self.left:
-            raise ValueError(f"holds the unexpected tensor {sanitized(repr(next(iter(self.left))))}")
+    def check_all_read(self) -> None:
+        """Raise ValueError if there are tensors that nothing has read."""
+        if self.unread:
+            raise ValueError(f"has the unexpected tensor {sanitized(repr(next(iter(self.unread))))}")
 
 
-# ---- a cascade takes a state over
+# ---- restore a cascade from a state
 
 
 def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
-    """Put a decoded state into a cascade that has its sites, all or nothing. The cascade then has the state's plan.
+    """Restore a decoded state in a cascade with the same sites, completely or not at all.
 
-    With `undo` this is part of a larger transaction.
+    The cascade also gets the plan of the state. With `undo` this is part of a larger transaction.
 
     Raises:
-        ValueError, CheckpointError: its buffers do not fit the model. The cascade is unchanged.
+        ValueError, CheckpointError: the buffers do not fit the model. The cascade is unchanged.
     """
     tensors, buffers = _model_state(run, state)
 
@@ -367,7 +370,7 @@ def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
         else:
             state.slow.write_resting(name, state.plan, out)
 
-    # Untrained parameters need no copy for a rollback. When a cascade is loaded, every parameter is untrained.
+    # A rollback can restore untrained parameters from their start, so they need no copy. In `load`, all are untrained.
     parameters = run.parameters_by_name()
     untrained = {
         name: start
@@ -390,10 +393,11 @@ def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
 def _model_state(
     run: Run, state: RunState
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[Holder, torch.Tensor | None]]]:
-    """Return the tensors of the model that get new values in place, and the buffers that get another tensor or none.
+    """Return the tensors of the model that get new values in place, and the buffers that are replaced.
 
-    In place: buffers that keep shape and ties, and parameters that forward writes. Any other buffer gets the tensor of
-    the file, which takes no more memory than its bytes there, so its shape is not checked.
+    Buffers whose shape and ties are unchanged, and parameters that forward writes, are written in place. Any other
+    buffer is replaced by the tensor from the file, or by None. Its shape is not checked, because the tensor cannot be
+    larger than the file.
     """
     in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
@@ -401,23 +405,23 @@ def _model_state(
     buffers = buffer_holders(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
-        raise ValueError(f"has a buffer {sanitized(repr(foreign))}, and the model has none of this name")
+        raise ValueError(f"has the buffer {sanitized(repr(foreign))}, but the model has no such buffer")
     names_by_id: dict[int, str] = {}
-    groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
+    groups: dict[str, list[str]] = {}  # names of the buffers that share a tensor, by the tensor's name in the file
     for name, holder in buffers.items():
-        same = names_by_id.setdefault(id(holder.value), name) if holder.value is not None else name
-        source = shared.get(name, name if f"buffer/{name}" in tensors else same)
+        first_name = names_by_id.setdefault(id(holder.value), name) if holder.value is not None else name
+        source = shared.get(name, name if f"buffer/{name}" in tensors else first_name)
         if f"buffer/{source}" in tensors:
             groups.setdefault(source, []).append(name)
         elif holder.value is not None and name not in empty:
-            tensors.take(f"buffer/{source}")  # raises
+            tensors.take(f"buffer/{source}")  # raises, because it is missing
     replaced: list[tuple[Holder, torch.Tensor | None]] = [(buffers[name], None) for name in empty]
     for source, names in groups.items():
-        value, before = tensors.take(f"buffer/{source}"), buffers[names[0]].value
-        holders = [name for name, holder in buffers.items() if holder.value is before]
-        if before is not None and value.shape == before.shape and holders == names:
-            finite = any(run.started_finite(name, before.shape) for name in names)
-            in_place.append((before, tensors.take(f"buffer/{source}", tuple(before.shape), before.dtype, finite)))
+        value, current = tensors.take(f"buffer/{source}"), buffers[names[0]].value
+        holders = [name for name, holder in buffers.items() if holder.value is current]
+        if current is not None and value.shape == current.shape and holders == names:
+            finite = any(run.started_finite(name, current.shape) for name in names)
+            in_place.append((current, tensors.take(f"buffer/{source}", tuple(current.shape), current.dtype, finite)))
         else:
             new = value.to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]
@@ -425,13 +429,14 @@ def _model_state(
         if f"buffer/{name}" in tensors and name not in run.slow.states and name not in buffers:  # forward writes it
             local_value = local(parameter)
             in_place.append((local_value, tensors.take(f"buffer/{name}", tuple(local_value.shape), local_value.dtype)))
-    tensors.check_all_taken()
+    tensors.check_all_read()
     return in_place, replaced
 
 
 def gradients_in(run: Run) -> tuple[Tensors, list[str]]:
-    """Return copies of the gradients by their names in a checkpoint, and the parameters whose gradients wait for a
-    step: a run that is saved between backward and step, or accumulates, loses none.
+    """Return copies of the gradients by their names in a checkpoint, and the names of parameters with unused gradients.
+
+    So a run that is saved between backward and step, or while it accumulates gradients, loses none.
     """
     trainable = run.trainable()
     tensors = {
@@ -443,21 +448,21 @@ def gradients_in(run: Run) -> tuple[Tensors, list[str]]:
 
 
 def gradients_of(run: Run, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Planned:
-    """Return the commit of the gradients in a checkpoint, for a cascade that has its state.
+    """Return a commit that restores the gradients of a checkpoint, for a cascade that already has its state.
 
     Raises:
-        CheckpointError: a gradient is not of a parameter that trains here, or differs from it in shape or dtype.
+        CheckpointError: a gradient belongs to no trained parameter, or has another shape or dtype.
     """
     parameters, values = run.trainable(), {}
     for key in (key for key in tensors if key.startswith("gradient/")):
         name, tensor = key.removeprefix("gradient/"), tensors[key]
         parameter = parameters.get(name)
         if parameter is None:
-            raise CheckpointError(f"{key!r} is not of a parameter that trains")
+            raise CheckpointError(f"{key!r} belongs to no trained parameter")
         if parameter.shape != tensor.shape or parameter.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{key!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
-                f"{tuple(parameter.shape)} {parameter.dtype}: it is from another run"
+                f"{key!r} is {tuple(tensor.shape)} {tensor.dtype}, but its parameter is {tuple(parameter.shape)} "
+                f"{parameter.dtype}: it is from another run"
             )
         values[name] = tensor
     return Planned(run.plan, run.slow, gradients=Gradients(values, manifest.get("unapplied_gradients", ())))

@@ -1,14 +1,15 @@
-"""The files of a checkpoint, how their bytes are read, and how damage is reported.
+"""Defines the files of a checkpoint, reads their bytes, and reports damage.
 
-A checkpoint folder holds versions. Each version is a folder with a manifest and the tensors, which are in one file, or
-in one file per rank if several ranks hold shards: each file has the shards of its rank, the first one everything else.
+A checkpoint folder contains versions. Each version is a folder with a manifest and the tensors. The tensors are in one
+file, or in one file per rank if the weights are sharded. Then each file has the shards of its rank, and the first one
+also has everything else.
 
-W0 is not copied, except W0 of parameters trained in full. The manifest has a fingerprint of each base parameter, so
-that another base is refused by name. Loading runs no code from a file.
+W0 is not saved, except for parameters trained in full. The manifest has a fingerprint of each base parameter, so that a
+wrong base is an error that names the parameter. Loading runs no code from a file.
 
-A file that is memory-mapped, or opened twice by its path, may change after its digest was computed. If a mapped file is
-truncated, the process is killed. So each file is opened once and read into memory, and digest and content come from the
-same bytes.
+Each file is opened once and read into memory, and the digest is computed from these bytes. A file that is memory-mapped
+or opened a second time could change after its digest was computed. If a mapped file is truncated, the process is
+killed.
 """
 
 from __future__ import annotations
@@ -34,32 +35,32 @@ MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 
 _NAME = re.compile(r"version-([0-9]{8,})")
-"""A version is numbered by the count of saves."""
+"""Name of a version. The number counts the saves into the folder."""
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Exceptions that unsuspecting code raises for damaged content."""
+"""Exceptions that code may raise if it gets damaged content without checking it."""
 
 
 @contextmanager
 def refusing(
     where: object, advice: str, *, code: str | None = None, also: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Raise whatever a damaged or forged file causes inside the block as a CheckpointError.
+    """Convert exceptions that a damaged or forged file causes inside the block to CheckpointError.
 
-    The message says where, why, and what to do. Other errors of this package pass.
+    The message is `WHERE: REASON; ADVICE`. Other errors of this package are not converted.
 
     Args:
         where: the file or folder.
-        advice: what to do about it.
-        code: for errors without a code.
-        also: further exceptions to raise so. For MemoryError, the code is "unreadable-file".
+        advice: what the user can do.
+        code: the code of errors that have none.
+        also: further exceptions to convert. A MemoryError gets the code "unreadable-file".
     """
     damage: tuple[type[Exception], ...] = (*_DAMAGE, *also)
     try:
         yield
     except (CheckpointError, SpecError) as fault:
-        own = fault.code if isinstance(fault, CheckpointError) else code
-        raise CheckpointError(f"{where}: {fault}; {advice}", code=own) from fault
+        original = fault.code if isinstance(fault, CheckpointError) else code
+        raise CheckpointError(f"{where}: {fault}; {advice}", code=original) from fault
     except LorascError:
         raise
     except (OSError, SafetensorError) as fault:
@@ -72,7 +73,7 @@ def refusing(
 
 
 def is_our_file(name: str) -> bool:
-    """Whether a version has a file of this name."""
+    """Return whether a file of a version can have this name."""
     return _FILE.fullmatch(name) is not None
 
 
@@ -82,12 +83,12 @@ def file_names(count: int) -> list[str]:
 
 
 def canonical(manifest: Mapping[str, Any]) -> str:
-    """Return the text of a manifest that its digest is computed from: everything except the digest."""
+    """Return the text from which the digest of a manifest is computed: all fields except the digest."""
     return json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
 
 
 def list_versions(root: Path) -> list[Path]:
-    """Return the versions in a folder, oldest first. A folder without any file of ours is not a version."""
+    """Return the versions in a folder, oldest first. A folder without files of a checkpoint is not a version."""
     if not root.is_dir():
         return []
     numbered = []
@@ -95,71 +96,73 @@ def list_versions(root: Path) -> list[Path]:
         try:
             if _number(path) and not path.is_symlink() and any(is_our_file(entry.name) for entry in path.iterdir()):
                 numbered.append((_number(path), path))
-        except (FileNotFoundError, NotADirectoryError):  # a file; or a writer has just deleted this version
+        except (FileNotFoundError, NotADirectoryError):  # it is a file, or a writer has just deleted this version
             continue
     return [path for _, path in sorted(numbered)]
 
 
 def next_name(root: Path) -> str:
-    """Return the name of the next version in a folder; no entry of the folder has it or a later number."""
+    """Return the name of the next version. Its number is larger than all numbers in the folder."""
     return f"version-{max(map(_number, root.iterdir()), default=0) + 1:08d}"
 
 
-def way_back(version: Path) -> str:
-    """Return what to do about a version that cannot be loaded: use the one before it, if there is one."""
-    before = [path.name for path in list_versions(version.parent) if _number(path) < _number(version)]
-    if not before:
-        return "there is no earlier version here: start again, and keep several versions (save(keep=N))"
-    return f"move {version.name} away, and {before[-1]} is loaded"
+def recovery_advice(version: Path) -> str:
+    """Return advice for a version that cannot be loaded: use the previous version, if there is one."""
+    earlier = [path.name for path in list_versions(version.parent) if _number(path) < _number(version)]
+    if not earlier:
+        return "there is no earlier version: start again, and keep several versions with save(..., keep=N)"
+    return f"move {version.name} away to load {earlier[-1]} instead"
 
 
 def _number(path: Path) -> int:
-    """Return the number in the name of a version; 0 for other names."""
+    """Return the number in the name of a version, or 0 for other names."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
 
 
-def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> bytes:
-    """Return the content of a regular file. Errors do not name the path: read inside `refusing`.
+def plain_bytes(path: Path, max_bytes: int | None = None, links: bool = False) -> bytes:
+    """Return the content of a regular file. Errors do not name the path: call this inside `refusing`.
 
     Args:
-        path: of the file.
-        most: largest size that such a file can have; by default the memory of this machine.
+        path: path of the file.
+        max_bytes: maximum size of the file. The default is the memory of this machine.
         links: whether to follow a symbolic link.
 
     Raises:
-        CheckpointError: it is a link, a folder, a pipe or a device, or larger than such a file or the memory can be.
+        CheckpointError: it is a link, a folder, a pipe or a device, or it is too large.
         OSError: it cannot be read.
     """
     if not links and path.is_symlink():
         raise CheckpointError(
-            "is a symbolic link, and a checkpoint holds its files itself: copy the file there", code="unreadable-file"
+            "is a symbolic link, but the files of a checkpoint must be regular files: copy the file there",
+            code="unreadable-file",
         )
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking, so that a pipe is refused and not waited for
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking, because opening a named pipe would wait
     handle = os.open(path, flags if links else flags | os.O_NOFOLLOW)
-    about = os.fstat(handle)
-    if not stat.S_ISREG(about.st_mode):
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
         os.close(handle)
         raise CheckpointError("is not a regular file, but a folder, a pipe or a device", code="unreadable-file")
     with os.fdopen(handle, "rb") as file:
-        limit = most if most is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if about.st_size > limit:
-            why = "such a file has" if most is not None else "this machine has memory for"
-            raise CheckpointError(f"has {about.st_size} bytes; {why} at most {limit}")
+        limit = max_bytes if max_bytes is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if status.st_size > limit:
+            reason = "the maximum for this file" if max_bytes is not None else "the memory of this machine"
+            raise CheckpointError(f"has {status.st_size} bytes, but {reason} is {limit}")
         try:
-            return file.read(about.st_size)
+            return file.read(status.st_size)
         except MemoryError as fault:
             raise CheckpointError(
-                f"has {about.st_size} bytes, and there is not enough memory for them: free some", code="unreadable-file"
+                f"has {status.st_size} bytes, which do not fit in the free memory: free some memory",
+                code="unreadable-file",
             ) from fault
 
 
-def sanitized(name: object, most: int = 80) -> str:
-    """Return a name from a file, safe for a message: short, and without control characters."""
+def sanitized(name: object, max_length: int = 80) -> str:
+    """Return a name from a file in a form that is safe in a message: short, without control characters."""
     text = name if isinstance(name, str) and name.isprintable() else repr(name)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+    return text if len(text) <= max_length else f"{text[:max_length]}... ({len(text)} characters)"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of torch, this package and Python. Equal bits are promised under equal versions only."""
+    """Return the versions of torch, this package and Python. A resume is bit-identical only with equal versions."""
     return {"torch": str(torch.__version__), "lorasc-fx": version(), "python": platform.python_version()}

@@ -1,7 +1,7 @@
-"""The schema of a manifest: the type and range of each field are checked before it is used.
+"""The schema of a manifest. The type and range of each field are checked before the field is used.
 
-A digest detects damage, not forgery: an edited manifest can have a new digest. That its fields make sense together is
-checked only where torch or the decoder would not notice.
+The digest detects damage, but not forgery, because an edited manifest can have a new digest. Fields are checked against
+each other only if neither torch nor the decoder would notice a contradiction.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import text_digest
 
 MAX_MANIFEST_BYTES = 1 << 26
-"""Largest number of bytes of a manifest; parsed JSON takes some twenty times as much memory."""
+"""Largest accepted manifest. Parsed JSON needs about twenty times as much memory."""
 VIEWS = ("slow", "start", "average", "velocity")
-"""Views of a slow state that its entry stores as coefficients. The ends of stages are in its "stage_ends"."""
+"""Views of a weight that its entry stores as coefficients. The views of ended stages are in "stage_ends"."""
 EXPERT_FIELDS: Mapping[str, Side] = {item.name: item.metadata[Side] for item in fields(Expert) if Side in item.metadata}
-"""Tensors of an expert, named like their fields, with the side of the weight that each one lies on."""
+"""The tensor fields of an expert, and the side of the weight that each of them belongs to."""
 
 
 def _is_expert(tensors: list[str]) -> bool:
@@ -39,10 +39,10 @@ def _is_expert(tensors: list[str]) -> bool:
 
 
 def _is_random(state: list[Any]) -> bool:
-    """Whether this is a state of Python's random generator."""
+    """Return whether this is a state of Python's random generator."""
     try:
         version, words, gauss = state
-        if version != random.Random().getstate()[0]:  # setstate accepts older versions, and changes them
+        if version != random.Random().getstate()[0]:  # setstate would accept and convert older versions
             return False
         if any(type(word) is not int or not 0 <= word < 2**32 for word in words):
             return False
@@ -53,7 +53,7 @@ def _is_random(state: list[Any]) -> bool:
 
 
 def _is_reference(reference: dict[str, Any]) -> bool:
-    """Whether this is a path with the name of a tensor, or with a number that JSON cannot hold."""
+    """Return whether this is a path with the name of a tensor, or with a number that JSON cannot represent."""
     path, tensor = reference.get("path"), str(reference.get("tensor", ""))
     return (
         len(reference) == 2
@@ -70,8 +70,8 @@ def _is_optimizer(saved: dict[str, Any]) -> bool:
     return all(index.isdecimal() and int(index) < count for index in saved["numbers"])
 
 
-def _up_to(most: int) -> Check:
-    return Check(lambda number: 0 <= number <= most, f"give an integer from 0 to {most}")
+def _up_to(maximum: int) -> Check:
+    return Check(lambda number: 0 <= number <= maximum, f"give an integer from 0 to {maximum}")
 
 
 Digest = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "a digest has 64 hexadecimal digits")]
@@ -82,14 +82,14 @@ Group = Annotated[dict[str, Any], Check(lambda group: isinstance(group.get("para
 
 
 class ExpertEntry(TypedDict):
-    """One expert of a weight. Stage 0 is training elsewhere; an expert without factors has rank 0."""
+    """One expert of a weight. Stage 0 is an imported expert. An expert without factors has rank 0."""
 
     stage: Stage
     tensors: Annotated[list[str], Check(_is_expert, f"give some of {', '.join(EXPERT_FIELDS)}, a and b together")]
 
 
 class NoiseEntry(TypedDict):
-    """Noise that a stage left in a weight."""
+    """Noise that a stage has left in a weight (`noise.keep`)."""
 
     noise: Noise
     seed: Annotated[int, _up_to(2**63 - 1)]
@@ -111,14 +111,14 @@ class WeightEntry(TypedDict):
 
 
 class Mersenne(TypedDict):
-    """The state of a Mersenne Twister in numpy."""
+    """The state of numpy's Mersenne Twister."""
 
     key: Annotated[list[Word], Check(lambda key: len(key) == 624, "give 624 words")]
     pos: Annotated[int, _up_to(624)]
 
 
 class Numpy(TypedDict):
-    """The state of numpy's generator. numpy itself does not check the position in it."""
+    """The state of numpy's global generator. It is checked here because numpy does not check the position."""
 
     bit_generator: Literal["MT19937"]
     state: Mersenne
@@ -127,7 +127,7 @@ class Numpy(TypedDict):
 
 
 class Generators(TypedDict):
-    """The states of the random generators, except those of torch, which are tensors."""
+    """The states of Python's and numpy's random generators. The states of torch's generators are tensors."""
 
     python: Annotated[list[Any], Check(_is_random, "give the state of Python's random generator")]
     numpy: NotRequired[Numpy | None]
@@ -141,7 +141,7 @@ Scheduler = TypedDict("Scheduler", {"class": str, "state": dict[str, Any]})
 
 
 class Manifest(TypedDict):
-    """Everything that a version holds besides its tensors."""
+    """The content of a version, except its tensors."""
 
     format: int
     digest: str
@@ -161,7 +161,7 @@ class Manifest(TypedDict):
     extra: dict[str, Any]
     unapplied_gradients: NotRequired[list[str]]
     tensor_references: NotRequired[
-        list[Annotated[dict[str, Any], Check(_is_reference, "give a path, and what is there")]]
+        list[Annotated[dict[str, Any], Check(_is_reference, "give a path, and a tensor or number")]]
     ]
     versions: NotRequired[dict[str, str]]
     averaged: NotRequired[Stage]
@@ -170,16 +170,16 @@ class Manifest(TypedDict):
     shared_buffers: NotRequired[dict[str, str]]
     shards: NotRequired[dict[str, Annotated[int, _up_to(7)]]]
     optimizer: NotRequired[
-        Annotated[Optimizer, Check(_is_optimizer, "it holds the state of more parameters than its groups have")]
+        Annotated[Optimizer, Check(_is_optimizer, "it has the state of more parameters than its groups have")]
     ]
     scheduler: NotRequired[Scheduler]
 
 
 def parsed(data: bytes) -> Any:
-    """Return the value of a JSON text whose numbers are finite.
+    """Parse a JSON text. All numbers must be finite.
 
     Raises:
-        ValueError: it is not such JSON, or is nested too deeply.
+        ValueError: the text is not JSON, has inf or nan, or is nested too deeply.
     """
     return parse_json(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
 
@@ -187,7 +187,7 @@ def parsed(data: bytes) -> Any:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{sanitized(text)} is not a number that JSON can hold")
+        raise ValueError(f"{sanitized(text)} is not a number in JSON")
     return value
 
 
@@ -195,14 +195,14 @@ def plan_of(manifest: Any) -> Plan:
     """Check a manifest and return its plan.
 
     Raises:
-        ValueError: the manifest was changed after it was written, or a field is missing or impossible for its plan.
+        ValueError: the manifest was changed after it was written, or a field is missing or contradicts its plan.
         CheckpointError: another version of lorasc-fx wrote it, or its plan is invalid.
     """
     written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if type(written) is not int or written != FORMAT:
         raise CheckpointError(
-            f"has format {sanitized(repr(written))}, and this version reads format {FORMAT}: load it with the version "
-            "of lorasc-fx that wrote it",
+            f"has format {sanitized(repr(written))}, but this version of lorasc-fx reads format {FORMAT}: load it with "
+            "the version that wrote it",
             code="format-not-supported",
         )
     if manifest.get("digest") != text_digest(canonical(manifest)):
@@ -217,6 +217,6 @@ def plan_of(manifest: Any) -> Plan:
     for name, state in manifest["slow"].items():
         counts = {key: len(state[key]) for key in ("experts", *VIEWS) if key in state}
         if len({*counts.values()}) > 1:
-            told = ", ".join(f"{count} {key}" for key, count in counts.items())
-            raise ValueError(f"slow: {sanitized(name)} has {told}, and each expert has one coefficient in each")
+            shown = ", ".join(f"{count} {key}" for key, count in counts.items())
+            raise ValueError(f"slow: {sanitized(name)} has {shown}, but each view needs one coefficient per expert")
     return plan

@@ -1,7 +1,7 @@
-"""Reading a checkpoint, which anybody may have written: it is taken over completely, or refused with one error.
+"""Reads and checks a checkpoint. It is not trusted: it is either restored completely, or rejected with one error.
 
-Sizes are compared with the file before anything of that size is allocated: a tensor cannot be larger than its file, and
-a branch of the plan not larger than its tensors. No name in a file becomes a path, and nothing in it is executed.
+Sizes are checked before anything is allocated: a tensor cannot be larger than its file, and a branch cannot be larger
+than its tensors. Names in a file are not used as paths, and nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load
 
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.codec import RunState, TensorTable, decode, install
-from lorasc_fx.checkpoint.layout import MANIFEST, list_versions, plain_bytes, refusing, sanitized, way_back
+from lorasc_fx.checkpoint.layout import MANIFEST, list_versions, plain_bytes, recovery_advice, refusing, sanitized
 from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed, plan_of
 from lorasc_fx.errors import CheckpointError, named, path_of
 from lorasc_fx.plan import Plan
@@ -32,18 +32,18 @@ from lorasc_fx.util.fingerprint import fingerprints
 from lorasc_fx.util.undo import Undo
 
 _GENERATOR = re.compile(rf"{RNG}|rng/[a-z0-9_]{{1,32}}/\d{{1,4}}")
-_ROOM = 1 << 18
-"""Entries that a branch may have however small its weight is."""
+_MIN_BRANCH_LIMIT = 1 << 18
+"""Number of elements that a branch may always have, even if its weight is small."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A version as read.
+    """The content of a version that was read.
 
     Args:
-        path: of the version; for a state dict, its name in messages.
+        path: path of the version. For a state dict, its name in messages.
         manifest, tensors, plan: its content.
-        advice: what to do if it cannot be used, for messages.
+        advice: what the user can do if it cannot be used, for messages.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def frontend(self) -> str:
-        """The front end that the user asked for."""
+        """The front end that the user has chosen."""
         return str(self.manifest["frontend"])
 
     @property
@@ -69,11 +69,11 @@ class Checkpoint:
         return {name: value for name, value in values.items() if value is not None}
 
     def refusing(self) -> AbstractContextManager[None]:
-        """Raise errors inside the block as errors of this checkpoint."""
+        """Convert errors inside the block to CheckpointErrors that name this checkpoint."""
         return refusing(self.path, self.advice)
 
     def decoded(self, taker: RunState | None = None) -> RunState:
-        """Return the state in this checkpoint, for the cascade that takes it over if there is one (`codec.decode`).
+        """Return the state in this checkpoint. See `codec.decode` for `taker`.
 
         Raises:
             CheckpointError: the tensors do not fit the plan.
@@ -82,7 +82,7 @@ class Checkpoint:
             return decode(self.manifest, self.tensors, self.plan, taker)
 
     def with_learners(self) -> tuple[RunState, dict[str, Learner]]:
-        """Return the state in this checkpoint, and what trains in its running stage by weight; no model is built.
+        """Return the state in this checkpoint, and the learners of its running stage by weight, without a model.
 
         Raises:
             CheckpointError: the tensors do not fit the plan.
@@ -93,24 +93,24 @@ class Checkpoint:
 
 
 def read(folder: str | PathLike[str]) -> Checkpoint:
-    """Read the newest version in a checkpoint folder, or in the folder of a run of the command line.
+    """Read the newest version in a checkpoint folder, or in a run folder of `lorasc-fx train`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged; names the file and the reason.
+        CheckpointError: there is none, or it is damaged. The message names the file and the reason.
     """
-    root, advice = path_of(folder), "give the folder that save was given"
+    root, advice = path_of(folder), "give a folder that lorasc_fx.save has written"
     with refusing(root, advice):
         versions = list_versions(root) or list_versions(root / "checkpoint")
     if not versions:
         raise CheckpointError(f"{root}: no checkpoint in this folder; {advice}", code="no-checkpoint")
     path = versions[-1]
-    advice = way_back(path)
+    advice = recovery_advice(path)
     with refusing(path / MANIFEST, advice, code="unreadable-file"):
         data = plain_bytes(path / MANIFEST, MAX_MANIFEST_BYTES)
     manifest, plan = read_manifest(data, path, advice)
     files = []
     for name, digest in manifest["files"].items():
-        # RuntimeError and AssertionError: a dtype or a size that torch does not have.
+        # torch raises RuntimeError or AssertionError for a dtype or a size that it does not support.
         with refusing(path / name, advice, also=(RuntimeError, AssertionError, MemoryError)):
             data = plain_bytes(path / name)
             if hashlib.sha256(data).hexdigest() != digest:
@@ -120,16 +120,16 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
         with os.scandir(path) as entries:
             odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, *manifest["files"])), None)
         if odd is not None:
-            raise ValueError(f"holds {sanitized(odd)}, which is not part of a checkpoint: move it away")
+            raise ValueError(f"contains {sanitized(odd)}, which is not part of a checkpoint: move it away")
         tensors = _joined(files, manifest.get("shards", {}))
     return checked(Checkpoint(path, manifest, tensors, plan, advice))
 
 
 def read_manifest(data: bytes, path: Path, advice: str) -> tuple[dict[str, Any], Plan]:
-    """Return the manifest of a version from its bytes, checked, and its plan.
+    """Parse and check the manifest of a version, and return it with its plan.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the manifest is damaged.
     """
     with refusing(path / MANIFEST, advice, code="unreadable-file"):
         manifest = parsed(data)
@@ -138,9 +138,9 @@ def read_manifest(data: bytes, path: Path, advice: str) -> tuple[dict[str, Any],
 
 
 def checked(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint if its tensors are safe to build a cascade from.
+    """Return the checkpoint if a cascade can safely be built from its tensors.
 
-    Its branches then have the sizes in the plan, so that the plan cannot ask for more memory than the file has bytes.
+    Its branches have the sizes in the plan. So the plan cannot request more memory than the file has bytes.
 
     Raises:
         CheckpointError: a tensor is missing or unexpected, or has another shape.
@@ -163,9 +163,9 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         }
         for name in tensors:
             if name.startswith("rng/") and not _GENERATOR.fullmatch(name):
-                raise ValueError(f"holds {sanitized(repr(name))}, which is not a random generator")
+                raise ValueError(f"has the unexpected tensor {sanitized(repr(name))}: it is not a random generator")
             if name.startswith("branch/") and name not in shapes:
-                raise ValueError(f"holds {sanitized(repr(name))}, and the plan has no such site")
+                raise ValueError(f"has the unexpected tensor {sanitized(repr(name))}: the plan has no such branch")
         table = TensorTable(tensors)
         for name, shape in shapes.items():
             table.take(name, shape)
@@ -173,17 +173,23 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         for key, digest in fingerprints(base_values).items():
             name = key.removeprefix("base/")
             if name not in checkpoint.manifest["trained"]:
-                raise ValueError(f"holds {sanitized(repr(key))}, and this parameter was not trained in full")
+                raise ValueError(
+                    f"has the unexpected tensor {sanitized(repr(key))}: this parameter was not trained in full"
+                )
             if bases.get(name, digest) != digest:
                 raise ValueError(f"{sanitized(repr(key))} differs from its fingerprint in {MANIFEST}")
     return checkpoint
 
 
 def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Return the full tensors of the files of several ranks, given the axis along which each sharded one is cut.
+    """Concatenate the shards in the files of several ranks, and return all tensors.
+
+    Args:
+        files: the tensors of each file. The first one also has the unsharded tensors.
+        shards: the axis of each sharded tensor.
 
     Raises:
-        ValueError: the first file lacks a shard, or another one holds anything else, or shards do not fit together.
+        ValueError: a file lacks a shard or has an unexpected tensor, or shards do not fit together.
     """
     tensors = dict(files[0])
     for file in files if shards else files[1:]:
@@ -191,11 +197,11 @@ def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, in
         if odd:
             raise ValueError(f"its files disagree about the shards of {sanitized(repr(odd[0]))}")
     for name, axis in shards.items():
-        pieces = [file[name] for file in files]
-        kinds = {(piece.dtype, piece.dim(), piece.shape[:axis], piece.shape[axis + 1 :]) for piece in pieces}
-        if len(kinds) != 1 or axis >= pieces[0].dim():
+        parts = [file[name] for file in files]
+        kinds = {(part.dtype, part.dim(), part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
+        if len(kinds) != 1 or axis >= parts[0].dim():
             raise ValueError(f"the shards of {sanitized(repr(name))} do not fit together along axis {axis}")
-        tensors[name] = torch.cat(pieces, axis)
+        tensors[name] = torch.cat(parts, axis)
     return tensors
 
 
@@ -206,20 +212,20 @@ def check_base(
     moved: Collection[str] = (),
     advice: str = "load onto the weights that were adapted",
 ) -> None:
-    """Refuse a model that is not the base of a checkpoint.
+    """Check that a model has the parameters of a checkpoint's base.
 
-    Values that the checkpoint holds itself do not matter: W0 of parameters trained in full, which it replaces. Of
-    tensors on the meta device only the names are compared.
+    Parameters trained in full may have other values, because the checkpoint contains their W0. For tensors on the meta
+    device only the names are compared.
 
     Args:
-        checkpoint: as read.
-        parameters: of the model, by name.
+        checkpoint: the checkpoint.
+        parameters: parameters of the model, by name.
         digests: fingerprints of their W0, if they are known.
         moved: names of further parameters that forward writes.
-        advice: what to do about another base, for messages.
+        advice: what the user can do about another base, for messages.
 
     Raises:
-        CheckpointError: names the parameters that are missing, unexpected, or different.
+        CheckpointError: parameters are missing, unexpected or different. The message names them.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
     replaced = {}
@@ -243,26 +249,26 @@ def check_digests(
     moved: Collection[str],
     advice: str,
 ) -> None:
-    """Refuse a model whose fingerprints differ from the base's.
+    """Check that the fingerprints of a model equal the fingerprints of a base.
 
     Args:
         subject: the start of the message, before "another base".
-        base: fingerprints of the base, by parameter.
-        digests: those of the model, for the parameters that the base has.
-        names: of all parameters of the model.
-        moved: parameters that are not part of a base, because forward writes them.
-        advice: what to do, for the message.
+        base: fingerprints of the base, by parameter name.
+        digests: fingerprints of the model, for parameters that the base has.
+        names: names of all parameters of the model.
+        moved: names of parameters that are not compared, because forward writes them.
+        advice: what the user can do, for the message.
 
     Raises:
-        CheckpointError: names the parameters that are missing, unexpected, or different.
+        CheckpointError: parameters are missing, unexpected or different. The message names them.
     """
     missing = [name for name in base if name not in digests and name not in moved]
-    foreign = [name for name in names if name not in base and name not in moved]
+    unexpected = [name for name in names if name not in base and name not in moved]
     changed = [name for name, digest in digests.items() if base.get(name, digest) != digest and name not in moved]
-    for how, parameters in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
+    for fault, parameters in (("lacks", missing), ("also has", unexpected), ("differs in", changed)):
         if parameters:
             raise CheckpointError(
-                f"{subject} another base: the model {how} {named(map(sanitized, parameters))}; {advice}",
+                f"{subject} another base: the model {fault} {named(map(sanitized, parameters))}; {advice}",
                 code="base-differs",
             )
 
@@ -270,17 +276,17 @@ def check_digests(
 def check_plan(
     checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]], parameters: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse a plan for other weights than the model has, before a cascade is built from it.
+    """Check that the sites of a checkpoint's plan are weights of the model, before a cascade is built from it.
 
     Args:
-        checkpoint: as read.
-        matrices: all names of each weight matrix, by its first one.
-        parameters: of the model, by first name.
+        checkpoint: the checkpoint.
+        matrices: all names of each weight matrix, by its first name.
+        parameters: parameters of the model, by first name.
 
     Raises:
-        CheckpointError: names the weight.
+        CheckpointError: a site does not fit. The message names the weight.
     """
-    plan, spec, as_it_was = checkpoint.plan, checkpoint.plan.spec, "build the same model that was adapted"
+    plan, spec, same_model = checkpoint.plan, checkpoint.plan.spec, "build the same model that was adapted"
 
     def fault(problem: str, advice: str) -> CheckpointError:
         return CheckpointError(f"{checkpoint.path / MANIFEST}: {problem}; {advice}", code="sites-differ")
@@ -288,31 +294,38 @@ def check_plan(
     for site in plan.sites:
         names = matrices.get(site.weight)
         if names is None:
-            raise fault(f"its plan has a site {sanitized(site.weight)}, which the model does not have", as_it_was)
+            raise fault(f"the plan adapts {sanitized(site.weight)}, which the model does not have", same_model)
         if (site.weight, *site.aliases) != names:
-            theirs, ours = sanitized(", ".join(site.aliases) or "nothing"), ", ".join(names[1:]) or "nothing"
-            raise fault(f"its plan has {sanitized(site.weight)} tied to {theirs}, the model to {ours}", as_it_was)
+            saved, current = sanitized(", ".join(site.aliases) or "nothing"), ", ".join(names[1:]) or "nothing"
+            raise fault(
+                f"{sanitized(site.weight)} is tied to {saved} in the plan, but to {current} in the model", same_model
+            )
         shape = tuple(parameters[site.weight].shape)
         if site.shape != shape:
-            raise fault(f"its plan has {site.weight} of shape {site.shape}, the model {shape}", checkpoint.advice)
+            raise fault(f"{site.weight} is {site.shape} in the plan, but {shape} in the model", checkpoint.advice)
+    # A later call may add a site for any other weight. A forged rank must not make its branch very large.
     rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
-    for name in matrices.keys() - plan.by_weight.keys():  # a later call may be the first one to use such a weight
+    for name in matrices.keys() - plan.by_weight.keys():
         size = parameters[name].shape
-        if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):
-            raise fault(f"its spec asks for rank {rank}, a branch far larger than the weight {name}", checkpoint.advice)
+        if rank * (size[0] + math.prod(size[1:])) > max(_MIN_BRANCH_LIMIT, 64 * parameters[name].numel()):
+            raise fault(
+                f"with rank {rank} of the spec, a branch would be more than 64 times as large as the weight {name}",
+                checkpoint.advice,
+            )
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
-    """Put the values of a checkpoint into a cascade that has its sites. The cascade then has the checkpoint's plan.
+    """Restore the state of a checkpoint in a cascade with the same sites. The cascade also gets the checkpoint's plan.
 
-    With `undo` this is part of a larger transaction. On sharded weights every rank takes its shards.
+    With `undo` this is part of a larger transaction. If the weights are sharded, every rank restores its shards.
 
     Raises:
-        CheckpointError: they do not fit; the cascade is unchanged.
+        CheckpointError: the values do not fit. The cascade is unchanged.
     """
     state = checkpoint.decoded(RunState.of(run))
     with checkpoint.refusing():
         install(run, state, undo)
     if run.digests:
         base = checkpoint.manifest["base"]
-        run.digests = {**run.digests, **{name: base[name] for name in checkpoint.bases}}  # a new table, for a rollback
+        # Assign a new dict, because a rollback restores the old one.
+        run.digests = {**run.digests, **{name: base[name] for name in checkpoint.bases}}

@@ -1,4 +1,4 @@
-"""The rest of a checkpoint: the state of optimizer, scheduler and random generators, and `extra`.
+"""Saves and restores the training state in a checkpoint: optimizer, scheduler, random generators and `extra`.
 
 It is stored as JSON with references to tensors. `resume` restores everything or nothing.
 """
@@ -32,9 +32,9 @@ from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.undo import commit
 
 RANKS = "lorasc_fx.ranks"
-"""Key in the `extra` of a checkpoint of several ranks: the random generators of each rank, as bytes."""
+"""Key in the `extra` of a checkpoint of several ranks. Its value is the random generators of each rank, as bytes."""
 
-_ODD = ("Adafactor", "LBFGS", "SparseAdam")
+_OTHER_SHAPES = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter."""
 
 
@@ -45,19 +45,19 @@ def resume(
     scheduler: Any,
     group: ProcessGroup = ONE_PROCESS,
 ) -> dict[str, Any]:
-    """Restore optimizer, scheduler, pending gradients and random generators, all or nothing, and return `extra`.
+    """Restore optimizer, scheduler, gradients and random generators in one transaction, and return `extra`.
 
-    The ranks of the group go on; each has its own random generators.
+    `group` has the ranks that resume. Each rank gets separate random generators.
 
     Raises:
-        CheckpointError: the checkpoint holds no such state, or that of another optimizer or scheduler. All are
-            unchanged.
-        StateError: the optimizer does not hold the branches.
+        CheckpointError: the checkpoint has no state of an optimizer or scheduler, or it is from another class. Nothing
+            is changed.
+        StateError: the optimizer does not have the branches' parameters.
     """
     where, tensors = checkpoint.path, checkpoint.tensors
     with checkpoint.refusing():
         manifest = _with_tensors(checkpoint)
-    # Everything is checked before anything is written.
+    # Check everything before anything is changed.
     saved = manifest.get("versions", {})
     for part, owner in (("optimizer", optimizer), ("scheduler", scheduler)):
         if owner is None:
@@ -70,8 +70,8 @@ def resume(
         kind = manifest[part]["class"]
         if type(owner).__name__ != kind:
             raise CheckpointError(
-                f"{where}: has the state of {sanitized(kind)}, and this {part} is {type(owner).__name__}; give one of "
-                "the class that was saved",
+                f"{where}: has the state of a {sanitized(kind)}, but this {part} is a {type(owner).__name__}; give a "
+                f"{part} of the saved class",
                 code="optimizer-differs",
             )
     if optimizer is not None:
@@ -86,14 +86,14 @@ def resume(
         if scheduler is not None:
             current_state, saved_state = scheduler.state_dict(), manifest["scheduler"]["state"]
             if len(saved_state.get("base_lrs", ())) != len(current_state.get("base_lrs", ())):
-                raise ValueError("scheduler.base_lrs: the optimizer has other groups than the saved one")
+                raise ValueError("scheduler.base_lrs: the optimizer has other parameter groups than the saved one")
             scheduler_state = like(current_state, saved_state)
     extra: dict[str, Any] = manifest["extra"]
     ranks = extra.pop(RANKS, None)
-    # Optimizer and scheduler take their state through their own methods, and the generators belong to the process:
-    # what belongs to the run is one commit, and the others are steps of the same transaction.
+    # Restore everything in one transaction: the optimizer and the scheduler by their own methods, the gradients as a
+    # commit of the run, and the random generators, which belong to the process.
     with (
-        refusing(where, f"{same_way}, or go on without them", code="optimizer-differs", also=(RuntimeError,)),
+        refusing(where, f"{same_way}, or resume without them", code="optimizer-differs", also=(RuntimeError,)),
         run.lock,
         commit() as undo,
     ):
@@ -103,7 +103,7 @@ def resume(
                     undo(partial(setattr, holder, name, getattr(holder, name)))
             optimizer.load_state_dict(optimizer_state)
             host = manifest["optimizer"].get("host", ())
-            # The dtype of each trained parameter when the checkpoint was written.
+            # Find the dtype that each trained parameter had when the checkpoint was written.
             saved_as = {
                 parameter: tensors.get(f"branch/{weight}/{name}")
                 for weight, branch in run.branches_by_weight().items()
@@ -120,21 +120,24 @@ def resume(
         set_random_state(tensors, manifest["rng"])
         set_rank_random_state(ranks, group, run.plan.stage)
     changed = [
-        f"{name} {saved[name]}, here {current}"
+        f"{name} {saved[name]} (now {current})"
         for name, current in versions().items()
         if saved.get(name, current) != current
     ]
     if changed:
         names = sanitized(", ".join(changed), 300)
-        warn(f"{where}: was written with {names}; the run goes on, but perhaps not bit for bit", "other-versions")
+        warn(
+            f"{where}: was written with {names}. The run can continue, but may not give bit-identical results",
+            "other-versions",
+        )
     return extra
 
 
 def _with_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the manifest with the tensors and numbers that JSON cannot hold in their places.
+    """Return the manifest with its references replaced by tensors and numbers.
 
     Raises:
-        ValueError, LookupError, TypeError: a reference has no place, or a tensor no reference.
+        ValueError, LookupError, TypeError: the path of a reference does not exist, or a tensor has no reference.
     """
     manifest = checkpoint.manifest
     parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
@@ -143,14 +146,15 @@ def _with_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
     used = {reference.get("tensor") for reference in references}
     odd = next((name for name in checkpoint.tensors if name.startswith("reference/") and name not in used), None)
     if odd is not None:
-        raise ValueError(f"holds the unexpected tensor {sanitized(repr(odd))}")
+        raise ValueError(f"has the unexpected tensor {sanitized(repr(odd))}")
     return {**manifest, **parts}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the state of an optimizer as tensors and JSON.
 
-    The JSON names the tensors on the host whose parameters are elsewhere, because torch moves them when it loads them.
+    The JSON lists the tensors on the CPU whose parameters are on another device, because torch would move them there in
+    `load_state_dict`.
     """
     state = optimizer.state_dict()
     parameters = _parameters(optimizer)
@@ -170,28 +174,28 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of an optimizer in the order of their numbers in its state dict."""
+    """Return the parameters of an optimizer in the order of their indices in its state dict."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _state_for(
     optimizer: torch.optim.Optimizer, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Return the state dict in a checkpoint for this optimizer.
+    """Return the optimizer's state dict from a checkpoint.
 
     Raises:
-        ValueError: it is the state of another optimizer.
+        ValueError: the state belongs to an optimizer with other parameters or groups.
     """
     current_groups, saved_groups = optimizer.state_dict()["param_groups"], meta["groups"]
     if [group["params"] for group in current_groups] != [group["params"] for group in saved_groups]:
-        raise ValueError("the optimizer has other groups than the saved one")
+        raise ValueError("the optimizer has other parameter groups than the saved one")
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["numbers"].items()}
     parameters = _parameters(optimizer)
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             index, _, key = name.removeprefix("optimizer/").partition("/")
             if not index.isdecimal() or len(index) > 9 or int(index) >= len(parameters) or not key:
-                raise ValueError(f"{sanitized(name)} is not the state of one of {len(parameters)} parameters")
+                raise ValueError(f"{sanitized(name)} does not belong to one of the {len(parameters)} parameters")
             state.setdefault(int(index), {})[key] = tensor.clone()
     _check_shapes(optimizer, state)
     for number, entries in state.items():
@@ -207,84 +211,84 @@ def keep_as_saved(
     host: Collection[str],
     dtypes: Mapping[nn.Parameter, torch.dtype],
 ) -> None:
-    """Give the tensors of an optimizer's state their saved dtypes, and keep on the host what was there.
+    """Restore the saved dtypes of the tensors in an optimizer's state, and move tensors back to the CPU.
 
-    `Optimizer.load_state_dict` casts and moves them, except `step`, to the dtype and device of the parameter. The
-    dtype is right only for a moment that had the dtype of its parameter, if the parameter now has another one.
+    `Optimizer.load_state_dict` converts each tensor, except `step`, to the dtype and device of the parameter. This is
+    right only if the tensor was saved in the dtype of its parameter, and the parameter now has another dtype.
 
     Args:
-        optimizer: has loaded the state.
+        optimizer: the optimizer, after it has loaded the state.
         state: the saved state, by the index of the parameter.
-        host: names of tensors that were on the host while their parameters were not (`optimizer_state`).
-        dtypes: of the parameters when they were saved.
+        host: names of tensors that were on the CPU while their parameters were not (`optimizer_state`).
+        dtypes: dtypes of the parameters when they were saved.
     """
     table = stepping(optimizer).state
     for index, parameter in enumerate(_parameters(optimizer)):
         entries, loaded = state.get(index, {}), table.get(parameter, {})
-        before = dtypes.get(parameter)
-        follows = before if before != parameter.dtype else None
+        saved_dtype = dtypes.get(parameter)
+        converted = saved_dtype if saved_dtype != parameter.dtype else None
         for key in loaded.keys() & entries.keys():
             on_host = key != "step" and f"{index}/{key}" in host
-            loaded[key] = _as_saved(loaded[key], entries[key], follows, on_host)
+            loaded[key] = _as_saved(loaded[key], entries[key], converted, on_host)
 
 
-def _as_saved(loaded: Any, saved: Any, follows: torch.dtype | None, on_host: bool) -> Any:
-    """Return loaded values in their saved dtypes. Tensors whose saved dtype is `follows` are unchanged."""
+def _as_saved(loaded: Any, saved: Any, converted: torch.dtype | None, on_host: bool) -> Any:
+    """Return loaded values in their saved dtypes. Tensors with the saved dtype `converted` keep their new dtype."""
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor) and loaded.shape == saved.shape:
-        dtype = loaded.dtype if saved.dtype == follows else saved.dtype
+        dtype = loaded.dtype if saved.dtype == converted else saved.dtype
         device = torch.device("cpu") if on_host else loaded.device
         return loaded if (loaded.dtype, loaded.device) == (dtype, device) else saved.to(device, dtype)
     if isinstance(loaded, dict) and isinstance(saved, Mapping):
         common = loaded.keys() & saved.keys()
-        return loaded | {key: _as_saved(loaded[key], saved[key], follows, on_host) for key in common}
+        return loaded | {key: _as_saved(loaded[key], saved[key], converted, on_host) for key in common}
     if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
-        return [_as_saved(before, after, follows, on_host) for before, after in zip(loaded, saved, strict=True)]
+        return [_as_saved(item, saved_item, converted, on_host) for item, saved_item in zip(loaded, saved, strict=True)]
     return loaded
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    """Refuse a state that belongs to parameters of other shapes: those of the optimizer have another order.
+    """Check that each tensor of a state has the shape of its parameter. It does not if the order has changed.
 
     Raises:
-        ValueError: names the entry and the parameter.
+        ValueError: a shape differs. The message names the entry and the parameter.
     """
-    if not type(optimizer).__module__.startswith("torch.optim.") or type(optimizer).__name__ in _ODD:
+    if not type(optimizer).__module__.startswith("torch.optim.") or type(optimizer).__name__ in _OTHER_SHAPES:
         return  # the layout of another optimizer's state is unknown
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in state.get(index, {}).items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
                 raise ValueError(
-                    f"optimizer: {sanitized(name)} of parameter {index} is {tuple(value.shape)}, the parameter "
+                    f"optimizer: {sanitized(name)} of parameter {index} is {tuple(value.shape)}, but the parameter is "
                     f"{tuple(parameter.shape)}"
                 )
 
 
 def like(current: Any, saved: Any) -> Any:
-    """Return a value from JSON with the types of the current one: tuples and integer keys are restored."""
+    """Return a value from JSON with the types of the current value. This restores tuples and integer keys."""
     if isinstance(current, dict) and isinstance(saved, dict):
         numbered = bool(current) and all(type(key) is int for key in current)
         keyed = {int(key) if numbered else key: value for key, value in saved.items()}
         return type(current)({key: like(current.get(key), value) for key, value in keyed.items()})
     if isinstance(current, (list, tuple)) and isinstance(saved, list):
         padded = [*current, *[None] * len(saved)]
-        return type(current)(like(before, value) for before, value in zip(padded, saved, strict=False))
+        return type(current)(like(item, value) for item, value in zip(padded, saved, strict=False))
     return saved.to(current.device) if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor) else saved
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the states of the random generators that have been used, or may have been, as tensors and JSON."""
+    """Return the states of all random generators that may have been used, as tensors and JSON."""
     tensors = generator_states()
     meta: dict[str, Any] = {"python": random.getstate()}
-    if "numpy.random" in sys.modules:  # nothing was drawn before its first import
+    if "numpy.random" in sys.modules:  # otherwise nothing was drawn from it
         meta["numpy"] = _as_lists(sys.modules["numpy.random"].get_state(legacy=False))
     return tensors, meta
 
 
 def set_random_state(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Restore what `random_state` returned, except for devices and packages that are not here.
+    """Restore the states that `random_state` returned. Missing devices and packages are skipped.
 
     Raises:
-        IndexError, KeyError, RuntimeError, TypeError, ValueError: this is not a state of the generator.
+        IndexError, KeyError, RuntimeError, TypeError, ValueError: a state is invalid.
     """
     version, words, gauss = meta["python"]
     random.setstate((version, tuple(words), gauss))
@@ -294,29 +298,29 @@ def set_random_state(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any
 
 
 def random_bytes() -> torch.Tensor:
-    """Return what `random_state` returns as one tensor of bytes."""
+    """Return the states of `random_state` as one tensor of bytes."""
     tensors, meta = random_state()
     lists = {name: state.tolist() for name, state in tensors.items()}
     return torch.tensor(list(json.dumps({"tensors": lists, "meta": meta}).encode()), dtype=torch.uint8)
 
 
 def set_rank_random_state(ranks: Sequence[torch.Tensor] | None, group: ProcessGroup, stage: int) -> None:
-    """Restore the random state of each rank, after `set_random_state` of the first rank.
+    """Restore the random state of this rank, after `set_random_state` with the state of the first rank.
 
-    If the number of ranks has changed, each rank gets a new state: a function of the first rank's state, the rank and
-    the number of ranks.
+    If the number of ranks has changed, each rank gets a new state. It is derived from the first rank's state, the rank
+    and the number of ranks.
 
     Args:
-        ranks: `random_bytes` of each rank that saved; None if one process saved.
-        group: of the ranks that go on.
-        stage: the running one.
+        ranks: `random_bytes` of each rank that saved the checkpoint. None if one process saved it.
+        group: the ranks that resume.
+        stage: the running stage.
 
     Raises:
-        AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: this is not a state of a generator.
+        AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: a state is invalid.
     """
     if (1 if ranks is None else len(ranks)) != group.size:
-        drawn = int(torch.randint(2**62, ()).item())
-        torch.manual_seed(generator(drawn, stage, "rank", f"{group.rank} of {group.size}").initial_seed())
+        seed = int(torch.randint(2**62, ()).item())
+        torch.manual_seed(generator(seed, stage, "rank", f"{group.rank} of {group.size}").initial_seed())
     elif ranks is not None:
         saved = parse_json(bytes(ranks[group.rank].tolist()))
         tensors = {name: torch.tensor(state, dtype=torch.uint8) for name, state in saved["tensors"].items()}
@@ -329,7 +333,7 @@ def _as_lists(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-_HELD = {
+_STORABLE = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
     torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
     torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
@@ -337,24 +341,25 @@ _HELD = {
 
 
 def is_storable(tensor: torch.Tensor) -> bool:
-    """Whether safetensors can store this tensor without a change."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.dtype in _HELD
+    """Return whether safetensors can store this tensor without conversion."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.dtype in _STORABLE
 
 
 def extract_tensors(value: Any) -> tuple[Any, list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Move tensors, inf and nan out of a value of dicts and lists, for JSON. A tensor that occurs twice is stored once.
+    """Replace tensors, inf and nan in nested dicts and lists by None, so that JSON can store the value.
 
     Returns:
-        The value with None in their places; a reference (path, and name or number) for each; the tensors by name.
+        The value; a reference for each None, with its path and the name of the tensor or the number; and the tensors by
+        name. A tensor that occurs several times is returned once.
 
     Raises:
-        ValueError: a container holds itself.
+        ValueError: a container contains itself.
     """
     references: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
 
-    def plain(value: Any, path: tuple[str | int, ...], above: tuple[int, ...]) -> Any:
+    def plain(value: Any, path: tuple[str | int, ...], parents: tuple[int, ...]) -> Any:
         if isinstance(value, torch.Tensor) and is_storable(value):
             name = names.setdefault(id(value), f"reference/{len(names)}")
             tensors[name] = tensors.get(name, value).detach().clone()
@@ -365,19 +370,23 @@ def extract_tensors(value: Any) -> tuple[Any, list[dict[str, Any]], dict[str, to
             return None
         if not isinstance(value, (Mapping, list, tuple)):
             return value
-        if id(value) in above:
+        if id(value) in parents:
             raise ValueError("Circular reference detected")
-        above = (*above, id(value))
+        parents = (*parents, id(value))
         if isinstance(value, Mapping):
-            texts = {key: key if isinstance(key, str) else json.dumps(key) for key in value}  # as JSON writes them
-            return {key: plain(inner, (*path, texts[key]), above) for key, inner in value.items()}
-        return [plain(inner, (*path, index), above) for index, inner in enumerate(value)]
+            texts = {
+                key: key if isinstance(key, str) else json.dumps(key) for key in value
+            }  # JSON converts keys to text
+            return {key: plain(inner, (*path, texts[key]), parents) for key, inner in value.items()}
+        return [plain(inner, (*path, index), parents) for index, inner in enumerate(value)]
 
     return plain(value, (), ()), references, tensors
 
 
 def insert_tensors(value: Any, references: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Undo `extract_tensors`, except that JSON has lists in place of tuples, and strings as keys.
+    """Insert tensors and numbers at their references: the inverse of `extract_tensors`, except for types lost in JSON.
+
+    JSON turns tuples into lists, and keys into strings.
 
     Raises:
         KeyError, IndexError, TypeError, ValueError: the references do not fit the value.
@@ -390,7 +399,7 @@ def insert_tensors(value: Any, references: Sequence[Mapping[str, Any]], tensors:
         for key in keys:
             inner = inner[key]
         if inner[last] is not None:
-            raise ValueError(f"something else stands at {sanitized(reference['path'])}, the place of a reference")
+            raise ValueError(f"a reference replaces null, but there is another value at {sanitized(reference['path'])}")
         if "tensor" in reference:
             name = reference["tensor"]
             inner[last] = copies.setdefault(name, tensors[name].clone())

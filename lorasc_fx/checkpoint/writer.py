@@ -1,8 +1,8 @@
-"""Writing a version: into a temporary folder, which is synced and then renamed.
+"""Writes a version of a checkpoint into a temporary folder, which is synced and then renamed.
 
-The next save deletes the temporary folders that a killed writer left, under the lock of `files.one_writer`. A version
-is renamed before it is deleted, so that a partly deleted one never has a name that loads. Only our own files are
-deleted, never a folder with unknown content, because other programs may write into the same folder.
+The next save deletes temporary folders that a killed writer has left, under the lock of `files.one_writer`. A version
+is renamed before it is deleted, so that a partly deleted version is never loaded. Only the files of a version are
+deleted, and never a folder with unknown files, because other programs may write into the same folder.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.files import make_folder, one_writer, sync
 from lorasc_fx.util.fingerprint import file_digest, text_digest
 
-_WRITING, _LEAVING = ".writing-", ".leaving-"
+_WRITING, _DELETING = ".writing-", ".leaving-"
 _TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")
 _PARTIAL = re.compile(r"\.tmp\w{6}")
-"""What safetensors calls a file while it writes it."""
+"""Name of a file while safetensors writes it."""
 
 
 def write_version(
@@ -59,22 +59,22 @@ def write_version(
     keep: int,
     group: ProcessGroup,
 ) -> Path:
-    """Write a new version into `root`, and delete versions older than the last `keep`; see `lorasc_fx.save`.
+    """Write a new version into `root`, and delete all but the last `keep` versions. See `lorasc_fx.save`.
 
-    Every rank of the group calls this. Each writes its own shards; the first one writes everything else.
+    Every rank of the group calls this. Each rank writes its shards. The first one also writes everything else.
     """
     if not is_integer(keep, 1):
-        raise SpecError(f"keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
+        raise SpecError(f"save: keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
     is_first = group.rank == 0
-    # Ranks that share the weights all take part, but replicas hold the same shards and do not write.
+    # All ranks that share the weights take part. Replicas have the same shards and do not write.
     takes_part, order = group.rank < run.slow.group.size, run.slow.group.first_replica
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary = root
-    created: Path | None = None  # what is deleted if anything fails
+    created: Path | None = None  # the folder to delete if anything fails
     with contextlib.ExitStack() as stack:
         try:
-            # No rank writes anything unless all ranks may save.
+            # Check on all ranks that the cascade can be saved, before any rank writes.
             with group.agreed("save"):
                 if not group.is_alone:
                     check_between_steps(run, "save")
@@ -83,21 +83,21 @@ def write_version(
                     check_finite(run)
             if not group.is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
-            # The state is copied into memory. The first rank locks the folder and makes a temporary one.
+            # Copy the state into host memory. The first rank locks the folder and creates a temporary one.
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
                 if takes_part:
                     tensors, manifest = contents(run, optimizer, scheduler, extra)
                 if is_first:
                     make_folder(root)
                     if stack.enter_context(one_writer(root / ".lock", root)):
-                        for path in root.iterdir():  # left by killed writers
+                        for path in root.iterdir():  # delete what killed writers have left
                             if _TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                                 remove(path)
                     version = root / next_name(root)
                     created = temporary = root / f"{_WRITING}{uuid.uuid4().hex}"
                     created.mkdir()
             temporary = Path(group.gather_text(str(temporary), "save")[0])
-            # Each rank writes its file. The manifest has the digests of all of them, so it comes last.
+            # Each rank writes its file. The manifest is written last, because it has the digests of all files.
             names, digest = file_names(len(order)), ""
             with group.agreed("save"), _as_checkpoint_error(root):
                 if group.rank in order:
@@ -130,22 +130,27 @@ def check_between_steps(run: Run, call: str) -> None:
     waiting = run.pending.waiting(run.trainable())
     if waiting:
         raise StateError(
-            f"{call}: gradients wait for a step on {waiting[0]}, and each rank may have different ones; call it "
-            "between optimizer.step() and the next backward",
+            f"{call}: {waiting[0]} has a gradient that no optimizer step has used, and each rank may have a different "
+            f"one; call {call} between optimizer.step() and the next backward",
             code="gradients-pending",
         )
 
 
 def check_finite(run: Run) -> None:
-    """Do not write a checkpoint with inf or nan: `load` would reject it, and the last version is worth more."""
+    """Raise if the state has inf or nan: `load` would reject such a checkpoint, and older versions are deleted.
+
+    Raises:
+        NonFiniteBranch: a branch holds inf or nan.
+        StateError: training has made a buffer inf or nan.
+    """
     run.check_buffers("save")
     if run.plan.spec.on_nonfinite == "raise" and run.slow.group.any(not all_finite(run.by_key.values())):
         broken = next(
             (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"
         )
         raise NonFiniteBranch(
-            f"save: the branch of {broken} holds inf or nan; nothing was written, and the last version stays. "
-            "Load that one, and go on with a lower learning rate or with clipped gradients"
+            f"save: the branch of {broken} holds inf or nan; nothing was written, and the last version is unchanged. "
+            "Load it, and continue with a lower learning rate or with clipped gradients"
         )
 
 
@@ -155,7 +160,7 @@ def contents(
     scheduler: Any,
     extra: Mapping[str, Any],
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Return the tensors of a version (of sharded ones the local shard) and its manifest. Nothing is written."""
+    """Return the tensors of a version and its manifest. Of a sharded tensor, the local shard is returned."""
     meta, tensors, axes = encode(RunState.of(run))
     gradients, meta["unapplied_gradients"] = gradients_in(run)
     streams, meta["rng"] = training_state.random_state()
@@ -165,8 +170,8 @@ def contents(
             check_numbers(optimizer.state_dict(), "optimizer")
     except ValueError as fault:
         raise CheckpointError(
-            f"save: {fault}; nothing was written, and the last version stays. Load that one, and go on with a lower "
-            "learning rate or with clipped gradients",
+            f"save: {fault}; nothing was written, and the last version is unchanged. Load it, and continue with a "
+            "lower learning rate or with clipped gradients",
             code="non-finite",
         ) from fault
     if optimizer is not None:
@@ -191,8 +196,9 @@ def contents(
         _check_keys(extra)
     except (TypeError, ValueError) as fault:
         raise CheckpointError(
-            f"extra, or the state of optimizer or scheduler, holds what neither JSON nor safetensors can store: {fault}"
-            "; give numbers, strings, lists, tables with strings as keys, and dense tensors",
+            "save: extra, or the state of the optimizer or scheduler, contains a value that neither JSON nor "
+            f"safetensors can store: {fault}; use numbers, strings, lists, dicts with strings as keys, and dense "
+            "tensors",
             code="not-serializable",
         ) from fault
     tensors |= gradients | streams | extracted
@@ -204,29 +210,29 @@ def contents(
         if not training_state.is_storable(tensor):
             raise CheckpointError(
                 f"{name} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}, "
-                "which safetensors cannot store; make it dense or cast it before",
+                "which safetensors cannot store; make it dense, or convert it to another dtype",
                 code="not-serializable",
             )
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
 
 
 def _check_keys(value: Any) -> None:
-    """Raise ValueError for a key that JSON would turn into a string."""
+    """Raise ValueError for a key that JSON would convert to a string."""
     for key in value if isinstance(value, Mapping) else ():
         if not isinstance(key, str):
-            raise ValueError(f"extra has the key {key!r}, and JSON has only strings as keys: give str(key)")
+            raise ValueError(f"extra has the key {key!r}, but keys in JSON are strings: use str(key)")
     for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
         _check_keys(item)
 
 
 @contextlib.contextmanager
 def _as_checkpoint_error(root: Path, failure: str = "the checkpoint was not written") -> Iterator[None]:
-    """Raise errors of the file system as CheckpointErrors."""
+    """Convert errors of the file system to CheckpointErrors."""
     try:
         yield
     except (OSError, SafetensorError) as fault:
         raise CheckpointError(
-            f"{root}: {failure}: {reason_of(fault)}; what was there stays", code="write-failed"
+            f"{root}: {failure}: {reason_of(fault)}; existing versions are unchanged", code="write-failed"
         ) from fault
 
 
@@ -234,9 +240,10 @@ def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
     """Add the digest of a manifest, write it, and sync it and its folder."""
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, indent=1, allow_nan=False)
-    if len(text) > MAX_MANIFEST_BYTES:  # characters are bytes: json writes ASCII
+    if len(text) > MAX_MANIFEST_BYTES:  # one byte per character, because json writes ASCII
         raise OSError(
-            f"{MANIFEST} would have {len(text)} bytes, of {MAX_MANIFEST_BYTES} at most; put numbers into tensors"
+            f"{MANIFEST} would have {len(text)} bytes, but the maximum is {MAX_MANIFEST_BYTES}; store long lists of "
+            "numbers in `extra` as tensors"
         )
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)
@@ -244,7 +251,7 @@ def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file with the mode that the umask gives; safetensors would make it private to its owner."""
+    """Write a safetensors file with the permissions of the umask. safetensors would let only the owner read it."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(tensors), path)
@@ -252,9 +259,9 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete our files in a folder, the manifest last, and the folder if it is then empty.
+    """Delete the files of a version in a folder, the manifest last. Then delete the folder if it is empty.
 
-    What cannot be deleted stays.
+    Files that cannot be deleted stay.
     """
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
@@ -264,23 +271,24 @@ def remove(folder: Path) -> None:
 
 
 def _drop(version: Path) -> None:
-    """Delete a version, or a temporary folder of a failed save. What cannot be deleted now is deleted by the next save.
+    """Delete a version, or the temporary folder of a failed save.
 
-    A version that holds files of others keeps its name, and those files stay.
+    Files that cannot be deleted now are deleted by the next save. If a version contains files of other programs, they
+    stay, and the folder keeps its name.
     """
     with contextlib.suppress(OSError):
         if not _TEMPORARY.fullmatch(version.name) and all(is_our_file(path.name) for path in version.iterdir()):
-            version = version.rename(version.with_name(f"{_LEAVING}{uuid.uuid4().hex}"))
+            version = version.rename(version.with_name(f"{_DELETING}{uuid.uuid4().hex}"))
         remove(version)
 
 
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
-    """Whether an older version has an undamaged manifest of ours, for the same base and spec as this one."""
+    """Return whether an older version has an undamaged manifest with the same base and spec as this one."""
     try:
         older = parsed(plain_bytes(version / MANIFEST, MAX_MANIFEST_BYTES))
         if older["digest"] != text_digest(canonical(older)):
             return False
-        old_spec, new_spec = (Plan.from_json(json.dumps(one["plan"])).spec for one in (older, manifest))
+        old_spec, new_spec = (Plan.from_json(json.dumps(item["plan"])).spec for item in (older, manifest))
         return bool(older["base"] == manifest["base"] and old_spec == new_spec)
-    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):  # damaged, or not ours
+    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):  # damaged, or not a manifest
         return False

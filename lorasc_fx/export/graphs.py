@@ -54,7 +54,7 @@ def pt2(
             noise.
         view: the folded weights: `slow`, or their average over stages (`averaged`).
         adapters: `inputs` to write the base W0 with a graph that takes the adapter of each site as inputs.
-            `lorasc_fx.export.adapter` writes files with these tensors. If all of them are zeros, the graph computes the
+            `lorasc_fx.export.adapter` writes files with these tensors. If all inputs are zeros, the graph computes the
             base.
         max_rank: rank of the adapters, for adapters="inputs".
 
@@ -92,8 +92,8 @@ def onnx(
 
     Dynamic axes are named by their position in an input: `batch`, `sequence`, or `height` and `width` for images.
 
-    ONNX does not check sizes. If the model computes something else than the graph at a size of 0 or 1, there is a
-    warning, and the file's metadata entry `least_sizes` has the smallest valid sizes, as JSON by input and axis.
+    ONNX does not check sizes. If the graph is wrong for a size of 0 or 1, there is a warning. The metadata of the file
+    then has an entry `least_sizes` with the smallest valid sizes, as JSON by input and axis.
 
     torch chooses the opset version. For another version, pass the result of `program(...)` to torch.onnx.export.
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from lorasc_fx.branch import Factors
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.given_run import GivenRun
 from lorasc_fx.checkpoint.reader import Checkpoint, check_digests
+from lorasc_fx.checkpoint.run_source import RunSource
 from lorasc_fx.errors import SpecError, named, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
@@ -129,7 +129,7 @@ def low_rank_pairs(
         change = _change_of_peft(path_of(source), model)
         adapter = LowRankAdapter(f"{name}, {source}", change.pairs, {})
     else:
-        source_run = GivenRun(source._run if isinstance(source, Cascade) else source, name, call)
+        source_run = RunSource(source._run if isinstance(source, Cascade) else source, name, call)
         part = source_run.part(tensors)
         change = _change_of_run(source_run, part, tensors)
         dtypes = branch_dtypes(source_run.run)
@@ -162,7 +162,7 @@ def branch_dtypes(run: Run | Checkpoint) -> dict[str, torch.dtype]:
     return {weight: run.tensors[f"branch/{weight}/{name}"].dtype for weight, name in names.items()}
 
 
-def _change_of_run(source_run: GivenRun, part: Part, tensors: Mapping[str, torch.Tensor]) -> Change:
+def _change_of_run(source_run: RunSource, part: Part, tensors: Mapping[str, torch.Tensor]) -> Change:
     """Return the pairs of a run. Changes that a pair cannot express are in `refused`."""
     change = Change()
     for name, state in part.slow.states.items():

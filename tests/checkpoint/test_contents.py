@@ -238,7 +238,8 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run.resumed(tmp_path)
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     monkeypatch.setattr(torch, "__version__", "9.9.0")
-    said = f"torch {manifest['versions']['torch']}, here 9.9.0, python {manifest['versions']['python']}, here 3.99.0"
+    written = manifest["versions"]
+    said = f"torch {written['torch']} (now 9.9.0), python {written['python']} (now 3.99.0)"
     with warns("other-versions", version, said):
         run.resumed(tmp_path)
 

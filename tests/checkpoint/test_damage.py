@@ -570,7 +570,7 @@ BASES: list[tuple[Edit, str]] = [
     (lambda model: model.half(), "differs in body.weight, body.bias, norm.weight and 4 more"),
     (lambda model: setattr(model, "body", nn.Linear(5, 6)), "differs in body.weight, body.bias"),
     (lambda model: delattr(model, "norm"), "lacks norm.weight, norm.bias"),
-    (lambda model: setattr(model, "tail", nn.Linear(4, 2)), "has besides tail.weight, tail.bias"),
+    (lambda model: setattr(model, "tail", nn.Linear(4, 2)), "also has tail.weight, tail.bias"),
     (
         lambda model: [delattr(model, name) for name in ("body", "norm", "mid", "head")],
         "lacks body.weight, body.bias, norm.weight and 4 more",

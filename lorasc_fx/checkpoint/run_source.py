@@ -1,4 +1,4 @@
-"""Other runs on the same base, to be summed or added to a cascade: a checkpoint folder, or a cascade."""
+"""Reads runs that are summed (`merge`) or added to a cascade (`add`): from a checkpoint folder, or from a cascade."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.state import Part, host
 
 
-class GivenRun:
-    """A run as given to `merge` or `add`.
+class RunSource:
+    """A run that the user gives to `merge` or `add`: a cascade's run or a checkpoint folder.
 
     Args:
-        given: a run, or a checkpoint folder.
-        name: for messages.
-        call: that it was given to, for messages.
+        source: the run, or the folder.
+        name: name of the run, for messages.
+        call: name of the user's call, for messages.
 
     Attributes:
-        plan, frontend: of the run.
-        base: fingerprints of its base.
-        moved: names of what is not part of the base: buffers, and parameters that forward writes.
+        run: the run, or the checkpoint that was read.
+        plan, frontend: the plan of the run, and the front end that captured its model.
+        base: fingerprints of its base by parameter name.
+        moved: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
     """
 
-    def __init__(self, given: Run | str | PathLike[str], name: str, call: str) -> None:
+    def __init__(self, source: Run | str | PathLike[str], name: str, call: str) -> None:
         self.base: Mapping[str, str]
         self.moved: Collection[str]
         self.run: Run | Checkpoint
-        if isinstance(given, Run):
-            given.check_ready(call)
-            given.note_kept()
-            self.run, self.name = given, f"{name}, a cascade"
-            self.base, self.moved = given.fingerprints(), given.moved_parameters()
-        elif isinstance(given, (str, PathLike)):
-            self.run = read(given)
+        if isinstance(source, Run):
+            source.check_ready(call)
+            source.note_kept()
+            self.run, self.name = source, f"{name}, a cascade"
+            self.base, self.moved = source.fingerprints(), source.moved_parameters()
+        elif isinstance(source, (str, PathLike)):
+            self.run = read(source)
             self.name = f"{name}, {self.run.path}"
             self.base, self.moved = self.run.manifest["base"], self.run.moved
         else:
-            raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
+            raise SpecError(f"{call}: {name} is a {type(source).__name__}; give a checkpoint folder or a cascade")
         self.plan, self.frontend = self.run.plan, self.run.frontend
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
-        """Raise CheckpointError if the model is not what this run adapted."""
+        """Raise CheckpointError if the fingerprints differ from the base of this run."""
         advice = "give runs that all adapted the same base"
         check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
 
     def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
-        """Return the run as a part of the sum. A running stage that has trained counts as ended, as in `release`.
+        """Return the run as one summand. A running stage that has trained counts as ended, as in `release`.
 
         Args:
-            bases: W0 by name. Without one, a checkpoint must have no running stage that has trained.
+            bases: W0 by name. Required if the source is a checkpoint in the middle of a stage.
 
         Raises:
-            StateError: there is such a stage, and a base is missing.
-            CheckpointError: the tensors of a checkpoint do not fit its plan.
+            StateError: the checkpoint is in the middle of a stage, and W0 of a weight is missing.
+            CheckpointError: the tensors of the checkpoint do not fit its plan.
             NonFiniteBranch: a running branch holds inf or nan.
         """
         if isinstance(self.run, Run):
@@ -71,8 +72,8 @@ class GivenRun:
         if slow.moved(learners):
             if slow.states.keys() - bases.keys():
                 raise StateError(
-                    f"{self.name}, is in the middle of stage {state.plan.stage}, and ending the stage takes the base: "
-                    "give the model too",
+                    f"{self.name}, is in the middle of stage {state.plan.stage}. To end the stage, the weights of the "
+                    "base are needed: give the model too",
                     code="stage-not-ended",
                 )
             states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
@@ -80,11 +81,12 @@ class GivenRun:
         return Part(self.name, state.plan, bare(slow), state.buffers)
 
 
-def add(run: Run, name: str, added: GivenRun) -> None:
-    """Keep what another run on this base has learned, under a name. Nothing is written to the model.
+def add(run: Run, name: str, added: RunSource) -> None:
+    """Store the changes of another run on the same base under a name. Nothing is written to the model.
 
     Raises:
-        CheckpointError: another base. SpecError: the other run has changed a weight that is not a site here.
+        CheckpointError: the run has another base.
+        SpecError: the run has changed weights that this cascade does not adapt.
     """
     slow, parameters = run.slow, run.parameters_by_name()
     added.check_base(run.fingerprints(), "add")
@@ -93,8 +95,8 @@ def add(run: Run, name: str, added: GivenRun) -> None:
     part = added.part(bases)
     if foreign := [key for key, state in part.slow.states.items() if state.changed and key not in sites]:
         raise SpecError(
-            f"add: {added.name}, has changed {named(foreign)}, which is not a site here. Adapt with a spec whose "
-            "targets include these weights, or load that run with lorasc_fx.load and add this one to it",
+            f"add: {added.name}, has changed {named(foreign)}, which this cascade does not adapt. Adapt with a spec "
+            "whose targets include these weights, or load that run with lorasc_fx.load and add this one to it",
             code="sites-differ",
         )
     states = {key: state for key, state in part.slow.states.items() if key in sites}
