@@ -31,8 +31,8 @@ from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_dig
 # fmt: off
 __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
     "TrainedState", "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums",
-    "device_sum", "drop_state", "end_idle", "exact_slow", "file_digest", "folded_changes", "forget_warnings", "graphs_of",
-    "is_idle", "is_released", "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant",
+    "device_sum", "drop_state", "end_idle", "exact_slow", "file_digest", "folded_changes", "forget_warnings",
+    "graphs_of", "is_idle", "is_released", "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant",
     "placed_weights", "read", "replace_plan", "resting_value", "slow_values", "stage_losses", "text_digest",
     "trainable", "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
