@@ -1,11 +1,11 @@
-"""The passes of lorasc-fx, imported as `lorasc_fx.passes`.
+"""The graph passes of lorasc-fx, imported as `lorasc_fx.passes`.
 
-A pass reads a GraphModule and returns a torch.fx PassResult; `Pipeline` runs several as one.
+A pass is a callable from a GraphModule to a torch.fx `PassResult`. `Pipeline` runs several passes as one transaction.
 """
 
 if __name__ != "lorasc_fx.passes":
     raise ImportError(
-        "this folder is imported as lorasc_fx.passes, not as 'passes': write 'from lorasc_fx.passes import Pipeline'"
+        "import this package as lorasc_fx.passes, not as 'passes', for example: from lorasc_fx.passes import Pipeline"
     )
 
 from lorasc_fx.errors import NoSites, PassOrderError, VerifyError

@@ -1,13 +1,16 @@
-"""Adapters as inputs of the graph: one graph computes with any adapter of its sites, and with none.
+"""Make the adapter an input of the graph, so that one graph computes with any adapter or with none.
 
     %fc = linear(%x, %weight)
     %fc_lora = branches.fc/weight(%fc, %x, at="beside")
 
 becomes
 
-    %fc_weight_lora_a, %fc_weight_lora_b, %fc_weight_scale = placeholder
+    %fc_weight_lora_a = placeholder
+    %fc_weight_lora_b = placeholder
+    %fc_weight_scale = placeholder
     %fc = linear(%x, %weight)
-    %fc_lora = branches.fc/weight(%fc, %x, at="beside", tensors={...}, scale=%fc_weight_scale)
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside",
+        tensors={"lora_A": %fc_weight_lora_a, "lora_B": %fc_weight_lora_b}, scale=%fc_weight_scale)
 """
 
 from __future__ import annotations
@@ -35,26 +38,28 @@ SCALE = "scale"
 
 @dataclass(frozen=True)
 class AdapterInputs(CascadePass):
-    """Make the tensors of each inserted branch, and its scale, inputs of the graph.
+    """Make the parameters and the scale of each inserted branch inputs of the graph. `BindAdapter` is the inverse.
 
-    The inputs follow the others in the signature, and can be given by name. They are ordered by site, as in the plan
-    (sites that this graph does not call have none). The inputs of a site are the parameters of its branch, in the
-    order of `Branch.shapes`, and its scale, of shape []. `adapter_inputs` lists them, and
-    `adapter_values` has the values of the branches for them.
+    The new inputs are the last ones of the signature, and can be passed by name. They are ordered by site as in the
+    plan; a site that this graph does not call has none. The inputs of a site are the parameters of its branch, in the
+    order of `Branch.shapes`, and the scale, of shape []. `adapter_inputs` lists the inputs, and `adapter_values`
+    returns the values of the branches for them.
 
-    Zeros pad the parameters to `max_rank`. All zeros, or the scale 0, are no adapter: the graph computes the base, bit
-    for bit. Low-rank branches compute with A [rank, in] and B [out, rank], or, beside an op, with A [rows, rank, in],
-    B [rows, out, rank] and a scale [rows] for each row of axis 0 of the batch. Other branches compute the weight that
-    their tensors give. Dropout of branches is left out. The graph holds no values of branches any more, and traces into
-    plain operations. `BindAdapter` is the inverse.
+    The parameters must be padded with zeros to `max_rank`. If all are zero, or the scale is 0, the graph computes the
+    base model, bit for bit.
+
+    A low-rank branch takes A [rank, in] and B [out, rank]. With placement `beside`, it also takes one adapter for each
+    row of axis 0 of the batch: A [rows, rank, in], B [rows, out, rank] and scale [rows]. Other branches compute the
+    adapted weight from their tensors. Branches have no dropout in the new graph, and their modules no values. The graph
+    can be traced into plain operations.
 
     Args:
         max_rank: rank of the inputs.
-        sites: globs on the names of weights; the branches of others stay as they are.
+        sites: globs on the names of weights. Branches of other sites are not changed.
 
     Raises:
         UnknownTarget: a glob matches no site.
-        PassError: a branch cannot get its tensors as inputs (the message names the site and the reason).
+        PassError: a branch cannot get its tensors as inputs. The message has the site and the reason.
     """
 
     max_rank: int
@@ -66,64 +71,70 @@ class AdapterInputs(CascadePass):
     removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the pass has run already, with these inputs."""
+        """Whether the pass has run already with this rank."""
         lifted = record_of(graph_module).lifted
         return super().done(graph_module) and lifted is not None and lifted.rank == self.max_rank
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Add the inputs, let the branch nodes read them, and take the values out of the branches."""
+        """Add the inputs, make the branch nodes read them, and remove the values from the branches."""
         plan = graph.record.plan
         assert plan is not None
+        # Select the sites, and check them.
         called = {branch.weight_name for branch in branch_nodes(graph.module).values()}
-        chosen = [site for site in plan.sites if self._means(site)]
+        chosen = [site for site in plan.sites if self._selects(site)]
         sites = [site for site in chosen if site.weight in called]
         for pattern in self.sites:
             if not any(matches(pattern, (site.weight, *site.aliases)) for site in plan.sites):
                 names = [site.weight for site in plan.sites]
                 raise UnknownTarget(f"{self.name}: sites: {pattern!r} matches no site{listed(names)}")
-        given, branches = {site.weight for site in sites}, graph.branches
+        weights, branches = {site.weight for site in sites}, graph.branches
         for node, branch in branch_nodes(graph.module).items():
-            if branch.weight_name in given and shared_input(node) is not None:
+            if branch.weight_name in weights and shared_input(node) is not None:
                 raise PassError(
                     f"{self.name}: the branch of {branch.weight_name} reads a product that several branches share; run "
-                    "split-inputs before",
+                    "split-inputs first",
                     code="requirement-not-met",
                 )
+        # Add one placeholder per tensor.
         values = {site.weight: _values(site, branches[site.key], self.max_rank) for site in sites}
-        order = [(weight, tensor, value) for weight, of in values.items() for tensor, value in of.items()]
-        placeholders = graph.add_inputs([f"{weight}.{tensor}" for weight, tensor, _ in order])
-        read: dict[str, dict[str, fx.Node]] = {site.weight: {} for site in sites}
-        for node, (weight, tensor, _) in zip(placeholders, order, strict=True):
-            read[weight][tensor] = node
+        order = [(weight, name, value) for weight, tensors in values.items() for name, value in tensors.items()]
+        placeholders = graph.add_inputs([f"{weight}.{name}" for weight, name, _ in order])
+        by_weight: dict[str, dict[str, fx.Node]] = {site.weight: {} for site in sites}
+        for node, (weight, name, _) in zip(placeholders, order, strict=True):
+            by_weight[weight][name] = node
+        # Make the branch nodes read the placeholders.
         for node, branch in reversed(branch_nodes(graph.module).items()):
-            if branch.weight_name in given:
-                if node < placeholders[-1]:  # torch.export reads weights before inputs
+            if branch.weight_name in weights:
+                if node < placeholders[-1]:  # in graphs of torch.export, weights come before the placeholders
                     graph.move_after(node, placeholders[-1])
-                tensors = dict(read[branch.weight_name])
+                tensors = dict(by_weight[branch.weight_name])
                 scale = tensors.pop(SCALE)
                 graph.set_arguments(node, node.args, {**node.kwargs, "tensors": tensors, "scale": scale})
+        # Keep the branches with their values in the record, for BindAdapter.
         lifted = {site.key: branches[site.key] for site in chosen}
         graph.set_branches({**branches, **{key: branch.without_values() for key, branch in lifted.items()}})
         inputs = tuple(
-            AdapterInput(node.name, weight, tensor, tuple(value.shape), value.dtype)
-            for node, (weight, tensor, value) in zip(placeholders, order, strict=True)
+            AdapterInput(node.name, weight, name, tuple(value.shape), value.dtype)
+            for node, (weight, name, value) in zip(placeholders, order, strict=True)
         )
         graph.record = replace(graph.record, lifted=Lifted(self.max_rank, inputs, lifted))
 
-    def _means(self, site: Site) -> bool:
+    def _selects(self, site: Site) -> bool:
+        """Whether one of the globs matches a name of the site."""
         return any(matches(pattern, (site.weight, *site.aliases)) for pattern in self.sites)
 
 
 @dataclass(frozen=True)
 class BindAdapter(CascadePass):
-    """Give the branches tensors of their own again: the inverse of adapter-inputs, node for node.
+    """Store an adapter in the branches and remove the adapter inputs. The inverse of `AdapterInputs`, node for node.
 
     Args:
-        tensors: values by the names of the inputs. They may be padded as the inputs are, and the scale is multiplied
-            into B if it is not that of the plan. None to give the branches the values that they had.
+        tensors: value of each input, by its name and in its shape, padded with zeros. None restores the values that the
+            branches had before `AdapterInputs`.
 
     Raises:
-        PassError: an input has no value, or one of another shape; a value has a larger rank than the plan's.
+        PassError: an input has no value or a value of another shape; a value has a larger rank than the plan, beyond
+            the padding; or a scale differs from the plan.
     """
 
     tensors: Mapping[str, torch.Tensor] | None = field(default=None, compare=False, repr=False)
@@ -134,20 +145,20 @@ class BindAdapter(CascadePass):
     removes: ClassVar[frozenset[str]] = frozenset({"adapter-inputs"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Remove the inputs, and set the branches."""
+        """Remove the inputs and restore the branches."""
         lifted, plan = graph.record.lifted, graph.record.plan
         assert lifted is not None
         assert plan is not None
         branches = dict(lifted.branches)
         if self.tensors is not None:
             check_tensors(lifted.inputs, self.tensors, self.name)
-            given: dict[str, dict[str, torch.Tensor]] = {}
-            for each in lifted.inputs:
-                given.setdefault(each.weight, {})[each.tensor] = self.tensors[each.name]
-            sites = plan.by_weight
-            bound = {sites[weight].key: (sites[weight], values) for weight, values in given.items()}
-            branches |= {key: _bound(site, branches[key], values) for key, (site, values) in bound.items()}
-        names = {each.name for each in lifted.inputs}
+            values: dict[str, dict[str, torch.Tensor]] = {}
+            for adapter_input in lifted.inputs:
+                values.setdefault(adapter_input.weight, {})[adapter_input.tensor] = self.tensors[adapter_input.name]
+            for weight, tensors in values.items():
+                site = plan.by_weight[weight]
+                branches[site.key] = _bound(site, branches[site.key], tensors)
+        names = {adapter_input.name for adapter_input in lifted.inputs}
         for node in branch_nodes(graph.module):
             kwargs = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
             graph.set_arguments(node, node.args, kwargs)
@@ -159,60 +170,69 @@ class BindAdapter(CascadePass):
 
 
 def adapter_inputs(graph_module: fx.GraphModule) -> tuple[AdapterInput, ...]:
-    """Return the inputs that `AdapterInputs` has added, in their order: names, weights, tensors, shapes and dtypes."""
+    """Return the inputs that `AdapterInputs` added, in the order of the signature. An empty tuple if there are none."""
     lifted = record_of(graph_module).lifted
     return lifted.inputs if lifted is not None else ()
 
 
 def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """Return the values for the inputs, by name, with which the graph computes as before `AdapterInputs`."""
+    """Return the values, by input name, with which the graph computes the same as before `AdapterInputs`."""
     record = record_of(graph_module)
     if record.lifted is None or record.plan is None:
         return {}
-    sites = [record.plan.by_weight[weight] for weight in dict.fromkeys(each.weight for each in record.lifted.inputs)]
-    branches, rank = record.lifted.branches, record.lifted.rank
+    inputs, branches, rank = record.lifted.inputs, record.lifted.branches, record.lifted.rank
+    sites = [record.plan.by_weight[weight] for weight in dict.fromkeys(item.weight for item in inputs)]
     values = {site.weight: _values(site, branches[site.key], rank) for site in sites}
-    return {each.name: values[each.weight][each.tensor] for each in record.lifted.inputs}
+    return {item.name: values[item.weight][item.tensor] for item in inputs}
 
 
 def check_tensors(inputs: Sequence[AdapterInput], tensors: Mapping[str, torch.Tensor], call: str) -> None:
-    """Raise PassError unless there is a tensor of the right shape for each input, and no other."""
-    names = {each.name for each in inputs}
-    if odd := sorted(names ^ tensors.keys()):
-        what = f"no value for the input {odd[0]}" if odd[0] in names else f"a value for {odd[0]}, which is no input"
-        raise PassError(f"{call}: there is {what}; adapter_inputs lists the inputs", code="adapter-does-not-fit")
-    for each in inputs:
-        if tuple(tensors[each.name].shape) != each.shape:
+    """Raise PassError unless there is exactly one tensor of the right shape for each input.
+
+    Args:
+        inputs: the adapter inputs of a graph.
+        tensors: values by the names of the inputs.
+        call: name of the pass or function, for the message.
+    """
+    names = {adapter_input.name for adapter_input in inputs}
+    if different := sorted(names ^ tensors.keys()):
+        name = different[0]
+        problem = f"the input {name} has no value" if name in names else f"{name} is not an input"
+        raise PassError(f"{call}: {problem}; call adapter_inputs to list the inputs", code="adapter-does-not-fit")
+    for adapter_input in inputs:
+        name, shape = adapter_input.name, tuple(tensors[adapter_input.name].shape)
+        if shape != adapter_input.shape:
             raise PassError(
-                f"{call}: {each.name} has shape {tuple(tensors[each.name].shape)}, and the input {each.shape}; pad "
-                "the factors with zeros to the rank of the inputs",
+                f"{call}: {name} has shape {shape}, but the input has shape {adapter_input.shape}; pad the factors "
+                "with zeros to the rank of the inputs",
                 code="adapter-does-not-fit",
             )
 
 
 def _values(site: Site, branch: Branch, rank: int) -> dict[str, torch.Tensor]:
-    """Return the padded tensors of a branch and its scale, in their order."""
+    """Return the padded parameters of a branch by name, and its scale as the last item."""
     values = branch.padded(site, rank)
     like = next(iter(values.values()))
     return {**values, SCALE: torch.tensor(branch.scale, dtype=like.dtype, device=like.device)}
 
 
-def _bound(site: Site, branch: Branch, given: Mapping[str, torch.Tensor]) -> Branch:
-    """Return a copy of a branch with these values, without their padding."""
+def _bound(site: Site, branch: Branch, values: Mapping[str, torch.Tensor]) -> Branch:
+    """Return a copy of a branch with other values, from which the padding is removed."""
     bound = copy.deepcopy(branch)
-    scale = given[SCALE].item()
-    if scale != torch.tensor(site.scale, dtype=given[SCALE].dtype).item():
+    scale = values[SCALE].item()
+    if scale != torch.tensor(site.scale, dtype=values[SCALE].dtype).item():
         raise PassError(
-            f"bind-adapter: the scale of {site.weight} is {scale}, and the plan has {site.scale}; multiply the "
-            "difference into a factor",
+            f"bind-adapter: the scale of {site.weight} is {scale}, but the plan says {site.scale}; multiply a factor "
+            "by the ratio and pass the scale of the plan",
             code="adapter-does-not-fit",
         )
     for name, shape in branch.shapes(site).items():
-        value = branch.cut(name, given[name], shape)
-        if not torch.equal(branch.pad(name, value, tuple(given[name].shape)), given[name]):
+        value = branch.cut(name, values[name], shape)
+        # The entries that `cut` removes must be padding.
+        if not torch.equal(branch.pad(name, value, tuple(values[name].shape)), values[name]):
             raise PassError(
-                f"bind-adapter: {name} of {site.weight} has a larger rank than {site.rank}, which the plan has; lift "
-                "the graph of a plan of that rank",
+                f"bind-adapter: {name} of {site.weight} has a larger rank than {site.rank}, the rank of the plan; use "
+                "a graph whose spec has that rank",
                 code="rank-too-large",
             )
         fill(bound.get_parameter(name), value)

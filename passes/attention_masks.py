@@ -1,8 +1,8 @@
-"""Remove attention masks that mask nothing, and copies of keys and values for several heads of queries.
+"""Remove redundant attention masks, and the repetition of key and value heads for grouped-query attention.
 
-The eager code of transformers leaves out a mask that lets everything through, and asks for `is_causal` instead of a
-triangle. Under torch.export it does not, because it sees no values then. Attention with a mask uses a slower kernel. So
-this pass removes a mask if it is proved to mask nothing more, whatever the sizes of the inputs:
+In eager mode, transformers omits a mask that is all true, and passes `is_causal=True` instead of a causal mask. Under
+torch.export it cannot read the values of a mask, so it passes the mask. Attention with a mask runs in a slower kernel.
+This pass removes a mask if it proves that the mask is all true or causal for all sizes of the inputs:
 
     %ge = ge(%query_index, %key_index)
     %out = scaled_dot_product_attention(%q, %k, %v, %ge)
@@ -11,12 +11,22 @@ becomes
 
     %out = scaled_dot_product_attention(%q, %k, %v, None, 0.0, True)
 
-A mask with a sliding window stays. The proof follows tensors that are made from sizes through their ops. An element of
-such a tensor is a number `start + sum(slope * index)`, or a truth: none of several such numbers is negative. A mask
-without a condition lets everything through. An op that is not in the table ends the proof, and the mask stays.
+A sliding-window mask is not removed.
 
-With a mask, transformers also copies each head of keys and values for all heads of queries that read it. Without one,
-attention reads the few heads directly.
+With a mask, transformers also repeats each head of keys and values for all query heads that read it. Without a mask,
+this pass removes the repetition and passes `enable_gqa=True`:
+
+    %k = reshape(expand(unsqueeze(%few_k, 2), ...), ...)
+    %out = scaled_dot_product_attention(%q, %k, %v, %ge)
+
+becomes
+
+    %out = scaled_dot_product_attention(%q, %few_k, %few_v, None, 0.0, True, enable_gqa=True)
+
+The proof is an abstract interpretation of the nodes that compute the mask from sizes. The value of an integer tensor
+is an affine function of its index, `start + sum(slope * index)`. A bool tensor is a conjunction: it is true at an index
+if none of several affine functions is negative there. `_RULES` has a rule per op. A mask that depends on an op without
+a rule is kept.
 """
 
 from __future__ import annotations
@@ -48,28 +58,28 @@ _MAX_HEAD_SIZE = 256
 
 @dataclass(frozen=True)
 class AttentionMasks(CascadePass):
-    """Remove attention masks that mask nothing at any size, copies of heads for such attention, and their dead nodes.
+    """Remove attention masks that are all true or causal at any size, repeated heads, and the nodes that become dead.
 
-    It needs the metadata that torch.export leaves on nodes. A graph without them is not changed.
+    Needs the fake tensors in the metadata of torch.export. A graph without them is not changed.
     """
 
     name: ClassVar[str] = "attention-masks"
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Simplify each attention whose mask is proved to be redundant."""
+        """Simplify each attention call whose mask is proved to be redundant."""
         calls = [node for node in graph.nodes if node.target is _ATTENTION and _replaceable(node)]
         if not calls:
             return
-        proved = follow(graph.nodes)
-        spare: set[fx.Node] = set()
+        proved = infer_values(graph.nodes)
+        unneeded: set[fx.Node] = set()
         for mask in dict.fromkeys(_argument(call, "attn_mask") for call in calls):
             if mask not in proved or _written(_sources(mask, proved)):
                 continue
             for call in calls:
-                if _argument(call, "attn_mask") is mask and (instead := _equivalent(proved[mask], call)):
-                    _simplify(graph, call, instead)
-                    spare |= _share_heads(graph, call)
-        _erase(graph, spare.union(proved))
+                if _argument(call, "attn_mask") is mask and (replacement := _equivalent(proved[mask], call)):
+                    _remove_mask(graph, call, replacement)
+                    unneeded |= _remove_repetition(graph, call)
+        _erase_dead(graph, unneeded.union(proved))
 
 
 def _argument(call: fx.Node, name: str) -> Any:
@@ -81,113 +91,119 @@ def _argument(call: fx.Node, name: str) -> Any:
 
 
 def _shape(node: fx.Node) -> Sequence[Any]:
-    """Return the sizes of a node's tensor, numbers or symbols; () for another value."""
+    """Return the shape of a node's tensor, of ints and SymInts. () for another value."""
     value = node.meta.get("val")
     return value.shape if isinstance(value, torch.Tensor) else ()
 
 
 def _replaceable(call: fx.Node) -> bool:
-    """Whether attention has a mask, and would have an output of the same shape without it."""
+    """Whether an attention call has a mask, and its output would have the same shape without it."""
     query = _shape(_argument(call, "query"))
     return (
         isinstance(_argument(call, "attn_mask"), fx.Node)
         and _argument(call, "is_causal") is False
         and len(query) > 1
-        and _alike(query[:-2], _shape(call)[:-2])
+        and _same_sizes(query[:-2], _shape(call)[:-2])
     )
 
 
-def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether sizes are the same numbers or the same symbols. Comparing the symbols themselves would add a guard."""
+def _same_sizes(sizes_a: Sequence[Any], sizes_b: Sequence[Any]) -> bool:
+    """Whether sizes are the same ints or the same symbolic expressions. `==` of two SymInts would add a guard."""
 
-    def plain(size: Any) -> Any:
+    def expression(size: Any) -> Any:
         return size if isinstance(size, int) else size.node.expr
 
-    return list(map(plain, one)) == list(map(plain, other))
+    return list(map(expression, sizes_a)) == list(map(expression, sizes_b))
 
 
 def _equivalent(mask: Value, call: fx.Node) -> Literal["none", "causal"] | None:
-    """Return what attention may use instead of a mask, or None if it needs the mask."""
-    if mask in _NOTHING:
+    """Return what is equivalent to the mask, no mask or `is_causal=True`. None if the mask is needed."""
+    if mask in _NO_MASK:
         return "none"
+    # `is_causal` aligns the triangle at the top left, so queries, keys and mask must have equal sizes.
     rows = _shape(_argument(call, "query"))[-2:-1]
-    seen, keys = _shape(_argument(call, "attn_mask")), _shape(_argument(call, "key"))
-    square = all(_alike(sizes, rows) for sizes in (seen[-2:-1], seen[-1:], keys[-2:-1]))
-    return "causal" if mask == _TRIANGLE and square else None
+    mask_shape, keys = _shape(_argument(call, "attn_mask")), _shape(_argument(call, "key"))
+    square = all(_same_sizes(sizes, rows) for sizes in (mask_shape[-2:-1], mask_shape[-1:], keys[-2:-1]))
+    return "causal" if mask == _CAUSAL and square else None
 
 
-def _simplify(graph: GraphEditor, call: fx.Node, instead: Literal["none", "causal"]) -> None:
+def _remove_mask(graph: GraphEditor, call: fx.Node, replacement: Literal["none", "causal"]) -> None:
+    """Remove the mask of an attention call, and set `is_causal` if the mask was causal."""
     dropout = _argument(call, "dropout_p")
-    options = (None, dropout, True) if instead == "causal" else (None, dropout) if dropout != 0.0 else ()
+    options = (None, dropout, True) if replacement == "causal" else (None, dropout) if dropout != 0.0 else ()
     replaced = {"attn_mask", "dropout_p", "is_causal"}
     kwargs = {name: value for name, value in call.kwargs.items() if name not in replaced}
     graph.set_arguments(call, (*call.args[:3], *options), kwargs)
 
 
-def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
-    """Let attention read keys and values before their heads are copied. Return the nodes that copy them.
+def _remove_repetition(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
+    """Make an attention call read keys and values before their heads are repeated. Return the nodes that repeat them.
 
-    The eager code of transformers does so without a mask (`use_gqa_in_sdpa`), for heads of the same sizes.
+    The conditions are the ones of `use_gqa_in_sdpa` in transformers: no mask, and heads of equal size up to 256.
     """
     query, key, value = call.args[:3]
     assert isinstance(query, fx.Node)
     chains = [_repetition(heads) for heads in (key, value)]
     keys, values = (chain[-1] if chain else None for chain in chains)
-    if keys is None or values is None or not _alike(_shape(keys)[:2], _shape(values)[:2]):
+    if keys is None or values is None or not _same_sizes(_shape(keys)[:2], _shape(values)[:2]):
         return set()
     size = _shape(keys)[-1]
-    narrow = isinstance(size, int) and size <= _MAX_HEAD_SIZE and _alike(_shape(values)[-1:], [size])
-    if not narrow or not _alike(_shape(query)[:1], _shape(keys)[:1]) or _written([keys, values]):
+    small = isinstance(size, int) and size <= _MAX_HEAD_SIZE and _same_sizes(_shape(values)[-1:], [size])
+    if not small or not _same_sizes(_shape(query)[:1], _shape(keys)[:1]) or _written([keys, values]):
         return set()
     graph.set_arguments(call, (query, keys, values, *call.args[3:]), {**call.kwargs, "enable_gqa": True})
     return {node for chain in chains for node in chain[:-1]}
 
 
-def _repetition(last: Any) -> list[fx.Node]:
-    """Return the nodes, last first, that copy each head of a tensor, with the tensor; [] for other nodes."""
+def _repetition(node: Any) -> list[fx.Node]:
+    """Match `reshape(expand(unsqueeze(heads)))`, which repeats each head of `heads` [batch, heads, length, size].
+
+    Returns the matched nodes, from the reshape to `heads`, or an empty list. Slices of all entries may be in between.
+    """
     chain: list[fx.Node] = []
     for target in (*_REPETITION, None):
-        while isinstance(last, fx.Node) and _is_whole(last):
-            chain.append(last)
-            last = last.args[0]
-        if not isinstance(last, fx.Node) or (target is not None and last.target is not target):
+        while isinstance(node, fx.Node) and _is_full_slice(node):
+            chain.append(node)
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or (target is not None and node.target is not target):
             return []
-        chain.append(last)
-        last = last.args[0] if target is not None else None
-    whole, spread, apart = (next(node for node in chain if node.target is target) for target in _REPETITION)
-    few, many = _shape(chain[-1]), _shape(spread)
-    if len(few) != 4 or apart.args[1] not in (2, -3):
+        chain.append(node)
+        node = node.args[0] if target is not None else None
+    reshape, expand, unsqueeze = (next(node for node in chain if node.target is target) for target in _REPETITION)
+    shape, expanded = _shape(chain[-1]), _shape(expand)
+    if len(shape) != 4 or unsqueeze.args[1] not in (2, -3):
         return []
-    heads, times = few[1], many[2]
-    expected = [(few[0], heads, times, *few[2:]), (few[0], heads * times, *few[2:])]
-    return chain if _alike(many, expected[0]) and _alike(_shape(whole), expected[1]) else []
+    batch, heads, repeats = shape[0], shape[1], expanded[2]
+    is_repetition = _same_sizes(expanded, (batch, heads, repeats, *shape[2:]))
+    is_repetition = is_repetition and _same_sizes(_shape(reshape), (batch, heads * repeats, *shape[2:]))
+    return chain if is_repetition else []
 
 
-def _is_whole(node: fx.Node) -> bool:
-    """Whether a node is a slice of all entries."""
+def _is_full_slice(node: fx.Node) -> bool:
+    """Whether a node is a slice of all entries, `x[:]`."""
     return node.target is _SLICE and node.args[2:] == (0, sys.maxsize) and not node.kwargs
 
 
 def _sources(mask: fx.Node, proved: Mapping[fx.Node, Value]) -> set[fx.Node]:
-    """Return a mask and the nodes that its value was proved from."""
+    """Return a mask and the nodes from which its value was inferred."""
     return _reached([mask], lambda node: [source for source in node.all_input_nodes if source in proved])
 
 
 def _written(nodes: Iterable[fx.Node]) -> bool:
-    """Whether anything may write into one of these nodes, or into a tensor that shares their memory."""
+    """Whether anything may write in place into one of these nodes, or into a tensor that shares their memory."""
     owners = _reached(nodes, lambda node: node.all_input_nodes if _shares(node) else [])
     if any(node.op != "call_function" for node in owners):
-        return True  # an input or a buffer may be written under another name
+        return True  # inputs and buffers may have aliases outside the graph
     views = _reached(owners, lambda node: [user for user in node.users if _shares(user)])
     return any(mutates(user, node) for node in views for user in node.users)
 
 
-def _reached(nodes: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Return these nodes and all reached from them. Numbers share no memory, so they are left out."""
+def _reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return the nodes that can be reached from some nodes, including these. Nodes of numbers are skipped."""
     waiting = list(nodes)
     reached = set(waiting)
     while waiting:
-        new = [node for node in near(waiting.pop()) if node not in reached]
+        new = [node for node in neighbours(waiting.pop()) if node not in reached]
         new = [node for node in new if not isinstance(node.meta.get("val"), _NUMBERS)]
         reached.update(new)
         waiting.extend(new)
@@ -195,30 +211,30 @@ def _reached(nodes: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Nod
 
 
 def _shares(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with its arguments."""
+    """Whether a node's output may share memory with its arguments."""
     return node.op != "output" and may_alias(node)
 
 
-def _erase(graph: GraphEditor, spare: set[fx.Node]) -> None:
-    """Erase nodes among these, and sizes, that only each other and assertions read."""
+def _erase_dead(graph: GraphEditor, candidates: set[fx.Node]) -> None:
+    """Erase candidates and sizes that are dead: only dead nodes and assertions about metadata read them."""
     dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
-        if (node in spare or number) and all(user in dead or user.target is _METADATA for user in node.users):
+        if (node in candidates or number) and all(user in dead or user.target is _METADATA for user in node.users):
             dead |= {node, *node.users}
     graph.drop_unused(dead.__contains__)
 
 
-# ---- numbers that are affine in an index, and conditions on them
+# ---- abstract values: affine functions of an index, and conditions on them
 
 
 @dataclass(frozen=True)
 class Affine:
-    """An integer for each index: `start + sum(slope * index)`.
+    """An integer as an affine function of an index, `start + sum(slope * index)`.
 
     Args:
-        slopes: pairs of an axis, counted from the last one (-1), and its slope, which is not zero.
-        start: the number at index 0.
+        slopes: pairs (axis, slope). Axes are negative, -1 is the last one. Slopes are not zero.
+        start: the value at index 0.
     """
 
     slopes: tuple[tuple[int, int], ...] = ()
@@ -226,27 +242,27 @@ class Affine:
 
     @staticmethod
     def of(slopes: Mapping[int, int], start: int) -> Affine:
-        """Return the number with these slopes by axis."""
+        """Return the function with these slopes by axis. Zero slopes are dropped."""
         return Affine(tuple(sorted((axis, slope) for axis, slope in slopes.items() if slope)), start)
 
-    def plus(self, other: Affine, factor: int = 1) -> Affine:
-        """Return the sum with a multiple of another number."""
+    def plus(self, term: Affine, factor: int = 1) -> Affine:
+        """Return `self + factor * term`."""
         slopes = dict(self.slopes)
-        for axis, slope in other.slopes:
+        for axis, slope in term.slopes:
             slopes[axis] = slopes.get(axis, 0) + factor * slope
-        return Affine.of(slopes, self.start + factor * other.start)
+        return Affine.of(slopes, self.start + factor * term.start)
 
     def moved(self, axis_of: Callable[[int], int]) -> Affine:
-        """Return the number with each axis renamed."""
+        """Return the function with each axis renamed."""
         return Affine.of({axis_of(axis): slope for axis, slope in self.slopes}, self.start)
 
     def first(self, axis: int) -> Affine:
-        """Return the number at the first index of an axis."""
-        return Affine(tuple((other, slope) for other, slope in self.slopes if other != axis), self.start)
+        """Return the function at index 0 of an axis."""
+        return Affine(tuple((kept, slope) for kept, slope in self.slopes if kept != axis), self.start)
 
     @property
     def reduced(self) -> Affine:
-        """The number with the smallest slopes that is negative at the same indices."""
+        """The function with the smallest slopes that is negative at the same indices. Equal conditions become equal."""
         common = math.gcd(*(slope for _, slope in self.slopes)) or 1
         return Affine(tuple((axis, slope // common) for axis, slope in self.slopes), self.start // common)
 
@@ -263,41 +279,43 @@ class Affine:
 
 @dataclass(frozen=True)
 class Truth:
-    """True at an index if none of these numbers is negative there."""
+    """A bool as a function of an index: true if none of the conditions is negative there."""
 
     conditions: frozenset[Affine] = frozenset()
 
     @staticmethod
     def of(conditions: Iterable[Affine]) -> Truth:
-        """Return the truth of these conditions, without those that always hold."""
+        """Return the conjunction of conditions, without the ones that always hold."""
         unproved = frozenset(number.reduced for number in conditions if not number.never_negative)
         return NEVER if any(number.always_negative for number in unproved) else Truth(unproved)
 
     def over(self, change: Callable[[Affine], Affine]) -> Truth:
-        """Return the truth with each condition changed."""
+        """Return the conjunction of the changed conditions."""
         return Truth.of(map(change, self.conditions))
 
 
 NEVER = Truth(frozenset({Affine((), -1)}))
 ALWAYS = Truth()
 Value = Affine | Truth
-_NOTHING = (ALWAYS, Affine())
-_TRIANGLE = Truth(frozenset({Affine.of({-2: 1, -1: -1}, 0)}))
+_NO_MASK = (ALWAYS, Affine())
+"""Masks without an effect: a bool mask of true, or a float mask of zeros that is added."""
+_CAUSAL = Truth(frozenset({Affine.of({-2: 1, -1: -1}, 0)}))
+"""The causal mask: row - column is not negative."""
 
 
-# ---- the proof
+# ---- inference of values
 
 _EXACT = 256
 """Integers up to this one are exact in every floating dtype."""
 _LARGE = 2**20
-"""Largest slope or start. Sums over indices do not overflow then."""
+"""Largest slope or start. With it, sums over indices do not overflow."""
 
 
-def follow(nodes: Iterable[fx.Node]) -> dict[fx.Node, Value]:
-    """Return the values that are known at every size, if nothing writes into them.
+def infer_values(nodes: Iterable[fx.Node]) -> dict[fx.Node, Value]:
+    """Return the abstract values that hold for all sizes of the inputs, provided that nothing writes in place.
 
     Args:
-        nodes: in the graph's order, with all their arguments.
+        nodes: nodes in the order of the graph, with all their arguments.
     """
     proved: dict[fx.Node, Value] = {}
     for node in nodes:
@@ -308,6 +326,7 @@ def follow(nodes: Iterable[fx.Node]) -> dict[fx.Node, Value]:
 
 
 def _value(node: fx.Node, proved: Mapping[fx.Node, Value]) -> Value | None:
+    """Return the abstract value of a node from the values of its arguments, or None if it is unknown."""
     result = node.meta.get("val")
     op = node.target
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(result, torch.Tensor):
@@ -324,12 +343,13 @@ def _value(node: fx.Node, proved: Mapping[fx.Node, Value]) -> Value | None:
     value = rule(_Call(arguments, result, proved))
     for axis in range(-result.dim(), 0):
         if value is not None and isinstance(size := result.shape[axis], int) and size == 1:
-            value = _changed(value, partial(Affine.first, axis=axis))  # later it may be broadcast
+            # An axis of size 1 has only index 0. Without its slope, a later broadcast is correct.
+            value = _changed(value, partial(Affine.first, axis=axis))
     return value if value is not None and _holds(value, result.dtype) else None
 
 
 def _holds(value: Value, dtype: torch.dtype) -> bool:
-    """Whether a dtype holds such values exactly."""
+    """Whether a dtype represents all values exactly."""
     if isinstance(value, Truth):
         return dtype is torch.bool
     if dtype.is_floating_point:
@@ -338,19 +358,26 @@ def _holds(value: Value, dtype: torch.dtype) -> bool:
 
 
 def _changed(value: Value, change: Callable[[Affine], Affine]) -> Value:
+    """Apply a change to an affine function, or to each condition of a bool."""
     return value.over(change) if isinstance(value, Truth) else change(value)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call: its arguments by name, the fake tensor that it returns, and the known values."""
+    """One call of an op, as the rules see it.
+
+    Args:
+        arguments: arguments by name.
+        result: the fake tensor that the call returns.
+        proved: the inferred values of earlier nodes.
+    """
 
     arguments: Mapping[str, Any]
     result: torch.Tensor
     proved: Mapping[fx.Node, Value]
 
     def of(self, name: str) -> Value | None:
-        """Return the value of an argument, if it is known."""
+        """Return the abstract value of an argument, or None if it is unknown."""
         argument = self.arguments.get(name)
         if isinstance(argument, fx.Node):
             return self.proved.get(argument)
@@ -359,17 +386,17 @@ class _Call:
         return Affine((), int(argument)) if argument == int(argument) else None
 
     def number(self, name: str) -> Affine | None:
-        """Return the value of an argument that is an integer for each index."""
+        """Return the affine function of an argument, or None if the argument is a bool or unknown."""
         value = self.of(name)
         return value if isinstance(value, Affine) else None
 
     def literal(self, name: str) -> int | None:
-        """Return an argument that is a Python int."""
+        """Return an argument that is a Python int, or None."""
         argument = self.arguments.get(name)
         return argument if type(argument) is int else None
 
     def axis(self, name: str = "dim") -> int:
-        """Return an axis of the result that an argument names, counted from the last one."""
+        """Return an axis of the result from an argument, as a negative number."""
         axis = int(self.arguments[name])
         return axis if axis < 0 else axis - self.result.dim()
 
@@ -379,7 +406,7 @@ Move = Callable[[Affine], Affine]
 
 
 def _moved(rule: Callable[[_Call, Value], Move | None]) -> Rule:
-    """Make a rule of a function that returns how each number of `self` changes."""
+    """Return a rule from a function that returns the change of each affine function of `self`."""
 
     def moved(call: _Call) -> Value | None:
         value = call.of("self")
@@ -390,11 +417,11 @@ def _moved(rule: Callable[[_Call, Value], Move | None]) -> Rule:
 
 
 def _of_two(rule: Callable[[_Call, Affine, Affine], Value | None]) -> Rule:
-    """Make a rule of a function of two numbers, `self` and `other`."""
+    """Return a rule from a function of the two affine functions `self` and `other`."""
 
     def of_two(call: _Call) -> Value | None:
-        one, other = call.number("self"), call.number("other")
-        return rule(call, one, other) if one is not None and other is not None else None
+        lhs, rhs = call.number("self"), call.number("other")
+        return rule(call, lhs, rhs) if lhs is not None and rhs is not None else None
 
     return of_two
 
@@ -415,7 +442,7 @@ def _filled(fill: float | None) -> Rule:
 
 
 def _same(call: _Call) -> Value | None:
-    """The values stay. An axis that grows had one index."""
+    """Keep the value, also if an axis of size 1 is expanded."""
     return call.of("self")
 
 
@@ -429,7 +456,7 @@ def _cast(call: _Call) -> Value | None:
 
 
 def _uniform(call: _Call) -> Value | None:
-    """The elements are reordered, which does not matter if all are equal."""
+    """Keep the value if all elements are equal, because the op reorders them."""
     value = call.of("self")
     uniform = value in (ALWAYS, NEVER) or (isinstance(value, Affine) and not value.slopes)
     return value if uniform else None
@@ -441,8 +468,8 @@ def _unsqueeze(call: _Call, value: Value) -> Move:
 
 
 def _transpose(call: _Call, value: Value) -> Move:
-    one, other = call.axis("dim0"), call.axis("dim1")
-    return lambda number: number.moved(lambda old: {one: other, other: one}.get(old, old))
+    dim0, dim1 = call.axis("dim0"), call.axis("dim1")
+    return lambda number: number.moved(lambda old: {dim0: dim1, dim1: dim0}.get(old, old))
 
 
 def _slice(call: _Call, value: Value) -> Move | None:
@@ -459,10 +486,11 @@ def _slice(call: _Call, value: Value) -> Move | None:
 
 
 def _repeat(call: _Call, value: Value) -> Move | None:
-    """Repeat along axes on which nothing depends."""
+    """Keep the value if it does not depend on the repeated axes."""
     numbers = value.conditions if isinstance(value, Truth) else {value}
     repeats = call.arguments["repeats"]
-    return (lambda number: number) if all(repeats[axis] == 1 for each in numbers for axis, _ in each.slopes) else None
+    axes = {axis for number in numbers for axis, _ in number.slopes}
+    return (lambda number: number) if all(repeats[axis] == 1 for axis in axes) else None
 
 
 def _index(call: _Call, value: Value) -> Move | None:
@@ -481,24 +509,24 @@ def _index(call: _Call, value: Value) -> Move | None:
     return picked
 
 
-def _sum(call: _Call, one: Affine, other: Affine, sign: int) -> Value | None:
+def _sum(call: _Call, lhs: Affine, rhs: Affine, sign: int) -> Value | None:
     alpha = call.literal("alpha")
-    return None if alpha is None else one.plus(other, sign * alpha)
+    return None if alpha is None else lhs.plus(rhs, sign * alpha)
 
 
-def _mul(call: _Call, one: Affine, other: Affine) -> Value | None:
-    if one.slopes and other.slopes:
-        return None
-    return Affine().plus(one, other.start) if not other.slopes else Affine().plus(other, one.start)
+def _mul(call: _Call, lhs: Affine, rhs: Affine) -> Value | None:
+    if lhs.slopes and rhs.slopes:
+        return None  # not affine
+    return Affine().plus(lhs, rhs.start) if not rhs.slopes else Affine().plus(rhs, lhs.start)
 
 
 def _compare(conditions: Callable[[Affine], Truth | None]) -> Rule:
-    """Make a rule of the conditions on `self - other`."""
-    return _of_two(lambda call, one, other: conditions(one.plus(other, -1)))
+    """Return a rule from the conditions on the difference `self - other`."""
+    return _of_two(lambda call, lhs, rhs: conditions(lhs.plus(rhs, -1)))
 
 
-def _negative(number: Affine) -> Affine:
-    """Return a number that is not negative exactly where this one is negative."""
+def _negated(number: Affine) -> Affine:
+    """Return the condition that holds if and only if the function is negative: `-1 - number`."""
     return Affine((), -1).plus(number, -1)
 
 
@@ -510,13 +538,14 @@ def _not(truth: Value | None) -> Truth | None:
     if truth in (ALWAYS, NEVER):
         return NEVER if truth == ALWAYS else ALWAYS
     single = isinstance(truth, Truth) and len(truth.conditions) == 1
-    return Truth.of(map(_negative, truth.conditions)) if single and isinstance(truth, Truth) else None
+    return Truth.of(map(_negated, truth.conditions)) if single and isinstance(truth, Truth) else None
 
 
 def _and(call: _Call) -> Value | None:
-    one, other = call.of("self"), call.of("other")
-    both = isinstance(one, Truth) and isinstance(other, Truth)
-    return Truth.of(one.conditions | other.conditions) if both else None  # type: ignore[union-attr]
+    lhs, rhs = call.of("self"), call.of("other")
+    if not isinstance(lhs, Truth) or not isinstance(rhs, Truth):
+        return None
+    return Truth.of(lhs.conditions | rhs.conditions)
 
 
 def _triangle(sign: int) -> Rule:
@@ -566,7 +595,7 @@ _RULES: dict[str, Rule] = {
     "sub": _of_two(partial(_sum, sign=-1)),
     "mul": _of_two(_mul),
     "ge": _compare(lambda gap: Truth.of((gap,))),
-    "lt": _compare(lambda gap: Truth.of((_negative(gap),))),
+    "lt": _compare(lambda gap: Truth.of((_negated(gap),))),
     "le": _compare(lambda gap: Truth.of((Affine().plus(gap, -1),))),
     "gt": _compare(lambda gap: Truth.of((gap.plus(Affine((), -1)),))),
     "eq": _compare(_equal),
@@ -580,4 +609,4 @@ _RULES: dict[str, Rule] = {
     "where": _where("condition", "self", "other"),
     "masked_fill": _where("mask", "value", "self"),
 }
-"""By name of an op: returns the value of a call from the values of its arguments, or None if it is unknown."""
+"""The rule of each op by name. A rule returns the abstract value of a call, or None if it is unknown."""

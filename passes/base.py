@@ -1,8 +1,9 @@
-"""The contract of a pass: what it requires, what it provides, and a result that is truthful.
+"""The base class of all passes.
 
-A pass is a frozen dataclass with a kebab-case name; its fields are its options and print back as text. It is a callable
-`GraphModule -> torch.fx PassResult`, so that it runs in torch.fx's own PassManager as well. Called alone it is
-transactional as a Pipeline is: it works on a copy of the graph, the copy is verified, and the input stays as it was.
+A pass is a frozen dataclass with a kebab-case name. Its fields are its options. It is a callable from a GraphModule to
+a torch.fx `PassResult`, so that the `PassManager` of torch.fx can run it too.
+
+A pass edits a copy of the graph. The graph is verified before and after. If anything raises, the input is unchanged.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from lorasc_fx.graph.branch_calls import calls_branches
 
 @dataclass(frozen=True)
 class CascadePass(abc.ABC):
-    """A rewrite with a name and a contract.
+    """A pass, with a contract of facts. A fact is a string in the record of the graph, such as `branches-inserted`.
 
     Class attributes:
-        name: kebab-case, unique.
-        requires: facts that the graph must carry.
-        provides: facts that it carries afterwards.
-        removes: facts that no longer hold afterwards.
+        name: unique name in kebab-case.
+        requires: facts that the graph must have before the pass.
+        provides: facts that the graph has after the pass.
+        removes: facts that the graph no longer has after the pass.
     """
 
     name: ClassVar[str]
@@ -37,14 +38,17 @@ class CascadePass(abc.ABC):
 
     @abc.abstractmethod
     def rewrite(self, graph: GraphEditor) -> None:
-        """Edit the graph through its editor; the editor notes whether anything changed."""
+        """Edit the graph through the editor, which records whether anything changed."""
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Return the rewritten copy and whether it differs; without a change, the input itself.
+        """Run the pass.
+
+        Returns:
+            The edited copy and True. If nothing changed, the input itself and False.
 
         Raises:
             PassError: a required fact is missing.
-            VerifyError: the graph does not agree with its plan, before or after.
+            VerifyError: the graph does not agree with its plan, before or after the pass.
         """
         if self.done(graph_module):
             return PassResult(graph_module, False)
@@ -57,22 +61,22 @@ class CascadePass(abc.ABC):
         return PassResult(editor.finish(), True)
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the pass has run already and what it would need is only missing because it took it away."""
+        """Whether the pass has run already: it provided its facts, and removed all required facts that are missing."""
         facts = record_of(graph_module).facts
         missing = self.requires - facts
         return bool(missing) and missing <= self.removes and self.provides <= facts
 
     def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise PassError unless the graph carries every required fact."""
+        """Raise PassError unless the graph has every required fact."""
         missing = sorted(self.requires - record_of(graph_module).facts)
         if missing:
             raise PassError(
-                f"{self.name} requires {', '.join(missing)}, which this graph {_why_not(graph_module)}",
+                f"{self.name} requires {', '.join(missing)}, which this graph does not have{_advice(graph_module)}",
                 code="requirement-not-met",
             )
 
     def apply(self, editor: GraphEditor) -> None:
-        """Rewrite, note the new facts, and verify."""
+        """Rewrite the graph, update its facts, and verify the result."""
         editor.name = self.name
         self.rewrite(editor)
         facts = (editor.record.facts - self.removes) | self.provides
@@ -81,12 +85,12 @@ class CascadePass(abc.ABC):
             verify(editor.module, f"after {self.name}")
 
 
-def _why_not(graph_module: fx.GraphModule) -> str:
-    """Return what to do about a missing fact: run a pass, or keep what another's pass has dropped."""
+def _advice(graph_module: fx.GraphModule) -> str:
+    """Return the end of the message about a missing fact: the likely reason, and what to do."""
     caller = calls_branches(graph_module)
     if caller is None or record_of(graph_module).facts:
-        return "does not carry; run a pass that provides it before"
+        return "; run a pass that provides it first"
     return (
-        f"does not carry, though its node {caller.name} calls a branch: a pass made a new graph module without the "
-        "metadata (graph_module.meta); run that pass inside a Pipeline, which hands it on"
+        f", although its node {caller.name} calls a branch. A pass returned a new graph module without the metadata "
+        "(graph_module.meta). Run that pass inside a Pipeline, which copies the metadata"
     )

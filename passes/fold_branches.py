@@ -1,4 +1,14 @@
-"""Fold the branches: the graph is the captured one again, and its constants are the slow weights."""
+"""Fold branches into the weights and erase the branch nodes.
+
+    %fc = linear(%x, %weight)                              W0
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside")
+    %relu = relu(%fc_lora)
+
+becomes
+
+    %fc = linear(%x, %weight)                              W0 + s B A
+    %relu = relu(%fc)
+"""
 
 from __future__ import annotations
 
@@ -16,16 +26,19 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class EndsStage(CascadePass):
-    """A pass that ends the running stage, and so folds the branches.
+    """Base class of the passes that end the current stage.
 
     Args:
-        loss: of the stage, if the pace of the spec is "loss".
+        loss: loss of the stage. Required if the pace of the spec is "loss".
     """
 
     loss: float | None = None
 
     def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise for a missing fact; NonFiniteBranch for inf or nan in a branch, unless the spec skips such branches."""
+        """Raise PassError for a missing fact.
+
+        Raise NonFiniteBranch for inf or nan in a branch, unless the spec skips such branches.
+        """
         super().check(graph_module)
         plan = record_of(graph_module).plan
         for branch in branch_nodes(graph_module).values():
@@ -35,11 +48,13 @@ class EndsStage(CascadePass):
 
 @dataclass(frozen=True)
 class FoldBranches(EndsStage):
-    """Erase every branch node; its base op computes with the slow weights instead.
+    """Erase every branch node and compute the slow weights that include its delta. The inverse of `InsertBranches`.
 
-    In a graph module that owns its weights the slow update of the plan's spec is made (pace, restart, noise) and
-    written to new constants, and what the insertion has frozen is trainable again. Where the weights are live, their
-    values are the runtime's and only nodes are erased.
+    If the graph module owns its weights, this pass computes the slow update of the spec: pace, restart and noise. The
+    results are new Parameters. Weights that the insertion froze are trainable again, and the plan moves to the
+    next stage.
+
+    If the graph module reads a live model, only nodes are erased, because the cascade changes the weights.
 
     Raises:
         NonFiniteBranch: a branch holds inf or nan.
@@ -51,7 +66,7 @@ class FoldBranches(EndsStage):
     removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Take out nodes, then write values and go on to the next stage."""
+        """Erase the branch nodes, then set the new weights and increment the stage."""
         for node in branch_nodes(graph.module):
             graph.remove_branch(node)
         plan = graph.record.plan
@@ -68,6 +83,6 @@ class FoldBranches(EndsStage):
 
 
 def absorb_branches(graph: GraphEditor, plan: Plan, loss: float | None) -> SlowWeights:
-    """Return the slow weights after the running stage."""
+    """Return the slow weights after the current stage, from the branches of the graph."""
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     return graph.record.slow.after_stage(plan, branches, loss)

@@ -1,4 +1,23 @@
-"""Insert the branches: one node beside each use of a site, B = 0, and the stage's noise in the weights."""
+"""Insert one branch node at each use of a site.
+
+The node depends on the placement of the site:
+
+    %fc = linear(%x, %weight, %bias)
+
+becomes, with placement `beside` (the branch is added to the output of the op),
+
+    %fc = linear(%x, %weight, %bias)
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside")
+
+with placement `merged` (the branch replaces the op),
+
+    %fc_lora = branches.fc/weight(%x, %weight, %bias, at="in_place", op="linear")
+
+and with placement `weight` (the branch is added to the weight before the op),
+
+    %weight_lora = branches.fc/weight(%weight, at="on_weight")
+    %fc = linear(%x, %weight_lora, %bias)
+"""
 
 from __future__ import annotations
 
@@ -32,13 +51,22 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class InsertBranches(CascadePass):
-    """Put `branches.KEY(base, x)` beside every marked node, or `branches.KEY(x, weight, bias)` in its place.
+    """Insert a branch node at every node that `MatchSites` marked. A new branch starts with B = 0.
 
-    Branches that the graph module holds already are wired, not made anew, so that several graphs can share them. In a
-    graph module that owns its weights the noise of the plan's stage is added to new constants, and the clean weights
-    are kept in the record. All its weights are then frozen, but for those under `spec.train`; the Parameters that it
-    shares with the model it was traced from stay as they are. If the weights are live, the runtime owns values and
-    flags.
+    A branch that the graph module has already is used again, so that several graphs can share it.
+
+    If the graph module owns its weights, this pass also:
+
+    - adds the noise of the stage to the weights, as new Parameters. The clean weights are stored in the record;
+    - freezes all weights except the ones under `spec.train`, by new Parameters. The Parameters of the traced model
+      keep their flags.
+
+    If the graph module reads a live model, the cascade sets values and flags.
+
+    Raises:
+        NoSites: no weight was matched as a site.
+        PassError: the branches are inserted already and get their tensors as inputs, or the spec redraws noise in each
+            step.
     """
 
     name: ClassVar[str] = "insert-branches"
@@ -47,26 +75,27 @@ class InsertBranches(CascadePass):
     removes: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
 
     def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise PassError for a missing fact, or if the branches are there and get their tensors as inputs."""
+        """Raise PassError for a missing fact, or if the branches get their tensors as inputs."""
         super().check(graph_module)
         if record_of(graph_module).lifted is not None:
             raise PassError(
-                f"{self.name}: the branches of this graph get their tensors as inputs; run bind-adapter before",
+                f"{self.name}: the branches of this graph get their tensors as inputs; run bind-adapter first",
                 code="requirement-not-met",
             )
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Insert what is missing; a graph whose uses all have their branch stays as it is."""
+        """Insert the branch nodes that are missing."""
         plan = graph.record.plan
         if plan is None or not plan.sites:
-            raise NoSites(nothing_to_do(graph.record))
-        have = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
-        before = graph.branches
-        branches = missing_branches(plan, before, named_weights(graph.owner).parameters)
+            raise NoSites(no_sites_message(graph.record))
+        # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
+        done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
+        existing = graph.branches
+        branches = all_branches(plan, existing, named_weights(graph.owner).parameters)
         graph.set_branches(branches)
         for base in graph.nodes:
             use = use_of(base)
-            if use is None or base in have or not base.users:  # dead code stays as it is
+            if use is None or base in done or not base.users:  # a node without users is dead code
                 continue
             site = plan.by_weight[use.weight]
             if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
@@ -81,14 +110,15 @@ class InsertBranches(CascadePass):
             else:
                 graph.insert_after(base, site.key, (base, reading.x), {"at": "beside", **reading.options})
         if not graph.record.owner:
-            start_values(graph, plan, [branch.weight_name for key, branch in branches.items() if key not in before])
+            new_weights = [branch.weight_name for key, branch in branches.items() if key not in existing]
+            start_values(graph, plan, new_weights)
             graph.freeze(trained_by(plan.spec, named_weights(graph.owner).names))
         branched = frozenset(branch.weight_name for branch in branch_nodes(graph.module).values())
         graph.record = replace(graph.record, branched=branched)
 
 
-def nothing_to_do(record: Record) -> str:
-    """Return the sentence for a spec that leaves no site: why each candidate is none."""
+def no_sites_message(record: Record) -> str:
+    """Return the message of `NoSites`: why up to five candidates are not adapted."""
     reasons = [str(refusal) for refusal in record.refusals if refusal.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
     targets = record.plan.spec.targets if record.plan is not None else ()
@@ -96,11 +126,17 @@ def nothing_to_do(record: Record) -> str:
     return "the spec leaves no site to adapt:\n  " + "\n  ".join(shown)
 
 
-def missing_branches(
-    plan: Plan, known: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
+def all_branches(
+    plan: Plan, existing: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Branch]:
-    """Return the branches of a plan by key: those known already, and new ones for the other sites."""
-    branches = dict(known)
+    """Return the branches of a plan by key: the existing ones, and new ones for the other sites.
+
+    Args:
+        plan: sites and stage.
+        existing: branches to use again, by key.
+        parameters: weights by name. A new branch has the device of its weight.
+    """
+    branches = dict(existing)
     for site in plan.sites:
         if site.key not in branches:
             like = parameters[site.weight]
@@ -109,7 +145,7 @@ def missing_branches(
 
 
 def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
-    """Return the matrices without a branch, but for those trained in full or excluded: noise.where="all" means them."""
+    """Return the matrices without a branch that get noise if noise.where="all": not excluded, not trained in full."""
     named = named_weights(graph.owner)
     skipped = (Reason.TRAINED, Reason.EXCLUDED)
     left_out = {refusal.weight for refusal in graph.record.refusals if refusal.reason in skipped} | set(plan.by_weight)
@@ -119,17 +155,22 @@ def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
 
 
 def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
-    """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record.
+    """Set each weight to its value at the start of the stage, `W_t = W0 + S_{t-1} + N_t`, and initialize new branches.
+
+    The record keeps the clean weights.
 
     Args:
-        graph: which owns its weights.
-        plan: of the stage.
-        added: weights whose branches are new.
+        graph: its module owns the weights.
+        plan: plan of the stage.
+        added: names of the weights with a new branch.
     """
     if plan.spec.noise.follows_steps:
         raise PassError(
-            "insert-branches: noise.redraw='step' needs a training step; use a Cascade", code="requirement-not-met"
+            "insert-branches: noise.redraw='step' redraws noise in each training step, which a graph alone cannot do; "
+            "use lx.adapt",
+            code="requirement-not-met",
         )
+    # Add a slow state for each new branch, and for the other weights that get noise.
     named, slow = named_weights(graph.owner), graph.record.slow
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     names = dict.fromkeys((*added, *(site.weight for site in plan.sites if site.weight not in slow.states)))
@@ -137,11 +178,13 @@ def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
         names |= dict.fromkeys(plan.spec.noise.on_others(without_branch(graph, plan)))
     parameters = {name: named.parameters[name] for name in names}
     slow = slow.with_weights(parameters, plan, {name: value.detach() for name, value in parameters.items()})
+    # Initialize the factors of the new branches.
     slow, factors = slow.begin_stage(plan, {weight: branches[weight] for weight in added})
     with torch.no_grad():
         for weight, values in factors.items():
             for name, parameter in branches[weight].named_parameters():
                 parameter.copy_(values[name])
+    # Write the start values of the weights that differ from the slow weights, by noise or initial factors.
     for weight in names:
         state = slow.states[weight]
         if state.differs_from_slow(plan.spec.noise.is_on):

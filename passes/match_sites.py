@@ -1,4 +1,11 @@
-"""Find the sites: which weights get a branch, at which nodes, and why the others do not."""
+"""Find the weights to adapt, and mark the nodes that use them.
+
+    %fc = linear(%x, %weight)
+
+becomes
+
+    %fc = linear(%x, %weight)    meta["lorasc_fx.use"] = Use("fc.weight", "aten.linear")
+"""
 
 from __future__ import annotations
 
@@ -16,15 +23,19 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class MatchSites(CascadePass):
-    """Mark each node that uses a site, and note plan, refusals and unreached weights in the graph's record.
+    """Mark each node that uses a site. Store the plan, the refusals and the unreached weights in the record.
 
-    A graph that carries a plan already is matched against that plan; its spec must be this one. Once its branches are
-    folded it may be planned anew under another spec: the stages are counted on, and sites that stay keep their experts.
+    If the graph has a plan already, its sites are kept. The plan must have the same spec, unless the branches were
+    folded. After a fold, a new plan is made for the new spec: it continues the stage number, and sites that are in both
+    plans keep their experts.
+
+    Args:
+        spec: selects the weights and their options.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        SpecError: the graph holds branches that were planned under another spec.
-        PassError: a planned weight is used here in a form that has no branch.
+        SpecError: the graph has branches that were planned with another spec.
+        PassError: the graph uses a planned weight in a way that its branch cannot follow.
     """
 
     spec: CascadeSpec = field(default_factory=CascadeSpec)
@@ -33,13 +44,13 @@ class MatchSites(CascadePass):
     provides: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Change marks and record only; no node is made or erased."""
+        """Change the marks and the record. Nodes are not created or erased."""
         record = graph.record
         plan, slow = record.plan, record.slow
         if plan is not None and plan.spec != self.spec:
             if "branches-inserted" in record.facts:
                 raise SpecError(
-                    "match-sites: this graph was planned under another spec; fold its branches first",
+                    "match-sites: this graph was planned with another spec; run fold-branches first, or pass that spec",
                     code="spec-differs",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())

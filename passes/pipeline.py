@@ -1,10 +1,10 @@
-"""Run passes on a copy of the graph, and commit at the end.
+"""Run several passes as one transaction.
 
-They run in the given order, or in one that is solved from their contracts: a topological sort over the facts that
-passes provide, require and remove, as near as possible to the given order.
+The passes run in the given order, or in an order that is derived from their contracts: a topological sort over the
+facts that they require, provide and remove. Ties keep the given order.
 
-Other people's passes (any callable on a GraphModule) may stand in between. If such a pass makes a new graph module and
-drops the record of the graph, the pipeline copies the record to it.
+A pipeline may also contain foreign passes, any callables on a GraphModule. If such a pass returns a new graph module
+without the record, the pipeline copies the record to it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ AnyPass = CascadePass | Callable[[fx.GraphModule], Any]
 
 
 class Pipeline:
-    """A sequence of passes that runs as one: all of it, or nothing.
+    """A sequence of passes that runs as a transaction: if one of them raises, the input is unchanged.
 
     Args:
-        passes: ours or other people's.
-        order: `given`; or `solved` from what the passes require, provide and remove, which `passes` then has.
+        passes: instances of `CascadePass`, or callables on a GraphModule.
+        order: `given`, or `solved` to sort the passes by their contracts. The attribute `passes` has the result.
 
     Raises:
-        PassOrderError: there is no pass; or no order can be solved, because passes need each other in a circle, one is
-            there twice, or one has no contract.
+        PassOrderError: there is no pass, or no order can be derived: the contracts form a cycle, a pass occurs twice,
+            or a pass is not a `CascadePass`.
     """
 
     def __init__(self, passes: Sequence[AnyPass], order: Literal["given", "solved"] = "given") -> None:
@@ -45,21 +45,25 @@ class Pipeline:
             raise PassOrderError(f"order is {order!r}; give 'given' or 'solved'", code="invalid-value")
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run every pass on one copy of the graph; whatever raises, the input stays as it was.
+        """Run all passes on one copy of the graph.
 
-        An exception of a pass gets a note with the name of the pass (`__notes__`, which a traceback prints).
+        An exception of a pass gets a note (`__notes__`) with the name of the pass, which the traceback prints.
+
+        Returns:
+            The edited copy and True. If no pass changed anything, the input itself and False.
 
         Raises:
-            PassOrderError: a pass requires a fact that an earlier one removes, or that only a later one provides; lists
-                every such pair.
-            PassError: a fact that a pass requires is missing, or a foreign pass returned no graph module.
+            PassOrderError: a pass requires a fact that an earlier one removes, or that only a later one provides. The
+                message lists every such pair.
+            PassError: a fact that a pass requires is missing, or a foreign pass did not return a graph module.
             VerifyError: the graph does not agree with its plan, before or after a pass.
         """
         _check_order(self.passes, record_of(graph_module).facts)
-        first = self.passes[0]
-        if isinstance(first, CascadePass) and not first.done(graph_module):
-            first.check(graph_module)
-        verify(graph_module, f"before {name_of(first)}")
+        # Check the contract of the first pass before the graph: a missing fact is the clearer error.
+        start = self.passes[0]
+        if isinstance(start, CascadePass) and not start.done(graph_module):
+            start.check(graph_module)
+        verify(graph_module, f"before {name_of(start)}")
         editor = GraphEditor(graph_module)
         for number, pass_ in enumerate(self.passes, start=1):
             try:
@@ -75,11 +79,15 @@ class Pipeline:
 
 
 def name_of(pass_: AnyPass) -> str:
-    """Return a pass's kebab-case name; of a foreign one, its own name."""
+    """Return the kebab-case name of a pass, or the `__name__` of a foreign pass."""
     return pass_.name if isinstance(pass_, CascadePass) else getattr(pass_, "__name__", type(pass_).__name__)
 
 
 def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> GraphEditor:
+    """Run a foreign pass, verify its result, and return an editor of the result.
+
+    The pass may return a GraphModule, a PassResult, or None after an edit in place.
+    """
     before, record = editor.release_module(), editor.record
     result = pass_(before)
     changed = True
@@ -88,11 +96,12 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     result = before if result is None else result
     if not isinstance(result, fx.GraphModule):
         raise PassError(
-            f"pass {name_of(pass_)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult",
+            f"pass {name_of(pass_)} returned {type(result).__name__}; it must return a GraphModule or a PassResult",
             code="wrong-function-result",
         )
+    # A new graph module has no record. After a fold, none is needed.
     if not record_of(result).facts and "branches-folded" not in record.facts:
-        set_record(result, record)  # made anew; of a folded graph nothing has to be known any more
+        set_record(result, record)
     verify(result, f"after {name_of(pass_)}")
     after = editor.resume(result)
     after.modified |= changed
@@ -100,47 +109,60 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
 
 
 def _solved(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
+    """Return the passes in an order that fulfils their contracts, near the given order."""
     import networkx as nx  # noqa: PLC0415 - its import takes longer than that of this package
 
     contracts = [pass_ for pass_ in passes if isinstance(pass_, CascadePass)]
     foreign = next((name_of(pass_) for pass_ in passes if not isinstance(pass_, CascadePass)), None)
     if foreign is not None:
         raise PassOrderError(
-            f"order='solved': {foreign} does not say what it requires and provides. Give the passes in their order, or "
-            "make it a CascadePass"
+            f"order='solved' needs contracts, but {foreign} is not a CascadePass. Give the passes in their order, or "
+            f"make {foreign} a CascadePass"
         )
     names = [pass_.name for pass_ in contracts]
     if len(set(names)) < len(names):
-        raise PassOrderError(f"order='solved': a pass is there twice ({', '.join(names)}). Give them in their order")
+        raise PassOrderError(
+            f"order='solved': a pass occurs twice ({', '.join(names)}). Give the passes in their order without 'solved'"
+        )
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(contracts)))
     graph.add_edges_from(_before(contracts))
     try:
         return tuple(contracts[index] for index in nx.lexicographical_topological_sort(graph))
     except nx.NetworkXUnfeasible:
-        circle = [earlier for earlier, _ in nx.find_cycle(graph)]
-        chain = " -> ".join(names[index] for index in [*circle, circle[0]])
-        raise PassOrderError(f"these passes need each other in a circle: {chain}. Run one of them by itself") from None
+        cycle = [earlier for earlier, _ in nx.find_cycle(graph)]
+        chain = " -> ".join(names[index] for index in [*cycle, cycle[0]])
+        raise PassOrderError(
+            f"the contracts of these passes form a cycle: {chain}. Run one of them separately"
+        ) from None
 
 
 def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
-    """Yield (earlier, later) for passes of which one provides a fact that the other requires, or requires a fact that
-    the other removes.
+    """Yield the pairs (index, later index) of passes whose order follows from their contracts.
+
+    A pass runs after a provider of a fact that it requires, and before a pass that removes such a fact.
     """
     for later, pass_ in enumerate(passes):
-        for earlier, other in enumerate(passes):
+        for earlier, candidate in enumerate(passes):
             if earlier == later:
                 continue
-            wanted = pass_.requires & other.provides
-            passed_on = pass_.provides & wanted  # it requires and provides the fact: any earlier provider will do
-            if wanted - passed_on or (wanted and not other.requires & wanted):
+            shared = pass_.requires & candidate.provides
+            kept = pass_.provides & shared  # facts that the pass both requires and provides
+            # Two passes that only keep a fact have no order. Both run after the pass that provides it first.
+            if shared - kept or (shared and not candidate.requires & shared):
                 yield earlier, later
-            if other.requires & (pass_.requires & pass_.removes - other.removes):
+            if candidate.requires & (pass_.requires & pass_.removes - candidate.removes):
                 yield earlier, later
 
 
 def _check_order(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
-    wrong = []
+    """Raise PassOrderError if the contracts show that a required fact will be missing.
+
+    Args:
+        passes: in the order in which they will run.
+        facts: facts of the graph before the first pass.
+    """
+    faults = []
     for later, pass_ in enumerate(passes):
         if not isinstance(pass_, CascadePass):
             continue
@@ -150,14 +172,15 @@ def _check_order(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
             changes = [fact in p.provides for p in before if fact in p.provides | p.removes]
             provider = next((p for p in after if fact in p.provides and fact not in p.requires), None)
             if changes and not changes[-1]:
-                taker = next(p for p in reversed(before) if fact in p.removes)
-                wrong.append(f"{pass_.name} requires {fact}, which {taker.name} before it takes away")
-            elif not changes and provider is not None and fact not in facts and not _unknown(passes[:later]):
-                wrong.append(f"{pass_.name} requires {fact}, which {provider.name} provides only after it")
-    if wrong:
-        raise PassOrderError("the passes cannot run in this order:\n  " + "\n  ".join(wrong))
-
-
-def _unknown(passes: Sequence[AnyPass]) -> bool:
-    """Whether one of them is a pipeline, which may provide anything."""
-    return any(isinstance(pass_, Pipeline) for pass_ in passes)
+                remover = next(p for p in reversed(before) if fact in p.removes)
+                faults.append(f"{pass_.name} requires {fact}, which the earlier {remover.name} removes")
+            # A nested pipeline has no contract and may provide the fact.
+            elif (
+                not changes
+                and provider is not None
+                and fact not in facts
+                and not any(isinstance(p, Pipeline) for p in passes[:later])
+            ):
+                faults.append(f"{pass_.name} requires {fact}, which only the later {provider.name} provides")
+    if faults:
+        raise PassOrderError("the passes cannot run in this order:\n  " + "\n  ".join(faults))

@@ -1,6 +1,17 @@
-"""Share inputs: branches that read one node (q, k and v; gate and up) make one stacked product of it.
+"""Compute `A x` of several branches with the same input in one product.
 
-Split inputs is the inverse.
+Examples are the branches of q, k and v, or of gate and up.
+
+    %q_lora = branches.q/weight(%q, %x, at="beside")
+    %k_lora = branches.k/weight(%k, %x, at="beside")
+
+becomes
+
+    %x_shared = shared_down(%x, (branches.q/weight.lora_A, branches.k/weight.lora_A))
+    %x_shared_0 = getitem(%x_shared, 0)
+    %x_shared_1 = getitem(%x_shared, 1)
+    %q_lora = branches.q/weight(%q, %x_shared_0, at="after_shared")
+    %k_lora = branches.k/weight(%k, %x_shared_1, at="after_shared")
 """
 
 from __future__ import annotations
@@ -21,12 +32,13 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class ShareInputs(CascadePass):
-    """Let branches beside linear ops that read one input share one product of it with their stacked A.
+    """Share the product `A x` among branches of linear ops that read the same input. `SplitInputs` is the inverse.
 
-    A branch with dropout has an input of its own, and stays apart. The inverse is split-inputs.
+    Only branches with placement `beside` take part. A branch with dropout does not, because its input is different.
 
     Args:
-        least: number of entries that an input must have for it, as far as the graph's metadata tells; 0 is any.
+        least: minimum number of entries of the input, as recorded in the graph's metadata. With 0, every input is
+            shared, even without metadata.
     """
 
     least: int = 0
@@ -35,10 +47,11 @@ class ShareInputs(CascadePass):
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Insert one node per shared input, and its parts."""
+        """Insert one product per shared input, and a `getitem` per branch."""
+        # Group the branches by input. Branches after an in-place write into the input stay separate.
         groups: dict[fx.Node, dict[str, fx.Node]] = defaultdict(dict)
         for node, branch in branch_nodes(graph.module).items():
-            if shares(node, branch):
+            if _can_share(node, branch):
                 x = node.args[1]
                 assert isinstance(x, fx.Node)
                 group = groups[x]
@@ -51,21 +64,21 @@ class ShareInputs(CascadePass):
 
 @dataclass(frozen=True)
 class SplitInputs(CascadePass):
-    """Let each branch read its input itself: the inverse of share-inputs."""
+    """Make each branch compute `A x` separately. The inverse of `ShareInputs`."""
 
     name: ClassVar[str] = "split-inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Let every branch node read its own input."""
+        """Make every branch node read the input itself, and erase the shared products."""
         for node in branch_nodes(graph.module):
             if shared_input(node) is not None:
                 graph.unshare(node)
 
 
-def shares(node: fx.Node, branch: Branch) -> bool:
-    """Whether a branch node multiplies its input by its A, and does nothing to it before."""
-    plain = isinstance(branch, LowRankBranch) and branch.shared_factor is not None
-    plain = plain and not branch.dropout and branch.unmerged_A is None
-    beside = len(node.args) == 2 and node.kwargs == {"at": "beside"} and isinstance(node.args[1], fx.Node)
-    return plain and beside
+def _can_share(node: fx.Node, branch: Branch) -> bool:
+    """Whether the first operation of a branch node is `A x` with the unchanged input of a linear."""
+    has_factor = isinstance(branch, LowRankBranch) and branch.shared_factor is not None
+    has_factor = has_factor and not branch.dropout and branch.unmerged_A is None
+    is_beside = len(node.args) == 2 and node.kwargs == {"at": "beside"} and isinstance(node.args[1], fx.Node)
+    return has_factor and is_beside

@@ -1,4 +1,13 @@
-"""The stage transition: fold what was trained, and start the next stage with fresh, noisy weights."""
+"""End a stage and start the next one without changing nodes.
+
+    %fc = linear(%x, %weight)                              W_t
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside")    A_t, B_t
+
+becomes
+
+    %fc = linear(%x, %weight)                              W_{t+1} = W0 + S_t + N_{t+1}
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside")    a new A, B = 0
+"""
 
 from __future__ import annotations
 
@@ -14,14 +23,14 @@ from .fold_branches import EndsStage, absorb_branches
 
 @dataclass(frozen=True)
 class StageTransition(EndsStage):
-    """Fold, then insert, with the nodes left in place: constants get new values, branches are reset in place.
+    """Fold the branches and start the next stage. The same values as `FoldBranches` and then `InsertBranches`.
 
-    The Parameters of the branches stay the same objects, so that optimizers hold them still; this is the one pass that
-    writes into what its input shares with its result.
+    The weights are replaced by new Parameters. The Parameters of the branches are reset in place, so that an optimizer
+    stays valid. Therefore this pass, unlike all others, changes tensors that its input shares with its result.
 
     Raises:
-        PassError: the graph reads a live model, whose transitions are the runtime's (`cascade.transition`).
-        NonFiniteBranch: a branch holds inf or nan.
+        PassError: the graph reads a live model; call `cascade.transition` instead.
+        NonFiniteBranch: a branch has inf or nan values.
     """
 
     name: ClassVar[str] = "stage-transition"
@@ -29,7 +38,7 @@ class StageTransition(EndsStage):
     provides: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Change values only: W_{t+1}, and the parameters of the branches."""
+        """Set the weights and the parameters of the branches to their values at the start of the next stage."""
         plan = graph.record.plan
         if graph.record.owner or plan is None:
             raise PassError(
@@ -40,11 +49,10 @@ class StageTransition(EndsStage):
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:
-            left_out = site.weight in slow.left_out
-            started = begin_stage(
-                states[site.weight], branches[site.key], site, after.spec, after.stage, left_out=left_out
+            state, branch, left_out = states[site.weight], branches[site.key], site.weight in slow.left_out
+            states[site.weight], new[site.key] = begin_stage(
+                state, branch, site, after.spec, after.stage, left_out=left_out
             )
-            states[site.weight], new[site.key] = started
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         graph.renew_branches(new)

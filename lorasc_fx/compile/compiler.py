@@ -44,7 +44,7 @@ from lorasc_fx.passes import (
     Pipeline,
     adapter_inputs,
 )
-from lorasc_fx.passes.insert_branches import missing_branches
+from lorasc_fx.passes.insert_branches import all_branches
 from lorasc_fx.pictures import Picture, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls, bind
@@ -77,7 +77,7 @@ class Compiler:
         refusals = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model)).refusals
         record, empty = Record(owner=OWNER, plan=plan, refusals=refusals), read_live(nn.Module(), fx.Graph(), model)
         matching = survey([empty], record, plan.spec, {})
-        branches = missing_branches(plan, {}, named_weights(model).parameters)
+        branches = all_branches(plan, {}, named_weights(model).parameters)
         return Decided(plan, branches, matching.refusals, matching.unreached)
 
     def faults(self, variant: Variant) -> list[str]:

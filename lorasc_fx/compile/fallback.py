@@ -27,7 +27,7 @@ from lorasc_fx.graph.matching import survey
 from lorasc_fx.graph.placement import placements_of
 from lorasc_fx.graph.weights import BRANCHES
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
-from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
+from lorasc_fx.passes.insert_branches import all_branches, no_sites_message
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import quantized_in, writable
 from lorasc_fx.signature import is_opaque_leaf
@@ -94,7 +94,7 @@ def make_fallback(
     record = Record(owner=OWNER, plan=plan, refusals=decided.refusals)
     matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs))
     if not matching.plan.sites:
-        raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
+        raise NoSites(no_sites_message(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
     scaled = next((site.weight for site in matching.plan.sites if "weight" not in site.options.method.placements), None)
     if scaled is not None:
         raise SpecError(
@@ -102,7 +102,7 @@ def make_fallback(
             f"{scaled} cannot replace its op; give another adapter, or a front end that takes the whole model",
             code="method-not-supported",
         )
-    branches = missing_branches(matching.plan, decided.branches, named_weights(model).parameters)
+    branches = all_branches(matching.plan, decided.branches, named_weights(model).parameters)
     growing = Growing(fallback, Decided(matching.plan, branches, matching.refusals, matching.unreached))
     growing.tried.add(growing.modes)
     located = fallback.located
@@ -224,7 +224,7 @@ class Growing:
         plan = self.plan
         record = Record(owner=OWNER, plan=plan, refusals=self.decided.refusals)
         matching = survey(fallback.graphs, record, plan.spec, kinds)
-        branches = missing_branches(matching.plan, self.decided.branches, weights.parameters)
+        branches = all_branches(matching.plan, self.decided.branches, weights.parameters)
         self._grow(Decided(matching.plan, branches, matching.refusals, matching.unreached))
         added = {branch.weight_name: branch.on_weight for branch in branches.values() if branch.weight_name in kinds}
         fallback.swap({**fallback.swapped, **added})

@@ -197,12 +197,12 @@ def test_refusals() -> None:
         FoldBranches()(lifted)
     with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
         AdapterInputs(8)(lifted)
-    with raises(lx.PassError, "requirement-not-met", "run bind-adapter before"):
+    with raises(lx.PassError, "requirement-not-met", "run bind-adapter first"):
         InsertBranches()(lifted)
     values = adapter_values(lifted)
-    with raises(lx.PassError, "adapter-does-not-fit", "no value for the input first_weight_lora_a"):
+    with raises(lx.PassError, "adapter-does-not-fit", "the input first_weight_lora_a has no value"):
         BindAdapter({name: values[name] for name in [*values][1:]})(lifted)
-    with raises(lx.PassError, "adapter-does-not-fit", "a value for other, which is no input"):
+    with raises(lx.PassError, "adapter-does-not-fit", "other is not an input"):
         BindAdapter({**values, "other": values["first_weight_scale"]})(lifted)
     with raises(lx.PassError, "adapter-does-not-fit", "first_weight_lora_a has shape (2, 2)"):
         BindAdapter({**values, "first_weight_lora_a": torch.zeros(2, 2)})(lifted)
@@ -224,7 +224,7 @@ def test_shared_inputs_are_split_before() -> None:
     inserted, x = insert(fx.symbolic_trace(Twice().double()), lx.CascadeSpec(rank=2)), torch.randn(4, 6).double()
     fill(inserted)
     shared = ShareInputs()(inserted).graph_module
-    with raises(lx.PassError, "requirement-not-met", "run split-inputs before"):
+    with raises(lx.PassError, "requirement-not-met", "run split-inputs first"):
         AdapterInputs(4)(shared)
     lifted = Pipeline([SplitInputs(), AdapterInputs(4)])(shared).graph_module
     torch.testing.assert_close(lifted(x, **adapter_values(lifted)), inserted(x))

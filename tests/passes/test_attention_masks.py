@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.graph import text
 from lorasc_fx.passes import AttentionMasks
-from lorasc_fx.passes.attention_masks import Truth, follow
+from lorasc_fx.passes.attention_masks import Truth, infer_values
 from tests.passes.mask_cases import (
     ALWAYS,
     FRONT_ENDS,
@@ -139,7 +139,7 @@ def exported(name: str) -> fx.GraphModule:
 @pytest.mark.parametrize("name", TABLE)
 def test_what_is_proved_of_every_op_is_what_it_computes(name: str) -> None:
     graph_module = exported(name)
-    proved = follow(graph_module.graph.nodes)
+    proved = infer_values(graph_module.graph.nodes)
     assert proved or name == "few bits"
     for length in (5, 3, 8):
         values = Values(graph_module)

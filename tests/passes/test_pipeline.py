@@ -82,28 +82,28 @@ def nothing(graph_module: fx.GraphModule) -> None:
     """A pass without a contract."""
 
 
-CIRCLE = [
+CYCLE = [
     contract("one", {"a"}, {"b"}),
     contract("two", {"b"}, {"c"}),
     contract("free"),
     contract("three", {"c"}, {"a"}),
 ]
 UNSOLVABLE: dict[str, list[Any]] = {
-    "one -> two -> three -> one": CIRCLE,
-    "nothing does not say": [MatchSites(SPEC), nothing],
+    "one -> two -> three -> one": CYCLE,
+    "nothing is not a CascadePass": [MatchSites(SPEC), nothing],
     "twice": [InsertBranches(), FoldBranches(), InsertBranches()],
 }
 
 
-@pytest.mark.parametrize("told", UNSOLVABLE)
-def test_passes_without_an_order(told: str) -> None:
-    with raises(PassOrderError, "pass-order", told):
-        Pipeline(UNSOLVABLE[told], order="solved")
+@pytest.mark.parametrize("message", UNSOLVABLE)
+def test_passes_without_an_order(message: str) -> None:
+    with raises(PassOrderError, "pass-order", message):
+        Pipeline(UNSOLVABLE[message], order="solved")
     with raises(PassOrderError, "invalid-value", "'any'"):
         Pipeline([MatchSites(SPEC)], order="any")  # type: ignore[arg-type]
 
 
-def test_what_a_graph_brings_along_counts() -> None:
+def test_facts_of_the_graph_count() -> None:
     """A fold that is followed by an insertion: the next stage."""
     inserted = fill(insert(CASE.own(), SPEC))
     again = Pipeline([FoldBranches(), InsertBranches()])(inserted).graph_module
@@ -133,21 +133,28 @@ def test_a_given_order_lists_every_violated_pair() -> None:
         ("late", "y", "xy"),
         ("insert-branches", "sites-matched", "match-sites"),
     )
-    sentences = [f"{name} requires {fact}, which {giver} provides only after it" for name, fact, giver in late]
+    sentences = [f"{name} requires {fact}, which only the later {provider} provides" for name, fact, provider in late]
     with raises(PassOrderError, "pass-order", *sentences):
         Pipeline(passes)(CASE.own())
 
 
-def test_a_fact_that_was_taken_away_is_told() -> None:
-    with raises(PassOrderError, "pass-order", "stage-transition", "branches-inserted, which fold-branches before it"):
+def test_a_fact_that_an_earlier_pass_removes_is_reported() -> None:
+    with raises(
+        PassOrderError, "pass-order", "stage-transition", "branches-inserted, which the earlier fold-branches removes"
+    ):
         Pipeline([MatchSites(SPEC), InsertBranches(), FoldBranches(), StageTransition()])(CASE.own())
 
 
-def test_passes_that_run_as_given_are_held_against_the_graph() -> None:
+def test_an_order_is_checked_against_the_facts_of_the_graph() -> None:
     pipeline = Pipeline([FoldBranches(), InsertBranches(), FoldBranches()])
     inserted = fill(insert(CASE.own(), SPEC))
     assert record_of(pipeline(inserted).graph_module).plan.stage == 3  # type: ignore[union-attr]
-    with raises(PassOrderError, "pass-order", "fold-branches", "branches-inserted, which insert-branches provides"):
+    with raises(
+        PassOrderError,
+        "pass-order",
+        "fold-branches",
+        "branches-inserted, which only the later insert-branches provides",
+    ):
         pipeline(MatchSites(SPEC)(CASE.own()).graph_module)
 
 
