@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade import experts, folding, transition
+from lorasc_fx.cascade import folding, transition
 from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
 from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
@@ -26,6 +26,7 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.transition import Stage
 from lorasc_fx.cascade.usage import UsageWatch
+from lorasc_fx.cascade.views import FOLDED, VIEW_NAMES, check_view
 from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -37,8 +38,8 @@ from lorasc_fx.util.undo import commit
 class CascadeModule(nn.Module):
     """The adapted model, made by `lorasc_fx.adapt`. A call computes `y = W_t x + b + s B_t A_t x` at every site.
 
-    W_t [out, in] is the frozen weight of stage t, A_t [r, in] and B_t [out, r] are the trained factors, and s is their
-    scale (LoRASC, 2407.01491; docs/algorithm.md, "One site").
+    W_t [out, in] is the frozen weight of stage t. A_t [r, in] and B_t [out, r] are the trained factors, with the scale
+    s (LoRASC, 2407.01491; docs/algorithm.md, "One site").
 
     Child modules are `model`, the user's model, which remains the only owner of its weights, and `branches`, one per
     site. One graph is captured for each call signature. Graphs contain no weights and read these modules.
@@ -180,7 +181,7 @@ class CascadeModule(nn.Module):
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs of `adapt`, as (args, kwargs). After a `load` without inputs, those of the first call.
+        """The example inputs of `adapt`, as (args, kwargs), or the first call's after a `load` without inputs.
 
         Raises:
             StateError: the cascade was loaded without inputs and has not been called yet.
@@ -319,8 +320,8 @@ class CascadeModule(nn.Module):
                 paces ignore it. If the weights are sharded, the loss on the first rank counts.
 
         Raises:
-            StateError: inside a backward, with gradients pending, inside `weights`, after `release`, if the optimizer
-                does not hold the branches, or if training has made a buffer inf or nan.
+            StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if the
+                optimizer does not hold the branches, or training has made a buffer inf or nan.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
             SpecError: the pace is "loss", and the loss is missing or is not a finite number above 0.
         """
@@ -329,7 +330,7 @@ class CascadeModule(nn.Module):
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Go back to the slow weights at the end of an earlier stage and start a new stage from them.
 
-        All later stages are dropped, including what the running one has trained. The new stage has a new number, so it
+        All later stages are dropped, including the training of the running one. The new stage has a new number, so it
         draws new noise and new initial values. It starts from the slow weights even under restart="fast". The
         optimizer's state is reset. Buffers (running statistics) keep their values. If anything raises, nothing is
         changed.
@@ -349,7 +350,7 @@ class CascadeModule(nn.Module):
     @property
     def views(self) -> tuple[str, ...]:
         """The names that `weights` accepts: `slow`, `fast`, `base`, `averaged` if kept, and the names of added runs."""
-        names = [name for name in experts.VIEW_NAMES if name != "averaged" or self._run.plan.spec.keeps_average]
+        names = [name for name in VIEW_NAMES if name != "averaged" or self._run.plan.spec.keeps_average]
         return (*names, *self._run.added)
 
     def weights(
@@ -357,8 +358,8 @@ class CascadeModule(nn.Module):
     ) -> AbstractContextManager[Self]:
         """Return a context manager that replaces the weights inside the block and restores the previous ones exactly.
 
-        Inside the block no branch computes, so the cascade and the model compute the same, and methods of the model
-        such as `generate` can be used. None of these weights has noise:
+        Inside the block no branch computes. The cascade and the model give the same outputs, and methods of the model
+        such as `generate` can be used. The weights have no noise:
 
         - `slow`: W0 + S, as of the last transition.
         - `fast`: W0 + F, which includes the running branches.
@@ -432,7 +433,7 @@ class CascadeModule(nn.Module):
         """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
         self._run.check_ready("folded_graph")
         if isinstance(view, str):  # check before capturing, because a call that raises must not add a graph
-            experts.check_view("folded_graph", view, self._run.plan.spec, (*experts.FOLDED, *self._run.added))
+            check_view("folded_graph", view, self._run.plan.spec, (*FOLDED, *self._run.added))
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)
@@ -452,8 +453,8 @@ class CascadeModule(nn.Module):
             view: `slow`, `averaged`, the name of an added run, or a sum of runs, as in `weights`.
 
         Raises:
-            StateError: gradients are pending, inside `weights` or a backward, after `release`, training has made a
-                buffer inf or nan, or quantized weights have trained and `quantized` is None.
+            StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if training has
+                made a buffer inf or nan, or quantized weights have trained and `quantized` is None.
             SpecError: `quantized` or a sum is invalid.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
         """

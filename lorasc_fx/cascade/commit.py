@@ -184,7 +184,7 @@ def weights_to_write(
     Args:
         run: the run, whose W0 must survive the write.
         parameters: parameters of the model, by name.
-        after: the next slow weights, if they differ from those of the run. Their W0 must survive as well.
+        after: the next slow weights, if they are other ones than the run has now. Their W0 must survive as well.
     """
     for name, parameter in writable(parameters).items():
         out = local(parameter)

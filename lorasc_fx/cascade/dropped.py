@@ -21,12 +21,12 @@ from lorasc_fx.util.finalizers import when_idle
 from lorasc_fx.util.undo import Undo
 
 Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
-"""Places in modules (module and name), each with the parameter that it held before it was tied."""
+"""Parameters that `adapt` has tied: the module and the name of each place, and the original parameter there."""
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags that `release` restores: requires_grad of every parameter, training of every module."""
+    """Flags of a model that `release` restores: requires_grad by parameter name, and training by module name."""
 
     requires_grad: Mapping[str, bool]
     training: Mapping[str, bool]
@@ -40,7 +40,7 @@ class Flags:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Restore the flags. New parameters and modules keep theirs."""
+        """Restore the flags. Parameters and modules that were added since keep theirs."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for name, module in model.named_modules():
@@ -48,17 +48,19 @@ class Flags:
 
 
 class DropGuard:
-    """Cleans up when its cascade is garbage collected, and warns if training is lost.
+    """Restores the user's model when its cascade is garbage collected, and warns if training is lost.
 
-    It removes noise and restores requires_grad, ties and layers. Only the cascade and its shallow copies refer to it.
-    The finalizer may run late, in any thread and inside any allocation, and takes no lock. Inside a backward or a trace
-    it is postponed (`util.finalizers`). Changes by the user are kept: weights with other values, other flags, and the
-    mode of modules. If the model is garbage too, nothing is done.
+    It removes noise, and restores requires_grad, untied parameters and layers of libraries. Changes by the user are
+    kept: weights with other values, other flags, and the mode of modules. If the model is garbage too, nothing is done.
+
+    Only the cascade and its shallow copies refer to the guard, so its finalizer runs when they are gone. A finalizer
+    may run in any thread and inside any allocation, so it takes no lock. Inside a backward or a trace it is postponed
+    (`util.finalizers`).
 
     Args:
-        run, usage: of the cascade.
-        flags, joined: of the model before `adapt`.
-        armed: whether to act.
+        run, usage: the run and the watch of the cascade.
+        flags, joined: the flags, and the parameters that `adapt` has tied, of the model before `adapt`.
+        armed: whether the guard acts.
     """
 
     armed = False  # on the class, for an instance whose construction failed
@@ -73,70 +75,73 @@ class DropGuard:
         return (type(self), (self.run, self.usage, self.flags, self.joined, self.armed))
 
     def arm(self) -> None:
-        """Act when the cascade is dropped."""
+        """Start guarding."""
         self.armed = True
         _MODELS[id(self)] = weakref.ref(self.run.model, lambda _: None)
 
     def disarm(self) -> None:
-        """Do nothing: the cascade was released, or never finished."""
+        """Stop guarding, because the cascade was released or its construction failed."""
         self.armed = False
         _MODELS.pop(id(self), None)
 
     def restore_structure(self, model: nn.Module, undo: Undo) -> None:
-        """Restore the separate parameters that `adapt` has tied, and layers of libraries."""
+        """Restore the parameters that `adapt` has tied, with the values of the tie, and layers of libraries."""
         for module, leaf, value in self.joined:
             shared = module._parameters[leaf]
             if shared is not None:
                 undo(partial(setattr, value, "data", value.data))
                 undo(partial(setattr, module, leaf, shared))
-                value.data = shared.data  # the memory that the tie has now
+                value.data = shared.data
                 setattr(module, leaf, value)
         unwrap_layers(model, undo)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        """Act, unless the interpreter is shutting down."""
+        """Restore the model if the guard is armed, unless the interpreter is shutting down."""
         if not self.armed or is_finalizing():
             return
         model = _MODELS[id(self)]
         self.disarm()
         when_idle(partial(self._act, model))
 
-    def _act(self, held: weakref.ref[nn.Module]) -> None:
+    def _act(self, model_reference: weakref.ref[nn.Module]) -> None:
+        """Drop all references of the cascade to the model, and restore the model if it is still alive."""
         with torch._C.DisableTorchFunction(), torch.no_grad():  # torch.set_default_device is a function mode
             lost = self.run.loses_training()
-            self.run.written = frozenset  # which holds the model
+            self.run.written = frozenset  # this function refers to the model
             del self.run.model
             if lost:
-                gc.collect()  # graph modules are reference cycles, and hold the model
-            if (model := held()) is not None:
+                gc.collect()  # graph modules refer to the model, and are reference cycles
+            if (model := model_reference()) is not None:
                 self._restore(model, lost)
 
     def _restore(self, model: nn.Module, lost: bool) -> None:
+        """Restore a model that is still alive. `lost`: whether to warn that training is lost."""
         run = self.run
         run.model = model
         if run.is_sharded:
             if lost:
-                warn(f"{_LOST} Its weights are sharded, and stay as they are. {_ADVICE}", "training-not-kept")
+                warn(f"{_LOST} Its weights are sharded, so they were not restored. {_ADVICE}", "training-not-kept")
             return
         changed = self._remove_noise() if run.meta is None else []
+        # Restore the flags only if nobody has changed them since `adapt`.
         if all(p.requires_grad == (name in run.slow.trained) for name, p in model.named_parameters()):
             replace(self.flags, training={}).restore(model)
         self.restore_structure(model, lambda _: None)
         self.usage.disarm()
         run.detach()
         if lost:
-            left = f", except {changed[0]}, which was changed from outside" if changed else ""
+            exception = f", except {changed[0]}, which was changed from outside" if changed else ""
             warn(
-                f"{_LOST} stage {run.plan.stage} had trained. {type(model).__name__} holds the slow weights again, "
-                f"without noise{left}. {_ADVICE}",
+                f"{_LOST} stage {run.plan.stage} had trained. {type(model).__name__} has the slow weights again, "
+                f"without noise{exception}. {_ADVICE}",
                 "training-not-kept",
             )
 
     def _remove_noise(self) -> list[str]:
-        """Write the slow weights if the running stage started from other ones.
+        """Write the slow weights into parameters that differ from them because of noise or initial factors.
 
         Returns:
-            Names of the weights that the user has changed. They are kept.
+            Names of the weights that the user has changed. They are not written.
         """
         run, slow = self.run, self.run.slow
         if slow.idle:
@@ -154,8 +159,9 @@ class DropGuard:
 
 
 _MODELS: dict[int, weakref.ref[nn.Module]] = {}
-"""The models of living cascades, by the ids of their guards. Weak references that are garbage are cleared before
-finalizers run, so they are held here. With a callback, those to a model that is garbage are cleared too."""
+"""Weak references to the models of armed guards, by the id of the guard. They are kept here and not in the guard,
+because the garbage collector clears weak references that are garbage themselves before finalizers run. They have a
+callback, so that the collector also clears references to a model that is garbage."""
 
-_LOST = "a cascade was garbage collected without release(), and what it had trained is lost:"
+_LOST = "a cascade was garbage collected without release(), and its training is lost:"
 _ADVICE = "Keep the cascade (model = lorasc_fx.adapt(model, ...)), fold it by release(), or save it by lorasc_fx.save"

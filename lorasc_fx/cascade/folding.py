@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lorasc_fx.cascade.commit import Planned
-from lorasc_fx.cascade.experts import Weights, folded_weights
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.views import Weights, folded_weights
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
@@ -82,7 +82,7 @@ def release(run: Run, quantized: Requantize, view: str | Mapping[str, float], un
     dense = weights.dense(check_quantized("release", weights.slow, quantized, modules=True), parameters)
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders, written = holders_of(run.model, dense), run.present(weights.slow.states)
-    buffers = weights.moves(run)
+    buffers = weights.buffer_values(run)
     run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, tensors=buffers, current=trained), undo)
     _requantize(holders, quantized, undo)
 

@@ -29,13 +29,13 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Graphs:
-    """Finds or captures the graph of a call.
+    """The cached graphs of a cascade: finds the graph of a call, or captures it.
 
     Args:
         run: the run whose model and branches the graphs read.
-        compiler: makes graphs.
-        decided: plan, branches and, if there is one, the first graph.
-        example: the inputs of that graph.
+        compiler: captures and rewrites graphs.
+        decided: plan, branches and, unless the cascade was loaded without inputs, the first graph.
+        example: the inputs of the first graph.
     """
 
     def __init__(self, run: Run, compiler: Compiler, decided: Decided, example: Example | None) -> None:
@@ -45,22 +45,25 @@ class Graphs:
         self.variants = Variants()
         self.frontend = ""
         self.refused_frontends: tuple[tuple[str, str], ...] = ()
-        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # to run the model itself
+        self.gathered: Callable[[], AbstractContextManager[None]] = (
+            nullcontext  # gathers shards to run the model itself
+        )
         self.origin = ""  # path of the checkpoint whose plan the first graph must fit
-        self.split: Callable[[Variant], Variant] | None = None  # splits each graph, so that it can gather shards
+        self.split: Callable[[Variant], Variant] | None = None  # splits a graph into segments, each gathers its shards
         if isinstance(decided, Made) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
     def variant_of(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant", dynamic: bool = False
     ) -> tuple[Variant, Call]:
-        """Return the graph for these arguments, and the call.
+        """Return the graph for these arguments, captured if necessary, and the bound call.
 
         Args:
-            args, kwargs: of the call.
-            name: of the caller, for messages.
-            dynamic: return a graph whose sizes are dynamic, as far as the model allows. The space of images and video
-                is only if it has varied: padding is computed from it, which makes torch.export slow.
+            args, kwargs: arguments of the call.
+            name: name of the caller, for messages.
+            dynamic: whether to return a graph with dynamic sizes, if the model allows it. Height, width and depth of
+                images and video are dynamic only if they have varied: padding is computed from them, which makes
+                torch.export slow.
         """
         self.run.check_alive(name)
         self.run.replicas.check(self.run.trainable)
@@ -71,7 +74,13 @@ class Graphs:
     def split_by(
         self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
     ) -> None:
-        """Replace each graph, now and later, by the result of `split`. Modules of the model run inside `gathered`."""
+        """Split all graphs, the present ones and those captured later.
+
+        Args:
+            split: splits a graph.
+            gathered: returns a context manager in which modules of the model can run with gathered weights.
+            undo: collects undo steps.
+        """
         undo(self.variants.restorer())
         undo(partial(vars(self).update, split=self.split, gathered=self.gathered))
         self.variants.exchange(split)
@@ -84,88 +93,114 @@ class Graphs:
         self.variants = Variants()
 
     def draw(self, file: str | PathLike[str] | None, sites: Sequence[str], radius: int) -> Path | Picture:
-        """Draw the first graph around some sites."""
+        """Draw the first graph around some sites; see `Cascade.draw`."""
         return self.compiler.draw(self._first("draw"), self.run.plan, file, sites, radius)
 
     def unbroken_graph(self) -> fx.GraphModule:
-        """Return the first graph, if the model has no graph breaks."""
+        """Return the first graph as one GraphModule.
+
+        Raises:
+            StateError: there is no graph yet, or it is divided by graph breaks or shards.
+        """
         module = self._first("graph_module").module
         if not isinstance(module, fx.GraphModule):
             raise StateError(
-                "graph_module: graph breaks, or shards, divide the graph of this cascade. `draw` shows its parts",
+                "graph_module: this cascade has no single graph, because graph breaks or shards divide it. "
+                "cascade.draw() shows the parts",
                 code="no-whole-graph",
             )
         return module
 
     def _first(self, name: str) -> Variant:
-        if (first := self.variants.oldest) is None:
+        """Return the first graph. Raise StateError if there is none; `name` is the caller."""
+        if (oldest := self.variants.oldest) is None:
             raise StateError(
-                f"{name}: there is no graph yet, or none since the cascade was moved or copied. Call it once",
+                f"{name}: no graph has been captured yet, or none since the cascade was moved or copied. Call the "
+                "cascade once",
                 code="not-available",
             )
-        return first
+        return oldest
 
     def fold(
         self, variant: Variant, call: Call, values: Mapping[str, torch.Tensor] | None
     ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the captured graph of a call without branches, and the smallest sizes of axes that have one.
+        """Return the graph of a call without branches, and the smallest accepted size of axes that have one.
 
-        `values` become constants of the graph. None to read the live model.
+        Args:
+            variant: the graph.
+            call: the call.
+            values: values that become constants of the graph, by name. None for a graph that reads the live model.
         """
         return self.compiler.fold(variant, self.run.model, self.run.plan.stage, values, call.args, call.kwargs)
 
     def capture(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant:
-        """Return the graph of a call, which another thread may have captured meanwhile.
+        """Capture the graph of a call and return it. If another thread has captured it meanwhile, return that graph.
 
         Args:
-            call: that it is for.
-            dynamic: axes to make dynamic, besides those whose sizes have varied.
+            call: the call that needs a graph.
+            dynamic: axes to make dynamic, in addition to axes whose sizes have varied.
         """
-        grad = torch.is_grad_enabled()  # which leaving the inference mode would set
-        with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):  # tracers work on the whole process
+        grad = torch.is_grad_enabled()  # read before `inference_mode(False)`, which enables gradients
+        # Tracers patch the whole process, so only one thread captures at a time.
+        with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):
             while (variant := self.variants.find(call, dynamic) or self._make(call, dynamic)) is None:
                 pass
             return variant
 
     def _make(self, call: Call, dynamic: Collection[Axis]) -> Variant | None:
-        """Capture a graph and add it. None if another thread has started another stage meanwhile."""
-        run, begun = self.run, time.monotonic()
+        """Capture a graph and add it. None if another thread has started another stage meanwhile.
+
+        Raises:
+            CheckpointError: this is the first graph, and it does not fit the loaded plan.
+            StateError: the weights are sharded, and the graph has a new site.
+            CaptureError: no front end can capture this kind of call.
+            Exception: whatever the model itself raises for these arguments.
+        """
+        run, start_time = self.run, time.monotonic()
         plan, axes = run.plan, self.variants.varying(call).union(dynamic)
         self.variants.count_changes(call)
+        # Step 1: capture. The first graph of a loaded cascade is compared with the plan of the checkpoint.
         try:
-            made = self.compiler.make(
+            result = self.compiler.make(
                 run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes, bool(dynamic)
             )
-            disagreements = self.compiler.faults(made.variant) if not self.frontend else []
+            disagreements = self.compiler.faults(result.variant) if not self.frontend else []
         except (PassError, SpecError) as fault:
             if self.frontend:
                 raise
             raise self._does_not_fit([str(fault)]) from fault
         except CaptureError as fault:
-            own = fault.__cause__ if fault.code == "model-refuses-inputs" else None
-            if own is None or type(own).__module__.startswith(("torch.fx.", "torch._subclasses.")):  # of fake tensors
+            cause = fault.__cause__ if fault.code == "model-refuses-inputs" else None
+            # Errors of torch.fx are about fake tensors, not about the user's inputs.
+            if cause is None or type(cause).__module__.startswith(("torch.fx.", "torch._subclasses.")):
                 raise
-            raise own from None  # a call raises what the model raises
+            raise cause from None  # a call of the cascade raises the same error as a call of the model
         if disagreements:
             raise self._does_not_fit(disagreements)
+        # Step 2: split the graph if the weights are sharded.
         if self.split is not None:
-            late = [branch.weight_name for name, branch in made.branches.items() if name not in run.branches]
+            late = [branch.weight_name for name, branch in result.branches.items() if name not in run.branches]
             if late:
                 raise StateError(
-                    f"forward: this call adapts {named(late)}, which no graph had used when the weights were sharded, "
-                    "so their branches are on no rank. Make such a call before shard, or exclude the weight",
+                    f"forward: this call adapts {named(late)}, which no graph used before the weights were sharded, so "
+                    "its branch was never sharded. Make such a call before you call shard, or exclude the weight",
                     code="sharded",
                 )
-            made = replace(made, variant=self.split(made.variant))
-        number, sizes, seconds = len(self.variants) + 1, ", dynamic sizes" if axes else "", time.monotonic() - begun
-        log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend.name, sizes, seconds)
+            result = replace(result, variant=self.split(result.variant))
+        number, sizes, seconds = (
+            len(self.variants) + 1,
+            ", dynamic sizes" if axes else "",
+            time.monotonic() - start_time,
+        )
+        log.info("variant %d by %s%s, in %.2f s", number, result.variant.frontend.name, sizes, seconds)
+        # Step 3: add the graph, unless the plan that it was made for is no longer the plan of the run.
         with run.lock, commit() as undo:
             if run.plan is not plan:
                 return None
             undo(self.variants.restorer())
-            run.grow(made, undo)
-            self._add(call, made)
-            return made.variant
+            run.grow(result, undo)
+            self._add(call, result)
+            return result.variant
 
     def _does_not_fit(self, disagreements: list[str]) -> CheckpointError:
         """Return the error for a first graph that does not fit the loaded plan."""
@@ -173,14 +208,14 @@ class Graphs:
         sentences = "\n  ".join(dict.fromkeys(disagreements))
         return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="sites-differ")
 
-    def _add(self, call: Call, made: Made) -> None:
-        """Add a graph. The first one determines `frontend`."""
-        self.variants.add(call, made.variant, self.run.branches.training)
-        if made.variant.attach is not None:
-            made.variant.attach(self.run)
+    def _add(self, call: Call, result: Made) -> None:
+        """Add a graph to the cache. The first one sets `frontend`, and `example` if the cascade has none."""
+        self.variants.add(call, result.variant, self.run.branches.training)
+        if result.variant.attach is not None:
+            result.variant.attach(self.run)
         if not self.frontend:
-            self.frontend, self.refused_frontends = made.variant.frontend.name, made.refused_frontends
-        if self.example is None:  # loaded without inputs
+            self.frontend, self.refused_frontends = result.variant.frontend.name, result.refused_frontends
+        if self.example is None:  # the cascade was loaded without inputs
             self.example = pytree.tree_map_only(
                 torch.Tensor,
                 lambda tensor: tensor if tensor.is_leaf else tensor.detach().requires_grad_(),  # drop autograd graphs
@@ -190,7 +225,10 @@ class Graphs:
 
 
 def _axes_of(call: Call) -> frozenset[Axis]:
-    """Return all axes of the inputs of 2 or more, except the space of images and video."""
+    """Return all axes of the input tensors with a size of 2 or more, except the spatial axes of images and video.
+
+    Sizes 0 and 1 are never dynamic, because torch.export specializes them.
+    """
     axes = set[Axis]()
     for index, leaf in enumerate(call.leaves):
         if isinstance(leaf, torch.Tensor):

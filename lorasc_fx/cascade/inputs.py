@@ -48,10 +48,10 @@ def _described(value: Any) -> Description:
     if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
         if value.layout is not torch.strided or value.is_nested or value.is_complex():
             raise TypeError("only dense real tensors are described")
-        found: Description = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        result: Description = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if not value.is_floating_point():
-            found["fill"] = int(value.max()) if value.numel() and not value.is_meta else 0
-        return found
+            result["fill"] = int(value.max()) if value.numel() and not value.is_meta else 0
+        return result
     if type(value) in (list, tuple):
         return {type(value).__name__: [_described(part) for part in value]}
     if type(value) is dict and all(type(key) is str for key in value):
@@ -61,36 +61,36 @@ def _described(value: Any) -> Description:
     raise TypeError(f"a {type(value).__name__} is not described")
 
 
-def _built(found: Description, source: torch.Generator, device: torch.device) -> Any:
-    if "tensor" in found:
-        shape, dtype = found["tensor"], getattr(torch, found["dtype"])
-        if "fill" in found:
-            return torch.full(shape, found["fill"], dtype=dtype, device=device)
+def _built(description: Description, source: torch.Generator, device: torch.device) -> Any:
+    if "tensor" in description:
+        shape, dtype = description["tensor"], getattr(torch, description["dtype"])
+        if "fill" in description:
+            return torch.full(shape, description["fill"], dtype=dtype, device=device)
         return torch.randn(shape, generator=source).to(device, dtype)
-    if "dict" in found:
-        return {key: _built(part, source, device) for key, part in found["dict"].items()}
-    if "value" in found:
-        return found["value"]
-    kind, parts = next(iter(found.items()))
+    if "dict" in description:
+        return {key: _built(part, source, device) for key, part in description["dict"].items()}
+    if "value" in description:
+        return description["value"]
+    kind, parts = next(iter(description.items()))
     built = [_built(part, source, device) for part in parts]
     return tuple(built) if kind == "tuple" else built
 
 
-def _is_valid(found: Any) -> bool:
-    if not isinstance(found, dict):
+def _is_valid(description: Any) -> bool:
+    if not isinstance(description, dict):
         return False
-    if "tensor" in found:
-        dtype = getattr(torch, str(found.get("dtype")), None)
+    if "tensor" in description:
+        dtype = getattr(torch, str(description.get("dtype")), None)
         return (
             isinstance(dtype, torch.dtype)
             and not dtype.is_complex
-            and found.keys() == {"tensor", "dtype"} | (set() if dtype.is_floating_point else {"fill"})
-            and isinstance(found["tensor"], list)
-            and all(type(size) is int and size >= 0 for size in found["tensor"])
-            and type(found.get("fill", 0)) is int
+            and description.keys() == {"tensor", "dtype"} | (set() if dtype.is_floating_point else {"fill"})
+            and isinstance(description["tensor"], list)
+            and all(type(size) is int and size >= 0 for size in description["tensor"])
+            and type(description.get("fill", 0)) is int
         )
-    kind, value = next(iter(found.items()), ("", None))
-    if len(found) != 1:
+    kind, value = next(iter(description.items()), ("", None))
+    if len(description) != 1:
         return False
     if kind == "value":
         return value is None or type(value) in (bool, int, str, float)

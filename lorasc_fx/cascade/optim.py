@@ -1,4 +1,4 @@
-"""The optimizer at a transition: only the state of the branches' parameters changes."""
+"""The optimizer of the user: its parameter groups, checks of it, and its state at a transition."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lorasc_fx.shards import dtensor_like, full_tensor, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
 _COPIES = {"lookahead_slow_buff"}
-"""Entries of a state that are copies of the parameter. They are stale after a transition."""
+"""Entries of an optimizer state that are copies of the parameter. They are stale after a transition."""
 
 
 def check_numbers(state: Any, path: str) -> None:
-    """Raise ValueError if a number or tensor in the state of an optimizer is NaN; names the path."""
+    """Raise ValueError if a number or an entry of a tensor in an optimizer state is nan. The message names its path."""
     if isinstance(state, Mapping):
         for name, value in state.items():
             check_numbers(value, f"{path}.{name}")
@@ -29,39 +29,36 @@ def check_numbers(state: Any, path: str) -> None:
     elif isinstance(state, (float, torch.Tensor)):
         numbers = local(state) if isinstance(state, torch.Tensor) else torch.tensor(state)
         if numbers.is_floating_point() and numbers.element_size() == 1:
-            numbers = numbers.float()  # torch compares no numbers of 8 bits
+            numbers = numbers.float()  # torch cannot compare fp8 values
         if bool(numbers.isnan().any()):
             raise ValueError(f"{path} holds NaN")
 
 
 def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse an optimizer that does not hold every one of these parameters.
-
-    Raises:
-        StateError: names the first missing ones.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    """Raise StateError if the optimizer does not hold all of these parameters, given by name."""
+    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in ids]
     if missing:
         raise StateError(
-            f"the optimizer does not hold {named(missing)}: build it from cascade.param_groups(lr=...), "
-            "or add_param_group what a new variant brought",
+            f"the optimizer does not hold {named(missing)}. Build it from cascade.param_groups(lr=...). If a later "
+            "call of the cascade has added these branches, add them by optimizer.add_param_group",
             code="optimizer-lacks-parameters",
         )
 
 
-def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Sequence[Mapping[str, Any]]]) -> None:
-    """Refuse an optimizer that has one learning rate for all trained parameters although the spec has several.
+def check_rates(
+    optimizer: torch.optim.Optimizer, expected_groups: Callable[[float], Sequence[Mapping[str, Any]]]
+) -> None:
+    """Raise SpecError if the optimizer has one learning rate for all trained parameters and the spec has several.
+
+    Then the user has built the optimizer from `parameters()`, and the rates of the spec (lr_ratio, train_rules) would
+    be ignored. An optimizer with several rates is not checked: the user has chosen them.
 
     Args:
-        optimizer: its initial rates count, before a scheduler changed them.
-        asked: returns the groups that the spec asks for, given the learning rate of A (`groups`).
-
-    Raises:
-        SpecError: names the first group that needs another rate.
+        optimizer: the optimizer. Its initial rates count, from before a scheduler changed them.
+        expected_groups: returns the groups of the spec for a learning rate of A (`groups`).
     """
-    # With one rate for all, the user built the optimizer from `parameters()` and lost the rates of the spec.
-    trained = {id(parameter) for group in asked(0.0) for parameter in group["params"]}
+    trained = {id(parameter) for group in expected_groups(0.0) for parameter in group["params"]}
     rates = {
         float(group.get("initial_lr", group["lr"]))
         for group in optimizer.param_groups
@@ -71,19 +68,19 @@ def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Seque
     if len(rates) != 1:
         return
     rate = rates.pop()
-    for group in asked(rate):
+    for group in expected_groups(rate):
         if not math.isclose(group["lr"], rate, rel_tol=1e-6):
             raise SpecError(
-                f"{group['name']} is to have the learning rate {group['lr']:g} (lr_ratio, train_rules), and the "
-                f"optimizer has {rate:g} for all that trains: build it from cascade.param_groups(lr=...), in timm by "
-                "create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...)), and give a "
-                "Trainer of transformers optimizers=(optimizer, None)",
+                f"the spec gives {group['name']} the learning rate {group['lr']:g} (lr_ratio, train_rules), but the "
+                f"optimizer has {rate:g} for all trained parameters. Build it from cascade.param_groups(lr=...). In "
+                "timm, use create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...)). "
+                "Give a transformers Trainer optimizers=(optimizer, None)",
                 code="optimizer-differs",
             )
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that steps and holds the state; in timm's Lookahead it is the one inside."""
+    """Return the optimizer that has the state: the inner optimizer of timm's Lookahead, otherwise the same one."""
     inner: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
     return inner
 
@@ -91,12 +88,16 @@ def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def treated_state(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
 ) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for these parameters after a restart, as new tensors. Does not change the optimizer.
+    """Return the optimizer's state for these parameters after a transition, as new tensors.
 
-    `reset` is the state of a parameter that was never stepped. A number is the share to prune by magnitude (ReLoRA,
-    2307.05695): an entry among the smallest of any state tensor becomes zero in all state tensors of the parameter's
-    shape. So Adam's second moment is never zero where the first is not: A, whose gradient is zero while B is zero,
-    would step by exp_avg / eps. Copies of the parameter are never kept.
+    Does not change the optimizer. Parameters whose state does not change are left out, and so are parameters without a
+    state. Copies of the parameter are never kept.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: parameters to treat.
+        how: `reset` for the state of a parameter that was never stepped, `kept` for the current state. A number in
+            (0, 1) is the share of entries to prune by magnitude (ReLoRA, 2307.05695).
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter in parameters:
@@ -114,9 +115,10 @@ def treated_state(
 
 
 def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for these parameters with zeros where their masks are False, as new tensors.
+    """Return the optimizer's state for these parameters, set to zero where their masks are False, as new tensors.
 
-    A state without an entry for each entry of the parameter, such as Adafactor's factored moments, is reset.
+    A state with tensors of another shape is reset, because a mask in the shape of the parameter cannot be applied to
+    it. An example are the factored moments of Adafactor.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter, mask in masks.items():
@@ -124,7 +126,7 @@ def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, to
         entries = {name: value for name, value in state.items() if name not in _COPIES}
         tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor) and value.dim()}
         if any(value.shape != parameter.shape for value in tensors.values()):
-            entries, tensors = {}, {}  # factored moments: their entries are not those of the parameter
+            entries, tensors = {}, {}
         for name, value in tensors.items():
             full = full_tensor(value.detach())
             entries[name] = dtensor_like(torch.where(mask.to(full.device), full, 0), value)
@@ -134,7 +136,7 @@ def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, to
 
 
 def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Any]) -> None:
-    """Give the optimizer these states. An empty state is removed, so that the next step initializes it."""
+    """Set the optimizer's state for these parameters. An empty state is removed: the next step initializes it."""
     table = stepping(optimizer).state
     for parameter, state in states.items():
         if state:
@@ -144,11 +146,16 @@ def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, An
 
 
 def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:
+    """Return a state whose smallest entries are zero: a share `ratio` of each tensor in the parameter's shape.
+
+    An entry that is pruned in one tensor becomes zero in every tensor. Otherwise Adam's second moment could be zero
+    where the first is not. Then A would step by exp_avg / eps, because its gradient is zero while B is zero.
+    """
     shaped = {n: v.detach() for n, v in state.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
     count = round(ratio * parameter.numel())
     if not count or not shaped:
         return dict(state)
-    # The smallest entries of the full tensors: those of a shard would depend on the number of ranks.
+    # Compare the entries of full tensors, so that the result does not depend on the number of ranks.
     values = {name: full_tensor(value) for name, value in shaped.items()}
     zeros = torch.cat([value.abs().flatten().topk(count, largest=False).indices for value in values.values()])
     return dict(state) | {
@@ -164,8 +171,14 @@ def groups(
     lr: float,
     options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: one for each name of a branch parameter, then `train`, and
-    `train:PATTERN` for each rule with its own learning rate. No group is empty.
+    """Return parameter groups for an optimizer; see `Cascade.param_groups`.
+
+    Args:
+        spec: the spec, with `lr_ratio`.
+        branches: the branches.
+        trained: parameters trained in full, each with its rule of train_rules, if any.
+        lr: learning rate of A.
+        options: more options for every group.
     """
     parts: dict[str, tuple[float, list[nn.Parameter]]] = {}
     for branch in branches:

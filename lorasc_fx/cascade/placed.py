@@ -1,4 +1,4 @@
-"""Replaces the weights of the running stage by other weights inside a `with`."""
+"""The context manager `Cascade.weights`: puts other weights in place of W_t, and restores W_t at the end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasc_fx.cascade.commit import reserve, weights_to_write
-from lorasc_fx.cascade.experts import VIEW_NAMES, Weights, added_weights, check_view
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage
+from lorasc_fx.cascade.views import VIEW_NAMES, Weights, added_weights, check_view
 from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders_of
 from lorasc_fx.quantized import writable
@@ -25,15 +25,20 @@ from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 Value = TypeVar("Value")
 
 _VERSIONS = itertools.count(1 << 24)
-"""Version counters for weights in place. torch counts the writes to a parameter from 0."""
+"""Version counters for parameters whose weights are replaced. torch counts writes from 0 and does not reach these."""
 
 
 @isolated
 def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
-    """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds."""
+    """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds.
+
+    `isolated` makes this a context manager: the steps in `undo` run when the block ends.
+    """
     run.check_alive("weights")
     if stage is not None and view is not None:
-        raise StateError(f"weights({view!r}, stage={stage!r}): give only one of the two", code="conflicting-options")
+        raise StateError(
+            f"weights({view!r}, stage={stage!r}): give either a view or a stage, not both", code="conflicting-options"
+        )
     added = isinstance(view, Mapping) or (isinstance(view, str) and view in run.added)
     if stage is None and not added:
         check_view(f"weights({view!r})", str(view), run.plan.spec, (*VIEW_NAMES, *run.added))
@@ -46,8 +51,8 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
         elif weights is None:
             checked: ViewName = next(name for name in VIEW_NAMES if name == view)
             weights = Weights(run.slow, checked, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
-        # Everything is computed before the first write.
-        buffers = weights.moves(run) if weights.buffers else []
+        # Compute everything that needs memory before the first write.
+        buffers = weights.buffer_values(run) if weights.buffers else []
         quantized = run.slow.quantized if weights.view != "base" else ()
         dense = weights.dense(quantized, before.parameters) if quantized else {}
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
@@ -62,15 +67,15 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
             buffer.copy_(statistics)
         run.placed = stage if stage is not None else str(view)
         run.placed_checksums = checksums(run.present(run.slow.states))
-        # A version that nothing else has: autograd refuses to differentiate graphs that saved the weights from before.
+        # With another version, autograd raises for a graph that saved W_t, instead of computing with other weights.
         before.set_versions(next(_VERSIONS))
     return value
 
 
 class Before:
-    """The state of a run's parameters before other weights replace them, and how to restore it.
+    """Snapshot of a run's parameters before other weights replace them, which can be restored.
 
-    Weights of the slow state are computed again. Parameters trained in full and running statistics are copied.
+    It has copies of parameters trained in full and of running statistics. All other weights are computed again.
     """
 
     def __init__(self, run: Run) -> None:
@@ -89,36 +94,38 @@ class Before:
         self.keep_buffers(buffer for norm in norms for buffer in norm.buffers(recurse=False))
 
     def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Keep copies of buffers that are restored with the weights. A buffer that has a copy keeps the first one."""
-        kept = {id(buffer) for buffer, _ in self.buffers}
-        self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in kept]
+        """Copy buffers, to restore them with the weights. A buffer that was copied before is skipped."""
+        copied = {id(buffer) for buffer, _ in self.buffers}
+        self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in copied]
 
     def restore(self) -> None:
         """Restore the weights of the running stage. If that raises, try once more.
 
         Raises:
-            StateError: a weight was written inside the `with`. The weights are restored.
+            StateError: a weight was written inside the block. The weights are restored nevertheless.
         """
         run = self.run
-        self.reserve.clear()
+        self.reserve.clear()  # the memory that restoring needs
         with torch.inference_mode(False), torch.no_grad(), run.lock, AllOrNothing() as again:
             again(self._write)
             self.changed = run.changed(run.placed_checksums)
             self._write()
         if self.changed is not None:
             raise StateError(
-                f"weights: {self.changed} was written inside the with block (a training step, load_state_dict, half, "
-                ".data). The weights from before are restored, and the write is dropped. Train the cascade outside the "
-                "block. Cast or change a copy (copy.deepcopy(model) inside the block), or the model after release",
+                f"weights: {self.changed} was written inside the with block (by a training step, load_state_dict, "
+                "half, .data). The previous weights are restored, and the write is lost. Train the cascade outside the "
+                "block. To cast or change these weights, use a copy (copy.deepcopy(model) inside the block), or the "
+                "model after release",
                 code="inside-weights",
             )
 
     def _write(self) -> None:
+        """Write the weights of the running stage. Safe to call again after it has raised."""
         run, scratch = self.run, Scratch()
         for holder in self.places:
             if holder.exists:
                 holder.put(holder.value)
-        for parameter, memory in self.memory:  # a cast or an assignment inside the block has exchanged it
+        for parameter, memory in self.memory:  # a cast or an assignment to `.data` inside the block may replace it
             if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
                 parameter.data = memory
 
@@ -128,7 +135,7 @@ class Before:
                 continue
             try:
                 run.slow.write_resting(name, run.plan, out, scratch)
-            except (MemoryError, RuntimeError):  # out of memory does no harm if nothing was written here yet
+            except (MemoryError, RuntimeError):  # out of memory; harmless if this weight was not replaced yet
                 if run.placed is not None or self.versions.get(name) != out._version:
                     raise
         for buffer, value in self.buffers:
@@ -136,10 +143,10 @@ class Before:
         run.note_weights(self.parameters)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:
-            self.set_versions()  # autograd graphs from before can be differentiated again
+            self.set_versions()  # the weights are the same again, so autograd graphs that saved them are valid
 
     def set_versions(self, version: int | None = None) -> None:
-        """Set the version counters of the parameters, by default to their earlier values."""
+        """Set the version counters of the parameters to `version`, or to their values of before if it is None."""
         names = tuple(name for name in self.versions if name in self.owned)
         versions = tuple(self.versions[name] if version is None else version for name in names)
         torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)

@@ -1,4 +1,4 @@
-"""A run: how it starts, takes over new graphs and commits values, and what it allows at a given moment."""
+"""A run: starts it, adds the sites of new graphs, commits new states, and checks whether a call is allowed now."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ log = logging.getLogger("lorasc_fx")
 _KEEPS_NOTHING = {
     "add", "load_state_dict", "resume", "rewind", "shard", "stages", "to", "transition", "weights",
 }  # fmt: skip
-"""Calls that do not save or fold what the running stage has trained."""
+"""Calls after which the training of the running stage is still only in the branches. All others save or fold it."""
 
 
 class Run(RunBase):
-    """A run and the steps that write to it. A step that raises leaves everything as it was."""
+    """The training run of a cascade, with the methods that change it. If a method raises, nothing is changed."""
 
     def start(
         self,
@@ -47,16 +47,16 @@ class Run(RunBase):
 
         Args:
             trained: the parameters trained in full, by name.
-            undo: gets the steps that restore everything.
+            undo: collects undo steps.
             rules: the spec's train_rules for some of these parameters, by name.
-            empty: whether slow state and branches are loaded next, so that no factors are taken out of the weights.
+            empty: whether slow state and branches are loaded next. Then branches need no initial values.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
         if self.meta is None:
             self.register_sites(undo, empty)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
-        """Add the sites, refusals and branches of a new graph. With `undo` this is part of a larger block."""
+        """Add the sites, refusals and branches of a new graph. With `undo` this is part of a larger transaction."""
         if undo is None:
             with self.lock, commit() as block:
                 self.grow(decided, block)
@@ -66,114 +66,133 @@ class Run(RunBase):
         self.branches.update(new)
         self.branches.train(self.branches.training)  # a new module is in train mode
         self.plan, self.refusals = decided.plan, decided.refusals
-        known = decided.plan.by_weight.keys() | {refusal.weight for refusal in decided.refusals}
-        self.unreached = tuple(name for name in self.unreached if name in decided.unreached and name not in known)
+        reached = decided.plan.by_weight.keys() | {refusal.weight for refusal in decided.refusals}
+        self.unreached = tuple(name for name in self.unreached if name in decided.unreached and name not in reached)
         self.register_sites(undo)
         weights = [branch.weight_name for branch in new.values()]
         if new and not self.grouped and not self.pending.accumulated:
-            log.info("%d sites came with a new variant: %s", len(new), weights)
-        elif new:
+            log.info("%d sites were added by a new graph: %s", len(new), weights)
+        elif new:  # an optimizer probably exists already
             warn(
                 f"{len(new)} sites were added by a call of a new kind: {named(weights)}. The optimizer does not hold "
-                "their branches. Give them to add_param_group, or call the cascade once in each mode and with each "
-                "kind of arguments before you make the optimizer",
+                "their branches. Add them by optimizer.add_param_group, or call the cascade once in each mode and with "
+                "each kind of arguments before you make the optimizer",
                 "late-sites",
             )
 
     def register_sites(self, undo: Undo, empty: bool = False) -> None:
-        """Keep W0 of new sites and start their stage. `adapt` and new graphs end with this; see `start`."""
+        """Keep W0 of new sites and start their stage. `adapt` and each new graph end with this.
+
+        Args:
+            undo: collects undo steps.
+            empty: as for `start`.
+
+        Raises:
+            SpecError: an option cannot be used with a new weight, for example noise with a quantized weight.
+        """
         undo(self.pending.restorer())
         self.note_finite()
-        parameters = self.parameters_by_name()
-        noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
-        takes_residual = factor_start.from_weight and not factor_start.of_delta
-        # New weights: sites, and with noise.where="all" the other matrices as well.
+        # Step 1: find the new weights: sites, and with noise.where="all" the other matrices as well.
+        parameters, noise = self.parameters_by_name(), self.plan.spec.noise
         names = [site.weight for site in self.plan.sites]
         reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
-        without = {*names, *(one.weight for one in self.refusals if one.reason in reasons)}
+        skipped = {*names, *(refusal.weight for refusal in self.refusals if refusal.reason in reasons)}
         matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
-        names += [name for name in noise.on_others(matrices) if name not in without]
-        new = [name for name in names if name not in self.slow.states]
-        known = {name: parameters[name] for name in new}
-        quantized = next(iter(quantized_in(known)), None)
-        for asked, option, what, instead in (
-            (noise.is_on, f"noise.strength is {noise.strength}", "noise", "0"),
-            (takes_residual, f"start is {start!r}", "the residual", "start='lora' or 'loftq'"),
-        ):
-            if asked and quantized is not None:
+        names += [name for name in noise.on_others(matrices) if name not in skipped]
+        new = {name: parameters[name] for name in names if name not in self.slow.states}
+        # Step 2: check them.
+        self._check_quantized(new)
+        self._warn_of_hooks(new)
+        # Step 3: compute the state of the stage, then write it.
+        factor_start = self.plan.spec.factor_start
+        mapped = self.base_file.mapped(new) if self.base_file is not None else {}
+        slow, branches = self.slow.with_weights(new, self.plan, mapped, self.memory), self.branches_by_weight()
+        if factor_start.of_delta and not empty:
+            if not slow.quantized:
                 raise SpecError(
-                    f"{option}, but {quantized} is quantized, and {what} cannot be written into it. "
-                    f"Give {instead}, or exclude the weight (exclude=({quantized!r},))",
+                    f"start is {self.plan.spec.start!r}, which needs quantized weights, but no site has one. "
+                    "Give start='lora'",
+                    code="conflicting-options",
+                )
+            slow = self._with_corrections(slow, new)
+        starting = {name: branches[name] for name in new if name in branches and not empty}
+        slow, factors = slow.begin_stage(self.plan, starting)
+        written = new if (noise.is_on or factors) and not slow.idle else {}
+        self.commit(Planned(self.plan, slow, written, factors=factors), undo)
+        if not empty:  # a loader writes the weights next, and records them then
+            self.note_weights({name: new[name] for name in new if name not in written})
+        self._watch()
+        self.replicas.check(self.trainable)
+
+    def _check_quantized(self, new: Mapping[str, nn.Parameter]) -> None:
+        """Raise SpecError if the spec writes noise or residuals into weights, and a new weight is quantized."""
+        spec, quantized = self.plan.spec, next(iter(quantized_in(new)), None)
+        writes_residual = spec.factor_start.from_weight and not spec.factor_start.of_delta
+        for is_used, option, value, advice in (
+            (spec.noise.is_on, f"noise.strength is {spec.noise.strength}", "noise", "noise.strength=0"),
+            (writes_residual, f"start is {spec.start!r}", "the residual", "start='lora' or start='loftq'"),
+        ):
+            if is_used and quantized is not None:
+                raise SpecError(
+                    f"{option}, but {quantized} is quantized, and {value} cannot be written into it. "
+                    f"Give {advice}, or exclude the weight: exclude=({quantized!r},)",
                     code="quantized-not-supported",
                 )
+
+    def _warn_of_hooks(self, new: Mapping[str, nn.Parameter]) -> None:
+        """Warn if an adapted parameter has a gradient hook, which is not called while it is frozen."""
         hooked = [
             name
-            for name in new
-            if name in self.plan.by_weight and (known[name]._backward_hooks or known[name]._post_accumulate_grad_hooks)
+            for name, parameter in new.items()
+            if name in self.plan.by_weight and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
         ]
         if hooked:
             warn(
                 f"{named(hooked)}: a hook on this parameter (register_hook, register_post_accumulate_grad_hook) is not "
-                "called while the weight is adapted, because the weight gets no gradient, only the branch does. "
-                "Exclude the weight, train it in full (train=...), or put the hook on the branch's parameters",
+                "called while the weight is adapted, because only its branch gets gradients. Exclude the weight, train "
+                "it in full (train=...), or register the hook on the branch's parameters",
                 "hook-not-called",
             )
-        # Compute the state of the stage, then write it.
-        mapped = self.base_file.mapped(known) if self.base_file is not None else {}
-        slow, branches = self.slow.with_weights(known, self.plan, mapped, self.memory), self.branches_by_weight()
-        if factor_start.of_delta and not empty:
-            if not slow.quantized:
-                raise SpecError(
-                    f"start is {start!r}, which needs quantized weights, but no site has one. Give start='lora'",
-                    code="conflicting-options",
-                )
-            slow = self._with_corrections(slow, known)
-        starting = {name: branches[name] for name in new if name in branches and not empty}
-        slow, factors = slow.begin_stage(self.plan, starting)
-        written = known if (noise.is_on or factors) and not slow.idle else {}
-        self.commit(Planned(self.plan, slow, written, factors=factors), undo)
-        if not empty:  # otherwise the weights are written next
-            self.note_weights({name: known[name] for name in known if name not in written})
-        self._watch()
-        self.replicas.check(self.trainable)
 
     def _watch(self) -> None:
-        """Watch gradients, and the optimizer steps after which noise is drawn."""
+        """Watch gradients, and with noise.redraw="step" the optimizer steps, after which noise is drawn again."""
         if not self.is_sharded:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
         if self.plan.spec.noise.follows_steps:
             self.steps.arm(self._redraw)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a deep copy. Its watches are new and must watch the copied parameters."""
+        """Set the state of a deep copy. Its watches start empty, so they are armed for the copied parameters."""
         vars(self).update(state)
         if self.meta is None and not self.released:
             self._watch()
 
-    def _with_corrections(self, slow: SlowWeights, known: Mapping[str, nn.Parameter]) -> SlowWeights:
-        """Return slow weights that start with a correction of the quantization error, of the site's rank (LoftQ).
+    def _with_corrections(self, slow: SlowWeights, new: Mapping[str, nn.Parameter]) -> SlowWeights:
+        """Return slow weights with an expert that corrects the quantization error of each weight (LoftQ, 2310.08659).
+
+        The expert is the best approximation of the error by the rank of the site.
 
         Raises:
             SpecError: there is no file with the values before quantization.
-            CheckpointError: the file lacks a weight.
+            CheckpointError: the file does not have a weight.
         """
         states = dict(slow.states)
-        for name, value in quantized_in(known).items():
+        for name, value in quantized_in(new).items():
             if self.base_file is None:
                 raise SpecError(
-                    f"start is 'loftq', which needs the values of {name} before it was quantized. Give base=, the "
-                    "safetensors file or folder of the model that was quantized",
+                    f"start is 'loftq', which needs the values of {name} before it was quantized. Give base=..., the "
+                    "safetensors file or folder of the original model",
                     code="no-base",
                 )
-            before, state = self.base_file.read(name, value.shape), states[name]
-            left, values, right = torch.linalg.svd(before.double() - dense(value).cpu().double(), full_matrices=False)
+            original, state = self.base_file.read(name, value.shape), states[name]
+            u, values, vh = torch.linalg.svd(original.double() - dense(value).cpu().double(), full_matrices=False)
             rank = self.plan.by_weight[name].rank
-            b, a = (left[:, :rank] * values[:rank]).float(), right[:rank].float()
+            b, a = (u[:, :rank] * values[:rank]).float(), vh[:rank].float()
             states[name] = state.added([Expert(b.to(value.device), a.to(value.device))], [1.0])
         return replace(slow, states=states)
 
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:
-        """Write planned values, all or nothing. With `undo` this is part of a larger block."""
+        """Write a planned state, all or nothing. With `undo` this is part of a larger transaction."""
         if undo is not None:
             write_planned(self, planned, undo)
             return
@@ -183,15 +202,16 @@ class Run(RunBase):
     def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
         """Draw new noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
 
-        W_t is computed again from W0, S and the noise of (seed, stage, step, weight), and rounded once. So no rounding
-        accumulates, and no copy is kept on the training device.
+        W_t is computed again from W0, S and the noise of (seed, stage, step, weight), and rounded once. So rounding
+        errors do not accumulate, and the training device needs no copy of the weights without noise.
         """
-        first = next((branch.get_parameter(branch.zeros[0]) for branch in self.by_key.values()), None)
-        trains = any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
+        # The watch sees the steps of every optimizer in the process. One parameter is enough to recognize ours.
+        factor = next((branch.get_parameter(branch.zeros[0]) for branch in self.by_key.values()), None)
+        trains = any(parameter is factor for group in optimizer.param_groups for parameter in group["params"])
         if self.slow.idle or not trains:
             return
         after = replace(self.plan, step=self.plan.step + 1)
-        if self.inside_weights:  # the noise is drawn when the weights are restored
+        if self.inside_weights:  # the end of the block restores W_t, with the noise of this step
             self.plan = after
             return
         with self.lock, commit() as undo:
@@ -201,13 +221,13 @@ class Run(RunBase):
             self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
 
     def detach(self) -> None:
-        """Remove all hooks and forget the files of the base and added runs."""
+        """End the run: remove all hooks, and drop the references to base files and added runs."""
         self.released, self.base_file, self.added = True, None, {}
         self.pending.disarm()
         self.steps.disarm()
 
     def take_shards(self, slow: SlowWeights) -> None:
-        """Replace the slow weights by those of this rank's shards, after FSDP has sharded the parameters.
+        """Use these slow weights, which are for this rank's shards. Called after FSDP has sharded the parameters.
 
         Hooks on parameters are removed, because FSDP does not call them.
         """
@@ -219,12 +239,12 @@ class Run(RunBase):
     def start_sharded(
         self, base_file: BaseValues | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
     ) -> None:
-        """Start a run on sharded parameters that have just got their values. On one process this is `start`.
+        """Start a run on sharded parameters that were on the meta device and have values now; otherwise as `start`.
 
         Args:
-            base_file: the files that hold W0 if it is not kept in memory.
-            fingerprints: of the full parameters, by name.
-            undo: gets the steps that restore everything.
+            base_file: the files with W0, if W0 is not kept in memory.
+            fingerprints: fingerprints of the full parameters, by name.
+            undo: collects undo steps.
             empty: as for `start`.
         """
         undo(self.restorer())
@@ -248,16 +268,16 @@ class Run(RunBase):
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
     def begin_loop(self, optimizer: torch.optim.Optimizer, call: str = "stages") -> None:
-        """Check that a loop over stages can begin, and record that there is one. `call` names it in messages."""
+        """Check that a loop over stages can start, and record that this run has one. `call` names it in messages."""
         self.check_ready(call, sharded=True)
         check_holds(optimizer, self.trainable())
         check_rates(optimizer, lambda lr: self._groups(lr, {}))
         self.looped = True
 
-    # ---- what may be done now
+    # ---- checks before a call
 
     def check_ranks(self, call: str, group: Any) -> None:
-        """Raise StateError if the ranks of a process group hold different runs."""
+        """Raise StateError if the ranks of a process group have different runs (weights, spec, stage or versions)."""
         ProcessGroup.of(group).check_equal(call, self.facts(self._checksums))
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
@@ -266,12 +286,13 @@ class Run(RunBase):
             run_postponed()
         if self.released:
             raise StateError(
-                f"{call}: this cascade was released. Adapt its model again to train it further", code="released"
+                f"{call}: this cascade was released. Call lorasc_fx.adapt(model, ...) to train its model further",
+                code="released",
             )
         if self.meta is not None and not on_meta:
             raise StateError(
-                f"{call}: the model is on the meta device and has no values. "
-                "Call lorasc_fx.materialize(cascade, folder) with its safetensors first",
+                f"{call}: the model is on the meta device and has no values. Call "
+                "lorasc_fx.materialize(cascade, folder) first, with the folder of its safetensors files",
                 code="meta-model",
             )
 
@@ -279,24 +300,24 @@ class Run(RunBase):
         """Raise StateError if the user's model is called and its weights are sharded."""
         if self.is_sharded and not self.exchanged():
             raise StateError(
-                f"{type(self.model).__name__}: the model of a cascade, or a module in it, was called, and its weights "
-                "are sharded over several processes. Call the cascade, inside `with cascade.weights(...)` for other "
-                "weights, or a method that gathers them (cascade.generate, encode, predict)",
+                f"{type(self.model).__name__}: the model of a cascade, or a submodule, was called, but its weights are "
+                "sharded over several processes. Call the cascade, if you want other weights inside "
+                "`with cascade.weights(...)`, or a method that gathers them (cascade.generate, encode, predict)",
                 code="sharded",
             )
 
     def check_copy(self) -> None:
-        """Raise StateError for a deep copy of sharded weights, which FSDP would not shard."""
+        """Raise StateError if the weights are sharded, because FSDP would not manage a deep copy."""
         if self.is_sharded:
             raise StateError(
-                "deepcopy: the weights are sharded over processes, and a copy would not be. Write a checkpoint by "
-                "lorasc_fx.save and lorasc_fx.load it onto another model",
+                "deepcopy: the weights are sharded over processes, and FSDP would not manage the copy. Write a "
+                "checkpoint by lorasc_fx.save and load it onto another model by lorasc_fx.load",
                 code="sharded",
             )
 
     @contextmanager
     def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
-        """Hold the lock inside a `with` that may change weights. Arguments and errors are those of `check_ready`."""
+        """Context manager around changes of weights: take the lock and call `check_ready` with these arguments."""
         with self.lock:
             self.check_ready(call, **allowed)
             yield
@@ -309,13 +330,13 @@ class Run(RunBase):
         ends_stage: bool = False,
         on_meta: bool = False,
     ) -> None:
-        """Raise StateError if weights must not change now: after release, inside `weights`, inside a backward.
+        """Raise StateError if the call is not allowed now: after `release`, inside `weights` or inside a backward.
 
         Args:
             call: name of the method, for messages.
-            sharded: whether the call works on sharded weights.
-            ends_stage: whether it ends the running stage, which no pending gradient may outlive.
-            on_meta: whether it works without values.
+            sharded: whether the call supports sharded weights.
+            ends_stage: whether it ends the running stage. Then no gradient may be pending.
+            on_meta: whether it supports a model on the meta device.
         """
         self.check_alive(call, on_meta=on_meta)
         if self.is_sharded and not sharded:
@@ -325,8 +346,11 @@ class Run(RunBase):
                 code="sharded",
             )
         if self.placed is not None:
-            what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
-            raise StateError(f"{call}: inside weights({what}). Leave the with block first", code="inside-weights")
+            view = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
+            raise StateError(
+                f"{call}: not allowed inside `with cascade.weights({view})`. Call it after the block",
+                code="inside-weights",
+            )
         if torch._C._current_graph_task_id() != -1:
             raise StateError(
                 f"{call}: called inside a backward, which still needs the weights. Call it after the backward",
@@ -337,25 +361,25 @@ class Run(RunBase):
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
         if self.slow.group.any(bool(waiting)) and ends_stage:
-            waiting = waiting or ["what another process holds"]
+            waiting = waiting or ["a parameter on another process"]
             raise StateError(
                 f"{call}: gradients are pending on {named(waiting, 1)}, and they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first. If you did, the optimizer holds other Parameter "
-                "objects (a move to some devices makes new ones): build it from cascade.param_groups(lr=...) after "
-                "any move. cascade.zero_grad() drops the gradients",
+                "objects, because a move to some devices makes new ones: build it from cascade.param_groups(lr=...) "
+                "after the move. cascade.zero_grad() drops the gradients",
                 code="gradients-pending",
             )
         if call not in _KEEPS_NOTHING:
             self.note_kept()
 
     def note_kept(self) -> None:
-        """Record that what is trained now is kept in a file, a state dict or another run."""
+        """Record that the current training is saved or folded, so that no warning is needed if the run is dropped."""
         self._kept = sum(parameter._version for parameter in self.branches.parameters())
 
     def differs_from_model(self) -> bool:
-        """Whether the user's model computes something else than the cascade: it lacks branches, or holds noise.
+        """Whether the user's model computes something else than the cascade, because of branches or noise.
 
-        False for shards, because the other processes would have to be asked.
+        False if the weights are sharded, because the answer would need communication.
         """
         if self.released or self.inside_weights or self.is_sharded or self.meta is not None:
             return False
@@ -365,7 +389,10 @@ class Run(RunBase):
         return self.is_noisy or residual or self.branches_add()
 
     def loses_training(self) -> bool:
-        """Whether dropping the run would lose training that is kept nowhere else. For shards this is a guess."""
+        """Whether garbage collection of the run would lose training that was neither saved nor folded.
+
+        If the weights are sharded this is a guess, because the answer would need communication.
+        """
         if self.meta is not None:
             return False
         if self.is_sharded:

@@ -1,4 +1,4 @@
-"""State of a run, and queries about it. Nothing in this file writes to the user's model."""
+"""The state of a run, and queries of it. Nothing in this file writes to the user's model."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from lorasc_fx.util.version import source_digest, version
 
 
 class BaseValues(Protocol):
-    """Files that hold W0 if it is not kept in memory (`checkpoint.base_file.BaseFile`)."""
+    """Files with the values of W0, if it is not kept in memory. Implemented by `checkpoint.base_file.BaseFile`."""
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W0 of these parameters as memory-mapped tensors, by name."""
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return the values of a weight before it was quantized."""
+        """Return the values of a weight before it was quantized, in this shape."""
 
     def check(self, call: str) -> None:
-        """Raise StateError if a file was changed."""
+        """Raise StateError if a file was changed since it was opened."""
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """What a cascade of a model on the meta device needs when the model gets its values.
+    """Data for `materialize`, kept while the model of a cascade is on the meta device.
 
     Args:
-        base: the argument of `adapt`.
-        groups: the names of each tensor of the model, before any was untied.
-        checkpoint: the checkpoint to load then, if the cascade came from one.
+        base: the argument `base` of `adapt`.
+        groups: all names of each tensor of the model, before any was untied.
+        checkpoint: the checkpoint to load after the values, if the cascade was loaded from one.
     """
 
     base: Any
@@ -56,10 +56,10 @@ class RunBase:
         model: the user's model.
         decided: the plan of the running stage, the branches, and the weights without a branch.
         frontend: the requested front end.
-        base_file: the files that hold W0 if it is not kept in memory.
-        memory: that keeps W0 otherwise.
-        meta: set while the model is on the meta device.
-        written: returns the names of the parameters that forward writes.
+        base_file: the files with W0, if W0 is not kept in memory.
+        memory: the kind of memory for W0 otherwise.
+        meta: data for `materialize`, while the model is on the meta device.
+        written: returns the names of the parameters that forward itself writes.
     """
 
     def __init__(
@@ -77,51 +77,51 @@ class RunBase:
         self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; the child of the cascade
         self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
         self.inputs: Description | None = None  # of the example inputs, for the checkpoint
-        self.lock = Lock()  # held while weights are read or written; never while the user's model runs
+        self.lock = Lock()  # held while weights are read or written, but not while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.steps = StepWatch()
         self.replicas = Replicas()
         self.warned = Warned()
-        self.placed: str | int | None = None  # the weights that weights() has put in place; a number is a stage
+        self.placed: str | int | None = None  # inside `weights(...)`: the view or the stage that is in place
         self.released = False
-        self.placed_checksums: dict[str, int] = {}
+        self.placed_checksums: dict[str, int] = {}  # checksums of the weights that `weights` has put in place
         self.base_file, self.memory, self.meta, self.written = base_file, memory, meta, written
-        self.grouped = False  # param_groups was called: an optimizer holds the present branches
-        self.looped = False  # stages was called
-        self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
+        self.grouped = False  # whether param_groups was called, so that an optimizer has the current branches
+        self.looped = False  # whether stages was called
+        self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`checkpoint.run_source.add`)
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
         self._kept: int | None = None  # sum of the branches' version counters when they were last saved or folded
-        self.digests: dict[str, str] = {}  # fingerprints of the base, as far as they were computed
-        self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, at their fingerprints
-        self._checksums: dict[str, int] = {}  # of the weights, when they were last written here or first seen
-        self._objects: dict[str, int] = {}  # ids of the weights' Parameter objects, at the same time
+        self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
+        self._frozen: dict[str, int] = {}  # checksums of untrained parameters when their fingerprint was computed
+        self._checksums: dict[str, int] = {}  # checksums of the weights after the last write by this package
+        self._objects: dict[str, int] = {}  # ids of the weights' Parameter objects at that time
 
     @property
     def by_key(self) -> dict[str, Branch]:
-        """The branches by key."""
+        """The branches by key, which is their name in `branches`. Other modules in `branches` are left out."""
         return {key: branch for key, branch in self.branches.items() if isinstance(branch, Branch)}
 
     def branches_by_weight(self) -> dict[str, Branch]:
-        """Return the branches by the names of their weights."""
+        """Return the branches by weight name."""
         return {branch.weight_name: branch for branch in self.branches.values() if isinstance(branch, Branch)}
 
     def learners(self) -> dict[str, Learner]:
-        """Return what trains in the running stage, by weight name: branches, and parameters trained in full."""
+        """Return the branches and the parameters trained in full, by weight name."""
         return {**self.branches_by_weight(), **self.present(self.slow.trained)}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """Return the user's parameters by their first names."""
+        """Return the parameters of the user's model by name. A tied parameter has its first name."""
         return dict(self.model.named_parameters())
 
     def present(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Return the parameters that the model has now under these names. Missing ones are left out."""
-        # Looked up by name: a walk over all modules would take longer than writing the smaller weights.
+        """Return the current parameters of the model with these names. Names that it does not have are left out."""
+        # Look each name up. A walk over all modules would take longer than writing the smaller weights.
         parameters: dict[str, nn.Parameter] = {}
         for name in names:
             *path, leaf = name.split(".")
             module: nn.Module | None = self.model
-            for part in path:  # the dictionaries of a script module have no `get`
+            for part in path:  # the dictionaries of a torch.jit.ScriptModule have no `get`
                 module = module._modules[part] if module is not None and part in module._modules else None
             parameter = module._parameters[leaf] if module is not None and leaf in module._parameters else None
             if parameter is not None:
@@ -129,15 +129,15 @@ class RunBase:
         return parameters
 
     def owned(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Return those of these parameters whose places and memory we may restore. FSDP exchanges sharded ones."""
+        """Return the parameters that the package may replace and give other memory. None if FSDP manages them."""
         return {} if self.is_sharded else self.present(names)
 
     def weights_by_name(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the slow state, except those trained in full. Missing ones are left out."""
+        """Return the parameters with experts or noise, by name. Parameters trained in full are left out."""
         return self.present(name for name, state in self.slow.states.items() if not state.full)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return every parameter that an optimizer should hold, by its name here."""
+        """Return every parameter that an optimizer should hold, by its name in the cascade."""
         parameters = {
             f"branches.{key}.{name}": parameter
             for key, branch in self.branches.items()
@@ -148,7 +148,7 @@ class RunBase:
 
     @property
     def trained_entries(self) -> int:
-        """Number of entries that an optimizer trains."""
+        """Number of trainable parameters, counted as entries."""
         return sum(parameter.numel() for parameter in self.trainable().values())
 
     @property
@@ -158,7 +158,7 @@ class RunBase:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the weights that are in place hold noise."""
+        """Whether the weights of the model have noise now."""
         return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None
 
     @property
@@ -167,7 +167,10 @@ class RunBase:
         return self.placed is not None
 
     def faults(self) -> list[str]:
-        """Return a sentence for each slow state with inf or nan, and each such branch unless the spec skips them."""
+        """Return a sentence for each slow state with inf or nan.
+
+        The same for branches, unless on_nonfinite="skip", which leaves such branches out of the fold.
+        """
         if self.plan.spec.on_nonfinite == "skip":
             return self.slow.faults()
         broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
@@ -185,33 +188,35 @@ class RunBase:
         return self._finite.get(name) == shape
 
     def check_buffers(self, call: str) -> None:
-        """Raise StateError if a buffer holds inf or nan and was finite when the model was adapted.
+        """Raise StateError if a buffer has become inf or nan since the model was adapted.
 
-        A mask with -inf is allowed, and so is a buffer that forward has created again in another size. All-reduced if
-        the weights are sharded.
+        A mask that always had -inf is allowed, and so is a buffer that forward has created again in another size.
+        All-reduced if the weights are sharded.
         """
         buffers = _floating_buffers(self.model)
-        known = {name: value for name, value in buffers.items() if self.started_finite(name, value.shape)}
+        checked = {name: value for name, value in buffers.items() if self.started_finite(name, value.shape)}
         broken = None
-        if not sums_are_finite(list(known.values())):
-            broken = next((name for name, value in known.items() if not _is_finite(value)), None)
+        if not sums_are_finite(list(checked.values())):
+            broken = next((name for name, value in checked.items() if not _is_finite(value)), None)
         if self.slow.group.any(broken is not None):
             raise StateError(
                 f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
                 "was adapted; nothing was changed or written. Find the batch that caused it and resume from the last "
-                "checkpoint. Running statistics are estimated again by torch.optim.swa_utils.update_bn(batches, model)",
+                "checkpoint. To estimate running statistics again, use torch.optim.swa_utils.update_bn(batches, model)",
                 code="non-finite",
             )
 
     def branches_add(self) -> bool:
-        """Whether a branch adds something: it has trained, or it computes the deltas of a quantized weight."""
+        """Whether a branch changes the output: it has trained, or it computes the deltas of a quantized weight."""
         quantized = any(self.slow.states[name].experts for name in self.slow.quantized)
         return quantized or self.slow.moved(self.branches_by_weight())
 
     def note_weights(self, written: Mapping[str, nn.Parameter] | None = None) -> None:
-        """Record the checksums of weights that were written here, by default of all.
+        """Record the checksums of weights after a write by this package.
 
-        A parameter that the user has replaced since is not recorded. FSDP replaces parameters itself.
+        Args:
+            written: the parameters that were written, by name. One that the model no longer has is skipped, unless the
+                weights are sharded, because FSDP replaces parameters. None for all weights.
         """
         weights = self.weights_by_name()
         if written is not None:
@@ -224,62 +229,63 @@ class RunBase:
         self._objects = {**self._objects, **{name: id(weight) for name, weight in weights.items()}}
 
     def exchanged(self) -> bool:
-        """Whether the model holds other objects than its weights, as inside torch.func.functional_call."""
+        """Whether the model has other Parameter objects than recorded, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
     def not_written_here(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names of those of these weights whose values were not written here."""
+        """Return the names of the weights that were written by something other than this package."""
         return [name for name, value in checksums(parameters).items() if value != self._checksums.get(name)]
 
-    def changed(self, known: Mapping[str, int]) -> str | None:
-        """Return the first parameter that is missing or does not have this checksum."""
-        now = checksums(self.present(known))
-        return next((name for name in known if now.get(name) != known[name]), None)
+    def changed(self, recorded: Mapping[str, int]) -> str | None:
+        """Return the name of the first parameter that is missing or has another checksum than recorded, or None."""
+        current = checksums(self.present(recorded))
+        return next((name for name in recorded if current.get(name) != recorded[name]), None)
 
     def check_weights(self, call: str) -> None:
-        """Raise StateError if a weight is missing or holds values that were not written here.
+        """Raise StateError if a weight is missing or was written by something other than this package.
 
-        Values are compared by checksums, because a write through `.data`, numpy or another Parameter leaves no other
-        trace. All-reduced if the weights are sharded: every rank must call this at the same point.
+        Values are compared by checksums, because a write through `.data`, numpy or another Parameter does not increment
+        the version counter. All-reduced if the weights are sharded: every rank must call this at the same point.
         """
         parameters = self.weights_by_name()
         changed = self.changed(self._checksums)
-        if changed is None and not self.is_sharded:  # parameters trained in full may have other values
+        if changed is None and not self.is_sharded:  # parameters trained in full change, but must keep their shapes
             trained = self.slow.trained
-            now = self.present(trained)
-            same = {name for name in now if now[name].shape == trained[name].base.shape}
-            changed = next((name for name in trained if name not in same), None)
+            current = self.present(trained)
+            intact = {name for name in current if current[name].shape == trained[name].base.shape}
+            changed = next((name for name in trained if name not in intact), None)
         if self.slow.group.any(changed is not None):
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside the cascade "
                 "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite the change. "
-                "Restore the weight. Write weights before adapt, and resume a run by lorasc_fx.save and load",
+                "Restore the weight. Load weights into the model before you call adapt. To resume a run, use "
+                "lorasc_fx.save and lorasc_fx.load",
                 code="weights-changed-outside",
             )
         for site in () if self.is_sharded else self.plan.sites:
-            for alias, other in self.present(site.aliases).items():
-                if other is not parameters.get(site.weight):
+            for alias, parameter in self.present(site.aliases).items():
+                if parameter is not parameters.get(site.weight):
                     raise StateError(
-                        f"{call}: {alias} was tied to {site.weight} when the model was adapted. It is another "
-                        "parameter now, which a fold would not reach. Tie them again, or adapt with untie",
+                        f"{call}: {alias} was tied to {site.weight} when the model was adapted. It is a separate "
+                        "parameter now, which a fold would not change. Tie them again, or call adapt with untie=...",
                         code="tied-weights-differ",
                     )
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of every parameter of the base, except those that forward writes.
+        """Return the fingerprints of all parameters of the base, by name. Parameters that forward writes are left out.
 
-        Each is computed once. It is computed again if a parameter that no training moves was written since: a
-        checkpoint does not hold the parameter, and has to say onto which values it loads.
+        A checkpoint stores fingerprints to check onto which base it is loaded. Each is computed once. If a parameter
+        that is neither adapted nor trained was written since, its fingerprint is computed again.
 
         Raises:
-            StateError: such a parameter was written after the weights were sharded, so no process has all of it.
+            StateError: such a parameter was written after the weights were sharded, so that no process has all values.
         """
         slow, moved = self.slow, self.moved_parameters()
         if self.is_sharded and (name := self.changed(self._frozen)) is not None:
             raise StateError(
-                f"save: {name} was changed after the weights were sharded. It is neither adapted nor trained, so no "
-                "checkpoint holds it. Restore it, or change it before shard",
+                f"save: {name} was changed after the weights were sharded. It is neither adapted nor trained, so a "
+                "checkpoint would not contain it. Restore it, or change it before you call shard",
                 code="weights-changed-outside",
             )
         bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
@@ -291,8 +297,8 @@ class RunBase:
             self.warned.once(
                 "frozen-parameter-changed",
                 f"{name} was changed after an earlier save. It is neither adapted nor trained, so checkpoints do not "
-                "hold it: new ones load only onto a model with its new values. To store it in them, give train=(...) "
-                "to the spec",
+                "contain it, and new ones can be loaded only onto a model with its new values. To store it in "
+                "checkpoints, add it to train=(...) of the spec",
             )
         self._frozen |= frozen
         new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self.digests}
@@ -300,10 +306,10 @@ class RunBase:
         return {name: digest for name, digest in self.digests.items() if name not in moved}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
-        """Return what must be equal on all ranks of a run (`ProcessGroup.check_equal`).
+        """Return descriptions of everything that must be equal on all ranks of a run (`ProcessGroup.check_equal`).
 
         Args:
-            weights: fingerprints or checksums, by name.
+            weights: fingerprints or checksums of the weights, by name.
         """
         plan = json.loads(self.plan.to_json())
         code = {"torch": str(torch.__version__), "lorasc-fx": f"{version()}, source {source_digest()[:12]}"}
@@ -314,7 +320,7 @@ class RunBase:
         return {**code, **spec, "stage": f"{self.plan.stage}, step {self.plan.step}", **sites, **digests}
 
     def note_frozen(self) -> None:
-        """Record new checksums of parameters that no training moves, after a move or a cast. Fingerprints stay."""
+        """Record new checksums of untrained parameters after a move or a cast. Their fingerprints are not changed."""
         parameters = self.parameters_by_name()
         self._frozen = checksums({name: parameters[name] for name in self._frozen})
 
@@ -329,7 +335,7 @@ class RunBase:
         return {**dict(self.model.named_buffers()), **self.moved_parameters()}
 
     def restorer(self) -> Callable[[], None]:
-        """Return a function that restores this state, except values of parameters and buffers (see `commit`)."""
+        """Return a function that restores the fields of this run. `commit` restores the values of tensors."""
         names = (
             *("plan", "slow", "base_file", "released", "added", "refusals", "unreached", "meta", "placed"),
             *("placed_checksums", "digests", "_frozen", "_checksums", "_objects"),
@@ -347,16 +353,16 @@ class RunBase:
         return restore
 
     def set_unmerged(self) -> None:
-        """Give the branches of quantized weights their unmerged deltas."""
+        """Give the branches of quantized weights the experts of earlier stages, which their weights cannot hold."""
         slow, branches = self.slow, self.branches_by_weight() if self.slow.quantized else {}
         for name in slow.quantized:
-            if name in branches:  # a rollback may have removed it
+            if name in branches:  # a rollback may have removed the branch
                 state = slow.states[name]
                 branches[name].set_unmerged(state.unmerged("slow") if slow.idle else state.unmerged_in_stage)
 
 
 def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the local part of the buffers that can hold inf or nan, by name."""
+    """Return the local part of each buffer whose dtype and layout can be checked for inf and nan, by name."""
     return {
         name: local(buffer)
         for name, buffer in model.named_buffers()

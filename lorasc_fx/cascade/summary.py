@@ -1,4 +1,4 @@
-"""A cascade in lines for people: sites, refusals, parameters and front end."""
+"""The summary that `print(cascade)` shows: sites, refusals, parameters and front end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from lorasc_fx.cascade.run import Run
 
 _SHOWN = 8
-"""Refusals and unreached weights that are named."""
+"""Maximum number of refusals, and of unreached weights, that the summary names."""
 
 
 def summary(
     run: Run, frontend: str, refused_frontends: tuple[tuple[str, str], ...], placements: Mapping[str, str]
 ) -> str:
-    """Return what `print(cascade)` prints."""
+    """Return the summary of a cascade as lines of text."""
     plan, spec = run.plan, run.plan.spec
     total = sum(parameter.numel() for parameter in run.model.parameters())
     trainable = run.trained_entries
@@ -30,15 +30,15 @@ def summary(
     if counted:
         lines.append("  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()))
     lines += [f"  before: {name} refused: {reason}" for name, reason in refused_frontends]
-    asked = Counter(refusal.reason.value for refusal in run.refusals if refusal.reason.requested)
-    if asked:
-        lines.append("  left as asked: " + ", ".join(f"{count} {reason}" for reason, count in asked.items()))
-    ours = [refusal for refusal in run.refusals if not refusal.reason.requested]
-    if ours:
-        lines.append(f"  {len(ours)} refusals:")
-        lines += [f"    {refusal}" for refusal in ours[:_SHOWN]]
-        if len(ours) > _SHOWN:
-            lines.append(f"    and {len(ours) - _SHOWN} more, see cascade.refusals")
+    requested = Counter(refusal.reason.value for refusal in run.refusals if refusal.reason.requested)
+    if requested:
+        lines.append("  left as asked: " + ", ".join(f"{count} {reason}" for reason, count in requested.items()))
+    refusals = [refusal for refusal in run.refusals if not refusal.reason.requested]
+    if refusals:
+        lines.append(f"  {len(refusals)} refusals:")
+        lines += [f"    {refusal}" for refusal in refusals[:_SHOWN]]
+        if len(refusals) > _SHOWN:
+            lines.append(f"    and {len(refusals) - _SHOWN} more, see cascade.refusals")
     if run.unreached:
         shown = ", ".join(run.unreached[:_SHOWN])
         lines.append(f"  {len(run.unreached)} unreached (in no graph yet): {shown}")

@@ -96,7 +96,7 @@ def next_stage(
             for name in after.left_out:
                 reset += branches[name].parameters() if name in branches else [trained[name]]
             state |= treated_state(optimizer, reset, "reset")
-        # Write all of it, or nothing.
+        # Write everything, or nothing.
         with commit() as undo:
             begin(run, Planned(planned, after, optimizer=optimizer, states=state), undo)
             experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - start_time

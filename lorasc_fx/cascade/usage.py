@@ -1,11 +1,11 @@
-"""Checks for mistakes in the use of a cascade that would raise no error. Each warning is given once per cascade.
+"""Checks for mistakes in the use of a cascade that would not raise an error by themselves.
 
-Inside a stage the user's model computes without the branches in training, and its parameters may hold noise. A program
-that calls or saves the model there should call the cascade, or use `weights(...)`.
+Inside a stage the user's model computes without the trained branches, and its parameters may have noise. A program that
+calls or saves the model there should call the cascade, or use `weights(...)`. It gets a warning, once per cascade.
 
-Calls of the model are seen through `_compiled_call_impl`, the attribute that `Module.compile` sets. Copies, pickles,
-tracers and torch.jit leave it out. A forward hook would not do: hooks change which kernels some modules use, and
-captured graphs are guarded by them.
+Calls of the model are intercepted by `_compiled_call_impl`, the attribute that `Module.compile` sets. Copies, pickles,
+tracers and torch.jit ignore it. A forward hook would not work: some modules use other kernels if they have hooks, and
+captured graphs have guards on hooks.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from lorasc_fx.errors import StateError, named, warn
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
-"""The original function. Context parallelism replaces it in torch.nn.functional."""
+"""The original attention function, which context parallelism replaces in torch.nn.functional."""
 
 
 class UsageWatch(Fresh):
-    """Checks calls of a cascade, and calls, saves and copies of its model.
+    """Checks calls of a cascade, and calls, saves, copies and pickles of its model.
 
-    The watch is the state dict pre-hook of the user's model. A copy or a pickle of the model copies the hook too, which
-    is how the watch notices them.
+    The watch is registered as a state dict pre-hook of the user's model. To copy or pickle the model, Python copies or
+    pickles the hook too, and so calls `__deepcopy__` or `__reduce__` of the watch.
     """
 
     def __init__(self) -> None:
         self._cascade: weakref.ref[nn.Module] | None = None
         self._run: Callable[[], Run | None] = lambda: None
         self._remove: weakref.finalize[Any, Run] | None = None
-        self._train_mode = False  # whether the model came in train mode; frozen batch norms are trained in eval mode
-        self._checked: dict[bool, tuple[object, ...]] = {}  # what surrounded the last checked call, by gradient mode
+        self._train_mode = False  # whether the model was in train mode; some models are always trained in eval mode
+        self._checked: dict[bool, tuple[object, ...]] = {}  # the environment of the last checked call, by grad mode
 
     def arm(self, run: Run, cascade: nn.Module) -> None:
         """Watch the model of this run until `disarm`, or until the run is garbage collected."""
@@ -69,7 +69,7 @@ class UsageWatch(Fresh):
     # ---- calls, saves and copies of the user's model
 
     def _checked_call(self, module: nn.Module) -> Callable[..., Any]:
-        """Return a `_compiled_call_impl` for a module: a check, and the call as it is."""
+        """Return a `_compiled_call_impl` for a module, which runs a check and then calls the module normally."""
         reference = weakref.ref(module)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ class UsageWatch(Fresh):
                 from_package = frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_PACKAGE)
             assert called is not None
             if not (from_package or torch.compiler.is_compiling()) and _shares_parameters(called, reference()):
-                dynamo: Any = sys.modules.get("torch._dynamo")  # which may run this between two of its graphs
+                dynamo: Any = sys.modules.get("torch._dynamo")  # after a graph break, dynamo may run this function
                 check = self._check if dynamo is None else dynamo.disable(self._check)
                 check("called")
             return called._call_impl(*args, **kwargs)
@@ -88,9 +88,9 @@ class UsageWatch(Fresh):
         return call
 
     def method(self, value: MethodType) -> Callable[..., Any]:
-        """Return a method of the model that warns if an adapted weight computes in it.
+        """Wrap a method of the model, so that it warns if it calls a module with an adapted weight.
 
-        Methods such as `forward_features` call modules of the model, and not the model itself.
+        Methods such as `forward_features` call submodules, and not the model itself.
         """
 
         @wraps(value)
@@ -117,7 +117,7 @@ class UsageWatch(Fresh):
             self._check("read")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UsageWatch:
-        """Check a deep copy of the model, unless it is part of a deep copy of the cascade."""
+        """Check a deep copy of the model, unless it is part of a deep copy of the cascade, which has the branches."""
         if id(self._cascade() if self._cascade is not None else None) not in memo:
             self._check("copied")
         return UsageWatch()
@@ -128,9 +128,9 @@ class UsageWatch(Fresh):
         return super().__reduce__()
 
     def _check(self, how: str) -> None:
-        """Warn if the user's model is called, read, copied or pickled while it lacks the branches in training.
+        """Warn if the user's model is called, read, copied or pickled while its outputs differ from the cascade's.
 
-        Copies and pickles are reported each time, because a loop may keep its best model by one.
+        Copies and pickles are reported each time, because a training loop may keep its best model that way.
         """
         run = self._run()
         if run is None:
@@ -147,10 +147,10 @@ class UsageWatch(Fresh):
             return
         message = (
             f"the {'state dict of the ' if how == 'read' else ''}model of a cascade was {how} inside stage "
-            f"{run.plan.stage}: it has the weights that the stage started from"
-            f"{', with noise' if run.plan.spec.noise.is_on else ''}, without what the stage has trained. Call the "
-            'cascade. Call, save or copy its model inside `with cascade.weights("slow"):` or "fast", or after '
-            "cascade.release()"
+            f"{run.plan.stage}. It has the weights from the start of the stage"
+            f"{', with noise' if run.plan.spec.noise.is_on else ''}, without the training of the stage. Call the "
+            'cascade instead. To call, save or copy the model, do it inside `with cascade.weights("slow"):` (or '
+            '"fast"), or after cascade.release()'
         )
         if once:
             run.warned.once(code, message)
@@ -160,45 +160,48 @@ class UsageWatch(Fresh):
     # ---- calls of the cascade
 
     def check_call(self, run: Run, cascade: Any) -> None:
-        """Check a call: wrappers once per stage, gradient mode and wrapper, and noise and dropout in eval mode.
+        """Check a call of the cascade: noise and dropout in eval mode, and wrappers of other libraries.
+
+        Wrappers are checked again only if the environment has changed since the last call: another stage, wrapper, or
+        new branches.
 
         Raises:
-            StateError: inside context parallelism, in a wrapper that shards, copies or lacks parameters, or the ranks
-                of DistributedDataParallel differ.
+            StateError: the call is inside context parallelism, or a wrapper shards or copies parameters or does not
+                know all trained ones. Or the ranks of DistributedDataParallel have different runs.
         """
         grad, wrapper = torch.is_grad_enabled(), DistributedDataParallel._active_ddp_module
-        # The next backward tells whether a call in eval mode trains. It may be an evaluation without torch.no_grad.
+        # A call in eval mode with gradients may be an evaluation without no_grad. Only a backward shows that it trains.
         if not cascade.training and grad and "dropout-not-applied" not in run.warned:
             run.pending.at_backward = self._check_dropout
-        # A model that came in eval mode is trained in it, so its training calls may see noise.
+        # If the model was never in train mode, the user trains in eval mode, and training calls should have noise.
         if not cascade.training and run.is_noisy and (not grad or self._train_mode):
             run.warned.once(
                 "evaluated-with-noise",
-                f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
-                'Evaluate inside `with cascade.weights("slow"):` or "fast", or after `release`',
+                f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights have noise. "
+                'Evaluate inside `with cascade.weights("slow"):` (or "fast"), or after `release`',
             )
         reference = None if wrapper is None else weakref.ref(wrapper)
         attention, kind = F.scaled_dot_product_attention, type(cascade)
-        around = (reference, attention, kind, run.plan.stage, len(run.branches), run.grouped)
-        if self._checked.get(grad) == around:
+        environment = (reference, attention, kind, run.plan.stage, len(run.branches), run.grouped)
+        if self._checked.get(grad) == environment:
             return
         run.replicas.check(run.trainable)
         if attention is not _ATTENTION and str(getattr(attention, "__module__", "")).startswith("torch.distributed"):
             raise StateError(
-                "forward: torch's context_parallel splits the attention of a running model, but not that of a captured "
-                "graph, so each rank would attend only to its own part. Leave context_parallel, and use activation "
-                "checkpointing for long sequences",
+                "forward: torch's context_parallel cannot split the attention in a captured graph, so each rank would "
+                "attend only to its own part of the sequence. Call the cascade outside context_parallel. For long "
+                "sequences, use activation checkpointing",
                 code="wrapper-not-supported",
             )
         if grad:
             cascade._called_by("train")
-        self._checked[grad] = around
-        # Before the first training call: the wrapper has broadcast the parameters of rank 0, but not its W0.
+        self._checked[grad] = environment
+        # DistributedDataParallel has broadcast the parameters of rank 0, but not its W0, so compare the runs.
         if grad and (group := run.replicas.new_group()) is not None:
             run.check_ranks("DistributedDataParallel", group)
 
     def _check_dropout(self) -> None:
-        """Warn of a backward in eval mode if there is dropout. Looks at the modules once per cascade."""
+        """Warn if a backward runs in eval mode and the model or the spec has dropout. Done once per cascade."""
         run = self._run()
         if run is None or run.branches.training:
             return
@@ -215,31 +218,32 @@ class UsageWatch(Fresh):
             return
         run.warned.once(
             "dropout-not-applied",
-            f"a training step ran in eval mode, in which dropout does nothing: {named(skipped)}. Models of "
-            "from_pretrained come in eval mode. Call train() of the cascade before training, or set dropout to 0",
+            f"a training step ran in eval mode, in which dropout does nothing: {named(skipped)}. Models from "
+            "from_pretrained are in eval mode. Call cascade.train() before training, or set dropout to 0",
         )
 
 
 def callers() -> Iterator[FrameType]:
-    """Yield the frames of the callers, innermost first."""
-    frame = sys._getframe(1).f_back  # of the caller that iterates
+    """Yield the frames of the callers of the function that iterates, innermost first."""
+    frame = sys._getframe(1).f_back
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
-def _shares_parameters(one: nn.Module, other: nn.Module | None) -> bool:
+def _shares_parameters(module: nn.Module, reference: nn.Module | None) -> bool:
     """Whether two modules are the same, or one is a shallow copy of the other."""
-    return other is not None and one._parameters is other._parameters
+    return reference is not None and module._parameters is reference._parameters
 
 
 def _from_package() -> bool:
-    """Whether this package itself uses the model."""
+    """Whether the caller of the model, at any depth, is this package itself."""
     files = (frame.f_code.co_filename for frame in callers())
     return any(file.startswith(_PACKAGE) and file != __file__ for file in files)
 
 
 def _detach(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:
+    """Remove the hook and the intercepted call, unless somebody has replaced the call since."""
     handle.remove()
     called = model()
     if called is not None and called.__dict__.get("_compiled_call_impl") is call:

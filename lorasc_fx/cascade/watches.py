@@ -1,4 +1,4 @@
-"""Watches the loop that trains a cascade: gradients, optimizer steps, and DistributedDataParallel."""
+"""Hooks into the training loop of a cascade: gradients, optimizer steps, and DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorasc_fx.shards import local
 
 
 class Fresh:
-    """State of one object in one process. A deep copy or a pickle of it starts empty."""
+    """Base class for state that belongs to one object in one process. A deep copy or a pickle starts empty."""
 
     def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
         return (type(self), ())
@@ -43,26 +43,26 @@ class Warned(Fresh):
         self._codes.discard(code)
 
     def accept(self, code: str) -> None:
-        """Suppress warnings with this code: the user asked for what they warn about."""
+        """Never give warnings with this code: they do not apply to this cascade."""
         self._codes.add(code)
 
 
 class PendingWatch(Fresh):
     """Detects gradients that no optimizer step has consumed, by comparing version counters.
 
-    An optimizer step writes a parameter in place, which increments its version. Each accumulation records the version.
-    A gradient is pending while the parameter still has the recorded version.
+    An optimizer step writes a parameter in place, which increments its version counter. When a gradient is accumulated,
+    the version of the parameter is recorded. The gradient is pending while the parameter has the recorded version.
     """
 
     def __init__(self) -> None:
-        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
+        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient is accumulated
         self._handles: list[Any] = []
-        self._versions: dict[int, int] = {}  # of parameters, when their last gradient arrived
+        self._versions: dict[int, int] = {}  # recorded versions, by the id of the parameter
         # Weak references: a parameter's hook refers to this watch, and the garbage collector does not see such hooks.
         self._watched = weakref.WeakValueDictionary[int, nn.Parameter]()
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Watch these parameters too."""
+        """Start watching these parameters. Parameters that are watched already stay watched."""
         for parameter in parameters:
             if id(parameter) not in self._watched:
                 self._watched[id(parameter)] = parameter
@@ -112,19 +112,18 @@ class PendingWatch(Fresh):
 
 
 class StepWatch(Fresh):
-    """Calls a method after each step of any optimizer, in any loop, compiled or not. Steps that a loss scaler skips do
-    not count.
+    """Calls a method after each step of any optimizer in the process, compiled or not.
 
-    One global hook of torch serves the whole process and is never removed. torch iterates over its hooks during a step
-    and would raise if garbage collection removed one meanwhile.
+    A step that a loss scaler skips does not count. One global hook serves the whole process and is never removed: torch
+    iterates over its hooks during a step, and would raise if garbage collection removed one meanwhile.
     """
 
     _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]] = weakref.WeakKeyDictionary()
-    """The watches in the order in which they were armed, which is the same on all ranks."""
+    """The method of each watch, in the order of `arm`: the same on all ranks, because methods communicate."""
     _hook: ClassVar[Any] = None
 
     def arm(self, method: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Call this method after each optimizer step, as long as its object lives."""
+        """Call this bound method after each optimizer step, until its object is garbage collected."""
         StepWatch._hook = StepWatch._hook or register_optimizer_step_post_hook(StepWatch._step)
         StepWatch._armed[self] = weakref.WeakMethod(method)
 
@@ -140,15 +139,16 @@ class StepWatch(Fresh):
 
 
 class Replicas(Fresh):
-    """Checks that DistributedDataParallel knows all trained parameters: it averages the gradients of no others.
+    """Checks that DistributedDataParallel knows all trained parameters. It averages the gradients of no others.
 
-    The wrapper is found while its forward runs, through any number of other wrappers.
+    The wrapper is found while its forward runs, even if there are other wrappers around it.
     """
 
     def __init__(self) -> None:
-        self._wrapper: Callable[[], Any] = lambda: None  # weak references
-        self._outdated: Callable[[], Any] = lambda: None
-        self._compared: Callable[[], Any] = lambda: None
+        # Weak references to wrappers.
+        self._wrapper: Callable[[], Any] = lambda: None  # the wrapper of the last call
+        self._outdated: Callable[[], Any] = lambda: None  # a wrapper whose buffers no longer fit
+        self._compared: Callable[[], Any] = lambda: None  # the wrapper whose ranks were compared
 
     def check(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         """Raise StateError if a parameter was added or changed its shape after the model was wrapped."""
@@ -158,22 +158,22 @@ class Replicas(Fresh):
         if self._outdated() is wrapper:
             raise StateError(
                 "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, so its "
-                "gradient buffers have the old shapes. Wrap the cascade again",
+                "gradient buffers have the old shapes. Wrap the cascade again: DistributedDataParallel(cascade)",
                 code="wrapper-not-supported",
             )
-        known = {id(parameter) for parameter in wrapper._module_parameters}
-        late = [name for name, parameter in trainable().items() if id(parameter) not in known]
+        wrapped = {id(parameter) for parameter in wrapper._module_parameters}
+        late = [name for name, parameter in trainable().items() if id(parameter) not in wrapped]
         if late:
             raise StateError(
-                f"{named(late)} came with a graph that was captured after DistributedDataParallel wrapped the cascade, "
-                "so their gradients would not be averaged over the processes. Before wrapping it, call the cascade "
-                "once in each mode and with each kind of arguments, or wrap it again",
+                f"{named(late)} came with a graph that was captured after DistributedDataParallel had wrapped the "
+                "cascade, so their gradients would not be averaged over the processes. Wrap the cascade again. Or call "
+                "it once in each mode and with each kind of arguments before you wrap it",
                 code="wrapper-not-supported",
             )
         self._wrapper = weakref.ref(wrapper)
 
     def new_group(self) -> Any:
-        """Return the process group of the running wrapper, once per wrapper; None otherwise."""
+        """Return the process group of the running wrapper the first time it is seen, otherwise None."""
         wrapper = DistributedDataParallel._active_ddp_module
         if wrapper is None or self._compared() is wrapper:
             return None
@@ -181,9 +181,9 @@ class Replicas(Fresh):
         return wrapper.process_group
 
     def restorer(self) -> Callable[[], None]:
-        """Return a function that restores whether the wrapper is outdated."""
+        """Return a function that undoes `outdate`."""
         return partial(setattr, self, "_outdated", self._outdated)
 
     def outdate(self) -> None:
-        """Record that parameters no longer fit the buffers of the current wrapper."""
+        """Record that parameters no longer have the shapes of the current wrapper's gradient buffers."""
         self._outdated = self._wrapper

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lorasc_fx.cascade import CascadeModule, experts
+from lorasc_fx.cascade import CascadeModule
+from lorasc_fx.cascade.views import VIEW_NAMES
 from lorasc_fx.checkpoint import reader, run_source, training_state, writer
 from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.errors import SpecError, StateError, nearest, path_of
@@ -96,9 +97,9 @@ class SavedCascade(CascadeModule):
             NonFiniteBranch: a running branch of the other run holds inf or nan.
         """
         self._run.check_ready("add")
-        if not isinstance(name, str) or not name or name in (*experts.VIEW_NAMES, "stage"):
+        if not isinstance(name, str) or not name or name in (*VIEW_NAMES, "stage"):
             raise SpecError(
-                f"add: the name is {name!r}; give a text other than the names of views: {', '.join(experts.VIEW_NAMES)}"
+                f"add: the name is {name!r}; give a text other than the names of views: {', '.join(VIEW_NAMES)}"
             )
         if name in self._run.added:
             raise SpecError(f"add: there is already a run {name!r}. Give another name, or call remove({name!r}) first")

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.cascade.experts import check_view
 from lorasc_fx.cascade.folding import check_quantized
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
+from lorasc_fx.cascade.views import check_view
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.parameters import names_of
 from lorasc_fx.state import ViewName, check_finite

@@ -8,8 +8,8 @@ from os import PathLike
 
 import torch
 
-from lorasc_fx.cascade.experts import bare, differ, other_kind
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.sums import check_same_kind
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read
 from lorasc_fx.errors import SpecError, StateError, named
@@ -66,7 +66,7 @@ class RunSource:
         """
         if isinstance(self.run, Run):
             buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
-            return Part(self.name, self.plan, bare(ended(self.run, "merge")), buffers)
+            return Part(self.name, self.plan, ended(self.run, "merge").without_base(), buffers)
         state, learners = self.run.with_learners()
         slow = state.slow
         if slow.moved(learners):
@@ -78,7 +78,7 @@ class RunSource:
                 )
             states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
             slow = replace(slow, states=states).after_stage(state.plan, learners)
-        return Part(self.name, state.plan, bare(slow), state.buffers)
+        return Part(self.name, state.plan, slow.without_base(), state.buffers)
 
 
 def add(run: Run, name: str, added: RunSource) -> None:
@@ -101,6 +101,5 @@ def add(run: Run, name: str, added: RunSource) -> None:
         )
     states = {key: state for key, state in part.slow.states.items() if key in sites}
     for key, state in states.items():
-        if differ(state, sites[key]):
-            raise other_kind("add", added.name, key)
+        check_same_kind("add", added.name, state, sites[key])
     run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=states))}

@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.cascade.experts import check_view
 from lorasc_fx.cascade.inputs import stand_ins
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.views import check_view
 from lorasc_fx.checkpoint.base_file import name_or_path
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade

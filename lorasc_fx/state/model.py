@@ -80,6 +80,11 @@ class SlowWeights:
         states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
         return replace(self, states=states, group=group)
 
+    def without_base(self) -> SlowWeights:
+        """Return the state with every W0 on the meta device, to be combined with the W0 of another run."""
+        states = {name: replace(state, base=state.base.to("meta")) for name, state in self.states.items()}
+        return replace(self, states=states)
+
     def with_weights(
         self,
         parameters: Mapping[str, nn.Parameter],

@@ -286,5 +286,5 @@ def test_a_sum_beyond_the_dtype_of_a_weight(kind: str) -> None:
         host.weights({name: 30 * weight for name, weight in huge.items()}).__enter__()
     with unchanged(host), raises(lx.SpecError, "invalid-value", "release", "0.weight"):
         host.release(view={name: 30 * weight for name, weight in huge.items()})
-    with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "beyond the dtype", "4.weight"):
+    with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "overflows the dtype", "4.weight"):
         lx.merge([other, host], model, (X,), weights=[9e39, 3e39])
