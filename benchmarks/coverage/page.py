@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -110,17 +109,14 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
         lines += [line for title, names in lists.items() for line in (f"{title}: {', '.join(names)}.", "")]
         lines += [HEAD, *rows]
 
-    def section(title: str, key: str, text: Callable[[dict[str, str]], str], none: str) -> list[str]:
-        return ["", f"## {title}", ""] + ([f"- {e['name']}: {text(e[key])}" for e in everything if e[key]] or [none])
-
-    lines += section(
-        "Weights without a gradient in the eager model",
-        "idle",
-        lambda idle: (
-            f"`{next(iter(idle))}`{f' and {len(idle) - 1} more' * (len(idle) > 1)}: {next(iter(idle.values()))}"
-        ),
-        "None.",
-    )
+    lines += ["", "## Weights without a gradient in the eager model", ""]
+    idle: dict[str, list[str]] = {}
+    for each in everything:
+        if each["idle"]:
+            weight, reason = next(iter(each["idle"].items()))
+            more = f" and {len(each['idle']) - 1} more" * (len(each["idle"]) > 1)
+            idle.setdefault(reason, []).append(f"{each['name']} (`{weight}`{more})")
+    lines += [f"- {reason}: {', '.join(names)}" for reason, names in idle.items()] or ["None."]
     lines += ["", "## Reasons against the front end `export`", ""]
     models: dict[str, list[str]] = {}
     for each in everything:
