@@ -1,7 +1,7 @@
-"""`cascade.draw`: the rewritten graph around some sites, as a picture.
+"""Draw the adapted graph around some sites, for `cascade.draw`.
 
-`scene` selects the nodes, `placed` puts them in layers from input to output (igraph's Sugiyama layout), and matplotlib
-draws them. Both are imported on first use.
+`scene` selects the nodes, `layout_of` arranges them in layers from input to output (Sugiyama layout of igraph), and
+matplotlib draws them. igraph and matplotlib are imported on first use.
 """
 
 from __future__ import annotations
@@ -46,29 +46,30 @@ STYLES = {
     "input": (INK, "#ffffff", "input or output"),
     "op": (MUTED, "#ffffff", "op of the model"),
 }
-"""Edge, face and meaning of a box, by kind."""
+"""Edge color, face color and legend of a box, by kind."""
 
 ENDINGS = (".svg", ".png", ".pdf")
 DEFAULT_SITES = 3
 """Number of sites shown by default."""
 MAX_NEIGHBOURS = 12
-"""Neighbours from which on the search stops at a node. A residual stream would bring in the whole model."""
+"""The search does not continue from a node with more neighbours. Otherwise a residual stream would add the whole model.
+"""
 MAX_LETTERS = 34
-"""Letters of a line. The middle of a longer name is left out."""
+"""Maximum letters of a line. The middle of a longer name is replaced by an ellipsis."""
 
 
 class Picture:
-    """A drawing without a file, which a notebook shows.
+    """A drawing in memory, which a notebook displays.
 
     Args:
-        svg: the text of the drawing.
+        svg: the drawing as SVG text.
     """
 
     def __init__(self, svg: str) -> None:
         self.svg = svg
 
     def _repr_svg_(self) -> str:
-        """Return what IPython shows."""
+        """Return the SVG text for IPython."""
         return self.svg
 
 
@@ -79,41 +80,43 @@ def draw_graphs(
     sites: Sequence[str],
     radius: int,
 ) -> Path | Picture:
-    """Draw rewritten graphs around some sites; see `Cascade.draw`.
+    """Draw adapted graphs around some sites. Arguments and result are the ones of `Cascade.draw`.
 
     Raises:
         UnknownTarget: a pattern matches no site.
-        SpecError: the file has another ending, its folder does not exist, or the radius is not a count.
+        SpecError: the ending of the file is not supported, its folder does not exist, or the radius is not a count.
         StateError: no graph has a branch of these sites.
         MissingExtra: igraph or matplotlib is not installed.
     """
     path = None if file is None else path_of(file)
     if path is not None and path.suffix not in ENDINGS:
-        raise SpecError(f"draw: {path} does not end with one of {', '.join(ENDINGS)}")
+        raise SpecError(f"draw: {path} must end with one of {', '.join(ENDINGS)}")
     if path is not None and not path.parent.is_dir():
-        raise SpecError(f"draw: there is no folder {path.parent}", code="unreadable-file")
+        raise SpecError(f"draw: the folder {path.parent} does not exist; create it", code="unreadable-file")
     if not is_integer(radius, 0):
         raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
-    return _written({"": scene(graphs, plan, chosen_sites(plan, sites), radius)}, path)
+    return _write({"": scene(graphs, plan, chosen_sites(plan, sites), radius)}, path)
 
 
 def draw_steps(steps: Mapping[str, fx.GraphModule], plan: Plan, file: Path, sites: Sequence[str], radius: int) -> None:
-    """Draw one graph at several steps of its rewrite side by side, around the reads of some weights.
+    """Draw one graph after several passes side by side, around the nodes that read some weights.
 
     Args:
-        steps: the graphs, by the title of their panels. They need no branches.
-        plan, sites, radius: as for `Cascade.draw`; the radius is counted from the reads of the weights.
+        steps: the graphs by title. They need no branches.
+        plan: the sites.
         file: path of the file.
+        sites: patterns of the sites to draw, as for `Cascade.draw`.
+        radius: number of arrows to follow from the `get_attr` nodes of the weights.
     """
     weights = {site.weight for site in chosen_sites(plan, sites)}
     panels = {}
     for title, graph_module in steps.items():
         reads = [node for node in graph_module.graph.nodes if node.op == "get_attr" and _weight(node, plan) in weights]
-        panels[title] = Scene(*_shown(graph_module, _around(reads, radius), plan))
-    _written(panels, file)
+        panels[title] = Scene(*_boxes_and_arrows(graph_module, _around(reads, radius), plan))
+    _write(panels, file)
 
 
-def _written(panels: Mapping[str, Scene], path: Path | None) -> Path | Picture:
+def _write(panels: Mapping[str, Scene], path: Path | None) -> Path | Picture:
     """Write the drawing to a file and return its path. Without a path, return the picture."""
     with module_of("report", "matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorasc-fx"}):
         figure = _figure(panels)
@@ -124,26 +127,28 @@ def _written(panels: Mapping[str, Scene], path: Path | None) -> Path | Picture:
 
 
 def _figure(panels: Mapping[str, Scene]) -> Any:
-    """Return the drawing of scenes, side by side, as a figure of matplotlib. Its units are points, y downwards."""
+    """Return a matplotlib figure of the scenes side by side. Its units are points, with y downwards."""
     patches, figures = (module_of("report", f"matplotlib.{name}") for name in ("patches", "figure"))
     figure = figures.Figure()
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    left = bottom = 0.0
+    panel_x = bottom = 0.0
     for title, scene in panels.items():
         width = max(len(line) for box in scene.boxes.values() for line in box.lines) * LETTER + 2 * PAD
         height = max(box.height for box in scene.boxes.values())
-        layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 2 * GAP)
+        layout = layout_of(list(scene.boxes), scene.arrows, width + GAP, height + 2 * GAP)
+        # Move the layout to the right of the previous panel and below the title.
         xs, ys = zip(*[point for path in layout.arrows for point in path], *layout.centres.values(), strict=True)
-        across, down = left + width / 2 + GAP - min(xs), (TITLE if title else 0) + height / 2 + GAP - min(ys)
+        across, down = panel_x + width / 2 + GAP - min(xs), (TITLE if title else 0) + height / 2 + GAP - min(ys)
         _draw_scene(axes, scene, layout.moved(across, down))
         if title:
-            axes.text(left + GAP, TITLE, title, fontsize=11, fontweight="bold", color=INK)
-        left += max(xs) - min(xs) + width + 2 * GAP
+            axes.text(panel_x + GAP, TITLE, title, fontsize=11, fontweight="bold", color=INK)
+        panel_x += max(xs) - min(xs) + width + 2 * GAP
         bottom = max(bottom, max(ys) + down + height / 2 + GAP)
+    # The legend below the panels has one line per kind, and one for the dashed edges.
     boxes = [box for scene in panels.values() for box in scene.boxes.values()]
     kinds = [kind for kind in STYLES if any(box.kind == kind for box in boxes)]
-    right, bottom = max(left, LEGEND), bottom + 16 * (len(kinds) + 1)
+    right, bottom = max(panel_x, LEGEND), bottom + 16 * (len(kinds) + 1)
     figure.set_size_inches(right / 72, bottom / 72)
     axes.set(xlim=(0, right), ylim=(bottom, 0))
     legend = [
@@ -154,8 +159,8 @@ def _figure(panels: Mapping[str, Scene]) -> Any:
     return figure
 
 
-def _draw_scene(axes: Any, scene: Scene, layout: Placed) -> None:
-    """Draw arrows and boxes at their places."""
+def _draw_scene(axes: Any, scene: Scene, layout: Layout) -> None:
+    """Draw the arrows and boxes of a scene at the positions of the layout."""
     for (source, target), path in zip(scene.arrows, layout.arrows, strict=True):
         (x0, y0), *between, (x1, y1) = path
         points = [(x0, y0 + scene.boxes[source].height / 2), *between, (x1, y1 - scene.boxes[target].height / 2)]
@@ -175,10 +180,10 @@ class Box:
     """A node in the picture.
 
     Args:
-        kind: `beside`, `merged` or `weight`, the placement of a branch; `shared`, a stacked product of several; `site`,
-            an adapted weight; `parameter`; `input`, or output; `op`.
-        lines: its name, what it does, its dtype and shape.
-        cut: it has neighbours that are not shown.
+        kind: key of `STYLES`. `beside`, `merged` and `weight` are branches by placement. `shared` is the stacked
+            product of several branches, `site` an adapted weight, `input` an input or an output.
+        lines: name, description, and dtype with shape.
+        cut: whether the node has neighbours outside the picture.
     """
 
     kind: str
@@ -187,7 +192,7 @@ class Box:
 
     @property
     def is_branch(self) -> bool:
-        """Whether it is a branch."""
+        """Whether the node calls a branch."""
         return self.kind in ("beside", "merged", "weight")
 
     @property
@@ -198,17 +203,17 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """Boxes and arrows between them, by the names of the nodes."""
+    """The boxes by node name, and the arrows between them as pairs of names."""
 
     boxes: dict[str, Box]
     arrows: tuple[tuple[str, str], ...]
 
 
 def chosen_sites(plan: Plan, patterns: Sequence[str]) -> list[Site]:
-    """Return the sites that match patterns (kinds or globs, as in a spec). Without patterns, the first few.
+    """Return the sites that match one of the patterns (kinds or globs, as in a spec). Without patterns, the first few.
 
     Raises:
-        SpecError: a single string instead of a sequence.
+        SpecError: `patterns` is a single string.
         UnknownTarget: a pattern matches no site.
     """
     if isinstance(patterns, str):
@@ -218,12 +223,12 @@ def chosen_sites(plan: Plan, patterns: Sequence[str]) -> list[Site]:
     for pattern in patterns:
         if not any(targeted((pattern,), site.kind, (site.weight, *site.aliases)) for site in plan.sites):
             hint = nearest(pattern, [*(site.weight for site in plan.sites), *KINDS])
-            raise UnknownTarget(f"draw: {pattern!r} means no site of this cascade{hint}")
+            raise UnknownTarget(f"draw: {pattern!r} matches no site of this cascade{hint}")
     return [site for site in plan.sites if targeted(patterns, site.kind, (site.weight, *site.aliases))]
 
 
 def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], radius: int) -> Scene:
-    """Return the branch nodes of these sites and the nodes up to `radius` arrows away, of all graphs.
+    """Return the branch nodes of some sites in all graphs, with the nodes up to `radius` arrows away.
 
     Raises:
         StateError: no graph has a branch of any of these sites.
@@ -234,51 +239,61 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     drawn: set[str] = set()
     for number, graph_module in enumerate(graphs):
         seeds = [node for node, branch in branch_nodes(graph_module).items() if branch.weight_name in weights]
-        if not seeds or text(graph_module) in drawn:  # other sizes of a call that is drawn already
+        if not seeds or text(graph_module) in drawn:  # the same graph was captured for another call
             continue
         drawn.add(text(graph_module))
-        more = _shown(graph_module, _around(seeds, radius), plan, f"{number}:" if len(graphs) > 1 else "")
-        boxes |= more[0]
-        arrows += more[1]
+        prefix = f"{number}:" if len(graphs) > 1 else ""
+        new_boxes, new_arrows = _boxes_and_arrows(graph_module, _around(seeds, radius), plan, prefix)
+        boxes |= new_boxes
+        arrows += new_arrows
     if not boxes:
         raise StateError(
-            f"draw: the branches of {', '.join(sorted(weights)[:3])} stand in no graph: Python between the graphs uses "
-            "these weights, and sees them swapped",
+            f"draw: no graph calls the branches of {', '.join(sorted(weights)[:3])}: Python code between the graphs "
+            "uses these weights. Choose other sites",
             code="no-whole-graph",
         )
     return Scene(boxes, tuple(arrows))
 
 
-def _shown(
-    graph_module: fx.GraphModule, shown_nodes: Collection[fx.Node], plan: Plan, prefix: str = ""
+def _boxes_and_arrows(
+    graph_module: fx.GraphModule, shown: Collection[fx.Node], plan: Plan, prefix: str = ""
 ) -> tuple[dict[str, Box], tuple[tuple[str, str], ...]]:
-    """Return the boxes of some nodes of a graph, and the arrows between them."""
+    """Return the boxes of some nodes of a graph by name, and the arrows between them.
+
+    Args:
+        graph_module: the graph.
+        shown: the nodes.
+        plan: the sites.
+        prefix: prefix of the names, to distinguish several graphs.
+    """
     branches, symbols = branch_nodes(graph_module), dict[str, str]()
     boxes: dict[str, Box] = {}
-    shown = [node for node in graph_module.graph.nodes if node in shown_nodes]
-    for node in shown:
-        cut = any(neighbour not in shown_nodes for neighbour in (*node.all_input_nodes, *node.users))
+    nodes = [node for node in graph_module.graph.nodes if node in shown]
+    for node in nodes:
+        cut = any(neighbour not in shown for neighbour in (*node.all_input_nodes, *node.users))
         kind = _kind(node, branches, plan)
         boxes[prefix + node.name] = Box(kind, _lines(node, kind, branches, symbols, plan), cut)
-    pairs = ((source, node) for node in shown for source in node.all_input_nodes if source in shown_nodes)
+    pairs = ((source, node) for node in nodes for source in node.all_input_nodes if source in shown)
     return boxes, tuple((prefix + source.name, prefix + node.name) for source, node in pairs)
 
 
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
-    reached_nodes = set(seeds)
-    front = list(seeds)
+    """Return the nodes up to `radius` arrows away from the seeds, by breadth-first search."""
+    reached = set(seeds)
+    frontier = list(seeds)
     for _ in range(radius):
-        reached = []
-        for node in front:
+        next_frontier = []
+        for node in frontier:
             neighbours = [*node.all_input_nodes, *node.users]
             if node in seeds or len(neighbours) <= MAX_NEIGHBOURS:
-                reached += [neighbour for neighbour in neighbours if neighbour not in reached_nodes]
-                reached_nodes.update(neighbours)
-        front = reached
-    return reached_nodes
+                next_frontier += [neighbour for neighbour in neighbours if neighbour not in reached]
+                reached.update(neighbours)
+        frontier = next_frontier
+    return reached
 
 
 def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
+    """Return the kind of a node's box, a key of `STYLES`."""
     if node in branches:
         if call_template(node) is not None:
             return "merged"
@@ -293,31 +308,39 @@ def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
 def _lines(
     node: fx.Node, kind: str, branches: dict[fx.Node, Any], symbols: dict[str, str], plan: Plan
 ) -> tuple[str, ...]:
+    """Return the lines of a node's box: name, description, and dtype with shape if they are known."""
     if node in branches:
-        where = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[kind]
-        name, does = branches[node].weight_name, f"branch, rank {branches[node].rank}, {where}"
+        placement = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[kind]
+        name, description = branches[node].weight_name, f"branch, rank {branches[node].rank}, {placement}"
     elif node.op == "get_attr":
-        name, does = _weight(node, plan), "weight" if kind == "site" else "parameter"
+        name, description = _weight(node, plan), "weight" if kind == "site" else "parameter"
     elif kind == "input":
-        name, does = node.name, "output" if node.op == "output" else "input"
+        name, description = node.name, "output" if node.op == "output" else "input"
     else:
         target = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
         op = re.sub(r"^(torch\.ops\.|torch\._C\._nn\.|torch\.nn\.functional\.|torch\.|_operator\.)", "", target)
-        name, does = node.name, _short(op.removesuffix(".default").removeprefix("model."))
-    return (_short(name), does, *_shape(node, symbols))
+        name, description = node.name, _short(op.removesuffix(".default").removeprefix("model."))
+    return (_short(name), description, *_shape(node, symbols))
 
 
 def _weight(node: fx.Node, plan: Plan) -> str:
-    """Return the name of a parameter. Graphs read `model.NAME`, and folded graphs have constants `NAME`."""
+    """Return the name of a parameter. Graphs of a cascade read `model.NAME`; folded graphs own it as `NAME`."""
     name = str(node.target)
     return name if name in plan.by_weight else name.removeprefix("model.")
 
 
 def _short(name: str) -> str:
+    """Return a name of at most MAX_LETTERS letters, with an ellipsis in the middle of a longer one."""
     return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2 - 1]}…{name[-(MAX_LETTERS // 2) :]}"
 
 
 def _shape(node: fx.Node, symbols: dict[str, str]) -> tuple[str, ...]:
+    """Return dtype and shape of a node's tensor as one line, or nothing if they are unknown.
+
+    Args:
+        node: the node.
+        symbols: new name of each symbolic size, extended by this function.
+    """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ()
@@ -331,25 +354,31 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Centres of boxes by name, in points, y downwards; and the points that each arrow goes through."""
+class Layout:
+    """The positions of boxes and arrows, in points, with y downwards.
+
+    Args:
+        centres: centre of each box, by name.
+        arrows: the points of each arrow, from source to target.
+    """
 
     centres: Mapping[str, Point]
     arrows: Sequence[Sequence[Point]]
 
-    def moved(self, across: float, down: float) -> Placed:
+    def moved(self, across: float, down: float) -> Layout:
         """Return the layout, moved by a distance."""
         centres = {name: (x + across, y + down) for name, (x, y) in self.centres.items()}
-        return Placed(centres, [[(x + across, y + down) for x, y in path] for path in self.arrows])
+        return Layout(centres, [[(x + across, y + down) for x, y in path] for path in self.arrows])
 
 
-def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: float, down: float) -> Placed:
+def layout_of(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: float, down: float) -> Layout:
     """Return the layout of an acyclic graph.
 
     Args:
-        names: of the boxes, each after those whose arrows it gets.
-        arrows: pairs of names, from producer to reader.
-        across, down: points between the centres of two neighbours in a layer, and between two layers.
+        names: names of the boxes in topological order.
+        arrows: pairs of names (source, target).
+        across: distance in points between the centres of two neighbours in a layer.
+        down: distance in points between two layers.
 
     Raises:
         MissingExtra: igraph is not installed.
@@ -359,7 +388,8 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
     layers = _layers(names, arrows)
     edges: list[tuple[int, int]] = []
     routes = []
-    for source, target in arrows:  # a long arrow gets a point in each layer that it crosses
+    # An arrow over several layers gets a point in each layer that it crosses, so that it bends around boxes.
+    for source, target in arrows:
         between = range(layers[index[source]] + 1, layers[index[target]])
         route = [index[source], *range(len(layers), len(layers) + len(between)), index[target]]
         layers += between
@@ -368,25 +398,31 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
     graph = igraph.Graph(len(layers), edges, directed=True)
     layout = graph.layout_sugiyama(layers=layers, hgap=across, vgap=down, maxiter=200)
     points = _apart([(float(x), float(y)) for x, y in layout.coords], len(names), across)
-    return Placed({name: points[index[name]] for name in names}, [[points[p] for p in route] for route in routes])
+    return Layout({name: points[index[name]] for name in names}, [[points[p] for p in route] for route in routes])
 
 
 def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
-    """Move the points of a layer apart if two are too close, which igraph does not prevent.
+    """Move the points of each layer apart if two are too close, which igraph does not prevent.
 
-    The first `boxes` points are centres of boxes. The others are points of arrows, which need half the distance.
+    Args:
+        points: positions. The first ones are centres of boxes, the others are points of arrows.
+        boxes: number of boxes.
+        across: minimum distance of two boxes. Between a box and an arrow it is half of this, between arrows an eighth.
     """
     moved = list(points)
     for height in {y for _, y in points}:
         layer = sorted((index for index, (_, y) in enumerate(points) if y == height), key=lambda index: points[index])
-        for before, index in pairwise(layer):
-            distance = across * (0.5 * (before < boxes) + 0.5 * (index < boxes)) or across / 8
-            moved[index] = (max(moved[index][0], moved[before][0] + distance), height)
+        for previous, index in pairwise(layer):
+            distance = across * (0.5 * (previous < boxes) + 0.5 * (index < boxes)) or across / 8
+            moved[index] = (max(moved[index][0], moved[previous][0] + distance), height)
     return moved
 
 
 def _layers(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> list[int]:
-    """Return the layer of each box: the length of its longest path. A box without inputs is just above its reader."""
+    """Return the layer of each box, starting from 0: the length of the longest path to it.
+
+    A box without inputs is moved down to the layer above its first reader.
+    """
     layer: dict[str, int] = {}
     for name in names:
         layer[name] = 1 + max((layer[source] for source, target in arrows if target == name), default=-1)

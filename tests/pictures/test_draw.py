@@ -110,7 +110,7 @@ def test_graph_breaks_are_drawn_side_by_side(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"file": "graph.txt"}, lx.SpecError, ("invalid-value", "graph.txt", ".svg, .png, .pdf")),
-        ({"file": "absent/graph.svg"}, lx.SpecError, ("unreadable-file", "there")),
+        ({"file": "absent/graph.svg"}, lx.SpecError, ("unreadable-file", "absent")),
         ({"sites": "q.weight"}, lx.SpecError, ("invalid-value", "sites", "q.weight")),
         ({"sites": ["q.wieght"]}, lx.UnknownTarget, ("unknown-target", "q.wieght", "q.weight")),
         ({"radius": -1}, lx.SpecError, ("invalid-value", "radius", "-1")),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorasc_fx.pictures import placed, scene
+from lorasc_fx.pictures import layout_of, scene
 from tests.kit.state import oldest_variant
 from tests.pictures.test_draw import adapted
 
@@ -17,7 +17,7 @@ ACROSS, DOWN = 100.0, 50.0
 
 
 def check(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> None:
-    found = placed(names, arrows, ACROSS, DOWN)
+    found = layout_of(names, arrows, ACROSS, DOWN)
     assert list(found.centres) == list(names)
     for a, b in combinations(names, 2):
         (xa, ya), (xb, yb) = found.centres[a], found.centres[b]
@@ -43,5 +43,5 @@ def test_a_real_graph(placement: Any) -> None:
 
 
 def test_boxes_without_arrows_stand_side_by_side() -> None:
-    found = placed(["a", "b", "c"], [], ACROSS, DOWN)
+    found = layout_of(["a", "b", "c"], [], ACROSS, DOWN)
     assert sorted(x for x, _ in found.centres.values()) == pytest.approx([0, ACROSS, 2 * ACROSS])
