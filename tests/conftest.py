@@ -43,7 +43,7 @@ USAGE = (
     r"stage \d+ ended, and no branch has moved",
     r"\S+ stage 1 has trained and is folded now",
     r"\d+ sites were added by a call",
-    r"\S+ stage \d+ has trained and never ended",
+    r"\S+ stage \d+ has not ended",
     ".* requires_grad was False while that of most weights",
 )
 """Warnings about the use of a cascade. Tests of numerics look inside a stage, and end it, at moments at which a program

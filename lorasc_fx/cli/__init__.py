@@ -1,4 +1,4 @@
-"""The command `lorasc-fx`: train, sites, fold, export, compare, report; `load` reads the folder of a run."""
+"""The command `lorasc-fx`, and `load`, which loads the cascade of a run folder in Python."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ def load(
     *,
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Load the last checkpoint of a run of `lorasc-fx train`, as `lorasc_fx.load` does.
+    """Load the last checkpoint of a run of `lorasc-fx train`.
 
-    The cascade has `preprocessing`: `args, kwargs = cascade.preprocessing(texts)`, or paths of images, as the run has
-    read them, and the names of its `classes`.
+    The cascade has an attribute `preprocessing`, which converts inputs in the same way as the run:
+    `args, kwargs = cascade.preprocessing(texts)`, or paths of images instead of texts. Its `classes` are the names of
+    the classes.
 
     Args:
-        run: the folder of the run.
-        model: that was adapted; by default the base that the configuration of the run names is built.
+        run: the run folder.
+        model: the model that was adapted. By default, it is built from the configuration of the run.
         args, kwargs, base: as for `lorasc_fx.load`.
 
     Raises:
-        SpecError: the base cannot be built, or is a function of yours, which is not called here.
-        MissingExtra: what `lorasc-fx` needs is not installed.
-        StateError, CheckpointError: the folder holds no run, or as of `lorasc_fx.load`.
+        SpecError: the model cannot be built, or the configuration builds it by a user's function, which is not called
+            here.
+        MissingExtra: the packages of the extra `cli` are not installed.
+        StateError, CheckpointError: the folder has no run, or an error of `lorasc_fx.load`.
     """
     require("cli", "rich", "tyro")
     from lorasc_fx.cli.preprocessing import Preprocessing

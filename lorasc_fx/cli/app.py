@@ -1,7 +1,7 @@
-"""The command line: commands, their arguments (parsed by tyro), and error reporting.
+"""The command line: finds the command, parses its arguments with tyro, and reports errors.
 
-Errors of the user or the operating system are one sentence on standard error and exit code 2. Ctrl-C is 130. Anything
-else is a bug and keeps its traceback.
+An error of the user or of the operating system is one message on standard error, with the exit code 2. Ctrl-C gives the
+exit code 130. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -21,61 +21,65 @@ from lorasc_fx.util.extras import require
 from lorasc_fx.util.version import version
 
 COMMANDS = {
-    "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]      adapt a model and write a run folder",
-    "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
-    "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
-    "export": "export RUN --to FORMAT --output PATH                the folded model as pt2, onnx, safetensors or peft",
-    "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
-    "predict": "predict RUN FILE-or-FOLDER                       classes of images or texts, by a run's folded weights",
-    "report": "report RUN [--output FILE]                          one HTML page of a run or a comparison",
+    "train": ("CONFIG.toml [--resume] [OPTIONS]", "adapt a model and write a run folder"),
+    "sites": ("MODEL [OPTIONS]", "list adapted weights, and why others are not"),
+    "fold": ("RUN [--base FOLDER] [--output PATH]", "write the slow weights as safetensors"),
+    "export": ("RUN --to FORMAT --output PATH", "write the model as pt2, onnx, safetensors or peft"),
+    "compare": ("CONFIG.toml [OPTIONS]", "train several methods and compare them"),
+    "predict": ("RUN FILE-or-FOLDER", "classify images or texts"),
+    "report": ("RUN [--output FILE]", "write an HTML page about a run or a comparison"),
 }
-"""The usage of each command, by its name: `run_NAME` of the module of that name, or of the one in `_MODULES`."""
+"""Arguments and purpose of each command. It is `run_NAME` in the module NAME, or in the module in `_MODULES`."""
 
 _MODULES = {"fold": "export"}
 
-_LOADING = {
+_IMPORT_WARNINGS = {
     "torchao": "Failed to load ",
     "torchao.kernel.intmm": "Warning: Detected no triton",
     "torch.utils._pytree": "%s is an Enum subclass",
 }
-"""Starts of warnings, by logger, that torchao causes when transformers imports it. No command uses torchao."""
+"""Prefixes of warnings, by logger, from the import of torchao by transformers. They are hidden, because no command uses
+torchao."""
 
 
-def _is_other(start: str, record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(start)
+def _differs(prefix: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(prefix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s")  # warnings of the package, to standard error
-    for name, start in _LOADING.items():
-        logging.getLogger(name).addFilter(partial(_is_other, start))
+    logging.basicConfig(format="%(message)s")  # print the package's warnings to standard error
+    for name, prefix in _IMPORT_WARNINGS.items():
+        logging.getLogger(name).addFilter(partial(_differs, prefix))
     try:
         return _command(arguments)
     except LorascError as fault:
         print(f"lorasc-fx: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lorasc-fx: stopped at once; what was not written yet is lost", file=sys.stderr)
+        print("lorasc-fx: stopped; unsaved results are lost", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lorasc-fx sites ... | head`: the reader has closed the pipe
+    except BrokenPipeError:  # the reader has closed the pipe, as in `lorasc-fx sites ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as fault:  # a full disk, a missing permission
-        if fault.errno is None:  # not from the operating system
+        if fault.errno is None:  # it does not come from the operating system
             raise
         where = f"{fault.filename}: " if fault.filename is not None else ""
         print(f"lorasc-fx: {where}{fault.strerror}", file=sys.stderr)
         return 2
-    except SystemExit as ended:  # tyro's help (0) and errors (2)
-        return ended.code if isinstance(ended.code, int) else 2
+    except SystemExit as end:  # tyro exits after its help (0) and its errors (2)
+        return end.code if isinstance(end.code, int) else 2
 
 
 def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  lorasc-fx {line}" for line in COMMANDS.values())
-        print(f"usage:\n{lines}\n\nlorasc-fx COMMAND --help says more.")
+        usages = {f"lorasc-fx {name} {options}": purpose for name, (options, purpose) in COMMANDS.items()}
+        width = max(map(len, usages))
+        lines = "\n".join(f"  {usage:{width}}  {purpose}" for usage, purpose in usages.items())
+        print(f"Fine-tune models by staged low-rank adaptation.\n\nusage:\n{lines}\n")
+        print("`lorasc-fx COMMAND --help` lists the options of a command. OPTIONS override keys of CONFIG.toml.")
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
     if name == "--version":

@@ -1,9 +1,9 @@
-"""`lorasc-fx compare`: methods side by side, on the same steps, seeds and examples, with paired differences.
+"""`lorasc-fx compare`: trains several methods with the same steps, seeds and examples, and compares their accuracies.
 
-Each run (a method, a seed, a learning rate) writes one small file, so that a stopped comparison can continue.
-Differences have two intervals. Over seeds (Student's t): would other training runs show the difference, on these test
-examples? Over examples (bootstrap): would other test examples show it, with these runs? A result that holds for only
-one of them is not settled.
+Each run (a method, a seed, a learning rate) writes one small file, so that a stopped comparison can continue. Paired
+differences have two 95 % intervals. The interval over seeds (Student's t) answers whether other training runs would
+show the difference on these test examples. The interval over examples (bootstrap) answers whether other test examples
+would show it with these runs. A difference is reliable only if both intervals exclude 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorasc_fx.cli.data import short_name
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.progress import Reporter, console, reporting
-from lorasc_fx.cli.run_folder import RunFolder, write_whole
+from lorasc_fx.cli.run_folder import RunFolder, write_atomically
 from lorasc_fx.cli.training import (
     Diverged,
     Setup,
@@ -50,7 +50,7 @@ from lorasc_fx.util.files import parse_json
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the comparison."""
+    """One run of the comparison: a method with a seed and a learning rate."""
 
     method: str
     seed: int
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """Name of its files, without the ending."""
         return f"{self.method}-seed{self.seed}-lr{self.lr:g}"
 
 
@@ -67,14 +67,14 @@ class Result(Run):
     """The result of one run.
 
     Args:
-        steps: optimizer steps taken.
-        seconds: of capture and training, without evaluation.
-        parameters: number of trained entries.
-        validation: accuracy on the validation examples (0 if the run diverged).
-        losses: mean loss on `validation`, `test` and each shift.
-        predicted: class number predicted for each example of `test` and each shift.
-        labels: their true class numbers.
-        diverged: whether the loss became inf or nan; then nothing else counts.
+        steps: number of optimizer steps.
+        seconds: duration of capture and training, without evaluation.
+        parameters: number of trained parameters.
+        validation: accuracy on the validation examples, or 0 if the run diverged.
+        losses: mean loss on `validation`, `test` and each shifted test set.
+        predicted: index of the predicted class for each example, by name of the test set.
+        labels: index of the true class for each example, by name of the test set.
+        diverged: whether the loss became inf or nan. Then the other fields have no meaning.
     """
 
     steps: int
@@ -86,21 +86,21 @@ class Result(Run):
     labels: dict[str, list[int]] = field(default_factory=dict)
     diverged: bool = False
 
-    def right(self, part: str) -> Tensor:
-        """Return whether each prediction of a part is correct, [examples] of bool."""
+    def correct(self, part: str) -> Tensor:
+        """Return whether each prediction on a test set is correct, [examples] of bool."""
         return torch.tensor(self.predicted[part]) == torch.tensor(self.labels[part])
 
     def accuracy(self, part: str) -> float:
-        """Return the share of correct predictions of a part."""
-        return self.right(part).double().mean().item()
+        """Return the accuracy on a test set."""
+        return self.correct(part).double().mean().item()
 
     def score(self, select: str) -> float:
-        """Return the score that chooses the learning rate: validation accuracy, or minus the loss."""
+        """Return the score that selects the learning rate: the validation accuracy, or the negative validation loss."""
         return self.validation if select == "accuracy" else -self.losses.get("validation", math.inf)
 
     def write(self, folder: Path) -> None:
         """Write the file of this run."""
-        write_whole(folder / f"{self.name}.json", json.dumps(dataclasses.asdict(self)) + "\n")
+        write_atomically(folder / f"{self.name}.json", json.dumps(dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def read(cls, folder: Path, run: Run) -> Result | None:
@@ -115,20 +115,23 @@ class Result(Run):
         try:
             return cls(**parse_json(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as fault:
-            raise CheckpointError(f"{path} is damaged ({fault}); delete it, and this run is repeated") from fault
+            raise CheckpointError(f"{path} is damaged ({fault}); delete it to repeat this run") from fault
 
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Train several methods as a configuration file says. Each of its keys can also be given here."""
+    """Train several methods with the settings in CONFIG.toml, and compare them. Options override keys of the file.
+
+    Run the same command again to continue a stopped comparison.
+    """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     overwrite: bool = False
-    """Delete the results in the output folder and start again."""
+    """Delete the results in the output folder and start a new comparison."""
 
 
 def run_compare(arguments: CompareArguments) -> int:
-    """Compare, print the tables, and return the exit code (130 after Ctrl-C)."""
+    """Compare the methods, print the tables, and return the exit code (130 after Ctrl-C)."""
     results = compare(arguments.config, overwrite=arguments.overwrite)
     if results is None:
         return 130
@@ -137,19 +140,31 @@ def run_compare(arguments: CompareArguments) -> int:
 
 
 def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
-    """Train each run that has no result yet and return all results, or None after Ctrl-C."""
+    """Train all runs that have no result yet. Return all results, or None after Ctrl-C.
+
+    Raises:
+        SpecError: the configuration is invalid, or the method `probe` is given without parameters to train.
+        StateError: the folder has another comparison.
+        CheckpointError: a result is damaged.
+    """
     if "probe" in config.compare.methods:
-        ruled = next((rule.pattern for rule in config.spec.train_rules if rule.lr is not None), None)
+        pattern = next((rule.pattern for rule in config.spec.train_rules if rule.lr is not None), None)
         if not config.spec.train:
-            why = "which trains what spec.train names, and spec.train is empty: name parameters there, or drop 'probe'"
+            reason = (
+                "which trains the parameters in spec.train, but spec.train is empty: name parameters there, or remove "
+                "'probe'"
+            )
         else:
-            why = f"which trains at one rate (compare.rates), and spec.train_rules gives {ruled!r} its own: drop one"
-        if not config.spec.train or ruled is not None:
-            raise SpecError(f"compare.methods has 'probe', {why}", code="conflicting-options")
+            reason = (
+                f"which trains with a single learning rate (compare.rates), but spec.train_rules gives {pattern!r} "
+                "another one: remove one of the two"
+            )
+        if not config.spec.train or pattern is not None:
+            raise SpecError(f"compare.methods has 'probe', {reason}", code="conflicting-options")
     folder = RunFolder(Path(config.output))
     started = folder.started and not overwrite
     folder.check(config, resume=started, overwrite=overwrite)
-    setup = None if started else Setup.of(config)  # before the folder is made, because the data may be invalid
+    setup = None if started else Setup.of(config)  # load the data before the folder is made, because it may be invalid
     folder.begin(config, resume=started, overwrite=overwrite)
     runs = planned(config)
     results = {run: Result.read(folder.results, run) for run in runs}
@@ -165,13 +180,13 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
                     results[run] = _make(run, title, setup, folder, reporter, interrupt)
                 if results[run] is None:
                     done = sum(result is not None for result in results.values())
-                    reporter.say(f"Stopped; {done} of {len(runs)} runs are done, and the same command does the others.")
+                    reporter.say(f"Stopped after {done} of {len(runs)} runs. Run the same command again to continue.")
                     return None
     return [result for result in results.values() if result is not None]
 
 
 def planned(config: Config) -> list[Run]:
-    """Return the runs of a comparison, in the order in which they are made."""
+    """Return the runs of a comparison, in the order in which they are trained."""
     return [
         Run(method, seed, lr)
         for seed in config.compare.seeds
@@ -182,9 +197,9 @@ def planned(config: Config) -> list[Run]:
 
 
 def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Event) -> Result | None:
-    """Train and evaluate one run. None if Ctrl-C ended it."""
+    """Train and evaluate one run. Return None if Ctrl-C has stopped it."""
     config, method = setup.config, METHODS[run.method]
-    began = time.monotonic()
+    start = time.monotonic()
     stages = config.train.stages if method.staged else 1
     spec = replace(config.spec, seed=config.spec.seed + run.seed)
     model: nn.Module
@@ -214,11 +229,11 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
             trained = cascade.release(view="averaged" if cascade.plan.spec.keeps_average else "slow")
     except (Diverged, NonFiniteBranch) as fault:
         reporter.say(f"{title}: diverged ({fault})")
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         result = Result(run.method, run.seed, run.lr, 0, seconds, entries, diverged=True)
         result.write(folder.results)
         return result
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     sets = {"validation": setup.splits.validation, **setup.splits.test_sets}
     set_mode(trained, False)
     logits = {part: predict(trained, examples, config.train.device) for part, examples in sets.items()}
@@ -255,29 +270,30 @@ class Interval:
 
     @property
     def settled(self) -> bool:
-        """Whether 0 is outside."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def t_interval(differences: Sequence[float]) -> Interval:
-    """Return the t interval of paired differences, one per seed. With one seed it is unbounded."""
+    """Return Student's t interval of paired differences, one per seed. With one seed it is unbounded."""
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
         return Interval(mean, -math.inf, math.inf)
     quantile = float(module_of("cli", "scipy.stats").t.ppf(0.975, count - 1))
-    half = quantile * statistics.stdev(differences) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half)
+    half_width = quantile * statistics.stdev(differences) / math.sqrt(count)
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
-def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Return the percentile bootstrap interval of a difference in accuracy, which resamples the examples.
+def bootstrap_interval(correct: Tensor, reference: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Return the percentile bootstrap interval of a difference in accuracy. It resamples the examples.
 
     Args:
-        ours, theirs: whether each prediction is correct, [seeds, examples]; both on the same examples.
+        correct, reference: whether each prediction of the two methods is correct, [seeds, examples], on the same
+            examples.
         resamples: number of bootstrap samples.
-        seed: of the resampling.
+        seed: seed of the resampling.
     """
-    differences = (ours.double() - theirs.double()).mean(0).numpy()
+    differences = (correct.double() - reference.double()).mean(0).numpy()
     result = module_of("cli", "scipy.stats").bootstrap(
         (differences,), lambda sample, axis: sample.mean(axis), n_resamples=resamples, batch=100, method="percentile",
         rng=seed,
@@ -290,9 +306,9 @@ def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed
 
 
 def best_rates(results: Sequence[Result], select: str) -> dict[str, list[Result]]:
-    """Return, for each method, its runs (one per seed) at the best learning rate, by mean validation loss or accuracy.
+    """Return the runs (one per seed) of each method at its best learning rate, by mean validation loss or accuracy.
 
-    Of equally good rates the smallest is chosen. A run that diverged has accuracy 0 and an infinite loss.
+    Of equally good rates, the smallest one is selected. A diverged run has accuracy 0 and an infinite loss.
     """
     best: dict[str, list[Result]] = {}
     for method in METHODS:
@@ -308,16 +324,16 @@ def best_rates(results: Sequence[Result], select: str) -> dict[str, list[Result]
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text, for the screen and for the report."""
+    """A table of texts, for the screen and for the report. Each line of `notes` is a paragraph."""
 
     title: str
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    notes: str
+    notes: tuple[str, ...]
 
 
 def tables(config: Config, results: Sequence[Result]) -> Iterator[Table]:
-    """Yield the table of accuracies, and if there is something to compare with that of the differences."""
+    """Yield the table of accuracies. If there is a second method, also yield the table of differences."""
     best = best_rates(results, config.compare.select)
     parts = ["test", *map(short_name, config.data.shifts)]
     seeds = len(config.compare.seeds)
@@ -326,13 +342,13 @@ def tables(config: Config, results: Sequence[Result]) -> Iterator[Table]:
         + (f"mean of {seeds} seeds" if seeds > 1 else "one seed"),
         ("method", "lr", "trained", "train s", "val. loss", "validation", *parts),
         [(method, *_row(runs, parts)) for method, runs in best.items()],
-        "\n".join([*(f"{method}: {METHODS[method].about}" for method in best), _caption(config, results)]),
+        (*(f"{method}: {METHODS[method].about}" for method in best), *_caption(config, results)),
     )
     reference = config.compare.reference
     if reference not in best or len(best) < 2:
         return
     yield Table(
-        f"Difference to {reference} in points, with 95 % intervals",
+        f"Difference to {reference} in percentage points, with 95 % intervals",
         ("method", "on", "difference", "over seeds (t)", "over examples (bootstrap)"),
         [
             (method, part, *_differences(runs, best[reference], part))
@@ -340,8 +356,11 @@ def tables(config: Config, results: Sequence[Result]) -> Iterator[Table]:
             for part in parts
             if method != reference
         ],
-        "* marks an interval that leaves out 0. Over seeds: other runs on these examples; over examples: other\n"
-        "examples with these runs. They say nothing of other models or data, and are not corrected for their number.",
+        (
+            "* marks an interval that excludes 0. The interval over seeds is for other training runs on these "
+            "examples. The interval over examples is for other examples with these runs. Neither is for other models "
+            "or data, and there is no correction for multiple comparisons.",
+        ),
     )
 
 
@@ -358,7 +377,8 @@ def print_tables(config: Config, results: Sequence[Result]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         screen.print(shown)
-        screen.print(table.notes, soft_wrap=True)
+        for note in table.notes:
+            screen.print(note)
 
 
 def _row(runs: Sequence[Result], parts: Sequence[str]) -> list[str]:
@@ -380,9 +400,9 @@ def _differences(runs: Sequence[Result], reference: Sequence[Result], part: str)
     if any(run.diverged for run in (*runs, *reference)):
         return ("-", "-", "-")
     pairs = list(zip(runs, reference, strict=True))
-    over_seeds = t_interval([ours.accuracy(part) - theirs.accuracy(part) for ours, theirs in pairs])
+    over_seeds = t_interval([run.accuracy(part) - base.accuracy(part) for run, base in pairs])
     over_examples = bootstrap_interval(
-        torch.stack([ours.right(part) for ours, _ in pairs]), torch.stack([theirs.right(part) for _, theirs in pairs])
+        torch.stack([run.correct(part) for run, _ in pairs]), torch.stack([base.correct(part) for _, base in pairs])
     )
     return f"{100 * over_seeds.mean:+.1f}", _interval(over_seeds), _interval(over_examples)
 
@@ -393,14 +413,16 @@ def _interval(interval: Interval) -> str:
     return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}{'*' if interval.settled else ' '}"
 
 
-def _caption(config: Config, results: Sequence[Result]) -> str:
+def _caption(config: Config, results: Sequence[Result]) -> tuple[str, ...]:
     steps = max((result.steps for result in results), default=0)
     rates = max(len(config.compare.rates_of(method)) for method in config.compare.methods)
-    chosen_by = f"chosen by validation {config.compare.select} from" if rates > 1 else "not tuned here:"
+    if rates > 1:
+        tuning = f"The learning rate was selected by validation {config.compare.select} from {rates} per method."
+    else:
+        tuning = "The learning rate was not tuned."
     return (
-        f"Every run: {steps} steps of {config.train.batch_size} in the same order, AdamW, learning rate {chosen_by} "
-        f"{rates} a method.\n"
-        "lora is this package's own branch without cascade, whose steps the tests hold equal to the package peft's.\n"
-        "lorasc and cascade are evaluated with their slow weights folded into the model, lorasc with their average if\n"
-        "spec.average keeps one; ± is the deviation over seeds."
+        f"Every run: {steps} steps of AdamW with batches of {config.train.batch_size} in the same order. {tuning}",
+        "lora is this package's LoRA without stages. Tests check that its steps equal the steps of peft's LoRA.",
+        "cascade and lorasc are evaluated with their slow weights folded into the model (lorasc with their average if "
+        "spec.average keeps one). ± is the standard deviation over seeds.",
     )

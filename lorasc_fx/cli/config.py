@@ -1,4 +1,4 @@
-"""Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the key."""
+"""Configuration files: frozen dataclasses for the TOML tables, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ Rates = Annotated[tuple[Rate, ...], ONE_OR_MORE, EACH_ONCE]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network that is adapted."""
+    """The model that is adapted."""
 
     name: str = ""
-    """`timm:NAME`, `hf:FOLDER` (`hf:package:NAME` is the one inside an installed package),
-    or `python:package.module:function`."""
+    """The model: `timm:NAME`, `hf:FOLDER`, `hf:package:NAME` (a model folder inside an installed package), or
+    `python:package.module:function`."""
     weights: str = ""
-    """Pretrained weights: a `.safetensors` file, `python:package.module:function` (is called with the model, and
-    returns them by name), or empty (as the model comes)."""
+    """Pretrained weights: a `.safetensors` file, or `python:package.module:function`, a function that gets the model
+    and returns tensors by name. If empty, the weights of the model are kept."""
     seed: Seed = 0
-    """Seed of what is not pretrained (a new head); a run adds its own seed."""
+    """Seed of weights that are not pretrained (a new head). It is combined with the seed of the run."""
 
     def __post_init__(self) -> None:
         check(self, "model")
@@ -54,33 +54,35 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The examples, how they are split, and the shifted test sets."""
+    """The data set, how it is split, and the shifted test sets."""
 
     name: str = ""
-    """`csv:FILE`, `json:FILE`, `parquet:FILE`, `imagefolder:DIR`, or `python:package.module:function`, which returns
-    inputs (a list of texts, or bytes [examples, 1 or 3, height, width]) and a class each."""
+    """The data set: `csv:FILE`, `json:FILE`, `parquet:FILE`, `imagefolder:DIR`, or `python:package.module:function`, a
+    function that returns inputs and their classes. The inputs are a list of texts, or images as uint8 [examples, 1 or
+    3, height, width]."""
     train: Size = 0.7
-    """Examples to train on: a number of them, or a share of all, below 1."""
+    """Training examples: a number, or a fraction of the data set below 1."""
     validation: Size = 0.1
-    """Examples that choose the learning rate; a number or a share."""
+    """Validation examples, which choose the learning rate: a number or a fraction."""
     test: Size = 0.2
-    """Examples that the tables report on; a number or a share."""
+    """Test examples, which the tables report: a number or a fraction."""
     shifts: Annotated[tuple[str, ...], EACH_ONCE] = ()
-    """Shifted test sets: another data set's name, or a function `python:...` from the test inputs to changed ones."""
+    """Shifted test sets: names of data sets with the same classes, or functions `python:package.module:function` that
+    change the test inputs."""
     shift_test: Count = 1500
-    """Examples of each shifted test set, at most."""
+    """Maximum number of examples in each shifted test set."""
     seed: Seed = 0
     """Seed of the split."""
     image_size: Count = 64
-    """Height and width that images are resized to."""
+    """Height and width that images are resized to, in pixels."""
     max_length: Count = 64
-    """Tokens of a text, at most."""
+    """Maximum number of tokens of a text. Longer texts are truncated."""
     text_column: str = "text"
-    """Column of a table that holds the text."""
+    """Name of the column with the text."""
     image_column: str = "image"
-    """Column of a table that holds the image: its bytes, or the path of a file."""
+    """Name of the column with the image: its bytes, or the path of a file."""
     label_column: str = "label"
-    """Column of a table that holds the class."""
+    """Name of the column with the class."""
 
     def __post_init__(self) -> None:
         check(self, "data")
@@ -88,42 +90,42 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how fast to train."""
+    """Length and optimizer settings of the training."""
 
     epochs: NotNegative = 4.0
-    """Passes over the training examples."""
+    """Number of passes over the training examples."""
     steps: CountOrZero = 0
-    """Optimizer steps; 0 takes them from `epochs`."""
+    """Number of optimizer steps. If 0, it follows from `epochs`."""
     stages: Count = 3
-    """Stages of a cascade: the steps are divided among them evenly."""
+    """Number of stages of a cascade. The steps are divided evenly among them."""
     batch_size: Count = 16
-    """Examples in a step."""
+    """Examples per optimizer step."""
     lr: Rate = 1e-3
     """Learning rate of AdamW."""
     weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: NotNegative = 1.0
-    """Gradients are scaled down to this norm, taken over all trained parameters; 0 leaves them as they are."""
+    """Gradients are clipped to this norm over all trained parameters. 0 turns clipping off."""
     warmup: CountOrZero = 10
-    """Steps of linear warm-up, at the start of each stage."""
+    """Steps of linear warm-up at the start of each stage."""
     decay: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls within each stage."""
+    """Shape of the learning-rate decay within each stage."""
     floor: Annotated[float, Check(lambda share: 0 <= share <= 1, "give a share of the learning rate, from 0 to 1")] = (
         0.0
     )
-    """Share of the learning rate at the end of each stage, from 0 to 1; 1 is no decay."""
+    """Learning rate at the end of each stage, as a fraction of `lr` from 0 to 1. 1 means no decay."""
     frozen_norm: bool = True
-    """Train a model that has batch norm in eval mode: its statistics stay the pretrained ones, and dropout is off."""
+    """If the model has batch norm, train it in eval mode: its running statistics stay fixed, and dropout is off."""
     seed: Seed = 0
-    """Seed of the order of examples, dropout, and a new head."""
+    """Seed of the order of examples, of dropout, and of a new head."""
     device: str = "cpu"
-    """`cpu`, `cuda`, ..."""
+    """Device to train on: `cpu`, `cuda`, ..."""
     threads: Annotated[int, Check(lambda count: 0 <= count <= 1024, "give a whole number from 0 to 1024")] = 0
-    """Threads for the arithmetic; 0 leaves torch's own choice."""
+    """Number of CPU threads. If 0, torch chooses."""
     log_every: Count = 20
-    """Steps between two lines of metrics."""
+    """Log metrics every this many steps."""
     checkpoint_every: CountOrZero = 0
-    """Steps between two checkpoints; 0 writes one at each end of a stage."""
+    """Save a checkpoint every this many steps. If 0, only at the end of each stage."""
 
     def __post_init__(self) -> None:
         check(self, "train")
@@ -133,23 +135,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `compare` sets side by side."""
+    """The methods, seeds and learning rates of `lorasc-fx compare`."""
 
     methods: Annotated[tuple[Method, ...], ONE_OR_MORE, EACH_ONCE] = ("probe", "lora", "cascade", "lorasc")
-    """From `probe`, `lora`, `lora-summed`, `cascade`, `lorasc`, `full`; see
-    `lorasc_fx.cli.methods`."""
+    """The methods to compare: any of `probe`, `lora`, `lora-summed`, `cascade`, `lorasc`, `full`."""
     seeds: Annotated[tuple[Seed, ...], ONE_OR_MORE, EACH_ONCE] = (0, 1, 2)
-    """One run of each method and learning rate a seed."""
+    """Seeds. Every method is trained with every learning rate once per seed."""
     lrs: Rates = (1e-3,)
-    """Learning rates tried for each method."""
+    """Learning rates to try for each method."""
     rates: dict[Method, Rates] = field(default_factory=dict)
-    """Learning rates of a method where they differ from `lrs`, by its name."""
+    """Learning rates for single methods, by name. They replace `lrs`."""
     select: Literal["loss", "accuracy"] = "loss"
-    """What chooses among learning rates, on the validation examples."""
+    """Metric on the validation examples that selects the learning rate."""
     reference: Method = "lora"
-    """The method that the paired differences are taken to."""
+    """The method with which all others are compared in the table of differences."""
     keep_weights: tuple[Method, ...] = ()
-    """Methods whose trained weights are written, folded, beside their results."""
+    """Methods whose folded weights are saved next to their results."""
 
     def __post_init__(self) -> None:
         check(self, "compare")
@@ -161,10 +162,10 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: model, data, training, cascade and comparison."""
+    """The configuration of a run: model, data, training, cascade and comparison."""
 
     output: Annotated[str, Check(bool, "give the folder that the run writes to")] = "runs/run"
-    """Folder that the run writes to."""
+    """The run folder to write."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -176,7 +177,7 @@ class Config:
 
 
 def with_paths(config: Config, change: Callable[[str], str]) -> Config:
-    """Return a configuration with a function applied to each path of a model, weights or data."""
+    """Return a configuration in which a function has changed each path of a model, weights or data."""
 
     def changed(name: str) -> str:
         kind, _, path = name.partition(":")
@@ -193,12 +194,13 @@ def with_paths(config: Config, change: Callable[[str], str]) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Read a configuration. Relative paths of models, weights and data start at the folder of the file.
+    """Read a configuration file.
 
-    They are returned relative to the working directory. `output` is not changed.
+    In the file, paths of models, weights and data are relative to its folder. In the result, they are relative to the
+    working directory. `output` is not changed.
 
     Raises:
-        SpecError: the file cannot be read, is not TOML, has an unknown key, or an invalid value.
+        SpecError: the file cannot be read, is not TOML, or has an unknown key or an invalid value.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -206,7 +208,7 @@ def load_config(path: Path) -> Config:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
         raise SpecError(f"{path}: the configuration cannot be read: {reason}", code="unreadable-file") from fault
     except tomllib.TOMLDecodeError as fault:
-        raise SpecError(f"{path}: this is not TOML: {fault}", code="unreadable-file") from fault
+        raise SpecError(f"{path}: the file is not valid TOML: {fault}", code="unreadable-file") from fault
     try:
         config: Config = decode(Config, data)
     except SpecError as fault:
@@ -217,13 +219,13 @@ def load_config(path: Path) -> Config:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain tables."""
+    """Return the configuration as nested dicts."""
     data = dataclasses.asdict(dataclasses.replace(config, spec=CascadeSpec()))
     return data | {"spec": {key: value for key, value in config.spec.to_dict().items() if value is not None}}
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the configuration as TOML that `load_config` reads back to an equal one.
+    """Write the configuration as TOML, from which `load_config` returns an equal one.
 
     Relative paths are written relative to the folder of the file.
     """

@@ -1,7 +1,7 @@
-"""Loads, splits and batches the data set in `[data]`. Nothing is downloaded.
+"""Loads, splits and batches the data set in the table `[data]`. Nothing is downloaded.
 
-A data set is texts or images with one class each: a table, a folder of images, or the result of a user's function. A
-shifted test set is another data set with the same classes, or a function that changes the test inputs.
+A data set consists of texts or images with one class each. It is a table, a folder of images, or the result of a user's
+function. A shifted test set is another data set with the same classes, or a function that changes the test inputs.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lorasc_fx.util.extras import module_of
 
 DATA = ("csv:FILE", "json:FILE", "parquet:FILE", "imagefolder:DIR", "python:package.module:function")
 TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""The kind of a table by the ending of its file."""
+"""Kind of a table by the ending of its file."""
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
-"""Folder names that mean splits of a data set, and no classes."""
+"""Folder names that are splits of a data set and not classes."""
 
 Inputs = Tensor | Sequence[str]
-"""Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
+"""Images as uint8 [examples, 1 or 3, height, width], or texts."""
 Encode = Callable[[Any], Arguments]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call of the model, and class numbers [batch]."""
+    """The arguments of one call of the model, and class indices [batch]."""
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
@@ -52,11 +52,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled inputs, which are turned into arguments of the model batch by batch.
+    """Labelled inputs. They are converted to arguments of the model batch by batch.
 
     Args:
-        inputs: pixels or texts.
-        labels: class numbers, [examples].
+        inputs: images or texts.
+        labels: class indices, [examples].
         classes: names of the classes.
         encode: function from inputs to positional and keyword arguments of the model.
     """
@@ -71,12 +71,12 @@ class Examples:
 
     @property
     def images(self) -> bool:
-        """Whether the inputs are pixels."""
+        """Whether the inputs are images."""
         return isinstance(self.inputs, Tensor)
 
     def take(self, index: Tensor) -> Examples:
         """Return the examples at these positions."""
-        inputs = self.inputs[index] if isinstance(self.inputs, Tensor) else [self.inputs[at] for at in index.tolist()]
+        inputs = self.inputs[index] if isinstance(self.inputs, Tensor) else [self.inputs[i] for i in index.tolist()]
         return replace(self, inputs=inputs, labels=self.labels[index])
 
     def batch(self, index: Tensor) -> Batch:
@@ -89,7 +89,7 @@ class Examples:
         return self.batch(torch.tensor(index))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield all the examples in order; the last batch may be short."""
+        """Yield all examples in order. The last batch may be smaller."""
         for index in torch.arange(len(self)).split(size):
             yield self.batch(index)
 
@@ -102,7 +102,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint parts of one data set, and its shifted test sets by name."""
+    """Disjoint splits of one data set, and its shifted test sets by name."""
 
     train: Examples
     validation: Examples
@@ -121,27 +121,27 @@ class Splits:
 
 
 def short_name(name: str) -> str:
-    """Return a data set's name for tables. For a function, it is the part after the last colon."""
+    """Return the name of a data set for tables. For a function, it is the part after the last colon."""
     return name.rpartition(":")[2] if name.startswith("python:") else name
 
 
 def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
-    """Load and split a data set, and load or make its shifted test sets.
+    """Load and split a data set, and load or compute its shifted test sets.
 
     Args:
         config: the table `[data]`.
-        tokenizer: of transformers, for a text model; None for an image model.
+        tokenizer: the tokenizer of a text model. None for an image model.
 
     Raises:
-        SpecError: an unknown name, data that cannot be read, too few examples, a single class, or a shifted set that
-            does not fit.
+        SpecError: the name is unknown, the data cannot be read, there are too few examples or only one class, or a
+            shifted test set does not fit.
     """
     complete = _load(config.name, config, tokenizer)
     sizes = _sizes(config, len(complete))
     train, validation, test = (complete.take(index) for index in _shuffled(len(complete), config.seed, *sizes))
     for name, examples in ((config.name, complete), (f"the {len(train)} training examples", train)):
-        (label, *others) = examples.labels.unique().tolist()
-        if not others:
+        (label, *further) = examples.labels.unique().tolist()
+        if not further:
             raise SpecError(
                 f"{name}: every label is {complete.classes[label]!r}; give examples of at least two classes",
                 code="invalid-data",
@@ -151,20 +151,21 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
 
 
 def _sizes(config: DataConfig, total: int) -> list[int]:
-    """Return the number of examples of train, validation and test."""
+    """Return the number of training, validation and test examples."""
     sizes = []
     for name in ("train", "validation", "test"):
         size = getattr(config, name)
         sizes.append(size if isinstance(size, int) else int(size * total))
         if not sizes[-1]:
             raise SpecError(
-                f"data.{name} is {size}, which is none of the {total} examples of {config.name}; give a larger share",
+                f"data.{name} is {size}, which selects none of the {total} examples of {config.name}; give a larger "
+                "fraction, or a number of examples",
                 code="invalid-data",
             )
     if sum(sizes) > total:
         raise SpecError(
-            f"{config.name} has {total} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
-            "ask for fewer",
+            f"{config.name} has {total} examples, but data.train + data.validation + data.test are {sum(sizes)}; "
+            "reduce one of them",
             code="invalid-data",
         )
     return sizes
@@ -174,20 +175,20 @@ def read_text(path: Path) -> str:
     """Return the content of a UTF-8 file.
 
     Raises:
-        SpecError: it cannot be read.
+        SpecError: the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as fault:
-        looked = "" if path.is_absolute() or path.exists() else f" in {Path.cwd()}, where this command runs"
-        raise SpecError(f"{path}: cannot be read: {fault.strerror}{looked}", code="unreadable-file") from fault
+        where = "" if path.is_absolute() or path.exists() else f" in {Path.cwd()}, the working directory"
+        raise SpecError(f"{path}: cannot be read: {fault.strerror}{where}", code="unreadable-file") from fault
     except UnicodeDecodeError as fault:
         line = fault.object[: fault.start].count(b"\n") + 1
         raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="unreadable-file") from fault
 
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""The place of each row of a table, for messages, and its cells by column."""
+"""Location of each row of a table, for messages, and its cells by column."""
 
 
 def read_table(
@@ -199,19 +200,19 @@ def read_table(
     optional: bool = False,
     image_size: int | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    """Return the texts or images, and the classes, of a table.
+    """Read the texts or images, and the classes, from a table.
 
     Args:
         kind: `csv`, `json` or `parquet`.
-        path: of the file. In a `.tsv` file, tabs separate the cells.
-        column: name of the column of texts or images.
-        label: name of the column of classes; without one the list of classes is empty.
-        optional: allow the column of classes to be missing, and its cells to be empty.
-        image_size: if given, the column holds images, returned as bytes [3, image_size, image_size].
+        path: path of the file. In a `.tsv` file, cells are separated by tabs.
+        column: name of the column with texts or images.
+        label: name of the column with classes. Without one, the list of classes is empty.
+        optional: whether the column of classes may be missing, and its cells may be empty.
+        image_size: if given, the column has images, which are returned as uint8 [3, image_size, image_size].
 
     Raises:
-        SpecError: the file cannot be read, lacks a column, or has an empty cell or one of another type.
-        MissingExtra: a table that is not CSV, and the package datasets is not installed.
+        SpecError: the file cannot be read, a column is missing, or a cell is empty or has the wrong type.
+        MissingExtra: the package datasets, which reads json and parquet, is not installed.
     """
     if kind == "csv":
         columns, rows = _csv_rows(path)
@@ -222,8 +223,8 @@ def read_table(
     for name in (column,) if label is None else (column, label):
         if name not in columns:
             raise SpecError(
-                f"{path}: no column {name!r}{nearest(name, columns)}; it has {', '.join(columns) or 'no columns'}; "
-                "data.text_column, data.image_column and data.label_column choose others",
+                f"{path}: no column {name!r}{nearest(name, columns)}; it has {', '.join(columns) or 'no columns'}. "
+                "Set data.text_column, data.image_column or data.label_column",
                 code="unknown-name",
             )
     inputs, labels = [], []
@@ -242,7 +243,9 @@ def _csv_rows(path: Path) -> tuple[list[str], Rows]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     columns = list(reader.fieldnames or ())
     if len({*columns}) < len(columns):
-        raise SpecError(f"{path}: two columns have one name: {', '.join(columns)}; rename one", code="invalid-data")
+        raise SpecError(
+            f"{path}: two columns have the same name: {', '.join(columns)}; rename one", code="invalid-data"
+        )
 
     def rows() -> Rows:
         try:
@@ -250,15 +253,15 @@ def _csv_rows(path: Path) -> tuple[list[str], Rows]:
                 where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise SpecError(
-                        f"{where}: the number of cells in this row is not that of the header ({', '.join(columns)}). "
+                        f"{where}: this row and the header ({', '.join(columns)}) have different numbers of cells. "
                         'Put a text that contains a separator into quotes ("..."), and fill missing cells',
                         code="invalid-data",
                     )
                 yield where, row
         except csv.Error as fault:
             raise SpecError(
-                f"{path}: after line {reader.line_num} this is not CSV: {fault}. Close each quote, and write a quote "
-                'inside a quoted cell as two: ""',
+                f"{path}: the text after line {reader.line_num} is not valid CSV: {fault}. Close each quote, and write "
+                'a quote inside a quoted cell as ""',
                 code="invalid-data",
             ) from fault
 
@@ -266,10 +269,10 @@ def _csv_rows(path: Path) -> tuple[list[str], Rows]:
 
 
 def _dataset_rows(kind: str, path: Path, image: str | None) -> tuple[list[str], Rows]:
-    """Return the columns and the rows of a file that the package datasets reads, with class names for class numbers."""
+    """Return the columns and the rows of a file, read by the package datasets. Class indices are replaced by names."""
     datasets = module_of("data", "datasets")
     datasets.disable_progress_bars()
-    if not path.is_file():  # datasets would look for it on the network
+    if not path.is_file():  # otherwise, datasets would search for it on the network
         raise SpecError(f"{path}: there is no such file", code="unreadable-file")
     with tempfile.TemporaryDirectory() as cache, reading(str(path), "datasets", code="unreadable-file"):
         files = {"data_files": {"train": str(path)}, "split": "train"}
@@ -281,7 +284,7 @@ def _dataset_rows(kind: str, path: Path, image: str | None) -> tuple[list[str], 
 
     def named(name: str, cell: Any) -> Any:
         names = classes[name]
-        return cell if names is None else None if cell in (-1, None) else names[cell]  # -1 is an unknown class
+        return cell if names is None else None if cell in (-1, None) else names[cell]  # -1 means an unknown class
 
     def rows() -> Rows:
         with reading(str(path), "datasets", code="unreadable-file"):
@@ -292,27 +295,28 @@ def _dataset_rows(kind: str, path: Path, image: str | None) -> tuple[list[str], 
 
 
 def _filled(where: str, name: str, cell: Any, plain: bool = True) -> Any:
-    """Return a cell that is not empty, and by default a text or a number."""
+    """Return a cell after checking that it has a value, and, with `plain`, that it is a text or a number."""
     if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):  # nan differs from itself
         raise SpecError(f"{where}: the cell {name!r} is empty; fill it, or remove the row", code="invalid-data")
     if plain and not isinstance(cell, (str, int, float)):
-        raise SpecError(f"{where}: the cell {name!r} is {type(cell).__name__}; give a column of texts or numbers")
+        raise SpecError(f"{where}: the cell {name!r} is a {type(cell).__name__}; give a column of texts or numbers")
     return cell
 
 
 def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
-    """Return the resized images and the classes of a folder that has one folder per class.
+    """Read and resize the images in a folder with one subfolder per class.
 
     Raises:
-        SpecError: there is no such folder, its folders are splits, a class has no images, or an image cannot be read.
+        SpecError: there is no such folder, its subfolders are splits, a class has no images, or an image cannot be
+            read.
     """
     folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else {}
     splits = [name for name in SPLITS if name in folders]
     if splits and len(splits) == len(folders) and all(any(map(Path.is_dir, it.iterdir())) for it in folders.values()):
         name = f"imagefolder:{folder}"
         raise SpecError(
-            f"{name} holds the splits {', '.join(splits)}; give one, such as {name}/{splits[0]}. Another one can be a "
-            f'further test set: data.shifts = ["{name}/{splits[-1]}"]'
+            f"{name} has the splits {', '.join(splits)} and not classes; give one of them, such as {name}/{splits[0]}. "
+            f'Another one can be a further test set: data.shifts = ["{name}/{splits[-1]}"]'
         )
     try:
         dataset = module_of("vision", "torchvision.datasets").ImageFolder(folder)
@@ -328,19 +332,19 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
 
 
 def read_image(path: str | Path, size: int | None = None) -> Tensor:
-    """Return an image as bytes [3, height, width], resized to a square if a size is given.
+    """Read an image as uint8 [3, height, width]. If a size is given, resize it to a square.
 
     Raises:
         SpecError: the file cannot be read as an image.
     """
     try:
         return _pixels(module_of("vision", "torchvision.datasets.folder").default_loader(str(path)), size)
-    except (OSError, SyntaxError, ValueError) as fault:  # what PIL raises for damaged files
+    except (OSError, SyntaxError, ValueError) as fault:  # PIL raises these for damaged files
         raise SpecError(f"{path}: this image cannot be read: {fault}", code="unreadable-file") from fault
 
 
 def _pixels(image: Any, size: int | None) -> Tensor:
-    """Return a PIL image as bytes [3, height, width]."""
+    """Return a PIL image as uint8 [3, height, width]."""
     transforms = module_of("vision", "torchvision.transforms.v2")
     resized = image if size is None else transforms.Resize((size, size))(image)
     pixels: Tensor = transforms.PILToTensor()(resized.convert("RGB"))
@@ -348,7 +352,7 @@ def _pixels(image: Any, size: int | None) -> Tensor:
 
 
 def _encode_images(size: int) -> Encode:
-    """Return a function that resizes pixels to [batch, 3, size, size], channels last, and maps 0..255 to -1..1."""
+    """Return a function that resizes images to [batch, 3, size, size], channels last, and maps 0..255 to -1..1."""
 
     def encode(pixels: Tensor) -> Arguments:
         images = pixels.float() / 255
@@ -361,20 +365,20 @@ def _encode_images(size: int) -> Encode:
 
 
 def image_examples(pixels: Tensor, labels: Sequence[Any] | Tensor, size: int) -> Examples:
-    """Return images that the model gets in this size. The classes are the sorted labels."""
+    """Return labelled images that are resized to this size in a batch. The classes are the sorted labels."""
     return _labelled(pixels, list(labels), _encode_images(size))
 
 
 def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
     """Return a function from texts to `input_ids` and `attention_mask` [batch, tokens].
 
-    Tokens are padded to the longest text, and then to a multiple of 8 that does not exceed `max_length`.
+    Tokens are padded to the length of the longest text, rounded up to a multiple of 8, but at most to `max_length`.
     """
 
     def encode(texts: Sequence[str]) -> Arguments:
         encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        # Not `pad_to_multiple_of`, which refuses a max_length that is not a multiple.
+        # `pad_to_multiple_of` cannot be used, because it requires that max_length is a multiple too.
         missing = min(max_length, -(-ids.shape[1] // 8) * 8) - ids.shape[1]
         if missing > 0:
             sides = (missing, 0) if tokenizer.padding_side == "left" else (0, missing)
@@ -385,15 +389,16 @@ def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
 
 
 def encoder_of(config: DataConfig, tokenizer: Any) -> Encode:
-    """Return the preprocessing of texts, or of images if there is no tokenizer.
+    """Return the function that converts texts, or images if there is no tokenizer, to arguments of the model.
 
     Raises:
-        SpecError: the model takes fewer tokens than the configuration asks for.
+        SpecError: data.max_length is larger than the maximum of the model.
     """
-    most = getattr(tokenizer, "model_max_length", math.inf)  # huge if the tokenizer does not know
-    if config.max_length > most:
+    maximum = getattr(tokenizer, "model_max_length", math.inf)  # a huge number if the tokenizer does not know it
+    if config.max_length > maximum:
         raise SpecError(
-            f"data.max_length is {config.max_length}, and the model takes at most {most} tokens; give {most} or less"
+            f"data.max_length is {config.max_length}, but the model takes at most {maximum} tokens; give {maximum} or "
+            "less"
         )
     return _encode_images(config.image_size) if tokenizer is None else _encode_texts(tokenizer, config.max_length)
 
@@ -411,8 +416,8 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     kinds = [choice.partition(":")[0] for choice in DATA]
     if kind not in kinds or not location:
         prefix = "imagefolder" if Path(name).is_dir() else TABLES.get(Path(name).suffix.lower())
-        meant = nearest(kind, kinds) if location or not prefix else f"; did you mean '{prefix}:{name}'"
-        raise SpecError(f"no data set is called {name!r}{meant}; known: {', '.join(DATA)}", code="unknown-name")
+        hint = nearest(kind, kinds) if location or not prefix else f"; did you mean '{prefix}:{name}'"
+        raise SpecError(f"unknown data set {name!r}{hint}; known: {', '.join(DATA)}", code="unknown-name")
     if kind == "imagefolder":
         inputs, labels = _read_images(Path(location), config.image_size)
     elif kind != "python" and (tokenizer is not None or kind == "csv"):
@@ -430,12 +435,13 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         raise SpecError(f"{name}: there are no examples; give at least one of each class", code="invalid-data")
     if isinstance(inputs, Tensor) and tokenizer is not None:
         raise SpecError(
-            f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model",
+            f"the model takes texts, but {name} has images; give a data set of texts (csv:FILE), or another model",
             code="invalid-data",
         )
     if not isinstance(inputs, Tensor) and tokenizer is None:
         raise SpecError(
-            f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`", code="invalid-data"
+            f"the model takes images, but {name} has texts; give a text model (hf:FOLDER), or a data set of images",
+            code="invalid-data",
         )
     examples = _labelled(inputs, list(labels), encoder_of(config, tokenizer))
     _check_classes(name, examples)
@@ -443,19 +449,19 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
 
 
 def _check_classes(name: str, examples: Examples) -> None:
-    """Refuse labels that are hardly ever the same, such as measurements or names of examples."""
+    """Raise SpecError if most labels are unique, such as measurements or names of examples."""
     classes, total = examples.classes, len(examples)
     if len(classes) > 2 and 2 * len(classes) >= total:
         raise SpecError(
-            f"{name}: the {total} examples have {len(classes)} classes ({named(classes)}), and a classifier needs "
-            "several examples of each. Name the column of classes in data.label_column. Regression is not supported: "
-            "sort measurements into a few classes, such as low and high",
+            f"{name}: the {total} examples have {len(classes)} classes ({named(classes)}), but a classifier needs "
+            "several examples of each class. Set data.label_column to the column with the classes. Regression is not "
+            "supported: sort measurements into a few classes, such as low and high",
             code="invalid-data",
         )
 
 
 def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
-    """Check the data set that a user function returned."""
+    """Check and return the data set that a user's function has returned."""
     try:
         inputs, labels = returned
         if isinstance(inputs, Tensor):
@@ -468,15 +474,15 @@ def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
         sorted({label.item() if isinstance(label, Tensor) else label for label in labels})
     except (TypeError, ValueError) as fault:
         raise SpecError(
-            f"{name}: the function must return inputs and labels: a list of texts, or bytes [examples, 1 or 3, height, "
-            f"width], and one class per example ({fault})",
+            f"{name}: the function must return inputs and labels. Inputs are a list of texts, or a uint8 tensor "
+            f"[examples, 1 or 3, height, width]. Labels are one class per example. It returned {fault}",
             code="wrong-function-result",
         ) from fault
     return inputs, list(labels)
 
 
 def _shuffled(total: int, seed: int, *sizes: int) -> tuple[Tensor, ...]:
-    """Return random disjoint positions for parts of these sizes."""
+    """Return random disjoint indices for parts of these sizes."""
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return torch.split(shuffled[: sum(sizes)], list(sizes))
 
@@ -487,16 +493,16 @@ def _shift(name: str, config: DataConfig, complete: Examples, test: Examples, to
         with user_code(name):
             parameters = inspect.signature(change).parameters
         if parameters:
-            some = test.take(torch.arange(min(len(test), config.shift_test)))
+            subset = test.take(torch.arange(min(len(test), config.shift_test)))
             with user_code(name):
-                changed = change(some.inputs)
-            return replace(some, inputs=_returned(name, (changed, some.labels))[0])
+                changed = change(subset.inputs)
+            return replace(subset, inputs=_returned(name, (changed, subset.labels))[0])
     if name == config.name:
-        raise SpecError(f"data.shifts has {name}, which is the data set itself; give others, or none")
+        raise SpecError(f"data.shifts has {name}, which is the data set itself; give another one, or remove it")
     shifted = _load(name, config, tokenizer)
     if shifted.classes != complete.classes:
         raise SpecError(
-            f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones",
+            f"data.shifts: {name} has other classes than {config.name}; give a data set with the same classes",
             code="invalid-data",
         )
     return shifted.take(_shuffled(len(shifted), config.seed, min(len(shifted), config.shift_test))[0])

@@ -1,4 +1,4 @@
-"""`lorasc-fx fold` and `export`: a run's last checkpoint as plain weights, or in other formats."""
+"""`lorasc-fx fold` and `lorasc-fx export`: write the last checkpoint of a run as plain weights or in other formats."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ ViewName = Literal["slow", "averaged"]
 
 
 def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]:
-    """Build the run's model again and load its last checkpoint. Return the cascade and a description of its weights.
+    """Build the model of a run again and load its last checkpoint.
+
+    Args:
+        run: the run folder.
+        output: the file or folder that will be written. It is checked before the model is built.
+        folder: whether the output is a folder.
+
+    Returns:
+        The cascade, and a description of its weights for a message.
 
     Raises:
-        StateError: the folder holds no run, or no checkpoint yet.
-        SpecError: the output file, or folder, cannot be written.
+        StateError: the folder has no run, or no checkpoint yet.
+        SpecError: the output cannot be written.
     """
     files = RunFolder(run)
     files.check_run()
@@ -49,43 +57,43 @@ def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]
 
 def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
     """Warn that a fold counts a running stage as ended."""
-    if plan.spec.pace_rule.needs_loss:  # the fold raises
+    if plan.spec.pace_rule.needs_loss:  # the fold will raise an error
         return
     pace = plan.spec.pace_at(stage, {})
     warn(
-        f"{source}: stage {stage} has trained and never ended. It is folded as it is, and {pace:g} "
-        "of its change is kept, the pace of the spec. Continue the run (lorasc-fx train RUN/config.toml --resume, or "
-        "cascade.transition) to fold a stage that has ended",
+        f"{source}: stage {stage} has not ended. It is folded in its current state, and {pace:g} of its change is "
+        "kept (the pace of the spec). To end the stage first, continue the run (lorasc-fx train RUN/config.toml "
+        "--resume), or call cascade.transition",
         "running-stage-folded",
     )
 
 
 @dataclass(frozen=True)
 class FoldArguments:
-    """Write the slow weights of a run, or of any checkpoint, as safetensors in the layout of the original model."""
+    """Write the slow weights of a run or of a checkpoint as safetensors, in the layout of the original model."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, or with --base a folder that `lorasc_fx.save` wrote to."""
+    """A run folder. With --base also a checkpoint folder of `lorasc_fx.save`."""
     base: Path | None = None
-    """Safetensors file or folder that the model came from. Its files, names and dtypes are kept, unchanged tensors are
-    copied, and no model is built."""
+    """Safetensors file or folder that the model was loaded from. The output has its files, names and dtypes. Unchanged
+    tensors are copied, and the model is not built."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
-    """File or folder to write; RUN/folded.safetensors, or RUN/folded with a --base folder, if not given."""
+    """File or folder to write. The default is RUN/folded.safetensors, or RUN/folded if --base is a folder."""
     view: ViewName = "slow"
-    """The slow weights, or their average over stages, if the run's spec keeps one."""
+    """The weights to write: the slow weights, or their average over stages (needs spec.average)."""
 
 
 def run_fold(arguments: FoldArguments) -> int:
     """Write the slow weights of the last checkpoint, and return the exit code.
 
     Raises:
-        StateError: the folder holds no run, or no checkpoint yet.
-        CheckpointError: the base is another one than was adapted.
+        StateError: the folder has no run, or no checkpoint yet.
+        CheckpointError: the base is not the model that was adapted.
     """
     folder = RunFolder(arguments.run)
     if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
         raise StateError(
-            f"{arguments.run} is a checkpoint, not a run; give --base, the files of its base model",
+            f"{arguments.run} is a checkpoint and not a run folder; give the files of its base model with --base",
             code="invalid-value",
         )
     if arguments.base is None:
@@ -101,7 +109,8 @@ def run_fold(arguments: FoldArguments) -> int:
     output = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
     if arguments.output is None and not folder.config.is_file():
         raise StateError(
-            f"{arguments.run} is not a run folder; give --output, the place to write to", code="invalid-value"
+            f"{arguments.run} is not a run folder; give the file or folder to write with --output",
+            code="invalid-value",
         )
     check_output(output, folder=not single)
     checkpoint = read(path)
@@ -117,53 +126,55 @@ def run_fold(arguments: FoldArguments) -> int:
 
 
 FORMATS = ("pt2", "onnx", "peft", "safetensors")
-"""Functions of `lorasc_fx.export`."""
+"""Names of functions in `lorasc_fx.export`."""
 
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Write a run's last checkpoint in another format."""
+    """Write the last checkpoint of a run in another format."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """The run folder."""
     to: str
-    """`pt2` or `onnx` (the folded graph of eval mode, a file), `safetensors` (folded weights, a file or folder),
-    `peft` (one LoRA adapter, a folder)."""
+    """The format: `pt2` or `onnx` (a file with the folded graph in eval mode), `safetensors` (a file or folder with the
+    folded weights), or `peft` (a folder with one LoRA adapter)."""
     output: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """File or folder to write."""
     max_rank: int | None = None
-    """For `peft`: no weight gets a higher rank. The error is printed for each weight."""
+    """For `peft`: largest rank of a weight. The error of each reduced weight is printed."""
     uniform_rank: bool = False
-    """For `peft`: one rank for all weights, padded with zeros, for loaders that ignore patterns (vLLM)."""
+    """For `peft`: pad all weights with zeros to the same rank, for loaders that ignore rank patterns (vLLM)."""
     view: ViewName = "slow"
-    """The slow weights, or their average over stages, if the run's spec keeps one."""
+    """The weights to write: the slow weights, or their average over stages (needs spec.average)."""
 
 
 def run_export(arguments: ExportArguments) -> int:
     """Write the format and return the exit code.
 
     Raises:
-        SpecError: unknown format, a file name with another ending, or ranks for a format that has none.
-        StateError: the folder holds no run, or no checkpoint yet.
-        MissingExtra: a package that writes the format is not installed.
+        SpecError: the format is unknown, the file name has the wrong ending, or ranks are given for another format than
+            peft.
+        StateError: the folder has no run, or no checkpoint yet.
+        MissingExtra: a package that the format needs is not installed.
     """
     if arguments.to not in FORMATS:
         raise SpecError(
-            f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}",
+            f"--to is {arguments.to!r}, which is no known format{nearest(arguments.to, FORMATS)}; known: "
+            f"{', '.join(FORMATS)}",
             code="unknown-name",
         )
     adapter, ranks = arguments.to == "peft", (arguments.max_rank, arguments.uniform_rank)
     if not adapter and ranks != (None, False):
         raise SpecError(
-            f"--max-rank and --uniform-rank are for adapters, not for {arguments.to}: drop them, or give --to peft",
+            f"--max-rank and --uniform-rank apply to adapters, not to {arguments.to}: remove them, or give --to peft",
             code="conflicting-options",
         )
     folder = adapter or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
     check_output(arguments.output, folder=folder)
     ending = {"pt2": ".pt2", "onnx": ".onnx"}.get(arguments.to, arguments.output.suffix)
-    if arguments.output.suffix != ending:  # before the run is built, which takes long
+    if arguments.output.suffix != ending:  # check this before the model is built, which takes long
         raise SpecError(
-            f"--output is {arguments.output}, and a file of --to {arguments.to} ends with {ending}: give "
+            f"--output is {arguments.output}, but with --to {arguments.to} it must end with {ending}: give "
             f"{arguments.output.with_suffix(ending)}"
         )
     cascade, weights = open_run(arguments.run, arguments.output, folder=folder)

@@ -1,4 +1,4 @@
-"""The methods that `compare` sets side by side: what each one trains, and in how many stages."""
+"""The methods that `lorasc-fx compare` can train: which parameters each one trains, and in how many stages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Method:
     """One row of the comparison.
 
     Args:
-        about: a description.
-        spec: the cascade that is trained, from the configuration's spec and number of stages; None trains parameters
-            of the plain model.
-        staged: whether the steps are divided into the configuration's stages; otherwise there is one stage.
-        parameters: for a plain model, globs on the names of the parameters that are trained.
+        about: a description for the tables.
+        spec: a function from the configuration's spec and number of stages to the spec of this method. If it is None,
+            parameters of the plain model are trained.
+        staged: whether the steps are divided into the configuration's stages. Otherwise there is one stage.
+        parameters: a function from the spec to globs on the names of the parameters that are trained in a plain model.
     """
 
     about: str
@@ -36,7 +36,7 @@ def _plain(spec: CascadeSpec, stages: int) -> CascadeSpec:
 
 
 def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
-    """LoRA with the rank that all stages have together, at the same scale lora_alpha / rank."""
+    """Return the spec of LoRA with the sum of the ranks of all stages, and the same scale lora_alpha / rank."""
     rules = tuple(
         replace(
             rule,
@@ -51,11 +51,11 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
 
 
 METHODS: dict[str, Method] = {
-    "probe": Method("the parameters under spec.train alone"),
+    "probe": Method("only the parameters in spec.train, without branches"),
     "lora": Method("one stage, pace 1, no noise", _plain),
-    "lora-summed": Method("LoRA of the rank that all stages have together, same scale", _summed),
-    "cascade": Method("ReLoRA-like: all stages, pace 1, no noise", _plain, staged=True),
-    "lorasc": Method("LoRASC: all stages, slow-fast and noise as [spec] says", lambda spec, _: spec, staged=True),
+    "lora-summed": Method("LoRA with the sum of the ranks of all stages, same scale", _summed),
+    "cascade": Method("similar to ReLoRA: all stages, pace 1, no noise", _plain, staged=True),
+    "lorasc": Method("LoRASC: all stages, with the pace and noise in [spec]", lambda spec, _: spec, staged=True),
     "full": Method("every parameter", parameters=lambda spec: ("*",)),
 }
-"""By name, in the order of the table that `compare` prints."""
+"""The methods by name, in the order of the tables of `compare`."""

@@ -1,4 +1,4 @@
-"""Builds the model in `[model]`. Nothing is downloaded: weights come from files and installed packages."""
+"""Builds the model in the table `[model]`. Nothing is downloaded: weights come from files and installed packages."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lorasc_fx.util.extras import module_of
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function")
 
 CLASSIFIER = "ForSequenceClassification"
-"""How the names of transformers' classes of text classifiers end."""
+"""Suffix of the names of transformers' text classifiers."""
 _INSTALLED = re.compile(r"[/\\]lib[/\\]python3|<frozen|[/\\]lorasc_fx[/\\]")
 Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 """Positional and keyword arguments of a model."""
 
 
 class MeanPooled(nn.Module):
-    """A text encoder, the mean of its last hidden states over the unmasked tokens, and a linear head."""
+    """A text classifier: an encoder, mean pooling over the unmasked tokens, and a linear head."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class MeanPooled(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits [batch, classes] of texts [batch, tokens]."""
+        """Return the logits [batch, classes] for texts [batch, tokens]."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits: Tensor = self.head((hidden * mask).sum(1) / mask.sum(1))
@@ -48,11 +48,11 @@ class MeanPooled(nn.Module):
 
 
 def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.Module:
-    """Return the model, with a new head for this many classes. None keeps its own head.
+    """Build the model with a new head for this many classes. If `classes` is None, the model keeps its head.
 
     Raises:
-        SpecError: an unknown kind or name, weights that do not fit, or a function that cannot be called.
-        MissingExtra: the package that has the model is not installed.
+        SpecError: the kind or name is unknown, the weights do not fit, or the user's function cannot be called.
+        MissingExtra: the package of the model is not installed.
     """
     check_name(config)
     kind, _, name = config.name.partition(":")
@@ -62,17 +62,17 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
 
 
 def check_name(config: ModelConfig) -> None:
-    """Raise SpecError for a model of an unknown kind."""
+    """Raise SpecError if the kind of the model is unknown."""
     kind, _, name = config.name.partition(":")
     if kind in _BUILDERS and name:
         return
     kinds = f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and ":" not in config.name else ""
-    meant = "; the name after the colon is missing" if kind in _BUILDERS else nearest(kind, _BUILDERS) or kinds
-    raise SpecError(f"no model is called {config.name!r}{meant}; known: {', '.join(MODELS)}", code="unknown-name")
+    hint = "; the name after the colon is missing" if kind in _BUILDERS else nearest(kind, _BUILDERS) or kinds
+    raise SpecError(f"unknown model {config.name!r}{hint}; known: {', '.join(MODELS)}", code="unknown-name")
 
 
 def head_seed(config: ModelConfig, seed: int) -> int:
-    """Return the seed of torch's generator when the model of a run is built."""
+    """Return the seed with which the model of a run is built."""
     return config.seed * 1_000_003 + seed
 
 
@@ -80,18 +80,18 @@ def warn_of_random_weights(config: ModelConfig) -> None:
     """Warn on standard error if the model is not pretrained."""
     if config.name.startswith("timm:") and not config.weights:
         print(
-            f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because nothing is downloaded and "
-            "model.weights is empty; give --model.weights FILE.safetensors",
+            f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because model.weights is empty and nothing "
+            "is downloaded; give --model.weights FILE.safetensors",
             file=sys.stderr,
         )
 
 
 def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
-    """Return the tokenizer of a text model, from transformers; None for an image model.
+    """Return the tokenizer of a text model. None for an image model.
 
     Args:
-        config: of the model.
-        saved: a folder whose tokenizer is used instead of the model's, if it exists.
+        config: the configuration of the model.
+        saved: a folder with a tokenizer, which is used instead of the model's if it exists.
     """
     if not config.name.startswith("hf:"):
         return None
@@ -105,38 +105,39 @@ def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
 
 
 def set_mode(model: nn.Module, train: bool) -> nn.Module:
-    """Put a model in train or eval mode and return it. An exported program keeps its only mode."""
+    """Put a model in train or eval mode and return it. An exported program has only one mode and keeps it."""
     return model if "train" in vars(model) else model.train(train)
 
 
 def name_classes(model: nn.Module, classes: Sequence[str]) -> nn.Module:
-    """Write the names of the classes into the configuration of a classifier of transformers, and return the model."""
-    about: Any = getattr(model, "config", None)
-    if getattr(about, "num_labels", None) == len(classes):
-        about.id2label = dict(enumerate(classes))
-        about.label2id = {name: number for number, name in enumerate(classes)}
+    """Set the names of the classes in the configuration of a transformers classifier, and return the model."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "num_labels", None) == len(classes):
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: number for number, name in enumerate(classes)}
     return model
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: a tensor, or an object with a tensor `logits`."""
+    """Return the logits in a model's output, which is a tensor or an object with a tensor `logits`."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise SpecError(
-            f"the model returns {type(output).__name__}; it must return a tensor [batch, classes], or `.logits`",
+            f"the model returns a {type(output).__name__}; it must return logits as a tensor [batch, classes], or an "
+            "object with `.logits`",
             code="wrong-function-result",
         )
     return logits
 
 
 def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...] = ()) -> Arguments:
-    """Return arguments to capture the model with: floats of this shape, or inputs for this kind of model.
+    """Return example arguments for the capture: floats with this shape, or inputs for this kind of model.
 
     Raises:
-        SpecError: the shape is not known.
+        SpecError: the shape is unknown or invalid.
     """
     if min(shape, default=0) < 0:
-        raise SpecError(f"--input is {list(shape)}; sizes are 0 or more")
+        raise SpecError(f"--input is {list(shape)}; give sizes of 0 or more")
     if shape:
         return (torch.rand(shape),), {}
     if config.name.startswith("hf:"):
@@ -144,26 +145,26 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
         return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     size = getattr(model, "pretrained_cfg", {}).get("input_size")
     if size is None:
-        raise SpecError(f"{config.name} does not name the shape of its input; give it, such as --input 2 3 64 64")
+        raise SpecError(f"{config.name} does not specify the shape of its input; give it, such as --input 2 3 64 64")
     return (torch.rand(2, *size),), {}
 
 
 def user_function(name: str) -> Callable[..., Any]:
-    """Return the function with the name `python:package.module:function`.
+    """Return the user's function with the name `python:package.module:function`.
 
     Raises:
-        SpecError: there is no such module, or no such function in it.
+        SpecError: there is no such module or function.
     """
     module_name, _, function_name = name.removeprefix("python:").partition(":")
     if not module_name or not function_name:
         raise SpecError(f"{name}: give python:package.module:function")
-    if os.getcwd() not in sys.path:  # like `python -m`: the user's module is where the command runs
+    if os.getcwd() not in sys.path:  # find modules in the working directory, like `python -m`
         sys.path.insert(0, os.getcwd())
     with user_code(name, code="wrong-function-result"):
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
     function: Any = getattr(module, function_name, None)
     if not callable(function):
-        public = [public for public in vars(module) if not public.startswith("_")]
+        public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
         raise SpecError(
             f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, public)}",
             code="unknown-name",
@@ -173,15 +174,15 @@ def user_function(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def user_code(name: str, code: str | None = None) -> Iterator[None]:
-    """Raise errors of the user's own code as SpecErrors that name the line."""
+    """Convert errors of the user's code to SpecErrors that name the line."""
     try:
         yield
     except LorascError:
         raise
     except Exception as fault:
-        # The innermost line outside of this and any installed package.
-        ours = [line for line in traceback.extract_tb(fault.__traceback__) if not _INSTALLED.search(line.filename)]
-        where = f" ({ours[-1].filename}:{ours[-1].lineno})" if ours and not isinstance(fault, SyntaxError) else ""
+        # Find the innermost line outside of this package and all installed packages.
+        lines = [line for line in traceback.extract_tb(fault.__traceback__) if not _INSTALLED.search(line.filename)]
+        where = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines and not isinstance(fault, SyntaxError) else ""
         raise SpecError(f"{name}: {type(fault).__name__}: {fault}{where}", code=code) from fault
 
 
@@ -203,20 +204,20 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
     model: nn.Module
     with reading(config.name, "transformers", code="unreadable-file"):
-        about = transformers.AutoConfig.from_pretrained(folder, **safe)
-        if any(name.endswith(CLASSIFIER) for name in about.architectures or ()):
+        settings = transformers.AutoConfig.from_pretrained(folder, **safe)
+        if any(name.endswith(CLASSIFIER) for name in settings.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
             model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **head)
         else:
             encoder = transformers.AutoModel.from_pretrained(folder, **options)
-            model = MeanPooled(encoder, about.hidden_size, classes or 2)
+            model = MeanPooled(encoder, settings.hidden_size, classes or 2)
     _load_weights(model, config)
     return model
 
 
 @contextmanager
 def reading(name: str, package: str, code: str) -> Iterator[None]:
-    """Raise any error of a package about damaged files as a SpecError."""
+    """Convert any error of a package that reads damaged files to a SpecError."""
     try:
         yield
     except SpecError:
@@ -224,17 +225,17 @@ def reading(name: str, package: str, code: str) -> Iterator[None]:
     except Exception as fault:
         cause = fault.__cause__ or fault
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise SpecError(f"{name}: {package} cannot read this: {reason}", code=code) from fault
+        raise SpecError(f"{name}: {package} cannot read it: {reason}", code=code) from fault
 
 
 def _hf_folder(name: str) -> Path:
-    """Return the folder of a transformers model; `package:NAME` is one inside an installed package."""
+    """Return the folder of a transformers model. `package:NAME` is a folder inside an installed package."""
     kind, _, package = name.partition(":")
     if kind == "package" and package:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or spec.origin is None:
             raise SpecError(
-                f"hf:{name}: no package {package!r} is installed; nothing is downloaded", code="missing-extra"
+                f"hf:{name}: the package {package!r} is not installed, and nothing is downloaded", code="missing-extra"
             )
         configs = sorted(Path(spec.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
         if not configs:
@@ -242,7 +243,7 @@ def _hf_folder(name: str) -> Path:
         return configs[0].parent
     if not (Path(name) / "config.json").is_file():
         raise SpecError(
-            f"hf:{name}: this is no folder with a config.json in it; nothing is downloaded", code="unreadable-file"
+            f"hf:{name}: there is no such folder with a config.json, and nothing is downloaded", code="unreadable-file"
         )
     return Path(name)
 
@@ -253,14 +254,14 @@ def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
         parameters = inspect.signature(function).parameters.values()
     if classes is None and any(parameter.default is parameter.empty for parameter in parameters):
         raise SpecError(
-            f"python:{name}: this command calls the function without arguments; give each a default",
+            f"python:{name}: this command calls the function without arguments; give each parameter a default",
             code="wrong-function-result",
         )
     with user_code(config.name):
         model = function(classes) if parameters and classes is not None else function()
     if not isinstance(model, nn.Module):
         raise SpecError(
-            f"python:{name}: the function returned {type(model).__name__}; it must return an nn.Module",
+            f"python:{name}: the function returned a {type(model).__name__}; it must return an nn.Module",
             code="wrong-function-result",
         )
     _load_weights(model, config)
@@ -273,15 +274,15 @@ _BUILDERS: dict[str, Callable[[ModelConfig, str, int | None], nn.Module]] = {
 
 
 def _load_weights(model: nn.Module, config: ModelConfig, head: str = "") -> None:
-    """Put pretrained weights into a model, if the configuration names any.
+    """Load pretrained weights into a model, if the configuration has any.
 
     Args:
         model: the model.
-        config: of the model.
-        head: name of a module that keeps its own new values if their shapes differ.
+        config: its configuration.
+        head: path of the head, which keeps its new values if their shapes differ from the pretrained ones.
 
     Raises:
-        SpecError: an unknown source, a file that cannot be read, or weights that do not fit.
+        SpecError: the source is unknown, the file cannot be read, or the weights do not fit.
     """
     source = config.weights
     if not source:
@@ -301,26 +302,26 @@ def _load_weights(model: nn.Module, config: ModelConfig, head: str = "") -> None
 
 
 def put_weights(model: nn.Module, config: ModelConfig, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put weights into a model that was built from a configuration.
+    """Load weights into a model that was built from a configuration.
 
     Raises:
-        SpecError: they are not the weights of this model.
+        SpecError: the weights do not fit the model.
     """
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as fault:
-        reason = textwrap.shorten(str(fault).splitlines()[1], 200, placeholder=" ...")  # the first of several
+        reason = textwrap.shorten(str(fault).splitlines()[1], 200, placeholder=" ...")  # the first of several reasons
         raise SpecError(
-            f"{source} does not fit the model that {config.name} builds now: {reason} Give weights of this very model",
+            f"the weights in {source} do not fit the model {config.name}: {reason} Give weights of this model",
             code="base-differs",
         ) from fault
 
 
 def read_weights(source: str | Path) -> Mapping[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """Return the tensors in a safetensors file.
 
     Raises:
-        SpecError: it cannot be read.
+        SpecError: the file cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,7 +1,7 @@
-"""`lorasc-fx predict`: predicts classes of images or texts with the folded weights of a run.
+"""`lorasc-fx predict`: classifies images or texts with the folded weights of a run.
 
-The original model is built with the run's folded weights. Nothing is captured, and the data set is not read. The
-preprocessing is that of the run: its configuration, its tokenizer, and the names of the classes in its records.
+The original model is built with the folded weights of the run. No graph is captured, and the data set is not read. The
+preprocessing is the same as in the run: its configuration, its tokenizer and its names of the classes.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.util.extras import module_of
 
 Inputs = tuple[list[str], list[str], list[str]]
-"""Names, texts or paths, and classes. An unknown class is empty."""
+"""Names, inputs (texts or paths of images), and classes. An unknown class is empty."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a table."""
+    """Columns of a table with texts."""
 
     text_column: str | None = None
-    """Column that holds the text; the run's, if not given."""
+    """Name of the column with the text. The default is the run's data.text_column."""
     label_column: str | None = None
-    """Column that holds the class, which scores the predictions; the run's, if not given and there."""
+    """Name of the column with the true class, for the accuracy. The default is the run's data.label_column, if the
+    table has it."""
 
 
 @dataclass(frozen=True)
 class PredictArguments:
-    """Print a line for each image or text: its name, the predicted class and the probability, separated by tabs.
+    """Print one line per image or text: its name, the predicted class and the probability, separated by tabs.
 
-    If the true classes are known, the accuracy follows on standard error.
+    If the true classes are known, the accuracy is printed to standard error.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a run that has ended, or whose slow weights `lorasc-fx fold` wrote there."""
+    """Folder of a run that has ended, or that has folded weights from `lorasc-fx fold RUN`."""
     inputs: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE-OR-FOLDER")]
-    """An image; a file of texts, one a line, or a table (.csv, .tsv, .json, .jsonl, .parquet) with a column of texts;
-    or a folder of such files. A blank line of a file of texts gets a line without a class."""
+    """An image, a text file with one text per line, a table (.csv, .tsv, .json, .jsonl, .parquet) with a column of
+    texts, or a folder of such files. For a blank line, a line without a class is printed."""
     data: Columns = field(default_factory=Columns)
 
 
@@ -58,8 +59,8 @@ def run_predict(arguments: PredictArguments) -> int:
     """Print the predictions and return the exit code.
 
     Raises:
-        StateError: the folder holds no run, or no folded weights.
-        SpecError: the model cannot hold the weights; an input cannot be read, or there is none.
+        StateError: the folder has no run, or no folded weights.
+        SpecError: the weights do not fit the model, an input cannot be read, or there are no inputs.
     """
     folder = RunFolder(arguments.run)
     folder.check_run(checkpoint=False)
@@ -73,68 +74,75 @@ def run_predict(arguments: PredictArguments) -> int:
         )
     device = config.train.device
     check_device(device)
-    read = _images(arguments.inputs, classes) if images else _texts(arguments.inputs, config.data, arguments.data)
+    batches = _images(arguments.inputs, classes) if images else _texts(arguments.inputs, config.data, arguments.data)
     model = _folded_model(config, folder.folded, len(classes), images=images)
     labels_seen: list[str] = []
-    right = 0
-    for names, inputs, labels in read:
+    correct = 0
+    for names, inputs, labels in batches:
+        # Predict all inputs except blank lines, which keep an empty prediction.
         filled = [position for position, entry in enumerate(inputs) if entry.strip()]
-        said = [("", "")] * len(inputs)
+        predictions = [("", "")] * len(inputs)
         if filled:
             args, kwargs = preprocessing([inputs[position] for position in filled])
-            moved = {key: value.to(device) for key, value in kwargs.items()}
+            kwargs = {key: value.to(device) for key, value in kwargs.items()}
             with torch.no_grad():
-                logits = logits_of(model(*(value.to(device) for value in args), **moved))
+                logits = logits_of(model(*(value.to(device) for value in args), **kwargs))
             for position, row in zip(filled, logits.float().softmax(-1), strict=True):
-                said[position] = classes[int(row.argmax())], f"{row.max():.4f}"
-        for name, label, (predicted, share) in zip(names, labels, said, strict=True):
-            print(f"{name}\t{predicted}\t{share}")
+                predictions[position] = classes[int(row.argmax())], f"{row.max():.4f}"
+        for name, label, (predicted, probability) in zip(names, labels, predictions, strict=True):
+            print(f"{name}\t{predicted}\t{probability}")
             if label and predicted:
                 labels_seen.append(label)
-                right += label == predicted
+                correct += label == predicted
     unknown = sorted({*labels_seen} - {*classes})
     if unknown:
-        told = f"labels that are not a class of the run count as wrong: {named(unknown, 5)}"
-        print(f"{told}; the run has {named(classes, 5)}", file=sys.stderr)
+        print(
+            f"{named(unknown, 5)}: these labels are unknown to the run and count as wrong. The run has the classes "
+            f"{named(classes, 5)}",
+            file=sys.stderr,
+        )
     if labels_seen:
         total = len(labels_seen)
-        print(f"accuracy {right / total:.3f}: {right} of {total} labelled examples", file=sys.stderr)
+        print(f"accuracy {correct / total:.3f}: {correct} of {total} labelled examples", file=sys.stderr)
     return 0
 
 
 def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) -> nn.Module:
-    """Return the original model with folded weights in it, in eval mode."""
+    """Return the original model with the folded weights, in eval mode."""
     model = build_model(replace(config.model, weights=""), classes).to(config.train.device)
     values = {name: value.to(config.train.device) for name, value in read_weights(weights).items()}
     put_weights(model, config.model, values, weights)
     tied = [name for name, value in model.state_dict().items() if not torch.equal(value, values[name])]
     if tied:
         raise SpecError(
-            f"{weights} holds two values for {tied[0]}, which the run untied (spec.untie) and {config.model.name} ties",
+            f"{weights} has two values for {tied[0]}, because the run has untied it (spec.untie), but "
+            f"{config.model.name} ties it. Untie it in the model, or train without spec.untie",
             code="base-differs",
         )
     return set_mode(channels_last(model) if images else model, False)
 
 
 def _files(path: Path, endings: Collection[str], content: str) -> list[Path]:
-    """Return the file at a path, or the files in a folder whose names end like this, in order.
+    """Return the file at a path, or the sorted files with these endings in a folder.
 
     Raises:
-        SpecError: the folder holds none.
+        SpecError: the folder has no such files.
     """
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in endings)
     if not files:
         raise SpecError(
-            f"{path} holds no {content} ({', '.join(sorted(endings))}); give a file, or a folder of files",
+            f"{path} contains no {content} ({', '.join(sorted(endings))}); give a file, or a folder of files",
             code="invalid-data",
         )
     return files
 
 
 def _images(path: Path, classes: Sequence[str]) -> Iterator[Inputs]:
-    """Yield the image at a path, or those in a folder. If each is in a folder named like a class, that is its class."""
+    """Yield the image at a path, or the images in a folder. If every image is in a folder named like a class, that
+    class is its label.
+    """
     endings = module_of("vision", "torchvision.datasets.folder").IMG_EXTENSIONS
     files = _files(path, endings, "images")
     labelled = all(file.parent.name in classes for file in files)
@@ -143,7 +151,7 @@ def _images(path: Path, classes: Sequence[str]) -> Iterator[Inputs]:
 
 
 def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]:
-    """Yield the texts of a file, or of the files in a folder, with their numbers."""
+    """Yield batches of the texts in a file, or in the files of a folder. The names have the line or row number."""
     for file in _files(path, (".txt", *TABLES), "texts"):
         texts, labels = _read_texts(file, config, columns)
         numbers = [f"{file}:{number}" for number in range(1, len(texts) + 1)]
@@ -153,10 +161,10 @@ def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]
 
 
 def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[str], list[str]]:
-    """Return the texts and classes of a table, or the lines of any other file. An unknown class is empty.
+    """Return the texts and classes in a table, or the lines of any other file. An unknown class is empty.
 
     Raises:
-        SpecError: the file cannot be read, or holds no texts.
+        SpecError: the file cannot be read, or has no texts.
     """
     kind = TABLES.get(path.suffix.lower())
     text, label = columns.text_column or config.text_column, columns.label_column or config.label_column
@@ -166,8 +174,9 @@ def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[
         texts, cells = read_table(kind, path, text, label, optional=optional)
         labels = [str(cell) for cell in cells]
     else:
-        lines = read_text(path).split("\n")  # not splitlines: `paste` has no other line ends
+        # Not splitlines, which also splits at other characters than tools such as `paste` do.
+        lines = read_text(path).split("\n")
         texts = lines if lines[-1] else lines[:-1]
     if not any(map(str.strip, texts)):
-        raise SpecError(f"{path} holds no texts; give one per line", code="invalid-data")
+        raise SpecError(f"{path} contains no texts; give one per line", code="invalid-data")
     return texts, labels or [""] * len(texts)

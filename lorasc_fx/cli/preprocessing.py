@@ -1,7 +1,4 @@
-"""The preprocessing of a run: how texts or images become arguments of the model, and what the classes are called.
-
-`lorasc-fx predict` and `lorasc_fx.cli.load` use it. The data set is not read.
-"""
+"""Converts texts or images to arguments of the model in the same way as a run. The data set of the run is not read."""
 
 from __future__ import annotations
 
@@ -21,18 +18,19 @@ from lorasc_fx.errors import SpecError
 
 
 class Preprocessing:
-    """Turns inputs into arguments of the model, as in the run: `args, kwargs = preprocessing(inputs)`.
+    """Converts inputs to arguments of the model in the same way as a run: `args, kwargs = preprocessing(inputs)`.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
 
     Attributes:
+        config: the configuration of the run.
         classes: names of the classes, in the order of the logits.
-        tokenizer: of a text model; None for images.
+        tokenizer: the tokenizer of a text model. None for images.
 
     Raises:
-        StateError: the folder does not name its classes.
-        SpecError: its configuration or its tokenizer cannot be read.
+        StateError: the folder has no names of classes.
+        SpecError: the configuration or the tokenizer cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,17 +44,18 @@ class Preprocessing:
         """Return positional and keyword arguments for a batch.
 
         Args:
-            inputs: texts, or paths of images.
+            inputs: a list of texts, or of paths of images.
 
         Raises:
-            SpecError: inputs are one text, or empty, or an image cannot be read.
+            SpecError: the inputs are not a list or are empty, or an image cannot be read.
         """
         if isinstance(inputs, (str, PathLike)) or not len(inputs):
             raise SpecError(f"preprocessing: inputs are {inputs!r}; give a list of texts, or of paths of images")
         if self.tokenizer is not None:
             return self._encode(list(inputs))
         data = self.config.data
-        size = None if data.name.startswith("python:") else data.image_size  # the run resizes files as it reads them
+        # The run has resized images from files while reading, but not images from a function.
+        size = None if data.name.startswith("python:") else data.image_size
         images = [self._encode(read_image(Path(path), size)[None])[0][0] for path in inputs]
         return (torch.cat(images).contiguous(memory_format=torch.channels_last),), {}
 
@@ -64,15 +63,15 @@ class Preprocessing:
         """Return the model that the run has adapted, in eval mode. A user's function is not called.
 
         Raises:
-            SpecError: the model or its weights come from a user's function, or cannot be built; see `build_model`.
+            SpecError: the model or its weights come from a user's function, or the model cannot be built.
         """
         model = self.config.model
         for key, name in (("model.name", model.name), ("model.weights", model.weights)):
             if name.startswith("python:"):
                 raise SpecError(
-                    f"{self._folder.path}: its {key} is {name}, a function that is not called here. Build the model as "
-                    f"in the run, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and call "
-                    "lorasc_fx.cli.load(folder, model)",
+                    f"{self._folder.path}: {key} is {name}. For safety, this function is not called here. Build the "
+                    f"model like the run, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and "
+                    "call lorasc_fx.cli.load(folder, model)",
                     code="no-base",
                 )
         built = build_model(model, len(self.classes), self.config.train.seed)

@@ -1,4 +1,4 @@
-"""Progress of a training loop: a bar on a terminal or plain lines, and metrics in a folder, also for TensorBoard."""
+"""Shows the progress of a training loop (a bar on a terminal, otherwise lines), and writes metrics into a folder."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
-    """Add one line to a file of metrics. inf and nan become null, because JSON has neither."""
+    """Append one line to a file of metrics. inf and nan become null, because JSON does not have them."""
     infinite = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
     plain = {name: None if name in infinite else value for name, value in entry.items()}
     append_text(path, json.dumps(plain) + "\n", StateError)
 
 
 class Metrics:
-    """Writes `metrics.jsonl` into a folder, and `tensorboard/` next to it if that package is installed.
+    """Writes `metrics.jsonl` into a folder, and TensorBoard files into `tensorboard/` if that package is installed.
 
     Args:
-        folder: created if it does not exist. Lines are added to those of a run that is resumed.
+        folder: is created if it does not exist. A resumed run appends to the existing lines.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Metrics:
         self._writer: Any = None
 
     def log(self, **entry: Any) -> None:
-        """Add one line. Its numbers become scalars for TensorBoard, at `step` or at the last given step."""
+        """Append one line. Its numbers become TensorBoard scalars at `step`, or at the last logged step."""
         self._folder.mkdir(parents=True, exist_ok=True)
         append(self._folder / FILE, entry)
         self._step = entry.get("step", self._step)
@@ -64,7 +64,7 @@ class Metrics:
 
 
 class Reporter:
-    """Shows the progress of a task by a bar, or without a bar by a line every few seconds."""
+    """Shows the progress of a task with a bar. Without a bar, it prints a line every few seconds."""
 
     def __init__(self, bar: Progress | None = None) -> None:
         self._bar = bar
@@ -73,7 +73,7 @@ class Reporter:
         self._started = self._last = 0.0
 
     def begin(self, title: str, steps: int | None = None, done: int = 0) -> None:
-        """Start a task of `steps` steps, of which `done` are finished. Without steps it counts bytes."""
+        """Start a task with this many steps in total, some of which may be done. Without `steps`, it counts bytes."""
         self._title, self._steps, self._first = title, steps or 0, done
         self._started = self._last = time.monotonic()
         if self._bar is not None:
@@ -85,23 +85,23 @@ class Reporter:
 
     def step(self, done: int, stage: str, loss: float) -> None:
         """Show the number of finished steps, the running stage and the last loss."""
-        now = time.monotonic()
-        rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
-        text = f"step {done}/{self._steps} {stage} loss {loss:.3f}, {rate:.1f} steps/s"
-        self._show(now, done, self._steps, text)
+        seconds = time.monotonic() - self._started
+        rate = (done - self._first) / seconds if seconds else 0.0
+        self._show(done, self._steps, f"step {done}/{self._steps} {stage} loss {loss:.3f}, {rate:.1f} steps/s")
 
     def copied(self, done: int, total: int) -> None:
         """Show the number of finished bytes."""
-        self._show(time.monotonic(), done, total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
+        self._show(done, total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-    def _show(self, now: float, done: int, total: int, text: str) -> None:
-        left = (total - done) * (now - self._started) / max(1, done - self._first)
-        text = f"{text}, {left:.0f} s left"
+    def _show(self, done: int, total: int, text: str) -> None:
+        current_time = time.monotonic()
+        remaining = (total - done) * (current_time - self._started) / max(1, done - self._first)
+        text = f"{text}, {remaining:.0f} s left"
         if self._bar is not None:
             assert self._task is not None
             self._bar.update(self._task, completed=done, total=total, text=text)
-        elif now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = now
+        elif current_time - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = current_time
             self.say(f"{self._title}: {text}")
 
     def say(self, text: str) -> None:
@@ -116,8 +116,8 @@ def console() -> Console:
     """Return rich's console on standard output."""
     from rich.console import Console
 
-    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich would use 80 columns for a file
-    return Console(highlight=False, markup=False, emoji=False, width=fixed)  # no markup: names are shown unchanged
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich would use 80 columns for a file
+    return Console(highlight=False, markup=False, emoji=False, width=width)  # no markup, so that names are unchanged
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`lorasc-fx report`: one HTML file about a run or a comparison, with charts by matplotlib. It needs no network."""
+"""`lorasc-fx report`: writes one self-contained HTML file about a run or a comparison, with charts by matplotlib."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import tyro
 from lorasc_fx.cli.compare import Result, best_rates, planned, tables
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.data import short_name
-from lorasc_fx.cli.run_folder import REFUSAL, SITE, RunFolder, check_output, read_lines, write_whole
+from lorasc_fx.cli.run_folder import REFUSAL, SITE, RunFolder, check_output, read_lines, write_atomically
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of, require
 
-LONG = 12
-"""A table with more rows is collapsed."""
+MAX_ROWS = 12
+"""Tables with more rows are collapsed. Curves with fewer points have markers."""
 MEASURES = ("validation", "validation_fast", "validation_loss", "validation_loss_fast")
 Drawing = tuple[str, Callable[[Any], None]]
-"""The title of a chart, and the function that draws it on axes of matplotlib."""
+"""The title of a chart, and a function that draws it on matplotlib axes."""
 EXPERTS = {"norm": "norm", "effective_rank": "effective rank"}
 
 PAGE = """<!doctype html>
@@ -49,10 +49,10 @@ class RunRecord:
     """The records of one run.
 
     Args:
-        run: folder of the run.
+        run: the run folder.
 
     Raises:
-        StateError: the folder holds no run of `train`, or one without records yet; or a file is damaged.
+        StateError: the folder has no run of `train`, the run has no records yet, or a file is damaged.
     """
 
     def __init__(self, run: Path) -> None:
@@ -60,7 +60,7 @@ class RunRecord:
         folder.check_run(checkpoint=False)
         if not folder.cascade.is_file() or not folder.metrics.is_file():
             raise StateError(
-                f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is missing. A run "
+                f"{run} has nothing to report yet: {folder.cascade.name} or {folder.metrics.name} is missing. A run "
                 "writes them in its first steps",
                 code="not-available",
             )
@@ -72,17 +72,17 @@ class RunRecord:
         self.environment = folder.read_environment()
 
     def by_step(self, name: str) -> list[tuple[int, float]]:
-        """Return the steps and values of a metric. If a resumed run has repeated a step, the later value counts."""
+        """Return the steps and values of a metric. If a resumed run has repeated a step, the later value is used."""
         return sorted({line["step"]: line[name] for line in self.lines if name in line}.items())
 
     @cached_property
     def transitions(self) -> list[int]:
-        """Steps at which a stage ended."""
+        """The steps at which a stage has ended."""
         return sorted({line["step"] for line in self.lines if "validation" in line})
 
     @cached_property
     def stages(self) -> list[dict[str, Any]]:
-        """One row per ended stage: `stage`, `step`, and the measures of slow and fast weights."""
+        """One row per ended stage: `stage`, `step`, and the metrics of the slow and fast weights."""
         rows: dict[int, dict[str, Any]] = {}
         for line in self.lines:
             if "validation" in line or "validation_fast" in line:
@@ -91,24 +91,24 @@ class RunRecord:
 
     @cached_property
     def result(self) -> dict[str, float]:
-        """Accuracy on the test set and its shifts; empty before the end."""
+        """Accuracy on the test set and the shifted test sets. Empty before the run has ended."""
         results = [line for line in self.lines if line.get("event") == "result"]
         return {name: value for name, value in results[-1].items() if name != "event"} if results else {}
 
     @cached_property
-    def seconds_a_step(self) -> float | None:
-        """Median over the logged intervals in which no stage ended; None if there are none."""
+    def seconds_per_step(self) -> float | None:
+        """Median over the logged intervals in which no stage has ended. None if there is no such interval."""
         timed = [line for line in self.lines if "seconds" in line]
         ends = set(self.transitions)
         rates = [
-            (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
-            for before, after in pairwise(timed)
-            if after["step"] > before["step"] and after["seconds"] > before["seconds"] and before["step"] not in ends
+            (end["seconds"] - start["seconds"]) / (end["step"] - start["step"])
+            for start, end in pairwise(timed)
+            if end["step"] > start["step"] and end["seconds"] > start["seconds"] and start["step"] not in ends
         ]
         return statistics.median(rates) if rates else None
 
     def of_experts(self, measure: str) -> dict[int, list[float | None]]:
-        """Return a measure of the experts: for each stage, one value per site in the model's order."""
+        """Return a metric of the experts by stage: one value per site, in the order of the model."""
         latest = {(line["stage"], line["site"]): line[measure] for line in self.experts}
         sites = [site["weight"] for site in self.about["sites"]]
         return {stage: [latest.get((stage, site)) for site in sites] for stage in sorted({key[0] for key in latest})}
@@ -116,23 +116,24 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write one HTML page about a run or a comparison, which needs no network.
+    """Write one self-contained HTML page about a run or a comparison.
 
-    Of a run: loss, slow and fast weights, experts, sites. Of a comparison: accuracies and differences by method.
+    For a run, it shows the loss, the slow and fast weights, the experts and the sites. For a comparison, it shows the
+    accuracies of the methods and their differences.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run of `train` or `compare`."""
+    """Output folder of `train` or `compare`."""
     output: Path | None = None
-    """File to write; RUN/report.html if not given."""
+    """File to write. The default is RUN/report.html."""
 
 
 def run_report(arguments: ReportArguments) -> int:
     """Write the report of a run or a comparison, and return the exit code.
 
     Raises:
-        StateError: the folder holds no run with records.
-        SpecError: the file cannot be written there.
+        StateError: the folder has no run with records.
+        SpecError: the file cannot be written.
         MissingExtra: the extra `report` is not installed.
     """
     require("report", "matplotlib")
@@ -140,13 +141,13 @@ def run_report(arguments: ReportArguments) -> int:
     text = comparison_page(folder) if folder.results.exists() else page(RunRecord(arguments.run))
     output = arguments.output or folder.report
     check_output(output, folder=False)
-    write_whole(output, text)
-    print(f"{output}: the report of {arguments.run.resolve().name}", flush=True)
+    write_atomically(output, text)
+    print(f"{output}: report of {arguments.run.resolve().name}", flush=True)
     return 0
 
 
 def page(record: RunRecord) -> str:
-    """Return the page as text."""
+    """Return the HTML page of a run."""
     config = record.config
     lead = f"{config.model.name} ({record.about['model']}) on {config.data.name}"
     lead += "." if record.result else "; this run has not ended yet."
@@ -155,21 +156,21 @@ def page(record: RunRecord) -> str:
                for stage, values in record.of_experts(key).items()}  # fmt: skip
     sites = record.about["sites"]
     refused = [tuple(refusal[key] for key in REFUSAL) for refusal in record.about["refusals"]]
-    refused += [(name, "unreached", "no captured graph uses it") for name in record.about["unreached"]]
+    refused += [(name, "not reached", "no captured graph uses it") for name in record.about["unreached"]]
     body = [
         charts(_drawings(record)),
-        table("Run", ("what", "value"), _facts(record)),
-        table("Validation at the end of each stage, of slow and fast weights", ("stage", "step", *MEASURES), stages),
+        table("Run", ("name", "value"), _facts(record)),
+        table("Validation of slow and fast weights at the end of each stage", ("stage", "step", *MEASURES), stages),
         table("Experts by site", ("site", *columns),
               zip([site["weight"] for site in sites], *columns.values(), strict=True) if columns else ()),
-        table("Sites", ("number", *SITE), [(place, *map(site.get, SITE)) for place, site in enumerate(sites, start=1)]),
-        table("Refusals", ("weight", "reason", "because"), refused),
+        table("Sites", ("number", *SITE), [(number, *map(site.get, SITE)) for number, site in enumerate(sites, 1)]),
+        table("Weights that are not adapted", ("weight", "reason", "explanation"), refused),
     ]  # fmt: skip
     return PAGE.format(title=html.escape(f"Run {record.name}"), lead=html.escape(lead), body="\n".join(body))
 
 
 def comparison_page(folder: RunFolder) -> str:
-    """Return the page of a comparison as text.
+    """Return the HTML page of a comparison.
 
     Raises:
         StateError: no run of the comparison has ended, or a file is damaged.
@@ -179,13 +180,13 @@ def comparison_page(folder: RunFolder) -> str:
     results = [result for run in runs if (result := Result.read(folder.results, run)) is not None]
     if not results:
         raise StateError(
-            f"{folder.path} has nothing to show yet: no run of the comparison has ended", code="not-available"
+            f"{folder.path} has nothing to report yet: no run of the comparison has ended", code="not-available"
         )
     ended = "" if len(results) == len(runs) else f" {len(results)} of {len(runs)} runs have ended."
     body = [charts(_comparison_drawings(config, results))]
-    for each in tables(config, results):
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in each.notes.splitlines())
-        body.append(table(each.title, each.head, each.rows) + notes)
+    for content in tables(config, results):
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in content.notes)
+        body.append(table(content.title, content.head, content.rows) + notes)
     title, lead = f"Comparison {folder.path.resolve().name}", f"{config.model.name} on {config.data.name}.{ended}"
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(body))
 
@@ -197,17 +198,17 @@ def _comparison_drawings(config: Config, results: Sequence[Result]) -> Iterator[
         values = {
             method: [100 * run.accuracy(part) for run in runs if not run.diverged] for method, runs in best.items()
         }
-        yield f"accuracy on {part} in %: seeds, and their mean", partial(_by_method, values)
+        yield f"accuracy on {part} in %: each seed, and the mean", partial(_by_method, values)
     ended = [result for result in results if not result.diverged]
     if any(len(config.compare.rates_of(method)) > 1 for method in best):
         yield "validation loss by learning rate, mean of the seeds", partial(_by_rate, ended)
 
 
 def _by_method(values: Mapping[str, Sequence[float]], axes: Any) -> None:
-    for place, accuracies in enumerate(values.values()):
+    for x, accuracies in enumerate(values.values()):
         if accuracies:
-            axes.plot([place] * len(accuracies), accuracies, "o", color="C0", alpha=0.5)
-            axes.plot([place - 0.2, place + 0.2], [statistics.fmean(accuracies)] * 2, color="C0")
+            axes.plot([x] * len(accuracies), accuracies, "o", color="C0", alpha=0.5)
+            axes.plot([x - 0.2, x + 0.2], [statistics.fmean(accuracies)] * 2, color="C0")
     axes.set_xticks(range(len(values)), values)
     axes.margins(x=0.2)
 
@@ -226,11 +227,11 @@ def _by_rate(results: Sequence[Result], axes: Any) -> None:
 
 
 def table(title: str, head: Sequence[str], rows: Any) -> str:
-    """Return a table as HTML, collapsed if it is long; nothing if it has no rows."""
+    """Return a table as HTML, collapsed if it is long. Without rows, return an empty text."""
     lines = [f"<tr>{''.join(f'<td>{html.escape(_shown(cell))}</td>' for cell in row)}</tr>" for row in rows]
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     text = f"<table><caption>{html.escape(title)}</caption>\n<tr>{cells}</tr>\n" + "\n".join(lines) + "\n</table>"
-    if len(lines) > LONG:
+    if len(lines) > MAX_ROWS:
         text = f"<details><summary>{html.escape(title)} ({len(lines)} rows)</summary>{text}</details>"
     return text if lines else ""
 
@@ -254,9 +255,9 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
     )
     yield "batch size, weight decay", f"{train.batch_size}, {train.weight_decay:g}"
     yield "seeds of run, split, branches", f"{train.seed}, {record.config.data.seed}, {spec.seed}"
-    yield "classes", ", ".join(about.get("classes", ())) or "not known"
-    yield "trained of all parameters", f"{about['trainable']:,} of {about['parameters']:,}"
-    yield "median seconds a step", record.seconds_a_step
+    yield "classes", ", ".join(about.get("classes", ())) or "unknown"
+    yield "trained parameters", f"{about['trainable']:,} of {about['parameters']:,}"
+    yield "median seconds per step", record.seconds_per_step
     yield "front end", about["frontend"]
     yield from ((f"front end {name} refused", reason) for name, reason in about["refused_frontends"])
     versions = record.environment | record.environment.get("packages", {})
@@ -273,8 +274,8 @@ def charts(chosen: Iterator[Drawing]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorasc-fx"}):
         rows = math.ceil(len(drawings) / 2)
         figure = figures.Figure(figsize=(10, 3.2 * rows), layout="constrained")
-        for place, (title, draw) in enumerate(drawings, start=1):
-            draw(axes := figure.add_subplot(rows, 2, place))
+        for position, (title, draw) in enumerate(drawings, start=1):
+            draw(axes := figure.add_subplot(rows, 2, position))
             axes.set_title(title)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -297,7 +298,7 @@ def _drawings(record: RunRecord) -> Iterator[Drawing]:
 
 
 def _curve(points: Sequence[tuple[int, float]], transitions: Sequence[int], axes: Any) -> None:
-    axes.plot(*zip(*points, strict=True), marker="o" if len(points) < LONG else None)
+    axes.plot(*zip(*points, strict=True), marker="o" if len(points) < MAX_ROWS else None)
     for step in transitions:
         axes.axvline(step, color="gray", linestyle=":")
     axes.set_xlabel("step")
@@ -305,14 +306,14 @@ def _curve(points: Sequence[tuple[int, float]], transitions: Sequence[int], axes
 
 def _slow_and_fast(stages: Sequence[Mapping[str, Any]], measure: str, axes: Any) -> None:
     for label, key, marker in (("slow", measure, "o"), ("fast", f"{measure}_fast", "s")):
-        measured = [(row["stage"], row[key]) for row in stages if row.get(key) is not None]
-        axes.plot([stage for stage, _ in measured], [value for _, value in measured], marker=marker, label=label)
+        points = [(row["stage"], row[key]) for row in stages if row.get(key) is not None]
+        axes.plot([stage for stage, _ in points], [value for _, value in points], marker=marker, label=label)
     axes.set_xlabel("stage")
     axes.legend()
 
 
 def _by_site(values: Mapping[int, Sequence[float | None]], axes: Any) -> None:
-    """Draw values as colours: sites across in the model's order, stages upwards."""
+    """Draw values as colors. The x axis has the sites in the order of the model, the y axis has the stages."""
     grid = [[math.nan if value is None else value for value in row] for row in values.values()]
     mesh = axes.pcolormesh(range(1, len(grid[0]) + 1), [*values], grid, shading="nearest")
     axes.figure.colorbar(mesh)

@@ -1,8 +1,8 @@
-"""The folder of a run: resolved configuration, metrics, records, checkpoint, folded weights, environment.
+"""The run folder: resolved configuration, metrics, records, checkpoint, folded weights and environment.
 
-`lorasc-fx report` is made from the records, which are small tables. `cascade.json` is written at the start: sites,
-refusals, placements, cost, classes. `experts.jsonl` gets norm and effective rank of each expert at the end of each
-stage, before the fold.
+`lorasc-fx report` reads two small records. `cascade.json` is written at the start, with the sites, refusals, placements
+and classes. `experts.jsonl` gets the norm and the effective rank of each expert at the end of each stage, before the
+fold.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorasc_fx.util.accelerator import name_of
 from lorasc_fx.util.files import append_text, parse_json, replacing
 
 SECTIONS = ("model", "data", "train", "spec")
-"""Tables of the configuration that a resume may not change."""
+"""Tables of the configuration that must stay the same in a resumed run."""
 
 _PACKAGES = (
     "lorasc-fx", "torch", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
@@ -41,74 +41,77 @@ _PACKAGES = (
 
 SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
 REFUSAL = ("weight", "reason", "sentence")
-"""Keys of the records of a site, and of a refusal."""
+"""Keys in the records of a site and of a refusal."""
 
 
 class RunFolder:
     """The files of one run.
 
     Args:
-        path: of the folder, which need not exist.
+        path: the folder, which may not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.toml"  # defaults and overrides included
+        self.config = path / "config.toml"  # with defaults and command-line options
         self.environment = path / "environment.json"
         self.metrics = path / FILE
         self.cascade = path / "cascade.json"
         self.experts = path / "experts.jsonl"
         self.report = path / "report.html"
-        self.checkpoint = path / "checkpoint"  # of lorasc_fx.save
-        self.folded = path / "folded.safetensors"  # slow weights, in the layout of the original model
+        self.checkpoint = path / "checkpoint"  # written by lorasc_fx.save
+        self.folded = path / "folded.safetensors"  # slow weights in the layout of the original model
         self.tokenizer = path / "tokenizer"
-        self.results = path / "results"  # of `compare`, one file per run
+        self.results = path / "results"  # results of `compare`, one file per run
 
     @property
     def saved(self) -> bool:
-        """Whether there is a complete checkpoint. A run that is killed in its first save leaves none."""
+        """Whether there is a complete checkpoint."""
         return bool(list_versions(self.checkpoint))
 
     @property
     def started(self) -> bool:
-        """Whether the folder holds results of a run."""
+        """Whether the folder has results of a run."""
         return self.metrics.exists() or self.saved or any(self.results.glob("*.json"))
 
     def check_run(self, *, checkpoint: bool = True) -> None:
-        """Check that the folder holds a run of `train`, by default with a checkpoint.
+        """Check that the folder has a run of `train`, and, with `checkpoint`, that the run has a checkpoint.
 
         Raises:
             StateError: it does not.
         """
         if not self.config.is_file():
-            raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it", code="no-checkpoint")
+            raise StateError(
+                f"{self.path} is not a run folder: there is no {self.config.name} in it", code="no-checkpoint"
+            )
         if self.results.exists():
             raise StateError(
-                f"{self.path} holds a comparison, and this command takes one run, of lorasc-fx train. "
-                f"lorasc-fx compare {self.config} prints its tables",
+                f"{self.path} has a comparison, but this command needs a run of lorasc-fx train. To print the tables "
+                f"of the comparison, use lorasc-fx compare {self.config}",
                 code="no-checkpoint",
             )
         if checkpoint and not self.saved:
             raise StateError(
-                f"{self.path} holds no checkpoint yet; a run writes its first one at the end of its first stage",
+                f"{self.path} has no checkpoint yet; a run writes its first one at the end of its first stage",
                 code="no-checkpoint",
             )
 
     def check(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Check, before any work is done, that this run may write here.
+        """Check that a run may write into this folder. Nothing is changed.
 
         Args:
-            config: of the new run.
-            resume: whether the run in the folder continues.
-            overwrite: whether `begin` deletes it.
+            config: the configuration of the run.
+            resume: whether to continue the run in the folder.
+            overwrite: whether `begin` will delete the run in the folder.
 
         Raises:
-            SpecError: the folder cannot be written, or both `resume` and `overwrite` are asked for.
-            StateError: the folder holds a run and neither is, or `resume` is and the run had another configuration.
+            SpecError: the folder cannot be written, or `resume` and `overwrite` are both given.
+            StateError: the folder has a run but neither option is given, or the run to resume has another
+                configuration.
         """
         if resume and overwrite:
             raise SpecError(
-                "--resume continues a run and --overwrite deletes it; give one of the two",
+                "--resume continues a run and --overwrite deletes it; give only one of them",
                 code="conflicting-options",
             )
         check_output(self.path, folder=True)
@@ -116,32 +119,30 @@ class RunFolder:
             return
         if self.started and not resume:
             raise StateError(
-                f"{self.path} already holds a run: --resume continues it, --overwrite deletes it and starts again, "
-                "--output FOLDER starts another",
+                f"{self.path} already has a run. Give --resume to continue it, --overwrite to delete it and start a "
+                "new one, or --output FOLDER to write to another folder",
                 code="path-in-the-way",
             )
         if self.started:
             self._check_same(config)
         elif resume and not self.config.exists():
-            raise StateError(
-                f"{self.path} holds no run to resume; leave --resume out to start one", code="no-checkpoint"
-            )
+            raise StateError(f"{self.path} has no run to resume; remove --resume to start one", code="no-checkpoint")
 
     def begin(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Check the folder (see `check`), and write the configuration and the environment into it."""
+        """Check the folder as in `check`, and write the configuration and the environment into it."""
         self.check(config, resume=resume, overwrite=overwrite)
         if overwrite:
             self._delete_run()
         self.path.mkdir(parents=True, exist_ok=True)
         write_config(config, self.config)
-        write_whole(self.environment, json.dumps(_environment(), indent=1) + "\n")
+        write_atomically(self.environment, json.dumps(_environment(), indent=1) + "\n")
 
     def log(self, **entry: Any) -> None:
-        """Add one line to the metrics."""
+        """Append one line to the metrics."""
         append(self.metrics, entry)
 
     def write_cascade(self, cascade: lx.Cascade, classes: Sequence[str]) -> None:
-        """Write what was adapted, and the names of the classes."""
+        """Write the record of the cascade: its sites, refusals and placements, and the names of the classes."""
         placements = cascade.placements
         sites = [
             {key: getattr(site, key) for key in SITE}
@@ -160,10 +161,10 @@ class RunFolder:
             "unreached": cascade.unreached,
             "refused_frontends": cascade.refused_frontends,
         }
-        write_whole(self.cascade, json.dumps(about, indent=1) + "\n")
+        write_atomically(self.cascade, json.dumps(about, indent=1) + "\n")
 
     def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
-        """Append one record per site: norm and effective rank of the branch before the fold, or null if not finite."""
+        """Append one record per site: norm and effective rank of the branch before the fold. Null if not finite."""
         lines = []
         with torch.no_grad():
             for weight, branch in cascade._run.branches_by_weight().items():
@@ -178,10 +179,10 @@ class RunFolder:
         append_text(self.experts, "".join(lines), StateError)
 
     def read_cascade(self) -> dict[str, Any]:
-        """Return what `write_cascade` wrote.
+        """Return the record of `write_cascade`.
 
         Raises:
-            StateError: it is damaged, as for all of these records.
+            StateError: the file is damaged.
         """
         return _record(self.cascade)
 
@@ -190,25 +191,25 @@ class RunFolder:
         classes = self.read_cascade().get("classes") if self.cascade.is_file() else None
         if not classes:
             raise StateError(
-                f"{self.path} does not name its classes: it is not a run of lorasc-fx train, or one of an older "
-                "version, which must be run again",
+                f"{self.path} has no names of classes: it is not a run of lorasc-fx train, or it is from an older "
+                "version and must be run again",
                 code="no-checkpoint",
             )
         return tuple(classes)
 
     def read_environment(self) -> dict[str, Any]:
-        """Return packages and machine."""
+        """Return the record of packages and machine."""
         return _record(self.environment)
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
-        """Write a state dict as safetensors. Tied weights are written under each of their names."""
+        """Write a state dict as safetensors. Tied weights are written under all of their names."""
         file = path or self.folded
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, file)
         return file
 
     def _delete_run(self) -> None:
-        """Delete what a run wrote, and nothing else."""
+        """Delete the files of a run. Other files in the folder stay."""
         for path in (self.metrics, self.cascade, self.experts, self.report, self.folded):
             path.unlink(missing_ok=True)
         for path in (self.checkpoint, self.results, self.tokenizer, self.path / "tensorboard"):
@@ -216,52 +217,53 @@ class RunFolder:
                 shutil.rmtree(path)
 
     def _check_same(self, config: Config) -> None:
-        absolute = (with_paths(one, os.path.abspath) for one in (load_config(self.config), config))
-        old, new = (json.loads(json.dumps(config_to_dict(one))) for one in absolute)
+        absolute = (with_paths(item, os.path.abspath) for item in (load_config(self.config), config))
+        old, new = (json.loads(json.dumps(config_to_dict(item))) for item in absolute)
         for section in SECTIONS:
             for key, value in new[section].items():
-                was = old[section].get(key)
-                if was != value:
+                old_value = old[section].get(key)
+                if old_value != value:
                     raise StateError(
-                        f"{self.path} holds a run with {section}.{key} = {was!r}, and this one has {value!r}; "
-                        "resume with the same, --overwrite it, or give --output FOLDER to start another",
+                        f"{self.path} has a run with {section}.{key} = {old_value!r}, but now it is {value!r}. Resume "
+                        "with the same value, give --overwrite to delete the run, or give --output FOLDER to write to "
+                        "another folder",
                         code="spec-differs",
                     )
 
 
 def check_output(path: Path, *, folder: bool) -> None:
-    """Check, before any work is done, that an output file or folder can be written.
+    """Check that an output file or folder can be written, before the long work starts.
 
     Raises:
-        SpecError: it is of the other kind, has a file as a parent, or is not writable.
+        SpecError: there is a folder instead of a file or the reverse, a parent is a file, or it is not writable.
     """
     if path.exists() and path.is_dir() != folder:
-        kind, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
-        raise SpecError(f"{path} is {kind}, and the output is {wanted}; give another path", code="path-in-the-way")
-    present = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not folder and present == path.absolute():
-        present = present.parent
-    if not present.is_dir():
+        kind, expected = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise SpecError(f"{path} is {kind}, but the output is {expected}; give another path", code="path-in-the-way")
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not folder and existing == path.absolute():
+        existing = existing.parent
+    if not existing.is_dir():
         raise SpecError(
-            f"{path} cannot be made, because {present} is a file; give another path", code="path-in-the-way"
+            f"{path} cannot be created, because {existing} is a file; give another path", code="path-in-the-way"
         )
     try:
-        with tempfile.TemporaryFile(dir=present):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as fault:
         raise SpecError(
-            f"{path} cannot be written: {present}: {fault.strerror}; give another path", code="write-failed"
+            f"{path} cannot be written: {existing}: {fault.strerror}; give another path", code="write-failed"
         ) from fault
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a complete file, or leave the one that was there."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file atomically: if this fails, the old file stays."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines; none if there is no file.
+    """Return the records in a file of JSON lines. If there is no file, the list is empty.
 
     Raises:
         StateError: a line is damaged.
@@ -271,7 +273,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Return the record in a file; an empty one if there is no file."""
+    """Return the record in a file. If there is no file, it is empty."""
     return _parsed(path, 1, path.read_bytes()) if path.is_file() else {}
 
 
@@ -282,14 +284,14 @@ def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
         record, problem = None, f"is not JSON ({fault})"
     if not isinstance(record, dict):
         raise StateError(
-            f"{path}: line {number} {problem}; the file is damaged: restore it, or train again",
+            f"{path}: line {number} {problem}. The file is damaged: restore it, or train again",
             code="invalid-checkpoint",
         )
     return record
 
 
 def singular_values(delta: Delta) -> Tensor:
-    """Return the singular values of a delta, or of each one in a stack, in fp64. A product of factors is not formed."""
+    """Return the singular values of a delta, or of each delta in a stack, in fp64, without multiplying its factors."""
     if delta.factors is None:
         assert delta.dense is not None
         dense: Tensor = torch.linalg.svdvals(delta.dense.detach().flatten(1).cpu().double())
@@ -298,9 +300,10 @@ def singular_values(delta: Delta) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return exp(entropy) of singular values: 0 for a zero matrix, k for k equal ones; of stacked matrices the mean.
+    """Return the effective rank, exp(entropy) of the normalized singular values. For a stack, return the mean.
 
-    O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    It is 0 for a zero matrix, and k for k equal singular values. Source: O. Roy and M. Vetterli, "The effective rank: a
+    measure of effective dimensionality", EUSIPCO 2007.
     """
     total = values.sum(-1, keepdim=True)
     share = torch.where(total > 0, values / total.clamp_min(torch.finfo(values.dtype).tiny), 0.0)

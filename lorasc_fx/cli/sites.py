@@ -1,4 +1,4 @@
-"""`lorasc-fx sites`: shows which weights would be adapted, and why others would not."""
+"""`lorasc-fx sites`: lists the weights that would be adapted, and the reasons for weights that would not."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lorasc_fx.spec import KINDS, CascadeSpec
 
 @dataclass(frozen=True)
 class SitesArguments:
-    """Show every weight matrix of a model: adapted, refused (with the reason), or not reached."""
+    """List every weight matrix of a model: adapted, refused (with the reason), or not reached by the captured graph."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """`timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, or `python:package.module:function`."""
+    """The model: `timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, or `python:package.module:function`."""
     targets: tuple[str, ...] = KINDS
-    """Kinds (`linear`, `conv`) or globs on weight names."""
+    """Kinds of weights (`linear`, `conv`, ...) or globs on weight names."""
     exclude: tuple[str, ...] = ()
-    """Globs on weight names that are never touched."""
+    """Globs on names of weights that are never changed."""
     train: tuple[str, ...] = ()
-    """Globs on parameter names that are trained in full."""
+    """Globs on names of parameters that are trained in full."""
     rank: int = 8
     """Rank of the branches."""
     input: tuple[int, ...] = field(default=())
-    """Shape of the input, if the model does not name it: `--input 2 3 64 64`."""
+    """Shape of the input, such as `--input 2 3 64 64`. Required if the model does not specify it."""
     frontend: str = "auto"
-    """Front end of the capture: `auto`, `export`, `symbolic`, ..."""
+    """Front end that captures the graph: `auto`, `export`, `symbolic`, ..."""
     training: bool = False
-    """Show the graph of train mode."""
+    """Capture the graph in train mode."""
 
 
 def run_sites(arguments: SitesArguments) -> int:
@@ -56,16 +56,16 @@ def run_sites(arguments: SitesArguments) -> int:
         sites.add_row(site.weight, site.kind, shape, str(site.rank), f"{site.parameters:,}")
     screen.print(sites)
     if cascade.refusals:
-        refusals = Table(title=f"{len(cascade.refusals)} refusals")
-        for column in ("weight", "reason", "because"):
+        refusals = Table(title=f"{len(cascade.refusals)} weights that are not adapted")
+        for column in ("weight", "reason", "explanation"):
             refusals.add_column(column, overflow="fold")
         for refusal in cascade.refusals:
             refusals.add_row(refusal.weight, refusal.reason.value, refusal.sentence)
         screen.print(refusals)
     for name in cascade.unreached:
-        screen.print(f"unreached by this graph: {name}", soft_wrap=True)
+        screen.print(f"not reached by this graph: {name}", soft_wrap=True)
     added = math.fsum(site.parameters for site in cascade.sites)
     screen.print(
-        f"{added:,.0f} trainable entries in branches, {added / total:.2%} of the model's {total:,}", markup=False
+        f"{added:,.0f} trainable parameters in branches, {added / total:.2%} of the model's {total:,}", markup=False
     )
     return 0

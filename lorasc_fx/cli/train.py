@@ -1,4 +1,4 @@
-"""`lorasc-fx train`: one cascade from a configuration to a run folder."""
+"""`lorasc-fx train`: trains a cascade from a configuration file and writes a run folder."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from lorasc_fx.errors import NonFiniteBranch
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Adapt a model as a configuration file says. Each of its keys can also be given here."""
+    """Adapt a model with the settings in CONFIG.toml, and write a run folder. Options override keys of the file."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
     """Continue the run in the output folder."""
     overwrite: bool = False
-    """Delete the run in the output folder and start again."""
+    """Delete the run in the output folder and start a new one."""
 
 
 def run_train(arguments: TrainArguments) -> int:
-    """Train or resume, and return the exit code (130 after Ctrl-C, with a checkpoint written)."""
+    """Train or resume, and return the exit code. After Ctrl-C, it saves a checkpoint and returns 130."""
     config, resume, overwrite = arguments.config, arguments.resume, arguments.overwrite
     folder = RunFolder(Path(config.output))
     folder.check(config, resume=resume, overwrite=overwrite)
@@ -70,10 +70,10 @@ def run_train(arguments: TrainArguments) -> int:
             metrics.log(**at, **{f"validation{suffix}": share, f"validation_loss{suffix}": loss})
             return share
 
-        before = validate("slow", "_before", step=0) if start == 0 else _validation_before(folder)
-        if before is not None:
-            most = setup.splits.validation.labels.bincount().max().item() / len(setup.splits.validation)
-            reporter.say(f"validation before training {before:.3f} (always the most frequent class: {most:.3f})")
+        baseline = validate("slow", "_before", step=0) if start == 0 else _validation_before(folder)
+        if baseline is not None:
+            majority = setup.splits.validation.labels.bincount().max().item() / len(setup.splits.validation)
+            reporter.say(f"validation before training {baseline:.3f} (always the most frequent class: {majority:.3f})")
         reporter.begin("train", total, start)
         try:
             for step in train_steps(
@@ -94,13 +94,13 @@ def run_train(arguments: TrainArguments) -> int:
                 elif config.train.checkpoint_every and done % config.train.checkpoint_every == 0:
                     save()
         except (Diverged, NonFiniteBranch) as fault:
-            raise Diverged(f"{fault}; --overwrite starts this run again") from fault
+            raise Diverged(f"{fault}; --overwrite deletes this run and starts a new one") from fault
         if done < total:
             save()
             reporter.say(f"Stopped after step {done}; continue with: lorasc-fx train {folder.config} --resume")
             return 130
         if start == total:
-            reporter.say("This run had already ended.")
+            reporter.say("This run has already ended.")
         folder.write_weights(cascade.folded_state_dict())
         model = set_mode(cascade.release(), False)
         parts = setup.splits.test_sets.items()
@@ -125,14 +125,14 @@ def _describe_cascade(cascade: lx.Cascade) -> None:
 
 
 def _validation_before(folder: RunFolder) -> float | None:
-    """Return the accuracy before training, which a resumed run has recorded, if any."""
+    """Return the accuracy before training from the metrics of a resumed run, if they have it."""
     return next((line["validation_before"] for line in read_lines(folder.metrics) if "validation_before" in line), None)
 
 
 def _begin(
     setup: Setup, folder: RunFolder, steps: Sequence[int], *, resume: bool, overwrite: bool
 ) -> tuple[lx.Cascade, torch.optim.Optimizer, lx.StageSchedule, int]:
-    """Return the cascade, its optimizer and schedule, and the number of steps that are done."""
+    """Start or resume the run. Return the cascade, its optimizer and schedule, and the number of steps already done."""
     config = setup.config
     seed, lr, decay = config.train.seed, config.train.lr, config.train.weight_decay
     resumed = resume and folder.saved

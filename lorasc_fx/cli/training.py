@@ -1,6 +1,6 @@
-"""Setup, training loop and predictions of `train` and `compare`.
+"""The setup, the training loop and the predictions of `lorasc-fx train` and `lorasc-fx compare`.
 
-Two kinds of model are trained: a cascade, or some parameters of a plain module.
+The trained model is either a cascade, or a plain module of which some parameters are trained directly.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from lorasc_fx.spec import CascadeSpec
 
 EVAL_BATCH = 64
 SHORT_STAGE = 50
-"""Steps of a stage below which `note_short_stages` says something. Measured were 20 and 100 (docs/evidence.md)."""
-RARE = 2
-"""Smallest number of training examples of a class without a warning."""
+"""`note_short_stages` prints its note for stages with fewer steps. 20 and 100 were measured (docs/evidence.md)."""
+MIN_EXAMPLES = 2
+"""Classes with fewer training examples cause a warning."""
 
 
 class Diverged(StateError):
@@ -53,12 +53,12 @@ class Diverged(StateError):
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration with its data loaded. It builds models as often as they are needed.
+    """A configuration with its loaded data. Its methods build a new model, cascade or schedule at each call.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         splits: the data.
-        tokenizer: of a text model.
+        tokenizer: the tokenizer of a text model.
     """
 
     config: Config
@@ -70,17 +70,17 @@ class Setup:
         """Load the data and set the number of threads.
 
         Raises:
-            SpecError: unknown device, or an error of `load_data`.
+            SpecError: the device or the kind of the model is unknown, or an error of `load_data`.
         """
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         check_device(config.train.device)
-        check_name(config.model)  # before the data, because the kind of model decides whether it takes texts
+        check_name(config.model)  # check this before the data, because it decides whether the model takes texts
         tokenizer = tokenizer_of(config.model)
         return cls(config, load_data(config.data, tokenizer), tokenizer)
 
     def model(self, seed: int) -> nn.Module:
-        """Return a new model with a new head from this seed, in the mode in which it is trained."""
+        """Build the model with a new head from this seed, in the mode in which it is trained."""
         classes = self.splits.classes
         model = name_classes(build_model(self.config.model, len(classes), seed), classes).to(self.config.train.device)
         if self.splits.train.images:
@@ -88,33 +88,33 @@ class Setup:
         return set_mode(model, self.train_mode(model))
 
     def train_mode(self, model: nn.Module) -> bool:
-        """Return whether the model is in train mode while it trains; see `TrainConfig.frozen_norm`."""
-        norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        return not (self.config.train.frozen_norm and norm)
+        """Return whether the model trains in train mode. See `TrainConfig.frozen_norm`."""
+        has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        return not (self.config.train.frozen_norm and has_norm)
 
     def adapt(self, seed: int, spec: CascadeSpec) -> lx.Cascade:
-        """Return a new cascade."""
+        """Build the model and adapt it."""
         sample = self.sample()
         return lx.adapt(self.model(seed), args=sample.args, kwargs=sample.kwargs, spec=spec)
 
     @property
     def batch_size(self) -> int:
-        """Examples in a step."""
+        """Number of examples in an optimizer step."""
         return min(self.config.train.batch_size, len(self.splits.train))
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yield batches on the device without end, one for each optimizer step, after the first `start` ones."""
+        """Yield batches on the device endlessly, one for each optimizer step. The first `start` batches are skipped."""
         loader = lx.schedules.shuffled_batches(
             self.splits.train, self.batch_size, seed=seed, start=start, collate_fn=lambda batch: batch
         )
         return (batch.to(self.config.train.device) for batch in loader)
 
     def sample(self) -> Batch:
-        """Return a batch to capture the model with."""
+        """Return a batch as example inputs for the capture."""
         return self.splits.train.batch(torch.arange(self.batch_size)).to(self.config.train.device)
 
     def stage_steps(self, stages: int) -> list[int]:
-        """Return the number of optimizer steps of each stage, if this many stages divide the run evenly.
+        """Divide the optimizer steps of the run evenly into this many stages, and return the steps of each stage.
 
         Raises:
             SpecError: there are more stages than steps.
@@ -123,22 +123,20 @@ class Setup:
         steps = config.steps or max(1, round(config.epochs * (len(self.splits.train) // self.batch_size)))
         if stages > steps:
             raise SpecError(
-                f"train.stages is {stages}, more than the {steps} steps; lengthen train.epochs or train.steps"
+                f"train.stages is {stages}, but the run has only {steps} steps; increase train.epochs or train.steps"
             )
-        return [
-            after - before for before, after in itertools.pairwise(round(n * steps / stages) for n in range(stages + 1))
-        ]
+        return [end - start for start, end in itertools.pairwise(round(n * steps / stages) for n in range(stages + 1))]
 
     def schedule(
         self, optimizer: torch.optim.Optimizer, cascade: lx.Cascade | None, steps: Sequence[int]
     ) -> lx.StageSchedule:
-        """Return the schedule of the learning rate, for stages or (without a cascade) cycles of these steps."""
+        """Return the learning-rate schedule. `steps` are the steps of the stages, or of cycles without a cascade."""
         config = self.config.train
         return lx.StageSchedule(optimizer, cascade, steps, warmup=config.warmup, floor=config.floor, decay=config.decay)
 
 
 def describe(setup: Setup) -> None:
-    """Print the splits and the classes, and warn about random weights and classes with hardly any example."""
+    """Print the splits and the classes. Warn about random weights and about classes with too few examples."""
     splits = setup.splits
     warn_of_random_weights(setup.config.model)
     parts = {"train": splits.train, "validation": splits.validation, **splits.test_sets}
@@ -151,36 +149,37 @@ def describe(setup: Setup) -> None:
         f"{len(counts)} classes in train: {named((f'{name} {count}' for name, count in counts.items()), 10)}",
         flush=True,
     )
-    rare = [f"{name!r} ({count})" for name, count in counts.items() if count < RARE]
+    rare = [f"{name!r} ({count})" for name, count in counts.items() if count < MIN_EXAMPLES]
     if rare:
         print(
-            f"lorasc-fx: WARNING: fewer than {RARE} training examples of the classes {named(rare, 5)}: they are hardly "
-            "learned. Add examples, or remove these classes",
+            f"lorasc-fx: WARNING: these classes have fewer than {MIN_EXAMPLES} training examples and can hardly be "
+            f"learned: {named(rare, 5)}. Add examples, or remove these classes",
             file=sys.stderr,
         )
 
 
 def note_short_stages(setup: Setup, rates: str) -> None:
-    """Say that short stages need another learning rate than LoRA, if the stages are short.
+    """If the stages are short, print a note that they need another learning rate than LoRA.
 
     Args:
-        setup: of the run.
-        rates: the key of the configuration that sets the learning rate.
+        setup: the setup of the run.
+        rates: key in the configuration that sets the learning rate.
     """
     config = setup.config.train
     steps = setup.stage_steps(config.stages)
     if config.stages == 1 or max(steps) >= SHORT_STAGE or config.floor == 1:
         return
     print(
-        f"Note: stages of {max(steps)} steps are short: each begins with new branches and a warm-up, and its learning "
-        f"rate decays. LoRA's rate is often too low for that: try 3 times as much, too ({rates}), or the recipe for "
-        "small data: --train.floor 1 --spec.pace 0.5 --spec.restart slow (docs/evidence.md)",
+        f"Note: stages of {max(steps)} steps are short. Each stage starts with new branches and a warm-up, and its "
+        f"learning rate decays, so a good learning rate for LoRA is often too low. Also try a 3 times higher one "
+        f"({rates}), or the recipe for small data: --train.floor 1 --spec.pace 0.5 --spec.restart slow "
+        "(docs/evidence.md)",
         flush=True,
     )
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that this machine lacks."""
+    """Raise SpecError if this machine does not have the device."""
     available = ["cpu"]
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -197,7 +196,7 @@ def check_device(device: str) -> None:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Put the weights of 2d convolutions in channels-last order, which is faster; return the model."""
+    """Convert the weights of 2d convolutions to the channels-last format, which is faster, and return the model."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 4:
@@ -206,7 +205,7 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequence[str]) -> nn.Module:
-    """Let only the parameters that match a pattern require gradients, and return the model.
+    """Set `requires_grad` of the parameters that match a pattern, and only of those, and return the model.
 
     Raises:
         UnknownTarget: a pattern matches no parameter.
@@ -216,13 +215,13 @@ def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequenc
         if not matches(pattern, names):
             raise UnknownTarget(f"train: {pattern!r} matches no parameter{nearest(pattern, names) or listed(names)}")
     for name, parameter in model.named_parameters():
-        wanted = any(matches(pattern, (name,)) for pattern in patterns)
-        parameter.requires_grad_(wanted and not any(matches(pattern, (name,)) for pattern in exclude))
+        selected = any(matches(pattern, (name,)) for pattern in patterns)
+        parameter.requires_grad_(selected and not any(matches(pattern, (name,)) for pattern in exclude))
     return model
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW for the parameters that train."""
+    """Return AdamW for the trained parameters."""
     if isinstance(model, lx.Cascade):
         groups = list(model.param_groups(lr=lr))
     else:
@@ -240,11 +239,11 @@ def on_ctrl_c() -> Iterator[Event]:
             raise KeyboardInterrupt
         interrupt.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 @dataclass(frozen=True)
@@ -252,12 +251,12 @@ class Step:
     """An optimizer step, or the transition after it.
 
     Args:
-        done: optimizer steps done so far.
+        done: number of optimizer steps done so far.
         stage: the stage of this step, counted from 1.
-        loss, lr: of this step.
-        seconds: since the training started or continued.
-        ends_stage: whether it is the last step of its stage, whose branches still exist.
-        folded: whether its stage has ended: the step is yielded again after the transition.
+        loss, lr: loss and learning rate of this step.
+        seconds: time since the training was started or resumed.
+        ends_stage: whether it is the last step of its stage. The branches of the stage still exist.
+        folded: whether the transition after the step is done. The last step of a stage is yielded again after it.
     """
 
     done: int
@@ -280,24 +279,24 @@ def train_steps(
     interrupt: Event,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Train from a step to the end, and yield each step and each transition. Stop early after Ctrl-C.
+    """Train to the end, and yield each step and each transition. Stop early after Ctrl-C.
 
-    Batches and dropout are functions of (seed, step), so that a stopped and resumed run gives the same numbers.
+    Batches and dropout depend only on the seed and the step, so a resumed run gives the same numbers.
 
     Args:
-        model: a cascade, or a module whose parameters are trained directly, in one stage.
-        optimizer, schedule: of its parameters. The schedule is stepped here.
+        model: a cascade, or a module whose parameters are trained directly in one stage.
+        optimizer, schedule: optimizer of the parameters, and its schedule, which is stepped here.
         setup: the data and the device.
-        seed: of the order of the examples, and of dropout.
+        seed: seed of the order of the examples, and of dropout.
         stage_steps: number of optimizer steps of each stage.
-        interrupt: if set, training stops before the next step.
-        start: number of steps that are done.
+        interrupt: if it is set, training stops before the next step.
+        start: number of steps that are already done.
 
     Raises:
         Diverged: the loss is inf or nan.
         SpecError: the model does not return one logit per class.
     """
-    examples, began = setup.splits.train, time.monotonic()
+    examples, start_time = setup.splits.train, time.monotonic()
     ends = list(itertools.accumulate(stage_steps))
     stage = bisect.bisect_right(ends, start) + 1
     stages: Iterator[Any] = itertools.repeat(None)
@@ -317,33 +316,33 @@ def train_steps(
             raise Diverged(f"the loss is {value} at step {done}; a lower learning rate or a longer warm-up may help")
         loss.backward()
         if setup.config.train.max_grad_norm:
-            trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            nn.utils.clip_grad_norm_(trained, setup.config.train.max_grad_norm)
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            nn.utils.clip_grad_norm_(parameters, setup.config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         rate = optimizer.param_groups[0]["lr"]
         schedule.step()
-        step = Step(done, stage, value, rate, time.monotonic() - began, ends_stage=done == ends[stage - 1])
+        step = Step(done, stage, value, rate, time.monotonic() - start_time, ends_stage=done == ends[stage - 1])
         yield step
         if step.ends_stage:
             if running is not None:
                 running.loss = value
             running = next(stages, None)
-            yield replace(step, seconds=time.monotonic() - began, ends_stage=False, folded=True)
+            yield replace(step, seconds=time.monotonic() - start_time, ends_stage=False, folded=True)
             stage += 1
 
 
 def _check_logits(logits: Tensor, examples: Examples) -> None:
-    needed = len(examples.classes)
-    if logits.dim() != 2 or logits.shape[1] < needed:
+    classes = len(examples.classes)
+    if logits.dim() != 2 or logits.shape[1] < classes:
         raise SpecError(
-            f"the model returns logits {list(logits.shape)}; it must return [batch, classes], with {needed} classes",
+            f"the model returns logits {list(logits.shape)}; it must return [batch, classes] with {classes} classes",
             code="wrong-function-result",
         )
 
 
 def predict(model: nn.Module, examples: Examples, device: str = "cpu") -> Tensor:
-    """Return the logits of all examples, [examples, classes].
+    """Return the logits for all examples, [examples, classes].
 
     Raises:
         SpecError: the model does not return one logit per class.
@@ -356,5 +355,5 @@ def predict(model: nn.Module, examples: Examples, device: str = "cpu") -> Tensor
 
 
 def accuracy(logits: Tensor, examples: Examples) -> float:
-    """Return the share of correct predictions."""
+    """Return the fraction of correct predictions."""
     return (logits.argmax(-1) == examples.labels).double().mean().item()

@@ -46,14 +46,14 @@ MISTAKES = [
     (["train", "tiny.toml", "--resume", "--overwrite"], "--resume continues a run and --overwrite deletes it"),
     (["sites", "python::"], "python::: give python:package.module:function"),
     (["train", "tiny.toml", "--spec.targets", "0.wieght"], "matches no weight; nearest: '0.weight'"),
-    (["compare", "tiny.toml", "--spec.train"], "compare.methods has 'probe', which trains what spec.train names"),
+    (["compare", "tiny.toml", "--spec.train"], "compare.methods has 'probe', which trains the parameters in spec"),
     (["compare", "tiny.toml", "--compare.methods", "lorac"], "parsing config.compare: compare.methods[0] is 'lorac'"),
-    (["sites", "python:tiny_model:build"], "does not name the shape of its input; give it, such as --input 2 3 64 64"),
+    (["sites", "python:tiny_model:build"], "does not specify the shape of its input; give it, such as --input 2 3"),
     (["sites", "python:tiny_model:build", "--input", "2", "5"], "refuses the example inputs"),
-    (["sites", "python:tiny_model:build", "--input", "-1", "5"], "--input is [-1, 5]; sizes are 0 or more"),
-    (["sites", "hf:"], "no model is called 'hf:'; the name after the colon is missing; known: timm:NAME, hf:FOLD"),
+    (["sites", "python:tiny_model:build", "--input", "-1", "5"], "--input is [-1, 5]; give sizes of 0 or more"),
+    (["sites", "hf:"], "unknown model 'hf:'; the name after the colon is missing; known: timm:NAME, hf:FOLD"),
     (["train", "tiny.toml", "--model.name", "bert-base"],
-        "no model is called 'bert-base'; did you mean 'hf:bert-base' or 'timm:bert-base'; known: "),
+        "unknown model 'bert-base'; did you mean 'hf:bert-base' or 'timm:bert-base'; known: "),
     (["train", "tiny.toml", "--model.name", "python:wrong:syntax"], "python:wrong:syntax: SyntaxError: "),
     (["train", "tiny.toml", "--model.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
     (["train", "tiny.toml", "--model.name", "python:faulty:two"], "two: TypeError: two() missing 1 required"),
@@ -61,8 +61,8 @@ MISTAKES = [
     (["train", "tiny.toml", "--model.weights", "python:faulty:none"], "TypeError: 'NoneType' object is not iterable"),
     (["train", "tiny.toml", "--data.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
     (["export", "absent", "--to", "onnx", "--output", "a.pt2"],
-        "--output is a.pt2, and a file of --to onnx ends with .onnx: give a.onnx"),
-    (["fold", "absent"], "absent holds no run: there is no config.toml in it"),
+        "--output is a.pt2, but with --to onnx it must end with .onnx: give a.onnx"),
+    (["fold", "absent"], "absent is not a run folder: there is no config.toml in it"),
     (["train", "tiny.toml", "--spec.rnk", "3"], "Perhaps you meant"),
 ]
 # fmt: on
@@ -97,13 +97,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     (place / "a.safetensors").write_text("a file")
     (place / "b.safetensors").mkdir()
     cases = {
-        "a.safetensors/x.safetensors": f"cannot be made, because {place / 'a.safetensors'} is a file; give another",
+        "a.safetensors/x.safetensors": f"cannot be created, because {place / 'a.safetensors'} is a file; give another",
         "/proc/x.safetensors": "x.safetensors cannot be written: /proc: No such file or directory; give another path",
     }
     if asked in FOLDERS:
-        cases["a.safetensors"] = "a.safetensors is a file, and the output is a folder; give another path"
+        cases["a.safetensors"] = "a.safetensors is a file, but the output is a folder; give another path"
     else:
-        cases["b.safetensors"] = "b.safetensors is a folder, and the output is a file; give another path"
+        cases["b.safetensors"] = "b.safetensors is a folder, but the output is a file; give another path"
     for output, message in cases.items():
         assert main([*asked.split(), "--output", output]) == 2
         assert message in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_all_methods_side_by_side(
     assert [len(found["lorasc"].predicted[part]) for part in ("test", "blur", "mnist5k")] == [100, 50, 50]
     for method in methods:
         assert f"{method}: " in said
-    assert "Difference to lora in points, with 95 % intervals" in said
+    assert "Difference to lora in percentage points, with 95 % intervals" in said
 
     model = tiny_model()
     model.load_state_dict(load_file(run / "results" / "lorasc-seed1-lr0.01.safetensors"), strict=True)
@@ -79,7 +79,7 @@ def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest
     assert cell(place / "runs" / "tiny", "lora-seed0-lr1e+30").diverged
     said = capsys.readouterr().out
     assert "diverged (the loss is nan at step" in said
-    assert "chosen by validation loss from 2 a method" in " ".join(said.split())
+    assert "selected by validation loss from 2 per method" in " ".join(said.split())
     assert main(["compare", "tiny.toml", "--compare.lrs", "1e30", *rates[3:], "--output", "only"]) == 0
     assert "│ diverged │" in capsys.readouterr().out
 

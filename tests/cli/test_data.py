@@ -269,7 +269,7 @@ def test_a_class_with_hardly_any_training_example_is_named(
         f"examples of {data.name}: train 72, validation 8, test 8",
         f"13 classes in train: {', '.join(f'class{n:02} {counts[n]}' for n in range(10))} and 3 more",
     ]
-    assert f"WARNING: fewer than 2 training examples of the classes 'odd one' ({count}): they" in said.err
+    assert f"have fewer than 2 training examples and can hardly be learned: 'odd one' ({count}). Add" in said.err
 
 
 def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -188,10 +188,13 @@ def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Calla
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent", "--to", "onnx", "--out", "a.onnx"], "absent holds no run: there is no config.toml in it"),
-        (["absent", "--to", "onxn", "--out", "a"], "no format is called 'onxn'; nearest: 'onnx'; known: pt2, onnx, "),
+        (["absent", "--to", "onnx", "--out", "a.onnx"], "absent is not a run folder: there is no config.toml in it"),
+        (
+            ["absent", "--to", "onxn", "--out", "a"],
+            "--to is 'onxn', which is no known format; nearest: 'onnx'; known: pt2, ",
+        ),
         (["absent", "--to", "pt2"], "--output"),
-        (["absent", "--to", "onnx", "--out", "a", "--max-rank", "2"], "are for adapters, not for onnx: drop them"),
+        (["absent", "--to", "onnx", "--out", "a", "--max-rank", "2"], "apply to adapters, not to onnx: remove them"),
     ],
 )
 def test_what_the_user_got_wrong_is_a_sentence(

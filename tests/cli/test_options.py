@@ -57,5 +57,8 @@ def test_a_probe_has_one_rate(place: Path, capsys: pytest.CaptureFixture[str]) -
     (place / "ruled.toml").write_text(CONFIG.replace("\n[spec.noise]\n", OPTIONS))
     assert main(["compare", "ruled.toml"]) == 2
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "compare.methods has 'probe', which trains at one rate (compare.rates), and spec.train_rules" in said
+    assert (
+        "compare.methods has 'probe', which trains with a single learning rate (compare.rates), but spec.train_rules"
+        in said
+    )
     assert not (place / "runs").exists()

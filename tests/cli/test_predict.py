@@ -81,13 +81,13 @@ def test_images_of_a_table_are_resized_as_they_were_in_training(place: Path, tmp
     ("damage", "inputs", "message"),
     [
         (lambda run: (run / "folded.safetensors").unlink(), ".", "runs/tiny has no folded.safetensors: finish it"),
-        (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not name its classes"),
+        (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny has no names of classes"),
         (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
-         "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now: "),
+         "the weights in runs/tiny/folded.safetensors do not fit the model python:tiny_model:build: "),
         (lambda run: (run / "folded.safetensors").write_bytes(b"no"), ".",
          "runs/tiny/folded.safetensors: these weights cannot be read: "),
         (lambda run: None, "tiny.toml", "tiny.toml: this image cannot be read"),
-        (lambda run: Path("empty").mkdir(), "empty", "empty holds no images (.bmp, "),
+        (lambda run: Path("empty").mkdir(), "empty", "empty contains no images (.bmp, "),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -112,7 +112,7 @@ def test_a_tie_that_the_run_broke(place: Path, capsys: pytest.CaptureFixture[str
     Path("tiny_model.py").write_text(tied)
     sys.modules.pop("tiny_model")
     assert main(["predict", "runs/tiny", "."]) == 2
-    assert "holds two values for 3.bias, which the run untied" in capsys.readouterr().err
+    assert "has two values for 3.bias, because the run has untied it" in capsys.readouterr().err
 
 
 def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +149,7 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said.err == "accuracy 1.000: 40 of 40 labelled examples\n"
     Path("other.csv").write_text("said,mood\na fine film,glad\na dull film,sad\n")
     assert main(["predict", "runs/tiny", "other.csv"]) == 2
-    assert "no column 'text'; it has said, mood; data.text_column, data.im" in capsys.readouterr().err
+    assert "no column 'text'; it has said, mood. Set data.text_column, data.im" in capsys.readouterr().err
     columns = ["--data.text-column", "said"]
     assert main(["predict", "runs/tiny", "other.csv", *columns]) == 0
     said = capsys.readouterr()
@@ -159,7 +159,7 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("third.csv").write_text("said,mood\na fine film,glad\na dull film,bad\n")
     assert main(["predict", "runs/tiny", "third.csv", *columns, "--data.label-column", "mood"]) == 0
     said = capsys.readouterr().err
-    assert "labels that are not a class of the run count as wrong: bad; the run has glad, sad" in said
+    assert "bad: these labels are unknown to the run and count as wrong. The run has the classes glad, sad" in said
     assert "accuracy 0.500: 1 of 2 labelled examples" in said
     assert main(["predict", "runs/tiny", "other.csv", *columns, "--data.label-column", "moot"]) == 2
     assert "no column 'moot'; nearest: 'mood'" in capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("none.txt").write_text("\n")
     Path("odd.txt").write_bytes(b"\xff")
     for name, message in (
-        ("none.txt", "none.txt holds no texts; give one per line"),
+        ("none.txt", "none.txt contains no texts; give one per line"),
         ("odd.txt", "odd.txt:1: this is not UTF-8 text; save it as UTF-8"),
     ):
         assert main(["predict", "runs/tiny", name]) == 2

@@ -120,7 +120,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
 
 def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(trained.run)]) == 0
-    assert capsys.readouterr().out == f"{trained.run}/report.html: the report of wide\n"
+    assert capsys.readouterr().out == f"{trained.run}/report.html: report of wide\n"
     page = check_page((trained.run / "report.html").read_text())
     assert "training loss; lines where a stage ends" in page.chart
     assert {"norm of each expert", "validation loss by stage", "slow", "fast"} <= set(page.chart)
@@ -132,7 +132,7 @@ def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytes
     sites = page.tables["Sites"][1:]
     assert [row[1] for row in sites] == [site.weight for site in cascade.sites] == ["0.weight", "2.weight"]
     assert [row[6] for row in sites] == [cascade.placements[site.weight] for site in cascade.sites]
-    refused = page.tables["Refusals"][1:]
+    refused = page.tables["Weights that are not adapted"][1:]
     assert [(row[0], row[1]) for row in refused] == [(each.weight, each.reason.value) for each in cascade.refusals]
 
 
@@ -215,16 +215,16 @@ def damaged(run: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda run: None, "absent holds no run: there is no config.toml in it"),
-        (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is missing"),
+        (lambda run: None, "absent is not a run folder: there is no config.toml in it"),
+        (begin, "absent has nothing to report yet: cascade.json or metrics.jsonl is missing"),
         (
             lambda run: (begin(run), (run / "results").mkdir()),
-            "absent has nothing to show yet: no run of the comparison has ended",
+            "absent has nothing to report yet: no run of the comparison has ended",
         ),
         (damaged, "absent/metrics.jsonl: line 2 is not JSON (Expecting value: "),
         (
             lambda run: (damaged(run), (run / "metrics.jsonl").write_text("[]")),
-            "absent/metrics.jsonl: line 1 is not a JSON object; the file is damaged: restore it, or train again",
+            "absent/metrics.jsonl: line 1 is not a JSON object. The file is damaged: restore it, or train again",
         ),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_folder_without_a_run_to_show(
     [
         ("metrics.jsonl", b"\xff", "line 1 is not JSON ('utf-8' codec can't decode byte 0xff"),
         ("metrics.jsonl", b"[" * 9999, "line 1 is not JSON (it is nested too deeply)"),
-        ("environment.json", b"[3]", "line 1 is not a JSON object; the file is damaged"),
+        ("environment.json", b"[3]", "line 1 is not a JSON object. The file is damaged"),
     ],
 )
 def test_a_damaged_record_is_named(

@@ -50,7 +50,7 @@ def test_the_comparison(
     counts = re.findall(r"(\S+): (\d+) of (\d+) predictions are the same", said)
     assert {part for part, _, _ in counts} == {"test", *map(short_name, load_config(path).data.shifts)}
     assert all(same == all_of for _, same, all_of in counts)
-    assert "Difference to lora in points" in said
+    assert "Difference to lora in percentage points" in said
 
     cells = tmp_path / whole["output"] / "results"
     (weights,) = cells.glob("*.safetensors")

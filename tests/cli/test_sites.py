@@ -17,7 +17,7 @@ def test_sites_refusals_and_counts(place: Path, capsys: pytest.CaptureFixture[st
     assert "6 × 3 × 3 × 3" in said  # [out, in, height, width]
     assert "99" in said  # 3 * (6 + 27)
     assert "trained-in-full" in said
-    assert "141 trainable entries in branches" in said  # 99 + 3 * (8 + 6)
+    assert "141 trainable parameters in branches" in said  # 99 + 3 * (8 + 6)
 
 
 SPARE = """
@@ -38,4 +38,4 @@ def test_what_no_graph_uses_is_said(place: Path, capsys: pytest.CaptureFixture[s
     assert main(["sites", "python:spare_model:Net", "--input", "2", "4"]) == 0
     said = capsys.readouterr().out
     assert "1 sites of python:spare_model:Net" in said
-    assert "unreached by this graph: spare.weight" in said
+    assert "not reached by this graph: spare.weight" in said

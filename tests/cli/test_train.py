@@ -94,7 +94,7 @@ def test_a_run_folder_is_whole(
 def test_a_second_run_is_the_same_and_does_not_overwrite(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny.toml"]) == 0
     assert main(["train", "tiny.toml"]) == 2
-    assert "runs/tiny already holds a run: --resume continues it" in capsys.readouterr().err
+    assert "runs/tiny already has a run. Give --resume to continue it" in capsys.readouterr().err
     assert main(["train", "tiny.toml", "--output", "second"]) == 0
     assert losses(place / "runs" / "tiny") == losses(place / "second")
     assert_same(
@@ -137,20 +137,20 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
 
 def test_resume_wants_the_same_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny.toml", "--resume"]) == 2
-    assert "runs/tiny holds no run to resume; leave --resume out to start one" in capsys.readouterr().err
+    assert "runs/tiny has no run to resume; remove --resume to start one" in capsys.readouterr().err
     assert main(["train", "tiny.toml"]) == 0
     assert main(["train", "tiny.toml", "--resume", "--train.lr", "0.02"]) == 2
-    assert "holds a run with train.lr = 0.01, and this one has 0.02; resume with the same" in capsys.readouterr().err
+    assert "has a run with train.lr = 0.01, but now it is 0.02. Resume with the same" in capsys.readouterr().err
 
 
 def test_after_a_loss_that_is_not_finite_a_run_is_made_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["train", "tiny.toml", "--train.log-every", "1", "--train.checkpoint-every", "1"]
     assert main([*quick, "--output", "other"]) == 0
     assert main([*quick, "--train.lr", "1e30"]) == 2
-    assert "; --overwrite starts this run again" in capsys.readouterr().err
+    assert "; --overwrite deletes this run and starts a new one" in capsys.readouterr().err
     (place / "runs" / "tiny" / "notes.txt").write_text("of the user")
     assert main(quick) == 2
-    assert "--overwrite deletes it and starts again" in capsys.readouterr().err
+    assert "--overwrite to delete it and start a new one" in capsys.readouterr().err
     assert main([*quick, "--overwrite", "--spec.targets", "0.wieght"]) == 2
     assert (place / "runs" / "tiny" / "checkpoint").exists()  # what is refused deletes nothing
     assert main([*quick, "--overwrite"]) == 0
@@ -165,7 +165,7 @@ def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture
     (place / "few.py").write_text("import tiny_model\n\ndef build():\n    return tiny_model.build(4)\n")
     assert main(["train", "tiny.toml", "--model.name", "python:few:build"]) == 2
     assert (
-        "the model returns logits [32, 4]; it must return [batch, classes], with 10 classes" in capsys.readouterr().err
+        "the model returns logits [32, 4]; it must return [batch, classes] with 10 classes" in capsys.readouterr().err
     )
 
 
@@ -174,7 +174,7 @@ def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture
     assert main(begun) == 2
     (place / "runs" / "tiny" / "checkpoint" / ".writing-1").mkdir(parents=True)
     assert main(["fold", "runs/tiny"]) == 2
-    assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
+    assert "runs/tiny has no checkpoint yet" in capsys.readouterr().err
     assert main([*begun, "--resume"]) == 2
     assert "a lower learning rate or a longer warm-up may help" in capsys.readouterr().err
 
