@@ -1,5 +1,5 @@
-"""The lab of this repository: data, weights and the demo. No part of the installed package.
+"""Data sets, comparisons, the evidence runs and the demo of this repository. Not part of the installed package.
 
-The methods, the training loop and the statistics are those of `lorasc_fx.cli` (methods, training, compare); a
-configuration names what stands here as `python:experiments.data:NAME`.
+They use the methods, the training loop and the statistics of `lorasc_fx.cli`. A configuration refers to a data set here
+as `python:experiments.data:NAME`.
 """

@@ -1,6 +1,6 @@
-"""The last step of `make demo`: what was trained, loaded by transformers and peft alone. lorasc_fx cannot be imported.
+"""The last step of `make demo`: load the trained weights with transformers and peft, without lorasc_fx.
 
-`python experiments/plain_process.py FOLDER GGUF` prints how many answers are, token for token, those in FOLDER.
+`python experiments/plain_process.py FOLDER GGUF` prints how many answers have the same tokens as the answers in FOLDER.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-sys.modules["lorasc_fx"] = None  # type: ignore[assignment]  # an import of it raises
+sys.modules["lorasc_fx"] = None  # type: ignore[assignment]  # importing it raises an error
 
 from pathlib import Path  # noqa: E402
 
@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 def main(folder: Path, gguf: Path) -> int:
     disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft reads the old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft uses the old name
     expected = load_file(folder / "answers.safetensors")
     prompts = {name: expected[name] for name in ("input_ids", "attention_mask")}
     base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
