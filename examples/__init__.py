@@ -1,1 +1,1 @@
-"""Runnable examples; the tests run them."""
+"""Runnable examples. The tests run them."""

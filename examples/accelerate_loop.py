@@ -1,6 +1,6 @@
-"""A conv net in a loop of accelerate's: prepare, accumulate, clip, and a run that is interrupted and goes on.
+"""Train a conv net with accelerate: prepare, accumulate gradients, clip, interrupt the run and resume it.
 
-Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Some seconds on two cores; nothing is downloaded.
+Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Takes a few seconds on two cores. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import lorasc_fx as lx
 
 
 def bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noisy images [count, 1, 12, 12] of a bar: upright, level, or along one of the diagonals."""
+    """Return noisy images [count, 1, 12, 12] of a bar, and its direction: vertical, horizontal, or diagonal."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (count,), generator=generator)
     shift = torch.randint(-3, 4, (count, 1, 1), generator=generator)
@@ -38,7 +38,7 @@ def net() -> nn.Module:
 
 
 def train(folder: Path, batches: range, stage: int = 40) -> dict[str, Tensor]:
-    """Take these batches of the run in `folder`, and save; every fourth makes a step, every `stage`-th ends a stage."""
+    """Train on these batches of the run in `folder`, and save. A step takes 4 batches, a stage `stage` batches."""
     set_seed(1)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     spec = lx.CascadeSpec(targets=("conv",), train=("7.*",), rank=4, pace=0.8, noise=lx.Noise(0.05))
@@ -64,13 +64,13 @@ def train(folder: Path, batches: range, stage: int = 40) -> dict[str, Tensor]:
 
 
 def main(folder: str, batches: int = 320) -> float:
-    whole = train(Path(folder, "whole"), range(batches))
-    train(Path(folder, "halves"), range(batches // 2 + 2))  # in the middle of a step, whose gradients wait
-    halves = train(Path(folder, "halves"), range(batches // 2 + 2, batches))
-    same = all(torch.equal(value, halves[name]) for name, value in whole.items())
-    print(f"the run that was interrupted ends with {'the same bits' if same else 'OTHER NUMBERS'}")
+    uninterrupted = train(Path(folder, "whole"), range(batches))
+    train(Path(folder, "halves"), range(batches // 2 + 2))  # interrupt it between two batches of one step
+    resumed = train(Path(folder, "halves"), range(batches // 2 + 2, batches))
+    same = all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
+    print(f"the interrupted run ends with {'the same bits' if same else 'OTHER NUMBERS'}")
     model = net()
-    model.load_state_dict(whole)
+    model.load_state_dict(uninterrupted)
     images, labels = bars(500, seed=7)
     with torch.no_grad():
         accuracy: float = (model(images).argmax(-1) == labels).float().mean().item()
@@ -79,5 +79,5 @@ def main(folder: str, batches: int = 320) -> float:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as given:
-        main(sys.argv[1] if len(sys.argv) > 1 else given)
+    with tempfile.TemporaryDirectory() as temporary:
+        main(sys.argv[1] if len(sys.argv) > 1 else temporary)

@@ -1,4 +1,4 @@
-"""A cascade on several processes: `torchrun --nproc-per-node 2 -m examples.ddp`; without torchrun it runs on one."""
+"""Train on several processes: `torchrun --nproc-per-node 2 -m examples.ddp`. Without torchrun, it uses one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(steps: int = 20, stages: int = 3, batch: int = 32) -> float:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
-    torch.manual_seed(0)  # the same model and data everywhere
+    torch.manual_seed(0)  # the same model and data on every process
     model = nn.Sequential(
         nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 4)
     )
@@ -31,12 +31,12 @@ def main(steps: int = 20, stages: int = 3, batch: int = 32) -> float:
     wrapper = DistributedDataParallel(model) if count > 1 else model
     optimizer = torch.optim.AdamW(model.param_groups(lr=5e-3))
 
-    # Each process gets its share of one global batch, so that the numbers do not depend on how many there are.
+    # Each process gets a part of one global batch, so the result does not depend on the number of processes.
     batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
     loss = torch.zeros((), device=device)
-    for stage in model.stages(stages, optimizer):  # every process makes the same transition by itself
+    for stage in model.stages(stages, optimizer):  # every process computes the same transition
         for _ in range(steps):
-            x, label = (each.to(device) for each in next(batches))
+            x, label = (tensor.to(device) for tensor in next(batches))
             loss = F.cross_entropy(wrapper(x), label)
             loss.backward()
             optimizer.step()

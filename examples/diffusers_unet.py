@@ -1,6 +1,6 @@
-"""LoRA training of a UNet's attention as in diffusers' scripts, with a cascade in place of `unet.add_adapter`.
+"""Train the attention of a UNet as in diffusers' LoRA scripts, with a cascade instead of `unet.add_adapter`.
 
-Some seconds: the UNet is tiny, and latents and texts are random numbers. Needs diffusers (tried with 0.42.1) and peft.
+Takes a few seconds: the UNet is tiny, and latents and texts are random. Needs diffusers (tested with 0.42.1) and peft.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def batch(step: int, scheduler: DDPMScheduler) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy latents [4, 4, 8, 8], time steps [4], texts [4, 5, 12], and the noise, which is to be predicted."""
+    """Return noisy latents [4, 4, 8, 8], time steps [4], texts [4, 5, 12], and the noise to predict."""
     source = torch.Generator().manual_seed(step)
     latents, noise = torch.randn(2, 4, 4, 8, 8, generator=source)
     texts = torch.randn(4, 5, 12, generator=source)
@@ -75,10 +75,10 @@ def main(folder: str, steps: int = 10, stages: int = 2) -> float:
         print(f"stage {stage.index}: loss {loss.item():.3f}")
     save_lora(cascade, Path(folder))
 
-    other = tiny_unet()  # as pipe.load_lora_weights(folder) does with its unet
-    other.load_lora_adapter(folder, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    loaded = tiny_unet()  # load the LoRA like pipe.load_lora_weights(folder)
+    loaded.load_lora_adapter(folder, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     with cascade.weights("slow"), torch.no_grad():
-        difference = (other(latents, times, texts).sample - cascade(latents, times, texts).sample).abs().max().item()
+        difference = (loaded(latents, times, texts).sample - cascade(latents, times, texts).sample).abs().max().item()
     print(f"the UNet with the saved LoRA differs by {difference:.1e}")
     return difference
 

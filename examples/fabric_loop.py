@@ -1,6 +1,6 @@
-"""The same net in a loop of Lightning Fabric's: the loop stays yours, the stages are `cascade.stages`.
+"""Train the net of `accelerate_loop` in your own loop with Lightning Fabric, and with `cascade.stages`.
 
-Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Some seconds on two cores; nothing is downloaded.
+Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Takes a few seconds on two cores. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def main(folder: str, stages: int = 3, rows: int = 960) -> float:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as given:
-        main(sys.argv[1] if len(sys.argv) > 1 else given)
+    with tempfile.TemporaryDirectory() as temporary:
+        main(sys.argv[1] if len(sys.argv) > 1 else temporary)

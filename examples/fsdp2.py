@@ -1,4 +1,4 @@
-"""A cascade whose weights are sharded by FSDP2: `torchrun --nproc-per-node 2 -m examples.fsdp2`."""
+"""Train a cascade whose weights are sharded by FSDP2: `torchrun --nproc-per-node 2 -m examples.fsdp2`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import lorasc_fx as lx
 
 
 class Mixer(nn.Module):
-    """Blocks in a list: each is gathered while it runs, and no two of them at once for long."""
+    """A model with a list of blocks. FSDP2 gathers the weights of a block only while the block runs."""
 
     def __init__(self, width: int = 64, depth: int = 4) -> None:
         super().__init__()
@@ -36,25 +36,25 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
     rank, count = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
-    torch.manual_seed(0)  # the same model and data everywhere
+    torch.manual_seed(0)  # the same model and data on every process
     model = Mixer().to(device)
     points = torch.randn(1024, 16)
     data = torch.utils.data.TensorDataset(points, (points @ torch.randn(16, 4)).argmax(1))
 
     spec = lx.CascadeSpec(rank=4, train=("head.*",), pace=0.7, noise=lx.Noise(0.1))
     cascade = lx.adapt(model, args=(points[:2].to(device),), spec=spec)
-    whole = sum(parameter.numel() for parameter in cascade.parameters())
+    total = sum(parameter.numel() for parameter in cascade.parameters())
     lx.parallel.fsdp.shard(cascade)
-    here = sum(parameter.to_local().numel() for parameter in cascade.parameters())  # type: ignore[operator]
+    sharded = sum(parameter.to_local().numel() for parameter in cascade.parameters())  # type: ignore[operator]
     if rank == 0:
-        print(f"{here} of {whole} numbers are on this process")
+        print(f"{sharded} of {total} parameters are on this process")
 
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
     batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
     loss = torch.zeros((), device=device)
-    for stage in cascade.stages(stages, optimizer):  # each process folds its own rows
+    for stage in cascade.stages(stages, optimizer):  # each process folds its shards
         for _ in range(steps):
-            x, label = (each.to(device) for each in next(batches))
+            x, label = (tensor.to(device) for tensor in next(batches))
             loss = F.cross_entropy(cascade(x), label)
             loss.backward()
             optimizer.step()
@@ -63,7 +63,7 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
         if rank == 0:
             print(f"stage {stage.index} of {stage.count}: loss {loss.item():.3f} on {count} processes")
 
-    state = lx.parallel.fsdp.folded_state_dict(cascade)  # whole on rank 0, one weight at a time
+    state = lx.parallel.fsdp.folded_state_dict(cascade)  # gathers full weights on rank 0, one at a time
     if rank == 0:
         model = Mixer()
         model.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""Image classification with a conv net: trained on MNIST, then adapted to digits of other writers; 20 seconds.
+"""Adapt a conv net for images: it is trained on MNIST, and then adapted to digits by other writers.
 
-Every convolution and the head get a branch; the batch norms are trained in full. Run from a
-clone, with the extras `cli` and `demo`.
+Every convolution and the head get a branch. The batch norms are trained in full. Takes 20 seconds. Run it from a clone,
+with the extras `cli` and `demo`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE = 28
 
 
 class Block(nn.Module):
-    """Two convolutions around a strided one, as in a ResNet."""
+    """Two convolutions and a strided skip connection, as in a ResNet."""
 
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Images [batch, 3, height, width] to ten classes."""
+    """Classifies images [batch, 3, height, width] into ten classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,24 +65,24 @@ def accuracy(model: nn.Module, examples: Examples, index: Tensor) -> float:
 def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, float]:
     torch.manual_seed(0)
     model = ConvNet()
-    first, other = image_examples(*mnist5k(), size=SIZE), image_examples(*digits(), size=SIZE)
+    mnist, new = image_examples(*mnist5k(), size=SIZE), image_examples(*digits(), size=SIZE)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for index in range(pretrain):  # stands for the checkpoint that you start from
-        step(model, first, optimizer, index, len(first))
+    for index in range(pretrain):  # in practice, load a pretrained checkpoint instead
+        step(model, mnist, optimizer, index, len(mnist))
     model.eval()  # batch norm keeps its statistics from here on
-    test = torch.arange(1300, len(other))
-    before = accuracy(model, other, test)
+    test = torch.arange(1300, len(new))
+    before = accuracy(model, new, test)
 
     spec = lx.CascadeSpec(targets=("conv", "head.weight"), train=("*.norm?.*",), rank=4, lora_alpha=8, pace=0.8)
-    model = lx.adapt(model, args=other.batch(torch.arange(32)).args, spec=spec)
+    model = lx.adapt(model, args=new.batch(torch.arange(32)).args, spec=spec)
     print(model)
     optimizer = torch.optim.AdamW(model.param_groups(lr=2e-3))
     for stage in model.stages(stages, optimizer):
         loss = 0.0
         for index in range(steps):
-            loss = step(model, other, optimizer, stage.index * steps + index, 1300)
+            loss = step(model, new, optimizer, stage.index * steps + index, 1300)
         print(f"stage {stage.index}: loss {loss:.3f}")
-    after = accuracy(model.release(), other, test)
+    after = accuracy(model.release(), new, test)
     print(f"accuracy on other writers: {before:.3f} before, {after:.3f} after")
     return before, after
 

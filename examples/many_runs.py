@@ -1,7 +1,7 @@
-"""Several runs at once on one base: a sweep of learning rates in one pass over the data.
+"""Train several runs on one base at the same time: a sweep of learning rates in one pass over the data.
 
-Each batch goes through the base once, with its rows once for each run. The base is in memory once, and each run has its
-own factors and optimizer. The result is that of separate runs.
+The base is in memory once. Each batch is repeated for each run and goes through the base in one call. Each run has its
+own factors and optimizer. The results equal the results of separate runs.
 """
 
 import torch
@@ -14,13 +14,13 @@ RATES = {"small": 1e-3, "medium": 1e-2, "large": 1e-1}
 
 
 def build() -> nn.Module:
-    """A base in fp64, the same each time."""
+    """Return a base in fp64 with the same weights at each call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)).double()
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return batches of a task that the base does not know."""
+    """Return batches of a new task."""
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(12, 4, generator=generator, dtype=torch.float64)
     inputs = [torch.randn(16, 12, generator=generator, dtype=torch.float64) for _ in range(count)]
@@ -28,7 +28,7 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train_together(data: list[tuple[torch.Tensor, torch.Tensor]]) -> lx.AdapterBank:
-    """Train a run for each learning rate, all in one pass over the data."""
+    """Train one run per learning rate, all in one pass over the data."""
     bank = lx.AdapterBank(build(), args=(data[0][0],), targets=("linear",), max_rank=4)
     for name in RATES:
         bank.start(name, rank=4, lora_alpha=8.0, seed=3)
@@ -36,7 +36,7 @@ def train_together(data: list[tuple[torch.Tensor, torch.Tensor]]) -> lx.AdapterB
     for x, y in data:
         rows = [name for name in RATES for _ in x]
         outputs = bank(torch.cat([x] * len(RATES)), adapter=rows).chunk(len(RATES))
-        sum(cross_entropy(output, y) for output in outputs).backward()  # rows of one run move only its factors
+        sum(cross_entropy(output, y) for output in outputs).backward()  # each run has gradients of its rows only
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -44,7 +44,7 @@ def train_together(data: list[tuple[torch.Tensor, torch.Tensor]]) -> lx.AdapterB
 
 
 def train_alone(data: list[tuple[torch.Tensor, torch.Tensor]], lr: float) -> lx.Cascade:
-    """Train one run by itself."""
+    """Train one run separately."""
     cascade = lx.adapt(build(), args=(data[0][0],), spec=lx.CascadeSpec(rank=4, lora_alpha=8.0, seed=3))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=lr))
     for x, y in data:
@@ -55,7 +55,7 @@ def train_alone(data: list[tuple[torch.Tensor, torch.Tensor]], lr: float) -> lx.
 
 
 def main(steps: int = 40) -> dict[str, float]:
-    """Train and return the largest difference from a separate run, by name."""
+    """Train all runs, and return the largest difference from a separate run by name."""
     data, (x, y) = batches(steps), batches(steps + 1)[-1]
     bank = train_together(data)
     differences = {}

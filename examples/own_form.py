@@ -26,7 +26,7 @@ def backward(ctx, grad):
 
 linear_gelu.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-# A branch beside the op would come after the gelu, where no sum can stand for it: it stands on the weight.
+# A term added after the gelu cannot express a change of the weight, so the branch is placed on the weight.
 FORM = WeightForm("my.linear_gelu", "linear", (linear_gelu,), ("x", "weight", "bias"))
 
 
@@ -37,7 +37,7 @@ class Fused(nn.Linear):
 
 def main() -> lx.Cascade:
     model = nn.Sequential(Fused(6, 8), nn.Linear(8, 3))
-    with register_form(FORM):  # or register_form(FORM) for good; remove() on what it returns takes it back
+    with register_form(FORM):  # or `handle = register_form(FORM)`, until `handle.remove()`
         return lx.adapt(model, args=(torch.randn(4, 6),), spec=lx.CascadeSpec(rank=2))
 
 

@@ -1,4 +1,4 @@
-"""A pass of your own: no branch may move its weight by more than a share of the weight's norm."""
+"""A pass of your own: limit the change of each weight to a fraction of the weight's norm."""
 
 import copy
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from lorasc_fx.passes import CascadePass, FoldBranches, InsertBranches, MatchSit
 
 @dataclass(frozen=True)
 class LimitNorm(CascadePass):
-    """Scale lora_B down where a branch's delta is longer than `most` times its weight."""
+    """Scale lora_B down if the norm of a branch's delta is more than `fraction` times the norm of its weight."""
 
-    most: float = 0.1
+    fraction: float = 0.1
 
     name: ClassVar[str] = "limit-norm"
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
@@ -25,8 +25,8 @@ class LimitNorm(CascadePass):
         weights = named_weights(graph.owner).parameters
         for key, branch in graph.branches.items():
             weight = weights[branch.weight_name]
-            limit, norm = self.most * weight.norm(), branch.dense_delta(weight).norm()
-            if norm > limit * 1.001:  # or a second run would find its own rounding
+            limit, norm = self.fraction * weight.norm(), branch.dense_delta(weight).norm()
+            if norm > limit * 1.001:  # tolerate rounding, so that a second run changes nothing
                 shorter = copy.deepcopy(branch)
                 shorter.lora_B.data *= limit / norm
                 graph.renew_branches({key: shorter})
@@ -36,7 +36,7 @@ def main() -> tuple[fx.GraphModule, fx.GraphModule]:
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
     spec = lx.CascadeSpec(rank=2)
     inserted = Pipeline([MatchSites(spec), InsertBranches()])(fx.symbolic_trace(model)).graph_module
-    for branch in inserted.branches.children():  # stands for your training
+    for branch in inserted.branches.children():  # your training goes here
         nn.init.normal_(branch.lora_B)
     passes = [LimitNorm(0.2), FoldBranches()]
     return inserted, Pipeline(passes)(inserted).graph_module
@@ -44,5 +44,5 @@ def main() -> tuple[fx.GraphModule, fx.GraphModule]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for each in main():
-        print(each(torch.ones(1, 6)))
+    for graph_module in main():
+        print(graph_module(torch.ones(1, 6)))

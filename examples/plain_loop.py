@@ -1,6 +1,6 @@
-"""Adapt EfficientNet-Lite0 to handwritten digits in a plain training loop; under a minute on two cores.
+"""Adapt EfficientNet-Lite0 to handwritten digits in a plain training loop.
 
-Run from a clone, with the extras `cli`, `vision` and `demo`.
+Takes less than a minute on two cores. Run it from a clone, with the extras `cli`, `vision` and `demo`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(steps: int = 40, stages: int = 3) -> float:
             optimizer.zero_grad()
         print(f"stage {stage.index}: loss {loss.item():.3f}")
 
-    model = model.release()  # the same timm model, slow weights folded in
+    model = model.release()  # the same timm model, with the slow weights folded in
     test = examples.batch(torch.arange(1300, 1797))
     with torch.no_grad():
         accuracy: float = (model(*test.args).argmax(-1) == test.labels).float().mean().item()

@@ -1,6 +1,6 @@
-"""A small Llama in transformers' Trainer: stages by epoch, checkpoints, and a folder that `from_pretrained` loads.
+"""Train a small Llama with transformers' Trainer: one stage per epoch, checkpoints, and a saved model.
 
-Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Some ten seconds on two cores; nothing is downloaded.
+Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Takes about ten seconds on two cores. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import lorasc_fx as lx
 
 
 def sequences(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Counting by threes, from anywhere, modulo 29."""
+    """Return sequences that count by threes modulo 29, from a random start."""
     start = torch.randint(29, (count, 1), generator=torch.Generator().manual_seed(seed))
     ids = 3 + (start + 3 * torch.arange(12)) % 29
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -39,7 +39,7 @@ def main(folder: str, epochs: int = 4) -> tuple[float, float]:
     print(model)
 
     trainer = Trainer(
-        model=model,  # what adapt has returned
+        model=model,  # the cascade from lx.adapt
         args=TrainingArguments(
             output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=1e-2,
             gradient_accumulation_steps=2, eval_strategy="epoch", save_strategy="epoch", save_total_limit=1,
@@ -50,19 +50,19 @@ def main(folder: str, epochs: int = 4) -> tuple[float, float]:
         callbacks=[lx.integrations.transformers.CascadeCallback(model, epochs=1)],
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
-    trainer.train()  # resume_from_checkpoint=True goes on with the last checkpoint
+    trainer.train()  # resume_from_checkpoint=True resumes from the last checkpoint
     after: float = trainer.evaluate()["eval_loss"]
     print(f"loss of the slow weights: {before:.3f} before, {after:.3f} after {model.stage - 1} stages")
 
-    trainer.save_model(f"{folder}/model")  # config.json and model.safetensors of a Llama, nothing of ours
-    trainer.accelerator.wait_for_everyone()  # under torchrun it is the first process that writes
+    trainer.save_model(f"{folder}/model")  # writes config.json and model.safetensors of a plain Llama
+    trainer.accelerator.wait_for_everyone()  # under torchrun, only the first process writes
     model.release()
     loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
-    counted = loaded.generate(test[0]["input_ids"][None, :4], max_new_tokens=6, do_sample=False)
-    print("the saved model goes on counting:", [token - 3 for token in counted[0].tolist()])
+    generated = loaded.generate(test[0]["input_ids"][None, :4], max_new_tokens=6, do_sample=False)
+    print("the saved model goes on counting:", [token - 3 for token in generated[0].tolist()])
     return before, after
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as given:
-        main(sys.argv[1] if len(sys.argv) > 1 else str(Path(given, "run")))
+    with tempfile.TemporaryDirectory() as temporary:
+        main(sys.argv[1] if len(sys.argv) > 1 else str(Path(temporary, "run")))

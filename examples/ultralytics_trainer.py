@@ -1,6 +1,7 @@
-"""A custom trainer of ultralytics that trains a YOLO in stages, an epoch each: tiny images of coloured squares.
+"""Train a YOLO in stages of one epoch with a custom trainer of ultralytics, on tiny images of colored squares.
 
-About a minute on a CPU. Needs ultralytics (tried with 8.4.190). Nothing is downloaded: the model is made by its yaml.
+Takes about a minute on a CPU. Needs ultralytics (tested with 8.4.190). Nothing is downloaded: the model is built from
+its yaml.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 import lorasc_fx as lx
 
 
-class Held(nn.Module):
-    """What the trainer calls: images go through the cascade. `module` is the plain model, as in a wrapper of DDP."""
+class CascadeWrapper(nn.Module):
+    """The model that the trainer calls. Images go through the cascade. `module` is the plain model, as in DDP."""
 
     def __init__(self, cascade: lx.Cascade) -> None:
         super().__init__()
@@ -32,39 +33,39 @@ class Held(nn.Module):
 
 
 class CascadeTrainer(DetectionTrainer):
-    """Its checkpoints are plain models with the slow weights; to resume use lx.save and lx.load."""
+    """Trains a cascade. Checkpoints are plain models with the slow weights. To resume, use lx.save and lx.load."""
 
     def build_optimizer(self, model: Any, **_: Any) -> torch.optim.Optimizer:
         images = torch.zeros(2, 3, self.args.imgsz, self.args.imgsz, device=self.device)
         spec = lx.CascadeSpec(rank=4, pace=0.8, noise=lx.Noise(0.02))
         self.cascade = lx.adapt(model.train(), args=(images,), spec=spec)
-        self.model = Held(self.cascade)
+        self.model = CascadeWrapper(self.cascade)
         return torch.optim.AdamW(self.cascade.param_groups(lr=self.args.lr0))
 
     def _setup_train(self) -> None:
         super()._setup_train()
-        self.ema.enabled = False  # it would average the frozen weights with their noise
+        self.ema.enabled = False  # it would average the noise of the frozen weights
 
     def validate(self) -> Any:
         self.cascade.transition(self.optimizer)
         with self.cascade.weights("slow"):
-            self.ema.ema.load_state_dict(self.cascade.model.state_dict())  # which is validated, and saved
+            self.ema.ema.load_state_dict(self.cascade.model.state_dict())  # ultralytics validates and saves this model
         return super().validate()
 
 
 def squares(folder: Path, count: int = 8, size: int = 64) -> Path:
-    """Write a data set of one red or green square an image, and return its yaml."""
+    """Write a data set of images with one red or green square each, and return the path of its yaml."""
     source = torch.Generator().manual_seed(0)
     for part in ("train", "val"):
         for number in range(count):
             (folder / "images" / part).mkdir(parents=True, exist_ok=True)
             (folder / "labels" / part).mkdir(parents=True, exist_ok=True)
-            left, top = torch.randint(0, size // 2, (2,), generator=source).tolist()
+            x, y = torch.randint(0, size // 2, (2,), generator=source).tolist()
             image = Image.new("RGB", (size, size), "gray")
-            image.paste(("red", "green")[number % 2], (left, top, left + size // 2, top + size // 2))
+            image.paste(("red", "green")[number % 2], (x, y, x + size // 2, y + size // 2))
             image.save(folder / "images" / part / f"{number}.png")
-            middle = [(each + size // 4) / size for each in (left, top)]
-            (folder / "labels" / part / f"{number}.txt").write_text(f"{number % 2} {middle[0]} {middle[1]} 0.5 0.5\n")
+            center = [(corner + size // 4) / size for corner in (x, y)]
+            (folder / "labels" / part / f"{number}.txt").write_text(f"{number % 2} {center[0]} {center[1]} 0.5 0.5\n")
     data = folder / "data.yaml"
     data.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: [red, green]\n")
     return data

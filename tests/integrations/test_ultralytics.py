@@ -18,7 +18,7 @@ pytest.importorskip(
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
-from examples.ultralytics_trainer import CascadeTrainer, Held, main
+from examples.ultralytics_trainer import CascadeTrainer, CascadeWrapper, main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -68,8 +68,8 @@ def test_images_of_a_batch_go_through_the_cascade_and_an_average_is_refused() ->
     }
     model.zero_grad()
     cascade = lx.adapt(model, args=(torch.zeros(2, 3, 64, 64),), spec=lx.CascadeSpec(rank=2))
-    held = Held(cascade)
-    loss = held(batch)[0].sum()
+    wrapper = CascadeWrapper(cascade)
+    loss = wrapper(batch)[0].sum()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     loss.backward()
     found = {name for name, branch in branches_of(cascade).items() if branch.lora_B.grad.any()}
