@@ -18,7 +18,7 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.decode import check_names
 
-__all__ = ["Recipe", "long_training", "lora", "small_data"]
+__all__ = ["Recipe", "long_training", "lora", "lora_cycles", "small_data"]
 
 WARMUP = 5
 """Optimizer steps of each learning rate warm-up, as in the measurements."""
@@ -59,6 +59,29 @@ def lora(steps: int, adapter: str = "lora", **options: Any) -> Recipe:
         SpecError: an option is set by the recipe, or has an invalid value.
     """
     return _recipe("lora", {"pace": 1.0, "restart": "slow"}, adapter, options, steps, 1, decays=True)
+
+
+def lora_cycles(steps: int, stages: int = 3, **options: Any) -> Recipe:
+    """LoRA whose rate decays to 0 in each of several cycles; the slow weights are the mean of the ends of the cycles.
+
+    Each cycle is a stage, and no pair of factors restarts at its end. Weights of the cycles as in snapshot ensembles
+    (1704.00109), averaged as in stochastic weight averaging (1803.05407).
+
+    Evidence (docs/evidence.md, `lora-cycles`): points of test accuracy over LoRA in as many steps, 500 examples, 10
+    seeds, where it was the best method on the validation examples: topics of texts +3.29 [2.00, 5.05] and a fifth of
+    the labels wrong +2.75 [1.55, 3.83] in 60 steps; characters of tales +0.49 [0.33, 0.66] and +0.50 [0.39, 0.61] in
+    60 and 300 steps.
+
+    Args:
+        steps: optimizer steps of the training.
+        stages: number of cycles, of `steps / stages` steps each.
+        options: other fields of the CascadeSpec.
+
+    Raises:
+        SpecError: an option that the recipe sets, or a value that the spec refuses.
+    """
+    fixed = {"pace": "mean", "restart": "fast", "restart_pairs": 0.0}
+    return _recipe("lora_cycles", fixed, "lora", options, steps, stages, decays=True)
 
 
 def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: Any) -> Recipe:

@@ -269,10 +269,10 @@ class CascadeSpec:
         noise: noise on the frozen weights (see Noise). Default: off.
         restart_A: A at the start of the next stage: `fresh` random values (default), or `kept` from the previous stage
             if the rank is the same. `kept` requires start="lora".
-        restart_pairs: share of the rank-1 pairs `b_i a_i` of each branch that restart at a transition, in (0, 1]
+        restart_pairs: share of the rank-1 pairs `b_i a_i` of each branch that restart at a transition, in [0, 1]
             (SRLoRA, 2505.12433). The pairs with the smallest norms restart, and what they have learned stays in the
-            weight. The other pairs continue to train with their optimizer state. A share below 1 requires start="lora",
-            optimizer_state="reset" and no ranks. Default: 1.0.
+            weight. The other pairs continue to train with their optimizer state; with 0 no pair restarts. A share below
+            1 requires start="lora", optimizer_state="reset" and no ranks. Default: 1.0.
         start: factors at the start of a stage. `lora` (default): A by restart_A, and B = 0. The others compute the
             factors from the weight W, and the weight holds the residual `W - s B A` while the stage trains: the largest
             singular triplets (`pissa`, 2404.02948), the smallest ones (`milora`, 2406.09044), or the first columns and
@@ -324,7 +324,7 @@ class CascadeSpec:
     noise: Noise = field(default_factory=Noise)
     restart_A: Annotated[str, choice(NEXT_A)] = "fresh"
     restart_pairs: Annotated[
-        float, Check(lambda share: 0 < share <= 1, "it is a share of the pairs of a branch: give a number in (0, 1]")
+        float, Check(lambda share: 0 <= share <= 1, "it is a share of the pairs of a branch: give a number in [0, 1]")
     ] = 1.0
     start: Annotated[str, choice(STARTS)] = "lora"
     carry_rank: Rank | None = None

@@ -363,6 +363,7 @@ RECIPES = {
     "lora": "`recipes.lora`",
     "paper": "`recipes.small_data`",
     "recipe": "`recipes.long_training`",
+    "lora-cycles": "`recipes.lora_cycles`",
 }
 """Methods of `lx.recipes`."""
 

@@ -276,7 +276,7 @@ class LoraBranch(LowRankBranch):
 
         Pair i has column i of B and row i of A, in each slice and each expert; its norm is that over all of them.
         """
-        count = max(1, round(spec.restart_pairs * self.rank))
+        count = max(1, round(spec.restart_pairs * self.rank)) if spec.restart_pairs else 0
         if count == self.rank:
             return {}
         with torch.no_grad():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.spec import CascadeSpec, Noise
+from lorasc_fx.spec_checks import METHOD_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,63 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
     return replace(_plain(spec, 1), rank=summed, ranks=(), lora_alpha=alpha, rules=rules)
 
 
+def _plain_with(**changes: Any) -> Callable[[CascadeSpec, int], CascadeSpec]:
+    return lambda spec, stages: replace(_plain(spec, stages), **changes)
+
+
+def _adapter(name: str, pace: float) -> Callable[[CascadeSpec, int], CascadeSpec]:
+    """Return the spec with another adapter method. Options that only the configured method has get their defaults."""
+    lacking = METHOD_OPTIONS.keys() - ADAPTERS[name].options
+    defaults = {option: METHOD_OPTIONS[option] for option in lacking}
+
+    def changed(spec: CascadeSpec, stages: int) -> CascadeSpec:
+        options = spec.adapter_options if spec.adapter == name else ()
+        return replace(_plain(spec, stages), adapter=name, adapter_options=options, pace=pace, **defaults)
+
+    return changed
+
+
 METHODS: dict[str, Method] = {
     "probe": Method("only the parameters in spec.train, without branches"),
     "lora": Method("one stage, pace 1, no noise", _plain),
     "lora-summed": Method("LoRA with the sum of the ranks of all stages, same scale", _summed),
     "cascade": Method("similar to ReLoRA: all stages, pace 1, no noise", _plain, staged=True),
     "lorasc": Method("LoRASC: all stages, with the pace and noise in [spec]", lambda spec, _: spec, staged=True),
+    "rslora": Method("LoRA with the scale lora_alpha / sqrt(rank)", _plain_with(use_rslora=True)),
+    "lora-cycles": Method(
+        "LoRA with a cycle of the learning rate per stage, mean of the weights at their ends (recipes.lora_cycles)",
+        _plain_with(pace="mean", restart="fast", restart_pairs=0.0),
+        staged=True,
+    ),
+    "mean": Method(
+        "restarts from the fast weights, mean of the weights at the ends of stages (recipes.long_training)",
+        _plain_with(pace="mean", restart="fast"),
+        staged=True,
+    ),
+    "loss-average": Method(
+        "as mean, weighted by 1 / the loss of the stage", _plain_with(pace="loss", restart="fast"), staged=True
+    ),
+    "partial-restart": Method(
+        "restarts of half of the pairs, from the fast weights",
+        _plain_with(restart="fast", restart_pairs=0.5),
+        staged=True,
+    ),
+    **{
+        f"momentum-{momentum}": Method(
+            f"LoRASC with Nesterov momentum {momentum} over stages, pace 0.5, no noise",
+            _plain_with(pace=0.5, momentum=momentum),
+            staged=True,
+        )
+        for momentum in (0.3, 0.6, 0.9)
+    },
+    **{name: Method(f"adapter={name!r} in one stage", _adapter(name, pace=1.0)) for name in ADAPTERS if name != "lora"},
+    **{
+        f"{name}-stages": Method(
+            f"adapter={name!r} in all stages, pace 0.5, no noise", _adapter(name, 0.5), staged=True
+        )
+        for name in ADAPTERS
+        if name != "lora"
+    },
     "full": Method("every parameter", parameters=lambda spec: ("*",)),
 }
 """The methods by name, in the order of the tables of `compare`."""

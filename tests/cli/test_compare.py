@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import lorasc_fx as lx
+from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.cli import main
 from lorasc_fx.cli.compare import Result, best_rates
+from lorasc_fx.cli.methods import METHODS
 
 
 def cell(folder: Path, name: str) -> Result:
@@ -46,6 +49,30 @@ def test_all_methods_side_by_side(
 
     model = tiny_model()
     model.load_state_dict(load_file(run / "results" / "lorasc-seed1-lr0.01.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.spec is not None])
+@pytest.mark.parametrize("configured", ["plain", "many"])
+def test_a_method_is_made_of_any_spec(configured: str, name: str) -> None:
+    """Options that a method does not have keep their defaults, and no method trains with the noise but LoRASC."""
+    many = {"noise": lx.Noise(0.1), "lora_alpha": 3.0, "use_rslora": True, "dropout": 0.1, "momentum": 0.2, "pace": 0.3}
+    spec = lx.CascadeSpec(rank=2, seed=7, **(many if configured == "many" else {}))
+    method = METHODS[name]
+    assert method.spec is not None
+    made = method.spec(spec, 3)
+    assert made.seed == 7
+    assert made.noise.is_on == (name == "lorasc" and configured == "many")
+    assert method.staged or made.pace == 1.0
+    adapter = name.removesuffix("-stages")
+    assert made.adapter == (adapter if adapter in ADAPTERS else "lora")
+
+
+def test_methods_of_docs_evidence_by_name(place: Path) -> None:
+    methods = ["lora-cycles", "loss-average", "partial-restart", "hira", "shira-stages", "momentum-0.6"]
+    assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.seeds", "0"]) == 0
+    found = {method: cell(place / "runs" / "tiny", f"{method}-seed0-lr0.01") for method in methods}
+    assert {result.steps for result in found.values()} == {12}
+    assert len({result.losses["validation"] for result in found.values()}) == len(methods)
 
 
 def test_the_paired_methods_differ_by_what_they_are(place: Path) -> None:

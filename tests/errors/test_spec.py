@@ -45,7 +45,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "slow_train": ("yes",),
     "restart": (1,),
     "loss_penalty": (-1.0, math.inf),
-    "restart_pairs": (0, 1.5, None),
+    "restart_pairs": (-0.1, 1.5, None),
     "momentum": (1.0, -0.1, "0.5", math.nan),
     "adapter": (1, "unknown"),
     "noise": (0.1,),

@@ -17,7 +17,12 @@ from tests.kit.models import batches, mlp, train
 
 X = batches(1, 4, 5)[0]
 STEPS = 24
-RECIPES = {"lora": (lx.recipes.lora, 1), "paper": (lx.recipes.small_data, 3), "recipe": (lx.recipes.long_training, 3)}
+RECIPES = {
+    "lora": (lx.recipes.lora, 1),
+    "paper": (lx.recipes.small_data, 3),
+    "recipe": (lx.recipes.long_training, 3),
+    "lora-cycles": (lx.recipes.lora_cycles, 3),
+}
 """Each with its name in the evidence and its number of stages."""
 
 
@@ -27,8 +32,9 @@ def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
     spec, schedule = recipe(STEPS, rank=2, targets=("0.weight", "2.weight"), train=("4.*",), lora_alpha=4.0, seed=3)
     measured = spec_of(METHODS[name], 2, 3, ("4.*",), 3)
     if METHODS[name].average == "ends":  # the evidence takes the mean over the ends of stages itself
-        assert (measured.pace, measured.restart) == (1.0, "fast")
-        measured = replace(measured, pace="mean")
+        assert measured.pace == 1.0
+        assert METHODS[name].stages == (measured.restart == "fast")
+        measured = replace(measured, pace="mean", restart="fast")
     fields = ("pace", "restart", "rank", "lora_alpha", "train", "noise", "restart_A", "optimizer_state", "seed")
     assert [getattr(spec, field) for field in fields] == [getattr(measured, field) for field in fields]
 
@@ -60,6 +66,32 @@ def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], ad
     before = train(cascade, optimizer, [X])
     scheduler.step()
     assert train(cascade, optimizer, [X]) != before
+
+
+def test_cycles_are_those_of_one_branch() -> None:
+    """In fp64: as LoRA of one stage under the same rates, whose weights at the ends of the cycles are averaged."""
+    rank, calls = {"rank": 2, "lora_alpha": 4.0, "targets": ("linear",)}, batches(STEPS, 4, 5)
+    spec, schedule = lx.recipes.lora_cycles(STEPS, 3, **rank)
+    cycles = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    alone = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(pace=1.0, **rank), frontend="symbolic")
+    ours, theirs = (torch.optim.AdamW(each.param_groups(lr=0.1)) for each in (cycles, alone))
+    scheduler, ends = schedule(ours, cycles), list[dict[str, torch.Tensor]]()
+
+    def same_rates(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group, other in zip(theirs.param_groups, optimizer.param_groups, strict=True):
+            group["lr"] = other["lr"]
+
+    ours.register_step_pre_hook(same_rates)  # the schedule notices a new stage at its first step
+    for stage in cycles.stages(3, ours):
+        for call in calls[8 * (stage.index - 1) : 8 * stage.index]:
+            losses = train(cycles, ours, [call]), train(alone, theirs, [call])
+            torch.testing.assert_close(*losses, rtol=0, atol=1e-11)
+            scheduler.step()
+        ends.append(alone.folded_state_dict())
+    for name, value in cycles.folded_state_dict().items():
+        mean = torch.stack([end[name] for end in ends]).mean(0)
+        torch.testing.assert_close(value, mean, rtol=0, atol=1e-11)
+    assert not torch.equal(ends[0]["0.weight"], ends[2]["0.weight"])
 
 
 def test_warm_up_and_decay_fit_into_short_stages() -> None:
