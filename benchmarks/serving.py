@@ -129,7 +129,7 @@ def measured(work: Work, rounds: int) -> dict[str, Any]:
             "peft": switch_seconds(theirs.set_adapter),
         }
     factors = [value for name, value in theirs.named_parameters() if "lora_" in name]
-    memory = {"ours": megabytes(bank._slots._storages), "peft": megabytes(factors) * COUNT / len(NAMES)}
+    memory = {"ours": megabytes(bank._adapters.slots._storages), "peft": megabytes(factors) * COUNT / len(NAMES)}
     return {"folded": min(times["folded"].busy), "ratios": ratios(times), "switch": switches, "memory": memory}
 
 

@@ -1,6 +1,7 @@
-"""A model whose modules compute with an adapter: for `generate`, which runs Python and caches that no graph holds.
+"""A copy of a model whose modules add an adapter by forward hooks.
 
-The copy shares parameters and submodules' tensors with the model, and has hooks of its own, so the model is unchanged.
+`generate` of transformers needs it, because it runs Python code and caches that a graph does not contain. The copy
+shares all tensors with the model but not the hooks, so the model is not changed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from lorasc_fx.graph.forms import form_of
 from lorasc_fx.plan import Site
 
 Factors = Callable[[str], Pair]
-"""Returns the factors of a weight for the current call."""
+"""Returns the factors of a weight, by its name."""
 
 
 class _Node:
-    """A call of a module, as forms read it."""
+    """A stand-in for an fx.Node that calls a module, because forms are looked up by nodes."""
 
     op, target = "call_module", ""
     args: tuple[Any, ...] = ("x",)
@@ -33,12 +34,12 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Modu
     """Return a copy of a model with a hook on each module that holds the weight of a site.
 
     Args:
-        model: shares its tensors with the copy.
-        sites: to compute with. A tied weight is hooked in each module that holds it.
-        factors: gives the factors at each call.
+        model: the model, which shares its tensors with the copy.
+        sites: the sites with factors. A tied weight gets a hook on each module that has it.
+        factors: returns the factors of a weight. It is called at each call of a module.
 
     Raises:
-        StateError: a module does not compute as the form of its weight.
+        StateError: a module does not compute a form (an operator) that a hook can follow.
     """
     copy = unshared(model, {})
     for site in sites:
@@ -48,19 +49,22 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Modu
             hook = _hook(module, site, factors) if leaf == "weight" else None
             if hook is None:
                 raise StateError(
-                    f"bank: generate runs modules, and {name} ({type(module).__name__}) is used in a way that no hook "
-                    "follows. Compute tokens by calls of the bank, which run graphs, or use a cascade with the adapter "
-                    "in place (cascade.weights(name))",
+                    f"bank: generate adds adapters by hooks on modules, but {type(module).__name__} uses {name} in a "
+                    "way that a hook cannot follow. Generate tokens by calls of the bank, which run graphs, or inside "
+                    "`with cascade.weights(name)` of a cascade to which the adapter was added",
                     code="not-available",
                 )
-            module._forward_hooks = module._forward_hooks.copy()
+            module._forward_hooks = module._forward_hooks.copy()  # the copy must not add hooks to the original
             module.register_forward_hook(hook)
     return copy
 
 
 def _hook(module: nn.Module, site: Site, factors: Factors) -> Callable[..., Any] | None:
-    """Return the hook for a module, or None for a module that computes otherwise than its weight's form."""
-    if type(module).__name__ == "Conv1D" and site.layout == "in_out":  # of transformers, a product
+    """Return the forward hook that adds the branch of a site to the output of a module.
+
+    None if the module does not compute the kind of operator for which the weight was adapted.
+    """
+    if type(module).__name__ == "Conv1D" and site.layout == "in_out":  # a linear layer of transformers, [in, out]
         return lambda _, args, output: beside(output, args[0], factors(site.weight), FIRST_AXIS)
     form = form_of(_Node(), module)
     if form is None or form.layout != site.layout:

@@ -1,4 +1,4 @@
-"""The factors of a bank: one row of one tensor for each adapter, so that a batch of adapters is one gather."""
+"""Storage for the factors of a bank: each adapter is a row of one tensor, so that one gather reads several adapters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from lorasc_fx.plan import Site
 
 Key = tuple[str, str]
-"""Weight name and tensor name (`branch.lora.DOWN`, `UP`)."""
+"""Names of a weight and of a factor (`branch.lora.DOWN`, `UP`)."""
 
 
-class _Place(NamedTuple):
-    """Where a factor is: the index of its storage, its first column there, and its shape."""
+class _Location(NamedTuple):
+    """Location of a factor: the index of its storage tensor, its first column in it, and its shape."""
 
     storage: int
     start: int
@@ -22,24 +22,25 @@ class _Place(NamedTuple):
 
 
 class Slots:
-    """Storage for the factors of adapters. Slot 0 holds zeros, which are no adapter.
+    """Storage for the factors of several adapters. Slot 0 contains zeros, for the base.
+
+    There is one tensor [slots, columns] for each device and dtype.
 
     Args:
-        sites: of the bank.
-        weights: by name; a factor has the device and dtype of its weight, or fp32 if that is quantized.
-        rank: of all factors, which zeros pad.
-        count: number of adapters that it can hold.
+        sites: the sites of the bank, whose rank is the rank of all factors.
+        weights: weights by name. A factor has the device and dtype of its weight, or fp32 if the weight is quantized.
+        count: number of adapters to allocate memory for.
     """
 
-    def __init__(self, sites: Sequence[Site], weights: Mapping[str, torch.Tensor], rank: int, count: int) -> None:
-        self._places: dict[Key, _Place] = {}
+    def __init__(self, sites: Sequence[Site], weights: Mapping[str, torch.Tensor], count: int) -> None:
+        self._locations: dict[Key, _Location] = {}
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         for site in sites:
             weight = weights[site.weight]
             kind = weight.device, weight.dtype if weight.dtype.is_floating_point else torch.float32
             for name, shape in site.parameter_shapes.items():
                 start = sizes.setdefault(kind, 0)
-                self._places[site.weight, name] = _Place([*sizes].index(kind), start, shape)
+                self._locations[site.weight, name] = _Location([*sizes].index(kind), start, shape)
                 sizes[kind] = start + torch.Size(shape).numel()
         self._storages = [
             torch.zeros(count + 1, size, device=device, dtype=dtype) for (device, dtype), size in sizes.items()
@@ -47,25 +48,27 @@ class Slots:
         self.free = list(range(1, count + 1))
 
     def write(self, slot: int, values: Mapping[Key, torch.Tensor]) -> None:
-        """Write the factors of an adapter."""
+        """Write the factors of an adapter into a slot."""
         with torch.no_grad():
             for key, view in self.of(slot).items():
                 view.copy_(values[key])
 
     def of(self, slot: int) -> dict[Key, torch.Tensor]:
-        """Return the factors in a slot, as views."""
+        """Return the factors in a slot, as views of the storage."""
         rows = [storage[slot] for storage in self._storages]
         return {
-            key: rows[place.storage].narrow(0, place.start, torch.Size(place.shape).numel()).view(place.shape)
-            for key, place in self._places.items()
+            key: rows[location.storage]
+            .narrow(0, location.start, torch.Size(location.shape).numel())
+            .view(location.shape)
+            for key, location in self._locations.items()
         }
 
     def gather(self, slots: Sequence[int]) -> dict[Key, torch.Tensor]:
-        """Return the factors of several slots, [slots, ...] each, as views of one tensor."""
+        """Return the factors of several slots, stacked to [len(slots), ...], as views of one gathered tensor."""
         rows = [storage.index_select(0, torch.tensor(slots, device=storage.device)) for storage in self._storages]
         return {
-            key: rows[place.storage]
-            .narrow(1, place.start, torch.Size(place.shape).numel())
-            .view(len(slots), *place.shape)
-            for key, place in self._places.items()
+            key: rows[location.storage]
+            .narrow(1, location.start, torch.Size(location.shape).numel())
+            .view(len(slots), *location.shape)
+            for key, location in self._locations.items()
         }

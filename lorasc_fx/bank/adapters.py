@@ -1,0 +1,215 @@
+"""The adapters of a bank, by name: frozen ones in slots, and trained ones as parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.bank.slots import Key, Slots
+from lorasc_fx.branch import Decided, Factors
+from lorasc_fx.branch.contract import pad_to
+from lorasc_fx.branch.lora import DOWN, UP, random_factor
+from lorasc_fx.errors import SpecError, StateError, named, nearest
+from lorasc_fx.graph import named_weights
+from lorasc_fx.peft.low_rank import LowRankAdapter
+from lorasc_fx.plan import Site
+from lorasc_fx.util.checks import is_integer
+
+_LOSSLESS = 1e-10
+"""Relative error up to which an adapter is reduced to a smaller rank. The factors of a run with many stages often have
+more columns than the rank of their product."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained adapter: its factors, padded with zeros to the rank of the bank, and its scale."""
+
+    parameters: Mapping[Key, nn.Parameter]
+    scale: float
+
+
+class Adapters:
+    """The adapters of a bank. The name None is the base, an adapter whose factors are zero.
+
+    Methods that add or remove must be called under the lock of the bank. Others may run at the same time, because
+    `_slots_by_name` is replaced and never changed.
+
+    Args:
+        model: the base.
+        decided: the sites of the bank, and why other weights are not adapted.
+        max_rank: rank r of the factors of every adapter.
+        capacity: number of adapters to allocate memory for.
+    """
+
+    def __init__(self, model: nn.Module, decided: Decided, max_rank: int, capacity: int) -> None:
+        self.model, self.decided, self.max_rank, self.capacity = model, decided, max_rank, capacity
+        self.sites = decided.plan.sites
+        self.slots = Slots(self.sites, named_weights(model).parameters, capacity)
+        self._slots_by_name: dict[str | None, int] = {None: 0}
+        self._trained: dict[str | None, Trained] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, in the order in which they were added."""
+        return tuple(name for name in self._slots_by_name if name is not None)
+
+    def check_names(self, names: Sequence[Any]) -> None:
+        """Raise StateError if one of these is neither the name of an adapter nor None."""
+        for name in names:
+            if name not in self._slots_by_name:
+                raise StateError(
+                    f"bank: there is no adapter {name!r}{nearest(str(name), self.names)}. The adapters are "
+                    f"{named(map(repr, self.names), 8) or 'none'}",
+                    code="unknown-name",
+                )
+
+    def check_new(self, name: str) -> None:
+        """Raise StateError if there is an adapter of this name."""
+        if name in self._slots_by_name:
+            raise StateError(
+                f"bank: there is an adapter {name!r} already. Call bank.remove({name!r}) first, or give another name",
+                code="unknown-name",
+            )
+
+    def place(self, name: str, adapter: LowRankAdapter) -> None:
+        """Add a frozen adapter.
+
+        Raises:
+            SpecError: it changes a weight that is not a site, its factors have other shapes, its rank is too large, or
+                the bank is full.
+        """
+        sites = {site.weight: site for site in self.sites}
+        if foreign := [weight for weight in adapter.pairs if weight not in sites]:
+            refused = {refusal.weight: str(refusal) for refusal in self.decided.refusals}
+            reason = refused.get(foreign[0], f"{foreign[0]} is not one of its weights")
+            raise SpecError(
+                f"bank: {name!r} changes {named(foreign)}, which the bank does not adapt: {reason}. Give the bank "
+                "targets=... that include it",
+                code="sites-differ",
+            )
+        values: dict[Key, torch.Tensor] = {}
+        for site in self.sites:
+            if (pair := adapter.pairs.get(site.weight)) is not None:
+                _check_shapes(name, site, pair)
+            tensors, cut = adapter.tensors(site, self.max_rank)
+            if cut.error > _LOSSLESS * cut.norm:
+                raise SpecError(
+                    f"bank: {name!r} has rank {cut.before} at {site.weight}, and max_rank is {self.max_rank}. Cutting "
+                    f"it to this rank would drop {cut.relative:.2%} of its change. Give the bank a larger max_rank",
+                    code="rank-too-large",
+                )
+            values |= {(site.weight, key): tensors[key] for key in (DOWN, UP)}
+        self._occupy(name, values)
+
+    def start(self, name: str, rank: int, lora_alpha: float, seed: int) -> None:
+        """Add a trained adapter with LoRA's initial values; see `AdapterBank.start`.
+
+        Raises:
+            SpecError: the rank is not an integer from 1 to `max_rank`, or the bank is full.
+        """
+        if not is_integer(rank, 1) or rank > self.max_rank:
+            raise SpecError(f"bank: the rank of {name!r} is {rank!r}; give one from 1 to {self.max_rank}")
+        values = {}
+        for site in self.sites:
+            a, b = replace(site, options=replace(site.options, rank=rank)).factor_shapes
+            values[site.weight, DOWN] = _padded(random_factor(seed, 1, DOWN, site.weight, a), site, DOWN)
+            values[site.weight, UP] = _padded(torch.zeros(b), site, UP)
+        self._occupy(name, values)
+        self._train(name, values, lora_alpha / rank)
+
+    def remove(self, name: str) -> Trained | None:
+        """Remove an adapter. Return its factors if it was trained, so that callers can drop what they cache of it."""
+        slots = dict(self._slots_by_name)
+        self.slots.free.append(slots.pop(name))
+        self._slots_by_name = slots
+        return self._trained.pop(name, None)
+
+    def parameters_of(self, name: str) -> Mapping[Key, nn.Parameter]:
+        """Return the factors of an adapter as parameters. A frozen adapter becomes a trained one."""
+        if name not in self._trained:
+            self._train(name, self.slots.of(self._slots_by_name[name]), 1.0)
+        return self._trained[name].parameters
+
+    def pairs(self, name: str) -> dict[str, Factors]:
+        """Return an adapter as factors by weight name; see `AdapterBank.pairs`."""
+        values, scale = self.factors(name)
+        pairs = {}
+        for site in self.sites:
+            a, b = (values[site.weight, key].detach().cpu().double() for key in (DOWN, UP))
+            pairs[site.weight] = (
+                Factors(a.mT * scale, b.mT) if site.layout == "in_out" else Factors(b * scale, a.clone())
+            )
+        return pairs
+
+    def cache_key(self, name: str | None) -> int | Trained:
+        """Return a key for tensors that are computed from an adapter: its slot, or its trained factors."""
+        return self._trained[name] if name in self._trained else self._slots_by_name[name]
+
+    def factors(self, adapter: str | Sequence[str | None] | None) -> tuple[Mapping[Key, torch.Tensor], Any]:
+        """Return the factors and the scale of an adapter.
+
+        For a sequence with one name for each row of a batch, the factors are stacked, [rows, ...] each, and the scale
+        is a list.
+        """
+        if adapter is None or isinstance(adapter, str):
+            if (trained := self._trained.get(adapter)) is not None:
+                return trained.parameters, trained.scale
+            return self.slots.of(self._slots_by_name[adapter]), 1.0
+        if not any(name in self._trained for name in adapter):  # one gather instead of a stack for each tensor
+            return self.slots.gather([self._slots_by_name[name] for name in adapter]), [1.0] * len(adapter)
+        by_name = {name: self.factors(name) for name in dict.fromkeys(adapter)}
+        keys = next(iter(by_name.values()))[0]
+        stacked = {key: torch.stack([by_name[name][0][key] for name in adapter]) for key in keys}
+        return stacked, [by_name[name][1] for name in adapter]
+
+    def _occupy(self, name: str, values: Mapping[Key, torch.Tensor]) -> None:
+        """Write an adapter into a free slot, then register its name."""
+        if not self.slots.free:
+            raise bank_full(self.capacity)
+        self.slots.write(self.slots.free[0], values)
+        self._slots_by_name = {**self._slots_by_name, name: self.slots.free.pop(0)}
+
+    def _train(self, name: str, values: Mapping[Key, torch.Tensor], scale: float) -> None:
+        """Create trainable parameters from these factors, in fp32, or in fp64 for fp64 weights."""
+        weights = named_weights(self.model).parameters
+        parameters = {
+            key: nn.Parameter(value.detach().to(weights[key[0]].device, _trained_dtype(weights[key[0]]), copy=True))
+            for key, value in values.items()
+        }
+        self._trained[name] = Trained(parameters, scale)
+
+
+def bank_full(capacity: int) -> SpecError:
+    """Return the error for an adapter without a free slot."""
+    return SpecError(
+        f"bank: there is room for {capacity} adapters. Remove one by bank.remove(name), or give the bank a larger "
+        "capacity",
+        code="bank-full",
+    )
+
+
+def _trained_dtype(weight: torch.Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _padded(value: torch.Tensor, site: Site, name: str) -> torch.Tensor:
+    """Return a factor padded with zeros to the rank of the bank."""
+    return pad_to(value, site.parameter_shapes[name])
+
+
+def _check_shapes(name: str, site: Site, pair: Factors) -> None:
+    """Raise SpecError unless a pair has the shapes for its weight in its stored layout."""
+    lead = 1 if site.experts else 0
+    stack, rows, columns = site.shape[:lead], site.shape[lead], torch.Size(site.shape[lead + 1 :]).numel()
+    rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
+    wanted = ((*stack, rows, rank), (*stack, rank, columns))
+    if (tuple(pair.b.shape), tuple(pair.a.shape)) != wanted:
+        raise SpecError(
+            f"bank: {name!r} has b {tuple(pair.b.shape)} and a {tuple(pair.a.shape)} for {site.weight}, whose shape is "
+            f"{tuple(site.shape)}. Give b {wanted[0]} and a {wanted[1]}",
+            code="adapter-does-not-fit",
+        )

@@ -1,0 +1,108 @@
+"""A captured graph of a bank, whose last inputs are the factors of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lorasc_fx.bank.adapters import Adapters, Trained
+from lorasc_fx.bank.rows import Layout, layout_of, row_count
+from lorasc_fx.bank.slots import Key
+from lorasc_fx.branch.given import FIRST_AXIS
+from lorasc_fx.compile import Call
+from lorasc_fx.graph import GraphEditor
+from lorasc_fx.graph.function import as_function, takes_leaves
+from lorasc_fx.passes import adapter_inputs
+from lorasc_fx.passes.adapter_inputs import SCALE
+
+
+class BankGraph:
+    """Runs one graph with any adapter of a bank.
+
+    Args:
+        module: the graph after the pass `AdapterInputs`.
+        model: the base, which the graph reads.
+    """
+
+    def __init__(self, module: fx.GraphModule, model: nn.Module) -> None:
+        self.module, self.model = module, model
+        self.inputs = adapter_inputs(module)
+        self.cached: dict[int | Trained, list[torch.Tensor]] = {}  # input tensors by `Adapters.cache_key`
+        self.splits = False  # whether `check_splits` has accepted a batch of this kind
+        self._layout: Layout | None = None
+        self._function = as_function(module)
+        self._compiled: Callable[..., Any] | None = None
+        self._options: Mapping[str, Any] = {}
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self._model_inputs = placeholders[: len(placeholders) - len(self.inputs)]
+        self._takes_leaves = takes_leaves(module.graph)
+
+    def compile(self, options: Mapping[str, Any]) -> None:
+        """Compile the graph by torch.compile with these options, at its next call."""
+        self._options, self._compiled = options, torch.compile(self.module, **options)
+
+    def __call__(self, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+        """Run the graph for a call with the input tensors of an adapter."""
+        if self._compiled is not None or (self._takes_leaves and len(call.leaves) != len(self._model_inputs)):
+            names = [item.name for item in self.inputs]
+            function = self._compiled if self._compiled is not None else self.module
+            return function(*call.args, **call.kwargs, **dict(zip(names, tensors, strict=True)))
+        return self._function(*self._model_values(call), *tensors)
+
+    def _model_values(self, call: Call) -> list[Any]:
+        """Return the values of the placeholders that are inputs of the model, in order."""
+        if self._takes_leaves:
+            return list(call.leaves)
+        positional = [str(node.target) for node in self._model_inputs][: len(call.args)]
+        values = {**dict(zip(positional, call.args, strict=True)), **call.kwargs}
+        return [values[str(node.target)] if node.target in values else node.args[0] for node in self._model_inputs]
+
+    def layout(self, call: Call) -> Layout | None:
+        """Return where the rows of a batch are, or None if this batch cannot show it. Found once for each graph."""
+        if self._layout is None and (count := row_count(call.leaves)) != 1:
+            zeros = [
+                torch.zeros(item.shape, dtype=item.dtype, device=self._device(item.weight)) for item in self.inputs
+            ]
+            assert count is not None
+            layout = layout_of(self.module, self.model, self._model_values(call), zeros)
+            if layout is None:
+                return None
+            self._layout = layout
+            # Tell branches whose rows are not on axis 0 where they are.
+            editor = GraphEditor(self.module, "bank")
+            for node in editor.nodes:
+                if layout.places.get(node.name, FIRST_AXIS) != FIRST_AXIS:
+                    editor.set_arguments(node, node.args, {**node.kwargs, "rows": tuple(layout.places[node.name])})
+            if editor.modified:
+                self.module = editor.finish()
+                self._function = as_function(self.module)
+                if self._compiled is not None:
+                    self.compile(self._options)
+        return self._layout
+
+    def _device(self, weight: str) -> torch.device:
+        return self.model.get_parameter(weight).device
+
+    def tensors_of(self, adapters: Adapters, name: str | None) -> list[torch.Tensor]:
+        """Return the input tensors of one adapter. They are cached."""
+        key = adapters.cache_key(name)
+        if key not in self.cached:
+            self.cached[key] = self.tensors_from(*adapters.factors(name))
+        return self.cached[key]
+
+    def tensors_from(self, factors: Mapping[Key, torch.Tensor], scale: Any) -> list[torch.Tensor]:
+        """Return factors and scales in the order of the graph's inputs."""
+        scales: dict[Any, torch.Tensor] = {}
+        tensors = []
+        for item in self.inputs:
+            if item.tensor == SCALE:
+                kind = item.dtype, self._device(item.weight)
+                if kind not in scales:
+                    scales[kind] = torch.tensor(scale, dtype=kind[0], device=kind[1])
+                tensors.append(scales[kind])
+            else:
+                tensors.append(factors[item.weight, item.tensor])
+        return tensors
