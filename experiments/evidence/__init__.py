@@ -1,5 +1,5 @@
-"""What the method does, by a protocol that is fixed before the runs: `make evidence`, `make evidence-check`.
+"""Measures the method by a protocol that was fixed before the runs: `make evidence`, `make evidence-check`.
 
-`protocol.toml` says what is run and how it is judged; `results.jsonl` holds one line a run; `docs/evidence.md` is made
-from those lines alone.
+`protocol.toml` defines the runs and how they are judged. `results.jsonl` has one line per run. `docs/evidence.md` is
+computed only from these lines.
 """

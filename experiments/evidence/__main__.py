@@ -1,4 +1,4 @@
-"""`python -m experiments.evidence`: see runner.py, which is no `__main__` since processes import what they run."""
+"""`python -m experiments.evidence`: calls runner.py, a separate module because worker processes import it."""
 
 from __future__ import annotations
 

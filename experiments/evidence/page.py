@@ -63,8 +63,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number (Holm, 1979)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+    for position, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - position) * p_values[index]))
         corrected[index] = largest
     return corrected
 
@@ -108,10 +108,10 @@ class Results:
     def seeds(
         self, phase: dict[str, Any], task: str, size: int, budget: str, method: str, by: str = "loss"
     ) -> list[dict[str, Any]] | None:
-        """Return the runs of all seeds of a phase at the rate that its grid chose; None until all are there."""
+        """Return the runs of all seeds of a phase, at the rate that its grid has selected. None if a run is missing."""
         runs = [self.at_best(phase, task, size, budget, method, by, seed) for seed in phase["seeds"]]
-        found = [run for run in runs if run is not None]
-        return found if len(found) == len(runs) else None
+        finished = [run for run in runs if run is not None]
+        return finished if len(finished) == len(runs) else None
 
     def differences(
         self,
@@ -122,26 +122,27 @@ class Results:
         part: str,
         by: str = "loss",
     ) -> NDArray[Any] | None:
-        """Return differences [seeds, cells] of two methods in the cells all of whose seeds are there; None without any.
+        """Return the differences [seeds, cells] of two methods. Cells with missing seeds are left out. None if all are.
 
         Args:
+            phase: the phase of the protocol.
             cells: tasks, sizes and budgets.
-            methods: a first and a second one.
+            methods: the method and its reference.
             metric, part: see `score`.
-            by: how the rate was chosen.
+            by: the metric that has selected the rate.
         """
         columns = []
         for cell in cells:
-            first, second = (self.seeds(phase, *cell, method, by) for method in methods)
+            runs, reference = (self.seeds(phase, *cell, method, by) for method in methods)
             pairs = [
-                [score(run, metric, part) for run in pair] for pair in zip(first or (), second or (), strict=False)
+                [score(run, metric, part) for run in pair] for pair in zip(runs or (), reference or (), strict=False)
             ]
-            if first and second and not any(None in pair for pair in pairs):
-                columns.append([one - other for one, other in pairs])  # type: ignore[operator]
+            if runs and reference and not any(None in pair for pair in pairs):
+                columns.append([value - base for value, base in pairs])  # type: ignore[operator]
         return numpy.array(columns).T if columns else None
 
     def method(self, claim: dict[str, Any]) -> str:
-        """Return the method of a claim: by name, or the best one of a list of its phase, by the list's position."""
+        """Return the method of a claim: its name, or the best method in the list with this number in its phase."""
         if isinstance(claim["method"], str):
             return claim["method"]
         names = self.phase(claim["phase"])["best_of"][claim["method"]]
@@ -155,7 +156,7 @@ class Results:
         return self.differences(phase, _cells(claim, phase, budget), methods, claim["metric"], claim["part"], by)
 
     def complete(self, claim: dict[str, Any], budget: str, by: str) -> bool:
-        """Whether all runs that decide on a claim are there; those of the grid are, where a finalist has a rate."""
+        """Return whether all runs that decide a claim exist. If a finalist has a rate, its grid is complete."""
         phase = self.phase(claim["phase"])
         return all(
             self.seeds(phase, *cell, method, by) is not None
@@ -178,13 +179,13 @@ class Results:
         return numpy.array(columns).T if columns else None
 
     def _flatness(self, task: str, size: int, budget: str, method: str, seed: int) -> float | None:
-        """Return the share of the grid of rates within one point of its best test accuracy."""
+        """Return the fraction of the rates whose test accuracy is within one point of the best rate's."""
         values = []
         for rate in self.protocol["rates"]["branches"]:
-            found = self.result("grid", task, size, budget, method, rate, seed)
-            if found is None:
+            run = self.result("grid", task, size, budget, method, rate, seed)
+            if run is None:
                 return None
-            values.append(0.0 if found["diverged"] else found["test"]["accuracy"])
+            values.append(0.0 if run["diverged"] else run["test"]["accuracy"])
         return sum(value >= max(values) - 0.01 for value in values) / len(values)
 
 
@@ -209,7 +210,7 @@ def score(result: dict[str, Any], metric: str, part: str) -> float | None:
 def design_effects(results: Results) -> list[tuple[str, str, str, Difference]]:
     """Return the main effects of restart, cycles, average and noise: (part, budget, test or shifts, effect)."""
     phase = results.phase("design")
-    found = []
+    effects = []
     parts = ("restart", "cycles", "average", "noise")
     for part in parts:
         for budget in phase["budgets"]:
@@ -229,8 +230,8 @@ def design_effects(results: Results) -> list[tuple[str, str, str, Difference]]:
                         columns.append(column)
                 if columns:
                     effect = difference_over_tasks(numpy.array(columns).T, results.protocol["statistics"]["resamples"])
-                    found.append((part, budget, measured, effect))
-    return found
+                    effects.append((part, budget, measured, effect))
+    return effects
 
 
 def _contrast(
@@ -242,10 +243,10 @@ def _contrast(
         on = set(name.split("+")[1:])
         if not name.startswith("design") or part not in on:
             continue
-        without = "+".join(["design", *(other for other in parts if other in on and other != part)])
+        without = "+".join(["design", *(item for item in parts if item in on and item != part)])
         task, size, budget, rate, seed = cell
-        pair = [results.result("design", task, size, budget, each, rate, seed) for each in (name, without)]
-        values = [score(each, "accuracy", measured) for each in pair if each is not None]
+        pair = [results.result("design", task, size, budget, method, rate, seed) for method in (name, without)]
+        values = [score(run, "accuracy", measured) for run in pair if run is not None]
         if len(values) != 2 or None in values:
             return None
         differences.append(values[0] - values[1])  # type: ignore[operator]
@@ -256,14 +257,14 @@ def _contrast(
 
 
 def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) -> None:
-    """Write evidence.md, the tables behind it, and plots where their runs are there."""
+    """Write evidence.md, its detailed tables, and the plots whose runs exist."""
     at_home = folder == DOCS
     tables = TABLES if at_home else folder / TABLES.name
     link = "../experiments/evidence/tables.md" if at_home else tables.name
     results = Results(protocol, lines)
     cells = list(runner.cells_of(protocol, lines))
     done = sum(cell in lines.found for cell in cells)
-    made = sorted({entry["code"] for cell, entry in lines.found.items() if cell.version == protocol["version"]})
+    codes = sorted({entry["code"] for cell, entry in lines.found.items() if cell.version == protocol["version"]})
     text = [
         "# Evidence",
         "",
@@ -273,7 +274,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "`experiments/evidence/results.jsonl`.",
         "",
         f"Protocol version {protocol['version']}; {done:,} of {len(cells):,} runs that are known so far are made"
-        + (f", with code {', '.join(made)}." if made else "."),
+        + (f", with code {', '.join(codes)}." if codes else "."),
         "Runs at chosen rates become known when their grid is complete; a comparison is shown once all its seeds are",
         "there.",
         "",
@@ -353,9 +354,9 @@ def _decided(results: Results) -> list[_Claim]:
                     complete = claim["metric"] == "sensitivity" or results.complete(claim, budget, by)
                     entries.append(_Claim(claim, budget, by, scores, difference, complete))
     for phase in {entry.claim["phase"] for entry in entries}:
-        places = [place for place, entry in enumerate(entries) if entry.by == "loss" and entry.claim["phase"] == phase]
-        for place, p in zip(places, holm([entries[place].difference.p for place in places]), strict=True):
-            entries[place] = replace(entries[place], p=p)
+        indices = [index for index, entry in enumerate(entries) if entry.by == "loss" and entry.claim["phase"] == phase]
+        for index, p in zip(indices, holm([entries[index].difference.p for index in indices]), strict=True):
+            entries[index] = replace(entries[index], p=p)
     return entries
 
 
@@ -374,7 +375,7 @@ def _recommendations(results: Results) -> list[str]:
     for about in results.protocol["recommendations"]:
         phases = [results.phase(name) for name in about["phases"]]
         for phase, size, budget in (
-            (each, size, budget) for each in phases for size in each["sizes"] for budget in each["budgets"]
+            (item, size, budget) for item in phases for size in item["sizes"] for budget in item["budgets"]
         ):
             cells = [(task, size, budget) for task in about["tasks"]]
             row = _recommended(results, phase, cells)
@@ -406,7 +407,7 @@ def _recommended(results: Results, phase: dict[str, Any], cells: Sequence[tuple[
         if None in runs:
             return None
         accuracy[method] = statistics.fmean(
-            score(run, "accuracy", "validation") or 0.0 for found in runs for run in found or ()
+            score(run, "accuracy", "validation") or 0.0 for seeds in runs for run in seeds or ()
         )
     best = max(methods, key=lambda method: accuracy[method], default="lora")
     scores = results.differences(phase, cells, (best, "lora"), "accuracy", "test")
@@ -429,13 +430,13 @@ def _language(results: Results) -> list[str]:
     for method in results.methods(phase):
         cells = [(task, size, budget) for task in phase["tasks"]]
         runs = [run for cell in cells for run in results.seeds(phase, *cell, method) or () if not run["diverged"]]
-        found = [
+        differences = [
             results.differences(phase, cells, (method, "lora"), metric, part)
             for metric, part in (("accuracy", "test"), ("loss", "test"), ("accuracy", "shifts"))
         ]
-        if not runs or not before or found[0] is None:
+        if not runs or not before or differences[0] is None:
             continue
-        accuracy = difference_over_tasks(found[0], results.protocol["statistics"]["resamples"])
+        accuracy = difference_over_tasks(differences[0], results.protocol["statistics"]["resamples"])
         mean = {
             key: statistics.fmean(run[key] for run in runs) for key in ("general", "cpu_s", "memory", "disk", "trained")
         }
@@ -443,7 +444,7 @@ def _language(results: Results) -> list[str]:
             [
                 method,
                 str(accuracy),
-                *("-" if each is None else f"{each.mean():+.2f}" for each in found[1:]),
+                *("-" if values is None else f"{values.mean():+.2f}" for values in differences[1:]),
                 f"{mean['general'] - before[0]:+.3f}",
                 f"{mean['memory'] / 2**20:.0f}",
                 f"{mean['cpu_s']:.0f}",
@@ -486,14 +487,14 @@ def _claims(results: Results) -> list[str]:
     rows = []
     for entry in decided:
         if entry.by == "loss":
-            other = by_accuracy.get((entry.claim["name"], entry.budget))
+            at_accuracy = by_accuracy.get((entry.claim["name"], entry.budget))
             rows.append(
                 [
                     f"{results.method(entry.claim)} - {entry.claim['against']}",
                     f"{entry.claim['metric']}, {entry.claim['part']}",
                     entry.budget,
                     str(entry.difference),
-                    "" if other is None else str(other.difference),
+                    "" if at_accuracy is None else str(at_accuracy.difference),
                     "" if entry.p is None else f"{entry.p:.3f}",
                     str(entry.difference.tasks),
                     entry.verdict,
@@ -581,18 +582,18 @@ def _summary(results: Results, folder: Path) -> list[str]:
     shown[("recipe", "long")] = "mean over restarts, 300 steps"
     values: dict[str, list[float | None]] = {}
     for task, (method, budget) in itertools.product(NAMES, shown):
-        place = (phase, task, phase["sizes"][0], budget)
-        ours, lora = results.seeds(*place, method), results.seeds(*place, "lora")
+        cell = (phase, task, phase["sizes"][0], budget)
+        ours, lora = results.seeds(*cell, method), results.seeds(*cell, "lora")
         pairs = zip(ours, lora, strict=True) if ours and lora else ()
-        differences = [score(one, "accuracy", "test") - score(other, "accuracy", "test") for one, other in pairs]
+        differences = [score(run, "accuracy", "test") - score(base, "accuracy", "test") for run, base in pairs]
         values.setdefault(task, []).append(statistics.fmean(differences) if differences else None)
     if any(value is None for row in values.values() for value in row):
         return []
     figure, axes = _axes(1, 1)
     axis = axes[0][0]
     for column, label in enumerate(shown.values()):
-        places = [place + 0.22 * (column - 1) for place in range(len(values))]
-        axis.plot([row[column] for row in values.values()], places, "o", label=label)
+        positions = [row + 0.22 * (column - 1) for row in range(len(values))]
+        axis.plot([row[column] for row in values.values()], positions, "o", label=label)
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(values)), [NAMES[task] for task in values], fontsize=8)
     axis.invert_yaxis()
@@ -649,9 +650,9 @@ def _pivot(
     phase, rows = results.phase(name), []
     methods = results.methods(phase)
     for task, size, budget in itertools.product(phase["tasks"], phase["sizes"], phase["budgets"]):
-        found = [runs_of(phase, task, size, budget, method) for method in methods]
-        if any(found):
-            rows.append([task, str(size or "all"), budget, *(cell(runs) if runs else "-" for runs in found)])
+        runs_by_method = [runs_of(phase, task, size, budget, method) for method in methods]
+        if any(runs_by_method):
+            rows.append([task, str(size or "all"), budget, *(cell(runs) if runs else "-" for runs in runs_by_method)])
     return _section(title, about, ["task", "examples", "budget", *methods], rows)
 
 
@@ -681,7 +682,7 @@ def _less_lora(results: Results, of_tasks: str, title: str, compared: Sequence[s
     phase, grid, rows = results.phase(of_tasks), results.phase("grid"), []
     phases = [results.phase(name) for name in compared]
     for budget in phase["budgets"]:
-        for of, method in [(each, name) for each in phases for name in each["methods"] if name != "lora"]:
+        for of, method in [(item, name) for item in phases for name in item["methods"] if name != "lora"]:
             pairs: list[tuple[Any, Any]] = []
             for task in phase["tasks"]:
                 cell = (task, phase["sizes"][0], budget)
@@ -721,16 +722,16 @@ def _map(results: Results) -> list[str]:
                         results.result("map", task, phase["sizes"][0], budget, method, rate, seed)
                         for seed in phase["seeds"]
                     ]
-                    found = [score(run, "accuracy", "test") for run in runs if run is not None]
-                    if len(found) == len(runs):
-                        accuracy[method, rate] = statistics.fmean(value for value in found if value is not None)
+                    scores = [score(run, "accuracy", "test") for run in runs if run is not None]
+                    if len(scores) == len(runs):
+                        accuracy[method, rate] = statistics.fmean(value for value in scores if value is not None)
             if len(accuracy) < len(methods) * len(results.protocol["rates"]["branches"]):
                 continue
             best = max(accuracy.values())
             for group, names in groups.items():
                 values = [value for (method, _), value in accuracy.items() if method in names]
-                near = sum(value >= best - 1 for value in values) / len(values)
-                rows.append([task, budget, group, f"{max(values):.1f}", f"{min(values):.1f}", f"{100 * near:.0f} %"])
+                close = sum(value >= best - 1 for value in values) / len(values)
+                rows.append([task, budget, group, f"{max(values):.1f}", f"{min(values):.1f}", f"{100 * close:.0f} %"])
     about = (
         "Test accuracy in % over a grid of learning rate, number of stages and noise: the best and the worst setting, "
         "and the share of settings within one point of the task's best."
@@ -753,8 +754,8 @@ def _sizes(results: Results) -> list[str]:
 def _forgetting(results: Results) -> list[str]:
     def cell(runs: list[dict[str, Any]]) -> str:
         means = [
-            [100 * statistics.fmean(run["kept"][place][key] for run in runs) for key in ("target", "source")]
-            for place in (0, 5, 10)
+            [100 * statistics.fmean(run["kept"][index][key] for run in runs) for key in ("target", "source")]
+            for index in (0, 5, 10)
         ]
         return " / ".join(f"{target:.1f}, {source:.1f}" for target, source in means)
 
@@ -787,15 +788,15 @@ def _save(figure: Any, axis: str, path: Path) -> None:
 
 
 def _trace(folder: Path, path: Path = trace.PATH) -> list[str]:
-    """Draw what `trace` found around restarts, where it was run."""
+    """Plot the results of `trace` around restarts, if there are any."""
     if not path.exists():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
+    traces = json.loads(path.read_text(encoding="utf-8"))
     titles = ("training loss, mean over 5 steps", "norm of the change over the weight's", "stable rank of the change")
-    figure, axes = _axes(len(found), len(trace.PARTS))
-    for (row, task), (column, part) in itertools.product(enumerate(found), enumerate(trace.PARTS)):
+    figure, axes = _axes(len(traces), len(trace.PARTS))
+    for (row, task), (column, part) in itertools.product(enumerate(traces), enumerate(trace.PARTS)):
         axis, every, width = axes[row][column], *((1, 5) if part == "loss" else (trace.EVERY, 1))
-        for method, parts in found[task].items():
+        for method, parts in traces[task].items():
             values = parts[part]
             means = [statistics.fmean(values[max(0, at + 1 - width) : at + 1]) for at in range(len(values))]
             axis.plot([(at + 1) * every for at in range(len(values))], means, label=method)
@@ -824,8 +825,8 @@ def _rates(results: Results, folder: Path) -> list[str]:
                         results.result("grid", task, phase["sizes"][0], budget, method, rate, seed)
                         for seed in phase["seeds"]
                     ]
-                    found = [score(run, "accuracy", "test") for run in runs if run is not None]
-                    values.append(statistics.fmean(found) if len(found) == len(runs) else float("nan"))  # type: ignore[type-var]
+                    scores = [score(run, "accuracy", "test") for run in runs if run is not None]
+                    values.append(statistics.fmean(scores) if len(scores) == len(runs) else float("nan"))  # type: ignore[type-var]
                 if not any(value != value for value in values):
                     curves.setdefault((task, budget), {})[method] = values
     if not curves:
@@ -862,7 +863,7 @@ def _rates(results: Results, folder: Path) -> list[str]:
 
 
 def _rate(results: Results, task: str, budget: str, method: str) -> str:
-    """Return the rate of the lowest validation loss, with a mark where it is the first or the last of its grid."""
+    """Return the rate with the lowest validation loss, with a mark if it is the first or the last of its grid."""
     phase = results.phase("grid")
     rate = results.rate(task, phase["sizes"][0], budget, method, "loss")
     if rate is None:
@@ -875,14 +876,14 @@ def _deltas(results: Results) -> list[str]:
     phase, rows = results.phase("finalists"), []
     for budget in phase["budgets"]:
         for method in results.methods(phase):
-            found = [
+            deltas = [
                 run["delta"]
                 for task in phase["tasks"]
                 for run in results.seeds(phase, task, phase["sizes"][0], budget, method) or ()
                 if not run["diverged"]
             ]
-            if found:
-                norm, rank = (statistics.fmean(delta[key] for delta in found) for key in ("norm", "rank"))
-                rows.append([budget, method, f"{norm:.3f}", f"{rank:.2f}", str(len(found))])
+            if deltas:
+                norm, rank = (statistics.fmean(delta[key] for delta in deltas) for key in ("norm", "rank"))
+                rows.append([budget, method, f"{norm:.3f}", f"{rank:.2f}", str(len(deltas))])
     about = "Mean over weights of the change's norm over the weight's, and of its stable rank."
     return _section("Size of the change", about, ["budget", "method", "norm", "stable rank", "runs"], rows)

@@ -1,7 +1,7 @@
-"""What happens around a restart: loss of each step, and size and rank of the change, in the short budget.
+"""Records the loss of each step, and the size and rank of the change, around restarts in the short budget.
 
-A description and no claim: it is not in the protocol, decides nothing, and is made of runs of its own at the rates that
-the grid chose, on the seeds of the phase `restarts`.
+This is only a description. It is not in the protocol and decides no claim. It uses separate runs, at the rates that the
+grid has selected, on the seeds of the phase `restarts`.
 """
 
 from __future__ import annotations
@@ -21,45 +21,46 @@ __all__ = ["EVERY", "METHODS_SHOWN", "PARTS", "PATH", "trace"]
 
 PATH = Path(__file__).parent / "trace.json"
 METHODS_SHOWN = {"lora": "lora", "paper": "paper", "recipe": "recipe", "recipe-kept-state": "recipe"}
-"""Methods, each with the one whose best rate it has."""
+"""Methods, each with the method whose best rate it uses."""
 EVERY = 2
-"""Steps from one look at the change to the next."""
+"""Number of steps between two measurements of the change."""
 PARTS = ("loss", "norm", "rank")
 
 
 def trace(protocol: dict[str, Any], lines: runner.Lines, path: Path = PATH) -> None:
-    """Make the runs, and write the means over their seeds: by task and method, a list of values of each part."""
-    phase = next(each for each in protocol["phases"] if each["name"] == "restarts")
+    """Train the runs, and write the means over the seeds: by task and method, a list of values for each part."""
+    phase = next(item for item in protocol["phases"] if item["name"] == "restarts")
     (size,), (budget,) = phase["sizes"], phase["budgets"]
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    traces: dict[str, dict[str, dict[str, list[float]]]] = {}
     for name in phase["tasks"]:
         task = TASKS[name]()
         for method, like in METHODS_SHOWN.items():
             rate = runner.best_rate(protocol, lines, name, size, budget, like, "loss")
             if rate is None:
                 continue
-            seen = [
+            runs = [
                 _observed(task, method, protocol, (size, protocol["budgets"][budget], rate, seed))
                 for seed in phase["seeds"]
             ]
-            found.setdefault(name, {})[method] = {
-                part: [round(statistics.fmean(each), 5) for each in zip(*(one[part] for one in seen), strict=True)]
+            traces.setdefault(name, {})[method] = {
+                part: [round(statistics.fmean(values), 5) for values in zip(*(run[part] for run in runs), strict=True)]
                 for part in PARTS
             }
             print(f"{name} {method} {rate:g}", flush=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(traces, indent=1) + "\n", encoding="utf-8")
 
 
 def _observed(
-    task: Any, method: str, protocol: dict[str, Any], how: tuple[int, int, float, int]
+    task: Any, method: str, protocol: dict[str, Any], settings: tuple[int, int, float, int]
 ) -> dict[str, list[float]]:
-    seen: dict[str, list[float]] = {part: [] for part in PARTS}
+    """Train one run with this size, number of steps, rate and seed, and return the values of each part."""
+    values: dict[str, list[float]] = {part: [] for part in PARTS}
 
     def observe(done: int, loss: float, change: Callable[[], dict[str, float]]) -> None:
-        seen["loss"].append(loss)
+        values["loss"].append(loss)
         if done % EVERY == 0:
             for part, value in change().items():
-                seen[part].append(value)
+                values[part].append(value)
 
-    run(task, [METHODS[method]], runner.training_of(protocol, "restarts"), *how, observe=observe)
-    return seen
+    run(task, [METHODS[method]], runner.training_of(protocol, "restarts"), *settings, observe=observe)
+    return values
