@@ -131,7 +131,7 @@ def test_wrong_models_are_said(own_module: types.ModuleType, name: str, expected
     ("weights", "message"),
     [
         ("python:own_models:weights", "own_models has no function 'weights'"),
-        (LITE.weights, "is for timm:tf_efficientnet_lite0: it has 296 tensors, the model 4"),
+        (LITE.weights, "efficientnet_lite0 has 296 tensors, but the model has 4: use it with timm:tf"),
         ("model.pth", "model.weights is 'model.pth'; give a .safetensors file or python:package.module:function"),
         ("absent.safetensors", "absent.safetensors: these weights cannot be read: No such file"),
     ],

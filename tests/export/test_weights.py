@@ -298,7 +298,7 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
     assert main(arguments) == 2
     assert "given.safetensors: cannot be read: " in capsys.readouterr().err
     assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(given)]) == 2
-    assert "checkpoint is not a run folder; give --output, the place to write to" in capsys.readouterr().err
+    assert "checkpoint is not a run folder; give the file or folder to write with --output" in capsys.readouterr().err
     with raises(lx.SpecError, "invalid-value", "max_shard_bytes", "0"):
         lx.export.safetensors(cascade, tmp_path / "out", max_shard_bytes=0)
 
