@@ -1,4 +1,4 @@
-"""Branches as modules, their noise, and the values that they leave. This package knows no graph."""
+"""Branches: trainable modules that adapt one weight each, with their deltas and the noise. Independent of graphs."""
 
 from lorasc_fx.branch.contract import Branch, Decided, StartWeight, fill
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree

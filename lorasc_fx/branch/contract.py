@@ -1,7 +1,7 @@
-"""The contract of a branch: a trainable module that changes one weight for the duration of a stage.
+"""The base class of branches: trainable modules that add a delta to one weight during a stage.
 
-Engine, optimizer groups, checkpoints, sharding, passes and exports call the methods of `Branch` and nothing else. An
-adapter method is one subclass in one file, and one row in `methods.METHODS`.
+Engine, optimizer groups, checkpoints, sharding, passes and exports use only the methods of `Branch`. So an adapter
+method is one subclass in one file, and one row of `methods.METHODS` (CONTRIBUTING.md, "Add an adapter method").
 """
 
 from __future__ import annotations
@@ -30,77 +30,77 @@ from lorasc_fx.util.decode import Check
 
 
 def unchanged(value: torch.Tensor, side: Side) -> torch.Tensor:
-    """Return a value of an unsharded weight."""
+    """Return the value unchanged: `cut` and `gather` of a weight that is not sharded."""
     return value
 
 
 @dataclass(frozen=True)
 class StartWeight:
-    """The weight of a branch at the start of a stage. It is computed only if one of the functions is called.
+    """Functions that compute the weight of a branch at the start of a stage, for methods that need it.
 
     Args:
-        exact: returns the full weight, without noise, in the dtype of the arithmetic.
-        noisy: returns this rank's slice of the weight, with noise, in the dtype of the weight.
-        shard: the slice of the weight on this rank.
+        exact: returns the full weight without noise, in fp32, or in fp64 for an fp64 weight.
+        noisy: returns this rank's slice of the weight with noise, in the dtype of the weight.
+        shard: which slice of the weight this rank holds.
         cut: returns this rank's slice of a full tensor.
-        whole: gathers a tensor from the slices on all ranks. Every rank must call it at the same point.
-        agreed: returns the value of the first rank, because a decomposition may have other bits on another machine.
+        gather: gathers the full tensor from the slices on all ranks. Every rank must call it at the same point.
+        agreed: returns the tensor of rank 0 on all ranks. Use it for decompositions, whose bits depend on the machine.
     """
 
     exact: Callable[[], torch.Tensor]
     noisy: Callable[[], torch.Tensor]
     shard: ShardSpec = UNSHARDED
     cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
-    whole: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
+    gather: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
     agreed: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
 
 
 class Branch(nn.Module, abc.ABC):
-    """Trainable parameters of a site, with one method for each placement in a graph.
+    """The trainable parameters of a site, with one method for each placement.
 
-    With untrained parameters a branch adds nothing: every output keeps its bits.
+    A branch with its initial parameters does not change any output, bit for bit.
 
     Args:
-        site: description of the site.
-        seed, stage: together with the name of the weight, the key of the random initial values.
-        like: tensor with the device and dtype of the weight. Parameters of a weight narrower than fp32 are fp32.
+        site: the site, from the plan.
+        seed, stage: key of the random initial values, together with the name of the weight.
+        like: tensor with the device and dtype of the weight. Parameters are fp64 for an fp64 weight, otherwise fp32.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "recurrent", "experts"})
-    """Kinds of weights (`spec.KINDS`) that can have such a branch."""
+    """Kinds of weights (`spec.KINDS`) that the method can adapt."""
 
     zeros: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters that are zero at the start of a stage. The delta is zero while all these are zero."""
+    """Names of parameters that are zero at the start of a stage. The delta is zero while all of these are zero."""
 
     placements: ClassVar[frozenset[str]] = frozenset({"merged", "weight"})
-    """The possible placements (`spec.PLACEMENTS`)."""
+    """Placements (`spec.PLACEMENTS`) that the method supports."""
 
     defaults: ClassVar[Mapping[str, float]] = {}
-    """Default values of the method's own options (`CascadeSpec.adapter_options`)."""
+    """Default values of the options of this method (`CascadeSpec.adapter_options`)."""
 
     checks: ClassVar[Mapping[str, Check]] = {}
-    """Conditions on the values of the method's own options."""
+    """Checks of the values of these options."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """The options among `spec_checks.METHOD_OPTIONS` that the method supports."""
+    """Fields of CascadeSpec in `spec_checks.METHOD_OPTIONS` that the method supports."""
 
     scales_rows: ClassVar[bool] = False
     """Whether the method scales rows of the weight (`gain`), so that the slow weights are not only a sum of deltas."""
 
     beside_quantized: ClassVar[bool] = False
-    """Whether the branch can compute beside a product with a quantized weight."""
+    """Whether the method can adapt quantized weights, by computing beside the product."""
 
     uses_weight: ClassVar[bool] = False
-    """Whether the delta depends on the weight."""
+    """Whether the delta depends on the weight, so that `delta` needs it as an argument."""
 
     pads_with_zeros: ClassVar[bool] = False
-    """Whether the delta stays the same if its parameters are padded with zeros to a larger rank."""
+    """Whether padding the parameters with zeros to a larger rank does not change the delta."""
 
     slices: tuple[int, ...] = ()
-    """Numbers of rows of the slices of a fused weight (q, k and v), each with separate factors."""
+    """Number of rows of each slice of a fused weight (such as q, k and v), which has separate factors."""
 
     slices_apart: ClassVar[bool] = False
-    """Whether the slices of a fused weight have separate factors."""
+    """Whether the method supports separate factors for the slices of a fused weight."""
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__()
@@ -116,85 +116,92 @@ class Branch(nn.Module, abc.ABC):
             placed = value.to(device=like.device, dtype=dtype)
             setattr(self, name, nn.Parameter(placed, requires_grad=name in self._trainable))
 
-    # ---- parameters
+    # ---- Parameters
 
     @classmethod
     @abc.abstractmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the parameters by name. A checkpoint stores all parameters."""
+        """Return the shapes of all parameters, by name. Checkpoints store every parameter."""
 
     @classmethod
     def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
-        """Return the initial parameters of a stage in fp32 on the host, before `start` is called with the weight."""
+        """Return the initial values of all parameters of a stage, in fp32 in host memory.
+
+        `start` is called afterwards if the method initializes parameters from the weight.
+        """
         return {name: torch.zeros(shape) for name, shape in cls.shapes(site).items()}
 
     @classmethod
     def options_at(cls, site: Site) -> dict[str, float]:
-        """Return the method's own options at a site."""
+        """Return the options of this method at a site, with defaults for missing ones."""
         return {**cls.defaults, **dict(site.options.adapter_options)}
 
     @classmethod
     def fault(cls, site: Site) -> str:
-        """Return why the method has no meaning at a site, after the weight's name; "" if it has one."""
+        """Return why the method cannot adapt a site, as a phrase that follows the name of the weight. "" if it can."""
         return ""
 
     @classmethod
     def trainable_names(cls, site: Site) -> Collection[str]:
-        """Return the names of the parameters that are trained."""
+        """Return the names of the trainable parameters. The others are frozen."""
         return cls.shapes(site).keys()
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return the fields of `InitialFactors` that a running, or idle, stage computes from its weight.
+        """Return what a stage computes from its weight: fields of `InitialFactors`, or "weight" for anything else.
 
-        An empty tuple means that `start` does not use the weight.
+        An empty tuple means that `start` does not need the weight.
+
+        Args:
+            spec: the spec.
+            running: whether the stage trains. An idle stage follows the last transition.
         """
         return ()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that an optimizer trains, by name. The optimizer has a group for each name."""
+        """Return the trainable parameters by name. `param_groups` has one group for each name."""
         return {name: value for name, value in self.named_parameters() if name in self._trainable}
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
-        """Return the learning rate of a parameter (LoRA+ has two)."""
+        """Return the learning rate of a parameter, given the base rate. LoRA+ has another one for B."""
         return lr
 
-    # ---- a stage
+    # ---- Stages
 
     def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
-        """Return masks of the entries that are trained on after a transition, by parameter name (`restart_pairs`).
+        """Return masks of the entries that do not restart at a transition, by parameter name (`restart_pairs`).
 
-        An empty mapping means that the whole branch restarts.
+        An empty mapping means that all entries restart.
         """
         return {}
 
     def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
-        """Take over from the branch of the stage before what the spec keeps.
+        """Copy from the branch of the previous stage what the spec keeps (`restart_A`, `restart_pairs`).
 
         Args:
-            previous: the branch as the stage before has ended.
-            spec: of the plan.
-            pairs: whether pairs may be trained on.
+            previous: the branch at the end of the previous stage.
+            spec: the spec.
+            pairs: whether pairs of factors may be kept.
 
         Returns:
-            Whether the delta is not zero then. It is a part of the weight that the stage starts from.
+            Whether the delta is now nonzero. The slow weights already include this delta, so the caller subtracts it.
         """
         return False
 
     def start(self, weight: StartWeight) -> torch.Tensor | None:
-        """Initialize from the weight. Return the initial row norms in fp64 if the method trains them."""
+        """Initialize parameters from the weight. Return the row norms [out] in fp64 if the method trains magnitudes."""
         return None
 
     @abc.abstractmethod
     def delta(self, weight: torch.Tensor | None = None) -> Factors | torch.Tensor:
-        """Return what the branch adds to its weight as stored, differentiable: factors, or a tensor of its shape.
+        """Return the delta, in the layout of the weight and differentiable: factors, or a tensor of its shape.
 
         Args:
-            weight: that the stage started from; None if `uses_weight` is False.
+            weight: the weight at the start of the stage. None if `uses_weight` is False.
         """
 
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
-        """Return the factor of each row [out] of weight and delta, for the rows on this rank; None if it is 1."""
+        """Return the factor [out] of each row of weight plus delta, for the rows on this rank. None means 1."""
         return None
 
     def moved(
@@ -202,19 +209,22 @@ class Branch(nn.Module, abc.ABC):
         initial: InitialFactors | None = None,
         cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
     ) -> bool:
-        """Whether training has changed the delta from zero, judged by the slice on this rank.
+        """Whether training has changed the slice of the delta on this rank since the start of the stage.
 
         Args:
-            initial: the values that training started from, for the slice on this rank.
-            cut: returns this rank's slice of a whole tensor.
+            initial: initial factors and magnitudes of this slice, if they were not zero.
+            cut: returns this rank's slice of a full tensor.
         """
         return any(bool(local(self.get_parameter(name)).any()) for name in self.zeros)
 
     def set_unmerged(self, pair: Factors | None) -> None:
-        """Take the delta of earlier stages, which a quantized weight cannot hold, if `beside_quantized`."""
+        """Set the delta of earlier stages, which cannot be merged into a quantized weight. None removes it.
+
+        The branch then adds it to its output too. Only for methods with `beside_quantized`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not adapt quantized weights")
 
-    # ---- placements
+    # ---- Placements
 
     def forward(
         self,
@@ -224,12 +234,12 @@ class Branch(nn.Module, abc.ABC):
         scale: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute at the placement that the graph node names.
+        """Compute one placement. Graph nodes call this.
 
         Args:
-            args, options: of the placement.
-            at: name of the placement.
-            tensors, scale: computes with these instead of the parameters and the scale, see `computed_with`.
+            args, options: arguments of the method for the placement.
+            at: name of this method, such as `beside`, `in_place` or `on_weight`.
+            tensors, scale: use these instead of the parameters and the scale of the branch (see `computed_with`).
         """
         if tensors is not None:
             assert scale is not None
@@ -238,34 +248,38 @@ class Branch(nn.Module, abc.ABC):
         return output
 
     def placement(self, at: str) -> Callable[..., torch.Tensor]:
-        """Return the method of a placement."""
+        """Return the method for a placement."""
         method: Callable[..., torch.Tensor] = getattr(self, at)
         return method
 
     def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the adapted weight, as it is stored."""
-        if not self.scale:  # other weights are in place, and the branch adds nothing
+        """Return weight plus delta, in the layout and dtype of the weight."""
+        if not self.scale:  # inside `cascade.weights(...)`, branches add nothing
             return weight
         return weight + self.dense_delta(weight).to(weight.dtype)
 
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return what the op of this name computes with the adapted weight; the options are those of a convolution
-        (`ConvCall`).
+        """Return the output of the op with the adapted weight, and its bias.
+
+        Args:
+            x, weight, bias: inputs of the op.
+            op: key of `products.PRODUCTS`, or `conv`.
+            options: fields of a `ConvCall` if the op is `conv`.
         """
         return self.product_with(x, self.on_weight(weight), bias, op, **options)
 
     def product_with(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return what the op of this name computes with a weight."""
+        """Return the output of an op with any weight. The arguments are as in `in_place`."""
         if op != "conv":
             return PRODUCTS[op](x, weight, bias)
         call = ConvCall(**options)
         return call.conv(len(self.weight_shape) - 2, call.padded(x), weight, bias)
 
-    # ---- tensors as inputs of the graph (passes.AdapterInputs)
+    # ---- Parameters that are inputs of the graph (passes.AdapterInputs)
 
     def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
         """Return the values of all parameters in the order of `shapes`, padded with zeros to a rank.
@@ -274,33 +288,34 @@ class Branch(nn.Module, abc.ABC):
             PassError: the rank of the site is larger, or padding would change the delta of this method.
         """
         values = {name: full_tensor(self.get_parameter(name).detach()) for name in self.shapes(site)}
-        wanted = self.shapes(replace(site, options=replace(site.options, rank=rank, ranks=())))
-        if all(tuple(value.shape) == wanted.get(name) for name, value in values.items()):
+        padded_shapes = self.shapes(replace(site, options=replace(site.options, rank=rank, ranks=())))
+        if all(tuple(value.shape) == padded_shapes.get(name) for name, value in values.items()):
             return values
         if site.rank > rank:
             raise PassError(
-                f"{site.weight} has a branch of rank {site.rank}, and the inputs have rank {rank}. "
+                f"{site.weight} has a branch of rank {site.rank}, but the inputs of the graph have rank {rank}. "
                 f"Give max_rank={site.rank} or more",
                 code="rank-too-large",
             )
-        if not self.pads_with_zeros or values.keys() != wanted.keys():
+        if not self.pads_with_zeros or values.keys() != padded_shapes.keys():
             raise PassError(
-                f"{site.weight} has a branch of rank {site.rank}, and {site.options.adapter} cannot be padded to rank "
-                f"{rank} by zeros: its delta would change. Give max_rank={site.rank}, or leave it out (sites=...)",
+                f"{site.weight} has a branch of rank {site.rank}, but {site.options.adapter} cannot be padded to rank "
+                f"{rank} with zeros, because its delta would change. Give max_rank={site.rank}, or omit the site "
+                "(sites=...)",
                 code="input-not-supported",
             )
-        return {name: self.pad(name, value, wanted[name]) for name, value in values.items()}
+        return {name: self.pad(name, value, padded_shapes[name]) for name, value in values.items()}
 
     def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the value of a parameter padded with zeros to a shape."""
+        """Pad the value of a parameter with zeros to a shape."""
         return pad_to(value, shape)
 
     def cut(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the value of a parameter without its padding, the inverse of `pad`."""
+        """Remove the padding of a parameter, the inverse of `pad`. `shape` is the shape without padding."""
         return value[tuple(slice(size) for size in shape)]
 
     def without_values(self) -> Branch:
-        """Return a copy that gets parameters and scale as arguments. Its own parameters are None, and its scale 1."""
+        """Return a copy without parameters, which gets parameters and scale as arguments of its calls."""
         empty = shallow(self)
         assert isinstance(empty, Branch)
         empty._parameters = dict.fromkeys(self._parameters)
@@ -316,13 +331,13 @@ class Branch(nn.Module, abc.ABC):
         rows: Any = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute a placement of a copy `without_values` by plain, differentiable operations.
+        """Compute a placement with given parameters, on a copy from `without_values`. Uses plain operations.
 
         Args:
-            tensors: values of the parameters by name, which may be padded.
-            scale: factor of the delta, of shape [].
-            args, at, options: of the placement.
-            rows: where the rows of the batch are. Only low-rank branches compute with other tensors for each row.
+            tensors: values of the parameters by name. They may be padded with zeros.
+            scale: scale of the delta, a scalar tensor.
+            args, at, options: as for `forward`.
+            rows: fields of `given.Rows`, if each row of the batch has its own tensors. Only for low-rank branches.
         """
         adapted = {"at": "adapted", **({"expert": options.pop("expert")} if "expert" in options else {})}
         weight = args[0] if at == "on_weight" else args[1]
@@ -332,10 +347,10 @@ class Branch(nn.Module, abc.ABC):
         return self.product_with(args[0], changed, args[2] if len(args) > 2 else None, **options)
 
     def adapted(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return the weight with `scale` times the delta, for a branch whose own scale is 1."""
+        """Return `weight + scale * delta`, on a copy from `without_values`, whose own scale is 1."""
         return weight + (self.dense_delta(weight) * scale).to(weight.dtype)
 
-    # ---- helpers
+    # ---- Helpers
 
     def dense_delta(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the delta in the shape of the weight, differentiable."""
@@ -352,15 +367,16 @@ class Branch(nn.Module, abc.ABC):
         return copy.deepcopy(self, parameters)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a weight, or a delta, as a view [out, in], or [experts, out, in]."""
+        """Return a view of a weight or a delta as the matrix [out, in], or [experts, out, in]."""
         lead = 1 if self.kind == "experts" else 0
         flat = weight.reshape(*weight.shape[: lead + 1], -1)
         return flat.mT if self.transposed else flat
 
     def resize(self, site: Site) -> None:
-        """Take the rank and scale of a site, in the same Parameter objects, so that optimizers keep them.
+        """Set the rank and scale of a site.
 
-        Parameters whose shape changes are zero and without a gradient then.
+        The Parameter objects stay the same, so that optimizers keep them. Parameters whose shape changes are set to
+        zero, and lose their gradient.
         """
         self.scale = site.scale
         for name, shape in self.shapes(site).items():
@@ -369,41 +385,43 @@ class Branch(nn.Module, abc.ABC):
                 fill(parameter, zeros_like(parameter.detach(), shape))
 
     def resized(self, site: Site) -> list[nn.Parameter]:
-        """Return the parameters that have another shape at this site, as if the rank changes by stage."""
+        """Return the parameters whose shape `resize` would change."""
         shapes = self.shapes(site)
         return [value for name, value in self.named_parameters() if tuple(value.shape) != shapes[name]]
 
     def finite(self) -> bool:
-        """Whether no entry of the parameters on this rank is inf or nan; True on the meta device."""
+        """Whether no entry of the parameters on this rank is inf or nan. True on the meta device."""
         return all(value.is_meta or bool(torch.isfinite(local(value)).all()) for value in self.parameters())
 
     def shard_axes(self, weight: torch.Tensor, parts: int, resized: bool) -> dict[str, int]:
-        """Return the axis along which FSDP cuts a parameter, or the weight (`weight`), if it is not the first one.
+        """Return the axes along which FSDP shards parameters, by name, if they differ from axis 0.
+
+        The key "weight" is the adapted weight itself.
 
         Args:
-            weight: of the site.
+            weight: the adapted weight.
             parts: number of ranks.
-            resized: whether the rank changes by stage.
+            resized: whether the rank changes between stages.
         """
         return {}
 
     def extra_repr(self) -> str:
-        """Return what `print` shows of the branch."""
+        """Return the text for `print`."""
         entries = sum(math.prod(value.shape) for value in self.trainable().values())
         return f"{self.weight_name}, {entries} trained, scale={self.scale:g}"
 
 
 def pad_to(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a tensor padded with zeros at the end of each axis."""
+    """Pad a tensor with zeros at the end of each axis."""
     pairs = [(0, size - old) for size, old in zip(shape, value.shape, strict=True)]
     return F.pad(value, [count for pair in reversed(pairs) for count in pair])
 
 
 def fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Write a value into a Parameter. A value of another shape replaces its data and drops its gradient.
+    """Write a value into a Parameter. If the shape differs, replace its data and drop its gradient.
 
-    The autograd node that accumulates the gradient remembers the shape, and lives as long as any earlier loss. torch
-    releases it if the dtype changes, so the data has another dtype for a moment.
+    The AccumulateGrad node of a parameter remembers its shape, and an earlier loss may keep it alive. torch creates a
+    new node if the dtype of the data changes, so the data is temporarily of another dtype.
     """
     if parameter.shape == value.shape:
         with torch.no_grad():
@@ -420,7 +438,14 @@ def fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Decided:
-    """The decisions about all weights, over all graphs so far."""
+    """Plan, branches and refusals of all graphs captured so far.
+
+    Args:
+        plan: the plan.
+        branches: branches by their key (`Site.key`).
+        refusals: weights that are not adapted, with reasons.
+        unreached: names of weights that no graph has used so far.
+    """
 
     plan: Plan
     branches: Mapping[str, Branch]

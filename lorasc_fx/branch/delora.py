@@ -1,8 +1,8 @@
-"""DeLoRA (2503.18225): a sum of normalized rank-1 terms: the distance from the start of the stage is bounded.
+"""DeLoRA (2503.18225): a sum of normalized rank-1 terms, so that the norm of the delta is bounded.
 
-`delta = B diag(lambda / (r |a_i| |b_i|)) A diag(w)` with rows a_i of A, columns b_i of B, and the norms w [in] of the
-columns of the weight that the stage starts from. A is random, B zero and lambda `bound` at the start. Source: DeLoRA,
-equation 8; peft's `DeloraModel`. There is no scale.
+`delta = B diag(lambda / (r |a_i| |b_i|)) A diag(w)` with rows a_i of A, columns b_i of B, and the column norms w [in]
+of the weight at the start of the stage. A starts at random values, B at zero, and lambda at the option `bound`. The
+scale is 1. Source: DeLoRA, equation 8; `DeloraModel` of peft.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
 
-LEAST_NORM = 1e-4
-"""Norms of a_i and b_i below this count as this; B is zero as a stage starts. As in peft."""
+MIN_NORM = 1e-4
+"""Lower limit for the norms of a_i and b_i in the denominator, as in peft. B is zero at the start of a stage."""
 
 
 class DeloraBranch(LowRankBranch):
     """DeLoRA.
 
     Attributes:
-        delora_A, delora_B: A [rank, in] and B [out, rank].
-        delora_lambda: lambda [1].
-        delora_w_norm: w [in], frozen.
+        delora_A, delora_B: factors A [rank, in] and B [out, rank].
+        delora_lambda: bound lambda [1], trained.
+        delora_w_norm: column norms w [in], frozen.
     """
 
     delora_A: nn.Parameter
@@ -41,7 +41,7 @@ class DeloraBranch(LowRankBranch):
     beside_quantized = False
     defaults: ClassVar[Mapping[str, float]] = {"bound": 15.0}
     checks: ClassVar[Mapping[str, Check]] = {
-        "bound": Check(lambda bound: bound > 0, "it bounds the norm of the delta: give a number above 0")
+        "bound": Check(lambda bound: bound > 0, "give a number above 0, because it bounds the norm of the delta")
     }
 
     @classmethod
@@ -52,7 +52,7 @@ class DeloraBranch(LowRankBranch):
 
     @classmethod
     def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return a random A, zeros for B, and the bound; w follows in `start`."""
+        """Return a random A, zeros for B, and the bound for lambda. `start` sets w."""
         return {
             **super().initial_values(site, seed, stage),
             "delora_A": random_factor(seed, stage, "delora_A", site.weight, site.factor_shapes[0]),
@@ -66,7 +66,7 @@ class DeloraBranch(LowRankBranch):
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return `weight`: w is computed from it."""
+        """Return `weight`, from which w is computed."""
         return ("weight",)
 
     @property
@@ -77,8 +77,8 @@ class DeloraBranch(LowRankBranch):
     @property
     def up(self) -> torch.Tensor:
         """`B diag(lambda / (r |a_i| |b_i|))`."""
-        rows = self.delora_A.norm(dim=1).clamp_min(LEAST_NORM)
-        columns = self.delora_B.norm(dim=0).clamp_min(LEAST_NORM)
+        rows = self.delora_A.norm(dim=1).clamp_min(MIN_NORM)
+        columns = self.delora_B.norm(dim=0).clamp_min(MIN_NORM)
         factors: torch.Tensor = self.delora_B * (self.delora_lambda / self.rank / (rows * columns))
         return factors
 
@@ -88,6 +88,6 @@ class DeloraBranch(LowRankBranch):
         return self.delora_A.shape[0]
 
     def start(self, weight: StartWeight) -> None:
-        """Set w to the norms of the weight's columns."""
+        """Set w to the column norms of the weight."""
         with torch.no_grad():
             self.delora_w_norm.copy_(self.matrix(weight.exact()).norm(dim=0))

@@ -1,4 +1,4 @@
-"""The values that branches and slow states exchange: factors, deltas, and how each tensor lies beside its weight."""
+"""Values that branches and slow weights exchange: factors, deltas, and which axes of a weight their axes match."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ import torch
 
 
 class Side(Enum):
-    """How a tensor of the state lies beside its weight, which is stored as [rows, columns], or as a stack of these."""
+    """Which axes of a weight [rows, columns] the axes of a tensor match. This decides how the tensor is sharded.
 
-    WEIGHT = "as the weight is"
+    Stacked experts have their axis first, in the weight and in the tensor, except `OUT`.
+    """
+
+    WEIGHT = "[rows, columns]"
     LEFT = "[rows, rank]"
     RIGHT = "[rank, columns]"
     OUT = "[out]"
 
     def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
-        """Return the axis along which such a tensor is sharded if the weight is; None if it is not sharded.
+        """Return the axis along which a tensor is sharded if its weight is sharded, or None if every rank has all of
+        it.
 
         Args:
-            along: axis of the weight.
-            stacked, transposed: how the weight is stored.
+            along: axis along which the weight is sharded.
+            stacked, transposed: layout of the weight.
         """
         lead = 1 if stacked else 0
         if self is Side.OUT:
@@ -36,12 +40,14 @@ class Side(Enum):
 
 
 class Tree:
-    """A frozen dataclass with tensors, or tuples or tables of them, in fields whose metadata has a `Side`, and in
-    fields that are trees.
+    """Base class of frozen dataclasses with tensors, with one `map` over all of them.
+
+    Fields with tensors, or with tuples or mappings of tensors, have a `Side` in their metadata. Other fields may be
+    trees themselves.
     """
 
     def map(self, change: Callable[[torch.Tensor, Side], torch.Tensor]) -> Self:
-        """Return a copy with every tensor changed. A tensor that occurs twice is changed once and stays shared."""
+        """Return a copy in which `change` replaces every tensor. A tensor that occurs twice stays shared."""
         done: dict[int, Any] = {}
 
         def walk(value: Any, side: Side | None) -> Any:
@@ -54,22 +60,22 @@ class Tree:
                 return tuple(walk(inner, side) for inner in value)
             if isinstance(value, Mapping):
                 return {key: walk(inner, side) for key, inner in value.items()}
-            return made(value) if isinstance(value, Tree) else value
+            return rebuild(value) if isinstance(value, Tree) else value
 
-        def made(tree: Any) -> Any:
+        def rebuild(tree: Any) -> Any:
             return replace(
                 tree, **{item.name: walk(getattr(tree, item.name), item.metadata.get(Side)) for item in fields(tree)}
             )
 
-        mapped: Self = made(self)
+        mapped: Self = rebuild(self)
         return mapped
 
 
 @dataclass(frozen=True)
 class Factors(Tree):
-    """`b` [rows, r] with the branch's scale folded in, and `a` [r, columns]: `b @ a` is added to the weight as stored.
+    """A low-rank delta `b @ a` in the layout of the weight: `b` [rows, r] includes the scale, and `a` is [r, columns].
 
-    For stacked experts both have the axis of experts before.
+    For stacked experts, both have the axis of experts first.
     """
 
     b: torch.Tensor = field(metadata={Side: Side.LEFT})
@@ -82,19 +88,19 @@ class Factors(Tree):
 
     @cached_property
     def bound(self) -> float:
-        """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
+        """An upper bound for the absolute entries of `b @ a`: the product of the norms (Cauchy-Schwarz)."""
         b, a = (torch.linalg.vector_norm(factor.cpu(), dtype=torch.float64).item() for factor in (self.b, self.a))
         return b * a if math.isfinite(b * a) else math.inf
 
 
 @dataclass(frozen=True)
 class Delta(Tree):
-    """The change of a weight W in a stage: the weight becomes `diag(gain) (W + b @ a + dense)`.
+    """The change of a weight W by a branch: the weight becomes `diag(gain) (W + b @ a + dense)`.
 
     Args:
-        factors: the low-rank term, with the branch's scale folded in; None if there is none.
-        dense: the dense term, in the shape of the weight; None if there is none.
-        gain: factor of each row [out], in fp64 on the host (DoRA); None for 1.
+        factors: the low-rank term, or None.
+        dense: the dense term in the shape of the weight, or None.
+        gain: factor of each row [out] (DoRA), in fp64 in host memory. None means 1.
     """
 
     factors: Factors | None = None
@@ -104,11 +110,11 @@ class Delta(Tree):
 
 @dataclass(frozen=True)
 class InitialFactors(Tree):
-    """Where a stage started if its branch is not zero there, in fp64 on the host.
+    """Initial values of a branch whose delta was not zero at the start of a stage, in fp64 in host memory.
 
     Args:
-        factors: the low-rank term that was subtracted from the weight (PiSSA, OLoRA, MiLoRA).
-        magnitude: the row norms [out] of DoRA.
+        factors: the delta that was subtracted from the weight (PiSSA, OLoRA, MiLoRA), or None.
+        magnitude: the initial row norms [out] of DoRA, or None.
     """
 
     factors: Factors | None = None

@@ -1,8 +1,11 @@
-"""Hand-written backwards of the branches: beside their op, merged into it, and after a shared product.
+"""Autograd functions of the branches: beside an op, merged into an op, and after a shared product `A x`.
 
-Algorithm.md, rows "training" and "Conv". They compute the plain formulas with faster memory layouts (see `low_rank`)
-and one fused accumulate. Only x and A x are saved, and x only for the gradient of lora_A. Adapter dropout saves no
-mask: its backward draws the mask again from a seed.
+They compute the formulas of docs/algorithm.md (rows "training" and "Conv") in faster memory layouts (see `low_rank`).
+One fused product adds the term of the branch to the output of the op. They save only A x, and x if lora_A needs a
+gradient. Dropout saves no mask: the backward draws it again from a seed.
+
+Names: `low` is A x, `back` is the gradient of `low` without the scale, `grad_rows` is the gradient of the output as
+rows [tokens, features], and da, db, dx, dw are gradients of lora_A, lora_B, x and the weight.
 """
 
 from __future__ import annotations
@@ -14,52 +17,54 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.low_rank import (
-    Grid,
+    ConvGeometry,
+    allows_custom_backward,
     apply,
-    by_hand,
-    computes_in,
+    chunked,
+    compute_dtype,
     conv_down,
-    conv_down_back,
     conv_factor_gradient,
     conv_input_gradient,
     conv_kernel_gradient,
     conv_up,
+    conv_up_backward,
+    detached,
     down,
     factor_gradient,
-    folded,
-    in_own_dtype,
-    owned,
     up,
+    without_autocast,
 )
 from lorasc_fx.branch.products import product, times
 from lorasc_fx.errors import StateError
 
 
 def draw_seed() -> int:
-    """Return a seed from torch's generator, so that manual_seed and activation checkpointing apply to the dropout."""
+    """Draw a seed from torch's generator, so that dropout follows manual_seed and activation checkpointing."""
     return int(torch.randint(2**62, ()).item())
 
 
 def dropout_mask(like: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """Return the mask of this seed: 0 with probability p, else 1 / (1 - p)."""
+    """Return the dropout mask of a seed: 0 with probability p, otherwise 1 / (1 - p)."""
     source = torch.Generator(like.device).manual_seed(seed)
     mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     return mask.bernoulli_(1 - p, generator=source).div_(1 - p)
 
 
 def drop(x: torch.Tensor, p: float, seed: int | None) -> torch.Tensor:
-    """Return x with the mask of this seed on it; without a seed x itself."""
+    """Apply the dropout mask of a seed. Without a seed, return x unchanged."""
     return x if seed is None else dropout_mask(x, p, seed).mul_(x)
 
 
 class Beside(torch.autograd.Function):
-    """`apply(base [..., out], x [..., in], lora_A [rank, in], lora_B [out, rank], scale, p, seed)`.
+    """`base + scale * x A^T B^T`: the output of an op plus the term of its branch.
 
-    All tensors have one dtype. `seed` is None without dropout.
+    Arguments: base [..., out], x [..., in], lora_A [rank, in], lora_B [out, rank], scale, dropout probability p, seed
+        of
+    the dropout mask or None. All tensors have the same dtype.
     """
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(
         ctx: Any,
         base: torch.Tensor,
@@ -70,44 +75,44 @@ class Beside(torch.autograd.Function):
         p: float,
         seed: int | None,
     ) -> torch.Tensor:
-        """Return base plus the branch's term."""
+        """Return the sum [..., out]."""
         ctx.scale, ctx.p, ctx.seed = scale, p, seed
-        rows = folded(drop(x, p, seed).reshape(-1, x.shape[-1]))
+        rows = chunked(drop(x, p, seed).reshape(-1, x.shape[-1]))
         low = down(a, rows)
         ctx.shape = x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, low)
-        term = up(folded(base.reshape(-1, base.shape[-1])), low, b.t().contiguous(), scale)
-        return owned(term.view(base.shape))
+        term = up(chunked(base.reshape(-1, base.shape[-1])), low, b.t().contiguous(), scale)
+        return detached(term.view(base.shape))
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of base, x, lora_A and lora_B."""
         x, a, b, low = ctx.saved_tensors
-        nothing = (None, None, None)
-        if torch.is_grad_enabled():  # the backward is itself differentiated
-            check_kept(x)
-            return gradient, *plain_gradients(ctx, gradient, x, a, b), *nothing
-        slopes = folded(gradient.reshape(-1, gradient.shape[-1]))
-        back = down(b.t().contiguous(), slopes)
+        no_gradients = (None, None, None)
+        if torch.is_grad_enabled():  # create_graph=True
+            check_input_saved(x)
+            return gradient, *plain_gradients(ctx, gradient, x, a, b), *no_gradients
+        grad_rows = chunked(gradient.reshape(-1, gradient.shape[-1]))
+        back = down(b.t().contiguous(), grad_rows)
         dx = da = db = None
-        if ctx.needs_input_grad[3]:  # first, while the slopes are in the cache
-            db = factor_gradient(low, slopes, ctx.scale).t()
+        if ctx.needs_input_grad[3]:  # first, while grad_rows is in the CPU cache
+            db = factor_gradient(low, grad_rows, ctx.scale).t()
         if ctx.needs_input_grad[2]:
-            rows = folded(drop(x, ctx.p, ctx.seed).reshape(-1, x.shape[-1]))
+            rows = chunked(drop(x, ctx.p, ctx.seed).reshape(-1, x.shape[-1]))
             da = factor_gradient(back, rows, ctx.scale)
         if ctx.needs_input_grad[1]:
             dx = up(None, back, a, ctx.scale).view(ctx.shape)
             dx = dx if ctx.seed is None else dx.mul_(dropout_mask(dx, ctx.p, ctx.seed))
-        return gradient, dx, da, db, *nothing
+        return gradient, dx, da, db, *no_gradients
 
 
-def check_kept(x: torch.Tensor | None) -> None:
-    """Raise StateError where a gradient of a gradient needs an input that a lora_A without a gradient did not keep."""
+def check_input_saved(x: torch.Tensor | None) -> None:
+    """Raise StateError if a double backward needs x, which forward did not save because lora_A is frozen."""
     if x is None:
         raise StateError(
-            "a gradient of a gradient needs the input of a branch, which train_A=False does not keep; "
-            "adapt with train_A=True",
+            "a double backward needs the input of a branch, which is not saved with train_A=False. Set train_A=True "
+            "in the spec",
             code="backward-not-supported",
         )
 
@@ -115,33 +120,35 @@ def check_kept(x: torch.Tensor | None) -> None:
 def plain_gradients(
     ctx: Any, gradient: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of x, lora_A and lora_B by operations that can be differentiated again."""
+    """Return the gradients of x, lora_A and lora_B with differentiable operations, for a double backward."""
     mask = None if ctx.seed is None else dropout_mask(x, ctx.p, ctx.seed)
     rows = (x if mask is None else x * mask).reshape(-1, x.shape[-1])
-    slopes = gradient.reshape(-1, gradient.shape[-1]) * ctx.scale
-    back = slopes @ b
+    grad_rows = gradient.reshape(-1, gradient.shape[-1]) * ctx.scale
+    back = grad_rows @ b
     dx = (back @ a).view(x.shape)
-    return (dx if mask is None else dx * mask), back.t() @ rows, slopes.t() @ (rows @ a.t())
+    return (dx if mask is None else dx * mask), back.t() @ rows, grad_rows.t() @ (rows @ a.t())
 
 
 def merge(
     weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Return `weight + scale * b @ a` of a matrix, computed in the factors' dtype and rounded once to `dtype`, by
-    default the weight's.
+    """Return `weight + scale * b @ a` for a matrix [rows, columns].
+
+    Computed in the dtype of the factors, and rounded once to `dtype` (default: the dtype of the weight).
     """
     return torch.addmm(weight.to(a.dtype), b, a, alpha=scale).to(weight.dtype if dtype is None else dtype)
 
 
 class MergedProduct(torch.autograd.Function):
-    """`apply(x [..., in], weight, bias, lora_A [rank, in], lora_B [out, rank], scale, op)`, in place of the op.
+    """`op(x, weight + scale * B A, bias)`: replaces a product by the product with the merged weight.
 
-    The weight is [out, in] for `linear` and [in, out] for the others. x and bias have the dtype of the result. Under
-    autocast weight and factors may be wider.
+    Arguments: x [..., in], weight, bias [out] or None, lora_A [rank, in], lora_B [out, rank], scale, op. The weight is
+    [out, in] for the op `linear` and [in, out] for the others. x and bias have the dtype of the result. Under autocast,
+    weight and factors may have a wider dtype.
     """
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -152,26 +159,26 @@ class MergedProduct(torch.autograd.Function):
         scale: float,
         op: str,
     ) -> torch.Tensor:
-        """Return what the op computes with the merged weight."""
+        """Return the output [..., out] of the op with the merged weight."""
         ctx.scale, ctx.op = scale, op
         ctx.bias_shape = bias.shape if bias is not None else ()
         ctx.save_for_backward(x, weight, a, b)
-        left, right = (b, a) if op == "linear" else (a.t(), b.t())
-        return owned(product(op, x, merge(weight, left, right, scale, x.dtype), bias))
+        factors = (b, a) if op == "linear" else (a.t(), b.t())
+        return detached(product(op, x, merge(weight, *factors, scale, x.dtype), bias))
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of x, lora_A and lora_B, and of weight and bias where they want one."""
+        """Return the gradients of all tensors. None for a weight or bias that does not need one."""
         x, weight, a, b = ctx.saved_tensors
-        transposed, wants = ctx.op != "linear", ctx.needs_input_grad
-        rows, slopes = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        transposed, needs = ctx.op != "linear", ctx.needs_input_grad
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         dw = dbias = None
-        if wants[1]:
-            dw = (rows.t() @ slopes if transposed else slopes.t() @ rows).to(weight.dtype)
-        if wants[2]:
-            dbias = slopes.sum_to_size(ctx.bias_shape)
-        dx, da, db = _merged_gradients(ctx, rows, slopes, weight.t() if transposed else weight, a, b)
+        if needs[1]:
+            dw = (rows.t() @ grad_rows if transposed else grad_rows.t() @ rows).to(weight.dtype)
+        if needs[2]:
+            dbias = grad_rows.sum_to_size(ctx.bias_shape)
+        dx, da, db = _merged_gradients(ctx, rows, grad_rows, weight.t() if transposed else weight, a, b)
         return dx if dx is None else dx.view(x.shape), dw, dbias, da, db, None, None
 
 
@@ -179,34 +186,34 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def _merged_gradients(
-    ctx: Any, rows: torch.Tensor, slopes: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ctx: Any, rows: torch.Tensor, grad_rows: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> Gradients:
     """Return the gradients of rows, lora_A and lora_B.
 
-    With many rows the merged weight is computed again, with few the low-rank term is added to dx. Only inputs are
-    saved, so the result can be differentiated again.
+    dx needs the merged weight. With many rows it is computed again, which costs less than saving it; with few rows, the
+    low-rank term is added to dx instead. Forward saves only its inputs, so a double backward works.
     """
-    near, far = folded(rows), folded(slopes)
-    thin = a.to(rows.dtype)
+    x_chunks, grad_chunks = chunked(rows), chunked(grad_rows)
+    factor = a.to(rows.dtype)
     dx = da = db = None
-    back = down(b.t().contiguous().to(rows.dtype), far)
-    if ctx.needs_input_grad[4]:  # the factors come first, while slopes and rows are in the cache
-        db = factor_gradient(down(thin, near), far, ctx.scale).t().to(b.dtype)
+    back = down(b.t().contiguous().to(rows.dtype), grad_chunks)
+    if ctx.needs_input_grad[4]:  # gradients of factors first, while grad_rows and rows are in the CPU cache
+        db = factor_gradient(down(factor, x_chunks), grad_chunks, ctx.scale).t().to(b.dtype)
     if ctx.needs_input_grad[3]:
-        da = factor_gradient(back, near, ctx.scale).to(a.dtype)
+        da = factor_gradient(back, x_chunks, ctx.scale).to(a.dtype)
     if ctx.needs_input_grad[0]:
         if rows.shape[0] >= weight.shape[0]:
-            dx = times(slopes, merge(weight, b, a, ctx.scale, slopes.dtype))
+            dx = times(grad_rows, merge(weight, b, a, ctx.scale, grad_rows.dtype))
         else:
-            dx = up(folded(times(slopes, weight.to(slopes.dtype))), back, thin, ctx.scale)
+            dx = up(chunked(times(grad_rows, weight.to(grad_rows.dtype))), back, factor, ctx.scale)
     return dx, da, db
 
 
 def shared_down(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return `x A^T` [..., rank] for each lora_A [rank, in] of the factors, of x [..., in]."""
+    """Return `x A^T` [..., rank] for each factor A [rank, in], computed as one product. x is [..., in]."""
     ranks = [a.shape[0] for a in factors]
-    if by_hand(x):
-        x = x.to(computes_in(x))
+    if allows_custom_backward(x):
+        x = x.to(compute_dtype(x))
         low = apply(_SharedDown, x, *(a.to(x.dtype) for a in factors))
     else:
         low = F.linear(x, torch.cat([a.to(x.dtype) for a in factors]))
@@ -214,65 +221,68 @@ def shared_down(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch
 
 
 class _SharedDown(torch.autograd.Function):
-    """`apply(x [..., in], *lora_A [rank, in])` of one dtype: `x A^T` [..., sum of ranks]."""
+    """`x A^T` [..., sum of ranks] for x [..., in] and stacked lora_A [rank, in] of several branches, in one dtype."""
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(ctx: Any, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         """Return the stacked product."""
         ctx.shape = x.shape
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *factors)
-        low = down(torch.cat(factors), folded(x.reshape(-1, x.shape[-1])))
-        return owned(low.transpose(1, 2).reshape(*x.shape[:-1], -1))
+        low = down(torch.cat(factors), chunked(x.reshape(-1, x.shape[-1])))
+        return detached(low.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x and of each lora_A."""
         x, *factors = ctx.saved_tensors
-        stacked, slopes = torch.cat(factors), gradient.reshape(-1, gradient.shape[-1])
-        dx = (slopes @ stacked).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        stacked, grad_rows = torch.cat(factors), gradient.reshape(-1, gradient.shape[-1])
+        dx = (grad_rows @ stacked).view(ctx.shape) if ctx.needs_input_grad[0] else None
         if x is None:
             return dx, *(None for _ in factors)
-        total = factor_gradient(folded(slopes).transpose(1, 2), folded(x.reshape(-1, x.shape[-1])))
+        total = factor_gradient(chunked(grad_rows).transpose(1, 2), chunked(x.reshape(-1, x.shape[-1])))
         return dx, *total.split([len(a) for a in factors])
 
 
 class SharedUp(torch.autograd.Function):
-    """`apply(base [..., out], low [..., rank], lora_B [out, rank], scale)` of one dtype: `base + scale * low B^T`."""
+    """`base + scale * low B^T` for base [..., out], low = A x [..., rank], lora_B [out, rank], in one dtype."""
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(ctx: Any, base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return base plus the branch's term."""
+        """Return the sum [..., out]."""
         ctx.scale = scale
         ctx.save_for_backward(low, b)
-        rows, thin = base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
-        term = up(folded(rows), folded(thin).transpose(1, 2), b.t().contiguous(), scale)
-        return owned(term.view(base.shape))
+        rows, low_rows = base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
+        term = up(chunked(rows), chunked(low_rows).transpose(1, 2), b.t().contiguous(), scale)
+        return detached(term.view(base.shape))
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of base, low and lora_B."""
         low, b = ctx.saved_tensors
-        thin, slopes = low.reshape(-1, low.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        far = folded(slopes)
+        low_rows, grad_rows = low.reshape(-1, low.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        grad_chunks = chunked(grad_rows)
         back = db = None
         if ctx.needs_input_grad[1]:
-            back = (down(b.t().contiguous(), far).transpose(1, 2) * ctx.scale).reshape(low.shape)
+            back = (down(b.t().contiguous(), grad_chunks).transpose(1, 2) * ctx.scale).reshape(low.shape)
         if ctx.needs_input_grad[2]:
-            db = factor_gradient(folded(thin).transpose(1, 2), far, ctx.scale).t()
+            db = factor_gradient(chunked(low_rows).transpose(1, 2), grad_chunks, ctx.scale).t()
         return gradient, back, db, None
 
 
 class DenseGradient(torch.autograd.Function):
-    """Returns its input, and makes the gradient dense: lookups with sparse=True give a sparse one, without views."""
+    """Identity whose backward converts a sparse gradient to a dense one.
+
+    A lookup with sparse=True has a sparse gradient, which the backward of a product cannot reshape.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
-        """Return the tensor itself."""
-        return owned(weight)
+        """Return the weight unchanged."""
+        return detached(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -283,67 +293,74 @@ class DenseGradient(torch.autograd.Function):
 def merged_kernel(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return `weight + scale * B A` of a kernel [out, in/groups, *kernel], in this dtype and the weight's format."""
+    """Return `weight + scale * B A` [out, in/groups, *kernel], in `dtype` and in the memory format of the weight."""
     if weight.is_contiguous():
         return merge(weight.flatten(1), b, a.flatten(1), scale, dtype).view(weight.shape)
     return torch.add(weight.to(a.dtype), (b @ a.flatten(1)).view(weight.shape), alpha=scale).to(dtype)
 
 
 class BesideConv(torch.autograd.Function):
-    """`apply(base [batch, out, *space], x, lora_A [rank, in, *kernel], lora_B [out, rank], grid, scale, p, seed)`."""
+    """`base + scale * B (A * x)`: the output of a convolution plus the term of its branch.
+
+    Arguments: base [batch, out, *space], x [batch, in, *space], lora_A [rank, in, *kernel], lora_B [out, rank],
+    geometry, scale, dropout probability p, seed of the dropout mask or None.
+    """
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(
         ctx: Any,
         base: torch.Tensor,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        grid: Grid,
+        geometry: ConvGeometry,
         scale: float,
         p: float,
         seed: int | None,
     ) -> torch.Tensor:
-        """Return base plus the branch's term."""
-        ctx.grid, ctx.scale, ctx.p, ctx.seed = grid, scale, p, seed
-        low = conv_down(a, drop(x, p, seed), grid)
-        keeps = ctx.needs_input_grad[2]
-        ctx.like = None if keeps else torch.empty_like(x, device="meta")
-        ctx.save_for_backward(x if keeps else None, a, b, low)
-        return owned(conv_up(base, low, b, scale))
+        """Return the sum [batch, out, *space]."""
+        ctx.geometry, ctx.scale, ctx.p, ctx.seed = geometry, scale, p, seed
+        low = conv_down(a, drop(x, p, seed), geometry)
+        saves_x = ctx.needs_input_grad[2]
+        # The gradient of x needs the shape and memory format of x, but not its values.
+        ctx.like = None if saves_x else torch.empty_like(x, device="meta")
+        ctx.save_for_backward(x if saves_x else None, a, b, low)
+        return detached(conv_up(base, low, b, scale))
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of base, x, lora_A and lora_B."""
         x, a, b, low = ctx.saved_tensors
-        nothing = (None, None, None, None)
-        if torch.is_grad_enabled():  # the backward is itself differentiated
-            check_kept(x)
-            return gradient, *_plain_conv_gradients(ctx, gradient, x, a, b), *nothing
+        no_gradients = (None, None, None, None)
+        if torch.is_grad_enabled():  # create_graph=True
+            check_input_saved(x)
+            return gradient, *_plain_conv_gradients(ctx, gradient, x, a, b), *no_gradients
         dx = da = db = None
-        back = conv_down_back(b, gradient)
+        back = conv_up_backward(b, gradient)
         if ctx.needs_input_grad[1]:
             image = torch.empty_like(ctx.like, device=gradient.device) if x is None else x
-            dx = conv_input_gradient(back, image, a, ctx.grid, ctx.scale)
+            dx = conv_input_gradient(back, image, a, ctx.geometry, ctx.scale)
             dx = dx if ctx.seed is None else dx.mul_(dropout_mask(dx, ctx.p, ctx.seed))
         if ctx.needs_input_grad[2]:
-            da = conv_kernel_gradient(back, drop(x, ctx.p, ctx.seed), a, ctx.grid, ctx.scale)
+            da = conv_kernel_gradient(back, drop(x, ctx.p, ctx.seed), a, ctx.geometry, ctx.scale)
         if ctx.needs_input_grad[3]:
             db = conv_factor_gradient(low, gradient, ctx.scale).t()
-        return gradient, dx, da, db, *nothing
+        return gradient, dx, da, db, *no_gradients
 
 
 class MergedConv(torch.autograd.Function):
-    """`apply(x [batch, in, *space], weight, bias, lora_A [rank, in/groups, *kernel], lora_B, grid, scale)`, for the op.
+    """`conv(x, weight + scale * B A, bias)`: replaces a convolution by the one with the merged kernel.
 
-    With groups the gradient of the kernel is made whole and then projected onto the factors: exact, and for depthwise
-    kernels small.
+    Arguments: x [batch, in, *space], weight [out, in/groups, *kernel], bias [out] or None, lora_A
+    [rank, in/groups, *kernel], lora_B [out, rank], geometry, scale. With groups, the backward computes the dense
+    gradient of the kernel and projects it onto the factors. This is exact, and the kernel is small if the op is
+    depthwise.
     """
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -351,47 +368,51 @@ class MergedConv(torch.autograd.Function):
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
-        grid: Grid,
+        geometry: ConvGeometry,
         scale: float,
     ) -> torch.Tensor:
         """Return the convolution with the merged kernel."""
-        ctx.grid, ctx.scale = grid, scale
+        ctx.geometry, ctx.scale = geometry, scale
         ctx.save_for_backward(x, weight, a, b)
-        return grid.conv(x, merged_kernel(weight, a, b, scale, x.dtype), bias)
+        return geometry.conv(x, merged_kernel(weight, a, b, scale, x.dtype), bias)
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of x, lora_A and lora_B, and of weight and bias where they want one."""
+        """Return the gradients of all tensors. None for a weight or bias that does not need one."""
         x, weight, a, b = ctx.saved_tensors
-        grid, wants = ctx.grid, ctx.needs_input_grad
-        projects = grid.groups > 1 or wants[1]
-        whole = merged_kernel(weight, a, b, ctx.scale, x.dtype)
+        geometry, needs = ctx.geometry, ctx.needs_input_grad
+        projects = geometry.groups > 1 or needs[1]
+        merged = merged_kernel(weight, a, b, ctx.scale, x.dtype)
         da = db = None
-        if not projects:  # first, while the slopes are in the cache
-            thin, tall = a.to(x.dtype), b.to(x.dtype)
-            back = conv_down_back(tall, gradient)
-            if wants[4]:
-                db = conv_factor_gradient(conv_down(thin, x, grid), gradient, ctx.scale).t().to(b.dtype)
-            if wants[3]:
-                da = conv_kernel_gradient(back, x, thin, grid, ctx.scale).to(a.dtype)
-        dx, dw, dbias = grid.gradients(gradient, x, whole, (wants[0], projects, wants[2]))
+        if not projects:  # first, while the gradient is in the CPU cache
+            kernel, columns = a.to(x.dtype), b.to(x.dtype)
+            back = conv_up_backward(columns, gradient)
+            if needs[4]:
+                db = conv_factor_gradient(conv_down(kernel, x, geometry), gradient, ctx.scale).t().to(b.dtype)
+            if needs[3]:
+                da = conv_kernel_gradient(back, x, kernel, geometry, ctx.scale).to(a.dtype)
+        dx, dw, dbias = geometry.gradients(gradient, x, merged, (needs[0], projects, needs[2]))
         if projects:
             assert dw is not None
-            steep = dw.flatten(1).to(a.dtype) * ctx.scale
-            da, db = (b.t() @ steep).view(a.shape), steep @ a.flatten(1).t()
-        return dx, dw.to(weight.dtype) if dw is not None and wants[1] else None, dbias, da, db, None, None
+            dense_gradient = dw.flatten(1).to(a.dtype) * ctx.scale
+            da, db = (b.t() @ dense_gradient).view(a.shape), dense_gradient @ a.flatten(1).t()
+        return dx, dw.to(weight.dtype) if dw is not None and needs[1] else None, dbias, da, db, None, None
 
 
 def _plain_conv_gradients(
     ctx: Any, gradient: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Return the gradients of x, lora_A and lora_B by operations that can be differentiated again."""
+    """Return the gradients of x, lora_A and lora_B with differentiable operations, for a double backward."""
     mask = None if ctx.seed is None else dropout_mask(x, ctx.p, ctx.seed)
-    inner = x if mask is None else x * mask
+    dropped = x if mask is None else x * mask
     kernel = (b @ a.flatten(1)).view(len(b), *a.shape[1:]) * ctx.scale
-    dx, steep, _ = ctx.grid.gradients(gradient, inner, kernel, (True, True, False))
+    dx, dense_gradient, _ = ctx.geometry.gradients(gradient, dropped, kernel, (True, True, False))
     assert dx is not None
-    assert steep is not None
-    steep = steep.flatten(1) * ctx.scale
-    return (dx if mask is None else dx * mask), (b.t() @ steep).view(a.shape), steep @ a.flatten(1).t()
+    assert dense_gradient is not None
+    dense_gradient = dense_gradient.flatten(1) * ctx.scale
+    return (
+        (dx if mask is None else dx * mask),
+        (b.t() @ dense_gradient).view(a.shape),
+        dense_gradient @ a.flatten(1).t(),
+    )

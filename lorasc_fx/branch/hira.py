@@ -1,7 +1,7 @@
-"""HiRA (Huang et al., ICLR 2025): `delta = W * (B A)`, an elementwise product with the weight, of high rank.
+"""HiRA (Huang et al., ICLR 2025): `delta = W * (B A)`, an elementwise product with the weight, which has a high rank.
 
-W is the weight that the stage starts from; A is random and B zero, as in LoRA. Source: HiRA, equation 3; peft's
-`HiraModel`. There is no scale.
+W is the weight at the start of the stage. A starts at random values and B at zero, as in LoRA. The scale is 1. Source:
+HiRA, equation 3; `HiraModel` of peft.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorasc_fx.plan import Site
 
 
 class HiraBranch(Branch):
-    """HiRA, on the weight.
+    """HiRA. Computes the adapted weight.
 
     Attributes:
         hira_A: A [rank, in].
@@ -39,12 +39,12 @@ class HiraBranch(Branch):
 
     @classmethod
     def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return a random A, and zeros."""
+        """Return a random A, and zeros for B."""
         values = super().initial_values(site, seed, stage)
         return {**values, "hira_A": random_factor(seed, stage, "hira_A", site.weight, site.factor_shapes[0])}
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `W * (B A)`, in the shape of the weight."""
+        """Return `W * (B A)` in the shape of the weight."""
         assert weight is not None
         product = self.hira_B @ self.hira_A
         return weight * (product.t() if self.transposed else product).reshape(weight.shape).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Low-rank branches of matrices, and of stacks of matrices: one function for each placement."""
+"""Low-rank branches of matrices and of stacked matrices (experts): one function for each placement."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.functions import Beside, DenseGradient, MergedProduct, SharedUp
-from lorasc_fx.branch.low_rank import apply, by_hand, computes_in, plus
+from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, plus
 from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped
 
 if TYPE_CHECKING:
     from lorasc_fx.branch.lora import LowRankBranch
 
 _ALIGNED = 8
-"""Entries of 2 bytes in the 16 bytes by which torch's grouped matmul wants every stride to be divisible."""
-
+"""torch's grouped matmul needs strides that are multiples of 16 bytes: 8 entries of 2 bytes."""
 
 _SMALL = 1 << 15
-"""Number of entries of a product's input and output up to which plain operations are faster than a hand-written
-backward, because the overhead of Python exceeds the computation."""
+"""Maximum number of entries of input and output for which plain operations are faster than an autograd.Function."""
 
 
 class MatrixOps:
-    """The placements of a low-rank branch: beside an op, after a shared product, in place of an op, or on the weight.
+    """The placements of a low-rank branch (docs/design.md, "Placements"), as functions of the branch.
 
-    Source of all: algorithm.md, row "training", `W_t x + s B A x`.
+    All compute `W_t x + s B A x` (docs/algorithm.md, row "training").
     """
 
     @staticmethod
     def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return `base + s B A x` of base [..., out], x [..., in]; of a quantized weight with what stages added."""
+        """Return `base + s B A x` for base [..., out] and x [..., in].
+
+        For a quantized weight, this includes the deltas of earlier stages.
+        """
         if branch.unmerged_A is not None and branch.unmerged_B is not None:
             base = base + F.linear(F.linear(x, branch.unmerged_A.to(x.dtype)), branch.unmerged_B.to(x.dtype)).to(
                 base.dtype
@@ -42,17 +43,20 @@ class MatrixOps:
     def on_weight(
         branch: LowRankBranch, weight: torch.Tensor, expert: int | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return `W + s B A` as the weight is stored.
+        """Return `W + s B A` in the layout of the weight.
 
-        With an expert, an index of no axis, the weight is the matrix that it takes out of the stack.
+        Args:
+            branch: the branch.
+            weight: the weight, or the matrix of one expert.
+            expert: index of this expert in the stack, an int or a scalar tensor. None for the full weight.
         """
         delta = branch.product() if expert is None else MatrixOps.expert_product(branch, expert)
         total = plus(weight, delta.to(weight.dtype), branch.scale)
-        return apply(DenseGradient, total) if by_hand(weight) and total.dim() == 2 else total
+        return apply(DenseGradient, total) if allows_custom_backward(weight) and total.dim() == 2 else total
 
     @staticmethod
     def expert_product(branch: LowRankBranch, expert: int | torch.Tensor) -> torch.Tensor:
-        """Return the delta of one expert as its matrix is stored, without the scale."""
+        """Return B A of one expert in the layout of its matrix, without the scale."""
         delta = branch.up[expert] @ branch.down[expert]
         return delta.transpose(-2, -1) if branch.transposed else delta
 
@@ -60,13 +64,13 @@ class MatrixOps:
     def in_place(
         branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
     ) -> torch.Tensor:
-        """Return `op(x, W + s B A, bias)`: the product of this name with the merged weight.
+        """Return `op(x, W + s B A, bias)`, the product with the merged weight. `op` is a key of PRODUCTS.
 
-        Without a hand-written backward it is computed as `op(x, W, bias) + s B A x`, the same up to rounding.
+        If custom backwards are not allowed, compute `op(x, W, bias) + s B A x`, which is equal up to rounding.
         """
-        if not by_hand(x, weight):
+        if not allows_custom_backward(x, weight):
             return MatrixOps._beside(branch, PRODUCTS[op](x, weight, bias), x)
-        dtype = computes_in(x)
+        dtype = compute_dtype(x)
         bias = bias.to(dtype) if bias is not None else None
         return apply(MergedProduct, x.to(dtype), weight, bias, branch.down, branch.up, branch.scale, op)
 
@@ -74,9 +78,9 @@ class MatrixOps:
     def at_lookup(
         branch: LowRankBranch, base: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1
     ) -> torch.Tensor:
-        """Return `base + s B[indices] A` of base [..., out], indices [...]; B is [entries, rank].
+        """Return `base + s B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
 
-        What is looked up at padding_idx gives no factor a gradient, as it gives the table none.
+        As in `F.embedding`, entries at padding_idx contribute no gradient. A negative padding_idx means none.
         """
         low = F.embedding(indices, branch.up.to(base.dtype), padding_idx if padding_idx >= 0 else None)
         delta = (low @ branch.down.to(low.dtype)).to(base.dtype)  # autocast does not change the dtype of a lookup
@@ -85,8 +89,8 @@ class MatrixOps:
 
     @staticmethod
     def after_shared(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Return `base + s B low` of base [..., out], low [..., rank], where low is A x from a shared product."""
-        if by_hand(base, low):
+        """Return `base + s B low` for base [..., out] and low = A x [..., rank] from a shared product."""
+        if allows_custom_backward(base, low):
             return apply(SharedUp, base, low.to(base.dtype), branch.up.to(base.dtype), branch.scale)
         return MatrixOps._added(branch, base, low)
 
@@ -99,37 +103,44 @@ class MatrixOps:
         by: str,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `base + s B_e (A_e x)` for the rows x of expert e, beside a grouped product.
+        """Return `base + s B_e (A_e x)` for the rows x of each expert e, beside a grouped product.
 
-        Rows from `offs[-1]` on belong to no expert: they are not read, here or in the backward, and hold what the op
-        leaves there, as those of the base op do. Plain operations: autograd keeps x, as the base op does, and A x.
+        Rows after the last end in `offs` belong to no expert. They are not read, in forward and backward, and their
+        output is undefined, as for the base op.
 
         Args:
-            base: [rows, out].
+            branch: the branch.
+            base: output of the grouped product, [rows, out].
             x: [rows, in], sorted by expert.
-            offs: [experts], the end of each expert's rows.
-            by: qualified name of the op that makes the base op's product, as `torch.ops` has it.
-            weight: [experts, in, out], of an op whose own backward would make its gradient although it is frozen.
+            offs: [experts], the end of the rows of each expert.
+            by: qualified name of the op in `torch.ops` that computes grouped products, such as `aten::_grouped_mm`.
+            weight: frozen weight [experts, in, out] of an op whose own backward would compute its gradient.
         """
         space, _, name = by.partition("::")
         product: Any = getattr(getattr(torch.ops, space), name)
-        if weight is not None and not weight.requires_grad and x.requires_grad and by_hand(base, x, weight):
+        if (
+            weight is not None
+            and not weight.requires_grad
+            and x.requires_grad
+            and allows_custom_backward(base, x, weight)
+        ):
             base = apply(FrozenGrouped, base.detach(), x, weight, offs, product)
-        a, b, short = branch.down.to(x.dtype), branch.up.to(x.dtype), -branch.rank % _ALIGNED
-        if short and space == "aten":
-            a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
+        # Pad the rank with zeros, because torch's op needs aligned strides.
+        a, b, padding = branch.down.to(x.dtype), branch.up.to(x.dtype), -branch.rank % _ALIGNED
+        if padding and space == "aten":
+            a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
         term: torch.Tensor = product(product(x, a.transpose(-2, -1), offs), b.transpose(-2, -1), offs)
         return plus(base, term.to(base.dtype), branch.scale)
 
     @staticmethod
     def _beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        # A tracer must not see the comparison of sizes: it would specialize the graph on them.
+        # Do not compare sizes under a tracer, which would specialize the graph on them.
         traced = type(base) is not torch.Tensor or torch.compiler.is_compiling()
         if not traced and not branch.drops and base.numel() <= _SMALL and x.numel() <= _SMALL:
-            # No view and no `addmm`: each of them costs more than the products.
+            # For small tensors, the overhead of views and `addmm` exceeds the cost of the products.
             low = F.linear(x, branch.down.to(x.dtype))
             return torch.add(base, F.linear(low, branch.up.to(low.dtype)), alpha=branch.scale)
-        if by_hand(base, x):
+        if allows_custom_backward(base, x):
             a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
             return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)
         x = F.dropout(x, branch.dropout) if branch.drops else x
@@ -137,7 +148,8 @@ class MatrixOps:
 
     @staticmethod
     def _added(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        if isinstance(base, torch.Tensor) and base.is_nested:  # a proxy of a tracer is neither
+        """Return `base + s B low` with plain operations."""
+        if isinstance(base, torch.Tensor) and base.is_nested:  # addmm does not support nested tensors
             return base + F.linear(low, branch.up.to(low.dtype)) * branch.scale
         rows, up = base.reshape(-1, base.shape[-1]), branch.up.t().to(low.dtype)
         return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=branch.scale).view(base.shape)

@@ -1,8 +1,9 @@
 """LoKr (2309.14859, LyCORIS): `delta = s w1 (x) w2`, a Kronecker product of two trained factors.
 
-Outputs and inputs are each split into two factors as equal as possible (or by `decompose_factor`): w1 holds the smaller
-ones, w2 the larger ones and the kernel of a convolution; w2 is a product of rank r if r is less than half its longer
-side. w1 starts at zero, the rest random. Source: LyCORIS, section 3; peft's `LoKrModel` with decompose_both=False.
+The numbers of outputs and inputs are each split into two factors that are as equal as possible, or as the option
+`decompose_factor` says. w1 has the smaller factors, and w2 the larger ones and the kernel of a convolution. If r is
+less than half the longer side of w2, then w2 is itself a product of rank r. w1 starts at zero, and w2 at random values.
+Source: LyCORIS, section 3; `LoKrModel` of peft with decompose_both=False.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from lorasc_fx.util.decode import Check
 
 
 class LokrBranch(Branch):
-    """LoKr, on the weight.
+    """LoKr. Computes the adapted weight.
 
     Attributes:
-        lokr_w1: [out_1, in_1].
-        lokr_w2: [out_2, in_2, *kernel]; or lokr_w2_a [out_2, rank] and lokr_w2_b [rank, in_2 * kernel].
+        lokr_w1: w1 [out_1, in_1].
+        lokr_w2: w2 [out_2, in_2, *kernel]. If it is a product: lokr_w2_a [out_2, rank] and
+            lokr_w2_b [rank, in_2 * kernel].
     """
 
     lokr_w1: nn.Parameter
@@ -36,7 +38,7 @@ class LokrBranch(Branch):
     checks: ClassVar[Mapping[str, Check]] = {
         "decompose_factor": Check(
             lambda factor: factor == int(factor) and (factor == -1 or factor >= 1),
-            "give a number of rows of w1, an integer of 1 or more, or -1 for the most even split",
+            "give the number of rows of w1, an integer of 1 or more, or -1 for the most even split",
         )
     }
 
@@ -64,19 +66,21 @@ class LokrBranch(Branch):
         return values
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the Kronecker product, in the shape of the weight."""
+        """Return the Kronecker product in the shape of the weight."""
         parameters = dict(self.named_parameters())
         w2: torch.Tensor | None = parameters.get("lokr_w2")
         w2 = parameters["lokr_w2_a"] @ parameters["lokr_w2_b"] if w2 is None else w2
         w1, matrix = self.lokr_w1, w2.flatten(1)
-        # Rows of the product are (out_1, out_2), its columns (in_1, in_2, *kernel): those of a weight in memory.
+        # Rows of the product are (out_1, out_2) and columns (in_1, in_2, *kernel), in the order of the weight.
         product = torch.kron(w1, matrix) * self.scale
         return (product.t() if self.transposed else product).reshape(self.weight_shape)
 
 
 def factors(dimension: int, factor: int) -> tuple[int, int]:
-    """Return two factors of a dimension as peft chooses them: the given factor and the rest if it divides, else the
-    most equal ones, the smaller one first and at most the given factor.
+    """Split a dimension into two factors, like peft.
+
+    If the given factor divides the dimension, return it and the quotient. Otherwise return the two most equal factors,
+    the smaller one first. The smaller one is at most the given factor, unless this is -1.
     """
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor

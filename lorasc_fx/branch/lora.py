@@ -1,8 +1,8 @@
-"""LoRA (2106.09685), and the base class of all methods whose delta is a low-rank product.
+"""LoRA (2106.09685), and the base class of all methods whose delta is a low-rank product `s B A`.
 
-`delta = s B A` with A [rank, in] and B [out, rank], of a weight [out, in/groups, *kernel] that is seen as the matrix
-[out, in]; stacked experts have their axis first. A weight that is stored as [in, out] gets the transposed product
-(algorithm.md, rows "branch" and "training").
+A is [rank, in] and B [out, rank], for a weight [out, in/groups, *kernel] as the matrix [out, in] (docs/algorithm.md,
+rows "branch" and "training"). With stacked experts, A and B have the axis of experts first. The delta of a weight that
+is stored as [in, out] is transposed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorasc_fx.branch.factors import Factors, InitialFactors, Side
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
 from lorasc_fx.branch.linear import MatrixOps
-from lorasc_fx.branch.low_rank import by_hand
+from lorasc_fx.branch.low_rank import allows_custom_backward
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
@@ -31,11 +31,16 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.spec_checks import METHOD_OPTIONS
 
 DOWN, UP = "lora_A", "lora_B"
-"""Names of the factors [rank, in] and [out, rank], as in peft."""
+"""Names of the factors A [rank, in] and B [out, rank], as in peft."""
 
 
 class LowRankBranch(Branch):
-    """A branch that adds `s B A`. A subclass defines its parameters, and A and B as functions of them."""
+    """A branch whose delta is `s B A`. A subclass defines its parameters, and A and B as functions of them.
+
+    Attributes:
+        unmerged_A, unmerged_B: factors of the delta of earlier stages beside a quantized weight, with the scale in B.
+            None if there is none.
+    """
 
     placements = frozenset({"beside", "merged", "weight"})
     beside_quantized: ClassVar[bool] = True
@@ -52,16 +57,16 @@ class LowRankBranch(Branch):
     @property
     @abc.abstractmethod
     def down(self) -> torch.Tensor:
-        """A [rank, in], or [experts, rank, in]; with slices [slices * rank, in]."""
+        """A [rank, in]. [experts, rank, in] for stacked experts, and [slices * rank, in] for a sliced weight."""
 
     @property
     @abc.abstractmethod
     def up(self) -> torch.Tensor:
-        """B [out, rank], or [experts, out, rank]."""
+        """B [out, rank]. [experts, out, rank] for stacked experts."""
 
     @property
     def shared_factor(self) -> str | None:
-        """Name of the parameter that is A, if branches that read one input can stack theirs into one product."""
+        """Name of the parameter that is A, if branches with the same input may compute A x as one stacked product."""
         return None
 
     @property
@@ -71,22 +76,22 @@ class LowRankBranch(Branch):
 
     @property
     def drops(self) -> bool:
-        """Whether dropout sets entries of the branch's input to zero now."""
+        """Whether dropout applies to the input of the branch in the current mode."""
         return self.training and self.dropout > 0
 
     def dropout_seed(self) -> int | None:
-        """Return a new seed for the dropout of this call; None without dropout."""
+        """Draw a seed for the dropout mask of this call. None without dropout."""
         return draw_seed() if self.drops else None
 
     def delta(self, weight: torch.Tensor | None = None) -> Factors:
-        """Return the factors as the weight is stored, with the scale in the left one."""
-        left, right = self.oriented()
-        return Factors(left * self.scale, right)
+        """Return the factors in the layout of the weight, with the scale in the left one."""
+        b, a = self.oriented()
+        return Factors(b * self.scale, a)
 
     def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale.
+        """Return (b, a) such that `b @ a` is the delta in the layout of the weight, without the scale.
 
-        With slices, left holds the rows of B of each slice as a block on its diagonal.
+        With slices, left is block-diagonal, with the rows of B of each slice as a block.
         """
         if self.transposed:
             return self.down.transpose(-2, -1), self.up.transpose(-2, -1)
@@ -95,37 +100,35 @@ class LowRankBranch(Branch):
         return self.up, self.down
 
     def product(self) -> torch.Tensor:
-        """Return the delta in the weight's own shape, without the scale."""
+        """Return the delta in the shape of the weight, without the scale."""
         if self.slices:
             up, down = self.up.split(self.slices), self.down.split(self.rank)
-            count = range(len(self.slices))  # a proxy of torch.fx cannot be iterated
-            return torch.cat([up[index] @ down[index] for index in count]).view(self.weight_shape)
-        left, right = self.oriented()
-        return (left @ right).view(self.weight_shape)
+            indices = range(len(self.slices))  # a Proxy of torch.fx cannot be iterated
+            return torch.cat([up[index] @ down[index] for index in indices]).view(self.weight_shape)
+        b, a = self.oriented()
+        return (b @ a).view(self.weight_shape)
 
     def dense_delta(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the delta in the shape of the weight."""
         return self.product() * self.scale
 
     def set_unmerged(self, pair: Factors | None) -> None:
-        """Add `b @ a` to the output of a quantized layer as well: the delta of earlier stages, which the weight cannot
-        hold.
-        """
+        """Set the delta `b @ a` of earlier stages, which cannot be merged into a quantized weight. None removes it."""
         like = next(self.parameters()).detach()
         self.unmerged_B, self.unmerged_A = (None, None) if pair is None else (pair.b.to(like), pair.a.to(like))
 
     def placement(self, at: str) -> Callable[..., torch.Tensor]:
-        """Return the function of a placement."""
+        """Return the function for a placement."""
         if at in ("adapted", "factors"):
             return super().placement(at)
         return partial(getattr(self.ops, at), self)
 
     def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
-        """Return the values of all parameters, see `Branch.padded`."""
+        """Return the padded values of all parameters, see `Branch.padded`."""
         if self.unmerged_A is not None:
             raise PassError(
-                f"{self.weight_name} is quantized, and its branch also adds what earlier stages have trained: these "
-                "tensors do not become inputs. Leave the site out (sites=...), or lift the branches of the first stage",
+                f"{self.weight_name} is quantized, and its branch also adds the delta of earlier stages, which cannot "
+                "become an input of the graph. Omit the site (sites=...), or lift the branches during the first stage",
                 code="input-not-supported",
             )
         return super().padded(site, rank)
@@ -139,25 +142,26 @@ class LowRankBranch(Branch):
         rows: Sequence[Any] = FIRST_AXIS,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute with these tensors, see `Branch.computed_with`. Without noise, dropout, or a hand-written backward.
+        """Compute a placement with given parameters, see `Branch.computed_with`. There is no dropout.
 
-        Factors [rows, rank, in] and [rows, out, rank] with a scale [rows] are those of one row of the batch each.
+        Each row of the batch has its own factors if they are [rows, rank, in] and [rows, out, rank], with scale [rows].
         """
-        place = Rows(*rows)
+        batch_rows = Rows(*rows)
         if at == "on_weight":
             return super().computed_with(tensors, scale, *args, at=at, **options)
-        pair = Pair(*self.given_factors(tensors), scale)
+        pair = Pair(*self.factors_from(tensors), scale)
         if at == "in_place":
             x, weight, *bias = args
             op = options.pop("op")
+            # Compute beside the op instead: factors that are inputs are never merged.
             args = (self.product_with(x, weight, bias[0] if bias else None, op, **options), x)
         if self.kind == "conv":
             base, x = args
-            return beside_conv(base, x, pair, ConvCall(**options), self.weight_shape, place)
-        return BESIDE[at](*args, pair, rows=place, **options)
+            return beside_conv(base, x, pair, ConvCall(**options), self.weight_shape, batch_rows)
+        return BESIDE[at](*args, pair, rows=batch_rows, **options)
 
-    def given_factors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B as functions of these values of the parameters."""
+    def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B for given values of the parameters."""
         factors: tuple[torch.Tensor, torch.Tensor] = functional_call(self, dict(tensors), (), {"at": "factors"})
         return factors
 
@@ -168,21 +172,21 @@ class LowRankBranch(Branch):
     def adapted(
         self, weight: torch.Tensor, scale: torch.Tensor, expert: int | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the weight with `scale` times the delta. With an expert, the weight is its matrix."""
+        """Return `weight + scale * B A`. If `expert` is given, the weight is the matrix of this expert."""
         delta = self.product() if expert is None else MatrixOps.expert_product(self, expert)
         return weight + (delta * scale).to(weight.dtype)
 
     def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the adapted weight, as it is stored."""
+        """Return weight plus delta, in the layout of the weight."""
         return self.ops.on_weight(self, weight)
 
 
 class LoraBranch(LowRankBranch):
-    """LoRA: A random, B zero.
+    """LoRA: A starts at random values, and B at zero.
 
     Attributes:
-        lora_A: [rank, in]; trained unless the spec says train_A=False (LoRA-FA, 2308.03303).
-        lora_B: [out, rank].
+        lora_A: A [rank, in]. Frozen if the spec has train_A=False (LoRA-FA, 2308.03303).
+        lora_B: B [out, rank].
     """
 
     lora_A: nn.Parameter
@@ -195,7 +199,8 @@ class LoraBranch(LowRankBranch):
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
         self.nearest = site.options.nearest_full_gradient
-        self._inverses: tuple[object, list[torch.Tensor]] = (None, [])  # of lora_A, and the lora_A they belong to
+        # Cache of `inverses`, with the state of lora_A for which they were computed.
+        self._inverses: tuple[object, list[torch.Tensor]] = (None, [])
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
@@ -205,22 +210,22 @@ class LoraBranch(LowRankBranch):
 
     @classmethod
     def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return a random A, and zeros."""
+        """Return a random A, and zeros for B."""
         values = super().initial_values(site, seed, stage)
         return {**values, "lora_A": random_factor(seed, stage, "lora_A", site.weight, site.factor_shapes[0])}
 
     @classmethod
     def trainable_names(cls, site: Site) -> Collection[str]:
-        """Return all names, or all but A."""
+        """Return the names of A and B, or only of B if train_A is False."""
         return [name for name in cls.shapes(site) if site.options.train_A or name != "lora_A"]
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return `factors` if the spec's start takes them out of the weight."""
+        """Return `factors` if the start of the spec computes them from the weight."""
         return ("factors",) if running and spec.factor_start.from_weight else ()
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
-        """Return the rate, for B times that of LoRA+ (2402.12354)."""
+        """Return the learning rate of a factor: for B, multiplied by `lr_ratio` (LoRA+, 2402.12354)."""
         return lr * spec.lr_ratio if name == "lora_B" else lr
 
     @property
@@ -230,13 +235,13 @@ class LoraBranch(LowRankBranch):
 
     @property
     def up(self) -> torch.Tensor:
-        """B, with the gradient that the spec asks for (`nearest_full`)."""
+        """B. With nearest_full_gradient, its gradient is corrected (see `nearest_full`)."""
         if not self.nearest or not torch.is_grad_enabled():
             return self.lora_B
         slices = self.slices or (self.lora_B.shape[-2],)
-        if not by_hand(self.lora_A):
+        if not allows_custom_backward(self.lora_A):
             return nearest_full(self.lora_B, self.lora_A, self.scale, slices)
-        # lora_A is frozen in a stage: an SVD in each forward would compute the same inverses.
+        # lora_A is frozen during a stage, so compute the inverses once and not in each forward.
         a = self.lora_A
         state = (a.data_ptr(), a._version, a.device, a.dtype, self.scale)
         if self._inverses[0] != state:
@@ -250,31 +255,32 @@ class LoraBranch(LowRankBranch):
 
     @property
     def shared_factor(self) -> str | None:
-        """A can be stacked with those of other branches."""
+        """A can be stacked with the A of other branches."""
         return "lora_A"
 
-    def given_factors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the values of A and B."""
+    def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the given A and B."""
         return tensors["lora_A"], tensors["lora_B"]
 
     def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a padded factor; the A of each slice is padded by itself."""
+        """Pad a factor. The A of each slice of a sliced weight is padded separately."""
         if name != "lora_A" or not self.slices:
             return super().pad(name, value, shape)
         count = len(self.slices)
         return torch.cat([pad_to(part, (shape[0] // count, shape[1])) for part in value.chunk(count)])
 
     def cut(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a factor without its padding."""
+        """Remove the padding of a factor."""
         if name != "lora_A" or not self.slices:
             return super().cut(name, value, shape)
         count = len(self.slices)
         return torch.cat([part[: shape[0] // count] for part in value.chunk(count)])
 
     def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
-        """Return masks of the pairs with the largest terms `s b_i a_i`, in the Frobenius norm, as full tensors.
+        """Return masks of the pairs that do not restart: those with the largest Frobenius norm of `b_i a_i`.
 
-        Pair i has column i of B and row i of A, in each slice and each expert; its norm is that over all of them.
+        Pair i consists of column i of B and row i of A. Its norm is taken over all slices and experts. The masks are
+        full tensors, also if the parameters are sharded.
         """
         count = max(1, round(spec.restart_pairs * self.rank)) if spec.restart_pairs else 0
         if count == self.rank:
@@ -284,11 +290,12 @@ class LoraBranch(LowRankBranch):
             columns = torch.stack([part.square().sum(-2) for part in b.split(self.slices or (b.shape[-2],), -2)], -2)
             rows = a.square().sum(-1).unflatten(-1, (-1, self.rank))
             kept = torch.ones(self.rank, dtype=torch.bool, device=a.device)
+            # The squared norm of b_i a_i is |b_i|^2 |a_i|^2.
             kept[(rows * columns).flatten(0, -2).sum(0).argsort(stable=True)[:count]] = False
         return {"lora_A": kept.repeat(a.shape[-2] // self.rank).unsqueeze(-1), "lora_B": kept}
 
     def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
-        """Keep the A of the stage before under restart_A="kept", and the pairs that do not restart."""
+        """Copy A from the previous stage if restart_A="kept", and the pairs that do not restart."""
         assert isinstance(previous, LoraBranch)
         kept = previous.kept_entries(spec) if pairs else {}
         with torch.no_grad():
@@ -299,38 +306,42 @@ class LoraBranch(LowRankBranch):
         return bool(kept)
 
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Write B and A, as a start that takes them out of the weight finds them."""
+        """Write B and A that were computed from the weight (`CascadeSpec.start`)."""
         with torch.no_grad():
             self.lora_A.copy_(down)
             self.lora_B.copy_(up)
 
     def exact_factors(self) -> Factors:
-        """Return the whole factors in fp64 on the host, with the scale in the left one."""
+        """Return the full factors in fp64 in host memory, with the scale in the left one."""
         with torch.no_grad():
-            left, right = map(full_tensor, self.oriented())
-            return Factors(left.cpu().double() * self.scale, right.cpu().double().clone())
+            b, a = map(full_tensor, self.oriented())
+            return Factors(b.cpu().double() * self.scale, a.cpu().double().clone())
 
     def moved(
         self,
         initial: InitialFactors | None = None,
         cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
     ) -> bool:
-        """Whether B is not zero, or the factors are not those of the start. A cast of the branch is no training."""
+        """Whether B is nonzero, or if the stage started from other factors, whether they have changed."""
         if initial is None or initial.factors is None:
             return super().moved(initial, cut)
         current, start, dtype = self.exact_factors().map(cut), initial.factors, self.lora_A.dtype
         if torch.equal(current.b, start.b) and torch.equal(current.a, start.a):
             return False
+        # A cast of the branch to another dtype changes the bits too, so compare in the current dtype.
         return not (
             torch.equal((current.b / self.scale).to(dtype), (start.b / self.scale).to(dtype))
             and torch.equal(current.a.to(dtype), start.a.to(dtype))
         )
 
     def shard_axes(self, weight: torch.Tensor, parts: int, resized: bool) -> dict[str, int]:
-        """Return axes that divide by the ranks.
+        """Return axes whose length is a multiple of the number of ranks.
 
-        FSDP pads an axis that does not divide. A [rank, in] is then cut by inputs, also if its rank changes by stage,
-        and experts [experts, out, rank] by the axis after the experts.
+        FSDP pads other axes. A [rank, in] is sharded along the inputs if its rank is not a multiple, or changes between
+        stages. Stacked experts [experts, out, rank] are sharded along `out` if their number is not a multiple.
+
+        Raises:
+            StateError: the rank changes between stages, and the inputs are not a multiple.
         """
         stacked, inputs = self.lora_A.dim() == 3, self.lora_A.dim() - 1
         resized = resized and not stacked
@@ -338,58 +349,57 @@ class LoraBranch(LowRankBranch):
             return {}
         if resized and self.lora_A.shape[inputs] % parts:
             raise StateError(
-                f"shard: if ranks change by stage, FSDP shards lora_A by its inputs, but {parts} ranks do not divide "
-                f"the {self.lora_A.shape[inputs]} inputs of {self.weight_name}. Exclude it, or give one rank for all "
-                "stages",
+                f"shard: if the rank changes between stages, FSDP shards lora_A along its inputs, but {parts} "
+                f"processes do not divide the {self.lora_A.shape[inputs]} inputs of {self.weight_name}. Exclude the "
+                "weight, or use the same rank in all stages",
                 code="sharded",
             )
         axes = {"lora_A": inputs} if self.lora_A.shape[inputs] % parts == 0 else {}
         if stacked and weight.dim() == 3:
-            axes |= {
-                name: 1 for name, held in (("weight", weight), ("lora_B", self.lora_B)) if held.shape[1] % parts == 0
-            }
+            tensors = {"weight": weight, "lora_B": self.lora_B}
+            axes |= {name: 1 for name, tensor in tensors.items() if tensor.shape[1] % parts == 0}
         return axes
 
     def extra_repr(self) -> str:
-        """Return what `print` shows of the branch."""
+        """Return the text for `print`."""
         return f"{self.weight_name}, rank={self.rank}, scale={self.scale:g}"
 
 
 def ops_of(kind: str) -> type[MatrixOps | ConvOps]:
-    """Return the placements of low-rank branches of weights of a kind."""
+    """Return the class with the placements of low-rank branches, for a kind of weights."""
     return ConvOps if kind == "conv" else MatrixOps
 
 
 def random_factor(seed: int, stage: int, purpose: str, weight: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a random factor [..., rank, in] in fp32: Kaiming uniform with a = sqrt(5), U(-1/sqrt(in), 1/sqrt(in)).
+    """Return a random factor [..., rank, in]: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)).
 
-    Source: LoRA's reference code and peft's default; algorithm.md, row "branch". The values are drawn in fp32 whatever
-    the dtype of the branch, so they depend on the key only.
+    Source: the reference code of LoRA, and the default of peft (docs/algorithm.md, row "branch"). The values are always
+    drawn in fp32, so they depend only on (seed, stage, purpose, weight), not on the dtype of the branch.
     """
     bound = shape[-1] ** -0.5 if shape[-1] else 0.0
     draw = torch.rand(shape, generator=generator(seed, stage, purpose, weight), dtype=torch.float32)
     return draw.mul_(2 * bound).sub_(bound)
 
 
-_DIAGONAL = 1e-8
+_DAMPING = 1e-8
+"""Added to the diagonal of A A^T before the inversion, as in peft."""
 
 
-@fx.wrap  # one node in a trace of torch.fx, which records no autocast
+@fx.wrap  # one node in a trace of torch.fx, which would not record autocast
 def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, slices: tuple[int, ...]) -> torch.Tensor:
-    """Return B; its gradient is multiplied by `(A A^T)^-1 / scale^2`, the nearest to full training for a fixed A.
+    """Identity on B whose backward multiplies the gradient by `(A A^T)^-1 / scale^2`.
 
-    A step of B moves the weight by `s dB A`. The dB for which that is nearest to the weight's own gradient G, in the
-    Frobenius norm, is `G A^T (A A^T)^-1 / s`, which is B's gradient `s G A^T` times `(A A^T)^-1 / s^2`. Source:
-    LoRA-Pro (2407.18242), equation for a fixed A; peft's optimizer for LoRA-FA (2308.03303) steps so, and adds the same
-    1e-8 to the diagonal.
+    A step dB changes the weight by `s dB A`. The dB for which this is nearest to the gradient G of the full weight, in
+    the Frobenius norm, is `G A^T (A A^T)^-1 / s`. The usual gradient of B is `s G A^T`, hence the factor. Source:
+    LoRA-Pro (2407.18242), for a fixed A. The optimizer of peft for LoRA-FA (2308.03303) takes the same step.
 
-    Uses plain operations, so that compilers and function transforms work: the term that is added to B is zero.
+    This uses plain operations, so that compilers and function transforms work: it adds a zero term to B.
 
     Args:
-        b: B [out, rank], or with an axis of experts before.
-        a: A [rank, in], likewise; with slices [slices * rank, in].
-        scale: s of the branch.
-        slices: number of rows of B of each slice that has a separate A.
+        b: B [out, rank], or [experts, out, rank].
+        a: A [rank, in], or [experts, rank, in]. With slices [slices * rank, in].
+        scale: scale s of the branch.
+        slices: number of rows of B for each slice. (out,) if the weight is not sliced.
     """
     if not torch.is_grad_enabled():
         return b
@@ -397,18 +407,18 @@ def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, slices: tuple[i
 
 
 def inverses(a: torch.Tensor, scale: float, count: int) -> list[torch.Tensor]:
-    """Return `(A A^T)^-1 / scale^2`, [rank, rank], of each of `count` slices that A stacks."""
-    found = []
+    """Return `(A A^T)^-1 / scale^2` [rank, rank] for each of the `count` slices of A."""
+    factors = []
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         for part in a.chunk(count, -2):
             gram = part @ part.transpose(-2, -1)
-            steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            found.append(torch.linalg.pinv(steady) / scale**2)
-    return found
+            damped = gram + _DAMPING * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            factors.append(torch.linalg.pinv(damped) / scale**2)
+    return factors
 
 
 def with_corrected_gradient(b: torch.Tensor, factors: list[torch.Tensor], slices: tuple[int, ...]) -> torch.Tensor:
-    """Return B; the gradient of the rows of each slice is multiplied by its factor [rank, rank]."""
+    """Identity on B whose backward multiplies the gradient of each slice by its factor [rank, rank]."""
     with torch.autocast(b.device.type, enabled=False):
         pairs = zip((b - b.detach()).split(slices, -2), factors, strict=True)
         return b.detach() + torch.cat([zero @ factor for zero, factor in pairs], -2)

@@ -1,8 +1,8 @@
-"""LoRA-XS (2405.17604): `delta = s B R A` with a trained R [rank, rank] between two frozen factors of the weight.
+"""LoRA-XS (2405.17604): `delta = s B R A`, with a trained R [rank, rank] between two frozen factors of the weight.
 
-With the SVD `W = U diag(v) V^T` of the weight that a stage starts from, `B = U_r diag(v_r)` and `A = V_r^T`. R starts
-at zero, so that a stage starts at its weight; its gradient is not zero because B and A are not. Source: LoRA-XS,
-section 3. (The authors' code starts R at N(0, 1e-5).)
+With the SVD `W = U diag(v) V^T` of the weight at the start of the stage, `B = U_r diag(v_r)` and `A = V_r^T`. R starts
+at zero, so the delta is zero too, but the gradient of R is not. Source: LoRA-XS, section 3. The code of the authors
+initializes R from N(0, 1e-5).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LoraXsBranch(LowRankBranch):
     """LoRA-XS.
 
     Attributes:
-        xs_R: R [rank, rank], trained; of stacked experts [experts, rank, rank].
-        xs_A, xs_B: the frozen factors A [rank, in] and B [out, rank].
+        xs_R: R [rank, rank], trained. [experts, rank, rank] for stacked experts.
+        xs_A, xs_B: frozen factors A [rank, in] and B [out, rank].
     """
 
     xs_R: nn.Parameter
@@ -49,17 +49,17 @@ class LoraXsBranch(LowRankBranch):
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return `weight`: A and B are factors of it."""
+        """Return `weight`, from which A and B are computed."""
         return ("weight",)
 
     @property
     def down(self) -> torch.Tensor:
-        """A."""
+        """The factor A."""
         return self.xs_A
 
     @property
     def up(self) -> torch.Tensor:
-        """B R."""
+        """`B R`."""
         return self.xs_B @ self.xs_R
 
     @property
@@ -68,23 +68,23 @@ class LoraXsBranch(LowRankBranch):
         return self.xs_R.shape[-1]
 
     def start(self, weight: StartWeight) -> None:
-        """Take A and B out of the SVD of the weight. A rank beyond the rank of the matrix is zero.
+        """Set A and B from the SVD of the weight. If the rank exceeds the sides of the matrix, the remainder is zero.
 
         Raises:
-            SpecError: the weight holds inf or nan.
+            SpecError: the weight contains inf or nan.
         """
         matrix = self.matrix(weight.exact())
         if not bool(torch.isfinite(matrix).all()):
             raise SpecError(
-                f"adapter is 'lora-xs', and {self.weight_name} holds inf or nan, which has no decomposition. "
-                f"Exclude it (exclude=({self.weight_name!r},)), or give another adapter",
+                f"{self.weight_name} contains inf or nan, but adapter='lora-xs' computes its decomposition. "
+                f"Exclude the weight (exclude=({self.weight_name!r},)), or give another adapter",
                 code="non-finite",
             )
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
         count = min(self.rank, values.shape[-1])
         up, down = torch.zeros_like(self.xs_B), torch.zeros_like(self.xs_A)
-        up[..., :count] = left[..., :count] * values[..., None, :count]
-        down[..., :count, :] = right[..., :count, :]
+        up[..., :count] = u[..., :count] * values[..., None, :count]
+        down[..., :count, :] = vh[..., :count, :]
         with torch.no_grad():
             self.xs_B.copy_(weight.agreed(up))
             self.xs_A.copy_(weight.agreed(down))

@@ -1,12 +1,15 @@
-"""Low-rank matmuls: products with a factor of few rows, in the layouts in which they are fast.
+"""Products with low-rank factors, in the memory layouts in which they are fast.
 
-They are memory bound, so each tensor is read once. Rows [tokens, features] are seen as [folds, tokens/folds, features]:
-a batched product of a few folds keeps every core busy where one thin product does not, and a product whose short side
-comes first reads its long operand in order.
+These products are memory bound. Two layouts make them faster than plain matmuls:
 
-Of convolutions, a 1x1 one is such a product: of channels-first tensors image by image, of channels-last ones over rows.
-Other kernels go to torch's convolution with `rank` channels. Source of the choice: CPU seconds of each on the shapes of
-a ResNet-50.
+1. Rows [tokens, features] are viewed as chunks [chunks, tokens/chunks, features]. A batched product of a few chunks
+uses
+   all cores, and a single product with a small rank does not.
+2. The factor [rank, features] is the left operand, so that the large operand is read in the order of its memory.
+
+A 1x1 convolution is a product too: of each image if its memory is channels-first, and of all pixels if it is
+channels-last. Other kernels use torch's convolution with `rank` channels. These choices come from CPU timings on the
+shapes of a ResNet-50.
 """
 
 from __future__ import annotations
@@ -19,15 +22,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_LEAST = 64
-"""Tokens per fold below which another fold costs more than it gains."""
+_MIN_CHUNK = 64
+"""Minimum number of tokens in a chunk. Smaller chunks cost more than they gain."""
 
 
-def by_hand(*tensors: torch.Tensor) -> bool:
-    """Whether these tensors may go through a hand-written backward: gradients are wanted, nobody traces or transforms.
+def allows_custom_backward(*tensors: torch.Tensor) -> bool:
+    """Whether an autograd.Function may compute with these tensors: eager mode, gradients enabled, no transforms.
 
-    A compiler plans its own backward; function transforms, forward-mode gradients and tensor subclasses have rules for
-    plain operations only.
+    Otherwise use plain operations. Compilers plan the backward themselves, and function transforms, forward-mode
+    autograd, tracers and tensor subclasses only have rules for plain operations.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
@@ -36,71 +39,84 @@ def by_hand(*tensors: torch.Tensor) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
-    """Call an autograd Function that returns one tensor."""
+    """Call an autograd.Function that returns one tensor."""
     output: torch.Tensor = function.apply(*args)
     return output
 
 
-def owned(fresh: torch.Tensor) -> torch.Tensor:
-    """Return the output of a Function detached from its inputs' views, so that the next op may write into it."""
-    return fresh.detach()
+def detached(output: torch.Tensor) -> torch.Tensor:
+    """Return the output of an autograd.Function so that it is not a view of an input. The next op may write to it."""
+    return output.detach()
 
 
 def plus(base: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `base + scale * term`.
 
-    Inductor (torch 2.13) fuses a product that `torch.add` adds into addmm, and drops the alpha: no compiler gets one.
+    Under a compiler, this does not use `alpha`. Inductor (torch 2.13) fuses a product and `torch.add` to addmm, and
+    drops the alpha.
     """
     if torch.compiler.is_compiling():
         return base + term * scale
     return torch.add(base, term, alpha=scale)
 
 
-def computes_in(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a product of x is computed: autocast's own, or that of x."""
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which a product of x is computed: the dtype of autocast if it is enabled, or of x."""
     kind = x.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if cast and x.dtype != torch.float64 else x.dtype
 
 
-def in_own_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a Function's method on the dtypes that it is given: no autocast inside."""
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate forward or backward of an autograd.Function: disable autocast inside, so that dtypes stay as given."""
 
     @wraps(method)
-    def run(ctx: Any, first: torch.Tensor, *rest: Any) -> Any:
-        kind = first.device.type
+    def run(ctx: Any, tensor: torch.Tensor, *args: Any) -> Any:
+        kind = tensor.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return method(ctx, first, *rest)
+            return method(ctx, tensor, *args)
         with torch.autocast(kind, enabled=False):
-            return method(ctx, first, *rest)
+            return method(ctx, tensor, *args)
 
     return run
 
 
-def folded(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows [tokens, features] as [folds, tokens/folds, features]: a fold per core, where tokens divide so."""
-    tokens, folds = rows.shape[0], 1
+def chunked(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows [tokens, features] as [chunks, tokens/chunks, features].
+
+    On the CPU, the number of chunks is the largest power of two that divides the tokens and is at most the number of
+    threads. On other devices there is one chunk.
+    """
+    tokens, chunks = rows.shape[0], 1
     if rows.device.type == "cpu":
-        while 2 * folds <= torch.get_num_threads() and tokens % (2 * folds) == 0 and tokens >= 2 * folds * _LEAST:
-            folds *= 2
-    return rows.reshape(folds, tokens // folds, rows.shape[-1])
+        limit = min(torch.get_num_threads(), tokens // _MIN_CHUNK)
+        while 2 * chunks <= limit and tokens % (2 * chunks) == 0:
+            chunks *= 2
+    return rows.reshape(chunks, tokens // chunks, rows.shape[-1])
 
 
 def down(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return `factor @ rows^T`, [folds, rank, tokens/folds], of factor [rank, features] and folded rows."""
+    """Return `factor @ rows^T` [chunks, rank, tokens/chunks] for factor [rank, features] and chunked rows."""
     return torch.bmm(factor.expand(rows.shape[0], -1, -1), rows.transpose(1, 2))
 
 
 def up(rows: torch.Tensor | None, low: torch.Tensor, factor: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `rows + scale * low^T @ factor`: folded rows, low [folds, rank, tokens/folds], factor [rank, features]."""
-    wide = factor.expand(low.shape[0], -1, -1)
+    """Return `rows + scale * low^T @ factor` [chunks, tokens/chunks, features].
+
+    Args:
+        rows: chunked rows, or None for zeros.
+        low: the result of `down`, [chunks, rank, tokens/chunks].
+        factor: [rank, features].
+        scale: factor of the product.
+    """
+    factor = factor.expand(low.shape[0], -1, -1)
     if rows is None:
-        return torch.bmm(low.transpose(1, 2), wide).mul_(scale)
-    return torch.baddbmm(rows, low.transpose(1, 2), wide, alpha=scale)
+        return torch.bmm(low.transpose(1, 2), factor).mul_(scale)
+    return torch.baddbmm(rows, low.transpose(1, 2), factor, alpha=scale)
 
 
 def factor_gradient(low: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Return `scale * sum_tokens low rows`, [rank, features]."""
+    """Return `scale * low @ rows` summed over all tokens, [rank, features]."""
     product = torch.bmm(low, rows)
     total = product[0] if product.shape[0] == 1 else product.sum(0)
     return total.mul_(scale) if scale != 1.0 else total
@@ -110,8 +126,8 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Stride, padding, dilation (one number an axis) and groups of a convolution."""
+class ConvGeometry:
+    """Stride, padding and dilation of a convolution, with one number per spatial axis, and its groups."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -126,34 +142,34 @@ class Grid:
         padding: int | str | Sequence[int],
         dilation: int | Sequence[int],
         groups: int,
-    ) -> Grid | None:
-        """Return the grid of a call's arguments; None where `same` pads one side more than the other."""
+    ) -> ConvGeometry | None:
+        """Normalize the arguments of a call. None if `padding="same"` pads the two sides of an axis differently."""
         axes = len(kernel)
-        spread = _per_axis(dilation, axes)
+        dilations = _per_axis(dilation, axes)
         if isinstance(padding, str):
-            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(spread, kernel, strict=True)]
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
             if any(size % 2 for size in total):
                 return None
             padding = [size // 2 for size in total]
-        return cls(_per_axis(stride, axes), _per_axis(padding, axes), spread, groups)
+        return cls(_per_axis(stride, axes), _per_axis(padding, axes), dilations, groups)
 
     def is_product(self, kernel: Sequence[int]) -> bool:
-        """Whether a kernel of this size multiplies each place by a matrix, and does nothing else."""
+        """Whether the convolution is one matrix product per pixel: kernel 1x1, stride 1, no padding, no groups."""
         return all(size == 1 for size in (*kernel, *self.stride)) and not any(self.padding) and self.groups == 1
 
     def conv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the convolution on this grid."""
+        """Return the convolution of x with a weight."""
         convolve = CONV[len(self.stride)]
         output: torch.Tensor = convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return output
 
     def gradients(
-        self, slope: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wants: tuple[bool, bool, bool]
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: tuple[bool, bool, bool]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the gradients of x, weight and bias."""
+        """Return the gradients of x, weight and bias, given the gradient of the output. None where `mask` is False."""
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
         gradients = torch.ops.aten.convolution_backward(
-            slope,
+            gradient,
             x,
             weight,
             [weight.shape[0]],
@@ -163,7 +179,7 @@ class Grid:
             False,
             [0] * len(self.stride),
             self.groups,
-            wants,
+            mask,
         )
         return gradients
 
@@ -173,17 +189,17 @@ def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 def _in_rows(x: torch.Tensor) -> bool:
-    """Whether channels are the innermost axis in memory."""
+    """Whether x [batch, channels, h, w] is in channels-last memory."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
-    """Return x [batch, channels, h, w] as rows [places, channels]; in channels-last memory a view."""
+    """Return x [batch, channels, h, w] as rows [batch * h * w, channels]. A view if x is channels-last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return rows as [batch, channels, h, w] in channels-last memory."""
+    """Return rows [batch * h * w, channels] as [batch, channels, h, w], a channels-last view. Inverse of `_pixels`."""
     batch, _, height, width = like.shape
     return rows.reshape(batch, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
 
@@ -192,57 +208,65 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2)
 
 
-def conv_down(a: torch.Tensor, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return A x [batch, rank, *space]: lora_A as a kernel [rank, in, *kernel]."""
-    if not grid.is_product(a.shape[2:]):
-        return grid.conv(x, a)
-    return _thin_product(a.flatten(1), x)
+def conv_down(a: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    """Return the convolution A x [batch, rank, *space] of x [batch, in, *space] with A [rank, in, *kernel]."""
+    if not geometry.is_product(a.shape[2:]):
+        return geometry.conv(x, a)
+    return _low_rank_product(a.flatten(1), x)
 
 
-def _thin_product(thin: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _low_rank_product(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the product [batch, rank, *space] of a factor [rank, channels] and x [batch, channels, *space]."""
     if _in_rows(x):
-        return _images(down(thin, folded(_pixels(x))).transpose(1, 2), x)
-    return torch.bmm(thin.expand(len(x), -1, -1), _flat(x)).view(len(x), len(thin), *x.shape[2:])
+        return _images(down(factor, chunked(_pixels(x))).transpose(1, 2), x)
+    return torch.bmm(factor.expand(len(x), -1, -1), _flat(x)).view(len(x), len(factor), *x.shape[2:])
 
 
 def conv_up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `base + scale * B low` of base [batch, out, *space], low [batch, rank, *space], b [out, rank]."""
+    """Return `base + scale * B low` for base [batch, out, *space], low [batch, rank, *space] and b [out, rank]."""
     if _in_rows(base):
         return _images(torch.addmm(_pixels(base), _pixels(low), b.t(), alpha=scale), base)
     return torch.baddbmm(_flat(base), b.expand(len(base), -1, -1), _flat(low), alpha=scale).view(base.shape)
 
 
-def conv_down_back(b: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """Return B^T slope [batch, rank, *space] of slope [batch, out, *space]."""
-    return _thin_product(b.t().contiguous(), slope)
+def conv_up_backward(b: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return `B^T gradient` [batch, rank, *space], the gradient of `low`, for gradient [batch, out, *space]."""
+    return _low_rank_product(b.t().contiguous(), gradient)
 
 
-def conv_factor_gradient(low: torch.Tensor, slope: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `scale * sum low slope`, [rank, channels], over batch and space."""
-    if _in_rows(slope):
-        return factor_gradient(folded(_pixels(low)).transpose(1, 2), folded(_pixels(slope)), scale)
-    return torch.bmm(_flat(low), _flat(slope).transpose(1, 2)).sum(0).mul_(scale)
+def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `scale * low values^T` [rank, channels], summed over batch and space.
+
+    Args:
+        low: [batch, rank, *space].
+        values: [batch, channels, *space].
+        scale: factor of the result.
+    """
+    if _in_rows(values):
+        return factor_gradient(chunked(_pixels(low)).transpose(1, 2), chunked(_pixels(values)), scale)
+    return torch.bmm(_flat(low), _flat(values).transpose(1, 2)).sum(0).mul_(scale)
 
 
 def conv_kernel_gradient(
-    back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, grid: Grid, scale: float
+    back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, geometry: ConvGeometry, scale: float
 ) -> torch.Tensor:
-    """Return the gradient of lora_A, as a kernel [rank, in, *kernel], of back [batch, rank, *space]."""
-    if grid.is_product(a.shape[2:]):
+    """Return the gradient of lora_A [rank, in, *kernel], given the gradient `back` [batch, rank, *space] of A x."""
+    if geometry.is_product(a.shape[2:]):
         return conv_factor_gradient(back, x, scale).view(a.shape)
-    gradient = grid.gradients(back, x, a, (False, True, False))[1]
+    gradient = geometry.gradients(back, x, a, (False, True, False))[1]
     assert gradient is not None
     return gradient.mul_(scale)
 
 
-def conv_input_gradient(back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
-    """Return the branch's gradient of x, of back [batch, rank, *space]."""
-    if not grid.is_product(a.shape[2:]):
-        gradient = grid.gradients(back, x, a, (True, False, False))[0]
+def conv_input_gradient(
+    back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, geometry: ConvGeometry, scale: float
+) -> torch.Tensor:
+    """Return the gradient of x from the branch, given the gradient `back` [batch, rank, *space] of A x."""
+    if not geometry.is_product(a.shape[2:]):
+        gradient = geometry.gradients(back, x, a, (True, False, False))[0]
         assert gradient is not None
         return gradient.mul_(scale)
-    thin = a.flatten(1)
+    factor = a.flatten(1)
     if _in_rows(x):
-        return _images((_pixels(back) @ thin).mul_(scale), x)
-    return torch.bmm(thin.t().expand(len(x), -1, -1), _flat(back)).mul_(scale).view(x.shape)
+        return _images((_pixels(back) @ factor).mul_(scale), x)
+    return torch.bmm(factor.t().expand(len(x), -1, -1), _flat(back)).mul_(scale).view(x.shape)

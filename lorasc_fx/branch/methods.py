@@ -1,4 +1,4 @@
-"""The adapter methods by name: one row for each."""
+"""Table of the adapter methods, and the registration of user-defined ones."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ METHODS: dict[str, type[Branch]] = {
     "lokr": LokrBranch,
     "delora": DeloraBranch,
 }
-"""By the value of `CascadeSpec.adapter`. `tokens` is the method of rules that name rows, and not one of a spec."""
+"""Branch classes by the value of `CascadeSpec.adapter`.
+
+`tokens` is missing here, because only a rule that names rows can select it, and not a spec.
+"""
 
 ADAPTERS.update(METHODS, tokens=TokensBranch)
 
 
 def register_branch(name: str, cls: type[Branch]) -> None:
-    """Let `CascadeSpec(adapter=name)` make branches of a class.
+    """Register an adapter method, so that `CascadeSpec(adapter=name)` accepts it.
 
-    A process that loads a checkpoint of such a run has to register the class first.
+    A process that loads a checkpoint of such a run must register the class first. See examples/own_branch.py.
 
     Args:
-        name: of the method.
-        cls: a subclass of `lorasc_fx.branch.Branch`, or of `LowRankBranch` if the delta is a low-rank product. See
-            examples/own_branch.py.
+        name: name of the method.
+        cls: a subclass of `lorasc_fx.branch.Branch`, or of `LowRankBranch` if the delta is a low-rank product.
 
     Raises:
-        SpecError: the name is taken by another class, or the class is not a complete branch.
+        SpecError: the name belongs to another class, or the class is abstract or has an empty `zeros`.
     """
     if not isinstance(name, str) or not name:
         raise SpecError(f"register_branch: name is {name!r}; give a string such as 'my-adapter'")
@@ -56,11 +58,13 @@ def register_branch(name: str, cls: type[Branch]) -> None:
             "defines shapes, delta (or down and up of a LowRankBranch) and zeros"
         )
     if ADAPTERS.get(name, cls) is not cls:
-        raise SpecError(f"register_branch: {name!r} is the adapter {ADAPTERS[name].__name__}; give another name")
+        raise SpecError(
+            f"register_branch: the name {name!r} belongs to the adapter {ADAPTERS[name].__name__}; give another name"
+        )
     ADAPTERS[name] = cls
 
 
 def branch_class(site: Site) -> type[Branch]:
-    """Return the class of a site's branch."""
+    """Return the branch class of a site."""
     cls: type[Branch] = site.options.method
     return cls

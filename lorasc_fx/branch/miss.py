@@ -1,7 +1,7 @@
-"""MiSS (2409.15371): one trained matrix D [rank, out], whose rows the inputs share: `delta[o, i] = D[i mod r, o]`.
+"""MiSS (2409.15371): one trained matrix D [rank, out] that blocks of inputs share: `delta[o, i] = D[i mod r, o]`.
 
-Inputs are grouped in blocks of `rank` and summed before the product, so the delta has rank r at most, with a fixed A of
-zeros and ones. D starts at zero. Source: MiSS, "balance"; peft's `MissModel`. There is no scale.
+The product sums the blocks of `rank` inputs and multiplies the sum by D. So the delta is a low-rank product with a
+fixed A of zeros and ones. D starts at zero. The scale is 1. Source: MiSS, "balance"; `MissModel` of peft.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class MissBranch(LowRankBranch):
 
     @classmethod
     def fault(cls, site: Site) -> str:
-        """Return what is wrong with a rank above the number of inputs: the other rows of D would have no input."""
+        """Return why a rank larger than the number of inputs is refused, or "". Some rows of D would have no input."""
         rank, inputs = max(site.rank, *site.options.ranks, 0), site.matrix_shape[1]
         if rank <= inputs:
             return ""
         unused = rank - inputs
-        return f"has {inputs} inputs, so {unused} rows of a rank of {rank} would have none. Give a rank up to {inputs}"
+        return f"has {inputs} inputs, so rank {rank} would leave {unused} rows unused. Give a rank of at most {inputs}"
 
     @property
     def down(self) -> torch.Tensor:
-        """A [rank, in]: 1 where the input belongs to the row of D, else 0."""
+        """A [rank, in]: 1 if the input uses this row of D, otherwise 0."""
         rows = torch.arange(self.rank, device=self.miss_block.device)
         inputs = torch.arange(self.columns, device=self.miss_block.device) % self.rank
         return (rows.unsqueeze(1) == inputs).to(self.miss_block.dtype)

@@ -1,9 +1,9 @@
 """OFT (2306.07280): `W' = W R^T` with a trained block-diagonal rotation R of the inputs.
 
-Each block is the Cayley transform of a trained skew-symmetric matrix Q: `R = (I + Q)(I - Q)^-1`, or the first terms of
-its Neumann series, `I + 2 Q + 2 Q^2 + ... + Q^n` (peft's default, OFTv2, 2506.19847). Q starts at zero. Source: OFT,
-section 3; peft's `OFTModel`. `rank` is the size of a block; a size that does not divide the inputs is replaced by the
-nearest one that does, as in peft (which may choose 1, where nothing trains). There is no scale.
+Each block is the Cayley transform `R = (I + Q)(I - Q)^-1` of a trained skew-symmetric matrix Q, or the first terms of
+its Neumann series `I + 2 Q + 2 Q^2 + ... + Q^n` (OFTv2, 2506.19847, the default of peft). Q starts at zero. `rank` is
+the size of a block. If it does not divide the number of inputs, the nearest size that does is used, as in peft. (peft
+may choose size 1, which has no parameters.) The scale is 1. Source: OFT, section 3; `OFTModel` of peft.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lorasc_fx.util.decode import Check
 
 
 class OftBranch(Branch):
-    """OFT, on the weight.
+    """OFT. Computes the adapted weight, or for products the rotated input.
 
     Attributes:
-        oft_R: the entries of each Q above its diagonal [blocks, size * (size - 1) / 2].
-        positions: their indices in the flattened Q.
+        oft_R: entries of each Q above the diagonal, [blocks, size * (size - 1) / 2].
+        positions: indices of these entries in the flattened Q.
     """
 
     oft_R: nn.Parameter
@@ -36,7 +36,7 @@ class OftBranch(Branch):
     defaults: ClassVar[Mapping[str, float]] = {"neumann_terms": 5}
     checks: ClassVar[Mapping[str, Check]] = {
         "neumann_terms": Check(
-            lambda terms: terms == int(terms) and (terms == 0 or terms >= 2),  # with 1 term R is I
+            lambda terms: terms == int(terms) and (terms == 0 or terms >= 2),  # with 1 term, R is the identity
             "give a number of terms, an integer of 2 or more, or 0 for the exact transform",
         )
     }
@@ -51,19 +51,23 @@ class OftBranch(Branch):
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the entries of Q."""
+        """Return the shape of the entries of Q.
+
+        Raises:
+            SpecError: the weight has a single input.
+        """
         columns = site.matrix_shape[1]
         size = block_size(columns, site.rank)
         if size == 1:
             raise SpecError(
-                f"adapter is 'oft', and {site.weight} has one input, which cannot be rotated. "
-                f"Exclude it (exclude=({site.weight!r},))",
+                f"{site.weight} has a single input, which adapter='oft' cannot rotate. Exclude the weight "
+                f"(exclude=({site.weight!r},))",
                 code="method-not-supported",
             )
         return {"oft_R": (columns // size, size * (size - 1) // 2)}
 
     def rotation(self) -> torch.Tensor:
-        """Return R - I, [blocks, size, size]."""
+        """Return `R - I` [blocks, size, size]."""
         blocks, size = self.oft_R.shape[0], self.size
         upper = self.oft_R.new_zeros(blocks, size * size).scatter(1, self.positions.expand(blocks, -1), self.oft_R)
         upper = upper.view(blocks, size, size)
@@ -72,7 +76,7 @@ class OftBranch(Branch):
             identity = torch.eye(size, device=skew.device, dtype=skew.dtype)
             rotation: torch.Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
             return rotation - identity
-        # The last power has the coefficient 1, if there is more than the linear one. As in peft, 3 terms are 4.
+        # The coefficients are 2, except 1 for the last power if it is not the first. As in peft, 3 terms count as 4.
         last = max(self.terms, 4) - 1 if self.terms > 2 else self.terms - 1
         total, power = torch.zeros_like(skew), skew
         for exponent in range(1, last + 1):
@@ -81,7 +85,7 @@ class OftBranch(Branch):
         return total
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `W (R - I)^T`, in the shape of the weight."""
+        """Return `W (R - I)^T` in the shape of the weight."""
         assert weight is not None
         matrix, rotation = self.matrix(weight), self.rotation().to(weight.dtype)
         blocks = matrix.reshape(matrix.shape[0], -1, self.size).transpose(0, 1)
@@ -91,9 +95,10 @@ class OftBranch(Branch):
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return what the op computes with the adapted weight.
+        """Return the output of the op with the adapted weight.
 
-        A product gets the rotated input `x R` instead: so its backward computes no gradient of the whole weight.
+        For a product, compute with the rotated input `x R` instead, so that the backward needs no gradient of the full
+        weight.
         """
         if op == "conv" or not self.scale:
             return super().in_place(x, weight, bias, op=op, **options)
@@ -103,8 +108,9 @@ class OftBranch(Branch):
 
 
 def block_size(columns: int, size: int) -> int:
-    """Return the divisor of the number of inputs that is nearest to a size, the smaller one of two. A block of size 1
-    has nothing to train: 1 is returned for one input only.
+    """Return the divisor of `columns` that is nearest to `size`, the smaller one in a tie.
+
+    Size 1 is returned only for a single input, because such a block has no parameters.
     """
     if size >= columns:
         return columns

@@ -1,8 +1,8 @@
-"""Products of large fp32 matrices on the CPU, forward and backward, by oneDNN where it is faster than torch's BLAS.
+"""Large fp32 products on the CPU with oneDNN instead of torch's BLAS, in forward and backward.
 
-torch computes them by MKL, which uses AVX-512 on Intel's processors only. oneDNN, which torch has for convolutions and
-other dtypes, uses it on any. The results are the same up to rounding, and only a call for which a backward pass may
-come is computed so: without gradients a graph has the bits of the model's own ops.
+torch computes them with MKL, which uses AVX-512 only on processors of Intel. oneDNN, which torch uses for convolutions
+and other dtypes, uses AVX-512 on all processors. The results are equal up to rounding. So this is used only if
+gradients are enabled: without gradients, a graph computes the same bits as the ops of the model.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.low_rank import apply, by_hand, in_own_dtype, owned
+from lorasc_fx.branch.low_rank import allows_custom_backward, apply, detached, without_autocast
 
-WORTH = 1 << 24
-"""Multiply-adds from which on oneDNN is faster by more than it takes to call it."""
+MIN_WORK = 1 << 24
+"""Minimum number of multiply-adds. For smaller products, the overhead of the call exceeds the gain."""
 
 PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
     "linear": F.linear,
@@ -26,34 +26,44 @@ PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
     "mm": lambda x, w, bias: torch.mm(x, w),
     "matmul": lambda x, w, bias: torch.matmul(x, w),
 }
-"""The base op itself, by the name in which a node calls it, of x, weight and bias."""
+"""The ops whose weight can be merged, as functions of (x, weight, bias), by name."""
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether the processor has AVX-512, and is one on which MKL does not use it."""
+    """Whether the processor has AVX-512 but MKL does not use it."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # no such file on this system
+        cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
         return False
-    return "AuthenticAMD" in described and torch.backends.mkldnn.is_available()
+    return "AuthenticAMD" in cpu_info and torch.backends.mkldnn.is_available()
 
 
 def product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return what the op computes, inside an autograd Function: x [..., in], weight [out, in] for `linear` and
-    [in, out] for the others.
+    """Return `op(x, weight, bias)` [..., out], with oneDNN if it is faster. For use inside an autograd.Function.
+
+    Args:
+        op: key of PRODUCTS.
+        x: [..., in].
+        weight: [out, in] for the op `linear`, [in, out] for the others.
+        bias: [out] or None.
     """
     rows = weight if op == "linear" else weight.t()
-    return _onednn(x, rows, bias) if _takes(x, rows, bias) else PRODUCTS[op](x, weight, bias)
+    return _onednn(x, rows, bias) if _uses_onednn(x, rows, bias) else PRODUCTS[op](x, weight, bias)
 
 
 def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """Return what a grouped product computes, inside an autograd Function: x [rows, in] sorted by expert, weight
-    [experts, in, out], offs [experts] the end of each expert's rows. Rows of no expert are zero.
+    """Return the grouped product of experts [rows, out], with oneDNN if it is faster. For use in an autograd.Function.
+
+    Args:
+        op: the op for grouped products.
+        x: [rows, in], sorted by expert.
+        weight: [experts, in, out].
+        offs: [experts], the end of the rows of each expert. The output is zero for rows after the last end.
     """
-    if not len(weight) or not _takes(x, weight[0].t(), None):
+    if not len(weight) or not _uses_onednn(x, weight[0].t(), None):
         return op(x, weight, offs)
     ends = offs.tolist()
     rows = zip([0, *ends[:-1]], ends, weight, strict=True)
@@ -61,25 +71,25 @@ def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tens
     return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[2])])
 
 
-def times(slopes: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return `slopes @ matrix` of two matrices, in a backward; by a plain op where that is itself differentiated."""
-    return product("mm", slopes, matrix, None)
+def times(grad_rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return `grad_rows @ matrix` for two matrices in a backward. In a double backward, this is a plain product."""
+    return product("mm", grad_rows, matrix, None)
 
 
 def _is_large(x: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether `x rows^T` is a product that oneDNN may be faster at."""
-    large = x.numel() * rows.shape[0] >= WORTH and x.dtype == rows.dtype == torch.float32
+    """Whether `x rows^T` is an fp32 product on the CPU that is large enough for oneDNN."""
+    large = x.numel() * rows.shape[0] >= MIN_WORK and x.dtype == rows.dtype == torch.float32
     return large and x.is_cpu and rows.is_cpu and x.dim() > 1 and rows.dim() == 2
 
 
-def _takes(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether oneDNN computes `x rows^T + bias`: large plain tensors, which nobody differentiates, traces or counts."""
+def _uses_onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether to compute `x rows^T + bias` with oneDNN: large plain tensors, without autograd, transforms or modes."""
     return (
         _is_large(x, rows)
         and onednn_is_faster()
         and not torch.is_grad_enabled()
         and torch._C._get_mkldnn_enabled()
-        and all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in (x, rows))
+        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, rows))
         and (bias is None or (bias.dim() == 1 and bias.dtype == x.dtype))
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
@@ -87,58 +97,60 @@ def _takes(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> bo
 
 
 def _onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    computed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
-    return computed
+    """Return `x rows^T + bias`."""
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
+    return output
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`apply(x [..., in], weight, bias, op)`, of a weight and a bias that want no gradient."""
+    """`op(x, weight, bias)` for x [..., in] and a frozen weight and bias."""
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str) -> torch.Tensor:
-        """Return what the op computes."""
+        """Return the output [..., out]."""
         ctx.op, ctx.shape = op, x.shape
         ctx.save_for_backward(weight)
-        return owned(product(op, x, weight, bias))
+        return detached(product(op, x, weight, bias))
 
     @staticmethod
-    @in_own_dtype
+    @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradient of x."""
         (weight,) = ctx.saved_tensors
-        slopes = gradient.reshape(-1, gradient.shape[-1])
-        return times(slopes, weight if ctx.op == "linear" else weight.t()).view(ctx.shape), None, None, None
+        grad_rows = gradient.reshape(-1, gradient.shape[-1])
+        return times(grad_rows, weight if ctx.op == "linear" else weight.t()).view(ctx.shape), None, None, None
 
 
 def _frozen(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return what the op computes; with a backward by oneDNN where weight and bias are frozen and it gains."""
+    """Return `op(x, weight, bias)`, with oneDNN in forward and backward if weight and bias are frozen and large."""
     large = _is_large(x, weight if op == "linear" else weight.t())
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not large or trained or torch.is_autocast_enabled("cpu") or not by_hand(x, weight):
+    if not large or trained or torch.is_autocast_enabled("cpu") or not allows_custom_backward(x, weight):
         return PRODUCTS[op](x, weight, bias)
     return apply(_FrozenProduct, x, weight, bias, op)
 
 
 class FrozenGrouped(torch.autograd.Function):
-    """`base`, the grouped product of x and a frozen weight: the backward makes the gradient of x and no other, by the
-    op that made the product.
+    """Identity on `base`, the grouped product of x and a frozen weight, with a backward for x only.
+
+    The backward of the op itself would compute the gradient of the frozen weight too.
     """
 
     @staticmethod
     def forward(
         ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, op: Any
     ) -> torch.Tensor:
-        """Return base [rows, out] of x [rows, in], weight [experts, in, out]."""
+        """Return base [rows, out]. x is [rows, in], and weight [experts, in, out]."""
         ctx.save_for_backward(weight, offs)
         ctx.op = op
-        return owned(base)
+        return detached(base)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
-        """Return the gradient of x [rows, in], of slope [rows, out]."""
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        """Return the gradient of x [rows, in], given the gradient of the output [rows, out]."""
         weight, offs = ctx.saved_tensors
-        return None, grouped(ctx.op, slopes[0], weight.transpose(-2, -1), offs), None, None, None
+        return None, grouped(ctx.op, gradients[0], weight.transpose(-2, -1), offs), None, None, None
 
 
 def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -147,7 +159,7 @@ def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.T
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     op: Callable[..., torch.Tensor] = torch.ops.transformers.grouped_mm_fallback
-    if weight.requires_grad or torch.is_autocast_enabled("cpu") or not by_hand(x, weight):
+    if weight.requires_grad or torch.is_autocast_enabled("cpu") or not allows_custom_backward(x, weight):
         return op(x, weight, offs)
     with torch.no_grad():
         base = grouped(op, x, weight, offs)
@@ -163,8 +175,9 @@ _FROZEN: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def for_frozen(target: Any) -> Callable[..., torch.Tensor] | None:
-    """Return what computes a node of this target, of the same arguments, for a weight that is most likely frozen; None
-    where nothing is gained.
+    """Return a faster function for nodes with this target, whose weights are usually frozen, or None.
+
+    The function has the arguments of the target. Only graphs that run eagerly use it.
     """
     is_op = isinstance(target, torch._ops.OpOverload) or target is F.linear
     if not is_op or not onednn_is_faster():

@@ -1,4 +1,4 @@
-"""Frozen random tensors that branches of many sites share (VeRA)."""
+"""Frozen random tensors that the branches of many sites share (VeRA)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lorasc_fx.branch.noise import generator
 
 
 class SharedTensor:
-    """A random tensor that is a function of its key. Every branch with this key holds the same object, its one owner.
+    """A random tensor that is determined by its key. All branches with the same key refer to the same object.
 
-    It is no parameter of a branch: it is not trained, not written to checkpoints, and drawn again if a run is loaded.
+    It is not a parameter: it is not trained and not saved in checkpoints, but drawn again when a run is loaded.
 
     Args:
         seed, purpose, shape: the key.
@@ -27,18 +27,18 @@ class SharedTensor:
         self._values = {(torch.device("cpu"), torch.float32): draw.mul_(2 * bound).sub_(bound)}
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the values on the device and in the dtype of a tensor; converted once."""
+        """Return the values on the device and in the dtype of a tensor. The conversion is cached."""
         key = tensor.device, tensor.dtype
         if key not in self._values:
             self._values[key] = next(iter(self._values.values())).to(tensor.device, tensor.dtype)
         return self._values[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
-        """Return the object itself: its values never change."""
+        """Return the same object, because its values never change."""
         return self
 
     def __reduce__(self) -> tuple[Callable[..., SharedTensor], tuple[Any, ...]]:
-        """Pickle the key."""
+        """Pickle only the key."""
         return shared_tensor, self.key
 
 
@@ -46,9 +46,9 @@ _TENSORS: WeakValueDictionary[tuple[Any, ...], SharedTensor] = WeakValueDictiona
 
 
 def shared_tensor(seed: int, purpose: str, shape: tuple[int, ...]) -> SharedTensor:
-    """Return the shared tensor of a key."""
+    """Return the shared tensor for a key. It is freed when no branch refers to it."""
     key = seed, purpose, shape
-    found = _TENSORS.get(key)
-    if found is None:
-        _TENSORS[key] = found = SharedTensor(*key)
-    return found
+    tensor = _TENSORS.get(key)
+    if tensor is None:
+        _TENSORS[key] = tensor = SharedTensor(*key)
+    return tensor

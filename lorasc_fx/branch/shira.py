@@ -1,7 +1,8 @@
-"""SHiRA (2406.13175): trained values at fixed sparse positions of the weight, as many as LoRA of this rank trains.
+"""SHiRA (2406.13175): trained values at fixed random positions of the weight.
 
-The positions are drawn without replacement, by the key of the weight; every stage trains the same ones. Values start at
-zero. Source: SHiRA, "SHiRA-Rand"; peft's `ShiraModel` with its random mask.
+The number of values is the number of parameters of LoRA with the same rank. The positions are drawn without replacement
+and depend only on the seed and the name of the weight, so all stages have the same ones. Values start at zero. Source:
+SHiRA, "SHiRA-Rand"; `ShiraModel` of peft with a random mask.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from lorasc_fx.plan import Site
 
 
 class ShiraBranch(Branch):
-    """SHiRA, on the weight.
+    """SHiRA. Computes the adapted weight.
 
     Attributes:
-        shira_values: the values [count], with `count = rank * (in + out)`, at most all entries.
-        positions: index [count] of each value in the flattened matrix [out, in].
+        shira_values: trained values [count], with `count = min(rank * (in + out), in * out)`.
+        positions: a random permutation [in * out] of the indices of the flattened matrix [out, in]. The values belong
+            to its first entries.
     """
 
     shira_values: nn.Parameter
@@ -44,7 +46,7 @@ class ShiraBranch(Branch):
         return {"shira_values": (min(site.rank * (out + columns), out * columns),)}
 
     def delta(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the values at their positions and zeros elsewhere, in the shape of the weight."""
+        """Return the values at their positions, and zeros elsewhere, in the shape of the weight."""
         out, columns = self.matrix_shape
         values = self.shira_values
         flat = values.new_zeros(out * columns).scatter(0, self.positions[: values.shape[0]], values)

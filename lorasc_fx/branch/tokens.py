@@ -1,8 +1,8 @@
-"""Trainable tokens: a trained delta for single rows of an embedding, and of a head that is tied to it.
+"""Trainable tokens: a delta for selected rows of an embedding, and of a head that is tied to it.
 
-`delta = E D` with D [count, in] trained from zero and E [out, count] the columns of the identity for the rows, so other
-rows keep their bits. Source: peft's `trainable_token_indices` (`tuners/trainable_tokens`), which trains the values of
-the rows and not what is added to them; gradients are the same.
+`delta = E D`, with D [count, in] trained from zero, and E [out, count] the columns of the identity matrix for the
+selected rows. Other rows keep their bits. Source: `trainable_token_indices` of peft (`tuners/trainable_tokens`), which
+trains the rows themselves instead of their delta. The gradients are the same.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lorasc_fx.plan import Site
 
 
 class TokensBranch(LowRankBranch):
-    """Trained rows of a weight. A rule gives them: `Rule(pattern, tokens=...)`.
+    """Trains the rows of a weight that a rule names: `Rule(pattern, tokens=...)`.
 
     Attributes:
         token_deltas: D [count, in].
-        rows: index [count] of each row.
+        rows: indices [count] of the rows.
     """
 
     token_deltas: nn.Parameter
@@ -36,12 +36,12 @@ class TokensBranch(LowRankBranch):
 
     @classmethod
     def fault(cls, site: Site) -> str:
-        """Return what is wrong with the rows of a site."""
+        """Return why the rows cannot be trained, or ""."""
         tokens, rows = site.options.tokens, site.matrix_shape[0]
         if not tokens:
-            return "has no rows to train. Give them by a rule: Rule(pattern, tokens=(...))"
+            return "has no rows to train. Name them in a rule: Rule(pattern, tokens=(...))"
         if max(tokens) >= rows:
-            return f"has {rows} rows, so tokens={max(tokens)} is not one of them. Give rows from 0 to {rows - 1}"
+            return f"has {rows} rows, so tokens={max(tokens)} is out of range. Give rows from 0 to {rows - 1}"
         return ""
 
     @classmethod
@@ -51,12 +51,12 @@ class TokensBranch(LowRankBranch):
 
     @property
     def down(self) -> torch.Tensor:
-        """D."""
+        """The factor D."""
         return self.token_deltas
 
     @property
     def up(self) -> torch.Tensor:
-        """E."""
+        """The factor E."""
         outputs = torch.arange(self.outputs, device=self.token_deltas.device)
         return (outputs.unsqueeze(1) == self.rows).to(self.token_deltas.dtype)
 

@@ -1,7 +1,8 @@
-"""VeRA (2310.11454): `delta = diag(b) B diag(d) A` with trained vectors b and d between frozen random A and B.
+"""VeRA (2310.11454): `delta = diag(b) B diag(d) A`, with trained vectors b and d and frozen random factors A and B.
 
-All sites with as many inputs share A, and all with as many outputs share B. b starts at zero, d at `d_initial`. Source:
-VeRA, equation 2; peft's `VeraModel`, which slices one large pair instead.
+All sites with the same number of inputs share A, and all sites with the same number of outputs share B. b starts at
+zero, and d at the option `d_initial`. Source: VeRA, equation 2; `VeraModel` of peft, which slices one large pair
+instead.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class VeraBranch(LowRankBranch):
     """VeRA.
 
     Attributes:
-        vera_lambda_b: b [out].
-        vera_lambda_d: d [rank].
-        vera_A, vera_B: the shared tensors A [rank, in] and B [out, rank].
+        vera_lambda_b: vector b [out].
+        vera_lambda_d: vector d [rank].
+        vera_A, vera_B: shared tensors A [rank, in] and B [out, rank].
     """
 
     vera_lambda_b: nn.Parameter
@@ -34,7 +35,8 @@ class VeraBranch(LowRankBranch):
     defaults: ClassVar[Mapping[str, float]] = {"d_initial": 0.1}
     checks: ClassVar[Mapping[str, Check]] = {
         "d_initial": Check(
-            lambda start: start != 0, "b starts at zero, and with d = 0 nothing trains: give another one"
+            lambda start: start != 0,
+            "give a number other than 0: b starts at zero, so with d = 0 both gradients would be zero",
         )
     }
 
@@ -56,7 +58,7 @@ class VeraBranch(LowRankBranch):
 
     @classmethod
     def trainable_names(cls, site: Site) -> Collection[str]:
-        """Return both names."""
+        """Return the names of b and d."""
         return ("vera_lambda_b", "vera_lambda_d")
 
     @property
@@ -75,7 +77,7 @@ class VeraBranch(LowRankBranch):
         return self.vera_lambda_d.shape[0]
 
     def resize(self, site: Site) -> None:
-        """Take the shared tensors of another rank too."""
+        """Change the rank of the shared tensors too."""
         super().resize(site)
         seed = self.vera_A.key[0]
         a, b = site.factor_shapes

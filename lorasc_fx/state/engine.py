@@ -123,7 +123,7 @@ def start_weight_of(
         noisy=lambda: start_weight(state, spec, stage, noisy, device),
         shard=state.shard,
         cut=state.cut,
-        whole=state.whole,
+        gather=state.whole,
         agreed=state.shard.group.broadcast,
     )
 

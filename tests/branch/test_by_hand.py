@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct, SharedUp, shared_down
-from lorasc_fx.branch.low_rank import Grid
+from lorasc_fx.branch.low_rank import ConvGeometry
 from tests.kit.models import loss_of, randomize
 from tests.kit.state import branches_of
 
@@ -172,7 +172,7 @@ def test_convolutions(name: str, last: bool) -> None:
         x, w = (each.contiguous(memory_format=torch.channels_last) for each in (x, w))
     x.requires_grad_()
     a, b = numbers(3, 4 // groups, *kernel, grad=True), numbers(8, 3, grad=True)
-    grid = Grid.of(kernel, stride, padding, dilation, groups)
+    grid = ConvGeometry.of(kernel, stride, padding, dilation, groups)
     assert grid is not None
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
 
@@ -194,8 +194,8 @@ def test_convolutions(name: str, last: bool) -> None:
 
 
 def test_same_padding_that_is_longer_on_one_side_has_no_grid() -> None:
-    assert Grid.of((2, 3), 1, "same", 1, 1) is None
-    assert Grid.of((2, 3), 1, "same", (2, 1), 1) == Grid((1, 1), (1, 1), (2, 1))
+    assert ConvGeometry.of((2, 3), 1, "same", 1, 1) is None
+    assert ConvGeometry.of((2, 3), 1, "same", (2, 1), 1) == ConvGeometry((1, 1), (1, 1), (2, 1))
 
 
 # --- adapter dropout -------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_gradients_with_dropout() -> None:
     assert gradcheck(ours, (x, a, b))
     assert gradgradcheck(ours, (x, a, b))
     image, kernel = numbers(2, 4, 5, 4, grad=True), numbers(3, 4, 3, 3, grad=True)
-    tall, base, grid = numbers(8, 3, grad=True), numbers(2, 8, 5, 4), Grid.of((3, 3), 1, 1, 1, 1)
+    tall, base, grid = numbers(8, 3, grad=True), numbers(2, 8, 5, 4), ConvGeometry.of((3, 3), 1, 1, 1, 1)
     conv = lambda x, a, b: BesideConv.apply(base, x, a, b, grid, SCALE, 0.4, 77)  # noqa: E731
     assert gradcheck(conv, (image, kernel, tall))
     assert gradgradcheck(conv, (image, kernel, tall))

@@ -21,7 +21,7 @@ from lorasc_fx.branch.products import FrozenGrouped, for_frozen, grouped
 from tests.kit.state import branches_of
 
 ROWS, WIDE = 160, 384
-"""Of a product with more multiply-adds than `products.WORTH`."""
+"""Of a product with more multiply-adds than `products.MIN_WORK`."""
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -149,7 +149,7 @@ def test_weights_that_are_trained_have_their_gradients(calls: Counter[str]) -> N
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_traced_counted_cast_or_differentiated_twice_takes_plain_ops(calls: Counter[str]) -> None:
+def test_what_is_traced_counted_cast_or_differentiated_twice_uses_onednn_plain_ops(calls: Counter[str]) -> None:
     torch.manual_seed(0)
     model, x = Net(), inputs()
     cascade = adapted(model, x, placement="merged")

@@ -123,7 +123,7 @@ def test_conflicting_options(names: str) -> None:
 
 
 @pytest.mark.parametrize(("adapter", "name", "value", "told"), [
-    ("vera", "d_initial", 0.0, ("invalid-value", "0.0", "another one")),
+    ("vera", "d_initial", 0.0, ("invalid-value", "0.0", "other than 0")),
     ("oft", "neumann_terms", 1, ("invalid-value", "2 or more, or 0")),
     ("oft", "neumann_terms", -5, ("invalid-value", "-5")),
     ("oft", "neumann_terms", 2.5, ("invalid-value", "2.5")),

@@ -341,16 +341,16 @@ def test_a_shard_draws_its_own_numbers(
 @pytest.mark.parametrize("shape", [(700, 4000), (5, 3000), (4, 70, 1100), (90, 20, 3, 5), (7,)])
 def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of an accelerator, here on the CPU: a whole weight, and pieces that begin and end inside blocks."""
-    hashed = noise._Hash(noise.generator(3, 2, "noise", "w"), torch.Size(shape), torch.device("cpu"))
+    hashed = noise._UniformNumbers(noise.generator(3, 2, "noise", "w"), torch.Size(shape), torch.device("cpu"))
     full = noise_drawn(lx.Noise(0.1), 3, 2, "w", shape)
     for low, high in ((0, 1), (0.3, 0.7)):
         inside = [(int(low * length), max(1, int(high * length))) for length in shape]
-        found, _ = hashed._anywhere(inside)
-        monkeypatch.setattr(hashed, "_in_block", lambda _, found=found: (found, torch.empty_like(found)))
-        assert torch.equal(hashed.uniform(inside), full[tuple(slice(*pair) for pair in inside)])
+        found, _ = hashed._hash_box(inside)
+        monkeypatch.setattr(hashed, "_hash_block", lambda _, found=found: (found, torch.empty_like(found)))
+        assert torch.equal(hashed.within(inside), full[tuple(slice(*pair) for pair in inside)])
     monkeypatch.setattr(noise, "PIECE", 1000)
     covered = torch.zeros(shape)
-    for places in noise._boxes(torch.Size(shape)):
+    for places in noise._large_regions(torch.Size(shape)):
         covered[places] += 1
         assert covered[places].numel() <= max(1000, shape[-1])
     assert torch.equal(covered, torch.ones(shape))
