@@ -44,7 +44,7 @@ USAGE = (
     r"\S+ stage 1 has trained and is folded now",
     r"\d+ sites were added by a call",
     r"\S+ stage \d+ has not ended",
-    ".* requires_grad was False while that of most weights",
+    ".* requires_grad was False, although it was True for most weights",
 )
 """Warnings about the use of a cascade. Tests of numerics look inside a stage, and end it, at moments at which a program
 has no reason to; what stands for programs (`AS_PROGRAMS`) has to be free of these warnings."""

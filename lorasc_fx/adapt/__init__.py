@@ -38,33 +38,38 @@ def adapt(
     frontend: str = "auto",
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a model by cascaded low-rank branches, without changing its source.
+    """Add low-rank branches to a model and train them in stages, without changing its source code.
 
     Args:
-        model: an nn.Module, a GraphModule or an ExportedProgram. A model on the meta device is adapted without memory.
-            Until `materialize` gives it its values, the cascade only shows its plan.
-        args, kwargs: example inputs. Their sizes do not matter, their types do. The model runs on them a few times,
-            without side effects, so that its graph can be compared with it.
-        spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...) with the defaults
-            of `CascadeSpec` for all other options.
-        frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`: the first that works.
-        base: what keeps W0 of the sites. `memory`: a copy on the host; for a weight on the host it is made before the
-            first write (noise, the end of a stage, `weights`). `pinned`: the same in page-locked memory, from which
-            copies to an accelerator are faster. `device`: a copy beside the weight, made before the first write; then
-            transitions and `weights` copy nothing from the host. A path: a safetensors file, or a folder with
-            `model.safetensors` or its shards, which is mapped and not read. `file`: the folder that a model of
-            transformers was loaded from. Files have to hold the model's values, and must not change.
+        model: an nn.Module, a GraphModule or an ExportedProgram. A model on the meta device is adapted without
+            allocating memory. The cascade can only show its plan until `materialize` loads the values.
+        args, kwargs: example inputs. Their types matter, their sizes do not. The model runs on them a few times, and is
+            compared with its graph. These runs have no side effects.
+        spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
+            configuration, the other options have the defaults of `CascadeSpec`.
+        frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto` for the first one that works.
+        base: where the original values W0 of the adapted weights are stored:
+
+            - `memory`: a copy on the host. A weight on the host is copied just before it is first written (by noise, at
+              the end of a stage, or by `weights`).
+            - `pinned`: like `memory`, but in page-locked memory, from which copies to an accelerator are faster.
+            - `device`: a copy on the device of the weight, made just before it is first written. Transitions and
+              `weights` then copy nothing from the host.
+            - a path: a safetensors file, or a folder with `model.safetensors` or its shards. The file is memory-mapped.
+              It must contain the values of the model, and must not change.
+            - `file`: like a path, with the folder from which transformers has loaded the model.
 
     Returns:
-        The cascade. The model's parameters hold the start of stage 1 (with noise, if any) and require no gradients,
-        except those under `spec.train`. `cascade.release()` restores the model.
+        The cascade. The model's parameters have the values of the start of stage 1 (with noise, if any). They are
+        frozen, except the parameters in `spec.train`. `cascade.release()` restores the model.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        SpecError: the spec leaves no site, is not a CascadeSpec, or unties what is not tied; or base is `file` and the
-            model names no folder.
-        CheckpointError: base is a path, and a site differs there. The model is left unchanged.
-        StateError: the model is adapted already.
+        SpecError: the spec leaves no weight to adapt, is not a CascadeSpec, or unties a parameter that has no tie; or
+            `base="file"`, and the model was not loaded from a folder.
+        CheckpointError: the file at the path `base` has other values for an adapted weight. The model is left
+            unchanged.
+        StateError: the model is already adapted.
         CaptureError: the model raises on the inputs, or no front end works.
     """
     if (from_peft := is_config(spec)) or spec is None:
@@ -73,8 +78,8 @@ def adapt(
         plan = Plan(spec)
     else:
         raise SpecError(
-            f"spec is {type(spec).__name__}; give a lorasc_fx.CascadeSpec, or a configuration of peft "
-            "such as peft.LoraConfig"
+            f"spec is a {type(spec).__name__}. Pass a lorasc_fx.CascadeSpec, or a configuration of peft such as "
+            "peft.LoraConfig."
         )
     opened = open_model(model)
     if from_peft:
@@ -82,9 +87,9 @@ def adapt(
     check_new(opened, on_meta=True)
     with torch.inference_mode(False), AllOrNothing() as undo:
         cascade = Start.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
-        _tell_of_wide_branches(cascade.plan)
-        _warn_of_frozen_sites(cascade)
-        _warn_of_quantized_weights(cascade)
+        _log_too_large_ranks(cascade.plan)
+        _warn_about_frozen_sites(cascade)
+        _warn_about_quantized_weights(cascade)
         return cascade
 
 
@@ -96,32 +101,33 @@ def load(
     *,
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a base model as in the newest checkpoint of a folder, and continue with the same values.
+    """Load the newest checkpoint of a folder into a base model, and return the cascade at that point of the run.
 
-    `cascade.resume(optimizer, scheduler)` then restores these two and the random generators. The number of ranks that
-    wrote the checkpoint does not matter: each rank that loads it has the full cascade, to be wrapped or sharded as one
-    from `adapt`.
+    Call `cascade.resume(optimizer, scheduler)` afterwards to restore the optimizer, the scheduler and the random
+    generators. The number of ranks may differ from the run that wrote the checkpoint: each rank loads the full cascade,
+    which can be wrapped or sharded like a cascade from `adapt`.
 
-    Without args and kwargs nothing is captured. The checkpoint says which weights have branches, and the first call
-    makes the graph, or raises what `adapt` would raise. What needs no graph (resume, weights, save, release,
-    export.peft, export.safetensors) works before that call. On several processes give inputs.
+    If args and kwargs are left out, nothing is captured. The checkpoint tells which weights have branches. The first
+    call captures the graph, and raises the errors of `adapt`. Functions that need no graph (resume, weights, save,
+    release, export.peft, export.safetensors) work before that call. With several processes, pass inputs.
 
     Args:
-        folder: written by `lorasc_fx.save`, or a checkpoint that was read from it. For the folder of a run of
-            `lorasc-fx train` there is `lorasc_fx.cli.load`.
-        model, args, kwargs, base: as for `adapt`. The model holds the weights that were adapted, or is on the meta
-            device and gets them by `materialize`. Parameters that are trained in full, such as a new head, may have
-            other values: they get the values of the checkpoint.
+        folder: a folder written by `lorasc_fx.save`, or a checkpoint that was read from one. For the folder of a run of
+            `lorasc-fx train`, use `lorasc_fx.cli.load`.
+        model, args, kwargs, base: as for `adapt`. The model must have the weights that were adapted, or be on the meta
+            device and get them by `materialize`. Parameters that are trained in full, such as a new head, may have any
+            values, because they are overwritten by the checkpoint.
 
     Raises:
-        CheckpointError: nothing to load, damage, or another base. The model is left unchanged.
-        SpecError: base is `file`, and the model names no folder.
+        CheckpointError: the folder has no checkpoint, the checkpoint is damaged, or the base model differs. The model
+            is left unchanged.
+        SpecError: `base="file"`, and the model was not loaded from a folder.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
     if checkpoint.frontend not in ("auto", *FRONTENDS):
-        known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(
-            f"{checkpoint.path}: was made by the front end {checkpoint.frontend!r:.40}; known: {known}",
+            f"{checkpoint.path}: the checkpoint was written with the front end {checkpoint.frontend!r:.40}, which does "
+            f"not exist here; known: {', '.join(('auto', *FRONTENDS))}",
             code="unknown-name",
         )
     opened = open_model(model)
@@ -135,8 +141,8 @@ def load(
         sites = {site.form: site.weight for site in reversed(checkpoint.plan.sites)}
         for form, hint in forms_missing(sites).items():
             raise CheckpointError(
-                f"{checkpoint.path}: {sites[form]} was adapted through the form {form!r}, which is not registered "
-                f"here{hint}; call lorasc_fx.graph.register_form with it before load",
+                f"{checkpoint.path}: {sites[form]} was adapted with the form {form!r}, which is not registered{hint}. "
+                "Call lorasc_fx.graph.register_form with this form before load.",
                 code="unknown-name",
             )
         try:
@@ -151,29 +157,30 @@ def load(
         return cascade
 
 
-def _tell_of_wide_branches(plan: Plan) -> None:
-    """Log ranks that are larger than a matrix of the site's shape can have."""
+def _log_too_large_ranks(plan: Plan) -> None:
+    """Log sites with a rank above the maximum rank of a matrix of their shape. It wastes memory and time."""
     too_large = [
-        (site, most)
+        (site, maximum)
         for site in plan.sites
-        if max((site.rank, *site.options.ranks)) > (most := min(*site.matrix_shape, *site.slices))
+        if max((site.rank, *site.options.ranks)) > (maximum := min(*site.matrix_shape, *site.slices))
     ]
     if too_large:
-        site, most = too_large[0]
+        site, maximum = too_large[0]
         log.info(
-            "rank %d is more than %s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
-            "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
+            "Rank %d is too large for %s: a matrix of shape %s has at most rank %d. The larger branch computes the "
+            "same at a higher cost. Set a smaller rank for these weights (rules=...).",
             max((site.rank, *site.options.ranks)),
             named([site.weight for site, _ in too_large], 1),
             tuple(site.matrix_shape),
-            most,
+            maximum,
         )
 
 
-def _warn_of_frozen_sites(cascade: Cascade) -> None:
-    """Warn of sites that the model's author had frozen, unless a target names them in full.
+def _warn_about_frozen_sites(cascade: Cascade) -> None:
+    """Warn about adapted weights that were frozen before `adapt`, because they may be constants of the model.
 
-    If half of the sites or more were frozen, in number or in entries, the user froze a backbone to adapt it.
+    No warning is given for a weight that a target names in full. Nor is one given if at least half of the adapted
+    weights were frozen, by number or by entries: then the user has frozen a backbone to adapt it.
     """
     trainable, sites = cascade._guard.flags.requires_grad, cascade.sites
     frozen = [site for site in sites if not trainable.get(site.weight, True)]
@@ -182,27 +189,28 @@ def _warn_of_frozen_sites(cascade: Cascade) -> None:
     names = [site.weight for site in frozen if site.weight not in cascade.plan.spec.targets]
     if few and names:
         warn(
-            f"{named(names)}: requires_grad was False while that of most weights was True, and now a branch trains "
-            "what may be a constant. To leave it as it is give "
-            f"exclude=({', '.join(map(repr, names[:3]))},{' ...' if len(names) > 3 else ''}); to adapt it, name it in "
-            "targets",
+            f"{named(names)}: requires_grad was False, although it was True for most weights. This may be a constant "
+            "of the model, but it gets a branch. To leave it unchanged, set "
+            f"exclude=({', '.join(map(repr, names[:3]))},{' ...' if len(names) > 3 else ''}). To adapt it without this "
+            "warning, name it in targets.",
             "constant-adapted",
         )
 
 
-def _warn_of_quantized_weights(cascade: Cascade) -> None:
-    """Warn of quantized weights that the spec targets and that are not sites.
+def _warn_about_quantized_weights(cascade: Cascade) -> None:
+    """Warn about quantized weights that match the targets but have no branch.
 
-    They belong to layers of an unknown library, or are not used in a product.
+    Either the library of their layer is not supported, or the layer does not use them in a matrix product.
     """
     spec, parameters = cascade.plan.spec, dict(cascade.model.named_parameters())
-    complex_ones = {name for name, value in parameters.items() if value.is_complex()}
+    complex_weights = {name for name, value in parameters.items() if value.is_complex()}
     refused = {
         refusal.weight: refusal
         for refusal in cascade.refusals
-        if refusal.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and refusal.weight not in complex_ones
+        if refusal.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and refusal.weight not in complex_weights
     }
     left_out = [*refused, *quantized_in({name: parameters[name] for name in cascade.unreached})]
+    # Layers of other libraries (GPTQ, AWQ) hold packed integers in buffers whose names contain `weight`.
     packed = {
         name: buffer
         for name, buffer in cascade.model.named_buffers()
@@ -213,10 +221,10 @@ def _warn_of_quantized_weights(cascade: Cascade) -> None:
     if left_out:
         owner = cascade.model.get_submodule(left_out[0].rpartition(".")[0])
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in LIBRARIES}))
-        why = refused[left_out[0]].sentence if left_out[0] in refused else "no form of its layer is known"
+        why = refused[left_out[0]].sentence if left_out[0] in refused else "this layer is not supported"
         warn(
-            f"{named(left_out)}: quantized, and without branches; the first is of {type(owner).__name__}: {why}. "
-            "Quantized weights are adapted where torchao has quantized the weight of a linear layer, and in layers of "
-            f"the classes {kinds}; exclude these to leave them as they are",
+            f"{named(left_out)}: these quantized weights get no branches. The first belongs to a "
+            f"{type(owner).__name__}: {why}. Supported are linear layers quantized by torchao, and layers of the "
+            f"classes {kinds}. Exclude the weights to turn this warning off.",
             "quantized-left-out",
         )

@@ -1,4 +1,4 @@
-"""`lorasc_fx.from_peft`: an adapter of peft as the first expert of a cascade. Its slow weights are what peft merges."""
+"""`lorasc_fx.from_peft`: start a cascade from an adapter of peft."""
 
 from __future__ import annotations
 
@@ -29,23 +29,25 @@ def from_peft(
     frontend: str = "auto",
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
-    """Adapt a model, with a LoRA adapter trained by peft as the first expert, with coefficient 1.
+    """Adapt a model that already has a LoRA adapter trained by peft. The adapter becomes the first expert.
 
-    Supports LoRA, rsLoRA, DoRA, patterns of ranks and alphas, linears, transformers' Conv1D, convolutions, embeddings,
-    parameters (`target_parameters`), `modules_to_save` and biases. Only JSON and safetensors are read.
+    Supports LoRA, rsLoRA, DoRA, `rank_pattern` and `alpha_pattern`, linears, transformers' Conv1D, convolutions,
+    embeddings, `target_parameters`, `modules_to_save` and biases. Reads only JSON and safetensors.
 
     Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        model, args, kwargs, frontend, base: as for `adapt`; the model is the adapter's base.
-        spec: of the training that follows; by default `export.peft_spec(folder, model)`. It has to adapt every weight
-            of the adapter, and to train in full every parameter that the adapter holds in full.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        model: the base model of the adapter, without the adapter.
+        args, kwargs, frontend, base: as for `adapt`.
+        spec: the spec of the training that follows. The default is `export.peft_spec(folder, model)`. It must adapt
+            every weight that the adapter has factors for, and train in full every parameter that the adapter stores in
+            full.
 
     Returns:
-        The cascade at stage 1. Its slow weights are the base with the adapter merged, exactly; its branches are new.
+        The cascade at stage 1, with new branches. Its slow weights are exactly the base with the adapter merged.
 
     Raises:
-        CheckpointError: the adapter is damaged, of another model, or not LoRA; or the spec leaves out a part of it.
-            Besides, whatever `adapt` raises. The model is left unchanged.
+        CheckpointError: the adapter is damaged, belongs to another model, or is not LoRA; or the spec leaves out a part
+            of it. All errors of `adapt` are raised too. The model is left unchanged.
     """
     opened = open_model(model)
     adapter = read_adapter(path_of(folder), opened)
@@ -61,7 +63,16 @@ def from_peft(
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
-    """Install an adapter in a cascade before its first stage."""
+    """Make an adapter the first expert of a new cascade.
+
+    Args:
+        cascade: the cascade, before its first stage.
+        adapter: the adapter.
+        changes: its factors for each weight, by name.
+
+    Raises:
+        CheckpointError: the spec leaves out a part of the adapter.
+    """
     run, canonical = cascade._run, named_weights(cascade.model).canonical
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
     experts, left_out = {}, []
@@ -69,11 +80,12 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         weight = canonical[name]
         site = run.plan.site(weight)
         if site is None:
-            left_out.append(f"{weight} is not adapted here: {reasons.get(weight, 'no call has used it yet')}")
+            left_out.append(f"{weight} is not adapted: {reasons.get(weight, 'no call has used it yet')}")
         elif pair.expert.row_scale is not None and not site.options.method.scales_rows:
-            left_out.append(f"{weight} has DoRA's magnitudes; give adapter='dora'")
+            left_out.append(f"{weight} has magnitudes of DoRA: set adapter='dora'")
         else:
             experts[weight] = [(1.0, pair.expert)]
+    # Values that the adapter stores in full: buffers of `modules_to_save`, and parameters.
     trained, buffers = {}, {}
     for name, value in adapter.full.items():
         if name not in canonical:
@@ -81,10 +93,10 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         elif canonical[name] in run.slow.trained:
             trained[canonical[name]] = value
         else:
-            left_out.append(f"{name} was trained in full; add it to spec.train")
+            left_out.append(f"{name} was trained in full: add it to spec.train")
     if left_out:
         raise CheckpointError(
-            f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}",
+            f"{adapter.folder}: the spec leaves out parts of the adapter: {'; '.join(left_out)}",
             code="conflicting-options",
         )
     install_experts(run, experts, trained, buffers)

@@ -1,4 +1,4 @@
-"""`lorasc_fx.materialize`: values for a model that was adapted on the meta device."""
+"""`lorasc_fx.materialize`: load the values of a model that was adapted on the meta device."""
 
 from __future__ import annotations
 
@@ -35,39 +35,41 @@ def materialize(
     device: torch.device | str | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> Cascade:
-    """Load the values of a model that was adapted on the meta device, one tensor at a time. All or nothing.
+    """Load the values of a model that was adapted on the meta device, one tensor at a time.
 
-    The model then runs on the example inputs, and branches, noise and placements start as if it had been loaded before
-    `adapt`. Values are cast to the model's dtypes. A cascade from `lorasc_fx.load` continues from its checkpoint.
+    Afterwards the model runs on the example inputs. Branches, noise and placements are the same as if the values had
+    been loaded before `adapt`. Values are cast to the model's dtypes. A cascade from `lorasc_fx.load` continues from
+    its checkpoint. After an error, the cascade is unchanged.
 
-    A cascade that `parallel.fsdp.shard` has sharded gets the shards of each rank. A rank reads its part of each tensor,
-    and a share of the full tensors, block by block, for their fingerprints. Every rank must call this. The model does
-    not run: the graph was captured from shapes.
+    If `parallel.fsdp.shard` has sharded the cascade, every rank must call this function, and gets its local shards. A
+    rank reads its part of each tensor. For fingerprints, it also reads some of the full tensors, block by block. The
+    model does not run, because its graph was captured from shapes.
 
     Args:
-        cascade: of a model with parameters on the meta device; without numbers it only shows its plan.
-        files: a safetensors file, or a folder with `model.safetensors`, or with its shards and their index. They have
-            to hold all parameters and persistent buffers of the model, one name of tied ones, and nothing else. The
-            names may have one more or one less common prefix.
-        device: of the model; by default the device of the example inputs, or of the shards. The inputs are moved there.
-            Inputs on the meta device become ones.
-        buffers: values of buffers on the meta device that no file holds, such as tables of rotary positions, by name.
+        cascade: the cascade of a model with parameters on the meta device.
+        files: a safetensors file, or a folder with `model.safetensors`, or with its shards and their index. They must
+            contain all parameters and persistent buffers of the model, and nothing else. Tied parameters are stored
+            under one of their names. All names may have an additional prefix, or lack a common one.
+        device: device of the model. The default is the device of the example inputs, or of the shards. The inputs are
+            moved to it. Inputs on the meta device are replaced by ones.
+        buffers: values of buffers that the files do not contain, such as tables of rotary positions, by name.
 
     Returns:
         The cascade itself.
 
     Raises:
-        CheckpointError: the files lack a tensor, hold another one or another shape, or cannot be read; or, with
-            base="file" at `adapt`, a site has another dtype; or they are not the base of the checkpoint.
-        SpecError: `device` is unknown or differs from the shards', or `buffers` has a wrong name or shape.
+        CheckpointError: the files lack a tensor, contain an unknown one or a wrong shape, or cannot be read; a site has
+            another dtype in them, with `base="file"` in `adapt`; or they are not the base of the checkpoint.
+        SpecError: `device` is unknown or is not the device of the shards, or `buffers` has a wrong name or shape.
         CaptureError: the model raises on the example inputs, or its graph computes something else than the model.
-        StateError: the model has values already; or another rank has failed, or sees other files.
+        StateError: the model already has values; or another rank has failed, or reads different files.
     """
     run = cascade._run
     meta = run.meta
     if meta is None:
         raise StateError(
-            "materialize: the model has its numbers already; adapt one that was built on the meta device",
+            "materialize: the model already has its values. Use materialize only for a model that was adapted on the "
+            "meta device.",
             code="not-available",
         )
     path, model = path_of(files), cascade.model
@@ -75,7 +77,7 @@ def materialize(
     if run.is_sharded:
         target = torch.device(run.slow.group.device)
         if device is not None and _device(device).type != target.type:
-            raise SpecError(f"materialize: device is {device!r}, and the shards are on {target}; leave it out")
+            raise SpecError(f"materialize: device={device!r}, but the shards are on {target}. Leave device out.")
     else:
         target = _device(device) if device is not None else device_of(args, kwargs or {})
 
@@ -88,6 +90,7 @@ def materialize(
         if run.is_sharded:
             _into_shards(cascade, path, target, buffers or {}, undo)
         else:
+            # Load the values, and start the same cascade object again, as `adapt` or `load` would have done.
             DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
             checkpoint, flags = meta.checkpoint, cascade._guard.flags
             source = open_base(path if meta.base == "file" else meta.base, model)
@@ -107,9 +110,10 @@ def materialize(
 def _into_shards(
     cascade: Cascade, path: Path, device: torch.device, buffers: Mapping[str, torch.Tensor], undo: Undo
 ) -> None:
-    """Read the shards of this rank, and start the run on them."""
+    """Load the local shards of this rank, and start the run on them."""
     run, model, meta, group = cascade._run, cascade.model, cascade._run.meta, cascade._run.slow.group
     assert meta is not None
+    # Each rank fingerprints some of the full tensors, and all ranks exchange the results.
     with group.agreed("materialize"):
         values = DeferredValues(model, path, meta.groups, buffers)
         names = {id(value): name for name, value in run.parameters_by_name().items()}
@@ -123,6 +127,7 @@ def _into_shards(
         if meta.checkpoint is not None:
             check_base(meta.checkpoint, run.parameters_by_name(), fingerprints)
         values.put(device, undo)
+        # Initialize the branches: every rank computes the full initial values, and keeps its slice.
         spec, stage = run.plan.spec, run.plan.stage
         new = {}
         for site in run.plan.sites:
@@ -139,13 +144,14 @@ def _device(requested: torch.device | str) -> torch.device:
         device = torch.device(requested)
     except (RuntimeError, TypeError) as fault:
         raise SpecError(
-            f"materialize: device is {requested!r}, which torch does not know; give 'cpu' or 'cuda:0'"
+            f"materialize: device={requested!r} is not a device of torch. Use for example 'cpu' or 'cuda:0'."
         ) from fault
     if device.type == "meta":
-        raise SpecError("materialize: device is meta, which holds no numbers; give 'cpu' or 'cuda:0'")
+        raise SpecError("materialize: the meta device holds no values. Use for example device='cpu' or 'cuda:0'.")
     return device
 
 
 def _restore(cascade: Cascade, attributes: dict[str, Any]) -> None:
+    """Set all attributes of the cascade to earlier values."""
     vars(cascade).clear()
     vars(cascade).update(attributes)

@@ -1,4 +1,4 @@
-"""Start a cascade: what `adapt`, `load`, `merge` and `materialize` have in common."""
+"""Start a cascade. These steps are common to `adapt`, `load`, `merge` and `materialize`."""
 
 from __future__ import annotations
 
@@ -42,25 +42,26 @@ from lorasc_fx.util.undo import PROCESS, Undo
 log = logging.getLogger("lorasc_fx")
 
 _ADAPTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameters that a living cascade has adapted, with a weak reference to it."""
+"""For each adapted parameter, a weak reference to its cascade. It is used to reject a model that is already adapted."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a cascade starts from.
+    """The prepared model and the settings from which a cascade starts.
 
     Args:
-        model: the user's model. Its layers and ties are prepared.
-        plan: an empty plan that has only a spec, or a saved plan.
+        model: the user's model, after `wrap_layers` and `settle_ties`.
+        plan: an empty plan with a spec, or a saved plan.
         frontend: name of a front end, or `auto`.
         args, kwargs: example inputs.
-        source: the file that keeps W0, or None to keep it in memory.
-        memory: which memory, if no file does.
-        joined: places whose parameters were tied, see `settle_ties`.
-        loads: whether the values of a checkpoint or of a sum follow. Then inputs may be left out: the first call
-            captures the graph.
-        written: parameters that forward writes into, as a checkpoint says; used until a capture finds them.
-        meta: what to remember until a model on the meta device gets its values.
+        source: the file that stores W0, or None to store it in memory.
+        memory: kind of memory for W0, if there is no file.
+        joined: the places whose parameters were tied, see `settle_ties`.
+        loads: whether values of a checkpoint or of a sum are loaded afterwards. Inputs may then be left out, and the
+            first call captures the graph.
+        written: names of the parameters that forward writes into, from a checkpoint. They are used until a capture
+            finds these parameters.
+        meta: state of a model on the meta device that `materialize` needs.
     """
 
     model: nn.Module
@@ -87,13 +88,14 @@ class Start:
         checkpoint: Checkpoint | None = None,
         loads: bool = False,
     ) -> Self:
-        """Prepare layers, ties and W0 of a model that `check_new` has accepted.
+        """Prepare the layers, ties and W0 of a model, which must have passed `check_new`.
 
         Args:
-            model, plan, frontend, inputs, loads: as the fields.
+            model, plan, frontend, loads: see `Start`.
+            inputs: args and kwargs.
             base: the argument of `adapt`.
             undo: restores the model.
-            checkpoint: that is loaded, if one is.
+            checkpoint: the checkpoint to load, if any.
         """
         meta = MetaModel(base, groups_of(model), checkpoint) if is_on_meta(model) else None
         if meta is not None:
@@ -105,36 +107,39 @@ class Start:
         source = open_base(base, model) if meta is None else None
         joined = settle_ties(model, plan.spec.untie, undo, strict=not loads)
         written = checkpoint.moved if checkpoint is not None else ()
-        memory: Memory = next((each for each in MEMORIES if each == base), "memory")
+        memory: Memory = next((name for name in MEMORIES if name == base), "memory")
         return cls(model, plan, frontend, *inputs, source, memory, joined, loads, written, meta)
 
     def cascade(self, undo: Undo, into: Cascade | None = None) -> Cascade:
-        """Capture the example, start the run, and return its cascade.
+        """Capture a graph for the example inputs, start the run, and return the cascade.
 
         Args:
             undo: restores the model.
-            into: a cascade to start again, instead of a new one.
+            into: a cascade to initialize again, instead of a new one.
         """
         model, plan, weights = self.model, self.plan, named_weights(self.model)
-        waits = self.loads and not self.args and self.kwargs is None
-        bound = bind_inputs(model, self.args, self.kwargs if self.kwargs is not None else {}) if not waits else None
+        no_inputs = self.loads and not self.args and self.kwargs is None
+        bound = None if no_inputs else bind_inputs(model, self.args, self.kwargs if self.kwargs is not None else {})
         compiler = Compiler(self.frontend, Calls(signature_of(model), one_key=isinstance(model, fx.GraphModule)))
+        # Freeze the model, except the parameters that are trained in full.
         trained = _trained(plan, weights)
         _check_memory(model, plan, trained, weights)
         flags = Flags.of(model)
         undo(partial(flags.restore, model))
         for name, parameter in weights.parameters.items():
             parameter.requires_grad_(name in trained)
+        # Capture, and decide which weights become sites.
         decided: Decided
         if bound is None:
             decided, example = compiler.decide(model, plan), None
         else:
             start = time.monotonic()
             with PROCESS:
-                decided = made = compiler.make(model, Decided(plan, {}, (), ()), *bound)
-            sites, seconds = len(made.plan.sites), time.monotonic() - start
-            log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend.name, sites, seconds)
+                decided = new = compiler.make(model, Decided(plan, {}, (), ()), *bound)
+            sites, seconds = len(new.plan.sites), time.monotonic() - start
+            log.info("adapted: variant 1 by %s, %d sites, in %.2f s", new.variant.frontend.name, sites, seconds)
             example = (tuple(self.args), dict(self.kwargs or {}))
+        # Start the run.
         written = partial(written_by, model, frozenset(self.written).intersection(weights.parameters))
         run = Run(
             model,
@@ -149,8 +154,9 @@ class Start:
             kind = cascade_class(model, compiler.calls.signature)
             cascade = kind(run, compiler, decided, example, flags, self.joined)
         else:
+            # The guard belongs to the run on the meta device, which ends here.
             undo(into._guard.arm)
-            into._guard.disarm()  # of the run without values
+            into._guard.disarm()
             Cascade.__init__(cascade := into, run, compiler, decided, example, flags, self.joined)
         undo(cascade._usage.disarm)
         cascade._usage.arm(run, cascade)
@@ -164,37 +170,37 @@ class Start:
 
 
 def check_loaded(cascade: Cascade, path: Path) -> None:
-    """Raise CheckpointError if the loaded values or graphs do not agree with the plan, or are not finite."""
+    """Raise CheckpointError if the loaded values or graphs do not agree with the plan, or contain inf or nan."""
     disagreements = cascade._run.faults()
     variant = cascade._graphs.variants.oldest
     if variant is not None:
         disagreements += cascade._graphs.compiler.faults(variant)
     if disagreements:
         raise CheckpointError(
-            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),
+            f"{path}: the checkpoint does not agree with its own plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),
             code="sites-differ",
         )
 
 
 def _is_adapted(parameter: nn.Parameter) -> bool:
-    """Whether a living cascade has adapted the model of a parameter."""
+    """Whether the parameter belongs to a cascade that still exists and was not released."""
     reference = _ADAPTED.get(parameter)
     cascade = reference() if reference is not None else None
     return cascade is not None and not cascade._run.released
 
 
 def _trained(plan: Plan, weights: Weights) -> dict[str, nn.Parameter]:
-    """Return the parameters that the spec trains in full.
+    """Return the parameters that the spec trains in full, by name.
 
     Raises:
-        SpecError: one of them has a dtype without gradients.
+        SpecError: a parameter has a dtype without gradients.
     """
     trained = {name: weights.parameters[name] for name in trained_by(plan.spec, weights.names)}
     for name, parameter in trained.items():
         if not parameter.is_floating_point() and not parameter.is_complex():
             raise SpecError(
-                f"train: {_pattern_of(plan, weights, name)!r} means {name}, which holds {parameter.dtype} and has no "
-                "gradient; exclude it",
+                f"train: {_pattern_of(plan, weights, name)!r} matches {name}, whose dtype {parameter.dtype} has no "
+                "gradients. Exclude it.",
                 code="not-trainable",
             )
     return trained
@@ -206,86 +212,92 @@ def _pattern_of(plan: Plan, weights: Weights, name: str) -> str:
 
 
 def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights: Weights) -> None:
-    """Refuse to write into a parameter that shares memory with another tensor, except as the same view (a tie).
+    """Check that no trained or adapted parameter overlaps in memory with another tensor. Tied parameters are allowed.
 
     Raises:
-        SpecError: the spec trains it in full.
-        PassError: it is a site of a saved plan.
+        SpecError: the spec trains such a parameter in full.
+        PassError: such a parameter is a site of a saved plan.
     """
     shared = shared_memory(model)
     for name in (weight for weight in trained if weight in shared):
         raise SpecError(
-            f"train: {_pattern_of(plan, weights, name)!r} means {name}, which {shared[name]}; exclude it, or give it "
-            "memory of its own (parameter.data = parameter.data.clone())",
+            f"train: {_pattern_of(plan, weights, name)!r} matches {name}, which {shared[name]}. Exclude it, or give it "
+            "separate memory (parameter.data = parameter.data.clone()).",
             code="not-trainable",
         )
     for name in (weight for weight in plan.by_weight if weight in shared):
         raise PassError(
-            f"{name} is a site of the plan, and {shared[name]}; give it memory of its own", code="not-trainable"
+            f"{name} is a site of the plan, but {shared[name]}. Give it separate memory "
+            "(parameter.data = parameter.data.clone()).",
+            code="not-trainable",
         )
 
 
 def check_new(model: nn.Module, on_meta: bool = False) -> None:
-    """Refuse a model that cannot be adapted as it is: adapted already, sharded, offloaded, or without values.
+    """Check that a model can be adapted: it must not be adapted, sharded, offloaded, or without values.
 
     Args:
-        model: to be adapted.
+        model: the model.
         on_meta: whether it may be on the meta device.
 
     Raises:
         CaptureError: a tensor has no values, or cannot be trained.
-        StateError: the model is sharded, a cascade or adapted already.
+        StateError: the model is sharded, is a cascade, or is already adapted.
     """
-    run_postponed()  # an earlier cascade of the model may have been dropped inside a trace
-    # accelerate keeps the weights of a module with such a hook on the meta device between calls.
+    run_postponed()  # if an earlier cascade of the model was dropped during a trace, its finalizer must run first
+    # accelerate's offload hooks keep the weights of a module on the meta device between calls.
     hooks = {name: getattr(module, "_hf_hook", None) for name, module in model.named_modules()}
     offloaded = [
         name
         for name, hook in hooks.items()
-        if any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ())))
+        if any(getattr(part, "offload", False) is True for part in (hook, *getattr(hook, "hooks", ())))
     ]
     if offloaded:
         raise CaptureError(
-            f"accelerate offloads the weights of {named(offloaded)} to the host or to disk, and puts them on the "
-            "device for a call only: a branch cannot train beside them. Load the model without offloading: leave "
-            "'cpu' and 'disk' out of device_map, or put the whole model on the host with device_map={'': 'cpu'}",
+            f"accelerate has offloaded the weights of {named(offloaded)} to the host or to disk, and loads them only "
+            "during a call, so they cannot be adapted. Load the model without offloading: remove 'cpu' and 'disk' from "
+            "device_map, or keep the full model on the host with device_map={'': 'cpu'}.",
             code="meta-model",
         )
-    for name, held in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(held):
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
             raise CaptureError(
-                f"{name} has no shape yet (a lazy module): call the model once on the inputs, and adapt it then",
+                f"{name} has no shape yet, because its module is lazy. Call the model once before adapt.",
                 code="meta-model",
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not on_meta:
             raise CaptureError(
-                f"{name} is on the meta device, without numbers: give the model its weights first", code="meta-model"
+                f"{name} is on the meta device and has no values. Load the weights of the model first.",
+                code="meta-model",
             )
         if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
             raise StateError(
-                f"{name} is cut over processes already (FSDP, tensor parallelism, DeepSpeed's ZeRO-3): adapt the whole "
-                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.parallel.fsdp.shard",
+                f"{name} is already sharded (by FSDP, tensor parallelism or DeepSpeed ZeRO-3). Adapt the unsharded "
+                "model, which may be on the meta device, and then call lorasc_fx.parallel.fsdp.shard on the cascade.",
                 code="sharded",
             )
         if parameter.is_inference():
             raise CaptureError(
-                f"{name} was made in torch.inference_mode, and nothing can train it: make it outside",
+                f"{name} was created in torch.inference_mode, so it cannot be trained. Create the model outside of it.",
                 code="not-trainable",
             )
     for name, module in model.named_modules():
         bases = [(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__]
         if ("peft", "BaseTunerLayer") in bases:  # without importing peft
             raise StateError(
-                f"{name} is a layer of peft ({type(module).__name__}), whose own factors would be adapted. "
-                "Give the base model: after peft's merge_and_unload() or unload() (delete_adapter for an adapter of "
-                "load_adapter), or a fresh one. To go on from the adapter, save it by save_pretrained and call "
-                "lorasc_fx.from_peft(folder, base_model)",
+                f"{name} is a layer of peft ({type(module).__name__}), and its factors would be adapted too. Pass the "
+                "base model instead: call peft's merge_and_unload() or unload() (delete_adapter after load_adapter), "
+                "or load it again. To continue from the adapter, save it:\n\n"
+                "    peft_model.save_pretrained(folder)\n"
+                "    cascade = lorasc_fx.from_peft(folder, base_model)",
                 code="already-adapted",
             )
     if any(isinstance(module, Cascade) for module in model.modules()):
         raise StateError(
-            "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns",
+            "This model is a cascade, or contains one. Release it first:\n\n"
+            "    model = cascade.release()\n"
+            "    cascade = lorasc_fx.adapt(model, ...)",
             code="already-adapted",
         )
     if any(_is_adapted(parameter) for parameter in model.parameters()):
@@ -293,7 +305,7 @@ def check_new(model: nn.Module, on_meta: bool = False) -> None:
     for name, parameter in model.named_parameters():
         if _is_adapted(parameter):
             raise StateError(
-                f"this model is adapted already (its {name} belongs to a living cascade): "
-                "call release() on that one first",
+                f"This model is already adapted: its parameter {name} belongs to another cascade. Call release() on "
+                "that cascade first.",
                 code="already-adapted",
             )

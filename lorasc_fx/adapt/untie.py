@@ -1,4 +1,4 @@
-"""Ties: equal views of one memory become one parameter, and `CascadeSpec.untie` gives some places a separate copy."""
+"""Tied parameters: make equal views of one memory one parameter, and give the places in `CascadeSpec.untie` a copy."""
 
 from __future__ import annotations
 
@@ -16,31 +16,37 @@ from lorasc_fx.util.undo import Undo
 
 
 def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
-    """Tie parameters that are equal views of one memory, and untie those that match a pattern.
+    """Tie parameters that are equal views of one memory, and untie the parameters that match a pattern.
 
-    Two parameters on one memory (`b.weight.data = a.weight.data`) are one weight, which gets one branch and is written
-    once. The first place keeps its object.
+    Two parameters with the same memory (`b.weight.data = a.weight.data`) are one weight: it gets one branch, and is
+    written once. So both modules get the Parameter object of the first one.
+
+    Args:
+        model: the model to change.
+        patterns: patterns of the places to untie.
+        undo: restores the model.
+        strict: whether each pattern must match a tied parameter.
 
     Returns:
-        The places that `lorasc_fx.cascade.dropped.DropGuard` restores at the end, with their parameters.
+        Module, attribute name and original parameter of each place that was tied. `DropGuard` restores them at the end.
 
     Raises:
-        SpecError: `strict`, and a pattern matches no tied parameter.
+        SpecError: a pattern matches no tied parameter, and `strict` is set.
     """
-    first: dict[Memory, nn.Parameter] = {}
+    by_memory: dict[Memory, nn.Parameter] = {}
     shared: dict[int, nn.Parameter] = {}
     for parameter in model.parameters():
         memory = Memory.of(parameter)
         if memory is not None:
-            shared[id(parameter)] = first.setdefault(memory, parameter)
+            shared[id(parameter)] = by_memory.setdefault(memory, parameter)
     joined = exchange(model, lambda holder: shared.get(id(holder.value)), undo)
     ties = _ties(model) if patterns else []
     for pattern in patterns if strict else ():
         if not any(matches(pattern, names) for tie in ties for names in tie.places.values()):
-            tied = "; tied here: " + ", ".join("=".join(names[0] for names in tie.places.values()) for tie in ties[:5])
+            tied = ", ".join("=".join(names[0] for names in tie.places.values()) for tie in ties[:5])
             raise SpecError(
-                f"untie: {pattern!r} means no parameter that is held in two places"
-                f"{tied if ties else ', and none here is: leave untie out'}",
+                f"untie: {pattern!r} matches no tied parameter. "
+                f"{f'Tied are: {tied}' if ties else 'The model has no tied parameters: leave untie out'}",
                 code="unknown-target",
             )
     untied = _untie(model, ties, patterns, undo)
@@ -53,9 +59,9 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
 
 
 def _untie(model: nn.Module, ties: Sequence[_Tie], patterns: Sequence[str], undo: Undo) -> set[_Place]:
-    """Give each place that matches a pattern a separate, equal parameter. Return the places that changed.
+    """Give each place that matches a pattern a separate copy of the parameter. Return the places that changed.
 
-    The first place keeps the shared object. Places that match no pattern stay tied to each other.
+    Places that match no pattern stay tied to each other. The first place keeps the original object.
     """
     new: dict[_Place, nn.Parameter] = {}
     for tie in ties:
@@ -63,7 +69,7 @@ def _untie(model: nn.Module, ties: Sequence[_Tie], patterns: Sequence[str], undo
         untie = [key for key, names in tie.places.items() if any(matches(pattern, names) for pattern in patterns)]
         tied = [key for key in tie.places if key not in untie]
         for group in [tied, *([key] for key in untie)]:
-            if next(iter(tie.places)) not in group:
+            if next(iter(tie.places)) not in group:  # the group with the first place keeps the object
                 untied = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
                 new |= dict.fromkeys(group, untied)
     exchange(model, lambda holder: new.get((id(holder.module), holder.leaf)), undo)
@@ -71,19 +77,24 @@ def _untie(model: nn.Module, ties: Sequence[_Tie], patterns: Sequence[str], undo
 
 
 _Place = tuple[int, str]
-"""Id of a module, and the name under which it holds a parameter."""
+"""Id of a module, and the attribute name of its parameter."""
 
 
 @dataclass(frozen=True)
 class _Tie:
-    """A parameter in several places, with all full names of each place."""
+    """A parameter with several places in a model.
+
+    Args:
+        parameter: the parameter.
+        places: the full names of each place. A place has several names if its module is registered more than once.
+    """
 
     parameter: nn.Parameter
     places: dict[_Place, tuple[str, ...]]
 
 
 def _ties(model: nn.Module) -> list[_Tie]:
-    """Return every parameter in more than one place."""
+    """Return the parameters that have several places."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)

@@ -1,4 +1,8 @@
-"""Capture a model as a graph: try the front ends in order, compare each graph with the model, report the failures."""
+"""Capture a model as a graph: try the front ends in order, and compare each graph with the eager model.
+
+A front end is one way to trace a model: torch.export, torch.fx.symbolic_trace, or dynamo with graph breaks. If every
+front end fails, the error lists their reasons.
+"""
 
 from __future__ import annotations
 
@@ -61,30 +65,31 @@ def capture(
     trained: Collection[str] | None = None,
     rewrites: Sequence[Rewrite] = (),
 ) -> Captured:
-    """Turn a call of a model into a graph that reads the live model.
+    """Trace one call of a model. The resulting graph holds no weights: it reads the model's parameters at each call.
 
-    A graph is accepted only if its outputs and gradients are those of the eager model. If the model computes something
-    else without gradients, the graph is for the current gradient mode.
+    A graph is accepted only if it computes the same outputs and gradients as the eager model. If the model computes
+    something else in the other gradient mode, the graph is valid for the current mode only.
 
     Args:
         model: a GraphModule needs no front end. A model on the meta device, or sharded, is captured on fake tensors.
-        args, kwargs: example inputs in canonical shape (`bind_inputs`).
-        frontend: a name in FRONTENDS, or `auto`: the first front end that works.
+        args, kwargs: example inputs in canonical form (`bind_inputs`).
+        frontend: a name in FRONTENDS, or `auto` for the first front end that works.
         dynamic: axes to make dynamic. All other sizes are constants of the graph.
         trained: names of the parameters that require gradients in training, directly or through a branch. None for all.
-        rewrites: passes that run on a whole graph before it is compared with the model.
+        rewrites: passes that run on a full graph before it is compared with the model.
 
     Raises:
         CaptureError: the model raises on the inputs, or no front end works. The message lists the reason of each.
     """
     if frontend != "auto" and frontend not in FRONTENDS:
-        known = ("auto", *FRONTENDS)
+        names = ("auto", *FRONTENDS)
         raise CaptureError(
-            f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}", code="unknown-name"
+            f"frontend={frontend!r} does not exist{nearest(frontend, names)}. Use one of {', '.join(names)}.",
+            code="unknown-name",
         )
     on_values = has_values(model)
     with with_fake_tensors(model, args, kwargs) as (inputs, named):
-        # Run the model before any tracer sees it: graphs are compared with what this run shows.
+        # Run the eager model before any tracer does: each graph is compared with the results of this run.
         with requiring_grad(model, trained):
             preflight = run_preflight(model, inputs, named, torch.is_grad_enabled())
         example = _Example(model, inputs, named, dynamic, trained, rewrites, preflight, on_values)
@@ -93,25 +98,30 @@ def capture(
         else:
             tried = FRONTENDS.values() if frontend == "auto" else (FRONTENDS[frontend],)
             captured = example.first_that_agrees(tuple(tried))
+    # Guard the Python state only now: a first run may fill caches in the model's attributes.
     state = Guards(model, preflight.assigned, preflight.written)
-    if captured.known is not None:
-        captured.known.state = ref(state)
+    if captured.cached is not None:
+        captured.cached.state = ref(state)
     return replace(
         captured,
         own_backward=bool(preflight.seen.functions),
-        whole_elsewhere=preflight.obstacles == [RECOMPUTES],
+        only_recomputes=preflight.obstacles == [RECOMPUTES],
         conditions=replace(
             captured.conditions,
             state=state,
             grad=preflight.grad,
-            requires_grad=requires_grad(leaves(args, kwargs)) if preflight.seen.asks else None,
+            requires_grad=requires_grad(leaves(args, kwargs)) if preflight.seen.reads_grad_state else None,
         ),
     )
 
 
 @dataclass(frozen=True)
 class _Example:
-    """The call that is captured, with the arguments of `capture` and what the preflight observed."""
+    """The call to capture: the arguments of `capture`, and the observations of the preflight run.
+
+    Args:
+        on_values: False if the model runs on fake tensors, because it is on the meta device or sharded.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -126,7 +136,7 @@ class _Example:
         """Return the graph of the first front end that works.
 
         Raises:
-            CaptureError: none does; the message lists the reason of each.
+            CaptureError: every front end fails. The message lists their reasons.
         """
         register_cache_pytrees(self.model)
         name = type(self.model).__name__
@@ -137,25 +147,27 @@ class _Example:
                 captured = self._captured(front_end)
                 log.info("%s captured by %s, in %.2f s", name, front_end.name, time.monotonic() - start)
                 return replace(captured, refused=tuple((failed, reason) for failed, reason, _ in failures))
-            except MemoryError:  # says nothing about the front end
+            except MemoryError:  # the next front end would not need less memory
                 raise
-            except Exception as fault:  # a tracer may raise anything
+            except Exception as fault:  # tracers raise exceptions of any type
                 failures.append((front_end.name, one_line(fault), fault))
                 seconds = time.monotonic() - start
                 log.info("%s not captured by %s, in %.2f s: %s", name, front_end.name, seconds, one_line(fault))
         reasons = "".join(f"\n  {failed}: {reason}{self._where(fault)}" for failed, reason, fault in failures)
         raise CaptureError(
-            f"no front end takes {name}. Change what the reasons name, or adapt a part of it:{reasons}"
+            f"No front end can capture {name}. Change the code that the reasons below name, or adapt only a part of "
+            f"the model:{reasons}"
         ) from failures[0][2]
 
     def _captured(self, front_end: FrontEnd) -> Captured:
-        """Return the graphs of one front end; a whole graph is compared with the model first."""
-        if not front_end.whole:
+        """Return the result of one front end. A full graph is compared with the model first."""
+        if not front_end.full_graph:
             if not self.on_values:
                 raise RuntimeError(
-                    "is tried by values, and the model is on the meta device, or sharded: give it its weights first"
+                    "this front end must run the model, which has no values here (it is on the meta device, or "
+                    "sharded). Load its weights before adapt"
                 )
-            # Not under `requiring_grad`: dynamo guards on requires_grad, which has to be as in every later call.
+            # Not under `requiring_grad`: dynamo guards on requires_grad, so the flags must be as in later calls.
             with isolated_model(self.model):
                 return front_end.trace(self.model, self.args, self.kwargs, self.dynamic)
         self.preflight.check()
@@ -166,14 +178,14 @@ class _Example:
         except Disagreement:
             if captured.drop_cached is None:
                 raise
-            # The cached graph is stale because of something that its key does not cover. Capture once more.
+            # The graph came from the cache, and something that its key does not cover has changed. Capture again.
             captured.drop_cached()
             return self._captured(front_end)
         return captured
 
     def _traced(self, front_end: FrontEnd) -> Captured:
-        """Return the whole graph, traced in the gradient mode of its calls, after the rewrites."""
-        grad = self.preflight.grad is not False
+        """Return the full graph after the rewrites, traced in the gradient mode in which it will be called."""
+        grad = self.preflight.grad is not False  # if the mode does not matter (None), trace with gradients
         with isolated_model(self.model), requiring_grad(self.model, self.trained), torch.set_grad_enabled(grad):
             captured = front_end.trace(self.model, *copy_inputs(self.args, self.kwargs), self.dynamic)
             for rewrite in self.rewrites:
@@ -181,32 +193,33 @@ class _Example:
             return captured
 
     def _where(self, fault: Exception) -> str:
-        """Return where a graph first differs from the model, as the end of a sentence, or ""."""
+        """Return the first module in which a graph differs from the model, as the end of a sentence, or ""."""
         if not isinstance(fault, Disagreement) or not self.on_values:
             return ""
         with requiring_grad(self.model, self.trained):
-            first = first_difference(fault, self.model, self.args, self.kwargs)
-        return f"; the first module that differs is {first}"
+            module = first_difference(fault, self.model, self.args, self.kwargs)
+        return f"; the first module that differs is {module}"
 
 
 def open_model(model: Any) -> nn.Module:
-    """Return the module to adapt: a module itself, or the graph module of an exported program.
+    """Return the module to adapt: the model itself, or the graph module of an ExportedProgram.
 
     Raises:
-        CaptureError: the model is neither.
+        CaptureError: the model is neither an nn.Module nor an ExportedProgram.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise CaptureError(
-            f"model is a {type(model).__name__} of TorchScript, whose code neither torch.export nor torch.fx reads; "
-            "give the nn.Module that it was made of",
+            f"model is a {type(model).__name__}, and neither torch.export nor torch.fx can trace TorchScript. Pass the "
+            "nn.Module from which it was scripted or traced.",
             code="not-a-model",
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"model is {type(model).__name__}; give an nn.Module, a GraphModule, or an ExportedProgram. "
-            "torch.export.load(path) reads one from a .pt2 file; it unpickles, so use it for files that you trust",
+            f"model is a {type(model).__name__}. Pass an nn.Module, a GraphModule or an ExportedProgram. "
+            "torch.export.load(path) returns the ExportedProgram of a .pt2 file. It unpickles: load only files that "
+            "you trust.",
             code="not-a-model",
         )
     return model

@@ -1,4 +1,8 @@
-"""What a front end returns: a graph that reads the live model, whose weights are `model.NAME`."""
+"""The result of a front end: a graph without weights, which reads them from the user's model.
+
+The model itself is a child of the graph module, under the name `model`. So a node that reads a weight is
+`get_attr[target=model.NAME]`, and always sees the current value.
+"""
 
 from __future__ import annotations
 
@@ -17,55 +21,58 @@ from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.util.accelerator import generator_states
 
 OWNER = "model"
-"""Name of the child of a graph module that is the live model."""
+"""Name under which a graph module holds the user's model as a child."""
 
 Axis = tuple[int, int]
-"""Index of an input among the leaves of the arguments, and one of its axes."""
+"""An axis of an input: the input's index among the pytree leaves of the arguments, and the axis."""
 
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """One way to get graphs of a model.
+    """One way to trace a model.
 
     Args:
-        name: as the option `frontend` and checkpoints spell it.
-        trace: returns the graph of a call (model, args, kwargs, dynamic). It may raise anything.
-        whole: whether it returns one graph of the whole model, to be compared with the model. Otherwise it returns a
-            `GraphBreakFallback`: several graphs with Python in between.
-        sees_inside: whether it traces into modules of torch.nn. If not, a weight in one of them may stay hidden.
-        serves_all_calls: whether one graph serves every call, whatever its inputs.
+        name: the spelling in the option `frontend` and in checkpoints.
+        trace: traces a call (model, args, kwargs, dynamic). It may raise any exception.
+        full_graph: whether it returns one graph of the full model, which is compared with the model. Otherwise it
+            returns a `GraphBreakFallback`: several graphs with Python in between.
+        sees_inside: whether it traces into modules of torch.nn. If not, it may miss a weight in one of them.
+        serves_all_calls: whether one graph is valid for every call, whatever its inputs.
     """
 
     name: str
     trace: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Collection[Axis]], Captured]
-    whole: bool = True
+    full_graph: bool = True
     sees_inside: bool = True
     serves_all_calls: bool = False
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The calls that a graph is valid for: what it holds as constants, the gradient mode, and the Python state.
+    """The conditions under which a graph is valid for a call.
 
     Args:
-        guards: takes the leaves of the arguments and raises AssertionError if the graph is not valid for them.
-        sizes: for each tensor leaf its sizes, with None for a dynamic one; None for a leaf that is no tensor. Empty if
-            the graph holds no sizes.
-        asked: the axes that were asked to be dynamic. Some may be constant all the same.
+        guards: the guards of torch.export. Takes the leaves of the arguments, and raises AssertionError if they fail.
+        sizes: the shape of each tensor leaf, with None for a dynamic size, and None for any other leaf. Empty if the
+            graph does not depend on sizes.
+        requested: the axes that the capture was to make dynamic. The tracer may have made some of them constant.
         state: guards on the model's Python state.
         grad: gradient mode of the calls; None if the model computes the same in both.
-        requires_grad: the flag of each leaf, if the model asks tensors for it.
+        requires_grad: expected flag of each leaf; None if the model does not read these flags.
     """
 
     guards: Callable[..., Any] | None = None
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
-    asked: frozenset[Axis] = frozenset()
+    requested: frozenset[Axis] = frozenset()
     state: Guards | None = None
     grad: bool | None = None
     requires_grad: tuple[bool, ...] | None = None
 
     def accepts_gradients(self, leaves: list[Any]) -> bool:
-        """Whether the inputs require gradients as those of the capture did. Simple enough for dynamo to trace."""
+        """Whether the inputs have the same requires_grad flags as at the capture.
+
+        Dynamo traces this method, so it uses simple loops only.
+        """
         if self.requires_grad is not None:
             for leaf, expected in zip(leaves, self.requires_grad, strict=True):
                 if expected != (isinstance(leaf, torch.Tensor) and leaf.requires_grad):
@@ -73,12 +80,12 @@ class Conditions:
         return True
 
     def accepts_sizes(self, leaves: list[Any]) -> bool:
-        """Whether the inputs have the constant sizes of the graph, and 2 or more where it is dynamic.
+        """Whether the inputs have the constant sizes of the graph, and at least 2 for each dynamic size.
 
-        torch.export assumes that a dynamic size is neither 0 nor 1, and keeps no guard for it. Such calls are captured
-        on their own. Simple enough for dynamo to trace.
+        torch.export assumes that a dynamic size is neither 0 nor 1, and adds no guard for that. A call with such a size
+        therefore gets a separate graph. Dynamo traces this method, so it uses simple loops only.
         """
-        # Not strict: `sizes` is empty if the graph holds no sizes.
+        # Not strict: `sizes` is empty if the graph does not depend on sizes.
         for leaf, sizes in zip(leaves, self.sizes, strict=False):
             if isinstance(leaf, torch.Tensor) and sizes is not None:
                 for size, fixed in zip(leaf.shape, sizes, strict=True):
@@ -87,7 +94,7 @@ class Conditions:
         return True
 
     def assert_sizes(self, proxies: list[Any]) -> None:
-        """Let a graph that torch.fx traces raise AssertionError for inputs of other sizes than this one holds."""
+        """Add asserts to the graph that torch.fx is tracing: it inlines this graph, and must have the same sizes."""
         for proxy, sizes in zip(proxies, self.sizes, strict=False):
             for axis, fixed in enumerate(sizes or ()):
                 if fixed is not None and isinstance(proxy, fx.Proxy):
@@ -96,7 +103,7 @@ class Conditions:
                     torch._assert(size == fixed, message)
 
     def accepts(self, leaves: list[Any]) -> bool:
-        """Whether the graph is valid for inputs of these sizes and gradient flags."""
+        """Whether the graph is valid for these inputs: their sizes, requires_grad flags and the export guards."""
         if not (self.accepts_gradients(leaves) and self.accepts_sizes(leaves)):
             return False
         if self.guards is None:
@@ -107,8 +114,11 @@ class Conditions:
             return False
         return True
 
-    def other_axes(self, leaves: list[Any]) -> set[Axis]:
-        """Return the axes that are dynamic here, or have another size in these inputs, both sizes being 2 or more."""
+    def varying_axes(self, leaves: list[Any]) -> set[Axis]:
+        """Return the axes that are dynamic in this graph, or whose constant size differs from these inputs.
+
+        Sizes of 0 and 1 do not count, because a dynamic size does not cover them.
+        """
         return {
             (index, axis)
             for index, (leaf, sizes) in enumerate(zip(leaves, self.sizes, strict=False))
@@ -118,7 +128,11 @@ class Conditions:
         }
 
     def hold(self, traced: bool = False) -> bool:
-        """Whether gradient mode and Python state are as at the capture; `traced` while dynamo traces this."""
+        """Whether gradient mode and Python state are the same as at the capture.
+
+        Args:
+            traced: whether dynamo traces this call. Then only state that dynamo can compare is checked.
+        """
         if self.grad is not None and self.grad != torch.is_grad_enabled():
             return False
         return self.state is None or (self.state.hold_traced() if traced else self.state.hold())
@@ -126,18 +140,19 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Captured:
-    """What a front end returns, completed by `capture`.
+    """The result of a capture.
 
     Args:
-        module: graph module that reads the live model under `model.`. An empty one if there is a fallback.
-        frontend: the front end that made it.
+        module: graph module that reads the weights as `model.NAME`. It is empty if there is a fallback.
+        frontend: the front end that traced it.
         conditions: the calls that the graph is valid for.
-        refused: names and reasons of the front ends that failed before.
-        fallback: a `GraphBreakFallback`, if the front end finds several graphs.
-        own_backward: whether the model has backward code of its own, such as a custom autograd.Function.
-        whole_elsewhere: whether only gradient checkpointing ruled out a whole graph. In another mode it may be off.
-        drop_cached: drops the graph from the cache that it was taken from; None for a new graph.
-        known: what the cache holds of a new graph.
+        refused: (name, reason) of each front end that was tried before and failed.
+        fallback: a `GraphBreakFallback`, if the model is traced as several graphs.
+        own_backward: whether the model runs a custom backward, such as the backward of an autograd.Function.
+        only_recomputes: whether gradient checkpointing alone ruled out a full graph. In eval mode it may be off, and a
+            full graph possible.
+        drop_cached: clears the graph cache, if the graph came from it. None for a new graph.
+        cached: the new entry in the graph cache. None if the graph was not cached.
     """
 
     module: fx.GraphModule
@@ -146,72 +161,77 @@ class Captured:
     refused: tuple[tuple[str, str], ...] = ()
     fallback: Any = None
     own_backward: bool = False
-    whole_elsewhere: bool = False
+    only_recomputes: bool = False
     drop_cached: Callable[[], None] | None = None
-    known: Any = None
+    cached: Any = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:
-    """Return a graph module that reads everything that belongs to the model from the live model.
+    """Return a graph module that reads parameters, buffers and submodules from the model, as `model.NAME`.
+
+    For example, `get_attr[target=fc.weight]` becomes `get_attr[target=model.fc.weight]`. Constants that the tracer
+    added are moved to the new graph module.
 
     Args:
-        holder: module in which the graph's names resolve now. What does not belong to the model is taken from it.
+        holder: the module in which the targets of the graph resolve.
         graph: is changed in place.
-        model: the live model.
-        prefix: of the model's names in the graph, if they have one.
+        model: the user's model.
+        prefix: removed from the targets to get the names in the model.
     """
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    new, foreign = nn.Module(), dict[str, str]()
+    constants, names_of_constants = nn.Module(), dict[str, str]()
 
     def rename(node: fx.Node) -> str:
         target = str(node.target)
-        region = node.op == "get_attr" and hasattr(holder, target)  # the body of a higher-order op
+        # A higher-order op (torch.cond) reads its body as an attribute. The body may be called like a module.
+        is_body = node.op == "get_attr" and hasattr(holder, target)
         name = target.removeprefix(prefix)
-        if name in tensors or (name in modules and not region):
+        if name in tensors or (name in modules and not is_body):
             return f"{OWNER}.{name}"
-        if target not in foreign:
-            flat = target.replace(".", "_")  # a holder of constants has no children
-            while flat == OWNER or flat in foreign.values():
+        if target not in names_of_constants:
+            flat = target.replace(".", "_")  # constants are stored without submodules
+            while flat == OWNER or flat in names_of_constants.values():
                 flat += "_"
-            foreign[target] = flat
-            _put(new, flat, operator.attrgetter(target)(holder))
-        return foreign[target]
+            names_of_constants[target] = flat
+            _put(constants, flat, operator.attrgetter(target)(holder))
+        return names_of_constants[target]
 
     retarget(graph, rename)
-    # A tracer recorded the product of a quantized layer as an opaque op with the key of its module. Read the weight.
+    # The tracer recorded the product of a quantized layer as an opaque op that has the key of the layer. Replace it by
+    # an op that takes the weight, so that branches can be matched with it.
     layers = {
         module.key: (f"{OWNER}.{name}", module.bias is not None)
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
     }
     products_with_weights(graph, layers)
-    live = with_owner(new, graph, model)
-    live.graph.lint()
-    return live
+    module = with_owner(constants, graph, model)
+    module.graph.lint()
+    return module
 
 
 def with_owner(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
-    """Return a graph module with the tensors and modules of a holder, and the live model as its owner."""
+    """Return a graph module that has the tensors and modules of `holder`, and the model as its child `model`."""
     holder._modules[OWNER] = model
     holder.training = model.training
-    live = graph_module_like(holder, graph)
-    live.meta = {}
-    set_record(live, Record(owner=OWNER))
-    return live
+    module = graph_module_like(holder, graph)
+    module.meta = {}
+    set_record(module, Record(owner=OWNER))
+    return module
 
 
 def _put(module: nn.Module, name: str, value: Any) -> None:
-    """Give a module a child, parameter, buffer or plain attribute."""
-    # The order matters: a Parameter is a Tensor.
+    """Store a value in a module as a child, parameter, buffer or plain attribute, by its type."""
+    # A Parameter is a Tensor too, so it must come first.
     stores = ((nn.Module, module._modules), (nn.Parameter, module._parameters), (torch.Tensor, module._buffers))
     store: Any = next((store for kind, store in stores if isinstance(value, kind)), vars(module))
     store[name] = value
 
 
-def check_drew_nothing(before: Mapping[str, torch.Tensor]) -> None:
-    """Raise RuntimeError if a trace has drawn random numbers: every call of its graph would repeat them.
+def check_no_random_draws(before: Mapping[str, torch.Tensor]) -> None:
+    """Raise RuntimeError if a trace has drawn random numbers: the graph would repeat the same numbers in every call.
 
     Args:
         before: states of torch's generators before the trace.
@@ -221,10 +241,10 @@ def check_drew_nothing(before: Mapping[str, torch.Tensor]) -> None:
 
 
 def _capture_graph(model: nn.Module, args: Any, kwargs: Any, dynamic: Collection[Axis]) -> Captured:
-    """Return the graph of a graph module, reading the module itself."""
+    """Return a copy of the graph of a GraphModule, which reads the weights of that GraphModule."""
     assert isinstance(model, fx.GraphModule)
     return Captured(read_live(model, copy_graph(model.graph), model), GRAPH_MODULE)
 
 
 GRAPH_MODULE = FrontEnd("graph", _capture_graph, serves_all_calls=True)
-"""For a model that is a graph already."""
+"""Front end for a model that is already a GraphModule."""

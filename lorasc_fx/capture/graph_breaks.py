@@ -1,12 +1,14 @@
-"""Front end `graph-breaks`: the graphs between dynamo's graph breaks, with the model's Python in between.
+"""Front end `graph-breaks`: dynamo splits the model into subgraphs, and runs its Python code between them.
 
-torch.compile passes each subgraph to a backend of this package. The weights are inputs of a subgraph; their names
-follow from the identity of the Parameters. Dynamo's guards choose the subgraph, as the key of a call chooses a variant.
-Layers of one class share a subgraph, so there is one rewritten graph for each set of weights that it is called with. A
-first run collects the graphs before it is decided which weights get a branch.
+`torch.compile` passes each subgraph to a backend of this package, which adds branches to it. Dynamo's guards select the
+subgraph of a call.
 
-`eager_trace` finds the weights that the Python in between uses. It follows tensors computed from weights alone, as
-graph/flow.py does in graphs, until they meet an input.
+- The weights are inputs of a subgraph. The identity of a Parameter tells its name.
+- Layers of one class share a subgraph, so a subgraph has one rewritten graph for each tuple of weights.
+- A first run collects the subgraphs, because a branch must be decided over all uses of its weight.
+
+Python between the subgraphs may use weights too. `eager_trace` finds them: it follows tensors that are computed from
+weights alone until they meet an input. graph/flow.py applies the same rules to nodes.
 """
 
 from __future__ import annotations
@@ -43,15 +45,22 @@ from lorasc_fx.quantized import as_opaque_products, can_require_grad
 from lorasc_fx.util.undo import PROCESS, Block, isolated
 
 MAX_CAPTURES = 64
-"""Captures of one code object for the same modules, after which a call raises."""
+"""Maximum number of subgraphs that dynamo may compile from one code object for the same modules."""
 
 Names = tuple[str | None, ...]
+"""For each input of a subgraph: the name of the parameter or buffer that it is, or None."""
 Rewrite = Callable[[fx.GraphModule], Callable[..., Any]]
 
 
 @dataclass
 class _Subgraph:
-    """A subgraph of dynamo, with its graphs before and after rewriting, by the weights that it is called with."""
+    """A subgraph of dynamo, and the graphs made from it.
+
+    Args:
+        source: the graph of dynamo, which takes its weights as inputs.
+        graphs: graphs that read the weights as `model.NAME`, by the names of the weights.
+        running: the same graphs after rewriting.
+    """
 
     source: fx.GraphModule
     graphs: dict[Names, fx.GraphModule] = field(default_factory=dict)
@@ -59,48 +68,50 @@ class _Subgraph:
 
 
 class GraphBreakFallback:
-    """A model that runs as graphs with Python in between. It is called as the model is.
+    """A model that runs as several graphs with Python in between. It takes the arguments of the model.
 
     Attributes:
         model: the user's model.
-        swapped: functions of weights, by name. While the model runs it reads `f(weight)` in place of the weight, in
-            graphs and in between.
+        swapped: a function f for each swapped weight, by name. While the model runs, graphs and Python code read
+            `f(weight)` instead of the weight. It is needed for weights that Python uses outside of the subgraphs.
+        before_call: called with the arguments before each call, if set.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._rewrite: Rewrite | None = None
         self._subgraphs: list[_Subgraph] = []
-        self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
+        self._names = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self.swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._effective: EffectiveWeights | None = None
-        self.look: Callable[[Any, Mapping[str, Any]], None] | None = None  # gets the arguments before each call runs
+        self.before_call: Callable[[Any, Mapping[str, Any]], None] | None = None
         self._discovering = False
         compiler = inspect.unwrap(torch.compile)  # Lightning Fabric wraps it, and would copy the backend
+        # Dynamo keeps the backend in the cache of the code object. That must not keep the model alive.
         backend = _Backend(ref(self))
         self._compiled: Any = compiler(model, backend=backend)
         finalize(self, backend.invalidate)
 
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Run the model once, and collect its subgraphs. The model and the random generators are left unchanged.
+        """Run the model once and collect its subgraphs. The model and the random generators are left unchanged.
 
-        Inside the subgraphs, weights require gradients in this run, as they will with branches: dynamo guards on
-        `requires_grad` of a subgraph's outputs, and would otherwise capture everything after them again. There may be
-        no subgraph at all: dynamo leaves a loop with a break in it to Python, with the modules called there.
+        There may be no subgraph: dynamo runs a loop that contains a graph break in Python, with all modules called in
+        it.
         """
         try:
             with isolation(self.model, args, kwargs, seeded=False) as (inputs, named):
                 _reset_codes_without_entries()
                 self._discovering = True
                 self(*inputs, **named)
-        except torch._dynamo.exc.TorchDynamoException:  # a bug of dynamo: the model itself runs
+        except torch._dynamo.exc.TorchDynamoException:  # a bug of dynamo, because the eager model has run before
             self._subgraphs.clear()
             self.run_eager()
         finally:
             self._discovering = False
 
-    def rewrite_by(self, rewrite: Rewrite) -> None:
-        """Rewrite every subgraph, also those that later calls bring."""
+    def rewrite_with(self, rewrite: Rewrite) -> None:
+        """Rewrite every subgraph, and also the subgraphs of later calls."""
+        # Assign the results only when all rewrites have succeeded.
         rewritten = [
             {names: rewrite(graph) for names, graph in subgraph.graphs.items()} for subgraph in self._subgraphs
         ]
@@ -112,27 +123,28 @@ class GraphBreakFallback:
         """Run the model with rewritten subgraphs.
 
         Raises:
-            CaptureError: the calls vary too much: dynamo would continue without graphs, and so without branches.
+            CaptureError: too many subgraphs. Dynamo would continue eagerly, and so without branches.
         """
-        if self.look is not None:
-            self.look(args, kwargs)
+        if self.before_call is not None:
+            self.before_call(args, kwargs)
         return self.compute(args, kwargs)
 
-    @_disable_dynamo  # torch.compile around a cascade would trace the model itself, without branches
+    @_disable_dynamo  # torch.compile around a cascade would otherwise trace the model itself, without branches
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a call without calling `look` first. Raises as a call does."""
+        """Run a call like `__call__`, but without `before_call`."""
         try:
             with _dynamo_settings(), as_opaque_products():
                 return self._call(args, kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as fault:
             raise fault.inner_exception from fault
-        except torch._dynamo.exc.TorchRuntimeError:  # an op refuses the sizes: let the model raise its own error
+        except torch._dynamo.exc.TorchRuntimeError:
+            # An op failed on fake tensors, for example because of the sizes. The eager model has a clearer error.
             with isolation(self.model, args, kwargs, grad=torch.is_grad_enabled(), seeded=False) as (inputs, named):
                 self.model(*inputs, **named)
             raise
 
     def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        """Replace the functions of weights."""
+        """Set `swapped`."""
         self.swapped = dict(swapped)
         if self._effective is not None:
             self._effective.read_as(swapped)
@@ -143,9 +155,10 @@ class GraphBreakFallback:
         return self._effective is not None
 
     def run_eager(self, once: bool = False) -> None:
-        """Run the model eagerly from now on. Swapped weights are swapped in the backward of a call as well.
+        """Run the model eagerly from now on. Code that backward runs again reads swapped weights too.
 
-        With `once`, each weight is computed once for a call and its backward.
+        Args:
+            once: whether `f(weight)` is computed once for a call and its backward, instead of at each read.
         """
         if self._effective is None:
             self._effective = EffectiveWeights(self.model, self.swapped)
@@ -153,20 +166,19 @@ class GraphBreakFallback:
 
     @property
     def once(self) -> bool:
-        """Whether each swapped weight is computed once for a call and its backward."""
+        """Whether `f(weight)` is computed once for a call and its backward."""
         return self._effective is not None and self._effective.once
 
     def detach(self) -> None:
-        """Restore the parameters of the model's modules. A later call swaps them again."""
+        """Stop intercepting reads of parameters in the model's modules. A later call intercepts them again."""
         if self._effective is not None:
             self._effective.close()
 
     @property
-    def located(self) -> set[str]:
+    def reached(self) -> set[str]:
         """Names of the parameters that a graph reads or that are swapped."""
         read = {name for subgraph in self._subgraphs for names in subgraph.graphs for name in names if name is not None}
-        graphs = [graph for subgraph in self._subgraphs for graph in subgraph.graphs.values()]
-        nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"]
+        nodes = [node for graph in self.graphs for node in graph.graph.nodes if node.op == "get_attr"]
         return read | {str(node.target).removeprefix(f"{OWNER}.") for node in nodes} | self.swapped.keys()
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -179,36 +191,37 @@ class GraphBreakFallback:
             return self._compiled(*args, **kwargs)
 
     def why_not_whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return why there is no whole graph: file, line and reason of the first graph break, or another reason."""
+        """Return why there is no full graph: file, line and reason of the first graph break, or another reason."""
         if self.eager:
-            return "the model runs eagerly, by its own Python"
+            return "the model runs eagerly"
         with isolation(self.model, args, kwargs) as (inputs, named), _dynamo_settings():  # explain runs the model
             explained = torch._dynamo.explain(self.model)(*inputs, **named)
         for reason in explained.break_reasons:
             if reason.user_stack:
                 frame = reason.user_stack[-1]
                 return f"the first break is {frame.filename}:{frame.lineno}: {reason.reason.splitlines()[0]}"
-        return "what it recomputes in backward (gradient checkpointing) are graphs of their own; turn that off first"
+        return "gradient checkpointing makes each recomputed region a separate graph. Turn it off first"
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
-        """The graphs so far, each reading the live model. One empty graph if there are none."""
+        """The graphs so far, before rewriting. Each reads the weights as `model.NAME`. One empty graph if none."""
         graphs = [graph for subgraph in self._subgraphs for graph in subgraph.graphs.values()]
         return graphs or [read_live(nn.Module(), fx.Graph(), self.model)]
 
     @property
     def rewritten(self) -> list[Callable[..., Any]]:
-        """The rewritten subgraphs."""
+        """The graphs so far, after rewriting."""
         return [running for subgraph in self._subgraphs for running in subgraph.running.values()]
 
-    def take(self, source: fx.GraphModule) -> Callable[..., Any]:
-        """Return what dynamo runs instead of a subgraph. It does not hold the model, because dynamo caches it."""
+    def compile_subgraph(self, source: fx.GraphModule) -> Callable[..., Any]:
+        """Register a subgraph of dynamo, and return the function that dynamo runs for it."""
         subgraph = _Subgraph(source)
         self._subgraphs.append(subgraph)
-        owner, held = ref(self), ref(subgraph)
+        # Weak references, because dynamo keeps the function in its cache.
+        fallback_ref, subgraph_ref = ref(self), ref(subgraph)
 
         def run(*inputs: Any) -> Any:
-            fallback, subgraph = owner(), held()
+            fallback, subgraph = fallback_ref(), subgraph_ref()
             assert fallback is not None
             assert subgraph is not None
             return fallback._run(subgraph, inputs)
@@ -216,26 +229,33 @@ class GraphBreakFallback:
         return run
 
     def _run(self, subgraph: _Subgraph, inputs: tuple[Any, ...]) -> Any:
-        names = tuple(map(self._name, inputs))
+        """Run the rewritten graph for these weights. It is made at the first call with them."""
+        names = tuple(map(self._name_of, inputs))
         running = subgraph.running.get(names)
         running = self._add_graph(subgraph, names) if running is None else running
         if not self._discovering:
             return running(*inputs)
-        written = written_by(self.model)  # they get no branch, and a leaf that requires grad cannot be written
+        # With branches, the outputs will require gradients. Let them do so in the first run too: dynamo guards on it,
+        # and would compile everything after them again. Not for weights that forward writes into: they get no branch,
+        # and torch forbids writes into a leaf that requires gradients.
+        written = written_by(self.model)
         named = [value for value, name in zip(inputs, names, strict=True) if name not in (None, *written)]
         with _weights_require_grad(value for value in named if isinstance(value, nn.Parameter)):
             return running(*inputs)
 
-    def _name(self, value: Any) -> str | None:
-        """Return the name of an input that is a current parameter or buffer of the model, or None."""
-        name = self._own.get(id(value)) if isinstance(value, torch.Tensor) else None
+    def _name_of(self, value: Any) -> str | None:
+        """Return the name of an input that is a parameter or buffer of the model, otherwise None."""
+        name = self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
         if name is None:
             return None
+        # Another tensor may have got the id of a parameter that was replaced, so check the identity.
         holder, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(holder)
         return name if value is module._parameters.get(leaf, module._buffers.get(leaf)) else None
 
     def _add_graph(self, subgraph: _Subgraph, names: Names) -> Callable[..., Any]:
+        """Make and rewrite the graph of a subgraph for these weights, and return the rewritten graph."""
+        # Replace the inputs that are weights by reads of the weights.
         graph = copy_graph(subgraph.source.graph)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         weights = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
@@ -243,37 +263,39 @@ class GraphBreakFallback:
             weights_from_inputs(graph, weights)
         holder = shallow(subgraph.source)
 
-        def region(body: str, given: Names, options: Mapping[str, Any]) -> str:
+        def region(body: str, inputs: Names, options: Mapping[str, Any]) -> str:
+            """Make a checkpointed region a subgraph, and return the name of the module that runs it."""
             inner, name = _Subgraph(getattr(subgraph.source, body)), f"{body}_region"
             self._subgraphs.append(inner)
-            self._add_graph(inner, tuple(name if name in weights.values() else None for name in given))
+            self._add_graph(inner, tuple(name if name in weights.values() else None for name in inputs))
             holder._modules[name] = _Region(inner, next(iter(inner.graphs)), options)
             return name
 
+        # Checkpointed regions get branches too, so each becomes a subgraph that can be rewritten.
         regions_as_modules(graph, torch.ops.higher_order.tag_activation_checkpoint, weights.values(), region)
-        live = read_live(holder, graph, self.model)
-        running = live if self._rewrite is None else self._rewrite(live)
-        subgraph.graphs[names], subgraph.running[names] = live, running
+        module = read_live(holder, graph, self.model)
+        running = module if self._rewrite is None else self._rewrite(module)
+        subgraph.graphs[names], subgraph.running[names] = module, running
         return running
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphBreakFallback:
-        """Refuse: a copy would run the branches of the original. Copies of a cascade drop its variants."""
-        raise TypeError("the subgraphs of a model are not copied")
+        """Raise TypeError: a copy would run the branches of the original. Copies of a cascade drop its graphs."""
+        raise TypeError("the subgraphs of a model cannot be copied")
 
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]) -> Captured:
-    """Return the model's subgraphs. Raises what the model raises."""
+    """Return the model's subgraphs. Raises any exception of the model."""
     fallback = GraphBreakFallback(model)
     fallback.discover(args, kwargs)
     return Captured(fx.GraphModule(nn.Module(), fx.Graph()), GRAPH_BREAKS, fallback=fallback)
 
 
-GRAPH_BREAKS = FrontEnd("graph-breaks", _capture, whole=False)
+GRAPH_BREAKS = FrontEnd("graph-breaks", _capture, full_graph=False)
 
 
 @isolated
 def _weights_require_grad(undo: Block, weights: Iterable[torch.Tensor]) -> None:
-    """Let matrices require gradients inside the block, as the outputs of branches do."""
+    """Context manager: let these matrices require gradients, so that products with them do as well."""
     for weight in weights:
         if weight.dim() > 1 and weight.is_floating_point() and not weight.requires_grad and can_require_grad(weight):
             undo(partial(weight.requires_grad_, False))
@@ -281,42 +303,44 @@ def _weights_require_grad(undo: Block, weights: Iterable[torch.Tensor]) -> None:
 
 
 class _Backend:
-    """The backend of one fallback, which dynamo keeps in its cache of each code object.
+    """The torch.compile backend of one fallback.
 
-    All models of a class share this cache, and dynamo's limits count all entries. So these limits are lifted, and the
-    entries of each backend are counted here.
+    Dynamo keeps compiled code in one cache for each code object, which all models of a class share. Its recompile
+    limits count the entries of all these models. So the limits are disabled, and each backend counts its own entries.
     """
 
-    def __init__(self, owner: ref[GraphBreakFallback]) -> None:
-        self._owner = owner
+    def __init__(self, fallback: ref[GraphBreakFallback]) -> None:
+        self._fallback = fallback
 
     def __call__(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """Compile a subgraph.
 
         Raises:
-            CaptureError: the current code was compiled too often for the same modules.
+            CaptureError: dynamo has compiled the current code too often for the same modules.
         """
-        fallback = self._owner()
+        fallback = self._fallback()
         assert fallback is not None
-        # Count how often the current code was compiled for the same modules.
+        # Count how often the current code was compiled for the same modules: different layers of one class are no sign
+        # of varying calls.
         frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
         entries = [entry for entry in _entries_of(frame.f_code) if self._owns(entry)]
         alike = sum(torch._dynamo.cache_size._has_same_id_matched_objs(frame, entry) for entry in entries)
         if alike < MAX_CAPTURES and len(entries) < 4 * MAX_CAPTURES:
-            return fallback.take(source)
+            return fallback.compile_subgraph(source)
+        # Report the last guard that failed, without the number and the comment that dynamo adds.
         guards = torch._dynamo.utils.guard_failures.get(frame.f_code, ["its inputs"])
         guard = str(guards[-1]).splitlines()[0].partition(" #")[0].strip()
         raise CaptureError(
             f"{type(fallback.model).__name__} was captured {MAX_CAPTURES} times for the same modules. The last graph "
-            f"did not fit because of {guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing "
-            "state in Python, or adapt a part of the model"
+            f"did not fit because of {guard.partition(': ')[2] or guard}. Pad the inputs to fewer sizes, do not let "
+            "state in Python grow, or adapt only a part of the model."
         )
 
     def _owns(self, entry: Any) -> bool:
-        return getattr(entry.backend, "compiler_fn", None) is self  # torch.compile wraps a backend
+        return getattr(entry.backend, "compiler_fn", None) is self  # torch.compile wraps the backend
 
     def invalidate(self) -> None:
-        """Drop the code that dynamo has compiled for this backend."""
+        """Invalidate the code that dynamo has compiled with this backend."""
         deleted = torch._dynamo.guards.DeletedGuardManagerWrapper
         for code in _compiled_codes():
             for entry in _entries_of(code):
@@ -326,7 +350,7 @@ class _Backend:
 
 
 def _compiled_codes() -> list[CodeType]:
-    """Return the code objects that dynamo has looked at."""
+    """Return the code objects that dynamo has tried to compile."""
     codes = [code() for code in list(torch._dynamo.convert_frame.input_codes.seen)]
     return [code for code in codes if code is not None]
 
@@ -338,7 +362,7 @@ def _entries_of(code: CodeType) -> list[Any]:
 
 
 def _reset_codes_without_entries() -> None:
-    """Free the caches with invalidated entries only, because dynamo keeps and counts such entries."""
+    """Free the caches in which every entry was invalidated, because dynamo would keep and count these entries."""
     deleted = torch._dynamo.guards.DeletedGuardManagerWrapper
     for code in _compiled_codes():
         entries = _entries_of(code)
@@ -347,7 +371,13 @@ def _reset_codes_without_entries() -> None:
 
 
 class _Region(nn.Module):
-    """Runs a region of a subgraph under torch.utils.checkpoint. The region is a subgraph itself."""
+    """Runs a checkpointed region of a subgraph under torch.utils.checkpoint.
+
+    Args:
+        subgraph: the region.
+        names: of its inputs that are weights.
+        options: keyword arguments of torch.utils.checkpoint, as in the model.
+    """
 
     def __init__(self, subgraph: _Subgraph, names: Names, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -359,8 +389,9 @@ class _Region(nn.Module):
             self.options["context_fn"] = subgraph.source.meta["_checkpoint_context_fn"]
 
     def forward(self, *values: Any) -> Any:
-        given = iter(values)
-        inputs = [next(given) if name is None else None for name in self.names]  # the region reads its weights itself
+        # The graph of the region reads its weights itself, and ignores the inputs in their positions.
+        remaining = iter(values)
+        inputs = [next(remaining) if name is None else None for name in self.names]
         return checkpoint(
             self.subgraph.running[self.names], *inputs, use_reentrant=False, preserve_rng_state=True, **self.options
         )
@@ -368,12 +399,13 @@ class _Region(nn.Module):
 
 @contextlib.contextmanager
 def _no_graph_break_messages() -> Iterator[None]:
-    """Silence dynamo's messages about graph breaks, which are expected. Only inside `own_warnings`."""
+    """Silence dynamo's messages about graph breaks, which are expected. Must be used inside `own_warnings`."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    # Dynamo reads .grad of tensors between subgraphs, and makes tensors of arrays that are tensors already.
+    # Dynamo itself causes these warnings: it reads .grad of tensors between subgraphs, and copies tensors by
+    # torch.tensor.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")
@@ -387,9 +419,9 @@ _quiet_dynamo = Shared(_no_graph_break_messages)
 
 @isolated
 def _dynamo_settings(undo: Block) -> None:
-    """Let dynamo compile everything. Without graphs the model would run without branches."""
+    """Let dynamo compile every call. A call that ran eagerly instead would run without branches."""
     if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_on_recompile"):
-        undo.enter(PROCESS)  # waits for a capture in another thread, which sets a stance
+        undo.enter(PROCESS)  # a capture in another thread may have set the stance: wait for its end
         undo.enter(torch.compiler.set_stance("default"))
     for shared in (own_warnings, _quiet_dynamo, no_fastpath):
         undo.enter(shared)
@@ -398,43 +430,54 @@ def _dynamo_settings(undo: Block) -> None:
             fail_on_recompile_limit_hit=True,
             recompile_limit=sys.maxsize,  # `_Backend` has its own limits
             accumulated_recompile_limit=sys.maxsize,
-            use_numpy_random_stream=True,  # draw from numpy's generator, not from torch's
+            use_numpy_random_stream=True,  # draw from numpy's generator, as the eager model does, not from torch's
             skip_nnmodule_hook_guards=False,  # hooks may change after the capture
-            allow_unspec_int_on_nn_module=True,  # or each value of a counter would get its own graph
+            allow_unspec_int_on_nn_module=True,  # otherwise each value of a counter would get a separate graph
         )
     )
 
 
 _READS_NO_VALUE = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "detach", "requires_grad_"}
+"""Names of functions that do not use the values of a tensor."""
 
 
 def eager_trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Run the model once and return the kind of site of each weight that it uses.
+    """Run the eager model once and return the weights that it uses, with the kind of branch that each can get.
 
-    The kind is "" if the weight is neither multiplied nor looked up. Model, inputs and generators are left unchanged.
+    The kind is taken from the form that uses the weight, such as `linear` or `embedding`, or "" if no form uses it.
+    Model, inputs and random generators are left unchanged.
     """
-    watcher = _Watcher(model, list(model.buffers()))
+    watcher = _Watcher(model)
     with isolation(model, args, kwargs, watcher, seeded=False) as (inputs, named):
         model(*inputs, **named)
     return dict.fromkeys(sorted(watcher.seen), "") | watcher.kinds
 
 
 class _Watcher(TorchFunctionMode):
-    """Follows tensors that are computed from weights. The ways to a site are those that graph/flow.py lists."""
+    """Follows the weights through a run, and records which forms use them, by the four rules in graph/flow.py.
 
-    def __init__(self, model: nn.Module, constants: list[torch.Tensor]) -> None:
+    Args:
+        model: its parameters are followed. Its buffers count as constants.
+
+    Attributes:
+        seen: names of the weights whose values are used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.seen: set[str] = set()
-        self._kinds: tuple[dict[str, str], ...] = ({}, {}, {}, {})  # one for each way
-        self._made_of: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
-        self._made_of |= {id(value): set() for value in constants}
+        self._kinds: dict[int, dict[str, str]] = {rule: {} for rule in (1, 2, 3, 4)}  # weight name -> kind
+        # By id: the weights that a tensor was computed from, without any input. Empty for a constant.
+        self._sources: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
+        self._sources |= {id(value): set() for value in model.buffers()}
+        # By id: the weights that a tensor is the product of, together with an input.
         self._scaled: dict[int, set[str]] = {}
         self._alive: list[Any] = []  # an id is valid only while its tensor lives
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kinds of sites by weight. The first way that makes a site counts."""
-        return {name: kind for kinds in reversed(self._kinds) for name, kind in kinds.items()}
+        """The kind of each weight that a form uses. If several rules apply to a weight, the first one counts."""
+        return {name: kind for kinds in reversed(self._kinds.values()) for name, kind in kinds.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -446,32 +489,39 @@ class _Watcher(TorchFunctionMode):
             self.seen |= weights
         form = registered_form(func)
         kind = CONTRACTIONS.get(name) if form is None else form.kind
-        inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of]
+        inputs = [tensor for tensor in tensors if id(tensor) not in self._sources]
         if weights and (kind == "embedding" or any(tensor.is_floating_point() for tensor in inputs)):
+            # Rule 1: the weight is multiplied by an input or looked up. addmm only adds its first operand.
             added = args[0] if name in ADDED_FIRST else None
-            self._note(0, self._weights([tensor for tensor in tensors if tensor is not added]), kind)
+            self._note(1, self._weights([tensor for tensor in tensors if tensor is not added]), kind)
             if name in SCALES:
                 self._follow(output, self._scaled, weights)
-        elif weights:  # with constants alone, or with an index that only selects
-            self._note(1, weights, kind)
-            self._note(3, weights if inputs and id(args[0]) in self._made_of else (), "embedding")
-            self._follow(output, self._made_of, weights)
+        elif weights:
+            # Rule 2: the weight is multiplied by a constant. Rule 4: an integer input selects rows of the weight.
+            # In both cases, follow the output like the weight itself.
+            self._note(2, weights, kind)
+            self._note(4, weights if inputs and id(args[0]) in self._sources else (), "embedding")
+            self._follow(output, self._sources, weights)
+        # Rule 3: the weight, scaled by an input, is the weight of a linear or a convolution: `linear(x, g * W)`.
         scaled = set().union(*(self._scaled.get(id(tensor), set()) for tensor in tensors))
         if scaled and kind is not None and len(args) > 1 and id(args[1]) in self._scaled and has_weight_argument(name):
-            self._note(2, self._scaled[id(args[1])], kind)
+            self._note(3, self._scaled[id(args[1])], kind)
         elif scaled and (name in SCALES or not any(id(tensor) not in self._scaled for tensor in inputs)):
             self._follow(output, self._scaled, scaled | weights)
         return output
 
     def _weights(self, tensors: list[torch.Tensor]) -> set[str]:
-        return set().union(*(self._made_of.get(id(tensor), set()) for tensor in tensors))
+        """Return the weights that some of the tensors were computed from."""
+        return set().union(*(self._sources.get(id(tensor), set()) for tensor in tensors))
 
-    def _note(self, way: int, weights: Iterable[str], kind: str | None) -> None:
+    def _note(self, rule: int, weights: Iterable[str], kind: str | None) -> None:
+        """Record that a form of this kind uses the weights. Functions without a form (`kind` is None) are skipped."""
         for weight in weights if kind is not None else ():
-            self._kinds[way].setdefault(weight, kind or "")
+            self._kinds[rule].setdefault(weight, kind or "")
 
-    def _follow(self, output: Any, into: dict[int, set[str]], weights: set[str]) -> None:
+    def _follow(self, output: Any, record: dict[int, set[str]], weights: set[str]) -> None:
+        """Record the weights of the output tensors in `_sources` or `_scaled`."""
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
-                into.setdefault(id(leaf), weights)
+                record.setdefault(id(leaf), weights)
                 self._alive.append(leaf)

@@ -1,7 +1,8 @@
 """Find the smallest sizes at which a graph with dynamic sizes computes what its model computes.
 
-torch.export assumes that a dynamic size is 2 or more, but its graph does not refuse 0 and 1. A cascade captures such
-calls on their own. A graph that leaves the cascade cannot do that, so it is tried at these sizes once.
+torch.export assumes that a dynamic size is at least 2, but its graph also accepts 0 and 1, and may then compute
+something else. A cascade captures a separate graph for such calls. A graph that is exported from the cascade cannot do
+that, so the export tries it once at these sizes.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from lorasc_fx.signature import is_opaque_leaf
 def least_sizes(
     graph: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[Axis, int]:
-    """Return the smallest correct size, 1 or 2, of each dynamic axis. An axis that takes all sizes is left out.
+    """Return the smallest correct size, 1 or 2, of each dynamic axis. Axes that may also be 0 are left out.
 
-    Axes of one symbol shrink together. Each symbol is tried alone, at 1 and at 0, and at 1 together with the others
-    that may be 1. The model is left unchanged.
+    Axes that share a symbol shrink together. Each symbol is tried alone, at 1 and at 0, and at 1 together with the
+    symbols that were correct at 1. The model is left unchanged.
 
     Args:
-        graph: as captured, without branches. It reads the live model.
-        model, args, kwargs: of the captured call.
+        graph: the captured graph, without branches.
+        model, args, kwargs: the captured call.
     """
     leaves, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     if not takes_leaves(graph.graph) or len(values) != len(leaves):
-        return {}
+        return {}  # the graph takes the arguments themselves, and records no sizes
+    # The SymInts of the placeholders say which axes are dynamic. An axis may be an expression of another's symbol.
     shapes: list[tuple[Any, ...]] = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in values]
     dynamic: dict[Axis, Any] = {
         (index, axis): size.node.expr
@@ -44,7 +46,8 @@ def least_sizes(
     }
     sizes = {expr: leaves[index].shape[axis] for (index, axis), expr in dynamic.items() if expr.is_Symbol}
 
-    def is_right(smaller: dict[Any, int]) -> bool:
+    def is_correct(smaller: dict[Any, int]) -> bool:
+        """Whether the graph agrees with the model if these symbols have these sizes."""
         shrunk = list(leaves)
         for (index, axis), expr in dynamic.items():
             size = expr.subs(sizes | smaller)
@@ -56,11 +59,11 @@ def least_sizes(
     ones: dict[Any, int] = {}
     for symbol in sizes:
         one = {symbol: 1}
-        # A symbol may be right alone and wrong together with others, as in a product of sizes.
-        if not is_right(one) or (ones and not is_right(ones | one)):
+        # A symbol may be correct alone and wrong together with others, for example if the model multiplies sizes.
+        if not is_correct(one) or (ones and not is_correct(ones | one)):
             least[symbol] = 2
             continue
         ones |= one
-        if not is_right({symbol: 0}):
+        if not is_correct({symbol: 0}):
             least[symbol] = 1
     return {axis: least[expr] for axis, expr in dynamic.items() if expr in least}

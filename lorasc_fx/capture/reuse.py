@@ -1,18 +1,19 @@
-"""A cache of exported graphs: a call whose trace is known gets a copy of the graph of an earlier call.
+"""A cache of exported graphs. It replaces a slow export by a fast trace, if an earlier call computed the same.
 
-`Trace.of` runs the model once on fake tensors, with the sizes of the call, and records each function of torch that it
-calls: the function, its arguments and the shapes of its results. That takes a tenth of an export. Two calls with equal
-traces have equal static graphs, so one export serves models in the same state, arguments that change nothing, and both
-modes of a model that does not read its mode.
+`Trace.of` runs the model once on fake tensors, with the sizes of the call, and records each call of a torch function:
+the function, its arguments, and the shapes of its results. That takes a tenth of the time of an export. Two calls with
+equal traces have equal static graphs. So one export serves copies of a model, and calls whose arguments do not
+change the computation. It also serves both train and eval mode if forward does not read the mode.
 
-One graph also serves a call whose trace differs from that of the graph in one of these ways:
+A cached graph can also be edited for a call whose trace differs, in two cases:
 
-- The arguments of `FLAGS` that depend on the mode differ: dropout and batch norm. The copy gets the new values.
-- Some functions are not called, and nothing needs their results: a call without labels needs no loss. The copy has
-  other outputs, and no nodes that only the old ones needed.
+1. An argument in `FLAGS` has another value, such as `training` of a dropout. The copy of the graph gets the new value.
+2. The new call lacks some function calls, and no result depends on them. For example, a call without labels computes no
+   loss. The copy has other outputs, and the nodes that only the old outputs needed are removed.
 
-A trace holds for its own sizes. A graph with dynamic sizes therefore serves another call only at the sizes at which
-both calls were traced. A trace that reads a value or calls an unknown kind of function is not used.
+A trace is valid for its sizes only. A cached graph with dynamic sizes may serve a call of other sizes. Then the call
+for which it was exported is traced again at the new sizes. A run is not traced at all if it reads the
+value of a tensor, or calls a function that the recorder cannot describe.
 """
 
 from __future__ import annotations
@@ -21,17 +22,16 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasc_fx.capture.captured import OWNER, Conditions, with_owner
 from lorasc_fx.check.guards import Guards
@@ -45,47 +45,63 @@ from lorasc_fx.util.accelerator import autocast_state
 from lorasc_fx.util.undo import Block, isolated
 
 MAX_GRAPHS = 16
-"""Graphs in the cache; the least recently used one is dropped first."""
+"""Maximum number of cached graphs. The least recently used one is dropped first."""
 MAX_BYTES = 1 << 20
-"""Size of the constants of a cached graph."""
+"""Maximum size in bytes of the constants of a cached graph."""
 MAX_SIZES = 4
-"""Sizes at which one graph with dynamic sizes serves calls of another kind. Then these calls get a graph of their own,
-because two traces for each size would take longer than one export."""
+"""Maximum number of other sizes at which one dynamic graph is traced again for new calls. Each size takes two traces,
+so that more sizes would take longer than one export of a second graph."""
+
+
+class Flag(NamedTuple):
+    """An argument of a torch function that depends on train or eval mode.
+
+    Args:
+        name: name of the argument.
+        position: its position, the same in the function and in the ATen op.
+        default: its default value.
+        op: the ATen op that torch.export records for the function.
+        inplace: position of the argument `inplace`, if the function has one.
+    """
+
+    name: str
+    position: int
+    default: Any
+    op: Any
+    inplace: int | None = None
+
 
 _ATEN = torch.ops.aten
-FLAGS: dict[Any, tuple[tuple[str, int], Any, int]] = {
-    F.dropout: (("training", 2), _ATEN.dropout.default, 2),
-    F.dropout1d: (("training", 2), _ATEN.feature_dropout.default, 2),
-    F.dropout2d: (("training", 2), _ATEN.feature_dropout.default, 2),
-    F.dropout3d: (("training", 2), _ATEN.feature_dropout.default, 2),
-    F.alpha_dropout: (("training", 2), _ATEN.alpha_dropout.default, 2),
-    F.feature_alpha_dropout: (("training", 2), _ATEN.feature_alpha_dropout.default, 2),
-    F.batch_norm: (("training", 5), _ATEN.batch_norm.default, 5),
-    F.scaled_dot_product_attention: (("dropout_p", 4), _ATEN.scaled_dot_product_attention.default, 4),
+FLAGS: dict[Any, Flag] = {
+    F.dropout: Flag("training", 2, True, _ATEN.dropout.default, 3),
+    F.dropout1d: Flag("training", 2, True, _ATEN.feature_dropout.default, 3),
+    F.dropout2d: Flag("training", 2, True, _ATEN.feature_dropout.default, 3),
+    F.dropout3d: Flag("training", 2, True, _ATEN.feature_dropout.default, 3),
+    F.alpha_dropout: Flag("training", 2, False, _ATEN.alpha_dropout.default, 3),
+    F.feature_alpha_dropout: Flag("training", 2, False, _ATEN.feature_alpha_dropout.default, 3),
+    F.batch_norm: Flag("training", 5, False, _ATEN.batch_norm.default),
+    F.scaled_dot_product_attention: Flag("dropout_p", 4, 0.0, _ATEN.scaled_dot_product_attention.default),
 }
-"""Functions with an argument that depends on the mode: its name and position, the op of its node, and the position
-there."""
-_DEFAULTS = {"training": False, "dropout_p": 0.0}
-_ALWAYS_TRAINING = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
-"""Functions of FLAGS whose default is training."""
+"""Functions with an argument that depends on the mode. It can be changed in a cached graph."""
 
-_CACHE: OrderedDict[int, Known] = OrderedDict()
+_CACHE: OrderedDict[int, CachedGraph] = OrderedDict()
 
 
 class _NoTrace(Exception):
-    """The run does something that a trace does not show."""
+    """The run does something that a trace cannot describe. The message is for debugging; it reaches no user."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One call of a function of torch.
+    """One call of a torch function.
 
     Args:
-        function: that is called.
-        args: arguments without the flag. Tensors are replaced by where they come from.
-        results: shapes, dtypes and devices. Strides depend on the kernel, and with it on the mode.
-        flag: value of the flag of a function in FLAGS.
-        pure: whether it only computes its results: it draws no random numbers and writes into nothing.
+        function: the function.
+        args: its arguments without the flag. Each tensor is replaced by its origin, see `_Recorder`.
+        results: shape, dtype and device of each result. Strides are left out: they depend on the kernel, which may
+            depend on the mode.
+        flag: value of the argument in FLAGS, if the function has one.
+        pure: whether it neither draws random numbers nor writes into a tensor.
     """
 
     function: Any
@@ -97,16 +113,16 @@ class Op:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one call of a model does, on fake tensors.
+    """The torch functions that one call of a model runs, with their data flow. Two equal traces have equal graphs.
 
     Args:
-        ops: in order.
-        inputs: path of each leaf of the arguments.
-        sizes: of each leaf that is a tensor, None for others.
-        values: of each leaf that is no tensor, None for others.
-        outputs: each leaf of the output: where the tensor comes from, or another value.
+        ops: the function calls, in order.
+        inputs: path of each pytree leaf of the arguments, such as `batch['mask']`.
+        sizes: shape of each leaf, with None for a leaf other than a tensor.
+        values: each leaf other than a tensor, with None for a tensor.
+        outputs: each leaf of the output: the origin of a tensor, or any other value itself.
         specs: pytree structures of the arguments and of the output.
-        settings: of torch.
+        settings: global settings of torch, see `_settings`.
     """
 
     ops: tuple[Op, ...]
@@ -119,28 +135,27 @@ class Trace:
 
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Trace | None:
-        """Trace a call, or return None if a trace would not show all of it.
+        """Trace a call, or return None if a trace cannot describe everything that the call does.
 
         Args:
-            model: is left unchanged.
-            args, kwargs: of the call.
-            names: of the arguments, in the order of `args` and `kwargs`.
+            model: the model. It is left unchanged.
+            args, kwargs: arguments of the call.
+            names: names of the arguments, in the order of `args` and `kwargs`.
         """
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
-        given = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-        for tensor in (*tensors.values(), *given):
-            plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
-            wrapped = isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
-            if not plain or wrapped or tensor.is_meta:
+        inputs = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        # The code of a tensor subclass may compute anything. A fake tensor is such a subclass.
+        for tensor in (*tensors.values(), *inputs):
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_meta:
                 return None
-        if len({*map(id, given)}) < len(given):  # one tensor given twice would have two origins
+        if len({*map(id, inputs)}) < len(inputs):  # a tensor that is passed twice would have two origins
             return None
         try:
             return _trace(model, args, kwargs, names, tensors)
         except MemoryError:
             raise
-        except Exception:  # a read of a value, an op without a fake kernel, or what forward raises on fake tensors
+        except Exception:  # `_NoTrace`, an op without a fake kernel, or an error of forward on fake tensors
             return None
 
 
@@ -148,16 +163,16 @@ class Trace:
 def _run(
     undo: Block, model: nn.Module, tensors: Mapping[str, torch.Tensor], fake: FakeTensorMode, recorder: _Recorder
 ) -> None:
-    """Let the model run on fake tensors in the block, as torch.export lets it run."""
+    """Context manager: prepare the model to run on fake tensors, in the same conditions as in torch.export."""
     undo.enter(quiet(torch.is_grad_enabled()))
     undo.enter(isolated_model(model))
-    # torch.cond and its like compile what they call: a compilation that fails here would be skipped in the export, too.
+    # torch.cond and similar ops compile their bodies. Dynamo would remember a failure here and skip them in the export.
     undo.enter(torch.compiler.set_stance("force_eager"))
     values = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
     for name, value in values.items():
-        recorder.know(value, ("model", name, _layout(value)))
+        recorder.register(value, ("model", name, _layout(value)))
     undo.enter(substituted(model, values))
-    # Models ask torch.compiler.is_exporting(), and must answer as in an export.
+    # Models may branch on torch.compiler.is_exporting(), and must take the same branch as in the export.
     for flag in ("_is_compiling_flag", "_is_exporting_flag"):
         undo(partial(setattr, torch.compiler, flag, getattr(torch.compiler, flag)))
         setattr(torch.compiler, flag, True)
@@ -173,7 +188,9 @@ def _trace(
     names: list[str],
     tensors: Mapping[str, torch.Tensor],
 ) -> Trace:
+    """Trace a call. Raises `_NoTrace`, and any exception of the model."""
     fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
+    # Name the leaves by their paths, so that they can be matched with the leaves of a call with other arguments.
     flat, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     paths: list[str] = []
     for name, value in zip(names, (*args, *kwargs.values()), strict=True):
@@ -182,19 +199,20 @@ def _trace(
             for path, _ in pytree.tree_flatten_with_path(value, is_leaf=is_opaque_leaf)[0]
         ]
     if len(paths) != len(flat):
-        raise _NoTrace("arguments of another structure")
+        raise _NoTrace("the names do not match the structure of the arguments")
     if any(not isinstance(leaf, (torch.Tensor, *_VALUES, torch.dtype, torch.device)) for leaf in flat):
-        raise _NoTrace("an argument of another type")
+        raise _NoTrace("an argument has an unsupported type")
+    # Run the model on fake copies of the inputs.
     inputs = [fake.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
     for path, leaf in zip(paths, inputs, strict=True):
         if isinstance(leaf, torch.Tensor):
-            recorder.know(leaf, ("input", path, _layout(leaf)))
+            recorder.register(leaf, ("input", path, _layout(leaf)))
     positional, named = pytree.tree_unflatten(inputs, spec)
     with _run(model, tensors, fake, recorder):
         output = model(*positional, **named)
     leaves, out_spec = pytree.tree_flatten(output)
     if any(not isinstance(leaf, (torch.Tensor, *_VALUES)) for leaf in leaves):
-        raise _NoTrace("an output of another type")
+        raise _NoTrace("an output has an unsupported type")
     outputs = tuple(recorder.described(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     sizes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in flat)
     values = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in flat)
@@ -202,7 +220,7 @@ def _trace(
 
 
 def _settings() -> Hashable:
-    """Return the settings of torch that decide what a model does."""
+    """Return the global settings of torch that can change the graph of a model."""
     backends = torch.backends
     return (
         *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast_state()),
@@ -214,6 +232,7 @@ def _settings() -> Hashable:
 
 
 def _layout(value: torch.Tensor, strides: bool = True) -> Hashable:
+    """Return shape, strides (if wanted), dtype and device of a tensor."""
     return tuple(value.shape), value.stride() if strides else (), value.dtype, value.device
 
 
@@ -223,13 +242,23 @@ _METADATA = {
     *(torch.Tensor.__len__, torch.Tensor.get_device, torch.Tensor.element_size, torch.Tensor.storage_offset),
     *(torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.numel, torch.is_same_size),
 }
-"""Functions whose results follow from sizes and dtypes."""
+"""Functions that return metadata of tensors. They need no record, because the metadata follow from the inputs."""
 _HIDDEN = {torch.Tensor.requires_grad_, torch.Tensor.register_hook}
-"""Functions that act on more than their results show."""
+"""Functions with side effects that neither their results nor the ops that they dispatch show."""
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the functions of torch that are called, and where their tensors come from."""
+    """Records the calls of torch functions, and the origin of each tensor.
+
+    An origin is a tuple: `("model", name, layout)` for a parameter or buffer, `("input", path, layout)` for an input,
+    and `("op", number, index)` for result `index` of the recorded call `number`.
+
+    Attributes:
+        ops: the recorded calls.
+        inside: whether a torch function is running.
+        pure: whether the running function has neither written into a tensor nor drawn random numbers.
+        dispatch: the dispatch mode that watches the ops of the running function.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,16 +268,20 @@ class _Recorder(TorchFunctionMode):
         self._origins: dict[int, Any] = {}
         self._alive: list[Any] = []  # an id is valid only while its object lives
 
-    def know(self, tensor: torch.Tensor, origin: Any) -> None:
-        """Learn where a tensor comes from."""
+    def register(self, tensor: torch.Tensor, origin: Any) -> None:
+        """Set the origin of a tensor."""
         self._origins[id(tensor)] = origin
         self._alive.append(tensor)
 
     def described(self, value: Any) -> Any:
-        """Return what a trace holds of a value."""
+        """Return an argument with each tensor replaced by its origin, in a form that can be compared by `==`.
+
+        Raises:
+            _NoTrace: a tensor has no origin, or the argument has an unsupported type.
+        """
         if isinstance(value, torch.Tensor):
             if id(value) not in self._origins:
-                raise _NoTrace("a tensor that is neither an input nor a parameter or buffer")
+                raise _NoTrace("a tensor is neither an input, a parameter, a buffer, nor the result of an op")
             return self._origins[id(value)]
         if isinstance(value, (list, tuple)):
             return (type(value), *map(self.described, value))
@@ -266,6 +299,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _HIDDEN or getattr(func, "__name__", "") in ("__set__", "__delete__"):
             raise _NoTrace(func.__name__)
+        # Metadata need no record. A getter that returns a tensor (`x.T`) is recorded below.
         is_getter = getattr(func, "__name__", "") == "__get__"
         if is_getter or func in _METADATA:
             self.inside = True
@@ -273,54 +307,62 @@ class _Recorder(TorchFunctionMode):
             self.inside = False
             if not isinstance(result, torch.Tensor):
                 return result
-        flag, given, named = _without_flag(func, args, kwargs)
-        before = self.described((given, named))  # before the call, which may write into its arguments
+        flag, positional, named = _without_flag(func, args, kwargs)
+        described = self.described((positional, named))  # before the call, which may write into its arguments
         self.inside, self.pure = True, True
         result = func(*args, **kwargs)
         if self.pure and isinstance(result, torch.Tensor) and id(result) in self._origins:
-            # Dropout in eval mode returns its input, and so does `contiguous`. In the graph they are two nodes.
+            # Dropout in eval mode returns its input itself, but in the graph they are two nodes. Make a new tensor, so
+            # that input and result have different origins.
             result = result.view(result.shape)
         self.inside = False
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         reads = any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(args))
         if reads and not tensors and result is not None:
+            # The model may branch on this value, which a static graph does not.
             raise _NoTrace(f"{func} returns a value of a tensor")
         number = len(self.ops)
         pure = self.pure and result is not None
         self.ops.append(
-            Op(_named(func), before, tuple([_layout(tensor, strides=False) for tensor in tensors]), flag, pure)
+            Op(_comparable(func), described, tuple([_layout(tensor, strides=False) for tensor in tensors]), flag, pure)
         )
         for index, tensor in enumerate(tensors):
             if id(tensor) not in self._origins:
-                self.know(tensor, ("op", number, index))
+                self.register(tensor, ("op", number, index))
         return result
 
 
 _VALUES = (bool, int, float, str, type(None))
+"""Types of inputs and outputs that a graph can hold as constants."""
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+"""Types of arguments that are recorded by their `repr`."""
 
 
-def _named(func: Any) -> Any:
-    """Return a value that is equal for the same function. Getters of attributes are made at each access."""
+def _comparable(func: Any) -> Any:
+    """Return the function itself, or a key for the getter of an attribute, which is a new object at each access."""
     owner = getattr(func, "__self__", None)
     return (owner, func.__name__) if owner is not None and getattr(func, "__name__", "") == "__get__" else func
 
 
 def _without_flag(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:
-    """Return the flag of a function in FLAGS, and the other arguments."""
-    if func not in FLAGS:
+    """Return the value of the flag of a function in FLAGS, and the other arguments.
+
+    Raises:
+        _NoTrace: a dropout in place. In eval mode it is no write, so the mode changes more than the flag.
+    """
+    flag = FLAGS.get(func)
+    if flag is None:
         return None, args, kwargs
-    (name, position), _, _ = FLAGS[func]
-    if kwargs.get("inplace") or (func in _ALWAYS_TRAINING and len(args) > 3 and args[3]):
+    if kwargs.get("inplace") or (flag.inplace is not None and len(args) > flag.inplace and args[flag.inplace]):
         raise _NoTrace("a dropout in place")
-    if len(args) > position:
-        return args[position], (*args[:position], *args[position + 1 :]), kwargs
-    default = func in _ALWAYS_TRAINING or _DEFAULTS[name]
-    return kwargs.get(name, default), args, {key: value for key, value in kwargs.items() if key != name}
+    if len(args) > flag.position:
+        return args[flag.position], (*args[: flag.position], *args[flag.position + 1 :]), kwargs
+    value = kwargs.get(flag.name, flag.default)
+    return value, args, {key: item for key, item in kwargs.items() if key != flag.name}
 
 
 class _Unrecorded(TorchDispatchMode):
-    """Refuses ops that no recorded function has called."""
+    """Watches the ops of recorded functions, and raises `_NoTrace` for an op outside of them."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -328,20 +370,21 @@ class _Unrecorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._recorder.inside:
-            raise _NoTrace(f"{func} outside of a function of torch")
+            raise _NoTrace(f"{func} runs outside of a recorded torch function")
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             self._recorder.pure = False
         return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How to make the graph of one trace from that of another.
+class GraphEdit:
+    """The changes that turn the graph of an old trace into the graph of a new one.
 
     Args:
-        flags: for each op of a node, the flags of these nodes before and after, in order.
-        outputs: for each leaf of the new output its index in the old one, or a tuple with another value.
-        stopped, started: buffers that only the old graph, or only the new one, counts up.
+        flags: for each ATen op in FLAGS, the old and the new flag of each of its nodes, in the order of the nodes.
+        outputs: for each leaf of the new output, its index in the old output, or a 1-tuple with a constant.
+        stopped: names of counter buffers, such as `num_batches_tracked`, that only the old graph increments.
+        started: names of counter buffers that only the new graph increments.
     """
 
     flags: Mapping[Any, list[tuple[Any, Any]]]
@@ -350,42 +393,44 @@ class Difference:
     started: frozenset[str]
 
     @classmethod
-    def of(cls, old: Trace, new: Trace) -> Difference | None:
-        """Compare two traces. None if the graph of one does not contain that of the other."""
+    def between(cls, old: Trace, new: Trace) -> GraphEdit | None:
+        """Compare two traces. Returns None if the old graph does not contain all nodes of the new one."""
         if old.settings != new.settings:
             return None
-        numbers: dict[int, int] = {}  # of an op in the old trace, by that in the new one
+        numbers: dict[int, int] = {}  # number of an op in the new trace -> its number in the old trace
 
         def renumbered(value: Any) -> Any:
+            """Translate the numbers of ops in an origin from the new trace to the old one."""
             if not isinstance(value, tuple):
                 return value
             if len(value) == 3 and value[0] == "op":
                 return ("op", numbers[value[1]], value[2])
             return tuple(map(renumbered, value))
 
-        # Match each new op with the next old op that is the same. Old ops in between are skipped: nothing needs them.
+        # Match each new op with the next equal old op. Old ops in between are skipped.
         flags: dict[Any, list[tuple[Any, Any]]] = {}
         skipped: list[Op] = []
-        started = _counted(new.ops) - _counted(old.ops)
-        waiting = enumerate(old.ops)
+        started = _incremented(new.ops) - _incremented(old.ops)
+        remaining = enumerate(old.ops)
         for number, op in enumerate(new.ops):
             if _counter(op) in started:
                 continue
             args = renumbered(op.args)
-            for position, candidate in waiting:
+            for position, candidate in remaining:
                 if (candidate.function, candidate.args, candidate.results) == (op.function, args, op.results):
                     numbers[number] = position
                     if op.function in FLAGS:
-                        flags.setdefault(FLAGS[op.function][1], []).append((candidate.flag, op.flag))
+                        flags.setdefault(FLAGS[op.function].op, []).append((candidate.flag, op.flag))
                     break
                 skipped.append(candidate)
             else:
                 return None
-        skipped += [candidate for _, candidate in waiting]
-        # A skipped op must not have done anything else than compute its results, except count up a buffer.
+        skipped += [candidate for _, candidate in remaining]
+        # The skipped nodes will be removed, so they must have no side effects other than the increment of a counter.
         stopped = {_counter(op) for op in skipped if not op.pure}
         if None in stopped or any(op.function in FLAGS for op in skipped):
             return None
+        # A new output must be an output of the old graph: a trace does not tell which node computes another result.
         outputs: list[int | tuple[Any]] = []
         for value in map(renumbered, new.outputs):
             if not isinstance(value, tuple):
@@ -398,7 +443,7 @@ class Difference:
 
 
 def _counter(op: Op) -> str | None:
-    """Return the buffer that an op counts up, as batch norm does in training, or None for any other op."""
+    """Return the buffer that an op increments by 1, as batch norm does in train mode, or None for any other op."""
     if op.function is not torch.Tensor.add_:
         return None
     match op.args:
@@ -407,36 +452,36 @@ def _counter(op: Op) -> str | None:
     return None
 
 
-def _counted(ops: tuple[Op, ...]) -> frozenset[str]:
-    """Return the buffers that are counted up once, and not read otherwise."""
+def _incremented(ops: tuple[Op, ...]) -> frozenset[str]:
+    """Return the buffers that are incremented once and not read by any other op."""
     counters = [name for op in ops if (name := _counter(op)) is not None]
-    read = Counter(name for op in ops for name in _read(op.args))
-    return frozenset(name for name in counters if read[name] == 1)
+    reads = Counter(name for op in ops for name in _read_by(op.args))
+    return frozenset(name for name in counters if reads[name] == 1)
 
 
-def _read(value: Any) -> Iterator[str]:
+def _read_by(args: Any) -> Iterator[str]:
     """Yield the parameters and buffers among the arguments of an op."""
-    if isinstance(value, tuple):
-        if len(value) == 3 and value[0] == "model":
-            yield value[1]
-        for part in value:
-            yield from _read(part)
+    if isinstance(args, tuple):
+        if len(args) == 3 and args[0] == "model":
+            yield args[1]
+        for part in args:
+            yield from _read_by(part)
 
 
 @dataclass
-class Known:
-    """A captured graph that reads `model.*`, without a model.
+class CachedGraph:
+    """An exported graph without a model. It is copied for each model and call that it serves.
 
     Args:
-        trace: of its call.
-        names: of the arguments.
-        graph: is copied for each model.
-        constants: of the graph, by name. Each model's graph gets its own copies.
+        trace: the trace of the call that was exported.
+        names: names of the arguments of that call.
+        graph: the graph, which reads `model.NAME`.
+        constants: tensors that the graph reads besides the model's, by name. Each copy gets its own.
         conditions: the calls that the graph is valid for.
-        model: that it was captured for.
-        modes: of the model's modules.
-        state: guards on the Python state of that model, while the model and its cascade live.
-        sizes: number of other sizes at which it has served calls of another kind.
+        model: the model that was exported.
+        modes: `training` of each module of that model.
+        state: returns the guards on the Python state of that model, or None when they are freed.
+        retraced: number of traces at other sizes so far.
     """
 
     trace: Trace
@@ -447,71 +492,86 @@ class Known:
     model: ReferenceType[nn.Module]
     modes: tuple[bool, ...]
     state: Callable[[], Guards | None] = lambda: None
-    sizes: int = 0
+    retraced: int = 0
 
     def trace_at(self, model: nn.Module, flat: list[Any], new: Trace) -> Trace | None:
-        """Return the trace of this graph's kind of call at the sizes of a new call, or None if it cannot serve it."""
+        """Return the trace of the exported call at the sizes of a new call, or None if the graph cannot have them.
+
+        Args:
+            model: the model of the new call.
+            flat: the leaves of its arguments.
+            new: its trace.
+        """
         shapes = dict(zip(self.trace.inputs, self.trace.sizes, strict=True))
         if all(shapes.get(path, shape) == shape for path, shape in zip(new.inputs, new.sizes, strict=True)):
             return self.trace
-        # Other sizes. Trace this graph's kind of call once more, with the tensors of the new call.
-        given = dict(zip(new.inputs, flat, strict=True))
-        if self.model() is not model or self.sizes == MAX_SIZES:
+        # The sizes differ. Trace the exported call again, with the tensors of the new call and its own other arguments.
+        tensors = {path: leaf for path, leaf in zip(new.inputs, flat, strict=True) if isinstance(leaf, torch.Tensor)}
+        if self.model() is not model or self.retraced == MAX_SIZES:
             return None
-        if any(shape is not None and not isinstance(given.get(path), torch.Tensor) for path, shape in shapes.items()):
+        if any(shape is not None and path not in tensors for path, shape in shapes.items()):
             return None
-        ours = [
-            value if shape is None else given[path]
+        leaves = [
+            value if shape is None else tensors[path]
             for (path, shape), value in zip(shapes.items(), self.trace.values, strict=True)
         ]
-        if not self.conditions.accepts(ours):
+        if not self.conditions.accepts(leaves):
             return None
-        args, kwargs = pytree.tree_unflatten(ours, self.trace.specs[0])
-        # The cached graph may be of another mode of this model.
+        args, kwargs = pytree.tree_unflatten(leaves, self.trace.specs[0])
+        # The exported call may have been in another mode than the new one. Trace it in its own mode.
         modules, modes = list(model.modules()), [module.training for module in model.modules()]
         try:
             for module, mode in zip(modules, self.modes, strict=True):
                 module.training = mode
+            # In that mode, the Python state must be the same as at the export.
             if (state := self.state()) is None or not state.hold():
                 return None
-            self.sizes += 1
+            self.retraced += 1
             return Trace.of(model, args, kwargs, self.names)
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
 
-    def on(self, model: nn.Module, new: Trace, names: list[str], difference: Difference) -> fx.GraphModule | None:
-        """Return a graph module for a new call that reads this model, or None if the graph cannot be adjusted."""
+    def edited(self, model: nn.Module, new: Trace, names: list[str], edit: GraphEdit) -> fx.GraphModule | None:
+        """Return an edited copy of the graph, as a graph module that reads `model`, or None if the edit is impossible.
+
+        Args:
+            model: the model of the new call.
+            new: the trace of the new call.
+            names: names of its arguments.
+            edit: the changes.
+        """
         order = [self.trace.inputs.index(path) if path in self.trace.inputs else None for path in new.inputs]
-        stopped, started = ({f"{OWNER}.{name}" for name in side} for side in (difference.stopped, difference.started))
-        flags = {op: (_POSITIONS[op], values) for op, values in difference.flags.items()}
-        graph = adjust(copy_graph(self.graph), order, difference.outputs, flags, (stopped, started), names, new.specs)
+        stopped, started = ({f"{OWNER}.{name}" for name in counters} for counters in (edit.stopped, edit.started))
+        flags = {op: (_POSITIONS[op], values) for op, values in edit.flags.items()}
+        graph = adjust(copy_graph(self.graph), order, edit.outputs, flags, (stopped, started), names, new.specs)
         if graph is None:
             return None
+        # Copy only the constants that the edited graph still reads.
         holder = nn.Module()
         used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         holder._buffers.update({name: value.clone() for name, value in self.constants.items() if name in used})
         return with_owner(holder, graph, model)
 
 
-_POSITIONS = {op: position for _, op, position in FLAGS.values()}
+_POSITIONS = {flag.op: flag.position for flag in FLAGS.values()}
 
 
 def derive(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any], names: list[str], new: Trace | None
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], names: list[str], new: Trace
 ) -> tuple[fx.GraphModule, Conditions] | None:
-    """Return the graph of a call made from a cached one, and the calls that it is valid for.
+    """Return a graph for a call that is copied from a cached graph, and its conditions. None if no graph fits.
 
     Args:
-        model, args, kwargs, names: of the call.
-        new: its trace.
+        model, args, kwargs: the call.
+        names: names of the arguments.
+        new: the trace of the call.
     """
     flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
-    for key, known in reversed(_CACHE.items() if new is not None else ()):
-        assert new is not None
-        old = known.trace_at(model, flat, new)
-        difference = Difference.of(old, new) if old is not None else None
-        graph = known.on(model, new, names, difference) if difference is not None else None
+    for key, cached in reversed(_CACHE.items()):
+        old = cached.trace_at(model, flat, new)
+        edit = GraphEdit.between(old, new) if old is not None else None
+        graph = cached.edited(model, new, names, edit) if edit is not None else None
         if graph is not None:
             _CACHE.move_to_end(key)
             return graph, Conditions(None, new.sizes)
@@ -519,25 +579,33 @@ def derive(
 
 
 def store(
-    new: Trace | None, names: list[str], model: nn.Module, live: fx.GraphModule, conditions: Conditions
-) -> Known | None:
-    """Cache a graph and return it, unless it holds more than names and small constants."""
+    trace: Trace, names: list[str], model: nn.Module, module: fx.GraphModule, conditions: Conditions
+) -> CachedGraph | None:
+    """Cache an exported graph, and return the entry. Returns None if the graph cannot be shared between models.
+
+    Args:
+        trace: the trace of the exported call.
+        names: names of its arguments.
+        model: the exported model.
+        module: the graph, which reads `model.NAME`.
+        conditions: the calls that the graph is valid for.
+    """
     constants = {
-        name: value for name, value in (*live._parameters.items(), *live._buffers.items()) if value is not None
+        name: value for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None
     }
-    read = {str(node.target) for node in live.graph.nodes if node.op in ("get_attr", "call_module")}
-    # A graph that reads more than names of the model could keep another model alive, or compute with its values.
+    read = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    # Anything else that the graph reads, such as a submodule, could keep the model alive, or be changed by it.
     foreign = any(name not in constants and not name.startswith(f"{OWNER}.") for name in read)
     plain = all(type(value) is torch.Tensor and not value.requires_grad for value in constants.values())
-    if new is None or foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:
+    if foreign or not plain or sum(value.nbytes for value in constants.values()) > MAX_BYTES:
         return None
     copies = {name: value.detach().clone() for name, value in constants.items()}
     modes = tuple(module.training for module in model.modules())
-    known = Known(new, names, copy_graph(live.graph), copies, conditions, ref(model), modes)
-    _CACHE[id(known)] = known
+    cached = CachedGraph(trace, names, copy_graph(module.graph), copies, conditions, ref(model), modes)
+    _CACHE[id(cached)] = cached
     while len(_CACHE) > MAX_GRAPHS:
         _CACHE.popitem(last=False)
-    return known
+    return cached
 
 
 def forget() -> None:

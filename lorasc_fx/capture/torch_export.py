@@ -1,6 +1,6 @@
-"""Front ends `export` and `dynamo`: torch.export, non-strict and strict.
+"""Front ends `export` and `dynamo`: torch.export in non-strict and in strict mode.
 
-Symbolic sizes make torch.export two to seven times as slow, so only the axes that the caller names are dynamic.
+Only the axes that the caller names are dynamic, because symbolic sizes make torch.export two to seven times slower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx import config
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_drew_nothing, read_live
+from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_no_random_draws, read_live
 from lorasc_fx.capture.reuse import Trace, derive, forget, store
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_instead, drop_nodes
@@ -29,7 +29,9 @@ from lorasc_fx.util.accelerator import generator_states
 from lorasc_fx.util.undo import Block, isolated
 
 _GUARDS = "_guards_fn"
+"""Name of the child in which torch.export keeps the guards on the inputs."""
 _RESERVED = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(nn.Module))
+"""Attributes of a GraphModule that a child of the exported model must not shadow."""
 
 
 def _export(
@@ -40,35 +42,38 @@ def _export(
     *,
     strict: bool,
 ) -> Captured:
-    """Return the model's ATen graph. Raises what torch.export raises.
+    """Return the model's ATen graph. Raises any exception of torch.export.
 
     Args:
-        model, args, kwargs, dynamic: of the call.
-        strict: whether dynamo traces the model's Python. Otherwise Python runs on fake tensors.
+        model: the model to trace.
+        args, kwargs: example inputs.
+        dynamic: axes to make dynamic.
+        strict: whether dynamo traces the model's Python code. Otherwise the code runs on fake tensors.
     """
     frontend = DYNAMO if strict else EXPORT
     names = argument_names(signature_of(model), args, kwargs)
-    # An earlier call with the same trace has a graph to copy. Strict mode traces more than such a trace shows.
+    # If an earlier call had the same trace, copy its graph. Not in strict mode, where dynamo decides what is traced.
     trace = None if strict else Trace.of(model, args, kwargs, names)
-    if (derived := derive(model, args, kwargs, names, trace)) is not None:
+    if trace is not None and (derived := derive(model, args, kwargs, names, trace)) is not None:
         graph, conditions = derived
         return Captured(graph, frontend, conditions, drop_cached=forget)
     root = _wrapped(model)
     with quiet(grad=torch.is_grad_enabled()):
-        drawn = generator_states()
+        generators = generator_states()
         shapes = _dynamic_shapes(signature_of(model), args, kwargs, dynamic)
-        with substituted(model, _stand_ins(model)), as_opaque_products(), _export_settings():
+        # Quantized weights are traced as plain tensors, and quantized layers as opaque ops.
+        with substituted(model, _plain_weights(model)), as_opaque_products(), _export_settings():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
-        check_drew_nothing(drawn)
-        program._guards_code = _by_parameter(program._guards_code, inspect.signature(root.forward))
+        check_no_random_draws(generators)
+        program._guards_code = _name_arguments(program._guards_code, inspect.signature(root.forward))
         exported: Any = program.module()
-    # The guards are kept apart from the graph, to be evaluated before a call rather than in it.
+    # Take the guards out of the graph: they decide whether the graph may be called, before it is called.
     guards = exported._modules.get(_GUARDS)
     try:
         if guards is not None:
             guards(*leaves(args, kwargs))
     except (AssertionError, NameError) as fault:
-        raise RuntimeError(f"the guards of torch.export refuse its own example: {fault}") from fault
+        raise RuntimeError(f"the guards of torch.export reject the example inputs: {fault}") from fault
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
     inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
@@ -78,21 +83,21 @@ def _export(
         else None
         for value in inputs
     )
-    live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
-    # A quantized weight implements F.linear, and not always the ATen op.
-    quantized = {f"{OWNER}.{name}" for name in _stand_ins(model)}
+    module = read_live(exported, graph, model, prefix="" if root is model else "inside.")
+    # Tensor subclasses of quantized weights implement F.linear, but not always the ATen op that export recorded.
+    quantized = {f"{OWNER}.{name}" for name in _plain_weights(model)}
     aten = torch.ops.aten.linear.default
-    if quantized and call_instead(live.graph, aten, F.linear, lambda node: _weight(node) in quantized):
-        live.recompile()
+    if quantized and call_instead(module.graph, aten, F.linear, lambda node: _weight(node) in quantized):
+        module.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
-    known = store(trace, names, model, live, conditions) if not quantized else None
-    return Captured(live, frontend, conditions, known=known)
+    cached = store(trace, names, model, module, conditions) if trace is not None and not quantized else None
+    return Captured(module, frontend, conditions, cached=cached)
 
 
-def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:
-    """Return the guards with arguments called by name.
+def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str]:
+    """Return the code of guards, with arguments read by name instead of by position.
 
-    torch 2.9 leaves dynamo's `L['args'][0]` in them, for a forward with `*args` and for a module whose call it wraps.
+    torch 2.9 leaves dynamo's `L['args'][0]` in the code, for a forward with `*args` and for a wrapped module.
     """
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     for name, kind in kinds.items():
@@ -113,24 +118,27 @@ EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_
 
 @isolated
 def _export_settings(undo: Block) -> None:
-    """Remove global hooks that an export leaves behind, and switch off what takes time and is not needed."""
+    """Remove global hooks that a failed export leaves behind, and do not record stack traces."""
     hooks = nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
 
-    def remove() -> None:  # torch 2.9 leaves a hook behind if an export fails
+    def remove() -> None:  # needed for torch 2.9
         for key in hooks.keys() - before:
             if hooks[key].__module__.startswith("torch."):
                 del hooks[key]
 
     undo(remove)
-    # Nothing reads the stack trace of a node, and recording them takes a sixth of the time of an export.
+    # This package does not use the stack traces of nodes, and recording them takes a sixth of the time of an export.
     if hasattr(config, "do_not_emit_stack_traces"):  # not in torch 2.9
         undo(partial(setattr, config, "do_not_emit_stack_traces", config.do_not_emit_stack_traces))
         config.do_not_emit_stack_traces = True
 
 
-def _stand_ins(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return plain tensors to trace with instead of the quantized weights, which torch.export would decompose."""
+def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a plain tensor for each quantized weight, by name, to trace with.
+
+    torch.export would otherwise split the tensor subclass into its parts. The plain tensor has one entry, expanded.
+    """
     return {
         name: nn.Parameter(torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape), False)
         for name, value in quantized_in(dict(model.named_parameters())).items()
@@ -138,11 +146,12 @@ def _stand_ins(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _weight(node: fx.Node) -> str:
+    """Return the target of the node that a linear op reads its weight from, or ""."""
     return str(node.args[1].target) if isinstance(node.args[1], fx.Node) else ""
 
 
 class _Wrapper(nn.Module):
-    """Holds a model that has children with names reserved by torch's graph modules, such as `code` and `graph`."""
+    """Wraps a model that has children with reserved names, such as `code` and `graph`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -158,6 +167,7 @@ def _wrapped(model: nn.Module) -> nn.Module:
     def forward(self: _Wrapper, *args: Any, **kwargs: Any) -> Any:
         return self.inside(*args, **kwargs)
 
+    # torch.export names the inputs by the signature of forward, so the wrapper's must be the model's.
     vars(forward)["__signature__"] = inspect.signature(type(model).forward)
     return cast("nn.Module", type("_Wrapper", (_Wrapper,), {"forward": forward})(model))
 
@@ -165,16 +175,16 @@ def _wrapped(model: nn.Module) -> nn.Module:
 def _dynamic_shapes(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
 ) -> Any:
-    """Return the `dynamic_shapes` of an export; None makes every size constant."""
-    given = signature.bind(*args, **kwargs).arguments
-    if not dynamic or any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in given):
+    """Return the argument `dynamic_shapes` of torch.export.export. None makes every size constant."""
+    arguments = signature.bind(*args, **kwargs).arguments
+    if not dynamic or any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in arguments):
         return None  # torch 2.13 cannot match a tree of shapes with **kwargs
-    numbers = itertools.count()
+    indices = itertools.count()  # tree_map visits the leaves in order
 
     def dimensions(leaf: Any) -> Any:
-        index = next(numbers)
+        index = next(indices)
         if not isinstance(leaf, torch.Tensor):
             return None
         return {axis: torch.export.Dim.AUTO for axis in range(leaf.dim()) if (index, axis) in dynamic}
 
-    return {name: pytree.tree_map(dimensions, value) for name, value in given.items()}
+    return {name: pytree.tree_map(dimensions, value) for name, value in arguments.items()}

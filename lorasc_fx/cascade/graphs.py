@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade.inputs import describe
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.compile import Axis, Call, Compiler, Made, Picture, Variant, Variants
+from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Picture, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
@@ -50,7 +50,7 @@ class Graphs:
         )
         self.origin = ""  # path of the checkpoint whose plan the first graph must fit
         self.split: Callable[[Variant], Variant] | None = None  # splits a graph into segments, each gathers its shards
-        if isinstance(decided, Made) and example is not None:
+        if isinstance(decided, NewVariant) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
     def variant_of(
@@ -208,7 +208,7 @@ class Graphs:
         sentences = "\n  ".join(dict.fromkeys(disagreements))
         return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="sites-differ")
 
-    def _add(self, call: Call, result: Made) -> None:
+    def _add(self, call: Call, result: NewVariant) -> None:
         """Add a graph to the cache. The first one sets `frontend`, and `example` if the cascade has none."""
         self.variants.add(call, result.variant, self.run.branches.training)
         if result.variant.attach is not None:

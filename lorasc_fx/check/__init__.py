@@ -1,1 +1,1 @@
-"""Whether a captured graph computes what the model does: runs without side effects, comparisons, and guards."""
+"""Checks that a captured graph computes the same as its model: runs without side effects, comparisons, and guards."""

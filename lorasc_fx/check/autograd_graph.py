@@ -1,8 +1,9 @@
-"""The autograd graph behind the outputs of a run, as plain data.
+"""A description of the autograd graph of a run as plain data. Runs with equal descriptions have equal gradients.
 
-The gradients follow from the nodes, the values that they have saved, and their connections. So two runs with equal
-descriptions have equal gradients, bit for bit, and no backward pass has to run. There is no description of a node whose
-class is not torch's, or that saves something that Python cannot read. Hooks do not show: the caller checks for them.
+The gradients are determined by the nodes of the graph, their saved tensors, and their edges. So if two descriptions are
+equal, the gradients are equal bit for bit, and no backward pass needs to run. A graph has no description if it contains
+a node of a custom class, or a node with saved values that Python cannot read. A description does not contain hooks: the
+caller has to check for them.
 """
 
 from __future__ import annotations
@@ -16,57 +17,60 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lorasc_fx.util.fingerprint import checksum
 
 Description = tuple[Any, ...]
-"""Equal for graphs that compute the same."""
+"""Nested tuples, which are compared by `==`."""
 
 _OPAQUE = ("AsStrided", "BlockDiag", "CopySlices", "DelayedError", "Error", "MkldnnRnn", "NativeDropout", "ToDense")
-"""Prefixes of the names of nodes that do not show everything they have saved."""
+"""Prefixes of the names of nodes with saved values that Python cannot read."""
 _SAME_SHAPE = {f"{name}Backward0" for name in ("Expand", "ReshapeAlias", "Slice", "UnsafeView", "View")}
-"""Nodes that pass the gradient on unchanged if they change no size. Tracers add such nodes, for example `x[:]`."""
+"""Nodes without effect on the gradient, unless they change the shape. Tracers add some, for example for `x[:]`."""
 _SAME_BACKWARD = {"ReshapeAliasBackward0": "ViewBackward0"}
-"""Nodes with the same backward: under a dispatch mode, torch records `reshape` as a view."""
+"""Nodes to rename, because their backward is the same. Under a dispatch mode, torch records `reshape` as a view."""
 _SIZES = "_saved_self_sym_sizes"
 _ALIAS = "AliasBackward0"
 
 
-class _NotVisible(Exception):
-    """A node has saved something that cannot be compared."""
+class _NotReadable(Exception):
+    """A node has a saved value that cannot be read or compared."""
 
 
 def describe(
     outputs: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
 ) -> Description | None:
-    """Return a description of the graph behind some tensors, or None if a part of it is not visible.
+    """Return a description of the autograd graph of some tensors, or None if a part of the graph cannot be read.
 
     Args:
-        outputs: where a backward pass would start.
-        parameters: by name. No run writes into them, so saved views of them are described by name, and all other
-            tensors by a checksum.
-        inputs: other leaves, by name.
+        outputs: the tensors from which a backward pass would start.
+        parameters: leaves that forward does not write into, by name. Saved views of them are described by this name,
+            which is faster than the checksum of the memory that describes any other saved tensor.
+        inputs: the other leaves, by name.
     """
     try:
-        with torch._C.DisableTorchFunction(), _disable_current_modes():  # modes must not see what happens here
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # the modes of the caller must not observe this
             return _Describer(parameters, inputs).graph(outputs)
-    except (_NotVisible, RuntimeError):  # torch raises for a saved tensor that was written in place since
+    except (_NotReadable, RuntimeError):  # torch raises if a saved tensor was later written in place
         return None
 
 
 class _Describer:
-    """Numbers nodes in the order in which they are reached from the outputs, and reads each once."""
+    """Reads each node of an autograd graph once. Nodes are numbered in the order of the search from the outputs."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> None:
         self._names = {id(leaf): name for name, leaf in (*inputs.items(), *parameters.items())}
+        # By address of a storage: the name of a parameter, or size and checksum of the memory.
         self._memory: dict[int, Any] = {
             leaf.untyped_storage().data_ptr(): name for name, leaf in parameters.items() if type(leaf) in _PLAIN
         }
-        self._alive: list[torch.UntypedStorage] = []  # an address is valid only while its memory lives
+        self._alive: list[torch.UntypedStorage] = []  # an address is valid only while its storage lives
 
     def graph(self, outputs: Sequence[torch.Tensor]) -> Description:
+        """Return the description of the graph behind some tensors."""
         numbers: dict[Any, int] = {}
         roots: list[Any] = []
         waiting: list[Any] = []
 
         def edge(node: Any, index: int) -> Any:
-            while node is not None and (after := _passes_on(node)) is not None:
+            """Return the number of a node and the index of its output. No-op nodes are skipped."""
+            while node is not None and (after := _after_no_op(node)) is not None:
                 node, index = after
             if node is None:
                 return None
@@ -86,28 +90,30 @@ class _Describer:
         return tuple(roots), tuple(described)
 
     def _node(self, node: Any) -> tuple[Any, ...]:
+        """Describe a node: its name, the shapes of incoming gradients, and its saved values or the name of its leaf."""
         kind = type(node)
         name = kind.__name__
         if getattr(torch._C._functions, name, None) is not kind or name.startswith(_OPAQUE):
-            raise _NotVisible(name)
+            raise _NotReadable(name)
         if name.startswith("Cat") and any(after is None for after, _ in node.next_functions):
-            raise _NotVisible(name)  # the size of an input without a gradient is hidden
-        takes = tuple([(tuple(taken.shape), taken.dtype, taken.device) for taken in node._input_metadata])
-        if (variable := getattr(node, "variable", None)) is not None:
+            raise _NotReadable(name)  # Python cannot read the size of an input that needs no gradient
+        gradients = tuple([(tuple(grad.shape), grad.dtype, grad.device) for grad in node._input_metadata])
+        if (variable := getattr(node, "variable", None)) is not None:  # AccumulateGrad, the node of a leaf
             if variable._backward_hooks:
-                raise _NotVisible("a hook")
-            return name, takes, self._names.get(id(variable))
+                raise _NotReadable("a hook")
+            return name, gradients, self._names.get(id(variable))
         saved = tuple([self._value(getattr(node, key)) for key in dir(kind) if key.startswith("_saved_")])
-        return _SAME_BACKWARD.get(name, name), takes, saved
+        return _SAME_BACKWARD.get(name, name), gradients, saved
 
     def _value(self, value: Any) -> Any:
+        """Describe a saved value. A tensor is described by its layout, and the name or checksum of its memory."""
         if isinstance(value, (tuple, list)):
             return tuple(map(self._value, value))
         if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
             return type(value), repr(value)
         plain = type(value) in _PLAIN and value.layout is torch.strided
         if not plain or value.is_nested or value.is_meta:
-            raise _NotVisible(type(value).__name__)
+            raise _NotReadable(type(value).__name__)
         tensor = value.detach()
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
@@ -122,8 +128,8 @@ class _Describer:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _passes_on(node: Any) -> tuple[Any, int] | None:
-    """Return the next node if this one passes its gradient on unchanged, otherwise None."""
+def _after_no_op(node: Any) -> tuple[Any, int] | None:
+    """Return the next edge if the node passes its gradient on unchanged, otherwise None."""
     name = type(node).__name__
     if name not in (*_SAME_SHAPE, _ALIAS) or len(node.next_functions) != 1 or len(node._input_metadata) != 1:
         return None

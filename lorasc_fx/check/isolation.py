@@ -1,8 +1,10 @@
-"""Isolated runs: afterwards the model and the process are as before.
+"""Run a model without side effects: restore the model and the process after the run.
 
-Buffers, parameters that forward writes into, and attributes that its Python sets are restored. A model without values
-here, on the meta device or sharded, runs on fake tensors, which have a shape, a dtype and the device of the inputs, but
-no memory. The model's Python runs and is traced as usual then, but whatever reads a value (`.item()`) raises.
+Restored are buffers, parameters that forward writes into, and attributes that its Python code sets.
+
+A model on the meta device, or a sharded one, has no values to compute with. It runs on fake tensors, which have a
+shape, a dtype and the device of the inputs, but no memory. It can be run and traced as usual, except that code that
+reads a value (`.item()`) raises.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasc_fx.check.guards import MISSING, Held, attribute_tensors, same_value, walk
-from lorasc_fx.check.process_state import OurMode, eager, quiet, seed
+from lorasc_fx.check.guards import MISSING, StateHolder, attribute_tensors, same_value, walk
+from lorasc_fx.check.process_state import ObserverMode, eager, quiet, seed
 from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import writable
@@ -42,16 +44,16 @@ def isolation(
     grad: bool = True,
     seeded: bool = True,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Isolate runs of the model in this block, and return copies of the arguments of a call.
+    """Context manager: isolate runs of the model, and return copies of the arguments to run it with.
 
     Args:
-        undo: restores the state.
+        undo: restores the state at the end of the block.
         model: the model to run.
-        args, kwargs: of the call.
-        observers: context managers that are entered last, such as hooks, dispatch modes and other weights.
+        args, kwargs: arguments of a call.
+        observers: context managers that are entered last, such as hooks, dispatch modes and replaced weights.
         grad: whether gradients are on.
-        seeded: whether the generators start from a fixed seed, so that two runs draw the same numbers. Otherwise they
-            draw what the next call would draw, for example which layers are skipped.
+        seeded: whether the random generators start from a fixed seed, so that two runs draw the same numbers.
+            Otherwise they draw the same numbers as the next call, which may skip layers at random.
     """
     inputs = copy_inputs(args, kwargs)
     undo.enter(quiet(grad))
@@ -67,36 +69,36 @@ def isolation(
 def call_recorder(
     undo: Block,
     model: nn.Module,
-    enters: Callable[[str, nn.Module, Any, Any], None],
-    leaves: Callable[[str, nn.Module, Any], None],
+    before_call: Callable[[str, nn.Module, Any, Any], None],
+    after_call: Callable[[str, nn.Module, Any], None],
 ) -> None:
-    """Observe the calls of the model's modules.
+    """Context manager: call functions before and after each call of a module of the model.
 
     Args:
-        undo: removes the hooks.
-        model: its modules are known by their first path.
-        enters: gets path, module and arguments before a call.
-        leaves: gets path, module and output after a call; None if the call raised.
+        undo: removes the hooks at the end of the block.
+        model: the model. A module with several paths is reported under its first one.
+        before_call: gets path, module, args and kwargs.
+        after_call: gets path, module and output. The output is None if the call raised.
     """
 
-    def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        leaves(path, module, output)
+    def without_args(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        after_call(path, module, output)
 
     for path, module in model.named_modules():
-        undo(module.register_forward_pre_hook(partial(enters, path), prepend=True, with_kwargs=True).remove)
-        undo(module.register_forward_hook(partial(after, path), always_call=True).remove)
+        undo(module.register_forward_pre_hook(partial(before_call, path), prepend=True, with_kwargs=True).remove)
+        undo(module.register_forward_hook(partial(without_args, path), always_call=True).remove)
 
 
 WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-"""For each model that has run: names of the parameters that forward writes, and of the buffers that it registers."""
+"""For each model that has run in isolation: the names that `written_by` returns."""
 
 
 def written_by(model: nn.Module, default: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Return names of the parameters that forward writes and of the buffers that it registers.
+    """Return the names of the parameters that forward writes into, and of the buffers that it registers.
 
     Args:
-        model: whose forward it is.
-        default: returned for a model without an isolated run.
+        model: the model.
+        default: the result for a model that has not run in isolation.
     """
     return WRITTEN.get(model, default)
 
@@ -106,60 +108,59 @@ class Attributes:
     """A snapshot of the Python state of a model.
 
     Args:
-        places: each holder, and a copy of its contents.
-        tensors: each tensor in them, with its version, a copy of its values, and whether it had an autograd history.
+        holders: each holder, and a shallow copy of its contents.
+        tensors: each tensor in them, with its version, a copy of its values, and whether it had a grad_fn.
     """
 
-    places: list[tuple[Held, Any]]
+    holders: list[tuple[StateHolder, Any]]
     tensors: list[tuple[torch.Tensor, int, torch.Tensor, bool]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Attributes:
         """Take a snapshot."""
-        held = list(walk(model))
-        places = [(each, each.contents()) for each in held if each.restored]
+        holders = list(walk(model))
         tensors = [
             (tensor, tensor._version, tensor.detach().clone(), tensor.grad_fn is not None)
-            for _, tensor in attribute_tensors(model, held)
+            for _, tensor in attribute_tensors(model, holders)
             if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
             if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
         ]
-        return cls(places, tensors)
+        return cls([(holder, holder.contents()) for holder in holders if holder.restored], tensors)
 
     def restore(self) -> None:
-        """Restore the contents of every holder, and the values and the missing history of every tensor."""
-        detached: dict[int, torch.Tensor] = {}
-        for tensor, version, value, has_history in self.tensors:
+        """Restore the contents of every holder, and the values of every tensor. Detach tensors that had no grad_fn."""
+        replaced: dict[int, torch.Tensor] = {}  # detached tensors, by id of the tensor that they must replace
+        for tensor, version, value, had_history in self.tensors:
             if tensor._version != version:
                 with torch.no_grad():
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
-                if not has_history and (without := without_history(tensor)) is not tensor:
-                    detached[id(tensor)] = without
-        for held, contents in self.places:
-            where, before = held.where, contents
-            if detached and isinstance(contents, dict):
-                before = {key: detached.get(id(value), value) for key, value in contents.items()}
-            elif detached:
-                before = type(contents)(detached.get(id(value), value) for value in contents)
-            if isinstance(where, dict):
-                for key in [key for key in held.contents() if key not in before]:
-                    del where[key]
-                if not held.attributes and list(where) != list(before):
-                    where.clear()
+                if not had_history and (detached := detached_in_place(tensor)) is not tensor:
+                    replaced[id(tensor)] = detached
+        for holder, contents in self.holders:
+            store, before = holder.store, contents
+            if replaced and isinstance(contents, dict):
+                before = {key: replaced.get(id(value), value) for key, value in contents.items()}
+            elif replaced:
+                before = type(contents)(replaced.get(id(value), value) for value in contents)
+            if isinstance(store, dict):
+                for key in [key for key in holder.contents() if key not in before]:
+                    del store[key]
+                if not holder.attributes and list(store) != list(before):  # the order of a user's dict matters
+                    store.clear()
                 for key, value in before.items():
-                    if where.get(key, MISSING) is not value:
-                        where[key] = value
-            elif len(where) != len(before) or not same_value(held.contents(), before):
-                where.clear()
-                where.extend(before) if isinstance(where, (list, deque)) else where.update(before)
+                    if store.get(key, MISSING) is not value:
+                        store[key] = value
+            elif len(store) != len(before) or not same_value(holder.contents(), before):
+                store.clear()
+                store.extend(before) if isinstance(store, (list, deque)) else store.update(before)
 
 
-def without_history(tensor: torch.Tensor) -> torch.Tensor:
-    """Detach in place a tensor that a forward with gradients has written into, and return it.
+def detached_in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """Remove the autograd history that a write in forward has given to a tensor, and return the tensor.
 
-    Torch cannot detach a view in place, so a view gets a new TensorImpl on the same memory. If something else holds the
-    old one, a new tensor is returned, and the caller has to replace the old one.
+    Torch cannot detach a view in place. A view gets a new TensorImpl with the same memory instead. That fails if
+    something else refers to the old TensorImpl. Then a new tensor is returned, and the caller must replace the old one.
     """
     if tensor.grad_fn is None:
         return tensor
@@ -173,26 +174,26 @@ def without_history(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same bits. False for kinds of tensors that cannot be compared so."""
-    odd = type(one) is not torch.Tensor or one.is_meta or one.is_quantized or one.layout is not torch.strided
-    if odd or one.is_conj() or one.is_neg():
+def _same_bits(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same bits, nan included. False if their bits cannot be read."""
+    plain = type(tensor) is torch.Tensor and not tensor.is_quantized and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
         return False
-    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
+    return torch.equal(tensor.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
 
 
 @isolated
-def same_attributes(undo: Block, model: nn.Module) -> Attributes:
-    """Restore the model's Python state at the end. Returns the snapshot."""
+def restored_attributes(undo: Block, model: nn.Module) -> Attributes:
+    """Context manager: restore the model's Python state at the end of the block. Returns the snapshot."""
     attributes = Attributes.of(model)
     undo(attributes.restore)
     return attributes
 
 
 _DECLARED = {"aten", "prim", "prims"}
-"""Namespaces of ops whose schemas say what they write."""
+"""Namespaces of ops whose schemas declare the arguments that the op writes into."""
 _STATISTICS = {"running_mean", "running_var"}
-"""Arguments of batch norms that are written, though the schemas do not say so."""
+"""Arguments that batch norm ops write into although their schemas do not declare it."""
 _ADDRESSES = (
     torch.Tensor.numpy,
     torch.Tensor.__array__,
@@ -205,92 +206,96 @@ _ADDRESSES = (
     torch.Tensor.map_,
     torch.Tensor.map2_,
 )
-"""Functions that write by other means than ops, or give Python the memory of a tensor."""
+"""Functions that give Python access to the memory of a tensor, or write into it without an op."""
 
 
-class _Writes(OurMode, TorchDispatchMode):
-    """Copies tensors to host memory, each just before the first op that writes into its storage.
+class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
+    """Copies each tensor to host memory, just before the first op that writes into its storage.
 
     Args:
-        tensors: by name.
+        tensors: the tensors to watch, by name.
 
     Attributes:
-        kept: the copies, by name.
+        copies: the copies so far, by name.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept: dict[str, torch.Tensor] = {}
-        self._unwritten: dict[int, dict[str, torch.Tensor]] = {}
+        self.copies: dict[str, torch.Tensor] = {}
+        self._watched: dict[int, dict[str, torch.Tensor]] = {}  # by storage
         for name, tensor in tensors.items():
-            self._unwritten.setdefault(_storage_of(tensor), {})[name] = tensor
+            self._watched.setdefault(_storage_of(tensor), {})[name] = tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        # Only schemas of torch's own namespaces are known to say what an op writes.
-        if not isinstance(func, torch._ops.OpOverload):  # the ops inside a higher-order op are not seen here
-            self.unseen()
-        elif func.namespace not in _DECLARED:
-            self.keep((args, given))
+        arguments = dict(kwargs or {})
+        if not isinstance(func, torch._ops.OpOverload):  # a higher-order op, whose inner ops are not dispatched here
+            self.before_hidden_code()
+        elif func.namespace not in _DECLARED:  # the schema of a custom op may be wrong
+            self.copy_written((args, arguments))
         else:
-            arguments = func._schema.arguments
-            given |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-            aliases = {argument.name: argument.alias_info for argument in arguments if argument.alias_info is not None}
+            schema = func._schema.arguments
+            arguments |= {argument.name: value for argument, value in zip(schema, args, strict=False)}
+            aliases = {argument.name: argument.alias_info for argument in schema if argument.alias_info is not None}
             written = {name for name, alias in aliases.items() if alias.is_write} | _STATISTICS
-            self.keep([value for name, value in given.items() if name in written])
+            self.copy_written([value for name, value in arguments.items() if name in written])
         return func(*args, **(kwargs or {}))
 
-    def unseen(self) -> None:
-        """Copy every tensor, before code runs whose writes cannot be seen."""
-        self.keep([tensor for group in self._unwritten.values() for tensor in group.values()])
+    def before_hidden_code(self) -> None:
+        """Copy all tensors, because the code that follows may write into any of them."""
+        self.copy_written([tensor for group in self._watched.values() for tensor in group.values()])
 
-    def keep(self, values: Any) -> None:
-        """Copy the tensors that share a storage with one of these."""
+    def copy_written(self, values: Any) -> None:
+        """Copy the watched tensors that share a storage with a tensor in a pytree, unless they were copied before."""
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Tensor) and torch._C._has_storage(value):
-                for name, tensor in self._unwritten.pop(_storage_of(value), {}).items():
-                    self.kept[name] = tensor.to("cpu", copy=True)
+                for name, tensor in self._watched.pop(_storage_of(value), {}).items():
+                    self.copies[name] = tensor.to("cpu", copy=True)
 
 
-class _Addresses(OurMode, TorchFunctionMode):
+class _CopyBeforeAccess(ObserverMode, TorchFunctionMode):
     """Copies tensors before Python gets access to their memory."""
 
-    def __init__(self, writes: _Writes) -> None:
+    def __init__(self, writes: _CopyBeforeWrite) -> None:
         super().__init__()
         self._writes = writes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ADDRESSES:
-            self._writes.keep(args[0])
+            self._writes.copy_written(args[0])
         return func(*args, **(kwargs or {}))
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    layout = (tensor.stride(),) if tensor.layout is torch.strided else ()
-    return tensor.data_ptr(), tensor.shape, *layout
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return the address, shape and strides of a tensor."""
+    strides = (tensor.stride(),) if tensor.layout is torch.strided else ()
+    return tensor.data_ptr(), tensor.shape, *strides
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
+    """Return an identifier of a tensor's storage."""
     return int(tensor.untyped_storage()._cdata)
 
 
 @isolated
-def same_values(undo: Block, model: nn.Module) -> None:
-    """Restore buffers, and parameters that forward writes into, at the end: their values and their missing history.
+def restored_values(undo: Block, model: nn.Module) -> None:
+    """Context manager: restore buffers, and parameters that forward writes into, at the end of the block.
 
-    The first run of a model shows which parameters these are. It copies each to host memory before it is written.
-    `torch.compile` compiles nothing in it, because the writes of compiled kernels cannot be seen.
+    The first run of a model finds these parameters. In that run, a parameter is copied to host memory just before it is
+    written. `torch.compile` inside the model is disabled, because the writes of compiled kernels cannot be observed.
+    Later runs copy only the parameters that were found.
 
     Raises:
-        CaptureError: at the end, if a first run has written into a parameter by means that cannot be seen.
+        CaptureError: at the end, if the first run has changed a parameter in a way that could not be observed.
     """
-    # Buffers of an earlier call with gradients: a backward through this run would go on into the graph of that call.
+    # A buffer that an earlier call with gradients has written has a grad_fn. Detach it inside the block: a backward
+    # would otherwise continue into the graph of that call.
     with_history = {id(value): value.detach().clone() for value in model.buffers() if value.grad_fn is not None}
     if with_history:
         exchange(model, lambda holder: with_history.get(id(holder.value)), undo)
-    clean = [parameter for parameter in model.parameters() if parameter.grad_fn is None]
+    # Take a snapshot of the buffers: they are small, and forward often writes into them.
+    without_history = [parameter for parameter in model.parameters() if parameter.grad_fn is None]
     buffers = [
         (
             path,
@@ -300,21 +305,24 @@ def same_values(undo: Block, model: nn.Module) -> None:
         )
         for path, module in model.named_modules()
     ]
+    # Parameters that forward may write into: in the first run all, except quantized weights, which have no ops for it.
     written_before = WRITTEN.get(model)
-    memory = {
+    parameters = {
         name: (parameter, parameter.data)
-        # Quantized weights have few ops, and none that forward would write with.
         for name, parameter in writable(dict(model.named_parameters())).items()
         if (written_before is None or name in written_before) and not isinstance(parameter, FakeTensor)
     }
-    # In a first run, most parameters are never written, so each is copied only when an op writes into it.
-    lazily = {
+    # In the first run, copy a parameter only when an op writes into it, because most are never written. Checksums find
+    # writes that were not observed.
+    copied_lazily = {
         name: tensor
-        for name, (_, tensor) in memory.items()
+        for name, (_, tensor) in parameters.items()
         if written_before is None and type(tensor) is torch.Tensor and torch._C._has_storage(tensor)
     }
-    writes, before = _Writes(lazily), checksums(lazily)
-    writes.kept |= {name: tensor.to("cpu", copy=True) for name, (_, tensor) in memory.items() if name not in lazily}
+    writes, digests = _CopyBeforeWrite(copied_lazily), checksums(copied_lazily)
+    copied_now = {name: tensor for name, (_, tensor) in parameters.items() if name not in copied_lazily}
+    writes.copies |= {name: tensor.to("cpu", copy=True) for name, tensor in copied_now.items()}
+    # A fake tensor has no values to restore, but its version shows a write.
     fakes = [
         (name, parameter, parameter._version)
         for name, parameter in model.named_parameters()
@@ -324,18 +332,18 @@ def same_values(undo: Block, model: nn.Module) -> None:
 
     def restore() -> None:
         with torch.no_grad():
-            for name, (parameter, tensor) in memory.items():
-                if _place(parameter) != _place(tensor):
+            for name, (parameter, tensor) in parameters.items():
+                if _layout(parameter) != _layout(tensor):  # forward has assigned `parameter.data`
                     parameter.data = tensor
                     written.add(name)
-                if name in writes.kept and not torch.equal(writes.kept[name], tensor.cpu()):
-                    parameter.copy_(writes.kept[name])
+                if name in writes.copies and not torch.equal(writes.copies[name], tensor.cpu()):
+                    parameter.copy_(writes.copies[name])
                     written.add(name)
-            for parameter in clean:
-                without_history(parameter)
+            for parameter in without_history:
+                detached_in_place(parameter)
             written.update(name for name, parameter, version in fakes if parameter._version != version)
             for path, module, objects, values in buffers:
-                if isinstance(module._buffers, dict):  # a script module has another container
+                if isinstance(module._buffers, dict):  # not so in a ScriptModule
                     added = module._buffers.keys() - objects.keys()
                     written.update(f"{path}.{leaf}".lstrip(".") for leaf in added)
                     module._buffers.clear()
@@ -345,31 +353,31 @@ def same_values(undo: Block, model: nn.Module) -> None:
                     # Only if it differs: a write would invalidate an autograd graph that has saved the buffer.
                     if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
                         buffer.copy_(value)
-            views = {id(value): new for value in model.buffers() if (new := without_history(value)) is not value}
+            views = {id(value): new for value in model.buffers() if (new := detached_in_place(value)) is not value}
             if views:
-                exchange(model, lambda holder: views.get(id(holder.value)), lambda step: None)  # for good
-        unseen = {name: tensor for name, tensor in lazily.items() if name not in writes.kept}
-        changed = [name for name, value in checksums(unseen).items() if value != before[name]]
+                exchange(model, lambda holder: views.get(id(holder.value)), lambda step: None)  # not to be undone
+        not_copied = {name: tensor for name, tensor in copied_lazily.items() if name not in writes.copies}
+        changed = [name for name, digest in checksums(not_copied).items() if digest != digests[name]]
         if changed:
             raise CaptureError(
-                f"{type(model).__name__} has written into {named(changed)} in its forward by means that torch does not "
-                "see (a thread of its own, memory that it shares with numpy, an extension), so that nothing could "
-                "restore it: load the weights again, and write by operations of torch"
+                f"The forward of {type(model).__name__} has changed {named(changed)} without an operation of torch "
+                "(in a thread, through numpy, or in an extension). The old values could not be restored. Load the "
+                "weights again, and write into parameters by torch operations only."
             )
         WRITTEN[model] = frozenset(written)
 
     undo(restore)
-    if lazily:
+    if copied_lazily:
         undo.enter(eager())
-        undo.enter(_Addresses(writes))
+        undo.enter(_CopyBeforeAccess(writes))
         undo.enter(writes)
 
 
 @isolated
 def isolated_model(undo: Block, model: nn.Module) -> None:
-    """Restore the model's Python state and values at the end."""
-    undo.enter(same_attributes(model))
-    undo.enter(same_values(model))
+    """Context manager: restore the model's Python state and values at the end of the block."""
+    undo.enter(restored_attributes(model))
+    undo.enter(restored_values(model))
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -378,7 +386,7 @@ def is_on_meta(model: nn.Module) -> bool:
 
 
 def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
-    """Return the device of the first input tensor that is not on the meta device; the CPU if there is none."""
+    """Return the device of the first input tensor outside the meta device, or the CPU if there is none."""
     tensors = (
         leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)
     )
@@ -386,7 +394,7 @@ def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether the model can run here: no tensor is on the meta device or sharded."""
+    """Whether the model can compute values: no tensor is on the meta device, and no parameter is sharded."""
     return not is_on_meta(model) and not any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
@@ -394,9 +402,10 @@ def has_values(model: nn.Module) -> bool:
 def with_fake_tensors(
     undo: Block, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace the tensors of a model without values by fake ones of full shapes, and return fake inputs.
+    """Context manager: replace the tensors of a model without values by fake ones, and return fake inputs.
 
-    Another model and its inputs are left unchanged.
+    The fake tensors of a sharded model have the shapes of the full tensors. If the model has values, nothing is
+    replaced, and the inputs are returned.
     """
     if has_values(model):
         return args, dict(kwargs)
@@ -418,7 +427,7 @@ def with_fake_tensors(
 
 @isolated
 def fake_mode(undo: Block, model: nn.Module) -> None:
-    """Make every new tensor fake if the model holds fake tensors."""
+    """Context manager: make new tensors fake, if the parameters of the model are fake."""
     fake = next((parameter for parameter in model.parameters() if isinstance(parameter, FakeTensor)), None)
     if fake is not None:
         undo.enter(fake.fake_mode)

@@ -1,8 +1,8 @@
-"""Run a model or its graph once, observe what the run does, and compare two runs.
+"""Run a model or its graph once, record the results (outputs, buffers, gradients), and compare the records of two runs.
 
-Each gradient is reduced to a few random projections at once, so that no gradient is kept. Projections are linear, so a
-gradient may come in several parts (reentrant checkpoints). If the autograd graphs of both runs are equal, so are the
-gradients, and no backward pass is run.
+Gradients are not stored. Each is reduced to a few random projections when it is computed. Projections are linear, so a
+gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass is needed if the autograd graphs
+of both runs are equal, because then the gradients are equal too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lorasc_fx.check.autograd_graph import Description, describe
 from lorasc_fx.check.guards import attribute_tensors
-from lorasc_fx.check.isolation import same_values, without_history, written_by
-from lorasc_fx.check.process_state import OurMode, seed
+from lorasc_fx.check.isolation import detached_in_place, restored_values, written_by
+from lorasc_fx.check.process_state import ObserverMode, seed
 from lorasc_fx.check.projections import PROJECTIONS, backward_nodes, projected_gradients
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
@@ -29,18 +29,24 @@ from lorasc_fx.util.fingerprint import checksum
 from lorasc_fx.util.undo import Block, isolated
 
 ROUNDING = 1e4
-"""Units in the last place, relative to the output's scale, by which a graph may differ: torch may use other kernels."""
+"""Maximum rounding difference between graph and model, in multiples of the dtype's eps, relative to the largest entry.
+They may use different kernels."""
 CANCELLED = 1e-3
-"""Fraction of the largest gradient below which a gradient counts as the rounding error of terms that cancel."""
+"""A gradient smaller than this fraction of the largest gradient may be pure rounding error of terms that cancel."""
 MAX_ROUNDING = 0.1
-"""Relative difference that is never rounding, however few bits the dtype has."""
+"""Maximum relative rounding difference for any dtype, because ROUNDING times the eps of bfloat16 exceeds 1."""
 LARGE = 1 << 26
-"""Bytes of an output from which on only a digest of it is kept."""
+"""Size in bytes from which an output is replaced by a digest, to save memory."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two runs differ, and the weights and inputs whose gradients do."""
+    """The difference between two runs.
+
+    Args:
+        sentence: a description, for error messages.
+        weights: names of the weights and inputs whose gradients differ.
+    """
 
     sentence: str
     weights: tuple[str, ...] = ()
@@ -48,7 +54,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Digest:
-    """What is kept of a large output: dtype, shape and a checksum of its bits."""
+    """Replaces a large output: its dtype, shape and a checksum of its bits."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -56,7 +62,7 @@ class Digest:
 
     @classmethod
     def of(cls, output: torch.Tensor) -> torch.Tensor | Digest:
-        """Return a digest of a large output, or the detached output itself."""
+        """Return a digest of a large output. Any other output is detached and returned."""
         dense = output.layout is torch.strided and not output.is_nested and not isinstance(output, FakeTensor)
         if not dense or output.nbytes < LARGE:
             return output.detach()
@@ -65,18 +71,19 @@ class Digest:
 
 @dataclass(frozen=True)
 class Observed:
-    """What one run showed.
+    """The record of one run.
 
     Args:
-        output, arguments: types and tensors of the output, and of the arguments after the call.
-        buffers: buffers and other tensors of the model after the call, by name.
-        functions: reasons why only the model's own Python can run it (custom autograd.Functions, new seeds).
-        recomputes: whether it has its own hooks on saved tensors, as gradient checkpointing has.
-        asks: whether its Python asks tensors for their gradient state.
-        observers: modules with hooks of the user that return nothing.
-        autograd: description of the autograd graph; None if not all of it is visible.
-        gradients: projections of the gradients of weights and inputs; None if no backward was run or it raised.
-        broken: why the backward pass raised.
+        output: types and tensors of the output.
+        arguments: types and tensors of the arguments after the call, which may have written into them.
+        buffers: names and values of buffers, tensors in attributes and written parameters, after the call.
+        functions: phrases for code that a graph cannot hold: custom autograd.Functions, and new seeds.
+        recomputes: whether the model sets hooks on saved tensors, as gradient checkpointing does.
+        reads_grad_state: whether its Python code reads `requires_grad`, `grad_fn` or `is_leaf` of tensors.
+        observers: names of modules with forward hooks of the user that return None.
+        autograd: description of the autograd graph. None if a part of the graph cannot be read, or may change.
+        gradients: projections of the gradients of weights and inputs. None if no backward was run, or it raised.
+        backward_error: the exception of the backward pass, as one line, or "".
     """
 
     output: tuple[Any, list[torch.Tensor | Digest]]
@@ -84,63 +91,65 @@ class Observed:
     buffers: list[tuple[str, torch.Tensor]]
     functions: tuple[str, ...]
     recomputes: bool
-    asks: bool
+    reads_grad_state: bool
     observers: tuple[str, ...]
     autograd: Description | None
     gradients: Mapping[str, torch.Tensor] | None
-    broken: str = ""
+    backward_error: str = ""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the values of all outputs are kept."""
+    def has_all_values(self) -> bool:
+        """Whether no output was replaced by a digest."""
         return not any(isinstance(output, Digest) for output in self.output[1])
 
 
 def observe_or_none(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool = False
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep_values: bool = False
 ) -> Observed | None:
-    """Return what a run shows, or None if the model raises, as some models do in one of the two gradient modes."""
+    """Observe a run, or return None if the model raises, as some models do in one of the two gradient modes."""
     try:
-        return observe(model, model, args, kwargs, whole=whole)
+        return observe(model, model, args, kwargs, keep_values=keep_values)
     except MemoryError:
         raise
     except Exception:
         return None
 
 
-_ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
+_GRAD_STATE = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 
 
-class _AutogradUse(OurMode, TorchFunctionMode):
-    """Observes how a model uses autograd, except inside the quantized layers of libraries.
+class _AutogradUse(ObserverMode, TorchFunctionMode):
+    """Observes how the Python code of a model uses autograd. Code inside quantized layers is ignored.
 
     Attributes:
-        recomputes: whether it computes under its own hooks on saved tensors.
-        asks: whether it asks tensors for their gradient state.
-        hooks: whether it may put hooks on tensors or on autograd nodes.
-        products: arguments and outputs of the calls of quantized layers.
+        recomputes: whether an op runs under hooks on saved tensors that the model has set.
+        reads_grad_state: whether `requires_grad`, `grad_fn` or `is_leaf` of a tensor is read.
+        hooks: whether hooks may be set on tensors or autograd nodes.
+        products: arguments and output of each call of a quantized layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recomputes = self.asks = self.hooks = False
+        self.recomputes = self.reads_grad_state = self.hooks = False
         self.products: list[tuple[Any, torch.Tensor | None]] = []
-        self._inside = 0
-        self._before = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._inside = 0  # depth of calls of quantized layers
+        self._hooks_before = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Gradient checkpointing computes under its own hooks on saved tensors.
-        self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
-        self.asks |= not self._inside and any(getattr(func, "__self__", None) is getter for getter in _ASKS)
-        self.hooks |= func is torch.Tensor.register_hook or getattr(func, "__self__", None) is torch.Tensor.grad_fn
+        # Gradient checkpointing runs its region under hooks on saved tensors.
+        self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._hooks_before
+        getter_of = getattr(func, "__self__", None)  # the attribute, if func is its `__get__`
+        self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
+        # A model that reads grad_fn may set hooks on the node, which this mode does not see.
+        self.hooks |= func is torch.Tensor.register_hook or getter_of is torch.Tensor.grad_fn
         return func(*args, **(kwargs or {}))
 
-    def enters(self, module: nn.Module, args: Any) -> None:
-        """Note that a call of a quantized layer begins."""
+    def before_layer(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of quantized layers."""
         self._inside += 1
 
-    def leaves(self, module: nn.Module, args: Any, output: torch.Tensor | None) -> None:
-        """Note that the call ends. The output is None if it raised."""
+    def after_layer(self, module: nn.Module, args: Any, output: torch.Tensor | None) -> None:
+        """Forward hook of quantized layers. The output is None if the layer raised."""
         self._inside -= 1
         self.products.append((args, output))
 
@@ -155,11 +164,11 @@ class _AutogradUse(OurMode, TorchFunctionMode):
 
 @isolated
 def _products_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None:
-    """Let `use` know of the calls of quantized layers."""
+    """Context manager: register the hooks of `use` on the quantized layers of the model."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            undo(module.register_forward_pre_hook(use.enters).remove)
-            undo(module.register_forward_hook(use.leaves, always_call=True).remove)
+            undo(module.register_forward_pre_hook(use.before_layer).remove)
+            undo(module.register_forward_hook(use.after_layer, always_call=True).remove)
 
 
 def observe(
@@ -167,85 +176,91 @@ def observe(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    like: Observed | None = None,
+    reference: Observed | None = None,
     backward: bool = False,
-    whole: bool = False,
+    keep_values: bool = False,
 ) -> Observed:
-    """Run once, in the current gradient mode, and observe.
+    """Run once in the current gradient mode, and return the record of the run.
 
-    Backward runs only if the autograd graph is not visible, or is not that of `like`.
+    Backward runs only if the autograd graph cannot be read, or differs from the one of `reference`.
 
     Args:
         call: the model, or its graph.
-        model, args, kwargs: of the run.
-        like: another run.
+        model: the model, whose state is recorded and then restored.
+        args, kwargs: arguments of the call. They are copied.
+        reference: the record that the new one will be compared with.
         backward: run backward in any case.
-        whole: keep the values of large outputs too.
+        keep_values: keep the values of large outputs instead of digests.
     """
     inputs, named = copy_inputs(args, kwargs)
-    with same_values(model):
+    with restored_values(model):
         seed()  # so that dropout draws the same numbers in each observed run
-        held = attribute_tensors(model)
+        stateful = attribute_tensors(model)
         with _AutogradUse() as use, _watched_hooks(model) as observers, _products_observed(model, use):
             output = call(*inputs, **named)
-        reseeded = torch.initial_seed() != 0  # as `seed` has set it
+        reseeded = torch.initial_seed() != 0  # `seed` has set it to 0
         tensors = tensors_in(output)
-        # Buffers, tensors among the attributes and parameters that forward writes: what a call may leave changed.
-        held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
-        buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
+        # Record the tensors that a call may change: buffers, tensors in attributes, and written parameters.
+        stateful += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
+        buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *stateful]]
         functions, reentrant = _custom_functions(backward_nodes(tensors) - use.nodes_of_products())
         if reseeded:  # dynamo would keep the seed as a constant
             functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
-        # Gradients, by the autograd graph if that is enough.
+        # Describe the autograd graph. Run backward only if the description is not enough.
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         differentiates = torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(tensors_in((inputs, named)))}
         parameters = dict(model.named_parameters())
-        # The description shows neither hooks nor writes, so a backward pass must run if there may be some.
-        visible = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
-        autograd = describe(_differentiable(tensors), parameters, leaves) if visible else None
-        same = autograd is not None and (like is None or autograd == like.autograd)
-        gradients, broken = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
-    if isinstance(call, fx.GraphModule):  # torch.export gives it constants on the memory of the model's tensors
+        # A description contains neither hooks nor the order of writes, so backward must run if the model uses them.
+        readable = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
+        autograd = describe(_differentiable(tensors), parameters, leaves) if readable else None
+        same = autograd is not None and (reference is None or autograd == reference.autograd)
+        gradients, error = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
+    # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
+    if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
             if isinstance(value, torch.Tensor):
-                without_history(value)
-    outputs = [tensor.detach() if whole else Digest.of(tensor) for tensor in tensors]
-    changed = (inputs, named)
+                detached_in_place(value)
+    outputs = [tensor.detach() if keep_values else Digest.of(tensor) for tensor in tensors]
+    arguments = (inputs, named)
     return Observed(
         (_types(output), outputs),
-        (_types(changed), [tensor.detach() for tensor in tensors_in(changed)]),
+        (_types(arguments), [tensor.detach() for tensor in tensors_in(arguments)]),
         buffers,
         tuple(sorted(functions)),
         use.recomputes or reentrant,
-        use.asks,
+        use.reads_grad_state,
         tuple(sorted(observers)),
         autograd,
         gradients,
-        broken,
+        error,
     )
 
 
 def _custom_functions(nodes: set[Any]) -> tuple[set[str], bool]:
-    """Return a phrase for each custom autograd.Function among nodes, and whether one is a reentrant checkpoint."""
+    """Return a phrase for each custom autograd.Function among the nodes, and whether one is a reentrant checkpoint."""
     custom = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
-    # Control flow operators are ops of a graph, with their own backward.
-    homes = {node: getattr(getattr(node, "_forward_cls", None), "__module__", "") for node in custom}
-    custom = [node for node in custom if not homes[node].startswith("torch._higher_order_ops.")]
+    # A graph can hold control flow ops such as torch.cond, although each is an autograd.Function of torch.
+    modules = {node: getattr(getattr(node, "_forward_cls", None), "__module__", "") for node in custom}
+    custom = [node for node in custom if not modules[node].startswith("torch._higher_order_ops.")]
     reentrant = [node for node in custom if getattr(node, "_forward_cls", None) is CheckpointFunction]
     names = {type(node).__name__.removesuffix("Backward") for node in custom if node not in reentrant}
-    names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}
+    names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}  # of torch.library.custom_op
     phrases = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
     return phrases, bool(reentrant)
 
 
 _HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate", "lightning", "pytorch_lightning"}
-"""Packages whose hooks do nothing that a graph would miss: they set what the same forward reads, or count."""
+"""Packages whose hooks have no side effects that a graph would lose: they prepare state for the same forward, or count.
+"""
 
 
 @isolated
 def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
-    """Return a set that the block fills with the names of modules with hooks of the user that return nothing."""
+    """Context manager: watch the forward hooks of the user, which may have side effects that a graph would lose.
+
+    Returns a set. During the block, it is filled with the names of the modules whose hooks return None.
+    """
     observers: set[str] = set()
 
     def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,13 +283,14 @@ def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
 
 
 def _differentiable(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the outputs that have a dtype with gradients."""
     return [output for output in outputs if output.is_floating_point() or output.is_complex()]
 
 
 def _gradients(
     outputs: list[torch.Tensor], leaves: Mapping[str, torch.Tensor]
 ) -> tuple[Mapping[str, torch.Tensor] | None, str]:
-    """Return projections of the gradients of leaves, or None and why the backward pass raises."""
+    """Return projections of the gradients of leaves and "", or None and the exception of the backward pass."""
     try:
         return projected_gradients(_differentiable(outputs), leaves), ""
     except MemoryError:
@@ -283,77 +299,90 @@ def _gradients(
         return None, one_line(fault)
 
 
-def difference_of(ours: Observed, theirs: Observed, gradients: bool = True) -> Difference | None:
-    """Return how two runs differ, or None."""
-    for what, computed, expected in (
-        ("an output", ours.output, theirs.output),
-        ("an argument after the call", ours.arguments, theirs.arguments),
+def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> Difference | None:
+    """Return the first difference between two runs, or None if they agree up to rounding.
+
+    Args:
+        graph: the run to check.
+        model: the run with the expected values.
+        gradients: whether gradients are compared.
+    """
+    for subject, computed, expected in (
+        ("an output", graph.output, model.output),
+        ("an argument after the call", graph.arguments, model.arguments),
     ):
         if computed[0] != expected[0]:
-            return Difference(f"{what} has other types, {computed[0]} for {expected[0]}")
+            return Difference(f"{subject} has other types, {computed[0]} instead of {expected[0]}")
         if len(computed[1]) != len(expected[1]):
-            return Difference(f"{what} holds {len(computed[1])} tensors for {len(expected[1])}")
-        for one, other in zip(computed[1], expected[1], strict=True):
-            if (difference := _apart(one, other)) is not None:
-                return Difference(f"{what} is {difference}")
-    if [name for name, _ in ours.buffers] != [name for name, _ in theirs.buffers]:
-        return Difference("other buffers")
-    for (name, one), (_, other) in zip(ours.buffers, theirs.buffers, strict=True):
-        if (difference := _apart(one, other)) is not None:
+            return Difference(f"{subject} has {len(computed[1])} tensors instead of {len(expected[1])}")
+        for value, expected_value in zip(computed[1], expected[1], strict=True):
+            if (difference := _tensor_difference(value, expected_value)) is not None:
+                return Difference(f"{subject} is {difference}")
+    if [name for name, _ in graph.buffers] != [name for name, _ in model.buffers]:
+        return Difference("it has other buffers after the call")
+    for (name, value), (_, expected_value) in zip(graph.buffers, model.buffers, strict=True):
+        if (difference := _tensor_difference(value, expected_value)) is not None:
             return Difference(f"buffer {name} is {difference} after the call")
-    if gradients and theirs.gradients is not None:
-        if ours.gradients is None:
-            return Difference(f"its backward pass raises {ours.broken}")
-        dtypes = {output.dtype for output in theirs.output[1] if output.dtype.is_floating_point}
-        return _other_gradients(ours.gradients, theirs.gradients, dtypes)
+    if gradients and model.gradients is not None:
+        if graph.gradients is None:
+            return Difference(f"its backward pass raises {graph.backward_error}")
+        dtypes = {output.dtype for output in model.output[1] if output.dtype.is_floating_point}
+        return _gradient_difference(graph.gradients, model.gradients, dtypes)
     return None
 
 
-def _other_gradients(
-    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], dtypes: set[torch.dtype]
+def _gradient_difference(
+    graph: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], dtypes: set[torch.dtype]
 ) -> Difference | None:
-    """Return which gradients differ by more than rounding.
+    """Return the gradients that differ by more than rounding, or None if all agree.
 
     A small gradient may be a sum of large terms that cancel, so its rounding error is relative to the largest gradient.
+
+    Args:
+        graph, model: projections of the gradients, by name. A missing gradient is zero.
+        dtypes: floating-point dtypes of the outputs, which determine the rounding error.
     """
-    none = torch.zeros(PROJECTIONS, dtype=torch.float64)
+    zero = torch.zeros(PROJECTIONS, dtype=torch.float64)
     allowed = min(ROUNDING * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0), MAX_ROUNDING)
-    finite = [float(gradient.norm()) for gradient in theirs.values() if bool(gradient.isfinite().all())]
-    least = CANCELLED * max(finite, default=0.0)
-    wrong: dict[str, float] = {}
-    for name in sorted(ours.keys() | theirs.keys()):
-        one, other = ours.get(name, none), theirs.get(name, none)
-        gap, scale = float((one - other).norm()), max(float(other.norm()), least)
-        if not gap <= allowed * scale and not (one.isfinite().logical_not() & other.isfinite().logical_not()).any():
-            wrong[name] = gap / scale if scale else float("inf")
-    if not wrong:
+    finite = [float(gradient.norm()) for gradient in model.values() if bool(gradient.isfinite().all())]
+    min_scale = CANCELLED * max(finite, default=0.0)
+    errors: dict[str, float] = {}
+    for name in sorted(graph.keys() | model.keys()):
+        computed, expected = graph.get(name, zero), model.get(name, zero)
+        gap, scale = float((computed - expected).norm()), max(float(expected.norm()), min_scale)
+        # `not gap <= ...` is true for nan. Gradients with inf or nan in both runs cannot be compared.
+        both_not_finite = (computed.isfinite().logical_not() & expected.isfinite().logical_not()).any()
+        if not gap <= allowed * scale and not both_not_finite:
+            errors[name] = gap / scale if scale else float("inf")
+    if not errors:
         return None
-    worst = max(wrong, key=lambda name: wrong[name])
-    more = f", and those of {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return Difference(f"the gradient of {worst} is off by {wrong[worst]:.1e} of its scale{more}", tuple(wrong))
+    worst = max(errors, key=lambda name: errors[name])
+    more = f", and {len(errors) - 1} more gradients differ" if len(errors) > 1 else ""
+    return Difference(f"the gradient of {worst} is off by {errors[worst]:.1e} of its scale{more}", tuple(errors))
 
 
-def _apart(one: torch.Tensor | Digest, other: torch.Tensor | Digest) -> str | None:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return f"{one.dtype} {tuple(one.shape)} for {other.dtype} {tuple(other.shape)}"
-    if isinstance(one, Digest) or isinstance(other, Digest):
-        return None if isinstance(one, Digest) and isinstance(other, Digest) and one == other else "another by its bits"
-    without_values = isinstance(one, FakeTensor) and isinstance(other, FakeTensor)
-    if without_values or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
+def _tensor_difference(value: torch.Tensor | Digest, expected: torch.Tensor | Digest) -> str | None:
+    """Return the difference of two tensors or digests as a phrase, or None if they agree up to rounding."""
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+        return f"{value.dtype} {tuple(value.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+    if isinstance(value, Digest) or isinstance(expected, Digest):
+        return None if value == expected else "different in its bits"
+    without_values = isinstance(value, FakeTensor) and isinstance(expected, FakeTensor)
+    if without_values or value.is_nested or value.is_sparse or value.numel() == 0 or torch.equal(value, expected):
         return None
-    if not (one.is_floating_point() or one.is_complex()):
-        return "another"
-    finite = one.isfinite() & other.isfinite()
-    if not torch.equal(one.isfinite(), other.isfinite()):
+    if not (value.is_floating_point() or value.is_complex()):
+        return "different"
+    finite = value.isfinite() & expected.isfinite()
+    if not torch.equal(value.isfinite(), expected.isfinite()):
         return "not finite in the same places"
-    scale = float(other[finite].abs().max()) if bool(finite.any()) else 0.0
-    gap = float((one - other)[finite].abs().max()) if bool(finite.any()) else 0.0
-    allowed = min(ROUNDING * torch.finfo(one.dtype).eps, MAX_ROUNDING)
+    scale = float(expected[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = float((value - expected)[finite].abs().max()) if bool(finite.any()) else 0.0
+    allowed = min(ROUNDING * torch.finfo(value.dtype).eps, MAX_ROUNDING)
     return f"off by {gap / scale:.1e} of its scale" if gap > allowed * scale else None
 
 
 def _types(value: Any) -> Any:
-    """Return the type of a value, and the types of the items of containers."""
+    """Return the type of a value, with the types of all items if it is a container."""
     if isinstance(value, Mapping):
         return (type(value).__name__, tuple((str(key), _types(item)) for key, item in value.items()))
     if isinstance(value, (list, tuple)):
@@ -362,7 +391,7 @@ def _types(value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in an output of any type, each once."""
+    """Return the tensors in a value, each once. Searches containers, and attributes of objects such as dataclasses."""
     tensors: list[torch.Tensor] = []
     seen: set[int] = set()
     waiting = [value]
@@ -383,6 +412,6 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def one_line(fault: Exception) -> str:
-    """Return the type and the first line of an exception."""
+    """Return the type of an exception and the first line of its message."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return f"{type(fault).__name__}: {lines[0] if lines else 'no message'}"

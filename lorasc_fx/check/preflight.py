@@ -1,9 +1,9 @@
-"""The preflight: run the eager model, observe what a tracer misses, and compare a graph with it.
+"""The preflight: run the eager model before a capture, and compare each graph with this run.
 
-A tracer sees neither values nor gradients. It misses that the model refuses an input, that Python sets an attribute in
-each call, and that a custom autograd.Function has its own backward. It may also miss a write to a buffer, a tensor
-hook, a branch on `requires_grad`, or the type of an output. So the model runs first, and each whole graph is compared
-with it, in outputs and gradients, before it is accepted.
+A tracer sees neither values nor gradients. It does not notice that the model raises on an input, or that its Python
+code sets an attribute in each call. It does not see the custom backward of an autograd.Function. It may also miss a
+write to a buffer, a tensor hook, a branch on `requires_grad`, or the type of an output. So the model runs first, and a
+graph is accepted only if it computes the same outputs and gradients.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lorasc_fx.check.isolation import (
     call_recorder,
     fake_mode,
     isolation,
-    same_attributes,
-    same_values,
+    restored_attributes,
+    restored_values,
     written_by,
 )
 from lorasc_fx.check.observe import Difference, Observed, difference_of, observe, observe_or_none, one_line, tensors_in
@@ -39,11 +39,17 @@ from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.undo import Block, isolated
 
 MAX_MODULE_ERROR = 1e-3
-"""Relative difference between a module's output and that of an op of the graph that are taken as the same."""
+"""Maximum relative difference between the outputs of a module and of the op of the graph that corresponds to it."""
 
 
 class Disagreement(RuntimeError):
-    """A graph that computes something else than its model."""
+    """A graph computes something else than its model.
+
+    Attributes:
+        graph: the graph.
+        weights: names of the weights whose gradients differ.
+        grad: gradient mode of the comparison.
+    """
 
     def __init__(self, graph: Callable[..., Any], difference: Difference, grad: bool) -> None:
         super().__init__(f"its graph does something else than the model: {difference.sentence}")
@@ -51,26 +57,27 @@ class Disagreement(RuntimeError):
 
 
 RECOMPUTES = (
-    "the model recomputes in backward what it does not keep (gradient checkpointing), and a traced graph would keep it "
-    "all"
+    "the model uses gradient checkpointing, which recomputes activations in backward, and a traced graph would store "
+    "all activations"
 )
+"""The obstacle of a model with gradient checkpointing."""
 
 
 @dataclass
 class Preflight:
-    """What runs of the eager model showed.
+    """The results of the preflight.
 
     Args:
-        seen: the run that graphs are compared with. A later run replaces it if gradients or values are needed.
-        restless: names of attributes that Python sets to new values in each call.
-        draws: whether its Python draws from the generators of Python or numpy without seeding them.
-        assigned: holder and key of the Python state that forward sets in each call, to whatever value.
-        written: tensors of that state that forward writes into in each call.
-        grad: gradient mode that the graph is for; None if the model computes the same in both modes.
+        seen: the run that graphs are compared with. It is replaced by another run if gradients or values are missing.
+        changing: names of attributes that forward sets to a different value in each call.
+        draws: whether forward draws from the random generators of Python or numpy without seeding them.
+        assigned: (holder, key) of the Python state that forward sets in each call, even if to an equal value.
+        written: tensors in this state that forward writes into in each call.
+        grad: the gradient mode for which a graph is valid. None if the model computes the same in both modes.
     """
 
     seen: Observed
-    restless: tuple[str, ...] = ()
+    changing: tuple[str, ...] = ()
     draws: bool = False
     assigned: frozenset[tuple[str, Any]] = frozenset()
     written: tuple[torch.Tensor, ...] = ()
@@ -78,14 +85,14 @@ class Preflight:
 
     @property
     def obstacles(self) -> list[str]:
-        """Why a whole graph cannot replace the model."""
+        """The reasons why one graph cannot replace the model."""
         obstacles = [
-            f"{name} has a forward hook that returns nothing, and what it does besides, such as keeping outputs, no "
-            "graph repeats"
+            f"{name} has a forward hook that returns None, and a graph would not repeat its side effects, such as "
+            "storing outputs"
             for name in self.seen.observers
         ]
         obstacles += [
-            f"the model sets its attribute {name} at each call, which no graph repeats" for name in self.restless
+            f"the model sets its attribute {name} in each call, which a graph does not repeat" for name in self.changing
         ]
         if self.draws:
             obstacles.append("the model draws random numbers in Python, which the graph would hold as constants")
@@ -93,78 +100,83 @@ class Preflight:
         return obstacles + [RECOMPUTES] * self.seen.recomputes
 
     def check(self) -> None:
-        """Raise RuntimeError if a whole graph cannot replace the model."""
+        """Raise RuntimeError if one graph cannot replace the model."""
         if self.obstacles:
             raise RuntimeError(self.obstacles[0])
 
 
 @isolated
 def _trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
-    """Leave the model and the process unchanged by runs in the block. Returns a snapshot of its Python state."""
+    """Context manager: run the model eagerly, and restore it and the process. Returns a snapshot of its attributes."""
     undo.enter(quiet(grad))
     undo.enter(eager())
     undo.enter(fake_mode(model))
-    return undo.enter(same_attributes(model))
+    return undo.enter(restored_attributes(model))
 
 
 def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool = True) -> Preflight:
-    """Run the model and observe what it does. The model is left unchanged.
+    """Run the model on example inputs, and observe the runs. The model is left unchanged.
 
     Args:
-        model: its parameters require gradients as in training.
-        args, kwargs: of the call.
+        model: the model. The parameters that training changes must require gradients.
+        args, kwargs: example inputs.
         grad: gradient mode of the call. It matters only if the model computes something else in the other mode.
 
     Raises:
         CaptureError: the model itself raises.
     """
-    known = model in WRITTEN
+    has_run = model in WRITTEN
     try:
         with _trial(model, grad) as attributes:
             guards = Guards(model)
             seen = observe(model, model, args, kwargs)
-            if written_by(model):  # known only now, and observed from the next run on
+            if written_by(model):  # the first run found these parameters: observe their values in a second one
                 attributes.restore()
                 seen = observe(model, model, args, kwargs)
             states = _generators()
-            restless: list[str] = []
+            # Does forward set attributes in each call? The first call may only have filled caches, so run again.
+            changing: list[str] = []
             assigned: set[tuple[str, Any]] = set()
             written: list[torch.Tensor] = []
             if guards.changes():
-                guards = Guards(model)  # again, because a first call may fill caches
+                guards = Guards(model)
                 _run(model, args, kwargs)
                 changes, written = guards.changes(), guards.written()
-                restless = sorted(change.entry for change in changes if change.is_new)
+                changing = sorted(change.entry for change in changes if change.is_new)
                 assigned = {(change.holder, change.key) for change in changes}
-            seed()  # what a run that draws from the generators of Python or numpy has moved
+            # Does forward draw from the generators of Python or numpy? If it seeds them itself, it leaves the same
+            # state behind under another seed. Then each call draws the same numbers, and they may be constants.
+            seed()
             moved = [index for index, state in enumerate(_generators()) if state != states[index]]
             draws = False
-            if moved:  # a model that seeds them itself leaves the same state under another seed
-                _run(model, args, kwargs, start=1)
+            if moved:
+                _run(model, args, kwargs, seed_value=1)
                 again = _generators()
                 draws = any(states[index] != again[index] for index in moved)
+            # Does the result depend on the gradient mode?
             attributes.restore()
             with torch.set_grad_enabled(not grad):
-                other = observe_or_none(model, args, kwargs)
-            if other is not None and not seen.is_whole and difference_of(other, seen, gradients=False) is not None:
-                seen = observe(model, model, args, kwargs, whole=True)  # the digests differ: compare the values
+                flipped = observe_or_none(model, args, kwargs)
+            if flipped is not None and not seen.has_all_values and difference_of(flipped, seen, gradients=False):
+                # The digests differ. The values may still agree up to rounding.
+                seen = observe(model, model, args, kwargs, keep_values=True)
                 with torch.set_grad_enabled(not grad):
-                    other = observe_or_none(model, args, kwargs, whole=True)
-            depends = other is None or difference_of(other, seen, gradients=False) is not None
-            if not depends and other is not None and not grad:
-                seen = other  # it has gradients
+                    flipped = observe_or_none(model, args, kwargs, keep_values=True)
+            depends = flipped is None or difference_of(flipped, seen, gradients=False) is not None
+            if not depends and flipped is not None and not grad:
+                seen = flipped  # the run with gradients
             mode = grad if depends else None
-            return Preflight(seen, tuple(restless), draws, frozenset(assigned), tuple(written), mode)
+            return Preflight(seen, tuple(changing), draws, frozenset(assigned), tuple(written), mode)
     except (MemoryError, CaptureError):
         raise
     except Exception as fault:
-        if not known:  # the first run has not seen everything that forward writes
+        if not has_run:  # the first run has stopped early, and may have missed parameters that forward writes into
             WRITTEN.pop(model, None)
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
-        advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
+        advice = ", or load its weights before adapt, because a model on the meta device cannot read values"
         raise CaptureError(
-            f"{type(model).__name__} itself refuses the example inputs: {one_line(fault)}; "
-            f"give args and kwargs with which the model runs{advice if without_values else ''}",
+            f"{type(model).__name__} itself raises on the example inputs: {one_line(fault)}. "
+            f"Pass args and kwargs with which the model runs{advice if without_values else ''}",
             code="model-refuses-inputs",
         ) from fault
 
@@ -175,105 +187,110 @@ def check_agrees(
     """Compare a graph with its model on one call: types, outputs, buffers, arguments after the call, and gradients.
 
     Raises:
-        Disagreement: they differ by more than rounding, and the model repeats itself under one seed.
+        Disagreement: they differ by more than rounding, although two runs of the model under one seed agree.
     """
     grad = preflight.grad is not False
 
-    def run(call: Callable[..., Any], whole: bool, **options: Any) -> Observed:
+    def run(call: Callable[..., Any], keep_values: bool, **options: Any) -> Observed:
         with _trial(model, grad):
-            return observe(call, model, args, kwargs, whole=whole, **options)
+            return observe(call, model, args, kwargs, keep_values=keep_values, **options)
 
     try:
-        ours = run(graph, preflight.seen.is_whole, like=preflight.seen)
+        computed = run(graph, preflight.seen.has_all_values, reference=preflight.seen)
     except MemoryError:
         raise
     except Exception as fault:
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
-    difference = difference_of(ours, preflight.seen)
-    if difference is not None and not (ours.is_whole and preflight.seen.is_whole):
-        # The digests differ. Compare the values, which may differ by rounding.
+    difference = difference_of(computed, preflight.seen)
+    if difference is not None and not (computed.has_all_values and preflight.seen.has_all_values):
+        # The digests differ. The values may still agree up to rounding, so run again and keep them.
         preflight.seen = run(model, True)
-        ours = run(graph, True, like=preflight.seen)
-        difference = difference_of(ours, preflight.seen)
-    if difference is None and preflight.seen.autograd is not None and ours.autograd != preflight.seen.autograd:
-        # The graph ran a backward pass, because its autograd graph is another one. The model has to do so too.
-        preflight.seen = run(model, ours.is_whole, backward=True)
-        difference = difference_of(ours, preflight.seen)
+        computed = run(graph, True, reference=preflight.seen)
+        difference = difference_of(computed, preflight.seen)
+    if difference is None and preflight.seen.autograd is not None and computed.autograd != preflight.seen.autograd:
+        # The autograd graphs differ, so the graph has run backward, but the model has not. Run it with backward too.
+        preflight.seen = run(model, computed.has_all_values, backward=True)
+        difference = difference_of(computed, preflight.seen)
     if difference is None:
         return
-    again = run(model, preflight.seen.is_whole, backward=True)
+    # The graph is wrong only if the model is deterministic under one seed.
+    again = run(model, preflight.seen.has_all_values, backward=True)
     if difference_of(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)
 
 
 def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a graph raises, or computes what its model computes, on one call without gradients."""
+    """Whether a graph computes the same as its model on one call without gradients. True if the graph raises."""
     try:
         with _trial(model, grad=False):
-            ours = observe(graph, model, args, kwargs, whole=True)
+            computed = observe(graph, model, args, kwargs, keep_values=True)
     except MemoryError:
         raise
     except Exception:
         return True
     with _trial(model, grad=False):
-        theirs = observe_or_none(model, args, kwargs, whole=True)
-    return theirs is not None and difference_of(ours, theirs, gradients=False) is None
+        expected = observe_or_none(model, args, kwargs, keep_values=True)
+    return expected is not None and difference_of(computed, expected, gradients=False) is None
 
 
 def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return the first module called whose output the graph does not compute, or whose weights have other gradients.
+    """Return path and class of the first module called in which a graph differs from its model.
 
-    Returns the model's class if that module cannot be found.
+    A module differs if no op of the graph computes its output, or if its weights get different gradients. Returns the
+    class of the model if no such module is found.
     """
     try:
-        first = _first_difference(fault, model, args, kwargs)
+        path = _first_difference(fault, model, args, kwargs)
     except MemoryError:
         raise
-    except Exception:  # for example, dynamo compiles a call of a module, and cannot trace the hooks
-        first = ""
-    return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
+    except Exception:  # for example, a module was compiled by torch.compile, which cannot trace the hooks
+        path = ""
+    return f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
 
 
 def _first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return the path of that module, or ""."""
-    entered: list[str] = []
+    """Return the path of the first module that differs, or ""."""
+    called: list[str] = []
     outputs: list[tuple[str, list[torch.Tensor]]] = []
 
-    def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(path)
+    def before_call(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        called.append(path)
 
-    def leaves(path: str, module: nn.Module, output: Any) -> None:
+    def after_call(path: str, module: nn.Module, output: Any) -> None:
         floating = [value for value in tensors_in(output) if value.is_floating_point() or value.is_complex()]
         outputs.append((path, [projected(value) for value in floating]))
 
-    with isolation(model, args, kwargs, call_recorder(model, enters, leaves), grad=fault.grad) as (inputs, named):
+    recorder = call_recorder(model, before_call, after_call)
+    with isolation(model, args, kwargs, recorder, grad=fault.grad) as (inputs, named):
         model(*inputs, **named)
     if fault.weights:
         owners = {name.rpartition(".")[0] for name in fault.weights}
-        return next((name for name in entered if name and name in owners), "")
+        return next((path for path in called if path and path in owners), "")
+    # The nodes of a graph do not tell their modules. So search the outputs of all ops for the output of each module.
     results = _OpOutputs()
     observed = isolation(model, args, kwargs, results, grad=fault.grad)
-    with observed as (inputs, named), contextlib.suppress(Exception):  # what it computes before it raises counts
+    with observed as (inputs, named), contextlib.suppress(Exception):  # the ops before an exception count too
         fault.graph(*inputs, **named)
-    return next((name for name, parts in outputs if name and not all(map(results.has, parts))), "")
+    return next((path for path, parts in outputs if path and not all(map(results.has, parts))), "")
 
 
 def _generators() -> tuple[Any, Any]:
-    """Return the states of the generators of Python and numpy."""
+    """Return the states of the random generators of Python and numpy, in a form that can be compared by `==`."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else ()
     return random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in state]
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], start: int = 0) -> Any:
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed_value: int = 0) -> None:
+    """Run the model under a seed. Its attributes are left as forward sets them; buffers and parameters are restored."""
     inputs, named = copy_inputs(args, kwargs)
-    with same_values(model):
-        seed(start)
-        return model(*inputs, **named)
+    with restored_values(model):
+        seed(seed_value)
+        model(*inputs, **named)
 
 
 class _OpOutputs(TorchDispatchMode):
-    """Records projections of the outputs of all ops of a run."""
+    """Records projections of the floating-point outputs of all ops of a run."""
 
     supports_higher_order_operators = True
 
@@ -283,10 +300,12 @@ class _OpOutputs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        real = [tensor for tensor in tensors_in(output) if not isinstance(tensor, FakeTensor)]  # a graph may hold fakes
+        # The metadata of a graph may contain fake tensors.
+        real = [tensor for tensor in tensors_in(output) if not isinstance(tensor, FakeTensor)]
         self._projections += [projected(value) for value in real if value.is_floating_point() or value.is_complex()]
         return output
 
-    def has(self, value: torch.Tensor) -> bool:
+    def has(self, expected: torch.Tensor) -> bool:
         """Whether an op has computed a tensor with these projections."""
-        return any(bool((other - value).norm() <= MAX_MODULE_ERROR * value.norm()) for other in self._projections)
+        allowed = MAX_MODULE_ERROR * expected.norm()
+        return any(bool((projection - expected).norm() <= allowed) for projection in self._projections)

@@ -1,4 +1,4 @@
-"""The state of the process during isolated runs: random generators, streams, logs, warnings, and torch's modes."""
+"""Protect the process during isolated runs: random generators, standard streams, logs, warnings, and modes of torch."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ T = TypeVar("T")
 
 
 class Shared:
-    """A process-wide change that several threads may need at once. The last thread that leaves undoes it.
+    """Context manager for a change of global state that several threads need at once.
 
-    If each thread restored the state that it found, it could restore what another one had set.
+    The first thread that enters makes the change, and the last one that exits undoes it. If each thread saved and
+    restored the state itself, one thread could save the changed state and restore it at the end.
 
     Args:
-        change: returns a context manager that makes the change. It may exit in another thread.
+        change: returns a context manager that makes the change. Its exit may run in another thread than its enter.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
         self._change = change
         self._guard = threading.Lock()
-        self._threads: list[int] = []  # threads inside; one entry for each time a thread has entered
+        self._threads: list[int] = []  # ids of the threads inside, once for each time that they have entered
         self._manager: AbstractContextManager[Any] | None = None
         os.register_at_fork(after_in_child=self._after_fork)
 
@@ -62,7 +63,7 @@ class Shared:
             manager.__exit__(None, None, None)
 
     def _after_fork(self) -> None:
-        """Forget the threads that do not exist in a forked process."""
+        """Remove the other threads in a forked process, where they do not exist."""
         self._guard = threading.Lock()
         self._threads[:] = [thread for thread in self._threads if thread == threading.get_ident()]
         self._restore()
@@ -70,6 +71,7 @@ class Shared:
 
 @contextlib.contextmanager
 def _switched(read: Callable[[], T], write: Callable[[T], object], value: T) -> Iterator[None]:
+    """Set a global setting inside the block."""
     before = read()
     write(value)
     yield
@@ -78,6 +80,7 @@ def _switched(read: Callable[[], T], write: Callable[[T], object], value: T) -> 
 
 @contextlib.contextmanager
 def _warnings_off() -> Iterator[None]:
+    """Ignore all warnings inside the block."""
     warnings.simplefilter("ignore")
     ignore = warnings.filters[0]
     yield
@@ -86,9 +89,9 @@ def _warnings_off() -> Iterator[None]:
 
 
 no_fastpath = Shared(partial(_switched, mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
-"""Turns off torch's fused path of attention, which has no gradient."""
+"""Disables the fused kernels of nn.MultiheadAttention and nn.TransformerEncoder, which have no gradient."""
 own_warnings = Shared(warnings.catch_warnings)
-"""Drops warning filters at the end that were added inside."""
+"""Removes warning filters that were added inside the block."""
 _no_warnings = Shared(_warnings_off)
 _no_logs = Shared(partial(_switched, lambda: logging.root.manager.disable, logging.disable, logging.CRITICAL))
 
@@ -105,11 +108,11 @@ class _Muted:
         self.thread: int | None = threading.get_ident()
 
     def write(self, text: str) -> int:
-        """Write the text, unless the muted thread does."""
+        """Write the text, unless this thread is muted."""
         return len(text) if threading.get_ident() == self.thread else self._stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write the lines, unless the muted thread does."""
+        """Write the lines, unless this thread is muted."""
         for line in lines:
             self.write(line)
 
@@ -119,13 +122,13 @@ class _Muted:
 
 @isolated
 def _muted(undo: Block, name: str) -> None:
-    """Drop what this thread writes to the standard stream of this name."""
+    """Context manager: drop the output of this thread to `sys.stdout` or `sys.stderr`."""
     stream = getattr(sys, name)
     muted = _Muted(stream)
 
     def unmute() -> None:
-        muted.thread = None  # a log handler made inside the block may hold it
-        if getattr(sys, name) is muted:
+        muted.thread = None  # a log handler that was created inside the block may keep the muted stream
+        if getattr(sys, name) is muted:  # otherwise another thread has replaced it since
             setattr(sys, name, stream)
 
     undo(unmute)
@@ -139,21 +142,26 @@ def _autocast_nesting() -> int:
 
 
 @isolated
-def _same_torch_stacks(undo: Block) -> None:
-    """Restore this thread's torch.func levels, modes, dispatch keys and autocast: a tracer that raises leaves some."""
+def _restored_torch_stacks(undo: Block) -> None:
+    """Context manager: restore the thread-local state of torch, because a tracer that raises does not clean it up.
+
+    Restored are dispatch keys, hooks on saved tensors, torch function and dispatch modes, autocast, and torch.func
+    levels.
+    """
     keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     undo.enter(torch._C._ForceDispatchKeyGuard(*keys))
-    refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    # torch.func disables hooks on saved tensors, with an error message. Gradient checkpointing needs such hooks.
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
 
-    def same_hooks() -> None:  # torch.func disables hooks on saved tensors, which checkpointing needs
-        if refused is None:
+    def restore_saved_tensors_hooks() -> None:
+        if disabled is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
-            torch._C._autograd._saved_tensors_hooks_disable(refused, False)
+            torch._C._autograd._saved_tensors_hooks_disable(disabled, False)
 
-    undo(same_hooks)
+    undo(restore_saved_tensors_hooks)
     functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    # A mode sets these when it is entered, and resets them when it exits, which a mode that is popped does not do.
+    # The exit of a mode resets these flags. Popping the mode from the stack does not.
     flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
 
     def pop_modes() -> None:
@@ -169,10 +177,10 @@ def _same_torch_stacks(undo: Block) -> None:
         undo(partial(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device)))
     nesting = _autocast_nesting()
 
-    def leave_autocast() -> None:  # whose casts of weights stay until its outermost block ends
-        if (left := _autocast_nesting() - nesting) > 0:
-            torch.clear_autocast_cache()
-            for _ in range(left):
+    def leave_autocast() -> None:
+        if (unclosed := _autocast_nesting() - nesting) > 0:
+            torch.clear_autocast_cache()  # as the exit of the outermost autocast block would do
+            for _ in range(unclosed):
                 torch.autocast_decrement_nesting()
 
     undo(leave_autocast)
@@ -183,21 +191,22 @@ def _same_torch_stacks(undo: Block) -> None:
 
 @isolated
 def quiet(undo: Block, grad: bool = True) -> None:
-    """Restore random generators, suppress the output and logs of tracers, and switch gradients on or off.
+    """Context manager: restore random generators, suppress output and logs of tracers, and set the gradient mode.
 
-    Other threads wait until the block ends.
+    Only one thread at a time can be inside such a block.
     """
     undo.enter(PROCESS)
-    numpy = sys.modules.get("numpy")  # if it is not imported, the model does not draw from it
+    numpy = sys.modules.get("numpy")  # if it is not imported, the model does not use its generator
     undo(partial(random.setstate, random.getstate()))
     if numpy is not None:
         undo(partial(numpy.random.set_state, numpy.random.get_state()))
-    # A model that calls `torch.seed()` has to repeat itself, so that its runs can be compared.
+    # `torch.seed()` draws a seed from the system. Make it repeatable, so that runs of a model that calls it can be
+    # compared.
     reseed, thread = torch.seed, threading.get_ident()
 
     @_disable_dynamo  # as torch.seed does
     def seed_from_generator() -> int:
-        """Seed all generators with a number drawn from the default one. Other threads call the original function."""
+        """Seed all generators with a number from the default generator. Other threads call the original function."""
         if threading.get_ident() != thread:
             return reseed()
         number = int(torch.randint(1 << 62, ()))
@@ -209,47 +218,48 @@ def quiet(undo: Block, grad: bool = True) -> None:
     undo(partial(set_generator_states, generator_states()))
     for shared in (_no_logs, no_fastpath, own_warnings, _no_warnings):
         undo.enter(shared)
-    undo.enter(_muted("stdout"))  # a failing export prints its graph; the error has the reason
+    undo.enter(_muted("stdout"))  # an export that fails prints its graph; the error message contains the reason
     undo.enter(_muted("stderr"))
     undo.enter(torch.set_grad_enabled(grad))
-    undo.enter(_same_torch_stacks())  # undone first: the other steps would run inside what a tracer has left
+    # Entered last, so it is undone first: the other steps must not run under modes that a tracer has not removed.
+    undo.enter(_restored_torch_stacks())
 
 
 @isolated
 def eager(undo: Block) -> None:
-    """Run code under `torch.compile` eagerly.
+    """Context manager: run functions that `torch.compile` has wrapped eagerly.
 
-    Control flow operators (torch.cond, while_loop, scan) still compile their bodies, because weights that a body reads
-    from its closure would get no gradients otherwise.
+    Control flow ops (torch.cond, while_loop, scan) still compile their bodies. Without that, weights that a body reads
+    from its closure would get no gradients.
     """
     undo.enter(torch.compiler.set_stance("force_eager"))
     compile_body = getattr(higher_order, "_hop_compile_and_call", None)
-    if compile_body is not None:  # torch 2.9 has none
+    if compile_body is not None:  # not in torch 2.9
         undo(partial(setattr, higher_order, "_hop_compile_and_call", compile_body))
         higher_order._hop_compile_and_call = partial(_with_compiler, compile_body)
 
 
 def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a control flow operator outside the modes of this package, under which dynamo cannot compile its body."""
+    """Run a control flow op outside of the modes of this package, because dynamo cannot compile its body under them."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("default"))
-        while isinstance(mode := _python_dispatch._get_current_dispatch_mode(), OurMode):
-            mode.unseen()
+        while isinstance(mode := _python_dispatch._get_current_dispatch_mode(), ObserverMode):
+            mode.before_hidden_code()
             stack.enter_context(_python_dispatch._pop_mode_temporarily())
-        while isinstance(overrides._get_current_function_mode(), OurMode):
+        while isinstance(overrides._get_current_function_mode(), ObserverMode):
             stack.enter_context(overrides._pop_mode_temporarily())
         return compile_body(*args, **kwargs)
 
 
-class OurMode:
-    """Base class of the modes of this package, which only observe."""
+class ObserverMode:
+    """Base class of the torch modes of this package. They observe calls and do not change them."""
 
-    def unseen(self) -> None:
-        """Prepare for code that this mode will not see."""
+    def before_hidden_code(self) -> None:
+        """Called before code runs without this mode. By default, do nothing."""
 
 
 def seed(value: int = 0) -> None:
-    """Seed the generators that `quiet` restores."""
+    """Seed the generators of Python, numpy and torch, which `quiet` restores."""
     random.seed(value)
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -1,4 +1,4 @@
-"""Gradients reduced to a few random projections, so that the gradients of two runs can be compared without memory."""
+"""Random projections of gradients. They are small enough to be stored for a comparison of two runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from lorasc_fx.quantized import can_require_grad
 from lorasc_fx.util.undo import Block, isolated
 
 PROJECTIONS = 8
+"""Number of random projections of a tensor."""
 
 
 @isolated
 def requiring_grad(undo: Block, model: nn.Module, names: Collection[str] | None) -> None:
-    """Let these parameters require gradients, and no others, as in training. None means all that can."""
+    """Context manager: let exactly these parameters require gradients, as in training.
+
+    Args:
+        undo: restores the flags at the end of the block.
+        model: the model.
+        names: names of the parameters. None for every parameter with a dtype that has gradients.
+    """
     for name, parameter in model.named_parameters():
         undo(partial(parameter.requires_grad_, parameter.requires_grad))
         parameter.requires_grad_(can_require_grad(parameter) and (names is None or name in names))
 
 
 def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
-    """Return the nodes of the autograd graph behind some tensors."""
+    """Return all nodes of the autograd graph that computed some tensors."""
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     nodes = set(waiting)
     while waiting:
@@ -37,9 +44,10 @@ def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
 
 
 def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return projections of the gradients of a random projection of outputs, for each leaf that has one.
+    """Run backward from a random projection of the outputs, and return projections of the gradients of the leaves.
 
-    `.grad` of the leaves is left unchanged, and their hooks are not called. Raises what the backward pass raises.
+    Leaves without a gradient are left out. `.grad` of the leaves is left unchanged, and their accumulation hooks are
+    not called. Raises any exception of the backward pass.
     """
     roots = [
         output for output in outputs if output.requires_grad and output.layout is torch.strided and not output.is_nested
@@ -53,6 +61,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
             leaf.grad = None
 
     named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf}
+    # Backward may reach leaves outside `leaves`. Their gradients must be left unchanged too.
     reached = [node.variable for node in backward_nodes(roots) if hasattr(node, "variable")]
     with without_gradients([*named.values(), *reached]):
         for name, leaf in named.items():
@@ -63,10 +72,10 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
 
 @isolated
 def without_gradients(undo: Block, leaves: Sequence[torch.Tensor]) -> None:
-    """Remove gradients and accumulation hooks of leaves inside the block."""
+    """Context manager: remove the gradients and accumulation hooks of leaves, and restore them at the end."""
 
     def restore(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
-        ours.clear()  # if the leaf had no hooks, torch would keep calling ours
+        ours.clear()  # if the leaf had no hooks (None), torch would keep calling the hooks in this dict
         leaf._post_accumulate_grad_hooks = hooks
         leaf.grad = gradient
 
@@ -78,18 +87,22 @@ def without_gradients(undo: Block, leaves: Sequence[torch.Tensor]) -> None:
 
 
 def backward_of_projection(outputs: Sequence[torch.Tensor]) -> None:
-    """Run backward from a random projection of the outputs, if there are any."""
+    """Run backward from a random projection of the outputs. A no-op if there are no outputs."""
     coefficients = []
     for index, output in enumerate(outputs):
-        drawn = _normal(output.shape, index).to(output.device, output.dtype)
-        # 0 for entries that are not finite: they would make every gradient nan.
-        coefficients.append(torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn)))
+        random = _normal(output.shape, index).to(output.device, output.dtype)
+        # Entries that are inf or nan get the coefficient 0. Otherwise they would make every gradient nan.
+        coefficients.append(torch.where(output.detach().isfinite(), random, torch.zeros_like(random)))
     if outputs:
         torch.autograd.backward(outputs, coefficients)
 
 
 def projected(value: torch.Tensor) -> torch.Tensor:
-    """Return some random projections of a tensor, which depend on its shape alone and are linear in the tensor."""
+    """Return PROJECTIONS random projections of a tensor, as fp64 on the CPU.
+
+    They are linear in the tensor, and two tensors of one shape get the same random coefficients. A coefficient is the
+    product of a random number for the row and one for the column. That saves a random matrix of full size.
+    """
     value = value.detach()
     if value.layout is not torch.strided:
         value = value.to_dense()
@@ -102,5 +115,6 @@ def projected(value: torch.Tensor) -> torch.Tensor:
 
 
 def _normal(shape: Sequence[int], key: int) -> torch.Tensor:
+    """Return normally distributed numbers, always the same ones for a shape and a key."""
     generator = torch.Generator().manual_seed(key)
     return torch.randn(tuple(shape), generator=generator)

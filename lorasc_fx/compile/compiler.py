@@ -1,4 +1,4 @@
-"""Makes variants for a cascade (capture, match, insert), and folds and draws them."""
+"""Makes the adapted graphs (variants) of a cascade: capture, match sites, insert branches. Folds and draws them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lorasc_fx.capture import (
 from lorasc_fx.check.isolation import written_by
 from lorasc_fx.check.observe import one_line
 from lorasc_fx.compile.fallback import insert, make_fallback
-from lorasc_fx.compile.variants import Made, Variant
+from lorasc_fx.compile.variants import NewVariant, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
 from lorasc_fx.graph import Record, faults, matches, named_weights, record_of, shared_memory
 from lorasc_fx.graph.copies import standalone_copy
@@ -52,28 +52,29 @@ from lorasc_fx.spec import CascadeSpec
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
-    "the weights of the part that is named; a fault that the model does not raise itself is one of lorasc-fx to report"
+    "the weights of the module that the message names. If the model itself does not raise this exception, it is a bug "
+    "of lorasc-fx: please report it."
 )
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Makes variants. A cascade holds one, and knows nothing of graphs itself.
+    """Makes variants for a cascade, which itself does not work with graphs.
 
     Args:
         frontend: name of a front end, or `auto`.
-        calls: binds the arguments of the user's forward.
+        calls: binds arguments to the signature of the user's forward.
     """
 
     frontend: str
     calls: Calls
 
     def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments in canonical shape. Simple enough for dynamo to trace."""
+        """Return the arguments of a call in canonical form. Dynamo can trace this."""
         return bind(self.calls.signature, args, kwargs)
 
     def decide(self, model: nn.Module, plan: Plan) -> Decided:
-        """Make the branches of a plan without a graph. Only the spec refuses weights then."""
+        """Make the branches of a saved plan without a capture. Refuses weights for shared memory, or by the spec."""
         refusals = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model)).refusals
         record, empty = Record(owner=OWNER, plan=plan, refusals=refusals), read_live(nn.Module(), fx.Graph(), model)
         matching = survey([empty], record, plan.spec, {})
@@ -81,7 +82,7 @@ class Compiler:
         return Decided(plan, branches, matching.refusals, matching.unreached)
 
     def faults(self, variant: Variant) -> list[str]:
-        """Return where a variant disagrees with its plan. Subgraphs of a fallback were verified when rewritten."""
+        """Return the disagreements of a variant with its plan. Subgraphs of a fallback are verified when rewritten."""
         return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
 
     def make(
@@ -92,18 +93,19 @@ class Compiler:
         kwargs: Any,
         dynamic: Collection[Axis] = (),
         required: bool = False,
-    ) -> Made:
-        """Capture a call and insert the branches, into graphs that nothing else holds yet.
+    ) -> NewVariant:
+        """Capture a call, insert the branches, and return the new variant.
 
         Args:
-            model: is left unchanged.
-            decided: the plan to follow, the branches that exist, and what was refused.
-            args, kwargs: of the call, in canonical shape.
+            model: the model. It is left unchanged.
+            decided: the plan to follow, the existing branches, and the refusals so far.
+            args, kwargs: arguments of the call, in canonical form.
             dynamic: axes to make dynamic, see `capture`.
-            required: whether these have to be dynamic. Otherwise a cached graph may serve the sizes of this call only.
+            required: whether the graph must be dynamic in these axes. Otherwise it may come from the cache, and be
+                valid for the sizes of this call only.
 
         Raises:
-            CaptureError: no graph can be made, or torch or the model raises.
+            CaptureError: no front end works, or torch or the model raises.
             PassError: the graph cannot follow the plan.
         """
         if required:
@@ -113,44 +115,47 @@ class Compiler:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except LorascError as fault:
-            if isinstance(fault, VerifyError) and not decided.plan.sites:  # with sites, it says what a saved plan lacks
+            # With sites in the plan, the graph does not fit a saved plan, and the error of the verifier says why.
+            if isinstance(fault, VerifyError) and not decided.plan.sites:
                 raise CaptureError(_FAULT.format(name=type(model).__name__, fault=fault)) from fault
             raise
         except Exception as fault:
             raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
 
-    def _make(self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: Collection[Axis]) -> Made:
+    def _make(
+        self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: Collection[Axis]
+    ) -> NewVariant:
         decided = _with_refusals(decided, model, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, decided)
         captured = capture(model, args, kwargs, self.frontend, dynamic, trained, rewrites=(AttentionMasks(),))
-        # Forward may write into a parameter in ways that no node of a graph shows.
+        # The preflight has found the parameters that forward writes into. A graph does not always show the writes.
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.fallback is not None:
             return _of_fallback(captured, decided, args, kwargs)
-        made: Made | None = None
+        new: NewVariant | None = None
         fault: PassError | None = None
         try:
-            made = insert(captured.module, decided)
-            variant = replace(made.variant, frontend=captured.frontend, conditions=captured.conditions)
-            made = replace(made, variant=variant, refused_frontends=captured.refused)
-            # A graph that sees inside modules might adapt a weight that is refused for these reasons.
+            new = insert(captured.module, decided)
+            variant = replace(new.variant, frontend=captured.frontend, conditions=captured.conditions)
+            new = replace(new, variant=variant, refused_frontends=captured.refused)
+            # If a weight is refused for one of these reasons, a graph that traces into modules might adapt it.
             reasons = (Reason.OPAQUE, Reason.MIXED_USES)
-            hidden = next((str(one) for one in made.refusals if one.node and one.reason in reasons), "")
+            hidden = next((str(refusal) for refusal in new.refusals if refusal.node and refusal.reason in reasons), "")
         except PassError as raised:  # no sites, or an existing branch cannot be placed in this graph
             hidden, fault = str(raised).splitlines()[-1].strip(), raised
         if hidden and self.frontend == "auto" and not captured.frontend.sees_inside:
-            # Graphs with breaks show what a module hides that this graph calls whole.
+            # The symbolic graph calls modules as one node. Graph breaks trace into them.
             try:
                 fallback = capture(model, args, kwargs, GRAPH_BREAKS.name, dynamic, trained)
-                more = _of_fallback(fallback, decided, args, kwargs)
-                return replace(more, refused_frontends=(*captured.refused, (captured.frontend.name, hidden)))
-            except (CaptureError, PassError):  # the first result is the better one
+                with_breaks = _of_fallback(fallback, decided, args, kwargs)
+                return replace(with_breaks, refused_frontends=(*captured.refused, (captured.frontend.name, hidden)))
+            except (CaptureError, PassError):  # keep the first result
                 pass
-        if made is None:
+        if new is None:
             assert fault is not None
             raise fault
-        return made
+        return new
 
     def fold(
         self,
@@ -161,22 +166,26 @@ class Compiler:
         args: Any,
         kwargs: Any,
     ) -> tuple[fx.GraphModule, dict[Axis, int]]:
-        """Return the variant's captured graph without branches, and the smallest sizes that it may be called with.
+        """Return the variant's graph without branches, and the smallest valid sizes of its inputs.
 
         Args:
-            variant: whose graph is folded.
-            model, args, kwargs: of the call that it was captured for.
-            stage: of the branches.
-            values: constants of the new graph, which then refuses smaller sizes. None to read the live model.
+            variant: the variant to fold.
+            model, args, kwargs: the call that it was captured for.
+            stage: the current stage.
+            values: values of the weights, which become constants of the new graph. The graph then raises for sizes that
+                are too small. None to keep reading the model's parameters.
+
+        Raises:
+            CaptureError: the variant is a fallback, which has several graphs.
         """
         if isinstance(variant.module, GraphBreakFallback):
             raise CaptureError(
-                f"{type(model).__name__} has graph breaks, and a folded graph needs one whole graph; "
-                f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph",
+                f"A folded graph must be one graph, but {type(model).__name__} has graph breaks: "
+                f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph.",
                 code="no-whole-graph",
             )
         assert isinstance(variant.module, fx.GraphModule)
-        at_stage(variant.module, stage)  # ranks differ by stage, and the graph may be of an earlier one
+        at_stage(variant.module, stage)  # the ranks of a stage may differ, and the graph may be from an earlier stage
         folded = FoldBranches()(variant.module).graph_module
         least = {} if variant.frontend.serves_all_calls else least_sizes(folded, model, args, kwargs)
         if values is None:
@@ -196,13 +205,14 @@ class Compiler:
         args: Any,
         kwargs: Any,
     ) -> tuple[fx.GraphModule, tuple[AdapterInput, ...], dict[Axis, int]]:
-        """Return the variant's graph with a LoRA adapter for its sites as inputs, these inputs, and smallest sizes.
+        """Return the variant's graph with LoRA factors for its sites as inputs, these inputs, and the smallest sizes.
 
         Args:
             variant, model, stage, args, kwargs: as for `fold`.
-            values: of the weights; they become constants of the graph.
-            max_rank: of the inputs.
+            values: values of the weights, which become constants of the graph.
+            max_rank: rank of the factors. Adapters of smaller ranks are padded with zeros.
         """
+        # Remove the branches of the run, and insert LoRA branches of the maximum rank at the same sites.
         folded, least = self.fold(variant, model, stage, None, args, kwargs)
         plan = record_of(folded).plan
         assert plan is not None
@@ -211,22 +221,31 @@ class Compiler:
         passes = Pipeline([MatchSites(spec), InsertBranches(), AdapterInputs(max_rank)])
         lifted = passes(folded).graph_module
         copy, inputs = standalone_copy(lifted, OWNER, values), adapter_inputs(lifted)
-        own = [node.name for node in copy.graph.nodes if node.op == "placeholder"][: -len(inputs)]
-        assert_min_sizes(copy.graph, own, least)
+        arguments = [node.name for node in copy.graph.nodes if node.op == "placeholder"][: -len(inputs)]
+        assert_min_sizes(copy.graph, arguments, least)
         copy.recompile()
         return copy, inputs, least
 
     def draw(
         self, variant: Variant, plan: Plan, file: str | PathLike[str] | None, sites: Sequence[str], radius: int
     ) -> Path | Picture:
-        """Draw the variant around some sites; of a fallback, the graphs that have run."""
+        """Draw the variant around some sites. For a fallback, draw the subgraphs that have run."""
         module = variant.module
-        graphs = getattr(module, "rewritten", [module])  # of a fallback, or of a graph split for shards
+        graphs = getattr(module, "rewritten", [module])  # a fallback and a graph split for FSDP have several graphs
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)
 
 
 def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences: Mapping[str, str]) -> Decided:
-    """Refuse the matrices that have a sentence, unless they are sites or refused already or the spec names them."""
+    """Add refusals of weight matrices with a reason.
+
+    Skipped are weights that are already sites or refused, and weights that the spec excludes or trains in full.
+
+    Args:
+        decided: the plan, branches and refusals so far.
+        model: the model.
+        reason: the reason of the new refusals.
+        sentences: an explanation for each weight to refuse, by name.
+    """
     weights, spec = named_weights(model), decided.plan.spec
     decided_weights = {refusal.weight for refusal in decided.refusals} | decided.plan.by_weight.keys()
     added = [
@@ -239,16 +258,17 @@ def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences
 
 
 def _trained(model: nn.Module, decided: Decided) -> set[str]:
-    """Return the parameters that training changes, directly or by a branch, as far as is known before a capture."""
+    """Return the parameters that training may change, directly or by a branch. The capture may refuse some of them."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trainable | (candidates(model, decided.plan.spec) - {refusal.weight for refusal in decided.refusals})
 
 
-def _of_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Any) -> Made:
+def _of_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Any) -> NewVariant:
     """Return the variant of a model with graph breaks."""
-    serves_all = not captured.whole_elsewhere
-    made = make_fallback(captured.fallback, decided, args, kwargs, swap_all=captured.own_backward, universal=serves_all)
-    variant = made.variant
-    if not variant.universal:  # dynamo has its own guards on inputs
+    # If only gradient checkpointing prevents a full graph, calls in eval mode should get a full graph.
+    universal = not captured.only_recomputes
+    new = make_fallback(captured.fallback, decided, args, kwargs, swap_all=captured.own_backward, universal=universal)
+    variant = new.variant
+    if not variant.universal:  # guard the Python state only: dynamo guards the inputs
         variant = replace(variant, conditions=Conditions(state=captured.conditions.state))
-    return replace(made, variant=variant, refused_frontends=captured.refused)
+    return replace(new, variant=variant, refused_frontends=captured.refused)

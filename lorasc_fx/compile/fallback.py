@@ -1,4 +1,15 @@
-"""The variant of a model with graph breaks: rewrite each subgraph, and swap the weights that Python in between uses."""
+"""The variant of a model with graph breaks.
+
+Branches are inserted into each subgraph. A weight that Python code uses outside of the subgraphs is swapped: while the
+model runs, every read of the weight returns the merged weight `W + delta`, computed by its branch.
+
+It is not known in advance which weights Python code uses. So the model is compared with the eager model in which all
+deltas are merged, on the example inputs:
+
+1. If the delta of a weight has less effect on the outputs than when it is merged, the weight is swapped.
+2. If the gradients of a branch are wrong, code of the model runs again in backward. Then the model runs eagerly, with
+   all weights swapped, in forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +31,7 @@ from lorasc_fx.check.observe import Difference, one_line
 from lorasc_fx.check.preflight import Disagreement, first_difference, run_preflight
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.check.projections import backward_of_projection, requiring_grad, without_gradients
-from lorasc_fx.compile.variants import Growable, Made, Variant
+from lorasc_fx.compile.variants import Growable, NewVariant, Variant
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import Record, named_weights, record_of, set_record
 from lorasc_fx.graph.matching import survey
@@ -36,37 +47,44 @@ from lorasc_fx.util.undo import Undo, isolated
 log = logging.getLogger("lorasc_fx")
 
 PROBE = 0.1
-"""Norm of the deltas that the fallback is tried with, relative to their weights."""
+"""Norm of the deltas used in comparisons, relative to the norms of their weights."""
 SUSPECT = {torch.float64: 1e-7, torch.float32: 1e-3}
-"""Fraction of a delta's effect that may be missing before its weight is swapped, by dtype of the outputs."""
+"""Fraction of the effect of a delta that may be missing before its weight is swapped, by dtype of the outputs."""
 MIN_SHARED_ENTRIES = 1 << 17
-"""Entries of an input from which on one stacked product is faster than one product for each branch that reads it."""
+"""Minimum number of entries of an input for which one stacked product `A x` is faster than one product per branch."""
 CERTAIN = 0.05
-"""Fraction that is never rounding, whatever the dtype."""
+"""Missing fraction that cannot be a rounding error, for any dtype."""
 FLOOR = 1e-2
-"""A small gradient may be a sum that cancels. It is compared at this fraction of the largest gradient, at least."""
+"""A small gradient may be a sum of terms that cancel. Its error is compared with at least this fraction of the largest
+gradient."""
 COARSE_PROBE, COARSE, COARSE_PROBES = 0.5, 0.25, 4
-"""For weights with few bits: norm of the deltas, fraction of a gradient that may be missing, number of deltas tried.
+"""For weights of low precision: relative norm of the deltas, allowed relative error of a gradient, number of deltas.
 
-Rounding can flip the sign of an input of a ReLU, and so change a whole gradient. It does so for one delta, not for
-all; a hidden use of a weight shows with each of them."""
+Rounding may flip the sign of an input of a ReLU, and so change a gradient completely. That happens with some deltas
+only, but a use of a weight without its branch shows with every delta. So a difference counts only if each delta shows
+it."""
 
 
-def insert(live: fx.GraphModule, decided: Decided) -> Made:
-    """Match and insert in one graph that reads the live model, following what was decided so far."""
+def insert(module: fx.GraphModule, decided: Decided) -> NewVariant:
+    """Match sites and insert branches in one captured graph.
+
+    Args:
+        module: the graph, which reads the weights as `model.NAME`.
+        decided: the plan to follow, the existing branches, and the refusals so far.
+    """
     plan = decided.plan
     if decided.branches:
-        live._modules[BRANCHES] = nn.ModuleDict(dict(decided.branches))
-    set_record(live, replace(record_of(live), plan=plan, refusals=decided.refusals))
+        module._modules[BRANCHES] = nn.ModuleDict(dict(decided.branches))
+    set_record(module, replace(record_of(module), plan=plan, refusals=decided.refusals))
     share = [ShareInputs(least=MIN_SHARED_ENTRIES)] if plan.spec.placement == "auto" else []
-    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(live).graph_module
+    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(module).graph_module
     record = record_of(adapted)
     assert record.plan is not None
     holder = adapted._modules[BRANCHES]
     assert isinstance(holder, nn.ModuleDict)
     branches = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
     variant = Variant(adapted, GRAPH_BREAKS, placements=placements_of(adapted))
-    return Made(record.plan, branches, record.refusals, record.unreached, variant)
+    return NewVariant(record.plan, branches, record.refusals, record.unreached, variant)
 
 
 def make_fallback(
@@ -76,20 +94,21 @@ def make_fallback(
     kwargs: Mapping[str, Any],
     swap_all: bool,
     universal: bool,
-) -> Made:
-    """Decide over all subgraphs at once, and insert. Weights that Python in between uses are swapped during a call.
+) -> NewVariant:
+    """Insert branches into the subgraphs of a model, and swap the weights that its Python code uses.
 
     Args:
-        fallback: the model's subgraphs.
-        decided: the plan to follow, the branches that exist, and what was refused.
-        args, kwargs: of the call.
-        swap_all: swap every site, and run the model eagerly: its own backward may run code of the model again.
-        universal: whether the variant serves all calls. It does so too if the model runs eagerly.
+        fallback: the subgraphs.
+        decided: the plan to follow, the existing branches, and the refusals so far.
+        args, kwargs: example inputs.
+        swap_all: run the model eagerly with all weights swapped, because a custom backward may run its code again.
+        universal: whether the variant serves all calls. A model that runs eagerly always does.
 
     Raises:
-        NoSites: nothing is left to adapt.
-        CaptureError: a branch does not compute what the eager model computes, forward or backward.
+        NoSites: no weight can be adapted.
+        CaptureError: with its branches, the model differs from the eager model with merged weights.
     """
+    # Decide over all subgraphs and the Python code at once, because a weight may be used in several of them.
     model, plan = fallback.model, decided.plan
     record = Record(owner=OWNER, plan=plan, refusals=decided.refusals)
     matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs))
@@ -98,32 +117,35 @@ def make_fallback(
     scaled = next((site.weight for site in matching.plan.sites if "weight" not in site.options.method.placements), None)
     if scaled is not None:
         raise SpecError(
-            f"adapter is {plan.spec.adapter!r}, and {type(model).__name__} has graph breaks, where the branch of "
-            f"{scaled} cannot replace its op; give another adapter, or a front end that takes the whole model",
+            f"adapter={plan.spec.adapter!r} does not work for {type(model).__name__}, which has graph breaks: the "
+            f"branch of {scaled} cannot replace its op there. Choose another adapter, or a front end that captures the "
+            "full model.",
             code="method-not-supported",
         )
     branches = all_branches(matching.plan, decided.branches, named_weights(model).parameters)
     growing = Growing(fallback, Decided(matching.plan, branches, matching.refusals, matching.unreached))
     growing.tried.add(growing.modes)
-    located = fallback.located
-    fallback.rewrite_by(growing.rewrite)
+    # Swap each weight that no subgraph reads. Then swap each weight whose delta lacks some effect.
+    reached = fallback.reached
+    fallback.rewrite_with(growing.rewrite)
     comparison = growing.comparison(args, kwargs)
     plain = {branch.weight_name: branch.on_weight for branch in comparison.branches}
-    fallback.swap({name: branch for name, branch in plain.items() if name not in located})
+    fallback.swap({name: branch for name, branch in plain.items() if name not in reached})
     if not (swap_all or fallback.eager):
         fallback.swap({**fallback.swapped, **{name: plain[name] for name in comparison.hidden(SUSPECT)}})
     growing.settle(args, kwargs, eager=swap_all)
+    # Check that swapping was enough. Forward may use an alias of a weight, such as a tensor in a closure.
     if fallback.swapped:
         hidden = comparison.hidden(dict.fromkeys(SUSPECT, CERTAIN))
         if hidden:
             raise CaptureError(
-                f"{type(model).__name__}: {hidden[0]} is used where neither a graph nor the module shows it, "
-                f"and its branch would not be seen; exclude it (exclude=({hidden[0]!r},))"
+                f"{type(model).__name__} uses {hidden[0]} in a way that neither its graphs nor its modules show. The "
+                f"branch would have no effect there. Exclude the weight (exclude=({hidden[0]!r},))."
             )
 
     def attach(run: Growable) -> None:
         growing.run = ref(run)
-        fallback.look = growing.look
+        fallback.before_call = growing.before_call
 
     variant = Variant(
         fallback,
@@ -134,21 +156,21 @@ def make_fallback(
         placements={**growing.placements, **dict.fromkeys(fallback.swapped, "weight")},
     )
     result = growing.decided  # the runs above may have added sites
-    known = result.plan.by_weight.keys() | {refusal.weight for refusal in result.refusals}
-    unreached = tuple(weight for weight in matching.unreached if weight not in known)
-    return Made(result.plan, result.branches, result.refusals, unreached, variant)
+    reported = result.plan.by_weight.keys() | {refusal.weight for refusal in result.refusals}
+    unreached = tuple(weight for weight in matching.unreached if weight not in reported)
+    return NewVariant(result.plan, result.branches, result.refusals, unreached, variant)
 
 
 @dataclass
 class Growing:
-    """What is decided for a fallback. It grows, because any call may bring subgraphs with weights that none has used.
+    """The plan and the branches of a fallback. They grow, because any call may use weights that no earlier call used.
 
     Args:
-        fallback: whose subgraphs are rewritten.
+        fallback: the model and its subgraphs.
         decided: plan, branches and refusals so far.
-        run: returns the state of the cascade's run, once there is one.
-        tried: modes of the model that were compared with the eager model.
-        placements: of the branches in the subgraphs.
+        run: returns the run of the cascade, or None before it starts.
+        tried: modes of the model in which it was compared with the eager model.
+        placements: placement of the branch in the subgraphs, by weight name.
     """
 
     fallback: GraphBreakFallback
@@ -159,7 +181,7 @@ class Growing:
 
     @property
     def plan(self) -> Plan:
-        """The plan at the stage and step of the run, whose ranks the branches have."""
+        """The plan at the stage and step of the run. Its sites have the ranks of the current branches."""
         plan = self.decided.plan
         return plan if (run := self.run()) is None else replace(plan.at_stage(run.plan.stage), step=run.plan.step)
 
@@ -170,14 +192,14 @@ class Growing:
 
     @property
     def modes(self) -> Hashable:
-        """The switches of the model's modules: train and eval, gradient checkpointing."""
+        """The boolean attributes of the model's modules, such as `training` and `gradient_checkpointing`."""
         return tuple(
             tuple(value for value in vars(module).values() if value is True or value is False)
             for module in self.fallback.model.modules()
         )
 
     def comparison(self, args: Any, kwargs: Mapping[str, Any]) -> Comparison:
-        """Return the comparison with the eager model on one call."""
+        """Return a comparison with the eager model on one call."""
         quantized = self._quantized()
         plain = [branch for branch in self.branches if branch not in quantized]
         return Comparison(self.fallback, plain, quantized, args, kwargs)
@@ -188,34 +210,36 @@ class Growing:
         names = quantized_in({branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches})
         return [branch for branch in self.branches if branch.weight_name in names]
 
-    def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
-        """Return a subgraph with branches. The cascade's run gets new sites."""
-        made = insert(live, replace(self.decided, plan=self.plan))
-        assert isinstance(made.variant.module, fx.GraphModule)
-        self.placements |= made.variant.placements
-        self._grow(Decided(made.plan, made.branches, made.refusals, made.unreached))
-        return made.variant.module
+    def rewrite(self, module: fx.GraphModule) -> fx.GraphModule:
+        """Insert branches into a subgraph, and return it. New sites are added to the run."""
+        new = insert(module, replace(self.decided, plan=self.plan))
+        assert isinstance(new.variant.module, fx.GraphModule)
+        self.placements |= new.variant.placements
+        self._grow(Decided(new.plan, new.branches, new.refusals, new.unreached))
+        return new.variant.module
 
     def _grow(self, decided: Decided) -> None:
+        """Replace the plan and the branches, also in the run if there are new branches."""
         if (run := self.run()) is not None and set(decided.branches) != set(self.decided.branches):
             run.grow(decided)
         self.decided = decided
 
-    def look(self, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Prepare for a call: check a new mode, and swap weights that this call is the first to use.
+    def before_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Prepare for a call: check a new mode of the model, and swap weights that Python code uses for the first time.
 
-        A new mode of the modules may bring code that runs again in backward. While some weights were used by no call,
-        this costs a forward of the eager model, because plain Python may use them.
+        While there are weights that no call has used, each call costs an extra forward of the eager model.
         """
         fallback, model = self.fallback, self.fallback.model
+        # In another mode, code of the model may run again in backward: gradient checkpointing may be on.
         if (modes := self.modes) not in self.tried:
             with torch.inference_mode(False):
                 with requiring_grad(model, {branch.weight_name for branch in self.branches}):
                     own_backward = not fallback.eager and bool(run_preflight(model, args, kwargs).seen.functions)
                 self.settle(args, kwargs, eager=own_backward)
             self.tried.add(modes)
+        # Subgraphs of this call will be rewritten when dynamo compiles them. Find the weights that Python code uses.
         weights = named_weights(model)
-        used = fallback.swapped.keys() if fallback.eager else fallback.located
+        used = fallback.swapped.keys() if fallback.eager else fallback.reached
         unused = weights.matrices.keys() - used - {refusal.weight for refusal in self.decided.refusals}
         traced = eager_trace(model, args, kwargs) if unused else {}
         kinds = {name: kind for name, kind in traced.items() if kind and name in unused}
@@ -230,58 +254,64 @@ class Growing:
         fallback.swap({**fallback.swapped, **added})
 
     def settle(self, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
-        """Run the subgraphs if their branches get the gradients of the eager model. Otherwise run the model eagerly.
+        """Choose how the model runs: as subgraphs if their branches get the right gradients, otherwise eagerly.
 
-        Eagerly, every site is swapped, in forward and in what backward runs again. `eager` skips the first attempt.
+        If it runs eagerly, all sites are swapped, in forward and in code that backward runs again.
+
+        Args:
+            args, kwargs: arguments of the call for which gradients are compared.
+            eager: run the model eagerly without trying the subgraphs.
 
         Raises:
-            CaptureError: the gradients are wrong then, too.
+            CaptureError: the gradients are wrong in both cases.
         """
         fallback, model = self.fallback, self.fallback.model
         if not (eager or fallback.eager or self._wrong_gradients(args, kwargs)):
             return
         for branch in self._quantized():
             raise CaptureError(
-                f"{branch.weight_name} is quantized, and {type(model).__name__} has code of its own for "
-                "backward, which a branch beside the weight does not reach; exclude it "
-                f"(exclude=({branch.weight_name!r},))",
+                f"{branch.weight_name} is quantized, and {type(model).__name__} runs code again in backward. There, a "
+                f"branch of a quantized weight would have no effect. Exclude it (exclude=({branch.weight_name!r},)).",
                 code="quantized-not-supported",
             )
         fallback.swap({branch.weight_name: branch.on_weight for branch in self.branches})
         wrong: tuple[str, ...] = ()
+        # First compute each merged weight at every read, which needs less memory.
         for once in (True,) if fallback.once else (False, True):
             fallback.run_eager(once)
             wrong = self._wrong_gradients(args, kwargs)
             if not wrong:
                 return
         self.comparison(args, kwargs).check_repeats({})
-        first = first_difference(Disagreement(fallback, Difference("", wrong), grad=True), model, args, kwargs)
+        module = first_difference(Disagreement(fallback, Difference("", wrong), grad=True), model, args, kwargs)
         raise CaptureError(
-            f"{type(model).__name__}: {named(wrong)} would not get the gradients that the eager model gives; the "
-            f"first module that differs is {first}. The model's Python computes with weights where no module shows it: "
-            "exclude these, or adapt a part of the model"
+            f"{type(model).__name__}: the branches of {named(wrong)} would get other gradients than in the eager "
+            f"model. The first module that differs is {module}. Its Python code uses these weights in a way that no "
+            "module shows. Exclude them, or adapt only a part of the model."
         )
 
     def _wrong_gradients(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        known = set(self.decided.branches)
+        """Return the weights whose branches get wrong gradients on one call."""
+        keys = set(self.decided.branches)
         try:
             return self.comparison(args, kwargs).wrong_gradients()
         finally:
-            # A layer that is skipped at random may bring branches only now. They are not temporary as the others are.
+            # If forward skips layers at random, this call may have added branches. The comparison has not replaced
+            # their parameters by temporary ones, so remove the gradients.
             for key, branch in self.decided.branches.items():
-                if key not in known:
+                if key not in keys:
                     branch.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Compares the fallback with its branches and the eager model with merged weights, on one call.
+    """Compares the fallback, with its branches, to the eager model with merged weights, on one call.
 
     Args:
-        fallback: with its branches.
+        fallback: the model and its subgraphs.
         branches: the branches to compare.
-        quantized: the branches of quantized weights, which cannot be merged and are not compared.
-        args, kwargs: of the call.
+        quantized: the branches of quantized weights. They cannot be merged, and are not compared.
+        args, kwargs: arguments of the call.
     """
 
     fallback: GraphBreakFallback
@@ -292,9 +322,10 @@ class Comparison:
 
     @torch.no_grad()
     def hidden(self, share: Mapping[torch.dtype, float]) -> list[str]:
-        """Return the weights whose delta has less effect in the fallback than in the merged model.
+        """Return the weights whose delta has less effect on the outputs than the merged delta.
 
-        Bisects the branches: a group that agrees is not divided.
+        It bisects the branches, because most models have no such weight. A group of branches that agrees is not
+        divided.
 
         Args:
             share: fraction of the effect that may be missing, by dtype of the outputs.
@@ -306,6 +337,7 @@ class Comparison:
             groups = [list(self.branches)]
             while groups:
                 group = groups.pop()
+                # Reset the deltas of all branches to zero. `_differ` sets the deltas of the group.
                 for branch in self.branches:
                     _change_zeros(branch, torch.zeros_like)
                 torch.clear_autocast_cache()
@@ -319,9 +351,9 @@ class Comparison:
         return hidden
 
     def wrong_gradients(self) -> tuple[str, ...]:
-        """Return the weights whose branches get other gradients than the merged model gives them.
+        """Return the weights whose branches get other gradients than in the merged model, with every delta tried.
 
-        Weights without a gradient in the eager model are left out.
+        Weights without a gradient in the eager model are skipped.
         """
         wrong: tuple[str, ...] | None = None
         for probe in self._probes:
@@ -332,7 +364,7 @@ class Comparison:
         return wrong or ()
 
     def _wrong_gradients(self, probe: int) -> tuple[str, ...]:
-        """Return those weights for one delta of each branch."""
+        """Return the weights with wrong gradients, for one delta of each branch."""
         model = self.model
         weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches}
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -341,15 +373,16 @@ class Comparison:
         with quiet(), without_gradients(leaves), temporary:
             for branch in self.branches:
                 self._probe(branch, probe)
+            # Expected gradients: run the eager model with merged weights, and apply the chain rule to each delta.
             merged = _merged(model, self.branches)
             try:
                 with requiring_grad(model, trained | weights.keys()):
                     self._run(merged, backward=True)
             except MemoryError:
                 raise
-            except Exception as fault:  # such as a model that differentiates inside, and frees its graph in eval mode
+            except Exception as fault:  # such as a model that calls autograd.grad, and frees its graph in eval mode
                 self._check_not_frozen(fault, merged)
-                log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
+                log.info("The backward of the eager %s raises: %s", type(model).__name__, one_line(fault))
                 return ()
             expected = {}
             for branch in self.branches:
@@ -361,12 +394,13 @@ class Comparison:
                 leaf.grad = None
             if not expected:
                 return ()
+            # Computed gradients: run the fallback.
             try:
                 self._run(None, backward=True)
             except MemoryError:
                 raise
-            except Exception as fault:  # torch.utils.checkpoint raises if forward and backward compute differently
-                log.info("%s with graph breaks: backward raises %s", type(model).__name__, one_line(fault))
+            except Exception as fault:  # torch.utils.checkpoint raises if forward and recomputation differ
+                log.info("The backward of %s with graph breaks raises: %s", type(model).__name__, one_line(fault))
                 return tuple(branch.weight_name for branch in expected)
             allowed = COARSE if self.coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
             largest = max(_norm(gradient) for pair in expected.values() for gradient in pair)
@@ -381,7 +415,12 @@ class Comparison:
             )
 
     def _check_not_frozen(self, fault: Exception, merged: Mapping[str, torch.Tensor]) -> None:
-        """Raise CaptureError if the backward pass, which raised `fault`, works with all parameters trainable."""
+        """Raise CaptureError if the backward pass, which raised `fault`, works with all parameters trainable.
+
+        Args:
+            fault: the exception.
+            merged: the merged weights, by name.
+        """
         try:
             with requiring_grad(self.model, None):
                 self._run(merged, backward=True)
@@ -391,9 +430,9 @@ class Comparison:
             return
         name = type(self.model).__name__
         raise CaptureError(
-            f"the backward pass of {name} raises {one_line(fault)}, because parameters without a branch are frozen: it "
-            "asks for the gradients of all parameters of a region (its own gradient checkpointing). Switch that off, "
-            "use torch.utils.checkpoint, or train these parameters in full (train=...)"
+            f"The backward pass of {name} raises {one_line(fault)}, because parameters without a branch are frozen. It "
+            "asks for the gradients of all parameters of a region, as custom gradient checkpointing does. Turn that "
+            "off, use torch.utils.checkpoint, or train these parameters in full (train=...)."
         ) from fault
 
     @property
@@ -403,7 +442,7 @@ class Comparison:
 
     @cached_property
     def coarse(self) -> bool:
-        """Whether a weight has few bits, or autocast computes with few."""
+        """Whether a weight has a low precision (below fp32), or autocast is on."""
         weights = [self.model.get_parameter(branch.weight_name) for branch in self.branches]
         devices = {weight.device.type for weight in weights}
         casts = any(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) for device in devices)
@@ -411,60 +450,75 @@ class Comparison:
 
     @property
     def _probes(self) -> range:
-        """Numbers of the deltas that are tried until one shows no difference."""
+        """Indices of the deltas to try. A difference counts only if each delta shows it."""
         return range(COARSE_PROBES if self.coarse else 1)
 
-    def _probe(self, branch: Branch, number: int) -> None:
-        """Give a branch a delta, relative to the norm of its weight; another one for each number."""
+    def _probe(self, branch: Branch, index: int) -> None:
+        """Set the parameters of a branch so that it has a delta. Each index gives another one."""
         weight = self.model.get_parameter(branch.weight_name)
 
         def values(parameter: torch.Tensor) -> torch.Tensor:
-            numbers = torch.linspace(-1, 1, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
-            if number:
-                order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(number))
-                numbers = numbers[order.to(numbers.device)]
-            return numbers.view_as(parameter).clone()
+            entries = torch.linspace(-1, 1, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+            if index:
+                order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(index))
+                entries = entries[order.to(entries.device)]
+            return entries.view_as(parameter).clone()
 
+        # Scale the delta relative to its weight. The delta is linear in the parameters that start at zero.
         _change_zeros(branch, values)
-        size, share = branch.dense_delta(weight).norm(), COARSE_PROBE if self.coarse else PROBE
-        if size > 0:
-            factor = share * weight.norm().to(size.dtype).clamp_min(1e-3) / size
+        norm, share = branch.dense_delta(weight).norm(), COARSE_PROBE if self.coarse else PROBE
+        if norm > 0:
+            factor = share * weight.norm().to(norm.dtype).clamp_min(1e-3) / norm
             _change_zeros(branch, lambda parameter: parameter * factor)
-        torch.clear_autocast_cache()  # it has casts of the old values
+        torch.clear_autocast_cache()  # it contains casts of the old values
 
     def _differ(
         self, branches: Sequence[Branch], trained: Collection[str], share: Mapping[torch.dtype, float], probe: int
     ) -> bool:
-        """Whether the fallback with branches computes something else than the model with their deltas merged."""
+        """Whether the fallback with the deltas of these branches differs from the model with the deltas merged.
+
+        Args:
+            branches: the branches that get a delta. All others have a delta of zero.
+            trained: names of the parameters that require gradients in training.
+            share: fraction of the effect that may be missing, by dtype of the outputs.
+            probe: index of the deltas.
+
+        Raises:
+            CaptureError: the outputs differ, but the model is not deterministic.
+        """
         for branch in branches:
             self._probe(branch, probe)
         merged = _merged(self.model, branches)
-        ours = self._run(None)
-        with requiring_grad(self.model, trained):  # as in training, because forward may ask for it
-            theirs, base = (self._run(values) for values in (merged, {}))
-            # Under autocast the dtype of an output says little: fp32 may be computed from products in bf16.
-            allowed = max((share.get(output.dtype, CERTAIN) for output in theirs if not self.coarse), default=CERTAIN)
-            same = _distance(theirs, ours) <= allowed**2 * _distance(theirs, base) + 1e-30  # false for nan
+        computed = self._run(None)
+        with requiring_grad(self.model, trained):  # as in training, because forward may read `requires_grad`
+            expected, base = (self._run(values) for values in (merged, {}))
+            # Under autocast an output in fp32 may be computed from products in bf16, so its dtype does not count.
+            allowed = max((share.get(output.dtype, CERTAIN) for output in expected if not self.coarse), default=CERTAIN)
+            # The distance between the outputs with and without the deltas is their effect. False for nan.
+            same = _distance(expected, computed) <= allowed**2 * _distance(expected, base) + 1e-30
             if not same:
                 self.check_repeats(merged)
         return not same
 
     def check_repeats(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Raise CaptureError if two runs of the model with these weights and one seed differ."""
+        """Raise CaptureError if two runs of the eager model with these weights, under one seed, differ."""
         if _distance(self._run(values), self._run(values)):
             raise CaptureError(
-                f"{type(self.model).__name__} does not repeat its output under one seed (does its forward seed a "
-                "generator by the clock, or by Generator.seed()?), so what its Python does with its weights cannot be "
-                "checked; make it repeat itself, for example by dropouts of 0"
+                f"Two runs of {type(self.model).__name__} under one seed differ, so its graphs cannot be compared with "
+                "it. Its forward may seed a generator itself. Make the model deterministic, for example by setting "
+                "dropout to 0."
             )
 
     def _run(self, values: Mapping[str, torch.Tensor] | None, backward: bool = False) -> list[torch.Tensor]:
-        """Run the model with these weights, or the fallback for None, and return the floating-point outputs.
+        """Run the eager model or the fallback, and return the floating-point outputs.
 
-        Every run starts from the same seed and leaves buffers unchanged. `backward` runs backward from a projection of
-        the outputs.
+        Every run starts from the same seed, and leaves the model unchanged.
+
+        Args:
+            values: weights of the eager model that differ from its parameters, by name. None to run the fallback.
+            backward: whether to run backward, from a random projection of the outputs.
         """
-        with isolation(self.model, self.args, self.kwargs, _other_values(self.model, values or {})) as (inputs, named):
+        with isolation(self.model, self.args, self.kwargs, _with_values(self.model, values or {})) as (inputs, named):
             output = self.fallback.compute(inputs, named) if values is None else self.model(*inputs, **named)
             tensors = [
                 leaf for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)
@@ -476,23 +530,25 @@ class Comparison:
 
 
 def _change_zeros(branch: Branch, values: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the parameters that are zero at the start of a stage; `values` maps a current value to a new one."""
+    """Change the parameters that are zero at the start of a stage. `values` maps the current value to the new one."""
     for name in branch.zeros:
         parameter = branch.get_parameter(name)
         parameter.data = values(parameter.data)
 
 
 def _norm(tensor: torch.Tensor) -> float:
+    """Return the norm of a tensor, computed in fp64 on the host."""
     return float(tensor.cpu().double().norm())
 
 
 def _delta(branch: Branch, model: nn.Module) -> torch.Tensor:
+    """Return the delta of a branch in the dtype of its weight, differentiable in the parameters of the branch."""
     weight = model.get_parameter(branch.weight_name)
     return branch.dense_delta(weight.detach()).to(weight.dtype)
 
 
 def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
-    """Return the weights with the deltas of these branches merged."""
+    """Return `W + delta` for the weight of each branch, by name."""
     return {
         branch.weight_name: (model.get_parameter(branch.weight_name) + _delta(branch, model)).detach()
         for branch in branches
@@ -500,9 +556,9 @@ def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Ten
 
 
 @isolated
-def _other_values(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Give parameters other values inside the block, wherever they are held."""
-    undo(torch.clear_autocast_cache)  # it has casts of the other values
+def _with_values(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Context manager: replace the values of parameters, without replacing the Parameter objects."""
+    undo(torch.clear_autocast_cache)  # it contains casts of these values
     for name, value in values.items():
         parameter = model.get_parameter(name)
         undo(partial(setattr, parameter, "data", parameter.data))
@@ -512,7 +568,10 @@ def _other_values(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tenso
 
 @isolated
 def _temporary_parameters(undo: Undo, branches: Sequence[Branch]) -> None:
-    """Give branches parameters that optimizers and hooks do not know, and no dropout, which the merged model lacks."""
+    """Context manager: replace the parameters of branches by copies, and turn off dropout.
+
+    Optimizers and hooks have no reference to the copies. Dropout is turned off because the merged model has none.
+    """
     for branch in branches:
         undo(partial(branch._parameters.update, dict(branch._parameters)))
         undo(partial(setattr, branch, "training", branch.training))
@@ -521,8 +580,8 @@ def _temporary_parameters(undo: Undo, branches: Sequence[Branch]) -> None:
             branch._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
-def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    """Return the squared distance of outputs; infinite if their shapes differ."""
-    if [output.shape for output in some] != [output.shape for output in others]:
+def _distance(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the squared distance of two lists of tensors, or inf if their shapes differ."""
+    if [output.shape for output in outputs] != [output.shape for output in expected]:
         return float("inf")
-    return sum(float((one - other).cpu().double().square().sum()) for one, other in zip(some, others, strict=True))
+    return sum(float((one - two).cpu().double().square().sum()) for one, two in zip(outputs, expected, strict=True))

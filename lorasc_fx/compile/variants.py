@@ -19,38 +19,38 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.signature import Call
 
 MAX_VARIANTS = 32
+"""Maximum number of variants of a cascade."""
 MAX_CHANGES = 8
-"""Changes of one setting after which a warning says that each of them costs a capture."""
+"""Number of changes of one setting of the model that trigger a warning, because each change costs a capture."""
 
 
 _NOT_CAPTURED = (
-    "inside torch.compile there is no graph for this call yet, and none can be captured there: "
-    "call the cascade once without torch.compile, in the same mode, with the model's settings as they are and "
-    "arguments of the same sizes"
+    "This call has no graph yet, and none can be captured inside torch.compile. First call the cascade once without "
+    "torch.compile, in the same mode, with the same settings of the model and with arguments of the same sizes."
 )
 
 
 class Growable(Protocol):
-    """The state of a run: it has the plan of the running stage, and takes over sites that a new graph brings."""
+    """A run to which sites can be added, with the plan of its current stage."""
 
     plan: Plan
 
     def grow(self, decided: Decided) -> None:
-        """Take over plan, branches, refusals and unreached weights."""
+        """Replace plan, branches, refusals and unreached weights by these, which have more sites."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One adapted graph.
+    """One adapted graph of a cascade.
 
     Args:
-        module: computes a call from its own arguments.
-        frontend: that captured it.
-        conditions: the calls that it is valid for, apart from their key.
-        universal: whether it serves every signature, because dynamo chooses among the graphs of a fallback.
-        attach: connects it to the run that takes over the sites of later calls.
-        detach: restores the modules of the model.
-        placements: of each weight's branch in this graph (`beside`, `merged`, `weight`).
+        module: computes a call. It takes the arguments of the model.
+        frontend: the front end that captured it.
+        conditions: the conditions under which it is valid for a call that has its key.
+        universal: whether it serves every signature. True for a fallback, in which dynamo selects the subgraphs.
+        attach: connects it to a run, to which later calls may add sites.
+        detach: stops intercepting reads of parameters in the modules of the model.
+        placements: placement of the branch (`beside`, `merged`, `weight`), by weight name.
     """
 
     module: Callable[..., Any]
@@ -63,7 +63,11 @@ class Variant:
 
     @cached_property
     def run(self) -> Callable[[Call], Any]:
-        """Compute a call as `module` does. A captured graph runs as a plain function, unless a branch has hooks."""
+        """A function that computes a call.
+
+        It runs a captured graph as a plain function, which is faster than calling the graph module. If a branch has
+        hooks, it calls the module, because the plain function would skip them.
+        """
         module = self.module
 
         def by_module(call: Call) -> Any:
@@ -83,21 +87,26 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Made(Decided):
-    """A new variant, with the plan and the branches including it."""
+class NewVariant(Decided):
+    """A new variant, with the plan, branches and refusals after it was added.
+
+    Args:
+        variant: the variant.
+        refused_frontends: (name, reason) of each front end that was tried before and failed.
+    """
 
     variant: Variant
     refused_frontends: tuple[tuple[str, str], ...] = ()
 
 
 class _Entry(NamedTuple):
-    """A variant with the call that it was made for.
+    """A variant and the call for which it was captured.
 
     Args:
-        key: of the call.
-        training: mode of the call.
-        kinds: what dynamo can compare of each leaf: dtype and number of axes of a tensor, another value itself.
-        variant: the graph.
+        key: signature of the call.
+        training: whether the model was in train mode.
+        kinds: each leaf of the arguments, as dynamo can compare it: `_kind`.
+        variant: the variant.
     """
 
     key: Hashable
@@ -108,27 +117,32 @@ class _Entry(NamedTuple):
 
 @dataclass
 class Variants:
-    """At most MAX_VARIANTS variants, oldest first. The oldest is dropped, and made again when it is called."""
+    """A cache of at most MAX_VARIANTS variants. The oldest one is dropped first.
+
+    Args:
+        entries: the variants, oldest first.
+        changed: number of changes of each setting of the model, by name.
+    """
 
     entries: list[_Entry] = field(default_factory=list)
     changed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        # Dynamo breaks the graph here, or raises with the reason under fullgraph=True.
+        # Called while dynamo traces a call without a variant: a graph break, or with fullgraph=True an error.
         self.not_compiled = torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED)
 
     def find(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant | None:
-        """Return a variant for this call and the model's current Python state, or None.
+        """Return a variant that is valid for this call and the model's current Python state, or None.
 
         Args:
-            call: that it is valid for.
-            dynamic: axes that were to be dynamic at its capture.
+            call: the call.
+            dynamic: axes for which the capture must have requested a dynamic size.
         """
         for entry in self.entries:
             if entry.key == call.key:
                 conditions = entry.variant.conditions
-                open_enough = not conditions.sizes or conditions.asked.issuperset(dynamic)
-                if open_enough and conditions.accepts(call.leaves) and conditions.hold():
+                is_dynamic = not conditions.sizes or conditions.requested.issuperset(dynamic)
+                if is_dynamic and conditions.accepts(call.leaves) and conditions.hold():
                     return entry.variant
         return next((variant for variant in self.all if variant.universal), None)
 
@@ -139,35 +153,40 @@ class Variants:
 
     @property
     def oldest(self) -> Variant | None:
-        """The first of the variants, or None."""
+        """The oldest variant, or None if there are none."""
         return next(iter(self.all), None)
 
     def varying(self, call: Call) -> frozenset[Axis]:
-        """Return the axes whose sizes vary among this call and the variants for such arguments.
+        """Return the axes in which this call has another size than a variant with the same key.
 
-        Sizes of 0 and 1 do not count: each is captured on its own.
+        Sizes of 0 and 1 do not count, because they always get a separate graph.
         """
         alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
-        return frozenset[Axis]().union(*(conditions.other_axes(call.leaves) for conditions in alike))
+        return frozenset[Axis]().union(*(conditions.varying_axes(call.leaves) for conditions in alike))
 
     def count_changes(self, call: Call) -> None:
-        """Warn of a setting that was changed again and again, if that is why there is no variant for a call."""
+        """Warn if a call has no variant because a setting of the model has changed, MAX_CHANGES times by now."""
         alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
         state = alike[-1].state if alike else None
         if state is None or any(conditions.hold() for conditions in alike):
-            return
+            return  # a change of the state is not the cause
         if changes := state.changes():
             name = changes[0].entry
             self.changed[name] += 1
             if self.changed[name] == MAX_CHANGES:
                 warn(
-                    f"{name} has changed {MAX_CHANGES} times between calls, and each new value costs a capture, since "
-                    "a graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument",
+                    f"{name} has changed {MAX_CHANGES} times between calls. Each new value costs a capture, because a "
+                    "graph holds it as a constant. Make it a buffer, or a tensor argument of forward.",
                     "too-many-variants",
                 )
 
     def compiled(self, training: bool, leaves: list[Any]) -> Variant | None:
-        """Return the newest variant while torch.compile traces, by what dynamo can compare, or None."""
+        """Return the newest valid variant while torch.compile traces a call, or None. Dynamo can trace this.
+
+        Args:
+            training: whether the model is in train mode.
+            leaves: the leaves of the arguments.
+        """
         kinds = [_kind(leaf) for leaf in leaves]
         for entry in self.entries[::-1]:
             if entry.training == training and entry.kinds == kinds:
@@ -178,42 +197,43 @@ class Variants:
         return None
 
     def symbolic(self, training: bool) -> tuple[Variant, int]:
-        """Return the newest whole graph of a mode, and its number of arguments, for a trace by torch.fx.
+        """Return the newest full graph for a mode, and its number of arguments, while torch.fx traces a call.
 
-        The proxies of torch.fx have no sizes, and there is one for each argument, defaults included.
+        It cannot be selected by the arguments: the proxies of torch.fx have no sizes, and defaults are proxies too.
 
         Raises:
-            StateError: there is none.
+            StateError: there is no such graph.
         """
         for entry in self.entries[::-1]:
             if entry.training == training and not entry.variant.universal and entry.variant.conditions.hold():
                 return entry.variant, len(entry.kinds)
         raise StateError(
-            "torch.fx traces a whole graph, and there is none for this mode and these settings yet: "
-            "call the cascade once in this mode (a model with graph breaks has none)",
+            "torch.fx can trace a cascade only if it has a full graph for the current mode and settings. Call the "
+            "cascade once in this mode first. A model with graph breaks has no full graph.",
             code="not-available",
         )
 
     def add(self, call: Call, variant: Variant, training: bool) -> None:
-        """Keep a variant, with the call and the mode that it was made for."""
+        """Add a variant, with the call and the mode for which it was captured."""
         if variant.universal:
-            # It serves all calls, and may change how modules hold parameters, which dynamo would not trace.
+            # It serves all calls, so drop earlier fallbacks. They may intercept reads of parameters in the modules,
+            # which dynamo cannot trace.
             self.entries = [entry for entry in self.entries if entry.variant.detach is None]
         self.entries.append(_Entry(call.key, training, [_kind(leaf) for leaf in call.leaves], variant))
         if len(self) > MAX_VARIANTS:
             del self.entries[0]
             warn(
-                f"more than {MAX_VARIANTS} variants: the oldest one is dropped, and captured again when it is called; "
-                "calls vary in mode, settings, sizes or dtype. Pad or group the inputs to fewer sizes",
+                f"The cascade has more than {MAX_VARIANTS} graphs: calls vary in mode, settings, sizes or dtype. "
+                "The oldest is dropped, and captured again when it is needed. Pad or group the inputs to fewer sizes.",
                 "too-many-variants",
             )
 
     def exchange(self, change: Callable[[Variant], Variant]) -> None:
-        """Replace each variant."""
+        """Replace each variant by `change(variant)`."""
         self.entries = [entry._replace(variant=change(entry.variant)) for entry in self.entries]
 
     def detach(self) -> None:
-        """Restore the model's modules. A variant that is called again swaps its weights again."""
+        """Stop intercepting reads of parameters in the model's modules, until a variant is called again."""
         for variant in self.all:
             if variant.detach is not None:
                 variant.detach()
@@ -223,11 +243,11 @@ class Variants:
         return partial(setattr, self, "entries", list(self.entries))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
-        """Return an empty cache: a graph reads the model and the branches that it was made with."""
+        """Return an empty cache, because the graphs read the original model and its branches."""
         return Variants()
 
     def __reduce__(self) -> tuple[type[Variants], tuple[()]]:
-        """Pickle as an empty cache, for the same reason."""
+        """Pickle as an empty cache, because the graphs read the original model and its branches."""
         return (Variants, ())
 
     def __len__(self) -> int:
@@ -235,10 +255,10 @@ class Variants:
 
 
 def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Compute eagerly a call that torch.compile has no graph for.
+    """Compute a call outside of torch.compile, because it has no variant yet.
 
     Raises:
-        StateError: another tracer than dynamo makes the call.
+        StateError: a tracer other than dynamo (such as non-strict torch.export) makes the call.
     """
     if torch.compiler.is_compiling():
         raise StateError(_NOT_CAPTURED, code="not-available")
@@ -246,4 +266,5 @@ def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _kind(leaf: Any) -> Any:
+    """Return dtype and number of axes of a tensor, or any other leaf itself."""
     return (leaf.dtype, leaf.dim()) if isinstance(leaf, torch.Tensor) else leaf

@@ -262,11 +262,11 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
     cascade = lx.adapt(model, (known,), spec=SPEC)
     compiled = torch.compile(cascade, backend="eager", fullgraph=True)
     assert torch.equal(compiled(known), model(known))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="there is no graph for this call yet") as caught:
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="This call has no graph yet") as caught:
         compiled(other)
     told, debug, _ = str(caught.value).partition("Developer debug context")
     assert debug
-    assert "call the cascade once without torch.compile, in the same mode" in told
+    assert "First call the cascade once without torch.compile, in the same mode" in told
     assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
     torch._dynamo.reset()
     again = torch.compile(cascade, backend="eager", fullgraph=True)

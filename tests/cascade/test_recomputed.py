@@ -360,7 +360,7 @@ def test_a_model_that_seeds_the_generator_anew() -> None:
     assert [site.weight for site in cascade.sites] == ["stem.weight", "head.weight"]
     assert not torch.equal(cascade(X), cascade(X))  # every call draws its own
     gradients(cascade)
-    with raises(lx.CaptureError, "not-captured", "Reseeds", "dropouts of 0"):
+    with raises(lx.CaptureError, "not-captured", "Reseeds", "setting dropout to 0"):
         lx.adapt(Reseeds("clock").double(), (X,), spec=SPEC)
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.capture import reuse, symbolic
-from lorasc_fx.check.isolation import isolation, same_values, written_by
+from lorasc_fx.check.isolation import isolation, restored_values, written_by
 from lorasc_fx.check.preflight import check_agrees, run_preflight
 from lorasc_fx.shards import ProcessGroup
 from tests.kit.devices import pretend_accelerator
@@ -212,7 +212,7 @@ def test_a_process_group_exchanges_tensors_on_its_own_device(
 def test_a_weight_that_forward_writes_is_restored(way: str) -> None:
     model = build(lambda: Writes(way)).float()
     before = {name: value.tolist() for name, value in model.named_parameters()}
-    with same_values(model):
+    with restored_values(model):
         model(torch.randn(4, 5))
         assert model.first.weight.tolist() != before["first.weight"]
     assert {name: value.tolist() for name, value in model.named_parameters()} == before
@@ -246,7 +246,7 @@ def test_a_weight_that_forward_transposes_is_restored() -> None:
     torch.manual_seed(0)
     model, x = Turned(), torch.randn(4, 5)
     weight, stride, before = model.first.weight, model.first.weight.stride(), model.first.weight.tolist()
-    with same_values(model):
+    with restored_values(model):
         model(x)
         assert weight.tolist() != before
     assert written_by(model) == {"first.weight"}
@@ -307,7 +307,7 @@ class Copies(TorchDispatchMode):
 
 def test_only_weights_that_forward_writes_are_copied() -> None:
     model, x = Follows().double(), torch.tensor([1, 4, 8])
-    with Copies() as copies, same_values(model):
+    with Copies() as copies, restored_values(model):
         model(x)
     assert copies.count == 8 * sum(map(torch.numel, [model.table.weight, *model.slow.parameters()]))
     assert written_by(model) == {"table.weight", "slow.weight", "slow.bias"}

@@ -49,7 +49,7 @@ MISTAKES = [
     (["compare", "tiny.toml", "--spec.train"], "compare.methods has 'probe', which trains the parameters in spec"),
     (["compare", "tiny.toml", "--compare.methods", "lorac"], "parsing config.compare: compare.methods[0] is 'lorac'"),
     (["sites", "python:tiny_model:build"], "does not specify the shape of its input; give it, such as --input 2 3"),
-    (["sites", "python:tiny_model:build", "--input", "2", "5"], "refuses the example inputs"),
+    (["sites", "python:tiny_model:build", "--input", "2", "5"], "raises on the example inputs"),
     (["sites", "python:tiny_model:build", "--input", "-1", "5"], "--input is [-1, 5]; give sizes of 0 or more"),
     (["sites", "hf:"], "unknown model 'hf:'; the name after the colon is missing; known: timm:NAME, hf:FOLD"),
     (["train", "tiny.toml", "--model.name", "bert-base"],

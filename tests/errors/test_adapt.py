@@ -118,7 +118,7 @@ def halved(x: torch.Tensor) -> torch.Tensor:
 def test_torchscript() -> None:
     model = mlp()
     for given in (torch.jit.script(model), torch.jit.trace(model, (X,)), torch.jit.script(halved)):
-        told = "TorchScript, whose code neither torch.export nor torch.fx reads; give the nn.Module that it was made of"
+        told = "neither torch.export nor torch.fx can trace TorchScript. Pass the nn.Module from which it was scripted"
         with raises(lx.CaptureError, "not-a-model", "model", told):
             lx.adapt(given, (X,))  # type: ignore[arg-type]
 
@@ -290,7 +290,7 @@ def test_adapting_twice() -> None:
     shared = nn.Linear(6, 2)
     shared.bias = model[3].bias  # a parameter without a branch is the cascade's too
     twice(shared, "bias")
-    for holder, held in ((cascade, "this model"), (nn.Sequential(cascade), "this model")):
+    for holder, held in ((cascade, "This model"), (nn.Sequential(cascade), "This model")):
         with unchanged(cascade), raises(lx.StateError, "already-adapted", held):
             lx.adapt(holder, args=(X,), frontend="symbolic")
 

@@ -18,7 +18,7 @@ from tests.kit.models import randomize
 from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import NAMED, Case
 
-pytestmark = pytest.mark.filterwarnings("ignore:q. quantized, and without branches")  # whole_numbers
+pytestmark = pytest.mark.filterwarnings("ignore:q. these quantized weights get no branches")  # whole_numbers
 
 EVERY = [*(case for case in OPERATORS if case.modes), *ODD]
 ROWS = pytest.mark.parametrize("case", EVERY, ids=[case.name for case in EVERY])

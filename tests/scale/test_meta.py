@@ -262,17 +262,17 @@ class Keeps(Mlp):
 def test_models_that_need_their_numbers() -> None:
     with pytest.raises(lx.CaptureError) as raised:
         lx.adapt(Case(Looks, {}).on_meta(), args=(X,))
-    assert str(raised.value).startswith("Looks itself refuses the example inputs: GuardOnDataDependentSymNode: ")
+    assert str(raised.value).startswith("Looks itself raises on the example inputs: GuardOnDataDependentSymNode: ")
     assert str(raised.value).endswith(
-        ", or give the model its weights before adapt: on the meta device nothing can look at values"
+        ", or load its weights before adapt, because a model on the meta device cannot read values"
     )
     with raises(lx.CaptureError, "meta-model", "factor"):
         lx.adapt(Case(Keeps, {}).on_meta(), args=(X,))
     with pytest.raises(lx.CaptureError) as raised:
         lx.adapt(MLP.on_meta(), args=(X,), frontend="graph-breaks")
     assert str(raised.value).endswith(
-        "graph-breaks: RuntimeError: is tried by values, and the model is on the meta device, or sharded: give it its "
-        "weights first"
+        "graph-breaks: RuntimeError: this front end must run the model, which has no values here (it is on the meta "
+        "device, or sharded). Load its weights before adapt"
     )
 
 
