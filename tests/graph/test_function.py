@@ -1,4 +1,4 @@
-"""A call of a cascade runs the graph as one function: the same numbers, weights read anew, hooks of branches kept."""
+"""`as_function` computes the same as its graph, sees replaced weights, and calls hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kit.models import batches, branches, mlp, randomize
 
 
 class Odd(nn.Module):
-    """What a graph may hold beside tensors: slices, lists, an infinity, a dtype, defaults, no value."""
+    """A model whose graph has arguments of many types: slices, lists, infinities, dtypes, defaults and None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,17 +33,17 @@ def test_a_function_computes_what_its_graph_computes() -> None:
     (x,), model = batches(1, 3, 5), Odd()
     traced = fx.symbolic_trace(model)
     exported = torch.export.export(model, (x, 3.0)).module()
-    for module, given in ((traced, (x, 3.0)), (traced, (x,)), (exported, (x, 3.0))):
+    for module, args in ((traced, (x, 3.0)), (traced, (x,)), (exported, (x, 3.0))):
         results = []
         for call in (as_function(module), module):
             torch.manual_seed(0)
-            results.append(call(*given))
-        (found, expected) = results
-        assert torch.equal(found["parts"][0], expected["parts"][0])
-        assert torch.equal(found["parts"][1][0], expected["parts"][1][0])
-        assert found["parts"][1][1] is None is found["none"]
-        assert found.keys() == expected.keys()
-        assert type(found["parts"]) is type(expected["parts"]) is list
+            results.append(call(*args))
+        (actual, expected) = results
+        assert torch.equal(actual["parts"][0], expected["parts"][0])
+        assert torch.equal(actual["parts"][1][0], expected["parts"][1][0])
+        assert actual["parts"][1][1] is None is actual["none"]
+        assert actual.keys() == expected.keys()
+        assert type(actual["parts"]) is type(expected["parts"]) is list
 
 
 def test_a_value_is_freed_after_its_last_use() -> None:
@@ -59,18 +59,19 @@ def test_a_value_is_freed_after_its_last_use() -> None:
 
     graph = fx.Graph()
     x = graph.placeholder("x")
-    made = graph.call_function(torch.neg, (x,))
-    graph.output(graph.call_function(ended, (graph.call_function(seen, (made,)),)))
+    negative = graph.call_function(torch.neg, (x,))
+    graph.output(graph.call_function(ended, (graph.call_function(seen, (negative,)),)))
     assert torch.equal(as_function(fx.GraphModule(nn.Module(), graph))(torch.ones(2)), torch.zeros(2))
     assert len(alive) == 1
 
 
-def test_a_parameter_that_is_exchanged_counts_in_the_next_call() -> None:
+def test_a_replaced_parameter_is_used_in_the_next_call() -> None:
     model, (x,) = mlp(), batches(1, 4, 5)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
     before = cascade(x)
     state = {f"model.{name}": value + 1 for name, value in model.named_parameters()}
-    expected = torch.func.functional_call(model, {name.removeprefix("model."): each for name, each in state.items()}, x)
+    weights = {name.removeprefix("model."): value for name, value in state.items()}
+    expected = torch.func.functional_call(model, weights, x)
     assert not torch.allclose(before, expected)
     torch.testing.assert_close(torch.func.functional_call(cascade, state, x), expected, rtol=0, atol=1e-14)
     assert torch.equal(cascade(x), before)

@@ -1,4 +1,4 @@
-"""The placement that the rule on shapes gives to a branch."""
+"""The placement that `by_shape` chooses."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ENOUGH = 512  # a product of 512 x 512 with 512 rows has 2^27 multiply-adds
         (nn.Conv2d(512, 512, 3, padding=1), (2, 512, 4, 4), torch.float32, "beside"),  # 0.01
     ],
 )
-def test_the_rule(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, placement: str) -> None:
+def test_placement_by_shape(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, placement: str) -> None:
     cascade = lx.adapt(nn.Sequential(model).to(dtype), (torch.randn(shape, dtype=dtype),), spec=lx.CascadeSpec(rank=2))
     assert cascade.placements == {"0.weight": placement}
 
 
-def test_autocast_leaves_branches_beside_their_ops() -> None:
+def test_under_autocast_the_placement_is_beside() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cascade = lx.adapt(nn.Sequential(nn.Linear(512, 512)), (torch.randn(ENOUGH, 512),), spec=lx.CascadeSpec(rank=2))
     assert cascade.placements == {"0.weight": "beside"}

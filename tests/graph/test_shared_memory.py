@@ -1,4 +1,4 @@
-"""Parameters in one memory: equal views are one weight, as a tie is; other overlaps are refused; neighbours are none.
+"""Parameters that share memory: equal views are one tied weight, other overlaps are refused, neighbours are adapted.
 
 The oracle is the user's own model with W0 + s B A in the memory, by plain formulas.
 """
@@ -53,7 +53,7 @@ def on_one_array() -> Net:
 @pytest.mark.parametrize("make", [on_one_storage, on_one_array])
 def test_equal_views_are_one_weight(make: Callable[[], Net], frontend: str) -> None:
     net, original = make(), make()
-    first, second = net.one.weight, net.two.weight
+    one, two = net.one.weight, net.two.weight
     cascade = lx.adapt(net, (X,), spec=SPEC, frontend=frontend)
     assert {site.weight: site.aliases for site in cascade.sites} == {"one.weight": ("two.weight",), "last.weight": ()}
     randomize(cascade)
@@ -70,13 +70,13 @@ def test_equal_views_are_one_weight(make: Callable[[], Net], frontend: str) -> N
     twin = copy.deepcopy(cascade)  # torch copies each Parameter by itself
     released = cascade.release()
     assert released is net
-    assert (net.one.weight, net.two.weight) == (first, second)
+    assert (net.one.weight, net.two.weight) == (one, two)
     assert net.one.weight.data_ptr() == net.two.weight.data_ptr()
     torch.testing.assert_close(net(X), original(X))
     torch.testing.assert_close(twin.release()(X), original(X))
 
 
-def test_a_moved_tie_is_given_back_on_its_new_memory() -> None:
+def test_release_keeps_a_moved_tie() -> None:
     net = on_one_storage()
     cascade = lx.adapt(net, (X,), spec=SPEC, frontend="symbolic").float()
     randomize(cascade)
@@ -110,7 +110,7 @@ def test_equal_views_are_trained_in_full_as_one() -> None:
     torch.testing.assert_close(net.one.weight.grad, plain.one.weight.grad)
 
 
-def test_equal_views_are_untied_where_asked() -> None:
+def test_equal_views_can_be_untied() -> None:
     net = on_one_storage()
     spec = lx.CascadeSpec(rank=2, untie=("two.weight",), pace=1.0)
     cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
@@ -188,18 +188,18 @@ NEIGHBOURS: dict[str, Callable[[], Net]] = {
 
 @pytest.mark.parametrize("case", OVERLAPS)
 def test_other_overlaps_are_refused(case: str) -> None:
-    """No branch and no noise is written into them; what remains releases as it computed."""
-    make, told = OVERLAPS[case]
+    """They get no branch and no noise. The released model computes the same."""
+    make, expected = OVERLAPS[case]
     spec = lx.CascadeSpec(rank=2, pace=1.0, noise=lx.Noise(0.1, where="all"), targets=("linear",))
     net = make()
-    before = {name: net.get_parameter(name).detach().clone() for name in told}
+    before = {name: net.get_parameter(name).detach().clone() for name in expected}
     cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
     refusals = {
         refusal.weight: refusal for refusal in cascade.refusals if refusal.reason is lx.plan.Reason.SHARED_MEMORY
     }
-    assert refusals.keys() == told.keys()
-    assert all(refusals[name].sentence.startswith(sentence) for name, sentence in told.items())
-    assert all(name not in told for name in weight_states(cascade))
+    assert refusals.keys() == expected.keys()
+    assert all(refusals[name].sentence.startswith(sentence) for name, sentence in expected.items())
+    assert all(name not in expected for name in weight_states(cascade))
     randomize(cascade)
     cascade.transition(None)
     with cascade.weights("slow"):
@@ -210,13 +210,13 @@ def test_other_overlaps_are_refused(case: str) -> None:
 
 @pytest.mark.parametrize("case", OVERLAPS)
 def test_overlaps_are_not_trained_in_full(case: str) -> None:
-    make, told = OVERLAPS[case]
-    name = next(iter(told))
-    target = next(each for each in ("one.weight", "two.weight", "last.weight") if each not in told)
+    make, expected = OVERLAPS[case]
+    name = next(iter(expected))
+    target = next(weight for weight in ("one.weight", "two.weight", "last.weight") if weight not in expected)
     spec = lx.CascadeSpec(rank=2, targets=(target,), train=(name,))
     net = make()
     before = [(value, value.requires_grad) for value in net.parameters()]
-    with raises(lx.SpecError, "not-trainable", name, told[name]):
+    with raises(lx.SpecError, "not-trainable", name, expected[name]):
         lx.adapt(net, (X,), spec=spec, frontend="symbolic")
     assert all(
         one is two and flag == one.requires_grad for one, (two, flag) in zip(net.parameters(), before, strict=True)

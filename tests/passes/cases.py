@@ -1,7 +1,7 @@
-"""The table of operators as graphs: a row traced in one of its dialects, and what a match has to find in it.
+"""The table of operators as graphs: each row is traced in its dialects, and says which sites a match must find.
 
-ATen comes from the project's own `export` front end, functions and modules from its `symbolic` one (or a tracer with
-leaves of its own). All in fp64, no weight square, no batch of one.
+ATen comes from the project's own `export` front end, functions and modules from its `symbolic` one, or from a
+tracer with other leaf modules. All in fp64, no weight square, no batch of one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.kit.operators.graphs import COMPUTED_INDEX, Attention
 
 __all__ = ["ADAPTABLE", "BY_NAME", "CASES", "COMPUTED_INDEX", "SPEC", "Case", "Encoder"]
 
-# A scale that is no power of two, so that no product with it is exact by luck.
+# The scale is not a power of two, so that products with it are rounded.
 SPEC = CascadeSpec(rank=3, lora_alpha=5.0, pace=0.7, seed=11)
 
 
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Also that of its golden text."""
+        """Name of the case and of its golden file."""
         return f"{self.dialect}_{self.row.name}"
 
     def __str__(self) -> str:
@@ -63,14 +63,14 @@ class Case:
     @property
     def transposed(self) -> tuple[str, ...]:
         """Sites whose weight is stored [in, out]."""
-        return tuple(weight for weight, (told, _) in sites_in(self.text).items() if "in_out" in told)
+        return tuple(weight for weight, (line, _) in sites_in(self.text).items() if "in_out" in line)
 
     def kind(self, weight: str) -> str:
         return kind_in(self.text, weight)
 
     @property
     def refusals(self) -> dict[str, Reason]:
-        """By weight name; sites of the row that this dialect does not have are in a module that is called whole."""
+        """Reason by weight name. Sites of the row that this dialect does not have are inside a leaf module."""
         blind = [weight for weight in self.row.sites if weight not in self.sites]
         reasons = {weight: Reason.MIXED_USES if weight in self.row.mixed else Reason.OPAQUE for weight in blind}
         for weight, reason in self.row.refused.items():
@@ -95,7 +95,7 @@ class Case:
         names: dict[int, list[str]] = {}
         for name, value in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(value), []).append(name)
-        return {first: tuple(others) for first, *others in names.values() if others and first in self.sites}
+        return {name: tuple(others) for name, *others in names.values() if others and name in self.sites}
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -119,7 +119,7 @@ class Case:
         return graph
 
     def own(self) -> fx.GraphModule:
-        """A new graph module that owns its weights, all of the model's, those that its graph does not use as well."""
+        """A new graph module that owns all weights of the model, also the ones that its graph does not use."""
         graph, root = self._graph, copy.deepcopy(self.model)
         for node in graph.nodes:
             if (
@@ -140,7 +140,7 @@ class Case:
 
 
 def _tracer(names: tuple[str, ...]) -> fx.Tracer:
-    """Modules, where those of these class names are called whole as well."""
+    """A tracer for which modules of these classes are leaf modules too."""
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Two blocks, a head, a bare matrix of positions, and a layer that nothing calls; a tree comes out."""
+    """Two blocks, a head, a matrix of positions, and an unused layer. The output is a pytree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,4 +206,4 @@ RULES = CascadeSpec(
 CASES = (*(Case(case, dialect) for case in OPERATORS for dialect in case.graphs), Case(ENCODER, "aten", RULES))
 BY_NAME = {case.name: case for case in CASES}
 ADAPTABLE = tuple(case for case in CASES if case.sites)
-"""Cases with a site: all that an insertion can work on."""
+"""The cases with a site."""

@@ -1,4 +1,4 @@
-"""What the tests of passes share: to insert, to fill branches, to run, to compare, and to photograph a graph module."""
+"""Helpers for tests of passes: insert branches, fill and run them, compare outputs, and snapshot a graph module."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEAR = {"rtol": 1e-14, "atol": 1e-15}
 
 
 def insert(graph_module: fx.GraphModule, spec: CascadeSpec) -> fx.GraphModule:
-    """Match and insert."""
+    """Run MatchSites and InsertBranches."""
     result = Pipeline([MatchSites(spec), InsertBranches()])(graph_module)
     assert result.modified
     return result.graph_module
@@ -43,9 +43,9 @@ def insert(graph_module: fx.GraphModule, spec: CascadeSpec) -> fx.GraphModule:
 
 def branches_of(graph_module: fx.GraphModule) -> dict[str, Branch]:
     """The branches by weight name."""
-    found = graph_module.branches
-    assert isinstance(found, nn.ModuleDict)
-    return {branch.weight_name: branch for branch in found.values() if isinstance(branch, Branch)}
+    module = graph_module.branches
+    assert isinstance(module, nn.ModuleDict)
+    return {branch.weight_name: branch for branch in module.values() if isinstance(branch, Branch)}
 
 
 def sites_of(graph_module: fx.GraphModule) -> dict[str, Site]:
@@ -56,7 +56,7 @@ def sites_of(graph_module: fx.GraphModule) -> dict[str, Site]:
 
 
 def fill(graph_module: fx.GraphModule, seed: int = 1) -> fx.GraphModule:
-    """Give every branch factors that are not zero."""
+    """Set the factors of every branch to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for branch in branches_of(graph_module).values():
@@ -74,8 +74,8 @@ def deltas(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     }
 
 
-def by_hand(case: Case, added: Mapping[str, Tensor]) -> Any:
-    """The eager model with `W + added` in place of W."""
+def run_eager(case: Case, added: Mapping[str, Tensor]) -> Any:
+    """Run the eager model with `W + added` instead of W."""
     model = copy.deepcopy(case.model)
     weights = dict(model.named_parameters())
     with torch.no_grad():
@@ -90,8 +90,8 @@ def run(module: nn.Module, case: Case) -> Any:
         return module(*case.args)
 
 
-def run_as_it_is(module: nn.Module, case: Case) -> Any:
-    """The module's detached output, with the gradients that its parameters require now."""
+def run_with_gradients(module: nn.Module, case: Case) -> Any:
+    """The module's detached output, with the current `requires_grad` flags."""
     return pytree.tree_map_only(Tensor, Tensor.detach, module(*case.args))
 
 
@@ -107,10 +107,10 @@ def assert_close(got: Any, expected: Any, **tolerance: float) -> None:
 
 
 def assert_gradients(inserted: fx.GraphModule, case: Case) -> None:
-    """Every factor's gradient, and every input's, is that of the eager model with `W + s B A` in place of W."""
+    """The gradients of factors and inputs equal the gradients of the eager model with `W + s B A` instead of W."""
     mine, theirs = case.args, case.args
-    wide = [index for index, value in enumerate(mine) if value.is_floating_point()]
-    for index in wide:
+    floating = [index for index, value in enumerate(mine) if value.is_floating_point()]
+    for index in floating:
         mine[index].requires_grad_()
         theirs[index].requires_grad_()
     total(inserted(*mine)).backward()
@@ -124,28 +124,28 @@ def assert_gradients(inserted: fx.GraphModule, case: Case) -> None:
     for weight, branch in branches.items():
         assert_close(branch.lora_A.grad, a[weight].grad)
         assert_close(branch.lora_B.grad, b[weight].grad)
-    for index in wide:
+    for index in floating:
         assert_close(mine[index].grad, theirs[index].grad)
 
 
 def total(output: Any) -> Tensor:
-    """A scalar in which every entry counts, each by its own share."""
+    """A scalar that depends on every entry, with a different weight for each."""
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
     return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
 
 
-def assert_differ(got: Any, other: Any) -> None:
-    """Far more apart than any tolerance here: what was tested would show."""
-    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(other), strict=True)
+def assert_differ(got: Any, expected: Any) -> None:
+    """The outputs differ by far more than the tolerances, so that the test would detect a missing branch."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)
     assert any(bool((a - b).abs().max() > 1e-3) for a, b in pairs if isinstance(a, Tensor))
 
 
 def same_bits(got: Any, expected: Any) -> bool:
     """Whether two trees hold the same types, shapes and bits: -0.0 is not 0.0, and nan is nan."""
-    left, left_tree = pytree.tree_flatten(got)
-    right, right_tree = pytree.tree_flatten(expected)
-    return left_tree == right_tree and all(_same(a, b) for a, b in zip(left, right, strict=True))
+    got_leaves, got_tree = pytree.tree_flatten(got)
+    expected_leaves, expected_tree = pytree.tree_flatten(expected)
+    return got_tree == expected_tree and all(_same(a, b) for a, b in zip(got_leaves, expected_leaves, strict=True))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -163,16 +163,16 @@ def weights_of(graph_module: fx.GraphModule) -> dict[str, nn.Parameter]:
 
 def uses_of(graph_module: fx.GraphModule) -> dict[str, tuple[tuple[str, str], ...]]:
     """By weight, the (node, form) of each marked use."""
-    found: dict[str, tuple[tuple[str, str], ...]] = {}
+    uses: dict[str, tuple[tuple[str, str], ...]] = {}
     for node in graph_module.graph.nodes:
         use = use_of(node)
         if use is not None:
-            found[use.weight] = (*found.get(use.weight, ()), (node.name, use.form))
-    return found
+            uses[use.weight] = (*uses.get(use.weight, ()), (node.name, use.form))
+    return uses
 
 
 def assert_frozen(value: Tensor, original: Tensor) -> None:
-    """Fails unless a weight is frozen, and holds the memory of the original."""
+    """Assert that a weight is frozen and shares the memory of the original."""
     assert not value.requires_grad
     assert value is original or value.data_ptr() == original.data_ptr()
     assert value.shape == original.shape
@@ -180,7 +180,7 @@ def assert_frozen(value: Tensor, original: Tensor) -> None:
 
 
 class Photograph:
-    """A graph module with all that a pass could change, and the objects themselves, to be compared later."""
+    """A snapshot of everything in a graph module that a pass could change, including object identities."""
 
     def __init__(self, graph_module: fx.GraphModule, case: Case) -> None:
         self.module, self.case = graph_module, case
@@ -209,18 +209,18 @@ class Photograph:
         return named | dict(self.module.named_buffers(remove_duplicate=False))
 
     def _objects(self) -> list[tuple[str, int]]:
-        found = [(name, id(module)) for name, module in self.module.named_modules(remove_duplicate=False)]
-        found += [(name, id(value)) for name, value in self._tensors().items()]
-        found += [(name, value.requires_grad) for name, value in self._tensors().items()]
-        return [*found, ("graph", id(self.module.graph))]
+        objects = [(name, id(module)) for name, module in self.module.named_modules(remove_duplicate=False)]
+        objects += [(name, id(value)) for name, value in self._tensors().items()]
+        objects += [(name, value.requires_grad) for name, value in self._tensors().items()]
+        return [*objects, ("graph", id(self.module.graph))]
 
     def assert_unchanged(self, but: tuple[str, ...] = ()) -> None:
-        """Fails if a node, an object, a value or the output is another one; `but` are prefixes of names of values."""
+        """Assert that nodes, objects, values and output are unchanged. `but` has prefixes of values that may change."""
         assert text(self.module) == self.text
         assert self._shape() == self.shape
         assert self._objects() == self.objects
-        now = self._tensors()
-        changed = [name for name, value in self.values.items() if not same_bits(now[name], value)]
+        current = self._tensors()
+        changed = [name for name, value in self.values.items() if not same_bits(current[name], value)]
         assert [name for name in changed if not name.startswith(but or ("\0",))] == []
         if not but:
             assert same_bits(run(self.module, self.case), self.output)
@@ -231,22 +231,22 @@ def golden(name: str, **sections: str) -> None:
     if not has_golden(name):
         return
     path = GOLDEN / f"{name}.txt"
-    told = "\n".join(f"=== {title} ===\n{body}" for title, body in sections.items())
+    body_text = "\n".join(f"=== {title} ===\n{body}" for title, body in sections.items())
     if os.environ.get("EXPECTTEST_ACCEPT"):
-        path.write_text(told, encoding="utf-8")
+        path.write_text(body_text, encoding="utf-8")
     assert path.is_file(), f"no golden text {path}; run with EXPECTTEST_ACCEPT=1 and read what is written"
-    assert told == path.read_text(encoding="utf-8")
+    assert body_text == path.read_text(encoding="utf-8")
 
 
 def has_golden(name: str) -> bool:
-    """Whether the golden file of a case is that of this torch."""
+    """Whether the golden file of a case is valid for this version of torch."""
     return torch.__version__ >= (2, 13) or name not in OTHER_ARGUMENTS
 
 
-def golden_section(name: str, title: str, found: str = "") -> str:
-    """One section of a golden file; the text that was found, where the file is that of another torch."""
+def golden_section(name: str, title: str, default: str = "") -> str:
+    """Return a section of a golden file, or the default if the file is not valid for this version of torch."""
     if not has_golden(name):
-        return found
-    told = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
-    sections = dict(part.split(" ===\n", 1) for part in told.split("=== ")[1:] if " ===\n" in part)
+        return default
+    content = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+    sections = dict(part.split(" ===\n", 1) for part in content.split("=== ")[1:] if " ===\n" in part)
     return sections[title].rstrip("\n") + "\n"

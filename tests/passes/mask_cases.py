@@ -1,4 +1,4 @@
-"""Masks that are made of sizes and of other things, in one attention; and what a graph's attention is told."""
+"""Attention masks computed from sizes and from other values, and helpers to read the masks of a graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 def simplified(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, by: Any = capture_export
 ) -> Captured:
-    """What a front end captures with dynamic sizes, after the pass."""
+    """Capture with dynamic sizes, and run AttentionMasks."""
     inputs = enumerate(leaves(args, kwargs or {}))
     axes = {(index, axis) for index, leaf in inputs if isinstance(leaf, Tensor) for axis in range(leaf.dim())}
     captured = by(model, args, kwargs or {}, axes)
@@ -32,17 +32,17 @@ FRONT_ENDS = [capture_export, capture_dynamo]
 
 
 def attention(graph_module: Any) -> list[str]:
-    """What each attention of a graph is told: `mask`, `causal` or `none`."""
-    told = []
+    """Return `mask`, `causal` or `none` for each attention call of a graph."""
+    kinds = []
     for node in graph_module.graph.nodes:
         if node.target is ATTENTION:
             mask, _, causal = (*node.args[3:], *(None, 0.0, False)[len(node.args) - 3 :])
-            told.append("mask" if isinstance(mask, fx.Node) else "causal" if causal else "none")
-    return told
+            kinds.append("mask" if isinstance(mask, fx.Node) else "causal" if causal else "none")
+    return kinds
 
 
 class Masked(nn.Module):
-    """Attention under a mask that a function makes of the module and its input [batch, length, 8]."""
+    """Attention with a mask that a function computes from the module and its input [batch, length, 8]."""
 
     def __init__(self, mask: Callable[[Masked, Tensor], Tensor]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Masked(nn.Module):
         self.register_buffer("open", torch.ones((), dtype=torch.bool))
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (each.unsqueeze(1) for each in self.body(x).chunk(3, -1))
+        query, key, value = (projection.unsqueeze(1) for projection in self.body(x).chunk(3, -1))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask(self, x))
 
 
@@ -100,7 +100,7 @@ def put_out(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("lorasc_masks::clone", mutates_args=())
 def _other_clone(self: Tensor) -> Tensor:
-    """Not what torch's op of this name does."""
+    """An op with the name of an aten op and another meaning."""
     return self.logical_not()
 
 
@@ -138,7 +138,7 @@ SOMETIMES: dict[str, Callable[[Masked, Tensor], Tensor]] = {
     "triangle of -inf": lambda m, x: filled(gap(x) < 0, -torch.inf),
     "triangle of the lowest": lambda m, x: filled(gap(x) < 0, LOWEST),
 }
-"""At the captured size they say nothing; at others they do, or that they do not is not proved."""
+"""Masks that are redundant at the captured size, but not at others, or not provably."""
 NEVER: dict[str, Callable[[Masked, Tensor], Tensor]] = {
     "buffer": lambda m, x: square(x) & m.open,
     "value": lambda m, x: square(x) & (x[0, 0, 0] == x[0, 0, 0]),
@@ -188,5 +188,5 @@ def batch(size: int, length: int) -> Tensor:
     return torch.randn(size, length, 8, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -1,4 +1,4 @@
-"""AdapterInputs: tensors of branches as inputs of the graph; BindAdapter is the inverse, node for node."""
+"""AdapterInputs makes the tensors of branches inputs of the graph; BindAdapter is its exact inverse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.passes.cases import ADAPTABLE, Case
 from tests.passes.kit import Photograph, assert_close, assert_differ, fill, insert, run, same_bits, sites_of
 
 UNPADDED = ("vera", "miss", "oft", "lokr", "delora")
-"""Methods whose delta would be another one at another rank."""
+"""Methods whose delta depends on the rank, so that zeros cannot pad them."""
 
 
 def call(graph: fx.GraphModule, case: Case, tensors: dict[str, Tensor]) -> Any:
@@ -75,7 +75,7 @@ def test_lift_and_bind(case: Case) -> None:
     assert result.modified  # 1 truthful
     photograph.assert_unchanged()
     placeholders = [node.name for node in lifted.graph.nodes if node.op == "placeholder"]
-    assert placeholders[-len(inputs) :] == [each.name for each in inputs] == [*values]
+    assert placeholders[-len(inputs) :] == [adapter_input.name for adapter_input in inputs] == [*values]
     assert not [name for name, _ in lifted.named_parameters() if name.startswith("branches")]
 
     assert_close(call(lifted, case, values), run(inserted, case))  # 2 numerics, and zeros are the base
@@ -125,7 +125,7 @@ def test_methods_without_padding_are_refused(name: str) -> None:
 
 def test_names_and_order() -> None:
     inputs = adapter_inputs(AdapterInputs(3)(net()).graph_module)
-    assert [(each.name, each.weight, each.tensor, each.shape) for each in inputs] == [
+    assert [(item.name, item.weight, item.tensor, item.shape) for item in inputs] == [
         ("first_weight_lora_a", "first.weight", "lora_A", (3, 6)),
         ("first_weight_lora_b", "first.weight", "lora_B", (8, 3)),
         ("first_weight_scale", "first.weight", "scale", ()),
@@ -133,14 +133,14 @@ def test_names_and_order() -> None:
         ("second_weight_lora_b", "second.weight", "lora_B", (5, 3)),
         ("second_weight_scale", "second.weight", "scale", ()),
     ]
-    assert {each.dtype for each in inputs} == {torch.float64}
+    assert {adapter_input.dtype for adapter_input in inputs} == {torch.float64}
 
 
-def test_some_sites() -> None:
+def test_selected_sites() -> None:
     inserted, x = net(), torch.randn(4, 6, dtype=torch.float64)
     lifted = AdapterInputs(2, sites=("second",))(inserted).graph_module
     values = adapter_values(lifted)
-    assert {each.weight for each in adapter_inputs(lifted)} == {"second.weight"}
+    assert {adapter_input.weight for adapter_input in adapter_inputs(lifted)} == {"second.weight"}
     torch.testing.assert_close(lifted(x, **values), inserted(x))
     assert text(BindAdapter()(lifted).graph_module) == text(inserted)
     with raises(lx.UnknownTarget, "unknown-target", "sites: 'third' matches no site", "first.weight"):
@@ -148,9 +148,9 @@ def test_some_sites() -> None:
 
 
 def test_gradients_and_rows() -> None:
-    """One batch whose rows have other factors, with the gradients of one call for each row."""
+    """A batch with one adapter per row has the outputs and gradients of separate calls."""
     lifted, x = AdapterInputs(2)(net()).graph_module, torch.randn(3, 7, 6, dtype=torch.float64)
-    names = [each.name for each in adapter_inputs(lifted)]
+    names = [item.name for item in adapter_inputs(lifted)]
     runs = [
         {
             name: torch.randn(value.shape, dtype=value.dtype).requires_grad_()
@@ -158,16 +158,16 @@ def test_gradients_and_rows() -> None:
         }
         for _ in x
     ]
-    mixed = lifted(x, **{name: torch.stack([each[name] for each in runs]) for name in names})
-    alone = torch.cat([lifted(row[None], **each) for row, each in zip(x, runs, strict=True)])
+    mixed = lifted(x, **{name: torch.stack([run[name] for run in runs]) for name in names})
+    alone = torch.cat([lifted(row[None], **run) for row, run in zip(x, runs, strict=True)])
     torch.testing.assert_close(mixed, alone, rtol=1e-12, atol=1e-12)
-    leaves = [value for each in runs for value in each.values()]
+    leaves = [value for run in runs for value in run.values()]
     ours, theirs = (torch.autograd.grad(out.sin().sum(), leaves) for out in (mixed, alone))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_torch_export_and_compile_take_it() -> None:
+def test_torch_export_and_compile() -> None:
     lifted, x = AdapterInputs(4)(net()).graph_module, torch.randn(4, 6, dtype=torch.float64)
     values = adapter_values(lifted)
     program = torch.export.export(lifted, (x,), values)
@@ -188,7 +188,7 @@ def test_torch_export_and_compile_take_it() -> None:
     assert len(count) == 1
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     inserted = net()
     with raises(lx.PassError, "rank-too-large", "first.weight", "rank 2", "Give max_rank=2 or more"):
         AdapterInputs(1)(inserted)
@@ -212,7 +212,7 @@ def test_refusals() -> None:
         BindAdapter({**values, "first_weight_lora_a": torch.ones(4, 6, dtype=torch.float64)})(lifted)
 
 
-def test_shared_inputs_are_split_before() -> None:
+def test_shared_inputs_must_be_split_first() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -230,10 +230,10 @@ def test_shared_inputs_are_split_before() -> None:
     torch.testing.assert_close(lifted(x, **adapter_values(lifted)), inserted(x))
 
 
-def test_a_verifier_rule_finds_other_inputs() -> None:
+def test_the_verifier_reports_wrong_inputs() -> None:
     lifted = AdapterInputs(2)(net()).graph_module
-    first, second = (node for node in lifted.graph.nodes if node.op == "call_module" and "tensors" in node.kwargs)
-    first.kwargs = {**first.kwargs, "scale": second.kwargs["scale"]}
+    node, source = (node for node in lifted.graph.nodes if node.op == "call_module" and "tensors" in node.kwargs)
+    node.kwargs = {**node.kwargs, "scale": source.kwargs["scale"]}
     lifted.recompile()
     with raises(lx.PassError, "graph-not-verified", "does not read the adapter inputs of first.weight"):
         BindAdapter()(lifted)

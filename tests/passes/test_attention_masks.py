@@ -1,4 +1,4 @@
-"""Masks at all sizes: what is proved of them, and what is never left out."""
+"""AttentionMasks removes a mask only if it is redundant for all sizes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from tests.passes.mask_cases import (
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("name", ALWAYS)
-def test_what_holds_at_every_size_goes(name: str, front_end: Any) -> None:
-    mask, told = ALWAYS[name]
+def test_a_redundant_mask_is_removed(name: str, front_end: Any) -> None:
+    mask, expected = ALWAYS[name]
     model = Masked(mask).double()
     captured = simplified(model, (batch(2, 5),), by=front_end)
-    assert attention(captured.module) == [told]
+    assert attention(captured.module) == [expected]
     assert captured.conditions.sizes == ((None, None, None),)
     for size, length in ((2, 5), (3, 2), (1, 7), (4, 19)):
         same(captured.module(batch(size, length)), model(batch(size, length)))
 
 
 @pytest.mark.parametrize("name", SOMETIMES | NEVER)
-def test_a_mask_that_says_something_at_any_size_stays(name: str) -> None:
+def test_a_mask_that_matters_at_some_size_is_kept(name: str) -> None:
     model = Masked((SOMETIMES | NEVER)[name]).double()
     captured = simplified(model, (batch(2, 5).abs(),))
     assert attention(captured.module) == ["mask"]
@@ -52,7 +52,7 @@ def test_a_mask_that_says_something_at_any_size_stays(name: str) -> None:
 
 @pytest.mark.parametrize(("mask", "changes"), [(ALWAYS["tril"][0], True), (SOMETIMES["window"], False)])
 def test_the_result_is_truthful(mask: Any, changes: bool) -> None:
-    """Input untouched, fixed point, and the pass has a text."""
+    """The input is unchanged, a second run changes nothing, and the pass has a repr."""
     before = capture_export(Masked(mask).double(), (batch(2, 5),), {}).module
     written = text(before)
     result = AttentionMasks()(before)
@@ -64,7 +64,7 @@ def test_the_result_is_truthful(mask: Any, changes: bool) -> None:
     assert again.graph_module is result.graph_module
 
 
-def test_a_buffer_that_changes_is_followed() -> None:
+def test_a_mask_from_a_buffer_is_kept() -> None:
     model = Masked(NEVER["buffer"]).double()
     captured, x = simplified(model, (batch(2, 5),)), batch(2, 5)
     before = captured.module(x)
@@ -74,7 +74,7 @@ def test_a_buffer_that_changes_is_followed() -> None:
 
 
 class Cross(nn.Module):
-    """A triangle over more keys than queries."""
+    """A triangular mask with more keys than queries."""
 
     def __init__(self, lower: bool) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_more_keys_than_queries(lower: bool) -> None:
 
 
 def predicted(value: Any, shape: torch.Size) -> Tensor:
-    """The numbers or truths that a value stands for, in this shape."""
+    """The tensor of this shape that an abstract value describes."""
 
     def numbers(form: Any) -> Tensor:
         total = torch.full(shape, form.start)
@@ -110,19 +110,19 @@ def predicted(value: Any, shape: torch.Size) -> Tensor:
 
 
 class Made(nn.Module):
-    """A mask alone."""
+    """Returns a mask without attention."""
 
     def __init__(self, mask: Any) -> None:
         super().__init__()
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.mask(self, x)
-        return made
+        mask: Tensor = self.mask(self, x)
+        return mask
 
 
 class Values(fx.Interpreter):
-    """Keeps what each node of a graph is."""
+    """Records the value of each node."""
 
     def run_node(self, n: fx.Node) -> Any:
         self.seen = {**getattr(self, "seen", {}), n: super().run_node(n)}
@@ -130,14 +130,14 @@ class Values(fx.Interpreter):
 
 
 def exported(name: str) -> fx.GraphModule:
-    made = torch.export.export(Made(TABLE[name]), (batch(2, 5),), dynamic_shapes=({1: torch.export.Dim.AUTO},))
-    graph_module = made.module(check_guards=False)
+    program = torch.export.export(Made(TABLE[name]), (batch(2, 5),), dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     return graph_module
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_what_is_proved_of_every_op_is_what_it_computes(name: str) -> None:
+def test_inferred_values_are_the_computed_ones(name: str) -> None:
     graph_module = exported(name)
     proved = infer_values(graph_module.graph.nodes)
     assert proved or name == "few bits"
@@ -145,7 +145,7 @@ def test_what_is_proved_of_every_op_is_what_it_computes(name: str) -> None:
         values = Values(graph_module)
         values.run(batch(2, length))
         for node, value in proved.items():
-            found = values.seen[node]
-            expected = predicted(value, found.shape)
-            assert torch.equal(found, expected.to(found.dtype)), (node.format_node(), value)
-            assert (found.dtype is torch.bool) == (expected.dtype is torch.bool)
+            actual = values.seen[node]
+            expected = predicted(value, actual.shape)
+            assert torch.equal(actual, expected.to(actual.dtype)), (node.format_node(), value)
+            assert (actual.dtype is torch.bool) == (expected.dtype is torch.bool)

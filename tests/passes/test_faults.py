@@ -1,4 +1,4 @@
-"""Every operation and every n-th line of a pass or pipeline is made to fail in turn: the input is as it was."""
+"""Fault injection at every operation and every n-th line of a pass. The input must be unchanged."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ CASE = replace(CASE, spec=replace(CASE.spec, ranks=(3, 2)))  # a transition also
 
 
 def fails_in_turn(
-    place: Callable[[int], Any],
+    injector: Callable[[int], Any],
     stage: str,
     make: Callable[[Case], Callable[[fx.GraphModule], Any]],
     case: Case,
     often: int,
 ) -> int:
-    """Let the pass fail at every often-th place until it goes through; returns how often it failed."""
+    """Make the pass fail at every `often`-th point, one at a time, until it succeeds. Return the number of failures."""
     graph_module = _at(stage, case)
     photograph, failures = Photograph(graph_module, case), 0
     for at in range(1, EVERY, often):
-        with python_answers(), place(at) as mode:
+        with python_answers(), injector(at) as mode:
             try:
                 make(case)(graph_module)
             except (MemoryError, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""FoldBranches: the captured graph again, node for node, computing with the slow weights."""
+"""FoldBranches restores the captured graph node for node, with the slow weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.passes.kit import (
     assert_close,
     assert_differ,
     branches_of,
-    by_hand,
     deltas,
     fill,
     golden_section,
     insert,
     run,
+    run_eager,
     run_in_training,
     same_bits,
     sites_of,
@@ -59,7 +59,7 @@ def test_fold(case: Case) -> None:
             assert value.requires_grad == old[name].requires_grad
         else:
             assert value is old[name]
-    assert_close(run(folded, case), by_hand(case, slow))
+    assert_close(run(folded, case), run_eager(case, slow))
     assert_differ(run(folded, case), run(inserted, case))
 
     again = FoldBranches()(folded)
@@ -72,23 +72,23 @@ def test_fold(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_fold_of_a_live_graph_erases_nodes_and_leaves_values(case: Case) -> None:
-    live = case.live()
-    before, output = text(live), run(live, case)
-    inserted = fill(insert(live, case.spec))
+def test_fold_of_a_live_graph_only_erases_nodes(case: Case) -> None:
+    graph_module = case.live()
+    before, output = text(graph_module), run(graph_module, case)
+    inserted = fill(insert(graph_module, case.spec))
     photograph = Photograph(inserted, case)
     result = FoldBranches()(inserted)
     assert result.modified
     photograph.assert_unchanged()
     assert text(result.graph_module) == before
     assert same_bits(run(result.graph_module, case), output)
-    assert all(value is weights_of(live)[name] for name, value in weights_of(result.graph_module).items())
+    assert all(value is weights_of(graph_module)[name] for name, value in weights_of(result.graph_module).items())
     assert not FoldBranches()(result.graph_module).modified
     assert text(InsertBranches()(result.graph_module).graph_module) == text(inserted)
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_with_pace_one_the_folded_graph_is_the_trained_one(case: Case) -> None:
+def test_pace_one_folds_to_the_trained_graph(case: Case) -> None:
     inserted = fill(insert(case.own(), replace(case.spec, pace=1.0)))
     folded = FoldBranches()(inserted).graph_module
     assert_close(run(folded, case), run(inserted, case))
@@ -106,7 +106,7 @@ def test_noise_at_a_fold(case: Case, keep: bool) -> None:
     clean = weights_of(FoldBranches()(quiet).graph_module)
     for name in sites_of(inserted):
         if not keep:
-            assert same_bits(folded[name], clean[name])  # nothing of the noise is left
+            assert same_bits(folded[name], clean[name])  # no noise remains
             continue
         before = weights_of(original)[name].detach()
         noise = 0.5 * before.std() * noise_drawn(spec.noise, spec.seed, 1, name, before.shape).double()
@@ -119,21 +119,21 @@ def test_restart(restart: str) -> None:
     case = BY_NAME["aten_linear"]
     spec = replace(case.spec, restart=restart)
     original = case.own()
-    first = fill(insert(original, spec), seed=1)
-    delta = deltas(first)
-    folded = FoldBranches()(first).graph_module
-    second = InsertBranches()(folded).graph_module
+    stage_one = fill(insert(original, spec), seed=1)
+    delta = deltas(stage_one)
+    folded = FoldBranches()(stage_one).graph_module
+    stage_two = InsertBranches()(folded).graph_module
     for name, value in delta.items():
         base = weights_of(original)[name].detach()
         assert_close(weights_of(folded)[name].detach(), base + spec.pace * value, **NEAR)
         share = 1.0 if restart == "fast" else spec.pace
-        assert_close(weights_of(second)[name].detach(), base + share * value, **NEAR)
-    third = FoldBranches()(fill(second, seed=2)).graph_module
+        assert_close(weights_of(stage_two)[name].detach(), base + share * value, **NEAR)
+    folded_twice = FoldBranches()(fill(stage_two, seed=2)).graph_module
     for name, value in delta.items():
-        base, new = weights_of(original)[name].detach(), deltas(second)[name]
+        base, new = weights_of(original)[name].detach(), deltas(stage_two)[name]
         slow = spec.pace * value  # S_1; then S_2 = S_1 + pace * (F_2 - S_1), where F_2 starts from `restart`
         fast = (value if restart == "fast" else slow) + new
-        assert_close(weights_of(third)[name].detach(), base + slow + spec.pace * (fast - slow), **NEAR)
+        assert_close(weights_of(folded_twice)[name].detach(), base + slow + spec.pace * (fast - slow), **NEAR)
 
 
 def test_narrow_weights_are_rounded_once() -> None:
@@ -166,7 +166,7 @@ ENDS = {
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_branch_that_is_not_finite_is_one_error(value: float, end: str) -> None:
+def test_a_nonfinite_branch_is_an_error(value: float, end: str) -> None:
     case = BY_NAME["module_convs"]
     inserted = fill(insert(case.own(), case.spec))
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_branch_that_is_not_finite_is_one_error(value: float, end: str) -> Non
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize(("factor", "value"), [("lora_A", float("inf")), ("lora_B", float("nan"))])
-def test_a_branch_that_is_not_finite_is_left_out_if_asked(end: str, factor: str, value: float) -> None:
+def test_a_nonfinite_branch_is_skipped_if_the_spec_says_so(end: str, factor: str, value: float) -> None:
     case = BY_NAME["module_convs"]
     original = case.own()
     inserted = fill(insert(original, replace(case.spec, on_nonfinite="skip")))
@@ -193,7 +193,7 @@ def test_a_branch_that_is_not_finite_is_left_out_if_asked(end: str, factor: str,
             assert_close(weights_of(after)[name].detach(), value_before.detach() + case.spec.pace * delta[name], **NEAR)
         else:
             assert same_bits(weights_of(after)[name], value_before)
-    if end != "fold":  # the branch starts anew
+    if end != "fold":  # the branch is reset
         assert all(branch.finite() for branch in branches_of(after).values())
 
 

@@ -1,4 +1,4 @@
-"""The text of every case as captured, inserted and folded, and under other placements, as files that people read."""
+"""The text of every graph after capture, insertion and fold, and with other placements, equals its golden file."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Branches beside grouped products: every spelling, in the dtypes that its op takes, against the formula in fp64."""
+"""Branches of grouped matrix products, for every op and dtype, compared with the formula in fp64."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def rows(dtype: torch.dtype) -> Tensor:
     return torch.randn(ENDS[-1], 16, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
-def by_hand(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The model on these stacks, expert by expert, in their dtype."""
+def reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The output of the model with these stacks, computed expert by expert in their dtype."""
     parts, start = [], 0
     for expert, end in enumerate(ENDS):
         parts.append(torch.tanh(x[start:end] @ up[expert]) @ down[expert].T)
@@ -62,7 +62,7 @@ ROWS = {
     ("transformers::grouped_mm_fallback", torch.float32): (FALLBACK, "export"),
     ("transformers::grouped_mm_fallback", torch.float64): (FALLBACK, "symbolic"),
 }
-"""The row of the table and a dtype, with what the model calls and the front end that writes it so."""
+"""Row of the table and dtype, with the function that the model calls and the front end that captures it."""
 
 
 def test_every_row_of_experts_has_a_case() -> None:
@@ -80,7 +80,7 @@ def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
     assert torch.equal(inserted(x), captured(x))  # B = 0
 
     fill(inserted)
-    found = inserted(x)
+    output = inserted(x)
     branches = branches_of(inserted)
     factors = {
         name: [factor.detach().double().requires_grad_() for factor in (branches[name].lora_A, branches[name].lora_B)]
@@ -89,9 +89,9 @@ def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
     (up_a, up_b), (down_a, down_b) = factors.values()
     up = model.up.double() + 5 / 3 * (up_b @ up_a).mT
     down = model.down.double() + 5 / 3 * (down_b @ down_a)
-    expected = by_hand(x.double(), up, down)
-    assert_near(found, expected, dtype)
-    found.double().square().sum().backward()
+    expected = reference(x.double(), up, down)
+    assert_near(output, expected, dtype)
+    output.double().square().sum().backward()
     expected.square().sum().backward()
     for name, (a, b) in factors.items():
         assert_near(branches[name].lora_A.grad, a.grad, dtype)
@@ -101,7 +101,7 @@ def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Shapes of the weights whose gradients the op of transformers makes."""
+    """Records the shapes of weight gradients that the op of transformers computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,25 +113,25 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_gradient_of_a_frozen_stack_is_made() -> None:
-    """Though the op's own backward makes one; x gets the bits that the op's own backward gives it."""
+def test_no_gradient_of_a_frozen_stack_is_computed() -> None:
+    """The backward of the op would compute it. The gradient of x has the same bits as from that backward."""
     captured = capture(Grouped(FALLBACK).double().requires_grad_(False), (rows(torch.float64),), {}, "symbolic").module
-    gradients, made = [], []
+    gradients, shapes = [], []
     for graph_module in (captured, insert(captured, SPEC)):
         x = rows(torch.float64).requires_grad_()
         with Calls() as calls:
             graph_module(x).square().sum().backward()
         gradients.append(x.grad)
-        made.append(sorted(calls.shapes))
-    assert made[0] == [(3, 16, 24), (3, 24, 16)]
-    assert made[1] == [(3, 3, 16), (3, 3, 24), (3, 16, 3), (3, 24, 3)]  # of A and B alone
+        shapes.append(sorted(calls.shapes))
+    assert shapes[0] == [(3, 16, 24), (3, 24, 16)]
+    assert shapes[1] == [(3, 3, 16), (3, 3, 24), (3, 16, 3), (3, 24, 3)]  # of A and B alone
     assert same_bits(*gradients)  # B = 0
 
 
-def assert_near(found: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
-    assert found is not None
+def assert_near(actual: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
+    assert actual is not None
     assert expected is not None
-    worst = float(((found.double() - expected).abs().max() / expected.abs().max()).detach())
+    worst = float(((actual.double() - expected).abs().max() / expected.abs().max()).detach())
     assert worst <= TOLERANCE[dtype]
 
 
@@ -142,26 +142,26 @@ OPS += [("transformers::grouped_mm_fallback", torch.float32)]
 def branch(dtype: torch.dtype) -> LoraBranch:
     """A branch of three experts [24, 16], B not zero."""
     site = lx.Site("experts", "experts", (3, 24, 16), lx.plan.SiteOptions(3, 5.0))
-    made = LoraBranch(site, 0, 1, torch.empty(0, dtype=dtype))
+    lora = LoraBranch(site, 0, 1, torch.empty(0, dtype=dtype))
     with torch.no_grad():
-        made.lora_B.copy_(torch.randn(made.lora_B.shape, generator=torch.Generator().manual_seed(7)))
-    return made
+        lora.lora_B.copy_(torch.randn(lora.lora_B.shape, generator=torch.Generator().manual_seed(7)))
+    return lora
 
 
 @pytest.mark.parametrize(("op", "dtype"), OPS, ids=str)
-def test_rows_of_no_expert_move_no_factor(op: str, dtype: torch.dtype) -> None:
-    """Those behind the last end, which expert parallelism leaves uninitialised, with gradients as wild."""
-    made, ends = branch(dtype), torch.tensor(ENDS, dtype=torch.int32)
+def test_rows_without_an_expert_have_no_effect(op: str, dtype: torch.dtype) -> None:
+    """Rows after the last offset, which expert parallelism leaves uninitialized, and their gradients."""
+    lora, ends = branch(dtype), torch.tensor(ENDS, dtype=torch.int32)
     x, base = rows(dtype), torch.zeros(ENDS[-1], 24, dtype=dtype)
     wild = torch.full((4, 24), torch.nan, dtype=dtype)
     gradients = []
     for more in (0, 4):
-        made.zero_grad(set_to_none=True)
+        lora.zero_grad(set_to_none=True)
         longer = torch.cat([x, wild[:more, :16]]).requires_grad_()
-        found = made(torch.cat([base, wild[:more]]), longer, at="grouped", offs=ends, by=op)
-        found.backward(torch.cat([torch.ones_like(base), wild[:more]]))
+        output = lora(torch.cat([base, wild[:more]]), longer, at="grouped", offs=ends, by=op)
+        output.backward(torch.cat([torch.ones_like(base), wild[:more]]))
         assert longer.grad is not None
-        gradients.append([found[: ENDS[-1]], longer.grad[: ENDS[-1]], made.lora_A.grad, made.lora_B.grad])
+        gradients.append([output[: ENDS[-1]], longer.grad[: ENDS[-1]], lora.lora_A.grad, lora.lora_B.grad])
     for short, long in zip(*gradients, strict=True):
         assert short.isfinite().all()
         assert short.any()
@@ -169,25 +169,25 @@ def test_rows_of_no_expert_move_no_factor(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("op", "dtype"), OPS, ids=str)
-def test_nothing_is_kept_but_x_and_what_a_makes_of_it(op: str, dtype: torch.dtype) -> None:
-    made, kept = branch(dtype), dict[int, tuple[int, ...]]()
+def test_only_x_and_a_x_are_saved_for_the_backward(op: str, dtype: torch.dtype) -> None:
+    lora, kept = branch(dtype), dict[int, tuple[int, ...]]()
     x = rows(dtype).requires_grad_()
-    held: list[Tensor] = []
+    saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor.detach())
+        saved.append(tensor.detach())
         if tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() and tensor.is_floating_point():
             kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        made(torch.zeros(ENDS[-1], 24, dtype=dtype), x, at="grouped", offs=torch.tensor(ENDS, dtype=torch.int32), by=op)
+        lora(torch.zeros(ENDS[-1], 24, dtype=dtype), x, at="grouped", offs=torch.tensor(ENDS, dtype=torch.int32), by=op)
     rank = 8 if op.startswith("aten") else 3  # padded to strides of 16 bytes
     assert sorted(kept.values()) == sorted([(3, 16, rank), (3, rank, 24), (ENDS[-1], rank)])
 
 
 class Either(nn.Module):
-    """A grouped product in one mode, one chosen expert in the other."""
+    """A grouped product in one mode, one selected expert in the other."""
 
     def __init__(self, grouped: bool) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_it_trains_as_on_the_weight_compiled_or_not() -> None:
     torch._dynamo.reset()
 
 
-def test_a_product_with_more_than_rows_and_ends_stands_on_the_weight() -> None:
+def test_other_arguments_put_the_branch_on_the_weight() -> None:
     """A bias, or a batch of matrices without ends, is another product."""
     forms = {form.name: form for form in FORMS if isinstance(form, FunctionForm)}
     graph = torch.fx.Graph()

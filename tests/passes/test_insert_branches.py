@@ -28,13 +28,13 @@ from tests.passes.kit import (
     assert_differ,
     assert_frozen,
     branches_of,
-    by_hand,
     deltas,
     fill,
     golden_section,
     has_golden,
     insert,
     run,
+    run_eager,
     run_in_training,
     same_bits,
     sites_of,
@@ -59,13 +59,13 @@ def test_insert(case: Case, mode: str) -> None:
         assert text(inserted) == (expected if mode == "own" else _live(case, expected))
     assert _bases(inserted) == {
         node: weight for weight, uses in case.sites.items() for node, _ in uses if node != "aux"
-    }  # each use has one branch, but for dead code
+    }  # each use has one branch, except dead code
     assert len(branches_of(inserted)) == len(case.sites)  # a weight used twice has one branch
 
     bits = run_in_training(matched, case)
     assert same_bits(run_in_training(inserted, case), bits)  # 3 numerics: B = 0 moves no bit
     fill(inserted)
-    formula = by_hand(case, deltas(inserted))
+    formula = run_eager(case, deltas(inserted))
     assert_close(run(inserted, case), formula)  # and else it is the formula
     assert_differ(formula, run(matched, case))
 
@@ -81,7 +81,7 @@ def _bases(graph_module: fx.GraphModule) -> dict[str, str]:
 
 
 def _live(case: Case, golden: str) -> str:
-    """The text as it is where the weights are the child `model`'s: all targets but branches and regions are its."""
+    """The text with weights of the child `model`'s: all targets but branches and regions are its."""
     return re.sub(r"(get_attr|call_module)\[(?!branches\.|submod_)", r"\1[model.", golden)
 
 
@@ -128,10 +128,10 @@ def test_lora_a_depends_on_seed_stage_and_weight_alone() -> None:
     case = BY_NAME["module_convs"]
     full = branches_of(insert(case.own(), case.spec))
     one = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=11)))
-    other = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=12)))
+    reseeded = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=12)))
     assert set(one) == {"2.weight"}
     assert same_bits(one["2.weight"].lora_A, full["2.weight"].lora_A)
-    assert not same_bits(one["2.weight"].lora_A, other["2.weight"].lora_A)
+    assert not same_bits(one["2.weight"].lora_A, reseeded["2.weight"].lora_A)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
@@ -151,7 +151,7 @@ def test_factors_of_a_narrow_weight_are_fp32_and_move_no_bit(narrow: torch.dtype
 
 @pytest.mark.parametrize("distribution", ["uniform", "normal"])
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_noise_is_in_the_weights_of_an_own_graph(case: Case, distribution: str) -> None:
+def test_noise_is_in_the_weights_of_a_graph_that_owns_them(case: Case, distribution: str) -> None:
     noise = Noise(0.4, distribution)  # type: ignore[arg-type]
     spec = CascadeSpec(rank=2, lora_alpha=3.0, noise=noise, seed=7)
     original = case.own()
@@ -171,7 +171,7 @@ def test_noise_is_in_the_weights_of_an_own_graph(case: Case, distribution: str) 
         assert same_bits(weight_state(inserted, name).base, before[name])
         if distribution == "uniform":
             assert u.abs().max() <= 0.5
-    assert_close(run(inserted, case), by_hand(case, added))
+    assert_close(run(inserted, case), run_eager(case, added))
     assert_differ(run(inserted, case), run(original, case))
     folded = FoldBranches()(inserted).graph_module  # B = 0: the fold takes the noise away, bit for bit
     for name, value in weights_of(folded).items():
@@ -195,7 +195,7 @@ def test_noise_on_all_matrices() -> None:
     assert all(same_bits(folded[name], before[name]) for name in before)
 
 
-def test_noise_is_the_runtimes_where_the_weights_are_live() -> None:
+def test_a_live_graph_gets_no_noise() -> None:
     case = BY_NAME["module_linear"]
     graph_module = case.live()
     inserted = insert(graph_module, CascadeSpec(rank=2, noise=Noise(0.4)))
@@ -206,7 +206,7 @@ def test_noise_is_the_runtimes_where_the_weights_are_live() -> None:
 # --- what is there already --------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_is_taken_is_left_alone() -> None:
+def test_a_taken_node_name_is_not_reused() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -228,26 +228,26 @@ def test_a_name_that_is_taken_is_left_alone() -> None:
     assert text(insert(folded, SPEC)) == text(inserted)
 
 
-def test_branches_that_are_there_are_wired_not_made_anew() -> None:
+def test_existing_branches_are_used_again() -> None:
     case = BY_NAME["module_convs"]
-    first = insert(case.live(), case.spec)
-    second = case.live()
-    second._modules["branches"] = first._modules["branches"]
-    inserted = fill(insert(second, case.spec))
-    assert all(branch is branches_of(first)[weight] for weight, branch in branches_of(inserted).items())
-    assert_close(run(first, case), run(inserted, case))
+    graph_a = insert(case.live(), case.spec)
+    graph_b = case.live()
+    graph_b._modules["branches"] = graph_a._modules["branches"]
+    inserted = fill(insert(graph_b, case.spec))
+    assert all(branch is branches_of(graph_a)[weight] for weight, branch in branches_of(inserted).items())
+    assert_close(run(graph_a, case), run(inserted, case))
 
 
 def test_shared_branches_fold_in_a_graph_that_owns_its_weights() -> None:
     case = BY_NAME["module_convs"]
-    first, second = fill(insert(case.own(), case.spec)), case.own()
-    second._modules["branches"] = first._modules["branches"]
-    folded = FoldBranches()(insert(second, case.spec)).graph_module
-    expected = weights_of(FoldBranches()(first).graph_module)
+    graph_a, graph_b = fill(insert(case.own(), case.spec)), case.own()
+    graph_b._modules["branches"] = graph_a._modules["branches"]
+    folded = FoldBranches()(insert(graph_b, case.spec)).graph_module
+    expected = weights_of(FoldBranches()(graph_a).graph_module)
     assert all(same_bits(value, expected[name]) for name, value in weights_of(folded).items())
 
 
-def test_a_child_of_the_users_named_branches_is_an_error() -> None:
+def test_a_submodule_named_branches_is_an_error() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -260,11 +260,13 @@ def test_a_child_of_the_users_named_branches_is_an_error() -> None:
     with raises(PassError, "not-a-model", "'branches'"):
         insert(graph_module, SPEC)
     x = torch.randn(2, 5, dtype=torch.float64)
-    live = capture(graph_module, (x,), {}).module  # a live model may have one: it stands beside, not inside
-    assert len(branch_nodes(insert(live, SPEC))) == 2
+    adapted = capture(
+        graph_module, (x,), {}
+    ).module  # a live model may have such a child, because the branches are outside of it
+    assert len(branch_nodes(insert(adapted, SPEC))) == 2
 
 
-def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
+def test_a_computed_size_is_passed_to_the_branch() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -276,8 +278,8 @@ def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
 
     model = Net().double()
     inserted = fill(insert(fx.symbolic_trace(model), SPEC))
-    found = deltas(inserted)
-    weights = {name: value.detach() + found.get(name, 0) for name, value in model.named_parameters()}
+    added = deltas(inserted)
+    weights = {name: value.detach() + added.get(name, 0) for name, value in model.named_parameters()}
     for length in (7, 9):
         x = torch.randn(2, 3, length, dtype=torch.float64)
         with torch.no_grad():
@@ -285,7 +287,7 @@ def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
 
 
 class Recurrent(nn.Module):
-    """Its recurrent layer is called whole, and has its weights in a list besides."""
+    """Its recurrent layer is a leaf module, and also has its weights in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +331,7 @@ def test_only_branches_train(noise: Noise) -> None:
     assert not {value.data_ptr() for value in back.parameters()} & {value.data_ptr() for value in model.parameters()}
 
 
-def test_weights_that_moved_in_spite_of_it() -> None:
+def test_frozen_weights_that_were_changed_anyway() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
     graph = insert(fx.symbolic_trace(model), CascadeSpec(rank=2, pace=1.0)).requires_grad_(True)
     x, optimizer = torch.randn(3, 5).double(), torch.optim.SGD(graph.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""Masks that follow from sizes: they go where eager code has none at any size."""
+"""Masks of transformers models are removed if eager mode has none at any size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama": ("LlamaForCausalLM", SMALL | FEW, ["causal", "causal"]),
     "mistral": ("MistralForCausalLM", SMALL | ONE | FEW | {"sliding_window": None}, ["causal"]),
     "bart": ("BartForConditionalGeneration", PAIR, ["none", "causal", "none"]),
-    "t5": ("T5ForConditionalGeneration", T5, ["mask", "mask", "none"]),  # a learned bias is a mask of its own
+    "t5": ("T5ForConditionalGeneration", T5, ["mask", "mask", "none"]),  # a learned bias is a mask too
     "vit": ("ViTModel", VIT, ["none"]),
 }
 WINDOW = SMALL | ONE | FEW | {"sliding_window": 8}
@@ -44,9 +44,9 @@ WINDOW = SMALL | ONE | FEW | {"sliding_window": 8}
 def build(model: str, config: dict[str, Any], training: bool = False) -> nn.Module:
     torch.manual_seed(5)
     kind = getattr(transformers, model)
-    made = kind(kind.config_class(**config))
-    assert isinstance(made, nn.Module)
-    return made.double().train(training)
+    model = kind(kind.config_class(**config))
+    assert isinstance(model, nn.Module)
+    return model.double().train(training)
 
 
 def inputs(name: str, batch: int, length: int) -> dict[str, Tensor]:
@@ -59,78 +59,78 @@ def inputs(name: str, batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": tokens}
 
 
-def run(model: Any, given: dict[str, Tensor]) -> Tensor:
+def run(model: Any, kwargs: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(7)
-    found = model(**given)
-    made = found.logits if hasattr(found, "logits") else found.last_hidden_state
-    assert isinstance(made, Tensor)
-    return made
+    output = model(**kwargs)
+    logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    assert isinstance(logits, Tensor)
+    return logits
 
 
-def graph_of(cascade: lx.Cascade, given: dict[str, Tensor]) -> fx.GraphModule:
-    module = variant_for(cascade, (), given).module
+def graph_of(cascade: lx.Cascade, kwargs: dict[str, Tensor]) -> fx.GraphModule:
+    module = variant_for(cascade, (), kwargs).module
     assert isinstance(module, fx.GraphModule)
     return module
 
 
 @pytest.fixture
-def made(caplog: pytest.LogCaptureFixture) -> Any:
-    """Count the variants that were made since, by what the log says. No graph of an earlier test is reused."""
+def new_variants(caplog: pytest.LogCaptureFixture) -> Any:
+    """Counts the new variants in the log. No graph of an earlier test is used again."""
     forget()
     caplog.set_level("INFO", logger="lorasc_fx")
     return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_attention_is_told_what_the_eager_model_tells_it(name: str, made: Any) -> None:
-    """Bit for bit, at the captured size and others: a graph of that size, one of all, one more for each size of 1."""
-    kind, config, told = MODELS[name]
+def test_attention_has_the_mask_of_eager_mode(name: str, new_variants: Any) -> None:
+    """Equal bits at the captured size and others. There is one graph for it, one for all, and one per size of 1."""
+    kind, config, expected = MODELS[name]
     model = build(kind, config)
     eager = copy.deepcopy(model)
     cascade = lx.adapt(model, kwargs=inputs(name, 2, 7))
     assert cascade.frontend == "export"
-    assert attention(graph_of(cascade, inputs(name, 2, 7))) == told
+    assert attention(graph_of(cascade, inputs(name, 2, 7))) == expected
     for batch, length in ((2, 7), (3, 40), (1, 9), (4, 3)):
-        given = inputs(name, batch, length)
-        assert torch.equal(run(cascade, given), run(eager, given))
-    assert made() == (3 if name in ("bart", "t5") else 2)  # of length 3 the decoder gets one token
+        kwargs = inputs(name, batch, length)
+        assert torch.equal(run(cascade, kwargs), run(eager, kwargs))
+    assert new_variants() == (3 if name in ("bart", "t5") else 2)  # of length 3 the decoder gets one token
 
 
-def test_dropout_of_attention_stays() -> None:
-    kind, config, told = MODELS["gpt2"]
+def test_dropout_of_attention_is_kept() -> None:
+    kind, config, expected = MODELS["gpt2"]
     model = build(kind, config | {"attn_pdrop": 0.4}, training=True)
     eager = copy.deepcopy(model)
-    given = inputs("gpt2", 2, 7)
-    cascade = lx.adapt(model, kwargs=given)
-    graph = graph_of(cascade, given)
-    assert attention(graph) == told
+    kwargs = inputs("gpt2", 2, 7)
+    cascade = lx.adapt(model, kwargs=kwargs)
+    graph = graph_of(cascade, kwargs)
+    assert attention(graph) == expected
     assert [node.args[4] for node in graph.graph.nodes if node.target is ATTENTION] == [0.4]
-    assert torch.equal(run(cascade, given), run(eager, given))
-    assert not torch.equal(run(cascade, given), run(copy.deepcopy(eager).eval(), given))
+    assert torch.equal(run(cascade, kwargs), run(eager, kwargs))
+    assert not torch.equal(run(cascade, kwargs), run(copy.deepcopy(eager).eval(), kwargs))
 
 
-@pytest.mark.parametrize("first", [5, 20])
-def test_a_window_stays_inside_and_outside(first: int, made: Any) -> None:
-    """A graph of the first length, one of all, and one of a single row. Bits may differ."""
+@pytest.mark.parametrize("captured_length", [5, 20])
+def test_a_sliding_window_is_kept(captured_length: int, new_variants: Any) -> None:
+    """There is a graph for the captured length and one for all. Bits may differ."""
     model = build("MistralForCausalLM", WINDOW)
     eager = copy.deepcopy(model)
-    cascade = lx.adapt(model, kwargs=inputs("mistral", 2, first))
-    for batch, length in ((2, first), (3, 8), (3, 9), (2, 30), (1, 6)):
-        given = inputs("mistral", batch, length)
-        assert attention(graph_of(cascade, given)) == ["mask"]
-        torch.testing.assert_close(run(cascade, given), run(eager, given), rtol=1e-12, atol=1e-12)
-    assert made() == 2
+    cascade = lx.adapt(model, kwargs=inputs("mistral", 2, captured_length))
+    for batch, length in ((2, captured_length), (3, 8), (3, 9), (2, 30), (1, 6)):
+        kwargs = inputs("mistral", batch, length)
+        assert attention(graph_of(cascade, kwargs)) == ["mask"]
+        torch.testing.assert_close(run(cascade, kwargs), run(eager, kwargs), rtol=1e-12, atol=1e-12)
+    assert new_variants() == 2
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_a_mask_that_the_user_gives_stays(name: str) -> None:
-    """One of ones as well: another call may hold zeros."""
+def test_a_mask_from_the_user_is_kept(name: str) -> None:
+    """Also a mask of ones, because another call may have zeros."""
     kind, config, _ = MODELS[name]
     model = build(kind, config)
     eager = copy.deepcopy(model)
-    given = inputs(name, 2, 7) | {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    cascade = lx.adapt(model, kwargs=given)
-    assert set(attention(graph_of(cascade, given))) == {"mask"}
-    torch.testing.assert_close(run(cascade, given), run(eager, given), rtol=1e-12, atol=1e-12)
-    given["attention_mask"][0, 4:] = 0
-    assert torch.equal(run(cascade, given), run(eager, given))
+    kwargs = inputs(name, 2, 7) | {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    cascade = lx.adapt(model, kwargs=kwargs)
+    assert set(attention(graph_of(cascade, kwargs))) == {"mask"}
+    torch.testing.assert_close(run(cascade, kwargs), run(eager, kwargs), rtol=1e-12, atol=1e-12)
+    kwargs["attention_mask"][0, 4:] = 0
+    assert torch.equal(run(cascade, kwargs), run(eager, kwargs))

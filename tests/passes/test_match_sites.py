@@ -21,12 +21,12 @@ from tests.passes.kit import (
     Photograph,
     assert_close,
     branches_of,
-    by_hand,
     deltas,
     fill,
     golden_section,
     insert,
     run,
+    run_eager,
     same_bits,
     uses_of,
     weights_of,
@@ -36,13 +36,13 @@ MODES = ("own", "live")
 NARROW = [
     form for form in FORMS if isinstance(form, FunctionForm) and dict(form.options).get("by") == "aten::_grouped_mm"
 ]
-"""Rows of ops that take no fp64: test_grouped has their cases."""
+"""Rows of ops without fp64 kernels. Their cases are in test_grouped."""
 QUANTIZED = [form for form in FORMS if form.name == "quantized_linear"]
-"""The row of layers of libraries, which take no fp64 either: tests/quantized/test_layers.py has its cases."""
+"""The row of quantized layers, which have no fp64 kernels either. Its cases are in tests/quantized/test_layers.py."""
 
 
 def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tuple[str, ...]]:
-    """Sites, refusals, unreached."""
+    """Compare sites, refusals and unreached weights with the table."""
     record = record_of(graph_module)
     assert record.plan is not None
     refused = {refusal.weight: refusal.reason for refusal in record.refusals}
@@ -59,7 +59,7 @@ def test_match(case: Case, mode: str) -> None:
     assert result.modified  # 1 truthful: marks and record are new
     photograph.assert_unchanged()
 
-    assert uses_of(matched) == case.sites  # 2 what we meant is marked
+    assert uses_of(matched) == case.sites  # 2 the intended nodes are marked
     assert parts(matched) == (set(case.sites), case.refusals, case.unreached)
     plan = record_of(matched).plan
     assert plan is not None
@@ -156,13 +156,13 @@ def test_a_parametrized_module_is_opaque() -> None:
     assert set(_reasons(model).values()) == {Reason.OPAQUE}
 
 
-def test_a_forward_of_its_own_on_the_object_is_opaque() -> None:
+def test_a_forward_assigned_to_an_instance_is_opaque() -> None:
     model = _Two().double()
     model.b.forward = lambda x: x @ model.b.weight.t() * 2  # type: ignore[method-assign]
     assert _reasons(model) == {"b.weight": Reason.OPAQUE}
 
 
-def test_a_convolution_with_its_own_conv_forward_is_opaque() -> None:
+def test_a_convolution_that_overrides_conv_forward_is_opaque() -> None:
     class Standardized(nn.Conv1d):
         def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return super()._conv_forward(input, weight / weight.std(), bias)
@@ -176,7 +176,7 @@ def test_a_convolution_with_its_own_conv_forward_is_opaque() -> None:
     assert parts(matched)[:2] == ({"0.weight"}, {"1.weight": Reason.OPAQUE})
 
 
-def test_the_weight_as_its_own_input_has_its_branch_on_the_weight() -> None:
+def test_a_weight_times_itself_has_its_branch_on_the_weight() -> None:
     class Gram(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +193,7 @@ def test_the_weight_as_its_own_input_has_its_branch_on_the_weight() -> None:
     assert_close(inserted(x).detach(), functional_call(model, weights, (x,)).detach())
 
 
-def test_a_table_that_is_looked_up_at_constant_places_is_a_lookup() -> None:
+def test_a_lookup_at_constant_indices_is_a_lookup() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -203,8 +203,8 @@ def test_a_table_that_is_looked_up_at_constant_places_is_a_lookup() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.lin(x + F.embedding(self.places, self.table.weight))
 
-    found = uses_of(MatchSites()(fx.symbolic_trace(Net().double())).graph_module)
-    assert found == {"table.weight": (("embedding", "F.embedding"),), "lin.weight": (("lin", "nn.Linear"),)}
+    uses = uses_of(MatchSites()(fx.symbolic_trace(Net().double())).graph_module)
+    assert uses == {"table.weight": (("embedding", "F.embedding"),), "lin.weight": (("lin", "nn.Linear"),)}
 
 
 @pytest.mark.parametrize("target", [F.linear, torch._C._nn.linear, F.conv1d, torch.conv1d, F.conv2d, F.conv3d])
@@ -234,7 +234,7 @@ def test_an_unreached_weight_becomes_a_site_when_a_graph_uses_it() -> None:
 
 
 @pytest.mark.parametrize(("row", "form"), [(None, "F.embedding"), (0, "F.embedding"), (-2, "on-weight")])
-def test_a_padding_row_counted_from_the_end_is_no_row_of_the_table(row: int | None, form: str) -> None:
+def test_a_negative_padding_index_has_no_form(row: int | None, form: str) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -244,22 +244,22 @@ def test_a_padding_row_counted_from_the_end_is_no_row_of_the_table(row: int | No
             return F.embedding(index, self.w, row)
 
     inserted = fill(insert(fx.symbolic_trace(Net().double()), CascadeSpec(rank=2)))
-    assert [each for uses in uses_of(inserted).values() for _, each in uses] == [form]
+    assert [name for uses in uses_of(inserted).values() for _, name in uses] == [form]
     inserted(torch.tensor([0, 4, 3])).sum().backward()
     moved = branches_of(inserted)["w"].lora_B.grad.abs().sum(-1).nonzero().flatten().tolist()
-    assert moved == [each for each in (0, 3, 4) if row is None or each != row % 6]
+    assert moved == [index for index in (0, 3, 4) if row is None or index != row % 6]
 
 
 def _used_twice(case: Case, weight: str) -> fx.GraphModule:
-    """The matched graph of a case, in which the weight is given to a sigmoid as well."""
+    """The matched graph of a case, in which the weight is also an input of a sigmoid."""
     matched = MatchSites(case.spec)(case.own()).graph_module
-    first = next(iter(matched.graph.nodes))
-    with matched.graph.inserting_before(first):
+    start = next(iter(matched.graph.nodes))
+    with matched.graph.inserting_before(start):
         matched.graph.call_function(torch.sigmoid, (matched.graph.get_attr(weight),))
     return matched
 
 
-def test_a_planned_weight_where_no_branch_can_stand_is_an_error() -> None:
+def test_a_planned_weight_in_an_unsupported_use_is_an_error() -> None:
     case = BY_NAME["module_linear"]
     with raises(PassError, "method-not-supported", "0.weight", "node sigmoid (call_function torch.sigmoid)"):
         MatchSites(case.spec)(_used_twice(case, "0.weight"))
@@ -271,14 +271,14 @@ def test_a_planned_weight_in_another_use_gets_its_branch_on_the_weight() -> None
     assert again.modified
     assert uses_of(again.graph_module) == {"w0": (("w0_1", "on-weight"), ("w0", "on-weight"))}
     inserted = fill(InsertBranches()(again.graph_module).graph_module)
-    assert_close(run(inserted, case), by_hand(case, deltas(inserted)))
+    assert_close(run(inserted, case), run_eager(case, deltas(inserted)))
 
 
-def test_a_plan_says_how_wide_a_branch_is_not_where_it_stands() -> None:
+def test_a_plan_fixes_the_branch_but_not_its_node() -> None:
     case = BY_NAME["functional_two_layouts"]
     matched = MatchSites(case.spec)(case.own()).graph_module
     assert uses_of(matched) == {"w0": (("w0", "on-weight"),)}
-    for node in list(matched.graph.nodes):  # without its second use the branch could stand beside the first
+    for node in list(matched.graph.nodes):  # without this use, a branch fits the output of the other
         if node.name == "matmul":
             node.replace_all_uses_with(node.args[0])
             matched.graph.erase_node(node)
@@ -292,7 +292,7 @@ def test_another_spec_over_branches_is_an_error(case: Case) -> None:
         MatchSites(CascadeSpec(rank=1))(inserted)
 
 
-def test_after_a_fold_another_spec_plans_anew_and_keeps_experts() -> None:
+def test_after_a_fold_another_spec_keeps_the_experts() -> None:
     case = BY_NAME["aten_conv1d"]
     original = case.own()
     folded = FoldBranches()(fill(insert(original, case.spec))).graph_module
@@ -309,13 +309,13 @@ def test_after_a_fold_another_spec_plans_anew_and_keeps_experts() -> None:
         assert same_bits(exact_slow(inserted, weight), weights_of(folded)[weight])
         assert not same_bits(state.base, weights_of(folded)[weight])
     with torch.no_grad():
-        weights_of(inserted)["2.weight"].mul_(2)  # trained in full: a fold must not bring an old value back
+        weights_of(inserted)["2.weight"].mul_(2)  # trained in full: a fold must not restore an old value
     after = FoldBranches()(inserted).graph_module
     assert same_bits(weights_of(after)["2.weight"], weights_of(inserted)["2.weight"])
 
 
-def test_what_was_refused_stays_refused() -> None:
-    """A plan holds for every variant: one in which the forbidding use is absent does not make the weight a site."""
+def test_a_refused_weight_stays_refused() -> None:
+    """The plan holds for every variant, also for one without the use that was the reason of the refusal."""
     case = BY_NAME["aten_max_norm"]
     graph_module = case.own()
     matched = MatchSites(case.spec)(graph_module).graph_module

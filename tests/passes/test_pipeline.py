@@ -1,4 +1,4 @@
-"""Pipeline: order, other people's passes, and what it says when something is wrong."""
+"""Pipeline: the order of passes, foreign passes, and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASE = BY_NAME["module_convs"]
 
 @dataclass(frozen=True)
 class Note(CascadePass):
-    """Changes nothing; a contract to be ordered by."""
+    """A pass without an effect, to test the order of contracts."""
 
     name: ClassVar[str] = "note"
 
@@ -44,7 +44,7 @@ class Note(CascadePass):
 
 
 def contract(called: str, requires: set[str] = frozenset(), provides: set[str] = frozenset()) -> CascadePass:  # type: ignore[assignment]
-    """A pass of this name and contract, which does nothing."""
+    """Return a pass with this name and contract and no effect."""
     members = {"name": called, "requires": frozenset(requires), "provides": frozenset(provides)}
     return type("Contract", (Note,), {"__annotations__": {}, **members})()
 
@@ -52,7 +52,7 @@ def contract(called: str, requires: set[str] = frozenset(), provides: set[str] =
 # --- order ----------------------------------------------------------------------------------------------------------
 
 
-def test_insertion_transition_and_fold_give_the_graph_back() -> None:
+def test_insertion_transition_and_fold_restore_the_graph() -> None:
     original = CASE.own()
     result = Pipeline([MatchSites(SPEC), InsertBranches(), FoldBranches()])(original)
     assert result.modified
@@ -66,16 +66,16 @@ def test_insertion_transition_and_fold_give_the_graph_back() -> None:
 @pytest.mark.parametrize("order", [*itertools.permutations([MatchSites(SPEC), InsertBranches(), FoldBranches()])])
 def test_any_permutation_is_solved(order: tuple[CascadePass, ...]) -> None:
     pipeline = Pipeline(order, order="solved")
-    assert [each.name for each in pipeline.passes] == ["match-sites", "insert-branches", "fold-branches"]
+    assert [pass_.name for pass_ in pipeline.passes] == ["match-sites", "insert-branches", "fold-branches"]
     original = CASE.own()
     assert text(pipeline(original).graph_module) == text(original)
 
 
-def test_solved_passes_stay_as_near_as_possible_to_the_given_order() -> None:
+def test_a_solved_order_is_near_the_given_one() -> None:
     passes = [contract("c"), contract("a"), contract("b", {"fact"}), contract("d"), contract("e", set(), {"fact"})]
-    assert [each.name for each in Pipeline(passes, order="solved").passes] == ["c", "a", "d", "e", "b"]
+    assert [pass_.name for pass_ in Pipeline(passes, order="solved").passes] == ["c", "a", "d", "e", "b"]
     staged = Pipeline([FoldBranches(), StageTransition(), InsertBranches(), MatchSites(SPEC)], order="solved")
-    assert [each.name for each in staged.passes][-2:] == ["stage-transition", "fold-branches"]
+    assert [pass_.name for pass_ in staged.passes][-2:] == ["stage-transition", "fold-branches"]
 
 
 def nothing(graph_module: fx.GraphModule) -> None:
@@ -104,7 +104,7 @@ def test_passes_without_an_order(message: str) -> None:
 
 
 def test_facts_of_the_graph_count() -> None:
-    """A fold that is followed by an insertion: the next stage."""
+    """A fold and then an insertion start the next stage."""
     inserted = fill(insert(CASE.own(), SPEC))
     again = Pipeline([FoldBranches(), InsertBranches()])(inserted).graph_module
     assert text(again) == text(inserted)
@@ -185,12 +185,12 @@ def test_a_missing_fact_is_named(name: str, fact: str, call: Callable[[fx.GraphM
 
 def test_modified_is_truthful() -> None:
     pipeline = Pipeline([MatchSites(SPEC), InsertBranches()])
-    first = pipeline(CASE.own())
-    assert first.modified
-    second = pipeline(first.graph_module)
-    assert not second.modified
-    assert second.graph_module is first.graph_module
-    folded = Pipeline([FoldBranches()])(first.graph_module)
+    result = pipeline(CASE.own())
+    assert result.modified
+    again = pipeline(result.graph_module)
+    assert not again.modified
+    assert again.graph_module is result.graph_module
+    folded = Pipeline([FoldBranches()])(result.graph_module)
     assert folded.modified
     again = Pipeline([FoldBranches()])(folded.graph_module)
     assert not again.modified
@@ -201,13 +201,13 @@ def test_modified_is_truthful() -> None:
 
 
 def rename_nothing(graph_module: fx.GraphModule) -> None:
-    """In place, returns None."""
+    """Edits in place and returns None."""
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 
 
 class GeluForTanh(PassBase):
-    """A PassBase of torch's: returns a PassResult."""
+    """A `PassBase` of torch.fx, which returns a PassResult."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
@@ -242,7 +242,7 @@ def test_foreign_passes_of_every_kind() -> None:
     assert same_bits(run(folded, CASE), run(GeluForTanh()(CASE.own()).graph_module, CASE))
 
 
-def test_a_foreign_pass_that_says_it_changed_nothing() -> None:
+def test_a_foreign_pass_that_reports_no_change() -> None:
     graph_module = CASE.own()
     inserted = insert(graph_module, SPEC)
 
@@ -276,7 +276,7 @@ def test_an_exception_has_a_note_with_the_name_of_the_pass() -> None:
     assert caught.value.__notes__ == ["in the pass halve, number 3 of 3 of a Pipeline"]
 
 
-def test_a_foreign_pass_that_adds_a_use_of_a_site_is_found() -> None:
+def test_a_use_that_a_foreign_pass_adds_is_an_error() -> None:
     case = BY_NAME["functional_keywords"]
 
     def penalty(graph_module: fx.GraphModule) -> None:
@@ -305,7 +305,7 @@ def test_a_pipeline_is_a_pass() -> None:
 # --- torch.fx's own PassManager -------------------------------------------------------------------------------------
 
 
-def test_inside_torchs_pass_manager() -> None:
+def test_the_pass_manager_of_torch_fx() -> None:
     original = CASE.own()
     photograph = Photograph(original, CASE)
     manager = PassManager(passes=[MatchSites(SPEC), InsertBranches()])
@@ -326,7 +326,7 @@ def test_inside_torchs_pass_manager() -> None:
 
 
 def _lines(layers: int) -> int:
-    """Number of lines of Python that a whole round runs on a chain of so many layers: a count, not a time."""
+    """Number of Python lines that an insertion and a fold run on a chain of layers."""
     chain = [nn.Linear(2, 3, bias=False) if index % 2 else nn.Linear(3, 2, bias=False) for index in range(layers)]
     graph_module = fx.symbolic_trace(nn.Sequential(*chain))
     pipeline = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()])

@@ -1,4 +1,4 @@
-"""Other placements: merged into the op, on the weight, several branches with one input. The numbers are the same."""
+"""The placements `merged` and `weight`, and shared inputs, give the same outputs and gradients as `beside`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.passes.kit import (
     assert_differ,
     assert_gradients,
     branches_of,
-    by_hand,
     deltas,
     fill,
     insert,
     run,
-    run_as_it_is,
+    run_eager,
     run_in_training,
+    run_with_gradients,
     same_bits,
 )
 
 MERGES = ("linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "conv3d")
-"""Ends of the names of the forms that a branch can be merged into."""
+"""Ends of the names of the forms that a merged branch can replace."""
 
 
 def placed(case: Case, placement: str) -> CascadeSpec:
@@ -37,26 +37,26 @@ def placed(case: Case, placement: str) -> CascadeSpec:
 
 
 def mergeable(case: Case) -> list[str]:
-    """The nodes of a case that a branch can be merged into: a known form that reads the weight as it is stored."""
+    """The nodes of a case that a merged branch can replace: a known form that reads the stored weight directly."""
     graph = {node.name: node for node in case.own().graph.nodes}
-    found = []
+    names = []
     for weight, uses in case.sites.items():
         if case.kind(weight) == "embedding":  # a head tied to its table has one branch for both
             continue
-        own = {weight, *case.aliases.get(weight, ())}
+        ties = {weight, *case.aliases.get(weight, ())}
         for name, form in uses:
             node = graph[name]
             direct = node.op == "call_module" or any(
-                each.op == "get_attr" and each.target in own for each in node.all_input_nodes
+                source.op == "get_attr" and source.target in ties for source in node.all_input_nodes
             )
             if form.rpartition(".")[2].lower() in MERGES and node.users and direct:
-                found.append(name)
-    return found
+                names.append(name)
+    return names
 
 
 @pytest.mark.parametrize("placement", ["merged", "weight"])
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_the_same_numbers_and_the_way_back(case: Case, placement: str) -> None:
+def test_outputs_and_inverse(case: Case, placement: str) -> None:
     matched = MatchSites(placed(case, placement))(case.own()).graph_module
     before, bits = text(matched), run_in_training(matched, case)
     inserted = InsertBranches()(matched).graph_module
@@ -66,10 +66,10 @@ def test_the_same_numbers_and_the_way_back(case: Case, placement: str) -> None:
     for name, parameter in reference.named_parameters():
         parameter.requires_grad_({form for _, form in case.sites.get(name, ())} == {"on-weight"})
     trained = same_bits(run_in_training(inserted, case), bits)
-    assert trained or same_bits(run_as_it_is(inserted, case), run_as_it_is(reference, case))
+    assert trained or same_bits(run_with_gradients(inserted, case), run_with_gradients(reference, case))
 
     fill(inserted)
-    formula = by_hand(case, deltas(inserted))
+    formula = run_eager(case, deltas(inserted))
     assert_close(run(inserted, case), formula)
     assert_close(run_in_training(inserted, case), formula)  # by the hand-written backward's forward
     assert_differ(formula, bits)
@@ -85,14 +85,14 @@ def test_gradients_are_those_of_the_formula(case: Case, placement: str) -> None:
     assert_gradients(fill(insert(case.own(), placed(case, placement))), case)
 
 
-def test_a_merged_branch_stands_in_place_of_its_op() -> None:
+def test_a_merged_branch_replaces_its_op() -> None:
     names = {case.name: mergeable(case) for case in ADAPTABLE}
     assert sum(map(len, names.values())) > 20
     for case in ADAPTABLE:
         graph_module = insert(case.own(), placed(case, "merged"))
         spelled = {call_template(node).name for node in branch_nodes(graph_module) if call_template(node) is not None}
-        left = {node.name for node in graph_module.graph.nodes}
-        assert not spelled & left, case.name  # the op itself is gone
+        remaining = {node.name for node in graph_module.graph.nodes}
+        assert not spelled & remaining, case.name  # the op itself is gone
         missed = set(names[case.name]) - spelled
         assert not missed, case.name
 
@@ -101,7 +101,7 @@ def test_a_merged_branch_stands_in_place_of_its_op() -> None:
 
 
 class Attention(torch.nn.Module):
-    """Three projections of one node, of different widths, and one of another."""
+    """Three projections of one node, with different widths, and one of another node."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,10 +141,10 @@ def test_branches_that_read_one_node_share_it(frontend: str) -> None:
     fill_alike(apart, together)
     x = torch.randn(3, 8, 6, dtype=torch.float64)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    one, other = together(mine), apart(theirs)
-    assert_close(one, other)
-    one.backward()
-    other.backward()
+    shared_loss, loss = together(mine), apart(theirs)
+    assert_close(shared_loss, loss)
+    shared_loss.backward()
+    loss.backward()
     assert_close(mine.grad, theirs.grad)
     for ours, alone in zip(together.branches.parameters(), apart.branches.parameters(), strict=True):
         assert_close(ours.grad, alone.grad)
@@ -166,14 +166,14 @@ def fill_alike(*graph_modules: torch.fx.GraphModule) -> None:
             parameter.grad = None
 
 
-def test_zero_b_moves_no_bit_with_a_shared_input() -> None:
+def test_zero_b_changes_no_bit_with_a_shared_input() -> None:
     graph_module = attention("export")
     shared = Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(graph_module).graph_module
     x = torch.randn(3, 8, 6, dtype=torch.float64)
     assert same_bits(shared(x).detach(), graph_module(x).detach())
 
 
-def test_sizes_decide_where_they_are_known() -> None:
+def test_small_inputs_are_not_shared() -> None:
     apart = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("export")).graph_module
     assert ShareInputs(least=3 * 8 * 6)(apart).modified
     few = ShareInputs(least=3 * 8 * 6 + 1)(apart)
@@ -183,7 +183,7 @@ def test_sizes_decide_where_they_are_known() -> None:
     assert not ShareInputs(least=1)(unknown).modified
 
 
-def test_dropout_keeps_branches_apart() -> None:
+def test_branches_with_dropout_are_not_shared() -> None:
     spec = replace(SHARED, dropout=0.5)
     graph_module = Pipeline([MatchSites(spec), InsertBranches()])(attention("export")).graph_module
     assert not ShareInputs()(graph_module).modified

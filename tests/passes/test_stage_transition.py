@@ -1,4 +1,4 @@
-"""StageTransition: fold, then insert, with every node and every Parameter of a branch left in place."""
+"""StageTransition has the values of a fold and an insertion, and keeps all nodes and the Parameters of branches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.passes.kit import (
     assert_differ,
     assert_frozen,
     branches_of,
-    by_hand,
     deltas,
     fill,
     golden_section,
     insert,
     run,
+    run_eager,
     same_bits,
     weights_of,
 )
@@ -61,7 +61,7 @@ def test_transition(case: Case) -> None:
             assert value.data_ptr() == weights_of(original)[name].data_ptr()
         else:
             assert_frozen(value, weights_of(original)[name])
-    assert_close(run(after, case), by_hand(case, slow))
+    assert_close(run(after, case), run_eager(case, slow))
     assert_differ(run(after, case), run(case.model, case))
     for branch in branches_of(after).values():
         assert branch.lora_A is parameters[_name(after, branch.lora_A)]
@@ -89,28 +89,28 @@ ROWS = [(case, *RULES[(index + offset) % len(RULES)]) for index, case in enumera
 @pytest.mark.parametrize(("case", "restart", "noise"), ROWS, ids=str)
 def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) -> None:
     spec = replace(case.spec, pace=0.4, restart=restart, noise=NOISES[noise])
-    here, there = insert(case.own(), spec), insert(case.own(), spec)
+    transitioned, reinserted = insert(case.own(), spec), insert(case.own(), spec)
     for stage in range(3):
-        fill(here, seed=stage)
-        fill(there, seed=stage)
-        here = StageTransition()(here).graph_module
-        there = Pipeline([FoldBranches(), InsertBranches()])(there).graph_module
-        assert text(here) == text(there)
-        mine, theirs = dict(here.named_parameters()), dict(there.named_parameters())
+        fill(transitioned, seed=stage)
+        fill(reinserted, seed=stage)
+        transitioned = StageTransition()(transitioned).graph_module
+        reinserted = Pipeline([FoldBranches(), InsertBranches()])(reinserted).graph_module
+        assert text(transitioned) == text(reinserted)
+        mine, theirs = dict(transitioned.named_parameters()), dict(reinserted.named_parameters())
         assert list(mine) == list(theirs)
         assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
-        assert same_bits(run(here, case), run(there, case))
-        assert record_of(here).plan == record_of(there).plan
-    mine = weights_of(FoldBranches()(here).graph_module)
-    theirs = weights_of(FoldBranches()(there).graph_module)
+        assert same_bits(run(transitioned, case), run(reinserted, case))
+        assert record_of(transitioned).plan == record_of(reinserted).plan
+    mine = weights_of(FoldBranches()(transitioned).graph_module)
+    theirs = weights_of(FoldBranches()(reinserted).graph_module)
     assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
 
 
 @pytest.mark.parametrize("start", ["fresh", "kept"])
-def test_where_lora_a_starts(start: str) -> None:
+def test_initial_lora_a(start: str) -> None:
     case = BY_NAME["module_conv2d"]
     inserted = insert(case.own(), replace(case.spec, restart_A=start))
-    first = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
+    initial = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
     fill(inserted)
     trained = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
     after = branches_of(StageTransition()(inserted).graph_module)
@@ -118,13 +118,13 @@ def test_where_lora_a_starts(start: str) -> None:
         assert not branch.lora_B.any()
         assert same_bits(branch.lora_A, trained[weight]) == (start == "kept")
         if start == "fresh":
-            assert_differ(branch.lora_A.detach(), first[weight])
+            assert_differ(branch.lora_A.detach(), initial[weight])
             assert branch.lora_A.abs().max() <= branch.lora_A.shape[1] ** -0.5
 
 
 @pytest.mark.parametrize("name", ["module_linear", "module_conv2d"])
 def test_a_partial_restart_changes_no_output(name: str) -> None:
-    """The pairs that are trained on are taken out of the constants, and a fold puts them back."""
+    """The pairs that train on are subtracted from the weights, and a fold adds them again."""
     case = BY_NAME[name]
     inserted = fill(insert(case.own(), replace(case.spec, rank=4, pace=1.0, restart_pairs=0.5)))
     before = run(inserted, case)
@@ -145,10 +145,10 @@ def test_a_stage_is_weighted_by_its_loss() -> None:
         added = deltas(fill(graph, seed=stage))
         graph = StageTransition(loss=loss)(graph).graph_module
         slow = {name: slow.get(name, 0.0) + share * value for name, value in added.items()}
-    assert_close(run(graph, case), by_hand(case, slow))
+    assert_close(run(graph, case), run_eager(case, slow))
 
 
-def test_a_live_graph_is_the_runtimes() -> None:
+def test_a_live_graph_is_an_error() -> None:
     case = BY_NAME["module_linear"]
     inserted = insert(case.live(), case.spec)
     photograph = Photograph(inserted, case)

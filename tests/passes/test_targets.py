@@ -1,4 +1,4 @@
-"""Targets: kinds and globs, what is left out or trained in full, rules, and patterns that mean nothing."""
+"""The patterns of a spec: targets, exclude, train and rules, and errors for patterns that match nothing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_kinds_and_globs(targets: tuple[str, ...], expected: set[str]) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["first", "first.weight", "second", "second.weight"])
-def test_a_tied_weight_goes_by_each_of_its_names(pattern: str) -> None:
+def test_a_tied_weight_matches_by_each_of_its_names(pattern: str) -> None:
     assert chosen(BY_NAME["aten_tied"].own(), CascadeSpec(targets=(pattern,))) == {"first.weight"}
     excluded = CascadeSpec(exclude=(pattern,))
     assert chosen(BY_NAME["aten_tied"].own(), excluded) == {"back.weight"}
@@ -99,8 +99,8 @@ def test_the_first_rule_that_matches_counts() -> None:
             Rule("body.down", rank=3),
         ),
     )
-    found = {weight: (site.rank, site.options.lora_alpha) for weight, site in sites_of(insert(mixed(), spec)).items()}
-    assert found == {
+    options = {weight: (site.rank, site.options.lora_alpha) for weight, site in sites_of(insert(mixed(), spec)).items()}
+    assert options == {
         "stem.0.weight": (4, 6.0),
         "stem.1.weight": (4, 6.0),
         "body.up.weight": (2, 6.0),
@@ -108,9 +108,9 @@ def test_the_first_rule_that_matches_counts() -> None:
         "head.weight": (1, 2.0),
     }
     scales = {weight: branch.scale for weight, branch in branches_of(insert(mixed(), spec)).items()}
-    assert scales == {weight: alpha / rank for weight, (rank, alpha) in found.items()}
+    assert scales == {weight: alpha / rank for weight, (rank, alpha) in options.items()}
     shapes = {weight: branch.lora_A.shape[0] for weight, branch in branches_of(insert(mixed(), spec)).items()}
-    assert shapes == {weight: rank for weight, (rank, _) in found.items()}
+    assert shapes == {weight: rank for weight, (rank, _) in options.items()}
 
 
 # fmt: off
@@ -140,7 +140,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize(("spec", "message"), UNKNOWN)
 @pytest.mark.parametrize("mode", ["own", "live"])
-def test_a_pattern_that_means_nothing(spec: CascadeSpec, message: str, mode: str) -> None:
+def test_a_pattern_that_matches_nothing(spec: CascadeSpec, message: str, mode: str) -> None:
     graph_module = ENCODER.graph(mode)
     photograph = Photograph(graph_module, ENCODER)
     with pytest.raises(UnknownTarget) as raised:
@@ -191,23 +191,23 @@ SPECS = {
 
 @pytest.mark.parametrize("mode", ["own", "live"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_nothing_is_passed_over_in_silence(case: Case, mode: str) -> None:
+def test_every_matrix_is_reported(case: Case, mode: str) -> None:
     graph_module = case.graph(mode)
     for spec in (case.spec, *SPECS.values()):
         record = record_of(MatchSites(spec)(graph_module).graph_module)
         assert record.plan is not None
-        told = [
+        reported = [
             *(site.weight for site in record.plan.sites),
             *(refusal.weight for refusal in record.refusals),
             *record.unreached,
         ]
-        assert sorted(told) == sorted(name for name, value in case.model.named_parameters() if value.dim() > 1)
+        assert sorted(reported) == sorted(name for name, value in case.model.named_parameters() if value.dim() > 1)
         assert all(refusal.sentence for refusal in record.refusals)
 
 
-def test_the_cases_hold_every_reason() -> None:
-    asked = {Reason.NOT_TARGETED, Reason.QUANTIZED}  # by the tests above, and by those of quantized weights
+def test_the_cases_cover_every_reason() -> None:
+    covered = {Reason.NOT_TARGETED, Reason.QUANTIZED}  # by the tests above and the tests of quantized weights
     elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/numerics, tests/graph/test_shared_memory.py
-    assert {reason for case in CASES for reason in case.refusals.values()} | asked | elsewhere == set(Reason)
+    assert {reason for case in CASES for reason in case.refusals.values()} | covered | elsewhere == set(Reason)
     assert any(case.unreached for case in CASES)
     assert isinstance(ENCODER.model, Encoder)

@@ -1,4 +1,4 @@
-"""All of a pass or pipeline, or nothing: what raises in the middle leaves the input as it was, bit for bit."""
+"""A pass or pipeline that raises leaves its input unchanged, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SOME = [
 
 
 class Stop(Exception):
-    """Raised in the middle."""
+    """Raised by a pass in the middle of its work."""
 
 
 @dataclass(frozen=True)
 class Wreck(CascadePass):
-    """Does everything that an editor can do, then stops."""
+    """Uses every method of the editor, then raises."""
 
     name: ClassVar[str] = "wreck"
 
@@ -90,23 +90,23 @@ def test_a_pass_that_raises_leaves_its_input(case: Case, stage: str, through: st
 
 def test_a_transition_before_a_foreign_pass_still_keeps_the_parameters() -> None:
     case = BY_NAME["module_convs"]
-    here, there = fill(insert(case.own(), case.spec)), fill(insert(case.own(), case.spec))
-    held = {name: value for name, value in here.named_parameters() if name.startswith("branches.")}
+    inserted, twin = fill(insert(case.own(), case.spec)), fill(insert(case.own(), case.spec))
+    parameters = {name: value for name, value in inserted.named_parameters() if name.startswith("branches.")}
 
     def nothing(graph_module: fx.GraphModule) -> None:
         graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
 
-    after = Pipeline([StageTransition(), nothing])(here).graph_module
-    expected = StageTransition()(there).graph_module
-    now = dict(after.named_parameters())
-    assert held
-    assert all(now[name] is value for name, value in held.items())
-    assert all(same_bits(now[name], value) for name, value in expected.named_parameters())
+    after = Pipeline([StageTransition(), nothing])(inserted).graph_module
+    expected = StageTransition()(twin).graph_module
+    current = dict(after.named_parameters())
+    assert parameters
+    assert all(current[name] is value for name, value in parameters.items())
+    assert all(same_bits(current[name], value) for name, value in expected.named_parameters())
     assert same_bits(run(after, case), run(expected, case))
 
 
-def test_damage_by_a_pass_is_found_and_nothing_is_committed() -> None:
+def test_damage_by_a_pass_is_an_error_and_nothing_is_committed() -> None:
     @dataclass(frozen=True)
     class Careless(CascadePass):
         name: ClassVar[str] = "careless"
@@ -124,7 +124,7 @@ def test_damage_by_a_pass_is_found_and_nothing_is_committed() -> None:
         photograph.assert_unchanged()
 
 
-def test_a_late_error_undoes_the_early_passes() -> None:
+def test_a_late_error_rolls_back_the_early_passes() -> None:
     case = BY_NAME["module_conv2d"]
     inserted = fill(insert(case.own(), case.spec))
     photograph = Photograph(inserted, case)
