@@ -35,8 +35,8 @@ class Trained:
 class Adapters:
     """The adapters of a bank. The name None is the base, an adapter whose factors are zero.
 
-    Methods that add or remove must be called under the lock of the bank. Others may run at the same time, because
-    `_slots_by_name` is replaced and never changed.
+    Methods that add or remove must be called under the lock of the bank. Other methods may run at the same time in
+    other threads, because `_slots_by_name` is replaced by a new dict and never modified in place.
 
     Args:
         model: the base.

@@ -39,7 +39,7 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Modu
         factors: returns the factors of a weight. It is called at each call of a module.
 
     Raises:
-        StateError: a module does not compute a form (an operator) that a hook can follow.
+        StateError: a weight is used by an operator whose branch a hook cannot add to the module's output.
     """
     copy = unshared(model, {})
     for site in sites:

@@ -59,7 +59,7 @@ class CascadeModule(nn.Module):
         self.training = run.model.training
         self._run, self._usage = run, UsageWatch()
         self._graphs = Graphs(run, compiler, decided, example)
-        # Last: when the guard checks whether the model is alive, the cascade's other references to it must be gone.
+        # Set last, so that it is finalized last: the guard checks whether anything but the cascade refers to the model.
         self._guard = DropGuard(run, self._usage, flags, joined)
 
     def __setattr__(self, name: str, value: Any) -> None:

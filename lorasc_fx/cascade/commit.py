@@ -58,8 +58,8 @@ class Planned:
         gradients: gradients of trained parameters; None to keep the current ones.
         optimizer: the optimizer that gets `states`.
         states: the next optimizer state of some parameters. An empty state resets the parameter.
-        current: copies of the current values of parameters trained in full, if the caller has them. They are used for a
-            rollback. Without them, copies are made.
+        current: copies of the current values of parameters trained in full, if the caller has them, for a rollback.
+            Otherwise copies are made.
     """
 
     plan: Plan

@@ -54,7 +54,7 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
             run.branches._apply(_at_least_fp32(fn))
         graphs.drop(undo)
         graphs.example = pytree.tree_map_only(torch.Tensor, fn, graphs.example)
-        # A cast has rounded these weights a second time. Compute them again, so that each is rounded once.
+        # A cast has rounded these weights a second time. Compute them again from W0, so that they are rounded once.
         cast = [name for name, value in run.weights_by_name().items() if value.dtype != dtypes[name]]
         run.commit(Planned(run.plan, run.slow, run.present([*cast, *unmoved])), undo)
         run.note_weights()

@@ -58,7 +58,7 @@ class PendingWatch(Fresh):
         self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient is accumulated
         self._handles: list[Any] = []
         self._versions: dict[int, int] = {}  # recorded versions, by the id of the parameter
-        # Weak references: a parameter's hook refers to this watch, and the garbage collector does not see such hooks.
+        # Weak references, because a parameter's hook refers to this watch, and Python cannot collect such a cycle.
         self._watched = weakref.WeakValueDictionary[int, nn.Parameter]()
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -46,7 +46,7 @@ class SlowWeights:
     Args:
         states: by weight name: sites, parameters trained in full, and every other matrix that gets noise.
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
-        left_out: names of the weights that the last fold did not change, because their trained values were not finite.
+        left_out: names of the weights that the last fold did not change, because the result was not finite.
         averaged: number of stages in the average.
         losses: losses of the stages that have ended, by stage number, if the pace depends on them.
         group: the process group that holds the shards of the weights.

@@ -444,7 +444,8 @@ class WeightState(Tree):
         if self.full:  # the parameter rounds its start to its own dtype
             start = start.to(running.dtype) if isinstance(running, torch.Tensor) else self.start
         views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
-        # Step 4: the ends of stages. They share the dense tensor of the slow weights, so a new one invalidates them.
+        # Step 4: the ends of stages. They refer to the dense tensor of the slow weights. If it is replaced, drop them,
+        # except the values of a parameter trained in full, which do not depend on it.
         if slow.dense is not self.slow.dense:
             for end in list(ends)[: 1 - MAX_ENDS if rule.keeps and self.full else None]:
                 gone = max(gone, end)

@@ -1,4 +1,4 @@
-"""What the tests of the bank share: random adapters, and the model in whose weights one is folded."""
+"""Helpers for the tests of the bank: random adapters, and a model with an adapter folded into its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pairs = dict[str, Factors]
 
 
 def random_pairs(sites: Iterable[Site], rank: int, seed: int, size: float = 0.2) -> Pairs:
-    """Factors of every site, as its weight is stored, that change its weight by about this size."""
+    """Return factors for every site, in the stored layout of its weight. Each changes its weight by about `size`."""
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for site in sites:
         lead = 1 if site.experts else 0
@@ -28,7 +28,7 @@ def random_pairs(sites: Iterable[Site], rank: int, seed: int, size: float = 0.2)
 
 
 def folded(model: nn.Module, pairs: Mapping[str, Factors]) -> nn.Module:
-    """The model, after `W0 + b @ a` was written into its weights, rounded once."""
+    """Return the model after writing `W0 + b @ a` into its weights, rounded once."""
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, pair in pairs.items():
@@ -43,7 +43,10 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def distance(got: Any, expected: Any, row: int | None = None, rows: int = 0) -> float:
-    """Largest difference over the largest entry: of all outputs, or of a row of those with so many rows on axis 0."""
+    """Return the largest difference, relative to the largest entry, over all outputs.
+
+    With `row`, only this row is compared, of outputs that have `rows` rows on axis 0.
+    """
     worst = 0.0
     for one, other in zip(tensors(got), tensors(expected), strict=True):
         assert one.shape == other.shape

@@ -1,4 +1,4 @@
-"""Each row of a batch with its own adapter is the folded model of that adapter: operators and architectures."""
+"""Rows of a batch with separate adapters equal models with these adapters folded in: operators and architectures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check(
     frontend: str = "auto",
     rows: bool = True,
 ) -> lx.AdapterBank:
-    """Compare single adapters and a mix with folded models."""
+    """Compare calls with one adapter, and calls with several, with models into which the adapter is folded."""
     original = build().eval()
     bank = lx.AdapterBank(build().eval(), args=args, kwargs=kwargs, targets=KINDS, max_rank=4, frontend=frontend)
     pairs = {name: random_pairs(bank.sites, rank, seed) for seed, (name, rank) in enumerate({"a": 2, "b": 4}.items())}

@@ -1,4 +1,4 @@
-"""The bank: add, remove, mix, train and compile; and what it refuses before anything runs."""
+"""`AdapterBank`: adding, removing, mixing, training and compiling adapters, and its errors."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_bf16_is_rounded_as_a_folded_model_is() -> None:
 
 
 def test_training_several_runs_is_training_each() -> None:
-    """Each run gets the gradients of its own rows, and starts as a cascade of its seed does."""
+    """The rows of each adapter train it as a separate cascade with the same seed would be trained."""
     rates, x = {"slow": 1e-2, "fast": 1e-1}, X[:4]
     bank = lx.AdapterBank(mlp(), args=(x,), targets=("linear",), max_rank=4)
     for name in rates:

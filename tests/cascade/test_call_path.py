@@ -1,4 +1,4 @@
-"""How much of the package runs in a call before the code of its graph, in a transition, and in `weights`."""
+"""Limits on how many functions and files of the package run in a call, in a transition, and in `weights`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BRANCHES = str(Path(sys.modules[Branch.__module__].__file__ or "").parent)
 
 
 def trained() -> tuple[lx.Cascade, torch.optim.Optimizer, torch.Tensor]:
-    """A cascade of two linear layers after two steps, which have warmed it."""
+    """Return a cascade of two linear layers after two steps, so that caches are filled."""
     model, x = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), torch.randn(4, 5)
     cascade = lx.adapt(model, (x,))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
@@ -30,7 +30,10 @@ def trained() -> tuple[lx.Cascade, torch.optim.Optimizer, torch.Tensor]:
 
 
 def functions_in(act: Callable[[], object], until: str | None = None) -> list[str]:
-    """The functions of the package that run, each once, without comprehensions; up to the first one of a folder."""
+    """Return the functions of the package that run, each once and without comprehensions.
+
+    With `until`, stop at the first function in this folder.
+    """
     functions: dict[str, None] = {}
     done = False
 
@@ -51,7 +54,7 @@ def functions_in(act: Callable[[], object], until: str | None = None) -> list[st
 
 
 def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> None:
-    """Checks of what is around a cascade run once for each stage, and not at each call."""
+    """Checks of the environment of a cascade run once per stage, and not in each call."""
     cascade, _, x = trained()
     functions = functions_in(lambda: cascade(x), until=BRANCHES)
     cascade.transition(None)  # or the end of the program would warn of lost training

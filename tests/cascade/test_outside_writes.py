@@ -1,7 +1,7 @@
-"""Weights written from outside while a cascade lives are an error at the next fold, however and whenever it was done.
+"""A weight that something other than the cascade has written is an error at the next fold, however it was written.
 
-The writes are those of other code: through `.data`, numpy, a state dict, an optimizer, an average of weights. torch's
-version counter sees half of them.
+Other code writes through `.data`, numpy, a state dict, an optimizer or an average of weights. torch's version counter
+sees only half of these writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def adapted(**options: object) -> lx.Cascade:
 
 
 def ended(seed: int = 1) -> lx.Cascade:
-    """A cascade with one ended stage and a trained branch."""
+    """Return a cascade with one ended stage and a trained branch."""
     cascade = adapted()
     randomize(cascade, seed)
     cascade.transition(None)
@@ -96,7 +96,7 @@ CALLS: dict[str, Callable[[lx.Cascade, Path], object]] = {
 
 
 def call_of_a_new_kind(cascade: lx.Cascade) -> None:
-    """What makes another graph: it must not make what was written before right."""
+    """Make a call that captures another graph. It must not record earlier outside writes as valid."""
     cascade.train(not cascade.training)
     cascade(X)
 
@@ -129,10 +129,10 @@ INSIDE = WRITES | {"cast": cast, "assigned by state dict": assigned_by_state_dic
 
 @pytest.mark.parametrize("write", INSIDE)
 def test_a_write_inside_weights_is_told_and_dropped(write: str) -> None:
-    """The oracle is a cascade that nobody has written into."""
+    """The oracle is a cascade without such a write."""
     cascade, twin = ended(), ended()
-    held = cascade.model.get_parameter("2.weight")
-    memory = held.data_ptr()
+    original = cascade.model.get_parameter("2.weight")
+    memory = original.data_ptr()
     block = cascade.weights("fast")
     block.__enter__()
     INSIDE[write](cascade.model)
@@ -143,7 +143,7 @@ def test_a_write_inside_weights_is_told_and_dropped(write: str) -> None:
             cascade.transition(None)
         return
     weight = cascade.model.get_parameter("2.weight")
-    assert weight is held
+    assert weight is original
     assert weight.data_ptr() == memory
     assert torch.equal(weight, twin.model.get_parameter("2.weight"))
     cascade.transition(None)
@@ -170,7 +170,7 @@ def test_parameters_trained_in_full_are_watched_inside_weights_too() -> None:
 
 
 def test_a_frozen_parameter_that_changes_between_saves_is_part_of_the_base(tmp_path: Path) -> None:
-    """It is in no checkpoint: what is saved later loads onto its new numbers only, in any dtype."""
+    """No checkpoint contains it, so a later checkpoint loads only onto a model with the new values, in any dtype."""
     cascade, original = ended(), mlp()
     lx.save(cascade, tmp_path)
     lx.load(tmp_path, mlp(), (X,))
@@ -200,7 +200,7 @@ def test_the_same_numbers_written_again_are_no_change() -> None:
 
 
 def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
-    """A graph of another mode brings a site: W0 of that one is taken, and the marks of the others stay."""
+    """A graph for another mode adds a site. Its current weight becomes W0, and the checksums of other weights stay."""
 
     class Modes(nn.Module):
         def __init__(self) -> None:
@@ -227,7 +227,7 @@ def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
 
 
 def test_a_tie_that_was_cut_is_refused() -> None:
-    """A fold writes the parameter of the first place; the other would keep what it has."""
+    """A fold writes the parameter in the first place. The other place would keep its old value."""
     model = mlp()
     model.append(nn.Linear(2, 6, bias=False).double())
     model.append(nn.Linear(6, 2, bias=False).double())
@@ -244,18 +244,18 @@ def test_a_tie_that_was_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["model", "branches"])
 def test_another_model_in_a_cascade_is_refused(name: str) -> None:
-    """`release` would give one back that nothing has trained."""
+    """Otherwise `release` would return a model that was never trained."""
     cascade = ended()
-    held = getattr(cascade, name)
+    child = getattr(cascade, name)
     with raises(lx.StateError, "weights-changed-outside", name):
-        setattr(cascade, name, copy.deepcopy(held))
-    setattr(cascade, name, held)
-    assert getattr(cascade, name) is held
+        setattr(cascade, name, copy.deepcopy(child))
+    setattr(cascade, name, child)
+    assert getattr(cascade, name) is child
     copy.deepcopy(cascade).release()
 
 
 def test_noise_weights_are_watched() -> None:
-    """A matrix that carries noise and is no site is written by each transition too."""
+    """A transition also writes a matrix that has noise and is not a site."""
     cascade = adapted(targets=("0.*",), noise=lx.Noise(0.1, where="all"))
     assert [site.weight for site in cascade.sites] == ["0.weight"]
     cascade.transition(None)
@@ -265,7 +265,7 @@ def test_noise_weights_are_watched() -> None:
 
 
 def test_a_head_that_was_replaced_by_one_of_another_size_is_refused() -> None:
-    """As `reset_classifier` of timm does; a head of the same size is trained from then on."""
+    """`reset_classifier` of timm does this. A new head of the same size is trained from then on."""
     cascade = adapted(targets=("0.weight",), train=("4.*",))
     cascade.model[4] = nn.Linear(6, 2).double()
     train(cascade, optimizer_of(cascade), batches(1, 4, 5))
@@ -282,15 +282,15 @@ def test_a_copy_is_watched_as_the_original_is() -> None:
     wanted, twin, written = cascade(X), copy.deepcopy(cascade), copy.deepcopy(cascade)
     written.model[2].weight.data.neg_()
     again = copy.deepcopy(written)
-    for each in (written, again):
+    for run in (written, again):
         with raises(lx.StateError, *REFUSED):
-            each.release()
+            run.release()
     torch.testing.assert_close(twin.release()(X), wanted)
     torch.testing.assert_close(cascade.release()(X), wanted)
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in another layout, which begins at an odd entry."""
+    """Return the same values in another memory layout, with an odd storage offset."""
     return torch.cat([tensor.flatten()[:1], tensor.t().flatten()])[1:].view(tensor.t().shape).t()
 
 
@@ -302,31 +302,32 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 def test_checksums_are_of_the_bits_in_order(
     dtype: torch.dtype, shape: tuple[int, int], sum_of: Callable[[torch.Tensor], int]
 ) -> None:
-    """One bit, the signs of two entries, a swap: each is seen; the layout is none of it. Both on the host and as on a
-    device, which this machine need not have.
+    """A checksum changes with one bit, with the signs of two entries and with a swap, but not with the memory layout.
+
+    This is tested on the host, and for the code for other devices without having such a device.
     """
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(9).to(dtype)
-    known = sum_of(tensor)
-    assert sum_of(tensor.clone()) == known
+    reference = sum_of(tensor)
+    assert sum_of(tensor.clone()) == reference
     if dtype.itemsize <= 4:
-        assert sum_of(strided(tensor)) == known
+        assert sum_of(strided(tensor)) == reference
     entries = tensor.view(torch.uint8).flatten()
     edits = [(0, 1), (0, 128), (len(entries) - 1, 128)]
     for first, mask in edits:
         changed = tensor.clone()
         changed.view(torch.uint8).flatten()[first] ^= mask
-        assert sum_of(changed) != known
+        assert sum_of(changed) != reference
     if tensor.numel() > 1:
         top = dtype.itemsize - 1
         changed = tensor.clone()
         changed.view(torch.uint8).flatten()[[top, top + 2 * dtype.itemsize]] ^= 128
-        assert sum_of(changed) != known
+        assert sum_of(changed) != reference
         swapped = tensor.flatten().roll(1).view(shape)
-        assert sum_of(swapped) != known
+        assert sum_of(swapped) != reference
 
 
 def test_threads_that_read_the_weights_get_the_checksums_of_each() -> None:
-    """17 MB together: below that one thread reads them."""
+    """The weights have 17 MB together. Below that, one thread reads them."""
     tensors = {name: torch.randn(2048, 1040) for name in ("first", "last")}
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

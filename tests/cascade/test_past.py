@@ -1,4 +1,4 @@
-"""Weights of any stage that has ended, and going on from one: against sums of factors in fp64 (algorithm.md)."""
+"""Weights of earlier stages, and `rewind` to them, compared with sums of factors in fp64 (algorithm.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X = batches(1, 6, 20)[0]
 
 
 def wide() -> nn.Module:
-    """Weights that hold more numbers than five experts of rank 1, and a head that is trained in full."""
+    """Return a model whose weights have more entries than five experts of rank 1, with a head trained in full."""
     torch.manual_seed(8)
     return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 18, bias=False), nn.Linear(18, 3)).double()
 
@@ -32,7 +32,7 @@ def cascade_of(restart: str = "slow", **options: object) -> lx.Cascade:
 
 
 def stage(cascade: lx.Cascade, seed: int) -> dict[str, torch.Tensor]:
-    """Train a stage by no optimizer and end it; returns s B A of each site, and what the head has become."""
+    """Train a stage without an optimizer and end it. Return s B A of each site, and the value of the head."""
     randomize(cascade, seed)
     deltas = {
         name: (branch.scale * branch.lora_B @ branch.lora_A).detach().clone()
@@ -52,21 +52,21 @@ def slow_by_hand(restart: str, trained: list[dict[str, torch.Tensor]]) -> list[d
     slow = {name: torch.zeros_like(base[name]) for name in sites}
     start = dict(slow)
     bias = base["3.bias"]
-    found = [dict(base)]
+    results = [dict(base)]
     for deltas in trained:
         for name in sites:
             fast = start[name] + deltas[name]
             slow[name] = slow[name] + PACE * (fast - slow[name])
             start[name] = slow[name] if restart == "slow" else fast
         bias = bias + PACE * (deltas["3.bias"] - bias)
-        found.append(base | {name: base[name] + slow[name] for name in sites} | {"3.bias": bias})
-    return found
+        results.append(base | {name: base[name] + slow[name] for name in sites} | {"3.bias": bias})
+    return results
 
 
 def assert_holds(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    held = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, value in expected.items():
-        torch.testing.assert_close(held[name].detach(), value, **EXACT, msg=f"{name} differs")
+        torch.testing.assert_close(parameters[name].detach(), value, **EXACT, msg=f"{name} differs")
 
 
 @pytest.mark.parametrize("restart", ["slow", "fast"])
@@ -75,12 +75,12 @@ def test_each_stage_is_its_own_sum(restart: str, tmp_path: Path) -> None:
     expected = slow_by_hand(restart, [stage(cascade, seed) for seed in range(4)])
     randomize(cascade, 9)  # a stage is running
     lx.save(cascade, tmp_path)
-    for held in (cascade, lx.load(tmp_path, wide(), (X,))):
+    for run in (cascade, lx.load(tmp_path, wide(), (X,))):
         for number in (3, 1, 0, 4, 2):
-            with unchanged(held), held.weights(stage=number) as inside:
-                assert inside is held
-                assert_holds(held.model, expected[number])
-                torch.testing.assert_close(held(X), held.model(X), rtol=0, atol=0)
+            with unchanged(run), run.weights(stage=number) as inside:
+                assert inside is run
+                assert_holds(run.model, expected[number])
+                torch.testing.assert_close(run(X), run.model(X), rtol=0, atol=0)
         assert (expected[1]["0.weight"] - expected[2]["0.weight"]).abs().max() > 1e-3
 
 
@@ -130,7 +130,7 @@ def test_a_cascade_goes_on_from_an_earlier_stage(restart: str) -> None:
 
 
 def test_a_rewind_is_a_fresh_stage_whose_noise_and_factors_are_new() -> None:
-    """The numbers of stages are addresses: none is used twice, and none is left out after a loop."""
+    """The noise depends on the number of a stage, so no number is used twice, and none is skipped after a loop."""
     noisy = cascade_of(noise=lx.Noise(0.2))
     optimizer = optimizer_of(noisy)
     seen = []
@@ -159,15 +159,15 @@ def test_stages_before_a_dense_collapse_are_gone_and_said_to_be(tmp_path: Path) 
     with cascade.weights("slow"):
         slow = {name: value.detach().clone() for name, value in model.named_parameters()}
     lx.save(cascade, tmp_path)
-    for held in (cascade, lx.load(tmp_path, mlp(), batches(1, 4, 5))):
-        with held.weights(stage=4):
-            assert all(torch.equal(value, slow[name]) for name, value in held.model.named_parameters())
-        with unchanged(held), raises(lx.StateError, "unknown-stage") as caught:
-            held.rewind(2, None)
+    for run in (cascade, lx.load(tmp_path, mlp(), batches(1, 4, 5))):
+        with run.weights(stage=4):
+            assert all(torch.equal(value, slow[name]) for name, value in run.model.named_parameters())
+        with unchanged(run), raises(lx.StateError, "unknown-stage") as caught:
+            run.rewind(2, None)
         assert "rewind: stage 2 is no longer available for 0.weight" in str(caught.value)
         assert "Available: 0, 4. To keep all stages, save a checkpoint per stage" in str(caught.value)
-        held.rewind(4, None)
-        assert held.stage == 6
+        run.rewind(4, None)
+        assert run.stage == 6
     cascade.transition(None)  # a stage that trained nothing moves no weight, so stage 4 is still there
     with cascade.weights(stage=4):
         assert all(torch.equal(value, slow[name]) for name, value in model.named_parameters())

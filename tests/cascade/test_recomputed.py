@@ -1,4 +1,4 @@
-"""Code that backward runs again computes with the branches, and what it does not keep in memory is not kept here."""
+"""Code that runs again in backward computes with the branches, and activation checkpointing still saves memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):
-    """A residual block; with `breaks` no graph holds it."""
+    """A residual block. With `breaks`, it causes a graph break."""
 
     def __init__(self, breaks: bool = False) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Blocks under torch.utils.checkpoint: one after the other with one twice, one inside the other, or in segments."""
+    """Blocks under torch.utils.checkpoint: one after another with one used twice, nested, or in segments."""
 
     def __init__(self, how: str, breaks: bool, reentrant: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Checkpointed(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer, which gathers its weights in a list, checkpointed twice."""
+    """A recurrent layer, which collects its weights in a list, checkpointed twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
 
 
 class Reverse(torch.autograd.Function):
-    """A reversible block: backward makes its inputs of its outputs, and runs both functions again."""
+    """A reversible block: backward computes its inputs from its outputs, and runs both functions again."""
 
     @staticmethod
     def forward(
@@ -120,7 +120,7 @@ class Reversible(nn.Module):
 
 
 class Adjoint(torch.autograd.Function):
-    """Euler steps of an equation; backward goes the way back, with gradients by the tensors of `parameters()`."""
+    """Euler steps of a differential equation. Backward integrates backwards, with gradients for `parameters()`."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, f: nn.Module, *parameters: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ def gradients(model: nn.Module, x: torch.Tensor = X) -> None:
 
 
 def assert_gradients(cascade: lx.Cascade, merged: nn.Module) -> None:
-    """The factors have the gradients that the eager model with W + s B A gives them, through its weights."""
+    """Check that the factors have the gradients that follow from the eager model with weights W + s B A."""
     for name, branch in branches(cascade).items():
         right = torch.autograd.grad(
             branch.dense_delta(merged.get_parameter(name).detach()),
@@ -209,7 +209,10 @@ def merged_twin(model: nn.Module, cascade: lx.Cascade) -> nn.Module:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
-    """In two steps and in a call of the cascade inside another's backward; a call of the model itself stays without."""
+    """In two training steps, and in a call of the cascade inside the backward of another call.
+
+    A call of the model itself has no branches.
+    """
     model = model_of(name)
     original = copy.deepcopy(model)
     cascade = lx.adapt(model, (X,), spec=SPEC, frontend="graph-breaks" if name == "Hooked" else "auto")
@@ -237,7 +240,7 @@ def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
 
 
 def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
-    """Each computes again what it has computed."""
+    """Each call recomputes its own values, with or without branches."""
     model = model_of("twice-breaks-hooks")
     original = copy.deepcopy(model)
     cascade = lx.adapt(model, (X,), spec=SPEC)
@@ -251,7 +254,7 @@ def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
 
 
 def test_an_output_that_is_gone_before_its_backward_is_an_error() -> None:
-    """A value of each weight is kept for a call where gradients are asked for by `parameters()`."""
+    """The weights of a call are kept for code that asks for gradients of `parameters()`."""
 
     class Kept(Equation):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -295,7 +298,7 @@ def test_a_weight_that_only_a_closure_holds_in_backward_is_refused() -> None:
 
 
 class Region(torch.autograd.Function):
-    """Gradient checkpointing of one's own, as in diffusion models: differentiates by all parameters of a region."""
+    """Custom gradient checkpointing, as in diffusion models: it differentiates by all parameters of a region."""
 
     @staticmethod
     def forward(ctx: Any, region: Callable[..., Any], x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -321,7 +324,7 @@ class Regional(nn.Module):
 
 
 def test_a_region_that_differentiates_by_frozen_parameters_is_refused() -> None:
-    """The frozen bias has no gradient; trained in full it has, and the region computes with the branch."""
+    """The frozen bias has no gradient. If it is trained in full it has one, and the region computes with the branch."""
     torch.manual_seed(0)
     model, twin = Regional().double(), Regional().double()
     model.body.bias.grad = torch.ones(6, dtype=torch.float64)
@@ -343,7 +346,7 @@ def test_a_region_that_differentiates_by_frozen_parameters_is_refused() -> None:
 
 
 class Reseeds(nn.Module):
-    """Draws a seed for its dropout, to repeat it later, as reversible networks do."""
+    """Draws a seed for its dropout and uses it again later, as reversible networks do."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -355,7 +358,7 @@ class Reseeds(nn.Module):
 
 
 def test_a_model_that_seeds_the_generator_anew() -> None:
-    """torch.seed is followed; of a seed from elsewhere the refusal tells."""
+    """torch.seed is supported. For a seed from another source, the error explains what to do."""
     cascade = lx.adapt(Reseeds("seed").double(), (X,), spec=SPEC)
     assert [site.weight for site in cascade.sites] == ["stem.weight", "head.weight"]
     assert not torch.equal(cascade(X), cascade(X))  # every call draws its own
@@ -368,7 +371,7 @@ def test_a_model_that_seeds_the_generator_anew() -> None:
 
 
 class Stack(nn.Module):
-    """Blocks that are checkpointed on demand, as those of transformers and timm are."""
+    """Blocks with optional activation checkpointing, as in transformers and timm."""
 
     def __init__(self, reentrant: bool = False) -> None:
         super().__init__()
@@ -387,22 +390,22 @@ class Stack(nn.Module):
 
 
 def bytes_kept(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of what autograd saves in a forward, each storage once."""
-    found: dict[int, int] = {}
+    """Return the bytes that autograd saves in a forward. Each storage counts once."""
+    sizes: dict[int, int] = {}
 
     def pack(value: torch.Tensor) -> torch.Tensor:
-        found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         model(x)
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) -> None:
-    """Turned on before `adapt` or after it, and off again."""
+    """Checkpointing is enabled before or after `adapt`, and disabled again."""
     torch.manual_seed(4)
     model, x = Stack(reentrant), torch.randn(256, 5)
     model.gradient_checkpointing = True
@@ -446,7 +449,7 @@ def test_a_whole_graph_is_refused(frontend: str) -> None:
 
 
 class Widened(nn.Module):
-    """A model whose output is cast to fp32, whatever it computed in."""
+    """A model whose output is cast to fp32, whatever the dtype of its computation."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -458,7 +461,7 @@ class Widened(nn.Module):
 
 @pytest.mark.parametrize("bits", ["bf16", "autocast", "autocast, fp32 output"])
 def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
-    """A rounded gradient is not taken for a wrong one: branches stand beside their ops, inside the regions too."""
+    """A rounded gradient does not count as a wrong one. Branches are beside their ops in checkpointed regions too."""
     torch.manual_seed(4)
     model, x = Stack(), torch.randn(64, 5)
     model.gradient_checkpointing = True

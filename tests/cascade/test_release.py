@@ -1,4 +1,4 @@
-"""`release` gives the user's own model back; folded state dict and folded graph are the same weights, apart from it."""
+"""`release` returns the user's own model. The folded state dict and the folded graph have the same weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
 
 
 class Stated(nn.Module):
-    """A norm with statistics, a frozen part, a part in eval mode, a hook, a persistent buffer and one that is not."""
+    """A norm with statistics, a frozen part, a part in eval mode, a hook, a persistent and a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def stated() -> Stated:
 
 
 def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cascade:
-    """Two stages: one folded, one that has trained."""
+    """Return a cascade after two stages: one folded, and one that is running and has trained."""
     cascade = lx.adapt(model, (x,), spec=SPEC, **options)
     randomize(cascade, 1)
     cascade.transition(None)
@@ -55,15 +55,15 @@ def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cas
 
 
 def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make: Any) -> dict[str, torch.Tensor]:
-    """W0 + pace * sum of the deltas, which another cascade of the same spec tells the factors of."""
+    """Return W0 + pace * sum of the deltas, whose factors are read from another cascade with the same spec."""
     other = lx.adapt(make(), batches(1, 2, 3, 5, 4), spec=SPEC)
-    found = {name: value.clone() for name, value in state.items()}
+    expected = {name: value.clone() for name, value in state.items()}
     for seed in seeds:
         randomize(other, seed)
         for name, branch in branches(other).items():
-            found[name] += 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach().view_as(found[name])
+            expected[name] += 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach().view_as(expected[name])
         other.transition(None)
-    return found
+    return expected
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
@@ -84,9 +84,9 @@ def test_release_is_the_users_object(frontend: str) -> None:
 
     assert released is model
     assert dict(model.named_modules()) == modules
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert held.keys() == objects.keys()
-    assert all(held[name] is value for name, value in objects.items())
+    current = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert current.keys() == objects.keys()
+    assert all(current[name] is value for name, value in objects.items())
     assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
     assert len(set(flags.values())) == len(set(modes.values())) == 2
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -105,7 +105,7 @@ def test_release_is_the_users_object(frontend: str) -> None:
 
 
 def test_a_released_model_is_free() -> None:
-    """It trains, is adapted again with its new weights as W0, and the old cascade says that it has ended."""
+    """It can be trained and adapted again, with its new weights as W0. The old cascade raises that it was released."""
     model, x = stated(), batches(1, 2, 3, 5, 4)[0]
     cascade = trained_cascade(model, x)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
@@ -163,7 +163,7 @@ def test_folded_state_dict_and_graph_are_the_release(frontend: str) -> None:
 
 
 def test_folded_graph_for_other_inputs() -> None:
-    """The graph of another mode and of other arguments, with the same weights."""
+    """The graph of another mode and of other arguments has the same weights."""
     model, x = stated(), batches(1, 2, 3, 5, 4)[0]
     cascade = trained_cascade(model, x).eval()
     graph = cascade.folded_graph((x,))
@@ -172,18 +172,20 @@ def test_folded_graph_for_other_inputs() -> None:
     training = cascade.folded_graph((x,))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(1)
-    found = training(x)
+    trained_output = training(x)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     released = cascade.release().eval()
     assert torch.equal(graph(x), released(x))
     assert torch.equal(by_name(x), released(x))
     torch.manual_seed(1)
-    assert torch.equal(found, released.train()(x))
+    assert torch.equal(trained_output, released.train()(x))
 
 
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
-    """save_pretrained, from_pretrained: equal outputs, in the dtype; tied weights, generate and its settings too."""
+    """After save_pretrained and from_pretrained the outputs are equal, in the same dtype, and so are tied weights and
+    generate with its settings.
+    """
     torch.manual_seed(52)
     model = tiny.llama(num_hidden_layers=2, tie_word_embeddings=tied).to(dtype).eval()
     model.generation_config.max_new_tokens, model.generation_config.pad_token_id = 4, 0
@@ -204,11 +206,11 @@ def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype:
     released.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     assert loaded.generation_config.max_new_tokens == 4
-    for each in (loaded, released, fresh):
-        assert {value.dtype for value in each.parameters()} == {dtype}
-        assert (each.lm_head.weight is each.model.embed_tokens.weight) == tied
-        assert all(torch.equal(state[name], value) for name, value in each.state_dict().items())
+    for transformer in (loaded, released, fresh):
+        assert {value.dtype for value in transformer.parameters()} == {dtype}
+        assert (transformer.lm_head.weight is transformer.model.embed_tokens.weight) == tied
+        assert all(torch.equal(state[name], value) for name, value in transformer.state_dict().items())
         off = 0.0 if dtype == torch.float32 else 0.02  # bf16: which kernel runs depends on where a file is mapped
-        torch.testing.assert_close(each(input_ids=ids).logits, slow, rtol=off, atol=off)
+        torch.testing.assert_close(transformer(input_ids=ids).logits, slow, rtol=off, atol=off)
     assert torch.equal(loaded.generate(ids, do_sample=False), written)
     assert written.shape == (2, 11)

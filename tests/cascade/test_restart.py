@@ -1,4 +1,4 @@
-"""What a transition does besides the slow update: optimizer state, the next lora_A, parameters trained in full."""
+"""A transition apart from the slow update: optimizer state, the next lora_A, parameters trained in full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALLS = 4
 
 
 def headed() -> nn.Module:
-    """A body of two sites, a norm and a head that are trained in full."""
+    """Return a body of two sites, with a norm and a head that are trained in full."""
     torch.manual_seed(61)
     body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
     return nn.Sequential(OrderedDict(body=body, norm=nn.LayerNorm(6), head=nn.Linear(6, 2))).double()
@@ -37,7 +37,7 @@ def owned(cascade: lx.Cascade) -> list[nn.Parameter]:
 
 
 def pruned(state: dict[str, torch.Tensor], name: str, ratio: float) -> torch.Tensor:
-    """Zero where either moment is among the share `ratio` of its smallest in magnitude, by sorting."""
+    """Return zeros where either moment is among the share `ratio` of its smallest in magnitude, found by sorting."""
     value, zero = state[name], torch.zeros_like(state["exp_avg"], dtype=torch.bool)
     for moment in (state["exp_avg"].abs(), state["exp_avg_sq"].abs()):
         zero |= moment < moment.flatten().sort().values[round(ratio * moment.numel())]
@@ -51,25 +51,28 @@ def test_optimizer_state_of_the_branches_and_of_nothing_else(how: Any) -> None:
     train(cascade, optimizer, batches(CALLS, 4, 5))
     objects, before = list(cascade.parameters()), snapshot(optimizer)
     groups = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
-    own = owned(cascade)
-    assert all(before[parameter]["exp_avg"].any() for parameter in own)
+    factors = owned(cascade)
+    assert all(before[parameter]["exp_avg"].any() for parameter in factors)
     cascade.transition(optimizer)
 
     assert all(new is old for new, old in zip(cascade.parameters(), objects, strict=True))
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
     assert all(parameter.grad is None for parameter in cascade.parameters())
     for parameter, state in before.items():
-        found = optimizer.state.get(parameter, {})
-        mine = any(parameter is each for each in own)
-        assert set(found) == (set() if mine and how == "reset" else set(state))
-        for name, value in found.items():
+        current = optimizer.state.get(parameter, {})
+        mine = any(parameter is each for each in factors)
+        assert set(current) == (set() if mine and how == "reset" else set(state))
+        for name, value in current.items():
             shaped = mine and isinstance(how, float) and value.shape == parameter.shape
             assert torch.equal(value, pruned(state, name, how) if shaped else state[name]), name
 
 
 def test_no_factor_leaps_on_a_pruned_state() -> None:
-    """lora_A has no gradient in a stage's first step; where its second moment was pruned and its first was not, Adam
-    stepped by exp_avg / eps."""
+    """No parameter makes a large step after pruning.
+
+    lora_A has no gradient in the first step of a stage. If only its second moment were pruned, Adam would step by
+    exp_avg / eps.
+    """
     calls = batches(2 * CALLS, 4, 5)
     cascade = lx.adapt(mlp(), (calls[0],), spec=lx.CascadeSpec(rank=4, optimizer_state=0.9))
     optimizer = optimizer_of(cascade)
@@ -83,7 +86,7 @@ def test_no_factor_leaps_on_a_pruned_state() -> None:
 
 
 def test_a_reset_is_a_new_optimizer() -> None:
-    """The next stage's steps are those of an optimizer that has never stepped; kept state makes others."""
+    """In the next stage the optimizer steps as a new one would. With kept state it does not."""
     calls, losses = batches(2 * CALLS, 4, 5), {}
     for how in ("reset", "kept", "new"):
         cascade = lx.adapt(

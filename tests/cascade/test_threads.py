@@ -1,4 +1,4 @@
-"""Several threads and one cascade: whoever reads or writes its weights waits for the others, or is refused."""
+"""Several threads use one cascade: calls that read or write its weights wait for each other, or raise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.kit.errors import raises
 from tests.kit.state import branches_of, lock_of
 
 
-def made(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
-    """A cascade of pace 1 whose branches have moved, its first weight, and what the branch adds to that."""
+def moved_cascade(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
+    """Return a cascade of pace 1 whose branches have moved, its first weight, and the delta of this weight."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 5))
     base = model[0].weight.detach().clone()
@@ -30,7 +30,7 @@ def made(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
 
 
 def together(*calls: Callable[[], object]) -> list[BaseException]:
-    """Run the calls at once, each in a thread; return what they raise."""
+    """Run the calls at the same time, each in a thread, and return the exceptions that they raise."""
     raised: list[BaseException] = []
     start = threading.Barrier(len(calls))
 
@@ -52,7 +52,7 @@ def together(*calls: Callable[[], object]) -> list[BaseException]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_two_transitions(seed: int) -> None:
-    cascade, base, delta = made(seed)
+    cascade, base, delta = moved_cascade(seed)
     assert not together(lambda: cascade.transition(None), lambda: cascade.transition(None))
     assert cascade.stage == 3
     torch.testing.assert_close(cascade.release()[0].weight, base + delta)
@@ -60,21 +60,21 @@ def test_two_transitions(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_transition_and_readers(seed: int) -> None:
-    """A folded state is that of before or after the transition, which are the same numbers; never a mixture."""
-    cascade, base, delta = made(seed)
-    found: list[torch.Tensor] = []
+    """A folded state dict has the weights from before or after the transition, which are equal, and never a mixture."""
+    cascade, base, delta = moved_cascade(seed)
+    weights: list[torch.Tensor] = []
 
     def read() -> None:
-        found.append(cascade.folded_state_dict()["0.weight"])
+        weights.append(cascade.folded_state_dict()["0.weight"])
 
     assert not together(lambda: cascade.transition(None), read, read)
-    assert len(found) == 2
-    for each in found:
-        torch.testing.assert_close(each, base + delta)
+    assert len(weights) == 2
+    for weight in weights:
+        torch.testing.assert_close(weight, base + delta)
 
 
 def test_a_transition_inside_weights_of_another_thread_is_refused() -> None:
-    cascade, base, delta = made(0)
+    cascade, base, delta = moved_cascade(0)
     with cascade.weights("base"):
         (refused,) = together(lambda: cascade.transition(None))
         assert isinstance(refused, lx.StateError)
@@ -86,8 +86,8 @@ def test_a_transition_inside_weights_of_another_thread_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_new_variant_and_a_transition(seed: int) -> None:
-    """No deadlock, and the graph belongs to the stage that runs then."""
-    cascade, base, delta = made(seed)
+    """There is no deadlock, and the graph belongs to the stage that runs afterwards."""
+    cascade, base, delta = moved_cascade(seed)
     x = torch.randn(3, 2, 9)
     together(lambda: cascade.eval()(x), lambda: cascade.transition(None), lambda: cascade.folded_graph((x,)))
     assert cascade.stage == 2
@@ -96,7 +96,7 @@ def test_a_new_variant_and_a_transition(seed: int) -> None:
 
 
 def test_a_copy_has_a_lock_of_its_own() -> None:
-    cascade, _, _ = made(0)
+    cascade, _, _ = moved_cascade(0)
     assert lock_of(cascade).acquire(blocking=False)
     twin = copy.deepcopy(cascade)
     assert not together(lambda: twin.transition(None))

@@ -1,6 +1,6 @@
-"""What a transition may take: no new tensor where one stands, little memory beside, no capture and no compilation.
+"""Limits on the cost of a transition: no replaced tensors, little extra memory, no capture and no compilation.
 
-Counted, not timed: `benchmarks/transitions.py` has the seconds.
+These tests count and do not measure time: `benchmarks/transitions.py` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGES = 5
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are alive: `most` is the largest sum so far."""
+    """Counts bytes of live storages that operations have allocated. `most` is the largest sum so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ NARROW = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 0, torch.float64: 
 
 
 def wide(dtype: torch.dtype, **options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
-    """A cascade whose branches and optimizer hold numbers."""
+    """Return a cascade whose branches and optimizer state are not zero."""
     spec = lx.CascadeSpec(rank=1, pace=0.5, **options)
     cascade = lx.adapt(Wide().to(dtype).eval(), (X.to(dtype),), spec=spec)
     assert len(cascade.sites) == 10
@@ -94,10 +94,10 @@ def trained(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize("options", [{}, {"restart": "fast", "optimizer_state": 0.5}], ids=["slow", "fast"])
 @pytest.mark.parametrize("strength", [0.0, 0.1])
 def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options: dict[str, Any]) -> None:
-    """Copies of factors; of weights none where the arithmetic is the weight's own, else one in fp32; some blocks of
-    noise.
+    """A transition allocates copies of factors, some blocks of noise, and for narrow weights one weight in fp32.
 
-    The ten weights together, or a product of factors, would be more: they are copied once, before the first write.
+    A copy of all ten weights, or a full product of factors, would exceed the limit. W0 is copied once, before the first
+    write.
     """
     cascade, optimizer = wide(dtype, noise=lx.Noise(strength), **options)
     factors = sum(parameter.nbytes for branch in cascade.branches.values() for parameter in branch.parameters())
@@ -119,7 +119,7 @@ def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options:
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same Parameter objects, at the same addresses; no capture, no variant, no new place in the optimizer."""
+    """Parameter objects and addresses stay the same. No graph is captured, and the optimizer gets no new entry."""
     captures = 0
     real = seam("capture")
 
@@ -153,7 +153,7 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
 
 
 def compiled_stages(backend: str, **close: float) -> None:
-    """Train a compiled cascade: it computes what the one that is not compiled does, in every stage, by one graph."""
+    """Train a compiled cascade. In every stage, its one graph computes the same as the cascade without compilation."""
     cascade = lx.adapt(Wide(), (X,), spec=lx.CascadeSpec(rank=2, lora_alpha=4.0, noise=lx.Noise(0.1), pace=0.5))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     fast, stats = torch.compile(cascade, backend=backend), torch._dynamo.utils.counters["stats"]
@@ -201,8 +201,10 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_accumulate_is_the_sum_rounded_once(
     narrow: torch.dtype, dtype: torch.dtype, stacked: bool, layout: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the blocks, the memory format and the stack: rank 1 has no order of summation, and factors of few bits
-    have products that no kernel rounds, fused or not, so every bit is right.
+    """Every bit is right for any block size, memory format and stack.
+
+    The factors have rank 1, so there is no order of summation. They have few bits, so no kernel rounds their products,
+    fused or not.
     """
     lower(monkeypatch, "block of a sum", block)
     source = torch.Generator().manual_seed(3)
@@ -228,7 +230,7 @@ def test_accumulate_is_the_sum_rounded_once(
 
 
 def test_a_transition_inside_autocast_is_none_of_its_business() -> None:
-    """A fold is computed in fp32 wherever it is called from."""
+    """A fold is computed in fp32 even inside autocast."""
     weights = []
     for enabled in (False, True):
         cascade = lx.adapt(Wide().eval(), (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), pace=0.5))

@@ -1,4 +1,4 @@
-"""Several runs on one base: each view has the bits of its run's own fold, and the host's own run sees none of it."""
+"""Several runs on one base: each view has the same bits as the fold of its run, and does not affect the host run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def base() -> nn.Module:
 
 
 def trained(cascade: lx.Cascade, seed: int, stages: int = 2, last: bool = True) -> lx.Cascade:
-    """Some stages, and with `last` one that runs: its steps move all that trains, and the running statistics."""
+    """Train some stages, and with `last` a running one. Steps change all trained parameters and running statistics."""
     torch.manual_seed(seed)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
     for number in range(stages + last):
@@ -62,47 +62,47 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> None:
-    assert found.keys() == expected.keys()
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         if name not in but:
-            assert torch.equal(found[name], value), name
+            assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("given", ["folder", "cascade"])
 def test_a_view_is_the_fold_of_its_run(kind: str, given: str, tmp_path: Path) -> None:
-    host, other = run("plain", 1), run(kind, 2)
-    states = weight_states(other).values()
+    host, guest = run("plain", 1), run(kind, 2)
+    states = weight_states(guest).values()
     assert any(state.is_dense for state in states) == (kind in ("dense", "other kinds"))
-    lx.save(other, tmp_path)
-    host.add("legal", tmp_path if given == "folder" else other)
-    expected = values(other.release())
+    lx.save(guest, tmp_path)
+    host.add("legal", tmp_path if given == "folder" else guest)
+    expected = values(guest.release())
     assert not torch.equal(expected["1.running_mean"], values(host.model)["1.running_mean"])
     with unchanged(host):
         for _ in range(2):
             with host.weights("legal"):
-                found = values(host.model)
+                placed = values(host.model)
                 assert torch.equal(host(X), host.model(X))
-            same(found, expected)
-        same(host.folded_state_dict(view="legal"), found)
+            same(placed, expected)
+        same(host.folded_state_dict(view="legal"), placed)
         file = lx.export.safetensors(host, tmp_path / "legal.safetensors", view="legal")
-        same(load_file(file), found)
+        same(load_file(file), placed)
     folded = host.eval().folded_graph(view="legal")
     with host.weights("legal"), torch.no_grad():
         assert torch.equal(folded(X), host.model(X))
     host.zero_grad()
-    same(values(host.release(view="legal")), found)
+    same(values(host.release(view="legal")), placed)
 
 
 def test_a_site_that_the_host_trains_in_full_is_rounded_once() -> None:
     host = lx.adapt(base(), (X,), spec=replace(SPEC, targets=("0.weight",), train=("3.*", "4.*")), frontend="symbolic")
     for seed in (2, 3, 4):
-        host.add("legal", other := run("kept noise", seed))
+        host.add("legal", guest := run("kept noise", seed))
         with host.weights("legal"):
-            found = values(host.model)
+            placed = values(host.model)
         host.remove("legal")
-        same(found, values(other.release()))
+        same(placed, values(guest.release()))
 
 
 @pytest.mark.parametrize("given", ["folder", "cascade"])
@@ -114,10 +114,10 @@ def test_a_parameter_that_forward_writes_comes_with_its_run(given: str, tmp_path
             cascade(X[:, :5])
         return cascade
 
-    host, other = teacher(1), teacher(4)
-    lx.save(other, tmp_path)
-    host.add("legal", tmp_path if given == "folder" else other)
-    expected = values(other.release())
+    host, guest = teacher(1), teacher(4)
+    lx.save(guest, tmp_path)
+    host.add("legal", tmp_path if given == "folder" else guest)
+    expected = values(guest.release())
     assert not torch.equal(expected["teacher.weight"], values(host.model)["teacher.weight"])
     with unchanged(host), host.weights("legal"):
         same(values(host.model), expected)
@@ -144,10 +144,10 @@ def test_the_own_run_sees_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
-    host, other = run("plain", 1), run("more ranks", 2)
+    host, guest = run("plain", 1), run("more ranks", 2)
     torch.manual_seed(0)
     before = host.state_dict()
-    host.add("legal", other)
+    host.add("legal", guest)
     after = host.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
     assert again.views == ("slow", "fast", "base")
     with raises(lx.StateError, "unknown-name", "legal"):
         again.weights("legal").__enter__()
-    again.add("legal", other)
+    again.add("legal", guest)
     with host.weights("legal"), again.weights("legal"):
         same(values(again.model), values(host.model))
     again.load_state_dict(before)
@@ -165,52 +165,52 @@ def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:merge. 2 buffers differ:lorasc_fx.errors.LorascWarning")
 def test_sums_are_those_of_merge_and_of_the_formula() -> None:
-    host, one, other = run("plain", 1, last=False), run("more ranks", 2), run("dense", 3)
+    host, one, guest = run("plain", 1, last=False), run("more ranks", 2), run("dense", 3)
     host.add("one", one)
-    host.add("other", other)
+    host.add("other", guest)
     assert host.views == ("slow", "fast", "base", "one", "other")
     shares = {"one": 0.75, "other": -0.5, "slow": 0.25}
     w0 = dict(base().named_parameters())
     with host.weights("slow"):
         slow = values(host.model)
-    merged = lx.merge([one, other, host], base(), (X,), weights=[*shares.values()])
-    parts = [values(copy.deepcopy(each).release()) for each in (one, other)] + [slow]
+    merged = lx.merge([one, guest, host], base(), (X,), weights=[*shares.values()])
+    parts = [values(copy.deepcopy(each).release()) for each in (one, guest)] + [slow]
     expected = values(merged.release())
     with unchanged(host), host.weights(shares):
-        found = values(host.model)
+        placed = values(host.model)
     for name, value in w0.items():
-        assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(placed[name], expected[name]), name
         exact = value.double() + sum(
             share * (part[name].double() - value.double()) for share, part in zip(shares.values(), parts, strict=True)
         )
-        torch.testing.assert_close(found[name].double(), exact, atol=1e-6, rtol=1e-6)
-    assert torch.equal(found["1.running_mean"], values(host.model)["1.running_mean"])  # no two runs agree on it
+        torch.testing.assert_close(placed[name].double(), exact, atol=1e-6, rtol=1e-6)
+    assert torch.equal(placed["1.running_mean"], values(host.model)["1.running_mean"])  # no two runs agree on it
     with host.weights("one"):
         alone = values(host.model)
     with host.weights({"one": 1}):
         same(values(host.model), alone)
-    same(values(host.release(view=shares)), {**values(host.model), **{name: found[name] for name in w0}})
+    same(values(host.release(view=shares)), {**values(host.model), **{name: placed[name] for name in w0}})
 
 
 @pytest.mark.parametrize("slow_train", [True, False])
 def test_the_own_run_by_itself_is_the_slow_weights(slow_train: bool) -> None:
-    """What is trained in full and does not follow the slow rule is as it is now."""
+    """Parameters trained in full that do not follow the slow rule have their current values."""
     spec = replace(SPEC, slow_train=slow_train, pace=0.5)
     host = trained(lx.adapt(base(), (X,), spec=spec, frontend="symbolic"), 1)
-    now = values(host.model)["4.weight"]
+    current = values(host.model)["4.weight"]
     with host.weights("slow"):
         slow = values(host.model)
-    assert torch.equal(slow["4.weight"], now) != slow_train
+    assert torch.equal(slow["4.weight"], current) != slow_train
     with unchanged(host), host.weights({"slow": 1}):
         same(values(host.model), slow)
     same(host.folded_state_dict(view={"slow": 1}), host.folded_state_dict())
 
 
 def test_a_name_is_added_once_and_free_after_a_removal() -> None:
-    host, other = run("plain", 1), run("plain", 3)
+    host, guest = run("plain", 1), run("plain", 3)
     host.add("legal", run("plain", 2))
     with unchanged(host), raises(lx.SpecError, "invalid-value", "add", "'legal'", "remove"):
-        host.add("legal", other)
+        host.add("legal", guest)
     assert host.views.count("legal") == 1
     with host.weights("legal"), raises(lx.StateError, "inside-weights", "remove"):
         host.remove("legal")
@@ -220,29 +220,29 @@ def test_a_name_is_added_once_and_free_after_a_removal() -> None:
     assert host.views == ("slow", "fast", "base")
     with raises(lx.StateError, "unknown-name", "legal"):
         host.weights("legal").__enter__()
-    host.add("legal", other)
+    host.add("legal", guest)
     with host.weights("legal"):
-        same(values(host.model), values(other.release()))
+        same(values(host.model), values(guest.release()))
 
 
 def test_what_cannot_be_added() -> None:
     host = run("plain", 1)
     changed = base()
     nn.init.ones_(changed[3].weight)
-    other = trained(lx.adapt(changed, (X,), spec=SPEC, frontend="symbolic"), 2)
+    guest = trained(lx.adapt(changed, (X,), spec=SPEC, frontend="symbolic"), 2)
     more = trained(lx.adapt(base(), (X,), spec=replace(SPEC, train=("0.bias", "4.*")), frontend="symbolic"), 2)
     with unchanged(host):
         with raises(lx.CheckpointError, "base-differs", "'legal'", "3.weight"):
-            host.add("legal", other)
+            host.add("legal", guest)
         with raises(lx.SpecError, "sites-differ", "'legal'", "0.bias"):
             host.add("legal", more)
         for name in ("slow", "base", "averaged", "", 3):
             with raises(lx.SpecError, "invalid-value", "add"):
-                host.add(name, other)  # type: ignore[arg-type]  # what is tested
+                host.add(name, guest)  # type: ignore[arg-type]  # what is tested
         with raises(lx.SpecError, "invalid-value", "int"):
             host.add("legal", 3)  # type: ignore[arg-type]
         with host.weights("slow"), raises(lx.StateError, "inside-weights", "add"):
-            host.add("legal", other)
+            host.add("legal", guest)
     assert host.views == ("slow", "fast", "base")
 
 
@@ -279,12 +279,12 @@ def test_statistics_that_are_estimated_inside_a_view() -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "dense", "other kinds"])
 def test_a_sum_beyond_the_dtype_of_a_weight(kind: str) -> None:
-    host, other = run("plain", 1, last=False), run(kind, 2)
-    host.add("legal", other)
+    host, guest = run("plain", 1, last=False), run(kind, 2)
+    host.add("legal", guest)
     huge = {"legal": 3e38, "slow": 1e38}
     with unchanged(host), raises(lx.SpecError, "invalid-value", "weights", "4.weight"):
         host.weights({name: 30 * weight for name, weight in huge.items()}).__enter__()
     with unchanged(host), raises(lx.SpecError, "invalid-value", "release", "0.weight"):
         host.release(view={name: 30 * weight for name, weight in huge.items()})
     with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "overflows the dtype", "4.weight"):
-        lx.merge([other, host], model, (X,), weights=[9e39, 3e39])
+        lx.merge([guest, host], model, (X,), weights=[9e39, 3e39])

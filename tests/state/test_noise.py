@@ -1,7 +1,7 @@
-"""The noise of a stage: its formula, its address, and that nothing of it is left (algorithm.md, row "noise").
+"""The noise of a stage: its formula, its seeds, and that no noise remains after the stage (algorithm.md, row "noise").
 
-What the parameters hold while a stage runs, less what a cascade without noise holds, is the noise: no function of
-ours is asked.
+The noise is measured as the difference between the parameters of a running stage and of a cascade without noise. No
+function of the package computes the expected values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STRENGTH = 0.2
 
 
 def big() -> nn.Module:
-    """Enough entries for moments: [300, 200], [40, 50, 3, 5] and [7, 40]."""
+    """Return a model with enough entries for statistics: [300, 200], [40, 50, 3, 5] and [7, 40]."""
     torch.manual_seed(7)
     first = nn.Sequential(nn.Linear(200, 300), nn.Unflatten(1, (50, 2, 3)), nn.Conv2d(50, 40, (3, 5), padding=(1, 2)))
     return nn.Sequential(
@@ -42,7 +42,7 @@ def adapted(model: nn.Module, example: torch.Tensor, noise: lx.Noise | None = No
 
 
 def noise_of(model: nn.Module, example: torch.Tensor, stage: int = 1, **options: Any) -> dict[str, torch.Tensor]:
-    """The noise of a stage before which nothing was trained, by parameter name; the model is used up."""
+    """Return the noise of a stage before any training, by parameter name. The model is changed."""
     before = values(model)
     cascade = adapted(model, example, **options)
     for _ in range(stage - 1):
@@ -56,10 +56,10 @@ BIG = ("body.0.weight", "body.2.weight")
 @pytest.mark.parametrize(("distribution", "kurtosis"), [("uniform", 1.8), ("normal", 3.0)])
 def test_noise_is_the_formula(distribution: str, kurtosis: float) -> None:
     """N = strength * std(W) * U(-1/2, 1/2), or normal of the same variance, 1/12: mean, spread, shape, bounds."""
-    held = values(big())
-    found = noise_of(big(), *batches(1, 2, 200), noise=lx.Noise(STRENGTH, distribution))
+    weights = values(big())
+    samples = noise_of(big(), *batches(1, 2, 200), noise=lx.Noise(STRENGTH, distribution))
     for name in BIG:
-        unit = found[name] / (STRENGTH * held[name].std())
+        unit = samples[name] / (STRENGTH * weights[name].std())
         count = unit.numel()
         assert abs(unit.mean().item()) < 4 / (12 * count) ** 0.5
         assert unit.std().item() == pytest.approx(12**-0.5, rel=4 * ((kurtosis - 1) / (4 * count)) ** 0.5)
@@ -68,12 +68,12 @@ def test_noise_is_the_formula(distribution: str, kurtosis: float) -> None:
         assert unit.abs().max() > 0.499
         halves = unit.flatten()[: count // 2 * 2].view(-1, 2)
         assert torch.corrcoef(halves.T)[0, 1].abs() < 4 / (count / 2) ** 0.5  # neighbours know nothing of each other
-    assert not any(value.any() for name, value in found.items() if name.endswith("bias"))
+    assert not any(value.any() for name, value in samples.items() if name.endswith("bias"))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "normal"])
 def test_noise_scales_with_strength_and_std(distribution: str) -> None:
-    """Between two weights of one name the noise differs by strength and std alone, and std is that of W0 + S_{t-1}."""
+    """For weights of the same name, noise differs only by strength and std, and std is that of W0 + S_{t-1}."""
     x = batches(1, 4, 5)[0]
     unit = {}
     for strength, size in ((0.1, 1.0), (0.7, 3.0)):
@@ -82,9 +82,9 @@ def test_noise_scales_with_strength_and_std(distribution: str) -> None:
             for parameter in model.parameters():
                 parameter.mul_(size).add_(0.5)  # the mean is not in the formula
         held = values(model)
-        found = noise_of(model, x, noise=lx.Noise(strength, distribution))
+        samples = noise_of(model, x, noise=lx.Noise(strength, distribution))
         for name in ("0.weight", "2.weight"):
-            mine = found[name] / (strength * held[name].std())
+            mine = samples[name] / (strength * held[name].std())
             torch.testing.assert_close(unit.setdefault(name, mine), mine, rtol=0, atol=1e-13)
     second = noise_of(mlp(), x, stage=2, noise=lx.Noise(0.1, distribution))
     cascade = adapted(mlp(), x, lx.Noise(0.1, distribution))
@@ -101,7 +101,7 @@ def test_noise_scales_with_strength_and_std(distribution: str) -> None:
 
 
 class Named(nn.Module):
-    """The linears of `names`, in that order in the module, called in the order of the alphabet on the same input."""
+    """Linear layers in the order of `names` in the module, called in alphabetical order on the same input."""
 
     def __init__(self, names: str) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 def test_noise_does_not_depend_on_other_sites(frontend: str) -> None:
-    """Equal for any order, any subset, and any number of questions; rank and front end change nothing."""
+    """The noise is equal for any order or subset of sites, when computed twice, for any rank and for any front end."""
     x = batches(1, 4, 5)[0].float()
     right = noise_of(Named("abc"), x)
     assert all(right[f"{name}.weight"].any() for name in "abc")
@@ -146,7 +146,7 @@ def test_noise_does_not_depend_on_other_sites(frontend: str) -> None:
 
 
 def test_noise_has_an_address() -> None:
-    """Another stage, seed, or site of the same shape and values: other noise; the same address: the same."""
+    """Another stage, seed or weight name gives other noise, even for equal values. Otherwise the noise is the same."""
     x = batches(1, 4, 5)[0].float()
 
     def twins() -> Named:
@@ -170,7 +170,7 @@ def test_noise_has_an_address() -> None:
 @pytest.mark.parametrize("restart", ["slow", "fast"])
 @pytest.mark.parametrize("where", ["sites", "all"])
 def test_nothing_of_the_noise_is_left(dtype: torch.dtype, restart: str, where: Any) -> None:
-    """Two cascades with the same experts, one with noise: slow, fast, base and released weights are the same bits."""
+    """Of two cascades with equal experts, one has noise: slow, fast, base and released weights have the same bits."""
     x = batches(1, 4, 5)[0].to(dtype)
     options: dict[str, Any] = {"restart": restart, "pace": 0.7, "targets": ("0", "4")}
     noisy = adapted(mlp().to(dtype), x, lx.Noise(0.9, where=where), **options)
@@ -198,7 +198,10 @@ def test_nothing_of_the_noise_is_left(dtype: torch.dtype, restart: str, where: A
 @pytest.mark.parametrize("where", ["sites", "all"])
 @pytest.mark.parametrize("restart", ["slow", "fast"])
 def test_kept_noise_stays(restart: str, where: Any) -> None:
-    """keep: W_{t+1} = W0 + S_t + N_1 + ... + N_t + N_{t+1}, each N scaled by the weights it met, not by pace."""
+    """With keep, W_{t+1} = W0 + S_t + N_1 + ... + N_t + N_{t+1}.
+
+    Each N is scaled by the weights of its stage, and not by the pace.
+    """
     x = batches(1, 4, 5)[0]
     options: dict[str, Any] = {"restart": restart, "pace": 0.5, "targets": ("0", "4")}
     cascade = adapted(mlp(), x, lx.Noise(STRENGTH, keep=True, where=where), **options)
@@ -207,8 +210,8 @@ def test_kept_noise_stays(restart: str, where: Any) -> None:
     unit = [noise_of(mlp(), x, stage=s, noise=lx.Noise(1.0, where=where), targets=("0", "4")) for s in (1, 2, 3)]
     kept = {name: torch.zeros_like(value) for name, value in base.items()}
     for stage in range(3):
-        for each in (cascade, clean):
-            randomize(each, stage)
+        for adapted_model in (cascade, clean):
+            randomize(adapted_model, stage)
         running, start = values(cascade.model), values(clean.model)
         for view in ("slow", "fast", "base"):  # the running stage's noise is in none
             with cascade.weights(view), clean.weights(view):
@@ -216,9 +219,9 @@ def test_kept_noise_stays(restart: str, where: Any) -> None:
                     expected = value + (kept[name] if view != "base" else 0)
                     torch.testing.assert_close(values(cascade.model)[name], expected, rtol=0, atol=1e-13)
         for name, value in start.items():
-            now = value + kept[name]
-            mine = STRENGTH * now.std() * unit[stage][name] / base[name].std()
-            torch.testing.assert_close(running[name], now + mine, rtol=0, atol=1e-13)
+            current = value + kept[name]
+            mine = STRENGTH * current.std() * unit[stage][name] / base[name].std()
+            torch.testing.assert_close(running[name], current + mine, rtol=0, atol=1e-13)
             kept[name] += mine
         if stage < 2:
             cascade.transition(None)
@@ -232,7 +235,7 @@ def test_kept_noise_stays(restart: str, where: Any) -> None:
 
 
 class Text(nn.Module):
-    """An embedding, a norm, a tied head, a linear nobody adapts, one trained in full."""
+    """An embedding, a norm, a tied head, a linear layer that is not adapted, and one trained in full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +255,7 @@ class Text(nn.Module):
     ("where", "noisy"), [("sites", {"body.weight"}), ("all", {"body.weight", "other.weight", "words.weight"})]
 )
 def test_which_weights_get_noise(where: Any, noisy: set[str]) -> None:
-    """`all` means every weight matrix that is not trained in full, tied ones once."""
+    """`all` selects every weight matrix, except those trained in full. Tied weights get noise once."""
     torch.manual_seed(0)
     model = Text().double()
     before = values(model)
@@ -268,7 +271,7 @@ def test_which_weights_get_noise(where: Any, noisy: set[str]) -> None:
 
 
 def test_weights_without_spread_get_no_noise() -> None:
-    """std 0, one element, no element: the weights stay, nothing is nan."""
+    """Weights with std 0, with one element or with none stay the same, without nan."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 3), nn.Linear(3, 4)).double()
     with torch.no_grad():
@@ -277,17 +280,17 @@ def test_weights_without_spread_get_no_noise() -> None:
     x = batches(1, 4, 1)[0]
     cascade = adapted(model, x, lx.Noise(0.5))
     for _ in range(2):
-        held = values(model)
-        assert torch.equal(held["0.weight"], before["0.weight"])
-        assert torch.equal(held["1.weight"], before["1.weight"])
-        assert not torch.equal(held["2.weight"], before["2.weight"])
+        after = values(model)
+        assert torch.equal(after["0.weight"], before["0.weight"])
+        assert torch.equal(after["1.weight"], before["1.weight"])
+        assert not torch.equal(after["2.weight"], before["2.weight"])
         assert torch.isfinite(cascade(x)).all()
         cascade.transition(None)
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 def test_no_global_generator_is_read_or_advanced(frontend: str) -> None:
-    """By adapt, transition, a new variant, weights and release; and the result does not depend on them."""
+    """In adapt, transition, a new graph, weights and release. So results do not depend on global generators."""
     released = []
     for seed in (1, 2):
         model = nn.Sequential(mlp(), nn.Dropout(0.0))
@@ -316,7 +319,7 @@ def test_no_global_generator_is_read_or_advanced(frontend: str) -> None:
 def test_a_shard_draws_its_own_numbers(
     shape: tuple[int, ...], distribution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut along any axis, it has the numbers of the whole weight, and computes no others."""
+    """A shard along any axis has the same values as in the full weight, and draws only its own blocks."""
     noise, kind, drawn = lx.Noise(0.1, distribution), type(DISTRIBUTIONS[distribution]), list[int]()
     full = noise_drawn(noise, 3, 2, "w", shape)
     blocks = [part.flatten()[:2] for part in full.flatten(0, -2).split(16)]
@@ -340,13 +343,13 @@ def test_a_shard_draws_its_own_numbers(
 
 @pytest.mark.parametrize("shape", [(700, 4000), (5, 3000), (4, 70, 1100), (90, 20, 3, 5), (7,)])
 def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of an accelerator, here on the CPU: a whole weight, and pieces that begin and end inside blocks."""
+    """The code for accelerators, run on the CPU: a full weight, and pieces that start and end inside blocks."""
     hashed = noise._UniformNumbers(noise.generator(3, 2, "noise", "w"), torch.Size(shape), torch.device("cpu"))
     full = noise_drawn(lx.Noise(0.1), 3, 2, "w", shape)
     for low, high in ((0, 1), (0.3, 0.7)):
         inside = [(int(low * length), max(1, int(high * length))) for length in shape]
-        found, _ = hashed._hash_box(inside)
-        monkeypatch.setattr(hashed, "_hash_block", lambda _, found=found: (found, torch.empty_like(found)))
+        numbers, _ = hashed._hash_box(inside)
+        monkeypatch.setattr(hashed, "_hash_block", lambda _, numbers=numbers: (numbers, torch.empty_like(numbers)))
         assert torch.equal(hashed.within(inside), full[tuple(slice(*pair) for pair in inside)])
     monkeypatch.setattr(noise, "PIECE", 1000)
     covered = torch.zeros(shape)
@@ -357,7 +360,7 @@ def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeyp
 
 
 def test_noise_has_the_spectrum_of_independent_entries() -> None:
-    """Singular values of a matrix, and correlations of blocks under different keys, are those of random numbers."""
+    """Singular values of a matrix, and correlations of blocks with different keys, fit independent random entries."""
     rows, columns = 1024, 2048
     one, other = (noise_drawn(lx.Noise(0.1), 3, stage, "w", (rows, columns)) for stage in (1, 2))
     for matrix in (one, one + other, one - other, one * other * 12**0.5):

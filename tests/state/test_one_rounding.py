@@ -1,4 +1,4 @@
-"""Slow weights come from W0 and the experts in fp32 (fp64 for fp64), rounded once after any number of stages."""
+"""Slow weights are computed from W0 and the experts in fp32 (fp64 for fp64), and rounded once after many stages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ STAGES, PACE, SCALE = 20, 0.5, 1.5
 
 
 def model_of(dtype: torch.dtype) -> nn.Module:
-    """[60, 50] keeps its experts over 20 stages of rank 1; [9, 60] becomes dense on the way."""
+    """Return a model of two weights. Over 20 stages of rank 1, [60, 50] keeps experts, and [9, 60] becomes dense."""
     torch.manual_seed(21)
     return nn.Sequential(nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 9)).to(dtype)
 
 
 def few_bits(cascade: lx.Cascade) -> None:
-    """Give every branch factors whose products no kernel has to round, whether it fuses them with the sum or not."""
+    """Give every branch factors with few bits, whose products no kernel rounds, fused with the sum or not."""
     randomize(cascade, size=1.0)
     with torch.no_grad():
         for branch in branches(cascade).values():
@@ -28,14 +28,14 @@ def few_bits(cascade: lx.Cascade) -> None:
             assert branch.lora_A.any()
 
 
-def differing(found: torch.Tensor, expected: torch.Tensor) -> int:
-    return int((found != expected).sum())
+def differing(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    return int((actual != expected).sum())
 
 
 @pytest.mark.parametrize("restart", ["slow", "fast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_twenty_stages_round_once(dtype: torch.dtype, restart: str) -> None:
-    """Bit for bit (W0 + S) in the weight's dtype, S from the recorded factors; a chain of folds is elsewhere."""
+    """The weights equal W0 + S bit for bit, with S from the recorded factors. A chain of folds does not."""
     model = model_of(dtype)
     base = {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() > 1}
     x = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -71,17 +71,17 @@ def test_twenty_stages_round_once(dtype: torch.dtype, restart: str) -> None:
         slack = STAGES * 2.0**-24 * (value.double().abs() + size[name])
         open_bits = (exact + slack).to(dtype) != (exact - slack).to(dtype)
         assert open_bits.float().mean() < 0.05
-        found = dict(released.named_parameters())[name].detach()
-        assert differing(found[~open_bits], exact.to(dtype)[~open_bits]) == 0
-        assert differing(found, exact.float().to(dtype)) <= value.numel() // 500
-        assert torch.equal(idle[name], found)
+        actual = dict(released.named_parameters())[name].detach()
+        assert differing(actual[~open_bits], exact.to(dtype)[~open_bits]) == 0
+        assert differing(actual, exact.float().to(dtype)) <= value.numel() // 500
+        assert torch.equal(idle[name], actual)
         if restart == "slow":
             assert differing(chain[name], exact.to(dtype)) > 0.1 * value.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_one_expert_is_rounded_once(dtype: torch.dtype) -> None:
-    """A single rank-1 expert has no order of summation, and its products are exact: bit for bit, no entry left out."""
+    """An expert of rank 1 has no order of summation, and its products are exact: all entries are equal bit for bit."""
     model = model_of(dtype)
     base = {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() > 1}
     x = torch.randn(6, 50).to(dtype)
@@ -101,7 +101,7 @@ def test_one_expert_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_a_cast_rounds_from_the_base_too() -> None:
-    """cascade.to(bf16) is one rounding of the exact weights, and back again nothing was lost of W0 in the cascade."""
+    """cascade.to(bf16) rounds the exact weights once. A cast back restores W0, because the cascade keeps it."""
     model = model_of(torch.float32)
     base = model[0].weight.detach().clone()
     x = torch.randn(6, 50)

@@ -1,5 +1,7 @@
-"""Noise redrawn after each optimizer step (`noise.redraw="step"`, Flat-LoRA 2409.14396): its formula, its tick, and
-that nothing of it is left. What the parameters hold, less W0 and what was folded, is the noise.
+"""Noise that is drawn again after each optimizer step (`noise.redraw="step"`, Flat-LoRA 2409.14396).
+
+Tests its formula, which steps count, and that no noise remains. The noise is measured as the parameters minus W0 and
+the folded experts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("noise", [BY_STEP, FLAT], ids=["uniform", "filter"])
 def test_two_stages_are_the_formula(noise: lx.Noise) -> None:
-    """Losses and slow weights of the formula, with the noise that the parameters are seen to hold at each step."""
+    """Losses and slow weights follow the formula, with the noise that is measured in the parameters at each step."""
     model, calls = mlp(), batches(5, 4, 5)
     base = weights(model)
     cascade = adapted(model, calls[0], noise)
@@ -58,15 +60,15 @@ def test_two_stages_are_the_formula(noise: lx.Noise) -> None:
 
 
 def test_filter_noise_is_flat_loras() -> None:
-    """N_ij ~ N(0, (strength / sqrt(n))^2 |W_i|^2) by rows [out], also of a convolution and of a weight [in, out]."""
+    """N_ij ~ N(0, (strength / sqrt(n))^2 |W_i|^2) for output rows i, also for a convolution and a weight [in, out]."""
     torch.manual_seed(1)
-    wide = nn.Conv2d(300, 8, (3, 3)).double()
+    conv = nn.Conv2d(300, 8, (3, 3)).double()
     with torch.no_grad():
-        wide.weight.mul_(torch.linspace(0.1, 5, 8).view(8, 1, 1, 1))
-    base = wide.weight.detach().clone()
-    held = lx.adapt(wide, (torch.randn(1, 300, 3, 3).double(),), spec=lx.CascadeSpec(rank=2, noise=FLAT))
-    assert held.stage == 1
-    noise = (wide.weight.detach() - base).flatten(1)
+        conv.weight.mul_(torch.linspace(0.1, 5, 8).view(8, 1, 1, 1))
+    base = conv.weight.detach().clone()
+    adapted_conv = lx.adapt(conv, (torch.randn(1, 300, 3, 3).double(),), spec=lx.CascadeSpec(rank=2, noise=FLAT))
+    assert adapted_conv.stage == 1
+    noise = (conv.weight.detach() - base).flatten(1)
     norms, count = base.flatten(1).norm(dim=1), noise.shape[1]
     unit = noise / (0.05 * norms[:, None] / count**0.5)
     assert ((unit.std(dim=1) - 1).abs() < 5 / (2 * count) ** 0.5).all()
@@ -104,7 +106,7 @@ def test_nothing_is_left(dtype: torch.dtype) -> None:
 
 
 def test_the_address_is_seed_stage_step_and_name() -> None:
-    """Not the other sites, nor how often weights were put in place; another seed is other noise."""
+    """Noise does not depend on other sites or on earlier uses of `weights`. Another seed gives other noise."""
 
     def of(steps: int, look: bool = False, **options: object) -> torch.Tensor:
         cascade = adapted(mlp(), batches(1, 4, 5)[0], **options)
@@ -123,11 +125,14 @@ def test_the_address_is_seed_stage_step_and_name() -> None:
 
 
 def test_what_is_a_step() -> None:
-    """Not a backward, not a step that a scaler skips, not another optimizer's, as one that holds lora_A alone."""
+    """A backward, a step that a scaler skips, and a step of another optimizer do not count.
+
+    An optimizer that has only lora_A counts as another one.
+    """
     x = batches(1, 4, 5)[0]
     cascade = adapted(mlp(), x)
     groups = {group["name"]: group["params"] for group in cascade.param_groups(lr=0.01)}
-    own, other = torch.optim.SGD(groups["lora_B"], lr=0.01), torch.optim.SGD(groups["lora_A"], lr=0.01)
+    optimizer_b, optimizer_a = torch.optim.SGD(groups["lora_B"], lr=0.01), torch.optim.SGD(groups["lora_A"], lr=0.01)
     before = weights(cascade.model)
 
     def same() -> bool:
@@ -135,21 +140,21 @@ def test_what_is_a_step() -> None:
 
     for _ in range(2):
         loss_of(cascade(x)).backward()
-    other.step()
+    optimizer_a.step()
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1).step()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     (scaler.scale(loss_of(cascade(x))) * float("inf")).backward()
-    scaler.step(own)
+    scaler.step(optimizer_b)
     scaler.update()
     assert same()
-    own.zero_grad()
+    optimizer_b.zero_grad()
     loss_of(cascade(x)).backward()
-    own.step()
+    optimizer_b.step()
     assert not same()
 
 
 def test_under_a_compiler() -> None:
-    """The tick is outside of the graph: one compilation, and the losses of the plain run."""
+    """The hook is outside the graph: there is one compilation, and the losses equal those without compilation."""
     calls = batches(4, 4, 5)
     losses = []
     for compiled in (False, True):
@@ -166,10 +171,10 @@ def test_watching_ends() -> None:
     twin = copy.deepcopy(cascade)
     twin(x)
     optimizer = torch.optim.SGD(twin.param_groups(lr=0.0))
-    held, own = weights(cascade.model), weights(twin.model)
+    before, twin_before = weights(cascade.model), weights(twin.model)
     optimizer.step()  # of the twin: the other has no gradients, and its step is none
-    assert all(torch.equal(value, held[name]) for name, value in weights(cascade.model).items())
-    assert not any(torch.equal(value, own[name]) for name, value in weights(twin.model).items())
+    assert all(torch.equal(value, before[name]) for name, value in weights(cascade.model).items())
+    assert not any(torch.equal(value, twin_before[name]) for name, value in weights(twin.model).items())
     plain = weights(cascade.release())
     optimizer.step()
     assert all(torch.equal(value, plain[name]) for name, value in weights(cascade.model).items())
@@ -179,29 +184,29 @@ def test_watching_ends() -> None:
 def test_a_copy_redraws_before_its_first_call() -> None:
     cascade = adapted(mlp(), batches(1, 4, 5)[0])
     twin = copy.deepcopy(cascade)
-    for each in (cascade, twin):
-        torch.optim.SGD(each.param_groups(lr=0.0)).step()
-    held, own = weights(cascade.model), weights(twin.model)
+    for run in (cascade, twin):
+        torch.optim.SGD(run.param_groups(lr=0.0)).step()
+    noisy, twin_noisy = weights(cascade.model), weights(twin.model)
     assert cascade.plan.step == twin.plan.step == 1
-    assert all(torch.equal(value, own[name]) for name, value in held.items())
+    assert all(torch.equal(value, twin_noisy[name]) for name, value in noisy.items())
 
 
 def test_a_cascade_that_goes_during_a_step() -> None:
-    """torch walks over its hooks then."""
-    held: list[lx.Cascade] = []
+    """torch iterates over its hooks at that time."""
+    cascades: list[lx.Cascade] = []
 
     def drop(*_about: object) -> None:
-        held.pop()
+        cascades.pop()
         gc.collect()
 
     handle = torch_optimizer.register_optimizer_step_post_hook(drop)  # before those of the cascades
     try:
-        held += [adapted(mlp(), batches(1, 4, 5)[0]), adapted(mlp(), batches(1, 4, 5)[0])]
-        optimizer = torch.optim.SGD(held[0].param_groups(lr=0.0))
+        cascades += [adapted(mlp(), batches(1, 4, 5)[0]), adapted(mlp(), batches(1, 4, 5)[0])]
+        optimizer = torch.optim.SGD(cascades[0].param_groups(lr=0.0))
         optimizer.step()
     finally:
         handle.remove()
-    assert len(held) == 1
+    assert len(cascades) == 1
 
 
 def test_weights_that_somebody_changed_are_not_written_over() -> None:
@@ -210,19 +215,19 @@ def test_weights_that_somebody_changed_are_not_written_over() -> None:
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.0))
     with torch.no_grad():
         cascade.model[2].weight.mul_(2)
-    held = cascade.model[2].weight.detach().clone()
+    expected = cascade.model[2].weight.detach().clone()
     with raises(lx.StateError, "weights-changed-outside", "noise.redraw", "2.weight"):
         optimizer.step()
-    assert torch.equal(cascade.model[2].weight, held)
+    assert torch.equal(cascade.model[2].weight, expected)
 
 
 def test_a_redraw_that_raises_leaves_the_noise_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
     x = batches(1, 4, 5)[0]
     cascade, twin = adapted(mlp(), x), adapted(mlp(), x)
-    optimizers = [torch.optim.SGD(each.param_groups(lr=0.0)) for each in (cascade, twin)]
+    optimizers = [torch.optim.SGD(run.param_groups(lr=0.0)) for run in (cascade, twin)]
     for optimizer in optimizers:
         optimizer.step()
-    held, write, count = weights(cascade.model), seam("redraw"), iter(range(99))
+    before, write, count = weights(cascade.model), seam("redraw"), iter(range(99))
 
     def failing(*args: object, **options: object) -> None:
         if next(count) == 1:
@@ -233,7 +238,7 @@ def test_a_redraw_that_raises_leaves_the_noise_of_before(monkeypatch: pytest.Mon
         patch.setattr(*SEAMS["redraw"], failing)
         with pytest.raises(RuntimeError, match="no memory"):
             optimizers[0].step()
-    assert all(torch.equal(value, held[name]) for name, value in weights(cascade.model).items())
+    assert all(torch.equal(value, before[name]) for name, value in weights(cascade.model).items())
     for optimizer in optimizers:
         optimizer.step()
     after = weights(twin.model)

@@ -1,6 +1,6 @@
-"""Slow and fast weights over several stages, against W0, S and F as dense fp64 tensors (algorithm.md, "One site").
+"""Slow and fast weights over several stages, compared with W0, S and F in dense fp64 (algorithm.md, "One site").
 
-The reference trains too, with an optimizer of its own, so a wrong start of a stage shows in every later loss.
+The reference is trained too, with a separate optimizer, so a wrong start of a stage changes every later loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = 4
 
 
 def wide() -> nn.Module:
-    """Weights that hold more numbers than a few experts of rank 1: [24, 20], [18, 24/2, 2] and [3, 36]."""
+    """Return a model with weights [24, 20], [18, 24/2, 2] and [3, 36], larger than a few experts of rank 1."""
     torch.manual_seed(8)
     body = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Unflatten(1, (24, 1)))
     tail = nn.Sequential(nn.Conv1d(24, 18, 2, groups=2, padding=1), nn.Flatten(1), nn.Linear(36, 3))
@@ -37,13 +37,13 @@ def spec_of(rank: int, **options: Any) -> lx.CascadeSpec:
 
 
 def assert_weights(model: nn.Module, expected: Mapping[str, torch.Tensor], **close: Any) -> None:
-    held = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, value in expected.items():
-        torch.testing.assert_close(held[name].detach(), value, **(close or CLOSE), msg=f"{name} differs")
+        torch.testing.assert_close(parameters[name].detach(), value, **(close or CLOSE), msg=f"{name} differs")
 
 
 def assert_all(cascade: lx.Cascade, reference: oracle.Cascade) -> None:
-    """Slow, fast and base weights, and after each `with` the start of the stage again, bit for bit."""
+    """Check slow, fast and base weights, and that the start of the stage is restored bit for bit after each block."""
     before = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
     for view in ("slow", "fast", "base"):
         exact = {"rtol": 0, "atol": 0} if view == "base" else CLOSE
@@ -84,7 +84,7 @@ def test_four_stages_are_the_formulas(model: str, restart: str, pace: float, opt
 
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 def test_other_weights_between_a_forward_and_its_backward(placement: str) -> None:
-    """As a reference model is called in a preference loss: the graph of before is whole, with the same gradients."""
+    """A preference loss calls a reference model in between. The earlier graph stays valid, with the same gradients."""
     calls = batches(2, 4, 20)
     spec = spec_of(2, placement=placement, noise=lx.Noise(0.2), train=("0.bias",))
     cascade = lx.adapt(wide(), (calls[0],), spec=spec)
@@ -96,12 +96,12 @@ def test_other_weights_between_a_forward_and_its_backward(placement: str) -> Non
     output = cascade(calls[1])
     with torch.no_grad(), cascade.disable_adapter():
         assert not torch.equal(cascade(calls[1]), output)
-    found = torch.autograd.grad(output.square().mean(), trainable)
-    assert all(map(torch.equal, found, expected))
+    gradients = torch.autograd.grad(output.square().mean(), trainable)
+    assert all(map(torch.equal, gradients, expected))
 
 
 def test_a_graph_of_weights_that_are_not_in_place_any_more() -> None:
-    """Its backward raises, outside and inside other weights: it would take the gradient at numbers that are gone."""
+    """Its backward raises, because the weights have other values now."""
     (x,) = batches(1, 4, 20)
     cascade = lx.adapt(wide(), (x,), spec=spec_of(2))
     randomize(cascade, 1)

@@ -1,4 +1,4 @@
-"""One map reaches every tensor of the slow state, and knows along which axis each is cut."""
+"""`Tree.map` visits every tensor of the slow state, with the axis along which it is sharded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.kit.devices import DEVICE, fake_device
 
 
 def trees(kind: type = Tree) -> list[type]:
-    return [kind, *(inner for each in kind.__subclasses__() for inner in trees(each))]
+    return [kind, *(inner for subclass in kind.__subclasses__() for inner in trees(subclass))]
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,7 +29,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def full(shape: tuple[int, ...], stacked: bool = False, transposed: bool = False) -> WeightState:
-    """A state that has all there can be, of three experts; the second scales rows, where the weight is no stack."""
+    """Return a state of three experts that uses every field. The second scales rows, unless the weight is stacked."""
     bare = WeightState("w", numbers(*shape), stacked, transposed)
     *stack, rows, columns = bare.matrix
     experts = []
@@ -53,13 +53,13 @@ def full(shape: tuple[int, ...], stacked: bool = False, transposed: bool = False
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """Every tensor in a value, found without `map`."""
+    """Return every tensor in a value, without using `map`."""
     if isinstance(value, torch.Tensor):
         return [value]
     if dataclasses.is_dataclass(value):
-        return [found for item in dataclasses.fields(value) for found in tensors(getattr(value, item.name))]
+        return [tensor for item in dataclasses.fields(value) for tensor in tensors(getattr(value, item.name))]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return [found for each in inner for found in tensors(each)]
+    return [tensor for each in inner for tensor in tensors(each)]
 
 
 @pytest.mark.parametrize("kind", trees()[1:], ids=lambda kind: kind.__name__)
@@ -96,12 +96,12 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
     shape: tuple[int, ...], stacked: bool, transposed: bool, axes: tuple[int, ...], view: Any
 ) -> None:
     state = full(shape, stacked, transposed)
-    whole = state.exact(view, torch.float64)
+    weight = state.exact(view, torch.float64)
     for axis in axes:
         shard = ShardSpec(1, shape[axis] - 2, shape[axis], axis=axis)
-        here = state.to_shard(shard).exact(view, torch.float64)
-        assert here.shape == shard.take(whole).shape
-        torch.testing.assert_close(here, shard.take(whole), rtol=1e-14, atol=1e-14)
+        local = state.to_shard(shard).exact(view, torch.float64)
+        assert local.shape == shard.take(weight).shape
+        torch.testing.assert_close(local, shard.take(weight), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("view", ["base", "slow", "fast", "averaged"])
@@ -129,35 +129,35 @@ def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
 
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
-    """It scales rows and adds nothing: a file has the scale, and no factors for it."""
+    """It scales rows and adds no factors. A checkpoint has the scale, and no factors."""
     spec = CascadeSpec(adapter="dora", rank=1)
     plan = Plan(spec, (Site("w", "linear", (6, 4), spec.site_options()),)).at_stage(5)
     pair = Factors(numbers(6, 1), numbers(1, 4))
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
     state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
-    for stage, live in enumerate((zero, pair, zero, zero), start=1):
-        state = state.absorb(Delta(live, gain=gains[stage - 1]), SlowRule(stage, 0.5))
+    for stage, factors in enumerate((zero, pair, zero, zero), start=1):
+        state = state.absorb(Delta(factors, gain=gains[stage - 1]), SlowRule(stage, 0.5))
     expected = state.base * torch.stack([0.5 + 0.5 * gain for gain in gains]).prod(0)[:, None]
     late = torch.stack([0.5 + 0.5 * gain for gain in gains[2:]]).prod(0) * 0.5 * gains[1]
     expected = expected + late[:, None] * (pair.b @ pair.a)
     torch.testing.assert_close(state.exact("slow", torch.float64), expected, rtol=1e-14, atol=1e-14)
     branch = {"lora_A": numbers(1, 4), "lora_B": numbers(6, 1), "lora_magnitude_vector": numbers(6)}
     initial = InitialFactors(magnitude=numbers(6))
-    held = SlowWeights({"w": dataclasses.replace(state, initial=initial)})
-    manifest, written, _ = encode(RunState(plan, held, {"w": branch}, {}, {}, {}))
+    slow_state = SlowWeights({"w": dataclasses.replace(state, initial=initial)})
+    manifest, written, _ = encode(RunState(plan, slow_state, {"w": branch}, {}, {}, {}))
     tensors = [[], ["b", "a"], [], []]
     assert [expert["tensors"] for expert in manifest["slow"]["w"]["experts"]] == [
-        [*own, "row_scale"] for own in tensors
+        [*factor_names, "row_scale"] for factor_names in tensors
     ]
     assert [name for name in written if name.endswith(("/b", "/a"))] == ["expert/w/1/b", "expert/w/1/a"]
-    found = decode(manifest, written, plan).slow.states["w"]
-    again = dataclasses.replace(found, base=state.base)
+    loaded = decode(manifest, written, plan).slow.states["w"]
+    again = dataclasses.replace(loaded, base=state.base)
     for stage in (1, 2, 3, 4):
         one, other = state.at(stage), again.at(stage)
         assert one is not None
         assert other is not None
         assert torch.equal(one.exact("slow", torch.float64), other.exact("slow", torch.float64))
-    assert encode(RunState(plan, SlowWeights({"w": found}), {"w": branch}, {}, {}, {}))[0] == manifest
+    assert encode(RunState(plan, SlowWeights({"w": loaded}), {"w": branch}, {}, {}, {}))[0] == manifest
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64])
@@ -165,31 +165,36 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
 def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     dtype: torch.dtype, restart: str
 ) -> None:
-    """The second value is so small beside W0 that no difference to W0 has it; of a half pace the lerp is the oracle."""
+    """The second value is so small relative to W0 that a difference from W0 could not represent it.
+
+    For a pace of one half, lerp is the oracle.
+    """
     base = torch.tensor([1.0, -2.0, float("inf")]).to(dtype)
     values = [torch.tensor([1e-20, 3.0, 5.0]).to(dtype), torch.tensor([-7.0, 0.1, 2.0]).to(dtype)]
-    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    exact_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     fast = WeightState("w", base, full=True).bare()
     for stage, value in enumerate(values, start=1):
         fast = fast.absorb(value, SlowRule(stage, 1.0, restart, keeps=True))
-        assert torch.equal(fast.exact("slow", wide), value.to(wide))
+        assert torch.equal(fast.exact("slow", exact_dtype), value.to(exact_dtype))
         assert torch.equal(fast.exact("fast", dtype), value)
-    first, half = values[0].to(wide), fast.at(1)
+    first, half = values[0].to(exact_dtype), fast.at(1)
     assert half is not None
     half = half.absorb(values[1], SlowRule(2, 0.5, restart, keeps=True))
-    slow = torch.lerp(first, values[1].to(wide), 0.5)
-    assert torch.equal(half.exact("slow", wide), slow)
+    slow = torch.lerp(first, values[1].to(exact_dtype), 0.5)
+    assert torch.equal(half.exact("slow", exact_dtype), slow)
     assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
     left_out = half.absorb(None, SlowRule(3, 0.5, restart, keeps=True))
-    assert all(torch.equal(left_out.exact(view, wide), half.exact(view, wide)) for view in ("slow", "fast"))
+    assert all(
+        torch.equal(left_out.exact(view, exact_dtype), half.exact(view, exact_dtype)) for view in ("slow", "fast")
+    )
     assert fast.absorb(base, SlowRule(3, 1.0, restart)).at(2) is None  # without `keeps`, the last end alone
     assert not half.faults()
     plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
     manifest, written, _ = encode(RunState(plan, SlowWeights({"w": half}), {}, {"w": values[1]}, {}, {}))
-    found = decode(manifest, written, plan).slow.states["w"]
+    loaded = decode(manifest, written, plan).slow.states["w"]
     for stage in (0, 1, 2):
-        one, other = half.at(stage), found.at(stage)
+        one, other = half.at(stage), loaded.at(stage)
         assert one is not None
         assert other is not None
-        assert torch.equal(one.exact("slow", wide), other.exact("slow", wide))
-    assert torch.equal(found.exact("fast", dtype), half.exact("fast", dtype))
+        assert torch.equal(one.exact("slow", exact_dtype), other.exact("slow", exact_dtype))
+    assert torch.equal(loaded.exact("fast", dtype), half.exact("fast", dtype))

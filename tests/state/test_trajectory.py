@@ -1,6 +1,7 @@
-"""One stage, pace 1, no noise: the trajectory is LoRA's (algorithm.md, "Facts that hold exactly"), step by step.
+"""One stage with pace 1 and no noise follows LoRA step by step (algorithm.md, "Facts that hold exactly").
 
-Oracle: peft with the same A. Both sum the same products in another order, so fp64 losses differ by some 1e-15 a step.
+The oracle is peft with the same A. Both compute the same sums in another order, so fp64 losses differ by about 1e-15
+per step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the calls it is trained on, and the modules that both packages adapt."""
+    """A model, its training inputs, and the modules that both packages adapt."""
 
     build: Callable[[], nn.Module]
     calls: Callable[[], list[Any]]
@@ -92,8 +93,8 @@ PAIRS = [(name, frontend) for name, case in CASES.items() for frontend in case.f
 def adapted(case: Case, model: nn.Module, call: Any, frontend: str) -> lx.Cascade:
     modules = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     meant = tuple(name for name in sorted(modules) if name.split(".")[-1] in case.targets)
-    given = {"kwargs": call} if isinstance(call, dict) else {"args": (call,)}
-    return lx.adapt(model, **given, spec=lx.CascadeSpec(targets=meant, **PLAIN), frontend=frontend)
+    inputs = {"kwargs": call} if isinstance(call, dict) else {"args": (call,)}
+    return lx.adapt(model, **inputs, spec=lx.CascadeSpec(targets=meant, **PLAIN), frontend=frontend)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -116,12 +117,12 @@ def test_one_stage_is_pefts_lora(name: str, frontend: str, optimizer: str) -> No
     merged = theirs.merge_and_unload().state_dict()
     released = cascade.release().state_dict()
     assert released.keys() == merged.keys()
-    for each, value in released.items():
-        torch.testing.assert_close(value, merged[each], rtol=0, atol=1e-9, msg=each)
+    for key, value in released.items():
+        torch.testing.assert_close(value, merged[key], rtol=0, atol=1e-9, msg=key)
 
 
 def test_fresh_factors_are_loras() -> None:
-    """A is U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming uniform with a = sqrt(5); B is 0; another A in each stage."""
+    """A is U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming uniform with a = sqrt(5). B is 0. Each stage has another A."""
     model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 3)).double()
     cascade = lx.adapt(model, (torch.randn(2, 50).double(),), spec=lx.CascadeSpec(rank=30))
     seen = []
