@@ -78,7 +78,7 @@ class SavedCascade(CascadeModule):
             return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
 
     def add(self, name: str, run: CascadeModule | str | PathLike[str]) -> None:
-        """Add another run on the same base under a name, for use with `weights(name)` and `release(name)`.
+        """Add another run on the same base under a name, for use with `weights(name)` and `release(view=name)`.
 
         In this way several runs share one model in memory. At each switch, the weights are computed from W0. A running
         stage of the other run that has trained counts as ended, as in `release`. This cascade trains and saves only its

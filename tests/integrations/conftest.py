@@ -1,4 +1,4 @@
-"""accelerate keeps its precision in the process: each test begins without one."""
+"""Reset accelerate's process-wide precision before each test."""
 
 from __future__ import annotations
 

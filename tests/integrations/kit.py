@@ -1,4 +1,4 @@
-"""Small models and data for other people's loops."""
+"""Small models and data for the training loops of other libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.kit.state import branches_of, weight_state
 
 
 class Net(nn.Module):
-    """What a Trainer takes that is no model of transformers: a loss where there are labels."""
+    """A plain module that a Trainer accepts: it returns a loss if it gets labels."""
 
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def net(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> Net:
 
 
 def rows(count: int = 20, dtype: torch.dtype = torch.float32, **more: Any) -> list[dict[str, Any]]:
-    """Rows of data, with columns that no model asks for."""
+    """Return rows of data, with columns that the model does not use."""
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(count, 6, generator=generator, dtype=dtype)
     labels = torch.randint(4, (count,), generator=generator)
@@ -57,7 +57,7 @@ def llama(**more: Any) -> LlamaForCausalLM:
 
 
 def texts(count: int = 8, length: int = 9) -> list[dict[str, Tensor]]:
-    """Token rows, some of them padded, whose labels leave the padding out."""
+    """Return rows of tokens, some of them padded. The labels of padding are -100."""
     generator = torch.Generator().manual_seed(4)
     found = []
     for index in range(count):
@@ -83,7 +83,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 def values_of(cascade: lx.Cascade, view: str = "slow") -> dict[str, Tensor]:
-    """The weights of a cascade by the formula, in fp64: W0 + S, or with "fast" W0 + S + s B A of the running branch."""
+    """Compute a cascade's weights by the formula, in fp64: W0 + S, or for "fast" W0 + S + s B A of the branch."""
     found = {}
     for weight, branch in branches_of(cascade).items():
         state = weight_state(cascade, weight)
@@ -99,7 +99,7 @@ def values_of(cascade: lx.Cascade, view: str = "slow") -> dict[str, Tensor]:
 
 
 def with_weights(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of a model that has these numbers, and nothing of ours."""
+    """Return a plain copy of a model with these weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lx.errors.LorascWarning)  # the copied numbers are replaced at once
         plain = copy.deepcopy(model)
@@ -111,7 +111,7 @@ WORDS = [f"w{number}" for number in range(37)]
 
 
 def tokenizer() -> Any:
-    """A tokenizer of the words above, made here, as nothing is downloaded."""
+    """Build a tokenizer for the words above, because nothing is downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: number + 3 for number, word in enumerate(WORDS)}}

@@ -39,7 +39,7 @@ END = 14
 
 
 class Steps:
-    """A loop of one's own: every second batch makes a step with clipped gradients, every fourth ends a stage."""
+    """A plain loop. Every second batch makes a step with clipped gradients, and every fourth batch ends a stage."""
 
     dropout, precision = 0.0, "no"
 
@@ -122,7 +122,7 @@ class AcceleratedHalf(Accelerated):
 
 
 class Timm(Steps):
-    """timm's script: its groups, scaler, schedule and checkpoints, of the cascade in a wrapper."""
+    """The loop of timm's training script, with its groups, scaler, schedule and checkpoints."""
 
     def make(self) -> None:
         self.optimizer = create_optimizer_v2(self.cascade, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.8)
@@ -163,7 +163,7 @@ def by_steps(kind: type[Steps]) -> Loop:
 
 
 def by_trainer(how: dict[str, Any], **more: Any) -> Loop:
-    """transformers' Trainer, which shuffles its data; `how` is of the callback, the rest of the Trainer."""
+    """transformers' Trainer, which shuffles its data. `how` are arguments of the callback."""
 
     def run(spec: lx.CascadeSpec, folder: Path, at: int) -> Done:
         cascade = adapted(spec)

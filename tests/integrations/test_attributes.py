@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
 
 
 def made() -> lx.Cascade:
-    """In its second stage, with a trained branch, and noise that changes what is generated."""
+    """Return a cascade in its second stage, with a trained branch, and noise that changes the generated tokens."""
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(3.0), targets=("linear",))
     cascade = lx.adapt(llama(), kwargs={"input_ids": IDS}, spec=spec)
     for seed in (1, 2):
@@ -30,7 +30,7 @@ def made() -> lx.Cascade:
     return cascade
 
 
-def test_what_trainers_read_is_the_models() -> None:
+def test_attributes_that_trainers_read_are_the_models() -> None:
     cascade = made()
     model = cascade.model
     for name in ("config", "generation_config", "device", "dtype", "main_input_name", "_keys_to_ignore_on_save"):
@@ -48,11 +48,11 @@ def test_what_trainers_read_is_the_models() -> None:
     assert not hasattr(cascade, "__len__")
 
 
-def test_a_submodule_is_taken_of_the_model() -> None:
-    """By itself it has no branches; a wrapper's `module` is not one of the model either."""
+def test_a_submodule_is_the_models() -> None:
+    """A submodule has no branches. The `module` of a wrapper is not an attribute of the model."""
     cascade = made()
     for name in ("base_model", "lm_head"):
-        with pytest.raises(AttributeError, match=rf"Use cascade\.model\.{name}"):
+        with pytest.raises(AttributeError, match=rf"(?i)use cascade\.model\.{name}"):
             getattr(cascade, name)
     inner = lx.adapt(nn.ModuleDict({"module": nn.Linear(5, 3)})["module"], (torch.ones(2, 5),))
     assert not hasattr(inner, "module")
@@ -60,7 +60,7 @@ def test_a_submodule_is_taken_of_the_model() -> None:
 
 @pytest.mark.parametrize("name", ["add_adapter", "load_adapter", "set_adapter", "disable_adapters"])
 def test_layers_of_peft_cannot_be_put_into_the_model(name: str) -> None:
-    """The graphs would read weights that have gone into them; of the model alone transformers offers these."""
+    """peft's layers would take over weights that the graphs read. transformers offers these methods on the model."""
     cascade = made()
     assert hasattr(cascade.model, name)
     assert not hasattr(cascade, name)
@@ -68,7 +68,7 @@ def test_layers_of_peft_cannot_be_put_into_the_model(name: str) -> None:
         getattr(cascade, name)
 
 
-def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
+def test_generate_uses_the_fast_or_the_placed_weights() -> None:
     cascade = made()
     slow, fast = values_of(cascade), values_of(cascade, "fast")
     noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
@@ -84,8 +84,8 @@ def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
 
 
 @pytest.mark.parametrize("method", ["encode", "encode_query", "encode_document", "predict", "rank"])
-def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
-    """Those of sentence-transformers."""
+def test_computing_methods_use_the_fast_weights(method: str) -> None:
+    """The methods of sentence-transformers."""
 
     class Encoder(nn.Linear):
         def own(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
 
 
 def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
-    """Inside a stage the cascade has no such method: it would write a model without what the stage has trained."""
+    """Inside a stage the cascade has no `save_pretrained`: it would lose what the running stage has trained."""
     cascade = made()
     slow = values_of(cascade)
     with pytest.raises(AttributeError, match=r"^save_pretrained .*lorasc_fx\.save .*cascade\.model\.save_pretrained"):
@@ -121,7 +121,7 @@ def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, type("ConnectError", (Exception,), {})])
-def test_a_hub_that_is_not_reached_is_a_sentence(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_error(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     cascade = made()
 
     def offline(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""What every training loop has to pass: a resumed run with the same bits, and one stage that is peft's in that loop."""
+"""Requirements for every training loop: a resumed run has the same bits, and one stage equals peft in the same loop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SLOW += [(loop, "noise") for loop in LOOPS if (loop, "noise") not in QUICK + SLO
 
 @pytest.fixture(autouse=True)
 def of_no_other_loop() -> None:
-    """Accelerate keeps what a Trainer has iterated over, for the whole process."""
+    """Reset accelerate's process-wide state."""
     GradientState._reset_state()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of lightning, about itself
 @pytest.mark.parametrize(("loop", "fields"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)])
 def test_a_resumed_run_has_the_same_bits(loop: str, fields: str, tmp_path: Path) -> None:
-    """In the middle of a stage, of a step, and right after a transition; dropout and shuffled data go on as well."""
+    """Stop in a stage, in a step, and right after a transition, with dropout and shuffled data."""
     spec = lx.CascadeSpec(**{"rank": 2, **SPECS[fields]})
     losses, whole = LOOPS[loop](spec, tmp_path, 0)
     assert whole.stage > 1 + (loop != "trainer, best")
@@ -51,7 +51,7 @@ def test_a_resumed_run_has_the_same_bits(loop: str, fields: str, tmp_path: Path)
     ("trainer, plateau", ()),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of lightning, about itself
-def test_the_loss_of_a_stage_is_that_of_its_last_step(loop: str, ends: tuple[int, ...], tmp_path: Path) -> None:
+def test_the_loss_of_a_stage_is_the_loss_of_its_last_step(loop: str, ends: tuple[int, ...], tmp_path: Path) -> None:
     losses, cascade = LOOPS[loop](lx.CascadeSpec(rank=2, pace="loss"), tmp_path, 0)
     found = list(stage_losses(cascade).values())
     assert len(found) > 1
@@ -60,7 +60,7 @@ def test_the_loss_of_a_stage_is_that_of_its_last_step(loop: str, ends: tuple[int
 
 
 @pytest.mark.parametrize("loop", ["accelerate", "trainer"])
-def test_what_is_saved_holds_no_base(loop: str, tmp_path: Path) -> None:
+def test_a_checkpoint_does_not_contain_the_base(loop: str, tmp_path: Path) -> None:
     _, cascade = LOOPS[loop](lx.CascadeSpec(rank=1), tmp_path, 0)
     held = load_file(tmp_path / ("6" if loop == "accelerate" else "checkpoint-6") / "model.safetensors")
     shapes = {tuple(each.shape) for each in cascade.model.parameters()}
@@ -69,8 +69,8 @@ def test_what_is_saved_holds_no_base(loop: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Steps, Accelerated, AcceleratedHalf])
-def test_one_stage_is_pefts(kind: type[Steps], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the plain loop with peft's LoRA."""
+def test_one_stage_equals_peft(kind: type[Steps], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the same loop with peft's LoRA."""
     monkeypatch.setattr(kind, "dropout", 0.0)
     ours = kind(lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0), stage=END + 1)
     lora = lora_of(ours.cascade, net(0.0), ["first", "head"])

@@ -1,4 +1,4 @@
-"""A cascade of a UNet of diffusers: beside `unet.add_adapter`, and as a file that diffusers loads."""
+"""A cascade of diffusers' UNet: compared with `unet.add_adapter`, and exported to a file that diffusers loads."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def losses(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[flo
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_losses_are_those_of_an_adapter(checkpointing: bool) -> None:
-    """One stage at pace 1; the call of diffusers' training scripts, by name and without an output class."""
+def test_the_losses_equal_an_adapters(checkpointing: bool) -> None:
+    """One stage at pace 1, called as in diffusers' training scripts: by name and without an output class."""
     unet, theirs = tiny_unet(), tiny_unet()
     theirs.requires_grad_(False)
     theirs.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=list(LAYERS)))

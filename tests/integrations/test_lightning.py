@@ -1,4 +1,4 @@
-"""A cascade in Lightning's Trainer, held by a LightningModule, with a validation loop."""
+"""A cascade in a LightningModule, trained by Lightning's Trainer with a validation loop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc]
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
-def held() -> Any:
+def module_with_cascade() -> Any:
     module = Module()
     module.net = module.cascade = lx.adapt(module.net, (X, LABELS), spec=SPEC)
     return module
@@ -65,32 +65,32 @@ def trainer_of(module: Any, folder: Path, *, epochs: int = 3, **how: Any) -> Any
 
 
 def test_stages_and_validation(tmp_path: Path) -> None:
-    """Beside the loop by hand; validation sees W0 + S by the formula."""
-    module = held()
+    """Compare with a plain loop. Validation uses W0 + S by the formula."""
+    module = module_with_cascade()
     trainer = trainer_of(module, tmp_path / "whole")
     trainer.fit(module, data(20), data(8))
     assert module.cascade.stage == 4
-    by_hand = held()
-    optimizer = torch.optim.AdamW(by_hand.cascade.param_groups(lr=0.02))
+    plain = module_with_cascade()
+    optimizer = torch.optim.AdamW(plain.cascade.param_groups(lr=0.02))
     losses = []
-    for _ in by_hand.cascade.stages(3, optimizer):
+    for _ in plain.cascade.stages(3, optimizer):
         for batch in data(20):
-            loss = by_hand.cascade(batch["x"], batch["labels"])["loss"]
+            loss = plain.cascade(batch["x"], batch["labels"])["loss"]
             losses.append(loss.item())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     assert module.losses == losses
     state = module.cascade.folded_state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in by_hand.cascade.folded_state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in plain.cascade.folded_state_dict().items())
     plain = with_weights(module.cascade.model, values_of(module.cascade))
     with torch.no_grad():
         expected = sum(plain(batch["x"], batch["labels"])["loss"].item() for batch in data(8)) / 2
     assert trainer.callback_metrics["val_loss"].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
-    module = held()
+def test_stages_by_steps_with_an_incomplete_last_stage(tmp_path: Path) -> None:
+    module = module_with_cascade()
     trainer = trainer_of(module, tmp_path, epochs=2, steps=4)
     trainer.logger, trainer.log_every_n_steps = CSVLogger(tmp_path), 1
     trainer.fit(module, data(20), data(8))
@@ -101,21 +101,21 @@ def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_number_of_stages_divides_the_steps(tmp_path: Path) -> None:
-    module = held()
+    module = module_with_cascade()
     trainer = trainer_of(module, tmp_path, epochs=2, stages=3)
     trainer.logger, trainer.log_every_n_steps = CSVLogger(tmp_path), 1
     trainer.fit(module, data(20), data(8))  # 10 steps
     with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["stage"]]
     assert [float(line["stage"]) for line in lines] == [1] * 3 + [2] * 4 + [3] * 3
-    other = held()
+    other = module_with_cascade()
     with raises(lx.SpecError, "invalid-value", "stages is 20", "10 optimizer steps"):
         trainer_of(other, tmp_path / "other", epochs=2, stages=20).fit(other, data(20), data(8))
 
 
 @pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "WeightAveraging"])
 def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) -> None:
-    module = held()
+    module = module_with_cascade()
     average = getattr(lightning.pytorch.callbacks, kind)(*([1e-2] if kind.startswith("Stochastic") else []))
     trainer = trainer_of(module, tmp_path)
     trainer.callbacks.append(average)
@@ -124,8 +124,8 @@ def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) ->
     assert trainer.global_step == 0
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    module, other = held(), held()
+def test_unsupported_modules_and_arguments(tmp_path: Path) -> None:
+    module, other = module_with_cascade(), module_with_cascade()
     trainer = trainer_of(other, tmp_path)
     with raises(lx.StateError, "trainer-not-supported", "Module"):
         trainer.fit(module, data(8), data(8))

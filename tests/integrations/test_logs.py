@@ -1,4 +1,4 @@
-"""The logger `lorasc_fx`: quiet until it is asked, and then the time of each capture, variant and transition."""
+"""The logger `lorasc_fx`: silent by default; at INFO, it logs the time of each capture, variant and transition."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for stage in cascade.stages(2, optimizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
-def test_standard_error_holds_what_needs_the_user_and_nothing_else(trains: bool) -> None:
+def test_only_warnings_are_printed_by_default(trains: bool) -> None:
     script = ENDS.replace("{trains}", str(trains))
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     told = "<string>:6: LorascWarning: stage 1 ended, and no branch has moved"  # line 6 is that of the loop
@@ -78,15 +78,15 @@ def test_captures_variants_and_transitions_are_timed(
     assert 0.12 <= seconds <= took + 0.01  # two sites, 0.06 s each
 
 
-def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_front_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="lorasc_fx")
     lx.adapt(Breaking(4), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
     assert re.search(r"Breaking not captured by export, in \d+\.\d\d s: .+", caplog.text)
     assert re.search(r"Breaking captured by graph-breaks, in \d+\.\d\d s", caplog.text)
 
 
-def test_a_move_to_where_it_is_keeps_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
-    """By the name `cpu:0` as well, for which torch makes copies, and inside `weights`; a cast drops them."""
+def test_a_move_to_the_same_device_keeps_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """Also under the name `cpu:0`, for which torch makes copies, and inside `weights`. A cast drops the graphs."""
     x = torch.ones(2, 4)
     cascade = lx.adapt(nn.Sequential(nn.Linear(4, 3)), args=(x,), spec=lx.CascadeSpec(rank=2))
     parameters = list(cascade.parameters())

@@ -1,4 +1,4 @@
-"""A cascade as the model of a pipeline of transformers, beside pipelines of plain models with the same weights."""
+"""A cascade as the model of transformers' pipelines, compared with plain models with the same weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CASES: dict[str, Case] = {
 
 
 def numbers(found: Any) -> list[Any]:
-    """What a pipeline returns, as one row of labels and numbers."""
+    """Flatten the result of a pipeline to one row of labels and numbers."""
     if isinstance(found, dict):
         return [each for value in found.values() for each in numbers(value)]
     return [each for value in found for each in numbers(value)] if isinstance(found, list) else [found]
@@ -81,7 +81,7 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("task", CASES)
 def test_a_pipeline_computes_without_noise(task: str) -> None:
-    """In a stage with the fast weights, as `generate`; inside `weights` with those in place; in a batch and lazily."""
+    """In a stage it uses the fast weights, like `generate`; inside `weights` the placed ones; in a batch and lazily."""
     make, kwargs, tools, given, how = CASES[task]
     torch.manual_seed(0)
     spec = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(1.0), targets=("linear",))

@@ -1,4 +1,4 @@
-"""The Trainer and accelerate on two processes, as torchrun starts them: as one process on the same batches."""
+"""The Trainer and accelerate on two processes, as with torchrun, equal one process on the same batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def as_torchrun(rank: int, count: int, port: int) -> None:
 
 
 def by_trainer(rank: int, count: int, port: int, folder: str, spec: lx.CascadeSpec, stop: int) -> dict[str, Tensor]:
-    """Train three epochs, and go on from what there is in the folder; `stop` ends it after so many steps."""
+    """Train three epochs, or resume from the checkpoint in the folder. `stop` is the step to stop at."""
     from transformers import Trainer
 
     as_torchrun(rank, count, port)
@@ -59,7 +59,7 @@ def by_trainer(rank: int, count: int, port: int, folder: str, spec: lx.CascadeSp
 
 
 def by_accelerate(rank: int, count: int, port: int, folder: str, spec: lx.CascadeSpec, stop: int) -> dict[str, Tensor]:
-    """The same by a loop with accelerate: accumulated over two batches, clipped."""
+    """Train in a loop with accelerate, with gradients accumulated over two batches and clipped."""
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
@@ -83,7 +83,7 @@ def by_accelerate(rank: int, count: int, port: int, folder: str, spec: lx.Cascad
 
 
 @pytest.mark.parametrize(("work", "spec"), [(by_trainer, SPEC), (by_accelerate, FAST)], ids=["trainer", "accelerate"])
-def test_two_processes_are_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
+def test_two_processes_equal_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     folders = [tmp_path / str(count) for count in (1, 2)]
     (one,) = on_ranks(1, work, free_port(), str(folders[0]), spec, 0, group=False)
     both = on_ranks(2, work, free_port(), str(folders[1]), spec, 0, group=False)
@@ -94,8 +94,8 @@ def test_two_processes_are_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path) 
             torch.testing.assert_close(found[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)
 
 
-def test_a_trainer_goes_on_on_any_number_of_processes(tmp_path: Path) -> None:
-    """Stopped on two in the middle of the second stage, and resumed: what one process gives that nobody stopped."""
+def test_a_trainer_resumes_on_any_number_of_processes(tmp_path: Path) -> None:
+    """Stopped on two processes in the middle of the second stage and resumed, it equals one uninterrupted process."""
     (one,) = on_ranks(1, by_trainer, free_port(), str(tmp_path / "one"), SPEC, 0, group=False)
     on_ranks(2, by_trainer, free_port(), str(tmp_path / "two"), SPEC, 6, group=False)
     shutil.copytree(tmp_path / "two", tmp_path / "other")

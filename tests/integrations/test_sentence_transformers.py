@@ -1,4 +1,4 @@
-"""A cascade of a SentenceTransformer in its trainer: beside peft there, in stages, saved, resumed and read back."""
+"""A cascade of a SentenceTransformer in its trainer: compared with peft, in stages, saved, resumed and loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentenceTransformer without dropout, in a folder."""
+    """Save a SentenceTransformer without dropout, and return its folder."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     tiny.bert("Model", hidden_size=24, **tiny.QUIET).save_pretrained(folder / "bert")
@@ -75,8 +75,8 @@ def callback_of(cascade: lx.Cascade, **how: Any) -> Any:
     return lx.integrations.transformers.CascadeCallback(cascade, **how)
 
 
-def test_the_losses_are_those_of_peft(base: Path, tmp_path: Path) -> None:
-    """One stage at pace 1, beside adapters of peft in the model; the loss was made with the model, as some must be."""
+def test_the_losses_equal_pefts(base: Path, tmp_path: Path) -> None:
+    """One stage at pace 1, compared with peft's adapters. The loss object holds the model, as some losses must."""
     cascade = adapted(read(base), lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0, targets=("*.query.weight",)))
     theirs = read(base)
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["query"], lora_dropout=0.0), theirs)
@@ -97,7 +97,7 @@ def test_the_losses_are_those_of_peft(base: Path, tmp_path: Path) -> None:
 
 
 def test_stages_evaluation_and_the_saved_model(base: Path, tmp_path: Path) -> None:
-    """Evaluated, its evaluator included, with the slow weights; what is saved has them, and a checkpoint resumes."""
+    """Evaluations and evaluators use the slow weights. The saved model has them, and a checkpoint resumes."""
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.3), targets=("linear",))
     cascade = adapted(read(base), spec)
     more = {"save_strategy": "epoch", "eval_strategy": "epoch"}
@@ -121,8 +121,8 @@ def test_stages_evaluation_and_the_saved_model(base: Path, tmp_path: Path) -> No
     assert "lorasc_fx.manifest" in load_file(tmp_path / "checkpoint-8" / "model.safetensors")
 
 
-def test_the_best_model_is_taken_back_or_its_damage_told(base: Path, tmp_path: Path) -> None:
-    """The trainer's own way of reading it logs an error and goes on with the last model."""
+def test_the_best_model_is_loaded_or_its_damage_raises(base: Path, tmp_path: Path) -> None:
+    """The trainer's own loader would only log an error and continue with the last model."""
     more = {
         "save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss", "greater_is_better": True, "num_train_epochs": 3,

@@ -1,4 +1,4 @@
-"""`generate`, and accelerate's loop, on shards of two processes: the numbers of one process."""
+"""`generate` and accelerate's loop, with weights sharded over two processes, equal one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LIMIT = 500.0
 
 
 def on_a_gpu() -> Any:
-    """Let accelerate take its FSDP plugin, which it does on accelerators alone."""
+    """Make accelerate use its FSDP plugin on the CPU; normally it needs an accelerator."""
     real = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, **options: Any) -> None:
@@ -105,7 +105,7 @@ def generated(rank: int, count: int) -> dict[str, Tensor]:
     return found
 
 
-def test_generate_has_the_tokens_of_one_process() -> None:
+def test_generate_gives_the_tokens_of_one_process() -> None:
     (one,) = on_ranks(1, generated)
     for rank, found in enumerate(on_ranks(2, generated, limit=LIMIT)):
         assert found.keys() == {name for name in one if name.startswith(f"{rank}/")}
@@ -161,7 +161,7 @@ def test_a_loop_with_accelerate(tmp_path: Path) -> None:
 
 
 def refused(rank: int, count: int, port: int, folder: str) -> None:
-    """A Trainer, and accelerate's plugin: one error each, before anything is changed."""
+    """A Trainer and accelerate's plugin raise one error each, before anything is changed."""
     as_torchrun(rank, count, port)
     PartialState(cpu=True)  # which makes the process group
     cascade = fsdp.shard(adapted(SPEC, 0.0, torch.float64))
@@ -188,5 +188,5 @@ def refused(rank: int, count: int, port: int, folder: str) -> None:
                 assert cascade(torch.ones(2, 6, dtype=torch.float64))["logits"].shape == (2, 4)
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_sharding_by_other_libraries_is_refused(tmp_path: Path) -> None:
     on_ranks(2, refused, free_port(), str(tmp_path), group=False, limit=LIMIT)

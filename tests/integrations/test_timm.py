@@ -1,4 +1,4 @@
-"""A cascade in the idioms of timm's training script: its groups of parameters, optimizers, scaler, and checkpoints."""
+"""A cascade in timm's training script: parameter groups, optimizers, gradient scaler and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def adapted(**fields: Any) -> Any:
 
 
 def groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Learning rate and weight decay of each parameter, by its name in the model."""
+    """Return learning rate and weight decay of each parameter, by its name in the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for group in optimizer.param_groups:
@@ -50,8 +50,8 @@ def by_timm(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("kind", ["with a matcher", "without"])
-def test_layers_decay_as_those_of_the_model(kind: str) -> None:
-    """A branch has rate and weight decay of its weight, and what is trained in full its own."""
+def test_layer_decay_equals_the_models(kind: str) -> None:
+    """A branch has the rate and the weight decay of its weight. A parameter trained in full keeps its own."""
     if kind == "without":
         plain, trained = net(), ("head.bias",)
         cascade = lx.adapt(copy.deepcopy(plain), (torch.zeros(3, 6),), spec=lx.CascadeSpec(rank=2, train=trained))
@@ -80,7 +80,7 @@ def test_factors_of_a_weight_without_decay_have_none() -> None:
     assert without == {f"branches.blocks/{n}/mlp/fc1/weight.lora_{f}" for n in range(3) for f in "AB"}
 
 
-def test_rates_that_the_spec_asks_for_are_not_dropped() -> None:
+def test_rates_of_the_spec_are_kept() -> None:
     cascade = adapted(lr_ratio=4.0)
     with raises(lx.SpecError, "optimizer-differs", "0.01", "param_group_fn"):
         cascade.stages(2, create_optimizer_v2(cascade, "adamw", lr=1e-2))
@@ -112,7 +112,7 @@ class Loop:
 
 
 def test_an_average_of_slow_weights_is_saved_as_timm_does(tmp_path: Path) -> None:
-    """In the middle of the second stage; the plain model reads it."""
+    """Save in the middle of the second stage. The plain model loads it."""
     loop = Loop()
     loop.go(0, 8)
     with loop.cascade.weights("slow"):

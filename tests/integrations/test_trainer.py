@@ -1,4 +1,4 @@
-"""A cascade in transformers' Trainer, beside peft in the same Trainer and beside plain formulas."""
+"""A cascade in transformers' Trainer, compared with peft in the same Trainer and with plain formulas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.kit.models import lora_of
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0)
 TARGETS = ("first", "head")
 LOGGED = 3e-7
-"""A Trainer sums its losses in fp32 for its log; the weights, in fp64, say the rest."""
+"""Tolerance of the losses, which a Trainer sums in fp32. The weights are compared in fp64."""
 
 
 def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], data: Any = None, **more: Any) -> Any:
@@ -28,7 +28,7 @@ def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], data: Any
 
 
 class PeftTrainer(Trainer):  # type: ignore[misc]
-    """peft's wrapper has no `x` in its signature, by which the Trainer prunes columns."""
+    """A Trainer that keeps all columns. It would prune `x`, which is not in the signature of peft's wrapper."""
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["x", "labels"]
@@ -48,7 +48,7 @@ class PeftTrainer(Trainer):  # type: ignore[misc]
     ],
     ids=["plain", "accumulated-clipped-decayed", "last-batch-short-and-linear"],
 )
-def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
+def test_one_stage_equals_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
     cascade = adapted(SPEC, 0.0, torch.float64)
     data = rows(18, torch.float64)
     lora = lora_of(cascade, net(0.0, torch.float64), TARGETS)

@@ -1,4 +1,4 @@
-"""What a CascadeCallback refuses, before anything trains."""
+"""Errors that a CascadeCallback raises before anything trains."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple
 
 
 @pytest.mark.parametrize("case", TRAININGS)
-def test_trainings(case: str, tmp_path: Path) -> None:
+def test_unsupported_trainings(case: str, tmp_path: Path) -> None:
     how, more, given, expected = TRAININGS[case]
     cascade = adapted(SPEC)
     usual = {"model": cascade, "train_dataset": rows(), "callbacks": [CallbackOf(cascade, **how)]}
@@ -75,7 +75,7 @@ def test_trainings(case: str, tmp_path: Path) -> None:
         Trainer(args=arguments(tmp_path, **more), **{**usual, **given}).train()
 
 
-def test_moments_that_are_not_right(tmp_path: Path) -> None:
+def test_the_callback_needs_its_trainer_from_the_start(tmp_path: Path) -> None:
     cascade = adapted(SPEC)
     with raises(lx.StateError, OPTION):
         CallbackOf(cascade).on_init_end(arguments(Path("unused")), None, None, model=cascade)
@@ -95,8 +95,8 @@ def test_moments_that_are_not_right(tmp_path: Path) -> None:
         ("cast_lm_head_to_fp32", True, (OPTION, "cast_lm_head_to_fp32")),
     ],
 )
-def test_what_a_trainer_takes_elsewhere(name: str, value: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
-    """Where a package is installed or there are several devices, so that the event is called here."""
+def test_unsupported_training_arguments(name: str, value: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
+    """These need other packages or several devices, so the test calls the event itself."""
     cascade, args = adapted(SPEC), arguments(tmp_path)
     setattr(args, name, value)
     with raises(lx.SpecError, *expected):
@@ -112,7 +112,7 @@ def test_what_a_trainer_takes_elsewhere(name: str, value: Any, expected: tuple[s
     ids=["ratio", "rule"],
 )
 def test_learning_rates_of_the_spec(tmp_path: Path, fields: dict[str, Any], name: str, asked: float) -> None:
-    """The Trainer's own optimizer has one for all; one of `param_groups` has what is asked for, and trains."""
+    """The Trainer's own optimizer has a single rate, which is an error. An optimizer with `param_groups` trains."""
     spec = lx.CascadeSpec(rank=2, **fields)
     cascade = adapted(spec)
     trainer = Trainer(model=cascade, args=arguments(tmp_path), train_dataset=rows(), callbacks=[CallbackOf(cascade)])
@@ -131,9 +131,7 @@ def test_learning_rates_of_the_spec(tmp_path: Path, fields: dict[str, Any], name
     ("package", "inner", "told"),
     [("transformers", (), "lorasc-fx[loops]"), ("lightning", ("lightning.pytorch",), "pip install lightning")],
 )
-def test_a_package_that_is_not_there(
-    package: str, inner: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package(package: str, inner: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (package, *inner):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"lorasc_fx.integrations.{package}", raising=False)
@@ -142,7 +140,7 @@ def test_a_package_that_is_not_there(
         getattr(lx.integrations, package)
 
 
-def test_a_loop_that_is_not_there() -> None:
+def test_an_unknown_integration() -> None:
     assert {"lightning", "transformers"} <= set(dir(lx.integrations))
     with pytest.raises(
         AttributeError,
@@ -151,8 +149,8 @@ def test_a_loop_that_is_not_there() -> None:
         _ = lx.integrations.trasnformers
 
 
-def test_a_loop_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
-    """Without the callback, by `save_model` and in a checkpoint; with it neither, as the other tests show."""
+def test_a_loop_without_the_callback_warns_of_an_unfolded_save(tmp_path: Path) -> None:
+    """By `save_model` and in a checkpoint. With the callback neither warns, as the other tests show."""
     trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
     trainer.train()
     more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}

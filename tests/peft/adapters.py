@@ -18,7 +18,7 @@ from tests.peft.models import BUILD, INPUTS, made
 
 
 def frontend_of(name: str) -> str:
-    """The quickest front end that takes a model."""
+    """Return the fastest front end that can capture a model."""
     return "auto" if name in ("llama", "gpt2", "bert") else "symbolic"
 
 
@@ -40,26 +40,26 @@ def cascade_of(name: str, stages: int = 2, running: bool = True, **spec: Any) ->
 
 
 def loaded(name: str, folder: Path) -> nn.Module:
-    """The same base with the adapter that peft loads."""
+    """Return the same base with the adapter, loaded by peft."""
     return peft.PeftModel.from_pretrained(made(BUILD[name]), folder).eval()
 
 
 def folded(cascade: lx.Cascade, name: str) -> nn.Module:
-    """The same base with the slow weights."""
+    """Return the same base with the slow weights."""
     model = made(BUILD[name])
     model.load_state_dict(cascade.folded_state_dict())
     return model
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Equal to 1e-10, and not by being nothing."""
+    """Assert that the outputs are equal to 1e-10, and that the change is not zero."""
     assert one.dtype == other.dtype == torch.float64
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     assert float(one.std()) > 1e-3
 
 
 def trained_by_peft(name: str, folder: Path, **config: Any) -> peft.PeftModel:
-    """Train an adapter a few steps by peft, and save it."""
+    """Train an adapter with peft for a few steps, and save it."""
     torch.manual_seed(3)
     theirs = peft.get_peft_model(made(BUILD[name]), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **config}))
     optimizer = torch.optim.AdamW([parameter for parameter in theirs.parameters() if parameter.requires_grad], lr=0.05)
@@ -73,5 +73,5 @@ def trained_by_peft(name: str, folder: Path, **config: Any) -> peft.PeftModel:
 
 
 def merged(theirs: peft.PeftModel) -> nn.Module:
-    """The base with the adapter merged by peft."""
+    """Return the base with the adapter, merged by peft."""
     return copy.deepcopy(theirs).merge_and_unload()

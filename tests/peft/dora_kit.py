@@ -1,4 +1,4 @@
-"""Models, specs and formulas that the tests of DoRA share."""
+"""Models, specs and formulas for the tests of DoRA."""
 
 from __future__ import annotations
 

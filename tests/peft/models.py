@@ -1,4 +1,4 @@
-"""Small models of every kind that an adapter goes out of and comes into, in fp64, each the same for every call."""
+"""Small models of every kind that adapters are exported from and imported into, in fp64, with fixed weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tokens(*shape: int, high: int = 11) -> torch.Tensor:
 
 
 class Suffixes(nn.Module):
-    """Modules whose paths end like another's: 1.lin and 11.lin, lin and deep.lin."""
+    """A model in which paths are suffixes of other paths: 1.lin and 11.lin, lin and deep.lin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Words(nn.Module):
 
 
 class Convs(nn.Module):
-    """A residual network in little: 2d, 1d and 3d convolutions, strides, 1x1, and a linear head."""
+    """A small residual network: 2d, 1d and 3d convolutions, strides, 1x1, and a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Gate(nn.Module):
 
 
 class Tied(nn.Module):
-    """A head that is the embedding."""
+    """A model whose head is tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def bert() -> nn.Module:
 
 
 def made(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model in fp64 and eval mode, the same for every call."""
+    """Build the model in fp64 and eval mode, with the same weights at every call."""
     torch.manual_seed(1)
     return build().double().eval()
 

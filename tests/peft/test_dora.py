@@ -23,7 +23,7 @@ from tests.peft.dora_kit import FEW, RANK, adapted, trained, weights
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize(("name", "rank"), [("mlp", RANK), ("conv", RANK), ("wide", 1)])
 def test_slow_and_fast_weights_are_the_formula(name: str, rank: int, noise: float) -> None:
-    """Over four stages, with experts side by side or summed into a dense delta; and at the end of each stage again."""
+    """Check all steps and stage ends over four stages, with experts kept or summed into a dense delta."""
     build, inputs, _ = FEW[name]
     model, calls, pace = build(), inputs(4), 0.4
     base = weights(model)
@@ -85,8 +85,8 @@ def test_a_weight_stored_as_in_out_is_the_transpose(pace: float) -> None:
     torch.testing.assert_close(kept[1].T, kept[0], rtol=0, atol=1e-12)
 
 
-def test_a_magnitude_alone_that_has_trained() -> None:
-    """B = 0, m moved: a stage without an expert, whose rows are scaled all the same."""
+def test_a_stage_that_trains_only_magnitudes() -> None:
+    """B = 0, but m has changed: a stage without an expert, whose rows are scaled nevertheless."""
     model, (x,) = mlp(), batches(1, 4, 5)
     base = weights(model)
     cascade = adapted(model, x, pace=0.5)
@@ -103,8 +103,8 @@ def test_a_magnitude_alone_that_has_trained() -> None:
             torch.testing.assert_close(value, (0.5 + 0.5 * scales[name]) * base[name], rtol=0, atol=1e-14)
 
 
-def test_a_magnitude_alone_over_a_dense_delta() -> None:
-    """Rows of what was collapsed before are scaled as well, at once and after one more stage."""
+def test_only_magnitudes_over_a_dense_delta() -> None:
+    """The rows of an earlier, collapsed delta are scaled too, immediately and after another stage."""
     model, calls = mlp(), batches(4, 4, 5)
     cascade = adapted(model, calls[0], rank=4, lora_alpha=4 * SCALE)
     optimizer = optimizer_of(cascade, "sgd")
@@ -126,7 +126,7 @@ def test_a_magnitude_alone_over_a_dense_delta() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_nothing_trained_is_nothing_changed(dtype: torch.dtype, noise: float) -> None:
+def test_an_untrained_stage_changes_nothing(dtype: torch.dtype, noise: float) -> None:
     model, x = mlp().to(dtype), batches(1, 4, 5)[0].to(dtype)
     base, before = weights(model), model(x).double()
     cascade = adapted(model, x, noise=lx.Noise(noise), pace=0.3)
@@ -161,7 +161,7 @@ def test_with_a_start_from_the_weight() -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "wide"])
 def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
-    """Three stages with pace: one DoRA adapter of the summed rank, on the base as it was."""
+    """Export three stages with a pace as one DoRA adapter of the summed rank, for the original base."""
     build, inputs, _ = FEW[name]
     model, calls = build(), inputs(4)
     base = copy.deepcopy(model)

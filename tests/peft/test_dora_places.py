@@ -1,4 +1,4 @@
-"""DoRA where it stands: passes alone, parameter groups, casts, compilers, and all that is refused."""
+"""DoRA in passes, parameter groups, casts and compilers, and the cases that it does not support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kit.models import SCALE, Breaking, batches, branches, mlp, randomize,
 from tests.peft.dora_kit import PLAIN, adapted, norms, weights
 
 
-def test_passes_alone() -> None:
+def test_passes_without_a_cascade() -> None:
     from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
 
     model, (x,) = mlp(), batches(1, 4, 5)
@@ -50,8 +50,8 @@ def test_parameter_groups() -> None:
     )
 
 
-def test_where_no_magnitude_can_stand() -> None:
-    """Named, before anything is changed."""
+def test_weights_without_a_place_for_magnitudes() -> None:
+    """The error names them before anything is changed."""
     model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)).double()
     held = weights(model)
     ids = torch.tensor([[1, 2, 3]])
@@ -71,7 +71,7 @@ def test_sums_are_refused() -> None:
 
 
 class TwoWays(nn.Module):
-    """In eval mode the weight is used in a way that no magnitude can follow."""
+    """A model that uses its weight in eval mode in a way that magnitudes do not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_a_branch_beside_its_op_is_an_error() -> None:
             branch(*given, at=at)
 
 
-def test_a_row_that_was_scaled_away_has_no_adapter(tmp_path: Path) -> None:
+def test_a_row_scaled_to_zero_cannot_be_exported(tmp_path: Path) -> None:
     cascade = adapted(mlp(), batches(1, 4, 5)[0])
     randomize(cascade)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_row_that_was_scaled_away_has_no_adapter(tmp_path: Path) -> None:
 
 
 def test_casts_and_copies() -> None:
-    """A cast of a running stage keeps it unmoved where it is; a copy trains by itself."""
+    """A cast keeps an untrained running stage untrained. A copy trains independently."""
     x = batches(1, 4, 5)[0]
     cascade = adapted(mlp(), x)
     base = {name: value.float() for name, value in weights(mlp()).items()}

@@ -1,4 +1,4 @@
-"""Out: `lx.export.peft` writes what `peft.PeftModel.from_pretrained` loads with equal outputs."""
+"""Export: `lx.export.peft` writes adapters that `peft.PeftModel.from_pretrained` loads with equal outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config_in(folder: Path) -> dict[str, Any]:
 
 
 def assert_loads(cascade: lx.Cascade, name: str, folder: Path, merges: bool = True) -> None:
-    """peft's model computes what the slow weights do, by its adapter and merged."""
+    """Assert that peft's model, with its adapter and merged, computes the same as the slow weights."""
     args = INPUTS[name]()
     with torch.no_grad():
         right, base = seeded(folded(cascade, name), args), seeded(made(BUILD[name]), args)
@@ -46,7 +46,7 @@ def assert_loads(cascade: lx.Cascade, name: str, folder: Path, merges: bool = Tr
 
 
 @pytest.mark.parametrize(("given", "written"), [(None, "SEQ_CLS"), ("TOKEN_CLS", "TOKEN_CLS")])
-def test_the_task_is_that_of_the_model_unless_it_is_given(given: str | None, written: str, tmp_path: Path) -> None:
+def test_the_task_is_the_models_unless_it_is_given(given: str | None, written: str, tmp_path: Path) -> None:
     cascade = cascade_of("bert", exclude=("classifier",))
     lx.export.peft(cascade, tmp_path / "adapter", task_type=given)
     assert config_in(tmp_path / "adapter")["task_type"] == written
@@ -63,7 +63,7 @@ def test_the_task_is_that_of_the_model_unless_it_is_given(given: str | None, wri
         ("bert", {"exclude": ("classifier",)}),  # whose head peft's class for the task would take from the adapter
     ],
 )
-def test_all_stages_are_one_adapter(name: str, spec: dict[str, Any], tmp_path: Path) -> None:
+def test_all_stages_become_one_adapter(name: str, spec: dict[str, Any], tmp_path: Path) -> None:
     cascade = cascade_of(name, **spec)
     written = lx.export.peft(cascade, tmp_path / "adapter")
     expected = {site.weight: min(4, *site.matrix_shape) for site in cascade.sites}  # two experts of rank 2
@@ -74,7 +74,7 @@ def test_all_stages_are_one_adapter(name: str, spec: dict[str, Any], tmp_path: P
     assert config["fan_in_fan_out"] is (name == "gpt2")
 
 
-def test_the_cascade_stays_as_it_is(tmp_path: Path) -> None:
+def test_the_cascade_is_unchanged(tmp_path: Path) -> None:
     cascade = cascade_of("words", targets=("emb", "up"), train=("head",), noise=lx.Noise(0.2))
     before = {name: value.clone() for name, value in cascade.state_dict().items()}
     drawn = torch.get_rng_state()
@@ -98,7 +98,7 @@ def test_fast_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_a_running_stage_counts_as_a_release_would(restart: str, tmp_path: Path) -> None:
+def test_a_running_stage_counts_as_in_release(restart: str, tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", stages=3, restart=restart)
     lx.export.peft(cascade, tmp_path)
     args = INPUTS["suffixes"]()
@@ -151,8 +151,8 @@ def test_a_smaller_rank_and_its_exact_error(tmp_path: Path, caplog: pytest.LogCa
     assert any(cut.relative > 0.05 for cut in written.cut.values())
 
 
-def test_a_dense_delta_goes_out_at_its_rank(tmp_path: Path) -> None:
-    """After the dense collapse the experts are gone; what they added is factored again."""
+def test_a_dense_delta_is_factored_at_its_rank(tmp_path: Path) -> None:
+    """After the collapse there are no experts, so their dense sum is factored again."""
     cascade = cascade_of("suffixes", stages=4, running=False)
     assert all(state.is_dense for state in weight_states(cascade).values())
     written = lx.export.peft(cascade, tmp_path)
@@ -168,7 +168,7 @@ def test_biases_of_adapted_modules(tmp_path: Path) -> None:
     assert_loads(cascade, "suffixes", tmp_path)
 
 
-def test_what_was_trained_in_full_alone(tmp_path: Path) -> None:
+def test_only_parameters_trained_in_full(tmp_path: Path) -> None:
     spec = lx.CascadeSpec(targets=("up",), train=("head.2.bias",), pace=1.0)
     cascade = lx.adapt(made(BUILD["words"]), INPUTS["words"](), spec=spec)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_what_was_trained_in_full_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_tied_weight_goes_to_both_places(tmp_path: Path) -> None:
+def test_a_tied_weight_has_two_pairs(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Tied().double().eval()
     ids = (torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(2)),)
@@ -209,7 +209,7 @@ def test_factors_of_a_dtype(tmp_path: Path) -> None:
     assert {value.dtype for value in found.values()} == {torch.float32}
 
 
-def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "adapter"
     cascade = cascade_of("suffixes", stages=1)
     lx.export.peft(cascade, folder)

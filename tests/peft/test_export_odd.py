@@ -1,4 +1,4 @@
-"""Out, where a module is not what peft's layers were written for: by its parameter, or refused; peft is the judge."""
+"""Export of modules that peft's layers do not support: by parameter, or refused. peft decides which is right."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 
 class Outer(nn.Module):
-    """A parameter and a linear in one module, which peft wraps for the parameter."""
+    """A module with a parameter and a linear layer. peft wraps the module because of the parameter."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Outer(nn.Module):
 
 
 class Positions(nn.Embedding):
-    """Looks up something else than it is given, as OPT's positions do."""
+    """An embedding that shifts its indices, like OPT's positions."""
 
     def forward(self, mask: torch.Tensor) -> torch.Tensor:
         return super().forward(mask.cumsum(1))
 
 
 class Scaled(nn.Embedding):
-    """Scales what it looks up, as Gemma's does."""
+    """An embedding that scales its output, like Gemma's."""
 
     embed_scale = 2.5
 
@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
 
 
 TRACED = ("packed projection", "an encoder that is never fused", "weight norm", "a bag", "parametrized")
-"""Whose weights a symbolic trace does not see."""
+"""Cases whose weights symbolic tracing does not see."""
 SLOW = pytest.mark.slow
 
 
@@ -119,7 +119,7 @@ def built(build: Build) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # peft's, of a model that has both
 @pytest.mark.parametrize("case", [pytest.param(each, marks=SLOW) if each in TRACED[:2] else each for each in CASES])
-def test_what_is_adapted_and_how(case: str, tmp_path: Path) -> None:
+def test_adapted_modules_and_parameters(case: str, tmp_path: Path) -> None:
     build, inputs, spec, parameters = CASES[case]
     args, frontend = inputs(), "auto" if case in TRACED else "symbolic"
     cascade = lx.adapt(built(build), args, spec=lx.CascadeSpec(rank=2, pace=1.0, **spec), frontend=frontend)
@@ -151,7 +151,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_what_peft_could_not_load(case: str, tmp_path: Path) -> None:
+def test_adapters_that_peft_could_not_load(case: str, tmp_path: Path) -> None:
     build, name, reason = ODD[case]
     frontend = "auto" if case in TRACED else "symbolic"
     cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2), frontend=frontend)
@@ -164,7 +164,7 @@ def test_what_peft_could_not_load(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")  # peft's, that it cannot merge
 def test_a_quantized_base(tmp_path: Path) -> None:
-    """Its numbers hold no delta, so an adapter is what it takes; out, and in again."""
+    """A quantized weight cannot store a delta, so the run is exported as an adapter and imported again."""
 
     def base() -> nn.Module:
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""In: adapters that peft has trained and saved become the first expert of a cascade, and go out again as they came."""
+"""Import: an adapter that peft has saved becomes the first expert of a cascade, and is exported again unchanged."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_comes_in_and_goes_out_equal(case: str, tmp_path: Path) -> None:
+def test_an_imported_adapter_is_exported_unchanged(case: str, tmp_path: Path) -> None:
     name, config = ADAPTERS[case]
     theirs = trained_by_peft(name, tmp_path / "in", **config)
     args = INPUTS[name]()
@@ -105,7 +105,7 @@ def test_an_adapter_comes_in_and_goes_out_equal(case: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["suffixes", "words", "convs", "mixture"])
-def test_a_cascade_goes_out_and_comes_in_equal(name: str, tmp_path: Path) -> None:
+def test_an_exported_cascade_is_imported_unchanged(name: str, tmp_path: Path) -> None:
     train_in_full = ("head",) if name == "words" else ()
     left_out = ("head",) if name == "convs" else ()  # it would collapse
     cascade = cascade_of(name, train=train_in_full, exclude=left_out, rank=1)
@@ -142,7 +142,7 @@ def test_the_spec_of_an_adapter(tmp_path: Path) -> None:
             assert (site.rank, site.scale) == (module.r["default"], module.scaling["default"])
 
 
-def test_training_goes_on(tmp_path: Path) -> None:
+def test_training_continues(tmp_path: Path) -> None:
     """The first expert keeps its coefficient, and the next stages add theirs."""
     trained_by_peft("words", tmp_path / "in", r=1, target_modules=["up"], modules_to_save=["head"])
     model, args = made(BUILD["words"]), INPUTS["words"]()
@@ -184,7 +184,7 @@ def test_magnitudes_need_a_spec_that_has_them(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
-    """peft trains a head beside its embedding: that is the untied model, and the error says so."""
+    """peft trains a head separately from its embedding. This needs the untied model, and the error says so."""
     import copy
 
     from tests.peft.models import Tied
@@ -204,7 +204,7 @@ def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
         close(cascade.model(ids), theirs.eval()(ids))
 
 
-def test_a_cascade_of_a_spec_of_ones_own(tmp_path: Path) -> None:
+def test_import_with_a_user_spec(tmp_path: Path) -> None:
     trained_by_peft("words", tmp_path, target_modules=["up"], modules_to_save=["head"])
     model, args = made(BUILD["words"]), INPUTS["words"]()
     spec = lx.CascadeSpec(rank=5, train=("head", "norm"), noise=lx.Noise(0.1))

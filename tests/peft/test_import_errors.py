@@ -1,4 +1,4 @@
-"""In: what is no plain LoRA, damaged, or of another model is one clear error, before the model is touched."""
+"""Import errors: unsupported, damaged or foreign adapters raise one clear error, before the model is changed."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_files(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_grouped_convolution(tmp_path: Path) -> None:
-    """peft's change of it mixes the groups, so that no weight of the module holds it."""
+    """peft's change mixes the groups, so no weight of the module can store it."""
     model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2)).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,7 +173,7 @@ def test_a_grouped_convolution(tmp_path: Path) -> None:
         lx.from_peft(tmp_path, nn.Sequential(nn.Conv2d(4, 6, 2, groups=2)), (torch.zeros(1, 4, 3, 3),))
 
 
-def test_a_whole_attention(tmp_path: Path) -> None:
+def test_a_complete_attention(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
 
@@ -184,7 +184,7 @@ def test_a_whole_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("injected", [False, True])
 def test_a_model_with_layers_of_peft(injected: bool) -> None:
-    """peft's own lora_A and lora_B are no sites, also in a model that is no PeftModel (`load_adapter`)."""
+    """peft's lora_A and lora_B are not adapted, even in a model that is not a PeftModel (`load_adapter`)."""
     base, config, args = made(BUILD["words"]), peft.LoraConfig(r=2, target_modules=["up"]), INPUTS["words"]()
     wrapped: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
     model, name = (base, "up") if injected else (wrapped, f"{P}up")

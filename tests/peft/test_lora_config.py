@@ -1,4 +1,4 @@
-"""A `peft.LoraConfig` as the spec: peft's own model of the same config says what is adapted, how, and what trains."""
+"""A `peft.LoraConfig` as the spec, compared with peft's model: targets, ranks and trained parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 
 
 class Traceable(LlamaForCausalLM):
-    """Llama's modules in a forward that torch.fx takes in a moment."""
+    """Llama's modules with a forward that torch.fx traces quickly."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.model.layers:
@@ -55,7 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_adapted_is_what_peft_adapts(name: str) -> None:
+def test_the_same_weights_as_in_peft_are_adapted(name: str) -> None:
     model = llama(attention_bias=True).float()
     theirs, spec = get_peft_model(copy.deepcopy(model), LoraConfig(**CONFIGS[name])), LoraConfig(**CONFIGS[name])
     if name == "patterns":
@@ -89,7 +89,7 @@ def test_what_is_adapted_is_what_peft_adapts(name: str) -> None:
     }
 
 
-def test_what_has_no_counterpart_is_one_error() -> None:
+def test_options_without_a_counterpart_are_one_error() -> None:
     odd: dict[str, Any] = {"use_qalora": True, "layer_replication": [(0, 2)]}
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", **odd)
     model = llama()

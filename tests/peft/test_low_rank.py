@@ -1,4 +1,4 @@
-"""`low_rank_pairs`: a cascade, a checkpoint and an adapter of peft as one pair per weight, against folded weights."""
+"""`low_rank_pairs` of a cascade, a checkpoint and an adapter of peft, compared with folded weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.peft.models import BUILD, INPUTS, made
 
 
 def assert_sums_to(found: LowRankAdapter, name: str, folded: dict[str, torch.Tensor]) -> None:
-    """W0 with the pairs is the folded model, of every parameter; and every pair changes something."""
+    """Assert that W0 plus the pairs equals all folded parameters, and that no pair is zero."""
     base = made(BUILD[name]).state_dict()
     assert found.pairs
     for key, value in base.items():
@@ -151,7 +151,7 @@ def test_another_base_is_refused() -> None:
         found.check_base(fingerprints(dict(model.named_parameters())), "add")
 
 
-def test_what_is_more_than_factors_is_one_error(tmp_path: Path) -> None:
+def test_changes_that_factors_cannot_express_are_one_error(tmp_path: Path) -> None:
     whole = cascade_of("words", targets=("emb", "up"), train=("head",))
     with raises(lx.SpecError, "method-not-supported", "bank: one, a cascade", "head.0.weight", "in full"):
         low_rank_pairs(whole, name="one", call="bank")
@@ -170,7 +170,7 @@ def test_what_is_more_than_factors_is_one_error(tmp_path: Path) -> None:
         low_rank_pairs(tmp_path, made(BUILD["words"]))
 
 
-def test_a_parameter_that_did_not_move_is_no_obstacle() -> None:
+def test_an_unchanged_parameter_is_accepted() -> None:
     cascade = lx.adapt(
         made(BUILD["words"]),
         INPUTS["words"](),

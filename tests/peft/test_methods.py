@@ -1,4 +1,4 @@
-"""Where peft's layers of the adapter methods are wrong or missing (docs/peft.md), and what a cascade does there.
+"""Cases in which peft's layers of an adapter method are wrong or missing (docs/peft.md), and the cascade's behavior.
 
 A branch that has trained computes what the plain model computes with its merged weights. Of peft each row says by how
 much its adapter differs from its own merge, or the error.
@@ -64,7 +64,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "lokr": {"reflect": 0.4, "transposed": TypeError, **NO_EMBEDDING},
     "delora": NO_CONV | NO_EMBEDDING,
 }  # fmt: skip
-"""By method and model: the least distance of peft's adapter from its merge, or its error."""
+"""The minimum difference between peft's adapter and its merge, or peft's error, by method and model."""
 
 
 def made(case: str) -> tuple[nn.Module, Tensor]:
@@ -113,13 +113,13 @@ def test_an_adapter_and_its_merge(method: str, case: str) -> None:
 
 
 ROUNDED_TWICE = {"lora": 0.2, "hira": 0.004, "delora": 0.1}
-"""By method: the least share of the entries of a bf16 weight that peft's `safe_merge=True` rounds otherwise."""
+"""The minimum fraction of the entries of a bf16 weight that peft's `safe_merge=True` rounds differently, by method."""
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_merge_in_bf16_is_rounded_once(method: str) -> None:
-    """Against the same parameters in fp64; peft rounds the delta of some methods before it adds it."""
+    """Compare with the same parameters in fp64. For some methods, peft rounds the delta before adding it."""
     torch.manual_seed(2)
     model, x = nn.Sequential(nn.Linear(256, 256, bias=False)).bfloat16(), torch.randn(3, 256).bfloat16()
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=method, rank=4, pace=1.0))

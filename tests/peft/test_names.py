@@ -1,4 +1,4 @@
-"""The methods that a cascade has under peft's names, beside peft's own."""
+"""Methods of a cascade with peft's names, compared with peft's methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Against peft's QLoRA: the same layers of bitsandbytes, A, optimizer and data give the same losses."""
+"""Comparison with peft's QLoRA: the same bitsandbytes layers, A, optimizer and data give the same losses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 @CASES
-def test_losses_are_those_of_qlora(case: str, tmp_path: Path) -> None:
+def test_losses_equal_qloras(case: str, tmp_path: Path) -> None:
     cascade = lx.adapt(net(case), (inputs(),), spec=SPEC)
     theirs = lora_of(cascade, net(case), ["up", "down"]).train()
     for site in cascade.sites:
@@ -64,7 +64,7 @@ def test_losses_are_those_of_qlora(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_loftq_starts_from_the_pair_of_peft(iterations: int, tmp_path: Path) -> None:
-    """Their loftq_init itself needs a GPU. Its second iteration quantizes another weight than the first."""
+    """peft's loftq_init itself needs a GPU. Its second iteration quantizes another weight than the first one."""
     torch.manual_seed(3)
     full = Net()
     save_file(full.state_dict(), tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Out: what an adapter of peft cannot express is refused with the names of all such weights, and nothing is written."""
+"""Export errors: one error names all weights whose change peft's adapters cannot express, and nothing is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.peft.models import Suffixes, made
 
 
 class Net(nn.Module):
-    """A linear, and one module more."""
+    """A linear layer and another module."""
 
     def __init__(
         self, other: nn.Module, call: Callable[[nn.Module, torch.Tensor], Any] = lambda other, x: other(x)
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 class Shared(nn.Module):
-    """One module under two names."""
+    """A model with one module under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Shared(nn.Module):
 
 
 class Own(nn.Module):
-    """A parameter of the top module."""
+    """A model with a parameter in the top module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,13 +107,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 
 
 TRACED = ("attention", "encoder", "recurrent", "transposed")
-"""Whose weights a symbolic trace does not see."""
+"""Cases whose weights symbolic tracing does not see."""
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(each, marks=pytest.mark.slow) if each == "encoder" else each for each in CASES]
 )
-def test_what_no_adapter_expresses(case: str, tmp_path: Path) -> None:
+def test_changes_that_no_adapter_expresses(case: str, tmp_path: Path) -> None:
     build, reasons = CASES[case]
     args = (normal(2, 4, 6),)
     frontend = "auto" if case in TRACED else "symbolic"
@@ -136,7 +136,7 @@ def test_kept_noise(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path)
 
 
-def test_full_training_that_is_no_module(tmp_path: Path) -> None:
+def test_a_parameter_trained_in_full_in_the_top_module(tmp_path: Path) -> None:
     cascade = lx.adapt(made(Own), (normal(2, 4, 6),), spec=lx.CascadeSpec(targets=("lin",), train=("rows",)))
     randomize(cascade)
     with raises(ExportError, "not-exportable", "\n  rows: "):
@@ -153,7 +153,7 @@ class Block(nn.Module):
         return out
 
 
-def test_a_module_that_holds_an_adapted_one(tmp_path: Path) -> None:
+def test_a_module_that_contains_an_adapted_one(tmp_path: Path) -> None:
     spec = lx.CascadeSpec(train=("other.scale",))
     cascade = lx.adapt(made(lambda: Net(Block())), (normal(2, 4, 6),), spec=spec)
     randomize(cascade)
@@ -161,8 +161,8 @@ def test_a_module_that_holds_an_adapted_one(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path)
 
 
-def test_a_module_whose_name_means_an_adapted_one(tmp_path: Path) -> None:
-    """peft saves every module whose path ends so: 1.lin means 11.lin as well."""
+def test_a_module_whose_path_is_a_suffix_of_an_adapted_one(tmp_path: Path) -> None:
+    """peft saves every module with this suffix: 1.lin also matches 11.lin."""
     cascade = lx.adapt(
         made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(exclude=("1.lin.weight",), train=("1.lin.bias",))
     )
@@ -171,7 +171,7 @@ def test_a_module_whose_name_means_an_adapted_one(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path)
 
 
-def test_a_rank_above_all(tmp_path: Path) -> None:
+def test_a_rank_above_the_largest_uniform_rank(tmp_path: Path) -> None:
     cascade = lx.adapt(
         made(lambda: nn.Sequential(nn.Linear(1100, 1100))), (normal(2, 1100),), spec=lx.CascadeSpec(rank=520)
     )
@@ -188,7 +188,7 @@ def test_a_rank_above_all(tmp_path: Path) -> None:
         ({"dtype": torch.int8}, lx.SpecError, ("invalid-value", "dtype", "torch.int8")),
     ],
 )
-def test_arguments_that_cannot_be_meant(
+def test_invalid_arguments(
     given: dict[str, Any], kind: type[lx.LorascError], sentence: tuple[str, ...], tmp_path: Path
 ) -> None:
     cascade = cascade_of("suffixes", stages=1)
@@ -196,7 +196,7 @@ def test_arguments_that_cannot_be_meant(
         lx.export.peft(cascade, tmp_path, **given)
 
 
-def test_moments_that_are_not_right(tmp_path: Path) -> None:
+def test_calls_at_the_wrong_time(tmp_path: Path) -> None:
     cascade = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
     with raises(lx.StateError, "not-available"):
         lx.export.peft(cascade, tmp_path)
@@ -208,7 +208,7 @@ def test_moments_that_are_not_right(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path)
 
 
-def test_folders_that_are_something_else(tmp_path: Path) -> None:
+def test_folders_with_other_files(tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", stages=1)
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with raises(ExportError, "path-in-the-way", "file"):

@@ -29,7 +29,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def split(matrix: torch.Tensor, start: str, rank: int = RANK, scale: float = SCALE) -> Pair:
-    """(B_0, A_0) of a matrix [out, in], by the papers' formulas."""
+    """Return (B_0, A_0) of a matrix [out, in] by the formulas of the papers."""
     if start == "olora":
         q, r = torch.linalg.qr(matrix)
         return q[:, :rank], r[:rank]
@@ -79,8 +79,8 @@ def test_the_start_is_the_formula(start: str) -> None:
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_stages_are_a_chain_of_pefts_own(start: str) -> None:
-    """`merge_and_unload`, then a new `get_peft_model` with peft's start, per stage; in fp32."""
+def test_stages_equal_a_chain_of_pefts_models(start: str) -> None:
+    """For each stage, call `merge_and_unload` and a new `get_peft_model` with peft's start, in fp32."""
     model, calls = mlp().float(), [call.float() for call in batches(6, 4, 5)]
     cascade = adapted(copy.deepcopy(model), calls[0], start, targets=("0", "2"))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
@@ -132,8 +132,8 @@ def test_slow_and_fast_weights_are_the_formula(start: str, restart: str) -> None
 
 @STARTS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> None:
-    """Bit for bit, after two untrained stages as well; while a stage runs, outputs stay up to rounding."""
+def test_an_untrained_stage_changes_nothing(start: str, dtype: torch.dtype) -> None:
+    """Bit for bit, even after two untrained stages. While a stage runs, outputs are equal up to rounding."""
     model, (x,) = mlp().to(dtype), batches(1, 4, 5)
     base, before = weights(model), model(x.to(dtype)).double()
     cascade = adapted(model, x.to(dtype), start, noise=lx.Noise(0.0))
@@ -151,7 +151,7 @@ def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> N
 @STARTS
 @pytest.mark.parametrize("redraw", ["stage", "step"])
 def test_noise_lies_on_the_residual(start: str, redraw: str) -> None:
-    """The noise of a cascade that starts as LoRA, and of its size: that of the whole weight."""
+    """The noise equals the noise of a cascade with LoRA's start. Its scale comes from the whole weight."""
     x, noise = batches(1, 4, 5)[0], lx.Noise(0.3, redraw=redraw)
     cascade, plain = (adapted(mlp(), x, each, noise=noise) for each in (start, "lora"))
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_noise_lies_on_the_residual(start: str, redraw: str) -> None:
 
 
 @STARTS
-def test_a_cast_is_no_training(start: str) -> None:
+def test_a_cast_does_not_count_as_training(start: str) -> None:
     x = batches(1, 4, 5)[0]
     base, cascade = weights(mlp().float()), adapted(mlp(), x, start, lora_alpha=RANK * 1.3)
     cascade.float()
@@ -242,7 +242,7 @@ def test_every_kind_of_site(start: str, build: Callable[[], nn.Module]) -> None:
 
 @STARTS
 def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
-    """Twice the rank, on the base as it was: as peft converts such a run."""
+    """Export with twice the rank, for the original base, as peft converts such a run."""
     model, calls = mlp(), batches(5, 4, 5)
     base = copy.deepcopy(model)
     cascade = adapted(model, calls[0], start, targets=("0", "2"), pace=0.5, rank=1, lora_alpha=SCALE)
@@ -270,7 +270,7 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
 
 
 def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
-    """`merge` and an imported adapter: the next stage takes its factors out of what was summed."""
+    """After `merge` or an import, the next stage takes its initial factors out of the sum."""
     x = batches(1, 4, 5)[0]
     runs = []
     for seed in (1, 2):
@@ -292,7 +292,7 @@ def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
             torch.testing.assert_close(merged.model.get_submodule(path).weight, residual, rtol=0, atol=1e-12)
 
 
-def test_what_has_no_decomposition_is_refused() -> None:
+def test_weights_without_a_decomposition_are_refused() -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight[1, 2] = float("inf")
@@ -304,8 +304,8 @@ def test_what_has_no_decomposition_is_refused() -> None:
 
 
 @pytest.mark.parametrize("more", [{"start": "pissa"}, {"start": "olora"}, {"adapter": "dora"}], ids=str)
-def test_a_second_loop_goes_on(more: dict[str, Any]) -> None:
-    """Between two loops no stage runs, and nothing counts as trained: together they are one loop."""
+def test_a_second_loop_continues(more: dict[str, Any]) -> None:
+    """Between two loops no stage runs and nothing counts as trained, so together they equal one loop."""
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = []
     for loops in ((2,), (1, 1)):
