@@ -15,14 +15,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from lorasc_fx.branch import shared_down
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
 from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.patterns import targeted
-from lorasc_fx.graph.printer import SYMBOL
+from lorasc_fx.graph.printer import type_text
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
 from lorasc_fx.util.checks import is_integer
@@ -320,7 +319,8 @@ def _lines(
         target = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
         op = re.sub(r"^(torch\.ops\.|torch\._C\._nn\.|torch\.nn\.functional\.|torch\.|_operator\.)", "", target)
         name, description = node.name, _short(op.removesuffix(".default").removeprefix("model."))
-    return (_short(name), description, *_shape(node, symbols))
+    dtype_shape = type_text(node.meta.get("val"), symbols)
+    return (_short(name), description, *([_short(dtype_shape)] if dtype_shape else []))
 
 
 def _weight(node: fx.Node, plan: Plan) -> str:
@@ -332,22 +332,6 @@ def _weight(node: fx.Node, plan: Plan) -> str:
 def _short(name: str) -> str:
     """Return a name of at most MAX_LETTERS letters, with an ellipsis in the middle of a longer one."""
     return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2 - 1]}…{name[-(MAX_LETTERS // 2) :]}"
-
-
-def _shape(node: fx.Node, symbols: dict[str, str]) -> tuple[str, ...]:
-    """Return dtype and shape of a node's tensor as one line, or nothing if they are unknown.
-
-    Args:
-        node: the node.
-        symbols: new name of each symbolic size, extended by this function.
-    """
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return ()
-    sizes = [
-        SYMBOL.sub(lambda match: symbols.setdefault(match[0], f"s{len(symbols)}"), str(size)) for size in value.shape
-    ]
-    return (_short(f"{str(value.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"),)
 
 
 Point = tuple[float, float]

@@ -151,7 +151,7 @@ class BindAdapter(CascadePass):
         assert plan is not None
         branches = dict(lifted.branches)
         if self.tensors is not None:
-            check_tensors(lifted.inputs, self.tensors, self.name)
+            _check_tensors(lifted.inputs, self.tensors)
             values: dict[str, dict[str, torch.Tensor]] = {}
             for adapter_input in lifted.inputs:
                 values.setdefault(adapter_input.weight, {})[adapter_input.tensor] = self.tensors[adapter_input.name]
@@ -186,25 +186,19 @@ def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
     return {item.name: values[item.weight][item.tensor] for item in inputs}
 
 
-def check_tensors(inputs: Sequence[AdapterInput], tensors: Mapping[str, torch.Tensor], call: str) -> None:
-    """Raise PassError unless there is exactly one tensor of the right shape for each input.
-
-    Args:
-        inputs: the adapter inputs of a graph.
-        tensors: values by the names of the inputs.
-        call: name of the pass or function, for the message.
-    """
+def _check_tensors(inputs: Sequence[AdapterInput], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise PassError unless there is exactly one tensor of the right shape for each input, by its name."""
     names = {adapter_input.name for adapter_input in inputs}
     if different := sorted(names ^ tensors.keys()):
         name = different[0]
         problem = f"the input {name} has no value" if name in names else f"{name} is not an input"
-        raise PassError(f"{call}: {problem}; call adapter_inputs to list the inputs", code="adapter-does-not-fit")
+        raise PassError(f"bind-adapter: {problem}; call adapter_inputs to list the inputs", code="adapter-does-not-fit")
     for adapter_input in inputs:
         name, shape = adapter_input.name, tuple(tensors[adapter_input.name].shape)
         if shape != adapter_input.shape:
             raise PassError(
-                f"{call}: {name} has shape {shape}, but the input has shape {adapter_input.shape}; pad the factors "
-                "with zeros to the rank of the inputs",
+                f"bind-adapter: {name} has shape {shape}, but the input has shape {adapter_input.shape}; pad the "
+                "factors with zeros to the rank of the inputs",
                 code="adapter-does-not-fit",
             )
 

@@ -82,12 +82,19 @@ class AttentionMasks(CascadePass):
         _erase_dead(graph, unneeded.union(proved))
 
 
+def _arguments(call: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call of an ATen op by name. A missing one has its default, or None."""
+    return {
+        argument.name: call.args[index]
+        if index < len(call.args)
+        else call.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
+        for index, argument in enumerate(call.target._schema.arguments)  # type: ignore[union-attr]
+    }
+
+
 def _argument(call: fx.Node, name: str) -> Any:
-    """Return an argument of a node by its name in the schema."""
-    for index, argument in enumerate(call.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            return call.args[index] if index < len(call.args) else call.kwargs.get(name, argument.default_value)
-    raise KeyError(name)
+    """Return an argument of a call of an ATen op by name."""
+    return _arguments(call)[name]
 
 
 def _shape(node: fx.Node) -> Sequence[Any]:
@@ -334,13 +341,7 @@ def _value(node: fx.Node, proved: Mapping[fx.Node, Value]) -> Value | None:
     rule = _RULES.get(op.overloadpacket.__name__)
     if rule is None or op._schema.is_mutable:
         return None
-    arguments = {
-        argument.name: node.args[index]
-        if index < len(node.args)
-        else node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
-        for index, argument in enumerate(op._schema.arguments)
-    }
-    value = rule(_Call(arguments, result, proved))
+    value = rule(_Call(_arguments(node), result, proved))
     for axis in range(-result.dim(), 0):
         if value is not None and isinstance(size := result.shape[axis], int) and size == 1:
             # An axis of size 1 has only index 0. Without its slope, a later broadcast is correct.
@@ -406,7 +407,11 @@ Move = Callable[[Affine], Affine]
 
 
 def _moved(rule: Callable[[_Call, Value], Move | None]) -> Rule:
-    """Return a rule from a function that returns the change of each affine function of `self`."""
+    """Return a rule that applies a change to each affine function of the argument `self`.
+
+    Args:
+        rule: returns the change for a call and the value of `self`, or None if the result is unknown.
+    """
 
     def moved(call: _Call) -> Value | None:
         value = call.of("self")

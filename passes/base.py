@@ -61,7 +61,11 @@ class CascadePass(abc.ABC):
         return PassResult(editor.finish(), True)
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the pass has run already: it provided its facts, and removed all required facts that are missing."""
+        """Whether the pass has run already.
+
+        This is the case if the graph has all facts that the pass provides, and each missing requirement is a fact that
+        the pass removes. A pass that removes nothing always runs.
+        """
         facts = record_of(graph_module).facts
         missing = self.requires - facts
         return bool(missing) and missing <= self.removes and self.provides <= facts

@@ -111,7 +111,7 @@ class InsertBranches(CascadePass):
                 graph.insert_after(base, site.key, (base, reading.x), {"at": "beside", **reading.options})
         if not graph.record.owner:
             new_weights = [branch.weight_name for key, branch in branches.items() if key not in existing]
-            start_values(graph, plan, new_weights)
+            _start_values(graph, plan, new_weights)
             graph.freeze(trained_by(plan.spec, named_weights(graph.owner).names))
         branched = frozenset(branch.weight_name for branch in branch_nodes(graph.module).values())
         graph.record = replace(graph.record, branched=branched)
@@ -122,7 +122,7 @@ def no_sites_message(record: Record) -> str:
     reasons = [str(refusal) for refusal in record.refusals if refusal.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
     targets = record.plan.spec.targets if record.plan is not None else ()
-    shown = reasons[:5] or [f"no weight that the graph uses is of a kind or name in targets={targets}"]
+    shown = reasons[:5] or [f"no weight that the graph uses matches targets={targets}"]
     return "the spec leaves no site to adapt:\n  " + "\n  ".join(shown)
 
 
@@ -144,7 +144,7 @@ def all_branches(
     return branches
 
 
-def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
+def _without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     """Return the matrices without a branch that get noise if noise.where="all": not excluded, not trained in full."""
     named = named_weights(graph.owner)
     skipped = (Reason.TRAINED, Reason.EXCLUDED)
@@ -154,7 +154,7 @@ def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
+def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     """Set each weight to its value at the start of the stage, `W_t = W0 + S_{t-1} + N_t`, and initialize new branches.
 
     The record keeps the clean weights.
@@ -175,7 +175,7 @@ def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     names = dict.fromkeys((*added, *(site.weight for site in plan.sites if site.weight not in slow.states)))
     if names:
-        names |= dict.fromkeys(plan.spec.noise.on_others(without_branch(graph, plan)))
+        names |= dict.fromkeys(plan.spec.noise.on_others(_without_branch(graph, plan)))
     parameters = {name: named.parameters[name] for name in names}
     slow = slow.with_weights(parameters, plan, {name: value.detach() for name, value in parameters.items()})
     # Initialize the factors of the new branches.

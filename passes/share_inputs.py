@@ -77,7 +77,7 @@ class SplitInputs(CascadePass):
 
 
 def _can_share(node: fx.Node, branch: Branch) -> bool:
-    """Whether the first operation of a branch node is `A x` with the unchanged input of a linear."""
+    """Whether a branch node computes `A x` from the input of a linear, without dropout or another change of x."""
     has_factor = isinstance(branch, LowRankBranch) and branch.shared_factor is not None
     has_factor = has_factor and not branch.dropout and branch.unmerged_A is None
     is_beside = len(node.args) == 2 and node.kwargs == {"at": "beside"} and isinstance(node.args[1], fx.Node)

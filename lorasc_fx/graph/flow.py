@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.branch_calls import call_template, replaced_call
 from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, has_weight_argument, name_of
-from lorasc_fx.graph.weights import module_at
+from lorasc_fx.graph.weights import called_module, module_at
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -59,7 +59,7 @@ _SHAPE_FUNCTIONS = {"sym_size", "_assert_tensor_metadata"}
 _SHAPE_METHODS = {"size", "dim", "numel", "is_floating_point", "stride"}
 _SELECTIONS = {"index", "index_select", "select", "gather", "getitem"}
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.embedding, F.embedding}
-"""Targets that use a weight even if the indices are constant."""
+"""Lookup ops. They count as a use of their table even if the indices are constant."""
 _FACTORIES = {"eye", "ones", "zeros", "full", "arange", "linspace", "tensor", "scalar_tensor", "tril_indices"}
 _INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "imatmul", "setitem"}
 _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
@@ -332,7 +332,7 @@ def written_between(start: fx.Node, end: fx.Node, values: Collection[fx.Node]) -
 def _writes(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node may write into this argument."""
     if node.op == "call_module":
-        return bool(getattr(_called(node), "inplace", False))
+        return bool(getattr(called_module(node), "inplace", False))
     name = name_of(node)
     is_inplace = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     by_option = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
@@ -353,15 +353,9 @@ def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
 def _shares(node: fx.Node) -> bool:
     """Whether a node's output may share memory with an argument. Branches and ops with a form return new tensors."""
     if node.op == "call_module":
-        module = _called(node)
+        module = called_module(node)
         return not isinstance(module, Branch) and form_of(node, module) is None
     return node.op in ("call_function", "call_method") and form_of(node, None) is None and may_alias(node)
-
-
-def _called(node: fx.Node) -> nn.Module | None:
-    """Return the module that a `call_module` node calls, or None."""
-    owner = node.graph.owning_module
-    return module_at(owner, str(node.target)) if owner is not None else None
 
 
 _SLICES = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}

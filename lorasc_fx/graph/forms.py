@@ -195,7 +195,7 @@ class ModuleForm(Form):
             return False
         conv_forward = getattr(self.module, "_conv_forward", None)
         inherits = conv_forward is None or getattr(kind, "_conv_forward", None) is conv_forward
-        # Embeddings with these options write into the weight or scale its gradient, which no branch repeats.
+        # Embeddings with these options write into the weight or scale its gradient. A branch cannot reproduce this.
         return inherits and not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
@@ -456,7 +456,12 @@ def without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
 
 
 def stored_layout(layout: str, transposed: bool) -> str:
-    """Return the layout of a stored weight that an op reads in `layout`, if `transposed` after a transpose."""
+    """Return the layout of a stored weight.
+
+    Args:
+        layout: the layout in which the op reads it, `out_in` or `in_out`.
+        transposed: whether the graph transposes the weight before the op.
+    """
     return {"out_in": "in_out", "in_out": "out_in"}[layout] if transposed else layout
 
 

@@ -32,7 +32,7 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
     torch_module._global_backward_hooks,
 )
-LARGE = 1 << 16
+MIN_ENTRIES = 1 << 16
 """Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
 
 
@@ -107,7 +107,9 @@ def _reads_large_matrix(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an argument is a large matrix, or a large stack of matrices, that the module owns."""
     read = [str(arg.target) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
     values = [getattr(*_holder_of(module, target)) for target in read]
-    return any(isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.numel() >= LARGE for value in values)
+    return any(
+        isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.numel() >= MIN_ENTRIES for value in values
+    )
 
 
 def _holder_of(module: fx.GraphModule, target: str) -> tuple[Any, str]:

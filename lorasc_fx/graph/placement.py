@@ -11,7 +11,7 @@ from torch import fx
 from lorasc_fx.graph.branch_calls import branch_nodes, call_template
 from lorasc_fx.graph.flow import shape_of
 from lorasc_fx.graph.forms import form_of
-from lorasc_fx.graph.weights import module_at
+from lorasc_fx.graph.weights import called_module
 from lorasc_fx.plan import Site
 
 MIN_WORK = 1 << 25
@@ -32,8 +32,7 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
         nodes: its uses.
     """
     for node in nodes:
-        owner = node.graph.owning_module
-        module = module_at(owner, str(node.target)) if owner is not None and node.op == "call_module" else None
+        module = called_module(node)
         form = form_of(node, module)
         x = form.reads(node, module).x if form is not None else None
         if not isinstance(x, fx.Node) or not _is_full_precision(x) or not _is_full_precision(node):

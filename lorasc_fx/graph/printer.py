@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-SYMBOL = re.compile(r"\b[su]\d+\b")
+_SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def text(graph: fx.Graph | fx.GraphModule) -> str:
@@ -22,15 +22,33 @@ def text(graph: fx.Graph | fx.GraphModule) -> str:
     return "\n".join(lines) + "\n"
 
 
+def type_text(value: Any, symbols: dict[str, str]) -> str:
+    """Return dtype and shape of a tensor, such as `float32[s0, 4]`, or "" for another value.
+
+    Args:
+        value: a tensor or fake tensor.
+        symbols: new name of each symbolic size. This function adds the ones that it meets.
+    """
+    if not isinstance(value, torch.Tensor):
+        return ""
+    sizes = ", ".join(
+        _SYMBOL.sub(lambda match: symbols.setdefault(match[0], f"s{len(symbols)}"), str(size)) for size in value.shape
+    )
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
 def _line(node: fx.Node, symbols: dict[str, str]) -> str:
     arguments = [_show(argument) for argument in node.args]
     arguments += [f"{name}={_show(value)}" for name, value in node.kwargs.items()]
     name = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
     target = "" if node.op == "output" else f"[{name}]"
-    return f"%{node.name}{_type(node.meta.get('val'), symbols)} = {node.op}{target}({', '.join(arguments)})"
+    dtype_shape = type_text(node.meta.get("val"), symbols)
+    suffix = f" : {dtype_shape}" if dtype_shape else ""
+    return f"%{node.name}{suffix} = {node.op}{target}({', '.join(arguments)})"
 
 
 def _show(value: Any) -> str:
+    """Return an argument as text, with `%name` for each node."""
     if isinstance(value, fx.Node):
         return f"%{value.name}"
     if isinstance(value, (list, tuple)):
@@ -39,12 +57,3 @@ def _show(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_show(item)}" for key, item in value.items()) + "}"
     return repr(value)
-
-
-def _type(value: Any, symbols: dict[str, str]) -> str:
-    if not isinstance(value, torch.Tensor):
-        return ""
-    sizes = ", ".join(
-        SYMBOL.sub(lambda match: symbols.setdefault(match[0], f"s{len(symbols)}"), str(size)) for size in value.shape
-    )
-    return f" : {str(value.dtype).removeprefix('torch.')}[{sizes}]"

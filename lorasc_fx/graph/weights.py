@@ -86,6 +86,12 @@ def module_at(root: nn.Module, target: str) -> nn.Module | None:
     return module
 
 
+def called_module(node: fx.Node) -> nn.Module | None:
+    """Return the module that a `call_module` node calls, or None for another node or a graph without a module."""
+    owner = node.graph.owning_module
+    return module_at(owner, str(node.target)) if owner is not None and node.op == "call_module" else None
+
+
 def scripted_weights(owner: nn.Module) -> dict[str, str]:
     """Return the path of the outermost TorchScript module that owns a parameter, by the parameter's name."""
     paths: dict[str, str] = {}

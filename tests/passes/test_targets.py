@@ -156,7 +156,7 @@ WITHOUT_SITES = [
         "  lin.weight: mixed-uses (module lin is called as one node, but node linear (call_function "
         "torch._C._nn.linear) uses its weight too)\n  back.weight: excluded (excluded by the spec)"),
     ("module_linear", CascadeSpec(targets=("conv",)), "the spec leaves no site to adapt:\n"
-        "  no weight that the graph uses is of a kind or name in targets=('conv',)"),
+        "  no weight that the graph uses matches targets=('conv',)"),
     ("module_linear", CascadeSpec(exclude=("0",), train=("2.*",)), "the spec leaves no site to adapt:\n"
         "  0.weight: excluded (excluded by the spec)\n"
         "  2.weight: trained-in-full (the spec trains it in full)"),
