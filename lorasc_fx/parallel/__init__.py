@@ -1,4 +1,4 @@
-"""Cascades on several processes: `fsdp` shards one (FSDP2), `dcp` gives its state to torch.distributed.checkpoint."""
+"""Cascades on several processes: `fsdp` shards a cascade (FSDP2), `dcp` is for torch.distributed.checkpoint."""
 
 from lorasc_fx.util.extras import lazy_modules
 

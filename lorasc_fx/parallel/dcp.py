@@ -1,9 +1,10 @@
-"""A cascade's state for torch.distributed.checkpoint (DCP): torch's own `save` and `async_save` write it, `load` reads
-it.
+"""State dicts of cascades for torch.distributed.checkpoint (DCP).
 
-The state is that of `lorasc_fx.save` as one flat table: the manifest is one of its tensors, and what lies in shards is
-a DTensor of the shard that is here, so that no rank gathers anything. A state has as many experts as stages have
-ended: what a checkpoint holds is asked of its metadata, and the codec checks it as it checks a folder.
+The state dict has the content of a checkpoint from `lorasc_fx.save`, as a flat dictionary of tensors. The manifest is
+encoded as one of them. Sharded tensors are DTensors of the local shards, so that no rank gathers anything.
+
+The number of tensors depends on the number of ended stages. So `load` reads their names and sizes from the metadata of
+the checkpoint, and then validates the content like a checkpoint folder.
 """
 
 from __future__ import annotations
@@ -37,44 +38,47 @@ def state_dict(
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return what `torch.distributed.checkpoint.save` or `async_save` is to write: all that `lorasc_fx.save` does.
+    """Return the state dict of a cascade, for `torch.distributed.checkpoint.save` or `async_save`.
 
-    The tensors are copies: training may go on while `async_save` writes them, in a process group of its own
-    (`process_group=torch.distributed.new_group()`). Of sharded weights every rank must call this, between two steps.
+    It has the content of a checkpoint from `lorasc_fx.save`. The tensors are copies, so training may continue while
+    `async_save` writes them. Then pass a separate process group (`process_group=torch.distributed.new_group()`) to
+    `async_save`. If the weights are sharded, every rank must call this, between two optimizer steps.
 
     Args:
-        cascade: on one process, or on shards.
-        optimizer, scheduler, extra: as of `lorasc_fx.save`.
+        cascade: a cascade, sharded or not.
+        optimizer, scheduler, extra: as in `lorasc_fx.save`.
 
     Returns:
-        Tensors by name. Sharded tensors are DTensors. All other tensors are on the first rank only.
+        Tensors by name. Sharded tensors are DTensors. All other tensors are on rank 0 only.
 
     Raises:
-        CheckpointError, StateError, NonFiniteBranch: as of `lorasc_fx.save`.
+        CheckpointError, StateError, NonFiniteBranch: as in `lorasc_fx.save`.
     """
     run, call = cascade._run, "state_dict"
     group = run.slow.group
-    kept = dict(extra or {})
+    extras = dict(extra or {})
+    # Check everything before any rank copies or sends tensors.
     with group.agreed(call):
         run.check_ready(call, sharded=True)
         if not group.is_alone:
             writer.check_between_steps(run, call)
         writer.check_finite(run)
     if not group.is_alone:
-        kept[training_state.RANKS] = group.gather(training_state.random_bytes(), call)
+        extras[training_state.RANKS] = group.gather(training_state.random_bytes(), call)
     with group.agreed(call):
-        tensors, manifest = writer.contents(run, optimizer, scheduler, kept)
+        tensors, manifest = writer.contents(run, optimizer, scheduler, extras)
     axes: dict[str, int] = manifest.get("shards", {})
-    own = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
-    lengths = {name: own[name].shape[axis] for name, axis in axes.items()}
+    # Tensors that are not sharded are equal on all ranks, so rank 0 writes them.
+    local_tensors = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
+    lengths = {name: local_tensors[name].shape[axis] for name, axis in axes.items()}
     ranks = [json.loads(text) for text in group.gather_text(json.dumps(lengths), call)]
-    digests, order = group.gather_text(digest_of(own), call), group.first_replica
+    digests, order = group.gather_text(digest_of(local_tensors), call), group.first_replica
     mesh = next((value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), None)
     replicated = [Replicate()] * (mesh.ndim - 1 if mesh is not None else 0)
     state: dict[str, torch.Tensor] = {}
     if group.rank == 0:
         state[KEY] = packed(manifest, [digests[rank] for rank in order])
-    for name, value in own.items():
+    for name, value in local_tensors.items():
         if name not in axes:
             state[name] = value
             continue
@@ -94,20 +98,21 @@ def load(
     kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Cascade:
-    """Adapt a base model as a checkpoint of DCP has it, and go on with the same numbers, as `lorasc_fx.load` does.
+    """Restore a cascade from a checkpoint of torch.distributed.checkpoint, like `lorasc_fx.load`.
 
-    It does not matter how many ranks wrote it, or how it was cut: each rank that loads it has the whole cascade but for
-    W0 of a model on the meta device, to be sharded as one from `adapt`; then `cascade.resume` gives the optimizer its
-    state.
+    The checkpoint may have been written by any number of ranks. Each rank that loads it gets the full, unsharded
+    cascade, except W0 if the model is on the meta device. Then call `lorasc_fx.parallel.fsdp.shard`, and
+    `cascade.resume` to restore the optimizer.
 
     Args:
-        reader: of torch.distributed.checkpoint. `FileSystemReader` unpickles the metadata, which can run code: give it
-            your own checkpoints only. `HuggingFaceStorageReader` reads safetensors, and runs none.
-        model, args, kwargs: as of `lorasc_fx.load`.
-        options: `base`, as of `lorasc_fx.load`.
+        reader: a storage reader of torch.distributed.checkpoint. `FileSystemReader` unpickles the metadata, which can
+            execute code, so use it only for your own checkpoints. `HuggingFaceStorageReader` reads safetensors, and
+            cannot execute code.
+        model, args, kwargs: as in `lorasc_fx.load`.
+        options: `base`, as in `lorasc_fx.load`.
 
     Raises:
-        CheckpointError: it cannot be read, is none of a cascade, is damaged, or of another base.
+        CheckpointError: the checkpoint cannot be read, is not from a cascade, is damaged, or has another base model.
     """
     where = str(getattr(reader, "path", type(reader).__name__))
     try:
@@ -118,12 +123,12 @@ def load(
             if isinstance(entry, TensorStorageMetadata)
         }
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # it is meant: each rank reads all
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # each rank reads all
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    except Exception as fault:  # storage of any kind may raise anything
+    except Exception as fault:  # a reader of any storage may raise any error
         raise CheckpointError(
             f"{where}: torch.distributed.checkpoint cannot read it: {type(fault).__name__}: {fault}"[:400]
-            + "; give a reader of the kind of the writer, on its folder",
+            + ". Give the storage reader that matches the writer, for the same folder",
             code="unreadable-file",
         ) from fault
     return load_checkpoint(from_state_dict(tensors, str(Path(where))), model, args, kwargs, **options)

@@ -1,9 +1,11 @@
-"""A cascade whose weights are sharded over processes, by torch's fully_shard (FSDP2).
+"""Sharded cascades with torch's fully_shard (FSDP2).
 
-`fully_shard` gathers a module's parameters while the module's forward runs, but a graph calls no modules. So the graph
-is split into segments that read one block's weights each, and a segment runs in a module that holds the parameters and
-branches of its block. Base and branches keep their dtypes. A transition works on shards: each rank computes its rows of
-`S` from its rows of B and all of A, so no weight is gathered (algorithm.md, "One site").
+`fully_shard` gathers the parameters of a module while its forward runs, but an adapted graph does not call modules. So
+the graph is split into segments, each of which reads the weights of one block. A segment runs in the forward of a
+module that contains the parameters and branches of its block (see `segments`). Dtypes are not changed.
+
+A transition works on shards. Each rank computes its rows of the slow delta S from its rows of B and all of A, so no
+weight is gathered (see `lorasc_fx.shards`).
 """
 
 from __future__ import annotations
@@ -46,26 +48,26 @@ __all__ = ["folded_state_dict", "shard"]
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     """Shard the weights, branches and slow state of a cascade over ranks, in place.
 
-    Every rank must call this on the same cascade before it builds the optimizer. Then calls of the cascade, backward,
-    `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process. Each rank
-    gets a share of each batch, and gradients are averaged. Inside `weights(...)` call the cascade, not the model. A
-    call in another mode, or with another kind of arguments, captures a graph from shapes. It must not adapt a new
-    weight.
+    Every rank must call this on the same cascade, before it creates the optimizer. Afterwards calls of the cascade,
+    backward, `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process.
+    Pass each rank its part of the batch; gradients are averaged. Inside `weights(...)` blocks, call the cascade, not
+    the model. A call with a new input signature captures another graph, which must not adapt a new weight.
 
-    A model on the meta device is sharded without values. Then `lorasc_fx.materialize` reads the shards of each rank.
+    A model on the meta device is sharded without values. Then call `lorasc_fx.materialize`, which reads the shard of
+    each rank from the base model.
 
     Args:
-        cascade: its parameters are on the device of this process, or on the meta device.
-        mesh: one axis over the ranks that hold the shards, by default all ranks. Or two axes, of replicas and of
-            shards (HSDP).
+        cascade: the cascade. Its parameters are on the device of this process, or on the meta device.
+        mesh: a mesh with one axis over the ranks that share the weights (default: all ranks), or with two axes for
+            replicas and shards (HSDP).
 
     Returns:
         The cascade. Each parameter is now a DTensor.
 
     Raises:
-        StateError: something cannot be sharded (with its name), or ranks have other weights, another spec or other
-            code; nothing was changed. If anything else raises, Ctrl-C included, this process is unchanged, but other
-            processes may have continued.
+        StateError: a parameter or graph cannot be sharded, or ranks have different weights, specs or code. Nothing was
+            changed on any rank. After any other exception, including KeyboardInterrupt, this process is unchanged,
+            but other processes may have continued.
     """
     run = cascade._run
     with run.exclusive("shard", sharded=True, on_meta=True), AllOrNothing() as undo:
@@ -74,7 +76,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
-            weights = run.fingerprints() if run.meta is None else {}  # of the full weights, before they are sharded
+            weights = run.fingerprints() if run.meta is None else {}  # needs the full weights
         with ranks.agreed("shard"):
             ranks.check_equal("shard", run.facts(weights))
         if mesh is None:
@@ -88,7 +90,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
         run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
         run.note_frozen()
-        if run.meta is None:  # write them as a transition does: products of shards may round differently
+        # Write weights that differ from W0 again, as a transition does, because products of shards round differently.
+        if run.meta is None:
             noisy, states = run.plan.spec.noise.is_on, run.slow.states
             moved = {
                 name: parameter
@@ -101,9 +104,9 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             if run.plan.spec.ranks:
                 _refit(shards)
 
-        def called() -> bool:
+        def before_call() -> bool:
             refit()
-            if torch.is_grad_enabled():  # FSDP sets gradients without the hooks that note them elsewhere
+            if torch.is_grad_enabled():  # gradients from FSDP do not trigger the hooks that record them otherwise
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
             return run.placed is not None
@@ -114,48 +117,48 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
                 graph = _late_graph(
                     variant, {id(value): unit_names[name] for name, value in cascade.named_parameters()}
                 )
-            return replace(variant, module=SplitGraph(shards, graph, leaves, called))
+            return replace(variant, module=SplitGraph(shards, graph, leaves, before_call))
 
         @isolated
-        def whole(undo: Block) -> None:
+        def gather_model(undo: Block) -> None:
             refit()
             undo.enter(gathered(shards, cascade.model))
 
-        cascade._graphs.split_by(split, whole, undo)
-        return cascade  # inside the block: an interrupt before this rolls back
+        cascade._graphs.split_by(split, gather_model, undo)
+        return cascade  # inside the block, so that an interrupt before this line rolls back
 
 
 def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
     """Split a graph that was captured after the weights were sharded.
 
     Raises:
-        StateError: it cannot be split by these units.
+        StateError: the graph cannot be split into segments of these units.
     """
     graph = variant.module
     if not isinstance(graph, fx.GraphModule):
         raise StateError(
-            "forward: the model has graph breaks in this call, and only a whole graph can be split into blocks. "
-            "Adapt it with another front end",
+            "forward: the model has graph breaks in this call, but only a single graph can be split into blocks. "
+            "Adapt the model with another front end",
             code="no-whole-graph",
         )
     if sets := inseparable(graph, units):
         names = named(sorted({units[number] or "the root" for number in sets[0]}))
         raise StateError(
             f"forward: in this call one operation reads weights of {names}, which FSDP gathers at different times. "
-            "Make such a call before shard",
+            "Run this call once before shard",
             code="sharded",
         )
     return segmented(graph, units)
 
 
 def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
-    """Return the model's full state dict with the slow weights, in host memory of rank 0; {} on other ranks.
+    """Return the full state dict of the model with the slow weights, in host memory of rank 0. Other ranks get {}.
 
-    One weight is gathered at a time. Every rank must call this. A stage that has trained is folded in the result, as in
-    `Cascade.folded_state_dict`, and keeps running.
+    Weights are gathered one at a time. Every rank must call this. If the running stage has trained, the result includes
+    it, as in `Cascade.folded_state_dict`. The stage continues.
 
     Raises:
-        StateError: the cascade is not sharded, or not between two steps.
+        StateError: the cascade is not sharded, or the call is not between two optimizer steps.
     """
     run = cascade._run
     if not run.is_sharded:
@@ -175,26 +178,34 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
 
 
 def _units(cascade: Cascade) -> dict[int, str]:
-    """Return the unit of every parameter of model and branches, by id."""
+    """Return the unit of every parameter of model and branches, by the id of the parameter."""
     model = dict(cascade.model.named_parameters())
     units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
     for branch in cascade._run.by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     for variant in cascade._graphs.variants.all:
         if isinstance(graph := variant.module, fx.GraphModule):
+            # Weights that one node reads together must be gathered together: move them to the root unit.
             while sets := inseparable(graph, units):
-                units |= dict.fromkeys((number for read in sets for number in read), ROOT)
-    for branch in cascade._run.by_key.values():  # a weight that had to move to the root moves its branch too
+                units |= dict.fromkeys((parameter for ids in sets for parameter in ids), ROOT)
+    for branch in cascade._run.by_key.values():  # a branch stays in the unit of its weight
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     return units
 
 
 def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
-    """Return the split graph of each variant, by id, or raise StateError if something cannot be sharded."""
+    """Check that the cascade can be sharded, and split the graph of each variant.
+
+    Returns:
+        Split graphs by the id of their variant.
+
+    Raises:
+        StateError: names the problem.
+    """
     run = cascade._run
     if not dist.is_initialized():
         raise StateError(
-            "shard: there is no process group. Start the processes by torchrun and call "
+            "shard: there is no process group. Start the processes with torchrun, and call "
             "torch.distributed.init_process_group first",
             code="not-available",
         )
@@ -206,55 +217,57 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
     ):
         raise StateError(
-            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks. Give one axis, mesh['name'], or two axes "
-            "over all ranks in order, of replicas and of shards",
+            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks. Give a mesh with one axis (mesh['name']), "
+            "or with two axes (replicas, shards) over all ranks in order",
             code="invalid-value",
         )
     variants = cascade._graphs.variants.all
     if not variants:
         raise StateError(
-            "shard: there is no graph yet, or none since the cascade was moved. Call it once before",
+            "shard: the cascade has no graph yet, or none since it was moved to a device. Call the cascade once before",
             code="not-available",
         )
     graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
     if len(graphs) < len(variants):
         raise StateError(
-            "shard: the model has graph breaks, and only a whole graph can be split into blocks. "
-            "Adapt it with another front end",
+            "shard: the model has graph breaks, but only a single graph can be split into blocks. "
+            "Adapt the model with another front end",
             code="no-whole-graph",
         )
     if run.slow.quantized:
         raise StateError(
-            f"shard: {run.slow.quantized[0]} is quantized, and FSDP cannot shard it. Exclude it",
+            f"shard: {run.slow.quantized[0]} is quantized, but FSDP cannot shard quantized weights. Exclude the weight",
             code="quantized-not-supported",
         )
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
     parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
     for name, parameter in parameters.items():
-        cut = hasattr(parameter, "to_local")
-        if not parameter.dim() or not parameter.is_contiguous() or cut:
-            what = "has no axis" if not parameter.dim() else "is not contiguous"
-            what = "is a DTensor already" if cut else what
-            raise StateError(f"shard: {name} {what}, but FSDP shards the first axis of plain tensors", code="sharded")
+        is_dtensor = hasattr(parameter, "to_local")
+        if not parameter.dim() or not parameter.is_contiguous() or is_dtensor:
+            problem = "has no axis" if not parameter.dim() else "is not contiguous"
+            problem = "is a DTensor already" if is_dtensor else problem
+            raise StateError(
+                f"shard: {name} {problem}, but FSDP shards the first axis of plain tensors", code="sharded"
+            )
         if parameter.is_meta == (run.meta is None):
             raise StateError(
-                f"shard: {name} has values, but other parameters are on the meta device. Build all of them there, or "
-                "none",
+                f"shard: {name} has values, but other parameters are on the meta device. Create either all parameters "
+                "there or none",
                 code="meta-model",
             )
         if parameter.grad is not None:
             raise StateError(
-                f"shard: {name} has a gradient. Call optimizer.zero_grad() first, and build a new optimizer after",
+                f"shard: {name} has a gradient. Call optimizer.zero_grad() before, and create a new optimizer after",
                 code="gradients-pending",
             )
-    kinds: dict[str, dict[torch.dtype, str]] = {}
+    dtypes: dict[str, dict[torch.dtype, str]] = {}  # the name of one parameter for each unit and dtype
     for name, parameter in run.trainable().items():
-        seen = kinds.setdefault(units[id(parameter)], {})
-        seen.setdefault(parameter.dtype, name)
-        if len(seen) > 1:
-            odd = " and ".join(f"{first} {dtype}" for dtype, first in seen.items())
+        in_unit = dtypes.setdefault(units[id(parameter)], {})
+        in_unit.setdefault(parameter.dtype, name)
+        if len(in_unit) > 1:
+            different = " and ".join(f"{example} ({dtype})" for dtype, example in in_unit.items())
             raise StateError(
-                f"shard: {odd} have gradients in one block, but FSDP reduces only one dtype per block. Cast them",
+                f"shard: {different} are trained in one block, but FSDP reduces only one dtype per block. Cast them",
                 code="sharded",
             )
     return {number: segmented(graph, units) for number, graph in graphs.items()}
@@ -263,32 +276,39 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
 def _fully_sharded(
     cascade: Cascade, units: Mapping[int, str], axes: Mapping[int, int], mesh: DeviceMesh, undo: Undo
 ) -> Shards:
-    """Let FSDP shard the parameters of each unit, and all others as the root."""
+    """Shard the parameters of each unit with `fully_shard`, and the others with the root unit.
+
+    Args:
+        cascade: the cascade.
+        units: name of the unit of each parameter, by the id of the parameter.
+        axes: sharded axis of parameters, by id, if it is not axis 0.
+        mesh: the mesh.
+        undo: receives the steps that restore the parameters.
+    """
     for module in cascade.modules():
         undo(partial(module._parameters.update, dict(module._parameters)))
         undo(partial(_unmark, module))
     holders: dict[str, list[nn.Module]] = {}
-    originals = list(cascade.parameters())  # keep them alive, so that no other object gets one of their ids
+    originals = list(cascade.parameters())  # keep them alive, because a freed id could be used again
     for root in (cascade.model, cascade.branches):
         for module in root.modules():
-            held = [parameter for parameter in module._parameters.values() if parameter is not None]
-            for name in dict.fromkeys(units[id(parameter)] for parameter in held):
+            parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+            for name in dict.fromkeys(units[id(parameter)] for parameter in parameters):
                 holders.setdefault(name, []).append(module)
     blocks = {name: Unit(modules) for name, modules in holders.items() if name != ROOT}
     shards = Shards(blocks, holders.get(ROOT, ()))
     for name, unit in (*blocks.items(), (ROOT, shards)):
-        others = {
-            parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name
-        }  # those of other units, sharded or not
-        cut_up = fully_shard(
+        # A module may hold parameters of several units, so exclude the parameters of other units.
+        ignored = {parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name}
+        sharded = fully_shard(
             unit,
             mesh=mesh,
             reshard_after_forward=True,
             shard_placement_fn=lambda parameter: Shard(axes[id(parameter)]) if id(parameter) in axes else None,
-            ignored_params=others,
+            ignored_params=ignored,
         )
-        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # gloo has no mean
-            cut_up.set_force_sum_reduction_for_comms(True)
+        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # gloo cannot average
+            sharded.set_force_sum_reduction_for_comms(True)
     del originals
     for module in cascade.modules():
         _unmark(module)
@@ -296,14 +316,15 @@ def _fully_sharded(
 
 
 def _placement(old: Any, _: nn.Parameter) -> Shard:
+    """Return the placement of FSDP's record of a parameter. A `shard_placement_fn`."""
     placement: Shard = old.fsdp_placement
     return placement
 
 
 def _refit(shards: Shards) -> None:
-    """Update FSDP's records of factors whose rank has changed (`ranks`), which still have the old shape.
+    """Update FSDP's records of parameters whose shape has changed, because the rank of the branches changed (`ranks`).
 
-    torch has no public way to do this: `fully_shard` would create new Parameters, which no optimizer holds.
+    torch has no public function for this. `fully_shard` would create new Parameters that no optimizer contains.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
@@ -313,12 +334,14 @@ def _refit(shards: Shards) -> None:
             parameter = old.sharded_param
             if local(parameter).shape == old.sharded_size:
                 continue
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            given = (old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device)
+            # Create a record of the new full shape, and connect it to the existing Parameter, which the optimizer
+            # holds.
+            full = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            places = (old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device)
             policies = (partial(_placement, old), old.mp_policy, OffloadPolicy())
-            new = FSDPParam(nn.Parameter(whole, parameter.requires_grad), *given, *policies)
+            new = FSDPParam(nn.Parameter(full, parameter.requires_grad), *places, *policies)
             old._post_load_hook_handle.remove()
-            new._setattr_on_modules(parameter)  # the same Parameter: an optimizer holds it
+            new._setattr_on_modules(parameter)
             new.reset_sharded_param()
             new.init_dtype_attrs(old.mp_policy)
             new._param_fqn = old._param_fqn
@@ -326,20 +349,21 @@ def _refit(shards: Shards) -> None:
 
 
 def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
-    """Return the sharded axis of the parameters, by id, for which it is not the first one.
+    """Return the axis along which each parameter is sharded, by the id of the parameter, if it is not axis 0.
 
-    FSDP pads an axis that the number of ranks does not divide, so branches choose other axes (`Branch.shard_axes`).
+    FSDP pads an axis whose length is not a multiple of the number of ranks, so branches choose other axes
+    (`Branch.shard_axes`).
     """
     axes: dict[int, int] = {}
     model, resized = cascade._run.parameters_by_name(), bool(cascade.plan.spec.ranks)
     for branch in cascade._run.by_key.values():
         weight = model[branch.weight_name]
-        held = {"weight": weight, **dict(branch.named_parameters())}
-        axes |= {id(held[name]): axis for name, axis in branch.shard_axes(weight, parts, resized).items()}
+        tensors = {"weight": weight, **dict(branch.named_parameters())}
+        axes |= {id(tensors[name]): axis for name, axis in branch.shard_axes(weight, parts, resized).items()}
     return axes
 
 
 def _unmark(module: nn.Module) -> None:
-    """Remove the marks that FSDP sets for dynamo. Guards would take them for another setting of the model."""
+    """Remove the attributes that FSDP sets for dynamo. Our guards would report them as a changed model setting."""
     for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(mark, None)

@@ -1,9 +1,11 @@
 """Splits an adapted graph into segments that read the weights of one unit each, so FSDP gathers one unit at a time.
 
-The graph itself is not changed. A node that computes only from weights (a transpose, a cast, a branch on a weight) is
-computed where it is used, so no tensor keeps a unit's weights alive after its segments. The other nodes keep their
-order, and a new segment begins when a node reads the weights of another unit. `Unit` and `Shards` are the modules that
-torch's fully_shard gets as blocks. `SplitGraph` runs a graph through them, segment by segment.
+A unit is a set of parameters that FSDP gathers together, such as one block of a transformer. The graph is not changed.
+Its nodes keep their order, and a new segment starts when a node reads the weights of another unit. Nodes that compute
+only from weights (a transpose, a cast, a branch on a weight) are computed where they are used, so that no tensor keeps
+the weights of a unit alive after its segments.
+
+`Unit` and `Shards` are the modules that `fully_shard` gets. `SplitGraph` runs a graph segment by segment through them.
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ __all__ = [
 
 
 ROOT = ""
-"""The unit whose weights stay gathered for the whole forward: those read in several units, and small ones."""
+"""The root unit. Its weights stay gathered during the whole forward: vectors, and weights that several units read."""
 
 _NUMBER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 def unit_of(name: str, parameter: nn.Parameter) -> str:
-    """Return the unit of a parameter by its name: the name up to its first number (`layers.3`).
+    """Return the unit of a parameter: its name up to the first number, such as `layers.3`.
 
-    Without a number it is the module that holds a matrix (`head`), and the root unit for a vector.
+    If there is no number in its name, the unit of a matrix is its module, such as `head`, and a vector belongs to ROOT.
     """
     if (numbered := _NUMBER.match(name)) is not None:
         return numbered.group()
@@ -63,11 +65,11 @@ class Segment:
     """Consecutive nodes that read the weights of one unit.
 
     Args:
-        unit: the unit, or ROOT.
-        nodes: in order, without those that compute only from weights.
-        inputs: nodes of earlier segments whose values are needed.
-        outputs: nodes of this segment whose values are needed later.
-        last: by node, the values that are not needed after it.
+        unit: name of the unit, or ROOT.
+        nodes: nodes in order, except nodes that compute only from weights.
+        inputs: nodes of earlier segments whose values this segment reads.
+        outputs: nodes of this segment whose values later segments read, and the output node.
+        last: for each node, the values that can be freed after it.
     """
 
     unit: str
@@ -77,35 +79,35 @@ class Segment:
     last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     def run(self, interpreter: fx.Interpreter, values: Iterable[Any]) -> tuple[Any, ...]:
-        """Return the values of the outputs for those of the inputs. The interpreter computes each node."""
-        held: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
+        """Return the values of `outputs`, given the values of `inputs`. The interpreter computes each node."""
+        computed: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
 
         def value_of(node: fx.Node) -> Any:
-            if node not in held:
+            if node not in computed:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-                held[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-            return held[node]
+                computed[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+            return computed[node]
 
         for node in self.nodes:
             value_of(node)
-            for done in self.last.get(node, ()):
-                held.pop(done, None)
-        return tuple(held[node] for node in self.outputs)
+            for unused in self.last.get(node, ()):
+                computed.pop(unused, None)
+        return tuple(computed[node] for node in self.outputs)
 
 
 def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
-    """Return the sets of parameters (by id) that one node reads together although they belong to several units."""
+    """Return the sets of parameters (by id) that one node reads together, but that belong to different units."""
     reads = _reads(graph_module)
     together = [reads.of(node) for node in graph_module.graph.nodes if node not in reads.lazy]
     return [group for group in together if len({units[parameter] for parameter in group} - {ROOT}) > 1]
 
 
 class SegmentedGraph:
-    """A graph in segments, with the values that are still needed after each of them.
+    """A graph that is split into segments.
 
     Args:
         module: the graph module.
-        segments: in order.
+        segments: segments in order.
     """
 
     def __init__(self, module: fx.GraphModule, segments: tuple[Segment, ...]) -> None:
@@ -116,9 +118,11 @@ class SegmentedGraph:
         self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
 
     def run(self, inputs: tuple[Any, ...], run_segment: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
-        """Return the value of the output node. `run_segment` runs a segment on the values of its inputs.
+        """Return the value of the output node.
 
-        Missing arguments get their defaults.
+        Args:
+            inputs: values of the placeholders. Missing ones at the end get their defaults.
+            run_segment: runs a segment, given the values of its inputs, and returns the values of its outputs.
         """
         arguments = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, arguments, strict=True))
@@ -126,6 +130,7 @@ class SegmentedGraph:
             outputs = run_segment(segment, [values[node] for node in segment.inputs])
             if segment is self.segments[-1]:
                 return outputs[-1]
+            # Free the values that no later segment reads.
             values = {**values, **dict(zip(segment.outputs, outputs, strict=True))}
             values = {node: value for node, value in values.items() if node in later}
         raise AssertionError("a graph has an output node")
@@ -135,25 +140,27 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
     """Split a graph into segments.
 
     Args:
-        graph_module: reads the parameters of its children.
-        units: the unit of every parameter, by the parameter's id.
+        graph_module: the graph module.
+        units: name of the unit of every parameter, by the id of the parameter.
     """
     reads = _reads(graph_module)
+    # Divide the nodes into runs of one unit. Nodes that read no weights, or only ROOT, continue the current run.
     runs: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" or node in reads.lazy:
             continue
-        wanted = {units[parameter] for parameter in reads.of(node)} - {ROOT}
-        if wanted and wanted != {runs[-1][0]}:
-            runs.append((wanted.pop(), []))
+        node_units = {units[parameter] for parameter in reads.of(node)} - {ROOT}
+        if node_units and node_units != {runs[-1][0]}:
+            runs.append((node_units.pop(), []))
         runs[-1][1].append(node)
     runs = [(unit, nodes) for unit, nodes in runs if nodes]
+    # Connect the segments: each returns the values that later ones read.
     needs = [_needs(nodes, reads.lazy) for _, nodes in runs]
     segments = []
     for index, (unit, nodes) in enumerate(runs):
         inside = set(nodes)
         inputs = tuple(node for node in needs[index] if node not in inside)
-        later = {node for other in needs[index + 1 :] for node in other}
+        later = {node for needed in needs[index + 1 :] for node in needed}
         outputs = tuple(node for node in nodes if node in later or node.op == "output")
         last = _last(nodes, set(outputs), reads.lazy)
         segments.append(Segment(unit, tuple(nodes), inputs, outputs, last))
@@ -162,34 +169,39 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
 
 @dataclass(frozen=True)
 class _Reads:
-    """The nodes that compute only from weights, and the parameters that each node reads directly, by id."""
+    """Which parameters the nodes of a graph read.
+
+    Args:
+        lazy: nodes that compute only from weights.
+        direct: ids of the parameters that each node reads directly.
+    """
 
     lazy: frozenset[fx.Node]
-    own: Mapping[fx.Node, set[int]]
+    direct: Mapping[fx.Node, set[int]]
 
     def of(self, node: fx.Node) -> set[int]:
-        """Return the parameters that a node reads, directly or through nodes that compute only from weights."""
-        through = (self.of(source) for source in node.all_input_nodes if source in self.lazy)
-        return set(self.own.get(node, ())).union(*through)
+        """Return the ids of the parameters that a node reads, directly or through nodes in `lazy`."""
+        indirect = (self.of(source) for source in node.all_input_nodes if source in self.lazy)
+        return set(self.direct.get(node, ())).union(*indirect)
 
 
 def _reads(graph_module: fx.GraphModule) -> _Reads:
     lazy: set[fx.Node] = set()
-    own: dict[fx.Node, set[int]] = {}
+    direct: dict[fx.Node, set[int]] = {}
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):
             attribute = operator.attrgetter(str(node.target))(graph_module)
-            inside = attribute.parameters() if isinstance(attribute, nn.Module) else [attribute]
-            own[node] = {id(value) for value in inside if isinstance(value, nn.Parameter)}
+            values = attribute.parameters() if isinstance(attribute, nn.Module) else [attribute]
+            direct[node] = {id(value) for value in values if isinstance(value, nn.Parameter)}
         sources = node.all_input_nodes
-        computed = bool(sources) and all(source in lazy for source in sources)
-        if node.op == "get_attr" or (computed and node.op != "output" and not is_impure(node)):
+        from_weights = bool(sources) and all(source in lazy for source in sources)
+        if node.op == "get_attr" or (from_weights and node.op != "output" and not is_impure(node)):
             lazy.add(node)
-    return _Reads(frozenset(lazy), own)
+    return _Reads(frozenset(lazy), direct)
 
 
 def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
-    """Return the inputs of these nodes in order, looking through nodes that compute only from weights."""
+    """Return the inputs of these nodes, in order and without duplicates. `lazy` nodes are replaced by their inputs."""
     needs: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -205,23 +217,31 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
 
 
 def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Return by node the values that none of these nodes reads after it, except outputs."""
+    """Return for each node the values that can be freed after it, because no later node reads them.
+
+    Args:
+        nodes: nodes of a segment.
+        needed: outputs of the segment, which are not freed.
+        lazy: nodes that compute only from weights.
+    """
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for source in _needs([node], lazy):
             last[source] = node
         last.setdefault(node, node)
-    done: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    unused: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for value, node in last.items():
         if value not in needed:
-            done[node] = (*done.get(node, ()), value)
-    return done
+            unused[node] = (*unused.get(node, ()), value)
+    return unused
 
 
 class Unit(nn.Module):
-    """Holds the modules whose parameters are sharded together. Its forward runs a segment that reads them.
+    """Module of one unit, for `fully_shard`. Its forward runs a segment that reads the parameters of the unit.
 
-    The modules stay in the user's model: `fully_shard` changes their parameters in place.
+    Args:
+        holders: modules that contain these parameters. They stay in the user's model, because `fully_shard` replaces
+            their parameters in place.
     """
 
     def __init__(self, holders: Iterable[nn.Module]) -> None:
@@ -229,28 +249,33 @@ class Unit(nn.Module):
         self.holders = nn.ModuleList(holders)
 
     def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
-        """Return the segment's outputs. None shares memory with a weight, which is freed when this returns."""
+        """Return the outputs of the segment, without views of weights, because FSDP frees these after the forward."""
         storages = {local(parameter).untyped_storage()._cdata for parameter in self.parameters()}
         outputs: tuple[Any, ...] = segment.run(interpreter, values)
-        outputs = pytree.tree_map_only(torch.Tensor, partial(_own, storages=storages), outputs)
+        outputs = pytree.tree_map_only(torch.Tensor, partial(_not_a_view, storages=storages), outputs)
         return outputs
 
 
 class Shards(nn.Module):
-    """All units. Its forward runs a graph, and `rest` holds the modules of the root unit."""
+    """Module of all units, for `fully_shard`. Its forward runs a graph.
 
-    def __init__(self, units: Mapping[str, Unit], rest: Iterable[nn.Module]) -> None:
+    Args:
+        units: units by name, except ROOT.
+        root_holders: modules that contain the parameters of ROOT.
+    """
+
+    def __init__(self, units: Mapping[str, Unit], root_holders: Iterable[nn.Module]) -> None:
         super().__init__()
         self.names = {name: index for index, name in enumerate(units)}
         self.units = nn.ModuleList(units.values())
-        self.rest = nn.ModuleList(rest)
+        self.root_holders = nn.ModuleList(root_holders)
 
     def unit(self, name: str) -> Any:
-        """Return the module of a unit, for FSDP."""
+        """Return the module of a unit, which FSDP has extended by `unshard` and `reshard`."""
         return self if name == ROOT else self.units[self.names[name]]
 
     def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
-        """Return the value of the graph's output node."""
+        """Return the value of the output node of a graph."""
 
         def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
             if segment.unit == ROOT:
@@ -262,13 +287,14 @@ class Shards(nn.Module):
 
 
 class SplitGraph:
-    """Replaces the graph module of a variant: the same call, through the units.
+    """Replaces the graph module of a variant. Computes the same, segment by segment through the units.
 
     Args:
-        shards: the units that hold the parameters.
-        graph: in segments of these units.
-        leaves: returns the leaves of a call's arguments, in the order of the placeholders.
-        called: called before each run; returns whether other weights are in place, so that branches must add nothing.
+        shards: the units.
+        graph: the graph in segments of these units.
+        leaves: returns the pytree leaves of the arguments of a call, in the order of the placeholders.
+        before_call: runs before each call. Returns whether the call is inside a `cascade.weights(...)` block, where
+            branches must add nothing.
     """
 
     def __init__(
@@ -276,21 +302,21 @@ class SplitGraph:
         shards: Shards,
         graph: SegmentedGraph,
         leaves: Callable[[Any, Any], list[Any]],
-        called: Callable[[], bool],
+        before_call: Callable[[], bool],
     ) -> None:
-        self.shards, self.graph, self.leaves, self.called = shards, graph, leaves, called
+        self.shards, self.graph, self.leaves, self.before_call = shards, graph, leaves, before_call
         self.branches = [module for module in graph.module.modules() if isinstance(module, Branch)]
 
     @property
     def rewritten(self) -> list[fx.GraphModule]:
-        """The graph before it was split."""
+        """The graph module before the split, in a list."""
         return [self.graph.module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the graph computes.
+        """Return the output of the graph.
 
         Raises:
-            StateError: inside torch.compile.
+            StateError: the call is inside torch.compile.
         """
         if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
             raise StateError(
@@ -299,8 +325,8 @@ class SplitGraph:
         return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *self.leaves(args, kwargs)))
 
     def run(self, interpreter: fx.Interpreter, *inputs: Any) -> Any:
-        """Return the value of the graph's output node for the leaves of a call's arguments."""
-        with resting(self.branches) if self.called() else contextlib.nullcontext():
+        """Return the value of the output node for the leaves of the arguments of a call."""
+        with disabled(self.branches) if self.before_call() else contextlib.nullcontext():
             try:
                 return self.shards(self.graph, interpreter, *inputs)
             except BaseException:
@@ -309,8 +335,8 @@ class SplitGraph:
 
 
 @isolated
-def resting(undo: Block, branches: list[Branch]) -> None:
-    """Let branches add nothing, by a scale of 0."""
+def disabled(undo: Block, branches: list[Branch]) -> None:
+    """Context manager: set the scale of branches to 0, so that they add nothing."""
     for branch in branches:
         undo(partial(setattr, branch, "scale", branch.scale))
         branch.scale = 0.0
@@ -318,18 +344,18 @@ def resting(undo: Block, branches: list[Branch]) -> None:
 
 @isolated
 def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
-    """Let methods of the user's model run: they call its modules, not a graph.
+    """Context manager: gather weights for methods of the user's model, such as `generate`, which call its modules.
 
-    The weights of a block (`layers.3`) are gathered while one of its modules runs, and all others until the end. Every
-    rank must call the same modules in the same order.
+    The weights of a numbered unit (`layers.3`) are gathered while one of its modules runs. All other weights are
+    gathered until the end of the block. Every rank must call the same modules in the same order.
     """
-    modules, depth = dict(model.named_modules()), Counter[str]()  # of nested calls that read a unit
+    modules, depth = dict(model.named_modules()), Counter[str]()  # depth of nested calls for each unit
 
     def call(names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             for name in names:
                 depth[name] += 1
-                with torch.inference_mode(False):  # otherwise FSDP would create its buffers in inference mode
+                with torch.inference_mode(False):  # FSDP creates buffers here, which must not be inference tensors
                     shards.unit(name).unshard()
             return function(*args, **kwargs)
         finally:
@@ -338,12 +364,14 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
                 if not depth[name]:
                     shards.unit(name).reshard()
 
-    units = {id(held): name for name in shards.names for held in shards.unit(name).parameters()}
+    units = {id(parameter): name for name in shards.names for parameter in shards.unit(name).parameters()}
     numbered = {name for name in shards.names if _NUMBER.match(f"{name}.")}
     for name in numbered:
         for module in _called(modules[name]):
-            if names := sorted({units[id(held)] for held in module.parameters() if id(held) in units} & numbered):
-                table, slot = vars(module), "_compiled_call_impl"  # not a hook, see cascade/usage.py
+            ids = {id(parameter) for parameter in module.parameters()}
+            if names := sorted({units[number] for number in ids if number in units} & numbered):
+                # Wrap the call of the module. A hook would count as outside use of the model, see cascade/usage.py.
+                table, slot = vars(module), "_compiled_call_impl"
                 inner = module._compiled_call_impl
                 undo(partial(table.pop, slot) if inner is None else partial(table.update, {slot: inner}))
                 table[slot] = partial(call, names, inner or module._call_impl)
@@ -354,7 +382,7 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module, or its children if it is only a container."""
+    """Yield the module if it has a forward. For a container, yield the modules in it that have one."""
     if type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         yield module
         return
@@ -362,9 +390,16 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
         yield from _called(child)
 
 
-def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """Return a value that is not a view. FSDP puts hooks on it, and the memory of a weight is freed."""
-    if local(value).untyped_storage()._cdata in storages:  # a fake tensor has no address
+def _not_a_view(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """Return an output as a tensor that is not a view of a weight, and not a view for autograd.
+
+    FSDP frees the memory of the weights, and registers hooks on the outputs.
+
+    Args:
+        value: an output of a unit.
+        storages: addresses of the storages of the weights. Storages of fake tensors have no data pointer.
+    """
+    if local(value).untyped_storage()._cdata in storages:
         return value.clone()
     if value.requires_grad and value._base is not None:
         return apply(_NoView, value)
@@ -372,7 +407,7 @@ def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
 
 
 class _NoView(torch.autograd.Function):
-    """`apply(x)`: the same memory, but not a view."""
+    """Identity whose output shares the memory of x, but is not a view for autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

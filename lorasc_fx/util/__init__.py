@@ -1,1 +1,1 @@
-"""What every package may use: transactions, files, fingerprints, checks of arguments, optional imports."""
+"""Utilities that all packages use: transactions, files, fingerprints, argument checks, optional imports."""

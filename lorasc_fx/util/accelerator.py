@@ -1,4 +1,4 @@
-"""What torch keeps for each accelerator: its name, the states of its random generators, and its autocast."""
+"""State that torch keeps for accelerators: names, random generators, and autocast."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import ModuleType
 import torch
 
 RNG = "rng/torch"
-"""Name of the host's generator among the states; that of a device is `rng/cuda/0`, say."""
+"""Key of the CPU generator in a table of generator states. The key of a device is like `rng/cuda/0`."""
 
 
 def in_use() -> tuple[str, ModuleType] | None:
-    """Return type and module (`torch.cuda`, `torch.mps`, ...) of the accelerator, if this process has used one."""
+    """Return type and module (such as `torch.cuda`) of the accelerator. None if this process has not used it."""
     device = torch.accelerator.current_accelerator()
     if device is None:
         return None
@@ -23,14 +23,14 @@ def in_use() -> tuple[str, ModuleType] | None:
 
 
 def name_of(device: torch.device) -> str:
-    """Return the type of an accelerator and, if torch knows it, the name of the product."""
+    """Return the device type of an accelerator and, if torch knows it, the product name."""
     product = getattr(torch.get_device_module(device), "get_device_name", None)  # torch.mps has none
     return f"{device.type} {product(device) if product is not None else ''}"
 
 
 @lru_cache(maxsize=8)
 def has_fp64(device: torch.device) -> bool:
-    """Whether a device computes in fp64. MPS does not."""
+    """Whether a device supports fp64. MPS does not."""
     try:
         torch.zeros((), dtype=torch.float64, device=device)
     except TypeError:
@@ -39,16 +39,16 @@ def has_fp64(device: torch.device) -> bool:
 
 
 def generator_states() -> dict[str, torch.Tensor]:
-    """Return the states of torch's default generators, of the host and of each device of the accelerator in use."""
+    """Return the states of torch's default generators: of the CPU, and of each device of the accelerator in use."""
     states = {RNG: torch.get_rng_state()}
-    if (found := in_use()) is not None:
-        kind, module = found
+    if (accelerator := in_use()) is not None:
+        kind, module = accelerator
         states |= {f"rng/{kind}/{index}": module.get_rng_state(index) for index in range(module.device_count())}
     return states
 
 
 def set_generator_states(states: Mapping[str, torch.Tensor]) -> None:
-    """Restore what `generator_states` returned. Devices that are not here are left out."""
+    """Restore the result of `generator_states`. States of devices that do not exist in this process are ignored."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         module = torch.get_device_module(device)
@@ -59,16 +59,16 @@ def set_generator_states(states: Mapping[str, torch.Tensor]) -> None:
 
 
 def seed_generators(value: int) -> None:
-    """Seed the generators of `generator_states`. torch.manual_seed would reach those of an idle accelerator too."""
+    """Seed the generators of `generator_states`. torch.manual_seed would also seed an unused accelerator."""
     torch.default_generator.manual_seed(value)
-    if (found := in_use()) is not None:
-        _, module = found
+    if (accelerator := in_use()) is not None:
+        _, module = accelerator
         seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed  # torch.mps has one device
         seed_all(value)
 
 
 def autocast_state() -> Hashable:
-    """Return whether the host and the accelerator autocast, and to which dtypes."""
+    """Return for the CPU and the accelerator whether autocast is enabled, and its dtype."""
     device = torch.accelerator.current_accelerator()
     kinds = [kind for kind in ("cpu", device and device.type) if kind and torch.amp.is_autocast_available(kind)]
     return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)

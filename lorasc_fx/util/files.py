@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, by one process at a time.
 
-New data gets a temporary name next to its target, is synced, and is then renamed. The system releases the lock of a
-writer that dies, and the next writer deletes what is left.
+New data is written to a temporary path next to its target, synced to disk, and then renamed. If a writer is killed, the
+operating system releases its lock, and the next writer deletes its temporary files.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def sync(path: Path) -> None:
 
 
 def parse_json(text: str | bytes, **hooks: Callable[[str], Any]) -> Any:
-    """Return the value of a JSON text from a file, which may be damaged or forged.
+    """Parse JSON from a file that may be damaged or malicious.
 
     Args:
         text: the JSON.
-        hooks: `parse_float` and the like, passed to `json.loads`.
+        hooks: keyword arguments for `json.loads`, such as `parse_float`.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, or holds an integer of too many digits.
+        ValueError: the text is not JSON, is nested too deeply, or contains an integer with too many digits.
     """
     try:
         return json.loads(text, **hooks)  # type: ignore[arg-type]
@@ -50,17 +50,17 @@ def parse_json(text: str | bytes, **hooks: Callable[[str], Any]) -> Any:
 
 
 def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
-    """Open a file for writing, create it if it is missing, and return the descriptor.
+    """Open a regular file for writing, create it if it does not exist, and return the descriptor.
 
-    A link is not followed, because this would write to a file elsewhere. Nothing has been written when this raises.
+    Symbolic links are not followed, because this would write to another place. Nothing was written if this raises.
 
     Args:
         path: the file.
-        flags: for `os.open`, in addition to O_CREAT.
-        kind: class of the error.
+        flags: flags for `os.open`, in addition to O_CREAT.
+        kind: class of the error to raise.
 
     Raises:
-        kind: the path is a link, a file with several names (hard links), a folder, a pipe or a device.
+        kind: the path is a symbolic link, a file with several hard links, a folder, a pipe or a device.
         OSError: the file cannot be opened.
     """
     try:
@@ -70,8 +70,8 @@ def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
         if path.is_symlink() or path.is_dir() or path.is_fifo() or path.is_socket():
             raise _not_plain(path, kind) from None
         raise
-    about = os.fstat(handle)
-    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
         raise _not_plain(path, kind)
     return handle
@@ -79,7 +79,7 @@ def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
 
 def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
     return kind(
-        f"{path}: is a link, a folder, a pipe or a device, but a plain file is to be written here; nothing was "
+        f"{path}: is a link, a folder, a pipe or a device, and cannot be replaced by a regular file. Nothing was "
         "written. Delete it, or give another path",
         code="unreadable-file",
     )
@@ -92,27 +92,28 @@ def append_text(path: Path, text: str, kind: type[LorascError]) -> None:
 
 
 def make_folder(root: Path) -> None:
-    """Make a folder and its missing parents, and sync all folders that get a new entry."""
-    new = [made for made in (root, *root.parents) if not made.exists()]
+    """Create a folder and its missing parents, and sync all folders that get a new entry."""
+    created = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    for made in reversed(new):
-        sync(made.parent)
+    for folder in reversed(created):
+        sync(folder.parent)
 
 
 @isolated
 def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
-    """Keep other writers out while a block runs. Returns False, and locks nothing, if the file system has no locks.
+    """Context manager: hold an exclusive lock, so that no other process writes the same target.
 
-    The system's lock is free as soon as its owner is dead.
+    Yields whether the lock is held. It is not held if the file system does not support locks. The operating system
+    releases the lock if the process dies.
 
     Args:
-        file: the lock file, which exists while somebody writes.
-        target: the path that is written, for messages.
-        kind: class of the error.
+        file: the lock file. It exists only while a process writes.
+        target: the path to write, for error messages.
+        kind: class of the error to raise.
 
     Raises:
-        kind: another process writes there, or the lock file is not a plain file.
-        OSError: the lock file cannot be made.
+        kind: another process is writing the target, or the lock file is not a regular file.
+        OSError: the lock file cannot be created.
     """
     while True:
         handle, locked = open_plain(file, os.O_RDWR, kind), True
@@ -121,15 +122,15 @@ def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = 
         except BlockingIOError as fault:
             os.close(handle)
             raise kind(
-                f"{target}: another process is writing there. Give each run its own path, and write from one process "
-                "of a run",
+                f"{target}: another process is writing to this path. Give each run its own path, and write from one "
+                "process of a run only",
                 code="concurrent-save",
             ) from fault
         except OSError:
             locked = False
         if _names(file, handle):
             break
-        os.close(handle)  # its owner has deleted the file meanwhile
+        os.close(handle)  # the previous owner deleted the file in the meantime, so lock the new one
     undo(partial(os.close, handle))
     undo(partial(file.unlink, missing_ok=True))
     return locked
@@ -145,15 +146,17 @@ def _names(file: Path, handle: int) -> bool:
 
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Yield a temporary path to write, which replaces `out` at the end of the block. If the block raises, `out` stays.
+    """Context manager: yield a temporary path, which replaces the file or folder `out` at the end of the block.
+
+    If the block raises, `out` is unchanged.
 
     Raises:
-        ExportError: it cannot be written, or another process is writing there.
+        ExportError: `out` cannot be written, or another process is writing it.
     """
     target = Path(os.path.realpath(out)) if out.is_dir() else out
-    number = uuid.uuid4().hex
-    new = target.with_name(f".{target.name}.writing-{number}{target.suffix}")
-    old = target.with_name(f".{target.name}.leaving-{number}")
+    token = uuid.uuid4().hex
+    new = target.with_name(f".{target.name}.writing-{token}{target.suffix}")
+    old = target.with_name(f".{target.name}.leaving-{token}")
     try:
         make_folder(target.parent)
         with one_writer(target.with_name(f".{target.name}.lock"), out, ExportError) as locked:
@@ -164,6 +167,7 @@ def replacing(out: Path) -> Iterator[Path]:
                 for path in [*new.rglob("*"), new]:
                     if path.is_file() or path.is_dir():
                         sync(path)
+                # A rename can replace a file, but not a folder with content.
                 if target.is_dir():
                     target.rename(old)
                 try:
@@ -178,12 +182,12 @@ def replacing(out: Path) -> Iterator[Path]:
                 _remove(old)
     except (OSError, SafetensorError) as fault:
         raise ExportError(
-            f"{out}: was not written: {reason_of(fault)}; what was there stays", code="write-failed"
+            f"{out}: was not written: {reason_of(fault)}. The previous content is unchanged", code="write-failed"
         ) from fault
 
 
 def _clear(target: Path) -> None:
-    """Delete what killed writers have left. A folder that one had moved away is moved back."""
+    """Delete the temporary files of killed writers. If one of them had moved the target away, restore it."""
     for path in target.parent.iterdir():
         if path.name.startswith(f".{target.name}.leaving-") and not target.exists():
             path.rename(target)

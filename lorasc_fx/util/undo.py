@@ -1,10 +1,10 @@
-"""Transactions: what a block writes stays as a whole, or not at all.
+"""Transactions: either all changes of a block remain, or none.
 
-- `AllOrNothing`: a long block. Whatever raises in it rolls it back, Ctrl-C included.
-- `commit`: a short block that writes. Ctrl-C is deferred to its end, and then rolls it back.
-- `isolated`: changes that are undone at the end in any case. Ctrl-C is deferred while they are made.
+- `AllOrNothing`: for a long block. Any exception rolls it back, including KeyboardInterrupt.
+- `commit`: for a short block that writes. SIGINT (Ctrl-C) is deferred to the end of the block, and then rolls it back.
+- `isolated`: for changes that are always undone at the end of a block. SIGINT is deferred while they are made.
 
-Ctrl-C is also deferred while changes are undone. The handlers of other signals are called at once.
+SIGINT is also deferred during a rollback. Handlers of other signals run immediately.
 """
 
 from __future__ import annotations
@@ -25,48 +25,54 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 Undo = Callable[[Callable[[], object]], None]
-"""Takes a step that undoes a write, before the write."""
+"""Function that registers a step which undoes a write. It is called before the write."""
 
 
 class Block:
-    """Steps that undo changes: `undo(step)` before each change, where `step()` takes it back.
+    """A stack of undo steps. Call `undo(step)` before each change, where `step()` undoes the change.
 
-    A step must also be right if its change has not happened.
+    A step must have no effect if its change did not happen, because an exception may occur between the two.
     """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
 
     def __call__(self, step: Callable[[], object]) -> None:
-        """Add a step, which runs before those that were added earlier."""
+        """Add a step. Steps run in reverse order."""
         self._steps.append(step)
 
     def enter(self, manager: AbstractContextManager[T]) -> T:
-        """Enter a context manager; a step exits it."""
+        """Enter a context manager, and add a step that exits it."""
         value = manager.__enter__()
         self(functools.partial(manager.__exit__, None, None, None))
         return value
 
     def roll_back(self, fault: BaseException | None = None) -> None:
-        """Run all steps, last first, also if one raises: that is a note on the fault, or is raised if there is none."""
-        if isinstance(fault, (MemoryError, RuntimeError)):  # its frames hold memory that the steps may need
+        """Run all steps in reverse order, even if some of them raise.
+
+        Args:
+            fault: the exception that caused the rollback. It gets a note for each exception of a step. Without a fault,
+                the first exception of a step is raised at the end.
+        """
+        if isinstance(fault, (MemoryError, RuntimeError)):
+            # Its frames refer to tensors, whose memory the steps may need.
             traceback.clear_frames(fault.__traceback__)
         raised = fault
         with interrupts_deferred():
             while self._steps:
                 try:
                     self._steps.pop()()
-                except BaseException as other:
+                except BaseException as step_fault:
                     if raised is None:
-                        raised = other
+                        raised = step_fault
                     else:
-                        raised.add_note(f"and the rollback raised {type(other).__name__}: {other}")
+                        raised.add_note(f"and the rollback raised {type(step_fault).__name__}: {step_fault}")
         if raised is not None and raised is not fault:
             raise raised
 
 
 class AllOrNothing(Block):
-    """`with AllOrNothing() as undo:` a block that is rolled back if anything raises in it."""
+    """`with AllOrNothing() as undo:` rolls back if the block raises."""
 
     def __enter__(self) -> Self:
         return self
@@ -78,12 +84,12 @@ class AllOrNothing(Block):
 
 @contextmanager
 def commit() -> Iterator[Undo]:
-    """`with commit() as undo:` a short block that writes. Ctrl-C waits for its end, and then rolls it back."""
+    """`with commit() as undo:` rolls back if the block raises, or if SIGINT arrived during the block."""
     undo = Block()
-    with interrupts_deferred() as answer:
+    with interrupts_deferred() as handle_now:
         try:
             yield undo
-            answer()
+            handle_now()
         except BaseException as fault:
             undo.roll_back(fault)
             raise
@@ -91,29 +97,33 @@ def commit() -> Iterator[Undo]:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Defer SIGINT to the end of the block. Yields a function that calls its handler at once if it came.
+    """Context manager: defer SIGINT to the end of the block.
 
-    Only the main thread gets signals. A nested block hands SIGINT on to the outer block, which defers it in turn.
+    Yields a function that calls the handler of a deferred SIGINT immediately. Only the main thread receives signals, so
+    this does nothing in other threads. In a nested block, the handler is the one of the outer block, which defers
+    again.
     """
     handler = signal.getsignal(signal.SIGINT)
     received: deque[tuple[Any, ...]] = deque()
 
-    def answer() -> None:
+    def handle_now() -> None:
         while received and callable(handler):
             handler(*received.popleft())
 
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield answer
+        yield handle_now
         return
     signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
     try:
-        yield answer
+        yield handle_now
     finally:
         signal.signal(signal.SIGINT, handler)
-        answer()
+        handle_now()
 
 
 class _Isolated(Block, Generic[P, T]):
+    """The context manager that a function decorated by `isolated` returns."""
+
     def __init__(self, setup: Callable[Concatenate[Block, P], T], *args: P.args, **kwargs: P.kwargs) -> None:
         super().__init__()
         self._setup, self._args, self._kwargs = setup, args, kwargs
@@ -131,9 +141,10 @@ class _Isolated(Block, Generic[P, T]):
 
 
 def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractContextManager[T]]:
-    """Make a context manager of a function that changes state and adds the steps that restore it.
+    """Decorate a function that changes state, so that it returns a context manager that restores the state.
 
-    The function gets a `Block` first, calls `undo(step)` before each change, and returns what `with ... as` gets.
+    The first argument of the function is a `Block`. The function calls `undo(step)` before each change, and returns the
+    value for `with ... as`.
     """
 
     @functools.wraps(setup)
@@ -143,12 +154,14 @@ def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractC
     return block
 
 
-# ---- locks
+# ---- Locks
 
 
 class Lock(_thread.RLock):  # type: ignore[misc]  # not final at runtime
-    """A re-entrant lock. A copy (deepcopy, pickle) is a new one, and in a forked process it is free if another thread
-    held it: that thread does not exist there, and weights that it had half written are found by their checksums.
+    """A re-entrant lock that can be copied and survives a fork.
+
+    A copy (deepcopy, pickle) is a new lock. In a forked process, a lock that another thread held is free, because this
+    thread does not exist there. If it was writing weights, checksums detect the partial write.
     """
 
     def __init__(self) -> None:
@@ -160,22 +173,23 @@ class Lock(_thread.RLock):  # type: ignore[misc]  # not final at runtime
     @property
     def is_held(self) -> bool:
         """Whether this thread holds the lock."""
-        return bool(self._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
+        return bool(self._is_owned())  # type: ignore[attr-defined]  # as in threading.Condition
 
 
 _LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 PROCESS = Lock()
-"""Held while a capture changes state of the whole process: standard streams, random generators, stances of torch.
+"""Held while a capture changes state of the process: standard streams, random generators, dynamo stances.
 
-A thread that needs this lock and that of a cascade takes this one first.
+A thread that also needs the lock of a cascade must acquire this lock first.
 """
 
 
 def _after_fork() -> None:
+    """Reset the locks that other threads held. Runs in the child process."""
     for lock in list(_LOCKS):
         if not lock.is_held:
-            lock._at_fork_reinit()  # type: ignore[attr-defined]  # as threading does itself
+            lock._at_fork_reinit()  # type: ignore[attr-defined]  # as in threading
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""The version of this package, and the digest of its source."""
+"""The version of this package, and a digest of its source code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def version() -> str:
 
 @cache
 def source_digest() -> str:
-    """Return the SHA-256 of the package's own source: a version's name does not tell two checkouts apart."""
+    """Return the SHA-256 of the source code of this package, which differs between checkouts of the same version."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode())
