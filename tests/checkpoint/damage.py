@@ -1,4 +1,4 @@
-"""Versions of a small cascade, and ways to change their files and to sign them anew, as a forger would."""
+"""Versions of a small cascade, and helpers that edit their files and update the digests, as a forger would."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.errors.models import inputs, loss_of
 
 MANIFEST, TENSORS = "manifest.json", "state.safetensors"
 DEEP = "deep nesting"
-"""A value of a manifest that is written as 100,000 nested lists."""
+"""A placeholder in a manifest that is written as 100,000 nested lists."""
 X = inputs(3, 5)
 SPEC = lx.CascadeSpec(train=("head.*",), rank=1, restart="fast", noise=lx.Noise(0.2, keep=True))
 
 
 class Small(nn.Module):
-    """Two sites, one that keeps experts and one that collapses; buffers; a head that is trained in full."""
+    """A model with two sites (one keeps experts, one collapses), buffers, and a head that is trained in full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def optimizers(cascade: lx.Cascade) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def written(folder: Path, stages: int, spec: lx.CascadeSpec = SPEC) -> dict[str, bytes]:
-    """The files of a version after some stages, one under way."""
+    """Return the files of a version after some stages, with a running stage."""
     cascade = lx.adapt(Small(), args=(X,), spec=spec, frontend="symbolic")
     optimizer, scheduler = optimizers(cascade)
     for stage in range(stages + 1):
@@ -63,7 +63,7 @@ def put(path: Path, files: dict[str, bytes]) -> None:
 
 
 def signed(manifest: Any, tensors: bytes) -> bytes:
-    """The text of a manifest with right digests of tensors and of itself, as far as it can have one."""
+    """Return the text of a manifest with correct digests of its tensors and of itself, as far as possible."""
     if isinstance(manifest, dict):
         if isinstance(manifest.get("files"), dict) and TENSORS in manifest["files"]:
             manifest["files"][TENSORS] = hashlib.sha256(tensors).hexdigest()
@@ -74,14 +74,14 @@ def signed(manifest: Any, tensors: bytes) -> bytes:
 
 
 def forge(version: Path, change: Callable[[Any], object]) -> None:
-    """Change the manifest of a version, and sign it anew."""
+    """Edit the manifest of a version, and update its digests."""
     manifest = json.loads((version / MANIFEST).read_bytes())
     change(manifest)
     (version / MANIFEST).write_bytes(signed(manifest, (version / TENSORS).read_bytes()))
 
 
 def forge_tensors(version: Path, change: Callable[[Any], object]) -> None:
-    """Change the tensors of a version, and sign it anew."""
+    """Edit the tensors of a version, and update its digests."""
     tensors = load((version / TENSORS).read_bytes())
     change(tensors)
     (version / TENSORS).write_bytes(save(tensors))

@@ -1,4 +1,4 @@
-"""A run as a list of events that can be stopped between any two, saved, and gone on with in a new cascade."""
+"""A run as a list of events. It can be stopped between any two events, saved, and resumed in a new cascade."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adamw(cascade: lx.Cascade) -> torch.optim.Optimizer:
 
 @dataclass
 class Run:
-    """What it takes to make everything anew, as a new process would."""
+    """The functions and settings with which a new process would build everything again."""
 
     spec: lx.CascadeSpec
     build: Callable[[], nn.Module] = Net
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass
 class Going:
-    """A run under way; losses are numbers that JSON keeps exactly."""
+    """A running training. JSON stores its losses exactly."""
 
     run: Run
     cascade: lx.Cascade
@@ -126,7 +126,7 @@ def whole(run: Run, events: Sequence[str]) -> dict[str, Any]:
 
 
 def interrupted(run: Run, events: Sequence[str], stops: Sequence[int], folder: Path) -> dict[str, Any]:
-    """The same events, with everything thrown away and loaded anew before each event of these places."""
+    """Run the same events, but discard and load everything again before the events at these positions."""
     going = run.started()
     for place, event in enumerate(events):
         if place in stops:

@@ -1,4 +1,4 @@
-"""base="file" and base=PATH: W0 is the pages of a safetensors file, and everything else is as with base="memory"."""
+"""base="file" and base=PATH: W0 is mapped from a safetensors file, and everything else equals base="memory"."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAPS = Path("/proc/self/smaps")
 
 
 def mappings(path: Path) -> list[tuple[int, int, int]]:
-    """Start, end and kB of pages of our own (written to, or copied) of the mappings of a file, or of a folder's."""
+    """Return start, end and private kB (written or copied pages) of the mappings of a file or of a folder's files."""
     if not MAPS.exists():
         pytest.skip("no /proc to see mappings in")
     found = []
@@ -46,7 +46,7 @@ def mappings(path: Path) -> list[tuple[int, int, int]]:
 
 
 def assert_mapped(cascade: lx.Cascade, path: Path) -> None:
-    """Every W0 lies within a mapping of the files, none of whose pages is ours."""
+    """Assert that every W0 lies in a mapping of the files, and that no page was copied."""
     spans = mappings(path)
     for name, state in weight_states(cascade).items():
         address = state.base.data_ptr()
@@ -54,7 +54,7 @@ def assert_mapped(cascade: lx.Cascade, path: Path) -> None:
 
 
 def written(path: Path, model: nn.Module, **other: torch.Tensor | None) -> Path:
-    """A safetensors file of a model's parameters, with `other` (dots as two underscores) in place, or None for none."""
+    """Write a model's parameters as safetensors. `other` replaces some (`__` for a dot) or, with None, removes them."""
     tensors = {name: value.detach() for name, value in model.named_parameters()}
     for key, value in other.items():
         name = key.replace("__", ".")
@@ -66,7 +66,7 @@ def written(path: Path, model: nn.Module, **other: torch.Tensor | None) -> Path:
 
 
 def of_a_run(base: Any, model: nn.Module) -> tuple[list[torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
-    """Losses of three stages, the slow state after them, and the released weights."""
+    """Return the losses of three stages, the slow state after them, and the released weights."""
     cascade = lx.adapt(model, (X,), spec=SPEC, base=base)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
     losses = [step(cascade, optimizer) for _ in cascade.stages(3, optimizer)]
@@ -85,7 +85,7 @@ def test_a_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_w0_is_the_files_pages_until_the_release(tmp_path: Path) -> None:
-    """Mapped through adapt, stages and weights; afterwards nothing of the file is, though the cascade is held."""
+    """W0 is mapped during adapt, stages and weights. After the release nothing is, even if the cascade still exists."""
     path = written(tmp_path / "base.safetensors", mlp())
     cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=str(path))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
@@ -131,7 +131,7 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
 
 
 def raises_midway(cascade: lx.Cascade) -> None:
-    """A transition that has written one weight when memory is out."""
+    """Run out of memory in a transition, after one weight was written."""
     real, count = seam("redraw"), iter(range(99))
 
     def failing(*args: Any, **options: Any) -> None:
@@ -146,13 +146,13 @@ def raises_midway(cascade: lx.Cascade) -> None:
 
 
 def inside(cascade: lx.Cascade) -> None:
-    """Other weights for a while."""
+    """Place other weights temporarily."""
     with cascade.weights("fast"):
         assert not torch.equal(cascade.model[0].weight, mlp()[0].weight)
 
 
 def in_new_memory(cascade: lx.Cascade) -> None:
-    """As a device or another library moves it."""
+    """Move the weights, like `to(device)` or another library."""
     for parameter in cascade.model.parameters():
         parameter.data = parameter.data.clone()
 
@@ -168,7 +168,7 @@ WRITES: dict[str, Callable[[lx.Cascade], object]] = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_w0_is_the_weights_own_memory_until_something_is_written(write: str) -> None:
-    """It is copied then, and not before, and is what it was."""
+    """It is copied at that moment and not earlier, with unchanged values."""
     first = dict(mlp().named_parameters())
     spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
     cascade = lx.adapt(mlp(), (X,), spec=spec)
@@ -202,14 +202,14 @@ def test_w0_is_the_weights_own_memory_until_something_is_written(write: str) -> 
 
 
 class Halves(nn.Linear):
-    """Halves its weight at each call, as no version counter shows."""
+    """Halves its weight at each call, without changing the version counter."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.weight.data.mul_(0.5)
         return super().forward(input)
 
 
-def test_a_weight_that_forward_writes_is_not_of_the_file(tmp_path: Path) -> None:
+def test_a_weight_that_forward_writes_is_not_mapped(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(Halves(5, 7), nn.Linear(7, 3), nn.Linear(3, 2))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -219,7 +219,7 @@ def test_a_weight_that_forward_writes_is_not_of_the_file(tmp_path: Path) -> None
 
 
 def test_shards_and_prefixes_of_transformers(tmp_path: Path) -> None:
-    """`file` is the folder that the model names: a head's for the body, the body's for a head, one file or more."""
+    """`file` is the folder that the model names: of a model with or without a head, with one file or several."""
     transformers = pytest.importorskip("transformers")
     config = tiny.bert().config
     torch.manual_seed(0)
@@ -279,7 +279,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], tu
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_another_base_is_refused(fault: str, tmp_path: Path) -> None:
-    """One sentence with the weight and the file; model, flags and generators are as they were, and memory is taken."""
+    """The error names weight and file. Model, flags and generators are unchanged, and base="memory" works."""
     build, other, sentence = WRONG[fault]
     model = build()
     path = written(tmp_path / "base.safetensors", model, **other())
@@ -288,8 +288,8 @@ def test_another_base_is_refused(fault: str, tmp_path: Path) -> None:
     assert lx.adapt(model, (X,), spec=SPEC).sites
 
 
-def test_only_what_is_adapted_is_asked_for(tmp_path: Path) -> None:
-    """A new head that is trained in full, a layer that is excluded: the file need not have them."""
+def test_only_adapted_weights_are_needed(tmp_path: Path) -> None:
+    """The file needs neither a new head that is trained in full, nor an excluded layer."""
     path = written(tmp_path / "base.safetensors", mlp(), **{"3__weight": None, "3__bias": None, "2__weight": None})
     spec = lx.CascadeSpec(rank=2, train=("3.*",), exclude=("2",))
     cascade = lx.adapt(mlp(), (X,), spec=spec, base=path)
@@ -314,7 +314,7 @@ AMBIGUOUS = [
 
 
 @pytest.mark.parametrize(("build", "base", "error", "sentence"), AMBIGUOUS)
-def test_a_base_that_cannot_be_meant(build: Any, base: Any, error: Any, sentence: tuple[str, ...]) -> None:
+def test_an_invalid_base(build: Any, base: Any, error: Any, sentence: tuple[str, ...]) -> None:
     model = build()
     with unchanged(model), raises(error, *sentence):
         lx.adapt(model, (X,), spec=SPEC, base=base)
@@ -340,7 +340,7 @@ def test_damaged_files(name: str, text: str, sentence: tuple[str, ...], tmp_path
         lx.adapt(model, (X,), spec=SPEC, base=tmp_path)
 
 
-def test_a_site_that_comes_later(tmp_path: Path) -> None:
+def test_a_site_of_a_later_call(tmp_path: Path) -> None:
     index = {"weight_map": {}}
     for part in ("first", "second"):
         tensors = {name: value for name, value in Late().state_dict().items() if name.startswith(part)}
@@ -357,7 +357,7 @@ def test_a_site_that_comes_later(tmp_path: Path) -> None:
 
 
 def test_tied_and_untied_names_are_one_tensor_of_the_file(tmp_path: Path) -> None:
-    """The file has one of a parameter's names; a copy that `untie` makes of it is compared with the same one."""
+    """The file has one of a parameter's names. A copy made by `untie` is compared with the same tensor."""
 
     def build() -> nn.Module:
         torch.manual_seed(4)
@@ -377,7 +377,7 @@ def test_tied_and_untied_names_are_one_tensor_of_the_file(tmp_path: Path) -> Non
 
 
 def test_a_file_that_is_written_to_is_noticed(tmp_path: Path) -> None:
-    """One that is replaced or deleted is mapped still; one whose own bytes change is W0 no longer."""
+    """A replaced or deleted file is still mapped. If its bytes change, it is no longer W0."""
     path = written(tmp_path / "base.safetensors", mlp())
     cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))

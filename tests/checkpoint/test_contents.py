@@ -1,4 +1,4 @@
-"""What a version holds besides branches and slow weights, shown by runs that stop and go on with the same bytes."""
+"""The content of a version besides branches and slow weights: runs that stop and resume with the same bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAIN = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace
 
 
 class Bfgs(torch.optim.LBFGS):
-    """Takes the gradients that are there; its state is lists of tensors under the first parameter."""
+    """Steps parameters with gradients. Its state is lists of tensors, stored for the first parameter."""
 
     def __init__(self, cascade: lx.Cascade) -> None:
         every = [parameter for group in cascade.param_groups(lr=0.1) for parameter in group["params"]]
@@ -67,7 +67,7 @@ def test_optimizers(name: str, tmp_path: Path) -> None:
 
 
 class Worse(torch.optim.lr_scheduler.ReduceLROnPlateau):
-    """Hears of a loss that grows; its state holds inf."""
+    """A scheduler that gets a growing loss and has inf in its state."""
 
     def step(self, *_: Any) -> None:
         super().step(float(self.last_epoch))
@@ -92,7 +92,7 @@ def test_a_run_that_was_rewound(tmp_path: Path) -> None:
 
 @dataclass
 class InHalves(Run):
-    """A run whose steps are made of two halves, so that it can stop between them."""
+    """A run whose steps have two halves, so that it can stop between them."""
 
     def started(self) -> Halves:
         return Halves(**vars(super().started()))
@@ -114,7 +114,7 @@ class Halves(Going):
 
 
 def test_saved_between_backward_and_step(tmp_path: Path) -> None:
-    """Accumulated over two backwards, stopped after each; then a gradient that was used and is not zeroed yet."""
+    """Stop after each of two accumulated backwards, and with a used gradient that was not zeroed yet."""
     once = ("backward", "backward", "update", "zero")
     events = (*once, "fold", *once, "backward", "update", "fold", *once)
     run = InHalves(TRAIN)
@@ -168,9 +168,7 @@ def test_numpys_generator(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_the_generators_of_the_devices_that_are_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
-) -> None:
+def test_generators_of_available_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
     saved = [torch.Generator().manual_seed(index) for index in range(2)]
     with monkeypatch.context() as patch:
         pretend_accelerator(patch, kind, saved)
@@ -254,7 +252,7 @@ def batches(count: int, **options: Any) -> list[list[int]]:
     return [next(loader)[0].tolist() for _ in range(count)]
 
 
-def test_each_epoch_is_an_order_of_its_own() -> None:
+def test_each_epoch_has_another_order() -> None:
     found = batches(9, seed=1)
     epochs = [[each for batch in found[start : start + 3] for each in batch] for start in (0, 3, 6)]
     assert all(len(set(epoch)) == 9 and set(epoch) < set(range(11)) for epoch in epochs)

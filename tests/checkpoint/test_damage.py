@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written: one CheckpointError with the file and the reason; the model as it was.
+"""Damaged checkpoints: one CheckpointError with the file and the reason, and an unchanged model.
 
 A row is an edit of a version, and the code and the names of the error.
 """
@@ -62,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 
 @pytest.fixture
 def made(files: Callable[[str], dict[str, bytes]], tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a version of a kind, to be damaged."""
+    """Return a function that writes a version of a kind, to be damaged."""
 
     def make(kind: str) -> Path:
         path = tmp_path / "version-00000001"
@@ -79,7 +79,7 @@ def version(made: Callable[[str], Path]) -> Path:
 
 
 def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None = None) -> None:
-    """Loading raises this code, and names the version's path and these things."""
+    """Assert that loading raises this code, with the path of the version and these names."""
     code, *names = expected
     model = Small() if model is None else model
     again = copy.deepcopy(model)
@@ -95,7 +95,7 @@ def resumed(version: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any]:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_the_copy_is_whole(kind: str, made: Callable[[str], Path]) -> None:
+def test_an_undamaged_copy_loads(kind: str, made: Callable[[str], Path]) -> None:
     version = made(kind)
     forge(version, lambda manifest: None)
     forge_tensors(version, lambda tensors: None)
@@ -138,7 +138,7 @@ def flip(share: float, bit: int) -> Edit:
 
 
 def instead(name: str, put_there: Callable[[Path], Any]) -> Edit:
-    """Take a file away, and put something else in its place."""
+    """Replace a file by something else."""
 
     def edit(version: Path) -> None:
         (version / name).rename(version.parent / "elsewhere")
@@ -156,7 +156,7 @@ def with_digest(content: bytes) -> Edit:
 
 
 def without_end(name: str, size: int) -> Edit:
-    """Of holes, so that only a reader who believes the size would need the room."""
+    """Make a file sparse, so that only a reader that trusts the size needs the memory."""
     return lambda version: os.truncate(version / name, size)
 
 
@@ -249,7 +249,7 @@ def test_the_tensors_of_another_version(version: Path, tmp_path: Path) -> None:
 
 
 def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dict[str, bytes]]) -> None:
-    """Where a version stands before, it can be gone back to: what the sentence says then works."""
+    """If there is an earlier version, the advice in the error works."""
     later = version.with_name("version-00000012")
     later.mkdir()
     put(later, {**files("plain"), TENSORS: b""})
@@ -259,7 +259,7 @@ def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dic
 
 
 def test_a_file_that_memory_does_not_hold(version: Path) -> None:
-    """Of holes, smaller than the machine's memory and larger than what this process may have."""
+    """A sparse file, smaller than the machine's memory and larger than this process may allocate."""
     os.truncate(version / TENSORS, 1 << 31)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -271,7 +271,7 @@ def test_a_file_that_memory_does_not_hold(version: Path) -> None:
 
 
 def test_a_file_that_is_written_to_while_it_is_read(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digest and tensors come from the same bytes: what stands in the file after the digest is never seen."""
+    """Digest and tensors come from the same bytes: changes of the file after the digest are never read."""
 
     def late(data: bytes) -> dict[str, torch.Tensor]:
         (version / TENSORS).write_bytes(b"something else")
@@ -318,7 +318,7 @@ EDITED: dict[str, Edit] = {
 
 @pytest.mark.parametrize("name", EDITED)
 def test_an_edited_manifest(name: str, version: Path) -> None:
-    """Not signed anew."""
+    """The digest was not updated."""
     manifest = json.loads((version / MANIFEST).read_text())
     EDITED[name](manifest)
     (version / MANIFEST).write_text(json.dumps(manifest))
@@ -391,7 +391,7 @@ def rows(table: dict[str, list[tuple[Edit, tuple[object, ...]]]]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("kind", "edit", "expected"), rows(MANIFESTS))
-def test_a_manifest(kind: str, edit: Edit, expected: tuple[object, ...], made: Callable[[str], Path]) -> None:
+def test_a_forged_manifest(kind: str, edit: Edit, expected: tuple[object, ...], made: Callable[[str], Path]) -> None:
     version = made(kind)
     forge(version, edit)
     refuse(version, (*expected, MANIFEST))
@@ -460,7 +460,7 @@ TENSOR: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
 
 
 @pytest.mark.parametrize(("kind", "change", "expected"), rows(TENSOR))
-def test_a_tensor(kind: str, change: Edit, expected: tuple[object, ...], made: Callable[[str], Path]) -> None:
+def test_a_forged_tensor(kind: str, change: Edit, expected: tuple[object, ...], made: Callable[[str], Path]) -> None:
     version = made(kind)
     forge_tensors(version, change)
     refuse(version, expected)
@@ -477,7 +477,7 @@ def test_a_tensor(kind: str, change: Edit, expected: tuple[object, ...], made: C
     ],
 )
 def test_a_missing_tensor(kind: str, name: str, made: Callable[[str], Path]) -> None:
-    """A weight without a dense delta simply has none, if none of its views has one."""
+    """A weight may lack a dense delta only if none of its views has one."""
     version = made(kind)
     forge_tensors(version, gone(name))
     refuse(version, ("invalid-checkpoint", name))
@@ -509,14 +509,14 @@ DISAGREE: list[tuple[Edit, tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize(("edit", "expected"), DISAGREE, ids=[str(row[1]) for row in DISAGREE])
-def test_a_manifest_that_disagrees(edit: Edit, expected: tuple[object, ...], version: Path) -> None:
-    """Each of its fields is right in itself."""
+def test_a_manifest_that_contradicts_itself(edit: Edit, expected: tuple[object, ...], version: Path) -> None:
+    """Each field alone is valid."""
     forge(version, edit)
     refuse(version, expected)
 
 
 def test_a_buffer_of_another_shape(version: Path) -> None:
-    """Forward may have assigned one of any shape."""
+    """Forward may have assigned a buffer of any shape."""
     forge_tensors(version, tensor("buffer/norm.running_mean", torch.zeros(2, 9)))
     model = Small()
     lx.load(version.parent, model, args=(X,))
@@ -611,7 +611,7 @@ def group(index: int, **fields: Any) -> Edit:
 
 
 def outside(number: str, *path: Any) -> Edit:
-    """Note a number that JSON has none of."""
+    """Insert a number that JSON does not have."""
 
     def edit(manifest: Any) -> None:
         holder = functools.reduce(lambda held, key: held[key], path[:-1], manifest)
@@ -708,7 +708,7 @@ def test_saved_without(what: str, tmp_path: Path) -> None:
 
 
 def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
-    """A hook of torch, by which a library refuses what it is given."""
+    """A hook of torch with which a library rejects a state."""
     cascade, optimizer, scheduler = resumed(version)
 
     def refusing(*_: object) -> None:
@@ -718,8 +718,8 @@ def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
     refuse_resume(version, ("optimizer-differs", "of an older kind"), cascade, optimizer, scheduler)
 
 
-def test_a_resume_that_is_interrupted_gives_all_back(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its last step, when optimizer, gradients, scheduler and the other generators have been written."""
+def test_an_interrupted_resume_changes_nothing(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt its last step, when optimizer, gradients, scheduler and the other generators are already restored."""
     cascade, optimizer, scheduler = resumed(version)
     schedule = json.dumps(scheduler.state_dict())
     given = torch.set_rng_state
@@ -741,7 +741,7 @@ def test_a_resume_that_is_interrupted_gives_all_back(version: Path, monkeypatch:
 # ---- a base in files
 
 
-def test_a_base_that_is_no_plain_file(tmp_path: Path) -> None:
+def test_a_base_that_is_not_a_regular_file(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "x"}}')
     os.mkfifo(tmp_path / "x")
@@ -758,7 +758,7 @@ def test_a_base_that_is_no_plain_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Events that would mean that a file is run; a hook cannot be taken away again, so it is switched off."""
+    """Record audit events of code execution. An audit hook cannot be removed, so it is switched off."""
     seen: list[str] = []
     on = [True]
     watched = (

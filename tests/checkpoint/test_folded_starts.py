@@ -1,4 +1,4 @@
-"""A checkpoint of a stage that starts from the weight, or scales rows, folded without a model: as a release."""
+"""Folding a checkpoint without a model equals a release, also for stages that start from the weight or scale rows."""
 
 from __future__ import annotations
 

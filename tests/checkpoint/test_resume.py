@@ -1,4 +1,4 @@
-"""Saved, loaded into a fresh base, and gone on with: the same bytes as the run that was never stopped."""
+"""A run that was saved, loaded onto a new base and resumed has the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "rules, rslora": lx.CascadeSpec(rank=1, lora_alpha=3.3, use_rslora=True, rules=(lx.Rule("head", 2, 0.7),), seed=5),
 }
 STOPS = (0, 1, 3, 4, 6, 8, 10)
-"""Before the first step, inside a stage, before a transition, right after one, and with a single step left."""
+"""Stops before the first step, in a stage, before a transition, right after one, and before the last step."""
 
 
 def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> None:
@@ -60,12 +60,12 @@ def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> No
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("spec", SPECS)
 def test_three_stages(spec: str, waits: bool, tmp_path: Path) -> None:
-    """Loaded with inputs, or without."""
+    """Load with inputs, or without."""
     assert_equal_to_whole(Run(SPECS[spec], waits=waits), THREE_STAGES, STOPS, tmp_path)
 
 
 class Product(nn.Module):
-    """One weight, of any shape and layout."""
+    """A model with one weight of any shape and layout."""
 
     def __init__(self, kind: str, *shape: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def product_input(kind: str, *shape: int) -> torch.Tensor:
     ids=str,
 )  # fmt: skip
 def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Path) -> None:
-    """A checkpoint keeps no strides, and BLAS rounds the product of a transposed factor differently."""
+    """A checkpoint does not store strides, but BLAS rounds the product of a transposed factor differently."""
     dtype = getattr(torch, setting, torch.float32)
     base, x = Product(*kind).to(dtype), product_input(*kind).to(dtype)
     for rank in (1, 2, 3):
@@ -117,7 +117,7 @@ def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Pa
 
 
 class Teacher(nn.Module):
-    """A momentum teacher, as of BYOL: forward writes its weight."""
+    """A momentum teacher, as in BYOL: forward writes its weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Teacher(nn.Module):
 
 
 class Moving(nn.Module):
-    """Forward assigns its buffers anew: of the input's shape, of another dtype, where there was none, and shared."""
+    """Forward replaces buffers: with the input's shape, another dtype, in place of None, and shared ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,14 +159,16 @@ class Moving(nn.Module):
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Every parameter and every buffer under each of its names, with shape and dtype; and which are the same."""
+    """Return shape and dtype of all parameters and buffers under all names, and which names share a tensor."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     values = {name: raw(value) for name, value in held}
     return values | {f"same {name}": [other for other, each in held if each is value] for name, value in held}
 
 
 @pytest.mark.parametrize("build", [Teacher, Moving])
-def test_what_forward_moves_is_state(build: type[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tensors_that_forward_writes_are_saved(
+    build: type[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     x = inputs(4, 5)
     torch.manual_seed(1)
     base = build()
@@ -241,7 +243,7 @@ def test_optimizers(name: str, how: Any, tmp_path: Path) -> None:
 
 
 class Narrow(torch.optim.Optimizer):
-    """Momentum in int8, with a scale of its own in fp64, and a list of tensors."""
+    """An optimizer with momentum in int8, a separate scale in fp64, and a list of tensors."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -265,14 +267,14 @@ class Narrow(torch.optim.Optimizer):
     ("make", "dtype"), [(torch.optim.NAdam, torch.float64), (torch.optim.ASGD, torch.bfloat16), (Narrow, torch.float32)]
 )
 def test_states_of_another_dtype_than_their_parameter(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """torch's load_state_dict casts them all to the dtype of the parameter."""
+    """torch's load_state_dict would convert them to the dtype of the parameter."""
     x = inputs(5, 3, 4, 4).to(dtype)
     run = Run(SPECS["train"], lambda: Net().to(dtype), x, optimizer=lambda c: make(c.param_groups(lr=0.02), lr=0.02))
     assert_equal_to_whole(run, THREE_STAGES[:6], (2,), tmp_path)
 
 
-def test_states_that_were_on_the_host_stay_there() -> None:
-    """As mu_product of a NAdam on a GPU, for which the meta device stands here."""
+def test_optimizer_states_on_the_cpu_stay_there() -> None:
+    """Like mu_product of NAdam on a GPU. The meta device replaces the GPU here."""
     parameter = nn.Parameter(torch.zeros(2, device="meta"))
     optimizer, other = torch.optim.NAdam([parameter]), torch.optim.NAdam([parameter])
     entries = {"step": torch.tensor(1.0), "mu_product": torch.tensor(0.5), "exp_avg": torch.zeros(2, device="meta")}
@@ -314,7 +316,7 @@ def test_schedulers(name: str, tmp_path: Path) -> None:
     assert_equal_to_whole(run, FOLDS, (1, 2, 5, 6), tmp_path)
 
 
-def test_a_scheduler_that_was_built_with_other_numbers_takes_the_saved_ones(tmp_path: Path) -> None:
+def test_a_scheduler_gets_the_saved_settings(tmp_path: Path) -> None:
     make = torch.optim.lr_scheduler.MultiStepLR
     run = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[2, 4], gamma=0.5))
     going = run.started()
@@ -341,7 +343,7 @@ def test_dtypes(dtype: torch.dtype, spec: str, tmp_path: Path) -> None:
 
 
 class Ends(nn.Module):
-    """A head per mode, one in no mode, a tied pair, a buffer that does not persist."""
+    """A model with one head per mode, an unused head, a tied pair, and a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +361,7 @@ class Ends(nn.Module):
 
 
 class Grows:
-    """An AdamW to which the branches of a new variant are added when they come."""
+    """An AdamW that gets the branches of new variants when they are created."""
 
     def __call__(self, cascade: lx.Cascade) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02)[:2])
@@ -403,8 +405,8 @@ def test_sites_of_a_second_variant(tmp_path: Path) -> None:
     assert_same(go((1, 4, 5, 6, 7, 9, 10)), go(()))
 
 
-def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Path) -> None:
-    """Those that a step has used do not wait for one."""
+def test_a_failed_resume_keeps_gradients_and_their_state(tmp_path: Path) -> None:
+    """Gradients that a step has used do not count as unused afterwards."""
     run = Run(lx.CascadeSpec(targets=("body", "head"), rank=1), scheduler=scheduler_that_fails)
     going = run.started()
     going.step()
@@ -427,7 +429,7 @@ def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Pa
 
 
 def scheduler_that_fails(optimizer: torch.optim.Optimizer) -> Any:
-    """A scheduler that refuses the first state that it is given."""
+    """A scheduler that rejects the first state."""
 
     class Refusing(torch.optim.lr_scheduler.StepLR):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -462,7 +464,7 @@ def test_a_run_in_another_dtype_than_the_model_has_not_trained(idle: bool, tmp_p
 
 
 def with_head(seed: int) -> Net:
-    """A base whose head is drawn anew, as by a script that sets no seed."""
+    """A base with a newly drawn head, as in a script without a seed."""
     model = Net()
     torch.manual_seed(seed)
     model.head.reset_parameters()
@@ -470,14 +472,14 @@ def with_head(seed: int) -> Net:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_head_that_is_drawn_anew_is_the_one_of_the_checkpoint(waits: bool, tmp_path: Path) -> None:
+def test_a_newly_drawn_head_is_replaced_by_the_checkpoints(waits: bool, tmp_path: Path) -> None:
     seeds = iter((1, 1, 2, 3))  # of the whole run, of the one that is interrupted, and of the two that go on
     run = Run(SPECS["train, fast"], build=lambda: with_head(next(seeds)), waits=waits)
     assert_equal_to_whole(run, THREE_STAGES[:7], (2, 5), tmp_path)
     assert not list(seeds)
 
 
-def test_a_state_dict_brings_its_head_along(tmp_path: Path) -> None:
+def test_a_state_dict_contains_its_head(tmp_path: Path) -> None:
     cascade, other = (lx.adapt(with_head(seed), (X,), spec=SPECS["train"], frontend="symbolic") for seed in (1, 2))
     first, second = (lx.save(each, tmp_path / name) for name, each in (("a", cascade), ("b", other)))
     other.load_state_dict(cascade.state_dict())

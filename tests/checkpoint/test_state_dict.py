@@ -1,4 +1,4 @@
-"""`state_dict` and `load_state_dict` of a cascade: the state of a run by torch's own calls, through what wraps it."""
+"""`state_dict` and `load_state_dict` of a cascade, called directly and through wrappers and containers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = torch.stack([row["labels"] for row in rows(6)])
 
 
 class Loop:
-    """A run of three steps a stage; every step accumulates two backwards."""
+    """A run with three steps per stage. Each step accumulates two backwards."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.cascade = adapted(lx.CascadeSpec(**{"rank": 2, **fields}), 0.0)
@@ -45,7 +45,7 @@ class Loop:
 
 
 class Holder(nn.Module):
-    """As a LightningModule holds its model: the cascade is a child, beside other modules."""
+    """A module like a LightningModule: the cascade is a child, next to other modules."""
 
     def __init__(self, cascade: nn.Module) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Holder(nn.Module):
 
 
 class OnDevice(Tensor):
-    """Stands for a tensor on a device: the host can read a copy, and nothing else."""
+    """Imitates a tensor on a device: only a copy on the host can be read."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +74,7 @@ def test_a_state_on_a_device_is_moved_to_the_host(fields: dict[str, Any]) -> Non
     assert all(type(again[name]) is Tensor and torch.equal(again[name], value) for name, value in state.items())
 
 
-def test_the_state_holds_no_weight_of_the_base_and_no_noise() -> None:
+def test_the_state_has_neither_weights_of_the_base_nor_noise() -> None:
     loop = Loop(SPECS["noise"])
     loop.go(0, 8)
     before = of_cascade(loop.cascade)
@@ -89,7 +89,7 @@ def test_the_state_holds_no_weight_of_the_base_and_no_noise() -> None:
     assert not any(value.data_ptr() in memory for value in state.values())
 
 
-def test_a_module_that_holds_a_cascade() -> None:
+def test_a_module_that_contains_a_cascade() -> None:
     loop = Loop(SPECS["noise"])
     loop.go(0, 8)
     trained = nn.ModuleList([Holder(loop.cascade)])
@@ -138,8 +138,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_state_that_is_not_whole_is_refused(edit: str, strict: bool) -> None:
-    """With strict=False as well: there is no part of a cascade."""
+def test_an_incomplete_state_is_refused(edit: str, strict: bool) -> None:
+    """With strict=False too, because a cascade cannot be restored partially."""
     loop, other = Loop(SPECS["noise"]), Loop(SPECS["noise"])
     loop.go(0, 8)
     state = loop.cascade.state_dict()
@@ -150,7 +150,7 @@ def test_a_state_that_is_not_whole_is_refused(edit: str, strict: bool) -> None:
 
 
 def test_a_state_of_another_cascade() -> None:
-    """Of another spec, on another base, of other sites; and the folded weights, which are no state."""
+    """The state of another spec, base or other sites, and folded weights, which are not a state."""
     loop = Loop(SPECS["noise"])
     loop.go(0, 8)
     state, spec = loop.cascade.state_dict(), loop.cascade.plan.spec
@@ -170,8 +170,8 @@ def test_a_state_of_another_cascade() -> None:
             other.load_state_dict(given)
 
 
-def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DistributedDataParallel and its like put a name before each key; and what raises on the way changes nothing."""
+def test_a_state_is_loaded_through_a_wrapper_in_one_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel and similar wrappers add a prefix to each key. If loading raises, nothing is changed."""
     loop, other = Loop(SPECS["noise"]), Loop(SPECS["noise"])
     loop.go(0, 20)
     state, holder = nn.ModuleDict({"module": loop.cascade}).state_dict(), nn.ModuleDict({"module": other.cascade})
@@ -195,7 +195,7 @@ def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(monkeypatch: pyt
         assert torch.equal(value, loop.cascade.model.state_dict()[name])
 
 
-def test_where_there_is_no_state() -> None:
+def test_calls_without_a_state() -> None:
     loop = Loop(SPECS["noise"])
     state = loop.cascade.state_dict()
     with loop.cascade.weights("slow"), raises(lx.StateError, "inside-weights", "load_state_dict"):
@@ -220,7 +220,7 @@ def test_hooks_for_state_dicts_run() -> None:
 
 @pytest.mark.parametrize("average", [ModelEmaV3, AveragedModel])
 def test_an_average_of_a_cascade_is_refused_and_one_of_slow_weights_is_right(average: Any) -> None:
-    """Of the whole cascade it would be one of W_t with noise, and of B and A each by itself."""
+    """An average of the whole cascade would average W_t with noise, and average B and A separately."""
     loop = Loop(SPECS["noise"])
     for module in (loop.cascade, Holder(loop.cascade)):
         with raises(lx.StateError, "wrapper-not-supported", 'weights("slow")'):

@@ -1,4 +1,4 @@
-"""Writing a version: all of it, or nothing and the previous one stays; how many stay; what is refused before."""
+"""Writing a version: completely or not at all, the number of kept versions, and errors before anything is written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["step-500", "step-00000500", "version-00000500", "version-5", "step-00000000"])
 @pytest.mark.parametrize("file", ["shards/x.distcp", "manifest.json", "state.safetensors", ""])
 def test_folders_of_other_programs_stay(name: str, file: str, tmp_path: Path) -> None:
-    """Whatever their names, and their files' names: what has no manifest of ours is not ours."""
+    """Whatever their names and their files' names are: a folder without a manifest is never deleted."""
     other = tmp_path / name / file
     (other.parent if file else other).mkdir(parents=True)
     if file:
@@ -84,7 +84,7 @@ def test_folders_of_other_programs_stay(name: str, file: str, tmp_path: Path) ->
 
 
 def test_files_of_others_in_a_version_stay(tmp_path: Path) -> None:
-    """Of a version that is dropped, our files go."""
+    """When a version is deleted, only its own files are."""
     going = Run(SPEC).started()
     first = going.save(tmp_path)
     (first / "notes").mkdir()
@@ -150,8 +150,8 @@ def test_extra_that_json_would_change(extra: Any, key: Any, tmp_path: Path) -> N
     assert not (tmp_path / "new").exists()
 
 
-def test_a_branch_that_holds_inf_or_nan_is_not_kept(tmp_path: Path) -> None:
-    """A load would refuse it: the version before is worth more."""
+def test_a_branch_with_inf_or_nan_is_not_saved(tmp_path: Path) -> None:
+    """A load would reject it, so the previous version is kept."""
     going = Run(SPEC).started()
     going.step()
     going.save(tmp_path)
@@ -173,7 +173,7 @@ def test_a_branch_that_holds_inf_or_nan_is_not_kept(tmp_path: Path) -> None:
     assert going.save(tmp_path).name == "version-00000002"
 
 
-def test_moments_that_no_resume_takes_are_not_kept(tmp_path: Path) -> None:
+def test_moments_with_inf_or_nan_are_not_saved(tmp_path: Path) -> None:
     going = Run(SPEC).started()
     going.step()
     going.save(tmp_path)
@@ -219,7 +219,7 @@ def test_the_scalars_of_other_optimizers_are_checked(
 
 
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
-def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
+def test_a_branch_that_the_next_fold_skips_is_saved(tmp_path: Path) -> None:
     going = Run(replace(SPEC, on_nonfinite="skip")).started()
     going.step()
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_a_manifest_longer_than_a_load_reads(monkeypatch: pytest.MonkeyPatch, tm
 def fail(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int = 1, fault: BaseException | None = None
 ) -> None:
-    """Let the at-th call of a function fail as a full or read-only disk does."""
+    """Make one call of a function fail like a full or read-only disk."""
     real, count = getattr(owner, name), 0
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -283,7 +283,7 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch, BaseException | None], None]] 
 
 
 class Stopped(BaseException):
-    """Like KeyboardInterrupt."""
+    """An exception like KeyboardInterrupt."""
 
 
 @pytest.mark.parametrize("kind", ["disk", "interrupt"])
@@ -311,7 +311,7 @@ def test_a_write_that_fails(where: str, kind: str, monkeypatch: pytest.MonkeyPat
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     going = Run(SPEC).started()
     (tmp_path / "file").write_text("x")
     for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
@@ -328,7 +328,7 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
             going.save(tmp_path)
 
 
-def test_what_is_in_a_version(tmp_path: Path) -> None:
+def test_the_content_of_a_version(tmp_path: Path) -> None:
     going = Run(SPEC).started()
     for event in ("step", "fold", "step"):
         getattr(going, event)()
