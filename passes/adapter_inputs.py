@@ -158,10 +158,12 @@ class BindAdapter(CascadePass):
             for weight, tensors in values.items():
                 site = plan.by_weight[weight]
                 branches[site.key] = _bound(site, branches[site.key], tensors)
+        # Restore the calls of the branches, then remove the inputs that nothing reads any more.
         names = {adapter_input.name for adapter_input in lifted.inputs}
         for node in branch_nodes(graph.module):
             kwargs = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
             graph.set_arguments(node, node.args, kwargs)
+            # AdapterInputs moved branches of weights after the placeholders.
             if kwargs["at"] == "on_weight" and isinstance(node.args[0], fx.Node):
                 graph.move_after(node, node.args[0])
         graph.remove_inputs([node for node in graph.nodes if node.op == "placeholder" and node.name in names])

@@ -70,6 +70,7 @@ class AttentionMasks(CascadePass):
         calls = [node for node in graph.nodes if node.target is _ATTENTION and _replaceable(node)]
         if not calls:
             return
+        # A mask may be shared by several calls, and be redundant in some of them.
         proved = infer_values(graph.nodes)
         unneeded: set[fx.Node] = set()
         for mask in dict.fromkeys(_argument(call, "attn_mask") for call in calls):
@@ -154,6 +155,7 @@ def _remove_repetition(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
     keys, values = (chain[-1] if chain else None for chain in chains)
     if keys is None or values is None or not _same_sizes(_shape(keys)[:2], _shape(values)[:2]):
         return set()
+    # With enable_gqa, keys and values need one head size, and the batch size of the queries.
     size = _shape(keys)[-1]
     small = isinstance(size, int) and size <= _MAX_HEAD_SIZE and _same_sizes(_shape(values)[-1:], [size])
     if not small or not _same_sizes(_shape(query)[:1], _shape(keys)[:1]) or _written([keys, values]):
@@ -224,6 +226,7 @@ def _shares(node: fx.Node) -> bool:
 
 def _erase_dead(graph: GraphEditor, candidates: set[fx.Node]) -> None:
     """Erase candidates and sizes that are dead: only dead nodes and assertions about metadata read them."""
+    # In reverse order, so that all users of a node are visited before it.
     dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
@@ -432,11 +435,14 @@ def _of_two(rule: Callable[[_Call, Affine, Affine], Value | None]) -> Rule:
 
 
 def _arange(call: _Call) -> Value | None:
+    """`start + step * index`, if both are Python ints."""
     start, step = call.arguments.get("start", 0), call.arguments.get("step", 1)
     return Affine.of({-1: step}, start) if type(start) is int and type(step) is int else None
 
 
 def _filled(fill: float | None) -> Rule:
+    """Return a rule for a constant tensor of `fill`. None reads the argument `fill_value`."""
+
     def rule(call: _Call) -> Value | None:
         value = call.arguments.get("fill_value") if fill is None else fill
         if call.result.dtype is torch.bool and isinstance(value, (bool, int, float)):
@@ -452,6 +458,7 @@ def _same(call: _Call) -> Value | None:
 
 
 def _cast(call: _Call) -> Value | None:
+    """Keep the value, or convert a constant between bool and numbers."""
     value = call.of("self")
     if isinstance(value, Truth) and call.result.dtype is not torch.bool:
         return Affine((), int(value == ALWAYS)) if value in (ALWAYS, NEVER) else None
@@ -468,16 +475,19 @@ def _uniform(call: _Call) -> Value | None:
 
 
 def _unsqueeze(call: _Call, value: Value) -> Move:
+    """Renumber the axes before the new one. Axes are counted from the last one."""
     axis = call.axis()
     return lambda number: number.moved(lambda old: old - 1 if old <= axis else old)
 
 
 def _transpose(call: _Call, value: Value) -> Move:
+    """Swap two axes."""
     dim0, dim1 = call.axis("dim0"), call.axis("dim1")
     return lambda number: number.moved(lambda old: {dim0: dim1, dim1: dim0}.get(old, old))
 
 
 def _slice(call: _Call, value: Value) -> Move | None:
+    """Replace the index of an axis by `start + step * index`, if both are constant and start is not negative."""
     axis, step = call.axis(), call.literal("step")
     start = call.literal("start") if call.arguments.get("start") is not None else 0
     if start is None or start < 0 or step is None:
@@ -499,6 +509,10 @@ def _repeat(call: _Call, value: Value) -> Move | None:
 
 
 def _index(call: _Call, value: Value) -> Move | None:
+    """Replace the index of each axis by the affine function of the index tensor for this axis.
+
+    All axes must be indexed, and no index may be negative, because it would count from the end.
+    """
     indices = call.arguments["indices"]
     proved = [call.proved.get(index) if isinstance(index, fx.Node) else None for index in indices]
     rows = [index for index in proved if isinstance(index, Affine) and index.never_negative]
@@ -515,11 +529,13 @@ def _index(call: _Call, value: Value) -> Move | None:
 
 
 def _sum(call: _Call, lhs: Affine, rhs: Affine, sign: int) -> Value | None:
+    """`lhs + sign * alpha * rhs`."""
     alpha = call.literal("alpha")
     return None if alpha is None else lhs.plus(rhs, sign * alpha)
 
 
 def _mul(call: _Call, lhs: Affine, rhs: Affine) -> Value | None:
+    """The product, if one factor is constant."""
     if lhs.slopes and rhs.slopes:
         return None  # not affine
     return Affine().plus(lhs, rhs.start) if not rhs.slopes else Affine().plus(rhs, lhs.start)
@@ -536,10 +552,12 @@ def _negated(number: Affine) -> Affine:
 
 
 def _equal(gap: Affine) -> Truth:
+    """Whether a difference is zero: neither it nor its negative is below zero."""
     return Truth.of((gap, Affine().plus(gap, -1)))
 
 
 def _not(truth: Value | None) -> Truth | None:
+    """The negation, if there is at most one condition. The negation of several is not a conjunction."""
     if truth in (ALWAYS, NEVER):
         return NEVER if truth == ALWAYS else ALWAYS
     single = isinstance(truth, Truth) and len(truth.conditions) == 1
@@ -547,6 +565,7 @@ def _not(truth: Value | None) -> Truth | None:
 
 
 def _and(call: _Call) -> Value | None:
+    """The conjunction of two bools."""
     lhs, rhs = call.of("self"), call.of("other")
     if not isinstance(lhs, Truth) or not isinstance(rhs, Truth):
         return None
@@ -554,6 +573,8 @@ def _and(call: _Call) -> Value | None:
 
 
 def _triangle(sign: int) -> Rule:
+    """Return the rule of `tril` (sign 1) or `triu` (sign -1): true where `sign * (row - column + diagonal) >= 0`."""
+
     def rule(call: _Call) -> Value | None:
         value, diagonal = call.of("self"), call.literal("diagonal")
         if not isinstance(value, Truth) or diagonal is None:
@@ -564,6 +585,7 @@ def _triangle(sign: int) -> Rule:
 
 
 def _diff(call: _Call) -> Value | None:
+    """The slope along an axis. A prepended slice must continue the affine function."""
     value, axis = call.number("self"), call.axis()
     if value is None or call.arguments["n"] != 1 or call.arguments["append"] is not None:
         return None
@@ -576,6 +598,8 @@ def _diff(call: _Call) -> Value | None:
 
 
 def _where(condition: str, yes: str, no: str) -> Rule:
+    """Return a rule that selects one of two arguments by a constant condition. The names are names of arguments."""
+
     def rule(call: _Call) -> Value | None:
         truth = call.of(condition)
         return call.of(yes if truth == ALWAYS else no) if truth in (ALWAYS, NEVER) else None

@@ -85,7 +85,7 @@ class CascadePass(abc.ABC):
         self.rewrite(editor)
         facts = (editor.record.facts - self.removes) | self.provides
         editor.record = replace(editor.record, facts=facts)
-        if editor.modified:
+        if editor.modified:  # otherwise the graph was verified before the pass
             verify(editor.module, f"after {self.name}")
 
 

@@ -69,10 +69,12 @@ class FoldBranches(EndsStage):
         """Erase the branch nodes, then set the new weights and increment the stage."""
         for node in branch_nodes(graph.module):
             graph.remove_branch(node)
+        # In a graph that reads a live model, the cascade changes the weights.
         plan = graph.record.plan
         if plan is not None and not graph.record.owner:
             named = named_weights(graph.owner)
             slow = absorb_branches(graph, plan, self.loss)
+            # Compute in at least fp32, and round once to the dtype of the weight.
             for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))
                 graph.set_tensor(named.names[weight], exact.to(state.base.dtype))

@@ -98,10 +98,12 @@ class InsertBranches(CascadePass):
             if use is None or base in done or not base.users:  # a node without users is dead code
                 continue
             site = plan.by_weight[use.weight]
+            # Placement `weight`: the node is the weight, or one expert of it.
             if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
                 expert = {} if use.form == ON_WEIGHT else {"expert": expert_index(base)}
                 graph.insert_after(base, site.key, (base,), {"at": "on_weight", **expert})
                 continue
+            # Placements `merged` and `beside`: the node is the op.
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)
             reading = form.reads(base, module)

@@ -55,6 +55,7 @@ class MatchSites(CascadePass):
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
         matching = match(graph.module, record, self.spec)
+        # Under a new spec, drop the slow states of weights that the new plan does not have.
         if record.plan is not plan:
             sites = matching.plan.by_weight
             slow = replace(slow, states={weight: state for weight, state in slow.states.items() if weight in sites})

@@ -53,6 +53,7 @@ class StageTransition(EndsStage):
             states[site.weight], new[site.key] = begin_stage(
                 state, branch, site, after.spec, after.stage, left_out=left_out
             )
+        # Weights without a branch may have noise too, so that all slow states are written.
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         graph.renew_branches(new)

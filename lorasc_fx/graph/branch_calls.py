@@ -130,6 +130,7 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
     template = call_template(node)
     if template is None:
         return None
+    # The arguments may have changed since the op was replaced, for example by a pass that rewired the input.
     args, kwargs = _filled(template.args, node.args), _filled(template.kwargs, node.args)
     op = ReplacedCall(template.name, template.op, template.target, args, kwargs)
     owner = node.graph.owning_module

@@ -51,6 +51,7 @@ def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for store in ("_modules", "_parameters", "_buffers"):
         getattr(new, store).update(getattr(original, store))
     new._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    # Some graphs read plain attributes, such as a tensor that is neither a parameter nor a buffer.
     named = {str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     for name in named & set(vars(original)) - set(vars(new)):
         setattr(new, name, getattr(original, name))

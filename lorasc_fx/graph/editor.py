@@ -146,6 +146,7 @@ class GraphEditor:
                     inputs.append(self._create("get_attr", tensor, (), f"{base.name}_{name}"))
             elif tensor is not None:
                 inputs.append(tensor)
+        # The new node keeps the mark of `base`, because it is the use of the site now.
         replaced = CallTemplate.of(base, inputs)
         node = self.insert_after(base, key, tuple(inputs), {"at": "in_place", **reading.options, "op": product})
         node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
@@ -282,6 +283,7 @@ class GraphEditor:
                 f"{spec}; trace the model again with torch.export",
                 code="input-not-supported",
             )
+        # The signature is a tuple (args, kwargs); only the keys and subtrees of kwargs change.
         _, leaf = pytree.tree_flatten(0)
         keywords = change(dict(zip(both[1].context, _children(both[1]), strict=True)))
         named = pytree.TreeSpec(dict, [*keywords], [leaf if tree is None else tree for tree in keywords.values()])
@@ -341,6 +343,7 @@ class GraphEditor:
         The copy has its own modules, but shares tensors with the original, and the live model if there is one.
         """
         self._compile()
+        # The live model is shared, because the graph must read the weights that the cascade changes.
         memo: dict[nn.Module, nn.Module] = {}
         for name, child in self.module._modules.items():
             if child is not None and name != self.record.owner:
@@ -360,11 +363,12 @@ class GraphEditor:
         return editor
 
     def finish(self) -> fx.GraphModule:
-        """Lint, compile, and return the edited copy. Writes the renewed branches in place, all or none of them."""
+        """Lint, compile, and return the edited copy. The renewed branches are written in place, in one transaction."""
         self._compile()
         holder = self.module._modules.get(BRANCHES)
         if not isinstance(holder, nn.ModuleDict):
             return self.module
+        # Write the new values into the old Parameters. On an exception, `commit` rolls back what was written.
         pairs = [(key, old, holder._modules.get(key)) for key, old in self._renewed.items()]
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
         with torch.no_grad(), commit() as undo:
@@ -451,6 +455,7 @@ def regions_as_modules(
             )
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
+        # Erase the weights that only this call read. The module reads them now.
         read = [weight for weight in node.all_input_nodes if weight.op == "get_attr"]
         graph.erase_node(node)
         for weight in read:

@@ -54,12 +54,15 @@ def _number(size: int | torch.SymInt) -> int | None:
     return hint if isinstance(hint, int) else None
 
 
+# Names of attributes, functions and methods that read only the shape, dtype or device of a tensor.
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
 _SHAPE_FUNCTIONS = {"sym_size", "_assert_tensor_metadata"}
 _SHAPE_METHODS = {"size", "dim", "numel", "is_floating_point", "stride"}
+# Names of ops that select a part of their first argument by an index.
 _SELECTIONS = {"index", "index_select", "select", "gather", "getitem"}
 _LOOKUPS = {torch.ops.aten.embedding.default, torch.embedding, F.embedding}
 """Lookup ops. They count as a use of their table even if the indices are constant."""
+# Names of ops that create a constant tensor.
 _FACTORIES = {"eye", "ones", "zeros", "full", "arange", "linspace", "tensor", "scalar_tensor", "tril_indices"}
 _INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "imatmul", "setitem"}
 _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
@@ -86,7 +89,7 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     A tensor that is computed from sizes alone, such as zeros for this batch, is not constant.
     """
     constant: set[fx.Node] = set()
-    sizes: set[fx.Node] = set()
+    sizes: set[fx.Node] = set()  # ints and SymInts, a subset of `constant`
     for node in graph.nodes:
         read = read_values(node)
         computed = node.op in ("call_function", "call_method") and read and not is_impure(node)
@@ -358,6 +361,7 @@ def _shares(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and form_of(node, None) is None and may_alias(node)
 
 
+# Names of ops that take a range of a tensor, and of ops that keep all entries of it.
 _SLICES = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}
 _SLICES |= {"select", "unbind", "getitem"}
 _VIEWS = {"view", "reshape", "t", "transpose", "permute", "contiguous", "clone", "detach", "squeeze", "unsqueeze"}

@@ -35,6 +35,7 @@ def check_patterns(
     Raises:
         UnknownTarget: names the field, the pattern, and similar names.
     """
+    # Each item: field, pattern, names that it may match, and the noun for a message.
     matrices, every = (weights, "weight"), (parameters, "parameter")
     full = trained_by(spec, parameters) if spec.train_rules else {}
     patterns = [("targets", pattern, *matrices) for pattern in spec.targets]
