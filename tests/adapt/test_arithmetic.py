@@ -1,4 +1,4 @@
-"""`lx.merge` against sums in fp64 of what each run has learnt, made by plain torch from the factors."""
+"""`lx.merge` compared with fp64 sums of the deltas of the runs, computed from the factors by plain torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Deltas = dict[str, torch.Tensor]
 
 
 def base(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """[24, 20], [18, 24] and [3, 18]: they hold more numbers than the experts of these runs."""
+    """Weights [24, 20], [18, 24] and [3, 18]. They have more entries than the experts of these runs."""
     torch.manual_seed(8)
     return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 18, bias=False), nn.Linear(18, 3)).to(dtype)
 
@@ -42,7 +42,7 @@ def spec(**options: Any) -> lx.CascadeSpec:
 
 @dataclass
 class Run:
-    """A run of experts that no optimizer made, and its slow delta in fp64 by hand (restart = slow)."""
+    """A run with random experts, and its slow delta computed in fp64 (restart="slow")."""
 
     cascade: lx.Cascade
     delta: Deltas = field(default_factory=dict)
@@ -140,7 +140,7 @@ def test_a_sum_trains_on_saves_and_rewinds(tmp_path: Path) -> None:
 
 
 def test_one_rounding_of_a_narrow_base() -> None:
-    """bf16: the sum is rounded once; a sum of the runs' own rounded weights is much farther away."""
+    """In bf16 the sum is rounded once. A sum of the rounded weights of the runs has a much larger error."""
     bf16 = torch.bfloat16
 
     def build() -> nn.Module:
@@ -155,7 +155,7 @@ def test_one_rounding_of_a_narrow_base() -> None:
         exact = values[name]
         once = exact.bfloat16()
         ours = merged.get_parameter(name).detach()
-        assert (ours == once).double().mean() > 0.99  # fp32 sums: a few stand on the other side of a tie
+        assert (ours == once).double().mean() > 0.99  # sums in fp32 round a few ties to the other side
         steps = ((ours.double() - exact).abs() / exact.abs()).max()
         assert steps < 2**-8
         start = build().get_parameter(name).detach().double()
@@ -190,7 +190,7 @@ def test_what_was_trained_in_full_is_summed_and_a_weight_may_be_a_site_in_one_ru
     assert_holds(lx.load(tmp_path / "sum", base(), call()).release(), values)
 
 
-def test_a_name_that_the_first_run_excludes_and_another_trains() -> None:
+def test_a_parameter_that_the_first_run_excludes_and_another_trains() -> None:
     first = run(spec(exclude=("3",)), [1])
     second = run(spec(train=("3.bias",)), [2])
     merged = lx.merge([first.cascade, second.cascade], base(), call())
@@ -200,7 +200,7 @@ def test_a_name_that_the_first_run_excludes_and_another_trains() -> None:
 
 
 def test_collapsed_deltas_are_summed_exactly() -> None:
-    """Weights of 35 and 42 numbers: the experts of two stages outgrow them."""
+    """Weights of 35 and 42 entries, which are fewer than the entries of the experts of two stages."""
     x = (torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
     asked = lx.CascadeSpec(rank=2, lora_alpha=2.0, targets=("0.weight", "2.weight"), pace=0.5)
     runs = []
@@ -230,7 +230,7 @@ def test_kept_noise_is_summed_with_the_weight_of_its_run() -> None:
         own = [each[name] - value.detach() for each in released]
         torch.testing.assert_close(held[name] - value.detach(), 0.25 * own[0] - 1.5 * own[1], rtol=0, atol=1e-6)
     exact = expected(runs, [0.25, -1.5], base())
-    assert (held["0.weight"] - exact["0.weight"]).std() > 0.01  # the noise is in it
+    assert (held["0.weight"] - exact["0.weight"]).std() > 0.01  # includes the noise
 
 
 def test_stacked_convs_and_embeddings() -> None:
@@ -297,7 +297,7 @@ def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
         )
 
 
-def test_buffers_that_differ_stay_the_bases_and_are_told_of() -> None:
+def test_buffers_that_differ_keep_the_values_of_the_base_with_a_warning() -> None:
     x = (torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)),)
     runs = []
     for seed in (1, 2):
@@ -323,13 +323,13 @@ def test_buffers_that_differ_stay_the_bases_and_are_told_of() -> None:
         (["1", 1.0], ("invalid-value", "weights", "1")),
     ],
 )
-def test_weights_that_are_none(weights: list[Any], message: tuple[str, ...]) -> None:
+def test_invalid_weights_of_runs(weights: list[Any], message: tuple[str, ...]) -> None:
     runs, model = [run(spec(), [seed]).cascade for seed in (1, 2)], base()
     with unchanged(model, *runs), raises(lx.SpecError, *message):
         lx.merge(runs, model, call(), weights=weights)
 
 
-def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_summed_are_refused_without_changes(tmp_path: Path) -> None:
     first = run(spec(), [1]).cascade
     model = base()
 
@@ -359,7 +359,7 @@ def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path
     refuse(lx.NonFiniteBranch, ("non-finite", "0.weight"), [first, broken])
 
 
-def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_that_fails_late_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     runs, model = [run(spec(noise=lx.Noise(0.2)), [seed]).cascade for seed in (1, 2)], base()
     before = of(model)
 

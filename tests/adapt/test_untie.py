@@ -1,4 +1,4 @@
-"""`CascadeSpec.untie`: a tied parameter becomes one of its own, adapted apart, and stays so."""
+"""`CascadeSpec.untie` replaces a tied parameter by separate ones. They are adapted separately, and stay untied."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FRONTENDS = pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-br
 
 
 class Tied(nn.Module):
-    """A table that is the head as well, as in language models."""
+    """The embedding is tied to the head, as in language models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Tied(nn.Module):
 
 
 class Three(Tied):
-    """A second head on the same table."""
+    """The embedding is tied to two heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Three(Tied):
 
 
 class TwoNames(nn.Module):
-    """The head's module is held under two names, and tied to a table."""
+    """The head is registered under two names, and tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def build(kind: type[nn.Module] = Tied) -> nn.Module:
 
 
 def by_formula(cascade: lx.Cascade, share: float = 1.0) -> dict[str, torch.Tensor]:
-    """W0 + share * s B A of each site, where the stage is the first."""
+    """Return W0 + share * s B A for each site, in the first stage."""
     held = dict(cascade.model.named_parameters())
     return {
         name: held[name].detach() + share * 1.5 * (branch.lora_B @ branch.lora_A).detach()
@@ -72,7 +72,7 @@ def by_formula(cascade: lx.Cascade, share: float = 1.0) -> dict[str, torch.Tenso
 
 
 def apart(kind: type[nn.Module], values: dict[str, torch.Tensor]) -> nn.Module:
-    """A model that was never tied, with these values under their own names."""
+    """Return a model without ties that has these values, by name."""
     model = build(kind)
     for name, value in values.items():
         holder, _, leaf = name.rpartition(".")
@@ -88,7 +88,7 @@ def moved(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, steps: int = 3)
 
 
 @FRONTENDS
-def test_both_move_apart_and_stay_so(frontend: str) -> None:
+def test_untied_parameters_train_separately_and_stay_untied(frontend: str) -> None:
     model = build()
     base, names = model.table.weight.detach().clone(), list(model.state_dict())
     first = model(IDS).detach()
@@ -129,7 +129,7 @@ def test_both_move_apart_and_stay_so(frontend: str) -> None:
         (("*.weight",), [("table",), ("head",), ("other",)]),
     ],
 )
-def test_those_that_no_pattern_means_stay_tied(untie: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
+def test_places_without_a_matching_pattern_stay_tied(untie: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
     model = build(Three)
     shared = model.table.weight
     cascade = lx.adapt(model, (IDS,), spec=lx.CascadeSpec(untie=untie, **OPTIONS))
@@ -171,7 +171,7 @@ def test_a_module_under_two_names_is_one_place(untie: str, frontend: str) -> Non
         (TwoNames, "inner.mix", lx.SpecError, ("unknown-target", "inner.mix", "inner.table.weight=inner.head.weight")),
     ],
 )
-def test_patterns_that_mean_nothing_tied(kind: Any, untie: str, error: Any, sentence: tuple[str, ...]) -> None:
+def test_patterns_that_match_no_tied_parameter(kind: Any, untie: str, error: Any, sentence: tuple[str, ...]) -> None:
     model = build(kind)
     before = named_weights(model).names
     with raises(error, *sentence):
@@ -207,7 +207,7 @@ def test_an_adapt_that_fails_leaves_the_tie(args: tuple[Any, ...], more: Any, er
 @pytest.mark.parametrize("tied", [True, False])
 @FRONTENDS
 def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None:
-    """The model that it is loaded into is tied, as a new one is, or is so no more."""
+    """The model into which it is loaded may be tied, like a new one, or already untied."""
     cascade = lx.adapt(build(), (IDS,), spec=UNTIED, frontend=frontend)
     optimizer = optimizer_of(cascade)
     moved(cascade, optimizer)
@@ -246,7 +246,7 @@ def test_a_load_that_fails_leaves_the_tie(tmp_path: Path) -> None:
 
 
 class Recurrent(nn.Module):
-    """Two layers of an LSTM with one recurrent weight, which torch hands to its kernel in a list."""
+    """A two-layer LSTM with one recurrent weight for both layers. Torch passes the weights to its kernel as a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class Recurrent(nn.Module):
         return out
 
 
-def test_an_untied_weight_of_a_recurrent_layer_is_the_one_that_computes() -> None:
+def test_a_recurrent_layer_computes_with_its_untied_weight() -> None:
     torch.manual_seed(3)
     model, x = Recurrent(), torch.randn(5, 2, 4)
     before = model(x)

@@ -1,4 +1,4 @@
-"""`auto` takes the graph-break fallback rather than a symbolic graph that calls a module with weights whole."""
+"""`auto` prefers the graph-break fallback to a symbolic graph in which a module with weights is one node."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def by_sign(x: torch.Tensor) -> torch.Tensor:
-    """The values decide, which export and dynamo refuse; torch.fx calls it whole."""
+    """Branches on values, which export and dynamo refuse. For torch.fx it is one node."""
     return x if x.sum() > 0 else -x
 
 
 def by_clock(x: torch.Tensor) -> torch.Tensor:
-    """Never the same twice."""
+    """Returns another result in each call."""
     return by_sign(x) * (1.0 + os.urandom(1)[0] / 256 + os.urandom(1)[0])
 
 
@@ -33,7 +33,7 @@ torch.fx.wrap("by_clock")
 
 
 class Plain(nn.Module):
-    """Nothing is hidden from a symbolic trace."""
+    """A symbolic trace sees all weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Recurrent(Plain):
 
 
 class Alone(nn.Module):
-    """A symbolic graph has no site at all."""
+    """A symbolic graph has no site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Alone(nn.Module):
 
 
 class Mixed(Plain):
-    """A layer that is called whole, whose weight is standardized elsewhere as well."""
+    """The weight of a leaf module is also standardized by another module."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.mid(torch.tanh(self.body(x)))
@@ -93,17 +93,17 @@ def test_graph_breaks_before_a_graph_that_hides_weights(
             lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
     else:
         named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
-        assert named.frontend == "symbolic"  # asked for by name, it is used as it is
+        assert named.frontend == "symbolic"  # if it is selected by name, it is used all the same
         assert {refusal.weight: refusal.reason for refusal in named.refusals} == dict.fromkeys(hidden, reason)
 
     model = build(kind)
     cascade = lx.adapt(model, (X,), spec=SPEC)
     assert cascade.frontend == "graph-breaks"
     assert [name for name, _ in cascade.refused_frontends] == ["export", "dynamo", "symbolic"]
-    told = cascade.refused_frontends[-1][1]
-    assert any(weight in told for weight in hidden)
-    assert reason.value in told
-    assert "\n" not in told
+    message = cascade.refused_frontends[-1][1]
+    assert any(weight in message for weight in hidden)
+    assert reason.value in message
+    assert "\n" not in message
     assert {site.weight for site in cascade.sites} == {
         name for name, value in model.named_parameters() if value.dim() > 1
     }
@@ -118,14 +118,14 @@ def test_a_graph_that_hides_nothing_is_taken() -> None:
     assert len(cascade.sites) == 3
 
 
-def test_what_the_spec_refuses_is_not_hidden() -> None:
+def test_weights_that_the_spec_refuses_do_not_count_as_hidden() -> None:
     spec = lx.CascadeSpec(rank=2, exclude=("mid",))
     cascade = lx.adapt(build(Recurrent), (X,), spec=spec)
     assert cascade.frontend == "symbolic"
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
 
 
-def test_where_the_fallback_refuses_the_symbolic_graph_stays() -> None:
+def test_the_symbolic_graph_is_kept_if_the_fallback_fails() -> None:
     with raises(lx.CaptureError, "not-captured", "Clock"):
         lx.adapt(build(Clock), (X,), spec=SPEC, frontend="graph-breaks")
     cascade = lx.adapt(build(Clock), (X,), spec=SPEC)

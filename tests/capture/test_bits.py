@@ -1,4 +1,4 @@
-"""B = 0 and no noise: the adapted graph computes the bits of the eager model, train and eval, on images in fp32.
+"""With B = 0 and no noise, adapted image models compute the same bits as in eager mode, in fp32, train and eval.
 
 Text models: tests/passes/test_masks.py and tests/forms/test_zoo.py.
 """
@@ -38,7 +38,7 @@ RESNET = torchvision.models.resnet
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how it is called for a batch size, the least number of sites, and the front ends that take it."""
+    """A model, its inputs for a batch size, the minimum number of sites, and the front ends that can capture it."""
 
     build: Callable[[], nn.Module]
     call: Callable[[int], dict[str, Any]]
@@ -90,7 +90,9 @@ def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend
     case = CASES[name]
     torch.manual_seed(31)
     model = case.build().train()
-    eager = copy.deepcopy(model).requires_grad_(False)  # as adapted: torch picks attention kernels by it
+    eager = copy.deepcopy(model).requires_grad_(
+        False
+    )  # as in the cascade: torch selects attention kernels by this flag
     example = case.call(2)
     cascade = lx.adapt(model, **example, spec=case.spec, frontend=frontend)
     assert len(cascade.sites) >= case.sites
@@ -99,9 +101,9 @@ def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend
         cascade.train(training)
         eager.train(training)
         call = case.call(size)
-        found, expected = run(cascade, call), run(eager, call)
-        assert type(found) is type(expected)
-        pairs = list(zip(tensors(found), tensors(expected), strict=True))
+        computed, expected = run(cascade, call), run(eager, call)
+        assert type(computed) is type(expected)
+        pairs = list(zip(tensors(computed), tensors(expected), strict=True))
         assert pairs
         for mine, right in pairs:
             assert right.std() > 0
@@ -114,8 +116,8 @@ def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend
         assert counted == {2}
 
 
-def test_train_mode_is_random_where_the_model_is() -> None:
-    """So that the test above, which seeds, compares dropout and not its absence."""
+def test_train_mode_is_random_if_the_model_is() -> None:
+    """This shows that the test above, which sets seeds, does compare dropout."""
     model, call = CASES["timm-vit"].build().train(), images(3)
     cascade = lx.adapt(model, **call, frontend="symbolic")
     assert not torch.equal(cascade(*call["args"]), cascade(*call["args"]))

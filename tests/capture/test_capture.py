@@ -1,4 +1,4 @@
-"""Variants: one adapted graph per call signature, made on demand, equal to the eager model, with the same branches."""
+"""There is one adapted graph per call signature, captured on demand. All graphs share the branches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BOTH = pytest.mark.parametrize("frontend", ["export", "symbolic"])
 
 @pytest.fixture
 def made(caplog: pytest.LogCaptureFixture) -> Any:
-    """Count the variants that were made since, by what the log says."""
+    """Count the variants that were captured since, by the log."""
     caplog.set_level("INFO", logger="lorasc_fx")
     return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
 
 
 class Choosy(nn.Module):
-    """Labels or none, a factor that is no tensor, a mask by name, an auxiliary layer in training only."""
+    """Takes optional labels, a Python number, and a mask by keyword. Uses an auxiliary layer in train mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def same(found: dict[str, Any], expected: dict[str, Any], **close: float) -> Non
 
 @BOTH
 def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
-    """Whatever is given, by position or name, in any batch size; a signature seen before makes no new graph."""
+    """Arguments by position or keyword, in any batch size. A known signature captures no new graph."""
     model = choosy().eval()
     eager = copy.deepcopy(model)
     x, big = batches(1, 4, 5)[0], batches(1, 9, 5)[0]
@@ -81,7 +81,7 @@ def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
         ((), {"x": x}, 0),
         ((x, None), {}, 0),
         ((x,), {"labels": None, "mask": None}, 0),
-        ((big,), {}, int(frontend == "export")),  # the second size makes the batch dynamic
+        ((big,), {}, int(frontend == "export")),  # the second size makes the batch axis dynamic
         ((batches(1, 7, 5)[0],), {}, 0),
         ((x, labels), {}, 1),
         ((), {"labels": labels, "x": x}, 0),
@@ -100,8 +100,8 @@ def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
 
 
 @BOTH
-def test_modes_have_graphs_of_their_own(frontend: str, made: Any) -> None:
-    """Eval then train, and back: dropout and the auxiliary output come and go, the branches stay."""
+def test_train_and_eval_mode_have_separate_graphs(frontend: str, made: Any) -> None:
+    """Switch from eval to train mode and back. The branches stay the same."""
     model = choosy().eval()
     eager = copy.deepcopy(model)
     x = batches(1, 4, 5)[0]
@@ -126,7 +126,7 @@ def test_modes_have_graphs_of_their_own(frontend: str, made: Any) -> None:
 
 @BOTH
 def test_a_layer_of_another_mode_becomes_a_site(frontend: str) -> None:
-    """Unreached, then a site with a branch, a place in the optimizer, noise, and the formulas of its own stages."""
+    """A weight that was not reached gets a branch, a param group, noise, and the formulas of its own stages."""
     model = choosy().eval()
     original = copy.deepcopy(model)
     x = batches(1, 4, 5)[0]
@@ -160,7 +160,7 @@ def test_a_layer_of_another_mode_becomes_a_site(frontend: str) -> None:
 
 
 def test_variants_share_the_branches_that_train() -> None:
-    """Steps in turns of two signatures are the steps of one model."""
+    """Steps with alternating signatures train one model."""
     model = choosy().eval()
     x, labels = batches(1, 6, 5)[0], torch.tensor([0, 1, 2, 2, 1, 0])
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, pace=1.0, targets=("body", "head")))
@@ -178,7 +178,7 @@ def test_variants_share_the_branches_that_train() -> None:
 
 
 class Image(nn.Module):
-    """The size of the image decides the graph's constants: it is pooled to a grid and flattened."""
+    """Pools an image to a grid. The constants of the graph depend on the size of the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Image(nn.Module):
 
 
 def test_another_image_size(made: Any) -> None:
-    """The first other size makes a graph, at most one more makes it wide; then no size does."""
+    """The first new size captures a graph, and at most one more size a dynamic graph. Further sizes capture none."""
     torch.manual_seed(43)
     model = Image().double()
     eager = copy.deepcopy(model)
@@ -205,7 +205,7 @@ def test_another_image_size(made: Any) -> None:
 
 
 def test_a_batch_of_one_and_of_none(made: Any) -> None:
-    """An example of one is no promise of one, and the other way round."""
+    """An example with one row does not fix the batch size to 1, and the reverse."""
     model = choosy().eval()
     eager = copy.deepcopy(model)
     for example in (1, 4):
@@ -217,7 +217,7 @@ def test_a_batch_of_one_and_of_none(made: Any) -> None:
 
 
 def test_no_more_graphs_than_the_limit() -> None:
-    """Forty signatures are served, one by one; a warning says that graphs are dropped; branches are not."""
+    """Forty signatures work. A warning says that graphs are dropped. No branch is dropped."""
     model = choosy().eval()
     x = batches(1, 4, 5)[0]
     cascade = lx.adapt(model, (x,), frontend="symbolic")
@@ -233,7 +233,7 @@ def test_no_more_graphs_than_the_limit() -> None:
 
 
 class Counts(nn.Module):
-    """Counts its calls in a buffer: in place, or by a new tensor."""
+    """Counts its calls in a buffer, in place or by a new tensor."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Counts(nn.Module):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_symbolic_refuses_what_it_would_leave_out(in_place: bool) -> None:
-    """A buffer that is written in Python is written by the trace, once, and by no call; the model is as it was."""
+    """A buffer that Python code assigns is written once by the trace, and not by the graph. The model is unchanged."""
     model, x = Counts(in_place).double(), batches(1, 4, 5)[0]
     calls = model.calls
     with raises(lx.CaptureError, "not-captured", "buffer calls"):
@@ -266,7 +266,7 @@ def test_symbolic_refuses_what_it_would_leave_out(in_place: bool) -> None:
 
 
 class Jumpy(nn.Module):
-    """Skips a layer, or adds noise, as a generator says when it runs."""
+    """Skips a layer at random, or adds noise."""
 
     def __init__(self, draw: Any) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ def _named(x: Any, mask: Any = None, scale: float = 1.0, shift: Any = None) -> N
 
 @pytest.mark.parametrize("function", [_takes, _named])
 def test_calls_are_bound_once_for_each_way(function: Any) -> None:
-    """The order that is found at a first call of a kind is that of inspect.signature, with None where it is default."""
+    """The order of arguments, found in the first call of a kind, agrees with inspect.signature."""
     signature, x, y = inspect.signature(function), torch.ones(2), torch.ones(3, 1)
     calls = Calls(signature)
     ways: list[Any] = [((x,), {}), ((x, None), {}), ((x, y), {}), ((None, y), {}), ((x,), {"mask": y}), ((), {"x": x})]

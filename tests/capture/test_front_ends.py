@@ -1,4 +1,4 @@
-"""Every front end shows the user's model: reasons, signatures, modes, and the variants of a call."""
+"""Front ends: messages of failures, signatures, threads, caches as arguments, and torch.compile of a cascade."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 
 
 class Net(nn.Module):
-    """All front ends take it."""
+    """Every front end can capture it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class Net(nn.Module):
 
 
 class Unrolled(Net):
-    """Sizes are read in Python: symbolic tracing cannot, export can."""
+    """Reads sizes in Python, which export can trace and torch.fx.symbolic_trace cannot."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.head(self.body(x[:, index])) for index in range(x.shape[1])])
 
 
 class Steps(Net):
-    """The values decide."""
+    """Branches on values."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x)) if x.sum() > 0 else self.head(-self.body(x))
@@ -62,7 +62,7 @@ def run(model: Any, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def test_auto_tells_why_the_earlier_ones_refused() -> None:
+def test_auto_reports_why_earlier_front_ends_failed() -> None:
     x = batches(1, 4, 5)
     first = lx.adapt(net(), x)
     assert (first.frontend, first.refused_frontends) == ("export", ())
@@ -73,7 +73,7 @@ def test_auto_tells_why_the_earlier_ones_refused() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
-def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: type[Net]) -> None:
+def test_no_other_front_end_is_tried_if_one_is_named(name: str, kind: type[Net]) -> None:
     shape = (4, 2, 5) if kind is Unrolled else (4, 5)
     with raises(lx.CaptureError, "not-captured", kind.__name__, name):
         lx.adapt(net(kind), batches(1, *shape), frontend=name)
@@ -81,7 +81,7 @@ def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: ty
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_signature_is_the_models(name: str) -> None:
+def test_the_cascade_has_the_signature_of_the_model(name: str) -> None:
     model = net()
     cascade = lx.adapt(model, batches(1, 4, 5), frontend=name)
     assert inspect.signature(cascade.forward) == inspect.signature(model.forward)
@@ -118,7 +118,7 @@ def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> Non
 
 
 class Meanwhile(Net):
-    """While forward runs, so does another thread."""
+    """Another thread runs during forward."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Meanwhile(Net):
         return self.head(self.body(x))
 
 
-def test_a_symbolic_trace_leaves_other_threads_alone() -> None:
+def test_a_symbolic_trace_does_not_affect_other_threads() -> None:
     def process_wide() -> list[Any]:
         modes = (torch.no_grad, torch.enable_grad, torch.autocast, torch.inference_mode)
         patchable: list[Any] = [mode.__enter__ for mode in modes]
@@ -183,7 +183,7 @@ def test_llama_with_gradient_checkpointing(name: str) -> None:
 
 
 def test_mamba_is_one_graph_with_its_cache() -> None:
-    """Mamba's cache is one of those that transformers registers with torch's pytree for a model that it exports."""
+    """For an export, transformers registers the cache of Mamba with torch's pytree."""
     import transformers
 
     torch.manual_seed(0)
@@ -207,7 +207,7 @@ def test_mamba_is_one_graph_with_its_cache() -> None:
 
 
 class Memory:
-    """A state that torch's pytree knows and cannot take apart."""
+    """A state that is registered with torch's pytree, but cannot be flattened."""
 
     def __init__(self, state: torch.Tensor) -> None:
         self.state = state
@@ -221,14 +221,14 @@ pytree.register_pytree_node(Memory, _refuse_to_flatten, lambda children, context
 
 
 class Remembering(Net):
-    """Returns a state that it takes back."""
+    """Returns a state that can be passed to the next call."""
 
     def forward(self, x: torch.Tensor, memory: Memory | None = None) -> tuple[torch.Tensor, Memory]:
         hidden = torch.tanh(self.body(x)) + (0.0 if memory is None else memory.state)
         return self.head(hidden), Memory(hidden)
 
 
-def test_a_state_that_cannot_be_taken_apart_is_one_leaf() -> None:
+def test_a_state_that_cannot_be_flattened_is_one_leaf() -> None:
     model, x = net(Remembering), batches(1, 4, 5)[0]
     with pytest.raises(RuntimeError, match="should be applied to another Memory"):
         pytree.tree_leaves(model(x))
@@ -243,7 +243,7 @@ def test_a_state_that_cannot_be_taken_apart_is_one_leaf() -> None:
 
 
 class Padded(nn.Module):
-    """Pads by an amount that Python computes from the size, as TensorFlow's SAME does."""
+    """Pads by an amount that Python computes from the size, like the padding `SAME` of TensorFlow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class Padded(nn.Module):
 
 
 def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
-    """Sizes are constants of the first graph; without a graph for a size, the compiled call says so."""
+    """The first graph has constant sizes. For another size, the compiled call raises."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, known, other = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
@@ -264,9 +264,9 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
     assert torch.equal(compiled(known), model(known))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="This call has no graph yet") as caught:
         compiled(other)
-    told, debug, _ = str(caught.value).partition("Developer debug context")
+    message, debug, _ = str(caught.value).partition("Developer debug context")
     assert debug
-    assert "First call the cascade once without torch.compile, in the same mode" in told
+    assert "First call the cascade once without torch.compile, in the same mode" in message
     assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
     torch._dynamo.reset()
     again = torch.compile(cascade, backend="eager", fullgraph=True)
@@ -274,8 +274,8 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
         assert torch.equal(again(x), model(x))
 
 
-def test_a_compiled_cascade_goes_on_in_another_mode() -> None:
-    """Without fullgraph the first call in eval mode is captured beside the compiled code, and dynamo has no word."""
+def test_a_compiled_cascade_works_in_another_mode() -> None:
+    """Without fullgraph, the first call in eval mode is captured outside of the compiled code."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3)).double(), torch.randn(4, 5).double()
@@ -288,7 +288,7 @@ def test_a_compiled_cascade_goes_on_in_another_mode() -> None:
 
 
 def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
-    """It waits while dynamo traces the call, and runs with the next one."""
+    """It is postponed while dynamo traces the call, and runs at the next call."""
     torch._dynamo.reset()
     cascade, x, ran = lx.adapt(net(), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
     cascade.eval()(x)

@@ -1,4 +1,4 @@
-"""The catch-all front end: graphs between dynamo's breaks compute what the eager model computes, with branches."""
+"""The front end `graph-breaks`: the subgraphs of dynamo, with branches, compute the same as the eager model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Branchy(nn.Module):
-    """The values decide which layer runs."""
+    """Values decide which layer runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Branchy(nn.Module):
 
 
 class Items(TwoLayers):
-    """A number leaves torch by item(), and numpy computes in between."""
+    """Computes with numpy, and with a number from item(), between layers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.body(x))
@@ -58,7 +58,7 @@ class Items(TwoLayers):
 
 
 class Experts(nn.Module):
-    """A loop over the experts that a router has chosen; each has modules of its own."""
+    """A loop over the experts that a router has selected. Each expert is a separate module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Stack(nn.Module):
 
 
 class Drops(nn.Module):
-    """LayerDrop and dropout: each layer is skipped at random while training."""
+    """LayerDrop and dropout: each layer is skipped at random in train mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Drops(nn.Module):
 
 
 class Plain(nn.Module):
-    """One weight is used by Python that dynamo does not enter, another one in both places."""
+    """One weight is used in Python code that dynamo does not trace, and another one both there and in a subgraph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Plain(nn.Module):
 
 
 class Late(nn.Module):
-    """Python that dynamo does not enter uses one weight, but not for every input."""
+    """Python code that dynamo does not trace uses one weight, for some inputs only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Late(nn.Module):
 
 
 class Counting(nn.Module):
-    """Batch norm and a counter, with a break between them."""
+    """Batch norm and a counter, with a graph break in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Counting(nn.Module):
 
 
 class Zipped(TwoLayers):
-    """Dynamo itself breaks on this one, and eager torch does not."""
+    """Dynamo fails on this model because of a bug, and eager mode works."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(x.shape, dtype=torch.bool)
@@ -197,7 +197,7 @@ def run(model: Any, x: torch.Tensor, seed: int = 3) -> torch.Tensor:
 
 
 def reach_all(cascade: lx.Cascade) -> None:
-    """Call with inputs that between them run every layer."""
+    """Call the cascade with inputs that together run every layer."""
     for seed in range(8):
         for sign in (1, -1):
             cascade(sign * inputs(seed=seed))
@@ -205,10 +205,10 @@ def reach_all(cascade: lx.Cascade) -> None:
 
 @ALL
 @pytest.mark.parametrize("training", [False, True])
-def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, training: bool) -> None:
-    """B = 0 and no noise: the eager model bit for bit, in any batch size, buffers and draws as well.
+def test_it_computes_the_eager_model_and_with_branches_the_merged_model(name: str, training: bool) -> None:
+    """With B = 0 and no noise, it computes the bits of the eager model, including buffers and random numbers.
 
-    With any B, output and gradients are those of the eager model with merged weights, each layer with its own.
+    With any B, outputs and gradients agree with the eager model with merged weights.
     """
     model = model_of(name).train(training)
     eager = copy.deepcopy(model)
@@ -232,7 +232,7 @@ def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, train
 
 @ALL
 def test_two_stages_are_the_formula(name: str) -> None:
-    """Training moves every branch; transition, weights, the folded state dict and release follow S = pace * s B A."""
+    """Training changes every branch. Transition, weights, folded state dict and release follow S = pace * s B A."""
     model = model_of(name).train()
     original = copy.deepcopy(model)
     cascade = adapted(model)
@@ -252,8 +252,8 @@ def test_two_stages_are_the_formula(name: str) -> None:
         cascade.transition(optimizer)
         with cascade.weights("slow"):
             for key in names:
-                found = model.get_parameter(key)
-                torch.testing.assert_close(found, before[key] + slow[key], rtol=0, atol=1e-12)
+                computed = model.get_parameter(key)
+                torch.testing.assert_close(computed, before[key] + slow[key], rtol=0, atol=1e-12)
         if stage == 1:
             randomize(cascade, seed=9, size=0.1)
     cascade.eval()
@@ -272,7 +272,7 @@ def test_two_stages_are_the_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Branchy", "Experts", "Drops", "Late"])
 def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
-    """With noise at once, and an optimizer that does not hold it yet is an error."""
+    """The site gets noise immediately. Training with an optimizer without its parameters is an error."""
     model = model_of(name).train()
     original = copy.deepcopy(model)
     torch.manual_seed(0)
@@ -324,8 +324,8 @@ def test_no_graph_is_captured_again_because_a_branch_came_before_it() -> None:
 
 
 @ALL
-def test_copies_find_their_graphs_anew(name: str) -> None:
-    """A copy has its own branches, weights that are swapped among them; the original does not move."""
+def test_copies_capture_their_own_graphs(name: str) -> None:
+    """A copy has its own branches, also for swapped weights. Training it does not change the original."""
     cascade = adapted(model_of(name))
     reach_all(cascade)
     randomize(cascade)
@@ -353,7 +353,7 @@ def test_a_folded_graph_names_the_first_break() -> None:
 
 
 def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never eager code without branches."""
+    """Dynamo does not fall back to eager code, which would run without branches."""
 
     class Numbers(nn.Module):
         def __init__(self) -> None:
@@ -394,7 +394,7 @@ class Recomputed(nn.Module):
 
 
 def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has the limit of dynamo's cache for itself; what the user has compiled stays, and the dead leave nothing."""
+    """The limits count each model separately. Code compiled by the user stays, and code of freed models is removed."""
     compiled, theirs, x = [], Recomputed(), torch.randn(4, 5)
 
     def backend(graph: Any, example_inputs: Any) -> Any:
@@ -405,7 +405,7 @@ def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.Monkey
     expected, count = own(x), len(compiled)
     lower(monkeypatch, "captures of the fallback", 3)
     cascades, models = [], []
-    for _ in range(5):  # all of them alive
+    for _ in range(5):  # while all models are alive
         cascades.append(lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks"))
         cascades[-1](x).sum().backward()
         models.append(ref(cascades[-1].model))
@@ -419,7 +419,7 @@ def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.Monkey
     assert len(compiled) == count
     del own
     torch._C._dynamo.eval_frame.reset_code(Recomputed.forward.__code__)
-    for _ in range(3):  # one after the other
+    for _ in range(3):  # one model at a time
         cascade = lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
         assert len(entries(Recomputed.forward.__code__)) == 1
         del cascade
@@ -427,7 +427,7 @@ def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.Monkey
 
 
 def test_beside_fabric() -> None:
-    """Its import wraps torch.compile, whose keywords it copies onto the model; ours are no affair of a model."""
+    """Lightning Fabric wraps torch.compile, and copies keyword arguments onto the model. It must not copy ours."""
     fabric = pytest.importorskip("lightning_fabric")
     assert hasattr(torch.compile, "__wrapped__"), fabric
     model = Breaking(4)

@@ -1,4 +1,4 @@
-"""One export serves several kinds of calls, if their graphs are parts of one graph, and no other call."""
+"""One export serves several kinds of calls if their graphs are parts of one graph, and no other calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEC = lx.CascadeSpec(rank=2)
 
 @pytest.fixture
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each export, whether it has dynamic sizes; no graph is kept from before."""
+    """Record for each export whether it has dynamic sizes. The graph cache is empty at the start."""
     monkeypatch.setattr(*SEAMS["kept graphs"], OrderedDict())
     made: list[bool] = []
     before = torch.export.export
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
 
 
 class Branches(nn.Module):
-    """Its Python does something else in the two modes; `how` says what."""
+    """Python code computes something else in train and eval mode, depending on `how`."""
 
     def __init__(self, how: Callable[[bool, Tensor], Tensor]) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ class Branches(nn.Module):
 
 
 def assert_same(cascade: lx.Cascade, eager: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """The same outputs, buffers and random stream as the eager model, bit for bit."""
+    """Assert the same outputs, buffers and random numbers as in the eager model, bit for bit."""
     torch.manual_seed(3)
-    found, after = cascade(*args, **kwargs), torch.rand(2)
+    computed, after = cascade(*args, **kwargs), torch.rand(2)
     torch.manual_seed(3)
     expected, stream = eager(*args, **kwargs), torch.rand(2)
-    for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+    for one, other in zip(pytree.tree_leaves(computed), pytree.tree_leaves(expected), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(after, stream)
     for one, other in zip(cascade.model.buffers(), eager.buffers(), strict=True):
@@ -113,7 +113,7 @@ def test_gradients_of_another_mode(exports: list[bool]) -> None:
 
 
 def test_other_sizes_in_another_mode(exports: list[bool]) -> None:
-    """A dynamic graph serves the other mode at a few sizes, and then that mode gets its own."""
+    """A dynamic graph serves the other mode at a few sizes. Then that mode gets a separate graph."""
     model = Classifier().train()
     eager = copy.deepcopy(model)
     cascade = lx.adapt(model, (torch.randn(5, 6),), spec=SPEC)
@@ -156,7 +156,7 @@ def test_a_model_that_branches_on_its_mode(how: str, training: bool, exports: li
 
 
 def test_a_mode_and_a_size_together(exports: list[bool]) -> None:
-    """The graph of one mode has no guard for a size that only the other mode looks at."""
+    """The graph of one mode has no guard for a size that only the other mode reads."""
     model = Branches(lambda training, y: y if training or len(y) < 8 else y.tanh()).train()
     eager = copy.deepcopy(model)
     cascade = lx.adapt(model, (torch.randn(5, 6),), spec=SPEC)
@@ -167,7 +167,7 @@ def test_a_mode_and_a_size_together(exports: list[bool]) -> None:
 
 
 class Touches(nn.Module):
-    """A forward that does to a tensor what its result does not show."""
+    """Changes a tensor in forward in a way that its result does not show."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -185,6 +185,6 @@ class Touches(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["none", "flag", "hook", "attribute"])
-def test_what_results_do_not_show_has_no_trace(how: str) -> None:
+def test_side_effects_that_results_do_not_show_prevent_a_trace(how: str) -> None:
     trace = Trace.of(Touches(how).requires_grad_(False), (torch.randn(2, 6),), {}, ["x"])
     assert (trace is None) == (how != "none")

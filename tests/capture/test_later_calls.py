@@ -1,4 +1,4 @@
-"""State that calls leave behind, and what later calls find changed: arguments, modes, Python state of every kind."""
+"""State that calls change, and changes between calls: arguments, modes, and Python state of every kind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Remembers(nn.Module):
-    """Writes what it computed into a container that its caller holds."""
+    """Writes its result into a container that the caller passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ def test_what_forward_writes_into_an_argument_is_written() -> None:
     x, state = torch.randn(4, 5), dict[str, torch.Tensor]()
     cascade = lx.adapt(Remembers(), (x, {}))
     assert cascade.frontend == "graph-breaks"
-    found = cascade(x, state)
-    assert torch.equal(state["last"], found)
+    computed = cascade(x, state)
+    assert torch.equal(state["last"], computed)
     with raises(lx.CaptureError, "not-captured", "an argument after the call"):
         lx.adapt(Remembers(), (x, {}), frontend="export")
 
@@ -161,10 +161,10 @@ USUAL = ("dict", "dataclass", "tensor", "hook")
         *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "dynamo", "graph-breaks")),
     ],
 )
-def test_state_that_the_user_changes_counts(
+def test_changes_of_state_by_the_user_are_noticed(
     frontend: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever Python state forward reads: the next call is the eager model's, and a change back finds its graph."""
+    """After a change, the next call agrees with the eager model. After the change is undone, no graph is captured."""
     monkeypatch.setattr(Offset, "amount", 0.0)
     monkeypatch.setattr(Offset, "forward", Offset.forward)
     model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
@@ -178,7 +178,7 @@ def test_state_that_the_user_changes_counts(
         count = variant_count(cascade)
         model.settings, model.steps, model.options = copy.deepcopy((model.settings, model.steps, model.options))
         assert torch.allclose(cascade(x), model(x), atol=1e-12)
-        assert variant_count(cascade) == count  # equal, though other objects
+        assert variant_count(cascade) == count  # equal values, other objects
         model.options.gain = 8.0
         assert torch.allclose(cascade(x), model(x), atol=1e-12)
         count = variant_count(cascade)
@@ -206,7 +206,7 @@ def test_a_hook_with_state_and_hooks_of_all_modules() -> None:
 
 
 class Shows(nn.Module):
-    """Keeps what it computed last for others to look at, in an attribute and in a list."""
+    """Stores its last result in an attribute and in a list, for others to read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,8 +219,8 @@ class Shows(nn.Module):
         return y
 
 
-def test_a_hook_that_is_put_on_again_costs_no_graph() -> None:
-    """Torch numbers hooks, and gives a new handle; another function is another state."""
+def test_a_hook_that_is_registered_again_costs_no_graph() -> None:
+    """Torch gives the hook a new number and a new handle. Another hook function is a change of state."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     x = torch.randn(6, 5)
 
@@ -263,7 +263,7 @@ def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.Monkey
 
 
 def test_replaced_state_is_not_kept_alive_for_ever() -> None:
-    """What variants hold goes with them."""
+    """Old state is freed together with the variants that refer to it."""
     model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
     cascade = lx.adapt(model, (x,), frontend="symbolic")
     gone = weakref.ref(model.options)
@@ -275,7 +275,7 @@ def test_replaced_state_is_not_kept_alive_for_ever() -> None:
     assert gone() is None
 
 
-def test_weights_that_nothing_can_train_are_told(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_trained_are_an_error(tmp_path: Path) -> None:
     x = torch.randn(4, 5)
     run = lx.adapt(nn.Linear(5, 3), (x,))
     lx.save(run, tmp_path)
@@ -288,4 +288,4 @@ def test_weights_that_nothing_can_train_are_told(tmp_path: Path) -> None:
     model = nn.Linear(5, 3)
     with torch.inference_mode():
         cascade = lx.adapt(model, (x,))
-    loss_of(cascade(x)).backward()  # what adapt made is no inference tensor
+    loss_of(cascade(x)).backward()  # adapt has created no inference tensors

@@ -1,4 +1,4 @@
-"""A graph that was captured for one model serves another one in the same state, and no other."""
+"""A cached graph serves another model in the same state, and no model in another state."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ LOCAL.scale = 1.0
 
 
 def shrink(x: Tensor) -> Tensor:
-    """Scale long inputs, as global variables say."""
+    """Scale long inputs by global variables."""
     return x * SCALES["long"] * SETTINGS.scale if len(x) > LIMIT else x
 
 
 class Net(nn.Module):
-    """Does something else on long inputs, which the example does not show."""
+    """Computes something else on long inputs than on the example."""
 
     power = 1
 
@@ -100,7 +100,7 @@ CHANGES: dict[str, Change] = {
 
 @pytest.fixture
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the exports, with no graph kept before."""
+    """Count the exports. The graph cache is empty at the start."""
     monkeypatch.setattr(*SEAMS["kept graphs"], OrderedDict())
     count: list[int] = []
     before = torch.export.export
@@ -126,13 +126,13 @@ def test_another_model_of_the_same_state(exports: list[int]) -> None:
     for x in (X[2], LONG):
         assert_goes_as(model, second, x)
         assert_goes_as(first.model, first, x)
-    assert len(exports) == 2  # long inputs have a graph of their own, which is that of both as well
+    assert len(exports) == 2  # long inputs get another graph, which both models share
     optimizer = torch.optim.AdamW(second.param_groups(lr=1e-2))
     second(LONG).square().sum().backward()
     optimizer.step()
     assert not torch.equal(second(LONG), model(LONG))
     assert torch.equal(first(LONG), first.model(LONG))
-    model.limit = 20  # guards are those of the second model
+    model.limit = 20  # the guards belong to the second model
     second.transition(optimizer)
     assert_goes_as(model, second, X[0])  # which is not longer than either limit
     assert len(exports) == 2
@@ -150,7 +150,7 @@ def test_a_model_of_another_state(name: str, exports: list[int], monkeypatch: py
     x = X[0].to(model.head.weight.dtype)
     cascade = lx.adapt(model, (x,), spec=SPEC)
     long = LONG.to(x.dtype)
-    for given in (x, long):  # some changes show at a long input only
+    for given in (x, long):  # some changes matter for a long input only
         torch.testing.assert_close(cascade(given), model(given))
     assert len(exports) > 1
 
@@ -174,9 +174,9 @@ def test_other_calls_and_specs(exports: list[int]) -> None:
     assert len(exports) == 5
 
 
-def test_a_graph_that_does_something_else_is_captured_anew(exports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_graph_that_disagrees_is_captured_again(exports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     lx.adapt(net(1), (X[0],), spec=SPEC)
-    monkeypatch.setattr(LOCAL, "scale", 2.0)  # an object of the standard library, which no state tells
+    monkeypatch.setattr(LOCAL, "scale", 2.0)  # an object of the standard library, which is not guarded
     model = net(2)
     cascade = lx.adapt(model, (X[0],), spec=SPEC)
     assert len(exports) == 2
@@ -184,7 +184,7 @@ def test_a_graph_that_does_something_else_is_captured_anew(exports: list[int], m
     assert_goes_as(model, cascade, X[0])
 
 
-def test_a_kept_graph_holds_no_model(exports: list[int]) -> None:
+def test_a_cached_graph_does_not_keep_its_model_alive(exports: list[int]) -> None:
     model = net(1)
     held = [ref(model), *map(ref, model.parameters()), *map(ref, model.buffers())]
     lx.adapt(model, (X[0],), spec=SPEC)
@@ -195,11 +195,11 @@ def test_a_kept_graph_holds_no_model(exports: list[int]) -> None:
     assert len(exports) == 1
 
 
-def test_few_graphs_are_kept(exports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_cache_is_limited(exports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     lower(monkeypatch, "graphs that are kept", 2)
     for seed, bias, count in ((1, True, 1), (2, False, 2), (3, True, 2), (4, False, 2)):
         lx.adapt(net(seed, bias=bias), (X[0],), spec=SPEC)
         assert len(exports) == count
     lx.adapt(net(5).eval(), (X[0].t().contiguous().t(),), spec=SPEC)
-    lx.adapt(net(6), (X[0],), spec=SPEC)  # the oldest one is gone
+    lx.adapt(net(6), (X[0],), spec=SPEC)  # the oldest one was dropped
     assert len(exports) == 4

@@ -1,4 +1,4 @@
-"""Calls with an axis of size 0 or 1 compute what the eager model does, though graphs are captured at larger sizes."""
+"""Calls with an axis of size 0 or 1 agree with the eager model, although graphs are captured at larger sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Forward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 class Model(nn.Module):
-    """A linear layer and a batch norm, used by a function of the module and x."""
+    """A linear layer and a batch norm. A function of the module and x is its forward."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def one_step(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def a_product(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """At two or more rows of two or more steps the product is never 3."""
+    """Computes something else if the product of two sizes is 3, so only if one of them is 1."""
     return model.layer(x) * (2 if x.shape[0] * x.shape[1] == 3 else 1)
 
 
@@ -94,7 +94,7 @@ SIZES = [(1, 5), (5, 1), (1, 1), (1, 3), (0, 5), (4, 5), (1, 7), (7, 1)]
 
 
 def outcome(call: Callable[[], torch.Tensor]) -> Any:
-    """The output, or the type of what is raised."""
+    """Return the output, or the type of the exception."""
     try:
         return call().detach()
     except Exception as fault:
@@ -102,20 +102,20 @@ def outcome(call: Callable[[], torch.Tensor]) -> Any:
 
 
 def check(cascade: lx.Cascade, x: torch.Tensor) -> bool:
-    """The cascade does what the model does, before training; return whether both raise."""
+    """Assert that the cascade agrees with the model before training. Return whether both raise."""
     before = {name: value.clone() for name, value in cascade.model.named_buffers()}
     torch.manual_seed(0)
-    found, buffers = outcome(lambda: cascade(x)), [value.clone() for value in cascade.model.buffers()]
+    computed, buffers = outcome(lambda: cascade(x)), [value.clone() for value in cascade.model.buffers()]
     for name, value in cascade.model.named_buffers():
         value.copy_(before[name])
     with torch.no_grad():
         expected = outcome(lambda: cascade.model(x))
     if isinstance(expected, type):
-        assert found is expected, (tuple(x.shape), found)
+        assert computed is expected, (tuple(x.shape), computed)
         for name, value in cascade.model.named_buffers():
             value.copy_(before[name])
         return True
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(computed, expected, equal_nan=True)
     torch.testing.assert_close(buffers, list(cascade.model.buffers()), equal_nan=True)
     return False
 
@@ -126,10 +126,10 @@ CASES += [(asserting_by_torch, "symbolic", True), (raising, "graph-breaks", True
 
 
 @pytest.mark.parametrize(("function", "frontend", "training"), CASES)
-def test_small_sizes_are_those_of_the_model(
+def test_small_sizes_agree_with_the_model(
     function: Forward, frontend: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is captured once. A call that the model refuses is not, and runs the model each time."""
+    """Each size is captured once. If the model raises on a size, nothing is captured, and each call runs the model."""
     cascade = lx.adapt(Model(function).train(training), (torch.randn(6, 5, 4),), spec=SPEC, frontend=frontend)
     for size in SIZES:
         check(cascade, torch.randn(*size, 4))
@@ -143,10 +143,10 @@ def test_small_sizes_are_those_of_the_model(
 
 @pytest.mark.parametrize(("function", "axis", "least"), [(one_row, 0, 2), (one_step, 1, 2), (nothing, 0, 1)])
 @pytest.mark.parametrize("folded", [True, False])
-def test_exports_refuse_sizes_that_they_would_be_wrong_at(
+def test_exports_refuse_sizes_at_which_they_would_be_wrong(
     function: Forward, axis: int, least: int, folded: bool, tmp_path: Path
 ) -> None:
-    """Other sizes of 0 and 1 are as those of the model."""
+    """At the other sizes of 0 and 1, they agree with the model."""
     cascade = lx.adapt(Model(function).eval(), (torch.randn(6, 5, 4),), spec=SPEC)
     path = lx.export.pt2(cascade, tmp_path / "model.pt2", folded=folded)
     graphs = [torch.export.load(path).module(), *([cascade.folded_graph()] if folded else [])]
@@ -178,7 +178,7 @@ def test_exports_of_symbolic_graphs_and_of_joint_sizes() -> None:
         graph(x[:1, :1])
 
 
-def test_an_onnx_file_tells_its_smallest_sizes(tmp_path: Path) -> None:
+def test_an_onnx_file_records_its_smallest_sizes(tmp_path: Path) -> None:
     import onnx
 
     cascade = lx.adapt(Model(one_row), (torch.randn(6, 5, 4),), spec=SPEC)
@@ -199,7 +199,7 @@ def test_a_compiled_cascade_at_one_row() -> None:
 
 @pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 def test_a_batch_norm_that_sees_one_value_raises_what_the_model_raises(frontend: str) -> None:
-    """Images of 5 pixels shrink to one pixel, those of 9 do not. Buffers stay finite."""
+    """Images of 5 pixels shrink to one pixel, and images of 9 pixels do not. Buffers stay finite."""
     model = nn.Sequential(nn.Conv2d(2, 3, 5), nn.BatchNorm2d(3), nn.ReLU())
     cascade = lx.adapt(model, (torch.randn(4, 2, 5, 5),), spec=SPEC, frontend=frontend)
     calls = [(4, 5), (1, 9), (1, 5), (1, 7), (1, 5), (4, 9)]

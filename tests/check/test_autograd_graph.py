@@ -1,4 +1,4 @@
-"""Runs whose autograd graphs have equal descriptions have equal gradients; no backward pass is run for these."""
+"""Runs whose autograd graphs have equal descriptions have equal gradients, so no backward pass is run for them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ HIDDEN: dict[str, Run] = {
 
 
 class Triples(torch.autograd.Function):
-    """Hands on, and has a slope of 3."""
+    """The identity, with a gradient of 3."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_equal_descriptions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_other_gradients_have_another_description(name: str) -> None:
+def test_graphs_with_other_gradients_have_other_descriptions(name: str) -> None:
     (one, output, gradients), (other, same, others) = map(described, DIFFERENT[name])
     assert torch.equal(output, same)
     assert None not in (one, other)
@@ -99,7 +99,7 @@ def test_other_gradients_have_another_description(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_what_is_not_visible_has_no_description(name: str) -> None:
+def test_graphs_that_cannot_be_read_have_no_description(name: str) -> None:
     assert described(HIDDEN[name])[0] is None
 
 
@@ -120,7 +120,7 @@ def test_a_hook_on_a_tensor_that_is_saved_by_name_has_no_description() -> None:
 
 
 class Turns(TwoLayers):
-    """Turns gradients around by a hook on a node, which no tracer sees."""
+    """Negates gradients by a hook on an autograd node, which no tracer sees."""
 
     def between(self, x: Tensor) -> Tensor:
         node = torch.autograd.graph.get_gradient_edge(x).node if x.requires_grad else None
@@ -130,7 +130,7 @@ class Turns(TwoLayers):
 
 
 class Slices(TwoLayers):
-    """A slice of all is another node in Python than in a graph."""
+    """A slice of all rows has a different autograd node in Python than in a graph."""
 
     def between(self, x: Tensor) -> Tensor:
         return x[:, :]

@@ -1,4 +1,4 @@
-"""`adapt` runs the model, and leaves no trace in it: objects, values, attributes and generators are what they were."""
+"""`adapt` runs the model without side effects: it restores objects, values, attributes and random generators."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Busy(nn.Module):
-    """Writes into buffers, attributes and a table that its lookup renormalizes; draws from three generators."""
+    """Writes into buffers, attributes and an embedding with max_norm. Draws from three random generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,27 +56,27 @@ class Busy(nn.Module):
 
 
 class Follows(Busy):
-    """A second encoder that follows the first, and nothing kept in Python."""
+    """A second encoder is updated in place as the moving average of the first. No state in Python."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        for own, other in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
-            self.follow(own, other)
+        for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+            self.follow(slow, fast)
         x = self.norm(self.table(ids))
         return self.mix(x) + self.head(torch.tanh(self.slow(x)).detach())
 
-    def follow(self, own: nn.Parameter, other: nn.Parameter) -> None:
-        own.data.mul_(0.9).add_(other.data, alpha=0.1)
+    def follow(self, slow: nn.Parameter, fast: nn.Parameter) -> None:
+        slow.data.mul_(0.9).add_(fast.data, alpha=0.1)
 
 
 class Replaces(Follows):
-    """The same, by new tensors."""
+    """Like `Follows`, but assigns new tensors."""
 
-    def follow(self, own: nn.Parameter, other: nn.Parameter) -> None:
-        own.data = own.data * 0.9 + other.data * 0.1
+    def follow(self, slow: nn.Parameter, fast: nn.Parameter) -> None:
+        slow.data = slow.data * 0.9 + fast.data * 0.1
 
 
 def everything(model: Busy) -> dict[str, Any]:
-    """Objects, memory and values of parameters and buffers, attributes, and the generators."""
+    """Return objects, memory and values of parameters and buffers, attributes, and states of the random generators."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: (id(value), value.data_ptr(), value.tolist()) for name, value in tensors}
     state["attributes"] = (model.calls, id(model.seen), dict(model.seen), id(model.last), list(model.last))
@@ -89,8 +89,8 @@ def everything(model: Busy) -> dict[str, Any]:
 
 @pytest.mark.parametrize("make", [Busy, Follows, Replaces])
 @pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
-def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
-    """Whether it is adapted or refused; and calls afterwards are those of a model that was never touched."""
+def test_adapt_has_no_side_effects(make: type[Busy], frontend: str) -> None:
+    """The model may be adapted or refused. Later calls compute the same as calls of a model that was never adapted."""
     model, twin, ids = build(make), build(make), torch.tensor([1, 4, 8, 2, 2, 3])
     before = everything(model)
     try:
@@ -152,7 +152,7 @@ WAYS: dict[str, Callable[[Tensor], object]] = {
 
 
 class Writes(nn.Module):
-    """Writes its own weight in one of the ways that there are."""
+    """Writes into its own weight in one of several ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_isolated_runs_draw_the_same_from_the_generators_of_an_accelerator(
 
 
 def test_autocast_of_an_accelerator_is_one_of_the_settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kept graph was exported under other settings; a symbolic trace that switches them is refused."""
+    """A cached graph is not used under another autocast, and a symbolic trace that enters autocast is refused."""
     pretend_accelerator(monkeypatch, "xpu", [torch.Generator()])
     before = reuse._settings(), symbolic._modes()
     torch.set_autocast_enabled("xpu", True)
@@ -231,7 +231,7 @@ def test_a_weight_that_forward_writes_is_refused(way: str) -> None:
 
 
 class Turned(nn.Module):
-    """Transposes a square weight in place, and back in the next call."""
+    """Transposes a square weight in place in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_a_weight_that_forward_transposes_is_restored() -> None:
 
 
 class Elsewhere(nn.Module):
-    """Writes its weight where torch does not see it: in a thread, or in an array that was made before."""
+    """Writes into its weight outside of torch ops: in a thread, or through a numpy array created before."""
 
     def __init__(self, thread: bool) -> None:
         super().__init__()
@@ -272,15 +272,15 @@ class Elsewhere(nn.Module):
 
 
 @pytest.mark.parametrize("thread", [False, True])
-def test_a_write_that_nobody_sees_is_told(thread: bool) -> None:
+def test_a_write_outside_of_torch_is_an_error(thread: bool) -> None:
     model = Elsewhere(thread)
-    for _ in range(2):  # it is told each time
+    for _ in range(2):  # every attempt raises
         with raises(lx.CaptureError, "not-captured", "first.weight"):
             lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
 
 
-def test_a_first_run_that_raises_is_none() -> None:
-    """What the model writes is not known after it, so that the next one copies again."""
+def test_a_first_run_that_raises_does_not_count() -> None:
+    """Such a run does not tell which parameters forward writes, so the next run copies again."""
     torch.manual_seed(0)
     model = Writes("in-place")
     before = {name: value.tolist() for name, value in model.named_parameters()}
@@ -291,11 +291,11 @@ def test_a_first_run_that_raises_is_none() -> None:
     assert [each.weight for each in cascade.refusals] == ["first.weight"]
     with raises(lx.CaptureError, "model-refuses-inputs"):
         run_preflight(model, (torch.randn(4, 6),), {})
-    assert written_by(model) == {"first.weight"}  # the cascade goes on with what a run that ended has shown
+    assert written_by(model) == {"first.weight"}  # the cascade uses the result of the run that succeeded
 
 
 class Copies(TorchDispatchMode):
-    """Counts the bytes of copies, by `to` as it is seen from within another mode."""
+    """Counts the bytes of copies to the host, by calls of `to`."""
 
     count = 0
 
@@ -317,19 +317,19 @@ def test_only_weights_that_forward_writes_are_copied() -> None:
 
 
 def test_the_autograd_graph_of_the_first_run_is_visible() -> None:
-    """It is that of later runs: a number that an op saves is a number to whoever observes ops, `reshape` is a view."""
+    """It equals the one of later runs, although modes observe the first run: `reshape` is recorded as a view there."""
     call = build(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh()))
     call.register_forward_hook(lambda module, args, output: 0.5 * (output.transpose(1, 2) @ output).reshape(-1))
     x = torch.randn(2, 4, 5).double()
-    found = run_preflight(call, (x,), {})
-    assert found.seen.autograd is not None
-    assert found.seen.gradients is None
-    check_agrees(call, found, call, (x,), {})
-    assert found.seen.gradients is None
+    preflight = run_preflight(call, (x,), {})
+    assert preflight.seen.autograd is not None
+    assert preflight.seen.gradients is None
+    check_agrees(call, preflight, call, (x,), {})
+    assert preflight.seen.gradients is None
 
 
 class Counts(nn.Module):
-    """Writes into a tensor attribute in place, into an object, and into a list that a hook knows."""
+    """Writes into a tensor attribute in place, into an object, and into a list that a hook refers to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ class Counts(nn.Module):
 
 @pytest.mark.parametrize("frontend", ["auto", "export", "symbolic", "graph-breaks"])
 def test_tensors_and_objects_among_attributes(frontend: str) -> None:
-    """They are what they were, and a graph is taken only where it writes what the model writes, at each call."""
+    """They are restored, and a graph is accepted only if it writes the same values as the model in each call."""
     model, twin, x = build(Counts), build(Counts), torch.randn(4, 5).double()
     heard, model.heard, calls = model.heard, [], model.calls
     try:
@@ -363,7 +363,7 @@ def test_tensors_and_objects_among_attributes(frontend: str) -> None:
 
 
 class Cache(nn.Module):
-    """Writes keys with their gradients into a cache that it holds in one of several ways."""
+    """Writes keys with an autograd history into a cache, which it stores in one of several ways."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -400,7 +400,7 @@ def test_a_cache_gets_no_history_of_an_isolated_run(how: str) -> None:
 
 @pytest.mark.parametrize("how", CACHES[:2])
 def test_the_history_of_a_buffer_stays(how: str) -> None:
-    """Of a call whose backward is still to come."""
+    """The backward of an earlier call has not run yet."""
     model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
     output = model(x, places)
     before, history, value = model.cache, model.cache.grad_fn, model.cache.detach().clone()
@@ -415,7 +415,7 @@ def test_the_history_of_a_buffer_stays(how: str) -> None:
 
 
 class Positions(nn.Module):
-    """A look-up by a buffer, which autograd keeps for the backward."""
+    """A lookup with the indices in a buffer, which autograd saves for backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -429,7 +429,7 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("frontend", ["export", "dynamo"])
 def test_a_graph_is_made_between_a_forward_and_its_backward(frontend: Any) -> None:
-    """As a contrastive loss calls it, of two texts: the buffer is not written, which its first graph has kept."""
+    """A contrastive loss calls the model twice before backward. The buffer saved by the first call is not written."""
     torch.manual_seed(0)
     plain, x = Positions(), torch.randn(2, 4, 5)
     cascade = lx.adapt(copy.deepcopy(plain), (x,), spec=lx.CascadeSpec(rank=2, train=("head.bias",)), frontend=frontend)
@@ -441,7 +441,7 @@ def test_a_graph_is_made_between_a_forward_and_its_backward(frontend: Any) -> No
 
 @pytest.mark.skipif(not hasattr(config, "do_not_emit_stack_traces"), reason="torch 2.9 has no such switch")
 @pytest.mark.parametrize("shown", [False, True])
-def test_an_export_looks_up_no_source_lines_and_puts_the_switch_back(
+def test_an_export_records_no_stack_traces_and_restores_the_setting(
     shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "do_not_emit_stack_traces", not shown)

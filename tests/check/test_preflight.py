@@ -1,4 +1,4 @@
-"""A graph that would do something else than its model is refused, with the reason."""
+"""A graph that computes something else than its model is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refuse(make: Callable[[], nn.Module], frontend: str, sentence: str) -> None:
 
 
 def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> None:
-    """Some calls, one after the other: outputs and gradients of branches as autograd has them through W + s B A."""
+    """Compare outputs and gradients of the branches, over several calls, with autograd through W + s B A."""
     randomize(cascade)
     twin = build(make).train(cascade.training).requires_grad_(False)
     for x in X:
@@ -44,7 +44,7 @@ def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> 
 
 
 class Steep(torch.autograd.Function):
-    """Rounds; its backward is no derivative of that."""
+    """Rounds, with a custom backward that differs from the derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Steep(torch.autograd.Function):
 
 
 class Rounds(TwoLayers):
-    """Rounds what is between the layers."""
+    """Rounds the activations between its layers."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
         return Steep.apply(x)
@@ -134,7 +134,7 @@ def test_state_in_python(make: type[Counts]) -> None:
 
 
 class Caches(TwoLayers):
-    """Only the first call sets its attribute."""
+    """Only the first call sets an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Caches(TwoLayers):
 
 
 @pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
-def test_what_only_a_first_call_sets_is_no_state(frontend: str) -> None:
+def test_an_attribute_that_only_the_first_call_sets_is_not_state(frontend: str) -> None:
     model = build(Caches)
     cascade = lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
     assert model.scale is None
@@ -156,7 +156,7 @@ def test_what_only_a_first_call_sets_is_no_state(frontend: str) -> None:
 
 
 class Grows(TwoLayers):
-    """A buffer that is another one, of another shape, after each call."""
+    """Replaces a buffer by a larger one in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def test_the_type_of_an_output() -> None:
 
 
 class Modes(TwoLayers):
-    """Does half of it in another mode."""
+    """Computes one half in another mode of torch."""
 
     def __init__(self, mode: Callable[[], Any]) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ def test_modes_that_forward_switches(name: str) -> None:
 
 
 class Draws(TwoLayers):
-    """Draws in Python."""
+    """Draws random numbers in Python."""
 
     def __init__(self, draw: Callable[[], float]) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def test_draws_in_python(draw: Callable[[], float]) -> None:
 def test_weights_that_old_hooks_compute_are_one_graph(
     norm: Callable[[nn.Module], nn.Module], own: str, fresh: bool, tmp_path: Path
 ) -> None:
-    """Whether the model has run or not: a hook's attribute may alias its parameter before the first call."""
+    """The result is the same before and after a first call. Before it, the attribute may alias its parameter."""
 
     def make() -> nn.Module:
         model = nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)).eval()
@@ -325,7 +325,7 @@ def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
 
 
 class Reverses(TwoLayers):
-    """A tensor hook turns gradients around; in train mode only, if asked for."""
+    """Negates gradients by a tensor hook, optionally in train mode only."""
 
     def __init__(self, always: bool = True, breaks: bool = False) -> None:
         super().__init__()
@@ -364,14 +364,14 @@ def test_a_tensor_hook_of_a_later_mode_is_kept(breaks: bool) -> None:
 
 
 class Asks(TwoLayers):
-    """Does something else where no gradient is asked for."""
+    """Computes something else if no gradient is required."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.requires_grad else x
 
 
 @pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
-def test_requires_grad_is_that_of_training(frontend: str) -> None:
+def test_forward_reads_requires_grad_as_in_training(frontend: str) -> None:
     cascade = lx.adapt(build(Asks), (X[0],), spec=SPEC, frontend=frontend)
     assert_goes_as_eager(Asks, cascade)
     twin = build(Asks)
@@ -382,7 +382,7 @@ def test_requires_grad_is_that_of_training(frontend: str) -> None:
     assert variant_count(cascade) == (2 if frontend == "export" else 1)
 
 
-def test_a_model_that_does_not_ask_has_one_graph_for_both() -> None:
+def test_a_model_that_ignores_requires_grad_has_one_graph() -> None:
     cascade = lx.adapt(build(TwoLayers), (X[0],), spec=SPEC)
     with torch.no_grad():
         cascade(X[0])
@@ -390,7 +390,7 @@ def test_a_model_that_does_not_ask_has_one_graph_for_both() -> None:
 
 
 class Forces(TwoLayers):
-    """The gradient of an energy, inside forward."""
+    """Computes the gradient of an energy in forward."""
 
     def __init__(self, switches: bool = False) -> None:
         super().__init__()
@@ -421,14 +421,14 @@ def test_differentiates_in_forward(switches: bool, training: bool) -> None:
 
 
 class AsksInput(TwoLayers):
-    """Does something else for inputs that require gradients, as in a step of an attack on the inputs."""
+    """Computes something else for inputs that require gradients, as in an adversarial attack."""
 
     def forward(self, x: torch.Tensor) -> Any:
         return super().forward(x * 2 if x.requires_grad else x)
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_inputs_that_require_gradients_have_a_graph_of_their_own_where_the_model_asks(first: bool) -> None:
+def test_inputs_that_require_gradients_get_a_separate_graph_if_the_model_reads_the_flag(first: bool) -> None:
     plain, tracked = X[0], X[0].clone().requires_grad_()
     cascade = lx.adapt(build(AsksInput), (tracked if first else plain,), spec=SPEC, frontend="export")
     randomize(cascade)
@@ -445,7 +445,7 @@ def test_inputs_that_require_gradients_have_a_graph_of_their_own_where_the_model
 
 
 class StepsInside(TwoLayers):
-    """Takes a step of gradient descent inside forward, as in meta learning."""
+    """Takes a step of gradient descent in forward, as in meta-learning."""
 
     def between(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.head.weight
@@ -476,8 +476,8 @@ def test_the_first_module_that_differs(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-7, 1.1], ids=["bits", "rounding", "values"])
-def test_of_a_large_output_the_bits_are_compared_first(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No values are kept; only where bits differ both are run again for them."""
+def test_digests_of_large_outputs_are_compared_first(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are not stored. If the digests differ, both runs are repeated to compare values."""
     monkeypatch.setattr(observe, "LARGE", 4 * 5 * 4)
     torch.manual_seed(3)
     model, runs, observed = nn.Linear(5, 5), list[str](), observe.observe

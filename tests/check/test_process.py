@@ -1,4 +1,4 @@
-"""State of the whole process: what captures change of it is restored, with several threads and in forked processes."""
+"""Captures restore the state of the process that they change, with several threads and in forked processes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.kit.errors import raises
 
 
 def process_state() -> tuple[Any, ...]:
-    """What a capture, or a call of a model with graph breaks, changes in the whole process."""
+    """Return the state of the process that a capture, or a call of a model with graph breaks, changes."""
     loggers = [logging.getLogger(name).level for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
     fast, stance = torch.backends.mha.get_fastpath_enabled(), torch._dynamo.eval_frame._stance.stance
     return sys.stdout, sys.stderr, logging.root.manager.disable, list(warnings.filters), fast, stance, loggers
 
 
 class Meets(nn.Module):
-    """A model with a graph break. While it is armed, its next forward says that it runs, and waits for another one."""
+    """A model with a graph break. If armed, its next forward signals that it runs, and waits for another thread."""
 
     def __init__(self, inside: threading.Event, other: threading.Event) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ def with_breaks(model: nn.Module) -> lx.Cascade:
 
 
 @pytest.mark.parametrize("what", ["adapt", "call"])
-def test_two_threads_leave_the_state_of_the_process_as_it_was(what: str) -> None:
-    """The first to enter is the first to leave, while the other is still inside."""
+def test_two_threads_restore_the_state_of_the_process(what: str) -> None:
+    """The thread that enters first also leaves first, while the other one is still inside."""
     entered, both, ended = (threading.Event() for _ in range(3))
     models = [Meets(entered, both), Meets(both, ended)]
     runs: list[Callable[[], object]] = [lambda: with_breaks(models[0]), lambda: with_breaks(models[1])]
@@ -101,18 +101,18 @@ def test_two_threads_leave_the_state_of_the_process_as_it_was(what: str) -> None
 
 
 def test_other_threads_print_during_a_capture(capsys: pytest.CaptureFixture[str]) -> None:
-    """What the tracers print, in the thread of the capture, is dropped."""
+    """Only the output of the thread that captures is dropped."""
     with quiet():
         stream = sys.stdout
         print("a tracer")
         sys.stdout.writelines(["a tracer"])
         assert not together(lambda: print("a thread"))
-    print("after", file=stream)  # as a handler of logs does that was made inside
+    print("after", file=stream)  # like a log handler that was created inside
     assert capsys.readouterr().out == "a thread\nafter\n"
 
 
-def test_branches_count_whatever_stance_torch_compile_has() -> None:
-    """A capture in another thread forces eager code for the whole process, in which this model has no branches."""
+def test_branches_are_used_under_every_stance_of_torch_compile() -> None:
+    """A capture in another thread forces eager code in the process. This model would then run without branches."""
     model, x = Broken(), torch.randn(2, 3)
     cascade = with_breaks(model)
     for branch in cascade.branches.values():
@@ -139,10 +139,10 @@ def test_branches_count_whatever_stance_torch_compile_has() -> None:
     assert torch.equal(outputs[0], expected)
 
 
-def test_a_thread_takes_the_lock_of_the_process_before_that_of_a_cascade(
+def test_a_thread_acquires_the_process_lock_before_the_lock_of_a_cascade(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """In the other order two threads could wait for each other for ever."""
+    """In the opposite order, two threads could deadlock."""
     held: list[Lock] = []
     wrong: list[str] = []
     enter, leave = Lock.__enter__, Lock.__exit__
@@ -181,12 +181,12 @@ def test_a_thread_takes_the_lock_of_the_process_before_that_of_a_cascade(
     assert not wrong, wrong[0]
 
 
-# Python 3.12 warns of what these tests are about.
+# Python 3.12 warns about forks with several threads, which these tests are about.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def in_a_fork(call: Callable[[], object]) -> int:
-    """Run a call in a forked process, and return how that ended: 0, or the alarm if it hangs."""
+    """Run a call in a forked process, and return the exit status: 0, or the signal of the alarm if it hangs."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -203,7 +203,7 @@ def in_a_fork(call: Callable[[], object]) -> int:
 @forks
 @pytest.mark.parametrize("forking", ["main", "other"])
 def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
-    """The locks that this thread holds, and the state that it has changed, are free in the new process."""
+    """Locks of the other thread are released in the new process, and its changes of state are undone."""
     cascade, x = made(0)[0], torch.randn(3, 2, 9)
     before, inside, go_on, ended = process_state(), threading.Event(), threading.Event(), list[int]()
 
@@ -232,7 +232,7 @@ def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
 
 
 class Jacobian(nn.Module):
-    """torch.export(strict=True) raises for it, and leaves levels of torch.func behind."""
+    """torch.export(strict=True) raises on it, and does not clean up levels of torch.func."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,11 +251,13 @@ def test_a_front_end_leaves_no_levels_of_torch_func() -> None:
     assert torch._C._functorch.peek_interpreter_stack() is None
     cascade = lx.adapt(model, (x,))  # the front ends after `dynamo` are not disturbed by it
     assert torch._C._functorch.peek_interpreter_stack() is None
-    assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None  # checkpoints need them
+    assert (
+        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
+    )  # gradient checkpointing needs these hooks
     torch.testing.assert_close(cascade(x), expected)
 
 
-def test_what_a_tracer_leaves_on_the_stacks_of_torch_is_dropped() -> None:
+def test_modes_that_a_tracer_leaves_on_the_stacks_are_removed() -> None:
     def stacks() -> tuple[Any, ...]:
         modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         torch.autocast_increment_nesting()

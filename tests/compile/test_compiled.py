@@ -1,4 +1,4 @@
-"""torch.compile of a whole cascade: one graph without a break, which trains as the eager one in every stage."""
+"""torch.compile of a cascade gives one graph without a break, which trains like the eager cascade in every stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Mixed(nn.Module):
-    """A lookup, linears that read one input, a convolution with groups and one without, a stack of experts."""
+    """An embedding, linears that share an input, a grouped and a plain convolution, and stacked experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Mixed(nn.Module):
 
 
 def trajectory(placement: str, compiled: dict[str, Any] | None) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of all steps, and the slow weights at the end."""
+    """Return the losses of all steps, and the slow weights at the end."""
     spec = lx.CascadeSpec(
         rank=2, lora_alpha=4.0, pace=0.5, noise=lx.Noise(0.1), placement=placement, train=("plain.bias",)
     )
@@ -61,7 +61,7 @@ def trajectory(placement: str, compiled: dict[str, Any] | None) -> tuple[list[fl
 
 
 def checked(graph: fx.GraphModule, _: Any) -> Any:
-    """What a compiler gets, it does right: inductor drops the alpha of an addition that it fuses a product into."""
+    """A backend that rejects `alpha` in adds, because inductor drops it if it fuses a product into the add."""
     assert not any("alpha" in node.kwargs for node in graph.graph.nodes if node.target is torch.ops.aten.add.Tensor)
     return make_boxed_func(graph.forward)
 
@@ -103,7 +103,7 @@ class Tempered(nn.Module):
 
 
 def test_a_compiled_cascade_sees_changed_state() -> None:
-    """dynamo guards what a graph holds of the model's Python state, and the call says that there is no graph for it."""
+    """Dynamo guards the Python state of the model. After a change, the call raises because there is no graph for it."""
     model, x = Tempered(), torch.randn(4, 5)
     cascade = lx.adapt(model, (x,))
     compiled = torch.compile(cascade, backend="eager", fullgraph=True)
@@ -141,12 +141,12 @@ def exported(model: nn.Module, x: torch.Tensor) -> nn.Module:
 
 
 def strictly(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """Traced as the compiler does."""
+    """Trace with dynamo, as torch.compile does."""
     return torch.export.export(model, (x,), strict=True).module()
 
 
 class Fused(nn.Module):
-    """A convolution, a product, a transposed product, and one weight that is read in three slices."""
+    """A convolution, a product, a transposed product, and a fused weight that is read in three slices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], opti
 
 
 def test_a_symbolic_trace_refuses_other_sizes() -> None:
-    """A traced graph holds the sizes of the captured one, which nothing can capture again."""
+    """A traced graph has the constant sizes of the captured graph, and cannot capture another one."""
     model, x = Tempered(), torch.randn(4, 5)
     traced = fx.symbolic_trace(lx.adapt(model, (x,)))
     with pytest.raises(AssertionError, match="size 4 of axis 0"):
