@@ -381,13 +381,13 @@ class GraphEdit:
     """The changes that turn the graph of an old trace into the graph of a new one.
 
     Args:
-        flags: for each ATen op in FLAGS, the old and the new flag of each of its nodes, in the order of the nodes.
+        flags: for each ATen op in FLAGS: the position of its flag, and the old and the new value for each of its nodes.
         outputs: for each leaf of the new output, its index in the old output, or a 1-tuple with a constant.
         stopped: names of counter buffers, such as `num_batches_tracked`, that only the old graph increments.
         started: names of counter buffers that only the new graph increments.
     """
 
-    flags: Mapping[Any, list[tuple[Any, Any]]]
+    flags: Mapping[Any, tuple[int, list[tuple[Any, Any]]]]
     outputs: tuple[int | tuple[Any], ...]
     stopped: frozenset[str]
     started: frozenset[str]
@@ -408,7 +408,7 @@ class GraphEdit:
             return tuple(map(renumbered, value))
 
         # Match each new op with the next equal old op. Old ops in between are skipped.
-        flags: dict[Any, list[tuple[Any, Any]]] = {}
+        flags: dict[Any, tuple[int, list[tuple[Any, Any]]]] = {}
         skipped: list[Op] = []
         started = _incremented(new.ops) - _incremented(old.ops)
         remaining = enumerate(old.ops)
@@ -419,8 +419,8 @@ class GraphEdit:
             for position, candidate in remaining:
                 if (candidate.function, candidate.args, candidate.results) == (op.function, args, op.results):
                     numbers[number] = position
-                    if op.function in FLAGS:
-                        flags.setdefault(FLAGS[op.function].op, []).append((candidate.flag, op.flag))
+                    if (flag := FLAGS.get(op.function)) is not None:
+                        flags.setdefault(flag.op, (flag.position, []))[1].append((candidate.flag, op.flag))
                     break
                 skipped.append(candidate)
             else:
@@ -543,8 +543,7 @@ class CachedGraph:
         """
         order = [self.trace.inputs.index(path) if path in self.trace.inputs else None for path in new.inputs]
         stopped, started = ({f"{OWNER}.{name}" for name in counters} for counters in (edit.stopped, edit.started))
-        flags = {op: (_POSITIONS[op], values) for op, values in edit.flags.items()}
-        graph = adjust(copy_graph(self.graph), order, edit.outputs, flags, (stopped, started), names, new.specs)
+        graph = adjust(copy_graph(self.graph), order, edit.outputs, edit.flags, (stopped, started), names, new.specs)
         if graph is None:
             return None
         # Copy only the constants that the edited graph still reads.
@@ -552,9 +551,6 @@ class CachedGraph:
         used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         holder._buffers.update({name: value.clone() for name, value in self.constants.items() if name in used})
         return with_owner(holder, graph, model)
-
-
-_POSITIONS = {flag.op: flag.position for flag in FLAGS.values()}
 
 
 def derive(

@@ -87,7 +87,9 @@ def _export(
     # Tensor subclasses of quantized weights implement F.linear, but not always the ATen op that export recorded.
     quantized = {f"{OWNER}.{name}" for name in _plain_weights(model)}
     aten = torch.ops.aten.linear.default
-    if quantized and call_instead(module.graph, aten, F.linear, lambda node: _weight(node) in quantized):
+    if quantized and call_instead(
+        module.graph, aten, F.linear, lambda node: getattr(node.args[1], "target", None) in quantized
+    ):
         module.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
     cached = store(trace, names, model, module, conditions) if trace is not None and not quantized else None
@@ -143,11 +145,6 @@ def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         name: nn.Parameter(torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape), False)
         for name, value in quantized_in(dict(model.named_parameters())).items()
     }
-
-
-def _weight(node: fx.Node) -> str:
-    """Return the target of the node that a linear op reads its weight from, or ""."""
-    return str(node.args[1].target) if isinstance(node.args[1], fx.Node) else ""
 
 
 class _Wrapper(nn.Module):
