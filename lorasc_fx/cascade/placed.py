@@ -84,7 +84,8 @@ class Before:
         self.trained = {name: local(self.parameters[name]).detach().clone() for name in run.slow.trained}
         dense = writable(self.parameters)
         self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
-        self.owned = run.owned(self.parameters)
+        # FSDP itself replaces sharded parameters and their memory, so only the values of those are restored.
+        self.owned = {} if run.is_sharded else self.parameters
         self.places = holders_of(run.model, self.owned)
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)

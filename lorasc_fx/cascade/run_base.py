@@ -128,10 +128,6 @@ class RunBase:
                 parameters[name] = parameter
         return parameters
 
-    def owned(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Return the parameters that the package may replace and give other memory. None if FSDP manages them."""
-        return {} if self.is_sharded else self.present(names)
-
     def weights_by_name(self) -> dict[str, nn.Parameter]:
         """Return the parameters with experts or noise, by name. Parameters trained in full are left out."""
         return self.present(name for name, state in self.slow.states.items() if not state.full)
