@@ -318,7 +318,9 @@ def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec) -> Ma
     return replace(matching, uses=_marks(graph_module, uses, matching.plan))
 
 
-def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec) -> Matching:
+def _classify(
+    uses_by_weight: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec
+) -> Matching:
     """Make each weight matrix a site, a refusal or unreached, from its uses. No node is marked."""
     plan = record.plan if record.plan is not None else Plan(spec)
     planned = plan.by_weight
@@ -327,11 +329,11 @@ def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, 
     refusals: list[Refusal] = []
     unreached: list[str] = []
     for weight, names in weights.matrices.items():
-        seen = uses.get(weight, WeightUses())
-        refusal = earlier.get(weight) or _refuse(spec, weights, weight, seen)
+        uses = uses_by_weight.get(weight, WeightUses())
+        refusal = earlier.get(weight) or _refuse(spec, weights, weight, uses)
         if weight in planned:
             # The branch of an earlier graph can at least be added to the weight, unless these uses bypass it.
-            bypassed = seen.written or seen.opaque or (seen.called and not seen.all_beside)
+            bypassed = uses.written or uses.opaque or (uses.called and not uses.all_beside)
             if refusal is not None and bypassed:
                 raise PassError(
                     f"{weight} has a branch, but this graph uses it in a way that the branch cannot follow: "
@@ -340,18 +342,18 @@ def _classify(uses: Mapping[str, WeightUses], weights: Weights, record: Record, 
                 )
         elif refusal is not None:
             refusals.append(refusal)
-        elif not seen.reached:
+        elif not uses.reached:
             unreached.append(weight)
         else:
-            layout = seen.beside[0].layout if seen.all_beside else "out_in"
+            layout = uses.beside[0].layout if uses.all_beside else "out_in"
             shape = tuple(weights.parameters[weight].shape)
-            site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.slices(shape))
-            site = replace(site, form=seen.registered_form)
-            sites.append(_placed(site, seen, weights.parameters[weight], spec))
+            site = describe(spec, weight, kind_at(shape, uses), shape, names[1:], layout, uses.slices(shape))
+            site = replace(site, form=uses.registered_form)
+            sites.append(_with_placement(site, uses, weights.parameters[weight], spec))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 
 
-def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
+def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
     """Return the site with its placement, and with dropout if its placement supports dropout.
 
     The placement `beside` is the default of a site. It is also recorded for a weight that has uses without a form: its
@@ -365,60 +367,60 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
     if site.kind not in method.kinds or (is_quantized(weight) and not method.beside_quantized):
         raise SpecError(
             f"adapter is {adapter!r}, but this method does not support {site.weight}, which is "
-            f"{_seen_as(site, seen, weight)}. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
+            f"{_use_phrase(site, uses, weight)}. Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
             code="method-not-supported",
         )
     if fault := method.fault(site):
         raise SpecError(f"adapter is {adapter!r}, and {site.weight} {fault}", code="method-not-supported")
     # A method without the placement `beside`, such as DoRA, replaces the op if possible.
     if "beside" not in method.placements:
-        if _replaceable(site, seen) and (spec.placement != "weight" or seen.called):
+        if _replaceable(site, uses) and (spec.placement != "weight" or uses.called):
             return replace(site, placement="merged")
-        if "weight" in method.placements and not seen.called:
+        if "weight" in method.placements and not uses.called:
             return replace(site, placement="weight")
         raise SpecError(
-            f"adapter is {adapter!r}, but {site.weight} is {_seen_as(site, seen, weight)}. This method replaces "
+            f"adapter is {adapter!r}, but {site.weight} is {_use_phrase(site, uses, weight)}. This method replaces "
             "the op, and supports only linears and convolutions that read the stored weight directly. "
             f"Exclude it (exclude=({site.weight!r},)), or give adapter='lora'",
             code="method-not-supported",
         )
-    if not _beside(site, seen):
+    if not _beside(site, uses):
         return site  # the branch is added to the weight
-    if spec.placement == "weight" and not seen.called and not is_quantized(weight):
+    if spec.placement == "weight" and not uses.called and not is_quantized(weight):
         return replace(site, placement="weight")
     if site.kind not in ("linear", "conv"):
         return site
     if spec.dropout and "dropout" in method.options:
         return replace(site, dropout=float(spec.dropout))
-    if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in seen.beside):
+    if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in uses.beside):
         return site
     # With placement "auto", a branch with frozen A is not merged: `beside`, it saves only A x for the backward.
     if spec.placement != "merged" and not spec.train_A:
         return site
-    merged = spec.placement == "merged" or by_shape(site, [use.node for use in seen.beside]) == "merged"
+    merged = spec.placement == "merged" or by_shape(site, [use.node for use in uses.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 
 
-def _replaceable(site: Site, seen: WeightUses) -> bool:
+def _replaceable(site: Site, uses: WeightUses) -> bool:
     """Whether a merged branch can replace the op at every use."""
-    return site.kind in ("linear", "conv") and _beside(site, seen) and all(use.mergeable for use in seen.beside)
+    return site.kind in ("linear", "conv") and _beside(site, uses) and all(use.mergeable for use in uses.beside)
 
 
-def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
+def _use_phrase(site: Site, uses: WeightUses, weight: torch.Tensor) -> str:
     """Return a phrase for an error: the kind of the site and the node that uses it."""
     if is_quantized(weight):
         return "quantized"
-    nodes = seen.without_branch
+    nodes = uses.without_branch
     return f"of kind {site.kind!r}" + (f", used at node {_shown(nodes[0])}" if nodes else "")
 
 
-def _beside(site: Site, seen: WeightUses) -> bool:
+def _beside(site: Site, uses: WeightUses) -> bool:
     """Whether a branch can be added to the output of every use. A stack of experts needs forms of kind `experts`."""
-    kinds = {use.kind for use in seen.beside}
-    return seen.all_beside and (site.kind != "experts" or kinds == {"experts"})
+    kinds = {use.kind for use in uses.beside}
+    return uses.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
 
-def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: Plan) -> dict[fx.Node, Use]:
+def _marks(graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses], plan: Plan) -> dict[fx.Node, Use]:
     """Return the mark of each node that gets a branch, in the order of the graph.
 
     Raises:
@@ -426,9 +428,9 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
     """
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
-        seen = uses.get(weight, WeightUses())
-        method, replaceable = site.options.method, _replaceable(site, seen)
-        if "weight" not in method.placements and seen.reached and not replaceable:
+        uses = uses_by_weight.get(weight, WeightUses())
+        method, replaceable = site.options.method, _replaceable(site, uses)
+        if "weight" not in method.placements and uses.reached and not replaceable:
             raise PassError(
                 f"the branch of {weight} replaces its op (adapter={site.options.adapter!r}), but this graph uses the "
                 f"weight in an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model "
@@ -437,17 +439,17 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
             )
         # Mark the ops if the branch can compute at every one, otherwise the weight itself.
         at_op = replaceable or "beside" in method.placements
-        at_op = at_op and _beside(site, seen) and seen.beside[0].layout == site.layout
-        if at_op and (site.placement != "weight" or seen.called):
+        at_op = at_op and _beside(site, uses) and uses.beside[0].layout == site.layout
+        if at_op and (site.placement != "weight" or uses.called):
             merged = site.placement == "merged"
-            marks |= {use.node: Use(weight, use.form, merged and use.mergeable) for use in seen.beside}
-        elif seen.reached and not seen.called:
-            for source in seen.sources:
+            marks |= {use.node: Use(weight, use.form, merged and use.mergeable) for use in uses.beside}
+        elif uses.reached and not uses.called:
+            for source in uses.sources:
                 experts = indexed_experts(source) if site.kind == "experts" else []
                 marks |= dict.fromkeys(experts, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
-        elif seen.reached:
+        elif uses.reached:
             raise PassError(
-                f"{weight}: node {seen.called[0].name} reads it in another layout than its branch, {site.layout}. "
+                f"{weight}: node {uses.called[0].name} reads it in another layout than its branch, {site.layout}. "
                 f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
                 code="method-not-supported",
             )
@@ -458,7 +460,7 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
 _UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"
 
 
-def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) -> Refusal | None:
+def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) -> Refusal | None:
     """Return why a weight is not adapted, or None if it can be adapted or is not used."""
     names, parameter = weights.names[weight], weights.parameters[weight]
 
@@ -470,8 +472,8 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
         return refusal(Reason.EXCLUDED, "excluded by the spec")
     if any(matches(pattern, names) for pattern in spec.train):
         return refusal(Reason.TRAINED, "the spec trains it in full")
-    if seen.kinds:
-        wanted = targeted(spec.targets, kind_at(tuple(parameter.shape), seen), names)
+    if uses.kinds:
+        wanted = targeted(spec.targets, kind_at(tuple(parameter.shape), uses), names)
     else:  # the kind is unknown, so a target that names a kind may select it
         wanted = any(pattern in KINDS or matches(pattern, names) for pattern in spec.targets)
     if not wanted:
@@ -479,43 +481,43 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
     # Properties of the weight.
     if not parameter.numel():
         return refusal(Reason.EMPTY, f"its shape is {tuple(parameter.shape)}, so it has no entries")
-    if seen.script:  # torch.export sees inside such a module or not, depending on how often it has run
+    if uses.script:  # torch.export sees inside such a module or not, depending on how often it has run
         return refusal(
             Reason.OPAQUE,
-            f"it belongs to the TorchScript module {seen.script}; use the nn.Module that was scripted",
+            f"it belongs to the TorchScript module {uses.script}; use the nn.Module that was scripted",
         )
     if not parameter.is_floating_point():
         why = "but branches are real" if parameter.is_complex() else "which has no gradient"
         return refusal(Reason.NOT_FLOATING, f"its dtype is {parameter.dtype}, {why}")
     # Reasons in its uses.
-    if seen.written:
-        node = seen.written[0]
+    if uses.written:
+        node = uses.written[0]
         return refusal(Reason.MUTATED, f"node {_shown(node)} writes into it while the model runs", node)
-    if seen.opaque:
-        node = seen.opaque[0]
+    if uses.opaque:
+        node = uses.opaque[0]
         return refusal(
             Reason.OPAQUE,
             f"module {node.target} is called as one node, which hides its ops; use another front end to capture it",
             node,
         )
-    if not seen.reached:
-        return refusal(Reason.NO_FORM, f"Python code between the graphs {_UNUSED}") if seen.touched else None
-    if not seen.kinds:
-        node = seen.others[0]
+    if not uses.reached:
+        return refusal(Reason.NO_FORM, f"Python code between the graphs {_UNUSED}") if uses.touched else None
+    if not uses.kinds:
+        node = uses.others[0]
         return refusal(Reason.NO_FORM, f"node {_shown(node)} {_UNUSED}", node)
-    if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
-        nodes = seen.without_branch
+    if is_quantized(parameter) and not (uses.all_beside and set(uses.kinds) == {"linear"}):
+        nodes = uses.without_branch
         where = f"node {_shown(nodes[0])}" if nodes else "Python code between the graphs"
         sentence = f"{where} reads the quantized weight in an op other than a linear, where no branch is supported"
         return refusal(Reason.QUANTIZED, sentence, nodes[0] if nodes else None)
-    if not seen.all_beside and seen.called:
-        node = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
-        sentence = f"module {seen.called[0].target} is called as one node, but node {_shown(node)} uses its weight too"
+    if not uses.all_beside and uses.called:
+        node = (uses.others or [node for node, _ in uses.contracted] or [uses.beside[-1].node])[0]
+        sentence = f"module {uses.called[0].target} is called as one node, but node {_shown(node)} uses its weight too"
         return refusal(Reason.MIXED_USES, sentence, node)
     # A weight with one axis longer than 1 is mostly a scale or bias. Exception: a layer with one output or input that
     # only Python code between the graphs calls.
     single = parameter.numel() == max(parameter.shape, default=0)
-    if single and not seen.all_beside and not (seen.layer and not seen.contracted and not seen.others):
+    if single and not uses.all_beside and not (uses.layer and not uses.contracted and not uses.others):
         return refusal(Reason.VECTOR, f"its shape is {tuple(parameter.shape)}: only one axis is longer than 1")
     return None
 
