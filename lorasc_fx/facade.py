@@ -64,7 +64,7 @@ _REFUSED = {
     "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in your own training loop (with accelerate: "
     "prepare the data, not the cascade), or wrap the cascade in DistributedDataParallel",
 }
-"""Error messages for callers that are refused. The keys are those of `_CALLERS`."""
+"""Error messages for refused callers, with the keys of `_CALLERS`."""
 
 
 def _with_fast_weights(name: str) -> Any:

@@ -3,8 +3,8 @@
 Engine, passes and checkpoints call methods of these objects and never compare option values. To add a value, add a
 class and a row in the table of the option (CONTRIBUTING.md, "Add an option"). docs/method.md lists the formulas.
 
-Notation (docs/algorithm.md, "One site"): W0 is the pretrained weight, t = 1, 2, ... the stage, S_t the slow delta, F_t
-the fast delta, s the scale of a branch, B [out, r] and A [r, in] its factors, r its rank.
+Notation (docs/algorithm.md, "One site"): W0 is the pretrained weight, t = 1, 2, ... the stage, S_t the slow delta, and
+F_t the fast delta. A branch has the scale s, the rank r, and the factors B [out, r] and A [r, in].
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class PissaStart(Start):
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `U_r sqrt(v_r / s)` and `sqrt(v_r / s) V_r^T`, with `W = U diag(v) V^T`."""
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return split_evenly(left[..., :rank], values[..., :rank], right[..., :rank, :], scale)
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return split_evenly(u[..., :rank], values[..., :rank], vh[..., :rank, :], scale)
 
 
 class MiloraStart(Start):
@@ -68,8 +68,8 @@ class MiloraStart(Start):
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors like `PissaStart`, from the last r columns of U, values v and rows of V^T."""
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return split_evenly(left[..., -rank:], values[..., -rank:], right[..., -rank:, :], scale)
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return split_evenly(u[..., -rank:], values[..., -rank:], vh[..., -rank:, :], scale)
 
 
 class OloraStart(Start):
@@ -77,15 +77,15 @@ class OloraStart(Start):
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `Q[:, :r]` and `R[:r]`. The scale is not divided out, as in peft."""
-        left, right = torch.linalg.qr(matrix)
-        return left[..., :rank], right[..., :rank, :]
+        q, r = torch.linalg.qr(matrix)
+        return q[..., :rank], r[..., :rank, :]
 
 
 class LoftqStart(Start):
     """LoftQ (2310.08659) with one iteration: the r largest singular triplets of the quantization error.
 
-    W0 is the quantized weight Q, which is never changed. The slow delta is initialized to the nearest matrix of rank r
-    to `W - Q`, where W is the weight before quantization, and the first branch starts from this delta. Later stages
+    W0 is the quantized weight Q, which is never changed. W is the weight before quantization. The slow delta is
+    initialized to the nearest matrix of rank r to `W - Q`, and the first branch starts from this delta. Later stages
     start from the r largest triplets of the current slow delta. A weight without a delta starts as in LoRA.
     """
 
@@ -93,18 +93,18 @@ class LoftqStart(Start):
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors like `PissaStart`, with fewer than r pairs if the delta has a smaller rank."""
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
         # Smaller singular values are rounding errors. Stacked matrices share one count, so take the smallest.
         count = min(rank, int((values > 1e-5 * values[..., :1]).sum(-1).min()))
-        return split_evenly(left[..., :count], values[..., :count], right[..., :count, :], scale)
+        return split_evenly(u[..., :count], values[..., :count], vh[..., :count, :], scale)
 
 
 def split_evenly(
-    left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, scale: float
+    u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return b and a with `scale * b @ a = left diag(values) right`. Each gets the square root of values / scale."""
+    """Return b and a with `scale * b @ a = u diag(values) vh`. Each gets the square root of values / scale."""
     root = (values / scale).sqrt()
-    return left * root.unsqueeze(-2), root.unsqueeze(-1) * right
+    return u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
 
 
 STARTS: Mapping[str, Start] = {

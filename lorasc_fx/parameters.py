@@ -1,4 +1,4 @@
-"""Finds every reference that a model holds to its parameters and buffers, and replaces tensors in all of them.
+"""Finds every reference that a model holds to its parameters and buffers, and replaces the tensors.
 
 A module refers to a tensor in its dictionaries `_parameters` and `_buffers`, perhaps under several names. It may also
 refer to it in a list, as recurrent layers do with `_flat_weights`, the weights that they pass to the op.
@@ -126,15 +126,15 @@ def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Hold
 
     Args:
         model: the model.
-        more: names of further buffers. Those that do not exist yet get a reference to the place for them.
+        more: names of further buffers. A buffer that does not exist yet gets a reference too.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
     references: dict[str, Holder] = {}
     for path, module in modules.items():
         for leaf, value in module._buffers.items():
-            place = device if value is None else value.device
-            references[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, place)
+            value_device = device if value is None else value.device
+            references[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, value_device)
     for name in more:
         path, _, leaf = name.rpartition(".")
         if name not in references and path in modules and not hasattr(modules[path], leaf):

@@ -313,8 +313,8 @@ _MODULES: WeakValueDictionary[str, QuantizedLinear] = WeakValueDictionary()
 class QuantizedLinear(nn.Linear):
     """Wraps a layer of a library in the user's model, and calls it.
 
-    If its weight parameter is replaced by a dense weight, it computes as an nn.Linear. Training mode, device and state
-    dict are those of the wrapped layer. Missing attributes are read from the layer.
+    If its weight parameter is replaced by a dense weight, it computes as an nn.Linear. It has the training mode,
+    device and state dict of the wrapped layer. Missing attributes are read from the layer.
 
     Args:
         layer: a layer of a library in `LIBRARIES`.

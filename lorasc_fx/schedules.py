@@ -291,6 +291,6 @@ class _Batches:
         epoch, position = divmod(self.start, self.size // self.batch_size)
         while True:
             order = torch.randperm(self.size, generator=generator(self.seed, epoch, "order", "")).tolist()
-            for first in range(position * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
-                yield order[first + self.rank : first + self.batch_size : self.count]
+            for begin in range(position * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
+                yield order[begin + self.rank : begin + self.batch_size : self.count]
             epoch, position = epoch + 1, 0

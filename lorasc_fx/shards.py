@@ -380,7 +380,7 @@ class ShardSpec:
 
 
 UNSHARDED = ShardSpec()
-"""For a weight that is not sharded: this rank holds the full weight."""
+"""The `ShardSpec` of an unsharded weight: this rank holds the full weight."""
 
 
 def chunk_of(total: int, size: int, rank: int) -> tuple[int, int]:

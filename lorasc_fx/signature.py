@@ -1,8 +1,13 @@
 """Input signatures: the canonical form of the arguments of a call, and a hashable key for it.
 
-Each input signature has its own adapted graph, a variant (docs/design.md). The signature consists of the pytree of the
-arguments, which of them are None, all values that are not tensors, and the dtype, device and number of axes of each
-tensor, and the autocast state. Variants also depend on the Python state of the model, see check/guards.py.
+Each input signature has its own adapted graph, a variant (docs/design.md). The signature consists of:
+
+- the pytree of the arguments, and which of them are None,
+- the dtype, device and number of axes of each tensor,
+- all other values, such as numbers and strings,
+- the autocast state.
+
+Variants also depend on the Python state of the model, see check/guards.py.
 """
 
 from __future__ import annotations

@@ -87,11 +87,11 @@ class Noise:
         distribution: `uniform` (default) as above, the form of NoisyTune. `normal` has the same variance. `filter`
             scales each row i with n entries by its norm: `strength * |W_i| / sqrt(n) * N(0, 1)` (Flat-LoRA,
             2409.14396). Flat-LoRA takes the norms of the weight with its branch, and increases the strength from 0.
-            Here the norms are those of the weight at the start of the stage, and the strength is constant.
+            Here the weight at the start of the stage defines the norms, and the strength is constant.
         keep: if True, the noise of each stage stays in the slow weights. If False (default), the fold removes it
             exactly. Cannot be combined with redraw="step", distribution="filter", an average, or adapter="dora".
-        where: `sites` (default) for the adapted weights only, or `all` for every weight matrix that is not trained in
-            full.
+        where: `sites` (default) for the adapted weights only, or `all` for every weight matrix except those trained
+            in full.
         redraw: draw the noise once per `stage` (default), or again after each optimizer `step` (Flat-LoRA). Each draw
             costs one fold, because the weights are computed again from W0. `step` cannot be combined with keep=True or
             adapter="dora".
@@ -283,7 +283,7 @@ class CascadeSpec:
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
         slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
-        on_nonfinite: what a fold does with a branch that holds inf or nan: `raise` NonFiniteBranch (default), or `skip`
+        on_nonfinite: how a fold treats a branch with inf or nan: `raise` NonFiniteBranch (default), or `skip`
             the branch with a warning.
         seed: seed of initial values and noise. `torch.manual_seed` and the seed of a trainer do not change them, so
             give another seed to each repetition of an experiment. Default: 0.

@@ -44,7 +44,7 @@ NOISE_CONFLICTS = (
     Conflict(
         ("keep", "redraw"),
         lambda keep, redraw: keep and redraw == "step",
-        "a stage then has a new draw at each step, and none of them could be kept",
+        "a stage has several draws, so there is no single noise to keep",
         "Set keep=False or redraw='stage'",
     ),
     Conflict(
@@ -213,10 +213,10 @@ def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) ->
     method = ADAPTERS[adapter]
     for name, value in options:
         if name not in method.defaults:
-            known = ", ".join(f"{option} (default {default:g})" for option, default in method.defaults.items())
+            options_text = ", ".join(f"{option} (default {default:g})" for option, default in method.defaults.items())
             raise SpecError(
                 f"adapter_options: {name!r} is not an option of adapter={adapter!r}"
-                f"{nearest(name, method.defaults)}; its options: {known or 'none'}",
+                f"{nearest(name, method.defaults)}; its options: {options_text or 'none'}",
                 code="unknown-name",
             )
         check = method.checks.get(name)

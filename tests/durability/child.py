@@ -245,7 +245,7 @@ def a_full_disk(folder: str, saves: int) -> str:
     lx.save = forgiving
     result = train(folder)
     assert len(refused) == saves
-    assert all("File too large" in each and each.endswith("what was there stays") for each in refused)
+    assert all("File too large" in text and text.endswith("existing versions are unchanged") for text in refused)
     return result
 
 

@@ -26,6 +26,6 @@ def test_a_folder_that_may_not_be_written(server: Server) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
         said, *left = server.run("a_read_only_folder", folder=folder).result
-        assert said == f"{folder}: cannot be written: Permission denied; what was there stays"
+        assert said == f"{folder}: cannot be written: Permission denied; existing versions are unchanged"
         assert not left
         os.chmod(folder, 0o755)
