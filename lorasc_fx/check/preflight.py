@@ -73,7 +73,8 @@ class Preflight:
         draws: whether forward draws from the random generators of Python or numpy without seeding them.
         assigned: (holder, key) of the Python state that forward sets in each call, even if to an equal value.
         written: tensors in this state that forward writes into in each call.
-        grad: the gradient mode for which a graph is valid. None if the model computes the same in both modes.
+        grad: the gradient mode for which a graph is valid. None if the model computes the
+            same with and without gradients.
     """
 
     seen: Observed

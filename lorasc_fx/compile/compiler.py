@@ -145,7 +145,7 @@ class Compiler:
         except PassError as raised:  # no sites, or an existing branch cannot be placed in this graph
             hidden, fault = str(raised).splitlines()[-1].strip(), raised
         if hidden and self.frontend == "auto" and not captured.frontend.sees_inside:
-            # The symbolic graph calls modules as one node. Graph breaks trace into them.
+            # A symbolic graph calls each module as one node. The front end `graph-breaks` traces into modules.
             try:
                 fallback = capture(model, args, kwargs, GRAPH_BREAKS.name, dynamic, trained)
                 with_breaks = _of_fallback(fallback, decided, args, kwargs)

@@ -108,7 +108,7 @@ def make_fallback(
         NoSites: no weight can be adapted.
         CaptureError: with its branches, the model differs from the eager model with merged weights.
     """
-    # Decide over all subgraphs and the Python code at once, because a weight may be used in several of them.
+    # Match sites over all subgraphs and the Python code at once, because a weight may be used in several of them.
     model, plan = fallback.model, decided.plan
     record = Record(owner=OWNER, plan=plan, refusals=decided.refusals)
     matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs))

@@ -121,7 +121,7 @@ class Variants:
 
     Args:
         entries: the variants, oldest first.
-        changed: number of changes of each setting of the model, by name.
+        changed: how often each Python attribute of the model has changed between two captures, by name.
     """
 
     entries: list[_Entry] = field(default_factory=list)

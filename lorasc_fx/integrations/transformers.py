@@ -314,7 +314,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             if result is None:
                 result = output
             elif sums is not None:
-                self._trainer._metrics = sums  # TRL's trainers sum metrics here: keep only the sums of the first pass
+                # TRL's trainers add the metrics of each evaluation here. Undo this for the second pass (slow weights
+                # after fast ones), or the batches would count twice.
+                self._trainer._metrics = sums
             prefix = f"{metric_key_prefix}_"
             metrics = {f"{prefix}{view}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
             result.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
