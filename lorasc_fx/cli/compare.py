@@ -284,20 +284,17 @@ def t_interval(differences: Sequence[float]) -> Interval:
     return Interval(mean, mean - half_width, mean + half_width)
 
 
-def bootstrap_interval(correct: Tensor, reference: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap_interval(correct: Tensor, reference: Tensor) -> Interval:
     """Return the percentile bootstrap interval of a difference in accuracy. It resamples the examples.
 
     Args:
         correct, reference: whether each prediction of the two methods is correct, [seeds, examples], on the same
             examples.
-        resamples: number of bootstrap samples.
-        seed: seed of the resampling.
     """
     differences = (correct.double() - reference.double()).mean(0).numpy()
     result = module_of("cli", "scipy.stats").bootstrap(
-        (differences,), lambda sample, axis: sample.mean(axis), n_resamples=resamples, batch=100, method="percentile",
-        rng=seed,
-    )  # fmt: skip
+        (differences,), lambda sample, axis: sample.mean(axis), n_resamples=2000, batch=100, method="percentile", rng=0
+    )
     low, high = result.confidence_interval
     return Interval(float(differences.mean()), float(low), float(high))
 

@@ -24,24 +24,17 @@ from lorasc_fx.plan import Plan
 ViewName = Literal["slow", "averaged"]
 
 
-def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]:
+def open_run(run: Path) -> tuple[lx.Cascade, str]:
     """Build the model of a run again and load its last checkpoint.
-
-    Args:
-        run: the run folder.
-        output: the file or folder that will be written. It is checked before the model is built.
-        folder: whether the output is a folder.
 
     Returns:
         The cascade, and a description of its weights for a message.
 
     Raises:
         StateError: the folder has no run, or no checkpoint yet.
-        SpecError: the output cannot be written.
     """
     files = RunFolder(run)
     files.check_run()
-    check_output(output, folder=folder)
     setup = Setup.of(load_config(files.config))
     seed = setup.config.train.seed
     model, sample = setup.model(seed), setup.sample()
@@ -98,7 +91,8 @@ def run_fold(arguments: FoldArguments) -> int:
         )
     if arguments.base is None:
         output = arguments.output or folder.folded
-        cascade, weights = open_run(arguments.run, output, folder=output.suffix != ".safetensors")
+        check_output(output, folder=output.suffix != ".safetensors")
+        cascade, weights = open_run(arguments.run)
         with reporting() as reporter:
             reporter.begin(f"fold {arguments.run}")
             lx.export.safetensors(cascade, output, view=arguments.view, progress=reporter.copied)
@@ -152,8 +146,8 @@ def run_export(arguments: ExportArguments) -> int:
     """Write the format and return the exit code.
 
     Raises:
-        SpecError: the format is unknown, the file name has the wrong ending, or ranks are given for another format than
-            peft.
+        SpecError: the format is unknown, the output has the wrong ending or cannot be written, or ranks are given for
+            another format than peft.
         StateError: the folder has no run, or no checkpoint yet.
         MissingExtra: a package that the format needs is not installed.
     """
@@ -177,7 +171,7 @@ def run_export(arguments: ExportArguments) -> int:
             f"--output is {arguments.output}, but with --to {arguments.to} it must end with {ending}: give "
             f"{arguments.output.with_suffix(ending)}"
         )
-    cascade, weights = open_run(arguments.run, arguments.output, folder=folder)
+    cascade, weights = open_run(arguments.run)
     options: dict[str, Any] = {"view": arguments.view}
     with reporting() as reporter:
         reporter.begin(f"write {arguments.output}")
