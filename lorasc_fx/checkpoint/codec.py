@@ -178,6 +178,7 @@ def decode(
     Raises:
         ValueError, CheckpointError: a tensor is missing, unexpected or not finite, or has another shape or dtype.
     """
+    # Check that the manifest, the plan and the spec name the same weights, then read the running branches.
     file = TensorTable(tensors)
     bare = _bare(manifest, tensors, plan, taker)
     entries = manifest["slow"]
@@ -193,6 +194,7 @@ def decode(
         }
         for site in plan.sites
     }
+    # Read the slow state of each weight, and the initial factors of the running stage.
     values = {
         state.name: file.take(f"value/{state.name}", state.matrix, state.base.dtype) for state in bare if state.full
     }

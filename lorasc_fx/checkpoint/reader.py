@@ -156,6 +156,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
             torch.Generator().set_state(state)
         except RuntimeError as fault:
             raise ValueError(f"{RNG!r} is not a state of torch's random generator") from fault
+        # Compare the names and shapes of the branches with the plan.
         shapes = {
             f"branch/{site.weight}/{name}": shape
             for site in plan.sites
@@ -169,6 +170,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         table = TensorTable(tensors)
         for name, shape in shapes.items():
             table.take(name, shape)
+        # Compare the saved W0 of parameters trained in full with their fingerprints.
         base_values = {name: value for name, value in tensors.items() if name.startswith("base/")}
         for key, digest in fingerprints(base_values).items():
             name = key.removeprefix("base/")

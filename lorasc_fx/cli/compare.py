@@ -202,6 +202,7 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
     start = time.monotonic()
     stages = config.train.stages if method.staged else 1
     spec = replace(config.spec, seed=config.spec.seed + run.seed)
+    # Build the model, and train it.
     model: nn.Module
     if method.spec is None:
         model = train_parameters(setup.model(run.seed), method.parameters(spec), spec.exclude)
@@ -233,6 +234,7 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
         result = Result(run.method, run.seed, run.lr, 0, seconds, entries, diverged=True)
         result.write(folder.results)
         return result
+    # Evaluate the folded model on the validation examples and on all test sets.
     seconds = time.monotonic() - start
     sets = {"validation": setup.splits.validation, **setup.splits.test_sets}
     set_mode(trained, False)

@@ -95,6 +95,7 @@ def run_train(arguments: TrainArguments) -> int:
                     save()
         except (Diverged, NonFiniteBranch) as fault:
             raise Diverged(f"{fault}; --overwrite deletes this run and starts a new one") from fault
+        # The training has ended or was stopped. A complete run is folded and evaluated.
         if done < total:
             save()
             reporter.say(f"Stopped after step {done}; continue with: lorasc-fx train {folder.config} --resume")

@@ -125,6 +125,7 @@ def onnx(
     require("onnx", "onnx", "onnxscript")
     rank = _rank_of(adapters, max_rank, folded, view, "export.onnx")
     exported, least, inputs = _program(cascade, args, kwargs, folded, view, rank, "export.onnx")
+    # Convert the program, and name its axes and optional inputs.
     try:
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
@@ -153,6 +154,7 @@ def onnx(
             "with smaller example inputs",
             "smaller-sizes-not-refused",
         )
+    # Write into a temporary folder first, because torch chooses the names of the files with large weights.
     with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
         file = Path(folder, out.name)
         onnx_program.save(file)
@@ -229,6 +231,7 @@ def _program(
     bound, named = bind(signature_of(cascade.model), *inputs)
     zeros: dict[str, torch.Tensor] = {}
     with _evaluating(cascade):
+        # Choose the graph: with adapters as inputs, folded, or the running cascade.
         variant, captured_call = cascade._graphs.variant_of(bound, named, dynamic=True)
         module: nn.Module = cascade
         if rank is not None:
@@ -237,6 +240,7 @@ def _program(
             module, least = cascade._folded(bound, named, None, view)
         else:
             _, least = cascade._graphs.fold(variant, captured_call, None)
+        # Export it with the dynamic sizes of the captured graph, and with the user's split into keyword arguments.
         shapes = _dynamic_shapes(module, variant, bound, named, zeros)
         bound, named = _with_user_keywords(signature_of(cascade.model), bound, named, inputs[1])
         named |= zeros

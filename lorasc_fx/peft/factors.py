@@ -176,6 +176,7 @@ def change_of(run: Run, view: ViewName) -> Change:
             continue
         if view == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
             running = delta_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle, torch.device("cpu"))
+        # Compute the delta as one pair, and the row scale of DoRA.
         pair = pair_of(state, view if running is None else "fast", running)
         row_scale = state.scale(running.gain if running is not None else None)
         site = run.plan.site(name)
