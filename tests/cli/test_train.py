@@ -237,7 +237,7 @@ def test_ctrl_c_of_a_compare_in_its_own_process(
 ) -> None:
     options = ["compare", "tiny.toml", "--compare.methods", "probe", "lora", "--compare.seeds", "0", "--train.steps"]
     said = stop_from_outside([*command, *options, "600"], place, environment, "1/2 probe-seed0-lr0.01: validation", 1)
-    assert "Stopped; 1 of 2 runs are done, and the same command does the others." in said
+    assert "Stopped after 1 of 2 runs. Run the same command again to continue." in said
     ended = run_alone(*options, "600", cwd=place)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "probe-seed0-lr0.01: validation" not in ended.stdout
