@@ -26,6 +26,7 @@ from lorasc_fx.util.undo import PROCESS, Undo, commit
 log = logging.getLogger("lorasc_fx")
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call, as (args, kwargs)."""
 
 
 class Graphs:

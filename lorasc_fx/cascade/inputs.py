@@ -1,7 +1,7 @@
-"""The example inputs as plain data: structure, shapes and dtypes, without the user's values.
+"""Descriptions of example inputs as plain data: structure, shapes and dtypes, without the user's values.
 
-A checkpoint keeps this description. What needs a run of the model and was loaded without inputs, such as `export.peft`,
-then runs it on stand-ins of the same shapes.
+A checkpoint stores a description. If a run is loaded without inputs, functions that must run the model (`export.peft`)
+use stand-ins of the same shapes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ and `{"value": plain value}`. `fill` is absent for floating-point tensors."""
 
 
 def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Description | None:
-    """Return a description of the arguments of a call, or None if it cannot be stored as JSON.
+    """Return a description of the arguments of a call, or None if they cannot be described as JSON.
 
-    Of the values of integer and boolean tensors only the largest is kept, because it is a valid index or class.
+    Of an integer or boolean tensor, the largest value is stored, because it is a valid index or class.
     """
     try:
         return _described((tuple(args), dict(kwargs)))
@@ -29,14 +29,17 @@ def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Description | No
 
 
 def stand_ins(description: Description, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments with these shapes: floating-point tensors from N(0, 1) with a fixed seed, others constant."""
+    """Return arguments that fit a description, as (args, kwargs).
+
+    Floating-point tensors are drawn from N(0, 1) with a fixed seed. All others have the stored value in every entry.
+    """
     source = torch.Generator().manual_seed(0)
     args, kwargs = _built(description, source, device)
     return args, kwargs
 
 
 def is_description(value: Any) -> bool:
-    """Whether plain data that was read from a file is a description of the arguments of a call."""
+    """Whether plain data from a file is a valid description of the arguments of a call."""
     pair = value.get("tuple") if isinstance(value, dict) else None
     kinds = ["tuple", "dict"]
     if not isinstance(pair, list) or [next(iter(part), "") for part in pair if isinstance(part, dict)] != kinds:
@@ -45,9 +48,10 @@ def is_description(value: Any) -> bool:
 
 
 def _described(value: Any) -> Description:
+    """Return the description of a value. Raise TypeError if it has none."""
     if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
         if value.layout is not torch.strided or value.is_nested or value.is_complex():
-            raise TypeError("only dense real tensors are described")
+            raise TypeError("only dense real tensors can be described")
         result: Description = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if not value.is_floating_point():
             result["fill"] = int(value.max()) if value.numel() and not value.is_meta else 0
@@ -58,10 +62,11 @@ def _described(value: Any) -> Description:
         return {"dict": {key: _described(part) for key, part in value.items()}}
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return {"value": value}
-    raise TypeError(f"a {type(value).__name__} is not described")
+    raise TypeError(f"a {type(value).__name__} cannot be described")
 
 
 def _built(description: Description, source: torch.Generator, device: torch.device) -> Any:
+    """Return a value that fits a description. `source` draws floating-point tensors, in order."""
     if "tensor" in description:
         shape, dtype = description["tensor"], getattr(torch, description["dtype"])
         if "fill" in description:
@@ -77,6 +82,7 @@ def _built(description: Description, source: torch.Generator, device: torch.devi
 
 
 def _is_valid(description: Any) -> bool:
+    """Whether plain data is a description of any value."""
     if not isinstance(description, dict):
         return False
     if "tensor" in description:
