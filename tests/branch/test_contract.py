@@ -17,7 +17,7 @@ SEED = 5
 
 
 class Transposed(nn.Module):
-    """A product with a weight that is stored as [in, out], as in transformers' Conv1D; it outgrows two experts."""
+    """A product with a weight stored as [in, out] (transformers' Conv1D), smaller than two experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Transposed(nn.Module):
 
 
 class Table(nn.Module):
-    """A lookup, and a head that is tied to its table."""
+    """An embedding, and a head that is tied to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Table(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, whose weights are read as a whole."""
+    """An LSTM. One op reads all its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def branches(cascade: lx.Cascade) -> dict[str, Branch]:
 
 
 def train(cascade: lx.Cascade, scale: float = 0.2) -> None:
-    """Move every trained parameter, as an optimizer would."""
+    """Change every trained parameter, like an optimizer step."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for parameter in cascade.parameters():
@@ -92,7 +92,7 @@ def train(cascade: lx.Cascade, scale: float = 0.2) -> None:
 
 
 def merged(model: nn.Module, cascade: lx.Cascade, share: float = 1.0) -> nn.Module:
-    """The eager model with a share of each delta in its weights."""
+    """Return the eager model with a share of each delta merged into its weights."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for weight, branch in branches(cascade).items():
@@ -134,7 +134,7 @@ def test_a_trained_branch_computes_with_its_delta(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)
-def test_two_stages_leave_what_their_deltas_say(name: str, kind: str) -> None:
+def test_slow_weights_after_two_stages(name: str, kind: str) -> None:
     """`S_t = S_{t-1} + pace (F_t - S_{t-1})`, F_t without the noise of the stage."""
     model, cascade, x = adapted(name, kind, pace=0.5)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
@@ -179,7 +179,7 @@ def test_every_front_end(name: str, frontend: Any) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
-def test_every_placement_gives_the_same(name: str, placement: Any) -> None:
+def test_every_placement_computes_the_same(name: str, placement: Any) -> None:
     torch.manual_seed(SEED)
     model, x = linear()
     model, x = model.double(), x.double()
@@ -272,7 +272,7 @@ def test_runs_are_merged_by_their_deltas(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "hira"])
 def test_an_average_counts_a_stage_that_trained_nothing(name: str) -> None:
-    """The first stage leaves W0, without a delta of its own; the mean over two stages is half of the second."""
+    """The first stage has no delta, so the mean over two stages is half of the second."""
     model, cascade, _ = adapted(name, "linear", pace=1.0, average="swa")
     with pytest.warns(lx.errors.LorascWarning, match="no branch has moved"):
         cascade.transition(torch.optim.SGD(cascade.param_groups(lr=0.1)))

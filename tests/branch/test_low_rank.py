@@ -1,4 +1,4 @@
-"""Sums of experts as one pair, and the nearest pair of a smaller rank: held against the SVD of the delta itself."""
+"""Sums of experts as one pair, and the nearest pair of a smaller rank, compared with the SVD of the delta."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_nearest_pair(shape: tuple[int, ...], rank: int) -> None:
     assert cut.relative == pytest.approx(cut.error / cut.norm)
 
 
-def test_a_rank_that_is_enough_changes_nothing() -> None:
+def test_a_sufficient_rank_changes_nothing() -> None:
     whole = pair(7, 5, rank=3)
     found, cut = compressed(whole, 3)
     assert found is whole
@@ -58,7 +58,7 @@ def test_a_rank_that_is_enough_changes_nothing() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that is made."""
+    """Records the size of the largest tensor that is created."""
 
     entries = 0
 

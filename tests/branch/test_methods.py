@@ -47,7 +47,7 @@ class Images(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """How peft does the same: its configuration, and the parameter of its layer for each of ours."""
+    """The peft counterpart of a method: its configuration, and the names of the parameters of its layer."""
 
     config: Callable[..., Any]
     more: Mapping[str, Any]
@@ -110,7 +110,7 @@ def config_of(name: str) -> Any:
 
 
 def pair(name: str, model: nn.Module, x: Tensor) -> tuple[Any, Any]:
-    """Our cascade and peft's model, from the same weights and the same values of adapters."""
+    """Return a cascade and a peft model with the same weights and adapter values."""
     oracle = ORACLES[name]
     theirs = peft.get_peft_model(copy.deepcopy(model), config_of(name)).double()
     exclude = ("down.*",) if name == "vera" else ()  # peft slices one large pair for all layers
@@ -152,7 +152,7 @@ def losses(model: Callable[..., Tensor], groups: list[dict[str, Any]], x: Tensor
     [*((name, "linear") for name in ORACLES), *((name, "conv") for name in ("lora", "dora", "lokr", "hira"))],
 )
 def test_it_trains_as_peft_does(name: str, kind: str) -> None:
-    """Of convolutions only those methods that peft has as one formula of the kernel."""
+    """For convolutions, only the methods for which peft uses the same formula."""
     torch.manual_seed(3)
     model = (Net() if kind == "linear" else Images()).double()
     x = torch.randn(16, IN).double() if kind == "linear" else torch.randn(16, 4, 5, 5).double()
@@ -210,7 +210,7 @@ def test_every_method_has_an_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dora"])
 def test_every_method_is_exported_as_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
-    """As LoRA factors of the rank of the delta, whatever the method: peft computes the same."""
+    """Every method is exported as LoRA factors of the rank of its delta, and peft computes the same outputs."""
     torch.manual_seed(3)
     model, x = Net().double(), torch.randn(4, IN).double()
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=3, pace=1.0))

@@ -1,4 +1,4 @@
-"""Products of large frozen weights by oneDNN: the numbers of eager models in fp64, and where plain ops are taken."""
+"""Products of large frozen weights with oneDNN, compared with eager models in fp64, and when plain ops are used."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lorasc_fx.branch.products import FrozenGrouped, for_frozen, grouped
 from tests.kit.state import branches_of
 
 ROWS, WIDE = 160, 384
-"""Of a product with more multiply-adds than `products.MIN_WORK`."""
+"""Sizes of a product with more multiply-adds than `products.MIN_WORK`."""
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Take oneDNN on any processor, and count its products: `forward` has a bias."""
+    """Use oneDNN on any processor, and count its products: those of `forward` have a bias."""
     counted: Counter[str] = Counter()
     onednn = products._onednn
 
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """As `torch.backends.mkldnn.flags(enabled=False)`, whose other flags warn on a CPU (torch 2.13)."""
+    """Like `torch.backends.mkldnn.flags(enabled=False)`, which warns on a CPU (torch 2.13)."""
     torch._C._set_mkldnn_enabled(False)
     try:
         yield
@@ -61,7 +61,7 @@ AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
 def test_the_processor_decides(
     processor: str | None, instructions: str, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MKL uses the AVX-512 of Intel's processors only; where none is described, torch's own ops are taken."""
+    """MKL uses AVX-512 only on Intel processors. If /proc/cpuinfo is missing, torch's own ops are used."""
     described = tmp_path / "cpuinfo"
     if processor is not None:
         described.write_text(processor)
@@ -72,7 +72,7 @@ def test_the_processor_decides(
 
 
 class Net(nn.Module):
-    """A product of each kind: a linear layer, GPT-2's addmm, and a head that gets no branch."""
+    """One product of each kind: a linear layer, GPT-2's addmm, and a head without a branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_weights_that_are_trained_have_their_gradients(calls: Counter[str]) -> N
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_traced_counted_cast_or_differentiated_twice_uses_onednn_plain_ops(calls: Counter[str]) -> None:
+def test_plain_ops_under_tracing_modes_autocast_and_double_backward(calls: Counter[str]) -> None:
     torch.manual_seed(0)
     model, x = Net(), inputs()
     cascade = adapted(model, x, placement="merged")

@@ -1,4 +1,4 @@
-"""Averages of the slow weights over stages: against torch's AveragedModel, which averages dense copies."""
+"""Averages of the slow weights over stages, compared with torch's AveragedModel, which averages dense copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = {"swa": {"average": "swa"}, "ema": {"average": "ema", "average_decay": 0
 
 
 def wide() -> nn.Module:
-    """Weights of which `0.weight` holds five experts of rank 1, and `2.weight` becomes dense at the third."""
+    """A model in which `0.weight` can store five experts of rank 1, and `2.weight` becomes dense at the third one."""
     torch.manual_seed(8)
     return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 2, bias=False), nn.Linear(2, 3)).double()
 
@@ -40,14 +40,14 @@ def cascade_of(average: str, restart: str = "slow", **options: Any) -> lx.Cascad
 
 
 def stage(cascade: lx.Cascade, seed: int) -> None:
-    """Other values in what trains; the stage is not ended."""
+    """Change the values of all trainable parameters, without ending the stage."""
     randomize(cascade, seed)
     with torch.no_grad():
         cascade.model[3].bias.add_(torch.randn(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
 class Averaged:
-    """torch's average of the models that the slow weights make, stage by stage."""
+    """Return torch's average of the models with the slow weights of each stage."""
 
     def __init__(self, average: str) -> None:
         self.model = wide()
@@ -96,7 +96,7 @@ def test_the_average_is_torchs(average: str, restart: str, slow_train: bool, tmp
 
 @pytest.mark.parametrize("average", KINDS)
 def test_folds_can_choose_it(average: str, tmp_path: Path) -> None:
-    """A running stage that has trained counts as ended, as at any release."""
+    """A running stage that has trained counts as ended, as in every release."""
     cascade, expected = cascade_of(average, exclude=("3.weight", "2.weight")), Averaged(average)
     for seed in range(3):
         stage(cascade, seed)
@@ -125,7 +125,7 @@ def test_folds_can_choose_it(average: str, tmp_path: Path) -> None:
             torch.testing.assert_close(found.detach(), value.detach(), **EXACT, msg=name)
 
 
-def test_a_rewind_begins_the_average_anew() -> None:
+def test_a_rewind_restarts_the_average() -> None:
     cascade, expected = cascade_of("swa", exclude=("3.weight", "2.weight")), Averaged("swa")
     for seed in range(3):
         stage(cascade, seed)
@@ -149,7 +149,7 @@ def test_before_a_stage_has_ended_it_is_the_base() -> None:
             assert torch.equal(dict(cascade.model.named_parameters())[name], value)
 
 
-def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
+def test_no_average_by_default(tmp_path: Path) -> None:
     spec = lx.CascadeSpec(rank=1, lora_alpha=1.5)
     cascade = lx.adapt(wide(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
@@ -175,7 +175,7 @@ def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
 
 
 def test_a_pace_of_mean_is_the_mean_of_the_ends_of_stages() -> None:
-    """Under restart = fast, also where experts become dense; against torch's AveragedModel of the fast weights."""
+    """With restart=fast, also if experts become dense. Compared with torch's AveragedModel of the fast weights."""
     spec = lx.CascadeSpec(
         exclude=("3.weight",), train=("3.*",), rank=1, lora_alpha=1.5, pace="mean", restart="fast", slow_train=True
     )

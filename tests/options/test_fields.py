@@ -1,4 +1,4 @@
-"""The fields of these options: what each refuses, pairs without a meaning, and the way to a dictionary and TOML."""
+"""Fields of these options: invalid values, conflicts, and conversion to dictionaries and TOML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora_A that stands still (LoRA-FA, 2308.03303), against peft's optimizer for it; and what is not kept then."""
+"""A frozen lora_A (LoRA-FA, 2308.03303), compared with peft's optimizer for it, and the memory that it saves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.options.test_rates import LINEARS, LR, X
 
 
 class Hf(torch.optim.Optimizer):
-    """AdamW of transformers, which peft's optimizer is made of: eps outside of the bias correction."""
+    """AdamW of transformers, as in peft's optimizer: eps is added after the bias correction."""
 
     def __init__(self, groups: Any, eps: float = 1e-6) -> None:
         super().__init__(groups, {"eps": eps})
@@ -139,7 +139,7 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str, nearest:
 
 
 class Shared(nn.Module):
-    """Two products of one input, which the branches read as one."""
+    """Two products of the same input, whose branches share a stacked product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Shared(nn.Module):
 
 
 class Packed(nn.Module):
-    """A weight of which slices are used, each with a pair of its own."""
+    """A fused weight whose slices have separate pairs of factors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Packed(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of three matrices."""
+    """A weight of three stacked matrices."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A stage that ends early: by the rule of torch's ReduceLROnPlateau, whose first reduction is the end of a stage."""
+"""Stages that end early, by the rule of torch's ReduceLROnPlateau: its first reduction is the end of a stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.kit.models import batches, mlp, train
 
 
 def theirs(metrics: list[float], patience: int, threshold: float, mode: str, threshold_mode: str) -> list[int]:
-    """Where stages end, a new scheduler of torch's for each."""
+    """Return the ends of stages, by a new scheduler of torch for each stage."""
     ends: list[int] = []
     scheduler = None
     for index, metric in enumerate(metrics):

@@ -1,4 +1,4 @@
-"""Ranks and paces by stage: against dense recursions in fp64, and against peft's chain of adapters of these ranks."""
+"""Ranks and paces by stage, compared with dense recursions in fp64 and with a chain of peft adapters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> N
 
 
 def test_a_loss_of_an_earlier_stage_may_be_held() -> None:
-    """torch remembers the shape of what gathers a gradient for as long as a graph of before lives."""
+    """The AccumulateGrad node keeps the old shape as long as an earlier autograd graph exists."""
     cascade, optimizer = adapted()
     losses = []
     for _ in cascade.stages(4, optimizer):
@@ -95,7 +95,7 @@ def test_a_rule_with_a_rank_of_its_own_stays() -> None:
 
 
 class Late(nn.Module):
-    """A head that eval mode alone uses, or with `python` inputs of a negative sum, which no whole graph can tell."""
+    """A head that is used only in eval mode or, if `python`, for inputs with a negative sum (a graph break)."""
 
     def __init__(self, python: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -
 
 
 def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
-    """Noise that is redrawn by the step has the step in its address."""
+    """The number of steps is a part of the key of noise that is redrawn at each step."""
     x = torch.ones(4, 5).double()
     spec = lx.CascadeSpec(rank=1, noise=lx.Noise(0.1, redraw="step"))
     cascade = lx.adapt(Late(python=True).double().train(), (x,), spec=spec)

@@ -1,4 +1,4 @@
-"""Learning rates by factor and by pattern: against peft's optimizer for LoRA+, and torch's own groups."""
+"""Learning rates by factor and by pattern, compared with peft's optimizer for LoRA+ and torch's parameter groups."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rates_of_groups() -> None:
 
 @pytest.mark.parametrize("slow_train", [True, False])
 def test_a_rule_says_who_has_a_slow_copy(slow_train: bool) -> None:
-    """By the recursion of algorithm.md: with its own copy p + pace (fast - p), without one the fast value."""
+    """By the recursion of algorithm.md: p + pace (fast - p) with a slow copy, otherwise the fast value."""
     rules = (lx.TrainRule("4.bias", slow=True), lx.TrainRule("4.weight", slow=False))
     spec = lx.CascadeSpec(
         targets=("0.weight",), train=("4.*", "0.bias"), pace=0.3, slow_train=slow_train, train_rules=rules
@@ -100,7 +100,7 @@ def test_rates_of_a_tied_parameter_by_any_of_its_names() -> None:
 
 @pytest.mark.parametrize("lr", [0.0, 0.5])
 def test_rates_that_happen_to_be_equal_are_taken(lr: float) -> None:
-    """An optimizer of `param_groups` is right, also at a rate of 0, or where a rule gives the rate of all others."""
+    """An optimizer from `param_groups` is accepted, also if the rate is 0 or a rule has the same rate as the others."""
     rule = lx.TrainRule("0.*", lr=0.5)
     more = {"lr_ratio": 16.0} if lr == 0.0 else {"train": ("0.*",), "targets": ("1.*",), "train_rules": (rule,)}
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))

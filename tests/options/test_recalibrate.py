@@ -1,4 +1,4 @@
-"""Running statistics for other weights: against torch's update_bn on the plain model with those weights."""
+"""Running statistics for other weights, compared with torch's update_bn on a plain model with these weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def adapted(frontend: str = "export") -> lx.Cascade:
 
 
 def plain(cascade: lx.Cascade, view: Any) -> nn.Module:
-    """A model of torch's own with these weights, and statistics by update_bn."""
+    """Return a plain model with these weights, and statistics by update_bn."""
     model = net()
     model(IMAGES[0])
     with cascade.weights(view):

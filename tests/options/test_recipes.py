@@ -1,4 +1,4 @@
-"""Recipes: their spec, and the learning rate of each step by its formula, which is the evidence's."""
+"""Recipes: their spec, and the learning rate of each step by the formula of the evidence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECIPES = {
     "recipe": (lx.recipes.long_training, 3),
     "lora-cycles": (lx.recipes.lora_cycles, 3),
 }
-"""Each with its name in the evidence and its number of stages."""
+"""Recipes with their name in the evidence and their number of stages."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,7 +69,7 @@ def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], ad
 
 
 def test_cycles_are_those_of_one_branch() -> None:
-    """In fp64: as LoRA of one stage under the same rates, whose weights at the ends of the cycles are averaged."""
+    """In fp64, like LoRA of one stage with the same rates, averaged over the ends of the cycles."""
     rank, calls = {"rank": 2, "lora_alpha": 4.0, "targets": ("linear",)}, batches(STEPS, 4, 5)
     spec, schedule = lx.recipes.lora_cycles(STEPS, 3, **rank)
     cycles = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
@@ -103,7 +103,7 @@ def test_warm_up_and_decay_fit_into_short_stages() -> None:
     assert scheduler.factor(2, 1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
 
 
-def test_what_a_recipe_sets_is_not_set_beside_it() -> None:
+def test_options_that_a_recipe_sets_are_refused() -> None:
     with raises(lx.SpecError, "conflicting-options", "small_data", "pace"):
         lx.recipes.small_data(10, pace=1.0)
     with raises(lx.SpecError, "invalid-value", "adapter", "nearest: 'vera'"):

@@ -1,4 +1,4 @@
-"""Partial restarts (SRLoRA, 2505.12433): some pairs of a branch go into the weight, the others are trained on."""
+"""Partial restarts (SRLoRA, 2505.12433): some pairs of a branch are merged, and the others continue to train."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def conv() -> nn.Module:
 
 
 def kept_pairs(a: torch.Tensor, b: torch.Tensor, restarted: int) -> torch.Tensor:
-    """The mask of all but the pairs with the smallest `|b_i a_i|`."""
+    """Return the mask of all pairs except those with the smallest `|b_i a_i|`."""
     norms = torch.stack([(column.outer(row)).norm() for column, row in zip(b.t(), a, strict=True)])
     return norms > norms.sort().values[restarted - 1]
 
@@ -38,7 +38,7 @@ def kept_pairs(a: torch.Tensor, b: torch.Tensor, restarted: int) -> torch.Tensor
     {"placement": "merged"}, {"placement": "weight"}, {"momentum": 0.5, "pace": 0.5},
 ], ids=str)  # fmt: skip
 def test_a_trajectory_is_that_of_the_formula(more: dict[str, Any], optimizer: str) -> None:
-    """In fp64. A restart changes no output of the weights that the stage starts from, and no state of kept pairs."""
+    """In fp64. A restart changes neither the outputs of the start weights nor the optimizer state of kept pairs."""
     calls = batches(3, 4, 5)
     model = conv()
     cascade = lx.adapt(copy.deepcopy(model), (calls[0],), spec=lx.CascadeSpec(**{"pace": 1.0, **SPEC, **more}))
@@ -79,7 +79,7 @@ def test_a_trajectory_is_that_of_the_formula(more: dict[str, Any], optimizer: st
 
 
 def test_a_weight_is_rounded_once() -> None:
-    """From W0, its experts and the kept pairs, with no other rounding between."""
+    """It is computed from W0, its experts and the kept pairs, with a single rounding."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 40)).bfloat16()
     cascade = lx.adapt(model, (torch.randn(4, 48).bfloat16(),), spec=lx.CascadeSpec(pace=1.0, **SPEC))
@@ -96,7 +96,7 @@ def test_a_weight_is_rounded_once() -> None:
 
 
 def test_a_loop_ends_without_branches() -> None:
-    """The stage that waits starts whole, and so does the state of the optimizer."""
+    """After the loop, all pairs restart, and the optimizer state is reset."""
     calls = batches(2, 4, 5)
     cascade = lx.adapt(mlp(), (calls[0],), spec=lx.CascadeSpec(pace=0.5, **SPEC))
     optimizer = optimizer_of(cascade)
@@ -119,7 +119,7 @@ def test_a_loop_ends_without_branches() -> None:
     ("linear", (6, 5), ()), ("linear", (9, 5), (2, 3, 4)), ("experts", (3, 6, 5), ()), ("conv", (6, 2, 3), ()),
 ])  # fmt: skip
 def test_the_pairs_with_the_smallest_terms_restart(kind: str, shape: tuple[int, ...], slices: tuple[int, ...]) -> None:
-    """A pair has a term in each slice and each expert, and its norm is that over all of them."""
+    """A pair has a term in each slice and expert, and its norm is taken over all terms."""
     site = lx.Site("w", kind, shape, SiteOptions(5, 5.0), slices=slices)
     branch = LoraBranch(site, 0, 1, torch.empty(shape))
     with torch.no_grad():

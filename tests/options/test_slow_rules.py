@@ -1,4 +1,4 @@
-"""Rules of the slow update other than the plain one, each against its formula in fp64 or against torch.
+"""Rules of the slow update, each compared with its formula in fp64 or with torch.
 
 Nesterov's momentum over stages (SNOO, 2510.15830), and the mean of the ends of stages weighted by their losses
 (2504.18580).
@@ -42,7 +42,7 @@ def placed(cascade: lx.Cascade, view: Any) -> Values:
 
 
 def move(cascade: lx.Cascade, stage: int) -> Values:
-    """Move what trains, and return the fast weights."""
+    """Change all trainable parameters, and return the fast weights."""
     generator = torch.Generator().manual_seed(stage)
     with torch.no_grad():
         for parameter in cascade.parameters():
@@ -52,7 +52,7 @@ def move(cascade: lx.Cascade, stage: int) -> Values:
 
 
 def nesterov() -> Callable[[Values], Values]:
-    """SGD's gradient is `S - F`."""
+    """Use `S - F` as the gradient of SGD."""
     reference = {name: nn.Parameter(value.detach().clone()) for name, value in net().named_parameters()}
     optimizer = torch.optim.SGD(reference.values(), lr=PACE, momentum=MOMENTUM, nesterov=True)
 
@@ -95,7 +95,7 @@ RULES: list[tuple[dict[str, Any], Callable[[], Callable[[Values], Values]]]] = [
 
 @pytest.mark.parametrize(("fields", "oracle"), RULES, ids=[str(fields) for fields, _ in RULES])
 def test_the_slow_weights(fields: dict[str, Any], oracle: Any, tmp_path: Path) -> None:
-    """Halfway the run is resumed from a checkpoint."""
+    """The run is resumed from a checkpoint halfway."""
     cascade, expected = adapted(**fields), oracle()
     for stage in range(STAGES):
         wanted = expected(move(cascade, stage))
@@ -111,7 +111,7 @@ def test_the_slow_weights(fields: dict[str, Any], oracle: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize(("fields", "share"), [(SNOO, PACE * (1 + MOMENTUM)), (MWA, 4**-1.5 / (4**-1.5 + 2**-1.5))])
 def test_a_rewound_run_forgets_what_came_later(fields: dict[str, Any], share: float) -> None:
-    """Of a velocity and of losses."""
+    """A rewind restores the velocity and the losses."""
     cascade = adapted(rank=1, **fields)
     for stage in range(2):
         move(cascade, stage)
@@ -125,7 +125,7 @@ def test_a_rewound_run_forgets_what_came_later(fields: dict[str, Any], share: fl
 
 
 def test_extreme_losses() -> None:
-    """No power overflows, and a large penalty takes the best stage."""
+    """No power overflows, and a large penalty selects the best stage."""
     cascade = adapted(pace="loss", loss_penalty=1e6, restart="fast")
     ends = []
     for stage, loss in enumerate((1e-300, 1e-308, 1e308)):

@@ -1,4 +1,4 @@
-"""The learning rate after a restart: by its formula, and with torch's own schedulers beneath."""
+"""The learning rate after a restart, by its formula, and with schedulers of torch as `base`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASES: dict[str, Any] = {
 
 
 def rates_of(base: str, steps: int) -> list[list[float]]:
-    """What torch's scheduler alone gives each group before each step."""
+    """Return the rate of each group before each step with torch's scheduler alone."""
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
     groups = [{"params": [each], "lr": lr} for each, lr in zip(parameters, (0.1, 0.8, 0.1), strict=True)]
     optimizer = torch.optim.SGD(groups)
@@ -52,7 +52,7 @@ def rates_of(base: str, steps: int) -> list[list[float]]:
 def stepped(
     cascade: lx.Cascade, optimizer: torch.optim.Optimizer, scheduler: Any, late: bool = False
 ) -> tuple[list[list[float]], list[float]]:
-    """Three stages of five steps; returns the rates with which each step was made, and the losses."""
+    """Run three stages of five steps. Return the rates of each step, and the losses."""
     seen, losses = [], []
 
     def look(held: torch.optim.Optimizer, *_: Any) -> None:
@@ -74,7 +74,7 @@ def stepped(
 
 @pytest.mark.parametrize("late", [False, True], ids=["scheduler first", "transition first"])
 @pytest.mark.parametrize("base", BASES)
-def test_the_rate_rises_anew_in_each_stage(base: str, late: bool) -> None:
+def test_the_rate_warms_up_in_each_stage(base: str, late: bool) -> None:
     cascade, optimizer = adapted()
     scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
     seen, _ = stepped(cascade, optimizer, scheduler, late)
@@ -156,7 +156,7 @@ def test_what_it_refuses() -> None:
 
 
 def torch_rates(make: Any, steps: int) -> list[float]:
-    """What a scheduler of torch gives before each step, at a full rate of 0.1."""
+    """Return the rates of a torch scheduler before each step, for a full rate of 0.1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler, found = make(optimizer), []
     for _ in range(steps):
@@ -169,7 +169,7 @@ def torch_rates(make: Any, steps: int) -> list[float]:
 @pytest.mark.parametrize("floor", [0.0, 0.2])
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_rate_decays_within_each_stage(decay: Any, floor: float) -> None:
-    """Held against torch's own schedulers, begun anew in each stage; stages of 5, 3 and 3 steps."""
+    """Compared with torch's schedulers, created again for each stage. Stages have 5, 3 and 3 steps."""
     makers: dict[str, Any] = {
         "cosine": lambda steps: lambda one: lr_scheduler.CosineAnnealingLR(one, steps, eta_min=0.1 * floor),
         "linear": lambda steps: lambda one: lr_scheduler.LinearLR(one, 1.0, max(floor, 1e-300), total_iters=steps),
@@ -187,7 +187,7 @@ def test_the_rate_decays_within_each_stage(decay: Any, floor: float) -> None:
 
 
 def test_without_a_cascade_the_same_cycles_come_by_their_steps() -> None:
-    """Rates of a cascade whose stages end after 5, 3 and 3 steps, without one; resumed in the middle as well."""
+    """The rates equal those of a cascade with stages of 5, 3 and 3 steps, also after a resume in the middle."""
     plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = lx.StageSchedule(plain, None, (5, 3), warmup=1, floor=0.2)
     seen = []

@@ -1,4 +1,4 @@
-"""These options with each other and with the method's other neighbours: every stage against dense algebra in fp64.
+"""Combinations of these options with others: every stage is compared with dense algebra in fp64.
 
 At the end of a stage the slow weight is `W_{t-1} + pace_t (W_fast - W_{t-1})`, where `W_fast` is what the eager model
 would have to hold to compute what the cascade computes: read off the cascade's outputs, not off its factors.
@@ -45,7 +45,7 @@ def made(options: dict[str, Any]) -> tuple[lx.Cascade, torch.optim.Optimizer]:
 
 
 def computed(cascade: lx.Cascade) -> torch.Tensor:
-    """The weight with which the cascade computes now, by its outputs: the bias is taken off."""
+    """Return the weight that the cascade computes with now, from its outputs without the bias."""
     with torch.no_grad():
         return (cascade(EYE) - cascade(0 * EYE)).t()
 

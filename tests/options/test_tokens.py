@@ -1,4 +1,4 @@
-"""Trainable tokens: single rows of an embedding, and of a head that is tied to it. peft trains their values."""
+"""Trainable tokens: rows of an embedding, and of a head that is tied to it, compared with peft."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, CLOSE = (2, 5, 7), {"rtol": 0, "atol": 1e-10}
 
 
 class Plain(nn.Module):
-    """An embedding with a row for padding, and a head of its own."""
+    """An embedding with a padding row, and an untied head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def train(model: Any, optimizer: Any, steps: int = 20) -> list[float]:
 
 
 def adapted(name: str, **fields: Any) -> tuple[lx.Cascade, Any]:
-    """A cascade by peft's configuration, and peft's model with the same A."""
+    """Return a cascade from a peft configuration, and the peft model with the same A."""
     model, config = made(name)
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     cascade = lx.adapt(model, (ids(0),), spec=config, **fields)
@@ -198,7 +198,7 @@ def test_a_rule_refuses_rows(fields: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of transformers, about peft
 @pytest.mark.parametrize("targets", [None, ["embed_tokens"], ["lm_head"]], ids=str)
 def test_rows_alone(targets: list[str] | None) -> None:
-    """peft's configuration of rows without LoRA."""
+    """A peft configuration of rows without LoRA."""
     model = made("untied")[0]
     config = peft.TrainableTokensConfig(token_indices=[*ROWS], target_modules=targets)
     theirs = peft.get_peft_model(copy.deepcopy(model), copy.copy(config))
@@ -216,7 +216,7 @@ def test_rows_alone(targets: list[str] | None) -> None:
 
 
 def test_rows_of_one_name_of_a_weight_that_peft_does_not_tie(tmp_path: Path) -> None:
-    """peft changes the embedding only, and a cascade both: one error says so."""
+    """peft changes only the embedding, but a cascade changes both weights, so this is an error."""
     model = Plain()
     model.middle, model.head = nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
     model.head.weight = model.embed.weight
@@ -264,7 +264,7 @@ def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, told: tuple
 
 
 class Broken(nn.Module):
-    """A graph break in front of an embedding."""
+    """A model with a graph break before an embedding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ranks that train with a save after each step, go on from the last one, and kill themselves at a drawn moment; by
+"""Ranks that save after each step, resume from the last checkpoint, and kill themselves at a random moment, run by
 torchrun as `python -m tests.parallel.elastic FOLDER NAME KILLS`.
 """
 
@@ -26,13 +26,13 @@ from tests.parallel import sharding, training
 
 PARTS = ("save", "transition", "step")
 UNTIL = 10
-"""Steps: two stages, and more of the last one."""
+"""Number of steps: two stages, and some steps of a third one."""
 CALLS = "calls of rank {}.json"
-"""A file of each rank in the folder: how many calls of functions the parts make there."""
+"""Name of a file of each rank: the number of function calls in each part of the training."""
 
 
 class Parts:
-    """Counts the calls of functions that the parts of a training make, and kills the process at one of them.
+    """Counts the function calls in each part of a training, and kills the process at one of them.
 
     Args:
         root: whose journal gets a line of each kill.
@@ -72,7 +72,7 @@ class Parts:
 
 
 def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: int = 0) -> dict[str, Tensor]:
-    """Train on shards to the end, from the last checkpoint if there is one; a rank that is drawn dies in a part."""
+    """Train a sharded cascade to the end, from the last checkpoint if there is one. The selected rank dies."""
     draw, root = random.Random(seed), Path(folder)
     parts = Parts(root, rank, part if rank == draw.randrange(count) else "", draw)
     share = (

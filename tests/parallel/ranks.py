@@ -1,4 +1,4 @@
-"""Run a function on N processes that talk by gloo, and show what one of them raised; with a time limit for all."""
+"""Run a function on N processes with the gloo backend and a time limit, and show the errors of all processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Work = Callable[..., dict[str, torch.Tensor] | None]
 
 
 class RankFailed(AssertionError):
-    """A process raised, died, or did not end in time; the message holds each one's traceback."""
+    """A process raised, died, or exceeded the time limit. The message contains the tracebacks."""
 
     def __init__(self, message: str, codes: list[int | None], told: list[str]) -> None:
         super().__init__(message)
@@ -79,7 +79,7 @@ def on_ranks(
 
 
 def processes(work: Callable[..., Any]) -> Any:
-    """The context that starts processes: forks of one that has imported torch and this package, and has run nothing.
+    """The context that starts processes: forks of a server that has imported torch and this package.
 
     The module of the work comes along, if it is the first one: the server lives as long as the test run.
     """

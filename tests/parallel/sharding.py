@@ -1,4 +1,4 @@
-"""A small network of blocks trained in fp64, whole or sharded: what each process does, and what it measures."""
+"""A small network of blocks trained in fp64, sharded or not: the functions and measurements of each process."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """An embedding, tied to a term of the head; blocks; a head; dropout that does nothing in eval mode."""
+    """A model with an embedding that is tied to a part of the head, blocks, a head, and dropout."""
 
     def __init__(self, depth: int = 3, width: int = 6, inner: int = 9) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def values(cascade: lx.Cascade) -> dict[str, Tensor]:
-    """Factors, and parameters and outputs under each kind of weights, as one process would have them."""
+    """Return factors, and parameters and outputs for each view of the weights, as full tensors."""
     tokens = example()
     found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
     cascade.eval()
@@ -158,7 +158,7 @@ def alone(name: str, **sizes: int) -> dict[str, Tensor]:
 
 
 def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
-    """An earlier stage, for a moment and for good, where the experts have not outgrown their weights."""
+    """Use the weights of an earlier stage, and rewind to it, if the experts are still stored."""
     if name != "fast":
         return {}
     with cascade.weights(stage=1), torch.no_grad():
@@ -169,7 +169,7 @@ def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
 
 
 class Gathered:
-    """Shapes of what is made whole, one process asking the others for their shards."""
+    """Record the shapes of tensors that are gathered."""
 
     def __enter__(self) -> list[torch.Size]:
         self.before, shapes = DTensor.full_tensor, list[torch.Size]()
@@ -186,7 +186,7 @@ class Gathered:
 
 
 def grid(sizes: tuple[int, ...] = ()) -> DeviceMesh | None:
-    """A mesh of replicas and shards; none without sizes."""
+    """Return a mesh of replicas and shards, or None without sizes."""
     return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")) if sizes else None
 
 
@@ -226,7 +226,7 @@ def sharded(
 
 
 def narrow(rank: int, count: int) -> dict[str, Tensor]:
-    """A base in bf16 with branches in fp32; the slow weights after a stage, and what they are made of."""
+    """Train a bf16 model with fp32 branches. Return the slow weights after a stage, and the factors."""
     cascade = lx.adapt(blocks().bfloat16(), args=(example(),), spec=lx.CascadeSpec(rank=2, pace=0.5))
     fsdp.shard(cascade)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
@@ -242,11 +242,11 @@ def narrow(rank: int, count: int) -> dict[str, Tensor]:
 # ---- experts
 
 EXPERTS = {2: "uniform", 3: "filter"}
-"""Distribution of the noise by the number of experts: as many as ranks, and a number that they do not divide."""
+"""Distribution of the noise by the number of experts: a multiple of the ranks, and another number."""
 
 
 class Experts(nn.Module):
-    """A mixture of all experts, whose weights are stacked: [experts, in, out], the second [experts, out, in]."""
+    """A dense mixture of experts with stacked weights [experts, in, out] and [experts, out, in]."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ def saved(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[in
 
 
 def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
-    """Other values of what is trained in full, on each rank, as of a script that sets no seed."""
+    """Set different values of the fully trained parameters on each rank, like a script without a seed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -306,7 +306,7 @@ def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
 def resumed(
     rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = (), **sizes: int
 ) -> dict[str, Tensor]:
-    """Go on from a checkpoint, sharded where there are several ranks; with `files` from a model on the meta device."""
+    """Resume from a checkpoint, sharded if there are several ranks. With `files`, from a model on the meta device."""
     cascade = lx.load(folder, on_meta() if files else drawn_anew(blocks(**sizes), rank), args=(example(),))
     if count > 1:
         fsdp.shard(cascade, grid(mesh))
@@ -321,7 +321,7 @@ def resumed(
 
 
 def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
-    """Once while the training goes on, as safetensors, and once in torch's own format."""
+    """Save once asynchronously as safetensors, and once in the format of torch."""
     cascade = fsdp.shard(adapted(name), grid(mesh))
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, at, (rank, count))
@@ -362,7 +362,7 @@ READERS: dict[str, Callable[[str], Any]] = {
 
 
 def spoilt(rank: int, count: int) -> dict[str, Tensor]:
-    """With inf in a branch, and in a parameter that is trained in full, on the last process alone."""
+    """Set inf in a branch and in a fully trained parameter, on the last process only."""
     model = blocks()
     spec = lx.CascadeSpec(rank=2, pace=0.6, train=("*norm*",), seed=5, on_nonfinite="skip")
     cascade = lx.adapt(model, args=(example(),), spec=spec)
@@ -389,7 +389,7 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of gathered weights that stood at once, looked at before every operation."""
+    """Measures the peak memory of gathered weights, before every operation."""
 
     def __init__(self, cascade: lx.Cascade) -> None:
         super().__init__()
@@ -402,7 +402,9 @@ class Peak(TorchDispatchMode):
 
 
 def measured(rank: int, count: int) -> dict[str, Tensor]:
-    """Bytes: of the shards and of W0 here, of the whole, and the most that was gathered at once in a step."""
+    """Return bytes: of the shards and of W0 on this rank, of the full model, and the peak of gathered weights in a
+    step.
+    """
     cascade = adapted("fresh", depth=12, width=32, inner=96)
     parameters = sum(storages(cascade.parameters()).values())
     fsdp.shard(cascade)
@@ -423,7 +425,7 @@ HOWS: dict[str, Callable[[lx.Cascade, int], object]] = {
 
 
 def unlike(rank: int, count: int) -> None:
-    """The second rank has other weights, another spec, or other code; each is an error on every rank."""
+    """Different weights, specs or code on the second rank are an error on every rank."""
     for call, wrap in HOWS.items():
         for what, name in {"weight": "weight 1.weight", "spec": "spec.pace", "code": "lorasc-fx", "": ""}.items():
             torch.manual_seed(0)
@@ -447,7 +449,7 @@ def unlike(rank: int, count: int) -> None:
 
 
 def late(rank: int, count: int, waits: bool) -> None:
-    """The last rank comes late to a transition: before the group's timeout, or after it."""
+    """The last rank starts a transition late: before or after the timeout of the group."""
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
     step(cascade, optimizer, 0, (rank, count))
@@ -469,7 +471,7 @@ def late(rank: int, count: int, waits: bool) -> None:
 
 
 def by_others(tokens: Tensor) -> None:
-    """FSDP around the cascade as accelerate and the Trainer put it there, and around the model before."""
+    """Wrap the cascade in FSDP like accelerate and the Trainer, and wrap the model in it before `adapt`."""
     cascade = adapted("fresh")
     with raises(lx.StateError, "wrapper-not-supported", "FullyShardedDataParallel", "parallel.fsdp.shard"):
         FullyShardedDataParallel(cascade, device_id=torch.device("cpu"), use_orig_params=True)(tokens)
@@ -489,7 +491,7 @@ def by_others(tokens: Tensor) -> None:
 
 
 def beside_accelerate(share: tuple[int, int]) -> None:
-    """Its optimizer, backward and clipping on what `shard` has cut: the bytes of a loop without it."""
+    """accelerate's optimizer, backward and clipping on a sharded cascade: the same bits as a loop without it."""
     from accelerate import Accelerator
 
     accelerator, ends = Accelerator(cpu=True), []

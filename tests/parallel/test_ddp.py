@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a cascade: the numbers of one process, and errors that say what to do."""
+"""A cascade in DistributedDataParallel, compared with a single process, and error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str = "")
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
-    """A process group of this one process."""
+    """Create a process group with only this process."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -59,7 +59,7 @@ def test_the_weights_of_one_process(count: int) -> None:
 
 
 @pytest.mark.slow
-def test_noise_and_fresh_factors_without_a_word_between_the_processes() -> None:
+def test_noise_and_fresh_factors_need_no_communication() -> None:
     first, second = on_ranks(2, training.without_a_group, "fresh", group=False)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     key = "model.up.weight"
@@ -69,7 +69,7 @@ def test_noise_and_fresh_factors_without_a_word_between_the_processes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "name"), [("dies", "fast"), ("stands still", "fresh")])
-def test_a_process_that_leaves_ends_the_run_which_goes_on_elsewhere(tmp_path: Path, how: str, name: str) -> None:
+def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path, how: str, name: str) -> None:
     folder, at, until = str(tmp_path / "run"), 6 if name == "fresh" else 4, 10
     began = time.monotonic()
     with pytest.raises(RankFailed) as caught:
@@ -89,7 +89,7 @@ def test_a_process_that_leaves_ends_the_run_which_goes_on_elsewhere(tmp_path: Pa
 
 
 class Late(nn.Module):
-    """Has a head that only some calls use."""
+    """A model with a head that only some calls use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_a_rank_that_changes_outdates_the_wrapper() -> None:
+def test_a_changed_rank_invalidates_the_wrapper() -> None:
     x = torch.randn(4, 5)
     cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(ranks=(2, 2, 1)))
     wrapper, optimizer = DistributedDataParallel(cascade), torch.optim.SGD(cascade.param_groups(lr=0.1))
@@ -163,7 +163,7 @@ def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("streams", [[], ["x"], [torch.zeros(2, dtype=torch.uint8)], 3])
 def test_forged_random_generators_of_ranks(tmp_path: Path, streams: object) -> None:
-    """Nothing of the state is taken: the optimizer is as it was."""
+    """Nothing is loaded, and the optimizer is unchanged."""
     cascade = training.adapted("fresh")
     lx.save(cascade, tmp_path, optimizer=training.optimizer_of(cascade), extra={training_state.RANKS: streams})
     loaded = lx.load(tmp_path, training.net(), args=(training.data()[0][0][None],))
@@ -178,7 +178,7 @@ def test_forged_random_generators_of_ranks(tmp_path: Path, streams: object) -> N
 
 
 def fails_on_one(rank: int, count: int, folder: str) -> None:
-    """The last process has read another version than the others, then cannot write, and then the first one is gone."""
+    """The last process loads another version, then cannot write, and then the first process has ended."""
     cascade = training.adapted("fresh")
     wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
     for part in ("here", "there"):

@@ -1,4 +1,4 @@
-"""FSDP2 under a cascade: the numbers of one process from shards, memory, checkpoints that are cut anew, and errors."""
+"""Sharded cascades (FSDP2), compared with a single process: values, memory, resharded checkpoints, and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = ["group"]
 
 @pytest.fixture
 def files(tmp_path: Path) -> str:
-    """The numbers of the blocks, in a file."""
+    """Write the weights of the blocks to a file."""
     save_file(sharding.blocks().state_dict(), tmp_path / "blocks.safetensors")
     return str(tmp_path / "blocks.safetensors")
 
@@ -59,7 +59,7 @@ def files(tmp_path: Path) -> str:
     ],
 )
 def test_the_numbers_of_one_process(files: str, count: int, names: list[str], base: str, mesh: tuple[int, ...]) -> None:
-    """With a base, no process ever holds the model."""
+    """With a base file, no process ever has the full model."""
     wanted = {name: sharding.alone(name) for name in names}
     how = (files, base) if base else ("", "memory")
     for rank, found in enumerate(on_ranks(count, sharding.sharded, names, *how, mesh, limit=600)):
@@ -73,7 +73,7 @@ def test_the_numbers_of_one_process(files: str, count: int, names: list[str], ba
 
 
 @pytest.mark.slow
-def test_what_one_process_finds_not_finite_is_left_out_on_all() -> None:
+def test_a_nonfinite_branch_on_one_rank_is_skipped_on_all() -> None:
     wanted = sharding.spoilt(0, 1)
     for found in on_ranks(2, sharding.spoilt):
         close(found, wanted)
@@ -108,7 +108,7 @@ def test_memory_falls_with_the_number_of_processes() -> None:
 
 
 def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> list[dict[str, Tensor]]:
-    """On several ranks; or here, where there is nothing to shard."""
+    """Run on several ranks, or in this process without sharding."""
     return on_ranks(count, work, *args) if count > 1 else [work(0, 1, *args)]
 
 
@@ -123,10 +123,10 @@ def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> l
         ("dora, olora", 2, (2,), True),
     ],
 )
-def test_a_checkpoint_is_cut_anew(
+def test_a_checkpoint_is_resharded(
     tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...], bare: bool
 ) -> None:
-    """The numbers of an uninterrupted run on one process, also where none holds the model; `keep` versions stay."""
+    """The result equals an uninterrupted run on one process, also for models on the meta device."""
     run, later = tmp_path / "run", ("folded/", "first/", "back/")
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith(later)}
     on_ranks(saving, sharding.saved, name, str(run), 10)
@@ -159,10 +159,10 @@ def test_checkpoints_of_replicas_hold_each_shard_once(tmp_path: Path, files: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
-def test_a_checkpoint_of_dcp_is_cut_anew(
+def test_a_checkpoint_of_dcp_is_resharded(
     tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
 ) -> None:
-    """Written by torch's async_save and save, with the numbers of an uninterrupted run on one process."""
+    """Written by torch's async_save and save. The result equals an uninterrupted run on one process."""
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
     on_ranks(saving, sharding.saved_by_dcp, name, str(tmp_path), 7)
     for count in resuming:
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_dcp_is_cut_anew(
 
 @pytest.mark.slow
 def test_experts_have_the_numbers_of_one_process(tmp_path: Path) -> None:
-    """Cut by experts, or where their number does not divide by the ranks by the axis after: no rank holds more."""
+    """Sharded by experts, or along the next axis if their number is not a multiple of the ranks."""
     expected = sharding.experts(0, 1)
     for found in on_ranks(2, sharding.experts, str(tmp_path)):
         close(found, expected)
@@ -188,14 +188,14 @@ def test_experts_have_the_numbers_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_are_not_alike_are_named_before_the_first_step() -> None:
+def test_different_ranks_are_named_before_the_first_step() -> None:
     on_ranks(3, sharding.unlike, limit=300)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_transition_waits_for_a_slow_rank_and_not_for_a_lost_one(waits: bool) -> None:
-    """Whose absence is an error after the group's timeout, which leaves all as it was."""
+    """A lost rank is an error after the timeout of the group, and nothing has changed."""
     on_ranks(2, sharding.late, waits, timeout=60 if waits else 6, limit=120)
 
 
@@ -204,8 +204,8 @@ def test_what_shards_refuse(tmp_path: Path) -> None:
     on_ranks(2, sharding.refused, str(tmp_path / "run"))
 
 
-def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
-    """And each part computes what the graph does, one after the other."""
+def test_a_graph_is_split_where_the_block_changes() -> None:
+    """The segments, run one after the other, compute the same as the graph."""
     cascade = sharding.adapted("fresh")
     tokens = sharding.example()
     module = variant_for(cascade, (tokens,), {}).module
@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
 
 
 class Later(nn.Module):
-    """Uses a second layer in train mode only."""
+    """A model that uses a second layer only in train mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def test_what_shard_refuses(case: str) -> None:
     cascade(torch.randn(2, 5)).sum().backward()
 
 
-def test_what_is_said_without_a_group() -> None:
+def test_errors_without_a_process_group() -> None:
     cascade = small({})
     with raises(lx.StateError, "not-available"):
         fsdp.shard(cascade)
@@ -290,7 +290,7 @@ def test_what_is_said_without_a_group() -> None:
 
 
 def test_axes_that_ranks_do_not_divide() -> None:
-    """Inputs, where the rank changes by stage."""
+    """These are the inputs, if the rank changes between stages."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         cascade = small({"ranks": [2, 3]})
@@ -336,7 +336,7 @@ def test_one_process_holds_all_rows(tmp_path: Path) -> None:
 
 
 def with_shards(path: Path, change: Callable[[dict[str, object], list[dict[str, Tensor]]], object]) -> None:
-    """Let a version be one of two ranks, each with half of the rows, damaged by `change` and signed anew."""
+    """Rewrite a checkpoint as one of two ranks with half of the rows each, damage it, and sign it again."""
     manifest, tensors = json.loads((path / "manifest.json").read_text()), load_file(path / "state.safetensors")
     cut = [name for name in tensors if name.startswith("branch/")]
     halves = {name: tensors[name].chunk(2) for name in cut}
@@ -364,15 +364,15 @@ def meta(spec: dict[str, object], **options: Any) -> lx.Cascade:
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[nn.Module, Path]:
-    """A model, and its file."""
+    """Return a model and its file."""
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     save_file(model.state_dict(), tmp_path / "two.safetensors")
     return model, tmp_path / "two.safetensors"
 
 
 @pytest.mark.usefixtures("group")
-def test_shards_get_their_numbers(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    """Those of a cascade that had them before; a call before is refused, and a save writes the same fingerprints."""
+def test_materialize_reads_the_shards(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Compared with a cascade of the full model. Calls before are refused, and a save has the same fingerprints."""
     model, path = two
     there, x = fsdp.shard(meta({})), torch.randn(2, 5)
     with raises(lx.StateError, "meta-model", "forward"):
@@ -426,7 +426,7 @@ def test_a_model_that_is_partly_on_the_meta_device_is_not_sharded() -> None:
 def test_a_run_is_loaded_onto_the_meta_device(
     two: tuple[nn.Module, Path], tmp_path: Path, is_sharded: bool, with_inputs: bool
 ) -> None:
-    """It goes on from its checkpoint once it has the numbers of its base, and refuses those of another."""
+    """It resumes from its checkpoint after `materialize`, and refuses the values of another base model."""
     model, path = two
     args: Any = ((torch.randn(2, 5),),) if with_inputs else ()
     cascade, x = small({"noise": {"strength": 0.2}, "train": ["1.bias"], "pace": 0.5}, model), torch.randn(2, 5)
@@ -552,7 +552,7 @@ def test_damaged_files_of_several_ranks(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.usefixtures("group")
 def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
-    """No checkpoint holds it, and its fingerprint is that of the whole parameter before."""
+    """No checkpoint contains it, so its fingerprint of the full parameter before `shard` is compared."""
     cascade = small({})
     fsdp.shard(cascade)
     cascade(torch.randn(2, 5)).sum().backward()
@@ -568,7 +568,7 @@ def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("group")
 def test_an_interrupted_shard_changes_nothing() -> None:
-    """By Ctrl-C at lines of ours; then it goes through."""
+    """Interrupted by Ctrl-C at lines of this package. Without an interrupt it succeeds."""
     cascade, x = small({"train": ["1.bias"], "noise": {"strength": 0.1}}), torch.randn(2, 5)
     wanted = cascade(x)
     call, faults = partial(fsdp.shard, cascade), (KeyboardInterrupt,)
@@ -589,8 +589,8 @@ def test_gradients_of_two_dtypes_in_one_block() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> None:
-    """In a save, a transition and a step; the end has the bytes of a run that nobody killed (`benchmarks.kills`)."""
+def test_torchrun_restarts_killed_ranks(tmp_path: Path) -> None:
+    """Killed in a save, a transition and a step. The final checkpoint equals that of an uninterrupted run."""
     name, count, kills = "fresh", 2, 3
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""A small training whose global batch is the same on any number of processes, in fp64; and what it leaves behind."""
+"""A small training in fp64 with the same global batch on any number of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGES, STEPS, ROWS = 3, 4, 8
 
 
 class Net(nn.Module):
-    """An embedding, a convolution, a normalization and linears, none of them square."""
+    """A model with an embedding, a convolution, a norm and linear layers. No weight is square."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def batches(start: int, rank: int, count: int) -> Iterator[Any]:
 
 
 def step(model: nn.Module, optimizer: Any, done: int, share: tuple[int, int]) -> None:
-    """The step after `done` steps, over two batches; processes talk once."""
+    """Run the optimizer step after `done` steps, over two batches with one all-reduce."""
     source = batches(2 * done, *share)
     for index in range(2):
         tokens, labels = next(source)
@@ -86,7 +86,7 @@ def ends_stage(done: int) -> bool:
 
 
 def run(model: nn.Module, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
-    """Go on from `done` steps, with a cascade or a wrapper around it; a transition after every STEPS of them."""
+    """Continue after `done` steps, with a cascade or a wrapper around it, and a transition after every STEPS steps."""
     cascade: Any = model.module if isinstance(model, DistributedDataParallel) else model
     while done < until:
         step(model, optimizer, done, share)
@@ -96,7 +96,7 @@ def run(model: nn.Module, optimizer: Any, done: int, until: int, share: tuple[in
 
 
 def values(cascade: lx.Cascade) -> dict[str, Tensor]:
-    """Everything that the numbers of a run show in: slow and fast weights, and the factors of the running stage."""
+    """Return slow and fast weights, and the factors of the running stage."""
     found = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
     for view in ("slow", "fast"):
         with cascade.weights(view):  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def under_ddp(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
 
 
 def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, how: str) -> None:
-    """Save after `at` steps; then the last process dies, or stands still, in the middle of a step of the others."""
+    """Save after `at` steps. Then the last process dies or hangs during a step of the others."""
     cascade = adapted(name)
     wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
     run(wrapper, optimizer, 0, at, (rank, count))
@@ -140,7 +140,7 @@ def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, ho
 
 
 def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int = 0) -> dict[str, Tensor]:
-    """Go on on all processes, or on the first ones, so many, as a group of their own."""
+    """Continue on all processes, or on the first `count` ones as a separate group."""
     group = dist.new_group(range(part)) if part else None
     if rank >= (part or count):
         return {}
@@ -154,7 +154,7 @@ def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int
 
 
 def without_a_group(rank: int, count: int, name: str) -> dict[str, Tensor]:
-    """What each process makes of noise and lora_A by itself, stage after stage."""
+    """Return the noise and lora_A of each process for several stages."""
     torch.manual_seed(100 + rank)
     cascade, found = adapted(name), {}
     for stage in (1, 2, 3):

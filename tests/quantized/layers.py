@@ -1,4 +1,4 @@
-"""Layers that libraries quantize, as cases: of a layer of our own, and of those libraries that are installed."""
+"""Test cases for quantized layers: a layer defined here, and layers of the installed libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Product(torch.autograd.Function):
 
 
 class Packed(nn.Module):
-    """A layer as libraries have it: packed numbers, an autograd Function, Python state, and another product in eval
+    """A layer like those of libraries: packed values, an autograd.Function, Python state, and another product in eval
     mode."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -66,7 +66,7 @@ NEEDS = {
     "bitsandbytes": "bitsandbytes", "gptq": "gptqmodel.nn_modules.qlinear.torch", "hqq": "hqq.core.quantize",
     "quanto": "optimum.quanto", "packed": "torch", "awq": "gptqmodel.nn_modules.qlinear.torch_awq",
 }  # fmt: skip
-"""What is imported for cases whose names begin so."""
+"""The module to import for cases whose name starts with the key."""
 
 
 def _library(name: str) -> Any:
@@ -111,7 +111,7 @@ def _quanto(kind: str) -> Quantize:
 
 
 def _gptq(bits: int, group: int = 32) -> Quantize:
-    """Numbers that are rounded, in the layer by which a model of GPTQ computes; the algorithm finds better ones."""
+    """Return a layer of GPTQ with rounded values. The GPTQ algorithm itself would find better ones."""
 
     def quantize(linear: nn.Linear) -> nn.Module:
         blocks = linear.weight.detach().unflatten(1, (-1, group))
@@ -146,7 +146,7 @@ LAYERS: dict[str, Quantize] = {
 
 
 def _awq(linear: nn.Linear, group: int = 32) -> nn.Module:
-    """Rounded numbers in AWQ's layer, which computes in half precision."""
+    """Return a layer of AWQ with rounded values. It computes in half precision."""
     scales = linear.weight.detach().unflatten(1, (-1, group)).abs().amax(2) / 7
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "group_size": group}
     layer: Any = _library("awq").AwqTorchLinear(bits=4, sym=True, desc_act=False, bias=True, **sizes)
@@ -172,13 +172,13 @@ def _torchao(width: str) -> Quantize:
 
 
 WEIGHTS: dict[str, Quantize] = {f"torchao {width}": _torchao(width) for width in CONFIGS}
-"""Layers of torch whose weight is a tensor of torchao."""
+"""Layers of torch whose weight is a tensor subclass of torchao."""
 FIXED: dict[str, Quantize] = {"gptq 8": _gptq(8), "gptq 4": _gptq(4), "awq 4": _awq}
-"""Layers that are not quantized again."""
+"""Layers that cannot be re-quantized."""
 
 
 def is_missing(case: str) -> str:
-    """Return the library that a case needs and that is not installed; an empty string where all is there."""
+    """Return the library that a case needs if it is not installed, otherwise an empty string."""
     name = case.partition(" ")[0]
     try:
         _library(name)

@@ -30,7 +30,7 @@ PACKAGES = {
 
 
 class Model(nn.Module):
-    """Two layers that are quantized, and a head that is not."""
+    """Two quantized layers and a dense head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def trained(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> tuple[
 
 @torch.no_grad()
 def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
-    """Return the row of a case; distances are of outputs, relative to the norm of the trained ones."""
+    """Return the row of a case. Distances are between outputs, relative to the norm of the outputs after training."""
     torch.manual_seed(0)
     dtype = torch.float16 if case.startswith("awq") else torch.float32
     plain = Model().to(dtype)
@@ -104,7 +104,7 @@ def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
 
 
 def main() -> None:
-    """Rewrite the rows."""
+    """Rewrite the rows of the page."""
     warnings.simplefilter("ignore")
     cases: dict[str, tuple[Callable[[nn.Module], None], Any]] = {
         case: (_by_layer(case), "requantize") for case in LAYERS if case != "packed" and not is_missing(case)

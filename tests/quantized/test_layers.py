@@ -1,4 +1,4 @@
-"""A base whose layers or weights a library has quantized: its own product stays, and the branch trains beside it."""
+"""Models with layers or weights quantized by a library: the product is unchanged, and the branch trains beside it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def net(case: str, seed: int = 3) -> nn.Module:
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the layers, as their library dequantizes them."""
+    """Return the weights of the layers, dequantized by their library."""
     found = {}
     for name in ("up", "down"):
         layer = model.get_submodule(name)
@@ -49,7 +49,7 @@ def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def dense(case: str) -> dict[str, torch.Tensor]:
-    """What a dense model has to hold to compute as that of the case."""
+    """Return the state dict of a dense model that computes the same as the model of the case."""
     model = net(case)
     biases = {f"{name}.bias": getattr(model, name).bias.detach() for name in ("up", "down")}
     others = {name: value for name, value in model.state_dict().items() if name.startswith(("norm.", "head."))}
@@ -99,7 +99,7 @@ def test_branches_train_beside_layers(case: str, frontend: str) -> None:
 
 
 @CASES
-def test_a_fold_is_dense_or_quantized_again(case: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fold_is_dense_or_requantized(case: str, caplog: pytest.LogCaptureFixture) -> None:
     model = net(case)
     before = types(model)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
@@ -159,7 +159,7 @@ def test_the_model_saves_what_the_layers_save(case: str) -> None:
     assert list(cascade.folded_state_dict()) == list(expected)  # nothing has trained
 
 
-def test_the_mode_of_a_layer_is_that_of_its_place() -> None:
+def test_training_mode_of_a_wrapped_layer() -> None:
     model = net("packed")
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
     for mode in (True, False):
@@ -172,7 +172,7 @@ def test_the_mode_of_a_layer_is_that_of_its_place() -> None:
     assert not layer.training
 
 
-def test_what_raises_leaves_the_layers_in_their_places() -> None:
+def test_errors_leave_the_layers_in_the_model() -> None:
     model = net("packed")
     layers = list(model.children())
     with pytest.raises(lx.LorascError):
@@ -183,7 +183,7 @@ def test_what_raises_leaves_the_layers_in_their_places() -> None:
     assert list(model.children()) == layers
 
 
-def test_a_layer_whose_method_is_not_known_is_not_quantized_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_layer_is_not_requantized(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{Packed.__module__}.{Packed.__qualname__}"
     row = LIBRARIES[name]
     monkeypatch.setitem(LIBRARIES, name, Library(row.holds, row.dequantize))
@@ -199,7 +199,7 @@ def test_a_layer_whose_method_is_not_known_is_not_quantized_again(monkeypatch: p
     cascade.release(quantized="dequantize")
 
 
-def test_a_second_weight_that_fails_leaves_the_first_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_requantization_restores_earlier_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{Packed.__module__}.{Packed.__qualname__}"
     row, calls = LIBRARIES[name], list[torch.Tensor]()
 
@@ -253,7 +253,7 @@ def test_the_page_has_a_row_of_each_case() -> None:
 
 
 class Foreign(nn.Module):
-    """A layer of a library that is not known: packed numbers in a buffer, as GPTQ's and AWQ's are."""
+    """A layer of an unknown library, with packed values in a buffer, like the layers of GPTQ and AWQ."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ def test_a_quantized_weight_that_is_read_in_another_way_is_named() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_dense_weight_of_another_dtype_computes_as_the_layer_does(dtype: torch.dtype) -> None:
-    """Layers cast their input to their own dtype, and their output back: so does the dense weight in their place."""
+    """Layers cast their input to their dtype and their output back. So does the dense weight that replaces theirs."""
     linear = nn.Linear(8, 6).to(dtype)
     placed, x = QuantizedLinear(Packed(linear)), torch.randn(3, 8)
     placed._parameters["weight"] = nn.Parameter(placed.weight.dequantize())
@@ -304,8 +304,8 @@ def test_a_dense_weight_of_another_dtype_computes_as_the_layer_does(dtype: torch
 
 
 @pytest.mark.parametrize("case", FIXED)
-def test_layers_that_are_not_quantized_again(case: str) -> None:
-    """Of GPTQ and AWQ: the layer's own product with the branch beside; a fold is dense."""
+def test_layers_that_cannot_be_requantized(case: str) -> None:
+    """For GPTQ and AWQ, the branch trains beside the product of the layer, and the folded weight is dense."""
     if is_missing(case):
         pytest.skip(f"{is_missing(case)} is missing")
     torch.manual_seed(3)

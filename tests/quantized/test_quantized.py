@@ -1,4 +1,4 @@
-"""A base whose weights torchao has quantized: branches train beside them, and a fold says what becomes of them."""
+"""Models with weights quantized by torchao: branches train beside them, and a fold needs to know how to treat them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("width", CONFIGS)
 
 
 class Net(nn.Module):
-    """Two quantized layers, and a norm and a head that stay as they are."""
+    """Two quantized layers, and a norm and a head that are not quantized."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def inputs() -> torch.Tensor:
 
 
 def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's weights as dense tensors."""
+    """Return the weights of the model as dense tensors."""
     return {
         name: value.dequantize() if type(value) is not nn.Parameter else value.detach().clone()
         for name, value in model.named_parameters()
@@ -86,7 +86,7 @@ def plain(values: dict[str, torch.Tensor]) -> nn.Module:
 
 @BOTH
 def test_a_cascade_is_moved_and_cast(width: str) -> None:
-    """torch swaps such a parameter with the new one, which it refuses where a weak reference to one is held."""
+    """torch swaps such a parameter with the new one, and refuses this if a weak reference to either exists."""
     model = net(width)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
     train(cascade, 1)
@@ -147,8 +147,8 @@ def test_a_fold_refuses_unless_asked(width: str, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_quantized_again_where_asked(width: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It says how far training moved each weight and how far the rounding, and the result is the library's own."""
+def test_requantize_on_request(width: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says how far training and rounding moved each weight, and the result is a weight of the library."""
     model = net(width)
     kind = type(model.up.weight)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
@@ -187,7 +187,7 @@ def test_a_bank_serves_adapters_on_a_quantized_base(width: str, tmp_path: Path) 
     assert all(torch.equal(value, before[name]) for name, value in numbers(bank.model).items())
 
 
-def test_an_untrained_cascade_gives_the_weights_back() -> None:
+def test_release_of_an_untrained_cascade_keeps_the_weights() -> None:
     model = net("int8")
     before = dict(model.named_parameters())
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
@@ -199,9 +199,7 @@ def test_an_untrained_cascade_gives_the_weights_back() -> None:
     ("options", "names"),
     [({"start": "pissa"}, ("start", "pissa")), ({"noise": lx.Noise(0.1)}, ("noise.strength", "0.1"))],
 )
-def test_quantized_weights_have_no_start_of_their_own_and_no_noise(
-    options: dict[str, Any], names: tuple[str, ...]
-) -> None:
+def test_quantized_weights_refuse_starts_and_noise(options: dict[str, Any], names: tuple[str, ...]) -> None:
     model = net("int8")
     held, flags = numbers(model), [value.requires_grad for value in model.parameters()]
     with raises(lx.SpecError, "quantized-not-supported", *names, "up.weight"):
@@ -223,7 +221,9 @@ def ranks(cascade: lx.Cascade) -> dict[str, int]:
 
 @BOTH
 def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_path: Path) -> None:
-    """Against the truncated SVD of what each stage ends with; without it, a stage added its rank to every call."""
+    """Compared with the truncated SVD of the delta at the end of each stage. Without a limit, the rank grows with
+    stages.
+    """
     model = net(width)
     spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, carry_rank=3)
     cascade = lx.adapt(model, (inputs(),), spec=spec)
@@ -251,7 +251,7 @@ def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_pa
 
 
 @pytest.mark.parametrize("options", [{}, {"restart": "fast"}, {"average": "swa"}], ids=str)
-def test_ranks_beyond_the_matrix_are_left_out_without_loss(options: dict[str, Any]) -> None:
+def test_ranks_beyond_the_matrix_are_dropped_without_loss(options: dict[str, Any]) -> None:
     model = net("int8")
     spec = lx.CascadeSpec(rank=8, lora_alpha=12.0, pace=0.5, exclude=("head",), **options)
     cascade = lx.adapt(model, (inputs(),), spec=spec)
@@ -279,8 +279,8 @@ def test_ranks_beyond_the_matrix_are_left_out_without_loss(options: dict[str, An
 
 
 @BOTH
-def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) -> None:
-    """Against the SVD of the residual (2310.08659, one step): Q stays, and the branch begins as the nearest pair."""
+def test_loftq_starts_from_the_quantization_error(width: str, tmp_path: Path) -> None:
+    """Compared with the SVD of the residual (2310.08659, one step). Q is unchanged."""
     torch.manual_seed(3)
     full = Net().eval()
     before = {name: value.detach().clone() for name, value in full.state_dict().items()}
@@ -325,8 +325,8 @@ def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) ->
 
 
 @BOTH
-def test_kept_pairs_stand_beside_a_quantized_weight(width: str) -> None:
-    """A partial restart changes no output; the quantized weight stays as it is."""
+def test_kept_pairs_beside_a_quantized_weight(width: str) -> None:
+    """A partial restart changes neither the outputs nor the quantized weight."""
     model, spec = net(width), lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, restart_pairs=0.5, exclude=("head",))
     slow, cascade = numbers(model), lx.adapt(model, (inputs(),), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
@@ -344,7 +344,7 @@ def test_kept_pairs_stand_beside_a_quantized_weight(width: str) -> None:
 
 
 def test_loftq_without_quantized_weights_is_refused() -> None:
-    """It would train as LoRA without a word."""
+    """Otherwise it would silently train like LoRA."""
     plain = nn.Linear(32, 4)
     with raises(lx.SpecError, "conflicting-options", "loftq", "quantized"):
         lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2, start="loftq"))
@@ -353,7 +353,7 @@ def test_loftq_without_quantized_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize("adapter", [name for name in METHODS if name != "lora"])
-def test_other_methods_stand_beside_a_quantized_weight_or_say_why_not(adapter: str) -> None:
+def test_other_methods_beside_a_quantized_weight(adapter: str) -> None:
     model, spec = net("int8"), lx.CascadeSpec(adapter=adapter, rank=2, pace=0.5)
     if not METHODS[adapter].beside_quantized:
         with raises(lx.SpecError, "method-not-supported", adapter, "up.weight", "quantized"):

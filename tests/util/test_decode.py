@@ -1,4 +1,4 @@
-"""Plain data become dataclasses, and a wrong value is named by the path of its field."""
+"""Conversion of plain data to dataclasses, and error messages with the path of the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transactions: what is undone when a block raises, and when Ctrl-C comes into it."""
+"""Transactions: what is undone if a block raises or is interrupted by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorasc_fx.util.undo import AllOrNothing, Block, commit, isolated
 from tests.errors.inject import python_answers, sigint
 
 
-def test_steps_run_backwards_and_none_is_left_out() -> None:
+def test_all_steps_run_in_reverse_order() -> None:
     done: list[int] = []
 
     def step_of(number: int) -> Callable[[], None]:
@@ -82,7 +82,7 @@ def test_ctrl_c_during_a_rollback_waits_for_its_end(fault: type[BaseException]) 
     assert done == [2, 1, 0]
 
 
-def test_what_is_isolated_is_restored_at_any_ctrl_c() -> None:
+def test_isolated_changes_are_restored_at_any_ctrl_c() -> None:
     state: list[str] = []
 
     @isolated
@@ -105,7 +105,7 @@ def test_what_is_isolated_is_restored_at_any_ctrl_c() -> None:
         assert not state
 
 
-def test_an_inner_block_that_is_whole_is_taken_back_by_the_outer_one() -> None:
+def test_an_outer_block_rolls_back_a_finished_inner_block() -> None:
     done: list[str] = []
 
     def block() -> None:
@@ -120,7 +120,7 @@ def test_an_inner_block_that_is_whole_is_taken_back_by_the_outer_one() -> None:
     assert done == ["outer"]
 
 
-def test_other_threads_are_left_alone() -> None:
+def test_other_threads_do_not_defer_signals() -> None:
     handlers: list[Any] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""The hand-written backwards of branches, against finite differences and against autograd over the plain formula."""
+"""Autograd functions of branches, compared with finite differences and with autograd over the plain formula."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def factors() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Rows are folded by the number of threads."""
+    """The number of chunks depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -87,7 +87,7 @@ def test_merged_with_a_product(op: str, rows: tuple[int, ...]) -> None:
         assert gradgradcheck(ours, inputs)
 
 
-def test_a_merged_weight_that_wants_a_gradient_gets_it() -> None:
+def test_a_merged_weight_that_requires_grad_gets_a_gradient() -> None:
     x, w, (a, b) = numbers(3, 6, grad=True), numbers(5, 6, grad=True), factors()
     same(
         lambda x, w, a, b: MergedProduct.apply(x, w, None, a, b, SCALE, "linear"),
@@ -116,7 +116,7 @@ def test_one_input_for_several_branches(rows: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [(2, 5), (2, 64)], ids=str)
-def test_above_a_shared_product(rows: tuple[int, ...]) -> None:
+def test_after_a_shared_product(rows: tuple[int, ...]) -> None:
     base, low, b = numbers(*rows, 5, grad=True), numbers(*rows, 2, grad=True), numbers(5, 2, grad=True)
 
     def ours(base: Tensor, low: Tensor, b: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def test_above_a_shared_product(rows: tuple[int, ...]) -> None:
 
 
 def same(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Equal values, and equal gradients of every input, for a slope that differs from entry to entry."""
+    """Check equal values, and equal gradients of every input for a random gradient of the output."""
     results = []
     for call in (ours, plain):
         value = call(*inputs)
@@ -193,7 +193,7 @@ def test_convolutions(name: str, last: bool) -> None:
         assert gradgradcheck(ours, (x, a, b))
 
 
-def test_same_padding_that_is_longer_on_one_side_has_no_grid() -> None:
+def test_uneven_same_padding_has_no_geometry() -> None:
     assert ConvGeometry.of((2, 3), 1, "same", 1, 1) is None
     assert ConvGeometry.of((2, 3), 1, "same", (2, 1), 1) == ConvGeometry((1, 1), (1, 1), (2, 1))
 
@@ -201,8 +201,8 @@ def test_same_padding_that_is_longer_on_one_side_has_no_grid() -> None:
 # --- adapter dropout -------------------------------------------------------------------------------------------------
 
 
-def test_dropout_zeroes_a_share_and_scales_the_rest_up_the_same_way_back() -> None:
-    """With A and B the identity, what the branch adds is its input, dropped."""
+def test_dropout_masks_and_scales_forward_and_backward() -> None:
+    """If A and B are the identity, the branch adds its input after dropout."""
     x, eye, p = numbers(64, 40, grad=True), torch.eye(40, dtype=D, requires_grad=True), 0.3
     added = Beside.apply(torch.zeros(64, 40, dtype=D), x, eye, eye, 1.0, p, 1234)
     zero = added.detach() == 0
@@ -240,7 +240,7 @@ def filled(model: nn.Module, x: Tensor, **options: Any) -> lx.Cascade:
     return cascade
 
 
-def test_dropout_is_torchs_own_to_the_user() -> None:
+def test_dropout_follows_torchs_seed_and_mode() -> None:
     x = numbers(4, 3, 6, 6)
     cascade = filled(net(), x, dropout=0.5).train()
     torch.manual_seed(5)
@@ -270,7 +270,7 @@ def test_checkpointing_draws_the_same_mask_again() -> None:
 
 
 def kept_bytes(call: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of distinct storages that autograd keeps, but for parameters."""
+    """Return the bytes of distinct storages that autograd saves, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -288,8 +288,8 @@ def kept_bytes(call: Callable[[], Tensor], model: nn.Module) -> int:
 
 @pytest.mark.parametrize("placement", ["beside", "merged"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_what_a_backward_keeps(placement: str, dropout: float) -> None:
-    """One linear layer: x, and A x where it is made forward. No mask, no merged weight."""
+def test_tensors_saved_for_backward(placement: str, dropout: float) -> None:
+    """For a linear layer: x, and A x if forward computes it, but no mask and no merged weight."""
     torch.manual_seed(0)
     model, x = nn.Linear(96, 80), torch.randn(64, 96)
     if dropout and placement == "merged":
@@ -327,7 +327,7 @@ def test_transforms_and_compilers_get_plain_operations(placement: str) -> None:
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_arithmetic(placement: str, own: torch.dtype) -> None:
-    """Under autocast, or with weights of bf16: as near to the formula in fp64 as bf16 is, and in bf16 itself."""
+    """Under autocast or with bf16 weights, the error to fp64 is that of bf16, and the output is bf16."""
     exact, x = net(), numbers(4, 3, 6, 6)
     reference = filled(copy.deepcopy(exact), x, placement="beside")
     expected = reference(x)
@@ -355,7 +355,7 @@ class WritesInPlace(nn.Module):
 
 
 @pytest.mark.parametrize("placement", ["auto", "beside", "merged", "weight"])
-def test_the_next_op_may_write_into_what_a_branch_returns(placement: str) -> None:
+def test_the_output_of_a_branch_can_be_written_in_place(placement: str) -> None:
     x = numbers(2, 3, 4, 5)
     results = []
     for each in (placement, "weight"):
@@ -369,7 +369,7 @@ def test_the_next_op_may_write_into_what_a_branch_returns(placement: str) -> Non
 
 
 class Lookup(nn.Module):
-    """Rows of a table, by a layer of torch, and a head tied to it."""
+    """An embedding layer, and a head that is tied to it."""
 
     def __init__(self, layer: type[nn.Module], sparse: bool) -> None:
         super().__init__()
@@ -383,7 +383,7 @@ class Lookup(nn.Module):
 @pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 @pytest.mark.parametrize(("layer", "placement"), [(nn.EmbeddingBag, "auto"), (nn.Embedding, "weight")])
 def test_a_sparse_lookup_trains_as_a_dense_one(layer: type[nn.Module], placement: str, frontend: str) -> None:
-    """Where a branch stands on the table, it gets the table's gradient, which is dense."""
+    """A branch on the table gets the gradient of the table, which is dense."""
     ids, gradients = torch.tensor([[1, 4, 8], [0, 4, 2]]), []
     for sparse in (True, False):
         spec = lx.CascadeSpec(rank=2, placement=placement)
