@@ -19,7 +19,7 @@ from torch import nn
 from lorasc_fx.cli import training
 
 MODEL = '''
-"""A model of one's own, for `python:tiny_model:build`."""
+"""The source of a user's model, for `python:tiny_model:build`."""
 from torch import nn
 
 def build(classes: int = 10) -> nn.Module:
@@ -82,7 +82,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def tiny_model(place: Path) -> Callable[[], nn.Module]:
-    """Return what builds the model of `tiny_model.py`, in eval mode."""
+    """Return a function that builds the model in `tiny_model.py`, in eval mode."""
 
     def build() -> nn.Module:
         model: nn.Module = importlib.import_module("tiny_model").build()  # noqa: TID251
@@ -93,7 +93,7 @@ def tiny_model(place: Path) -> Callable[[], nn.Module]:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
-    """Return what lets `train` get a Ctrl-C after so many steps, while the block lasts."""
+    """Return a context manager in which `train` gets a Ctrl-C after this many steps."""
     plain = training.train_steps
 
     @contextmanager
@@ -113,20 +113,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
 
 @pytest.fixture
 def command() -> list[str]:
-    """Return what runs the command line in a process of its own."""
+    """Return the command that runs the command line in a new process."""
     return [sys.executable, "-m", "lorasc_fx"]
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Return the variables of such a process: this checkout is importable from any folder."""
+    """Return environment variables for a new process, so that this checkout is importable from any folder."""
     root = str(Path(__file__).resolve().parents[2])
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 @pytest.fixture
 def run_alone(command: list[str], environment: dict[str, str]) -> object:
-    """Return a function that runs the command line in a process of its own."""
+    """Return a function that runs the command line in a new process."""
 
     def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

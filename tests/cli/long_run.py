@@ -1,4 +1,4 @@
-"""The records of a run with many sites and stages, written by hand: what a report has to be readable for."""
+"""Hand-written records of a run with many sites and stages, for which a report must be readable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGES, STEPS = 5, 100
 
 
 def write_long_run(path: Path, sites: int = 60) -> Path:
-    """Write a run of 5 stages of 100 steps with so many sites; the last one has an odd name."""
+    """Write a run with 5 stages of 100 steps and this many sites. The last site has an unusual name."""
     folder = RunFolder(path)
     config = Config(
         model=ModelConfig("timm:vit_small"), data=DataConfig("rotten-tomatoes"), train=TrainConfig(stages=5)

@@ -1,4 +1,4 @@
-"""The door: exit codes, one sentence for what the user got wrong, and extras that are missing."""
+"""The command line: exit codes, one message for a user's mistake, and missing extras."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
-def test_what_the_user_got_wrong_is_a_sentence_and_2(
+def test_a_users_mistake_is_one_message_and_exit_code_2(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (place / "wrong.py").write_text("def f(:\n")
@@ -91,7 +91,7 @@ FOLDERS = ("train tiny.toml", "compare tiny.toml", "export run --to peft")
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     place: Path, capsys: pytest.CaptureFixture[str], asked: str
 ) -> None:
-    """Root ignores the modes of folders, so /proc stands for one that cannot be written."""
+    """Root ignores the permissions of folders, so /proc is used as a folder that cannot be written."""
     write_long_run(place / "run", sites=4)
     lx.save(lx.adapt(torch.nn.Linear(3, 2), args=(torch.rand(2, 3),)), place / "run" / "checkpoint")
     (place / "a.safetensors").write_text("a file")
@@ -111,7 +111,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     assert not list((place / "b.safetensors").iterdir())
 
 
-def test_an_error_of_the_operating_system_is_a_sentence(
+def test_an_error_of_the_operating_system_is_one_message(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(arguments: SitesArguments) -> int:
@@ -122,7 +122,7 @@ def test_an_error_of_the_operating_system_is_a_sentence(
     assert capsys.readouterr().err == "lorasc-fx: runs/tiny/metrics.jsonl: No space left on device\n"
 
 
-def test_random_weights_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_weights_are_warned_about(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--train.steps", "2", "--train.stages", "1", "--data.shifts", "--data.test", "10"]
     model = ["--model.name", "timm:test_resnet", "--spec.train", "--data.image-size", "32"]
     for command in (["train", "tiny.toml", *short], ["compare", "tiny.toml", *short, "--compare.methods", "lora"]):
@@ -133,7 +133,7 @@ def test_random_weights_are_said(place: Path, capsys: pytest.CaptureFixture[str]
         shutil.rmtree("runs")
 
 
-def test_a_fault_of_ours_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(arguments: SitesArguments) -> int:
         raise ZeroDivisionError("ours")
 
@@ -145,12 +145,12 @@ def test_a_fault_of_ours_keeps_its_traceback(place: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["compare", "-h"], ["sites", "-h"], ["fold", "-h"], ["export", "-h"]]
 )
-def test_help_is_0(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_help_has_exit_code_0(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 0
     assert "lorasc-fx" in capsys.readouterr().out
 
 
-def test_no_command_shows_the_usage_and_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_prints_the_usage_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "lorasc-fx compare CONFIG.toml" in capsys.readouterr().out
 
@@ -172,8 +172,8 @@ NEEDED = {
 }
 
 
-def test_a_missing_extra_is_one_sentence(place: Path, environment: dict[str, str]) -> None:
-    """Of one package after the other, in a process that has imported none of them."""
+def test_a_missing_extra_is_one_message(place: Path, environment: dict[str, str]) -> None:
+    """Test one package after the other, in a process that has imported none of them."""
     code = WITHOUT.format(calls=[(name, arguments) for name, (_, arguments) in NEEDED.items()])
     ended = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""`lorasc-fx compare`: the same steps for every method, the rate chosen on validation, and going on after a stop."""
+"""`lorasc-fx compare`: the same steps for every method, rates selected on validation, and continuing after a stop."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def without_time(result: Result) -> Result:
     return dataclasses.replace(result, seconds=0.0)
 
 
-def test_all_methods_side_by_side(
-    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_methods(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["probe", "lora", "lora-summed", "cascade", "lorasc", "full"]
     assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.keep-weights", "lorasc"]) == 0
     said = capsys.readouterr().out
@@ -75,8 +73,8 @@ def test_methods_of_docs_evidence_by_name(place: Path) -> None:
     assert len({result.losses["validation"] for result in found.values()}) == len(methods)
 
 
-def test_the_paired_methods_differ_by_what_they_are(place: Path) -> None:
-    """With one stage, pace 1 and no noise LoRASC is LoRA, prediction for prediction."""
+def test_the_methods_differ_only_in_their_spec(place: Path) -> None:
+    """With one stage, pace 1 and no noise, all predictions of LoRASC and LoRA are equal."""
     plain = ["--spec.pace", "1", "--spec.noise.strength", "0", "--train.stages", "1", "--compare.seeds", "3"]
     assert main(["compare", "tiny.toml", *plain, "--compare.methods", "lora", "cascade", "lorasc", "lora-summed"]) == 0
     run = place / "runs" / "tiny"
@@ -85,7 +83,7 @@ def test_the_paired_methods_differ_by_what_they_are(place: Path) -> None:
     assert all(each.validation == same[0].validation for each in same)
 
 
-def test_it_goes_on_where_it_stopped(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_comparison_continues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "whole"]) == 0
     assert main(["compare", "tiny.toml", "--compare.methods", "lora", "--output", "parts"]) == 0
     before = (place / "parts" / "results" / "lora-seed1-lr0.01.json").stat().st_mtime_ns
@@ -100,7 +98,7 @@ def test_it_goes_on_where_it_stopped(place: Path, capsys: pytest.CaptureFixture[
         assert without_time(cell(place / "whole", name)) == without_time(cell(place / "parts", name))
 
 
-def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverged_run_is_shown_and_not_selected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = ["--compare.lrs", "0.01", "1e30", "--compare.methods", "lora", "full", "--compare.seeds", "0"]
     assert main(["compare", "tiny.toml", *rates]) == 0
     assert cell(place / "runs" / "tiny", "lora-seed0-lr1e+30").diverged
@@ -111,7 +109,7 @@ def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest
     assert "│ diverged │" in capsys.readouterr().out
 
 
-def test_the_rate_is_chosen_on_validation_not_on_test() -> None:
+def test_the_rate_is_selected_on_validation() -> None:
     def result(lr: float, seed: int, validation: float, loss: float, test: int) -> Result:
         losses = {"validation": loss}
         return Result("lora", seed, lr, 1, 1.0, 1, validation, losses, {"test": [test]}, {"test": [1]})

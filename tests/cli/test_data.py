@@ -1,4 +1,4 @@
-"""Data sets: splits that do not move, shifts, and what is said about data that cannot be read."""
+"""Data sets: stable splits, shifts, and errors for unreadable data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = DataConfig(name=DIGITS, train=64, validation=16, test=32, image_size=16)
 
 
 def letters(texts: list[str], *, max_length: int, **_: Any) -> dict[str, torch.Tensor]:
-    """A tokenizer that gives each letter a number, padded to a multiple of 8."""
+    """A tokenizer with one token per letter."""
     rows = [[ord(letter) % 97 + 1 for letter in text[:max_length]] for text in texts]
     width = -(-max(map(len, rows)) // 8) * 8
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -122,7 +122,7 @@ def test_texts_are_padded_to_a_multiple_of_8_but_not_beyond_the_most_tokens(side
         encoder_of(DataConfig(max_length=513), tokenizer)
 
 
-def test_own_data(own: types.ModuleType) -> None:
+def test_data_of_a_users_function(own: types.ModuleType) -> None:
     own.words = lambda: (["a", "b", "c"] * 9, ["x", "y", "z"] * 9)  # type: ignore[attr-defined]  # a module is open
     own.louder = lambda texts: [text.upper() for text in texts]  # type: ignore[attr-defined]
     names = {"name": "python:own_data:words", "shifts": ("python:own_data:louder",)}
@@ -143,7 +143,7 @@ def test_own_data(own: types.ModuleType) -> None:
         ((torch.zeros(2, 5, 4, 4, dtype=torch.uint8), [0, 1]), "[2, 5, 4, 4] of torch.uint8"),
     ],
 )
-def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: str) -> None:
+def test_invalid_data_of_a_users_function(own: types.ModuleType, found: object, reason: str) -> None:
     own.odd = lambda: found  # type: ignore[attr-defined]  # a module is open
     with raises(SpecError, "wrong-function-result", "python:own_data:odd", reason):
         load_data(DataConfig(name="python:own_data:odd"), None)
@@ -167,7 +167,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("config", "tokenizer", "expected"), WRONG)
-def test_what_is_wrong_is_said(config: DataConfig, tokenizer: Any, expected: tuple[str, ...]) -> None:
+def test_errors_of_a_configuration(config: DataConfig, tokenizer: Any, expected: tuple[str, ...]) -> None:
     with raises(SpecError, *expected):
         load_data(config, tokenizer)
 
@@ -202,14 +202,14 @@ WRONG_CSV = [
 
 
 @pytest.mark.parametrize(("content", "message"), WRONG_CSV)
-def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: tuple[str, ...]) -> None:
+def test_an_invalid_csv_is_named_with_its_line(tmp_path: Path, content: bytes, message: tuple[str, ...]) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     with raises(SpecError, *message, path):
         read_table("csv", path, "text", "label")
 
 
-def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_csv(tmp_path: Path) -> None:
     with raises(SpecError, "unreadable-file", "a.csv"):
         read_table("csv", tmp_path / "a.csv", "text", "label")
     with raises(SpecError, "unreadable-file", "b.csv", Path.cwd()):
@@ -223,9 +223,7 @@ def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
         ("b" + "a" * 39, ("invalid-data", "16 training examples", "'a'")),
     ],
 )
-def test_one_class_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: tuple[str, ...]
-) -> None:
+def test_a_single_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: tuple[str, ...]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.csv").write_text("\n".join(["text,label", *(f"text {label},{label}" for label in labels)]) + "\n")
     config = DataConfig(name="csv:a.csv", train=16, validation=8, test=8)
@@ -243,7 +241,7 @@ def test_one_class_alone(
         (["1.5", "2.0"] * 5, None),
     ],
 )
-def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: tuple[str, ...] | None) -> None:
+def test_labels_that_are_not_classes(tmp_path: Path, labels: list[str], message: tuple[str, ...] | None) -> None:
     (tmp_path / "a.csv").write_text("\n".join(["text,label", *(f"a text,{label}" for label in labels)]) + "\n")
     config = DataConfig(name=f"csv:{tmp_path / 'a.csv'}")
     if message is None:
@@ -254,10 +252,10 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: 
 
 
 @pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 0)])
-def test_a_class_with_hardly_any_training_example_is_named(
+def test_a_class_with_too_few_training_examples_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, count: int
 ) -> None:
-    """Its one example is in the training split of seed 0, and not in that of seed 1."""
+    """The only example of the class is in the training split with seed 0, but not with seed 1."""
     labels = ["odd one", *(f"class{number % 12:02}" for number in range(89))]
     (tmp_path / "a.csv").write_text("\n".join(["text,label", *(f"a text,{label}" for label in labels)]) + "\n")
     data = DataConfig(name=f"csv:{tmp_path / 'a.csv'}", train=72, validation=8, test=8, seed=seed)
@@ -284,7 +282,7 @@ def test_an_empty_csv(tmp_path: Path) -> None:
 
 
 def table(folder: Path, kind: str, **columns: list[Any]) -> str:
-    """Write a table by the package datasets, and return its name as a data set."""
+    """Write a table with the package datasets, and return its name as a data set."""
     import datasets
 
     written = datasets.Dataset.from_dict(columns)
@@ -314,7 +312,7 @@ def _labels(splits: Splits) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_images_that_datasets_reads(tmp_path: Path, kind: str) -> None:
-    """Bytes within the file, and paths of files beside it; class names are those of the file."""
+    """Test bytes in the file, and paths of other files. The class names come from the file."""
     import datasets
     from PIL import Image
 
@@ -344,7 +342,7 @@ def test_images_that_datasets_reads(tmp_path: Path, kind: str) -> None:
         ({"validation": 0.01}, ("invalid-data", "data.validation", "0.01")),
     ],
 )
-def test_what_is_wrong_with_a_table(tmp_path: Path, change: dict[str, Any], expected: tuple[str, ...]) -> None:
+def test_an_invalid_table(tmp_path: Path, change: dict[str, Any], expected: tuple[str, ...]) -> None:
     name = table(tmp_path, "parquet", text=["a"] * 40, label=["x", "y"] * 20)
     with raises(SpecError, *expected):
         load_data(replace(DataConfig(name=name), **change), letters)
@@ -363,7 +361,7 @@ def test_a_damaged_table(tmp_path: Path) -> None:
 
 
 def test_an_unknown_class_of_a_table(tmp_path: Path) -> None:
-    """Data sets have the class -1 where it is kept secret, as in a test split."""
+    """Data sets use the class -1 if the class is secret, as in a test split."""
     import datasets
 
     written = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]})
@@ -372,14 +370,14 @@ def test_an_unknown_class_of_a_table(tmp_path: Path) -> None:
         load_data(DataConfig(name=f"parquet:{tmp_path / 'a.parquet'}"), letters)
 
 
-def test_no_file_of_the_network_is_asked_for() -> None:
+def test_files_are_not_searched_on_the_network() -> None:
     for name in ("json:https://example.org/a.json", "csv:s3://a/b.csv"):
         with raises(SpecError, "unreadable-file", name.partition(":")[2][-6:]):
             load_data(DataConfig(name=name), letters)
 
 
 def test_an_image_folder_of_splits(tmp_path: Path) -> None:
-    """Its two folders are no classes."""
+    """The two folders are splits and not classes."""
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         images(tmp_path / split, cat=(255, 0, 0), dog=(0, 0, 255))

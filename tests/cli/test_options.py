@@ -1,4 +1,4 @@
-"""The neighbours of the method in a run of the command line: trained, stopped, resumed, and folded either way."""
+"""Options of the spec in runs of the command line: trained, stopped, resumed, and folded in both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorasc-fx predict`: what the released model predicts, from files, without the data set."""
+"""`lorasc-fx predict` predicts the same as the released model, from files and without the data set."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_images_of_a_table_are_resized_as_they_were_in_training(place: Path, tmp
         (lambda run: Path("empty").mkdir(), "empty", "empty contains no images (.bmp, "),
     ],
 )  # fmt: skip
-def test_what_is_refused(
+def test_errors_of_runs_and_inputs(
     place: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], inputs: str, message: str
 ) -> None:
     assert main(["train", "tiny.toml", *SHORT]) == 0
@@ -99,7 +99,7 @@ def test_what_is_refused(
     assert f"lorasc-fx: {message}" in capsys.readouterr().err
 
 
-def test_a_tie_that_the_run_broke(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tie_that_the_run_has_untied(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = Path("tiny_model.py").read_text()
     tied = (
         source.replace("    return nn", "    model = nn").rstrip()

@@ -1,4 +1,4 @@
-"""What a command tells: a bar or lines, metrics.jsonl, and what TensorBoard's own reader finds."""
+"""Progress of a command: a bar or lines, metrics.jsonl, and scalars read by TensorBoard's reader."""
 
 from __future__ import annotations
 

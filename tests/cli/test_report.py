@@ -1,4 +1,4 @@
-"""`lorasc-fx report`: the page read by html.parser, its numbers against what the run's files and cascade say."""
+"""`lorasc-fx report`: the page is parsed by html.parser, and compared with the files and the cascade of the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.kit.state import trained_states, weight_states
 
 
 class Page(HTMLParser):
-    """The tables of a page as rows of texts, the texts of its chart, and its elements with their attributes."""
+    """Collects the tables of a page as rows of texts, the texts of its chart, and its elements with attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 
 def check_page(text: str) -> Page:
-    """Nothing in the page is read from elsewhere."""
+    """Assert that the page loads nothing from elsewhere, and return it."""
     page = Page(text)
     assert not {"script", "link", "img"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
@@ -83,7 +83,7 @@ def build(classes: int = 10) -> nn.Module:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run of three stages, and its checkpoint at the end of each."""
+    """A run of three stages, and its checkpoints at the ends of the stages."""
 
     run: Path
     ends: list[Path]
@@ -96,7 +96,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    """Train once; the weights hold more numbers than their experts, so that these are there to be compared with."""
+    """Train once. The weights are larger than their experts, so the experts are not collapsed and can be compared."""
     place = tmp_path_factory.mktemp("trained")
     (place / "odd_wide_model.py").write_text(MODEL)
     (place / "wide.toml").write_text(CONFIG.replace("tiny_model", "odd_wide_model").replace("7.*", "6.*"))
@@ -118,7 +118,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     torch.set_num_threads(threads)
 
 
-def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_a_run(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(trained.run)]) == 0
     assert capsys.readouterr().out == f"{trained.run}/report.html: report of wide\n"
     page = check_page((trained.run / "report.html").read_text())
@@ -136,7 +136,7 @@ def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytes
     assert [(row[0], row[1]) for row in refused] == [(each.weight, each.reason.value) for each in cascade.refusals]
 
 
-def test_experts_are_those_of_the_checkpoint(trained: Trained) -> None:
+def test_experts_equal_the_checkpoints(trained: Trained) -> None:
     head, *rows = check_page(render(RunRecord(trained.run))).tables["Experts by site"]
     experts = {row[0]: dict(zip(head[1:], map(float, row[1:]), strict=True)) for row in rows}
     for weight, state in weight_states(trained.cascade(3)).items():
@@ -150,8 +150,8 @@ def test_experts_are_those_of_the_checkpoint(trained: Trained) -> None:
             assert experts[weight][f"effective rank, stage {stage}"] == pytest.approx(rank, rel=1e-3)
 
 
-def test_slow_stands_beside_fast_as_measured(trained: Trained) -> None:
-    """Fast weights of stage t are S_{t-1} + s B A: made by hand from the checkpoints at the ends of stages."""
+def test_slow_and_fast_accuracies(trained: Trained) -> None:
+    """The fast weights of stage t are S_{t-1} + s B A, computed from the checkpoints at the ends of the stages."""
     record = RunRecord(trained.run)
     assert [row["stage"] for row in record.stages] == [1, 2, 3]
     examples = trained.setup.splits.validation
@@ -178,7 +178,7 @@ def test_slow_stands_beside_fast_as_measured(trained: Trained) -> None:
         assert row["validation_loss_fast"] != pytest.approx(row["validation_loss"], rel=3e-4)
 
 
-def test_a_stopped_run_has_a_page_too_and_steps_made_twice_count_once(trained: Trained, tmp_path: Path) -> None:
+def test_a_stopped_run_has_a_page_without_repeated_steps(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     shutil.copytree(trained.run, run)
     folder = RunFolder(run)
@@ -191,7 +191,7 @@ def test_a_stopped_run_has_a_page_too_and_steps_made_twice_count_once(trained: T
     assert [step for step, _ in RunRecord(run).by_step("loss")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_long_tables_fold_and_names_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_long_tables_are_collapsed_and_names_are_unchanged(tmp_path: Path) -> None:
     run = write_long_run(tmp_path / "long")
     assert main(["report", str(run)]) == 0
     page = check_page((run / "report.html").read_text())
@@ -228,7 +228,7 @@ def damaged(run: Path) -> None:
         ),
     ],
 )
-def test_a_folder_without_a_run_to_show(
+def test_a_folder_without_a_run(
     place: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], object], message: str
 ) -> None:
     make(place / "absent")
@@ -255,7 +255,7 @@ def test_a_damaged_record_is_named(
 
 
 def test_a_comparison_has_a_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its tables are those that `compare` prints."""
+    """The tables equal the tables that `compare` prints. Each note is one paragraph."""
     asked = ["--compare.methods", "lora", "lorasc", "--compare.lrs", "0.01", "0.02", "--train.steps", "6"]
     assert main(["compare", "tiny.toml", *asked]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -267,3 +267,5 @@ def test_a_comparison_has_a_report(place: Path, capsys: pytest.CaptureFixture[st
     assert [row[0] for row in accuracies] == ["method", "lora", "lorasc"]
     assert {row[1] for row in differences[1:]} == {"test", "blur", "mnist5k"}
     assert all(cell in printed for row in accuracies[1:] for cell in row)
+    paragraphs = (place / "runs" / "tiny" / "report.html").read_text().count("<p>")
+    assert paragraphs == 1 + 2 + 3 + 1  # the lead, a note per method, the caption, and a note on the differences

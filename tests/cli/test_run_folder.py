@@ -1,4 +1,4 @@
-"""The run folder: whole files, and no run that becomes another one unasked."""
+"""The run folder: atomic files, and no run is overwritten without a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of stages, and the order of the examples."""
+"""Numbers of steps per stage, and the order of the examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def setup(count: int, **train: object) -> Setup:
 
 
 @pytest.mark.parametrize(("steps", "stages", "expected"), [(11, 3, [4, 3, 4]), (12, 3, [4, 4, 4]), (2, 1, [2])])
-def test_steps_are_divided_evenly_and_wholly(steps: int, stages: int, expected: list[int]) -> None:
+def test_steps_are_divided_evenly(steps: int, stages: int, expected: list[int]) -> None:
     assert setup(40, steps=steps).stage_steps(stages) == expected
 
 
@@ -38,7 +38,7 @@ def test_more_stages_than_steps() -> None:
         setup(40, steps=2).stage_steps(3)
 
 
-def test_every_epoch_sees_every_example_once_and_goes_on_anywhere() -> None:
+def test_every_epoch_has_every_example_once_from_any_step() -> None:
     labels = [batch.labels for batch in islice(setup(64, batch_size=16).batches(5), 8)]
     epochs = [torch.cat(labels[:4]), torch.cat(labels[4:])]
     assert all(epoch.sort().values.tolist() == list(range(64)) for epoch in epochs)
@@ -49,7 +49,7 @@ def test_every_epoch_sees_every_example_once_and_goes_on_anywhere() -> None:
 
 @pytest.mark.parametrize("largest", [0.0, 0.01])
 def test_gradients_are_scaled_down_to_a_norm_over_all_parameters(largest: float) -> None:
-    """The step of SGD with rate 1 is the gradient: of plain torch's, its direction and no more than the norm."""
+    """A step of SGD with rate 1 is the clipped gradient: torch's gradient, scaled down to the norm."""
     own = setup(8, steps=1, batch_size=8, warmup=0, floor=1.0, max_grad_norm=largest)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))

@@ -1,4 +1,4 @@
-"""`make compare` runs, and its proof notices a difference."""
+"""`make compare` runs, and its check of the folded weights detects a difference."""
 
 from __future__ import annotations
 

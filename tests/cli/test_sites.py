@@ -1,4 +1,4 @@
-"""`lorasc-fx sites`: every weight matrix is in the output, and why."""
+"""`lorasc-fx sites` lists every weight matrix, and the reasons for the weights that are not adapted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 """
 
 
-def test_what_no_graph_uses_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_no_graph_uses_are_listed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "spare_model.py").write_text(SPARE)
     assert main(["sites", "python:spare_model:Net", "--input", "2", "4"]) == 0
     said = capsys.readouterr().out

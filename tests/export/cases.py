@@ -1,4 +1,4 @@
-"""Small models that exports are tried on, each with inputs of one batch size, and how to make those of another."""
+"""Small models for the tests of exports, and functions that make their inputs for any batch size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), restart_A="kept")
 
 
 class Stated(nn.Module):
-    """Convolutions, a norm with statistics, dropout, buffers: train mode and eval mode differ."""
+    """A model with convolutions, batch norm, dropout and buffers, which differs in train and eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Stated(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """A model with what makes its inputs, (args, kwargs), for a batch size."""
+    """A model, and a function that makes its inputs (args, kwargs) for a batch size."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def llama(**options: Any) -> nn.Module:
-    """A language model of two layers, [30, 12] embeddings, whose head is tied to them if asked for."""
+    """Return a language model with two layers and embeddings [30, 12]. Its head may be tied to them."""
     torch.manual_seed(52)
     return tiny.llama(vocab_size=30, num_hidden_layers=2, **options).eval()
 
@@ -67,7 +67,7 @@ def images(size: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def texts(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tokens [batch, 4 + batch], the last ones of the first text masked."""
+    """Return tokens [batch, 4 + batch]. The last tokens of the first text are masked."""
     source = torch.Generator().manual_seed(batch)
     ids = torch.randint(3, 30, (batch, 4 + batch), generator=source)
     mask = torch.ones_like(ids)
@@ -91,7 +91,7 @@ SLOW_CASES = {
 
 
 def trained_cascade(case: Exported, **options: Any) -> lx.Cascade:
-    """In train mode: one stage folded, one that has trained; weights moved by as much as they are large."""
+    """Return a cascade in train mode with a folded stage and a trained running stage. The changes are large."""
     args, kwargs = case.inputs(3)
     cascade = lx.adapt(case.build().train(), args, kwargs, spec=SPEC, **options)
     randomize(cascade, 1, size=0.2)

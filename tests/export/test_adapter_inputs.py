@@ -22,7 +22,7 @@ from tests.kit.models import Breaking, randomize
 
 RANK = 6
 SPECS: tuple[dict[str, Any], ...] = ({}, {"rank": 3, "pace": 0.25}, {"rank": 1, "placement": "merged"})
-"""Of the three runs. The first one is exported as the base."""
+"""The three runs. The first one is exported as the base."""
 MORE = {
     "llama": Exported(lambda: llama(tie_word_embeddings=True, use_cache=False), texts),
     "gpt2": Exported(lambda: seeded(lambda: tiny.gpt2(use_cache=False)).eval(), texts),
@@ -36,7 +36,7 @@ def seeded(build: Any) -> Any:
 
 
 def runs_of(case: Exported) -> list[lx.Cascade]:
-    """Three runs of other ranks, with two experts each: one of an ended stage, one of the running stage."""
+    """Return three runs with different ranks and two experts each: of an ended and of the running stage."""
     args, kwargs = case.inputs(3)
     runs = []
     for number, options in enumerate(SPECS):
@@ -145,7 +145,7 @@ print("alone")
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", EVERY)
-def test_adapters_are_exchanged_without_us(name: str, tmp_path: Path) -> None:
+def test_adapters_are_exchanged_without_lorasc_fx(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     case = (CASES | SLOW_CASES | MORE)[name]
     make(case, tmp_path)
@@ -175,8 +175,8 @@ def test_adapters_are_exchanged_in_a_compiled_package(name: str, tmp_path: Path)
     run_alone(tmp_path, START + COMPILE, START + IN_AOTI)
 
 
-def test_the_signature_and_what_the_file_holds(tmp_path: Path) -> None:
-    """The adapter follows the model's own arguments; example and weights hold nothing of a run."""
+def test_the_signature_and_the_content_of_the_file(tmp_path: Path) -> None:
+    """The adapter follows the model's own arguments. The example and the weights contain nothing of a run."""
     case = CASES["stated"]
     run = runs_of(case)[0]
     lx.export.adapter(run, tmp_path / "a.safetensors", max_rank=RANK)
@@ -197,7 +197,7 @@ def test_the_signature_and_what_the_file_holds(tmp_path: Path) -> None:
         program.module()(*case.inputs(2)[0])
 
 
-def test_what_cannot_be_exported_is_one_error(tmp_path: Path) -> None:
+def test_errors_of_exports_with_adapter_inputs(tmp_path: Path) -> None:
     case, out = CASES["stated"], tmp_path / "base.pt2"
     run = lx.adapt(case.build().eval(), *case.inputs(3), spec=lx.CascadeSpec(rank=2))
     for options, code, name in (
@@ -225,7 +225,7 @@ def test_what_cannot_be_exported_is_one_error(tmp_path: Path) -> None:
 
 
 def test_the_base_of_a_run_with_kept_noise_is_w0() -> None:
-    """Whatever the parameters hold now."""
+    """Independent of the current values of the parameters."""
     case = CASES["stated"]
     (x,), _ = case.inputs(3)
     noise = lx.Noise(0.2, keep=True)

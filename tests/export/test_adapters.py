@@ -1,4 +1,4 @@
-"""`lx.export.adapter`: files of one run each, with the names that an exported base has as inputs."""
+"""`lx.export.adapter`: files with one run each, whose tensors have the names of an exported base's inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stem(weight: str) -> str:
 
 
 def assert_holds(tensors: Tensors, sites: tuple[lx.Site, ...], name: str, folded: Tensors, rank: int) -> None:
-    """The tensors of all sites, in order, padded to the rank, and W0 + B A is the folded weight."""
+    """Assert that the tensors of all sites are there, padded to the rank, and W0 + B A equals the folded weight."""
     names = [f"{stem(site.weight)}_{each}" for site in sites for each in ("lora_a", "lora_b", "scale")]
     assert sorted(tensors) == sorted(names)
     base = made(BUILD[name]).state_dict()
@@ -98,7 +98,9 @@ def test_a_file_of_onnxruntime(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", stages=1)
     with raises(lx.SpecError, "invalid-value", "export.adapter", "a.bin", ".safetensors"):
-        lx.export.adapter(cascade, tmp_path / "a.bin", max_rank=4)
+        lx.export.adapter(cascade, tmp_path / "a.bin", max_rank=0)
+    with raises(lx.SpecError, "invalid-value", "export.adapter", "a.bin", ".safetensors"):
+        lx.export.adapter(cascade, tmp_path / "a.bin")  # the ending is named before the missing rank
     for rank in (0, 2.0, None):
         with raises(lx.SpecError, "invalid-value", "export.adapter", "max_rank", rank):
             lx.export.adapter(cascade, tmp_path / "a.safetensors", max_rank=rank)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx")
 
 
 class Two(nn.Module):
-    """Images and vectors, with batches that the model does not compare."""
+    """A model of images and vectors whose batch sizes are independent."""
 
     def __init__(self) -> None:
         super().__init__()

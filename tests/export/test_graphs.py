@@ -1,4 +1,4 @@
-"""Folded graphs out: plain GraphModules, .pt2 and ONNX files that compute what the released model does."""
+"""Exports of folded graphs: plain GraphModules, .pt2 and ONNX files that compute the same as the released model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def case(request: pytest.FixtureRequest) -> Exported:
 
 @pytest.fixture(scope="module")
 def cascade(case: Exported) -> lx.Cascade:
-    """One for all tests of a case: no export changes it."""
+    """One cascade for all tests of a case, because exports do not change it."""
     return trained_cascade(case)
 
 
 def released(cascade: lx.Cascade) -> nn.Module:
-    """The model that a release gives, apart from the cascade."""
+    """Return the released model of a copy of the cascade."""
     model = copy.deepcopy(cascade.model)
     model.load_state_dict(cascade.folded_state_dict(), strict=True)
     return model.eval()
 
 
 def assert_close(found: Any, expected: Any) -> None:
-    """Within 1e-5 of the scale of what is expected."""
+    """Assert equality within 1e-5 of the scale of the expected values."""
     one, other = torch.as_tensor(found), tensor_of(expected).detach()
     assert one.shape == other.shape
     assert other.std() > 1e-3
@@ -51,7 +51,7 @@ def assert_close(found: Any, expected: Any) -> None:
 
 
 def test_a_folded_graph_is_the_captured_one(case: Exported, cascade: lx.Cascade) -> None:
-    """Names, operations, arguments and metadata of the nodes; it prints, pickles and copies."""
+    """Compare names, operations, arguments and metadata of the nodes. The graph can be printed, pickled and copied."""
     args, kwargs = case.inputs(3)
     plain = lx.adapt(case.build().eval(), args, kwargs, spec=lx.CascadeSpec(rank=1)).folded_graph()
     cascade.eval()
@@ -108,7 +108,7 @@ def test_pt2_is_the_eval_graph_of_any_batch(case: Exported, cascade: lx.Cascade,
 
 
 def test_unfolded_it_is_the_running_cascade(case: Exported, cascade: lx.Cascade, tmp_path: Path) -> None:
-    """The noise of the stage and its branches are in it, as plain operations."""
+    """It contains the noise of the stage and its branches as plain operations."""
     path = lx.export.pt2(cascade, tmp_path / "running.pt2", folded=False)
     program = torch.export.load(path)
     assert any(name.endswith("lora_A") for name in program.state_dict)
@@ -121,7 +121,7 @@ def test_unfolded_it_is_the_running_cascade(case: Exported, cascade: lx.Cascade,
 
 
 def kinds(path: Path) -> Counter[str]:
-    """How many nodes of each kind an ONNX file has, functions included."""
+    """Count the nodes of each kind in an ONNX file, including functions."""
     import onnx
 
     model = onnx.load(path)
@@ -140,7 +140,7 @@ def run(path: Path, args: Any, kwargs: Any) -> Any:
 
 
 def own_export(model: nn.Module, path: Path, args: Any, kwargs: Any) -> Counter[str]:
-    """The nodes of torch's own export of an eager model."""
+    """Count the nodes of torch's own export of an eager model."""
     shapes: Any = (*({0: torch.export.Dim.AUTO} for _ in args), *(FREE for _ in kwargs))
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     torch.onnx.export(program, dynamo=True, verbose=False).save(path)
@@ -161,7 +161,7 @@ def test_onnx_is_the_released_model_of_any_batch(case: Exported, cascade: lx.Cas
 
 @pytest.mark.slow
 def test_onnx_of_a_running_cascade(case: Exported, cascade: lx.Cascade, tmp_path: Path) -> None:
-    """By our call, and by torch.onnx.export of the cascade itself: no function of ours is in the graph."""
+    """With `export.onnx`, and with torch.onnx.export of the cascade: the graph has no custom functions."""
     pytest.importorskip("onnxruntime")
     path = lx.export.onnx(cascade, tmp_path / "running.onnx", folded=False)
     cascade.eval()
@@ -183,7 +183,7 @@ def test_onnx_of_a_running_cascade(case: Exported, cascade: lx.Cascade, tmp_path
 
 
 @pytest.mark.slow
-def test_onnx_of_many_bytes_has_its_numbers_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_with_large_weights_has_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100)
     case = CASES["stated"]
@@ -194,7 +194,7 @@ def test_onnx_of_many_bytes_has_its_numbers_beside(tmp_path: Path, monkeypatch: 
     assert_close(run(path, args, kwargs), released(cascade)(*args, **kwargs))
 
 
-def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["stated"]
     cascade = trained_cascade(case)
     with raises(lx.SpecError, "invalid-value", "model.bin", "pt2"):
@@ -221,7 +221,7 @@ def sign_of_the_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 class Leaf(nn.Linear):
-    """Asks for a value inside a function that a symbolic trace leaves alone."""
+    """A model that reads a tensor's value inside a function that symbolic tracing does not enter."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sign_of_the_sum(super().forward(x))
@@ -238,13 +238,13 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 class Foreign(nn.Linear):
-    """Has an operator that onnx does not know."""
+    """A model with an operator that ONNX does not have."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return unheard_of(super().forward(x))
 
 
-def test_a_graph_that_torch_does_not_export_is_a_sentence(tmp_path: Path) -> None:
+def test_a_graph_that_torch_cannot_export(tmp_path: Path) -> None:
     spec, x = lx.CascadeSpec(rank=1), torch.randn(2, 3)
     leaf = lx.adapt(nn.Sequential(Leaf(3, 4)), (x,), spec=spec, frontend="symbolic")
     with raises(lx.CaptureError, "not-exportable", "export.pt2", "Could"):
