@@ -138,7 +138,7 @@ class CompareConfig:
     """The methods, seeds and learning rates of `lorasc-fx compare`."""
 
     methods: Annotated[tuple[Method, ...], ONE_OR_MORE, EACH_ONCE] = ("probe", "lora", "cascade", "lorasc")
-    """The methods to compare, such as `probe`, `lora`, `cascade`, `lorasc` or `full`. docs/command-line.md lists all."""
+    """The methods to compare, such as `probe`, `lora`, `cascade`, `lorasc`, `full` (all: docs/command-line.md)."""
     seeds: Annotated[tuple[Seed, ...], ONE_OR_MORE, EACH_ONCE] = (0, 1, 2)
     """Seeds. Every method is trained with every learning rate once per seed."""
     lrs: Rates = (1e-3,)
