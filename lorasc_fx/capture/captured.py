@@ -94,7 +94,7 @@ class Conditions:
         return True
 
     def assert_sizes(self, proxies: list[Any]) -> None:
-        """Add asserts to the graph that torch.fx is tracing: it inlines this graph, and must have the same sizes."""
+        """Add asserts on input sizes to the graph that torch.fx is tracing, because it will contain this graph."""
         for proxy, sizes in zip(proxies, self.sizes, strict=False):
             for axis, fixed in enumerate(sizes or ()):
                 if fixed is not None and isinstance(proxy, fx.Proxy):

@@ -60,25 +60,25 @@ class Run:
 
 
 def run(
-    asked: lx.CascadeSpec,
+    settings: lx.CascadeSpec,
     seeds: Sequence[int],
     build: Callable[[], nn.Module] = base,
     dtype: torch.dtype = torch.float64,
 ) -> Run:
     """A run whose last stage is still running."""
-    made = Run(lx.adapt(build(), call(dtype), spec=asked, frontend="symbolic"))
+    result = Run(lx.adapt(build(), call(dtype), spec=settings, frontend="symbolic"))
     for seed in seeds:
-        if made.delta:
-            made.cascade.transition(None)
-        made.train(seed)
-    return made
+        if result.delta:
+            result.cascade.transition(None)
+        result.train(seed)
+    return result
 
 
 def expected(runs: Sequence[Run], weights: Sequence[float], model: nn.Module) -> Deltas:
     """W0 + sum_i w_i S_i in fp64."""
     total = {name: value.detach().double().clone() for name, value in model.named_parameters()}
-    for weight, each in zip(weights, runs, strict=True):
-        for name, delta in each.delta.items():
+    for weight, part in zip(weights, runs, strict=True):
+        for name, delta in part.delta.items():
             total[name] += weight * delta
     return total
 
@@ -95,10 +95,10 @@ def test_folders_and_cascades_of_other_ranks_and_sites(tmp_path: Path, weights: 
         run(spec(rank=1, lora_alpha=0.5, targets=("2.weight", "3.weight"), pace=1.0), [3]),
         run(spec(rank=3, restart_A="kept", noise=lx.Noise(0.2)), [4, 5, 6]),
     ]
-    given = [runs[0].saved(tmp_path / "one"), runs[1].cascade, str(runs[2].saved(tmp_path / "three"))]
+    sources = [runs[0].saved(tmp_path / "one"), runs[1].cascade, str(runs[2].saved(tmp_path / "three"))]
     model = base()
-    with unchanged(*(each.cascade for each in runs)):
-        merged = lx.merge(given, model, call(), weights=weights)
+    with unchanged(*(part.cascade for part in runs)):
+        merged = lx.merge(sources, model, call(), weights=weights)
     values = expected(runs, weights or [1 / 3] * 3, base())
     assert [site.weight for site in merged.sites] == ["0.weight", "2.weight", "3.weight"]
     assert [site.rank for site in merged.sites] == [2, 2, 1]
@@ -117,7 +117,7 @@ def test_folders_and_cascades_of_other_ranks_and_sites(tmp_path: Path, weights: 
 
 def test_a_sum_trains_on_saves_and_rewinds(tmp_path: Path) -> None:
     runs = [run(spec(), [1]), run(spec(targets=("3.weight",), rank=1), [2])]
-    merged = lx.merge([each.cascade for each in runs], base(), call())
+    merged = lx.merge([part.cascade for part in runs], base(), call())
     values = expected(runs, [0.5, 0.5], base())
     lx.save(merged, tmp_path)
     again = lx.load(tmp_path, base(), call())
@@ -148,8 +148,8 @@ def test_one_rounding_of_a_narrow_base() -> None:
 
     runs = [run(spec(), [seed, seed + 10], build, bf16) for seed in (1, 2, 3)]
     weights = [2.0, -1.0, 1.0]
-    merged = lx.merge([each.cascade for each in runs], build(), call(bf16), weights=weights).release()
-    rounded = [each.cascade.release() for each in runs]
+    merged = lx.merge([part.cascade for part in runs], build(), call(bf16), weights=weights).release()
+    rounded = [part.cascade.release() for part in runs]
     values = expected(runs, weights, build())
     for name in ("0.weight", "2.weight"):
         exact = values[name]
@@ -160,29 +160,29 @@ def test_one_rounding_of_a_narrow_base() -> None:
         assert steps < 2**-8
         start = build().get_parameter(name).detach().double()
         theirs = start + sum(
-            weight * (each.get_parameter(name).detach().double() - start)
-            for weight, each in zip(weights, rounded, strict=True)
+            weight * (part.get_parameter(name).detach().double() - start)
+            for weight, part in zip(weights, rounded, strict=True)
         )
         assert (theirs - exact).norm() > 1.7 * (ours.double() - exact).norm()
 
 
 def test_what_was_trained_in_full_is_summed_and_a_weight_may_be_a_site_in_one_run(tmp_path: Path) -> None:
-    first = run(spec(train=("3.*",)), [1])
-    second = run(spec(targets=("0.weight", "3.weight"), train=("2.weight",), exclude=("3.b*",), rank=1), [2])
+    run_a = run(spec(train=("3.*",)), [1])
+    run_b = run(spec(targets=("0.weight", "3.weight"), train=("2.weight",), exclude=("3.b*",), rank=1), [2])
     gone = {}
-    for each, names in ((first, ("3.weight", "3.bias")), (second, ("2.weight",))):
-        for place, name in enumerate(names):
-            parameter = each.cascade.model.get_parameter(name)
-            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
+    for part, names in ((run_a, ("3.weight", "3.bias")), (run_b, ("2.weight",))):
+        for index, name in enumerate(names):
+            parameter = part.cascade.model.get_parameter(name)
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
             with torch.no_grad():
                 parameter.add_(draw)
             gone[name] = 0.5 * draw  # the slow rule, with pace 0.5
-    for each in (first, second):
-        each.cascade.transition(None)
-    values = expected([first, second], [0.75, 0.5], base())
+    for part in (run_a, run_b):
+        part.cascade.transition(None)
+    values = expected([run_a, run_b], [0.75, 0.5], base())
     for name, weight in (("3.weight", 0.75), ("3.bias", 0.75), ("2.weight", 0.5)):
         values[name] = values[name] + weight * gone[name]
-    merged = lx.merge([first.saved(tmp_path), second.cascade], base(), call(), weights=[0.75, 0.5])
+    merged = lx.merge([run_a.saved(tmp_path), run_b.cascade], base(), call(), weights=[0.75, 0.5])
     assert [site.weight for site in merged.sites] == ["0.weight"]
     assert merged.plan.spec.train == ("3.*", "2.weight")
     lx.save(merged, tmp_path / "sum")
@@ -191,9 +191,9 @@ def test_what_was_trained_in_full_is_summed_and_a_weight_may_be_a_site_in_one_ru
 
 
 def test_a_parameter_that_the_first_run_excludes_and_another_trains() -> None:
-    first = run(spec(exclude=("3",)), [1])
-    second = run(spec(train=("3.bias",)), [2])
-    merged = lx.merge([first.cascade, second.cascade], base(), call())
+    run_a = run(spec(exclude=("3",)), [1])
+    run_b = run(spec(train=("3.bias",)), [2])
+    merged = lx.merge([run_a.cascade, run_b.cascade], base(), call())
     assert merged.plan.spec.exclude == ("3.weight",)
     assert merged.plan.spec.train == ("3.bias",)
     assert {refusal.weight: refusal.reason for refusal in merged.refusals} == {"3.weight": lx.plan.Reason.EXCLUDED}
@@ -202,35 +202,35 @@ def test_a_parameter_that_the_first_run_excludes_and_another_trains() -> None:
 def test_collapsed_deltas_are_summed_exactly() -> None:
     """Weights of 35 and 42 entries, which are fewer than the entries of the experts of two stages."""
     x = (torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
-    asked = lx.CascadeSpec(rank=2, lora_alpha=2.0, targets=("0.weight", "2.weight"), pace=0.5)
+    settings = lx.CascadeSpec(rank=2, lora_alpha=2.0, targets=("0.weight", "2.weight"), pace=0.5)
     runs = []
     for seeds in ((1, 2, 3), (4,)):
-        made = Run(lx.adapt(mlp(), x, spec=asked))
+        result = Run(lx.adapt(mlp(), x, spec=settings))
         for seed in seeds:
-            made.train(seed)
-            made.cascade.transition(None)
-        runs.append(made)
-    dense = [weight_state(each.cascade, "0.weight").is_dense for each in runs]
+            result.train(seed)
+            result.cascade.transition(None)
+        runs.append(result)
+    dense = [weight_state(part.cascade, "0.weight").is_dense for part in runs]
     assert dense == [True, False]
-    merged = lx.merge([each.cascade for each in runs], mlp(), x, weights=[0.3, 0.7])
+    merged = lx.merge([part.cascade for part in runs], mlp(), x, weights=[0.3, 0.7])
     assert_holds(merged.release(), expected(runs, [0.3, 0.7], mlp()))
 
 
 def test_kept_noise_is_summed_with_the_weight_of_its_run() -> None:
     runs = [run(spec(noise=lx.Noise(0.4, keep=True), seed=seed), [seed]) for seed in (1, 2)]
     released = []
-    for each in runs:
-        each.cascade.transition(None)
-        with each.cascade.weights("slow"):
-            released.append({name: value.detach().clone() for name, value in each.cascade.model.named_parameters()})
-    merged = lx.merge([each.cascade for each in runs], base(), call(), weights=[0.25, -1.5])
+    for part in runs:
+        part.cascade.transition(None)
+        with part.cascade.weights("slow"):
+            released.append({name: value.detach().clone() for name, value in part.cascade.model.named_parameters()})
+    merged = lx.merge([part.cascade for part in runs], base(), call(), weights=[0.25, -1.5])
     with merged.weights("slow"):
-        held = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
+        values = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
     for name, value in base().named_parameters():
-        own = [each[name] - value.detach() for each in released]
-        torch.testing.assert_close(held[name] - value.detach(), 0.25 * own[0] - 1.5 * own[1], rtol=0, atol=1e-6)
+        deltas = [part[name] - value.detach() for part in released]
+        torch.testing.assert_close(values[name] - value.detach(), 0.25 * deltas[0] - 1.5 * deltas[1], rtol=0, atol=1e-6)
     exact = expected(runs, [0.25, -1.5], base())
-    assert (held["0.weight"] - exact["0.weight"]).std() > 0.01  # includes the noise
+    assert (values["0.weight"] - exact["0.weight"]).std() > 0.01  # includes the noise
 
 
 def test_stacked_convs_and_embeddings() -> None:
@@ -247,26 +247,26 @@ def test_stacked_convs_and_embeddings() -> None:
             return torch.einsum("bti,eio->beto", hidden, self.experts)
 
     ids = (torch.arange(12).view(2, 6),)
-    asked = lx.CascadeSpec(rank=1, lora_alpha=1.0, pace=0.5)
+    settings = lx.CascadeSpec(rank=1, lora_alpha=1.0, pace=0.5)
     runs = []
     for seed in (1, 2):
-        made = Run(lx.adapt(Odd().double(), ids, spec=asked))
-        made.train(seed)
-        runs.append(made)
-    merged = lx.merge([each.cascade for each in runs], Odd().double(), ids, weights=[2.0, 1.0])
+        result = Run(lx.adapt(Odd().double(), ids, spec=settings))
+        result.train(seed)
+        runs.append(result)
+    merged = lx.merge([part.cascade for part in runs], Odd().double(), ids, weights=[2.0, 1.0])
     with merged.weights("slow"):
-        held = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
+        values = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
     start = {name: value.detach() for name, value in Odd().double().named_parameters()}
     single = []
-    for each in runs:
-        each.cascade.release()
-        single.append({name: value.detach() for name, value in each.cascade.model.named_parameters()})
+    for part in runs:
+        part.cascade.release()
+        single.append({name: value.detach() for name, value in part.cascade.model.named_parameters()})
     assert {site.kind for site in merged.sites} >= {"conv", "embedding"}
     for site in merged.sites:
         name = site.weight
         sums = start[name] + 2 * (single[0][name] - start[name]) + single[1][name] - start[name]
-        torch.testing.assert_close(held[name], sums, **EXACT)
-        assert (held[name] - start[name]).abs().max() > 1e-3
+        torch.testing.assert_close(values[name], sums, **EXACT)
+        assert (values[name] - start[name]).abs().max() > 1e-3
 
 
 def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
@@ -279,18 +279,18 @@ def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
     x = (torch.randn(6, 32, generator=torch.Generator().manual_seed(2)),)
     runs = []
     for seed in (1, 2):
-        made = Run(lx.adapt(build(), x, spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)))
-        made.train(seed)
-        made.cascade.transition(None)
-        runs.append(made)
+        result = Run(lx.adapt(build(), x, spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)))
+        result.train(seed)
+        result.cascade.transition(None)
+        runs.append(result)
     merged = lx.merge([runs[0].saved(tmp_path), runs[1].cascade], build(), x, weights=[0.5, 2.0])
     plain = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)).double()
     with torch.no_grad():
-        for place in (0, 2):
-            weight = build()[place].weight.dequantize().double()
-            name = f"{place}.weight"
-            plain[place].weight.copy_(weight + 0.5 * runs[0].delta[name] + 2.0 * runs[1].delta[name])
-            plain[place].bias.copy_(build()[place].bias)
+        for index in (0, 2):
+            weight = build()[index].weight.dequantize().double()
+            name = f"{index}.weight"
+            plain[index].weight.copy_(weight + 0.5 * runs[0].delta[name] + 2.0 * runs[1].delta[name])
+            plain[index].bias.copy_(build()[index].bias)
         torch.testing.assert_close(merged(*x).double(), plain(x[0].double()), rtol=0, atol=2e-5)
         torch.testing.assert_close(
             merged.release(quantized="dequantize")(*x).double(), plain(x[0].double()), rtol=0, atol=2e-5
@@ -330,33 +330,33 @@ def test_invalid_weights_of_runs(weights: list[Any], message: tuple[str, ...]) -
 
 
 def test_runs_that_cannot_be_summed_are_refused_without_changes(tmp_path: Path) -> None:
-    first = run(spec(), [1]).cascade
+    run_a = run(spec(), [1]).cascade
     model = base()
 
     def refuse(error: type[lx.LorascError], expected: tuple[str, ...], runs: Any, onto: Any = model) -> None:
-        with unchanged(model, first), raises(error, *expected):
+        with unchanged(model, run_a), raises(error, *expected):
             lx.merge(runs, onto, call())
 
     refuse(lx.SpecError, ("invalid-value", "merge"), [])
     refuse(lx.SpecError, ("invalid-value", "merge"), str(tmp_path))
-    refuse(lx.SpecError, ("invalid-value", "run 2", "int"), [first, 3])
-    refuse(lx.CheckpointError, ("no-checkpoint", str(tmp_path)), [first, tmp_path])
-    refuse(lx.StateError, ("already-adapted",), [first], first.model)
+    refuse(lx.SpecError, ("invalid-value", "run 2", "int"), [run_a, 3])
+    refuse(lx.CheckpointError, ("no-checkpoint", str(tmp_path)), [run_a, tmp_path])
+    refuse(lx.StateError, ("already-adapted",), [run_a], run_a.model)
 
-    other = base()
+    other_base = base()
     with torch.no_grad():
-        other[2].weight[0, 0] += 1
-    foreign = lx.adapt(other, call(), spec=spec())
-    refuse(lx.CheckpointError, ("base-differs", "run 2", "2.weight"), [first, foreign])
+        other_base[2].weight[0, 0] += 1
+    foreign = lx.adapt(other_base, call(), spec=spec())
+    refuse(lx.CheckpointError, ("base-differs", "run 2", "2.weight"), [run_a, foreign])
     shorter = lx.adapt(nn.Sequential(*copy.deepcopy(base())[:3]), call(), spec=spec())
-    refuse(lx.CheckpointError, ("base-differs", "3.weight", "3.bias"), [shorter, first])
+    refuse(lx.CheckpointError, ("base-differs", "3.weight", "3.bias"), [shorter, run_a])
     noisy = lx.adapt(base(), call(), spec=spec(noise=lx.Noise(0.1, where="all", keep=True)))
     randomize(noisy)
-    refuse(lx.SpecError, ("sites-differ", "run 2", "3.weight"), [first, noisy])
+    refuse(lx.SpecError, ("sites-differ", "run 2", "3.weight"), [run_a, noisy])
     broken = run(spec(), [1]).cascade
     with torch.no_grad():
         broken.branches["0/weight"].lora_B[0, 0] = math.nan
-    refuse(lx.NonFiniteBranch, ("non-finite", "0.weight"), [first, broken])
+    refuse(lx.NonFiniteBranch, ("non-finite", "0.weight"), [run_a, broken])
 
 
 def test_a_sum_that_fails_late_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,9 @@ def build(kind: type[nn.Module] = Tied) -> nn.Module:
 
 def by_formula(cascade: lx.Cascade, share: float = 1.0) -> dict[str, torch.Tensor]:
     """Return W0 + share * s B A for each site, in the first stage."""
-    held = dict(cascade.model.named_parameters())
+    parameters = dict(cascade.model.named_parameters())
     return {
-        name: held[name].detach() + share * 1.5 * (branch.lora_B @ branch.lora_A).detach()
+        name: parameters[name].detach() + share * 1.5 * (branch.lora_B @ branch.lora_A).detach()
         for name, branch in branches(cascade).items()
     }
 

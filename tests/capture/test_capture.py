@@ -48,12 +48,12 @@ class Choosy(nn.Module):
         hidden = torch.tanh(self.body(x)) * scale
         if mask is not None:
             hidden = hidden * mask
-        found = {"logits": self.head(self.drop(hidden))}
+        outputs = {"logits": self.head(self.drop(hidden))}
         if self.training:
-            found["aux"] = self.aux(hidden)
+            outputs["aux"] = self.aux(hidden)
         if labels is not None:
-            found["loss"] = F.cross_entropy(found["logits"], labels)
-        return found
+            outputs["loss"] = F.cross_entropy(outputs["logits"], labels)
+        return outputs
 
 
 def choosy() -> nn.Module:
@@ -61,10 +61,10 @@ def choosy() -> nn.Module:
     return Choosy().double()
 
 
-def same(found: dict[str, Any], expected: dict[str, Any], **close: float) -> None:
-    assert found.keys() == expected.keys()
+def same(computed: dict[str, Any], expected: dict[str, Any], **close: float) -> None:
+    assert computed.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **{"rtol": 0, "atol": 0, **close})
+        torch.testing.assert_close(computed[name], value, **{"rtol": 0, "atol": 0, **close})
 
 
 @BOTH
@@ -75,7 +75,7 @@ def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
     x, big = batches(1, 4, 5)[0], batches(1, 9, 5)[0]
     labels, mask = torch.tensor([0, 2, 1, 1]), (batches(1, 4, 7)[0] > 0).double()
     cascade = lx.adapt(model, (x,), frontend=frontend)
-    first = made()
+    initial = made()
     calls: list[tuple[tuple[Any, ...], dict[str, Any], int]] = [
         ((x,), {}, 0),
         ((), {"x": x}, 0),
@@ -91,12 +91,12 @@ def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
         ((x,), {"scale": 2.0}, 0),
         ((x, labels), {"scale": 2.0, "mask": mask}, 1),
     ]
-    total = first
+    total = initial
     for args, kwargs, new in calls:
         same(cascade(*args, **kwargs), eager(*args, **kwargs))
         total += new
         assert made() == total, kwargs
-    assert total - first == 5 + (frontend == "export")
+    assert total - initial == 5 + (frontend == "export")
 
 
 @BOTH
@@ -107,21 +107,21 @@ def test_train_and_eval_mode_have_separate_graphs(frontend: str, made: Any) -> N
     x = batches(1, 4, 5)[0]
     cascade = lx.adapt(model, (x,), frontend=frontend)
     kept = list(cascade.branches.parameters())
-    first = made()
+    initial = made()
     for training, new in ((True, 1), (False, 1), (True, 1)):
         cascade.train(training)
         eager.train(training)
         torch.manual_seed(3)
-        found = cascade(x)
+        computed = cascade(x)
         torch.manual_seed(3)
-        same(found, eager(x))
-        assert ("aux" in found) == training
-        assert made() - first == new
+        same(computed, eager(x))
+        assert ("aux" in computed) == training
+        assert made() - initial == new
         assert model.training == cascade.training == training
     assert all(mine is old for mine, old in zip(cascade.branches.parameters(), kept, strict=False))
     cascade.eval()
     cascade(x)
-    assert made() - first == 1
+    assert made() - initial == 1
 
 
 @BOTH
@@ -197,11 +197,11 @@ def test_another_image_size(made: Any) -> None:
     model = Image().double()
     eager = copy.deepcopy(model)
     cascade = lx.adapt(model, batches(1, 2, 3, 16, 16))
-    first = made()
+    initial = made()
     for size in ((16, 16), (24, 24), (16, 24), (20, 12), (32, 32), (16, 16), (40, 28)):
         x = batches(1, 3, 3, *size)[0]
         assert torch.equal(cascade(x), eager(x)), size
-    assert made() - first <= 2
+    assert made() - initial <= 2
 
 
 def test_a_batch_of_one_and_of_none(made: Any) -> None:

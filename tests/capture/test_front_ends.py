@@ -159,13 +159,13 @@ def llama(**more: Any) -> nn.Module:
     return tiny.llama(**{"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, **more})
 
 
-def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:
-    assert type(found) is type(expected)
-    assert found.keys() == expected.keys()
+def assert_same_outputs(computed: Any, expected: Any, close: float = 0.0) -> None:
+    assert type(computed) is type(expected)
+    assert computed.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
-            assert found[key].dtype == value.dtype
-            torch.testing.assert_close(found[key], value, rtol=0, atol=close)
+            assert computed[key].dtype == value.dtype
+            torch.testing.assert_close(computed[key], value, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("name", ["auto", "graph-breaks"])
@@ -194,15 +194,15 @@ def test_mamba_is_one_graph_with_its_cache() -> None:
     assert cascade.frontend == "export"
     assert {site.kind for site in cascade.sites} == {"embedding", "conv", "linear"}
     randomize(cascade, 1)
-    found = cascade(input_ids=ids)
-    assert type(found) is type(model(input_ids=ids))
-    loss_of(found.logits).backward()
+    computed = cascade(input_ids=ids)
+    assert type(computed) is type(model(input_ids=ids))
+    loss_of(computed.logits).backward()
     assert all(parameter.grad is not None for parameter in cascade.branches.parameters())
     for parameter in cascade.parameters():
         parameter.grad = None
     with cascade.weights("fast"):
-        torch.testing.assert_close(model(input_ids=ids).logits, found.logits, rtol=0, atol=1e-12)
-    again = cascade(input_ids=ids[:, :3], cache_params=found.cache_params)  # the cache as an input
+        torch.testing.assert_close(model(input_ids=ids).logits, computed.logits, rtol=0, atol=1e-12)
+    again = cascade(input_ids=ids[:, :3], cache_params=computed.cache_params)  # the cache as an input
     assert again.logits.shape[1] == 3
 
 
@@ -238,8 +238,8 @@ def test_a_state_that_cannot_be_flattened_is_one_leaf() -> None:
     (_, memory), (_, theirs) = assert_merged(cascade, model, x)
     assert type(memory) is Memory
     torch.testing.assert_close(memory.state, theirs.state, rtol=0, atol=1e-12)
-    (found, _), _ = assert_merged(cascade, model, x, memory)  # the state as an input
-    assert not torch.allclose(found, cascade(x)[0], atol=1e-3)
+    (computed, _), _ = assert_merged(cascade, model, x, memory)  # the state as an input
+    assert not torch.allclose(computed, cascade(x)[0], atol=1e-3)
 
 
 class Padded(nn.Module):
@@ -258,19 +258,19 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
     """The first graph has constant sizes. For another size, the compiled call raises."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, known, other = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
-    cascade = lx.adapt(model, (known,), spec=SPEC)
+    model, example, larger = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
+    cascade = lx.adapt(model, (example,), spec=SPEC)
     compiled = torch.compile(cascade, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(known), model(known))
+    assert torch.equal(compiled(example), model(example))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="This call has no graph yet") as caught:
-        compiled(other)
+        compiled(larger)
     message, debug, _ = str(caught.value).partition("Developer debug context")
     assert debug
     assert "First call the cascade once without torch.compile, in the same mode" in message
-    assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
+    assert torch.equal(cascade(larger), model(larger))  # captured here, with sizes that may vary
     torch._dynamo.reset()
     again = torch.compile(cascade, backend="eager", fullgraph=True)
-    for x in (other, known, other[:1].expand(5, -1, -1, -1)):
+    for x in (larger, example, larger[:1].expand(5, -1, -1, -1)):
         assert torch.equal(again(x), model(x))
 
 
@@ -293,6 +293,6 @@ def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
     cascade, x, ran = lx.adapt(net(), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
     cascade.eval()(x)
     POSTPONED.append(lambda: ran.append(1))
-    found = torch.compile(cascade, backend="eager", fullgraph=True)(x)
-    assert torch.equal(found, cascade(x))
+    computed = torch.compile(cascade, backend="eager", fullgraph=True)(x)
+    assert torch.equal(computed, cascade(x))
     assert ran == [1]

@@ -167,7 +167,7 @@ class Zipped(TwoLayers):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(x.shape, dtype=torch.bool)
-        mask[tuple(zip(*[(place[0], place[1]) for place in (x > 0).nonzero()], strict=True))] = True
+        mask[tuple(zip(*[(index[0], index[1]) for index in (x > 0).nonzero()], strict=True))] = True
         return self.head(torch.tanh(self.body(x * mask)))
 
 

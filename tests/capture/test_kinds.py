@@ -24,15 +24,15 @@ SPEC = lx.CascadeSpec(rank=2)
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Record for each export whether it has dynamic sizes. The graph cache is empty at the start."""
     monkeypatch.setattr(*SEAMS["kept graphs"], OrderedDict())
-    made: list[bool] = []
+    dynamic_flags: list[bool] = []
     before = torch.export.export
 
-    def export(*given: Any, **named: Any) -> Any:
-        made.append(named["dynamic_shapes"] is not None)
-        return before(*given, **named)
+    def export(*args: Any, **named: Any) -> Any:
+        dynamic_flags.append(named["dynamic_shapes"] is not None)
+        return before(*args, **named)
 
     monkeypatch.setattr(torch.export, "export", export)
-    return made
+    return dynamic_flags
 
 
 class Classifier(nn.Module):

@@ -104,7 +104,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(*SEAMS["kept graphs"], OrderedDict())
     count: list[int] = []
     before = torch.export.export
-    monkeypatch.setattr(torch.export, "export", lambda *given, **named: count.append(1) or before(*given, **named))
+    monkeypatch.setattr(torch.export, "export", lambda *args, **named: count.append(1) or before(*args, **named))
     return count
 
 
@@ -150,8 +150,8 @@ def test_a_model_of_another_state(name: str, exports: list[int], monkeypatch: py
     x = X[0].to(model.head.weight.dtype)
     cascade = lx.adapt(model, (x,), spec=SPEC)
     long = LONG.to(x.dtype)
-    for given in (x, long):  # some changes matter for a long input only
-        torch.testing.assert_close(cascade(given), model(given))
+    for inputs in (x, long):  # some changes matter for a long input only
+        torch.testing.assert_close(cascade(inputs), model(inputs))
     assert len(exports) > 1
 
 
@@ -186,11 +186,11 @@ def test_a_cached_graph_that_disagrees_is_captured_again(exports: list[int], mon
 
 def test_a_cached_graph_does_not_keep_its_model_alive(exports: list[int]) -> None:
     model = net(1)
-    held = [ref(model), *map(ref, model.parameters()), *map(ref, model.buffers())]
+    references = [ref(model), *map(ref, model.parameters()), *map(ref, model.buffers())]
     lx.adapt(model, (X[0],), spec=SPEC)
     del model
     gc.collect()
-    assert [each() for each in held] == [None] * len(held)
+    assert [reference() for reference in references] == [None] * len(references)
     lx.adapt(net(2), (X[0],), spec=SPEC)
     assert len(exports) == 1
 

@@ -135,7 +135,7 @@ def test_small_sizes_agree_with_the_model(
         check(cascade, torch.randn(*size, 4))
     count, makes, make = variant_count(cascade), list[Any](), Compiler.make
     assert count <= 8
-    monkeypatch.setattr(Compiler, "make", lambda *given: (makes.append(given), make(*given))[1])
+    monkeypatch.setattr(Compiler, "make", lambda *args: (makes.append(args), make(*args))[1])
     refused = [check(cascade, torch.randn(*size, 4)) for size in SIZES]
     assert variant_count(cascade) == count
     assert len(makes) <= sum(refused)

@@ -146,7 +146,7 @@ def test_a_hook_on_a_node_is_kept(frontend: str) -> None:
 def test_no_backward_runs_where_graphs_are_the_same(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     before = seam("backward")
-    monkeypatch.setattr(*SEAMS["backward"], lambda *given: called.append(1) or before(*given))
+    monkeypatch.setattr(*SEAMS["backward"], lambda *args: called.append(1) or before(*args))
     for frontend in ("export", "symbolic"):
         lx.adapt(build(make), (batches(1, 4, 5)[0],), spec=SPEC, frontend=frontend)
     assert not called

@@ -187,7 +187,9 @@ def test_autocast_of_an_accelerator_is_one_of_the_settings_of_torch(monkeypatch:
     before = reuse._settings(), symbolic._modes()
     torch.set_autocast_enabled("xpu", True)
     try:
-        assert all(now != then for now, then in zip((reuse._settings(), symbolic._modes()), before, strict=True))
+        assert all(
+            current != then for current, then in zip((reuse._settings(), symbolic._modes()), before, strict=True)
+        )
     finally:
         torch.set_autocast_enabled("xpu", False)
     assert (reuse._settings(), symbolic._modes()) == before
@@ -226,7 +228,9 @@ def test_a_weight_that_forward_writes_is_refused(way: str) -> None:
     before = {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()}
     cascade = lx.adapt(model, (x,), spec=SPEC)
     assert {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()} == before
-    assert [(each.weight, each.reason) for each in cascade.refusals] == [("first.weight", lx.plan.Reason.MUTATED)]
+    assert [(refusal.weight, refusal.reason) for refusal in cascade.refusals] == [
+        ("first.weight", lx.plan.Reason.MUTATED)
+    ]
     assert {site.weight for site in cascade.sites} == {"second.weight", "head.weight"}
 
 
@@ -263,9 +267,9 @@ class Elsewhere(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.thread:
-            other = threading.Thread(target=self.first.weight.detach().mul_, args=(0.9,))
-            other.start()
-            other.join()
+            thread = threading.Thread(target=self.first.weight.detach().mul_, args=(0.9,))
+            thread.start()
+            thread.join()
         else:
             self.array *= 0.9
         return self.head(self.first(x))
@@ -288,7 +292,7 @@ def test_a_first_run_that_raises_does_not_count() -> None:
         lx.adapt(model, (torch.randn(4, 6),), spec=SPEC)
     cascade = lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
     assert {name: value.tolist() for name, value in model.named_parameters()} == before
-    assert [each.weight for each in cascade.refusals] == ["first.weight"]
+    assert [refusal.weight for refusal in cascade.refusals] == ["first.weight"]
     with raises(lx.CaptureError, "model-refuses-inputs"):
         run_preflight(model, (torch.randn(4, 6),), {})
     assert written_by(model) == {"first.weight"}  # the cascade uses the result of the run that succeeded

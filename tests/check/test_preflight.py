@@ -302,7 +302,7 @@ def test_weights_that_old_hooks_compute_are_one_graph(
 def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
     model, kept = build(TwoLayers), dict[str, torch.Tensor]()
 
-    def keep(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         kept["body"] = output
 
     if before:
@@ -312,7 +312,7 @@ def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
     randomize(cascade)
     if not before:
         model.get_submodule("body").register_forward_hook(keep)
-    (branch,) = [each for name, each in branches(cascade).items() if name == "body.weight"]
+    (branch,) = [item for name, item in branches(cascade).items() if name == "body.weight"]
     body = build(TwoLayers).get_submodule("body")
     for x in X[1:]:
         cascade(x)
@@ -482,9 +482,9 @@ def test_digests_of_large_outputs_are_compared_first(factor: float, monkeypatch:
     torch.manual_seed(3)
     model, runs, observed = nn.Linear(5, 5), list[str](), observe.observe
 
-    def noted(call: Callable[..., Any], *rest: Any, **options: Any) -> observe.Observed:
+    def noted(call: Callable[..., Any], *args: Any, **options: Any) -> observe.Observed:
         runs.append("model" if call is model else "graph")
-        return observed(call, *rest, **options)
+        return observed(call, *args, **options)
 
     monkeypatch.setattr(preflight, "observe", noted)
 

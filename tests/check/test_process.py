@@ -23,7 +23,7 @@ import lorasc_fx as lx
 from lorasc_fx.capture.graph_breaks import _dynamo_settings
 from lorasc_fx.check.process_state import eager, quiet
 from lorasc_fx.util.undo import PROCESS, Lock
-from tests.cascade.test_threads import made, together
+from tests.cascade.test_threads import moved_cascade, together
 from tests.kit.errors import raises
 
 
@@ -143,23 +143,23 @@ def test_a_thread_acquires_the_process_lock_before_the_lock_of_a_cascade(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In the opposite order, two threads could deadlock."""
-    held: list[Lock] = []
+    acquired: list[Lock] = []
     wrong: list[str] = []
     enter, leave = Lock.__enter__, Lock.__exit__
 
     def entered(lock: Lock) -> bool:
-        if lock is PROCESS and held and PROCESS not in held:
+        if lock is PROCESS and acquired and PROCESS not in acquired:
             wrong.append("".join(traceback.format_stack(limit=12)))
-        held.append(lock)
+        acquired.append(lock)
         return enter(lock)
 
     def left(lock: Lock, *fault: Any) -> None:
-        held.remove(lock)
+        acquired.remove(lock)
         leave(lock, *fault)
 
     monkeypatch.setattr(Lock, "__enter__", entered)
     monkeypatch.setattr(Lock, "__exit__", left)
-    cascade, _, _ = made(0)
+    cascade, _, _ = moved_cascade(0)
     x = torch.randn(3, 2, 9)
     cascade(x).sum().backward()
     cascade.zero_grad()
@@ -177,7 +177,7 @@ def test_a_thread_acquires_the_process_lock_before_the_lock_of_a_cascade(
     with raises(lx.CaptureError, "no-whole-graph"):
         broken.folded_graph()
     cascade.release()
-    assert not held
+    assert not acquired
     assert not wrong, wrong[0]
 
 
@@ -204,7 +204,7 @@ def in_a_fork(call: Callable[[], object]) -> int:
 @pytest.mark.parametrize("forking", ["main", "other"])
 def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
     """Locks of the other thread are released in the new process, and its changes of state are undone."""
-    cascade, x = made(0)[0], torch.randn(3, 2, 9)
+    cascade, x = moved_cascade(0)[0], torch.randn(3, 2, 9)
     before, inside, go_on, ended = process_state(), threading.Event(), threading.Event(), list[int]()
 
     def hold() -> None:

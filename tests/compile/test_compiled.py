@@ -68,13 +68,13 @@ def checked(graph: fx.GraphModule, _: Any) -> Any:
 
 def holds(placement: str, backend: Any) -> None:
     expected, weights = trajectory(placement, None)
-    found, compiled = trajectory(placement, {"backend": backend})
+    losses, compiled = trajectory(placement, {"backend": backend})
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert not counters["recompiles"]
     assert len(set(expected)) == STAGES * STEPS
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-10, atol=1e-10)
     for name, value in weights.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-8, atol=1e-8)  # AdamW divides by small numbers
     assert not torch.equal(weights["left.weight"], Mixed().double().left.weight)
@@ -123,8 +123,8 @@ def test_a_compiled_cascade_sees_changed_state() -> None:
 def test_a_symbolic_trace_sees_changed_state() -> None:
     model, x = Tempered(), torch.randn(4, 5)
     cascade = lx.adapt(model, (x,))
-    first = fx.symbolic_trace(cascade)(x)
-    assert torch.allclose(first, model(x))
+    output = fx.symbolic_trace(cascade)(x)
+    assert torch.allclose(output, model(x))
     model.settings["tau"] = 0.5
     with raises(lx.StateError, "not-available"):
         fx.symbolic_trace(cascade)
@@ -179,12 +179,12 @@ def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], opti
             factor.add_(torch.randn_like(factor), alpha=0.1)
     traced = tracer(cascade, x)
     theirs = dict(traced.named_parameters())
-    own = {name: factor for name, factor in factors.items() if factor.requires_grad}
+    trainable = {name: factor for name, factor in factors.items() if factor.requires_grad}
     for autocast in (False, True) if tracer is symbolic else (False,):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             outputs = cascade(x), traced(x)
-        expected = (outputs[0], *torch.autograd.grad(outputs[0].square().sum(), own.values()))
-        computed = (outputs[1], *torch.autograd.grad(outputs[1].square().sum(), [theirs[name] for name in own]))
+        expected = (outputs[0], *torch.autograd.grad(outputs[0].square().sum(), trainable.values()))
+        computed = (outputs[1], *torch.autograd.grad(outputs[1].square().sum(), [theirs[name] for name in trainable]))
         for one, other in zip(computed, expected, strict=True):
             assert (one - other).norm() <= (0.05 if autocast else 1e-5) * other.norm()
 
