@@ -84,16 +84,18 @@ def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
     if not hasattr(tensor, "to_local"):
         zeros: torch.Tensor = tensor.new_zeros(shape)
         return zeros
-    axis, local_shape, stride = shard_axis(tensor), list(shape), torch.empty(shape, device="meta").stride()
+    axis, local_shape = shard_axis(tensor), list(shape)
     if axis is not None:
         local_shape[axis] = tensor.to_local().shape[axis]
-    sharded: torch.Tensor = type(tensor.data).from_local(
-        local(tensor).new_zeros(local_shape),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
+    return _from_local(local(tensor).new_zeros(local_shape), tensor, shape)
+
+
+def _from_local(shard: torch.Tensor, like: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Wrap a local shard as a DTensor with the mesh and placements of the DTensor `like`, and the given full shape."""
+    # torch cannot infer shape and stride if the shards of the ranks are not equal.
+    stride = torch.empty(shape, device="meta").stride()
+    sharded: torch.Tensor = type(like.data).from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
     return sharded
 
@@ -338,13 +340,7 @@ class ShardSpec:
 
     def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
         """Wrap a local slice as a DTensor with the mesh and placements of the DTensor `like`."""
-        shape = self.full_shape(shard.shape)
-        stride = torch.empty(shape, device="meta").stride()
-        mesh, placements = like.device_mesh, like.placements
-        sharded: torch.Tensor = type(like.data).from_local(
-            shard, mesh, placements, run_check=False, shape=shape, stride=stride
-        )
-        return sharded
+        return _from_local(shard, like, self.full_shape(shard.shape))
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this rank's slice of a full tensor, as a view."""
