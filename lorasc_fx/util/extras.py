@@ -28,9 +28,12 @@ def module_of(extra: str, name: str) -> Any:
     except ModuleNotFoundError as fault:
         if fault.name is None or fault.name.partition(".")[0] != package:
             raise  # the package is installed, but one of its own dependencies is missing
-        raise MissingExtra(
-            f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[{extra}]'"
-        ) from fault
+        raise missing(extra, package) from fault
+
+
+def missing(extra: str, package: str) -> MissingExtra:
+    """Return the error with the pip command."""
+    return MissingExtra(f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[{extra}]'")
 
 
 def require(extra: str, *names: str) -> None:
