@@ -67,7 +67,7 @@ def test_noise_is_the_formula(distribution: str, kurtosis: float) -> None:
         assert (unit.abs().max() <= 0.5) == (distribution == "uniform")
         assert unit.abs().max() > 0.499
         halves = unit.flatten()[: count // 2 * 2].view(-1, 2)
-        assert torch.corrcoef(halves.T)[0, 1].abs() < 4 / (count / 2) ** 0.5  # neighbours know nothing of each other
+        assert torch.corrcoef(halves.T)[0, 1].abs() < 4 / (count / 2) ** 0.5  # neighbours are not correlated
     assert not any(value.any() for name, value in samples.items() if name.endswith("bias"))
 
 

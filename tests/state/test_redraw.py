@@ -178,7 +178,7 @@ def test_watching_ends() -> None:
     plain = weights(cascade.release())
     optimizer.step()
     assert all(torch.equal(value, plain[name]) for name, value in weights(cascade.model).items())
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks  # one for all of them
+    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks  # one hook serves all cascades
 
 
 def test_a_copy_redraws_before_its_first_call() -> None:
@@ -199,7 +199,7 @@ def test_a_cascade_that_goes_during_a_step() -> None:
         cascades.pop()
         gc.collect()
 
-    handle = torch_optimizer.register_optimizer_step_post_hook(drop)  # before those of the cascades
+    handle = torch_optimizer.register_optimizer_step_post_hook(drop)  # runs before the hook of the cascades
     try:
         cascades += [adapted(mlp(), batches(1, 4, 5)[0]), adapted(mlp(), batches(1, 4, 5)[0])]
         optimizer = torch.optim.SGD(cascades[0].param_groups(lr=0.0))

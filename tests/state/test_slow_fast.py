@@ -29,7 +29,7 @@ def wide() -> nn.Module:
 
 
 MODELS = {"dense": (mlp, (4, 5), 3), "factors": (wide, (4, 20), 1)}
-"""Model, input, rank: in `dense` the experts of two stages outgrow each weight, in `factors` those of four do not."""
+"""Model, input shape, rank. The experts of two stages outgrow each weight of `dense`, but not of `factors`."""
 
 
 def spec_of(rank: int, **options: Any) -> lx.CascadeSpec:
