@@ -68,7 +68,7 @@ def state_dict(
     with group.agreed(call):
         tensors, manifest = writer.contents(run, optimizer, scheduler, extras)
     axes: dict[str, int] = manifest.get("shards", {})
-    # Tensors that are not sharded are equal on all ranks, so rank 0 writes them.
+    # Unsharded tensors are equal on all ranks, so rank 0 writes them.
     local_tensors = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: local_tensors[name].shape[axis] for name, axis in axes.items()}
     ranks = [json.loads(text) for text in group.gather_text(json.dumps(lengths), call)]

@@ -1,7 +1,7 @@
 """Sharded cascades with torch's fully_shard (FSDP2).
 
 `fully_shard` gathers the parameters of a module while its forward runs, but an adapted graph does not call modules. So
-the graph is split into segments, each of which reads the weights of one block. A segment runs in the forward of a
+the graph is split into segments, and each segment reads the weights of one block. It runs in the forward of a
 module that contains the parameters and branches of its block (see `segments`). Dtypes are not changed.
 
 A transition works on shards. Each rank computes its rows of the slow delta S from its rows of B and all of A, so no

@@ -2,8 +2,8 @@
 
 A unit is a set of parameters that FSDP gathers together, such as one block of a transformer. The graph is not changed.
 Its nodes keep their order, and a new segment starts when a node reads the weights of another unit. Nodes that compute
-only from weights (a transpose, a cast, a branch on a weight) are computed where they are used, so that no tensor keeps
-the weights of a unit alive after its segments.
+only from weights (a transpose, a cast, a branch on a weight) run where their values are used. Otherwise their values
+would keep the weights of a unit alive after its segments.
 
 `Unit` and `Shards` are the modules that `fully_shard` gets. `SplitGraph` runs a graph segment by segment through them.
 """

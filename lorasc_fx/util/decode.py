@@ -49,7 +49,7 @@ _REMEDIES: dict[Any, str] = {
     list: "a list",
     dict: "a table",
 }
-"""What to give for a type without a `Check`. The words are those of TOML."""
+"""Remedies for types without a `Check`, in the words of TOML."""
 
 
 class Check(NamedTuple):
@@ -255,7 +255,7 @@ def _required(cls: Any) -> Iterable[str]:
 
 
 def _remedy(hint: Any) -> str:
-    """Return what to give instead of a value of the wrong type."""
+    """Return the remedy for a value of the wrong type."""
     kind, checks = _split(hint)
     if checks and get_origin(kind) not in (tuple, list):
         return checks[0].remedy
