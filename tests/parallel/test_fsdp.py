@@ -295,7 +295,7 @@ def test_axes_that_ranks_do_not_divide() -> None:
     try:
         cascade = small({"ranks": [2, 3]})
         before = dict(cascade.named_parameters())
-        with raises(lx.StateError, "sharded", "ranks", "5", "0.weight"):
+        with raises(lx.StateError, "sharded", "2 processes", "5 inputs", "0.weight"):
             fsdp.shard(cascade)
         assert all(each is before[name] for name, each in cascade.named_parameters())
     finally:
@@ -519,7 +519,7 @@ DAMAGED: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...]]] = {
     "a missing shard": (lambda manifest, files: files[1].pop(LORA_B), (LORA_B,)),
     "a missing first shard": (lambda manifest, files: files[0].pop(LORA_B), (LORA_B,)),
     "no shard": (lambda manifest, files: manifest["shards"].pop(LORA_B), (LORA_B,)),
-    "more rows": (lambda manifest, files: files[1].update({LORA_B: torch.zeros(9, 2)}), (LORA_B, "plan")),
+    "more rows": (lambda manifest, files: files[1].update({LORA_B: torch.zeros(9, 2)}), (LORA_B, "(13, 2)", "(7, 2)")),
     "a foreign tensor": (lambda manifest, files: files[1].update(more=torch.zeros(1)), ("more",)),
     "another order": (
         lambda manifest, files: manifest.update(
@@ -622,7 +622,7 @@ def test_the_example_runs_by_torchrun() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^stage 3 of 3: loss [01]\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout
-    here, whole = map(int, re.search(r"^(\d+) of (\d+) numbers", done.stdout, re.MULTILINE).groups())  # type: ignore[union-attr]
+    here, whole = map(int, re.search(r"^(\d+) of (\d+) parameters", done.stdout, re.MULTILINE).groups())  # type: ignore[union-attr]
     assert whole / 2 <= here < 0.51 * whole
 
 
