@@ -17,7 +17,7 @@ from lorasc_fx.errors import SpecError, StateError, named, nearest
 from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.low_rank import LowRankAdapter
 from lorasc_fx.plan import Site
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.checks import is_integer, is_number
 
 _LOSSLESS = 1e-10
 """Relative error up to which an adapter is reduced to a smaller rank. The factors of a run with many stages often have
@@ -67,8 +67,14 @@ class Adapters:
                     code="unknown-name",
                 )
 
-    def check_new(self, name: str) -> None:
-        """Raise StateError if there is an adapter of this name."""
+    def check_new(self, name: Any) -> None:
+        """Raise an error if an adapter with this name cannot be added.
+
+        Raises:
+            SpecError: the name is not a string.
+            StateError: there is an adapter of this name.
+        """
+        check_name(name)
         if name in self._slots_by_name:
             raise StateError(
                 f"bank: there is an adapter {name!r} already. Call bank.remove({name!r}) first, or give another name",
@@ -79,8 +85,8 @@ class Adapters:
         """Add a frozen adapter.
 
         Raises:
-            SpecError: it changes a weight that is not a site, its factors have other shapes, its rank is too large, or
-                the bank is full.
+            SpecError: it changes a weight that is not a site, its factors have other shapes or contain inf or nan, its
+                rank is too large, or the bank is full.
         """
         sites = {site.weight: site for site in self.sites}
         if foreign := [weight for weight in adapter.pairs if weight not in sites]:
@@ -95,6 +101,12 @@ class Adapters:
         for site in self.sites:
             if (pair := adapter.pairs.get(site.weight)) is not None:
                 _check_shapes(name, site, pair)
+                if not (pair.a.isfinite().all() and pair.b.isfinite().all()):
+                    raise SpecError(
+                        f"bank: {name!r} has inf or nan in its factors for {site.weight}. Give an adapter that was "
+                        "saved before its training diverged",
+                        code="non-finite",
+                    )
             tensors, cut = adapter.tensors(site, self.max_rank)
             if cut.error > _LOSSLESS * cut.norm:
                 raise SpecError(
@@ -109,17 +121,20 @@ class Adapters:
         """Add a trained adapter with LoRA's initial values; see `AdapterBank.start`.
 
         Raises:
-            SpecError: the rank is not an integer from 1 to `max_rank`, or the bank is full.
+            SpecError: the rank, `lora_alpha` or the seed is invalid, or the bank is full.
         """
         if not is_integer(rank, 1) or rank > self.max_rank:
             raise SpecError(f"bank: the rank of {name!r} is {rank!r}; give one from 1 to {self.max_rank}")
+        if not is_number(lora_alpha) or lora_alpha <= 0:
+            raise SpecError(f"bank: lora_alpha of {name!r} is {lora_alpha!r}; give a number above 0")
+        if not is_integer(seed, 0) or seed >= 2**63:
+            raise SpecError(f"bank: the seed of {name!r} is {seed!r}; give an integer from 0 to 2**63 - 1")
         values = {}
         for site in self.sites:
             a, b = replace(site, options=replace(site.options, rank=rank)).factor_shapes
             values[site.weight, DOWN] = _padded(random_factor(seed, 1, DOWN, site.weight, a), site, DOWN)
             values[site.weight, UP] = _padded(torch.zeros(b), site, UP)
-        self._occupy(name, values)
-        self._train(name, values, lora_alpha / rank)
+        self._occupy(name, values, self._trained_from(values, lora_alpha / rank))
 
     def remove(self, name: str) -> Trained | None:
         """Remove an adapter. Return its factors if it was trained, so that callers can drop what they cache of it."""
@@ -131,7 +146,7 @@ class Adapters:
     def parameters_of(self, name: str) -> Mapping[Key, nn.Parameter]:
         """Return the factors of an adapter as parameters. A frozen adapter becomes a trained one."""
         if name not in self._trained:
-            self._train(name, self.slots.of(self._slots_by_name[name]), 1.0)
+            self._trained[name] = self._trained_from(self.slots.of(self._slots_by_name[name]), 1.0)
         return self._trained[name].parameters
 
     def pairs(self, name: str) -> dict[str, Factors]:
@@ -166,21 +181,30 @@ class Adapters:
         stacked = {key: torch.stack([by_name[name][0][key] for name in adapter]) for key in keys}
         return stacked, [by_name[name][1] for name in adapter]
 
-    def _occupy(self, name: str, values: Mapping[Key, torch.Tensor]) -> None:
-        """Write an adapter into a free slot, then register its name."""
+    def _occupy(self, name: str, values: Mapping[Key, torch.Tensor], trained: Trained | None = None) -> None:
+        """Write an adapter into a free slot, then register its name, so that calls find a complete adapter."""
         if not self.slots.free:
             raise bank_full(self.capacity)
         self.slots.write(self.slots.free[0], values)
+        if trained is not None:
+            self._trained[name] = trained
         self._slots_by_name = {**self._slots_by_name, name: self.slots.free.pop(0)}
 
-    def _train(self, name: str, values: Mapping[Key, torch.Tensor], scale: float) -> None:
-        """Create trainable parameters from these factors, in fp32, or in fp64 for fp64 weights."""
+    def _trained_from(self, values: Mapping[Key, torch.Tensor], scale: float) -> Trained:
+        """Return trainable copies of these factors, in fp32, or in fp64 for fp64 weights."""
         weights = named_weights(self.model).parameters
         parameters = {
             key: nn.Parameter(value.detach().to(weights[key[0]].device, _trained_dtype(weights[key[0]]), copy=True))
             for key, value in values.items()
         }
-        self._trained[name] = Trained(parameters, scale)
+        return Trained(parameters, scale)
+
+
+def check_name(name: Any) -> None:
+    """Raise SpecError unless this can be the name of an adapter."""
+    if not isinstance(name, str) or not name:
+        hint = ". None is the base, which a bank always has" if name is None else ""
+        raise SpecError(f"bank: the name of an adapter is {name!r}; give a string{hint}")
 
 
 def bank_full(capacity: int) -> SpecError:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.adapt.start import check_new
-from lorasc_fx.bank.adapters import Adapters, bank_full
+from lorasc_fx.bank.adapters import Adapters, bank_full, check_name
 from lorasc_fx.bank.graph import BankGraph
 from lorasc_fx.bank.hooked import hooked
 from lorasc_fx.bank.pair import pair_plan
@@ -62,8 +62,8 @@ class AdapterBank:
         frontend: as for `adapt`.
 
     Raises:
-        SpecError: an adapter has changes other than low-rank factors, or its rank is too large, or there are no
-            targets.
+        SpecError: an adapter has changes other than low-rank factors, or its factors contain inf or nan, or its rank
+            is too large, or there are no targets.
         CheckpointError: an adapter was trained on another base, or cannot be read.
         CaptureError: the model has graph breaks, or cannot be captured.
         StateError: the model is adapted already.
@@ -86,6 +86,8 @@ class AdapterBank:
         for option, value in (("max_rank", max_rank), ("capacity", capacity)):
             if value is not None and not is_integer(value, 1):
                 raise SpecError(f"bank: {option} is {value!r}; give an integer of 1 or more")
+        if isinstance(targets, str):
+            raise SpecError(f"bank: targets is {targets!r}; give a tuple: targets=({targets!r},)")
         # Step 1: read the adapters, which determine the defaults of the other arguments.
         initial = {name: self._read(name, source) for name, source in (adapters or {}).items()}
         changed = dict.fromkeys(weight for adapter in initial.values() for weight in adapter.pairs)
@@ -141,7 +143,7 @@ class AdapterBank:
 
         Raises:
             StateError: there is an adapter of this name.
-            SpecError: as in the constructor, or the bank is full.
+            SpecError: as in the constructor, or the name is not a string, or the bank is full.
             CheckpointError: as in the constructor.
         """
         self._adapters.check_new(name)
@@ -163,7 +165,7 @@ class AdapterBank:
 
         Raises:
             StateError: there is an adapter of this name.
-            SpecError: the bank is full, or the rank is not an integer from 1 to `max_rank`.
+            SpecError: the name, the rank, `lora_alpha` or the seed is invalid, or the bank is full.
         """
         with self._lock:
             self._adapters.check_new(name)
@@ -173,9 +175,11 @@ class AdapterBank:
         """Remove an adapter. Calls that have already started with it are completed with it.
 
         Raises:
+            SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
         with self._lock:
+            check_name(name)
             self._adapters.check_names([name])
             trained = self._adapters.remove(name)
             if trained is not None:
@@ -189,9 +193,11 @@ class AdapterBank:
         With one optimizer per adapter, several runs train on one base at the same time.
 
         Raises:
+            SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
         with self._lock:
+            check_name(name)
             self._adapters.check_names([name])
             return {".".join(key): value for key, value in self._adapters.parameters_of(name).items()}
 
@@ -201,8 +207,10 @@ class AdapterBank:
         They are in fp64 on the host, for the weight in its stored layout. The scale is folded into `b`.
 
         Raises:
+            SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
+        check_name(name)
         self._adapters.check_names([name])
         return self._adapters.pairs(name)
 
@@ -411,8 +419,7 @@ class AdapterBank:
             SpecError: the name is not a string, or the source is not an adapter with low-rank factors.
             CheckpointError: it was trained on another base, or cannot be read.
         """
-        if not isinstance(name, str) or not name:
-            raise SpecError(f"bank: the name of an adapter is {name!r}; give a string")
+        check_name(name)
         if isinstance(source, LowRankAdapter):
             return source
         if isinstance(source, Mapping):

@@ -267,3 +267,48 @@ def test_refusals() -> None:
     assert bank.names == ("a",)
     assert "2 sites, rank 2, adapters a" in repr(bank)
     assert all(parameter.requires_grad for parameter in bank.release().parameters())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("lora_alpha", "16", "lora_alpha of 'b' is '16'; give a number above 0"),
+        ("lora_alpha", 0.0, "lora_alpha of 'b' is 0.0"),
+        ("lora_alpha", float("nan"), "lora_alpha of 'b' is nan"),
+        ("seed", 1.5, "the seed of 'b' is 1.5; give an integer"),
+        ("seed", -1, "the seed of 'b' is -1"),
+        ("rank", "1", "the rank of 'b' is '1'"),
+    ],
+)
+def test_start_checks_its_arguments_before_it_adds_the_adapter(option: str, value: Any, text: str) -> None:
+    bank = bank_of("a", capacity=2)
+    with raises(lx.SpecError, "invalid-value", text):
+        bank.start("b", **{option: value})
+    assert bank.names == ("a",)
+    bank.start("b")  # the slot is still free
+    assert bank.names == ("a", "b")
+
+
+@pytest.mark.parametrize("name", [None, "", 3, ["a"]])
+def test_names_of_adapters_are_strings(name: Any) -> None:
+    bank = bank_of("a")
+    for call in (bank.start, bank.remove, bank.parameters_of, bank.pairs, lambda name: bank.add(name, pairs(1))):
+        with raises(lx.SpecError, "invalid-value", f"the name of an adapter is {name!r}; give a string"):
+            call(name)
+    assert bank.names == ("a",)
+    assert distance(bank(X, adapter=["a", None, None, None, None]), expected(None), 1, len(X)) < 1e-13
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_factors_must_be_finite(factor: str, value: float) -> None:
+    bank, broken = bank_of("a"), pairs(ord("b"))
+    getattr(broken["2.weight"], factor)[0, 0] = value
+    with raises(lx.SpecError, "non-finite", "'b' has inf or nan in its factors for 2.weight"):
+        bank.add("b", broken)
+    assert bank.names == ("a",)
+
+
+def test_targets_are_a_tuple() -> None:
+    with raises(lx.SpecError, "invalid-value", "targets is 'linear'; give a tuple: targets=('linear',)"):
+        lx.AdapterBank(mlp(), args=(X,), targets="linear")
