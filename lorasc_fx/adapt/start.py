@@ -16,6 +16,7 @@ from weakref import ref
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorasc_fx.adapt.served import is_served
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade import Flags
@@ -233,16 +234,17 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights:
         )
 
 
-def check_new(model: nn.Module, on_meta: bool = False) -> None:
+def check_new(model: nn.Module, on_meta: bool = False, in_bank: bool = False) -> None:
     """Check that a model can be adapted: it must not be adapted, sharded, offloaded, or without values.
 
     Args:
         model: the model.
         on_meta: whether it may be on the meta device.
+        in_bank: whether it may be in use by a bank.
 
     Raises:
         CaptureError: a tensor has no values, or cannot be trained.
-        StateError: the model is sharded, is a cascade, or is already adapted.
+        StateError: the model is sharded, is a cascade, is already adapted, or is in use by a bank.
     """
     run_postponed()  # if an earlier cascade of the model was dropped during a trace, its finalizer must run first
     # accelerate's offload hooks keep the weights of a module on the meta device between calls.
@@ -300,12 +302,18 @@ def check_new(model: nn.Module, on_meta: bool = False) -> None:
             "    cascade = lorasc_fx.adapt(model, ...)",
             code="already-adapted",
         )
-    if any(_is_adapted(parameter) for parameter in model.parameters()):
-        gc.collect()  # a dropped cascade may be part of a reference cycle
+    if any(_is_adapted(parameter) or is_served(parameter) for parameter in model.parameters()):
+        gc.collect()  # a dropped cascade or bank may be part of a reference cycle
     for name, parameter in model.named_parameters():
         if _is_adapted(parameter):
             raise StateError(
                 f"This model is already adapted: its parameter {name} belongs to another cascade. Call release() on "
                 "that cascade first.",
+                code="already-adapted",
+            )
+        if is_served(parameter) and not in_bank:
+            raise StateError(
+                f"A bank uses this model: its parameter {name} is the base of adapters, and a cascade would change it. "
+                "Call release() on the bank first, or adapt a copy of the model (copy.deepcopy).",
                 code="already-adapted",
             )

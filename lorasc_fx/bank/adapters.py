@@ -48,7 +48,10 @@ class Adapters:
     def __init__(self, model: nn.Module, decided: Decided, max_rank: int, capacity: int) -> None:
         self.model, self.decided, self.max_rank, self.capacity = model, decided, max_rank, capacity
         self.sites = decided.plan.sites
-        self.slots = Slots(self.sites, named_weights(model).parameters, capacity)
+        parameters = named_weights(model).parameters
+        self.slots = Slots(self.sites, parameters, capacity)
+        weights = [(site.weight, parameters[site.weight]) for site in self.sites]
+        self._dtypes = [(name, weight, weight.dtype) for name, weight in weights]
         self._slots_by_name: dict[str | None, int] = {None: 0}
         self._trained: dict[str | None, Trained] = {}
 
@@ -80,6 +83,19 @@ class Adapters:
                 f"bank: there is an adapter {name!r} already. Call bank.remove({name!r}) first, or give another name",
                 code="unknown-name",
             )
+
+    def check_dtypes(self) -> None:
+        """Raise StateError if the model was converted to another dtype after the bank was built.
+
+        The factors keep their dtype, so the result would be less precise than the new weights.
+        """
+        for name, weight, dtype in self._dtypes:
+            if weight.dtype != dtype:
+                raise StateError(
+                    f"bank: {name} was {dtype} when the bank was built, and is {weight.dtype} now, but the adapters "
+                    "have the old dtype. Convert the model back, or build a new bank on the converted model",
+                    code="weights-changed-outside",
+                )
 
     def place(self, name: str, adapter: LowRankAdapter) -> None:
         """Add a frozen adapter.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lorasc_fx.adapt.served import serve, stop_serving
 from lorasc_fx.adapt.start import check_new
 from lorasc_fx.bank.adapters import Adapters, bank_full, check_name
 from lorasc_fx.bank.graph import BankGraph
@@ -31,7 +31,7 @@ from lorasc_fx.peft.low_rank import LowRankAdapter, low_rank_pairs
 from lorasc_fx.plan import Site
 from lorasc_fx.signature import Calls, bind_inputs, leaves, signature_of
 from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.fingerprint import fingerprints
+from lorasc_fx.util.fingerprint import checksums, fingerprints
 from lorasc_fx.util.undo import PROCESS
 
 Source = Cascade | str | PathLike[str] | Mapping[str, Factors]
@@ -44,7 +44,7 @@ class AdapterBank:
     An adapter has factors `b` [out, r] and `a` [r, in] for each changed weight [out, in], and computes with
     `W0 + b @ a`. The model is captured once for each kind of call, as by `adapt`. The factors are inputs of the graph,
     so the weights are never written, and changing the adapter needs no new capture. While the bank is in use, the
-    parameters of the model do not require gradients. `release` restores the flags.
+    parameters of the model do not require gradients, and the model cannot be adapted. `release` restores the flags.
 
         bank = lx.AdapterBank(model, {"a": "runs/a", "b": cascade}, args=(x,))
         bank(x, adapter="a")
@@ -82,12 +82,14 @@ class AdapterBank:
         frontend: str = "auto",
     ) -> None:
         self.model = open_model(model)
-        check_new(self.model)
+        check_new(self.model, in_bank=True)
         for option, value in (("max_rank", max_rank), ("capacity", capacity)):
             if value is not None and not is_integer(value, 1):
                 raise SpecError(f"bank: {option} is {value!r}; give an integer of 1 or more")
         if isinstance(targets, str):
             raise SpecError(f"bank: targets is {targets!r}; give a tuple: targets=({targets!r},)")
+        self._checksums: dict[str, int] = {}  # of the parameters when their fingerprints were computed
+        self._digests: dict[str, str] = {}
         # Step 1: read the adapters, which determine the defaults of the other arguments.
         initial = {name: self._read(name, source) for name, source in (adapters or {}).items()}
         changed = dict.fromkeys(weight for adapter in initial.values() for weight in adapter.pairs)
@@ -108,10 +110,9 @@ class AdapterBank:
         plan = pair_plan(tuple(targets if targets is not None else changed), self.max_rank)
         self._decided = Decided(plan, {}, (), ())
         self._variants, self._lock = Variants(), threading.RLock()
-        self._flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        self._parameters = list(self.model.parameters())
         self._compile: dict[str, Any] | None = None
-        for parameter in self._flags:
-            parameter.requires_grad_(False)
+        serve(self._parameters, self)
         try:
             self._example, self._generates = self._compiler.calls.bind(*bound), False
             self._graph(self._example)
@@ -274,9 +275,11 @@ class AdapterBank:
             graph.compile(options)
 
     def release(self) -> nn.Module:
-        """Restore the requires_grad flags of the model's parameters, and return the model. Do not use the bank then."""
-        for parameter, flag in self._flags.items():
-            parameter.requires_grad_(flag)
+        """Restore the requires_grad flags of the model's parameters, and return the model. Do not use the bank then.
+
+        If several banks use the model, the last `release` restores the flags.
+        """
+        stop_serving(self._parameters, self)
         return self.model
 
     def __repr__(self) -> str:
@@ -433,16 +436,27 @@ class AdapterBank:
             return LowRankAdapter(repr(name), dict(source), {})
         adapter = low_rank_pairs(source, self.model, name=repr(name), call="bank")
         if adapter.base:
-            adapter.check_base(self._digests, "bank")
+            adapter.check_base(self._fingerprints(), "bank")
         return adapter
 
-    @cached_property
-    def _digests(self) -> dict[str, str]:
-        """Fingerprints of the base by parameter name, computed when the first run is added."""
-        return fingerprints(dict(self.model.named_parameters()))
+    def _fingerprints(self) -> dict[str, str]:
+        """Return the fingerprints of the base by parameter name.
+
+        They are cached. Checksums, which are faster, show which parameters have been written since.
+        """
+        parameters = dict(self.model.named_parameters())
+        current = checksums(parameters)
+        changed = {name: value for name, value in parameters.items() if self._checksums.get(name) != current[name]}
+        self._digests = {name: self._digests[name] for name in current.keys() - changed.keys()} | fingerprints(changed)
+        self._checksums = current
+        return self._digests
 
     def _check_adapter(self, adapter: Any) -> None:
-        """Raise StateError if the argument `adapter` of a call has another type, or an unknown name."""
+        """Check the argument `adapter` of a call, and that the adapters still have the dtypes of the weights.
+
+        Raises:
+            StateError: it has another type or an unknown name, or the model was converted to another dtype.
+        """
         names = [adapter] if adapter is None or isinstance(adapter, str) else adapter
         if not isinstance(names, (list, tuple)):
             raise StateError(
@@ -451,3 +465,5 @@ class AdapterBank:
                 code="unknown-name",
             )
         self._adapters.check_names(names)
+        if adapter is not None:
+            self._adapters.check_dtypes()

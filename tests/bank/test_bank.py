@@ -312,3 +312,66 @@ def test_factors_must_be_finite(factor: str, value: float) -> None:
 def test_targets_are_a_tuple() -> None:
     with raises(lx.SpecError, "invalid-value", "targets is 'linear'; give a tuple: targets=('linear',)"):
         lx.AdapterBank(mlp(), args=(X,), targets="linear")
+
+
+def test_two_banks_on_one_model_restore_its_flags() -> None:
+    model = mlp()
+    model[2].bias.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    first, second = (lx.AdapterBank(model, {"a": pairs(1)}, args=(X,)) for _ in range(2))
+    for bank in (first, first):  # a second release of the same bank has no effect
+        bank.release()
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert distance(second(X, adapter="a"), folded(mlp(), pairs(1))(X)) < 1e-13
+    second.release()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    third = lx.AdapterBank(model, {"a": pairs(1)}, args=(X,))
+    first.release()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    third.release()
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_a_model_in_a_bank_cannot_be_adapted(tmp_path: Path) -> None:
+    lx.save(lx.adapt(mlp(), args=(X,)), tmp_path)
+    bank = bank_of("a")
+    other = lx.AdapterBank(bank.model, {"a": pairs(1)}, args=(X,))
+    for call in (lambda: lx.adapt(bank.model, args=(X,)), lambda: lx.load(tmp_path, bank.model)):
+        with raises(lx.StateError, "already-adapted", "A bank uses this model", "0.weight", "release()"):
+            call()
+    lx.adapt(copy.deepcopy(bank.model), args=(X,))
+    bank.release()
+    with raises(lx.StateError, "already-adapted", "A bank uses this model"):
+        lx.adapt(bank.model, args=(X,))
+    del other  # without `release`
+    lx.adapt(bank.model, args=(X,)).release()
+
+
+@pytest.mark.parametrize("write", ["load_state_dict", "data"])
+def test_the_base_is_compared_again_after_a_write_from_outside(write: str, tmp_path: Path) -> None:
+    cascade = lx.adapt(mlp(), args=(X,))
+    lx.save(cascade, tmp_path)
+    bank = bank_of("a", max_rank=16)
+    bank.add("before", tmp_path)
+    original = copy.deepcopy(bank.model.state_dict())
+    if write == "data":  # this does not change the version counter
+        bank.model.get_parameter("2.weight").data[0, 0] += 1
+    else:
+        bank.model.load_state_dict({**original, "2.weight": original["2.weight"] + 1})
+    with raises(lx.CheckpointError, "base-differs", "2.weight"):
+        bank.add("after", tmp_path)
+    bank.model.load_state_dict(original)
+    bank.add("again", tmp_path)
+    assert bank.names == ("a", "before", "again")
+
+
+def test_the_dtype_of_the_model_must_not_change() -> None:
+    bank = lx.AdapterBank(mlp().float(), {"a": pairs(1)}, args=(X.float(),))
+    before = bank(X.float(), adapter="a")
+    bank.model.double()
+    for adapter in ("a", ["a", None, "a", None, "a"]):
+        with raises(lx.StateError, "weights-changed-outside", "0.weight was torch.float32", "is torch.float64 now"):
+            bank(X, adapter=adapter)
+    assert bank(X).dtype == torch.float64  # the base needs no factors
+    bank.model.float()
+    assert torch.equal(bank(X.float(), adapter="a"), before)
