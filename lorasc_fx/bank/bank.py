@@ -297,8 +297,8 @@ class AdapterBank:
         call = self._compiler.calls.bind(tuple(args), kwargs)
         if adapter is not None and not isinstance(adapter, str):
             self._check_rows(adapter, row_count(call.leaves))
-            if len(set(adapter)) == 1:
-                return self._computed(args, kwargs, adapter[0])
+            if len(set(adapter)) < 2:  # one adapter, or a batch without rows
+                return self._computed(args, kwargs, adapter[0] if adapter else None)
         graph = self._graph(call)
         if adapter is None or isinstance(adapter, str):
             return graph(call, graph.tensors_of(self._adapters, adapter))
@@ -356,7 +356,7 @@ class AdapterBank:
         if not mixed:
             return
         layout = graph.layout(call) if row_count(call.leaves) != 1 else None
-        if layout is None:
+        if layout is None or not layout.determined:
             raise StateError(
                 "bank: generate with an adapter for each row must know where the rows are in the model. Build the bank "
                 "with example inputs of two or more rows that differ",

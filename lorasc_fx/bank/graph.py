@@ -17,6 +17,10 @@ from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.function import as_function, takes_leaves
 from lorasc_fx.passes import adapter_inputs
 from lorasc_fx.passes.adapter_inputs import SCALE
+from lorasc_fx.util.undo import PROCESS, Lock
+
+_MAX_PROBES = 3
+"""Number of batches to examine for the places of the rows."""
 
 
 class BankGraph:
@@ -33,6 +37,7 @@ class BankGraph:
         self.cached: dict[int | Trained, list[torch.Tensor]] = {}  # input tensors by `Adapters.cache_key`
         self.splits = False  # whether `check_splits` has accepted a batch of this kind
         self._layout: Layout | None = None
+        self._probes, self._lock = 0, Lock()  # batches that `layout` has examined, and its lock
         self._function = as_function(module)
         self._compiled: Callable[..., Any] | None = None
         self._options: Mapping[str, Any] = {}
@@ -61,27 +66,40 @@ class BankGraph:
         return [values[str(node.target)] if node.target in values else node.args[0] for node in self._model_inputs]
 
     def layout(self, call: Call) -> Layout | None:
-        """Return where the rows of a batch are, or None if this batch cannot show it. Found once for each graph."""
-        if self._layout is None and (count := row_count(call.leaves)) != 1:
+        """Return where the rows of a batch are, or None if all rows of this batch are equal.
+
+        The layout is cached when a batch has determined it. After `_MAX_PROBES` batches that do not, the graph is
+        treated as one that cannot use separate factors for each row, which is slower but correct.
+        """
+        count = row_count(call.leaves)
+        if self._layout is not None or count == 1:
+            return self._layout
+        with PROCESS, self._lock:
+            if self._layout is not None:  # another thread has found it
+                return self._layout
             zeros = [
                 torch.zeros(item.shape, dtype=item.dtype, device=self._device(item.weight)) for item in self.inputs
             ]
-            assert count is not None
             layout = layout_of(self.module, self.model, self._model_values(call), zeros)
             if layout is None:
                 return None
-            self._layout = layout
-            # Tell branches whose rows are not on axis 0 where they are.
-            editor = GraphEditor(self.module, "bank")
-            for node in editor.nodes:
-                if layout.places.get(node.name, FIRST_AXIS) != FIRST_AXIS:
-                    editor.set_arguments(node, node.args, {**node.kwargs, "rows": tuple(layout.places[node.name])})
-            if editor.modified:
-                self.module = editor.finish()
-                self._function = as_function(self.module)
-                if self._compiled is not None:
-                    self.compile(self._options)
-        return self._layout
+            self._probes += 1
+            if layout.determined or self._probes == _MAX_PROBES:
+                self._write_places(layout)
+                self._layout = layout  # last, because other threads read it without the lock
+            return layout
+
+    def _write_places(self, layout: Layout) -> None:
+        """Tell the branches whose rows are not on axis 0 where they are."""
+        editor = GraphEditor(self.module, "bank")
+        for node in editor.nodes:
+            if layout.places.get(node.name, FIRST_AXIS) != FIRST_AXIS:
+                editor.set_arguments(node, node.args, {**node.kwargs, "rows": tuple(layout.places[node.name])})
+        if editor.modified:
+            self.module = editor.finish()
+            self._function = as_function(self.module)
+            if self._compiled is not None:
+                self.compile(self._options)
 
     def _device(self, weight: str) -> torch.device:
         return self.model.get_parameter(weight).device
@@ -90,7 +108,8 @@ class BankGraph:
         """Return the input tensors of one adapter. They are cached."""
         key = adapters.cache_key(name)
         if key not in self.cached:
-            self.cached[key] = self.tensors_from(*adapters.factors(name))
+            with torch.inference_mode(False):  # a later call may train with these tensors
+                self.cached[key] = self.tensors_from(*adapters.factors(name))
         return self.cached[key]
 
     def tensors_from(self, factors: Mapping[Key, torch.Tensor], scale: Any) -> list[torch.Tensor]:

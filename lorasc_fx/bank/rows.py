@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -31,11 +31,13 @@ class Layout:
         mixed: whether every branch can use separate factors for each row.
         independent: whether each row of the output depends only on the same row of the input. Outputs without one row
             for each row of the batch on axis 0 are not considered.
+        determined: whether another batch cannot change `mixed`. False if too few entries of this batch differ.
     """
 
     places: Mapping[str, Rows]
     mixed: bool
     independent: bool
+    determined: bool = True
 
 
 def row_count(leaves: Sequence[Any]) -> int | None:
@@ -46,7 +48,12 @@ def row_count(leaves: Sequence[Any]) -> int | None:
 def layout_of(
     graph: fx.GraphModule, model: nn.Module, inputs: Sequence[Any], tensors: Sequence[torch.Tensor]
 ) -> Layout | None:
-    """Find the rows in a graph: change row 0 of the inputs, and observe which entries change.
+    """Find the rows in a graph: change some rows of the inputs, and observe which entries of tensors change.
+
+    Each run replaces the rows that have the same value in one bit of their index. So 2 log2(rows) runs identify the
+    row on which an entry depends, or show that it depends on several rows. A layout must agree with all entries that
+    have changed, and no other layout may agree: a batch with few differences, such as short texts with padding, can
+    agree with several layouts.
 
     Args:
         graph: the graph after the pass `AdapterInputs`.
@@ -62,28 +69,145 @@ def layout_of(
     assert count is not None
     if count == 1:
         return Layout({}, mixed=True, independent=True)
-    source = next((row for row in range(1, count) if not _same_rows(inputs, count, row)), None)
-    if source is None:
+    sources = _sources(inputs, count)
+    if sources is None:
         return None
 
-    def changed(leaf: Any) -> Any:
-        """Copy row `source` over row 0: values from the batch are always valid inputs."""
-        if not _has_rows(leaf, count):
-            return leaf
-        return torch.cat([leaf.detach()[source : source + 1], leaf.detach()[1:]])
+    def run(replaced: Sequence[int]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None], dict[str, int]]:
+        """Run the graph on copies of the inputs in which some rows are copies of another row."""
+        order = [sources[row] if row in replaced else row for row in range(count)]
+        values = [
+            leaf.detach()[torch.tensor(order, device=leaf.device)] if _has_rows(leaf, count) else leaf
+            for leaf in inputs
+        ]  # values from the batch are always valid inputs
+        recorder = _InputRecorder(graph)
+        with isolated_model(model), torch.random.fork_rng():
+            torch.manual_seed(0)  # all runs need the same dropout
+            output = recorder.run(*values, *tensors, enable_io_processing=False)
+        return tensors_in(output), recorder.inputs, recorder.axes
 
-    runs = []
-    for values in (inputs, [changed(leaf) for leaf in inputs]):
-        with isolated_model(model), torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)  # both runs need the same dropout
-            recorder = _InputRecorder(graph)
-            runs.append((recorder.run(*values, *tensors, enable_io_processing=False), recorder.inputs))
-    (output, before), (changed_output, after) = runs
-    places = {name: _rows_in(x, after[name], recorder.axes[name], count) for name, x in before.items()}
-    pairs = zip(tensors_in(output), tensors_in(changed_output), strict=True)
-    independent = all(_only_row_0(x, y, Rows(0), count) for x, y in pairs if _has_rows(x, count))
-    with_rows = {name: rows for name, rows in places.items() if rows is not None}
-    return Layout(with_rows, mixed=len(with_rows) == len(places), independent=independent)
+    with torch.inference_mode(False), torch.no_grad():
+        outputs, site_inputs, axes = run([])
+        output_changes = [_Changes(x, 1) for x in outputs if _has_rows(x, count)]
+        changes = {name: _Changes(x, axes[name]) for name, x in site_inputs.items() if x is not None}
+        for bit in range((count - 1).bit_length()):
+            for value in (0, 1):
+                changed_outputs, changed_inputs, _ = run([row for row in range(count) if row >> bit & 1 == value])
+                with_rows = [x for x, y in zip(changed_outputs, outputs, strict=True) if _has_rows(y, count)]
+                for change, x in zip(output_changes, with_rows, strict=True):
+                    change.observe(x)
+                for name, change in changes.items():
+                    change.observe(changed_inputs[name])
+    dependent = _dependent_nodes(graph, [_has_rows(leaf, count) for leaf in inputs])
+    found: dict[str, Rows] = {}
+    undetermined, refused = False, len(changes) < len(site_inputs)
+    for name, change in changes.items():
+        fitting = change.fitting(count)
+        if name in dependent and (len(fitting) > 1 or (fitting and not fitting[0].proven)):
+            undetermined = True
+        elif len(fitting) == 1 and fitting[0].proven and fitting[0].rows is not None:
+            found[name] = fitting[0].rows
+        else:
+            refused = True
+    independent = all(change.fits(_row_map(change.shape, 0, 1, 1, count)) for change in output_changes)
+    return Layout(
+        found, mixed=len(found) == len(site_inputs), independent=independent, determined=refused or not undetermined
+    )
+
+
+def _sources(inputs: Sequence[Any], count: int) -> list[int] | None:
+    """Return, for each row of the inputs, the index of a row that differs from it. None if all rows are equal."""
+    differs = torch.zeros(count, dtype=torch.bool)  # from row 0
+    for leaf in inputs:
+        if _has_rows(leaf, count):
+            differs |= (leaf != leaf[:1]).reshape(count, -1).any(1).cpu()
+    if not differs.any():
+        return None
+    other = int(differs.nonzero()[0])
+    return [0 if differs[row] else other for row in range(count)]
+
+
+def _dependent_nodes(graph: fx.GraphModule, has_rows: Sequence[bool]) -> set[str]:
+    """Return the names of the nodes that depend on an input that has the rows of the batch.
+
+    Args:
+        graph: the graph.
+        has_rows: whether each placeholder of the model's inputs has the rows, in order.
+    """
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    names = {node.name for node, rows in zip(placeholders, has_rows, strict=False) if rows}
+    for node in graph.graph.nodes:
+        if any(argument.name in names for argument in node.all_input_nodes):
+            names.add(node.name)
+    return names
+
+
+class _Changes:
+    """Which entries of a tensor change when rows of the batch are replaced.
+
+    Args:
+        x: the tensor in the run with the original batch.
+        axes: number of leading axes that may have the rows. Entries along the other axes are merged.
+    """
+
+    def __init__(self, x: torch.Tensor, axes: int) -> None:
+        self.x, self.shape = x, x.shape[:axes]
+        self.sizes: list[torch.Tensor | None] = []  # largest change for each index of the leading axes, by run
+
+    def observe(self, changed: torch.Tensor | None) -> None:
+        """Add a run with replaced rows. The order of runs is bit 0 with value 0, bit 0 with value 1, and so on."""
+        if changed is None or changed.shape != self.x.shape:
+            self.sizes.append(None)
+            return
+        size = torch.nan_to_num((changed.double() - self.x.double()).abs()).reshape(*self.shape, -1)
+        self.sizes.append(size.amax(-1) if size.shape[-1] else size.new_zeros(self.shape))
+
+    def fits(self, rows: torch.Tensor | None) -> bool:
+        """Whether each entry that has changed depends on one row only, which is the row in `rows` (of `shape`)."""
+        if rows is None or any(size is None for size in self.sizes):
+            return False
+        sizes = torch.stack([size for size in self.sizes if size is not None])
+        # An entry changes by the same amount in each run that replaces its row. Smaller changes are rounding errors.
+        largest = sizes.amax(0)
+        hits = sizes > _TOLERANCE.get(self.x.dtype, _COARSE_TOLERANCE) * largest
+        rows = rows.to(self.x.device)
+        expected = torch.stack([rows >> run // 2 & 1 == run % 2 for run in range(len(sizes))])
+        return bool(((hits == expected) | (largest == 0)).all())
+
+    def fitting(self, count: int) -> list[_Place]:
+        """Return all places of `count` rows that agree with the changes."""
+        fitting = []
+        for axis, length in enumerate(self.shape):
+            if not length or length % count:
+                continue
+            size = length // count
+            for inner in (divisor for divisor in range(1, size + 1) if size % divisor == 0):
+                rows = _row_map(self.shape, axis, inner, size // inner, count)
+                if rows is not None and self.fits(rows):
+                    changed = torch.stack([size for size in self.sizes if size is not None]).amax(0).cpu() > 0
+                    place = Rows(axis, inner=inner < size) if inner in (1, size) else None
+                    fitting.append(_Place(place, proven=len(rows[changed].unique()) == count))
+        return fitting
+
+
+class _Place(NamedTuple):
+    """A possible place of the rows in a tensor.
+
+    Args:
+        rows: the place, or None if `Rows` cannot express it: the rows are in the middle of a flattened axis.
+        proven: whether an entry of each row has changed.
+    """
+
+    rows: Rows | None
+    proven: bool
+
+
+def _row_map(shape: Sequence[int], axis: int, inner: int, outer: int, count: int) -> torch.Tensor | None:
+    """Return the row of each entry of a tensor whose axis is [outer, count, inner], flattened. None if sizes differ."""
+    if not shape or shape[axis] != outer * count * inner:
+        return None
+    rows = torch.arange(shape[axis]) // inner % count
+    return rows.view(-1, *[1] * (len(shape) - axis - 1)).expand(*shape)
 
 
 class _InputRecorder(fx.Interpreter):
@@ -113,39 +237,6 @@ class _InputRecorder(fx.Interpreter):
             self.axes[n.name] = 1 if branch.kind == "conv" or x is None else x.dim() - (kwargs["at"] != "at_lookup")
             self.inputs[n.name] = x.detach().clone() if x is not None else None
         return super().run_node(n)
-
-
-def _rows_in(x: torch.Tensor | None, changed: torch.Tensor | None, axes: int, count: int) -> Rows | None:
-    """Return where the rows are in a tensor. None if there is no such axis.
-
-    Args:
-        x: the tensor.
-        changed: the same tensor in a run with another row 0.
-        axes: number of leading axes to try.
-        count: number of rows.
-    """
-    if x is None or changed is None:
-        return None
-    for axis in range(axes):
-        for inner in (False, True):
-            if x.shape[axis] % count == 0 and _only_row_0(x, changed, Rows(axis, inner), count, moved=True):
-                return Rows(axis, inner)
-    return None
-
-
-def _only_row_0(x: torch.Tensor, changed: torch.Tensor, rows: Rows, count: int, moved: bool = False) -> bool:
-    """Whether two tensors are equal in all rows but row 0, up to rounding. If `moved`, row 0 must differ."""
-    if not x.dim() or x.shape != changed.shape or x.shape[rows.axis] % count:
-        return False
-    change = rows.first((changed.double() - x.double()).abs(), count).flatten(1)
-    change = torch.nan_to_num(change.amax(1) if change.shape[1] else change.new_zeros(count))
-    in_row_0, in_others = change[0].item(), change[1:].amax().item()
-    return in_others <= _TOLERANCE.get(x.dtype, _COARSE_TOLERANCE) * in_row_0 and (in_row_0 > 0 or not moved)
-
-
-def _same_rows(inputs: Sequence[Any], count: int, row: int) -> bool:
-    """Whether a row of the inputs equals row 0."""
-    return all(torch.equal(leaf[0], leaf[row]) for leaf in inputs if _has_rows(leaf, count))
 
 
 def _has_rows(leaf: Any, count: int) -> bool:

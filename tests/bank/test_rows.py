@@ -1,0 +1,148 @@
+"""Places of the rows of a batch in a graph of `AdapterBank`, and slots of adapters that running calls use."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from lorasc_fx.bank import graph as bank_graph
+from tests.bank.kit import distance, random_pairs
+from tests.kit.errors import raises
+
+X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+def bank_of(*names: str, **options: Any) -> lx.AdapterBank:
+    bank = lx.AdapterBank(mlp(), args=(X,), targets=("linear",), max_rank=2, **options)
+    for name in names:
+        bank.add(name, random_pairs(bank.sites, 2, ord(name)))
+    return bank
+
+
+class Encoder(nn.Module):
+    """A text encoder with padding. `nn.MultiheadAttention` computes with sequence-first tensors."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.layers(self.embedding(ids), src_key_padding_mask=ids == 0)
+        return self.head(hidden.mean(1))  # type: ignore[no-any-return]
+
+
+class SequenceFirst(nn.Module):
+    """Linear layers whose input is [T, B, in], flattened or not. The sum over T comes last."""
+
+    def __init__(self, flat: bool, layers: int = 1) -> None:
+        super().__init__()
+        self.flat, self.embedding = flat, nn.Embedding(20, 6, padding_idx=0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).transpose(0, 1)
+        length, rows, size = x.shape
+        for linear_layer in self.layers:
+            x = linear_layer(x.reshape(length * rows, size) if self.flat else x).tanh().view(length, rows, size)
+        return x.transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def padded(*texts: tuple[int, ...], length: int) -> Tensor:
+    return torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo"])
+@pytest.mark.parametrize(
+    ("model", "ids"),
+    [
+        (lambda: Encoder(1), padded((3, 4), (5, 6), length=6)),
+        (lambda: Encoder(2), padded((3, 4), (5,), (3, 7, 8), (9, 9), length=8)),
+        (lambda: SequenceFirst(flat=False), padded((3, 4), (5, 6), length=6)),
+        (lambda: SequenceFirst(flat=True), padded((3, 4), (5, 6), length=6)),
+        (lambda: SequenceFirst(flat=True), padded((3, 4), (3, 5), length=3)),  # agrees with batch-first, too
+        (lambda: SequenceFirst(flat=True), padded((3,), (5, 6), (3,), length=9)),
+    ],
+    ids=["encoder", "two layers", "sequence first", "flat", "ambiguous", "equal rows"],
+)
+def test_rows_that_differ_in_few_tokens(model: Any, ids: Tensor, frontend: str) -> None:
+    torch.manual_seed(0)
+    base = model().double().eval()
+    bank = lx.AdapterBank(base, args=(ids,), targets=("layers*",), max_rank=2, frontend=frontend)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed, size=1.0))
+    mix = [("a", None, "b")[row % 3] if len(ids) > 2 else "ab"[row] for row in range(len(ids))]
+    for batch in (ids, torch.randint(1, 20, ids.shape), ids.flip(0)):
+        mixed = bank(batch, adapter=mix)
+        for row, adapter in enumerate(mix):
+            assert distance(mixed, bank(batch, adapter=adapter), row, len(ids)) < 1e-12
+
+
+def test_a_permutation_of_the_rows_is_not_one_pass() -> None:
+    """Row 0 keeps its place, so only the other rows show that the layer gets them in another order."""
+
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(torch.cat([x[:1], x[1:].flip(0)]))
+            return torch.cat([y[:1], y[1:].flip(0)])
+
+    torch.manual_seed(0)
+    bank = lx.AdapterBank(Permuted().double(), args=(X,), targets=("linear.weight",), max_rank=2)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed))
+    mix = ["a", "b", "b", None, "a"]
+    mixed = bank(X, adapter=mix)
+    for row, adapter in enumerate(mix):
+        assert distance(mixed, bank(X, adapter=adapter), row, len(X)) < 1e-13
+
+
+def test_the_first_mixed_calls_may_run_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that reads the layout must find the graph that uses it."""
+    torch.manual_seed(0)
+    ids = torch.randint(1, 20, (2, 3))
+    bank = lx.AdapterBank(SequenceFirst(True).double(), args=(ids,), targets=("layers*",), max_rank=2)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed))
+    writing, outputs = threading.Event(), []
+    original = bank_graph.as_function  # type: ignore[attr-defined]
+
+    def slow(module: Any) -> Any:
+        writing.set()
+        thread.join(0.5)
+        return original(module)
+
+    def call() -> None:
+        writing.wait(30)
+        outputs.append(bank(ids, adapter=["a", "b"]))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    monkeypatch.setattr(bank_graph, "as_function", slow)
+    outputs.append(bank(ids, adapter=["a", "b"]))
+    thread.join()
+    for mixed in outputs:
+        for row, name in enumerate("ab"):
+            assert distance(mixed, bank(ids, adapter=name), row, 2) < 1e-13
+
+
+def test_a_batch_without_rows() -> None:
+    bank = bank_of("a")
+    assert bank(X[:0], adapter=[]).shape == (0, 4)
+    with raises(lx.StateError, "rows-differ", "1 rows, and the batch has 0"):
+        bank(X[:0], adapter=["a"])
