@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
-from lorasc_fx.branch import register_branch
 from lorasc_fx.branch.lora import LoraBranch
-from lorasc_fx.plan import Plan, Site
-from lorasc_fx.spec import CascadeSpec
-
-ADAPTER = "pair"
-"""Name of this method in a plan."""
+from lorasc_fx.plan import Plan, Site, SiteOptions
+from lorasc_fx.spec import CascadeSpec, Rule
 
 
 class PairBranch(LoraBranch):
@@ -24,9 +22,29 @@ class PairBranch(LoraBranch):
         return dict(super(LoraBranch, cls).initial_values(site, seed, stage))
 
 
-register_branch(ADAPTER, PairBranch)
+class PairOptions(SiteOptions):
+    """The options of a site in a bank. The method is not in the table of adapters, so that no spec can name it."""
+
+    @property
+    def method(self) -> type[PairBranch]:
+        """The branch class."""
+        return PairBranch
+
+
+class PairSpec(CascadeSpec):
+    """The spec of a bank, whose sites have `PairOptions`."""
+
+    def site_options(self, rule: Rule | None = None) -> PairOptions:
+        """Return the options of a site."""
+        options = super().site_options(rule)
+        return PairOptions(**{option.name: getattr(options, option.name) for option in fields(options)})
+
+    @property
+    def method(self) -> type[PairBranch]:
+        """The branch class."""
+        return PairBranch
 
 
 def pair_plan(targets: tuple[str, ...], max_rank: int) -> Plan:
     """Return a plan without sites whose branches are pairs of rank `max_rank` with scale 1, placed beside their ops."""
-    return Plan(CascadeSpec(targets=targets, adapter=ADAPTER, rank=max_rank, lora_alpha=max_rank, placement="beside"))
+    return Plan(PairSpec(targets=targets, rank=max_rank, lora_alpha=max_rank, placement="beside"))

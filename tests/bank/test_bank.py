@@ -375,3 +375,9 @@ def test_the_dtype_of_the_model_must_not_change() -> None:
     assert bank(X).dtype == torch.float64  # the base needs no factors
     bank.model.float()
     assert torch.equal(bank(X.float(), adapter="a"), before)
+
+
+def test_a_spec_cannot_name_the_method_of_a_bank() -> None:
+    assert all(site.options.method.__name__ == "PairBranch" for site in bank_of("a").sites)
+    with raises(lx.SpecError, "invalid-value", "adapter", "'pair'"):
+        lx.CascadeSpec(adapter="pair")
