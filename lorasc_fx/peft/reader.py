@@ -115,8 +115,9 @@ class Adapter:
             if len(changes) < len(group) or any(not _equal(changes[0], pair) for pair in changes[1:]):
                 raise CheckpointError(
                     f"{self.folder}: {' and '.join(group)} are names of one tied weight, but the adapter changes "
-                    f"{' and '.join(pair.target.name for pair in changes)} separately. Untie them: "
-                    f"CascadeSpec(untie=({group[-1]!r},))",
+                    f"{' and '.join(pair.target.name for pair in changes)} separately. Untie them: for from_peft by "
+                    f"CascadeSpec(untie=({group[-1]!r},)), otherwise in the model, by "
+                    f"{group[-1]} = torch.nn.Parameter({group[-1]}.detach().clone())",
                     code="tied-weights-differ",
                 )
             pairs[group[0]] = changes[0]

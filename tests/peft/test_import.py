@@ -198,10 +198,17 @@ def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with raises(lx.CheckpointError, "tied-weights-differ", "head.weight"):
         lx.from_peft(tmp_path, model, (ids,), frontend="symbolic")
+    untied = copy.deepcopy(model)
     spec = replace(lx.export.peft_spec(tmp_path, model), untie=("head.weight",))
     cascade = lx.from_peft(tmp_path, model, (ids,), spec=spec, frontend="symbolic")
     with torch.no_grad(), cascade.weights("slow"):
         close(cascade.model(ids), theirs.eval()(ids))
+    # A bank has no spec, so the model itself must be untied.
+    with raises(lx.CheckpointError, "tied-weights-differ", "head.weight = torch.nn.Parameter(head.weight.detach()"):
+        lx.AdapterBank(untied, {"theirs": tmp_path}, (ids,))
+    untied.head.weight = torch.nn.Parameter(untied.head.weight.detach().clone())
+    with torch.no_grad():
+        close(lx.AdapterBank(untied, {"theirs": tmp_path}, (ids,))(ids, adapter="theirs"), theirs(ids))
 
 
 def test_import_with_a_user_spec(tmp_path: Path) -> None:
