@@ -24,11 +24,12 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import Branch, fill
-from lorasc_fx.errors import PassError, UnknownTarget, listed
+from lorasc_fx.errors import PassError, SpecError, UnknownTarget, listed
 from lorasc_fx.graph import GraphEditor, branch_nodes, matches, record_of
 from lorasc_fx.graph.branch_calls import INPUT_OPTIONS, shared_input
 from lorasc_fx.graph.record import AdapterInput, Lifted
 from lorasc_fx.plan import Site
+from lorasc_fx.util.checks import is_integer
 
 from .base import CascadePass
 
@@ -58,6 +59,7 @@ class AdapterInputs(CascadePass):
         sites: globs on the names of weights. Branches of other sites are not changed.
 
     Raises:
+        SpecError: the rank is not an integer of 1 or more.
         UnknownTarget: a glob matches no site.
         PassError: a branch cannot get its tensors as inputs. The message has the site and the reason.
     """
@@ -65,15 +67,24 @@ class AdapterInputs(CascadePass):
     max_rank: int
     sites: tuple[str, ...] = ("*",)
 
+    def __post_init__(self) -> None:
+        if not is_integer(self.max_rank, 1):
+            raise SpecError(f"{self.name}: max_rank is {self.max_rank!r}; give an integer of 1 or more")
+
     name: ClassVar[str] = "adapter-inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
     provides: ClassVar[frozenset[str]] = frozenset({"adapter-inputs"})
     removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the pass has run already with this rank."""
-        lifted = record_of(graph_module).lifted
-        return super().done(graph_module) and lifted is not None and lifted.rank == self.max_rank
+        """Whether the pass has run already with this rank, and for all of these sites that the graph calls."""
+        record = record_of(graph_module)
+        if not super().done(graph_module) or record.lifted is None or record.lifted.rank != self.max_rank:
+            return False
+        inputs = {item.weight for item in record.lifted.inputs}
+        called = {branch.weight_name for branch in branch_nodes(graph_module).values()}
+        sites = record.plan.sites if record.plan is not None else ()
+        return all(site.weight in inputs for site in sites if site.weight in called and self._selects(site))
 
     def rewrite(self, graph: GraphEditor) -> None:
         """Add the inputs, make the branch nodes read them, and remove the values from the branches."""
@@ -133,8 +144,8 @@ class BindAdapter(CascadePass):
             branches had before `AdapterInputs`.
 
     Raises:
-        PassError: an input has no value or a value of another shape; a value has a larger rank than the plan, beyond
-            the padding; or a scale differs from the plan.
+        PassError: an input has no value, a value of another shape, or a value with inf or nan; a value has a larger
+            rank than the plan, beyond the padding; or a scale differs from the plan.
     """
 
     tensors: Mapping[str, torch.Tensor] | None = field(default=None, compare=False, repr=False)
@@ -189,7 +200,7 @@ def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _check_tensors(inputs: Sequence[AdapterInput], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise PassError unless there is exactly one tensor of the right shape for each input, by its name."""
+    """Raise PassError unless there is exactly one finite tensor of the right shape for each input, by its name."""
     names = {adapter_input.name for adapter_input in inputs}
     if different := sorted(names ^ tensors.keys()):
         name = different[0]
@@ -203,6 +214,8 @@ def _check_tensors(inputs: Sequence[AdapterInput], tensors: Mapping[str, torch.T
                 "factors with zeros to the rank of the inputs",
                 code="adapter-does-not-fit",
             )
+        if not tensors[name].isfinite().all():
+            raise PassError(f"bind-adapter: {name} contains inf or nan; give finite factors", code="non-finite")
 
 
 def _values(site: Site, branch: Branch, rank: int) -> dict[str, torch.Tensor]:

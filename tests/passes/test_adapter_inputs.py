@@ -147,6 +147,15 @@ def test_selected_sites() -> None:
         AdapterInputs(2, sites=("third",))(inserted)
 
 
+def test_the_pass_is_done_if_all_its_sites_have_inputs() -> None:
+    first, both = (AdapterInputs(2, sites)(net()).graph_module for sites in (("first",), ("*",)))
+    assert not AdapterInputs(2, ("first.weight",))(first).modified
+    assert not AdapterInputs(2, ("second",))(both).modified
+    for sites in (("second.weight",), ("*",), ("first", "second")):
+        with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
+            AdapterInputs(2, sites)(first)
+
+
 def test_gradients_and_rows() -> None:
     """A batch with one adapter per row has the outputs and gradients of separate calls."""
     lifted, x = AdapterInputs(2)(net()).graph_module, torch.randn(3, 7, 6, dtype=torch.float64)
@@ -190,6 +199,9 @@ def test_torch_export_and_compile() -> None:
 
 def test_errors() -> None:
     inserted = net()
+    for rank in (2.5, 0, "2", None):
+        with raises(lx.SpecError, "invalid-value", "adapter-inputs", f"max_rank is {rank!r}"):
+            AdapterInputs(rank)  # type: ignore[arg-type]
     with raises(lx.PassError, "rank-too-large", "first.weight", "rank 2", "Give max_rank=2 or more"):
         AdapterInputs(1)(inserted)
     lifted = AdapterInputs(4)(inserted).graph_module
@@ -210,6 +222,10 @@ def test_errors() -> None:
         BindAdapter({**values, "first_weight_scale": torch.tensor(3.0, dtype=torch.float64)})(lifted)
     with raises(lx.PassError, "rank-too-large", "lora_A of first.weight has a larger rank than 2"):
         BindAdapter({**values, "first_weight_lora_a": torch.ones(4, 6, dtype=torch.float64)})(lifted)
+    for value in (torch.nan, torch.inf):
+        with raises(lx.PassError, "non-finite", "first_weight_lora_a contains inf or nan"):
+            broken = values["first_weight_lora_a"].clone().index_fill_(0, torch.tensor(0), value)
+            BindAdapter({**values, "first_weight_lora_a": broken})(lifted)
 
 
 def test_shared_inputs_must_be_split_first() -> None:
