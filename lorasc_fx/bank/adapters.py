@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.bank.slots import Key, Slots
+from lorasc_fx.bank.slots import Key, Slot, Slots
 from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.contract import pad_to
 from lorasc_fx.branch.lora import DOWN, UP, random_factor
@@ -32,11 +34,19 @@ class Trained:
     scale: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Adapter:
+    """An adapter: the slot of its frozen factors, and its trained factors, which are used instead if there are any."""
+
+    slot: Slot
+    trained: Trained | None = None
+
+
 class Adapters:
     """The adapters of a bank. The name None is the base, an adapter whose factors are zero.
 
     Methods that add or remove must be called under the lock of the bank. Other methods may run at the same time in
-    other threads, because `_slots_by_name` is replaced by a new dict and never modified in place.
+    other threads, because `_by_name` is replaced by a new dict and never modified in place.
 
     Args:
         model: the base.
@@ -52,23 +62,43 @@ class Adapters:
         self.slots = Slots(self.sites, parameters, capacity)
         weights = [(site.weight, parameters[site.weight]) for site in self.sites]
         self._dtypes = [(name, weight, weight.dtype) for name, weight in weights]
-        self._slots_by_name: dict[str | None, int] = {None: 0}
-        self._trained: dict[str | None, Trained] = {}
+        self._by_name: dict[str | None, _Adapter] = {None: _Adapter(self.slots.base)}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapters, in the order in which they were added."""
-        return tuple(name for name in self._slots_by_name if name is not None)
+        return tuple(name for name in self._by_name if name is not None)
 
     def check_names(self, names: Sequence[Any]) -> None:
         """Raise StateError if one of these is neither the name of an adapter nor None."""
         for name in names:
-            if name not in self._slots_by_name:
+            if name not in self._by_name:
                 raise StateError(
                     f"bank: there is no adapter {name!r}{nearest(str(name), self.names)}. The adapters are "
                     f"{named(map(repr, self.names), 8) or 'none'}",
                     code="unknown-name",
                 )
+
+    @contextmanager
+    def using(self, names: Collection[str | None]) -> Iterator[Adapters]:
+        """Context manager: keep adapters for a call, which computes with them even if they are removed meanwhile.
+
+        Args:
+            names: names of the adapters that the call uses.
+
+        Returns:
+            These adapters.
+
+        Raises:
+            StateError: one of these is neither the name of an adapter nor None.
+        """
+        kept = copy.copy(self)
+        kept.check_names(list(names))
+        kept._by_name = {name: kept._by_name[name] for name in names}
+        try:
+            yield kept
+        finally:
+            kept._by_name = {}  # the traceback of an error must not keep the slots in use
 
     def check_new(self, name: Any) -> None:
         """Raise an error if an adapter with this name cannot be added.
@@ -78,7 +108,7 @@ class Adapters:
             StateError: there is an adapter of this name.
         """
         check_name(name)
-        if name in self._slots_by_name:
+        if name in self._by_name:
             raise StateError(
                 f"bank: there is an adapter {name!r} already. Call bank.remove({name!r}) first, or give another name",
                 code="unknown-name",
@@ -154,16 +184,20 @@ class Adapters:
 
     def remove(self, name: str) -> Trained | None:
         """Remove an adapter. Return its factors if it was trained, so that callers can drop what they cache of it."""
-        slots = dict(self._slots_by_name)
-        self.slots.free.append(slots.pop(name))
-        self._slots_by_name = slots
-        return self._trained.pop(name, None)
+        remaining = dict(self._by_name)
+        removed = remaining.pop(name)
+        self._by_name = remaining
+        return removed.trained
 
     def parameters_of(self, name: str) -> Mapping[Key, nn.Parameter]:
         """Return the factors of an adapter as parameters. A frozen adapter becomes a trained one."""
-        if name not in self._trained:
-            self._trained[name] = self._trained_from(self.slots.of(self._slots_by_name[name]), 1.0)
-        return self._trained[name].parameters
+        adapter = self._by_name[name]
+        if adapter.trained is None:
+            trained = self._trained_from(self.slots.of(adapter.slot.index), 1.0)
+            adapter = _Adapter(adapter.slot, trained)
+            self._by_name = {**self._by_name, name: adapter}
+        assert adapter.trained is not None
+        return adapter.trained.parameters
 
     def pairs(self, name: str) -> dict[str, Factors]:
         """Return an adapter as factors by weight name; see `AdapterBank.pairs`."""
@@ -178,7 +212,8 @@ class Adapters:
 
     def cache_key(self, name: str | None) -> int | Trained:
         """Return a key for tensors that are computed from an adapter: its slot, or its trained factors."""
-        return self._trained[name] if name in self._trained else self._slots_by_name[name]
+        adapter = self._by_name[name]
+        return adapter.slot.index if adapter.trained is None else adapter.trained
 
     def factors(self, adapter: str | Sequence[str | None] | None) -> tuple[Mapping[Key, torch.Tensor], Any]:
         """Return the factors and the scale of an adapter.
@@ -187,11 +222,11 @@ class Adapters:
         is a list.
         """
         if adapter is None or isinstance(adapter, str):
-            if (trained := self._trained.get(adapter)) is not None:
+            if (trained := self._by_name[adapter].trained) is not None:
                 return trained.parameters, trained.scale
-            return self.slots.of(self._slots_by_name[adapter]), 1.0
-        if not any(name in self._trained for name in adapter):  # one gather instead of a stack for each tensor
-            return self.slots.gather([self._slots_by_name[name] for name in adapter]), [1.0] * len(adapter)
+            return self.slots.of(self._by_name[adapter].slot.index), 1.0
+        if all(self._by_name[name].trained is None for name in adapter):  # one gather, not a stack for each tensor
+            return self.slots.gather([self._by_name[name].slot.index for name in adapter]), [1.0] * len(adapter)
         by_name = {name: self.factors(name) for name in dict.fromkeys(adapter)}
         keys = next(iter(by_name.values()))[0]
         stacked = {key: torch.stack([by_name[name][0][key] for name in adapter]) for key in keys}
@@ -199,12 +234,11 @@ class Adapters:
 
     def _occupy(self, name: str, values: Mapping[Key, torch.Tensor], trained: Trained | None = None) -> None:
         """Write an adapter into a free slot, then register its name, so that calls find a complete adapter."""
-        if not self.slots.free:
-            raise bank_full(self.capacity)
-        self.slots.write(self.slots.free[0], values)
-        if trained is not None:
-            self._trained[name] = trained
-        self._slots_by_name = {**self._slots_by_name, name: self.slots.free.pop(0)}
+        slot = self.slots.take()
+        if slot is None:
+            raise bank_full(self.capacity, self.capacity - len(self.names))
+        self.slots.write(slot.index, values)
+        self._by_name = {**self._by_name, name: _Adapter(slot, trained)}
 
     def _trained_from(self, values: Mapping[Key, torch.Tensor], scale: float) -> Trained:
         """Return trainable copies of these factors, in fp32, or in fp64 for fp64 weights."""
@@ -223,11 +257,17 @@ def check_name(name: Any) -> None:
         raise SpecError(f"bank: the name of an adapter is {name!r}; give a string{hint}")
 
 
-def bank_full(capacity: int) -> SpecError:
-    """Return the error for an adapter without a free slot."""
+def bank_full(capacity: int, in_use: int = 0) -> SpecError:
+    """Return the error for an adapter without a free slot.
+
+    Args:
+        capacity: number of slots.
+        in_use: number of slots whose adapters were removed during calls that are still running.
+    """
+    running = f"{in_use} of them were removed, but calls that use them are still running. " if in_use else ""
+    advice = "Wait for these calls" if in_use else "Remove one by bank.remove(name)"
     return SpecError(
-        f"bank: there is room for {capacity} adapters. Remove one by bank.remove(name), or give the bank a larger "
-        "capacity",
+        f"bank: there is room for {capacity} adapters. {running}{advice}, or give the bank a larger capacity",
         code="bank-full",
     )
 

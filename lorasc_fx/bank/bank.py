@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -117,8 +119,9 @@ class AdapterBank:
             self._example, self._generates = self._compiler.calls.bind(*bound), False
             self._graph(self._example)
             self._adapters = Adapters(self.model, self._decided, self.max_rank, self.capacity)
-            for name, adapter in initial.items():
-                self._adapters.place(name, adapter)
+            with torch.inference_mode(False):
+                for name, adapter in initial.items():
+                    self._adapters.place(name, adapter)
         except BaseException:
             self.release()
             raise
@@ -144,12 +147,13 @@ class AdapterBank:
 
         Raises:
             StateError: there is an adapter of this name.
-            SpecError: as in the constructor, or the name is not a string, or the bank is full.
+            SpecError: as in the constructor, or the name is not a string, or the bank is full. A removed adapter counts
+                until the end of the calls that use it.
             CheckpointError: as in the constructor.
         """
         self._adapters.check_new(name)
         adapter = self._read(name, source)  # without the lock, because reading a cascade takes its lock
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._adapters.check_new(name)
             self._adapters.place(name, adapter)
 
@@ -168,12 +172,14 @@ class AdapterBank:
             StateError: there is an adapter of this name.
             SpecError: the name, the rank, `lora_alpha` or the seed is invalid, or the bank is full.
         """
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._adapters.check_new(name)
             self._adapters.start(name, self.max_rank if rank is None else rank, lora_alpha, seed)
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Calls that have already started with it are completed with it.
+
+        The memory of the adapter can be used again after these calls.
 
         Raises:
             SpecError: the name is not a string.
@@ -197,7 +203,7 @@ class AdapterBank:
             SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             check_name(name)
             self._adapters.check_names([name])
             return {".".join(key): value for key, value in self._adapters.parameters_of(name).items()}
@@ -236,7 +242,8 @@ class AdapterBank:
             CaptureError: no front end can capture a new kind of call.
             Exception: whatever the model itself raises for these arguments.
         """
-        return self._computed(args, kwargs, adapter)
+        with self._using(adapter) as adapters:
+            return self._computed(args, kwargs, adapter, adapters)
 
     def generate(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Run `generate` of a transformers model with an adapter, or with one adapter for each prompt.
@@ -252,15 +259,15 @@ class AdapterBank:
             StateError: as for a call, or the model uses a weight in another way than by calling its module.
             AttributeError: the model has no `generate`.
         """
-        self._check_adapter(adapter)
         model: Any = self.model
         if adapter is None:
             return model.generate(*args, **kwargs)
-        self._check_generates(mixed=not isinstance(adapter, str))
-        if not isinstance(adapter, str):
-            self._check_rows(adapter, row_count(leaves(args, kwargs)))
-        hooked_model: Any = self._hooked(*self._adapters.factors(adapter))
-        return hooked_model.generate(*args, **kwargs)
+        with self._using(adapter) as adapters:
+            self._check_generates(mixed=not isinstance(adapter, str))
+            if not isinstance(adapter, str):
+                self._check_rows(adapter, row_count(leaves(args, kwargs)))
+            hooked_model: Any = self._hooked(*adapters.factors(adapter))
+            return hooked_model.generate(*args, **kwargs)
 
     def compile(self, **options: Any) -> None:
         """Compile all graphs by torch.compile, the present ones and those captured later.
@@ -289,29 +296,32 @@ class AdapterBank:
             f"adapters {named(self.names, 8) or 'none'})"
         )
 
-    def _computed(self, args: Any, kwargs: Mapping[str, Any], adapter: Any) -> Any:
-        """Run a call; see `__call__`."""
-        self._check_adapter(adapter)
+    def _computed(self, args: Any, kwargs: Mapping[str, Any], adapter: Any, adapters: Adapters) -> Any:
+        """Run a call with some of these adapters; see `__call__`."""
         if adapter is None and self._compile is None:
             return self.model(*args, **kwargs)
         call = self._compiler.calls.bind(tuple(args), kwargs)
         if adapter is not None and not isinstance(adapter, str):
             self._check_rows(adapter, row_count(call.leaves))
             if len(set(adapter)) < 2:  # one adapter, or a batch without rows
-                return self._computed(args, kwargs, adapter[0] if adapter else None)
+                return self._computed(args, kwargs, adapter[0] if adapter else None, adapters)
         graph = self._graph(call)
         if adapter is None or isinstance(adapter, str):
-            return graph(call, graph.tensors_of(self._adapters, adapter))
+            return graph(call, graph.tensors_of(adapters, adapter))
         # Several adapters: run them in one pass if all branches support it, otherwise one batch for each adapter.
         layout = graph.layout(call)
         if layout is not None and not layout.independent:
             raise not_independent("a row of the output depends on other rows")
         if layout is not None and layout.mixed:
-            return graph(call, graph.tensors_from(*self._adapters.factors(adapter)))
+            return graph(call, graph.tensors_from(*adapters.factors(adapter)))
         if not graph.splits and not self.model.training:
             check_splits(self.model, call.args, call.kwargs, len(adapter))
             graph.splits = True
-        return by_group(lambda name, args, kwargs: self._computed(args, kwargs, name), adapter, call.args, call.kwargs)
+        return by_group(partial(self._group, adapters), adapter, call.args, call.kwargs)
+
+    def _group(self, adapters: Adapters, name: str | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Run the rows of one adapter in a batch with several adapters."""
+        return self._computed(args, kwargs, name, adapters)
 
     def _hooked(self, tensors: Mapping[Key, torch.Tensor], scale: Any) -> nn.Module:
         """Return a copy of the model whose modules add these factors, as returned by `Adapters.factors`."""
@@ -451,8 +461,8 @@ class AdapterBank:
         self._checksums = current
         return self._digests
 
-    def _check_adapter(self, adapter: Any) -> None:
-        """Check the argument `adapter` of a call, and that the adapters still have the dtypes of the weights.
+    def _using(self, adapter: Any) -> AbstractContextManager[Adapters]:
+        """Context manager: check the argument `adapter` of a call, and keep its adapters until the end of the call.
 
         Raises:
             StateError: it has another type or an unknown name, or the model was converted to another dtype.
@@ -467,3 +477,4 @@ class AdapterBank:
         self._adapters.check_names(names)
         if adapter is not None:
             self._adapters.check_dtypes()
+        return self._adapters.using(dict.fromkeys([None, *names]))

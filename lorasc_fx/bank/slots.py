@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -19,6 +20,17 @@ class _Location(NamedTuple):
     storage: int
     start: int
     shape: tuple[int, ...]
+
+
+class Slot:
+    """A slot in use. It is free again when nothing refers to this object: no adapter, and no running call.
+
+    Args:
+        index: the row of the storage tensors.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
 
 
 class Slots:
@@ -42,10 +54,20 @@ class Slots:
                 start = sizes.setdefault(kind, 0)
                 self._locations[site.weight, name] = _Location([*sizes].index(kind), start, shape)
                 sizes[kind] = start + torch.Size(shape).numel()
-        self._storages = [
-            torch.zeros(count + 1, size, device=device, dtype=dtype) for (device, dtype), size in sizes.items()
-        ]
-        self.free = list(range(1, count + 1))
+        with torch.inference_mode(False):  # inference tensors could not be used in training
+            self._storages = [
+                torch.zeros(count + 1, size, device=device, dtype=dtype) for (device, dtype), size in sizes.items()
+            ]
+        self.base, self._count = Slot(0), count
+        self._used: WeakValueDictionary[int, Slot] = WeakValueDictionary()
+
+    def take(self) -> Slot | None:
+        """Return a free slot, or None if all are in use."""
+        index = next((index for index in range(1, self._count + 1) if index not in self._used), None)
+        if index is None:
+            return None
+        slot = self._used[index] = Slot(index)
+        return slot
 
     def write(self, slot: int, values: Mapping[Key, torch.Tensor]) -> None:
         """Write the factors of an adapter into a slot."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from lorasc_fx.bank import graph as bank_graph
 from tests.bank.kit import distance, random_pairs
+from tests.kit import tiny
 from tests.kit.errors import raises
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -19,7 +20,8 @@ X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    with torch.inference_mode(False):
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
 def bank_of(*names: str, **options: Any) -> lx.AdapterBank:
@@ -146,3 +148,80 @@ def test_a_batch_without_rows() -> None:
     assert bank(X[:0], adapter=[]).shape == (0, 4)
     with raises(lx.StateError, "rows-differ", "1 rows, and the batch has 0"):
         bank(X[:0], adapter=["a"])
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_call_keeps_an_adapter_that_is_removed_during_the_call() -> None:
+    bank = bank_of("a", capacity=1)
+    right = bank(X, adapter="a")
+
+    def replace(graph: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            if "a" in bank.names:
+                bank.remove("a")
+                with raises(lx.SpecError, "bank-full", "1 of them were removed, but calls that use them are still"):
+                    bank.add("b", random_pairs(bank.sites, 2, 3))
+            return graph.forward(*args)
+
+        return run
+
+    bank.compile(backend=replace)
+    assert distance(bank(X, adapter="a"), right) < 1e-13
+    bank.add("b", random_pairs(bank.sites, 2, ord("a")))
+    assert distance(bank(X, adapter="b"), right) < 1e-13
+
+
+def test_generate_keeps_an_adapter_that_is_removed_meanwhile() -> None:
+    torch.manual_seed(0)
+    model = tiny.llama().double().eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids = torch.randint(3, 40, (2, 5))
+    bank = lx.AdapterBank(model, kwargs={"input_ids": ids}, targets=("*mlp*",), max_rank=2, capacity=2)
+    for name in "ab":
+        bank.add(name, random_pairs(bank.sites, 2, ord(name), size=2.0))
+    removed: list[str] = []
+
+    def stop(tokens: Tensor, scores: Tensor) -> Tensor:
+        if not removed:
+            bank.remove("a")
+            removed.append("a")
+            with raises(lx.SpecError, "bank-full", "still running"):
+                bank.add("c", random_pairs(bank.sites, 2, 7, size=2.0))
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    right = bank.generate(ids, adapter="a", **options)
+    assert torch.equal(bank.generate(ids, adapter="a", stopping_criteria=[stop], **options), right)
+    bank.add("c", random_pairs(bank.sites, 2, 7, size=2.0))
+    assert bank.names == ("b", "c")
+
+
+def test_an_error_of_a_call_does_not_keep_its_slot() -> None:
+    bank = bank_of("a", capacity=1)
+    with pytest.raises(lx.CaptureError) as fault:
+        bank(X[:, :3], adapter="a")
+    bank.remove("a")
+    bank.add("b", random_pairs(bank.sites, 2, 3))
+    assert fault.tb is not None
+
+
+@pytest.mark.parametrize("building", [False, True])
+def test_training_after_inference_mode(building: bool) -> None:
+    """The same gradients as without inference mode, also if the bank is built and filled in it."""
+    gradients = []
+    for inference in (False, True):
+        with torch.inference_mode(inference and building):
+            bank = bank_of("f")
+            bank.start("r", seed=1)
+        with torch.inference_mode(inference):
+            for adapter in ("r", "f", ["r", "f", None, "r", "r"]):
+                bank(X, adapter=adapter)
+            bank.add("g", random_pairs(bank.sites, 2, 9))
+            bank.parameters_of("g")
+        parameters = [value for name in "rg" for value in bank.parameters_of(name).values()]
+        for adapter in ("r", "g", ["g", "r", "r", None, "f"]):
+            bank(X, adapter=adapter).square().sum().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+    for right, other in zip(*gradients, strict=True):
+        assert right is not None
+        torch.testing.assert_close(other, right)
