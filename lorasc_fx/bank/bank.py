@@ -25,6 +25,7 @@ from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.given import FIRST_AXIS, Pair
 from lorasc_fx.branch.lora import DOWN, UP
 from lorasc_fx.capture import open_model
+from lorasc_fx.capture.graph_breaks import WRITES_ARGUMENT
 from lorasc_fx.compile import Call, Compiler, Variant, Variants
 from lorasc_fx.errors import CaptureError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade
@@ -406,9 +407,11 @@ class AdapterBank:
         axes = self._variants.varying(call)
         result = self._compiler.make(self.model, self._decided, call.args, call.kwargs, axes)
         if not isinstance(result.variant.module, fx.GraphModule):
+            reason = result.variant.module.why_not_whole(call.args, call.kwargs)  # type: ignore[attr-defined]
+            advice = ". To decode with a cache, call bank.generate" if reason == WRITES_ARGUMENT else ""
             raise CaptureError(
                 f"bank: {type(self.model).__name__} has graph breaks, and a bank needs one graph without breaks; "
-                f"{result.variant.module.why_not_whole(call.args, call.kwargs)}",  # type: ignore[attr-defined]
+                f"{reason}{advice}",
                 code="no-whole-graph",
             )
         if not self._decided.plan.sites:  # the first graph fixes the sites, because the slots have their shapes

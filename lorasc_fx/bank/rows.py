@@ -76,10 +76,10 @@ def layout_of(
     def run(replaced: Sequence[int]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None], dict[str, int]]:
         """Run the graph on copies of the inputs in which some rows are copies of another row."""
         order = [sources[row] if row in replaced else row for row in range(count)]
+        values = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
         values = [
-            leaf.detach()[torch.tensor(order, device=leaf.device)] if _has_rows(leaf, count) else leaf
-            for leaf in inputs
-        ]  # values from the batch are always valid inputs
+            value[torch.tensor(order, device=value.device)] if _has_rows(value, count) else value for value in values
+        ]  # rows of the batch are always valid inputs
         recorder = _InputRecorder(graph)
         with isolated_model(model), torch.random.fork_rng():
             torch.manual_seed(0)  # all runs need the same dropout

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from lorasc_fx.capture.captured import OWNER, Axis, Captured, FrontEnd, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
 from lorasc_fx.check.isolation import isolation, written_by
+from lorasc_fx.check.observe import tensors_in
 from lorasc_fx.check.process_state import Shared, no_fastpath, own_warnings
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import copy_graph
@@ -43,6 +44,12 @@ from lorasc_fx.graph.forms import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALE
 from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products, can_require_grad
 from lorasc_fx.util.undo import PROCESS, Block, isolated
+
+WRITES_ARGUMENT = (
+    "forward writes into an argument, such as a cache (past_key_values), and no front end that traces one graph "
+    "repeats that"
+)
+"""Why there is no full graph of such a call."""
 
 MAX_CAPTURES = 64
 """Maximum number of subgraphs that dynamo may compile from one code object for the same modules."""
@@ -200,6 +207,12 @@ class GraphBreakFallback:
             if reason.user_stack:
                 frame = reason.user_stack[-1]
                 return f"the first break is {frame.filename}:{frame.lineno}: {reason.reason.splitlines()[0]}"
+        before, after = (
+            [tensor for value in (*positional, *by_name.values()) for tensor in tensors_in(value)]
+            for positional, by_name in ((args, kwargs), (inputs, named))
+        )
+        if len(before) != len(after) or not all(map(torch.equal, before, after)):
+            return WRITES_ARGUMENT
         return "gradient checkpointing makes each recomputed region a separate graph. Turn it off first"
 
     @property

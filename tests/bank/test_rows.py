@@ -225,3 +225,35 @@ def test_training_after_inference_mode(building: bool) -> None:
     for right, other in zip(*gradients, strict=True):
         assert right is not None
         torch.testing.assert_close(other, right)
+
+
+def test_a_forward_that_writes_into_an_argument() -> None:
+    class Stores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+            cache["x"] = x
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    for cache in ({}, {"x": torch.zeros(5, 6).double()}):
+        with raises(lx.CaptureError, "no-whole-graph", "writes into an argument, such as a cache", "bank.generate"):
+            lx.AdapterBank(Stores().double(), args=(X, cache), targets=("linear",))
+
+
+def test_finding_the_rows_does_not_write_into_arguments() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, calls: Tensor) -> Tensor:
+            calls.add_(1)
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    calls = torch.zeros(1)
+    bank = lx.AdapterBank(Writes().double(), args=(X, calls), targets=("linear",))
+    bank.add("a", random_pairs(bank.sites, 2, 3))
+    bank(X, calls, adapter=["a", None, "a", None, "a"])
+    assert calls.item() == 1
