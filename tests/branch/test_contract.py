@@ -242,7 +242,7 @@ def test_a_registered_class() -> None:
     model, cascade, x = adapted("scale-test", "linear")
     train(cascade)
     torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
-    with pytest.raises(lx.SpecError, match="'lora' is the adapter LoraBranch"):
+    with pytest.raises(lx.SpecError, match="the name 'lora' belongs to the adapter LoraBranch"):
         lx.register_branch("lora", Scale)
     for incomplete in (nn.Linear, LowRankBranch):
         with pytest.raises(lx.SpecError, match="not a complete branch"):
@@ -288,6 +288,6 @@ def test_lora_xs_refuses_a_weight_without_a_decomposition() -> None:
     model = nn.Linear(4, 3)
     with torch.no_grad():
         model.weight[0, 0] = torch.nan
-    with pytest.raises(lx.SpecError, match="weight holds inf or nan"):
+    with pytest.raises(lx.SpecError, match="weight contains inf or nan"):
         lx.adapt(model, (torch.randn(2, 4),), spec=lx.CascadeSpec(adapter="lora-xs", rank=2))
     assert model.weight.requires_grad

@@ -199,7 +199,7 @@ def test_an_option_without_a_counterpart_is_named() -> None:
         }
         with pytest.raises(lx.SpecError, match=option[config.peft_type.value]):
             lx.adapt(Net(), (torch.randn(2, IN),), spec=config)
-    with pytest.raises(lx.SpecError, match="spec is LoHaConfig"):
+    with pytest.raises(lx.SpecError, match="spec is a LoHaConfig"):
         lx.adapt(Net(), (torch.randn(2, IN),), spec=peft.LoHaConfig(target_modules=["up"]))
 
 

@@ -183,7 +183,7 @@ def test_links_are_not_followed_where_files_are_written(writer: str, tmp_path: P
         folder = tmp_path / str(number)
         folder.mkdir()
         place(folder / name, target)
-        with raises(kind, "unreadable-file", folder / name, "nothing was written"):
+        with raises(kind, "unreadable-file", folder / name, "Nothing was written"):
             write(cascade, folder)
         assert names(folder) == [name], obstacle
         assert names(target.parent) == ["precious"], obstacle

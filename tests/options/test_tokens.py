@@ -174,11 +174,11 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no rows": ({"adapter": "tokens"}, ("method-not-supported", "0.weight", "Rule(pattern, tokens=(...))")),
     "a rank of MiSS above the inputs": (
         {"adapter": "miss", "rank": 5, "targets": ("1.weight",)},
-        ("method-not-supported", "miss", "1.weight", "3 inputs", "rank of 5"),
+        ("method-not-supported", "miss", "1.weight", "3 inputs", "rank 5"),
     ),
     "a rank of MiSS above the inputs in a later stage": (
         {"adapter": "miss", "ranks": (2, 4), "targets": ("1.weight",)},
-        ("method-not-supported", "1.weight", "rank of 4"),
+        ("method-not-supported", "1.weight", "rank 4"),
     ),
 }
 
