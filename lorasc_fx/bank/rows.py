@@ -51,9 +51,9 @@ def layout_of(
     """Find the rows in a graph: change some rows of the inputs, and observe which entries of tensors change.
 
     Each run replaces the rows that have the same value in one bit of their index. So 2 log2(rows) runs identify the
-    row on which an entry depends, or show that it depends on several rows. A layout must agree with all entries that
-    have changed, and no other layout may agree: a batch with few differences, such as short texts with padding, can
-    agree with several layouts.
+    row on which an entry depends, or show that it depends on several rows. A place must agree with all entries that
+    have changed, and no other place may agree. A batch with few differences, such as short texts with padding, can
+    agree with several places.
 
     Args:
         graph: the graph after the pass `AdapterInputs`.
@@ -73,6 +73,7 @@ def layout_of(
     if sources is None:
         return None
 
+    # Step 1: run the graph on the batch, then twice for each bit of the row indices.
     def run(replaced: Sequence[int]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None], dict[str, int]]:
         """Run the graph on copies of the inputs in which some rows are copies of another row."""
         order = [sources[row] if row in replaced else row for row in range(count)]
@@ -98,20 +99,22 @@ def layout_of(
                     change.observe(x)
                 for name, change in changes.items():
                     change.observe(changed_inputs[name])
+    # Step 2: find the places that agree with all runs. An input that does not depend on the batch, such as positions,
+    # has no rows in any batch. Other inputs without changes may have some in another batch.
     dependent = _dependent_nodes(graph, [_has_rows(leaf, count) for leaf in inputs])
-    found: dict[str, Rows] = {}
+    places: dict[str, Rows] = {}
     undetermined, refused = False, len(changes) < len(site_inputs)
     for name, change in changes.items():
         fitting = change.fitting(count)
         if name in dependent and (len(fitting) > 1 or (fitting and not fitting[0].proven)):
             undetermined = True
         elif len(fitting) == 1 and fitting[0].proven and fitting[0].rows is not None:
-            found[name] = fitting[0].rows
+            places[name] = fitting[0].rows
         else:
             refused = True
     independent = all(change.fits(_row_map(change.shape, 0, 1, 1, count)) for change in output_changes)
     return Layout(
-        found, mixed=len(found) == len(site_inputs), independent=independent, determined=refused or not undetermined
+        places, mixed=len(places) == len(site_inputs), independent=independent, determined=refused or not undetermined
     )
 
 
@@ -123,8 +126,8 @@ def _sources(inputs: Sequence[Any], count: int) -> list[int] | None:
             differs |= (leaf != leaf[:1]).reshape(count, -1).any(1).cpu()
     if not differs.any():
         return None
-    other = int(differs.nonzero()[0])
-    return [0 if differs[row] else other for row in range(count)]
+    different = int(differs.nonzero()[0])
+    return [0 if differs[row] else different for row in range(count)]
 
 
 def _dependent_nodes(graph: fx.GraphModule, has_rows: Sequence[bool]) -> set[str]:

@@ -58,6 +58,9 @@ class Slots:
             self._storages = [
                 torch.zeros(count + 1, size, device=device, dtype=dtype) for (device, dtype), size in sizes.items()
             ]
+            # `data` gives each slot its own version counter, so that a write into one slot does not invalidate the
+            # autograd graphs of calls that have saved another.
+            self._slots = [[row.data for row in storage] for storage in self._storages]
         self.base, self._count = Slot(0), count
         self._used: WeakValueDictionary[int, Slot] = WeakValueDictionary()
 
@@ -77,7 +80,7 @@ class Slots:
 
     def of(self, slot: int) -> dict[Key, torch.Tensor]:
         """Return the factors in a slot, as views of the storage."""
-        rows = [storage[slot] for storage in self._storages]
+        rows = [slots[slot] for slots in self._slots]
         return {
             key: rows[location.storage]
             .narrow(0, location.start, torch.Size(location.shape).numel())

@@ -205,6 +205,23 @@ def test_an_error_of_a_call_does_not_keep_its_slot() -> None:
     assert fault.tb is not None
 
 
+def test_backward_after_another_adapter_was_added() -> None:
+    """Only if the slot of the call itself is used again, its saved factors are gone, and backward raises."""
+    bank, x = bank_of("a", capacity=2), X.clone().requires_grad_()
+    bank(x, adapter="a").sum().backward()
+    right, x.grad = x.grad, None
+    output = bank(x, adapter="a").sum()
+    bank.add("b", random_pairs(bank.sites, 2, 3))
+    output.backward()
+    assert right is not None
+    torch.testing.assert_close(x.grad, right)
+    output = bank(x, adapter="a").sum()
+    bank.remove("a")
+    bank.add("c", random_pairs(bank.sites, 2, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
 @pytest.mark.parametrize("building", [False, True])
 def test_training_after_inference_mode(building: bool) -> None:
     """The same gradients as without inference mode, also if the bank is built and filled in it."""
@@ -222,9 +239,9 @@ def test_training_after_inference_mode(building: bool) -> None:
         for adapter in ("r", "g", ["g", "r", "r", None, "f"]):
             bank(X, adapter=adapter).square().sum().backward()
         gradients.append([parameter.grad for parameter in parameters])
-    for right, other in zip(*gradients, strict=True):
+    for right, gradient in zip(*gradients, strict=True):
         assert right is not None
-        torch.testing.assert_close(other, right)
+        torch.testing.assert_close(gradient, right)
 
 
 def test_a_forward_that_writes_into_an_argument() -> None:
