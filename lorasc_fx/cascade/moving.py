@@ -45,6 +45,8 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
         # Fingerprints identify the base that was adapted, so compute them before its values change.
         if run.digests or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
             run.fingerprints()
+        changed_buffers = run.changed_buffers()
+        undo(partial(setattr, run, "_buffers", run._buffers))
         unmoved = [name for name, value in trained.items() if not run.slow.moved({name: value})]
         undo(partial(setattr, graphs, "example", graphs.example))
         undo(_tensors_restorer(run, cascade))
@@ -59,6 +61,7 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
         run.commit(Planned(run.plan, run.slow, run.present([*cast, *unmoved])), undo)
         run.note_weights()
         run.note_frozen()
+        run.note_buffers(changed_buffers)
 
 
 def _is_unchanged(before: torch.Tensor, after: torch.Tensor) -> bool:

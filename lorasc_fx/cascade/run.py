@@ -92,6 +92,8 @@ class Run(RunBase):
         """
         undo(self.pending.restorer())
         self.note_finite()
+        if not self._buffers:  # on the meta device the first call finds no values
+            self.note_buffers()
         # Step 1: find the new weights: sites, and with noise.where="all" the other matrices as well.
         parameters, noise = self.parameters_by_name(), self.plan.spec.noise
         names = [site.weight for site in self.plan.sites]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,6 +91,7 @@ class RunBase:
         self.looped = False  # whether stages was called
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`checkpoint.run_source.add`)
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
+        self._buffers: dict[str, int] = {}  # checksums of the base's buffers, see `note_buffers`
         self._kept: int | None = None  # sum of the branches' version counters when they were last saved or folded
         self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
         self._frozen: dict[str, int] = {}  # checksums of untrained parameters when their fingerprint was computed
@@ -178,6 +179,19 @@ class RunBase:
             buffers = _floating_buffers(self.model)
             all_finite = sums_are_finite(list(buffers.values()))
             self._finite = {name: value.shape for name, value in buffers.items() if all_finite or _is_finite(value)}
+
+    def note_buffers(self, changed: Collection[str] = ()) -> None:
+        """Record the checksums of the base's buffers, and of the parameters that forward writes.
+
+        Args:
+            changed: after a move or a cast, the names of tensors that training has changed. Their records are kept.
+        """
+        self._buffers = {**_state_checksums(self.model_state()), **{name: self._buffers[name] for name in changed}}
+
+    def changed_buffers(self) -> list[str]:
+        """Return the names of recorded buffers, and of parameters that forward writes, that differ from the base."""
+        current = _state_checksums(self.model_state())
+        return [name for name, value in current.items() if self._buffers.get(name, value) != value]
 
     def started_finite(self, name: str, shape: torch.Size) -> bool:
         """Whether the buffer `name` had this shape, and neither inf nor nan, when the model was adapted."""
@@ -365,6 +379,16 @@ def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         if buffer.is_floating_point() and buffer.dtype.itemsize > 1 and buffer.layout is torch.strided
         if not (buffer.is_meta or buffer.is_nested)
     }
+
+
+def _state_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the checksums of dense tensors that have values. They do not depend on the device."""
+    dense = {
+        name: local(value.detach())
+        for name, value in tensors.items()
+        if not (value.is_meta or value.is_nested) and value.layout is torch.strided
+    }
+    return checksums({name: value.cpu() for name, value in dense.items()})
 
 
 def _is_finite(value: torch.Tensor) -> bool:

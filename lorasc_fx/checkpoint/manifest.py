@@ -166,6 +166,7 @@ class Manifest(TypedDict):
     versions: NotRequired[dict[str, str]]
     averaged: NotRequired[Stage]
     losses: NotRequired[list[tuple[Stage, Annotated[float, Check(lambda loss: loss > 0, "give a number above 0")]]]]
+    changed_buffers: NotRequired[list[str]]
     empty_buffers: NotRequired[list[str]]
     shared_buffers: NotRequired[dict[str, str]]
     shards: NotRequired[dict[str, Annotated[int, _up_to(7)]]]

@@ -29,6 +29,7 @@ class RunSource:
         plan, frontend: the plan of the run, and the front end that captured its model.
         base: fingerprints of its base by parameter name.
         moved: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        changed_buffers: names of these tensors that differ from the base.
     """
 
     def __init__(self, source: Run | str | PathLike[str], name: str, call: str) -> None:
@@ -40,10 +41,12 @@ class RunSource:
             source.note_kept()
             self.run, self.name = source, f"{name}, a cascade"
             self.base, self.moved = source.fingerprints(), source.moved_parameters()
+            self.changed_buffers = source.changed_buffers()
         elif isinstance(source, (str, PathLike)):
             self.run = read(source)
             self.name = f"{name}, {self.run.path}"
             self.base, self.moved = self.run.manifest["base"], self.run.moved
+            self.changed_buffers = self.run.manifest.get("changed_buffers", [])
         else:
             raise SpecError(f"{call}: {name} is a {type(source).__name__}; give a checkpoint folder or a cascade")
         self.plan, self.frontend = self.run.plan, self.run.frontend

@@ -163,6 +163,8 @@ def contents(
     """Return the tensors of a version and its manifest. Of a sharded tensor, the local shard is returned."""
     meta, tensors, axes = encode(RunState.of(run))
     gradients, meta["unapplied_gradients"] = gradients_in(run)
+    if changed := run.changed_buffers():
+        meta["changed_buffers"] = changed
     streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra}
     try:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture import least_sizes
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Axis, Call, Variant
-from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
+from lorasc_fx.errors import CaptureError, SpecError, named, path_of, warn
 from lorasc_fx.export.adapters import checked_rank, inputs_of
 from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
@@ -196,10 +196,16 @@ def _rank_of(adapters: Any, max_rank: int | None, folded: bool, view: str, call:
         raise SpecError(f"{call}: adapters is {adapters!r}; give 'inputs' or None")
     if adapters is None and max_rank is None:
         return None
-    if adapters is None or not folded or view != "slow":
+    if adapters is None:
         raise SpecError(
-            f"{call}: adapters='inputs' and max_rank must be given together, without `folded` and `view`, because the "
-            "weights are the base W0",
+            f"{call}: max_rank is the rank of adapters that are inputs of the graph. Give adapters='inputs' too, or "
+            "remove max_rank",
+            code="conflicting-options",
+        )
+    if not folded or view != "slow":
+        raise SpecError(
+            f"{call}: adapters='inputs' cannot be combined with `folded` and `view`, because the weights are the base "
+            "W0. Remove them",
             code="conflicting-options",
         )
     return checked_rank(max_rank, call)
@@ -272,15 +278,29 @@ def _lifted(
 
     Raises:
         CaptureError: the inputs differ from the tensors that `lorasc_fx.export.adapter` writes for this cascade.
+        SpecError: the cascade has changed buffers, two weights have the same input names, or an argument of the model
+            has the name of an input.
     """
     run, plan = cascade._run, cascade.plan
+    if changed := run.changed_buffers():
+        raise SpecError(
+            f"{call}: the training has changed {named(changed)}, so the graph would not be of the base. Train in eval "
+            "mode, or export the folded run without adapters='inputs'",
+            code="not-exportable",
+        )
+    zeros, _ = inputs_of(LowRankAdapter("no adapter", {}, {}), plan, rank, branch_dtypes(run))
+    if taken := [name for name in signature_of(cascade.model).parameters if name in zeros]:
+        raise SpecError(
+            f"{call}: {taken[0]} is an argument of the model and also the name of an adapter input. Rename the "
+            "argument or the module",
+            code="not-exportable",
+        )
     with run.exclusive(call):
         parameters = run.parameters_by_name()
         values = {name: run.slow.value(name, "base", parameters[name]) for name in run.slow.states}
     module, lifted, least = cascade._graphs.compiler.lift(
         variant, cascade.model, plan.stage, values, rank, captured_call.args, captured_call.kwargs
     )
-    zeros, _ = inputs_of(LowRankAdapter("no adapter", {}, {}), plan, rank, branch_dtypes(run))
     graph_inputs = {item.name: (item.shape, item.dtype) for item in lifted}
     for name in zeros.keys() | graph_inputs.keys():
         if name not in zeros or graph_inputs.get(name) != (tuple(zeros[name].shape), zeros[name].dtype):

@@ -27,7 +27,7 @@ from lorasc_fx.util.fingerprint import fingerprint
 
 _TRAINED_IN_FULL = "it was trained in full; adapt it with factors (targets=...), or remove it from train=..."
 _SCALES_ROWS = "its rows are scaled (DoRA), which factors cannot express"
-_BUFFER = "the training has changed this buffer; train in eval mode, or give the trained model"
+_BUFFER = "the training has changed this buffer; train in eval mode, or give a base that has its values"
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,13 @@ def low_rank_pairs(
         source: a cascade, a checkpoint folder, a run folder of `lorasc-fx train`, or the folder of a LoRA adapter of
             peft.
         model: the base, not adapted. Required for an adapter of peft, and for a checkpoint in the middle of a stage. If
-            it is given, buffers are compared too.
+            it is given, buffers are compared with its buffers, and otherwise with the run's own base.
         name: name of the source, for messages.
         call: name of the user's call, for messages.
 
     Raises:
-        SpecError: factors cannot express the change of some weights (DoRA, kept noise, parameters trained in full). The
-            message names them all. Or the model is missing for an adapter of peft.
+        SpecError: factors cannot express the change of some weights (DoRA, kept noise, parameters trained in full,
+            buffers). The message names them all. Or the model is missing for an adapter of peft.
         StateError: the model is missing for a checkpoint in the middle of a stage.
         CheckpointError: there is no checkpoint, it is damaged, or the adapter is not for this model.
         NonFiniteBranch: a running branch holds inf or nan.
@@ -178,7 +178,11 @@ def _change_of_run(source_run: RunSource, part: Part, tensors: Mapping[str, torc
         elif (pair := pair_of(state, "slow")) is not None:
             change.pairs[name] = pair
     for name, value in part.buffers.items():
-        if name in tensors and not torch.equal(value.cpu(), tensors[name].cpu()):
+        if tensors:
+            changed = name in tensors and not torch.equal(value.cpu(), tensors[name].cpu())
+        else:
+            changed = name in source_run.changed_buffers
+        if changed:
             change.refused[name] = _BUFFER
     return change
 

@@ -204,7 +204,7 @@ def test_errors_of_exports_with_adapter_inputs(tmp_path: Path) -> None:
         ({"adapters": "input", "max_rank": 4}, "invalid-value", "'input'"),
         ({"adapters": "inputs"}, "invalid-value", "max_rank is None"),
         ({"adapters": "inputs", "max_rank": 0}, "invalid-value", "max_rank is 0"),
-        ({"max_rank": 4}, "conflicting-options", "adapters='inputs'"),
+        ({"max_rank": 4}, "conflicting-options", "Give adapters='inputs' too, or remove max_rank"),
         ({"adapters": "inputs", "max_rank": 4, "folded": False}, "conflicting-options", "folded"),
         ({"adapters": "inputs", "max_rank": 4, "view": "averaged"}, "conflicting-options", "view"),
     ):
@@ -221,6 +221,18 @@ def test_errors_of_exports_with_adapter_inputs(tmp_path: Path) -> None:
     )
     with raises(lx.CaptureError, "not-exportable", "in_proj_weight_lora_a", "adapter='lora'"):
         lx.export.pt2(hira, out, adapters="inputs", max_rank=4)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor, fc_weight_scale: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) * fc_weight_scale
+
+    named = lx.adapt(Named(), (x, torch.ones(())), spec=lx.CascadeSpec(rank=1))
+    with raises(lx.SpecError, "not-exportable", "fc_weight_scale is an argument of the model", "Rename"):
+        lx.export.pt2(named, out, adapters="inputs", max_rank=4)
     assert not out.exists()
 
 

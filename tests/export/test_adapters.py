@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import lorasc_fx as lx
 from tests.errors.state import unchanged
@@ -93,6 +94,68 @@ def test_a_file_of_onnxruntime(tmp_path: Path) -> None:
         assert value.dtype == torch.float32
         assert torch.equal(torch.from_numpy(found[name].copy()), value)
     assert runtime.LoraAdapter().Load(str(tmp_path / "a.onnx_adapter")) is None
+
+
+class Normed(nn.Module):
+    """A model with BatchNorm, whose statistics change in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.fc(x)))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_changed_statistics_are_refused(trains: bool, tmp_path: Path) -> None:
+    """Factors do not contain them, so the base with the adapter would compute something else than the run."""
+    x = torch.randn(5, 6)
+    run = lx.adapt(Normed().train(trains), (x,), spec=lx.CascadeSpec(("linear",), rank=2))
+    run(x)
+    randomize(run)
+    run.transition(None)
+    lx.save(run, tmp_path / "run")
+    resumed = lx.load(tmp_path / "run", Normed(), (x,))
+    lx.save(resumed, tmp_path / "resumed")
+    run.double()  # a cast does not count as a change
+    for source in (run, tmp_path / "run", resumed, tmp_path / "resumed"):
+        out = tmp_path / "a.safetensors"
+        if trains:
+            with raises(lx.SpecError, "method-not-supported", "norm.running_mean", "has changed this buffer"):
+                lx.export.adapter(source, out, max_rank=4)
+        else:
+            lx.export.adapter(source, out, max_rank=4)
+    for cascade, values in ((run, x.double()), (resumed, x)):
+        if trains:
+            with raises(lx.SpecError, "not-exportable", "export.program", "norm.running_mean", "Train in eval mode"):
+                lx.export.program(cascade, adapters="inputs", max_rank=4)
+        else:
+            program = lx.export.program(cascade, adapters="inputs", max_rank=4)
+            found = program.module()(values, **program.example_inputs[1])
+            assert torch.equal(found, Normed().to(values.dtype).eval()(values))
+
+
+def test_weights_with_the_same_input_names_are_refused(tmp_path: Path) -> None:
+    class Doubled(nn.Module):
+        def __init__(self, other: str) -> None:
+            super().__init__()
+            self.a = nn.ModuleDict({"b": nn.Linear(6, 6)})
+            self.add_module(other, nn.Linear(6, 6))
+            self.other = other
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.get_submodule(self.other)(self.a["b"](x))
+
+    for other in ("a_b", "A_b"):
+        run = lx.adapt(Doubled(other), (torch.randn(3, 6),), spec=lx.CascadeSpec(rank=2))
+        names = ("a.b.weight", f"{other}.weight", "a_b_weight_lora_a")
+        with raises(lx.SpecError, "not-exportable", *names):
+            lx.export.adapter(run, tmp_path / "a.safetensors", max_rank=4)
+        with raises(lx.SpecError, "not-exportable", *names):
+            lx.export.program(run, adapters="inputs", max_rank=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
