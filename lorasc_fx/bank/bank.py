@@ -273,7 +273,8 @@ class AdapterBank:
     def compile(self, **options: Any) -> None:
         """Compile all graphs by torch.compile, the present ones and those captured later.
 
-        Calls with other adapters do not compile again.
+        A graph is compiled once for calls with one adapter, and once for calls with an adapter for each row. Other
+        adapters do not compile again. Calls of another kind, such as another batch size or train mode, may.
 
         Args:
             options: options of torch.compile.
