@@ -93,7 +93,7 @@ class View(Tree):
         delta = self.dense
         if target.dense is not None and delta is not target.dense:
             delta = torch.zeros_like(target.dense) if delta is None else delta
-            # With a share of 1 the tensor of the target is kept, so that slow and fast weights that are equal share memory.
+            # With a share of 1 the tensor of the target is kept: slow and fast weights that are equal share memory.
             delta = target.dense if share == 1 else torch.lerp(delta, target.dense, share)
         return View(tuple(s if s == t else s + share * (t - s) for s, t in pairs), delta)
 
