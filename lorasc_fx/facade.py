@@ -19,7 +19,7 @@ from typing import Any, Self
 from torch import nn
 
 from lorasc_fx.cascade.usage import callers
-from lorasc_fx.checkpoint.cascade import SavedCascade
+from lorasc_fx.checkpoint.saved_cascade import SavedCascade
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.hub import uploading

@@ -18,7 +18,7 @@ from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.graph.forms import forms_missing
-from lorasc_fx.peft.spec import is_config, spec_of
+from lorasc_fx.peft.spec_from_peft import is_config, spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, quantized_in
 from lorasc_fx.spec import CascadeSpec

@@ -15,7 +15,7 @@ from lorasc_fx.cascade.experts import install_experts
 from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.reader import Adapter, Pair, read_adapter, spec_of
+from lorasc_fx.peft.adapter_reader import Adapter, Pair, read_adapter, spec_of
 from lorasc_fx.spec import CascadeSpec
 
 

@@ -17,7 +17,7 @@ from lorasc_fx.branch.contract import pad_to
 from lorasc_fx.branch.lora import DOWN, UP, random_factor
 from lorasc_fx.errors import SpecError, StateError, named, nearest
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.low_rank import LowRankAdapter
+from lorasc_fx.peft.adapter_pairs import LowRankAdapter
 from lorasc_fx.plan import Site
 from lorasc_fx.util.checks import is_integer, is_number
 

@@ -30,7 +30,7 @@ from lorasc_fx.compile import Call, Compiler, Variant, Variants
 from lorasc_fx.errors import CaptureError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade
 from lorasc_fx.passes import AdapterInputs
-from lorasc_fx.peft.low_rank import LowRankAdapter, low_rank_pairs
+from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
 from lorasc_fx.plan import Site
 from lorasc_fx.signature import Calls, bind_inputs, leaves, signature_of
 from lorasc_fx.util.checks import is_integer

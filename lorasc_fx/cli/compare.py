@@ -25,9 +25,9 @@ import tyro
 from torch import Tensor, nn
 
 import lorasc_fx as lx
+from lorasc_fx.cli.compare_methods import METHODS
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import short_name
-from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.progress import Reporter, console, reporting
 from lorasc_fx.cli.run_folder import RunFolder, write_atomically

@@ -24,7 +24,7 @@ from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
+from lorasc_fx.state.factor_products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import KeptNoise, SlowRule, WeightState
 
 Learner = Branch | torch.Tensor

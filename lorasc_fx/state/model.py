@@ -21,7 +21,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local_like, shard_of
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state.base import Memory, base_of, host
+from lorasc_fx.state.base_memory import Memory, base_of, host
 from lorasc_fx.state.engine import (
     Learner,
     all_finite,
@@ -31,7 +31,7 @@ from lorasc_fx.state.engine import (
     has_trained,
     write_start,
 )
-from lorasc_fx.state.products import Scratch, arithmetic
+from lorasc_fx.state.factor_products import Scratch, arithmetic
 from lorasc_fx.state.weight import SlowRule, ViewName, WeightState
 
 MAX_FULL_ENTRIES = 1 << 20

@@ -31,7 +31,7 @@ from lorasc_fx.options import RESTARTS
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
-from lorasc_fx.state.products import (
+from lorasc_fx.state.factor_products import (
     accumulate,
     arithmetic,
     cast,

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasc_fx.peft.factors import compressed, factored, padded
+from lorasc_fx.peft.change import compressed, factored, padded
 from lorasc_fx.state import sum_of
 from tests.kit.state import Factors
 

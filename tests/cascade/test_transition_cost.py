@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.branch.noise import BLOCK
-from lorasc_fx.state.products import accumulate
+from lorasc_fx.state.factor_products import accumulate
 from tests.kit.models import branches, loss_of, randomize
 from tests.kit.seams import SEAMS, lower, seam
 from tests.kit.state import variant_count

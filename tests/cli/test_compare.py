@@ -17,7 +17,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.cli import main
 from lorasc_fx.cli.compare import Result, best_rates
-from lorasc_fx.cli.methods import METHODS
+from lorasc_fx.cli.compare_methods import METHODS
 
 
 def cell(folder: Path, name: str) -> Result:

@@ -11,6 +11,7 @@ import pytest
 
 from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.cli.app import COMMANDS
+from lorasc_fx.cli.compare_methods import METHODS
 from lorasc_fx.cli.config import (
     CompareConfig,
     Config,
@@ -22,7 +23,6 @@ from lorasc_fx.cli.config import (
 )
 from lorasc_fx.cli.data import DATA
 from lorasc_fx.cli.export import FORMATS
-from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec, Noise, Rule
 from tests.kit.errors import raises

@@ -18,7 +18,7 @@ from lorasc_fx.checkpoint import reader, state_dict, writer
 from lorasc_fx.cli import progress
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
-from lorasc_fx.peft import writer as peft_writer
+from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.state import SlowWeights, WeightState, model, products
 

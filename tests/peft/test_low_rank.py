@@ -12,7 +12,7 @@ import torchao.quantization as torchao
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.peft.low_rank import LowRankAdapter, low_rank_pairs
+from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
 from lorasc_fx.util.fingerprint import fingerprints
 from tests.errors.state import unchanged
 from tests.kit.errors import raises

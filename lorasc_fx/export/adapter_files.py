@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.facade import Cascade
-from lorasc_fx.peft.factors import CutOff
-from lorasc_fx.peft.low_rank import LowRankAdapter, branch_dtypes, low_rank_pairs
+from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes, low_rank_pairs
+from lorasc_fx.peft.change import CutOff
 from lorasc_fx.plan import Plan
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.extras import module_of

@@ -30,7 +30,7 @@ from lorasc_fx.checkpoint.base_file import name_or_path
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.factors import Change, CutOff, change_of, merged, nothing
+from lorasc_fx.peft.change import Change, CutOff, change_of, merged, nothing
 from lorasc_fx.peft.format import (
     CONFIG,
     CONV1D,

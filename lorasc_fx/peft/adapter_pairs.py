@@ -18,9 +18,9 @@ from lorasc_fx.checkpoint.run_source import RunSource
 from lorasc_fx.errors import SpecError, named, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.factors import KEEPS_NOISE, Change, CutOff, compressed, padded, pair_of
+from lorasc_fx.peft.adapter_reader import read_adapter
+from lorasc_fx.peft.change import KEEPS_NOISE, Change, CutOff, compressed, padded, pair_of
 from lorasc_fx.peft.format import CONFIG
-from lorasc_fx.peft.reader import read_adapter
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.state import Part
 from lorasc_fx.util.fingerprint import fingerprint

@@ -19,11 +19,11 @@ from lorasc_fx.capture import least_sizes
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Axis, Call, Variant
 from lorasc_fx.errors import CaptureError, SpecError, named, path_of, warn
-from lorasc_fx.export.adapters import checked_rank, inputs_of
+from lorasc_fx.export.adapter_files import checked_rank, inputs_of
 from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import assert_min_sizes
-from lorasc_fx.peft.low_rank import LowRankAdapter, branch_dtypes
+from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes
 from lorasc_fx.signature import bind, is_opaque_leaf, leaves, signature_of
 from lorasc_fx.util.extras import module_of, require
 from lorasc_fx.util.files import replacing
