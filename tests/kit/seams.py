@@ -20,7 +20,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
-from lorasc_fx.state import SlowWeights, WeightState, model, products
+from lorasc_fx.state import SlowWeights, WeightState, factor_products, model
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
 
@@ -61,7 +61,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "manifest bytes": ((writer, "MAX_MANIFEST_BYTES"), (reader, "MAX_MANIFEST_BYTES")),
-    "block of a sum": ((products, "BLOCK"),),
+    "block of a sum": ((factor_products, "BLOCK"),),
     "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),
     "graphs that are kept": ((reuse, "MAX_GRAPHS"),),
