@@ -460,14 +460,13 @@ def _language(results: Results) -> list[str]:
         f"{size} examples, {results.protocol['budgets'][budget]} steps."
     )
     header = ["method", "test", "test loss", "shift", "general loss", "memory", "seconds", "disk", "trained", "tasks"]
-    if not before:
-        return []
-    return [
-        *_section("Language model", about, header, rows),
-        *_pivot(results, "lm-finalists", "Language tasks", "Finalists, test accuracy and loss.", results.seeds),
-        *_pivot(results, "lm-finalists-long", "Language tasks, long", "As above.", results.seeds),
-        *_pivot(results, "lm-finalists-all", "Language tasks, all examples", "As above.", results.seeds),
+    sections = [
+        _section("Language model", about, header, rows),
+        _pivot(results, "lm-finalists", "Language tasks", "Finalists, test accuracy and loss.", results.seeds),
+        _pivot(results, "lm-finalists-long", "Language tasks, long", "As above.", results.seeds),
+        _pivot(results, "lm-finalists-all", "Language tasks, all examples", "As above.", results.seeds),
     ]
+    return [line for section in sections if "No runs yet." not in section for line in section]
 
 
 def _in_short(results: Results) -> list[str]:
