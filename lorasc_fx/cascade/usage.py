@@ -98,6 +98,8 @@ class UsageWatch(Fresh):
             run = self._run()
             if run is None or torch.compiler.is_compiling() or "model-called-inside-stage" in run.warned:
                 return value(*args, **kwargs)
+            if _from_package():  # Then the calls of modules inside need no check, each of which would walk the stack.
+                return value(*args, **kwargs)
             sites = {run.model.get_submodule(weight.rpartition(".")[0]) for weight in run.branches_by_weight()}
             modules = [module for module in sites if module._compiled_call_impl is None]
             for module in modules:
