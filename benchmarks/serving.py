@@ -125,7 +125,7 @@ def measured(work: Work, rounds: int) -> dict[str, Any]:
         times = alternate(turns, rounds)
         graph = bank._graph(bank._compiler.calls.bind((), batch))
         switches = {
-            "ours": switch_seconds(lambda name: graph.tensors_of(bank, name)),
+            "ours": switch_seconds(lambda name: graph.tensors_of(bank._adapters, name)),
             "peft": switch_seconds(theirs.set_adapter),
         }
     factors = [value for name, value in theirs.named_parameters() if "lora_" in name]
