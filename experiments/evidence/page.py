@@ -274,9 +274,8 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "`experiments/evidence/results.jsonl`.",
         "",
         f"Protocol version {protocol['version']}; {done:,} of {len(cells):,} runs that are known so far are made"
-        + (f", with code {', '.join(codes)}." if codes else "."),
-        "Runs at chosen rates become known when their grid is complete; a comparison is shown once all its seeds are",
-        "there.",
+        + (f", with {len(codes)} versions of the code, which each line names." if codes else "."),
+        "A comparison is shown once all its seeds are there.",
         "",
         *_recommendations(results),
         *_in_short(results),
@@ -386,12 +385,12 @@ def _recommendations(results: Results) -> list[str]:
     text = (
         "Of the finalists the one with the best validation accuracy is compared with LoRA on the test examples, in as "
         "many steps, each at its rate of the lowest validation loss. If the 95 % interval of its gain is not above 0, "
-        "LoRA is as good, and is what to use. Gains are in points of test accuracy. Two studies of language models "
+        "use LoRA. Gains are in points of test accuracy. Two studies of language models "
         "found that LoRA at a well chosen rate is within 1 to 2 % of its variants "
         "([2602.04998](https://arxiv.org/abs/2602.04998), [2601.22708](https://arxiv.org/abs/2601.22708))."
     )
     if missing:
-        text += " The runs of the other rows of the protocol, on a language model among them, are not made yet."
+        text += " Other rows, such as those on a language model, have no runs yet."
     names = [name for name in METHODS if any(f"`{name}`" in row[4] for row in rows) and name not in RECIPES]
     legend = [f"- `{name}`: {METHODS[name].about}" for name in names]
     table = _section("Which should I use?", text, ["task", "examples", "steps", "use", "best", "its gain"], rows)
