@@ -135,7 +135,7 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
         run: the run of the cascade.
         planned: plan, slow weights and optimizer state of the stage.
         undo: collects the undo steps.
-        keep: whether branches keep the factors that the spec says (lora_A, the largest pairs).
+        keep: whether branches keep the factors that the spec says (A, the largest pairs).
     """
     branches = run.branches_by_weight()
     resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)

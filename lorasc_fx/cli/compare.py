@@ -422,6 +422,6 @@ def _caption(config: Config, results: Sequence[Result]) -> tuple[str, ...]:
     return (
         f"Every run: {steps} steps of AdamW with batches of {config.train.batch_size} in the same order. {tuning}",
         "lora is this package's LoRA without stages. Tests check that its steps equal the steps of peft's LoRA.",
-        "cascade and lorasc are evaluated with their slow weights folded into the model (lorasc with their average if "
-        "spec.average keeps one). ± is the standard deviation over seeds.",
+        "Methods with stages are evaluated with their slow weights folded into the model (lorasc with their average "
+        "if spec.average keeps one). ± is the standard deviation over seeds.",
     )

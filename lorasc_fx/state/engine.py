@@ -146,7 +146,7 @@ def begin_stage(
         state: state of the weight after the stage before.
         branch: branch of the stage before.
         site, spec, stage: of the plan of the new stage. The new branch has the rank of this site.
-        keep: whether the new branch keeps the factors that the spec says (lora_A, the largest pairs).
+        keep: whether the new branch keeps the factors that the spec says (A, the largest pairs).
         noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
         left_out: whether the fold before left the weight out. Then no pairs of its branch are kept.
 

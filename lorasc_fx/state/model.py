@@ -253,7 +253,7 @@ class SlowWeights:
             branches: branches of the model, by weight name.
             restart: whether all branches get new initial values. Otherwise only branches whose initial values depend on
                 the weight (PiSSA, DoRA) get them.
-            keep: whether branches keep the factors that the spec says (lora_A, the largest pairs).
+            keep: whether branches keep the factors that the spec says (A, the largest pairs).
 
         Returns:
             The state, and local tensors by weight name and parameter name.
