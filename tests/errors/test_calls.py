@@ -445,6 +445,24 @@ def test_a_planned_weight_that_another_mode_writes_to(frontend: str) -> None:
     assert cascade.release() is model
 
 
+class Turned(nn.Module):
+    """In train mode a product with the weight as it is stored, in eval mode with its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.layer.weight if self.training else self.layer(x))
+
+
+def test_a_weight_in_another_layout() -> None:
+    cascade = lx.adapt(Turned().train(), (X,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+    cascade.eval()
+    with unchanged(cascade), raises(lx.PassError, "method-not-supported", "layer.weight"):
+        cascade(X)
+
+
 class TwoForms(nn.Module):
     """A linear in train mode, a matmul with the same weight in eval mode, and a slice of it in a call with half."""
 

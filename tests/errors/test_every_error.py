@@ -1,4 +1,4 @@
-"""Every public error is exported and is raised by some test, found in the sources of the tests."""
+"""Every public error is exported and has an example; every code has a test, found in the sources of the tests."""
 
 from __future__ import annotations
 
@@ -7,28 +7,40 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import lorasc_fx as lx
 from lorasc_fx import errors
+from tests.errors import page
 from tests.errors.catalogue import ENTRIES
-from tests.errors.page import PAGE, page
-from tests.errors.raises import expected_codes, given_codes, uncoded
 from tests.kit.errors import raises
 
+ROOT = Path(__file__).parents[2]
 PUBLIC = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
+TABLES = (Path(page.__file__), ROOT / "lorasc_fx" / "errors.py")
+"""The files that list all codes."""
 CLASSES = [name for name in PUBLIC if not issubclass(getattr(errors, name), Warning)]
 
 
-def raised_in(source: str) -> Iterator[str]:
-    """Names inside the first argument of each `pytest.raises`, and of each `with raises` written in full."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("pytest.raises", "raises", "refuse") and node.args:
-            for inside in ast.walk(node.args[0]):
-                if isinstance(inside, ast.Name):
-                    yield inside.id
-                elif isinstance(inside, ast.Attribute):
-                    yield inside.attr
+def trees(*folders: str) -> Iterator[ast.Module]:
+    """Yield the source files of folders of the repository. The link to `passes` is not followed."""
+    for folder in folders:
+        for path in (ROOT / folder).rglob("*.py"):
+            if not path.is_relative_to(ROOT / "lorasc_fx" / "passes") and path not in TABLES:
+                yield ast.parse(path.read_text(encoding="utf-8"))
+
+
+def strings(node: ast.AST) -> set[str]:
+    """Return the strings in a part of a program, without docstrings."""
+    prose = {id(each.value) for each in ast.walk(node) if isinstance(each, ast.Expr)}
+    constants = (each for each in ast.walk(node) if isinstance(each, ast.Constant) and id(each) not in prose)
+    return {each.value for each in constants if isinstance(each.value, str)}
+
+
+def given(call: ast.Call) -> list[ast.expr]:
+    """Return the code that a call gives: the keyword `code`, or an argument of a function that takes a code."""
+    name = ast.unparse(call.func).rpartition(".")[2]
+    place, count = {"warn": (1, 2), "refusing": (2, 3), "once": (0, 2)}.get(name, (0, -1))
+    named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+    return named or ([call.args[place]] if len(call.args) == count else [])
 
 
 def test_every_error_is_exported() -> None:
@@ -46,35 +58,31 @@ def test_every_error_is_exported() -> None:
     assert defined == set(PUBLIC)
 
 
-def test_every_error_is_raised_by_some_test() -> None:
-    tests = Path(__file__).parents[1]
-    found = {name for path in tests.rglob("test_*.py") for name in raised_in(path.read_text(encoding="utf-8"))}
-    assert set(CLASSES) - found == set()
-
-
 def test_every_code_is_in_the_table_and_used() -> None:
-    assert set(given_codes()) == set(errors.CODES)
+    calls = [node for tree in trees("lorasc_fx", "passes") for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    defaults = {getattr(errors, name).code for name in CLASSES} - {""}
+    codes = {code for call in calls for part in given(call) for code in strings(part)}
+    assert codes | defaults <= set(errors.CODES)
+    assert set(errors.CODES) <= defaults | {text for tree in trees("lorasc_fx", "passes") for text in strings(tree)}
     assert list(errors.CODES) == sorted(errors.CODES)
     for code in errors.CODES:
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code), code
+    uncoded = [name for name in CLASSES if not getattr(errors, name).code]
+    assert all(given(call) for call in calls if ast.unparse(call.func).rpartition(".")[2] in uncoded)
 
 
 def test_every_code_is_raised_by_some_test() -> None:
-    """Found in the sources of the tests."""
-    assert not set(errors.CODES) - expected_codes()
-
-
-def test_no_error_is_without_a_code() -> None:
-    assert uncoded() == []
+    assert set(errors.CODES) <= {text for tree in trees("tests") for text in strings(tree)}
 
 
 def test_the_catalogue_has_every_error() -> None:
     assert sorted(entry.raised.__name__ for entry in ENTRIES) == sorted(CLASSES)
+    assert all(entry.examples or entry.raised is lx.LorascError for entry in ENTRIES)
 
 
 def test_the_page_is_what_the_calls_raise() -> None:
     """`python -m tests.errors.page` writes it anew."""
-    assert PAGE.read_text(encoding="utf-8") == page()
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()
 
 
 def test_an_extra_that_is_missing() -> None:
@@ -83,10 +91,3 @@ def test_an_extra_that_is_missing() -> None:
     with raises(lx.errors.MissingExtra, "missing-extra", "absent_package", "lorasc-fx[vision]") as caught:
         module_of("vision", "absent_package.part")
     assert isinstance(caught.value, ImportError)
-
-
-def test_one_root_catches_them_all() -> None:
-    with raises(lx.LorascError, "invalid-value", "rank"):
-        lx.CascadeSpec(rank=0)
-    with pytest.raises(ValueError, match="rank"):
-        lx.CascadeSpec(rank=0)
