@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +19,17 @@ from tests.accelerator.kit import (
     SIMULATED,
     Side,
     assert_same,
+    at_each_allocation,
     compare,
     counted,
     simulated_only,
     tensors,
     two_devices,
+    without_fp64,
 )
 from tests.accelerator.models import Mlp, build, loss_of
+from tests.kit.errors import raises
+from tests.kit.state import weight_states
 
 NOISY = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
 
@@ -205,3 +211,167 @@ def test_a_resumed_run_draws_the_same_masks(tmp_path: Path) -> None:
     twin.adopt(lx.load(tmp_path, *twin.inputs)).resume(twin.optimizer)
     twin.step(2)
     assert_same(tensors(twin.cascade), tensors(side.cascade))
+
+
+NOISE, EACH_STEP = {"noise": lx.Noise(0.1)}, {"noise": lx.Noise(0.1, redraw="step")}
+
+
+def entered(name: str) -> Callable[[Side], None]:
+    def inside(side: Side) -> None:
+        with side.cascade.weights(name):
+            pass
+
+    return inside
+
+
+ACTIONS: dict[str, Callable[[Side], object]] = {
+    "transition": lambda side: side.cascade.transition(side.optimizer),
+    "slow weights": entered("slow"),
+    "fast weights": entered("fast"),
+    "step": lambda side: side.step(),
+}
+
+
+def traffic(spec: dict[str, Any], base: str, action: str, dtype: torch.dtype) -> tuple[dict[str, int], int, int, int]:
+    """What an action of the third stage copies; the bytes of W0, those of the factors, and the number of sites."""
+    side = Side("llama", DEVICE, lx.CascadeSpec(rank=2, **spec), dtype, adapted=False)
+    side.adopt(lx.adapt(*side.inputs, spec=side.spec, base=base))
+    side.transition()
+    side.transition()
+    side.step()
+    weights = [state.base.nbytes for state in weight_states(side.cascade).values()]
+    factors = sum(factor.nbytes for branch in side.cascade.branches.values() for factor in branch.parameters())
+    with counted() as counts:
+        ACTIONS[action](side)
+    return dict(counts), sum(weights), factors, len(weights)
+
+
+SMALL = 64
+"""Bytes a site: seeds of blocks, sizes of the noise, sums of factors."""
+
+
+@simulated_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, NOISE], ids=["plain", "noise"])
+@pytest.mark.parametrize("action", ["transition", "slow weights", "fast weights"])
+def test_weights_travel_once_in_their_own_dtype(action: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """W0 to the device, twice where other weights come and go again; noise is made on the device."""
+    found, weights, factors, sites = traffic(options, "memory", action, dtype)
+    ways = 1 if action == "transition" else 2
+    stages = 4  # the factors of two stages that ended, of the running one, and of the next
+    assert found["to_device_bytes"] <= ways * (weights + stages * factors + SMALL * sites), found
+    assert found["to_device"] <= ways * sites * (2 + 2 * stages), found
+    assert found.get("to_host_bytes", 0) <= 2 * factors + SMALL * sites, found
+
+
+@simulated_only
+@pytest.mark.parametrize("options", [{}, NOISE, EACH_STEP], ids=["plain", "noise", "noise each step"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_with_the_base_on_the_device_nothing_travels(action: str, options: dict[str, Any]) -> None:
+    found, _, factors, sites = traffic(options, "device", action, torch.bfloat16)
+    new = factors if action == "transition" else 0  # the host draws the next ones, and compares the old ones
+    assert found.get("to_device_bytes", 0) <= new + SMALL * sites, found
+    assert found.get("to_host_bytes", 0) <= new + SMALL * sites, found
+
+
+@simulated_only
+def test_where_the_base_is_changes_no_bit() -> None:
+    shown = []
+    for base in ("memory", "device"):
+        side = Side("llama", DEVICE, lx.CascadeSpec(rank=2, **NOISE), torch.bfloat16, adapted=False)
+        side.adopt(lx.adapt(*side.inputs, spec=side.spec, base=base))
+        side.transition()
+        side.step()
+        assert {state.base.device.type for state in weight_states(side.cascade).values()} == {
+            "cpu" if base == "memory" else DEVICE
+        }
+        with side.cascade.weights("fast"):
+            side.show("fast", dict(side.cascade.model.state_dict()))
+        side.transition()
+        side.show("state", dict(side.cascade.model.state_dict()))
+        side.show("released", side.cascade.release().state_dict())
+        shown.append(side.shown)
+    for (label, one), (_, other) in zip(*shown, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items()), label
+
+
+def stages(side: Side) -> None:
+    for _ in range(3):
+        side.transition()
+        side.step()
+        with side.cascade.weights("fast"), torch.no_grad():
+            side.show("fast weights", side.call())
+    side.show("state", tensors(side.cascade))
+    side.show("folded", side.cascade.folded_state_dict())
+
+
+def collapsed(side: Side) -> None:
+    stages(side)
+    assert all(state.is_dense for state in weight_states(side.cascade).values())
+
+
+@simulated_only
+@pytest.mark.parametrize("start", ["lora", "dora", "pissa", "milora", "olora"])
+def test_without_fp64(start: str) -> None:
+    more: dict[str, Any] = {"adapter": "dora"} if start == "dora" else {"start": start}
+    with without_fp64():
+        # Experts of such a rank outgrow a weight at once, and are summed in fp64.
+        compare("mlp", lx.CascadeSpec(rank=8, **more), collapsed if start == "lora" else stages)
+
+
+NOISY_OPTIONS: dict[str, Any] = {"noise": lx.Noise(0.1)}
+MEMORY: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "fp32": ({}, torch.float32),
+    "bf16": ({}, torch.bfloat16),
+    "noise fp32": (NOISY_OPTIONS, torch.float32),
+    "noise bf16": (NOISY_OPTIONS, torch.bfloat16),
+    "noise of filters bf16": ({"noise": lx.Noise(0.1, distribution="filter")}, torch.bfloat16),
+    "dora bf16": ({"adapter": "dora"}, torch.bfloat16),
+    "pissa fp32": ({"start": "pissa"}, torch.float32),
+}
+
+
+@simulated_only
+@pytest.mark.parametrize("case", MEMORY)
+@pytest.mark.parametrize("what", ["transition", "slow", "fast"])
+def test_out_of_memory_changes_nothing(case: str, what: str) -> None:
+    more, dtype = MEMORY[case]
+    spec = lx.CascadeSpec(rank=2, **more)
+    side, spared = Side("mlp", DEVICE, spec, dtype), Side("mlp", DEVICE, spec, dtype)
+    for each in (side, spared):
+        each.transition()
+        each.step()
+    before = tensors(side.cascade)
+
+    def call() -> None:
+        if what == "transition":
+            side.cascade.transition(side.optimizer)
+        else:
+            with side.cascade.weights(what), torch.no_grad():
+                side.call()
+
+    def check() -> None:
+        after = tensors(side.cascade)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert side.cascade.stage == 2
+
+    assert at_each_allocation(call, check) > 1
+    if what != "transition":
+        side.transition()
+        spared.transition()
+    else:
+        spared.cascade.transition(spared.optimizer)
+    side.step(), spared.step()
+    after, expected = tensors(side.cascade), tensors(spared.cascade)
+    assert all(torch.equal(after[name], expected[name]) for name in after)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
+def test_an_offloaded_model_is_refused(how: str, tmp_path: Any) -> None:
+    import accelerate
+
+    model, (args, _), _ = build("mlp")
+    more = {"offload_dir": tmp_path} if how == "disk_offload" else {}
+    getattr(accelerate, how)(model, execution_device=torch.device(DEVICE), **more)
+    with raises(lx.CaptureError, "meta-model", "accelerate has offloaded the weights of first, second, head"):
+        lx.adapt(model, (args[0].to(DEVICE),), spec=lx.CascadeSpec(rank=2))

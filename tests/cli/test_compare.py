@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats  # type: ignore[import-untyped]  # no stubs of its own
 from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.cli import main
-from lorasc_fx.cli.compare import Result, Run, best_rates
+from lorasc_fx.cli.compare import Result, Run, best_rates, bootstrap_interval, t_interval
 from lorasc_fx.cli.compare_methods import METHODS
 from tests.kit.errors import raises
 
@@ -150,3 +152,39 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     path.write_text('{"method": "lo', encoding="utf-8")
     with raises(lx.CheckpointError, "invalid-checkpoint", path, "Unterminated string"):
         Result.read(tmp_path, run)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 100])
+def test_t_interval_is_scipys(count: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).tolist()
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = t_interval(values)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_equal_differences_have_no_width() -> None:
+    found = t_interval([0.25, 0.25, 0.25])
+    assert (found.low, found.high, found.settled) == (0.25, 0.25, True)
+
+
+def test_one_seed_says_nothing() -> None:
+    found = t_interval([0.01])
+    assert (found.mean, found.low, found.high, found.settled) == (0.01, -math.inf, math.inf, False)
+
+
+def test_bootstrap_is_near_the_normal_interval() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.rand(2, 4000, generator=generator) < 0.9
+    theirs = torch.rand(2, 4000, generator=generator) < 0.88
+    found = bootstrap_interval(ours, theirs)
+    each = (ours.double() - theirs.double()).mean(0)
+    half = 1.96 * each.std().item() / math.sqrt(4000)
+    assert found.mean == pytest.approx(each.mean().item())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+    assert found.settled
+
+
+def test_bootstrap_pairs_examples() -> None:
+    right = torch.rand(1, 500, generator=torch.Generator().manual_seed(1)) < 0.7
+    same = bootstrap_interval(right, right)
+    assert (same.mean, same.low, same.high, same.settled) == (0, 0, 0, False)

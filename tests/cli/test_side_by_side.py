@@ -10,6 +10,7 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file, save_file
 
+from experiments.sentences import TEST_TEMPLATES, TRAIN_TEMPLATES, accuracy, examples
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.data import short_name
 
@@ -67,3 +68,28 @@ def test_the_configurations_are_read(name: str) -> None:
     config = load_config(ROOT / "experiments" / name)
     assert config.compare.keep_weights == ("lorasc",)
     assert config.data.shifts
+
+
+TEMPLATES = (*TRAIN_TEMPLATES, *TEST_TEMPLATES)
+
+
+def test_a_sentence_contains_the_values_of_its_answer() -> None:
+    generated = examples(TEMPLATES, 40, seed=1)
+    assert generated == examples(TEMPLATES, 40, seed=1)
+    assert generated != examples(TEMPLATES, 40, seed=2)
+    for example in generated:
+        assert all(str(value) in example.sentence for value in json.loads(example.answer).values())
+
+
+def test_the_article_fits_the_job() -> None:
+    sentences = [example.sentence for example in examples(TEMPLATES, 400, seed=0)]
+    assert any("an editor" in sentence for sentence in sentences)
+    assert any(sentence.startswith("An editor by trade") for sentence in sentences)
+    assert not any(re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", sentence) for sentence in sentences)
+
+
+def test_an_answer_is_correct_only_if_it_equals_the_json() -> None:
+    expected = examples(TEST_TEMPLATES, 4, seed=0)
+    answers = [example.answer for example in expected]
+    assert accuracy(answers, expected) == 1.0
+    assert accuracy([answers[0], "{}", f"{answers[2]} ", answers[3]], expected) == 0.5

@@ -1,27 +1,38 @@
-"""`lorasc-fx train` and `fold`: the run folder, Ctrl-C, and resuming with the same results."""
+"""`lorasc-fx train` and `fold`: the run folder, progress, steps, options, Ctrl-C, and resumes with the same results."""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
+from itertools import islice
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.cli.config import load_config
-from lorasc_fx.cli.data import load_data
-from lorasc_fx.cli.training import Setup
+from lorasc_fx.cli.config import Config, TrainConfig, load_config
+from lorasc_fx.cli.data import Splits, image_examples, load_data
+from lorasc_fx.cli.progress import Metrics, reporting
+from lorasc_fx.cli.run_folder import RunFolder, effective_rank
+from lorasc_fx.cli.training import Setup, train_steps
+from lorasc_fx.errors import SpecError, StateError
+from tests.cli.conftest import CONFIG
 from tests.kit import tiny
-from tests.kit.errors import warns
+from tests.kit.errors import raises, warns
+from tests.kit.seams import SEAMS
 from tests.kit.state import read
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
@@ -242,3 +253,185 @@ def test_ctrl_c_of_a_compare_in_its_own_process(
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "probe-seed0-lr0.01: validation" not in ended.stdout
     assert "lora-seed0-lr0.01: validation" in ended.stdout
+
+
+def test_begin_writes_config_and_environment(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    config = Config(output=str(folder.path))
+    folder.begin(config, resume=False)
+    assert load_config(folder.config) == config
+    environment = json.loads((folder.path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(environment)
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(Config(), resume=False)
+    folder.begin(Config(output="other"), resume=False)  # nothing was done yet
+    folder.log(step=1)
+    with raises(StateError, "path-in-the-way"):
+        folder.begin(Config(), resume=False)
+    folder.begin(Config(output="elsewhere"), resume=True)
+
+
+def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
+    weight = torch.randn(3, 2)
+    path = RunFolder(tmp_path).write_weights({"a": weight, "b": weight, "c": weight.t()})
+    found = load_file(path)
+    assert torch.equal(found["a"], weight)
+    assert torch.equal(found["b"], weight)
+    assert torch.equal(found["c"], weight.t())
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]).double()) == pytest.approx(3)
+    assert effective_rank(torch.tensor([5.0, 0.0]).double()) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4).double()) == 0
+    values = torch.tensor([3.0, 1.0]).double()
+    rank = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert effective_rank(values) == pytest.approx(rank)
+    assert effective_rank(torch.stack([values, torch.ones(2).double()])) == pytest.approx((rank + 2) / 2)
+
+
+def write(folder: Path) -> None:
+    with closing(Metrics(folder)) as metrics:
+        for step, loss in ((1, math.inf), (2, 0.5)):
+            metrics.log(step=step, stage=1, loss=loss)
+        metrics.log(validation=0.25)
+
+
+def test_a_folder_keeps_every_number(tmp_path: Path) -> None:
+    write(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "stage": 1, "loss": None}, {"step": 2, "stage": 1, "loss": 0.5}, {"validation": 0.25}]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"stage", "loss", "validation"}
+    assert [(each.step, each.value) for each in events.Scalars("loss")] == [(1, math.inf), (2, 0.5)]
+    assert [(each.step, each.value) for each in events.Scalars("validation")] == [(2, 0.25)]
+
+
+def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*SEAMS["find a package"], lambda name: None)
+    write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_stage_step_loss_and_rate(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=120, markup=False, emoji=False, highlight=False)
+    monkeypatch.setattr(*SEAMS["console"], lambda: console)
+    with reporting() as reporter:
+        reporter.begin("mine", 6)
+        reporter.step(6, "stage 2/2", 0.25)
+        reporter.say("it has ended")
+    if not terminal:
+        assert capsys.readouterr().out.splitlines() == ["mine: 6 steps", "it has ended"]
+        return
+    for part in ("mine", "6/6", "stage 2/2", "loss 0.250", "/s", "it has ended"):
+        assert part in screen.getvalue()
+
+
+def setup(count: int, **train: object) -> Setup:
+    pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    examples = image_examples(pixels, list(range(count)), 2)
+    return Setup(Config(train=TrainConfig(**train)), Splits(examples, examples, examples, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "stages", "expected"), [(11, 3, [4, 3, 4]), (12, 3, [4, 4, 4]), (2, 1, [2])])
+def test_steps_are_divided_evenly(steps: int, stages: int, expected: list[int]) -> None:
+    assert setup(40, steps=steps).stage_steps(stages) == expected
+
+
+def test_steps_come_from_epochs_or_are_given() -> None:
+    assert setup(43, epochs=1.5, batch_size=4).stage_steps(1) == [15]
+    assert setup(43, epochs=1.5, batch_size=4, steps=7).stage_steps(1) == [7]
+    assert setup(3, epochs=2.0, batch_size=4).stage_steps(1) == [2]
+
+
+def test_more_stages_than_steps() -> None:
+    with raises(SpecError, "invalid-value", "train.stages", "3", "2"):
+        setup(40, steps=2).stage_steps(3)
+
+
+def test_every_epoch_has_every_example_once_from_any_step() -> None:
+    labels = [batch.labels for batch in islice(setup(64, batch_size=16).batches(5), 8)]
+    epochs = [torch.cat(labels[:4]), torch.cat(labels[4:])]
+    assert all(epoch.sort().values.tolist() == list(range(64)) for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert next(setup(64, batch_size=16).batches(6)).labels.tolist() != labels[0].tolist()
+    assert next(setup(64, batch_size=16).batches(5, 6)).labels.tolist() == labels[6].tolist()
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.01])
+def test_gradients_are_scaled_down_to_a_norm_over_all_parameters(largest: float) -> None:
+    """A step of SGD with rate 1 is the clipped gradient: torch's gradient, scaled down to the norm."""
+    own = setup(8, steps=1, batch_size=8, warmup=0, floor=1.0, max_grad_norm=largest)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    before = torch.cat([value.detach().flatten() for value in model.parameters()])
+    (batch,) = islice(own.batches(0), 1)
+    loss = nn.functional.cross_entropy(model(*batch.args), batch.labels)
+    gradient = torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(model.parameters()))])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    list(train_steps(model, optimizer, own.schedule(optimizer, None, [1]), own, 0, [1], interrupt=Event()))
+    step = before - torch.cat([value.detach().flatten() for value in model.parameters()])
+    assert gradient.norm() > 0.1
+    wanted = gradient * (largest / gradient.norm()) if largest else gradient
+    torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_a_negative_norm() -> None:
+    with raises(SpecError, "invalid-value", "train.max_grad_norm", "-1"):
+        TrainConfig(max_grad_norm=-1.0)
+
+
+OPTIONS = """
+[[spec.train_rules]]
+pattern = "7.bias"
+lr = 0.002
+slow = false
+
+[spec.noise]
+"""
+ASKED = ("--spec.ranks", "3", "1", "--spec.pace", "1.0", "0.5", "--spec.average", "swa", "--spec.lr-ratio", "4")
+
+
+@pytest.mark.slow
+def test_a_run_with_options_is_resumed_and_folded(
+    place: Path, stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "tiny.toml").write_text(CONFIG.replace("\nrank = 2", "").replace("[spec.noise]\n", OPTIONS.lstrip()))
+    assert main(["train", "tiny.toml", "--output", "whole", *ASKED]) == 0
+    spec = load_config(place / "whole" / "config.toml").spec
+    assert (spec.ranks, spec.pace, spec.average, spec.lr_ratio) == ((3, 1), (1.0, 0.5), "swa", 4.0)
+    assert spec.train_rules == (lx.TrainRule("7.bias", lr=0.002, slow=False),)
+    with stop_after(6):
+        assert main(["train", "tiny.toml", "--output", "parts", *ASKED]) == 130
+    assert main(["train", "parts/config.toml", "--resume"]) == 0
+    slow = load_file(place / "whole" / "folded.safetensors")
+    again = load_file(place / "parts" / "folded.safetensors")
+    assert all(torch.equal(slow[name], again[name]) for name in slow)
+    for run in ("whole", "parts"):
+        assert main(["fold", run, "--view", "averaged", "--output", f"{run}.safetensors"]) == 0
+        assert "averaged weights at step 12 of 12\n" in capsys.readouterr().out
+    mean = load_file(place / "whole.safetensors")
+    assert all(torch.equal(mean[name], load_file(place / "parts.safetensors")[name]) for name in mean)
+    assert not torch.equal(mean["0.weight"], slow["0.weight"])
+    assert main(["export", "whole", "--to", "safetensors", "--out", "a.safetensors", "--view", "averaged"]) == 0
+    assert all(torch.equal(mean[name], load_file(place / "a.safetensors")[name]) for name in mean)
+
+
+def test_a_probe_has_one_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "ruled.toml").write_text(CONFIG.replace("\n[spec.noise]\n", OPTIONS))
+    assert main(["compare", "ruled.toml"]) == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert (
+        "compare.methods has 'probe', which trains with a single learning rate (compare.rates), but spec.train_rules"
+        in said
+    )
+    assert not (place / "runs").exists()

@@ -1,4 +1,4 @@
-"""Which way imports run, what `import lorasc_fx` brings along, who makes nodes."""
+"""Which way imports run and what they bring along; who makes nodes; nothing is fetched, or run from a file."""
 
 import ast
 import importlib.metadata
@@ -207,3 +207,106 @@ def test_the_public_face_is_small() -> None:
     ]  # fmt: skip
     public = {name for name, value in vars(lorasc_fx).items() if not name.startswith("_") and callable(value)}
     assert public <= set(lorasc_fx.__all__)
+
+
+WATCHED = """
+import json, socket, sys, tempfile
+
+import torch, safetensors.torch, torch.export, torch._dynamo
+
+seen = []
+outside = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "urllib.", "http.", "ftplib.")
+sys.addaudithook(lambda event, args: seen.append(f"{event} {args[:2]}") if event.startswith(outside) else None)
+
+import lorasc_fx as lx
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+again = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+again.load_state_dict(model.state_dict())
+x = torch.randn(3, 5)
+cascade = lx.adapt(model, args=(x,))
+optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+for _ in range(2):
+    cascade(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    cascade.transition(optimizer)
+with tempfile.TemporaryDirectory() as folder:
+    lx.save(cascade, folder, optimizer=optimizer)
+    loaded = lx.load(folder, again, args=(x,))
+    loaded.resume(torch.optim.AdamW(loaded.param_groups(lr=0.1)))
+assert torch.equal(loaded(x), cascade(x))
+loaded.release()
+ours = list(seen)
+socket.socket().close()  # or the watch would see nothing at all
+print(json.dumps([ours, seen]))
+"""
+
+
+def test_nothing_is_fetched() -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, seen = json.loads(done.stdout.splitlines()[-1])
+    assert ours == []
+    assert seen[0].startswith("socket.__new__")
+
+
+RUFF = Path(sys.executable).with_name("ruff")
+LINES = {
+    "import pickle": "TID251",
+    "from pickle import loads": "TID251",
+    "import cloudpickle": "TID251",
+    "import dill": "TID251",
+    "import marshal": "TID251",
+    "import shelve": "TID251",
+    "import joblib": "TID251",
+    "import yaml": "TID251",
+    "import runpy": "TID251",
+    "import torch; torch.load('x')": "TID251",
+    "from torch import load": "TID251",
+    "import torch; torch.serialization.load('x')": "TID251",
+    "import torch; torch.jit.load('x')": "TID251",
+    "import torch; torch.hub.load('x', 'y')": "TID251",
+    "import torch; torch.package.PackageImporter('x')": "TID251",
+    "import numpy; numpy.load('x')": "TID251",
+    "import numpy as np; np.load('x', allow_pickle=True)": "TID251",
+    "import importlib; importlib.import_module('x')": "TID251",
+    "from importlib import import_module": "TID251",
+    "import builtins; builtins.__import__('x')": "TID251",
+    "eval('1')": "S307",
+    "exec('1')": "S102",
+}
+
+
+def found(path: Path, code: str) -> dict[int, set[str]]:
+    """Return the rules that the linter names, by line."""
+    path.write_text(f"{code}\n")
+    command = [RUFF, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "--output-format", "json", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    rules: dict[int, set[str]] = {}
+    for each in json.loads(done.stdout):
+        rules.setdefault(each["location"]["row"], set()).add(each["code"])
+    return rules
+
+
+def test_each_is_refused(tmp_path: Path) -> None:
+    rules = found(tmp_path / "each.py", "\n".join(LINES))
+    for number, (line, rule) in enumerate(LINES.items(), start=1):
+        assert rule in rules[number], line
+
+
+def test_what_is_meant_is_let_through(tmp_path: Path) -> None:
+    code = '"""A file."""\n\nimport json\n\nfrom safetensors.torch import load\n\nprint(json.loads("1"), load(b""))'
+    assert not found(tmp_path / "each.py", code)
+
+
+def test_each_exception_tells_why() -> None:
+    """A line that the rules above let through on request says what makes it safe."""
+    for path in [*(ROOT / "lorasc_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            asked = line.partition("# noqa:")[2]
+            if any(rule in asked for rule in ("TID251", "S102", "S301", "S302", "S307")):
+                assert " - " in asked, f"{path.relative_to(ROOT)}:{number}: say after ' - ' why this is safe"

@@ -1,16 +1,19 @@
-"""A training killed with -9 wherever it may be, and gone on with: the same bytes, and nothing that does not load."""
+"""A training that is killed with -9, or refused a write, goes on with the same bytes, and every version loads."""
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.durability.child import MOMENTS
-from tests.durability.server import Server
+from tests.durability.server import Server, serving
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,27 @@ def test_killed_at_random(server: Server, undisturbed: tuple[str, float], tmp_pa
         (tmp_path / "journal").unlink()
     assert server.run("train", folder=str(tmp_path)).result == expected
     assert runs > 3
+
+
+def test_a_training_outlives_a_full_disk(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    expected = server.run("train", folder=str(tmp_path / "a"))
+    assert server.run("a_full_disk", folder=str(tmp_path / "b"), saves=3).result == expected.result
+    assert len(list((tmp_path / "b" / "run").iterdir())) == 2
+
+
+def test_a_folder_that_may_not_be_written(server: Server) -> None:
+    """In /tmp itself, where a user without rights can look at it."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        said, *left = server.run("a_read_only_folder", folder=folder).result
+        assert said == f"{folder}: cannot be written: Permission denied; existing versions are unchanged"
+        assert not left
+        os.chmod(folder, 0o755)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running

@@ -135,11 +135,12 @@ def small(dtype: torch.dtype = torch.float64, **options: Any) -> lx.Cascade:
 
 def stepped(cascade: lx.Cascade, stages: int, running: bool) -> lx.Cascade:
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    for _ in range(stages):
+    for stage in range(stages + running):
         cascade(X.to(next(cascade.parameters()).dtype)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        cascade.transition(optimizer)
+        if stage < stages:
+            cascade.transition(optimizer)
     if running:
         randomize(cascade, 3)
         with torch.no_grad():
@@ -159,18 +160,23 @@ SPECS: dict[str, dict[str, Any]] = {
     "trained, fast": {"train": ("*.bias", "4.*"), "restart": "fast"},
     "trained, not slowly": {"train": ("*.bias",), "slow_train": False},
     "collapsed": {"rank": 3},
+    "pissa": {"start": "pissa", "noise": KEPT},
+    "olora, fast": {"start": "olora", "restart": "fast"},
+    "dora": {"adapter": "dora", "noise": lx.Noise(0.2)},
+    "dora, collapsed": {"rank": 4, "adapter": "dora", "start": "pissa"},
+    "by the step": {"noise": lx.Noise(0.2, redraw="step")},
 }
 
 
-@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("when", ["first stage", "ended", "running", "idle"])
 @pytest.mark.parametrize("options", SPECS.values(), ids=SPECS)
-def test_the_fold_of_a_checkpoint_is_that_of_its_cascade(
-    tmp_path: Path, options: dict[str, Any], running: bool
-) -> None:
+def test_the_fold_of_a_checkpoint_is_that_of_its_cascade(tmp_path: Path, options: dict[str, Any], when: str) -> None:
     """Bit for bit, without a model: experts, dense deltas, kept noise, what is trained in full, a running stage."""
     base = tmp_path / "base.safetensors"
     save_file(mlp().state_dict(), base)
-    cascade = stepped(small(**options), 2, running)
+    cascade = stepped(small(**options), 0 if when == "first stage" else 2, when in ("first stage", "running"))
+    if when == "idle":
+        list(cascade.stages(1, torch.optim.SGD(cascade.param_groups(lr=0.1))))
     lx.save(cascade, tmp_path / "checkpoint")
     out = tmp_path / "out.safetensors"
     assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
+from benchmarks.coverage.examine import examine
+from benchmarks.coverage.zoo import LIBRARIES, QUICK, ZOO
 from tests.forms.kit import SPEC, check
 from tests.forms.odd_models import ODD
 from tests.kit.compare import assert_same, run
@@ -82,3 +84,21 @@ def test_named(case: Case, name: str) -> None:
             check(case, name)
     else:
         check(case, name, case.modes[:1] if name == "dynamo" else None)
+
+
+SAMPLE = [name for entries in LIBRARIES.values() for name in [entry.name for entry in entries][::6]]
+"""One architecture of six of each library."""
+ARCHITECTURES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE if name not in QUICK)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_model_is_its_own_oracle(name: str) -> None:
+    assert examine(ZOO[name]).faults == []
+
+
+def test_the_zoo_is_large_and_told_once() -> None:
+    """Enough architectures of each library, from as many source files; each name once."""
+    least = {"timm": 60, "torchvision": 15, "transformers": 60}
+    assert len(ZOO) == sum(map(len, LIBRARIES.values()))
+    for library, entries in LIBRARIES.items():
+        assert len({entry.source for entry in entries}) >= least[library]

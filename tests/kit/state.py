@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.commit import SPARE
-from lorasc_fx.checkpoint.folded import of_checkpoint
 from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
 from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES
 from lorasc_fx.checkpoint.reader import read
@@ -31,7 +29,7 @@ from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_dig
 # fmt: off
 __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
     "TrainedState", "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums",
-    "device_sum", "drop_state", "end_idle", "exact_slow", "file_digest", "folded_changes", "forget_warnings",
+    "device_sum", "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings",
     "graphs_of", "is_idle", "is_released", "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant",
     "placed_weights", "read", "replace_plan", "resting_value", "slow_values", "stage_losses", "text_digest",
     "trainable", "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
@@ -242,14 +240,6 @@ def oldest_variant(cascade: lx.Cascade) -> Any:
 def graphs_of(cascade: lx.Cascade) -> list[Any]:
     """The adapted graph of each variant."""
     return [variant.module for variant in cascade._graphs.variants.all]
-
-
-# ---- checkpoint files
-
-
-def folded_changes(folder: str | PathLike[str]) -> Any:
-    """What the newest checkpoint of a folder makes of the weights, by name, read without a model."""
-    return of_checkpoint(read(folder)).changes
 
 
 # ---- steps that the public face does not offer by themselves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph import branch_nodes, text, use_of
 from lorasc_fx.graph.branch_calls import made_by
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, ShareInputs, StageTransition
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn, weight_state
-from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
+from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, SPEC, Case
 from tests.passes.kit import (
     CLOSE,
     Photograph,
@@ -30,6 +31,7 @@ from tests.passes.kit import (
     branches_of,
     deltas,
     fill,
+    golden,
     golden_section,
     has_golden,
     insert,
@@ -344,3 +346,20 @@ def test_frozen_weights_that_were_changed_anyway() -> None:
         noisy.get_parameter("0.weight").add_(1.0)
     with raises(VerifyError, "graph-not-verified", "0.weight was changed after stage 1 started"):
         FoldBranches()(noisy)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_golden(case: Case) -> None:
+    graph_module = case.own()
+    captured = text(graph_module)
+    if not case.sites:
+        golden(case.name, captured=captured)
+        return
+    inserted = insert(graph_module, case.spec)
+    folded = FoldBranches()(inserted).graph_module
+    merged = insert(graph_module, replace(case.spec, placement="merged"))
+    shared = ShareInputs()(inserted).graph_module
+    others = {"merged": text(merged), "shared": text(shared)}
+    differ = {title: body for title, body in others.items() if body != text(inserted)}
+    golden(case.name, captured=captured, inserted=text(inserted), folded=text(folded), **differ)
+    assert text(folded) == captured
