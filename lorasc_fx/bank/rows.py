@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,6 +40,20 @@ class Layout:
     mixed: bool
     independent: bool
     determined: bool = True
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether consecutive rows of the batch are consecutive in the input of every branch."""
+        return not any(rows.inner for rows in self.places.values())
+
+
+def segments(adapters: Sequence[str | None]) -> Sequence[str | None]:
+    """Return the adapter of each segment of the batch, where consecutive rows with one adapter share its factors.
+
+    All segments have the same length, the greatest common divisor of the numbers of such rows: the adapters a, a, a, a,
+    b, b have the segments a, a, b of two rows each.
+    """
+    return adapters[:: math.gcd(*(len(list(run)) for _, run in itertools.groupby(adapters)))]
 
 
 def row_count(leaves: Sequence[Any]) -> int | None:
@@ -283,6 +299,8 @@ def by_group(
 ) -> Any:
     """Run the rows of each adapter as a separate batch, and return the outputs in the original order of the rows.
 
+    If a call writes into an argument, the rows of that argument are written, too.
+
     Args:
         compute: runs a call with one adapter, from (adapter, args, kwargs).
         adapters: the adapter of each row.
@@ -296,14 +314,24 @@ def by_group(
         rows = [row for row, adapter in enumerate(adapters) if adapter == name]
         order += rows
 
-        def select(leaf: Any, rows: list[int] = rows) -> Any:
-            return leaf[torch.tensor(rows, device=leaf.device)] if _has_rows(leaf, count) else leaf
+        selected: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # an argument, indices, and its rows there
+
+        def select(leaf: Any, rows: list[int] = rows, selected: list[Any] = selected) -> Any:
+            if not _has_rows(leaf, count):
+                return leaf
+            indices = torch.tensor(rows, device=leaf.device)
+            selected.append((leaf, indices, leaf[indices]))
+            return selected[-1][2]
 
         group_args, group_kwargs = pytree.tree_map(select, (args, dict(kwargs)), is_leaf=is_opaque_leaf)
         leaves, tree = pytree.tree_flatten(compute(name, group_args, group_kwargs), is_leaf=is_opaque_leaf)
         if not all(_has_rows(leaf, len(rows)) for leaf in leaves if isinstance(leaf, torch.Tensor)):
             raise not_independent("an output does not have the rows of the batch on axis 0")
         parts.append(leaves)
+        with torch.no_grad():
+            for leaf, indices, part in selected:
+                if not torch.equal(part, leaf[indices]):  # forward has written into the copy
+                    leaf[indices] = part
     positions = [order.index(row) for row in range(count)]  # the inverse of the permutation `order`
 
     def joined(leaves: tuple[Any, ...]) -> Any:

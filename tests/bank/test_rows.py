@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.bank import graph as bank_graph
+from lorasc_fx.bank.rows import segments
+from lorasc_fx.bank.slots import Slots
 from tests.bank.kit import distance, random_pairs
 from tests.kit import tiny
 from tests.kit.errors import raises
@@ -90,6 +92,39 @@ def test_rows_that_differ_in_few_tokens(model: Any, ids: Tensor, frontend: str) 
         mixed = bank(batch, adapter=mix)
         for row, adapter in enumerate(mix):
             assert distance(mixed, bank(batch, adapter=adapter), row, len(ids)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [("aaaabb", "aab"), ("aabbcc", "abc"), ("aabcc", "aabcc"), ("abab", "abab"), ("aaaaabb", "aaaaabb")],
+)
+def test_sorted_rows_are_segments(adapters: str, expected: str) -> None:
+    assert "".join(segments(list(adapters))) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convolutions", "flat", "sequence first"])
+def test_sorted_rows_share_factors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where the rows are the inner part of a flattened axis, each row needs its own factors."""
+    torch.manual_seed(0)
+    model: nn.Module = {
+        "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)),
+        "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 8, 3, groups=2)),
+        "flat": lambda: SequenceFirst(flat=True),
+        "sequence first": lambda: SequenceFirst(flat=False),
+    }[kind]()
+    x = {"mlp": torch.randn(6, 6), "convolutions": torch.randn(6, 3, 7, 7)}.get(kind, torch.randint(1, 20, (6, 3)))
+    x = x.double() if x.is_floating_point() else x
+    bank = lx.AdapterBank(model.double().eval(), args=(x,), targets=("linear", "conv"), max_rank=2)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed))
+    gathered: list[int] = []
+    gather = Slots.gather
+    monkeypatch.setattr(Slots, "gather", lambda self, slots: gathered.append(len(slots)) or gather(self, slots))
+    for mix, count in ((["a", "a", "b", "b", None, None], 3), (["b", "b", "b", "b", "a", "a"], 3), ([*"abbbba"], 6)):
+        mixed = bank(x, adapter=mix)
+        assert gathered.pop() == (6 if kind == "flat" else count)
+        for row, name in enumerate(mix):
+            assert distance(mixed, bank(x, adapter=name), row, 6) < 1e-12
 
 
 def test_a_permutation_of_the_rows_is_not_one_pass() -> None:
@@ -274,3 +309,26 @@ def test_finding_the_rows_does_not_write_into_arguments() -> None:
     bank.add("a", random_pairs(bank.sites, 2, 3))
     bank(X, calls, adapter=["a", None, "a", None, "a"])
     assert calls.item() == 1
+
+
+def test_a_batch_for_each_adapter_writes_into_arguments() -> None:
+    """A branch on a weight, which the model normalizes, has no factors by row, so each adapter has its own batch."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            counts.add_(x.square())
+            return x @ (self.linear.weight / self.linear.weight.norm()).t()
+
+    counts = torch.zeros(5, 6).double()
+    bank = lx.AdapterBank(Counts().double(), args=(X, counts), targets=("linear.weight",))
+    bank.add("a", random_pairs(bank.sites, 2, 3))
+    for inference in (False, True):
+        counts = torch.zeros(5, 6).double()
+        with torch.inference_mode(inference):
+            mixed = bank(X, counts, adapter=["a", None, "a", None, "a"])
+        torch.testing.assert_close(counts, X.square())
+        assert distance(mixed, bank(X, counts.clone(), adapter="a"), 0, 5) < 1e-12
