@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.kit import tiny
+from tests.kit.models import Tied
 
 Inputs = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 # So many classes that two experts of rank 2 do not outgrow a head, and no stage is gone.
@@ -46,19 +47,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
-
-class Tied(nn.Module):
-    """The head is the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.inner = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
-        self.head = nn.Linear(16, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inner(self.embedding(ids))))
 
 
 class Dropout(nn.Module):
@@ -100,7 +88,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "mlp": (Mlp, _rows(12)),
     "conv": (ConvNet, _rows(3, 8, 8)),
     "attention": (Attention, _rows(5, 12)),
-    "tied": (Tied, lambda: ((torch.randint(VOCABULARY, (BATCH, 6)),), {})),
+    "tied": (lambda: Tied(VOCABULARY, 16), lambda: ((torch.randint(VOCABULARY, (BATCH, 6)),), {})),
     "bert": (bert, _ids()),
     "llama": (llama, _ids(use_cache=False)),
     "gpt2": (gpt2, _ids(use_cache=False)),

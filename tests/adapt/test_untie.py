@@ -12,24 +12,12 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.graph import named_weights
 from tests.kit.errors import raises
-from tests.kit.models import branches, factors, loss_of, optimizer_of, randomize
+from tests.kit.models import Tied, branches, build, factors, loss_of, optimizer_of, randomize
 
 IDS = torch.tensor([[1, 4, 8, 2], [2, 3, 1, 0]])
 OPTIONS: dict[str, Any] = {"rank": 2, "lora_alpha": 3.0, "pace": 0.4}
 UNTIED = lx.CascadeSpec(untie=("head.weight",), **OPTIONS)
 FRONTENDS = pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
-
-
-class Tied(nn.Module):
-    """The embedding is tied to the head, as in language models."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 9, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.mix(self.table(ids))))
 
 
 class Three(Tied):
@@ -55,11 +43,6 @@ class TwoNames(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.decoder(torch.tanh(self.inner.table(ids))) + self.inner(ids)
-
-
-def build(kind: type[nn.Module] = Tied) -> nn.Module:
-    torch.manual_seed(3)
-    return kind().double()
 
 
 def by_formula(cascade: lx.Cascade, share: float = 1.0) -> dict[str, torch.Tensor]:
@@ -89,7 +72,7 @@ def moved(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, steps: int = 3)
 
 @FRONTENDS
 def test_untied_parameters_train_separately_and_stay_untied(frontend: str) -> None:
-    model = build()
+    model = build(Tied)
     base, names = model.table.weight.detach().clone(), list(model.state_dict())
     first = model(IDS).detach()
     cascade = lx.adapt(model, (IDS,), spec=UNTIED, frontend=frontend)
@@ -208,14 +191,14 @@ def test_an_adapt_that_fails_leaves_the_tie(args: tuple[Any, ...], more: Any, er
 @FRONTENDS
 def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None:
     """The model into which it is loaded may be tied, like a new one, or already untied."""
-    cascade = lx.adapt(build(), (IDS,), spec=UNTIED, frontend=frontend)
+    cascade = lx.adapt(build(Tied), (IDS,), spec=UNTIED, frontend=frontend)
     optimizer = optimizer_of(cascade)
     moved(cascade, optimizer)
     cascade.transition(optimizer)
     moved(cascade, optimizer)
     lx.save(cascade, tmp_path / "run", optimizer=optimizer)
 
-    model = build()
+    model = build(Tied)
     if not tied:
         model.head.weight = nn.Parameter(model.table.weight.detach().clone())
     again = lx.load(tmp_path / "run", model, (IDS,))
@@ -235,9 +218,9 @@ def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None
 
 
 def test_a_load_that_fails_leaves_the_tie(tmp_path: Path) -> None:
-    cascade = lx.adapt(build(), (IDS,), spec=UNTIED)
+    cascade = lx.adapt(build(Tied), (IDS,), spec=UNTIED)
     lx.save(cascade, tmp_path / "run")
-    model = build()
+    model = build(Tied)
     with torch.no_grad():
         model.mix.weight.add_(1.0)  # another base
     with pytest.raises(lx.CheckpointError):

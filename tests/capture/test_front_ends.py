@@ -19,8 +19,9 @@ import lorasc_fx as lx
 from lorasc_fx.plan import Reason
 from lorasc_fx.util.finalizers import POSTPONED
 from tests.kit import tiny
+from tests.kit.compare import assert_same
 from tests.kit.errors import raises
-from tests.kit.models import assert_merged, batches, branches, loss_of, merged, randomize
+from tests.kit.models import assert_merged, batches, branches, build, loss_of, merged, randomize, seeded
 
 NAMES = ("export", "dynamo", "symbolic", "graph-breaks")
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -52,37 +53,17 @@ class Steps(Net):
         return self.head(self.body(x)) if x.sum() > 0 else self.head(-self.body(x))
 
 
-def net(kind: type[Net] = Net) -> Net:
-    torch.manual_seed(3)
-    return kind().double()
-
-
-def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-    torch.manual_seed(7)
-    return model(*args, **kwargs)
-
-
-def test_auto_reports_why_earlier_front_ends_failed() -> None:
-    x = batches(1, 4, 5)
-    first = lx.adapt(net(), x)
-    assert (first.frontend, first.refused_frontends) == ("export", ())
-    last = lx.adapt(net(Steps), x)
-    assert last.frontend == "graph-breaks"
-    assert [name for name, _ in last.refused_frontends] == ["export", "dynamo", "symbolic"]
-    assert all(reason and "\n" not in reason for _, reason in last.refused_frontends)
-
-
 @pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
 def test_no_other_front_end_is_tried_if_one_is_named(name: str, kind: type[Net]) -> None:
     shape = (4, 2, 5) if kind is Unrolled else (4, 5)
     with raises(lx.CaptureError, "not-captured", kind.__name__, name):
-        lx.adapt(net(kind), batches(1, *shape), frontend=name)
-    assert lx.adapt(net(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "graph-breaks")
+        lx.adapt(build(kind), batches(1, *shape), frontend=name)
+    assert lx.adapt(build(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "graph-breaks")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cascade_has_the_signature_of_the_model(name: str) -> None:
-    model = net()
+    model = build(Net)
     cascade = lx.adapt(model, batches(1, 4, 5), frontend=name)
     assert inspect.signature(cascade.forward) == inspect.signature(model.forward)
     assert inspect.signature(copy.deepcopy(cascade).forward) == inspect.signature(model.forward)
@@ -99,7 +80,7 @@ COMPILERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> None:
-    model = net()
+    model = build(Net)
     model.drop = COMPILERS[compiler](nn.Sequential(nn.Linear(7, 7), nn.ReLU()).double())
     x = batches(1, 4, 5)[0]
     cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
@@ -112,8 +93,8 @@ def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> Non
     body, head = merged(cascade).values()
     hidden = model.drop(torch.tanh(F.linear(x, body, model.body.bias)))
     expected = F.linear(hidden, head, model.head.bias)
-    torch.testing.assert_close(run(cascade, x), expected, rtol=0, atol=1e-12)
-    loss_of(run(cascade, x)).backward()
+    torch.testing.assert_close(seeded(cascade, x), expected, rtol=0, atol=1e-12)
+    loss_of(seeded(cascade, x)).backward()
     assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
 
 
@@ -159,15 +140,6 @@ def llama(**more: Any) -> nn.Module:
     return tiny.llama(**{"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, **more})
 
 
-def assert_same_outputs(computed: Any, expected: Any, close: float = 0.0) -> None:
-    assert type(computed) is type(expected)
-    assert computed.keys() == expected.keys()
-    for key, value in expected.items():
-        if isinstance(value, torch.Tensor):
-            assert computed[key].dtype == value.dtype
-            torch.testing.assert_close(computed[key], value, rtol=0, atol=close)
-
-
 @pytest.mark.parametrize("name", ["auto", "graph-breaks"])
 def test_llama_with_gradient_checkpointing(name: str) -> None:
     model = llama().double()
@@ -177,7 +149,7 @@ def test_llama_with_gradient_checkpointing(name: str) -> None:
     enable({"use_reentrant": False})
     call = {"input_ids": torch.arange(3, 17).view(2, 7), "use_cache": False}
     cascade = lx.adapt(model, (), call, spec=SPEC, frontend=name)
-    assert_same_outputs(run(cascade, **call), run(eager, **call), 1e-14)
+    assert_same(seeded(cascade, **call), seeded(eager, **call), 1e-14)
     randomize(cascade, size=0.1)
     assert_merged(cascade, eager, **call)
 
@@ -229,7 +201,7 @@ class Remembering(Net):
 
 
 def test_a_state_that_cannot_be_flattened_is_one_leaf() -> None:
-    model, x = net(Remembering), batches(1, 4, 5)[0]
+    model, x = build(Remembering), batches(1, 4, 5)[0]
     with pytest.raises(RuntimeError, match="should be applied to another Memory"):
         pytree.tree_leaves(model(x))
     cascade = lx.adapt(model, (x,), spec=SPEC)
@@ -290,7 +262,7 @@ def test_a_compiled_cascade_works_in_another_mode() -> None:
 def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
     """It is postponed while dynamo traces the call, and runs at the next call."""
     torch._dynamo.reset()
-    cascade, x, ran = lx.adapt(net(), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
+    cascade, x, ran = lx.adapt(build(Net), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
     cascade.eval()(x)
     POSTPONED.append(lambda: ran.append(1))
     computed = torch.compile(cascade, backend="eager", fullgraph=True)(x)

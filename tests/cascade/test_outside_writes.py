@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import lorasc_fx as lx
+from tests.errors.models import Late
 from tests.kit.errors import raises, warns
 from tests.kit.models import batches, mlp, optimizer_of, randomize, train
 from tests.kit.state import checksum, checksums, device_sum, resting_value
@@ -202,26 +203,18 @@ def test_the_same_numbers_written_again_are_no_change() -> None:
 def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
     """A graph for another mode adds a site. Its current weight becomes W0, and the checksums of other weights stay."""
 
-    class Modes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.one(x) if self.training else self.one(x) + self.two(x)
-
     def late() -> lx.Cascade:
-        cascade = lx.adapt(Modes().double(), (X,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
-        assert [site.weight for site in cascade.sites] == ["one.weight"]
+        cascade = lx.adapt(Late().double().eval(), (X,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+        assert [site.weight for site in cascade.sites] == ["first.weight"]
         return cascade
 
     first, second = late(), late()
-    first.model.one.weight.data.neg_()
+    first.model.first.weight.data.neg_()
     for cascade in (first, second):
-        cascade.eval()(X)
+        cascade.train()(X)
         assert len(cascade.sites) == 2
-    second.model.two.weight.data.neg_()
-    for cascade, name in ((first, "one"), (second, "two")):
+    second.model.second.weight.data.neg_()
+    for cascade, name in ((first, "first"), (second, "second")):
         with raises(lx.StateError, "weights-changed-outside", name):
             cascade.release()
 

@@ -13,7 +13,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit import tiny
-from tests.kit.errors import raises
 from tests.kit.models import batches, branches, randomize
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
@@ -105,14 +104,11 @@ def test_release_is_the_users_object(frontend: str) -> None:
 
 
 def test_a_released_model_is_free() -> None:
-    """It can be trained and adapted again, with its new weights as W0. The old cascade raises that it was released."""
+    """It can be trained and adapted again, with its new weights as W0."""
     model, x = stated(), batches(1, 2, 3, 5, 4)[0]
     cascade = trained_cascade(model, x)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     cascade.release()
-    for call in (lambda: cascade(x), cascade.release, lambda: cascade.transition(optimizer), cascade.folded_state_dict):
-        with raises(lx.StateError, "released"):
-            call()
     weight = model.head.weight.detach().clone()
     model(x).sum().backward()
     assert model.head.weight.grad is not None

@@ -31,6 +31,7 @@ from tests.errors.inject import EVERY, FailAt, FileCallAt, LineAt, failing, in_t
 from tests.errors.models import Late, Net, inputs, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.kit.errors import raises
+from tests.kit.models import Tied, build
 from tests.kit.seams import SEAMS, seam
 from tests.kit.state import MANIFEST, SPARE, TENSORS, branches_of, end_idle, variant_for, weight_state
 
@@ -132,21 +133,8 @@ def adapt(spec: lx.CascadeSpec, _: Path) -> Call:
     return lambda: lx.adapt(model, args=(X,), spec=spec, frontend="symbolic"), (model,)
 
 
-class Tied(nn.Module):
-    """A head that is the table as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 9, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.table(ids)))
-
-
 def adapt_untied(_: lx.CascadeSpec, __: Path) -> Call:
-    model, ids = Tied(), torch.tensor([[1, 2, 3]])
+    model, ids = build(Tied), torch.tensor([[1, 2, 3]])
     spec = lx.CascadeSpec(rank=2, untie=("head.weight",), noise=lx.Noise(0.1))
     return lambda: lx.adapt(model, args=(ids,), spec=spec, frontend="symbolic"), (model,)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.errors.models import Late
 from tests.kit.errors import lacking, raises
 from tests.kit.state import forget_warnings
 
@@ -368,29 +369,20 @@ def test_an_optimizer_without_the_branches() -> None:
 # ---- sites that come late
 
 
-class Chosen(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor, second: bool = False) -> torch.Tensor:
-        return self.two(x) if second else self.one(x)
-
-
 def test_a_site_that_comes_after_the_optimizer() -> None:
-    cascade = lx.adapt(Chosen(), (X,), spec=QUIET)
+    cascade = lx.adapt(Late().eval(), (X,), spec=QUIET)
     with silent():
         optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
         step(cascade, optimizer)
-    with warns("late-sites", "two.weight"):
-        cascade(X, second=True)
+    with warns("late-sites", "second.weight"):
+        cascade.train()(X)
 
 
 def test_a_site_that_comes_before_the_optimizer() -> None:
     with silent():
-        cascade = lx.adapt(Chosen(), (X,), spec=QUIET)
-        cascade(X, second=True)
-        assert {site.weight for site in cascade.sites} == {"one.weight", "two.weight"}
+        cascade = lx.adapt(Late().eval(), (X,), spec=QUIET)
+        cascade.train()(X)
+        assert {site.weight for site in cascade.sites} == {"first.weight", "second.weight"}
 
 
 # ---- weights that the author had frozen

@@ -43,6 +43,20 @@ class TwoLayers(nn.Module):
         return x
 
 
+class Tied(nn.Module):
+    """An embedding, a linear layer, and a head that is tied to the embedding, as in language models."""
+
+    def __init__(self, words: int = 9, width: int = 4) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(words, width), nn.Linear(width, width, bias=False)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.mix(self.table(ids)))
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
 class Breaking(nn.Module):
     """The values decide, which no whole graph can hold."""
 
