@@ -12,7 +12,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.graph import named_weights
 from tests.kit.errors import raises
-from tests.kit.models import Tied, branches, build, factors, loss_of, optimizer_of, randomize
+from tests.kit.models import Tied, branches, build, factors, optimizer_of, randomize, train
 
 IDS = torch.tensor([[1, 4, 8, 2], [2, 3, 1, 0]])
 OPTIONS: dict[str, Any] = {"rank": 2, "lora_alpha": 3.0, "pace": 0.4}
@@ -64,10 +64,7 @@ def apart(kind: type[nn.Module], values: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def moved(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    for _ in range(steps):
-        loss_of(cascade(IDS)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(cascade, optimizer, [IDS] * steps)
 
 
 @FRONTENDS

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
+from tests.kit.models import train
 
 peft = pytest.importorskip("peft")
 
@@ -215,10 +216,7 @@ def test_every_method_is_exported_as_an_adapter_of_peft(name: str, tmp_path: Pat
     model, x = Net().double(), torch.randn(4, IN).double()
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=3, pace=1.0))
     optimizer = torch.optim.Adam(cascade.param_groups(lr=0.05))
-    for _ in range(3):
-        cascade(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(cascade, optimizer, [x] * 3)
     cascade.transition(optimizer)
     lx.export.peft(cascade, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")

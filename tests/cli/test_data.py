@@ -173,11 +173,6 @@ def test_errors_of_a_configuration(config: DataConfig, tokenizer: Any, expected:
         load_data(config, tokenizer)
 
 
-def test_a_shift_given_twice() -> None:
-    with raises(SpecError, "invalid-value", "data.shifts"):
-        DataConfig(shifts=("a", "a"))
-
-
 def test_a_shift_of_other_classes(tmp_path: Path) -> None:
     for name, label in (("one", "glad"), ("two", "sad")):
         rows = "".join(f"text {index},{label if index % 2 else 'none'}\n" for index in range(9))
@@ -236,11 +231,14 @@ def test_a_missing_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
+        ("", ("invalid-data", "csv:a.csv")),
         ("a" * 40, ("invalid-data", "csv:a.csv", "'a'")),
         ("b" + "a" * 39, ("invalid-data", "16 training examples", "'a'")),
     ],
 )
-def test_a_single_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: tuple[str, ...]) -> None:
+def test_too_few_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: tuple[str, ...]
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.csv").write_text("\n".join(["text,label", *(f"text {label},{label}" for label in labels)]) + "\n")
     config = DataConfig(name="csv:a.csv", train=16, validation=8, test=8)
@@ -290,12 +288,6 @@ def test_a_class_with_too_few_training_examples_is_named(
 def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,0\n\nb,1 \n\n", encoding="utf-8-sig")
     assert read_table("csv", tmp_path / "a.csv", "text", "label") == (["a", "b"], ["0", "1"])
-
-
-def test_an_empty_csv(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\n")
-    with raises(SpecError, "invalid-data"):
-        load_data(DataConfig(name=f"csv:{tmp_path / 'a.csv'}"), letters)
 
 
 def table(folder: Path, kind: str, **columns: list[Any]) -> str:
@@ -418,10 +410,11 @@ def test_cells_that_are_lists(tmp_path: Path) -> None:
         load_data(DataConfig(name=name), letters)
 
 
-@pytest.mark.parametrize(("size", "shown"), [(0, "0"), (0.0, "0.0"), (1.0, "1.0"), (-1, "-1"), (1.5, "1.5")])
-def test_a_size_is_a_number_or_a_share(size: float, shown: str) -> None:
-    with raises(SpecError, "invalid-value", "data.train", shown):
-        DataConfig(train=size)
+@pytest.mark.parametrize(("name", "value"), [("shifts", ("a", "a")), *(("train", n) for n in (0, 0.0, 1.0, -1, 1.5))])
+def test_a_field_with_an_invalid_value(name: str, value: Any) -> None:
+    """A size is a number or a share."""
+    with raises(SpecError, "invalid-value", f"data.{name}", "a" if name == "shifts" else value):
+        DataConfig(**{name: value})
 
 
 def images(folder: Path, **colours: tuple[int, int, int]) -> DataConfig:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.models import train
 
 ALONE = """
 import sys, torch
@@ -34,10 +35,7 @@ def make(folder: Path, placement: Any) -> None:
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, placement=placement))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     for _ in cascade.stages(2, optimizer):
-        for _ in range(3):
-            cascade(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [x] * 3)
     graph = cascade.folded_graph()
     lx.export.pt2(cascade, folder / "model.pt2")
     released = cascade.release()

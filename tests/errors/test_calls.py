@@ -243,6 +243,7 @@ def test_inside_weights(view: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None
         "folded_graph": cascade.folded_graph,
         "rewind": lambda: cascade.rewind(0, optimizer),
         "save": lambda: lx.save(cascade, tmp_path / "run"),
+        "export.peft": lambda: lx.export.peft(cascade, tmp_path / "adapter"),
         "resume": lambda: cascade.resume(optimizer),
         "state_dict": cascade.state_dict,
         "to": cascade.double,

@@ -21,6 +21,7 @@ from lorasc_fx.branch import amplitude
 from tests.errors.models import loss_of
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
+from tests.kit.models import train
 from tests.kit.seams import SEAMS
 from tests.kit.state import branches_of, trainable
 
@@ -340,9 +341,7 @@ def test_a_head_that_is_not_finite(slow_train: bool) -> None:
         options = {"targets": ("0",), "train": ("1.*",), "slow_train": slow_train, "on_nonfinite": how}
         cascade = lx.adapt(model, (x,), spec=spec(**options), frontend="symbolic")
         optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-        loss_of(cascade(x.add(1.0))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [x.add(1.0)])
         cascade.transition(optimizer)
         good = model[1].weight.detach().clone()
         with torch.no_grad():
@@ -384,9 +383,7 @@ def test_a_buffer_that_training_has_made_inf_or_nan_is_kept_nowhere(
     x, model = torch.randn(5, 4), Masked()
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, on_nonfinite=on_nonfinite))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    cascade(x).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    train(cascade, optimizer, [x])
     cascade.folded_graph()  # which makes its graph
     model.scale[1] = value
     calls: dict[str, Callable[[], object]] = {

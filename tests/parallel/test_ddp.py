@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lorasc_fx as lx
 from lorasc_fx.checkpoint import training_state
 from tests.kit.errors import raises, warns
+from tests.kit.models import train
 from tests.parallel import training
 from tests.parallel.ranks import RankFailed, on_ranks
 
@@ -129,9 +130,7 @@ def test_a_changed_rank_invalidates_the_wrapper() -> None:
     cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(ranks=(2, 2, 1)))
     wrapper, optimizer = DistributedDataParallel(cascade), torch.optim.SGD(cascade.param_groups(lr=0.1))
     for _ in range(2):
-        wrapper(x).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(wrapper, optimizer, [x])
         cascade.transition(optimizer)
         if cascade.stage == 2:
             wrapper(x)  # of the same rank

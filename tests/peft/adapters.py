@@ -13,8 +13,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.kit.models import loss_of, randomize
 from tests.kit.state import trained_in_full
-from tests.peft.kit import seeded
-from tests.peft.models import BUILD, INPUTS, made
+from tests.peft.models import BUILD, INPUTS, made, seeded
 
 
 def frontend_of(name: str) -> str:

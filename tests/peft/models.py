@@ -1,8 +1,8 @@
-"""Small models of every kind that adapters are exported from and imported into, in fp64, with fixed weights."""
+"""Small models of every kind that adapters are exported from and imported into, in fp64, and calls of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.kit import tiny
-from tests.peft.kit import normal
+
+
+def normal(*shape: int, seed: int = 2) -> torch.Tensor:
+    """Return random inputs in fp64, which depend only on the seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def seeded(model: Callable[..., Any], args: Sequence[Any]) -> torch.Tensor:
+    """Call a model with fixed dropout masks. For an output of transformers, return the logits."""
+    torch.manual_seed(7)
+    output = model(*args)
+    return getattr(output, "logits", output)
+
+
+def gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest absolute difference of two outputs with the same shape."""
+    assert one.shape == other.shape
+    return (one.double() - other.double()).abs().max().item()
 
 
 def tokens(*shape: int, high: int = 11) -> torch.Tensor:
@@ -104,19 +121,6 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(F.linear(x, self.rows))
-
-
-class Tied(nn.Module):
-    """A model whose head is tied to the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.up, self.down = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
-        self.drop, self.head = nn.Dropout(0.2), nn.Linear(6, 9, bias=False)
-        self.head.weight = self.emb.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.down(self.drop(torch.tanh(self.up(self.emb(ids))))))
 
 
 def llama() -> nn.Module:

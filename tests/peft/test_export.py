@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
-from tests.kit.models import randomize
+from tests.kit.models import Tied, randomize
 from tests.kit.seams import SEAMS
 from tests.kit.state import weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
-from tests.peft.kit import gap, seeded
-from tests.peft.models import BUILD, INPUTS, Tied, made
+from tests.peft.models import BUILD, INPUTS, gap, made, seeded
 
 slow = pytest.mark.slow
 pytestmark = [
@@ -179,12 +178,11 @@ def test_only_parameters_trained_in_full(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_tied_weight_has_two_pairs(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    model = Tied().double().eval()
+    model = made(Tied)
     ids = (torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(2)),)
     cascade = lx.adapt(copy.deepcopy(model), ids, spec=lx.CascadeSpec(rank=2, pace=1.0))
     randomize(cascade)
-    with warns("tied-weight-exported-twice", "emb.weight"):
+    with warns("tied-weight-exported-twice", "table.weight"):
         lx.export.peft(cascade, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
     with torch.no_grad():

@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.models import randomize
-from tests.peft.kit import gap, normal, seeded
-from tests.peft.models import Gate, tokens
+from tests.peft.models import Gate, gap, normal, seeded, tokens
 
 
 class Attention(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,10 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import optimizer_of, train
+from tests.kit.models import Tied, optimizer_of, train
 from tests.kit.state import weight_state
 from tests.peft.adapters import cascade_of, close, folded, frontend_of, loaded, merged, trained_by_peft
-from tests.peft.kit import gap, seeded
-from tests.peft.models import BUILD, INPUTS, made
+from tests.peft.models import BUILD, INPUTS, gap, made, seeded
 
 slow = pytest.mark.slow
 LINEARS = ["q_proj", "v_proj", "down_proj"]
@@ -185,12 +185,7 @@ def test_magnitudes_need_a_spec_that_has_them(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
     """peft trains a head separately from its embedding. This needs the untied model, and the error says so."""
-    import copy
-
-    from tests.peft.models import Tied
-
-    torch.manual_seed(1)
-    model = Tied().double().eval()
+    model = made(Tied)
     ids = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(2))
     theirs = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(target_modules=["head"], init_lora_weights=False)

@@ -315,9 +315,7 @@ def test_a_second_loop_continues(more: dict[str, Any]) -> None:
         optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
         for count in loops:
             for _ in cascade.stages(count, optimizer):
-                cascade(x).square().sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                train(cascade, optimizer, [x])
             assert torch.equal(cascade.model.weight, cascade.folded_state_dict()["weight"])
         found.append(cascade.release().weight.detach())
         assert (found[-1] - before).abs().max() > 1e-3

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import loss_of
+from tests.kit.models import train
 from tests.quantized.layers import CONFIGS, FIXED, LAYERS, is_missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
@@ -71,10 +71,7 @@ def trained(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> tuple[
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, pace=1.0))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     for _ in cascade.stages(2, optimizer):
-        for _ in range(10):
-            loss_of(cascade(x)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [x] * 10)
     return cascade, x
 
 

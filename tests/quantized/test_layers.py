@@ -18,7 +18,7 @@ from lorasc_fx.quantized import LIBRARIES, Library, QuantizedLinear, library_of
 from tests.kit.errors import raises, warns
 from tests.kit.models import loss_of
 from tests.quantized.layers import FIXED, LAYERS, WEIGHTS, Packed, is_missing
-from tests.quantized.test_quantized import SPEC, Net, delta, inputs, plain, train
+from tests.quantized.test_quantized import SPEC, Net, delta, inputs, plain, trained
 
 MISSING = {name: pytest.mark.skipif(is_missing(name) != "", reason=f"{is_missing(name)} is missing") for name in LAYERS}
 CASES = pytest.mark.parametrize("case", [pytest.param(name, marks=MISSING[name]) for name in LAYERS])
@@ -87,7 +87,7 @@ def test_branches_train_beside_layers(case: str, frontend: str) -> None:
     with torch.no_grad():
         for branch in cascade.branches.values():
             branch.lora_B.zero_()
-    slow = plain({**start, **train(cascade)}).train()(inputs())
+    slow = plain({**start, **trained(cascade)}).train()(inputs())
     torch.testing.assert_close(cascade(inputs()), slow, rtol=0, atol=2e-5)
     with cascade.weights("slow"):
         torch.testing.assert_close(model(inputs()), slow, rtol=0, atol=2e-5)
@@ -103,7 +103,7 @@ def test_a_fold_is_dense_or_requantized(case: str, caplog: pytest.LogCaptureFixt
     model = net(case)
     before = types(model)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
-    slow = {**dense(case), **train(cascade)}
+    slow = {**dense(case), **trained(cascade)}
     for call in (cascade.release, cascade.folded_state_dict, cascade.folded_graph):
         with raises(lx.StateError, "quantized-not-supported", call.__name__, "up.weight", "requantize"):
             call()
@@ -128,7 +128,7 @@ def test_a_fold_is_dense_or_requantized(case: str, caplog: pytest.LogCaptureFixt
 def test_a_dense_release_has_linear_layers(case: str) -> None:
     model = net(case)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
-    slow = {**dense(case), **train(cascade)}
+    slow = {**dense(case), **trained(cascade)}
     cascade.release(quantized="dequantize")
     assert types(model) == [nn.Linear, nn.Linear, nn.LayerNorm, nn.Linear]
     torch.testing.assert_close(model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
@@ -138,7 +138,7 @@ def test_a_dense_release_has_linear_layers(case: str) -> None:
 @ALL
 def test_a_run_goes_on(case: str, tmp_path: Path) -> None:
     cascade = lx.adapt(net(case), (inputs(),), spec=SPEC)
-    train(cascade)
+    trained(cascade)
     lx.save(cascade, tmp_path)
     again = lx.load(tmp_path, net(case), (inputs(),))
     assert torch.equal(again(inputs()), cascade(inputs()))
@@ -189,7 +189,7 @@ def test_an_unknown_layer_is_not_requantized(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(LIBRARIES, name, Library(row.holds, row.dequantize))
     model = net("packed")
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
-    train(cascade)
+    trained(cascade)
     before = cascade(inputs())
     with raises(lx.StateError, "quantized-not-supported", "Packed"):
         cascade.release(quantized="requantize")
@@ -212,7 +212,7 @@ def test_a_failed_requantization_restores_earlier_weights(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(LIBRARIES, name, Library(row.holds, row.dequantize, fails))
     cascade = lx.adapt(net("packed"), (inputs(),), spec=SPEC)
-    train(cascade)
+    trained(cascade)
     before = cascade(inputs())
     with pytest.raises(ValueError, match="no memory"):
         cascade.release(quantized="requantize")

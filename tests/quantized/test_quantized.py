@@ -17,7 +17,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
 from tests.kit.errors import raises
-from tests.kit.models import loss_of
+from tests.kit.models import train
 from tests.quantized.layers import CONFIGS
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -64,15 +64,12 @@ def delta(cascade: lx.Cascade, site: lx.Site) -> torch.Tensor:
     return 1.5 * (branch.lora_B @ branch.lora_A).detach()
 
 
-def train(cascade: lx.Cascade, stages: int = 2) -> dict[str, torch.Tensor]:
+def trained(cascade: lx.Cascade, stages: int = 2) -> dict[str, torch.Tensor]:
     """Train, and return the slow weights by the formula."""
     slow = numbers(cascade.model)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     for _ in cascade.stages(stages, optimizer):
-        for _ in range(3):
-            loss_of(cascade(inputs())).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [inputs()] * 3)
         for site in cascade.sites:
             slow[site.weight] = slow[site.weight] + SPEC.pace * delta(cascade, site)
     return slow
@@ -89,7 +86,7 @@ def test_a_cascade_is_moved_and_cast(width: str) -> None:
     """torch swaps such a parameter with the new one, and refuses this if a weak reference to either exists."""
     model = net(width)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
-    train(cascade, 1)
+    trained(cascade, 1)
     before, expected = dict(model.named_parameters()), cascade(inputs())
     with cascade.weights("slow"):
         assert type(model.up.weight) is nn.Parameter
@@ -117,7 +114,7 @@ def test_a_fold_refuses_unless_asked(width: str, tmp_path: Path) -> None:
     lx.export.safetensors(cascade, file, quantized="dequantize")
     for name, value in load_file(file).items():
         assert torch.equal(value, start[name])  # without a training as well
-    slow = train(cascade)
+    slow = trained(cascade)
     for base in (None, file):
         with raises(lx.StateError, "quantized-not-supported", "export.safetensors", "up.weight", "dequantize"):
             lx.export.safetensors(cascade, tmp_path / "other.safetensors", base=base)
@@ -152,7 +149,7 @@ def test_requantize_on_request(width: str, caplog: pytest.LogCaptureFixture) -> 
     model = net(width)
     kind = type(model.up.weight)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
-    slow = train(cascade)
+    slow = trained(cascade)
     with raises(lx.StateError, "quantized-not-supported", "Linear"):
         cascade.release(quantized=lambda module: None)
     assert type(model.up.weight) is kind
@@ -174,7 +171,7 @@ def test_a_bank_serves_adapters_on_a_quantized_base(width: str, tmp_path: Path) 
     before = numbers(bank.model)
     for seed in (1, 2):
         cascade = lx.adapt(net(width), (inputs(),), spec=replace(SPEC, seed=seed))
-        slow = train(cascade)
+        slow = trained(cascade)
         lx.save(cascade, tmp_path / str(seed))
         bank.add(str(seed), tmp_path / str(seed))
         expected[str(seed)] = plain(slow)(inputs())
@@ -231,10 +228,7 @@ def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_pa
     deltas = {site.weight: torch.zeros(site.shape, dtype=torch.float64) for site in quantized}
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     for stage in cascade.stages(4, optimizer):
-        for _ in range(2):
-            loss_of(cascade(inputs())).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [inputs()] * 2)
         for site in quantized:
             total = deltas[site.weight] + 0.5 * delta(cascade, site).double()
             deltas[site.weight] = nearest(total, 3) if stage.number > 1 else total
@@ -259,10 +253,7 @@ def test_ranks_beyond_the_matrix_are_dropped_without_loss(options: dict[str, Any
     ends = []
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     for _ in cascade.stages(5, optimizer):
-        for _ in range(2):
-            loss_of(cascade(inputs())).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [inputs()] * 2)
         moved = {site.weight: delta(cascade, site) for site in cascade.sites}
         fast = {name: value + moved.get(name, 0) for name, value in start.items()}
         slow = {name: slow[name] + 0.5 * (fast[name] - slow[name]) for name in slow}
@@ -308,10 +299,7 @@ def test_loftq_starts_from_the_quantization_error(width: str, tmp_path: Path) ->
     for _ in cascade.stages(3, optimizer):
         held = {site.weight: slow[site.weight] - delta(cascade, site) for site in cascade.sites}
         torch.testing.assert_close(cascade(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
-        for _ in range(3):
-            loss_of(cascade(inputs())).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [inputs()] * 3)
         fast = {site.weight: held[site.weight] + delta(cascade, site) for site in cascade.sites}
         torch.testing.assert_close(cascade(inputs()), plain({**slow, **fast})(inputs()), rtol=0, atol=2e-5)
         slow = {**slow, **{name: slow[name] + 0.5 * (value - slow[name]) for name, value in fast.items()}}
@@ -333,9 +321,7 @@ def test_kept_pairs_beside_a_quantized_weight(width: str) -> None:
     for _ in range(3):
         torch.testing.assert_close(cascade(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
         held = {site.weight: slow[site.weight] - delta(cascade, site) for site in cascade.sites}
-        loss_of(cascade(inputs())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [inputs()])
         for site in cascade.sites:
             fast = held[site.weight] + delta(cascade, site)
             slow[site.weight] = slow[site.weight] + 0.5 * (fast - slow[site.weight])
@@ -362,10 +348,7 @@ def test_other_methods_beside_a_quantized_weight(adapter: str) -> None:
     slow, cascade = numbers(model), lx.adapt(model, (inputs(),), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     for _ in cascade.stages(2, optimizer):
-        for _ in range(3):
-            loss_of(cascade(inputs())).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(cascade, optimizer, [inputs()] * 3)
         for site in cascade.sites:
             branch: Any = cascade.branches[site.key]
             slow[site.weight] = slow[site.weight] + 0.5 * branch.dense_delta(slow[site.weight]).detach()
