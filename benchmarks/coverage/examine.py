@@ -17,7 +17,7 @@ import lorasc_fx as lx
 from benchmarks.coverage.entry import Entry, built
 from tests.kit import compare
 from tests.kit.compare import seed
-from tests.kit.formula import delta
+from tests.kit.models import delta
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1), seed=3)
 

@@ -15,7 +15,7 @@ from benchmarks.coverage.zoo import ZOO
 from lorasc_fx.bank.rows import row_count
 from lorasc_fx.signature import leaves
 from lorasc_fx.spec import KINDS
-from tests.bank.kit import distance, folded, random_pairs
+from tests.bank.test_bank import distance, folded, random_pairs
 from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import Case
 

@@ -1,6 +1,6 @@
 """With B = 0 and no noise, adapted image models compute the same bits as in eager mode, in fp32, train and eval.
 
-Text models: tests/passes/test_masks.py and tests/forms/test_forms.py.
+Text models: tests/passes/test_attention_masks.py and tests/forms/test_forms.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Front ends: messages of failures, signatures, threads, caches as arguments, and torch.compile of a cascade."""
+"""Front ends: their order, messages, signatures, threads, caches as arguments, and torch.compile of a cascade."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ from tests.kit.compare import assert_same
 from tests.kit.errors import raises
 from tests.kit.models import assert_merged, batches, branches, build, loss_of, merged, randomize, seeded
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 NAMES = ("export", "dynamo", "symbolic", "graph-breaks")
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 
@@ -228,7 +230,6 @@ class Padded(nn.Module):
 
 def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
     """The first graph has constant sizes. For another size, the compiled call raises."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model, example, larger = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
     cascade = lx.adapt(model, (example,), spec=SPEC)
@@ -248,7 +249,6 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
 
 def test_a_compiled_cascade_works_in_another_mode() -> None:
     """Without fullgraph, the first call in eval mode is captured outside of the compiled code."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3)).double(), torch.randn(4, 5).double()
     cascade = lx.adapt(model, (x,), spec=SPEC)
@@ -261,10 +261,127 @@ def test_a_compiled_cascade_works_in_another_mode() -> None:
 
 def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
     """It is postponed while dynamo traces the call, and runs at the next call."""
-    torch._dynamo.reset()
     cascade, x, ran = lx.adapt(build(Net), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
     cascade.eval()(x)
     POSTPONED.append(lambda: ran.append(1))
     computed = torch.compile(cascade, backend="eager", fullgraph=True)(x)
     assert torch.equal(computed, cascade(x))
     assert ran == [1]
+
+
+X = batches(1, 2, 4, 5)[0]
+
+
+def by_sign(x: torch.Tensor) -> torch.Tensor:
+    """Branches on values, which export and dynamo refuse. For torch.fx it is one node."""
+    return x if x.sum() > 0 else -x
+
+
+def by_clock(x: torch.Tensor) -> torch.Tensor:
+    """Returns another result in each call."""
+    return by_sign(x) * (1.0 + os.urandom(1)[0] / 256 + os.urandom(1)[0])
+
+
+torch.fx.wrap("by_sign")
+torch.fx.wrap("by_clock")
+
+
+class Plain(nn.Module):
+    """A symbolic trace sees all weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(4, 3)
+        self.mid = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(by_sign(self.mid(torch.tanh(self.body(x)))))
+
+
+class Recurrent(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.LSTM(6, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(by_sign(self.mid(torch.tanh(self.body(x)))[0]))
+
+
+class Alone(nn.Module):
+    """A symbolic graph has no site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.LSTM(5, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return by_sign(self.mid(x)[0])
+
+
+class Mixed(Plain):
+    """The weight of a leaf module is also standardized by another module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.mid(torch.tanh(self.body(x)))
+        return self.head(by_sign(hidden) + F.linear(hidden.sin() @ self.mid.weight, self.mid.weight.tanh()))
+
+
+class Clock(Recurrent):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(by_clock(self.mid(torch.tanh(self.body(x)))[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "reason"),
+    [
+        (Recurrent, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
+        (Alone, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
+        (Mixed, ("mid.weight",), lx.plan.Reason.MIXED_USES),
+    ],
+)
+def test_graph_breaks_before_a_graph_that_hides_weights(
+    kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.plan.Reason
+) -> None:
+    if kind is Alone:
+        with raises(lx.passes.NoSites, "no-sites", reason.value):
+            lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
+    else:
+        named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
+        assert named.frontend == "symbolic"  # if it is selected by name, it is used all the same
+        assert {refusal.weight: refusal.reason for refusal in named.refusals} == dict.fromkeys(hidden, reason)
+
+    model = build(kind)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    assert cascade.frontend == "graph-breaks"
+    assert [name for name, _ in cascade.refused_frontends] == ["export", "dynamo", "symbolic"]
+    message = cascade.refused_frontends[-1][1]
+    assert any(weight in message for weight in hidden)
+    assert reason.value in message
+    assert "\n" not in message
+    assert {site.weight for site in cascade.sites} == {
+        name for name, value in model.named_parameters() if value.dim() > 1
+    }
+    assert cascade.refusals == ()
+    randomize(cascade)
+    assert_merged(cascade, build(kind), X)
+
+
+def test_a_graph_that_hides_nothing_is_taken() -> None:
+    cascade = lx.adapt(build(Plain), (X,), spec=SPEC)
+    assert cascade.frontend == "symbolic"
+    assert len(cascade.sites) == 3
+
+
+def test_weights_that_the_spec_refuses_do_not_count_as_hidden() -> None:
+    spec = lx.CascadeSpec(rank=2, exclude=("mid",))
+    cascade = lx.adapt(build(Recurrent), (X,), spec=spec)
+    assert cascade.frontend == "symbolic"
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+
+
+def test_the_symbolic_graph_is_kept_if_the_fallback_fails() -> None:
+    with raises(lx.CaptureError, "not-captured", "Clock"):
+        lx.adapt(build(Clock), (X,), spec=SPEC, frontend="graph-breaks")
+    cascade = lx.adapt(build(Clock), (X,), spec=SPEC)
+    assert cascade.frontend == "symbolic"
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}

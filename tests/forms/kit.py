@@ -16,8 +16,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
 from tests.kit.compare import Call, assert_buffers, assert_same, loss_of, quietly, run, seed
-from tests.kit.formula import delta
-from tests.kit.models import branches, randomize
+from tests.kit.models import branches, delta, randomize
 from tests.kit.operators.case import Case
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)

@@ -1,31 +1,251 @@
-"""The table of odd models, one row each."""
+"""Models in the style of published code, and their table: chance, hooks, own gradients, sizes and values, own types."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lorasc_fx.plan import Reason
-from tests.forms.odd_mechanisms import (
-    ControlFlow,
-    Droppers,
-    Nested,
-    Norms,
-    Raw,
-    Sparse,
-    Spectral,
-    adjacency,
-)
-from tests.forms.odd_networks import (
-    AdaptiveSoftmax,
-    Decoder,
-    Detector,
-    Generator,
-    GraphNetwork,
-    Loose,
-    Quantized,
-    graph,
-)
 from tests.kit.operators.case import Case, linear, rand
+
+
+class Generator(nn.Module):
+    """A generator with spectral norm, noise in forward, and pixel norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = parametrizations.spectral_norm(nn.Linear(5, 24))
+        self.up = parametrizations.spectral_norm(nn.ConvTranspose2d(6, 4, 4, 2, 1))
+        self.strength, self.out = nn.Parameter(torch.ones(1, 4, 1, 1)), nn.Conv2d(4, 3, 1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        x = self.start(code * torch.rsqrt(code.square().mean(1, keepdim=True) + 1e-8)).view(-1, 6, 2, 2)
+        x = self.up(F.leaky_relu(x, 0.2))
+        x = x + self.strength * torch.randn(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        return torch.tanh(self.out(x))
+
+
+class GraphNetwork(nn.Module):
+    """Messages along edges, summed by index_add and averaged by scatter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.message, self.update = nn.Embedding(4, 5), nn.Linear(12, 6), nn.GRUCell(6, 5)
+        self.read = nn.Linear(5, 2)
+
+    def forward(self, kinds: Tensor, edges: Tensor, features: Tensor, batch: Tensor) -> Tensor:
+        x = self.embed(kinds)
+        source, target = edges
+        for _ in range(2):
+            sent = F.relu(self.message(torch.cat([x[source], x[target], features], -1)))
+            found = torch.zeros(x.shape[0], 6, dtype=x.dtype, device=x.device).index_add_(0, target, sent)
+            x = self.update(found, x)
+        pooled = x.new_zeros(2, 5).scatter_reduce(0, batch[:, None].expand(-1, 5), x, "mean", include_self=False)
+        return self.read(pooled)
+
+
+def graph() -> tuple[Tensor, ...]:
+    edges = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 0, 4, 3, 2]])
+    return (torch.tensor([0, 1, 2, 3, 1]), edges, torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1]))
+
+
+class Quantized(nn.Module):
+    """A codebook that is a buffer, moved by forward in train mode, and a straight-through estimator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(6, 4), nn.Linear(4, 6)
+        self.register_buffer("book", torch.randn(7, 4))
+        self.register_buffer("counts", torch.ones(7))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.encode(x)
+        chosen = torch.cdist(code.detach(), self.book).argmin(-1)
+        hot = F.one_hot(chosen, 7).to(code.dtype)
+        if self.training:
+            with torch.no_grad():
+                self.counts.mul_(0.9).add_(hot.sum(0), alpha=0.1)
+                self.book.lerp_((hot.T @ code.detach()) / self.counts[:, None], 0.1)
+        found = self.book[chosen]
+        return self.decode(code + (found - code).detach()), F.mse_loss(code, found.detach())
+
+
+class Decoder(nn.Module):
+    """Decodes greedily until a token or a length, in a Python loop that reads values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell, self.head = nn.Embedding(6, 4), nn.GRUCell(4, 5), nn.Linear(5, 6)
+
+    def forward(self, context: Tensor) -> Tensor:
+        state, tokens, found = context, torch.zeros(context.shape[0], dtype=torch.long), []
+        while len(found) < 5:
+            state = self.cell(self.table(tokens), state)
+            found.append(self.head(state))
+            tokens = found[-1].argmax(-1)
+            if bool((tokens == 5).all()):
+                break
+        return torch.stack(found, 1)
+
+
+@dataclass
+class Detections:
+    """What a detector returns."""
+
+    boxes: list[dict[str, Tensor]]
+    losses: dict[str, Tensor]
+    count: int = 0
+
+
+class Detector(nn.Module):
+    """Deep supervision: a dataclass that holds lists of dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict({"p3": nn.Conv2d(3, 4, 3, padding=1), "p4": nn.Conv2d(4, 4, 3, 2, 1)})
+        self.boxes, self.scores = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Detections:
+        found, losses = [], {}
+        for name, level in self.levels.items():
+            x = F.relu(level(x))
+            found.append({"boxes": self.boxes(x).sigmoid(), "scores": self.scores(x)})
+            losses[f"loss_{name}"] = found[-1]["scores"].logsumexp(1).mean()
+        return Detections(found, losses, len(found))
+
+
+class Loose(nn.Module):
+    """Arguments by position, by name, in any number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(5, 3) for name in ("text", "image", "sound")})
+
+    def forward(self, *others: Tensor, scale: float = 1.0, **named: Tensor) -> dict[str, Tensor]:
+        base = sum(others)
+        return {name: self.layers[name](value) * scale + base for name, value in named.items()}
+
+
+class AdaptiveSoftmax(nn.Module):
+    """A softmax in clusters, whose forward branches on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.loss = nn.Linear(5, 8), nn.AdaptiveLogSoftmaxWithLoss(8, 9, [3, 6], div_value=2.0)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.body(x), target)
+
+
+class Spectral(nn.Module):
+    """A Fourier operator: complex weights, as such and as pairs of reals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.pair = nn.Linear(1, 4), nn.Parameter(torch.randn(4, 5, 3, 2) / 4)
+        self.local, self.lower = nn.Conv1d(4, 5, 1), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x.unsqueeze(-1)).mT
+        waves = torch.fft.rfft(x)
+        mixed = torch.einsum("bik,iok->bok", waves[..., :3], torch.view_as_complex(self.pair))
+        full = torch.zeros(x.shape[0], 5, waves.shape[-1], dtype=waves.dtype, device=x.device)
+        full[..., :3] = mixed
+        return self.lower(F.gelu(torch.fft.irfft(full, n=x.shape[-1]) + self.local(x)).mT).squeeze(-1)
+
+
+class Sparse(nn.Module):
+    """A graph convolution by a sparse adjacency."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return torch.sparse.mm(adjacency, self.second(torch.relu(torch.sparse.mm(adjacency, x @ self.first))))
+
+
+class ControlFlow(nn.Module):
+    """Torch's operator for branches, whose bodies read weights of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.either, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(
+            torch.cond(x.sum() > 0, lambda x: self.either(x).sin(), lambda x: self.either(-x).tanh(), (x,))
+        )
+
+
+class Droppers(nn.Module):
+    """Every kind of chance that torch has a layer for, and torchvision's stochastic depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import StochasticDepth
+
+        self.conv, self.depth, self.head = nn.Conv2d(3, 4, 1), StochasticDepth(0.4, "row"), nn.Linear(4, 2)
+        self.drops = nn.Sequential(nn.Dropout2d(0.3), nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2), nn.RReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = (x + self.depth(self.drops(x))).mean((2, 3))
+        return self.head(x + torch.bernoulli(torch.full_like(x, 0.5)) * torch.rand_like(x))
+
+
+class Norms(nn.Module):
+    """Running statistics: averaged over all calls, of instances, without affine, in eval mode for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(3, 3, 1) for _ in range(4))
+        self.norms = nn.ModuleList(
+            [
+                nn.BatchNorm1d(3, momentum=None),
+                nn.InstanceNorm1d(3, track_running_stats=True),
+                nn.BatchNorm1d(3, affine=False),
+                nn.BatchNorm1d(3, track_running_stats=False),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x
+
+
+def adjacency() -> tuple[Tensor, Tensor]:
+    dense = (torch.rand(4, 4) > 0.4).double() + torch.eye(4).double()
+    return torch.randn(4, 5, dtype=torch.float64), dense.to_sparse()
+
+
+class Raw(nn.Module):
+    """Reads a weight's data, behind the back of autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x) * F.linear(x, self.body.weight.data).sigmoid()
+        return self.head(hidden) + hidden @ self.head.weight.detach().T
+
+
+class Nested(nn.Module):
+    """Sequences of several lengths in one nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
+        return self.head(self.body(parts).sin().values())
 
 
 def convs(*names: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.models import PLAIN, batches, branches, lora_of, loss_of, mlp, train
-from tests.options.test_rates import LINEARS, LR, X
+from tests.options.test_stage_schedule import LINEARS, LR, X
 
 
 class Hf(torch.optim.Optimizer):

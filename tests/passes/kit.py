@@ -18,8 +18,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.graph import named_weights, record_of, text, use_of
 from lorasc_fx.graph.weights import owner_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
-from tests.kit.formula import delta
-from tests.kit.trained import with_all_gradients
+from tests.kit.models import delta
 from tests.passes.cases import Case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,8 +94,24 @@ def run_with_gradients(module: nn.Module, case: Case) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, module(*case.args))
 
 
+def with_all_gradients(module: nn.Module, *args: Any) -> Any:
+    """Return the detached output of a call in which every floating-point parameter requires a gradient.
+
+    torch chooses kernels, and so the order of sums, by `requires_grad`: matmul of a three-dimensional input, lstm and
+    attention. A graph with branches has a frozen base, so both sides of a comparison have to be called like this.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        return pytree.tree_map_only(Tensor, Tensor.detach, module(*args))
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def run_in_training(module: nn.Module, case: Case) -> Any:
-    """The module's output when every parameter requires a gradient; see `kit.trained.with_all_gradients`."""
+    """The module's output when every parameter requires a gradient; see `with_all_gradients`."""
     return with_all_gradients(module, *case.args)
 
 

@@ -1,20 +1,26 @@
-"""AttentionMasks removes a mask only if it is redundant for all sizes."""
+"""AttentionMasks removes a mask only if it is redundant for all sizes, also in models of transformers."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, fx, nn
 
+import lorasc_fx as lx
+from lorasc_fx.capture.reuse import forget
 from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.graph import text
 from lorasc_fx.passes import AttentionMasks
 from lorasc_fx.passes.attention_masks import Truth, infer_values
+from tests.kit.state import variant_for
 from tests.passes.mask_cases import (
     ALWAYS,
+    ATTENTION,
     FRONT_ENDS,
     NEVER,
     SOMETIMES,
@@ -149,3 +155,124 @@ def test_inferred_values_are_the_computed_ones(name: str) -> None:
             expected = predicted(value, actual.shape)
             assert torch.equal(actual, expected.to(actual.dtype)), (node.format_node(), value)
             assert (actual.dtype is torch.bool) == (expected.dtype is torch.bool)
+
+
+# fmt: off
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ONE = {"num_hidden_layers": 1}
+FEW = {"num_key_value_heads": 2, "use_cache": False}
+PAIR = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
+    "use_cache": False, "pad_token_id": 0, "decoder_start_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+    "forced_eos_token_id": 2}
+T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "use_cache": False}
+GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 64, "use_cache": False}
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 16,
+    "patch_size": 8}
+# fmt: on
+MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "bert": ("BertModel", SMALL | ONE, ["none"]),
+    "gpt2": ("GPT2LMHeadModel", GPT2 | {"bos_token_id": 1, "eos_token_id": 2}, ["causal"]),
+    "llama": ("LlamaForCausalLM", SMALL | FEW, ["causal", "causal"]),
+    "mistral": ("MistralForCausalLM", SMALL | ONE | FEW | {"sliding_window": None}, ["causal"]),
+    "bart": ("BartForConditionalGeneration", PAIR, ["none", "causal", "none"]),
+    "t5": ("T5ForConditionalGeneration", T5, ["mask", "mask", "none"]),  # a learned bias is a mask too
+    "vit": ("ViTModel", VIT, ["none"]),
+}
+WINDOW = SMALL | ONE | FEW | {"sliding_window": 8}
+
+
+def build(model: str, config: dict[str, Any], training: bool = False) -> nn.Module:
+    torch.manual_seed(5)
+    kind = getattr(transformers, model)
+    model = kind(kind.config_class(**config))
+    assert isinstance(model, nn.Module)
+    return model.double().train(training)
+
+
+def inputs(name: str, batch: int, length: int) -> dict[str, Tensor]:
+    torch.manual_seed(batch + length)
+    tokens = torch.randint(3, 50, (batch, length))
+    if name == "vit":
+        return {"pixel_values": torch.randn(batch, 3, 16, 16, dtype=torch.float64)}
+    if name in ("bart", "t5"):
+        return {"input_ids": tokens, "decoder_input_ids": tokens[:, 2:].flip(1)}
+    return {"input_ids": tokens}
+
+
+def run(model: Any, kwargs: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(7)
+    output = model(**kwargs)
+    logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def graph_of(cascade: lx.Cascade, kwargs: dict[str, Tensor]) -> fx.GraphModule:
+    module = variant_for(cascade, (), kwargs).module
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+@pytest.fixture
+def new_variants(caplog: pytest.LogCaptureFixture) -> Any:
+    """Counts the new variants in the log. No graph of an earlier test is used again."""
+    forget()
+    caplog.set_level("INFO", logger="lorasc_fx")
+    return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_has_the_mask_of_eager_mode(name: str, new_variants: Any) -> None:
+    """Equal bits at the captured size and others. There is one graph for it, one for all, and one per size of 1."""
+    kind, config, expected = MODELS[name]
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, kwargs=inputs(name, 2, 7))
+    assert cascade.frontend == "export"
+    assert attention(graph_of(cascade, inputs(name, 2, 7))) == expected
+    for count, length in ((2, 7), (3, 40), (1, 9), (4, 3)):
+        kwargs = inputs(name, count, length)
+        assert torch.equal(run(cascade, kwargs), run(eager, kwargs))
+    assert new_variants() == (3 if name in ("bart", "t5") else 2)  # of length 3 the decoder gets one token
+
+
+def test_dropout_of_attention_is_kept() -> None:
+    kind, config, expected = MODELS["gpt2"]
+    model = build(kind, config | {"attn_pdrop": 0.4}, training=True)
+    eager = copy.deepcopy(model)
+    kwargs = inputs("gpt2", 2, 7)
+    cascade = lx.adapt(model, kwargs=kwargs)
+    graph = graph_of(cascade, kwargs)
+    assert attention(graph) == expected
+    assert [node.args[4] for node in graph.graph.nodes if node.target is ATTENTION] == [0.4]
+    assert torch.equal(run(cascade, kwargs), run(eager, kwargs))
+    assert not torch.equal(run(cascade, kwargs), run(copy.deepcopy(eager).eval(), kwargs))
+
+
+@pytest.mark.parametrize("captured_length", [5, 20])
+def test_a_sliding_window_is_kept(captured_length: int, new_variants: Any) -> None:
+    """There is a graph for the captured length and one for all. Bits may differ."""
+    model = build("MistralForCausalLM", WINDOW)
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, kwargs=inputs("mistral", 2, captured_length))
+    for count, length in ((2, captured_length), (3, 8), (3, 9), (2, 30), (1, 6)):
+        kwargs = inputs("mistral", count, length)
+        assert attention(graph_of(cascade, kwargs)) == ["mask"]
+        torch.testing.assert_close(run(cascade, kwargs), run(eager, kwargs), rtol=1e-12, atol=1e-12)
+    assert new_variants() == 2
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_mask_from_the_user_is_kept(name: str) -> None:
+    """Also a mask of ones, because another call may have zeros."""
+    kind, config, _ = MODELS[name]
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    kwargs = inputs(name, 2, 7) | {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    cascade = lx.adapt(model, kwargs=kwargs)
+    assert set(attention(graph_of(cascade, kwargs))) == {"mask"}
+    torch.testing.assert_close(run(cascade, kwargs), run(eager, kwargs), rtol=1e-12, atol=1e-12)
+    kwargs["attention_mask"][0, 4:] = 0
+    assert torch.equal(run(cascade, kwargs), run(eager, kwargs))

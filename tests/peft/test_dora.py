@@ -1,4 +1,4 @@
-"""DoRA (`adapter="dora"`): peft's own in fp64, step by step and stage by stage; and the slow rule by its formula,
+"""DoRA (`adapter="dora"`): its places; peft's own in fp64, step by step and by stages; the slow rule by its formula,
 `W <- (1 - p) W + p diag(m / |W + s B A|) (W + s B A)`, in dense tensors.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,9 +16,58 @@ from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import SCALE, batches, branches, mlp, optimizer_of, train
+from tests.kit.models import SCALE, Breaking, batches, branches, mlp, optimizer_of, randomize, train
 from tests.kit.state import weight_states
-from tests.peft.dora_kit import FEW, RANK, adapted, trained, weights
+
+RANK = 3
+PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "adapter": "dora"}
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, (3, 2), stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(4, 6, 1, bias=False),
+        nn.Flatten(2),
+        nn.Conv1d(6, 5, 3, padding=1),
+        nn.Unflatten(2, (2, 2, -1)),
+        nn.Conv3d(5, 2, (2, 1, 2)),
+    ).double()
+
+
+def wide() -> nn.Module:
+    """No weight that four experts of rank 1 fill."""
+    torch.manual_seed(6)
+    convs = nn.Sequential(nn.Conv2d(3, 9, (3, 2), stride=2), nn.Tanh(), nn.Conv2d(9, 12, 3, padding=1, bias=False))
+    return nn.Sequential(convs, nn.Tanh(), nn.Flatten(), nn.Linear(144, 11), nn.Tanh(), nn.Linear(11, 10)).double()
+
+
+CASES = {
+    "mlp": (mlp, lambda count: batches(count, 4, 5), ("0", "2", "4")),
+    "conv": (conv_net, lambda count: batches(count, 3, 3, 8, 6), ("0", "2", "4", "6")),
+}
+FEW = {**CASES, "wide": (wide, lambda count: batches(count, 3, 3, 9, 7), ())}
+
+
+def adapted(model: nn.Module, x: torch.Tensor, frontend: str = "auto", **options: Any) -> lx.Cascade:
+    return lx.adapt(model, (x,), spec=lx.CascadeSpec(**{**PLAIN, **options}), frontend=frontend)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() > 1}
+
+
+def norms(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten(1).norm(dim=1).view(-1, *(1 for _ in weight.shape[1:]))
+
+
+def trained(cascade: lx.Cascade, name: str, weight: torch.Tensor, noise: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """`diag(m / |W + N + s B A|) (W + s B A)` with the branch's present numbers."""
+    branch = branches(cascade)[name]
+    delta = SCALE * (branch.lora_B @ branch.lora_A).detach().view_as(weight)
+    magnitude = branch.lora_magnitude_vector.detach().view(-1, *(1 for _ in weight.shape[1:]))
+    return magnitude / norms(weight + delta + noise) * (weight + delta)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
@@ -185,3 +235,117 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
         assert (expected - base(calls[0])).abs().max() > 1e-3
     with raises(lx.SpecError, "method-not-supported", "max_rank", "2"):
         lx.export.peft(cascade, tmp_path / "cut", max_rank=2)
+
+
+def test_passes_without_a_cascade() -> None:
+    from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+
+    model, (x,) = mlp(), batches(1, 4, 5)
+    base, before = weights(model), model(x)
+    pipeline = Pipeline([MatchSites(lx.CascadeSpec(**{**PLAIN, "pace": 0.5})), InsertBranches()])
+    inserted = pipeline(torch.fx.symbolic_trace(model)).graph_module
+    torch.testing.assert_close(inserted(x), before, rtol=0, atol=1e-14)
+    assert torch.equal(FoldBranches()(inserted).graph_module.get_parameter("0.weight"), base["0.weight"])
+    branch = inserted.branches.get_submodule("0/weight")
+    with torch.no_grad():
+        branch.lora_B.fill_(0.3)
+        branch.lora_magnitude_vector.mul_(1.5)
+    moved = base["0.weight"] + SCALE * branch.lora_B.detach() @ branch.lora_A.detach()
+    fast = branch.lora_magnitude_vector.detach()[:, None] / norms(moved) * moved
+    slow = (base["0.weight"] + fast) / 2
+    folded = FoldBranches()(inserted).graph_module
+    torch.testing.assert_close(folded.get_parameter("0.weight"), slow, rtol=0, atol=1e-14)
+    assert [node.name for node in folded.graph.nodes] == [
+        node.name for node in torch.fx.symbolic_trace(mlp()).graph.nodes
+    ]
+    after = StageTransition()(inserted).graph_module
+    torch.testing.assert_close(after(x), folded(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(branch.lora_magnitude_vector, norms(slow).flatten(), rtol=0, atol=1e-14)
+
+
+def test_parameter_groups() -> None:
+    cascade = adapted(mlp(), batches(1, 4, 5)[0])
+    groups = {group["name"]: group["params"] for group in cascade.param_groups(lr=0.1)}
+    assert list(groups) == ["lora_A", "lora_B", "lora_magnitude_vector"]
+    assert [tuple(each.shape) for each in groups["lora_magnitude_vector"]] == [(7,), (6,), (2,)]
+    assert sum(site.parameters for site in cascade.sites) == sum(
+        each.numel() for own in groups.values() for each in own
+    )
+
+
+def test_weights_without_a_place_for_magnitudes() -> None:
+    """The error names them before anything is changed."""
+    model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)).double()
+    held = weights(model)
+    ids = torch.tensor([[1, 2, 3]])
+    with raises(lx.SpecError, "method-not-supported", "dora", "0.weight", "embedding"):
+        lx.adapt(model, (ids,), spec=lx.CascadeSpec(adapter="dora"))
+    assert all(torch.equal(value, held[name]) for name, value in weights(model).items())
+    assert all(value.requires_grad for value in model.parameters())
+    assert len(lx.adapt(model, (ids,), spec=lx.CascadeSpec(adapter="dora", exclude=("0.weight",))).sites) == 1
+
+
+def test_sums_are_refused() -> None:
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(mlp(), x)
+    randomize(cascade)
+    with raises(lx.SpecError, "method-not-supported", "1"):
+        lx.merge([cascade], mlp(), (x,))
+
+
+class TwoWays(nn.Module):
+    """A model that uses its weight in eval mode in a way that magnitudes do not support."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x) if self.training else x @ torch.tanh(self.lin.weight).t()
+
+
+def test_a_later_use_without_a_place_for_magnitudes() -> None:
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(TwoWays().double(), x)
+    held = cascade(x).detach()
+    cascade.eval()
+    with raises(lx.PassError, "method-not-supported", "lin.weight"):
+        cascade(x)
+    cascade.train()
+    assert torch.equal(cascade(x), held)
+
+
+def test_graph_breaks_are_refused() -> None:
+    model, x = Breaking().double(), batches(1, 4, 5)[0]
+    with raises(lx.SpecError, "method-not-supported", "dora", "Breaking", "linear.weight"):
+        adapted(model, x, "graph-breaks")
+    assert all(value.requires_grad for value in model.parameters())
+
+
+def test_a_branch_beside_its_op_is_an_error() -> None:
+    branch = branches(adapted(mlp(), batches(1, 4, 5)[0]))["0.weight"]
+    for at, given in {"on_weight": (torch.zeros(7, 5),), "beside": (torch.zeros(4, 7), torch.zeros(4, 5))}.items():
+        with raises(lx.StateError, "method-not-supported", "0.weight", at):
+            branch(*given, at=at)
+
+
+def test_a_row_scaled_to_zero_cannot_be_exported(tmp_path: Path) -> None:
+    cascade = adapted(mlp(), batches(1, 4, 5)[0])
+    randomize(cascade)
+    with torch.no_grad():
+        branches(cascade)["2.weight"].lora_magnitude_vector[1] = 0
+    with raises(lx.export.ExportError, "not-exportable", "2.weight", "0"):
+        lx.export.peft(cascade, tmp_path / "adapter")
+
+
+def test_casts_and_copies() -> None:
+    """A cast keeps an untrained running stage untrained. A copy trains independently."""
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(mlp(), x)
+    base = {name: value.float() for name, value in weights(mlp()).items()}
+    cascade.float()
+    assert all(torch.equal(value, base[name]) for name, value in weights(copy.deepcopy(cascade).release()).items())
+    twin = copy.deepcopy(cascade)
+    train(twin, torch.optim.SGD(twin.param_groups(lr=0.1)), [x.float()])
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+    assert not any(torch.equal(value, base[name]) for name, value in weights(twin.release()).items())

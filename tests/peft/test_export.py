@@ -1,24 +1,31 @@
-"""Export: `lx.export.peft` writes adapters that `peft.PeftModel.from_pretrained` loads with equal outputs."""
+"""Export: `lx.export.peft` writes adapters that peft loads with equal outputs, or names every weight that it cannot."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
+from lorasc_fx.export import ExportError
 from tests.kit.errors import raises, warns
 from tests.kit.models import Tied, randomize
 from tests.kit.seams import SEAMS
 from tests.kit.state import weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
-from tests.peft.models import BUILD, INPUTS, gap, made, seeded
+from tests.peft.models import BUILD, INPUTS, Gate, Suffixes, gap, made, normal, seeded, tokens
 
 slow = pytest.mark.slow
 pytestmark = [
@@ -229,3 +236,359 @@ def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path: Path, monke
     assert (folder / "README.md").read_text(encoding="utf-8") == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert_loads(cascade, "suffixes", folder)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.att, self.lin = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(self.att(x, x, x)[0])
+        return out
+
+
+class Outer(nn.Module):
+    """A module with a parameter and a linear layer. peft wraps the module because of the parameter."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.rows, self.inner = nn.Parameter(torch.randn(6, 6) / 3), inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(F.linear(x, self.rows))
+        return out
+
+
+class Positions(nn.Embedding):
+    """An embedding that shifts its indices, like OPT's positions."""
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(mask.cumsum(1))
+
+
+class Scaled(nn.Embedding):
+    """An embedding that scales its output, like Gemma's."""
+
+    embed_scale = 2.5
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+class Looks(nn.Module):
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table, self.lin = table, nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(self.table(ids))
+        return out
+
+
+def images() -> tuple[torch.Tensor]:
+    return (normal(3, 4, 6),)
+
+
+def words() -> tuple[torch.Tensor]:
+    return (tokens(3, 4, high=5),)
+
+
+def normed() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 3))
+
+
+def wide() -> Conv1D:
+    found = Conv1D(7, 6)
+    nn.init.normal_(found.weight)
+    return found
+
+
+Build = Callable[[], nn.Module]
+# fmt: off
+CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
+    "packed projection": (Attention, images, {"exclude": ("att.out_proj",)}, ["att.in_proj_weight"]),
+    "a linear below a parameter": (lambda: nn.Sequential(Outer(nn.Linear(6, 6)), nn.Linear(6, 3)), images,
+        {"train": ("1.bias",)}, ["0.rows"]),
+    "Conv1D, linear": (lambda: nn.Sequential(wide(), nn.Linear(7, 3)), images, {}, []),
+    "Conv1D beside a parameter": (lambda: nn.Sequential(wide(), nn.Linear(7, 6), Gate()), images, {},
+        ["0.weight", "2.rows"]),
+    "weight norm": (normed, images, {}, ["0.weight_v"]),
+    "an embedding of its own": (lambda: Looks(Positions(30, 6)), words, {}, ["table.weight"]),
+    "a scaled embedding": (lambda: Looks(Scaled(11, 6)), words, {}, []),
+    "a bag": (lambda: Looks(nn.EmbeddingBag(11, 6)), words, {}, ["table.weight"]),
+    "an encoder that is never fused": (lambda: nn.TransformerEncoderLayer(6, 3, 8, 0.0, batch_first=True), images,
+        {"targets": ("linear*",)}, []),
+}
+# fmt: on
+
+
+TRACED = ("packed projection", "an encoder that is never fused", "weight norm", "a bag", "parametrized")
+"""Cases whose weights symbolic tracing does not see."""
+SLOW = pytest.mark.slow
+
+
+def built(build: Build) -> nn.Module:
+    torch.manual_seed(1)
+    return build().double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # peft's, of a model that has both
+@pytest.mark.parametrize("case", [pytest.param(each, marks=SLOW) if each in TRACED[:2] else each for each in CASES])
+def test_adapted_modules_and_parameters(case: str, tmp_path: Path) -> None:
+    build, inputs, spec, parameters = CASES[case]
+    args, frontend = inputs(), "auto" if case in TRACED else "symbolic"
+    cascade = lx.adapt(built(build), args, spec=lx.CascadeSpec(rank=2, pace=1.0, **spec), frontend=frontend)
+    randomize(cascade)
+    lx.export.peft(cascade, tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert sorted(config.target_parameters or []) == parameters
+    theirs = peft.PeftModel.from_pretrained(built(build), tmp_path).eval()
+    with torch.no_grad():
+        adapted = seeded(theirs, args)
+        base = seeded(built(build), args)
+        right = seeded(cascade.release(), args)
+    assert gap(adapted, right) < 1e-10
+    assert gap(right, base) > 1e-2
+
+
+ODD: dict[str, tuple[Build, str, str]] = {
+    "nested parameters": (
+        lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))),
+        "0.inner.rows",
+        "peft wraps 0 for its own parameters, and then does not find 0.inner in it",
+    ),
+    "parametrized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
+        "0.parametrizations.weight.original1",
+        "it is a parameter of a ParametrizationList, where peft's target_parameters have no effect",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_adapters_that_peft_could_not_load(case: str, tmp_path: Path) -> None:
+    build, name, reason = ODD[case]
+    frontend = "auto" if case in TRACED else "symbolic"
+    cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    modules = dict(cascade.model.named_modules())
+    randomize(cascade)
+    with raises(lx.export.ExportError, "not-exportable", name, reason):
+        lx.export.peft(cascade, tmp_path)
+    assert dict(cascade.model.named_modules()) == modules
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")  # peft's, that it cannot merge
+def test_a_quantized_base(tmp_path: Path) -> None:
+    """A quantized weight cannot store a delta, so the run is exported as an adapter and imported again."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)).eval()
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    cascade = lx.adapt(base(), (x,), spec=lx.CascadeSpec(rank=2, pace=1.0))
+    for stage in range(2):
+        randomize(cascade, seed=stage)
+        cascade.transition(None)
+    lx.export.peft(cascade, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    again = lx.from_peft(tmp_path, base(), (x,))
+    with torch.no_grad():
+        assert gap(theirs(x), cascade(x)) < 1e-5
+        assert gap(again(x), theirs(x)) < 1e-5
+        assert gap(theirs(x), base()(x)) > 0.1
+
+
+class Net(nn.Module):
+    """A linear layer and another module."""
+
+    def __init__(
+        self, other: nn.Module, call: Callable[[nn.Module, torch.Tensor], Any] = lambda other, x: other(x)
+    ) -> None:
+        super().__init__()
+        self.lin, self.other, self.call = nn.Linear(6, 6), other, call
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(self.other, torch.tanh(self.lin(x)))
+
+
+class Shared(nn.Module):
+    """A model with one module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 6)
+        self.two = self.one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.two(torch.tanh(self.one(x)))
+        return out
+
+
+class Own(nn.Module):
+    """A model with a parameter in the top module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.lin = nn.Parameter(torch.randn(6, 6) / 3), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.lin(x), self.rows)
+
+
+def encoder(batch_first: bool = True) -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=batch_first)
+
+
+def attend(other: nn.Module, x: torch.Tensor) -> Any:
+    return other(x, x, x)[0]
+
+
+def image(other: nn.Module, x: torch.Tensor) -> Any:
+    return other(x.unflatten(2, (2, 3)))
+
+
+READ = "reads it without calling the module that holds it, so that an adapter of peft has no effect"
+FUSED = "in eval mode, torch's fused TransformerEncoderLayer does not call the modules that peft adapts"
+OTHER = (
+    r"peft's adapter of this {} does not compute the same as the merged weight "
+    r"\(relative error of the change: [\d.e-]+\)"
+)
+
+# fmt: off
+UNEXPRESSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "grouped": (lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image),
+        {"other.weight": "peft's adapter of a grouped convolution mixes the groups"}),
+    "transposed": (lambda: Net(nn.ConvTranspose2d(4, 3, 2), image),
+        {"other.weight": "peft adapts no ConvTranspose2d with a weight of 4 axes"}),
+    "dilated": (lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image),
+        {"other.weight": OTHER.format("Conv2d")}),
+    "padding mode": (lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image),
+        {"other.weight": OTHER.format("Conv2d")}),
+    "attention": (lambda: Net(nn.MultiheadAttention(6, 2), attend),
+        {"other.out_proj.weight": f"MultiheadAttention {READ}"}),
+    "encoder": (lambda: Net(encoder()), {"other.linear1.weight": FUSED, "other.linear2.weight": FUSED,
+        "other.self_attn.in_proj_weight": FUSED, "other.self_attn.out_proj.weight": f"MultiheadAttention {READ}"}),
+    "read by another": (lambda: Net(nn.Linear(6, 4), lambda other, x: F.linear(x, other.weight, other.bias)),
+        {"other.weight": f"Net {READ}"}),
+    "read by another, transposed": (lambda: Net(nn.Linear(6, 4), lambda other, x: x @ other.weight.T),
+        {"other.weight": f"Net {READ}"}),
+    "called and read": (lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
+        {"other.weight": f"Net {READ}"}),
+    "recurrent": (lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
+        {"other.weight_hh_l0": "it is a parameter of a GRU, where peft's target_parameters have no effect",
+        "other.weight_ih_l0": "it is a parameter of a GRU, where peft's target_parameters have no effect"}),
+    "shared module": (Shared, {"one.weight": "its module has the paths one and two, and peft adapts only one of them"}),
+    "top module": (Own, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
+}
+# fmt: on
+
+
+UNSEEN = ("attention", "encoder", "recurrent", "transposed")
+"""Cases whose weights symbolic tracing does not see."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=pytest.mark.slow) if each == "encoder" else each for each in UNEXPRESSED]
+)
+def test_changes_that_no_adapter_expresses(case: str, tmp_path: Path) -> None:
+    build, reasons = UNEXPRESSED[case]
+    args = (normal(2, 4, 6),)
+    frontend = "auto" if case in UNSEEN else "symbolic"
+    cascade = lx.adapt(made(build), args, spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    randomize(cascade)
+    with pytest.raises(ExportError) as caught:
+        lx.export.peft(cascade, tmp_path / "adapter")
+    summary, *lines = str(caught.value).splitlines()
+    assert summary.startswith("export.peft: an adapter of peft cannot express the change of these weights; nothing was")
+    assert len(lines) == len(reasons), lines
+    for line, (name, reason) in zip(lines, reasons.items(), strict=True):
+        assert re.fullmatch(rf"  {re.escape(name)}: {reason}", line), line
+    assert not list(tmp_path.iterdir())
+    cascade.transition(None)
+
+
+def test_kept_noise(tmp_path: Path) -> None:
+    cascade = cascade_of("suffixes", noise=lx.Noise(0.1, keep=True), targets=("lin",))
+    with raises(ExportError, "not-exportable", "lin.weight", "noise.keep"):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_a_parameter_trained_in_full_in_the_top_module(tmp_path: Path) -> None:
+    cascade = lx.adapt(made(Own), (normal(2, 4, 6),), spec=lx.CascadeSpec(targets=("lin",), train=("rows",)))
+    randomize(cascade)
+    with raises(ExportError, "not-exportable", "\n  rows: "):
+        lx.export.peft(cascade, tmp_path)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.lin = nn.Parameter(torch.ones(6)), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(x) * self.scale
+        return out
+
+
+def test_a_module_that_contains_an_adapted_one(tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(train=("other.scale",))
+    cascade = lx.adapt(made(lambda: Net(Block())), (normal(2, 4, 6),), spec=spec)
+    randomize(cascade)
+    with raises(ExportError, "not-exportable", "other.scale", "other.lin"):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_a_module_whose_path_is_a_suffix_of_an_adapted_one(tmp_path: Path) -> None:
+    """peft saves every module with this suffix: 1.lin also matches 11.lin."""
+    cascade = lx.adapt(
+        made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(exclude=("1.lin.weight",), train=("1.lin.bias",))
+    )
+    randomize(cascade)
+    with raises(ExportError, "not-exportable", "1.lin.bias", "1.lin", "11.lin"):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_a_rank_above_the_largest_uniform_rank(tmp_path: Path) -> None:
+    cascade = lx.adapt(
+        made(lambda: nn.Sequential(nn.Linear(1100, 1100))), (normal(2, 1100),), spec=lx.CascadeSpec(rank=520)
+    )
+    randomize(cascade)
+    with raises(ExportError, "not-exportable", "0.weight", "520", "512"):
+        lx.export.peft(cascade, tmp_path, uniform_rank=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "sentence"),
+    [
+        ({"view": "base"}, lx.StateError, ("unknown-name", "slow", "fast", "averaged")),
+        ({"max_rank": 0}, lx.SpecError, ("invalid-value", "max_rank", "0")),
+        ({"dtype": torch.int8}, lx.SpecError, ("invalid-value", "dtype", "torch.int8")),
+    ],
+)
+def test_invalid_arguments(
+    given: dict[str, Any], kind: type[lx.LorascError], sentence: tuple[str, ...], tmp_path: Path
+) -> None:
+    cascade = cascade_of("suffixes", stages=1)
+    with raises(kind, *sentence):
+        lx.export.peft(cascade, tmp_path, **given)
+
+
+def test_a_cascade_that_has_not_trained(tmp_path: Path) -> None:
+    cascade = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
+    with raises(lx.StateError, "not-available"):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_folders_with_other_files(tmp_path: Path) -> None:
+    cascade = cascade_of("suffixes", stages=1)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with raises(ExportError, "path-in-the-way", "file"):
+        lx.export.peft(cascade, tmp_path / "file")
+    with raises(ExportError, "path-in-the-way", "adapter_config.json"):
+        lx.export.peft(cascade, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,13 +10,17 @@ import pytest
 import torch
 import torchao.quantization as torchao
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
+from lorasc_fx.peft.change import compressed, factored
 from lorasc_fx.util.fingerprint import fingerprints
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.models import randomize
+from tests.kit.state import Factors
 from tests.peft.adapters import cascade_of, merged, trained_by_peft
 from tests.peft.models import BUILD, INPUTS, made
 
@@ -178,3 +182,60 @@ def test_an_unchanged_parameter_is_accepted() -> None:
     )
     randomize(cascade)
     assert low_rank_pairs(cascade).pairs.keys() == {"up.weight"}
+
+
+def pair(*shape: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Factors:
+    source = torch.Generator().manual_seed(seed)
+    *stack, rows, columns = shape
+    b, a = (
+        torch.randn(each, generator=source, dtype=dtype) for each in ((*stack, rows, rank), (*stack, rank, columns))
+    )
+    return Factors(b, a)
+
+
+def delta(of: Factors) -> torch.Tensor:
+    return of.b.double() @ of.a.double()
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (3, 7, 5)])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_nearest_pair(shape: tuple[int, ...], rank: int) -> None:
+    whole = pair(*shape, rank=9)
+    found, cut = compressed(whole, rank)
+    left, values, right = torch.linalg.svd(delta(whole), full_matrices=False)
+    nearest = left[..., :rank] * values[..., None, :rank] @ right[..., :rank, :]
+    torch.testing.assert_close(delta(found), nearest, rtol=0, atol=1e-12)
+    assert (cut.before, cut.after, found.a.shape[-2]) == (9, rank, rank)
+    assert cut.norm == pytest.approx(float(delta(whole).norm()), rel=1e-12)
+    assert cut.error == pytest.approx(float((delta(whole) - delta(found)).norm()), rel=1e-9, abs=1e-12)
+    assert cut.relative == pytest.approx(cut.error / cut.norm)
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that is created."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.entries = max([self.entries, *sizes])
+        return output
+
+
+def test_the_delta_is_never_formed() -> None:
+    whole = pair(300, 400, rank=6)
+    with Largest() as largest:
+        compressed(whole, 2)
+    assert largest.entries <= 400 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(9, 6), (2, 6, 9)])
+def test_a_dense_delta_at_its_rank(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    dense = delta(pair(*shape, rank=3)).to(dtype)
+    found = factored(dense)
+    assert found.a.shape[-2] == 3
+    torch.testing.assert_close(delta(found), dense.double(), rtol=0, atol=20 * torch.finfo(dtype).eps)
+    assert factored(torch.randn(4, 3, dtype=dtype)).a.shape[-2] == 3
+    assert factored(torch.zeros(4, 3, dtype=dtype)).a.shape[-2] == 1
