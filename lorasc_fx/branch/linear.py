@@ -138,8 +138,9 @@ class MatrixOps:
         traced = type(base) is not torch.Tensor or torch.compiler.is_compiling()
         if not traced and not branch.drops and base.numel() <= _SMALL and x.numel() <= _SMALL:
             # For small tensors, the overhead of views and `addmm` exceeds the cost of the products.
-            low = F.linear(x, branch.down.to(x.dtype))
-            return torch.add(base, F.linear(low, branch.up.to(low.dtype)), alpha=branch.scale)
+            a, b = branch.down, branch.up
+            low = F.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))
+            return torch.add(base, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
         if allows_custom_backward(base, x):
             a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
             return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)

@@ -4,7 +4,7 @@ A GraphModule resolves the path of each weight, flattens its arguments, and call
 `Module.__call__`. The function avoids this:
 
 - a weight is read from the `_parameters` dictionary of its module, so that a replaced Parameter is seen;
-- a branch is called by its `forward`. The caller checks that no branch has hooks;
+- a branch is called by the method of its placement. The caller checks that no branch has hooks;
 - products with large frozen weights are computed by `for_frozen`.
 """
 
@@ -80,7 +80,10 @@ class _Call(functools.partial[Any]):
 
 
 def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[..., Any] | None:
-    """Return the function that a node calls in the generated code, or None to keep an input, output or method call."""
+    """Return the function that a node calls in the generated code, or None to keep an input, output or method call.
+
+    The keyword `at` of a branch node, which chooses the function, is removed.
+    """
     target: Any = node.target
     if node.op == "get_attr":
         holder, leaf = _holder_of(module, target)
@@ -90,8 +93,15 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[
                     return _Call(_read, vars(holder), store, leaf)
         return _Call(getattr, holder, leaf)
     if node.op == "call_module":
-        called = module.get_submodule(target)
-        return _Call(called.forward if is_branch else called)
+        called: Any = module.get_submodule(target)
+        if not is_branch:
+            return _Call(called)
+        if "tensors" in node.kwargs:
+            return _Call(called.forward)
+        options = dict(node.kwargs)
+        method = called.placement(options.pop("at"))
+        node.kwargs = options
+        return _Call(method)
     if node.op != "call_function":
         return None
     if (frozen := for_frozen(target)) is not None and not node.kwargs and _reads_large_matrix(module, node):
