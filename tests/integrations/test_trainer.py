@@ -1,73 +1,439 @@
-"""A cascade in transformers' Trainer, compared with peft in the same Trainer and with plain formulas."""
+"""A cascade in transformers' Trainer: losses, metrics, what is saved, resumed and best, and errors before training."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
-from transformers import Trainer
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
 
 import lorasc_fx as lx
-from tests.integrations.kit import adapted, arguments, losses, net, rows
+from tests.integrations.kit import (
+    adapted,
+    arguments,
+    llama,
+    losses,
+    net,
+    rows,
+    texts,
+    tokenizer,
+    values_of,
+    with_weights,
+)
+from tests.kit.errors import raises, warns
 from tests.kit.models import lora_of
 
-SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0)
-TARGETS = ("first", "head")
-LOGGED = 3e-7
-"""Tolerance of the losses, which a Trainer sums in fp32. The weights are compared in fp64."""
+SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), train=("head.bias",))
+CallbackOf = lx.integrations.transformers.CascadeCallback
 
 
-def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], data: Any = None, **more: Any) -> Any:
-    data = rows() if data is None else data
-    callback = lx.integrations.transformers.CascadeCallback(cascade, **how)
+def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], *callbacks: Any, **more: Any) -> Any:
     return Trainer(
-        model=cascade, args=arguments(folder, **more), train_dataset=data, eval_dataset=data[:6], callbacks=[callback]
-    )
+        model=cascade, args=arguments(folder, **more), train_dataset=rows(), eval_dataset=rows(7),
+        callbacks=[CallbackOf(cascade, **how), *callbacks],
+    )  # fmt: skip
 
 
-class PeftTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that keeps all columns. It would prune `x`, which is not in the signature of peft's wrapper."""
+def test_the_best_model_is_the_one_that_was_measured(tmp_path: Path) -> None:
+    cascade = adapted(SPEC)
+    more = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 2.0}
+    trainer = trainer_of(cascade, tmp_path, {"steps": 2}, load_best_model_at_end=True, **more)
+    trainer.train()
+    found = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(found.values())
+    assert best < found[max(found)]  # it has run away since
+    assert trainer.evaluate()["eval_loss"] == best
+    model = cascade.release().eval()
+    with torch.no_grad():
+        rest = rows(7)
+        x, labels = (torch.stack([each[name] for each in rest]) for name in ("x", "labels"))
+        assert model(x, labels)["loss"].item() == pytest.approx(best, abs=1e-6)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["x", "labels"]
+
+@pytest.mark.filterwarnings("ignore:the state dict of a cascade:lorasc_fx.errors.LorascWarning")  # a spy reads it
+def test_evaluation_and_the_saved_model_are_the_slow_weights(tmp_path: Path) -> None:
+    """In the middle of a stage, beside a copy of the plain model with W0 + S by the formula."""
+    x, labels = (torch.stack([each[name] for each in rows(7)]) for name in ("x", "labels"))
+    for evaluate in ("slow", "fast", "trained"):
+        cascade = adapted(lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2)))
+        trainer = trainer_of(cascade, tmp_path / evaluate, {"steps": 3, "evaluate": evaluate}, max_steps=5)
+        trainer.add_callback(Spy(trainer, x, labels))
+        trainer.train()
+        assert trainer.spied == 2
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        pytest.param(
-            {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.3}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"gradient_accumulation_steps": 3, "lr_scheduler_type": "linear", "label_names": ["labels"]},
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["plain", "accumulated-clipped-decayed", "last-batch-short-and-linear"],
-)
-def test_one_stage_equals_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any]) -> None:
-    cascade = adapted(SPEC, 0.0, torch.float64)
-    data = rows(18, torch.float64)
-    lora = lora_of(cascade, net(0.0, torch.float64), TARGETS)
-    theirs = PeftTrainer(model=lora, args=arguments(tmp_path / "peft", **more), train_dataset=data)
-    theirs.train()
-    ours = trainer_of(cascade, tmp_path / "ours", {"steps": 1000}, data, **more)
-    ours.train()
-    assert len(losses(ours)) > 3
-    assert losses(ours) == pytest.approx(losses(theirs), abs=LOGGED, rel=0)
-    expected = lora.merge_and_unload().state_dict()
-    for name, value in cascade.release().state_dict().items():
-        torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
+class Spy(TrainerCallback):  # type: ignore[misc]
+    """Evaluates and saves in the middle of training."""
+
+    def __init__(self, trainer: Any, x: Tensor, labels: Tensor) -> None:
+        self.trainer, self.x, self.labels = trainer, x, labels
+        trainer.spied = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_about: Any) -> None:
+        if state.global_step not in (4, 5):
+            return
+        cascade, (callback,) = (
+            self.trainer.model,
+            [each for each in self.trainer.callback_handler.callbacks if isinstance(each, CallbackOf)],
+        )
+        slow, fast = values_of(cascade), values_of(cascade, "fast")
+        now = {name: value.double() for name, value in cascade.model.state_dict().items()}
+        noise = {name: now[name] - slow[name] for name in slow}
+        trained = {name: fast[name] + noise[name] for name in slow}
+        assert all(value.abs().max() > 1e-3 for value in noise.values())
+        wanted = {"slow": slow, "fast": fast, "trained": trained}
+        told = {}
+        for name, values in wanted.items():
+            with torch.no_grad():
+                told[name] = with_weights(cascade.model, values)(self.x, self.labels)["loss"].item()
+        assert len({round(each, 4) for each in told.values()}) == 3
+        assert self.trainer.evaluate()["eval_loss"] == pytest.approx(told[callback.evaluate], abs=1e-5)
+        predicted = self.trainer.predict(rows(7)).metrics["test_loss"]
+        assert predicted == pytest.approx(told[callback.evaluate], abs=1e-5)
+        self.trainer.save_model(f"{args.output_dir}/saved")
+        saved = load_file(f"{args.output_dir}/saved/model.safetensors")
+        for name, value in slow.items():
+            torch.testing.assert_close(saved[name].double(), value, atol=1e-6, rtol=0)
+        assert set(saved) == set(cascade.model.state_dict())
+        for name, value in cascade.model.state_dict().items():
+            assert torch.equal(value.double(), now[name])  # put back, bit for bit
+        self.trainer.spied += 1
+
+
+@pytest.mark.filterwarnings("ignore:stage . ended, and no branch has moved:lorasc_fx.errors.LorascWarning")
+def test_a_plateau_ends_a_stage(tmp_path: Path) -> None:
+    """A learning rate of 0 is one: the fast weights stand still, and no evaluation after the first finds less."""
+    cascade, stages = adapted(lx.CascadeSpec(rank=2)), []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_about: Any) -> None:
+            stages.append(cascade.stage)
+
+    more = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "num_train_epochs": 2}
+    trainer = trainer_of(cascade, tmp_path, {"plateau": 1}, Watch(), **more)
+    trainer.train()
+    assert stages == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert all(entry["eval_fast_loss"] == pytest.approx(entry["eval_loss"], abs=1e-6) for entry in found)
+
+
+def test_a_second_training_goes_on(tmp_path: Path) -> None:
+    """The first one was cut short: its stage is folded, and no noise is left; the second begins with a stage."""
+    cascade = adapted(lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2)))
+    trainer = trainer_of(cascade, tmp_path, {"steps": 4}, max_steps=6)
+    trainer.train()
+    assert cascade.stage == 3
+    now = cascade.model.state_dict()
+    for name, value in values_of(cascade).items():
+        torch.testing.assert_close(now[name].double(), value, atol=1e-6, rtol=0)
+    trainer.train()
+    assert cascade.stage == 5
 
 
 def test_a_number_of_stages_divides_the_steps(tmp_path: Path) -> None:
-    """18 rows in batches of 4 are 5 steps an epoch: 10 steps in 3 stages end after steps 3, 7 and 10."""
-    cascade = adapted(SPEC, 0.0, torch.float64)
-    trainer = trainer_of(cascade, tmp_path, {"stages": 3}, rows(18, torch.float64), num_train_epochs=2)
+    """20 rows in batches of 4 are 5 steps an epoch: 10 steps in 3 stages end after steps 3, 7 and 10."""
+    cascade = adapted(SPEC)
+    trainer = trainer_of(cascade, tmp_path, {"stages": 3}, num_train_epochs=2)
     trainer.train()
-    stages = [line["stage"] for line in trainer.state.log_history if "loss" in line]
-    assert stages == [1] * 3 + [2] * 4 + [3] * 3
+    assert [line["stage"] for line in trainer.state.log_history if "loss" in line] == [1] * 3 + [2] * 4 + [3] * 3
     assert cascade.stage == 4
+
+
+TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
+LINEARS = lx.CascadeSpec(
+    targets=tuple(f"*.{name}.weight" for name in TARGETS), rank=2, lora_alpha=6.0, pace=1.0, placement="beside"
+)
+
+
+def adapted_llama(spec: lx.CascadeSpec = LINEARS) -> lx.Cascade:
+    rows = texts(2)
+    kwargs = {name: torch.stack([each[name] for each in rows]) for name in rows[0]}
+    kwargs["num_items_in_batch"] = torch.tensor(11)
+    return lx.adapt(llama().train(), kwargs=kwargs, spec=spec)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize(
+    ("more", "close"),
+    [
+        ({"gradient_accumulation_steps": 2}, 1e-6),  # normed by the tokens of both batches, shifted by one
+        ({"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}, 1e-6),  # labels shifted by the Trainer
+        ({"bf16": True}, 2e-2),
+        ({"activation_checkpointing": True}, 1e-6),
+    ],
+    ids=["tokens", "smoothed", "bf16", "recomputed"],
+)
+def test_the_losses_are_those_of_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any], close: float) -> None:
+    data = texts(12)
+    cascade = adapted_llama()
+    theirs = Trainer(
+        model=lora_of(cascade, llama(), TARGETS),
+        args=arguments(tmp_path, **more),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    theirs.train()
+    callback = lx.integrations.transformers.CascadeCallback(cascade, steps=1000, evaluate="fast")
+    ours = Trainer(
+        model=cascade, args=arguments(tmp_path, **more), train_dataset=data, eval_dataset=data, callbacks=[callback]
+    )
+    ours.train()
+    assert len(losses(ours)) > 2
+    assert losses(ours) == pytest.approx(losses(theirs), abs=close, rel=0)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], abs=close)
+    assert ours.state.total_flos > 0
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_the_librarys_own(tmp_path: Path) -> None:
+    """The folder loads by `AutoModel`, where nothing of ours is, with the outputs of W0 + S by the formula."""
+    cascade = adapted_llama(lx.CascadeSpec(targets=LINEARS.targets, rank=2, pace=0.5, noise=lx.Noise(0.1)))
+    callback = lx.integrations.transformers.CascadeCallback(cascade, steps=2)
+    more = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    trainer = Trainer(
+        model=cascade, args=arguments(tmp_path / "run", **more), train_dataset=texts(), callbacks=[callback],
+        processing_class=tokenizer(), optimizers=(optimizer, schedule),
+    )  # fmt: skip
+    trainer.train()
+    assert cascade.stage == 4  # the last one was cut short, and folded
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "saved").iterdir()
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64).eval()
+    plain = with_weights(llama(), values_of(cascade))
+    ids = torch.stack([each["input_ids"] for each in texts(3)])
+    with torch.no_grad():
+        assert (plain(ids).logits - with_weights(llama(), {})(ids).logits).abs().max() > 1e-3
+        torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, atol=1e-10, rtol=0)
+        with cascade.weights("slow"):
+            assert torch.equal(cascade.eval()(ids).logits, loaded(ids).logits)
+    assert not (tmp_path / "run" / "checkpoint-3" / "config.json").exists()  # no model: nobody takes it for one
+
+
+NOISY = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
+
+
+def loss_of(weights: dict[str, torch.Tensor]) -> float:
+    data = rows(6)
+    x, labels = (torch.stack([row[name] for row in data]) for name in ("x", "labels"))
+    return F.cross_entropy(with_weights(net(), weights)(x)["logits"], labels).item()
+
+
+def share(predictions: Any) -> dict[str, float]:
+    return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
+
+
+def measured(cascade: lx.Cascade, folder: Path, how: dict[str, Any], **more: Any) -> Any:
+    return Trainer(
+        model=cascade, args=arguments(folder, **more), train_dataset=rows(12), eval_dataset=rows(6),
+        callbacks=[CallbackOf(cascade, **how)], compute_metrics=share,
+    )  # fmt: skip
+
+
+def test_logs_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    cascade, expected = adapted(NOISY), []
+
+    class Spy(CallbackOf):  # type: ignore[valid-type, misc]
+        def on_evaluate(self, *args: Any, **about: Any) -> None:
+            expected.append(tuple(loss_of(values_of(cascade, view)) for view in ("slow", "fast")))
+
+    more = {"report_to": ["tensorboard"], "eval_strategy": "steps", "eval_steps": 2, "max_steps": 7}
+    trainer = Trainer(
+        model=cascade, args=arguments(tmp_path, logging_steps=1, **more), train_dataset=rows(12),
+        eval_dataset=rows(6), callbacks=[Spy(cascade, steps=3, evaluate=("slow", "fast"))], compute_metrics=share,
+    )  # fmt: skip
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["stage"] for entry in steps] == [1, 1, 1, 2, 2, 2, 3]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    found = [(entry["eval_slow_loss"], entry["eval_fast_loss"]) for entry in evaluations]
+    assert len(found) == 4  # after steps 2, 4, 6 and the last
+    for ours, by_formula in zip(found, expected, strict=True):
+        assert ours == pytest.approx(by_formula, abs=1e-6)
+    assert found[0][0] != pytest.approx(found[0][1], abs=1e-4)
+    for entry in evaluations:
+        assert entry["eval_loss"] == entry["eval_slow_loss"]
+        assert entry["eval_accuracy"] == entry["eval_slow_accuracy"]
+    names = {"train/stage", "eval/slow_loss", "eval/fast_loss", "eval/slow_accuracy"}
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert names <= set(events.Tags()["scalars"])
+    assert [(each.step, each.value) for each in events.Scalars("train/stage")] == list(
+        zip(range(1, 8), [1, 1, 1, 2, 2, 2, 3], strict=True)
+    )
+    assert names <= {name for entry in steps + evaluations for name in rewrite_logs(entry)}  # as W&B is sent them
+
+
+def test_a_log_of_several_steps_and_an_evaluation_of_one_kind(tmp_path: Path) -> None:
+    cascade = adapted(NOISY)
+    trainer = measured(cascade, tmp_path, {"steps": 1, "evaluate": "fast"}, logging_steps=3, max_steps=6)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["stage"] for entry in steps] == [3, 6]
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == metrics["eval_fast_loss"]
+    assert "eval_slow_loss" not in metrics
+    assert "test_fast_accuracy" in trainer.predict(rows(4)).metrics
+
+
+PLAIN = lx.CascadeSpec(rank=2)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"epochs": 1, "steps": 2}, ("conflicting-options", "epochs", "steps")),
+        ({"steps": 0}, ("invalid-value", "steps", "0")),
+        ({"stages": 0}, ("invalid-value", "stages", "0")),
+        ({"stages": 2, "epochs": 1}, ("conflicting-options", "epochs", "stages")),
+        ({"epochs": True}, ("invalid-value", "epochs", "True")),
+        ({"evaluate": "slwo"}, ("invalid-value", "evaluate", "slwo", "slow, fast, trained")),
+        *(
+            ({"evaluate": given}, ("invalid-value", "evaluate", "slow, fast, trained"))
+            for given in ((), ("slow", "slow"), ("slow", "best"), "best")
+        ),
+    ],
+    ids=str,
+)
+def test_how_stages_end_and_are_evaluated(how: dict[str, Any], expected: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *expected):
+        CallbackOf(adapted(PLAIN), **how)
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(rows())
+
+
+FOREIGN = torch.optim.SGD(net().parameters(), lr=0.1)
+OPTION = "trainer-not-supported"
+STEPS = {"eval_strategy": "steps", "eval_steps": 1}
+TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
+    "neftune": ({}, {"neftune_noise_alpha": 5.0}, {}, (OPTION, "neftune_noise_alpha", 5.0)),
+    "cast evaluation": ({}, {"bf16_full_eval": True}, {}, (OPTION, "bf16_full_eval", True)),
+    "no length": ({}, {"max_steps": 3}, {"train_dataset": Stream()}, ("invalid-data", "epochs", "1")),
+    "more stages than steps": ({"stages": 4}, {"max_steps": 3}, {}, ("invalid-value", "stages is 4", "3 optimizer")),
+    "no evaluations": ({"plateau": 2}, {}, {}, ("conflicting-options",)),
+    "which loss": (
+        {"plateau": 2}, STEPS, {"eval_dataset": {"a": rows(4), "b": rows(5)}}, (OPTION, "eval_fast_loss")
+    ),
+    "another optimizer": (
+        {}, {}, {"optimizers": (FOREIGN, torch.optim.lr_scheduler.ConstantLR(FOREIGN))},
+        ("optimizer-lacks-parameters",),
+    ),
+    "another model": ({}, {}, {"model": net()}, (OPTION, "Net")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_unsupported_trainings(case: str, tmp_path: Path) -> None:
+    how, more, given, expected = TRAININGS[case]
+    cascade = adapted(PLAIN)
+    usual = {"model": cascade, "train_dataset": rows(), "callbacks": [CallbackOf(cascade, **how)]}
+    with raises((lx.SpecError, lx.StateError), *expected):
+        Trainer(args=arguments(tmp_path, **more), **{**usual, **given}).train()
+
+
+def test_the_callback_needs_its_trainer_from_the_start(tmp_path: Path) -> None:
+    cascade = adapted(PLAIN)
+    with raises(lx.StateError, OPTION):
+        CallbackOf(cascade).on_init_end(arguments(Path("unused")), None, None, model=cascade)
+    trainer = Trainer(model=cascade, args=arguments(tmp_path), train_dataset=rows())
+    trainer.add_callback(CallbackOf(cascade))
+    with raises(lx.StateError, OPTION):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("deepspeed", True, (OPTION, "deepspeed", "DistributedDataParallel")),
+        ("fsdp", True, (OPTION, "fsdp", "DistributedDataParallel", "parallel.fsdp.shard")),
+        ("_n_gpu", 2, ("wrapper-not-supported", "2")),
+        ("sync_ref_model", True, (OPTION, "sync_ref_model")),  # of TRL, which write into the model
+        ("cast_lm_head_to_fp32", True, (OPTION, "cast_lm_head_to_fp32")),
+    ],
+)
+def test_unsupported_training_arguments(name: str, value: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
+    """These need other packages or several devices, so the test calls the event itself."""
+    cascade, args = adapted(PLAIN), arguments(tmp_path)
+    setattr(args, name, value)
+    with raises(lx.SpecError, *expected):
+        CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "asked"),
+    [
+        ({"lr_ratio": 16.0}, "lora_B", 0.32),
+        ({"train": ("head.bias",), "train_rules": (lx.TrainRule("head.*", lr=0.5),)}, "train:head.*", 0.5),
+    ],
+    ids=["ratio", "rule"],
+)
+def test_learning_rates_of_the_spec(tmp_path: Path, fields: dict[str, Any], name: str, asked: float) -> None:
+    """The Trainer's own optimizer has a single rate, which is an error. An optimizer with `param_groups` trains."""
+    spec = lx.CascadeSpec(rank=2, **fields)
+    cascade = adapted(spec)
+    trainer = Trainer(model=cascade, args=arguments(tmp_path), train_dataset=rows(), callbacks=[CallbackOf(cascade)])
+    with raises(lx.SpecError, "optimizer-differs", name, asked, "0.02"):
+        trainer.train()
+    cascade = adapted(spec)
+    trainer = Trainer(
+        model=cascade, args=arguments(tmp_path, warmup_steps=2, lr_scheduler_type="linear"), train_dataset=rows(),
+        callbacks=[CallbackOf(cascade)], optimizers=(torch.optim.AdamW(cascade.param_groups(lr=0.02)), None),
+    )  # fmt: skip
+    trainer.train()
+    assert cascade.stage == 3
+
+
+@pytest.mark.parametrize(
+    ("package", "inner", "told"),
+    [("transformers", (), "lorasc-fx[loops]"), ("lightning", ("lightning.pytorch",), "pip install lightning")],
+)
+def test_a_missing_package(package: str, inner: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (package, *inner):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"lorasc_fx.integrations.{package}", raising=False)
+    monkeypatch.delitem(vars(lx.integrations), package, raising=False)
+    with raises(lx.errors.MissingExtra, "missing-extra", package, told):
+        getattr(lx.integrations, package)
+
+
+def test_an_unknown_integration() -> None:
+    assert {"lightning", "transformers"} <= set(dir(lx.integrations))
+    with pytest.raises(
+        AttributeError,
+        match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'; nearest: 'transformers'",
+    ):
+        _ = lx.integrations.trasnformers
+
+
+def test_a_loop_without_the_callback_warns_of_an_unfolded_save(tmp_path: Path) -> None:
+    """By `save_model` and in a checkpoint. With the callback neither warns, as the other tests show."""
+    trainer = Trainer(model=adapted(PLAIN), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
+    trainer.train()
+    more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    other = Trainer(model=adapted(PLAIN), args=arguments(tmp_path / "b", **more), train_dataset=rows())
+    accelerator = accelerate.Accelerator(cpu=True)
+    for call in (
+        lambda: trainer.save_model(str(tmp_path / "saved")),
+        other.train,
+        lambda: accelerator.save_model(accelerator.prepare(adapted(PLAIN)), str(tmp_path)),
+    ):
+        with warns("unfolded-save"):
+            call()

@@ -12,8 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from tests.passes.mask_cases import ATTENTION, FRONT_ENDS, attention, batch, same, simplified
-from tests.passes.test_attention_masks import FEW, SMALL, WINDOW, build, graph_of, inputs, run
+from tests.passes.test_attention_masks import (
+    ATTENTION,
+    FEW,
+    FRONT_ENDS,
+    SMALL,
+    WINDOW,
+    attention,
+    batch,
+    build,
+    graph_of,
+    inputs,
+    run,
+    same,
+    simplified,
+)
 
 LLAMA = SMALL | FEW
 COPIES = {torch.ops.aten.expand.default, torch.ops.aten.reshape.default}

@@ -30,7 +30,7 @@ from lorasc_fx.passes import (
 from tests.kit.state import change_state, drop_state, weight_state, weight_states
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import branches_of, fill, insert
-from tests.passes.test_placements import SHARED, attention, merged_graph
+from tests.passes.test_insert_branches import SHARED, attention, merged_graph
 
 Damage = Callable[[fx.GraphModule], Any]
 

@@ -24,8 +24,21 @@ from tests.kit.errors import raises, warns
 from tests.kit.models import Tied, randomize
 from tests.kit.seams import SEAMS
 from tests.kit.state import weight_states
-from tests.peft.adapters import cascade_of, close, folded, loaded
-from tests.peft.models import BUILD, INPUTS, Gate, Suffixes, gap, made, normal, seeded, tokens
+from tests.peft.models import (
+    BUILD,
+    INPUTS,
+    Gate,
+    Suffixes,
+    cascade_of,
+    close,
+    folded,
+    gap,
+    loaded,
+    made,
+    normal,
+    seeded,
+    tokens,
+)
 
 slow = pytest.mark.slow
 pytestmark = [

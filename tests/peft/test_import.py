@@ -20,8 +20,20 @@ import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.models import Tied, optimizer_of, train
 from tests.kit.state import weight_state
-from tests.peft.adapters import cascade_of, close, folded, frontend_of, loaded, merged, trained_by_peft
-from tests.peft.models import BUILD, INPUTS, gap, made, seeded
+from tests.peft.models import (
+    BUILD,
+    INPUTS,
+    cascade_of,
+    close,
+    folded,
+    frontend_of,
+    gap,
+    loaded,
+    made,
+    merged,
+    seeded,
+    trained_by_peft,
+)
 
 slow = pytest.mark.slow
 LINEARS = ["q_proj", "v_proj", "down_proj"]

@@ -21,8 +21,7 @@ from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.kit.state import Factors
-from tests.peft.adapters import cascade_of, merged, trained_by_peft
-from tests.peft.models import BUILD, INPUTS, made
+from tests.peft.models import BUILD, INPUTS, cascade_of, made, merged, trained_by_peft
 
 
 def assert_sums_to(found: LowRankAdapter, name: str, folded: dict[str, torch.Tensor]) -> None:
