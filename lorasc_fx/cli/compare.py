@@ -30,7 +30,7 @@ from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import short_name
 from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.progress import Reporter, console, reporting
-from lorasc_fx.cli.run_folder import RunFolder, write_atomically
+from lorasc_fx.cli.run_folder import RunFolder, write_atomically, write_weights
 from lorasc_fx.cli.training import (
     Diverged,
     Setup,
@@ -165,7 +165,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     started = folder.started and not overwrite
     folder.check(config, resume=started, overwrite=overwrite)
     setup = None if started else Setup.of(config)  # load the data before the folder is made, because it may be invalid
-    folder.begin(config, resume=started, overwrite=overwrite)
+    folder.begin(config, overwrite=overwrite)
     runs = planned(config)
     results = {run: Result.read(folder.results, run) for run in runs}
     if None in results.values():
@@ -207,7 +207,7 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
     if method.spec is None:
         model = train_parameters(setup.model(run.seed), method.parameters(spec), spec.exclude)
     else:
-        model = setup.adapt(run.seed, method.spec(spec, config.train.stages))
+        model = lx.adapt(**setup.call(run.seed), spec=method.spec(spec, config.train.stages))
     optimizer = make_optimizer(model, run.lr, config.train.weight_decay)
     entries = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     steps = setup.stage_steps(stages)
@@ -252,7 +252,7 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
         {part: examples.labels.tolist() for part, examples in setup.splits.test_sets.items()},
     )
     if run.method in config.compare.keep_weights:
-        folder.write_weights(trained.state_dict(), folder.results / f"{run.name}.safetensors")
+        write_weights(folder.results / f"{run.name}.safetensors", trained.state_dict())
     result.write(folder.results)
     shown = " ".join(f"{part} {result.accuracy(part):.3f}" for part in result.predicted)
     reporter.say(f"{title}: validation {result.validation:.3f} {shown}, {seconds:.0f} s")

@@ -274,7 +274,7 @@ def _dataset_rows(kind: str, path: Path, image: str | None) -> tuple[list[str], 
     datasets.disable_progress_bars()
     if not path.is_file():  # otherwise, datasets would search for it on the network
         raise SpecError(f"{path}: there is no such file", code="unreadable-file")
-    with tempfile.TemporaryDirectory() as cache, reading(str(path), "datasets", code="unreadable-file"):
+    with tempfile.TemporaryDirectory() as cache, reading(str(path), "datasets"):
         files = {"data_files": {"train": str(path)}, "split": "train"}
         table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
         if image is not None and image in table.column_names:
@@ -287,7 +287,7 @@ def _dataset_rows(kind: str, path: Path, image: str | None) -> tuple[list[str], 
         return cell if names is None else None if cell in (-1, None) else names[cell]  # -1 means an unknown class
 
     def rows() -> Rows:
-        with reading(str(path), "datasets", code="unreadable-file"):
+        with reading(str(path), "datasets"):
             for number, row in enumerate(table, start=1):
                 yield f"{path}: row {number}", {name: named(name, cell) for name, cell in row.items()}
 

@@ -17,7 +17,7 @@ from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.progress import reporting
 from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
-from lorasc_fx.errors import SpecError, StateError, nearest, warn
+from lorasc_fx.errors import SpecError, StateError, warn
 from lorasc_fx.export.safetensors_files import fold_files
 from lorasc_fx.plan import Plan
 
@@ -36,9 +36,7 @@ def open_run(run: Path) -> tuple[lx.Cascade, str]:
     files = RunFolder(run)
     files.check_run()
     setup = Setup.of(load_config(files.config))
-    seed = setup.config.train.seed
-    model, sample = setup.model(seed), setup.sample()
-    cascade = lx.load(files.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
+    cascade = lx.load(files.checkpoint, **setup.call(setup.config.train.seed))
     ends = list(itertools.accumulate(setup.stage_steps(setup.config.train.stages), initial=0))
     step = int(cascade.resume()["step"])
     if step not in ends:
@@ -119,7 +117,7 @@ def run_fold(arguments: FoldArguments) -> int:
     return 0
 
 
-FORMATS = ("pt2", "onnx", "peft", "safetensors")
+Format = Literal["pt2", "onnx", "peft", "safetensors"]
 """Names of functions in `lorasc_fx.export`."""
 
 
@@ -129,7 +127,7 @@ class ExportArguments:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
-    to: str
+    to: Format
     """The format: `pt2` or `onnx` (a file with the folded graph in eval mode), `safetensors` (a file or folder with the
     folded weights), or `peft` (a folder with one LoRA adapter)."""
     output: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
@@ -146,17 +144,11 @@ def run_export(arguments: ExportArguments) -> int:
     """Write the format and return the exit code.
 
     Raises:
-        SpecError: the format is unknown, the output has the wrong ending or cannot be written, or ranks are given for
-            another format than peft.
+        SpecError: the output has the wrong ending or cannot be written, or ranks are given for another format than
+            peft.
         StateError: the folder has no run, or no checkpoint yet.
         MissingExtra: a package that the format needs is not installed.
     """
-    if arguments.to not in FORMATS:
-        raise SpecError(
-            f"--to is {arguments.to!r}, which is no known format{nearest(arguments.to, FORMATS)}; known: "
-            f"{', '.join(FORMATS)}",
-            code="unknown-name",
-        )
     adapter, ranks = arguments.to == "peft", (arguments.max_rank, arguments.uniform_rank)
     if not adapter and ranks != (None, False):
         raise SpecError(

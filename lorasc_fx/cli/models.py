@@ -76,16 +76,6 @@ def head_seed(config: ModelConfig, seed: int) -> int:
     return config.seed * 1_000_003 + seed
 
 
-def warn_of_random_weights(config: ModelConfig) -> None:
-    """Warn on standard error if the model is not pretrained."""
-    if config.name.startswith("timm:") and not config.weights:
-        print(
-            f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because model.weights is empty and nothing "
-            "is downloaded; give --model.weights FILE.safetensors",
-            file=sys.stderr,
-        )
-
-
 def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
     """Return the tokenizer of a text model. None for an image model.
 
@@ -97,7 +87,7 @@ def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
         return None
     transformers = module_of("text", "transformers")
     folder = saved if saved is not None and saved.is_dir() else _hf_folder(config.name[3:])
-    with reading(config.name, "transformers", code="unreadable-file"):
+    with reading(config.name, "transformers"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -203,7 +193,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     safe = {"local_files_only": True, "trust_remote_code": False}
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
     model: nn.Module
-    with reading(config.name, "transformers", code="unreadable-file"):
+    with reading(config.name, "transformers"):
         settings = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(name.endswith(CLASSIFIER) for name in settings.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
@@ -216,7 +206,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
 
 
 @contextmanager
-def reading(name: str, package: str, code: str) -> Iterator[None]:
+def reading(name: str, package: str) -> Iterator[None]:
     """Convert any error of a package that reads damaged files to a SpecError."""
     try:
         yield
@@ -225,7 +215,7 @@ def reading(name: str, package: str, code: str) -> Iterator[None]:
     except Exception as fault:
         cause = fault.__cause__ or fault
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise SpecError(f"{name}: {package} cannot read it: {reason}", code=code) from fault
+        raise SpecError(f"{name}: {package} cannot read it: {reason}", code="unreadable-file") from fault
 
 
 def _hf_folder(name: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasc_fx.errors import StateError
-from lorasc_fx.util.files import append_text
+from lorasc_fx.util.files import open_plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,8 @@ def append(path: Path, entry: dict[str, Any]) -> None:
     """Append one line to a file of metrics. inf and nan become null, because JSON does not have them."""
     infinite = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
     plain = {name: None if name in infinite else value for name, value in entry.items()}
-    append_text(path, json.dumps(plain) + "\n", StateError)
+    with os.fdopen(open_plain(path, os.O_WRONLY | os.O_APPEND, StateError), "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
 
 
 class Metrics:

@@ -18,7 +18,15 @@ import tyro
 from lorasc_fx.cli.compare import Result, best_rates, planned, tables
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.data import short_name
-from lorasc_fx.cli.run_folder import REFUSAL, SITE, RunFolder, check_output, read_lines, write_atomically
+from lorasc_fx.cli.run_folder import (
+    REFUSAL,
+    SITE,
+    RunFolder,
+    check_output,
+    read_lines,
+    read_record,
+    write_atomically,
+)
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of, require
 
@@ -67,9 +75,9 @@ class RunRecord:
         self.name = run.resolve().name
         self.config = load_config(folder.config)
         self.lines = read_lines(folder.metrics)
-        self.about = folder.read_cascade()
+        self.about = read_record(folder.cascade)
         self.experts = read_lines(folder.experts)  # one record per stage and site
-        self.environment = folder.read_environment()
+        self.environment = read_record(folder.environment)
 
     def by_step(self, name: str) -> list[tuple[int, float]]:
         """Return the steps and values of a metric. If a resumed run has repeated a step, the later value is used."""

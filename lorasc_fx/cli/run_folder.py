@@ -29,7 +29,7 @@ from lorasc_fx.cli.progress import FILE, append
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.state import delta_of, svd_of
 from lorasc_fx.util.accelerator import name_of
-from lorasc_fx.util.files import append_text, parse_json, replacing
+from lorasc_fx.util.files import parse_json, replacing
 
 SECTIONS = ("model", "data", "train", "spec")
 """Tables of the configuration that must stay the same in a resumed run."""
@@ -128,9 +128,8 @@ class RunFolder:
         elif resume and not self.config.exists():
             raise StateError(f"{self.path} has no run to resume; remove --resume to start one", code="no-checkpoint")
 
-    def begin(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Check the folder as in `check`, and write the configuration and the environment into it."""
-        self.check(config, resume=resume, overwrite=overwrite)
+    def begin(self, config: Config, *, overwrite: bool = False) -> None:
+        """Write the configuration and the environment into a folder that `check` has accepted."""
         if overwrite:
             self._delete_run()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -165,30 +164,20 @@ class RunFolder:
 
     def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
         """Append one record per site: norm and effective rank of the branch before the fold. Null if not finite."""
-        lines = []
+        run, plan = cascade._run, cascade.plan
         with torch.no_grad():
-            for weight, branch in cascade._run.branches_by_weight().items():
+            for weight, branch in run.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
-                    state = cascade._run.slow.states[weight]
-                    plan, host = cascade.plan, torch.device("cpu")
-                    delta = delta_of(branch, state, plan.spec, plan.stage, not cascade._run.slow.idle, host)
+                    host = torch.device("cpu")
+                    delta = delta_of(branch, run.slow.states[weight], plan.spec, plan.stage, not run.slow.idle, host)
                     values = singular_values(delta)
                     line |= {"norm": values.norm().item(), "effective_rank": effective_rank(values)}
-                lines.append(json.dumps(line) + "\n")
-        append_text(self.experts, "".join(lines), StateError)
-
-    def read_cascade(self) -> dict[str, Any]:
-        """Return the record of `write_cascade`.
-
-        Raises:
-            StateError: the file is damaged.
-        """
-        return _record(self.cascade)
+                append(self.experts, line)
 
     def read_classes(self) -> tuple[str, ...]:
         """Return the names of the classes."""
-        classes = self.read_cascade().get("classes") if self.cascade.is_file() else None
+        classes = read_record(self.cascade).get("classes")
         if not classes:
             raise StateError(
                 f"{self.path} has no names of classes: it is not a run of lorasc-fx train, or it is from an older "
@@ -196,17 +185,6 @@ class RunFolder:
                 code="no-checkpoint",
             )
         return tuple(classes)
-
-    def read_environment(self) -> dict[str, Any]:
-        """Return the record of packages and machine."""
-        return _record(self.environment)
-
-    def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
-        """Write a state dict as safetensors. Tied weights are written under all of their names."""
-        file = path or self.folded
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, file)
-        return file
 
     def _delete_run(self) -> None:
         """Delete the files of a run. Other files in the folder stay."""
@@ -256,6 +234,12 @@ def check_output(path: Path, *, folder: bool) -> None:
         ) from fault
 
 
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state dict as safetensors. Tied weights are written under all of their names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically: if this fails, the old file stays."""
     with replacing(path) as new:
@@ -272,8 +256,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [_parsed(path, number, line) for number, line in lines if line.strip()]
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """Return the record in a file. If there is no file, it is empty."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record in a JSON file. If there is no file, it is empty.
+
+    Raises:
+        StateError: the file is damaged.
+    """
     return _parsed(path, 1, path.read_bytes()) if path.is_file() else {}
 
 

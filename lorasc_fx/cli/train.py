@@ -17,7 +17,7 @@ import lorasc_fx as lx
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.progress import Metrics, reporting
-from lorasc_fx.cli.run_folder import RunFolder, read_lines
+from lorasc_fx.cli.run_folder import RunFolder, read_lines, write_weights
 from lorasc_fx.cli.training import (
     Diverged,
     Setup,
@@ -102,7 +102,7 @@ def run_train(arguments: TrainArguments) -> int:
             return 130
         if start == total:
             reporter.say("This run has already ended.")
-        folder.write_weights(cascade.folded_state_dict())
+        write_weights(folder.folded, cascade.folded_state_dict())
         model = set_mode(cascade.release(), False)
         parts = setup.splits.test_sets.items()
         shares = {part: accuracy(predict(model, examples, config.train.device), examples) for part, examples in parts}
@@ -138,13 +138,13 @@ def _begin(
     seed, lr, decay = config.train.seed, config.train.lr, config.train.weight_decay
     resumed = resume and folder.saved
     if resumed:
-        model, sample = setup.model(seed), setup.sample()
-        mode = model.training
-        cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
+        call = setup.call(seed)
+        mode = call["model"].training
+        cascade = lx.load(folder.checkpoint, **call)
         cascade.train(mode)
     else:
-        cascade = setup.adapt(seed, config.spec)
-    folder.begin(config, resume=resume, overwrite=overwrite)  # last, so that nothing is written if anything fails
+        cascade = lx.adapt(**setup.call(seed), spec=config.spec)
+    folder.begin(config, overwrite=overwrite)  # last, so that nothing is written if anything fails
     optimizer = make_optimizer(cascade, lr, decay)
     schedule = setup.schedule(optimizer, cascade, steps)
     if resumed:

@@ -32,11 +32,9 @@ from lorasc_fx.cli.models import (
     name_classes,
     set_mode,
     tokenizer_of,
-    warn_of_random_weights,
 )
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, listed, named, nearest
 from lorasc_fx.graph import matches
-from lorasc_fx.spec import CascadeSpec
 
 EVAL_BATCH = 64
 SHORT_STAGE = 50
@@ -85,17 +83,13 @@ class Setup:
         model = name_classes(build_model(self.config.model, len(classes), seed), classes).to(self.config.train.device)
         if self.splits.train.images:
             channels_last(model)
-        return set_mode(model, self.train_mode(model))
-
-    def train_mode(self, model: nn.Module) -> bool:
-        """Return whether the model trains in train mode. See `TrainConfig.frozen_norm`."""
         has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        return not (self.config.train.frozen_norm and has_norm)
+        return set_mode(model, not (self.config.train.frozen_norm and has_norm))
 
-    def adapt(self, seed: int, spec: CascadeSpec) -> lx.Cascade:
-        """Build the model and adapt it."""
-        sample = self.sample()
-        return lx.adapt(self.model(seed), args=sample.args, kwargs=sample.kwargs, spec=spec)
+    def call(self, seed: int) -> dict[str, Any]:
+        """Return the model and example inputs of a batch, as the arguments of `lorasc_fx.adapt` and `load`."""
+        sample = self.splits.train.batch(torch.arange(self.batch_size)).to(self.config.train.device)
+        return {"model": self.model(seed), "args": sample.args, "kwargs": sample.kwargs}
 
     @property
     def batch_size(self) -> int:
@@ -108,10 +102,6 @@ class Setup:
             self.splits.train, self.batch_size, seed=seed, start=start, collate_fn=lambda batch: batch
         )
         return (batch.to(self.config.train.device) for batch in loader)
-
-    def sample(self) -> Batch:
-        """Return a batch as example inputs for the capture."""
-        return self.splits.train.batch(torch.arange(self.batch_size)).to(self.config.train.device)
 
     def stage_steps(self, stages: int) -> list[int]:
         """Divide the optimizer steps of the run evenly into this many stages, and return the steps of each stage.
@@ -137,8 +127,13 @@ class Setup:
 
 def describe(setup: Setup) -> None:
     """Print the splits and the classes. Warn about random weights and about classes with too few examples."""
-    splits = setup.splits
-    warn_of_random_weights(setup.config.model)
+    splits, source = setup.splits, setup.config.model
+    if source.name.startswith("timm:") and not source.weights:
+        print(
+            f"lorasc-fx: WARNING: {source.name} starts from RANDOM weights, because model.weights is empty and nothing "
+            "is downloaded; give --model.weights FILE.safetensors",
+            file=sys.stderr,
+        )
     parts = {"train": splits.train, "validation": splits.validation, **splits.test_sets}
     sizes = ", ".join(f"{name} {len(examples)}" for name, examples in parts.items())
     counts = dict(

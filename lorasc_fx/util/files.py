@@ -85,12 +85,6 @@ def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
     )
 
 
-def append_text(path: Path, text: str, kind: type[LorascError]) -> None:
-    """Append text to a file. Raises like `open_plain`."""
-    with os.fdopen(open_plain(path, os.O_WRONLY | os.O_APPEND, kind), "a", encoding="utf-8") as file:
-        file.write(text)
-
-
 def make_folder(root: Path) -> None:
     """Create a folder and its missing parents, and sync all folders that get a new entry."""
     created = [folder for folder in (root, *root.parents) if not folder.exists()]

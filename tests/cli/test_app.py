@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from lorasc_fx.cli.config import (
     write_config,
 )
 from lorasc_fx.cli.data import DATA
-from lorasc_fx.cli.export import FORMATS
+from lorasc_fx.cli.export import Format
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import MissingExtra, SpecError
 from lorasc_fx.spec import CascadeSpec, Noise, Rule
@@ -374,7 +375,7 @@ def test_the_page_names_every_key_and_method() -> None:
     methods = [name for name in METHODS if name not in adapters and not name.startswith("momentum-")]
     names = [field.name for table in tables for field in dataclasses.fields(table)] + [*methods, *COMMANDS]
     assert [name for name in names if not re.search(rf"`[^`]*(?<![\w-]){name}(?![\w-])[^`]*`", page)] == []
-    assert [name for name in (*DATA, *FORMATS) if f"`{name}`" not in page] == []
+    assert [name for name in (*DATA, *get_args(Format)) if f"`{name}`" not in page] == []
 
 
 def test_the_configuration_of_the_page_is_read(tmp_path: Path) -> None:

@@ -135,8 +135,9 @@ class Trained:
     setup: Setup
 
     def cascade(self, stage: int) -> lx.Cascade:
-        sample = self.setup.sample()
-        return lx.load(self.ends[stage - 1], self.setup.model(0).eval(), args=sample.args)
+        call = self.setup.call(0)
+        call["model"].eval()
+        return lx.load(self.ends[stage - 1], **call)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_long_tables_are_collapsed_and_names_are_unchanged(tmp_path: Path) -> No
 
 
 def begin(run: Path) -> None:
-    RunFolder(run).begin(Config(), resume=False)
+    RunFolder(run).begin(Config())
 
 
 def damaged(run: Path) -> None:

@@ -26,7 +26,7 @@ from lorasc_fx.cli import main
 from lorasc_fx.cli.config import Config, TrainConfig, load_config
 from lorasc_fx.cli.data import Splits, image_examples, load_data
 from lorasc_fx.cli.progress import Metrics, reporting
-from lorasc_fx.cli.run_folder import RunFolder, effective_rank
+from lorasc_fx.cli.run_folder import RunFolder, effective_rank, write_weights
 from lorasc_fx.cli.training import Setup, train_steps
 from lorasc_fx.errors import SpecError, StateError
 from tests.cli.conftest import CONFIG
@@ -139,7 +139,9 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
     assert "slow weights at step 6 of 12, its running stage folded" in capsys.readouterr().out
     folded = weights(place / "runs" / "tiny" / "folded.safetensors")
     setup = Setup.of(load_config(place / "runs" / "tiny" / "config.toml"))
-    cascade = lx.load(place / "runs" / "tiny" / "checkpoint", setup.model(0).eval(), args=setup.sample().args)
+    call = setup.call(0)
+    call["model"].eval()
+    cascade = lx.load(place / "runs" / "tiny" / "checkpoint", **call)
     noisy = cascade.model.get_parameter("0.weight").detach().clone()
     released = cascade.release().state_dict()
     assert_same(folded, dict(released))
@@ -258,7 +260,7 @@ def test_ctrl_c_of_a_compare_in_its_own_process(
 def test_begin_writes_config_and_environment(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     config = Config(output=str(folder.path))
-    folder.begin(config, resume=False)
+    folder.begin(config)
     assert load_config(folder.config) == config
     environment = json.loads((folder.path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
@@ -267,17 +269,18 @@ def test_begin_writes_config_and_environment(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.begin(Config(), resume=False)
-    folder.begin(Config(output="other"), resume=False)  # nothing was done yet
+    folder.begin(Config())
+    folder.check(Config(output="other"))  # nothing was done yet
     folder.log(step=1)
     with raises(StateError, "path-in-the-way"):
-        folder.begin(Config(), resume=False)
-    folder.begin(Config(output="elsewhere"), resume=True)
+        folder.check(Config())
+    folder.check(Config(output="elsewhere"), resume=True)
 
 
 def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     weight = torch.randn(3, 2)
-    path = RunFolder(tmp_path).write_weights({"a": weight, "b": weight, "c": weight.t()})
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, {"a": weight, "b": weight, "c": weight.t()})
     found = load_file(path)
     assert torch.equal(found["a"], weight)
     assert torch.equal(found["b"], weight)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
-from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cli.run_folder import RunFolder, write_weights
 from tests.checkpoint.runs import Run, X
 from tests.errors.models import Net, inputs, mlp
 from tests.errors.state import assert_same, of_slow
@@ -236,7 +236,7 @@ def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path) -
         lx.export.peft(cascade, tmp_path / "adapter")
         lx.export.safetensors(cascade, tmp_path / "weights" / "folded.safetensors")
         lx.export.safetensors(cascade, tmp_path / "folder")
-        run.write_weights(cascade.folded_state_dict())
+        write_weights(run.folded, cascade.folded_state_dict())
         run.log(step=1)
     finally:
         os.umask(before)
