@@ -19,7 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -85,14 +85,9 @@ class AllOrNothing(Block):
 @contextmanager
 def commit() -> Iterator[Undo]:
     """`with commit() as undo:` rolls back if the block raises, or if SIGINT arrived during the block."""
-    undo = Block()
-    with interrupts_deferred() as handle_now:
-        try:
-            yield undo
-            handle_now()
-        except BaseException as fault:
-            undo.roll_back(fault)
-            raise
+    with interrupts_deferred() as handle_now, AllOrNothing() as undo:
+        yield undo
+        handle_now()
 
 
 @contextmanager
@@ -121,25 +116,6 @@ def interrupts_deferred() -> Iterator[Callable[[], None]]:
         handle_now()
 
 
-class _Isolated(Block, Generic[P, T]):
-    """The context manager that a function decorated by `isolated` returns."""
-
-    def __init__(self, setup: Callable[Concatenate[Block, P], T], *args: P.args, **kwargs: P.kwargs) -> None:
-        super().__init__()
-        self._setup, self._args, self._kwargs = setup, args, kwargs
-
-    def __enter__(self) -> T:
-        try:
-            with interrupts_deferred():
-                return self._setup(self, *self._args, **self._kwargs)
-        except BaseException as fault:
-            self.roll_back(fault)
-            raise
-
-    def __exit__(self, _kind: object, fault: BaseException | None, _traceback: object) -> None:
-        self.roll_back(fault)
-
-
 def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractContextManager[T]]:
     """Decorate a function that changes state, so that it returns a context manager that restores the state.
 
@@ -147,9 +123,14 @@ def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractC
     value for `with ... as`.
     """
 
+    @contextmanager
     @functools.wraps(setup)
-    def block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Isolated(setup, *args, **kwargs)
+    def block(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        with AllOrNothing() as undo:
+            with interrupts_deferred():
+                value = setup(undo, *args, **kwargs)
+            yield value
+        undo.roll_back()
 
     return block
 
