@@ -58,7 +58,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             )
         super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, evaluate=evaluate)
         self._steps_done = 0
-        self._batch_loss: Any = None
+        self._batch_loss: Any = None  # set only if the pace needs it
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training can run as configured."""
@@ -86,15 +86,13 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         by_steps = stepped and self._is_last_step(trainer.global_step)
         last_batch = self.epochs is not None and trainer.is_last_batch
         if by_steps or (last_batch and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
-            self.cascade.transition(self._optimizer(trainer), loss=self._loss())
+            self.cascade.transition(self._optimizer(trainer), loss=self._batch_loss)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold the stage that is still running."""
-        if transition.has_begun(self.cascade._run):
-            self._fold_last_stage(self._optimizer(trainer))
-
-    def _loss(self) -> Any:
-        return self._batch_loss
+        run = self.cascade._run
+        if transition.has_begun(run):
+            transition.next_stage(run, self._optimizer(trainer), idle=True, loss=self._batch_loss)
 
     def _place_evaluated(self, *args: Any) -> None:
         """Place the weights for an evaluation in the model, unless the user has placed some."""

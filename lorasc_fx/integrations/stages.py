@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
-
-from lorasc_fx.cascade import transition
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.schedules import Plateau
@@ -106,11 +103,3 @@ class StageEnds:
             placed = self.cascade.weights(view)
             placed.__enter__()
             self._placed, self._view = placed, view
-
-    def _loss(self) -> Any:
-        """Return the loss of the last optimizer step, averaged over all processes, or None if the pace ignores it."""
-        raise NotImplementedError
-
-    def _fold_last_stage(self, optimizer: torch.optim.Optimizer) -> None:
-        """Fold the stage that is still running when the training ends."""
-        transition.next_stage(self.cascade._run, optimizer, idle=True, loss=self._loss())

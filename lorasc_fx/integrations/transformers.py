@@ -168,7 +168,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         run, optimizer = self.cascade._run, kwargs["optimizer"]
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
-        self._restore_plateau(state)
+        if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
+            self.plateau.load_state_dict(saved["plateau"])
+            self._reached_plateau = saved["over"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End a stage on a plateau.
@@ -197,6 +199,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         return loss
 
     def _loss(self) -> Any:
+        """Return the loss of the last optimizer step, averaged over all processes, or None if the pace ignores it."""
         if not self._step_losses:
             return None
         return self._trainer.accelerator.reduce(torch.stack(self._step_losses).sum(), reduction="mean")
@@ -231,20 +234,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 with run.lock:
                     transition.restart(run, optimizer)
         else:
-            self._fold_last_stage(optimizer)
-
-    # ---- the plateau in the Trainer's state
+            transition.next_stage(run, optimizer, idle=True, loss=self._loss())
 
     def _store_plateau(self, state: Any) -> None:
         """Store the plateau in the Trainer's state, which is part of its checkpoints."""
         if self.plateau is not None:
             state.stateful_callbacks[_PLATEAU] = {"over": self._reached_plateau, "plateau": self.plateau.state_dict()}
-
-    def _restore_plateau(self, state: Any) -> None:
-        """Restore the plateau from the Trainer's state."""
-        if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
-            self.plateau.load_state_dict(saved["plateau"])
-            self._reached_plateau = saved["over"]
 
     # ---- wrappers of the Trainer's methods
 
