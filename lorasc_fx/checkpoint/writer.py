@@ -252,11 +252,11 @@ def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
     sync(folder)
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of the umask. safetensors would let only the owner read it."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(dict(tensors), path)
+    save_file(dict(tensors), path, metadata)
     path.chmod(mode)
 
 

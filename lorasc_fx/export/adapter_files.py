@@ -15,8 +15,8 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from lorasc_fx.checkpoint.writer import write_tensors
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes, low_rank_pairs
@@ -98,7 +98,7 @@ def adapter(
         log.info("export.adapter: %s: %s", weight, error)
     with replacing(out) as new:
         if out.suffix == ".safetensors":
-            save_file(tensors, new, metadata={"format": "pt", "max_rank": str(rank)})
+            write_tensors(tensors, new, {"format": "pt", "max_rank": str(rank)})
         else:
             runtime = module_of("onnx", "onnxruntime")
             file = runtime.AdapterFormat()

@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lorasc_fx.cascade.inputs import stand_ins
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.views import check_view
 from lorasc_fx.checkpoint.base_file import name_or_path
+from lorasc_fx.checkpoint.writer import write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
@@ -66,9 +65,6 @@ _TASKS = {
     "QUESTION_ANS": "QUESTION_ANSWERING",
 }
 """peft's tasks, and the part of transformers' MODEL_FOR_..._MAPPING_NAMES that lists the models for each."""
-
-_CONFIG_ATTRIBUTES = {"transformers": "config", "timm": "pretrained_cfg"}
-"""Attribute that a library sets on the models that it builds by name."""
 
 log = logging.getLogger("lorasc_fx")
 
@@ -227,9 +223,8 @@ def peft(
             new.mkdir()
         for name in (CONFIG, TENSORS, "adapter_model.bin"):
             (new / name).unlink(missing_ok=True)
-        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        write_tensors(tensors, new / TENSORS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets only the owner read the file
     written = PeftAdapter(out, ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
@@ -383,7 +378,6 @@ def _config(model: nn.Module, ranks: Mapping[Target, int], saved: SavedModules) 
     ambiguous = paths and any(name.endswith(suffixes) and name not in paths for name, _ in model.named_modules())
     config: dict[str, Any] = {
         "auto_mapping": None,
-        "base_model_name_or_path": None,
         "bias": "lora_only" if saved.biases else "none",
         "fan_in_fan_out": any(target.layout is CONV1D for target in ranks),
         "inference_mode": True,
@@ -400,7 +394,6 @@ def _config(model: nn.Module, ranks: Mapping[Target, int], saved: SavedModules) 
         "revision": None,
         "target_modules": "|".join(map(re.escape, paths)) if ambiguous else paths,
         "task_type": None,
-        "use_dora": False,
         "use_rslora": False,
     }
     if parameters := [target.name for target in ranks if target.is_parameter]:
@@ -411,7 +404,7 @@ def _config(model: nn.Module, ranks: Mapping[Target, int], saved: SavedModules) 
 def _name_of(model: nn.Module) -> str | None:
     """Return the name or path that a model of transformers or timm was loaded from. None if it is unknown."""
     config = getattr(model, "pretrained_cfg", None)
-    if _library_of(model) == "timm" and isinstance(config, Mapping):
+    if type(model).__module__.startswith("timm.") and isinstance(config, Mapping):
         if config.get("source") == "local-dir":
             return f"local-dir:{config.get('file')}"
         if config.get("source") == "hf-hub":
@@ -423,18 +416,10 @@ def _name_of(model: nn.Module) -> str | None:
 
 def _task_of(model: nn.Module) -> str | None:
     """Return peft's name of the task of a model of transformers. None for other models and other tasks."""
-    if _library_of(model) != "transformers":
+    if not type(model).__module__.startswith("transformers."):
         return None
-    tables = sys.modules.get("transformers.models.auto.modeling_auto") or module_of(
-        "text", "transformers.models.auto.modeling_auto"
-    )
+    tables = module_of("text", "transformers.models.auto.modeling_auto")
     for task, table in _TASKS.items():
         if type(model).__name__ in getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
             return task
     return "FEATURE_EXTRACTION" if type(model).__name__ in tables.MODEL_MAPPING_NAMES.values() else None
-
-
-def _library_of(model: nn.Module) -> str | None:
-    """Return `transformers` or `timm` if that library has built the model. Otherwise return None."""
-    package = type(model).__module__.partition(".")[0]
-    return package if package in _CONFIG_ATTRIBUTES and hasattr(model, _CONFIG_ATTRIBUTES[package]) else None
