@@ -356,10 +356,10 @@ class TensorTable:
 # ---- restore a cascade from a state
 
 
-def install(run: Run, state: RunState, undo: Undo | None = None) -> None:
-    """Restore a decoded state in a cascade with the same sites, completely or not at all.
+def install(run: Run, state: RunState, undo: Undo) -> None:
+    """Restore a decoded state in a cascade with the same sites, as part of a transaction.
 
-    The cascade also gets the plan of the state. With `undo` this is part of a larger transaction.
+    The cascade also gets the plan of the state.
 
     Raises:
         ValueError, CheckpointError: the buffers do not fit the model. The cascade is unchanged.

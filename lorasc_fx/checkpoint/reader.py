@@ -316,10 +316,10 @@ def check_plan(
             )
 
 
-def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
-    """Restore the state of a checkpoint in a cascade with the same sites. The cascade also gets the checkpoint's plan.
+def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
+    """Restore the state of a checkpoint in a cascade with the same sites, as part of a transaction.
 
-    With `undo` this is part of a larger transaction. If the weights are sharded, every rank restores its shards.
+    The cascade also gets the checkpoint's plan. If the weights are sharded, every rank restores its shards.
 
     Raises:
         CheckpointError: the values do not fit. The cascade is unchanged.

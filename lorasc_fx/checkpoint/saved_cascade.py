@@ -199,8 +199,8 @@ class SavedCascade(CascadeModule):
                 self._graphs.drop(undo)
             self._note_loaded(checkpoint)
 
-    def _take_over(self, checkpoint: reader.Checkpoint, undo: Undo | None = None) -> None:
-        """Apply a checkpoint, in a new transaction or as part of the transaction `undo`."""
+    def _take_over(self, checkpoint: reader.Checkpoint, undo: Undo) -> None:
+        """Apply a checkpoint, as part of a transaction."""
         reader.restore(self._run, checkpoint, undo)
         self._note_loaded(checkpoint)
 

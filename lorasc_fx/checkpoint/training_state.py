@@ -23,7 +23,7 @@ from lorasc_fx.branch import generator
 from lorasc_fx.cascade.optim import check_holds, check_numbers, stepping
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.codec import gradients_of
-from lorasc_fx.checkpoint.layout import refusing, sanitized, versions
+from lorasc_fx.checkpoint.layout import DTYPES, refusing, sanitized, versions
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
@@ -333,16 +333,10 @@ def _as_lists(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-_STORABLE = {
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
-    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
-}  # fmt: skip
-
-
 def is_storable(tensor: torch.Tensor) -> bool:
     """Return whether safetensors can store this tensor without conversion."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.dtype in _STORABLE
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and tensor.dtype in DTYPES.values()
 
 
 def extract_tensors(value: Any) -> tuple[Any, list[dict[str, Any]], dict[str, torch.Tensor]]:

@@ -15,8 +15,9 @@ import torch
 
 from lorasc_fx.checkpoint.base_file import keys_of
 from lorasc_fx.checkpoint.folded import Change, FoldedWeights
+from lorasc_fx.checkpoint.layout import DTYPES
 from lorasc_fx.errors import CheckpointError, nearest
-from lorasc_fx.export.tensor_files import DTYPES, Entry, TensorFile
+from lorasc_fx.export.tensor_files import Entry, TensorFile
 
 _WIDER = {
     "BF16": (torch.float32, torch.float64),

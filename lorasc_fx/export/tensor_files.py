@@ -16,19 +16,10 @@ import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.checkpoint.layout import refusing
+from lorasc_fx.checkpoint.layout import DTYPES, refusing
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import Buffer, data_of, fingerprint_of
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-}  # fmt: skip
-"""Dtypes by their names in a header. A tensor with another dtype can only be copied as bytes."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 1 << 22
