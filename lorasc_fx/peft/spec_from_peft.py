@@ -20,7 +20,10 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.spec_checks import METHOD_OPTIONS
 
 DEFAULT_ALPHA = float(METHOD_OPTIONS["lora_alpha"])
-_UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
+_UNUSED = (IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}) | {
+    "projection_prng_key", "random_seed", "save_projection",
+}  # fmt: skip
+"""Fields that are ignored. The last three only affect the random initial values of VeRA and SHiRA."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +35,24 @@ class MethodConfig:
         size: the field with the rank.
         alpha: the field with lora_alpha, or "" for a method without a scale.
         options: the method's option in `adapter_options`, by field.
-        free: fields that are ignored, because they only affect the random initial values.
     """
 
     adapter: str
     size: str = "r"
     alpha: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
-    free: frozenset[str] = frozenset()
 
 
 METHOD_CONFIGS = {
-    "VERA": MethodConfig(
-        "vera", options={"d_initial": "d_initial"}, free=frozenset({"projection_prng_key", "save_projection"})
-    ),
+    "VERA": MethodConfig("vera", options={"d_initial": "d_initial"}),
     "HIRA": MethodConfig("hira"),
-    "SHIRA": MethodConfig("shira", free=frozenset({"random_seed"})),
+    "SHIRA": MethodConfig("shira"),
     "MISS": MethodConfig("miss"),
     "OFT": MethodConfig("oft", "oft_block_size", options={"num_cayley_neumann_terms": "neumann_terms"}),
     "LOKR": MethodConfig("lokr", alpha="alpha", options={"decompose_factor": "decompose_factor"}),
     "DELORA": MethodConfig("delora", options={"delora_lambda": "bound"}),
 }
 """The mapping by peft_type. LoRA and DoRA have more options and are converted by `_lora_spec_of`."""
-
-_COMMON = {"modules_to_save", "bias", "rank_pattern"}
 
 
 def is_config(spec: Any) -> bool:
@@ -76,7 +73,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     if config.peft_type == "TRAINABLE_TOKENS":
         return _token_spec_of(config, values, model)
     method = METHOD_CONFIGS[config.peft_type]
-    read = {method.size, method.alpha, *method.options, *method.free, *_COMMON, *_UNUSED}
+    read = {method.size, method.alpha, *method.options, "modules_to_save", "bias", "rank_pattern", *_UNUSED}
     refused = _refused(config, values, read)
     if method.adapter == "oft":
         refused = [option for option in refused if not option.startswith("use_cayley_neumann=")]
@@ -131,13 +128,13 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
     """Return the spec of a `peft.LoraConfig`."""
     refused = _refused(config, values, {*_UNUSED, *READ})
     start = values["init_lora_weights"]
-    starts = {"pissa": "pissa", "olora": "olora", "loftq": "loftq"}
+    initial = start.partition("_niter_")[0] if isinstance(start, str) else "lora"
     if start == "loftq":
         loftq = dict(values["loftq_config"])
         refused = [option for option in refused if not option.startswith("loftq_config=")]
         if loftq.get("loftq_iter", 1) != 1:
             refused.append(f"loftq_config={loftq!r} (adapt gets quantized weights, so only loftq_iter=1 is possible)")
-    if start is not True and (not isinstance(start, str) or start.partition("_niter_")[0] not in starts):
+    if start is not True and initial not in ("pissa", "olora", "loftq"):
         refused.append(f"init_lora_weights={start!r} (give True, 'pissa', 'olora' or 'loftq')")
     _check(refused, values, config)
     train, names = _parts(config, values, model)
@@ -155,7 +152,7 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
         use_rslora=bool(values["use_rslora"]),
         adapter="dora" if values["use_dora"] else "lora",
         dropout=float(values["lora_dropout"]),
-        start=starts[start.partition("_niter_")[0]] if isinstance(start, str) else "lora",
+        start=initial,
     )
 
 
