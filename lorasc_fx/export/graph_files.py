@@ -98,16 +98,9 @@ def onnx(
     torch chooses the opset version. For another version, pass the result of `program(...)` to torch.onnx.export.
 
     Args:
-        cascade: the cascade, which is not changed.
         path: a path that ends with `.onnx`. Weights of about 2 GB or more are written to a second file, `PATH.data`.
-        args, kwargs: inputs to capture the graph for. The default is the example of `adapt`.
-        folded: True to write the folded weights without branches. False to write the running cascade, with branches and
-            noise.
-        view: the folded weights: `slow`, or their average over stages (`averaged`).
-        adapters: `inputs` to write the base W0 with a graph that takes the adapter of each site as inputs.
-            `lorasc_fx.export.adapter` writes files with these tensors. The inputs are optional: without them, the graph
-            computes the base.
-        max_rank: rank of the adapters, for adapters="inputs".
+        adapters: as for `pt2`, but the inputs are optional. Without them, the graph computes the base.
+        cascade, args, kwargs, folded, view, max_rank: as for `pt2`.
 
     Returns:
         The path.
