@@ -79,15 +79,7 @@ class LowRankAdapter:
         return {**factors, "scale": torch.ones(()).double()}, CutOff(before, after, error, norm)
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
-        """Check that a model has the weights of this adapter's base. An adapter of peft is not checked.
-
-        Args:
-            digests: fingerprints of the model's parameters by name (`util.fingerprint.fingerprints`).
-            call: name of the user's call, for the message.
-
-        Raises:
-            CheckpointError: some parameters differ. The message names them.
-        """
+        """Raise CheckpointError if the fingerprints differ from this adapter's base. An adapter of peft has none."""
         if self.base:
             advice = "give a run or an adapter of this base"
             check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)

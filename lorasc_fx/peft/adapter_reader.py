@@ -6,7 +6,6 @@ cause an allocation that is larger than the shapes of the model justify.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -29,8 +28,8 @@ from lorasc_fx.peft.format import (
     IGNORED,
     LINEAR,
     PREFIX,
-    RANKS,
     READ,
+    TASKS,
     TENSORS,
     TOKENS,
     UNSUPPORTED,
@@ -53,8 +52,6 @@ MAX_CONFIG_BYTES = 1 << 24
 """Largest accepted configuration. Configurations of large models have a few hundred thousand bytes."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
-_HEADS = ("classifier", "score", "qa_outputs")
-"""Names that peft adds to modules_to_save for some tasks, even if the model has no such module."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
 
 
@@ -194,12 +191,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
 
 def _config(data: object) -> AdapterConfig:
-    """Check and decode the configuration of an adapter.
-
-    Raises:
-        ValueError: it is damaged.
-        CheckpointError: it is not for a LoRA, or uses an unsupported option.
-    """
+    """Check and decode the configuration of an adapter. It must be of a LoRA with supported options only."""
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a JSON object")
     known_keys, unsupported = {*IGNORED, *READ, *UNSUPPORTED}, "adapter-not-supported"
@@ -385,8 +377,6 @@ class _Reader:
                 f"{keys[0]!r}: {target.name} has {len(shape)} axes, but peft adapts only parameters with 2 or 3",
                 code="adapter-not-supported",
             )
-        if rank > max(shape[0], math.prod(shape[1:]), RANKS[-1]):
-            raise _does_not_fit(f"rank {rank} is larger than {target.name} {list(shape)} can use")
         shapes = (*target.layout.shapes(shape, rank), target.layout.magnitude_shape(shape))
         for index, key in keys.items():
             if self.shapes[key] != shapes[index]:
@@ -399,7 +389,7 @@ class _Reader:
         """Raise if the file lacks a parameter that was trained in full according to modules_to_save."""
         for end in self.config.modules_to_save or ():
             modules = [path for path in self.saved if path.endswith(end)]
-            if not modules and end not in _HEADS:
+            if not modules and not any(end in heads for _, heads in TASKS.values()):
                 raise _does_not_fit(f"modules_to_save: the model has no module {end}{nearest(end, self.modules)}")
             for path in modules:
                 expected = [name for name in self.parameters if name.startswith(f"{path}.")]

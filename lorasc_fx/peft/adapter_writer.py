@@ -34,6 +34,7 @@ from lorasc_fx.peft.format import (
     CONFIG,
     CONV1D,
     PREFIX,
+    TASKS,
     TENSORS,
     TOKENS,
     Target,
@@ -49,22 +50,6 @@ from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.files import replacing
 
 _VIEWS = ("slow", "fast", "averaged")
-
-_SAVED_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Modules that peft's class for a task always saves completely (peft 0.21, `peft_model.py`)."""
-
-_TASKS = {
-    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
-    "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
-    "CAUSAL_LM": "CAUSAL_LM",
-    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
-    "QUESTION_ANS": "QUESTION_ANSWERING",
-}
-"""peft's tasks, and the part of transformers' MODEL_FOR_..._MAPPING_NAMES that lists the models for each."""
 
 log = logging.getLogger("lorasc_fx")
 
@@ -315,7 +300,7 @@ def _not_addressable(model: nn.Module, targets: Sequence[Target]) -> dict[str, s
 
 def _head_paths(model: nn.Module, task: str | None) -> list[str]:
     """Return the paths of the modules that peft's class for a task saves completely."""
-    heads = _SAVED_HEADS.get(task or "", ())
+    _, heads = TASKS.get(task or "", ("", ()))
     return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in heads]
 
 
@@ -341,14 +326,7 @@ def _heads_of(
 def _auto_class(model: nn.Module, task: str | None, given_by_user: bool, saved: Sequence[str]) -> dict[str, Any]:
     """Return the keys of a configuration from which peft's Auto classes build the base.
 
-    Args:
-        model: the user's model.
-        task: peft's name of the task.
-        given_by_user: whether the user gave the task.
-        saved: paths of modules that the adapter stores completely.
-
-    Raises:
-        SpecError: the user gave a task for which peft reads a head from the adapter, but the head is not in `saved`.
+    A task for which peft reads a head that is not in `saved` is an error if the user gave it, and is omitted otherwise.
     """
     lacking = next((path for path in _head_paths(model, task) if path not in saved), None)
     if lacking is not None and given_by_user:
@@ -419,7 +397,7 @@ def _task_of(model: nn.Module) -> str | None:
     if not type(model).__module__.startswith("transformers."):
         return None
     tables = module_of("text", "transformers.models.auto.modeling_auto")
-    for task, table in _TASKS.items():
+    for task, (table, _) in TASKS.items():
         if type(model).__name__ in getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
             return task
     return "FEATURE_EXTRACTION" if type(model).__name__ in tables.MODEL_MAPPING_NAMES.values() else None

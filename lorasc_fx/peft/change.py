@@ -177,7 +177,7 @@ def change_of(run: Run, view: ViewName) -> Change:
         if view == "fast" and isinstance(branch, Branch) and has_trained(branch, state):
             running = delta_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle, torch.device("cpu"))
         # Compute the delta as one pair, and the row scale of DoRA.
-        pair = pair_of(state, view if running is None else "fast", running)
+        pair = pair_of(state, view, running)
         row_scale = state.scale(running.gain if running is not None else None)
         site = run.plan.site(name)
         if row_scale is None and pair is not None and site is not None and site.options.method.scales_rows:
@@ -194,7 +194,7 @@ def change_of(run: Run, view: ViewName) -> Change:
             change.magnitudes[name] = row_scale * rows.norm(dim=1)
         elif site is not None and site.options.tokens and pair is not None:
             indices = list(site.options.tokens)
-            total = state.exact(view if running is None else "fast", torch.float64, running, torch.device("cpu"))
+            total = state.exact(view, torch.float64, running, torch.device("cpu"))
             changed = (total != dense(state.base).cpu().double()).any(1)
             changed[indices] = False
             if bool(changed.any()):

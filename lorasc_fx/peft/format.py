@@ -54,6 +54,17 @@ UNSUPPORTED = {
 """Keys of features that do not compute `W + s B A`, with or without DoRA's magnitudes. The value is the reason."""
 
 
+TASKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "SEQ_CLS": ("SEQUENCE_CLASSIFICATION", ("classifier", "score")),
+    "SEQ_2_SEQ_LM": ("SEQ_TO_SEQ_CAUSAL_LM", ()),
+    "CAUSAL_LM": ("CAUSAL_LM", ()),
+    "TOKEN_CLS": ("TOKEN_CLASSIFICATION", ("classifier", "score")),
+    "QUESTION_ANS": ("QUESTION_ANSWERING", ("qa_outputs",)),
+}
+"""For each task of peft: the part of transformers' MODEL_FOR_..._MAPPING_NAMES that lists its models, and the names of
+modules that peft's class for it always saves completely, if the model has them (`peft_model.py`)."""
+
+
 def _is_safe(pattern: str) -> bool:
     """Return whether a pattern is a valid regular expression that cannot backtrack exponentially."""
     try:
