@@ -271,7 +271,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: TensorTable) ->
     dense = {
         view: file.take(f"dense/{name}/{view}", state.matrix, kind, finite=not state.full)
         for view in vectors
-        if f"dense/{name}/{view}" in file or (state.full and view == "slow")
+        if f"dense/{name}/{view}" in file.tensors or (state.full and view == "slow")
     }
     if dense and "slow" not in dense:
         raise ValueError(
@@ -287,7 +287,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: TensorTable) ->
         experts=tuple(experts),
         views=views,
         gone=entry["gone"],
-        row_scale=file.take(scale, (state.out,), finite=True) if scale in file and not state.full else None,
+        row_scale=file.take(scale, (state.out,), finite=True) if scale in file.tensors and not state.full else None,
         noises=tuple(KeptNoise(**{**noise, "noise": Noise(**noise["noise"])}) for noise in entry["noises"]),
     )
 
@@ -298,7 +298,7 @@ def _initial(
     """Return the factors and magnitudes that the running stage started with. None if it started with B = 0."""
     factors, magnitude, path = None, None, f"initial/{state.name}"
     fields = site.options.method.starts_from(plan.spec, not manifest["idle"])
-    if "factors" in fields or (plan.spec.restart_pairs < 1 and f"{path}/b" in file):
+    if "factors" in fields or (plan.spec.restart_pairs < 1 and f"{path}/b" in file.tensors):
         *stack, rows, columns = state.matrix
         rank = site.factor_shapes[0][-2]
         b = file.take(f"{path}/b", (*stack, rows, rank), finite=True)
@@ -314,9 +314,6 @@ class TensorTable:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
         self.unread = dict.fromkeys(name for name in tensors if not name.startswith(OUTSIDE_STATE))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
 
     def take(
         self, name: str, shape: tuple[int, ...] | None = None, like: torch.dtype | None = None, finite: bool = False
@@ -412,8 +409,8 @@ def _model_state(
     groups: dict[str, list[str]] = {}  # names of the buffers that share a tensor, by the tensor's name in the file
     for name, holder in buffers.items():
         first_name = names_by_id.setdefault(id(holder.value), name) if holder.value is not None else name
-        source = shared.get(name, name if f"buffer/{name}" in tensors else first_name)
-        if f"buffer/{source}" in tensors:
+        source = shared.get(name, name if name in state.buffers else first_name)
+        if source in state.buffers:
             groups.setdefault(source, []).append(name)
         elif holder.value is not None and name not in empty:
             tensors.take(f"buffer/{source}")  # raises, because it is missing
@@ -428,7 +425,7 @@ def _model_state(
             new = value.to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]
     for name, parameter in run.parameters_by_name().items():
-        if f"buffer/{name}" in tensors and name not in run.slow.states and name not in buffers:  # forward writes it
+        if name in state.buffers and name not in run.slow.states and name not in buffers:  # forward writes it
             local_value = local(parameter)
             in_place.append((local_value, tensors.take(f"buffer/{name}", tuple(local_value.shape), local_value.dtype)))
     tensors.check_all_read()

@@ -186,12 +186,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
 def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Concatenate the shards in the files of several ranks, and return all tensors.
 
-    Args:
-        files: the tensors of each file. The first one also has the unsharded tensors.
-        shards: the axis of each sharded tensor.
-
-    Raises:
-        ValueError: a file lacks a shard or has an unexpected tensor, or shards do not fit together.
+    `shards` has the axis of each sharded tensor. Only the first file also has the unsharded tensors.
     """
     tensors = dict(files[0])
     for file in files if shards else files[1:]:

@@ -24,10 +24,12 @@ from lorasc_fx.cascade.optim import check_holds, check_numbers, stepping
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.codec import gradients_of
 from lorasc_fx.checkpoint.layout import DTYPES, refusing, sanitized, versions
+from lorasc_fx.checkpoint.manifest import Generators
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.util.accelerator import generator_states, set_generator_states
+from lorasc_fx.util.decode import decode
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.undo import commit
 
@@ -134,11 +136,7 @@ def resume(
 
 
 def _with_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the manifest with its references replaced by tensors and numbers.
-
-    Raises:
-        ValueError, LookupError, TypeError: the path of a reference does not exist, or a tensor has no reference.
-    """
+    """Return the manifest with its references replaced by tensors and numbers."""
     manifest = checkpoint.manifest
     parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
     references = manifest.get("tensor_references", ())
@@ -181,11 +179,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def _state_for(
     optimizer: torch.optim.Optimizer, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Return the optimizer's state dict from a checkpoint.
-
-    Raises:
-        ValueError: the state belongs to an optimizer with other parameters or groups.
-    """
+    """Return the optimizer's state dict from a checkpoint. It must have the same parameters and groups."""
     current_groups, saved_groups = optimizer.state_dict()["param_groups"], meta["groups"]
     if [group["params"] for group in current_groups] != [group["params"] for group in saved_groups]:
         raise ValueError("the optimizer has other parameter groups than the saved one")
@@ -247,11 +241,7 @@ def _as_saved(loaded: Any, saved: Any, converted: torch.dtype | None, on_host: b
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    """Check that each tensor of a state has the shape of its parameter. It does not if the order has changed.
-
-    Raises:
-        ValueError: a shape differs. The message names the entry and the parameter.
-    """
+    """Check that each tensor of a state has the shape of its parameter. It does not if the order has changed."""
     if not type(optimizer).__module__.startswith("torch.optim.") or type(optimizer).__name__ in _OTHER_SHAPES:
         return  # the layout of another optimizer's state is unknown
     for index, parameter in enumerate(_parameters(optimizer)):
@@ -324,7 +314,7 @@ def set_rank_random_state(ranks: Sequence[torch.Tensor] | None, group: ProcessGr
     elif ranks is not None:
         saved = parse_json(bytes(ranks[group.rank].tolist()))
         tensors = {name: torch.tensor(state, dtype=torch.uint8) for name, state in saved["tensors"].items()}
-        set_random_state(tensors, saved["meta"])
+        set_random_state(tensors, decode(Generators, saved["meta"]))
 
 
 def _as_lists(value: Any) -> Any:
