@@ -179,12 +179,7 @@ class SavedCascade(CascadeModule):
         """Apply the checkpoint that `_load_from_state_dict` has read, after torch has visited all modules.
 
         The state has no entries of model and branches, so keys that torch misses there are not reported. If torch has
-        collected errors, it raises them, and nothing is applied.
-
-        Raises:
-            CheckpointError: the state has another base, another spec or other sites. The cascade is unchanged.
-            StateError: the cascade was released, the weights are sharded, or the call is inside
-                `with cascade.weights(...)` or inside a backward.
+        collected errors, it raises them, and nothing is applied. Nor is it if the base, spec or sites differ.
         """
         (checkpoint, missing, errors), self._to_load = self._to_load, (None, 0, ())
         del keys.missing_keys[missing:]

@@ -29,13 +29,10 @@ class Method:
     parameters: Callable[[CascadeSpec], tuple[str, ...]] = lambda spec: spec.train
 
 
-DECAY = CascadeSpec.average_decay
-
-
 def _plain(spec: CascadeSpec, stages: int) -> CascadeSpec:
     del stages
     spec = replace(spec, pace=1.0, loss_penalty=CascadeSpec.loss_penalty, momentum=0.0, restart="slow")
-    return replace(spec, noise=Noise(), average="off", average_decay=DECAY)
+    return replace(spec, noise=Noise(), average="off", average_decay=CascadeSpec.average_decay)
 
 
 def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:

@@ -304,12 +304,7 @@ def _filled(where: str, name: str, cell: Any, plain: bool = True) -> Any:
 
 
 def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
-    """Read and resize the images in a folder with one subfolder per class.
-
-    Raises:
-        SpecError: there is no such folder, its subfolders are splits, a class has no images, or an image cannot be
-            read.
-    """
+    """Read and resize the images in a folder with one subfolder per class, which must not be a split."""
     folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else {}
     splits = [name for name in SPLITS if name in folders]
     if splits and len(splits) == len(folders) and all(any(map(Path.is_dir, it.iterdir())) for it in folders.values()):

@@ -75,12 +75,7 @@ class FoldArguments:
 
 
 def run_fold(arguments: FoldArguments) -> int:
-    """Write the slow weights of the last checkpoint, and return the exit code.
-
-    Raises:
-        StateError: the folder has no run, or no checkpoint yet.
-        CheckpointError: the base is not the model that was adapted.
-    """
+    """Write the slow weights of the last checkpoint, and return the exit code."""
     folder = RunFolder(arguments.run)
     if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
         raise StateError(
@@ -141,14 +136,7 @@ class ExportArguments:
 
 
 def run_export(arguments: ExportArguments) -> int:
-    """Write the format and return the exit code.
-
-    Raises:
-        SpecError: the output has the wrong ending or cannot be written, or ranks are given for another format than
-            peft.
-        StateError: the folder has no run, or no checkpoint yet.
-        MissingExtra: a package that the format needs is not installed.
-    """
+    """Write the format and return the exit code."""
     adapter, ranks = arguments.to == "peft", (arguments.max_rank, arguments.uniform_rank)
     if not adapter and ranks != (None, False):
         raise SpecError(

@@ -24,8 +24,6 @@ from lorasc_fx.util.extras import module_of
 
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function")
 
-CLASSIFIER = "ForSequenceClassification"
-"""Suffix of the names of transformers' text classifiers."""
 _INSTALLED = re.compile(r"[/\\]lib[/\\]python3|<frozen|[/\\]lorasc_fx[/\\]")
 Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 """Positional and keyword arguments of a model."""
@@ -195,7 +193,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     model: nn.Module
     with reading(config.name, "transformers"):
         settings = transformers.AutoConfig.from_pretrained(folder, **safe)
-        if any(name.endswith(CLASSIFIER) for name in settings.architectures or ()):
+        if any(name.endswith("ForSequenceClassification") for name in settings.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
             model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **head)
         else:
@@ -264,15 +262,9 @@ _BUILDERS: dict[str, Callable[[ModelConfig, str, int | None], nn.Module]] = {
 
 
 def _load_weights(model: nn.Module, config: ModelConfig, head: str = "") -> None:
-    """Load pretrained weights into a model, if the configuration has any.
+    """Load the pretrained weights of a configuration, if it has any.
 
-    Args:
-        model: the model.
-        config: its configuration.
-        head: path of the head, which keeps its new values if their shapes differ from the pretrained ones.
-
-    Raises:
-        SpecError: the source is unknown, the file cannot be read, or the weights do not fit.
+    The head with the path `head` keeps its new values if their shapes differ from the pretrained ones.
     """
     source = config.weights
     if not source:

@@ -56,12 +56,7 @@ class PredictArguments:
 
 
 def run_predict(arguments: PredictArguments) -> int:
-    """Print the predictions and return the exit code.
-
-    Raises:
-        StateError: the folder has no run, or no folded weights.
-        SpecError: the weights do not fit the model, an input cannot be read, or there are no inputs.
-    """
+    """Print the predictions and return the exit code."""
     folder = RunFolder(arguments.run)
     folder.check_run(checkpoint=False)
     preprocessing = Preprocessing(folder.path)
@@ -123,11 +118,7 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
 
 
 def _files(path: Path, endings: Collection[str], content: str) -> list[Path]:
-    """Return the file at a path, or the sorted files with these endings in a folder.
-
-    Raises:
-        SpecError: the folder has no such files.
-    """
+    """Return the file at a path, or the sorted files with these endings in a folder. There must be one."""
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in endings)
@@ -161,11 +152,7 @@ def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]
 
 
 def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[str], list[str]]:
-    """Return the texts and classes in a table, or the lines of any other file. An unknown class is empty.
-
-    Raises:
-        SpecError: the file cannot be read, or has no texts.
-    """
+    """Return the texts and classes in a table, or the lines of any other file. An unknown class is empty."""
     kind = TABLES.get(path.suffix.lower())
     text, label = columns.text_column or config.text_column, columns.label_column or config.label_column
     optional = columns.label_column is None

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 FILE = "metrics.jsonl"
-_EVENTS = "tensorboard"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -52,7 +51,7 @@ class Metrics:
         if self._writer is None and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder / _EVENTS))
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"))
         for name, value in entry.items() if self._writer is not None else ():
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._writer.add_scalar(name, value, self._step)

@@ -137,13 +137,7 @@ class ReportArguments:
 
 
 def run_report(arguments: ReportArguments) -> int:
-    """Write the report of a run or a comparison, and return the exit code.
-
-    Raises:
-        StateError: the folder has no run with records.
-        SpecError: the file cannot be written.
-        MissingExtra: the extra `report` is not installed.
-    """
+    """Write the report of a run or a comparison, and return the exit code."""
     require("report", "matplotlib")
     folder = RunFolder(arguments.run)
     text = comparison_page(folder) if folder.results.exists() else page(RunRecord(arguments.run))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -29,7 +28,7 @@ class SitesArguments:
     """Globs on names of parameters that are trained in full."""
     rank: int = 8
     """Rank of the branches."""
-    input: tuple[int, ...] = field(default=())
+    input: tuple[int, ...] = ()
     """Shape of the input, such as `--input 2 3 64 64`. Required if the model does not specify it."""
     frontend: str = "auto"
     """Front end that captures the graph: `auto`, `export`, `symbolic`, ..."""
@@ -64,8 +63,8 @@ def run_sites(arguments: SitesArguments) -> int:
         screen.print(refusals)
     for name in cascade.unreached:
         screen.print(f"not reached by this graph: {name}", soft_wrap=True)
-    added = math.fsum(site.parameters for site in cascade.sites)
+    added = sum(site.parameters for site in cascade.sites)
     screen.print(
-        f"{added:,.0f} trainable parameters in branches, {added / total:.2%} of the model's {total:,}", markup=False
+        f"{added:,} trainable parameters in branches, {added / total:.2%} of the model's {total:,}", markup=False
     )
     return 0

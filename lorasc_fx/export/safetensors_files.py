@@ -205,11 +205,7 @@ def fold_files(
 
 
 def _name_classes(config: Path, classes: Sequence[str]) -> None:
-    """Write the classes into the `config.json` of a classifier, because transformers builds the head from it.
-
-    Raises:
-        CheckpointError: the configuration is not JSON.
-    """
+    """Write the classes into the `config.json` of a classifier, because transformers builds the head from it."""
     with refusing(f"base: {config.name}", "give the folder of the model that was adapted", code="unreadable-file"):
         settings = parse_json(config.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or "Classification" not in str(settings.get("architectures")):

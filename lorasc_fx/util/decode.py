@@ -222,11 +222,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
-    """Convert a table to a dataclass or a TypedDict.
-
-    Raises:
-        SpecError: a key is unknown or missing, or a value is invalid.
-    """
+    """Convert a table to a dataclass or a TypedDict, after checking that no key is unknown or missing."""
     check_names(cls, data, path)
     hints = _hints(cls)
     for name in _required(cls):
