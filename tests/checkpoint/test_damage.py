@@ -23,6 +23,7 @@ from safetensors.torch import load
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.checkpoint import training_state
 from tests.checkpoint.damage import (
     DEEP,
     MANIFEST,
@@ -705,6 +706,17 @@ def test_saved_without(what: str, tmp_path: Path) -> None:
     version = lx.save(cascade, tmp_path, optimizer=None if what == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
     refuse_resume(version, ("not-available", what), cascade, optimizer, scheduler if what == "scheduler" else None)
+
+
+def test_a_random_state_of_a_rank(tmp_path: Path) -> None:
+    """It is stored as bytes, which the schema of the manifest does not cover."""
+    state = json.loads(bytes(training_state.random_bytes().tolist()))
+    state["meta"]["numpy"]["state"]["pos"] = 10**6
+    stream = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
+    version = lx.save(cascade, tmp_path, optimizer=optimizers(cascade)[0], extra={training_state.RANKS: [stream]})
+    cascade, optimizer, _ = resumed(version)
+    refuse_resume(version, ("optimizer-differs", "numpy.state.pos", 10**6), cascade, optimizer, None)
 
 
 def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
