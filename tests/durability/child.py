@@ -162,8 +162,8 @@ def around(
     setattr(owner, name, patched)
 
 
-def half_a_file(real: Any, tensors: Any, path: Path) -> None:
-    real(tensors, path)
+def half_a_file(real: Any, tensors: Any, path: Path, metadata: Any) -> None:
+    real(tensors, path, metadata)
     os.truncate(path, path.stat().st_size // 2)
 
 

@@ -43,7 +43,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "unpack": (reader, "install"),
     "unpack gradients": (state_dict, "gradients_of"),
     "load into a cascade": (lx.Cascade, "_take_over"),
-    "write an adapter": (peft_writer, "save_file"),
+    "write an adapter": (peft_writer, "write_tensors"),
     "write a tensor": (safetensors_files, "bytes_of"),
     # stages
     "transition": (transition, "next_stage"),
