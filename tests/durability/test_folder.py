@@ -234,6 +234,7 @@ def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path) -
     try:
         lx.save(cascade, tmp_path / "deep" / "checkpoint")
         lx.export.peft(cascade, tmp_path / "adapter")
+        lx.export.adapter(cascade, tmp_path / "adapter.safetensors", max_rank=1)
         lx.export.safetensors(cascade, tmp_path / "weights" / "folded.safetensors")
         lx.export.safetensors(cascade, tmp_path / "folder")
         write_weights(run.folded, cascade.folded_state_dict())
