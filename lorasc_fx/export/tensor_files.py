@@ -84,10 +84,8 @@ class Entry:
 
     def fingerprint(self, file: BinaryIO, dtype: torch.dtype) -> str:
         """Return the fingerprint (`util.fingerprint`) of the tensor converted to this dtype."""
-        blocks: Iterable[Buffer] = self.blocks(file)
-        if dtype != DTYPES[self.dtype]:
-            stored = DTYPES[self.dtype]
-            blocks = (data_of(torch.frombuffer(block, dtype=stored).to(dtype)) for block in self.blocks(file))
+        stored = DTYPES[self.dtype]
+        blocks = (data_of(torch.frombuffer(block, dtype=stored).to(dtype)) for block in self.blocks(file))
         return fingerprint_of(dtype, self.shape, blocks)
 
 

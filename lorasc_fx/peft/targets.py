@@ -309,8 +309,7 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
     weight = values[target.leaf]
     shapes = (weight.shape[0], 2), (2, math.prod(weight.shape[1:]))
     source = torch.Generator().manual_seed(0)
-    b, a = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes)
-    pair = Factors(b, a)
+    pair = Factors(*(torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes))
     delta = (pair.b @ pair.a).view(weight.shape)
     try:
         with quiet(grad=False):  # building peft's layers draws random numbers, and may warn
