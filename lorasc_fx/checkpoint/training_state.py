@@ -270,7 +270,9 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = generator_states()
     meta: dict[str, Any] = {"python": random.getstate()}
     if "numpy.random" in sys.modules:  # otherwise nothing was drawn from it
-        meta["numpy"] = _as_lists(sys.modules["numpy.random"].get_state(legacy=False))
+        state = sys.modules["numpy.random"].get_state(legacy=False)
+        if state["bit_generator"] == "MT19937":  # the default of numpy, and the only one that a manifest can store
+            meta["numpy"] = {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}}
     return tensors, meta
 
 
@@ -315,12 +317,6 @@ def set_rank_random_state(ranks: Sequence[torch.Tensor] | None, group: ProcessGr
         saved = parse_json(bytes(ranks[group.rank].tolist()))
         tensors = {name: torch.tensor(state, dtype=torch.uint8) for name, state in saved["tensors"].items()}
         set_random_state(tensors, decode(Generators, saved["meta"]))
-
-
-def _as_lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_lists(item) for key, item in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def is_storable(tensor: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
@@ -706,6 +707,18 @@ def test_saved_without(what: str, tmp_path: Path) -> None:
     version = lx.save(cascade, tmp_path, optimizer=None if what == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
     refuse_resume(version, ("not-available", what), cascade, optimizer, scheduler if what == "scheduler" else None)
+
+
+def test_another_bit_generator_of_numpy_is_not_saved(tmp_path: Path) -> None:
+    cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        version = lx.save(cascade, tmp_path)
+    finally:
+        np.random.set_bit_generator(before)
+    assert "numpy" not in json.loads((version / MANIFEST).read_text())["rng"]
+    lx.load(tmp_path, Small(), args=(X,))
 
 
 def test_a_random_state_of_a_rank(tmp_path: Path) -> None:
