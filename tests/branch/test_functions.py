@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lorasc_fx as lx
 from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct, SharedUp, shared_down
 from lorasc_fx.branch.low_rank import ConvGeometry
+from tests.kit.compare import saved_storages
 from tests.kit.models import loss_of, randomize
 from tests.kit.state import branches_of
 
@@ -269,23 +270,6 @@ def test_checkpointing_draws_the_same_mask_again() -> None:
         assert torch.equal(plain, again)
 
 
-def kept_bytes(call: Callable[[], Tensor], model: nn.Module) -> int:
-    """Return the bytes of distinct storages that autograd saves, without parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = call()
-    del output
-    return sum(seen.values())
-
-
 @pytest.mark.parametrize("placement", ["beside", "merged"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_tensors_saved_for_backward(placement: str, dropout: float) -> None:
@@ -295,8 +279,9 @@ def test_tensors_saved_for_backward(placement: str, dropout: float) -> None:
     if dropout and placement == "merged":
         pytest.skip("a spec that asks for both is refused")
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, placement=placement, dropout=dropout)).train()
-    found = kept_bytes(lambda: cascade(x), cascade)
-    assert found == 4 * (64 * 96 + (64 * 4 if placement == "beside" else 0))
+    own = {parameter.data_ptr() for parameter in cascade.parameters()}
+    found = [size for address, size in saved_storages(lambda: cascade(x)).items() if address not in own]
+    assert sum(found) == 4 * (64 * 96 + (64 * 4 if placement == "beside" else 0))
 
 
 # --- other people's machinery ----------------------------------------------------------------------------------------

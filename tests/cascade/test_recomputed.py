@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lorasc_fx as lx
+from tests.kit.compare import saved_storages
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, loss_of, merged, randomize
 from tests.kit.state import oldest_variant
@@ -389,19 +390,6 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-def bytes_kept(model: nn.Module, x: torch.Tensor) -> int:
-    """Return the bytes that autograd saves in a forward. Each storage counts once."""
-    sizes: dict[int, int] = {}
-
-    def pack(value: torch.Tensor) -> torch.Tensor:
-        sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        model(x)
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) -> None:
@@ -409,7 +397,7 @@ def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) 
     torch.manual_seed(4)
     model, x = Stack(reentrant), torch.randn(256, 5)
     model.gradient_checkpointing = True
-    eager = bytes_kept(model, x)
+    eager = sum(saved_storages(lambda: model(x)).values())
     model.gradient_checkpointing = before
     cascade = lx.adapt(model, (x,), spec=SPEC)
     assert len(cascade.sites) == 10
@@ -418,7 +406,7 @@ def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) 
         cascade(x)
         factors = sum(4 * parameter.numel() for parameter in cascade.branches.parameters())
         low = 10 * 4 * 2 * 256  # A x of each site outside
-        assert (bytes_kept(cascade, x) <= eager + factors + low) == on
+        assert (sum(saved_storages(lambda: cascade(x)).values()) <= eager + factors + low) == on
     randomize(cascade)
     model.eval()
     expected = cascade(x)

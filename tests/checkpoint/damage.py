@@ -13,7 +13,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 import lorasc_fx as lx
-from tests.errors.models import inputs, loss_of
+from tests.errors.models import inputs
+from tests.kit.models import loss_of
 
 MANIFEST, TENSORS = "manifest.json", "state.safetensors"
 DEEP = "deep nesting"

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.errors.models import Net, inputs, loss_of
+from tests.errors.models import Net, inputs
 from tests.errors.state import of_model, of_optimizer, of_slow, raw
+from tests.kit.models import loss_of
 from tests.kit.state import variant_count
 
 X = inputs(5, 3, 4, 4)

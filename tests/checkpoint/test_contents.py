@@ -19,10 +19,11 @@ from torch.utils.data import TensorDataset
 import lorasc_fx as lx
 from lorasc_fx.schedules import shuffled_batches
 from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, interrupted, whole
-from tests.errors.models import Net, loss_of
+from tests.errors.models import Net
 from tests.errors.state import assert_same, raw, unchanged
 from tests.kit.devices import pretend_accelerator
 from tests.kit.errors import raises, warns
+from tests.kit.models import loss_of
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
 TRAIN = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace=0.4, optimizer_state="kept")

@@ -15,9 +15,10 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.checkpoint.training_state import keep_as_saved, optimizer_state
 from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whole
-from tests.errors.models import Net, inputs, loss_of
+from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, of_slow, raw, unchanged
 from tests.kit.errors import raises
+from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS, seam
 from tests.kit.state import MANIFEST
 

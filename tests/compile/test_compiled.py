@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.models import loss_of
+from tests.kit.models import train
 
 STAGES, STEPS = 3, 2
 TOKENS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(7))
@@ -51,12 +51,7 @@ def trajectory(placement: str, compiled: dict[str, Any] | None) -> tuple[list[fl
     call = cascade if compiled is None else torch.compile(cascade, fullgraph=True, **compiled)
     losses = []
     for _ in cascade.stages(STAGES, optimizer):
-        for _ in range(STEPS):
-            loss = loss_of(call(TOKENS))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        losses += train(call, optimizer, [TOKENS] * STEPS).tolist()
     return losses, cascade.folded_state_dict()
 
 

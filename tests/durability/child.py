@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
-from tests.errors.models import Net, inputs, loss_of
+from tests.errors.models import Net, inputs
 from tests.errors.state import of, of_optimizer, of_slow, raw
+from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS, seam
 
 SPEC = lx.CascadeSpec(

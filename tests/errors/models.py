@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import loss_of
+from tests.kit.models import train
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
 
@@ -52,11 +52,7 @@ def adapted(
 
 def step(cascade: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor | None = None) -> torch.Tensor:
     """One training step; returns the loss."""
-    loss = loss_of(cascade(inputs(4, 5, seed=3) if x is None else x))
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+    return train(cascade, optimizer, [inputs(4, 5, seed=3) if x is None else x])[0]
 
 
 class Late(nn.Module):

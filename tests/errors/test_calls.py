@@ -19,9 +19,10 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.integrations.transformers import CascadeCallback
-from tests.errors.models import SPEC, adapted, inputs, loss_of, mlp, step
+from tests.errors.models import SPEC, adapted, inputs, mlp, step
 from tests.errors.state import of, unchanged
 from tests.kit.errors import raises
+from tests.kit.models import loss_of
 from tests.kit.state import trainable, trained_in_full, variant_for, weight_states
 
 TRAINED = lx.CascadeSpec(rank=2, train=("3.*",), noise=lx.Noise(0.1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -64,6 +64,20 @@ def assert_buffers(model: nn.Module, twin: nn.Module, close: float = 0.0) -> Non
     """Buffers that forward writes are the eager model's."""
     for (name, ours), (_, theirs) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
         assert torch.allclose(ours, theirs, rtol=close, atol=close, equal_nan=True), f"buffer {name}"
+
+
+def saved_storages(call: Callable[[], Any]) -> dict[int, int]:
+    """Return the storages that autograd saves in a call: the bytes of each, by address."""
+    sizes: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        output = call()
+    del output
+    return sizes
 
 
 def quietly() -> Any:

@@ -20,10 +20,10 @@ from torch.func import functional_call
 
 import lorasc_fx as lx
 from lorasc_fx.branch import amplitude
-from tests.errors.models import inputs, loss_of
+from tests.errors.models import inputs
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
-from tests.kit.models import train
+from tests.kit.models import loss_of, train
 from tests.kit.seams import SEAMS
 from tests.kit.state import branches_of, trainable
 

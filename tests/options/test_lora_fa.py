@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import lorasc_fx as lx
+from tests.kit.compare import saved_storages
 from tests.kit.errors import raises
 from tests.kit.models import PLAIN, batches, branches, lora_of, loss_of, mlp, train
 from tests.options.test_stage_schedule import LINEARS, LR, X
@@ -184,15 +185,8 @@ def test_the_input_is_not_kept(build: Any) -> None:
         model = nn.Sequential(inner, nn.Tanh())
         spec = lx.CascadeSpec(rank=2, train_A=not fixed, placement="beside")
         cascade = lx.adapt(model, (x,), spec=spec)
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         moving = x * 1.0  # an activation of its own
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss_of(cascade(moving)).backward()
+        kept = saved_storages(lambda cascade=cascade, x=moving: loss_of(cascade(x)).backward())
         saved[fixed] = moving.untyped_storage().data_ptr() in kept
     assert saved == {False: True, True: False}
 

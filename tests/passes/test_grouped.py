@@ -18,6 +18,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.capture import capture
 from lorasc_fx.graph import FORMS, FunctionForm
+from tests.kit.models import train
 from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, uses_of
 
 SPEC = lx.CascadeSpec(rank=3, lora_alpha=5.0, pace=0.5, seed=11, targets=("experts",))
@@ -233,12 +234,7 @@ def trajectory(placement: str, call: Callable[[Any], Any] = lambda cascade: casc
     optimizer, run = torch.optim.SGD(cascade.param_groups(lr=0.3)), call(cascade)
     losses = []
     for _ in cascade.stages(2, optimizer):
-        for _ in range(STEPS):
-            loss = run(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        losses += train(run, optimizer, [x] * STEPS).tolist()
     slow = cascade.folded_state_dict()
     return losses, torch.stack([slow["up"], slow["down"]])
 

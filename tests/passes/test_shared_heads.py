@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
+from tests.kit.compare import saved_storages
 from tests.passes.test_attention_masks import (
     ATTENTION,
     FEW,
@@ -43,19 +45,6 @@ def shared(graph_module: Any) -> list[bool]:
     return [on for on, *_ in heads]
 
 
-def saved(model: nn.Module, kwargs: dict[str, Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves in a call."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        assert model(**kwargs).logits.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
 def embedded(size: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(length)
     return {"inputs_embeds": torch.randn(size, length, 16, dtype=dtype, requires_grad=True)}
@@ -82,7 +71,8 @@ def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, fro
         for ours_grad, theirs_grad in zip(*grads, strict=True):
             assert theirs_grad.abs().max() > 0
             assert torch.equal(ours_grad, theirs_grad)
-        assert saved(captured.module, kwargs) == saved(model, kwargs)
+        ours, theirs = (saved_storages(partial(call, **kwargs)) for call in (captured.module, model))
+        assert sum(ours.values()) == sum(theirs.values()) > 0
 
 
 @pytest.mark.parametrize("name", ["a user's mask", "a window"])

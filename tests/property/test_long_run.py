@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from tests.errors.models import inputs, loss_of
+from tests.errors.models import inputs
+from tests.kit.models import loss_of
 
 TRANSITIONS = 2000
 WARM = 100
