@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -281,9 +282,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         *_in_short(results),
         *_summary(results, folder),
         *_language(results),
-        *_claims(results),
-        *_design(results),
-        *_less_lora(results, "adapters", "Adapter methods", ("adapters",), _ABOUT_ADAPTERS),
+        *_in_stages(results),
         *_rates(results, folder),
         f"The other tables are in [{tables.name}]({link}).",
     ]
@@ -293,13 +292,18 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "",
         "What stands behind docs/evidence.md, made by the same command from the same runs.",
         "",
+        *_claims(results),
+        *_design(results),
+        *_language_tasks(results),
         *_grid(results),
+        *_best_rates(results),
         *_tasks(results),
         *_restarts(results),
         *_trace(folder),
         *_map(results),
         *_ranks(results),
         *_others(results),
+        *_less_lora(results, "adapters", "Adapter methods less LoRA", ("adapters",), _ABOUT_ADAPTERS),
         *_adapters(results),
         *_forgetting(results),
         *_sizes(results),
@@ -459,13 +463,47 @@ def _language(results: Results) -> list[str]:
         f"{size} examples, {results.protocol['budgets'][budget]} steps."
     )
     header = ["method", "test", "test loss", "shift", "general loss", "memory", "seconds", "disk", "trained", "tasks"]
+    return _section("Language model", about, header, rows) if rows else []
+
+
+def _language_tasks(results: Results) -> list[str]:
+    """Return test accuracy and loss of the finalists on a language model, by task."""
     sections = [
-        _section("Language model", about, header, rows),
         _pivot(results, "lm-finalists", "Language tasks", "Finalists, test accuracy and loss.", results.seeds),
         _pivot(results, "lm-finalists-long", "Language tasks, long", "As above.", results.seeds),
         _pivot(results, "lm-finalists-all", "Language tasks, all examples", "As above.", results.seeds),
     ]
     return [line for section in sections if "No runs yet." not in section for line in section]
+
+
+def _in_stages(results: Results) -> list[str]:
+    """Return each adapter method on a language model in one stage and in three, at their best rates in the grid."""
+    phase, rows = results.phase("lm-grid"), []
+    for method in results.methods(phase):
+        staged = "paper" if method == "lora" else f"{method}-stages"
+        cells = [_at_shared_rate(results, phase, name) for name in (method, staged) if name in METHODS]
+        if len(cells) == 2 and None not in cells:
+            rows.append([method, *(value for cell in cells for value in cell or ())])
+    about = (
+        f"SmolLM2-135M-Instruct, means over {', '.join(phase['tasks'])}: validation loss (geometric mean) and test "
+        "accuracy in one stage, and in three stages by the paper's rule, each at its best rate of the grid. One seed, "
+        "so differences of a few points are no finding."
+    )
+    header = ["method", "one stage: rate", "loss", "accuracy", "three stages: rate", "loss", "accuracy"]
+    section = _section("Language model: one stage and three", about, header, rows)
+    return section if rows else []
+
+
+def _at_shared_rate(results: Results, phase: dict[str, Any], method: str) -> list[str] | None:
+    """Return rate, validation loss and test accuracy in a grid over tasks, or None if runs are missing."""
+    (budget,), (size,), (seed,) = phase["budgets"], phase["sizes"], phase["seeds"]
+    rate = runner.shared_rate(results.protocol, results.lines, budget, method)
+    if rate is None:
+        return None
+    runs = [results.result(phase["name"], task, size, budget, method, rate, seed) for task in phase["tasks"]]
+    losses = [math.log(run["validation"]["loss"]) for run in runs if run is not None]
+    accuracies = [run["test"]["accuracy"] for run in runs if run is not None]
+    return [f"{rate:g}", f"{math.exp(statistics.fmean(losses)):.3f}", f"{100 * statistics.fmean(accuracies):.0f}"]
 
 
 def _in_short(results: Results) -> list[str]:
@@ -476,7 +514,12 @@ def _in_short(results: Results) -> list[str]:
             worst, best = entry.tasks
             about = f"{entry.claim['name']} ({results.method(entry.claim)} - {entry.claim['against']}, {entry.budget})"
             lines.append(f"- {about}: {entry.difference}, by task {worst:+.2f} to {best:+.2f}: {entry.verdict}")
-    return ["## In short", "", *(lines or ["No runs yet."]), ""]
+    about = (
+        "The claims of the protocol: interquartile mean over tasks of paired differences, in points of accuracy, or of "
+        "loss with the sign turned so that more is better, with 95 % bootstrap intervals over seeds. Supported or "
+        "refuted: p is below 0.05 after Holm's correction."
+    )
+    return ["## In short", "", about, "", *(lines or ["No runs yet."]), ""]
 
 
 def _claims(results: Results) -> list[str]:
@@ -848,16 +891,18 @@ def _rates(results: Results, folder: Path) -> list[str]:
         "",
         "![rates](evidence-rates.svg)",
         "",
-        "The rates of the lowest validation loss, which the finalists and `make compare` use:",
-        "",
-        f"| task | budget | {' | '.join(shown)} |",
-        f"|---|---|{'---|' * len(shown)}",
-        *(
-            f"| {task} | {budget} | {' | '.join(_rate(results, task, budget, method) for method in shown)} |"
-            for task, budget in curves
-        ),
-        "",
     ]
+
+
+def _best_rates(results: Results) -> list[str]:
+    phase, methods = results.phase("grid"), ("lora", "lora-cycles", "paper", "recipe")
+    rows = [
+        [task, budget, *(_rate(results, task, budget, method) for method in methods)]
+        for task in phase["tasks"]
+        for budget in phase["budgets"]
+    ]
+    about = "The rates of the lowest validation loss, which the finalists and `make compare` use."
+    return _section("Rates", about, ["task", "budget", *methods], rows)
 
 
 def _rate(results: Results, task: str, budget: str, method: str) -> str:
