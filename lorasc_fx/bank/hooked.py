@@ -6,7 +6,7 @@ shares all tensors with the model but not the hooks, so the model is not changed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,19 +15,11 @@ from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.given import FIRST_AXIS, Pair, at_lookup, beside, beside_conv
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.copies import unshared
-from lorasc_fx.graph.forms import form_of
+from lorasc_fx.graph.forms import StoredCall, form_of
 from lorasc_fx.plan import Site
 
 Factors = Callable[[str], Pair]
 """Returns the factors of a weight, by its name."""
-
-
-class _Node:
-    """A stand-in for an fx.Node that calls a module, because forms are looked up by nodes."""
-
-    op, target = "call_module", ""
-    args: tuple[Any, ...] = ("x",)
-    kwargs: Mapping[str, Any] = {}
 
 
 def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Module:
@@ -66,10 +58,11 @@ def _hook(module: nn.Module, site: Site, factors: Factors) -> Callable[..., Any]
     """
     if type(module).__name__ == "Conv1D" and site.layout == "in_out":  # a linear layer of transformers, [in, out]
         return lambda _, args, output: beside(output, args[0], factors(site.weight), FIRST_AXIS)
-    form = form_of(_Node(), module)
+    call_of_module = StoredCall("", "call_module", "", ("x",), {})  # forms are looked up by calls
+    form = form_of(call_of_module, module)
     if form is None or form.layout != site.layout:
         return None
-    options = dict(form.reads(_Node(), module).options)
+    options = dict(form.reads(call_of_module, module).options)
     if isinstance(module, nn.Embedding):
         padding = options["padding_idx"]
         return lambda _, args, output: at_lookup(output, args[0], factors(site.weight), FIRST_AXIS, padding)

@@ -17,14 +17,14 @@ If the tensors of a branch are inputs of the graph, its node also has `tensors={
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from lorasc_fx.branch import Branch, shared_down
-from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, registered_named
+from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, StoredCall, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
 from lorasc_fx.graph.weights import BRANCHES, module_at
 
@@ -73,20 +73,13 @@ class Input:
 
 
 @dataclass(frozen=True)
-class CallTemplate:
-    """The call of an op that a merged branch replaced, without references to nodes.
+class CallTemplate(StoredCall):
+    """A stored call whose arguments have an `Input` instead of each node.
 
     Args:
-        name, op, target: of the op's node.
-        args, kwargs: its arguments, with an `Input` instead of each node.
         inputs: number of arguments of the branch node.
     """
 
-    name: str
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
     inputs: int
 
     @classmethod
@@ -101,20 +94,14 @@ class CallTemplate:
 
 
 @dataclass(frozen=True)
-class ReplacedCall:
-    """The call of an op that a merged branch replaced, with the current arguments of the branch node.
+class ReplacedCall(StoredCall):
+    """A stored call with the current arguments of the branch node.
 
     Args:
-        name, op, target, args, kwargs: of the op's node.
-        form: its form, or None if the branch node was damaged.
+        form: form of the op, or None if the branch node was damaged.
         reading: its arguments by role.
     """
 
-    name: str
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
     form: FunctionForm | ModuleForm | None = None
     reading: Reading | None = None
 
@@ -131,7 +118,11 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
     if template is None:
         return None
     # The arguments may have changed since the op was replaced, for example by a pass that rewired the input.
-    args, kwargs = _filled(template.args, node.args), _filled(template.kwargs, node.args)
+    current = dict(enumerate(node.args))
+    args, kwargs = fx.node.map_aggregate(
+        (template.args, template.kwargs),
+        lambda argument: current.get(argument.index) if isinstance(argument, Input) else argument,
+    )
     op = ReplacedCall(template.name, template.op, template.target, args, kwargs)
     owner = node.graph.owning_module
     module = module_at(owner, template.target) if owner is not None and template.op == "call_module" else None
@@ -151,17 +142,6 @@ def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
     weight = reading.weight
     inputs = {reading.x, weight, reading.bias}
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and set(node.all_input_nodes) <= inputs
-
-
-def _filled(value: Any, inputs: Sequence[Any]) -> Any:
-    """Return arguments of a template with each `Input` replaced by the argument of the branch node."""
-    if isinstance(value, Input):
-        return inputs[value.index] if value.index < len(inputs) else None
-    if isinstance(value, (tuple, list)):
-        return type(value)(_filled(item, inputs) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _filled(item, inputs) for key, item in value.items()}
-    return value
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,24 +33,22 @@ from lorasc_fx.quantized import quantized_linear
 from lorasc_fx.spec import KINDS
 
 
-class AnyNode(Protocol):
-    """An `fx.Node`, or the stored call of an op that a merged branch replaced."""
+@dataclass(frozen=True)
+class StoredCall:
+    """The call of an op that a merged branch replaced, without its node.
 
-    @property
-    def op(self) -> str:
-        """The opcode of the node, such as `call_function`."""
+    Args:
+        name, op, target, args, kwargs: of the op's node.
+    """
 
-    @property
-    def target(self) -> Any:
-        """The function, method or module that it calls."""
+    name: str
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """Its positional arguments."""
 
-    @property
-    def kwargs(self) -> Mapping[str, Any]:
-        """Its keyword arguments."""
+AnyNode = fx.Node | StoredCall
 
 
 @dataclass(frozen=True)
