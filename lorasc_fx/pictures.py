@@ -19,8 +19,9 @@ from torch import fx
 
 from lorasc_fx.branch import shared_down
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
-from lorasc_fx.graph import branch_nodes, call_template, text
+from lorasc_fx.graph import branch_nodes, text
 from lorasc_fx.graph.patterns import targeted
+from lorasc_fx.graph.placement import placement_of
 from lorasc_fx.graph.printer import type_text
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
@@ -294,9 +295,7 @@ def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
 def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
     """Return the kind of a node's box, a key of `STYLES`."""
     if node in branches:
-        if call_template(node) is not None:
-            return "merged"
-        return "beside" if len(node.args) > 1 else "weight"
+        return placement_of(node)
     if node.target is shared_down:
         return "shared"
     if node.op == "get_attr":

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_no_random_draws, read_live
 from lorasc_fx.capture.reuse import Trace, derive, forget, store
 from lorasc_fx.check.process_state import quiet
-from lorasc_fx.graph.editor import call_instead, drop_nodes
+from lorasc_fx.graph.editor import call_directly, drop_nodes
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, quantized_in
 from lorasc_fx.signature import argument_names, leaves, signature_of
@@ -86,10 +86,13 @@ def _export(
     module = read_live(exported, graph, model, prefix="" if root is model else "inside.")
     # Tensor subclasses of quantized weights implement F.linear, but not always the ATen op that export recorded.
     quantized = {f"{OWNER}.{name}" for name in _plain_weights(model)}
-    aten = torch.ops.aten.linear.default
-    if quantized and call_instead(
-        module.graph, aten, F.linear, lambda node: getattr(node.args[1], "target", None) in quantized
-    ):
+    if quantized:
+        linears = {
+            node
+            for node in module.graph.nodes
+            if node.target is torch.ops.aten.linear.default and getattr(node.args[1], "target", None) in quantized
+        }
+        call_directly(module.graph, lambda node: F.linear if node in linears else None)
         module.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
     cached = store(trace, names, model, module, conditions) if trace is not None and not quantized else None

@@ -190,7 +190,7 @@ class Compiler:
         least = {} if variant.frontend.serves_all_calls else least_sizes(folded, model, args, kwargs)
         if values is None:
             return folded, least
-        copy = standalone_copy(folded, OWNER, values)
+        copy = standalone_copy(folded, values)
         assert_min_sizes(copy.graph, [node.name for node in copy.graph.nodes if node.op == "placeholder"], least)
         copy.recompile()
         return copy, least
@@ -207,6 +207,8 @@ class Compiler:
     ) -> tuple[fx.GraphModule, tuple[AdapterInput, ...], dict[Axis, int]]:
         """Return the variant's graph with LoRA factors for its sites as inputs, these inputs, and the smallest sizes.
 
+        Unlike the graph of `fold`, this one does not raise for smaller sizes.
+
         Args:
             variant, model, stage, args, kwargs: as for `fold`.
             values: values of the weights, which become constants of the graph.
@@ -220,11 +222,7 @@ class Compiler:
         spec = CascadeSpec(targets, rank=max_rank, lora_alpha=float(max_rank), placement="beside")
         passes = Pipeline([MatchSites(spec), InsertBranches(), AdapterInputs(max_rank)])
         lifted = passes(folded).graph_module
-        copy, inputs = standalone_copy(lifted, OWNER, values), adapter_inputs(lifted)
-        arguments = [node.name for node in copy.graph.nodes if node.op == "placeholder"][: -len(inputs)]
-        assert_min_sizes(copy.graph, arguments, least)
-        copy.recompile()
-        return copy, inputs, least
+        return standalone_copy(lifted, values), adapter_inputs(lifted), least
 
     def draw(
         self, variant: Variant, plan: Plan, file: str | PathLike[str] | None, sites: Sequence[str], radius: int

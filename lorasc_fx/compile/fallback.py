@@ -36,7 +36,7 @@ from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import Record, named_weights, record_of, set_record
 from lorasc_fx.graph.matching import survey
 from lorasc_fx.graph.placement import placements_of
-from lorasc_fx.graph.weights import BRANCHES
+from lorasc_fx.graph.weights import BRANCHES, branches_in
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import all_branches, no_sites_message
 from lorasc_fx.plan import Plan
@@ -80,11 +80,8 @@ def insert(module: fx.GraphModule, decided: Decided) -> NewVariant:
     adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(module).graph_module
     record = record_of(adapted)
     assert record.plan is not None
-    holder = adapted._modules[BRANCHES]
-    assert isinstance(holder, nn.ModuleDict)
-    branches = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
     variant = Variant(adapted, GRAPH_BREAKS, placements=placements_of(adapted))
-    return NewVariant(record.plan, branches, record.refusals, record.unreached, variant)
+    return NewVariant(record.plan, branches_in(adapted) or {}, record.refusals, record.unreached, variant)
 
 
 def make_fallback(

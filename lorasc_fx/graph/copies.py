@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.graph.record import strip
+from lorasc_fx.graph.record import record_of, strip
+from lorasc_fx.graph.weights import owner_of
 from lorasc_fx.parameters import shallow
 
 
@@ -61,15 +62,15 @@ def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return new
 
 
-def standalone_copy(source: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def standalone_copy(source: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     """Return a graph module that owns copies of the weights, under the names that they have in the model.
 
     Args:
-        source: graph module that reads the weights of its child `owner`, the live model.
-        owner: name of the child.
+        source: graph module that reads the weights of a live model, its child.
         values: values for parameters and buffers of the model, by name. Others keep their current value.
     """
-    graph, model = copy_graph(source.graph), source.get_submodule(owner)
+    record = record_of(source)
+    graph, model = copy_graph(source.graph), owner_of(source, record)
     memo: dict[int, Any] = {}
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -84,7 +85,7 @@ def standalone_copy(source: fx.GraphModule, owner: str, values: Mapping[str, tor
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             attribute = operator.attrgetter(node.target)(source)
-            node.target = node.target.removeprefix(f"{owner}.")
+            node.target = node.target.removeprefix(record.prefix)
             attributes[node.target] = copy.deepcopy(attribute, memo)
     new = fx.GraphModule(attributes, graph, type(model).__name__)
     new.training = source.training

@@ -463,19 +463,6 @@ def regions_as_modules(
                 graph.erase_node(weight)
 
 
-def call_instead(
-    graph: fx.Graph,
-    old: Callable[..., Any],
-    new: Callable[..., Any],
-    condition: Callable[[fx.Node], bool],
-) -> bool:
-    """Replace the target `old` by `new` in the nodes that fulfil a condition. Return whether there were any."""
-    calls = [node for node in graph.nodes if node.op == "call_function" and node.target is old and condition(node)]
-    for node in calls:
-        node.target = new
-    return bool(calls)
-
-
 def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:
     """Replace each node by a call of the function that `function_of` returns for it. None keeps the node."""
     functions = {node: function for node in graph.nodes if (function := function_of(node)) is not None}

@@ -59,11 +59,11 @@ def _is_full_precision(node: fx.Node) -> bool:
 
 def placements_of(module: fx.GraphModule) -> dict[str, str]:
     """Return the placement of each weight's branch in a graph: `beside`, `merged` or `weight`."""
-    return {branch.weight_name: _placement(node) for node, branch in branch_nodes(module).items()}
+    return {branch.weight_name: placement_of(node) for node, branch in branch_nodes(module).items()}
 
 
-def _placement(node: fx.Node) -> str:
-    """Return the placement of a branch node."""
+def placement_of(node: fx.Node) -> str:
+    """Return the placement of a branch node: `beside`, `merged` or `weight`."""
     if call_template(node) is not None:
         return "merged"
     return "weight" if len(node.args) == 1 else "beside"
