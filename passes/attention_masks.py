@@ -42,7 +42,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.graph import GraphEditor
-from lorasc_fx.graph.flow import may_alias, mutates
+from lorasc_fx.graph.flow import may_alias, mutates, reached
 from lorasc_fx.util.checks import is_number
 
 from .base import CascadePass
@@ -195,28 +195,23 @@ def _is_full_slice(node: fx.Node) -> bool:
 
 def _sources(mask: fx.Node, proved: Mapping[fx.Node, Value]) -> set[fx.Node]:
     """Return a mask and the nodes from which its value was inferred."""
-    return _reached([mask], lambda node: [source for source in node.all_input_nodes if source in proved])
+    return reached([mask], lambda node: [source for source in node.all_input_nodes if source in proved])
 
 
 def _written(nodes: Iterable[fx.Node]) -> bool:
     """Whether anything may write in place into one of these nodes, or into a tensor that shares their memory."""
-    owners = _reached(nodes, lambda node: node.all_input_nodes if _shares(node) else [])
+    owners = reached(
+        nodes, lambda node: [source for source in node.all_input_nodes if _shares(node) and not _is_number(source)]
+    )
     if any(node.op != "call_function" for node in owners):
         return True  # inputs and buffers may have aliases outside the graph
-    views = _reached(owners, lambda node: [user for user in node.users if _shares(user)])
+    views = reached(owners, lambda node: [user for user in node.users if _shares(user)])
     return any(mutates(user, node) for node in views for user in node.users)
 
 
-def _reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Return the nodes that can be reached from some nodes, including these. Nodes of numbers are skipped."""
-    waiting = list(nodes)
-    reached = set(waiting)
-    while waiting:
-        new = [node for node in neighbours(waiting.pop()) if node not in reached]
-        new = [node for node in new if not isinstance(node.meta.get("val"), _NUMBERS)]
-        reached.update(new)
-        waiting.extend(new)
-    return reached
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node computes a number, such as a size."""
+    return isinstance(node.meta.get("val"), _NUMBERS)
 
 
 def _shares(node: fx.Node) -> bool:
@@ -229,7 +224,7 @@ def _erase_dead(graph: GraphEditor, candidates: set[fx.Node]) -> None:
     # In reverse order, so that all users of a node are visited before it.
     dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
+        number = node.op == "call_function" and _is_number(node)
         if (node in candidates or number) and all(user in dead or user.target is _METADATA for user in node.users):
             dead |= {node, *node.users}
     graph.drop_unused(dead.__contains__)

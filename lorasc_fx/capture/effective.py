@@ -73,9 +73,6 @@ class _Parameters(dict[str, Any]):
 
     def items(self) -> Any:
         """Return names and current values, each computed lazily."""
-        reader = self.reader()
-        if reader is None or not reader.reading:  # the usual case: `model.parameters()` outside a call
-            return super().items()
         return ((leaf, self._read(leaf, value)) for leaf, value in super().items())
 
     def values(self) -> Any:
@@ -162,11 +159,6 @@ class EffectiveWeights:
             parameters = vars(module).get("_parameters")
             if isinstance(parameters, _Parameters) and parameters.reader() is self:
                 vars(module)["_parameters"] = dict(parameters)
-
-    @property
-    def reading(self) -> bool:
-        """Whether a read on this thread gets effective weights."""
-        return self._node_number() is not None
 
     def read(self, name: str, value: Any) -> Any:
         """Return the value that a module reads as a weight.

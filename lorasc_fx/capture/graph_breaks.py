@@ -184,9 +184,8 @@ class GraphBreakFallback:
     @property
     def reached(self) -> set[str]:
         """Names of the parameters that a graph reads or that are swapped."""
-        read = {name for subgraph in self._subgraphs for names in subgraph.graphs for name in names if name is not None}
         nodes = [node for graph in self.graphs for node in graph.graph.nodes if node.op == "get_attr"]
-        return read | {str(node.target).removeprefix(f"{OWNER}.") for node in nodes} | self.swapped.keys()
+        return {str(node.target).removeprefix(f"{OWNER}.") for node in nodes} | self.swapped.keys()
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._effective is not None:

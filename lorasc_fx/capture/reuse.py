@@ -40,7 +40,7 @@ from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import adjust
 from lorasc_fx.parameters import substituted
-from lorasc_fx.signature import is_opaque_leaf
+from lorasc_fx.signature import argument_names, is_opaque_leaf, signature_of
 from lorasc_fx.util.accelerator import autocast_state
 from lorasc_fx.util.undo import Block, isolated
 
@@ -117,6 +117,7 @@ class Trace:
 
     Args:
         ops: the function calls, in order.
+        names: names of the arguments.
         inputs: path of each pytree leaf of the arguments, such as `batch['mask']`.
         sizes: shape of each leaf, with None for a leaf other than a tensor.
         values: each leaf other than a tensor, with None for a tensor.
@@ -126,6 +127,7 @@ class Trace:
     """
 
     ops: tuple[Op, ...]
+    names: list[str]
     inputs: tuple[str, ...]
     sizes: tuple[tuple[int, ...] | None, ...]
     values: tuple[Any, ...]
@@ -134,13 +136,12 @@ class Trace:
     settings: Hashable
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Trace | None:
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | None:
         """Trace a call, or return None if a trace cannot describe everything that the call does.
 
         Args:
             model: the model. It is left unchanged.
             args, kwargs: arguments of the call.
-            names: names of the arguments, in the order of `args` and `kwargs`.
         """
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
@@ -152,7 +153,7 @@ class Trace:
         if len({*map(id, inputs)}) < len(inputs):  # a tensor that is passed twice would have two origins
             return None
         try:
-            return _trace(model, args, kwargs, names, tensors)
+            return _trace(model, args, kwargs, tensors)
         except MemoryError:
             raise
         except Exception:  # `_NoTrace`, an op without a fake kernel, or an error of forward on fake tensors
@@ -182,17 +183,13 @@ def _run(
 
 
 def _trace(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    names: list[str],
-    tensors: Mapping[str, torch.Tensor],
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> Trace:
     """Trace a call. Raises `_NoTrace`, and any exception of the model."""
     fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), _Recorder()
     # Name the leaves by their paths, so that they can be matched with the leaves of a call with other arguments.
     flat, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_opaque_leaf)
-    paths: list[str] = []
+    names, paths = argument_names(signature_of(model), args, kwargs), list[str]()
     for name, value in zip(names, (*args, *kwargs.values()), strict=True):
         paths += [
             f"{name}{pytree.keystr(path)}"
@@ -216,7 +213,7 @@ def _trace(
     outputs = tuple(recorder.described(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     sizes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in flat)
     values = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in flat)
-    return Trace(tuple(recorder.ops), tuple(paths), sizes, values, outputs, (spec, out_spec), _settings())
+    return Trace(tuple(recorder.ops), names, tuple(paths), sizes, values, outputs, (spec, out_spec), _settings())
 
 
 def _settings() -> Hashable:
@@ -474,7 +471,6 @@ class CachedGraph:
 
     Args:
         trace: the trace of the call that was exported.
-        names: names of the arguments of that call.
         graph: the graph, which reads `model.NAME`.
         constants: tensors that the graph reads besides the model's, by name. Each copy gets its own.
         conditions: the calls that the graph is valid for.
@@ -485,7 +481,6 @@ class CachedGraph:
     """
 
     trace: Trace
-    names: list[str]
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
     conditions: Conditions
@@ -527,23 +522,24 @@ class CachedGraph:
             if (state := self.state()) is None or not state.hold():
                 return None
             self.retraced += 1
-            return Trace.of(model, args, kwargs, self.names)
+            return Trace.of(model, args, kwargs)
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
 
-    def edited(self, model: nn.Module, new: Trace, names: list[str], edit: GraphEdit) -> fx.GraphModule | None:
+    def edited(self, model: nn.Module, new: Trace, edit: GraphEdit) -> fx.GraphModule | None:
         """Return an edited copy of the graph, as a graph module that reads `model`, or None if the edit is impossible.
 
         Args:
             model: the model of the new call.
             new: the trace of the new call.
-            names: names of its arguments.
             edit: the changes.
         """
         order = [self.trace.inputs.index(path) if path in self.trace.inputs else None for path in new.inputs]
         stopped, started = ({f"{OWNER}.{name}" for name in counters} for counters in (edit.stopped, edit.started))
-        graph = adjust(copy_graph(self.graph), order, edit.outputs, edit.flags, (stopped, started), names, new.specs)
+        graph = adjust(
+            copy_graph(self.graph), order, edit.outputs, edit.flags, (stopped, started), new.names, new.specs
+        )
         if graph is None:
             return None
         # Copy only the constants that the edited graph still reads.
@@ -554,34 +550,30 @@ class CachedGraph:
 
 
 def derive(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any], names: list[str], new: Trace
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any], new: Trace
 ) -> tuple[fx.GraphModule, Conditions] | None:
     """Return a graph for a call that is copied from a cached graph, and its conditions. None if no graph fits.
 
     Args:
         model, args, kwargs: the call.
-        names: names of the arguments.
-        new: the trace of the call.
+        new: its trace.
     """
     flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
     for key, cached in reversed(_CACHE.items()):
         old = cached.trace_at(model, flat, new)
         edit = GraphEdit.between(old, new) if old is not None else None
-        graph = cached.edited(model, new, names, edit) if edit is not None else None
+        graph = cached.edited(model, new, edit) if edit is not None else None
         if graph is not None:
             _CACHE.move_to_end(key)
             return graph, Conditions(None, new.sizes)
     return None
 
 
-def store(
-    trace: Trace, names: list[str], model: nn.Module, module: fx.GraphModule, conditions: Conditions
-) -> CachedGraph | None:
+def store(trace: Trace, model: nn.Module, module: fx.GraphModule, conditions: Conditions) -> CachedGraph | None:
     """Cache an exported graph, and return the entry. Returns None if the graph cannot be shared between models.
 
     Args:
         trace: the trace of the exported call.
-        names: names of its arguments.
         model: the exported model.
         module: the graph, which reads `model.NAME`.
         conditions: the calls that the graph is valid for.
@@ -597,7 +589,7 @@ def store(
         return None
     copies = {name: value.detach().clone() for name, value in constants.items()}
     modes = tuple(module.training for module in model.modules())
-    cached = CachedGraph(trace, names, copy_graph(module.graph), copies, conditions, ref(model), modes)
+    cached = CachedGraph(trace, copy_graph(module.graph), copies, conditions, ref(model), modes)
     _CACHE[id(cached)] = cached
     while len(_CACHE) > MAX_GRAPHS:
         _CACHE.popitem(last=False)

@@ -24,7 +24,7 @@ from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_directly, drop_nodes
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, quantized_in
-from lorasc_fx.signature import argument_names, leaves, signature_of
+from lorasc_fx.signature import leaves, signature_of
 from lorasc_fx.util.accelerator import generator_states
 from lorasc_fx.util.undo import Block, isolated
 
@@ -51,10 +51,9 @@ def _export(
         strict: whether dynamo traces the model's Python code. Otherwise the code runs on fake tensors.
     """
     frontend = DYNAMO if strict else EXPORT
-    names = argument_names(signature_of(model), args, kwargs)
     # If an earlier call had the same trace, copy its graph. Not in strict mode, where dynamo decides what is traced.
-    trace = None if strict else Trace.of(model, args, kwargs, names)
-    if trace is not None and (derived := derive(model, args, kwargs, names, trace)) is not None:
+    trace = None if strict else Trace.of(model, args, kwargs)
+    if trace is not None and (derived := derive(model, args, kwargs, trace)) is not None:
         graph, conditions = derived
         return Captured(graph, frontend, conditions, drop_cached=forget)
     root = _wrapped(model)
@@ -95,7 +94,7 @@ def _export(
         call_directly(module.graph, lambda node: F.linear if node in linears else None)
         module.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
-    cached = store(trace, names, model, module, conditions) if trace is not None and not quantized else None
+    cached = store(trace, model, module, conditions) if trace is not None and not quantized else None
     return Captured(module, frontend, conditions, cached=cached)
 
 

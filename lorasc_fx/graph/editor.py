@@ -33,6 +33,7 @@ from lorasc_fx.graph.branch_calls import (
     use_of,
 )
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
+from lorasc_fx.graph.flow import reached
 from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, Memory, branches_in, named_weights, owner_of
@@ -566,14 +567,11 @@ def adjust(
     if len(dropped) != len(stopped):
         return None
     # Keep the nodes that the new outputs and the side effects need.
-    kept = {node for node in old if _has_effect(node) and node not in dropped}
+    effects = [node for node in old if _has_effect(node) and node not in dropped]
     old_outputs = old[-1].args[0]
     results = [old_outputs[index] if isinstance(index, int) else index[0] for index in outputs]
-    waiting = [*kept, *(result for result in results if isinstance(result, fx.Node))]
-    while waiting:
-        node = waiting.pop()
-        kept.add(node)
-        waiting += [source for source in node.all_input_nodes if source not in kept]
+    needed = [*effects, *(result for result in results if isinstance(result, fx.Node))]
+    kept = reached(needed, lambda node: node.all_input_nodes)
     # Copy them to a new graph, with the new placeholders first and the new increments next.
     placeholders = [node for node in old if node.op == "placeholder"]
     new, copied = fx.Graph(), dict[fx.Node, fx.Node]()

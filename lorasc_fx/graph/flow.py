@@ -111,6 +111,17 @@ def read_values(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if source is node.args[0]]
 
 
+def reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return the nodes that can be reached from some nodes, including these."""
+    found, waiting = set[fx.Node](), list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += neighbours(node)
+    return found
+
+
 NodeTest = Callable[[fx.Node, Collection[fx.Node]], bool]
 """A condition on a node and its arguments that are derived from the weight."""
 
@@ -344,13 +355,7 @@ def _writes(node: fx.Node, source: fx.Node) -> bool:
 
 def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
     """Return the nodes that these values may share memory with, including themselves."""
-    reached, waiting = set[fx.Node](), list(values)
-    while waiting:
-        node = waiting.pop()
-        if node not in reached:
-            reached.add(node)
-            waiting += node.all_input_nodes if _shares(node) else ()
-    return reached
+    return reached(values, lambda node: node.all_input_nodes if _shares(node) else ())
 
 
 def _shares(node: fx.Node) -> bool:
