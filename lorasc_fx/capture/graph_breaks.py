@@ -290,10 +290,6 @@ class GraphBreakFallback:
         subgraph.graphs[names], subgraph.running[names] = module, running
         return running
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphBreakFallback:
-        """Raise TypeError: a copy would run the branches of the original. Copies of a cascade drop its graphs."""
-        raise TypeError("the subgraphs of a model cannot be copied")
-
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]) -> Captured:
     """Return the model's subgraphs. Raises any exception of the model."""

@@ -40,7 +40,7 @@ from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import adjust
 from lorasc_fx.parameters import substituted
-from lorasc_fx.signature import argument_names, is_opaque_leaf, signature_of
+from lorasc_fx.signature import argument_names, is_opaque_leaf, leaves, signature_of
 from lorasc_fx.util.accelerator import autocast_state
 from lorasc_fx.util.undo import Block, isolated
 
@@ -144,8 +144,7 @@ class Trace:
             args, kwargs: arguments of the call.
         """
         tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-        flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
-        inputs = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)]
         # The code of a tensor subclass may compute anything. A fake tensor is such a subclass.
         for tensor in (*tensors.values(), *inputs):
             if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_meta:
@@ -558,7 +557,7 @@ def derive(
         model, args, kwargs: the call.
         new: its trace.
     """
-    flat = pytree.tree_leaves((args, dict(kwargs)), is_leaf=is_opaque_leaf)
+    flat = leaves(args, kwargs)
     for key, cached in reversed(_CACHE.items()):
         old = cached.trace_at(model, flat, new)
         edit = GraphEdit.between(old, new) if old is not None else None

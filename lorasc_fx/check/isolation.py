@@ -29,7 +29,7 @@ from lorasc_fx.check.process_state import ObserverMode, eager, quiet, seed
 from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import writable
-from lorasc_fx.signature import copy_inputs, is_opaque_leaf
+from lorasc_fx.signature import copy_inputs, leaves
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Block, isolated
 
@@ -387,10 +387,8 @@ def is_on_meta(model: nn.Module) -> bool:
 
 def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
     """Return the device of the first input tensor outside the meta device, or the CPU if there is none."""
-    tensors = (
-        leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)
-    )
-    return next((leaf.device for leaf in tensors if not leaf.is_meta), torch.device("cpu"))
+    tensors = (leaf for leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor) and not leaf.is_meta)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def has_values(model: nn.Module) -> bool:

@@ -242,12 +242,8 @@ class Variants:
         """Return a function that restores the current variants."""
         return partial(setattr, self, "entries", list(self.entries))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
-        """Return an empty cache, because the graphs read the original model and its branches."""
-        return Variants()
-
     def __reduce__(self) -> tuple[type[Variants], tuple[()]]:
-        """Pickle as an empty cache, because the graphs read the original model and its branches."""
+        """Copy and pickle as an empty cache, because the graphs read the original model and its branches."""
         return (Variants, ())
 
     def __len__(self) -> int:
