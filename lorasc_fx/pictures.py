@@ -258,14 +258,7 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
 def _boxes_and_arrows(
     graph_module: fx.GraphModule, shown: Collection[fx.Node], plan: Plan, prefix: str = ""
 ) -> tuple[dict[str, Box], tuple[tuple[str, str], ...]]:
-    """Return the boxes of some nodes of a graph by name, and the arrows between them.
-
-    Args:
-        graph_module: the graph.
-        shown: the nodes.
-        plan: the sites.
-        prefix: prefix of the names, to distinguish several graphs.
-    """
+    """Return the boxes of the shown nodes by name, and the arrows between them. The prefix distinguishes graphs."""
     branches, symbols = branch_nodes(graph_module), dict[str, str]()
     boxes: dict[str, Box] = {}
     nodes = [node for node in graph_module.graph.nodes if node in shown]

@@ -159,12 +159,7 @@ def _without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
 def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     """Set each weight to its value at the start of the stage, `W_t = W0 + S_{t-1} + N_t`, and initialize new branches.
 
-    The record of the graph keeps the weights without noise.
-
-    Args:
-        graph: its module owns the weights.
-        plan: plan of the stage.
-        added: names of the weights with a new branch.
+    `added` are the weights with a new branch. The record of the graph keeps the weights without noise.
     """
     if plan.spec.noise.follows_steps:
         raise PassError(

@@ -156,12 +156,7 @@ def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
 
 
 def _check_order(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
-    """Raise PassOrderError if the contracts show that a required fact will be missing.
-
-    Args:
-        passes: in the order in which they will run.
-        facts: facts of the graph before the first pass.
-    """
+    """Raise PassOrderError if the contracts show that a fact will be missing. `facts` exist before the first pass."""
     faults = []
     for later, pass_ in enumerate(passes):
         if not isinstance(pass_, CascadePass):

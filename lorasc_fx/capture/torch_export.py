@@ -44,11 +44,7 @@ def _export(
 ) -> Captured:
     """Return the model's ATen graph. Raises any exception of torch.export.
 
-    Args:
-        model: the model to trace.
-        args, kwargs: example inputs.
-        dynamic: axes to make dynamic.
-        strict: whether dynamo traces the model's Python code. Otherwise the code runs on fake tensors.
+    If `strict`, dynamo traces the model's Python code. Otherwise the code runs on fake tensors.
     """
     frontend = DYNAMO if strict else EXPORT
     # If an earlier call had the same trace, copy its graph. Not in strict mode, where dynamo decides what is traced.

@@ -234,15 +234,9 @@ class Compiler:
 
 
 def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences: Mapping[str, str]) -> Decided:
-    """Add refusals of weight matrices with a reason.
+    """Refuse weight matrices for a reason, with a sentence for each.
 
     Skipped are weights that are already sites or refused, and weights that the spec excludes or trains in full.
-
-    Args:
-        decided: the plan, branches and refusals so far.
-        model: the model.
-        reason: the reason of the new refusals.
-        sentences: an explanation for each weight to refuse, by name.
     """
     weights, spec = named_weights(model), decided.plan.spec
     decided_weights = {refusal.weight for refusal in decided.refusals} | decided.plan.by_weight.keys()

@@ -412,12 +412,7 @@ class Comparison:
             )
 
     def _check_not_frozen(self, fault: Exception, merged: Mapping[str, torch.Tensor]) -> None:
-        """Raise CaptureError if the backward pass, which raised `fault`, works with all parameters trainable.
-
-        Args:
-            fault: the exception.
-            merged: the merged weights, by name.
-        """
+        """Raise CaptureError if the backward pass, which raised `fault`, works with all parameters trainable."""
         try:
             with requiring_grad(self.model, None):
                 self._run(merged, backward=True)

@@ -194,14 +194,7 @@ def _adds_to_first_argument(graph_module: fx.GraphModule, node: fx.Node) -> bool
 
 
 def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], uses: WeightUses) -> None:
-    """Add one consumer of a weight to its uses.
-
-    Args:
-        consumer: the node where the weight meets an input.
-        start: the weight's node, or a branch that is added to it.
-        shape: of the weight.
-        uses: the list to extend.
-    """
+    """Add one consumer of a weight to its uses. `start` is the weight's node, or a branch that is added to it."""
     node, dims = consumer.node, len(shape)
     if any(mutates(node, source) for source in consumer.aliases):
         uses.written.append(node)

@@ -309,13 +309,7 @@ def _merged_branch_fits(subject: Subject, node: fx.Node, branch: Branch) -> Iter
 
 
 def _reading(subject: Subject, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the inputs and options that a branch at this use must have, or None if the op has no input.
-
-    Args:
-        subject: the checked graph.
-        form: name of the form in the mark of `base`.
-        base: the op, or the node of the weight.
-    """
+    """Return the inputs and options that a branch at this use must have, or None if the op has no input."""
     if form == ON_WEIGHT:
         return (), {"at": "on_weight"}
     if form == ON_INDEXED_EXPERT:
