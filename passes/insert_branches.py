@@ -42,7 +42,7 @@ from lorasc_fx.graph import (
 )
 from lorasc_fx.graph.flow import expert_index
 from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT, form_named
-from lorasc_fx.graph.weights import module_at
+from lorasc_fx.graph.weights import called_module
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.state import start_weight
 
@@ -104,9 +104,8 @@ class InsertBranches(CascadePass):
                 graph.insert_after(base, site.key, (base,), {"at": "on_weight", **expert})
                 continue
             # Placements `merged` and `beside`: the node is the op.
-            module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)
-            reading = form.reads(base, module)
+            reading = form.reads(base, called_module(base))
             if use.merged:
                 graph.replace_op(base, site.key, reading, form.product)
             else:

@@ -284,7 +284,7 @@ class GraphBreakFallback:
             return name
 
         # Checkpointed regions get branches too, so each becomes a subgraph that can be rewritten.
-        regions_as_modules(graph, torch.ops.higher_order.tag_activation_checkpoint, weights.values(), region)
+        regions_as_modules(graph, weights.values(), region)
         module = read_live(holder, graph, self.model)
         running = module if self._rewrite is None else self._rewrite(module)
         subgraph.graphs[names], subgraph.running[names] = module, running

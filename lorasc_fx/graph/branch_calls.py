@@ -26,7 +26,7 @@ from torch import fx
 from lorasc_fx.branch import Branch, shared_down
 from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, StoredCall, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
-from lorasc_fx.graph.weights import BRANCHES, module_at
+from lorasc_fx.graph.weights import BRANCHES, called_module, module_at
 
 INPUT_OPTIONS = ("tensors", "scale", "rows")
 """Keyword arguments of a branch node whose tensors are inputs of the graph. `rows` maps inputs to rows of the batch."""
@@ -46,19 +46,14 @@ def made_by(node: fx.Node) -> str:
 
 def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
     """Return the branch of each node that calls one, in the order of the graph."""
-    nodes: dict[fx.Node, Branch] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            module = module_at(graph_module, node.target)
-            if isinstance(module, Branch):
-                nodes[node] = module
-    return nodes
+    modules = {node: called_module(node) for node in graph_module.graph.nodes}
+    return {node: module for node, module in modules.items() if isinstance(module, Branch)}
 
 
 def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
     """Return the first node that calls a branch or a module that contains one, or None."""
     for node in graph_module.graph.nodes:
-        module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
+        module = called_module(node)
         if module is not None and any(isinstance(inner, Branch) for inner in module.modules()):
             caller: fx.Node = node
             return caller

@@ -430,20 +430,19 @@ def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
 
 def regions_as_modules(
     graph: fx.Graph,
-    op: Any,
     weights: Collection[str],
     module_for: Callable[[str, tuple[str | None, ...], Mapping[str, Any]], str],
 ) -> None:
-    """Replace each call of a higher-order op by a call of a module that reads its weights as attributes.
+    """Replace each checkpointed region by a call of a module that reads its weights as attributes.
 
     Args:
         graph: is changed.
-        op: the higher-order op, called with the graph of its body and the inputs of the body.
         weights: names of attributes that are weights. The module call does not get them as inputs.
         module_for: returns the name of the module. It gets the name of the body, the weight's name or None for each
-            input, and the keyword arguments of the op.
+            input, and the keyword arguments of the checkpoint.
     """
-    for node in [node for node in graph.nodes if node.op == "call_function" and node.target is op]:
+    checkpoint = torch.ops.higher_order.tag_activation_checkpoint
+    for node in graph.find_nodes(op="call_function", target=checkpoint):
         body, *inputs = node.args
         named = [
             str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None for source in inputs

@@ -11,6 +11,7 @@ A GraphModule resolves the path of each weight, flattens its arguments, and call
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,4 @@ def _reads_large_matrix(module: fx.GraphModule, node: fx.Node) -> bool:
 def _holder_of(module: fx.GraphModule, target: str) -> tuple[Any, str]:
     """Return the object that has the attribute at a dotted path, and the attribute's last name."""
     path, _, leaf = target.rpartition(".")
-    holder: Any = module
-    for part in path.split(".") if path else ():
-        holder = getattr(holder, part)
-    return holder, leaf
+    return (operator.attrgetter(path)(module) if path else module), leaf

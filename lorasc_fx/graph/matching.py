@@ -43,7 +43,7 @@ from lorasc_fx.graph.forms import (
 from lorasc_fx.graph.patterns import check_patterns, describe, matches, targeted
 from lorasc_fx.graph.placement import by_shape
 from lorasc_fx.graph.record import Record, Use
-from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of, scripted_weights
+from lorasc_fx.graph.weights import Weights, called_module, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.spec import KINDS, CascadeSpec
@@ -166,31 +166,30 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
                 uses[weight].sources.append(node)
                 shape = tuple(weights.parameters[weight].shape)
                 # In a graph with branches, the uses of an adapted weight come after the branch.
-                for start in _after_branches(graph_module, node):
+                for start in _after_branches(node):
                     for consumer in uses_of(start, constant | {start}):
                         # A branch that is added to an op's output may get the op's weight too. This is no use.
-                        is_branch = _adds_to_first_argument(graph_module, consumer.node)
+                        is_branch = _adds_to_first_argument(consumer.node)
                         if not is_branch or consumer.reads != (consumer.node.kwargs.get("weight"),):
                             _read_consumer(consumer, start, shape, uses[weight])
         elif node.op == "call_module":
-            _read_module(graph_module, node, record, weights, uses)
+            _read_module(node, record, weights, uses)
     return uses
 
 
-def _after_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
+def _after_branches(source: fx.Node) -> list[fx.Node]:
     """Return the branch nodes that are added to a weight or to its indexed experts. Without any, the weight's node."""
     for nodes in ([source], indexed_experts(source)):
         users = [user for node in nodes for user in node.users if user.args == (node,)]
-        branches = [user for user in users if _adds_to_first_argument(graph_module, user)]
+        branches = [user for user in users if _adds_to_first_argument(user)]
         if branches:
             return branches
     return [source]
 
 
-def _adds_to_first_argument(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _adds_to_first_argument(node: fx.Node) -> bool:
     """Whether a node calls a branch that has not replaced an op: it adds to an op's output or to a weight."""
-    branch = node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), Branch)
-    return branch and call_template(node) is None
+    return isinstance(called_module(node), Branch) and call_template(node) is None
 
 
 def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], uses: WeightUses) -> None:
@@ -219,11 +218,9 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         uses.others.append(node)
 
 
-def _read_module(
-    graph_module: fx.GraphModule, node: fx.Node, record: Record, weights: Weights, uses: dict[str, WeightUses]
-) -> None:
+def _read_module(node: fx.Node, record: Record, weights: Weights, uses: dict[str, WeightUses]) -> None:
     """Add the call of a module to the uses of the matrices that the module owns."""
-    module = module_at(graph_module, str(node.target))
+    module = called_module(node)
     if module is None or isinstance(module, Branch):
         return
     name = str(node.target).removeprefix(record.prefix)

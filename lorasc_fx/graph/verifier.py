@@ -46,7 +46,7 @@ from lorasc_fx.graph.forms import (
     without_transposes,
 )
 from lorasc_fx.graph.record import Record, record_of
-from lorasc_fx.graph.weights import BRANCHES, module_at, named_weights, owner_of
+from lorasc_fx.graph.weights import BRANCHES, called_module, module_at, named_weights, owner_of
 from lorasc_fx.quantized import same_quantized
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import WeightState, start_weight
@@ -98,7 +98,7 @@ def _graph_is_well_formed(subject: Subject) -> Iterator[str]:
 def _targets_exist(subject: Subject) -> Iterator[str]:
     """Each `call_module` node names a submodule that exists."""
     for node in subject.module.graph.nodes:
-        if node.op == "call_module" and module_at(subject.module, node.target) is None:
+        if node.op == "call_module" and called_module(node) is None:
             yield f"node {node.name} calls {node.target}, which the module does not have"
 
 
@@ -137,8 +137,7 @@ def _uses_fit_plan(subject: Subject) -> Iterator[str]:
             yield f"node {node.name} is marked as a use of {use.weight}, which is not in the plan"
             continue
         op = replaced_call(node)
-        module = module_at(subject.module, node.target) if node.op == "call_module" else None
-        form = op.form if op is not None else form_of(node, module)
+        form = op.form if op is not None else form_of(node, called_module(node))
         if form is not None:
             name = form.name
         elif expert_index(node) is not None:
@@ -183,7 +182,7 @@ def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
                 readers = [use.node for use in uses_of(node, constant)]
             weight = subject.canonical[name]
         elif node.op == "call_module" and node not in subject.branches:
-            module = module_at(subject.module, node.target)
+            module = called_module(node)
             names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(remove_duplicate=False)] if module else []
             sites = [subject.canonical[name] for name in names if subject.canonical.get(name) in planned]
             readers, weight = [node] if sites else [], sites[0] if sites else ""
@@ -261,7 +260,7 @@ def _branches_are_at_uses(subject: Subject) -> Iterator[str]:
         if not is_form(use.form):
             continue  # _uses_fit_plan reports it
         # Compare the inputs and options with what InsertBranches would write for this op now.
-        reading = _reading(subject, use.form, base)
+        reading = _reading(use.form, base)
         if reading is None:
             yield f"node {base.name} does not have the arguments of {use.form}"
             continue
@@ -308,16 +307,15 @@ def _merged_branch_fits(subject: Subject, node: fx.Node, branch: Branch) -> Iter
         yield f"branch node {node.name} has no users"
 
 
-def _reading(subject: Subject, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _reading(form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return the inputs and options that a branch at this use must have, or None if the op has no input."""
     if form == ON_WEIGHT:
         return (), {"at": "on_weight"}
     if form == ON_INDEXED_EXPERT:
         return (), {"at": "on_weight", "expert": expert_index(base)}
-    module = module_at(subject.module, str(base.target)) if base.op == "call_module" else None
     if base.op == "call_module" and not (base.args or "input" in base.kwargs):
         return None
-    reading = form_named(form).reads(base, module)
+    reading = form_named(form).reads(base, called_module(base))
     return (reading.x,), {"at": "beside", **reading.options}
 
 
@@ -407,7 +405,7 @@ def _branches_are_called_here(subject: Subject) -> Iterator[str]:
     """Each inserted branch is still called by a node of this graph, and not from inside another module."""
     called = {branch.weight_name for branch in subject.branches.values()}
     for node in subject.module.graph.nodes:
-        module = module_at(subject.module, str(node.target)) if node.op == "call_module" else None
+        module = called_module(node)
         inside = [inner.weight_name for inner in module.modules() if isinstance(inner, Branch)] if module else []
         if inside and node not in subject.branches:
             called |= set(inside)
