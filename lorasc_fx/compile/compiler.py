@@ -15,7 +15,6 @@ from torch import fx, nn
 from lorasc_fx.branch import Decided
 from lorasc_fx.capture import (
     GRAPH_BREAKS,
-    OWNER,
     Axis,
     Captured,
     Conditions,
@@ -27,13 +26,13 @@ from lorasc_fx.capture import (
 )
 from lorasc_fx.check.isolation import written_by
 from lorasc_fx.check.observe import one_line
-from lorasc_fx.compile.fallback import insert, make_fallback
+from lorasc_fx.compile.fallback import insert, make_fallback, with_sites
 from lorasc_fx.compile.variants import NewVariant, Variant
 from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
-from lorasc_fx.graph import Record, faults, matches, named_weights, record_of, shared_memory
+from lorasc_fx.graph import faults, matches, named_weights, record_of, shared_memory
 from lorasc_fx.graph.copies import standalone_copy
 from lorasc_fx.graph.editor import assert_min_sizes
-from lorasc_fx.graph.matching import candidates, survey
+from lorasc_fx.graph.matching import candidates
 from lorasc_fx.graph.record import AdapterInput, at_stage
 from lorasc_fx.passes import (
     AdapterInputs,
@@ -44,7 +43,6 @@ from lorasc_fx.passes import (
     Pipeline,
     adapter_inputs,
 )
-from lorasc_fx.passes.insert_branches import all_branches
 from lorasc_fx.pictures import Picture, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls, bind
@@ -75,11 +73,8 @@ class Compiler:
 
     def decide(self, model: nn.Module, plan: Plan) -> Decided:
         """Make the branches of a saved plan without a capture. Refuses weights for shared memory, or by the spec."""
-        refusals = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model)).refusals
-        record, empty = Record(owner=OWNER, plan=plan, refusals=refusals), read_live(nn.Module(), fx.Graph(), model)
-        matching = survey([empty], record, plan.spec, {})
-        branches = all_branches(plan, {}, named_weights(model).parameters)
-        return Decided(plan, branches, matching.refusals, matching.unreached)
+        decided = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model))
+        return with_sites(decided, [read_live(nn.Module(), fx.Graph(), model)], model, {})
 
     def faults(self, variant: Variant) -> list[str]:
         """Return the disagreements of a variant with its plan. Subgraphs of a fallback are verified when rewritten."""

@@ -84,6 +84,23 @@ def insert(module: fx.GraphModule, decided: Decided) -> NewVariant:
     return NewVariant(record.plan, branches_in(adapted) or {}, record.refusals, record.unreached, variant)
 
 
+def with_sites(
+    decided: Decided, graphs: Sequence[fx.GraphModule], model: nn.Module, outside: Mapping[str, str]
+) -> Decided:
+    """Add the weights that graphs of a model use, or Python code between them, to the plan. Each gets a branch.
+
+    Args:
+        decided: the plan, branches and refusals so far.
+        graphs: the graphs, which read the model.
+        model: the model.
+        outside: kind of each weight that a run of the model used, see `survey`.
+    """
+    record = Record(owner=OWNER, plan=decided.plan, refusals=decided.refusals)
+    matching = survey(graphs, record, decided.plan.spec, outside)
+    branches = all_branches(matching.plan, decided.branches, named_weights(model).parameters)
+    return Decided(matching.plan, branches, matching.refusals, matching.unreached)
+
+
 def make_fallback(
     fallback: GraphBreakFallback,
     decided: Decided,
@@ -106,21 +123,21 @@ def make_fallback(
         CaptureError: with its branches, the model differs from the eager model with merged weights.
     """
     # Match sites over all subgraphs and the Python code at once, because a weight may be used in several of them.
-    model, plan = fallback.model, decided.plan
-    record = Record(owner=OWNER, plan=plan, refusals=decided.refusals)
-    matching = survey(fallback.graphs, record, plan.spec, eager_trace(model, args, kwargs))
-    if not matching.plan.sites:
-        raise NoSites(no_sites_message(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
-    scaled = next((site.weight for site in matching.plan.sites if "weight" not in site.options.method.placements), None)
+    model, spec = fallback.model, decided.plan.spec
+    decided = with_sites(decided, fallback.graphs, model, eager_trace(model, args, kwargs))
+    sites = decided.plan.sites
+    if not sites:
+        record = Record(plan=decided.plan, refusals=decided.refusals, unreached=decided.unreached)
+        raise NoSites(no_sites_message(record))
+    scaled = next((site.weight for site in sites if "weight" not in site.options.method.placements), None)
     if scaled is not None:
         raise SpecError(
-            f"adapter={plan.spec.adapter!r} does not work for {type(model).__name__}, which has graph breaks: the "
+            f"adapter={spec.adapter!r} does not work for {type(model).__name__}, which has graph breaks: the "
             f"branch of {scaled} cannot replace its op there. Choose another adapter, or a front end that captures the "
             "full model.",
             code="method-not-supported",
         )
-    branches = all_branches(matching.plan, decided.branches, named_weights(model).parameters)
-    growing = Growing(fallback, Decided(matching.plan, branches, matching.refusals, matching.unreached))
+    growing = Growing(fallback, decided)
     growing.tried.add(growing.modes)
     # Swap each weight that no subgraph reads. Then swap each weight whose delta lacks some effect.
     reached = fallback.reached
@@ -154,7 +171,7 @@ def make_fallback(
     )
     result = growing.decided  # the runs above may have added sites
     reported = result.plan.by_weight.keys() | {refusal.weight for refusal in result.refusals}
-    unreached = tuple(weight for weight in matching.unreached if weight not in reported)
+    unreached = tuple(weight for weight in decided.unreached if weight not in reported)
     return NewVariant(result.plan, result.branches, result.refusals, unreached, variant)
 
 
@@ -242,12 +259,8 @@ class Growing:
         kinds = {name: kind for name, kind in traced.items() if kind and name in unused}
         if not kinds:
             return
-        plan = self.plan
-        record = Record(owner=OWNER, plan=plan, refusals=self.decided.refusals)
-        matching = survey(fallback.graphs, record, plan.spec, kinds)
-        branches = all_branches(matching.plan, self.decided.branches, weights.parameters)
-        self._grow(Decided(matching.plan, branches, matching.refusals, matching.unreached))
-        added = {branch.weight_name: branch.on_weight for branch in branches.values() if branch.weight_name in kinds}
+        self._grow(with_sites(replace(self.decided, plan=self.plan), fallback.graphs, model, kinds))
+        added = {branch.weight_name: branch.on_weight for branch in self.branches if branch.weight_name in kinds}
         fallback.swap({**fallback.swapped, **added})
 
     def settle(self, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
