@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorasc_fx.capture.captured import OWNER, Conditions, with_owner
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import isolated_model
+from lorasc_fx.check.observe import attempt
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph import copy_graph
 from lorasc_fx.graph.editor import adjust
@@ -151,12 +152,9 @@ class Trace:
                 return None
         if len({*map(id, inputs)}) < len(inputs):  # a tensor that is passed twice would have two origins
             return None
-        try:
-            return _trace(model, args, kwargs, tensors)
-        except MemoryError:
-            raise
-        except Exception:  # `_NoTrace`, an op without a fake kernel, or an error of forward on fake tensors
-            return None
+        # It may raise `_NoTrace`, for an op without a fake kernel, or because forward raises on fake tensors.
+        trace, _ = attempt(_trace, model, args, kwargs, tensors)
+        return trace
 
 
 @isolated

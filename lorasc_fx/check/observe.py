@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -27,6 +27,9 @@ from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.fingerprint import checksum
 from lorasc_fx.util.undo import Block, isolated
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 ROUNDING = 1e4
 """Maximum rounding difference between graph and model, in multiples of the dtype's eps, relative to the largest entry.
@@ -103,16 +106,17 @@ class Observed:
         return not any(isinstance(output, Digest) for output in self.output[1])
 
 
-def observe_or_none(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep_values: bool = False
-) -> Observed | None:
-    """Observe a run, or return None if the model raises, as some models do in one of the two gradient modes."""
+def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
+    """Call a function that may raise. Return its result and None, or None and the exception.
+
+    A MemoryError is raised, because what the caller would try next needs memory too.
+    """
     try:
-        return observe(model, model, args, kwargs, keep_values=keep_values)
+        return call(*args, **kwargs), None
     except MemoryError:
         raise
-    except Exception:
-        return None
+    except Exception as fault:
+        return None, fault
 
 
 _GRAD_STATE = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
@@ -213,9 +217,11 @@ def observe(
         parameters = dict(model.named_parameters())
         # A description contains neither hooks nor the order of writes, so backward must run if the model uses them.
         readable = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
-        autograd = describe(_differentiable(tensors), parameters, leaves) if readable else None
+        roots = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+        autograd = describe(roots, parameters, leaves) if readable else None
         same = autograd is not None and (reference is None or autograd == reference.autograd)
-        gradients, error = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
+        run_backward = differentiates and not same
+        gradients, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
     # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
     if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
@@ -233,7 +239,7 @@ def observe(
         tuple(sorted(observers)),
         autograd,
         gradients,
-        error,
+        one_line(fault) if fault is not None else "",
     )
 
 
@@ -280,23 +286,6 @@ def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
                     undo(partial(hooks.__setitem__, key, hook))
                     hooks[key] = watched(name or type(model).__name__, hook)
     return observers
-
-
-def _differentiable(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the outputs that have a dtype with gradients."""
-    return [output for output in outputs if output.is_floating_point() or output.is_complex()]
-
-
-def _gradients(
-    outputs: list[torch.Tensor], leaves: Mapping[str, torch.Tensor]
-) -> tuple[Mapping[str, torch.Tensor] | None, str]:
-    """Return projections of the gradients of leaves and "", or None and the exception of the backward pass."""
-    try:
-        return projected_gradients(_differentiable(outputs), leaves), ""
-    except MemoryError:
-        raise
-    except Exception as fault:
-        return None, one_line(fault)
 
 
 def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> Difference | None:

@@ -31,7 +31,7 @@ from lorasc_fx.check.isolation import (
     restored_values,
     written_by,
 )
-from lorasc_fx.check.observe import Difference, Observed, difference_of, observe, observe_or_none, one_line, tensors_in
+from lorasc_fx.check.observe import Difference, Observed, attempt, difference_of, observe, one_line, tensors_in
 from lorasc_fx.check.process_state import eager, quiet, seed
 from lorasc_fx.check.projections import projected
 from lorasc_fx.errors import CaptureError
@@ -157,12 +157,12 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             # Does the result depend on the gradient mode?
             attributes.restore()
             with torch.set_grad_enabled(not grad):
-                flipped = observe_or_none(model, args, kwargs)
+                flipped, _ = attempt(observe, model, model, args, kwargs)  # some models raise in one of the modes
             if flipped is not None and not seen.has_all_values and difference_of(flipped, seen, gradients=False):
                 # The digests differ. The values may still agree up to rounding.
                 seen = observe(model, model, args, kwargs, keep_values=True)
                 with torch.set_grad_enabled(not grad):
-                    flipped = observe_or_none(model, args, kwargs, keep_values=True)
+                    flipped, _ = attempt(observe, model, model, args, kwargs, keep_values=True)
             depends = flipped is None or difference_of(flipped, seen, gradients=False) is not None
             if not depends and flipped is not None and not grad:
                 seen = flipped  # the run with gradients
@@ -222,15 +222,12 @@ def check_agrees(
 
 def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a graph computes the same as its model on one call without gradients. True if the graph raises."""
-    try:
-        with _trial(model, grad=False):
-            computed = observe(graph, model, args, kwargs, keep_values=True)
-    except MemoryError:
-        raise
-    except Exception:
+    with _trial(model, grad=False):
+        computed, _ = attempt(observe, graph, model, args, kwargs, keep_values=True)
+    if computed is None:
         return True
     with _trial(model, grad=False):
-        expected = observe_or_none(model, args, kwargs, keep_values=True)
+        expected, _ = attempt(observe, model, model, args, kwargs, keep_values=True)
     return expected is not None and difference_of(computed, expected, gradients=False) is None
 
 
@@ -240,12 +237,8 @@ def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...
     A module differs if no op of the graph computes its output, or if its weights get different gradients. Returns the
     class of the model if no such module is found.
     """
-    try:
-        path = _first_difference(fault, model, args, kwargs)
-    except MemoryError:
-        raise
-    except Exception:  # for example, a module was compiled by torch.compile, which cannot trace the hooks
-        path = ""
+    # This may raise, for example because a module was compiled by torch.compile, which cannot trace the hooks.
+    path, _ = attempt(_first_difference, fault, model, args, kwargs)
     return f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
 
 

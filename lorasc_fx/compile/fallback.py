@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import GRAPH_BREAKS, OWNER, GraphBreakFallback, eager_trace
 from lorasc_fx.check.isolation import isolation
-from lorasc_fx.check.observe import Difference, one_line
+from lorasc_fx.check.observe import Difference, attempt, one_line
 from lorasc_fx.check.preflight import Disagreement, first_difference, run_preflight
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.check.projections import backward_of_projection, requiring_grad, without_gradients
@@ -385,12 +385,9 @@ class Comparison:
                 self._probe(branch, probe)
             # Expected gradients: run the eager model with merged weights, and apply the chain rule to each delta.
             merged = _merged(model, self.branches)
-            try:
-                with requiring_grad(model, trained | weights.keys()):
-                    self._run(merged, backward=True)
-            except MemoryError:
-                raise
-            except Exception as fault:  # such as a model that calls autograd.grad, and frees its graph in eval mode
+            with requiring_grad(model, trained | weights.keys()):
+                _, fault = attempt(self._run, merged, backward=True)
+            if fault is not None:  # such as a model that calls autograd.grad, and frees its graph in eval mode
                 self._check_not_frozen(fault, merged)
                 log.info("The backward of the eager %s raises: %s", type(model).__name__, one_line(fault))
                 return ()
@@ -405,11 +402,8 @@ class Comparison:
             if not expected:
                 return ()
             # Computed gradients: run the fallback.
-            try:
-                self._run(None, backward=True)
-            except MemoryError:
-                raise
-            except Exception as fault:  # torch.utils.checkpoint raises if forward and recomputation differ
+            _, fault = attempt(self._run, None, backward=True)
+            if fault is not None:  # torch.utils.checkpoint raises if forward and recomputation differ
                 log.info("The backward of %s with graph breaks raises: %s", type(model).__name__, one_line(fault))
                 return tuple(branch.weight_name for branch in expected)
             allowed = COARSE if self.coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
@@ -426,12 +420,9 @@ class Comparison:
 
     def _check_not_frozen(self, fault: Exception, merged: Mapping[str, torch.Tensor]) -> None:
         """Raise CaptureError if the backward pass, which raised `fault`, works with all parameters trainable."""
-        try:
-            with requiring_grad(self.model, None):
-                self._run(merged, backward=True)
-        except MemoryError:
-            raise
-        except Exception:
+        with requiring_grad(self.model, None):
+            _, other_fault = attempt(self._run, merged, backward=True)
+        if other_fault is not None:
             return
         name = type(self.model).__name__
         raise CaptureError(
