@@ -83,13 +83,11 @@ class AdapterInputs(CascadePass):
             return False
         inputs = {item.weight for item in record.lifted.inputs}
         called = {branch.weight_name for branch in branch_nodes(graph_module).values()}
-        sites = record.plan.sites if record.plan is not None else ()
-        return all(site.weight in inputs for site in sites if site.weight in called and self._selects(site))
+        return all(site.weight in inputs for site in record.plan.sites if site.weight in called and self._selects(site))
 
     def rewrite(self, graph: GraphEditor) -> None:
         """Add the inputs, make the branch nodes read them, and remove the values from the branches."""
         plan = graph.record.plan
-        assert plan is not None
         # Select the sites, and check them.
         called = {branch.weight_name for branch in branch_nodes(graph.module).values()}
         chosen = [site for site in plan.sites if self._selects(site)]
@@ -159,7 +157,6 @@ class BindAdapter(CascadePass):
         """Remove the inputs and restore the branches."""
         lifted, plan = graph.record.lifted, graph.record.plan
         assert lifted is not None
-        assert plan is not None
         branches = dict(lifted.branches)
         if self.tensors is not None:
             _check_tensors(lifted.inputs, self.tensors)
@@ -191,7 +188,7 @@ def adapter_inputs(graph_module: fx.GraphModule) -> tuple[AdapterInput, ...]:
 def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Return the values, by input name, with which the graph computes the same as before `AdapterInputs`."""
     record = record_of(graph_module)
-    if record.lifted is None or record.plan is None:
+    if record.lifted is None:
         return {}
     inputs, branches, rank = record.lifted.inputs, record.lifted.branches, record.lifted.rank
     sites = [record.plan.by_weight[weight] for weight in dict.fromkeys(item.weight for item in inputs)]

@@ -42,8 +42,7 @@ class EndsStage(CascadePass):
         super().check(graph_module)
         plan = record_of(graph_module).plan
         for branch in branch_nodes(graph_module).values():
-            if plan is not None:
-                check_finite(branch, plan.spec, plan.stage)
+            check_finite(branch, plan.spec, plan.stage)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class FoldBranches(EndsStage):
             graph.remove_branch(node)
         # In a graph that reads a live model, the cascade changes the weights.
         plan = graph.record.plan
-        if plan is not None and not graph.record.owner:
+        if not graph.record.owner:
             named = named_weights(graph.owner)
             slow = absorb_branches(graph, plan, self.loss)
             # Compute in at least fp32, and round once to the dtype of the weight.

@@ -86,7 +86,7 @@ class InsertBranches(CascadePass):
     def rewrite(self, graph: GraphEditor) -> None:
         """Insert the branch nodes that are missing."""
         plan = graph.record.plan
-        if plan is None or not plan.sites:
+        if not plan.sites:
             raise NoSites(no_sites_message(graph.record))
         # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
         done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
@@ -122,8 +122,7 @@ def no_sites_message(record: Record) -> str:
     """Return the message of `NoSites`: why up to five candidates are not adapted."""
     reasons = [str(refusal) for refusal in record.refusals if refusal.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
-    targets = record.plan.spec.targets if record.plan is not None else ()
-    shown = reasons[:5] or [f"no weight that the graph uses matches targets={targets}"]
+    shown = reasons[:5] or [f"no weight that the graph uses matches targets={record.plan.spec.targets}"]
     return "the spec leaves no site to adapt:\n  " + "\n  ".join(shown)
 
 

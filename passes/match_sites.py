@@ -47,7 +47,7 @@ class MatchSites(CascadePass):
         """Change the marks and the record. Nodes are not created or erased."""
         record = graph.record
         plan, slow = record.plan, record.slow
-        if plan is not None and plan.spec != self.spec:
+        if plan.spec != self.spec:
             if "branches-inserted" in record.facts:
                 raise SpecError(
                     "match-sites: this graph was planned with another spec; run fold-branches first, or pass that spec",

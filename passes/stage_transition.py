@@ -40,7 +40,7 @@ class StageTransition(EndsStage):
     def rewrite(self, graph: GraphEditor) -> None:
         """Set the weights and the parameters of the branches to their values at the start of the next stage."""
         plan = graph.record.plan
-        if graph.record.owner or plan is None:
+        if graph.record.owner:
             raise PassError(
                 f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
                 code="requirement-not-met",

@@ -211,9 +211,7 @@ class Compiler:
         """
         # Remove the branches of the run, and insert LoRA branches of the maximum rank at the same sites.
         folded, least = self.fold(variant, model, stage, None, args, kwargs)
-        plan = record_of(folded).plan
-        assert plan is not None
-        targets = tuple(glob.escape(site.weight) for site in plan.sites)
+        targets = tuple(glob.escape(site.weight) for site in record_of(folded).plan.sites)
         spec = CascadeSpec(targets, rank=max_rank, lora_alpha=float(max_rank), placement="beside")
         passes = Pipeline([MatchSites(spec), InsertBranches(), AdapterInputs(max_rank)])
         lifted = passes(folded).graph_module

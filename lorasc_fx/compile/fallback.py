@@ -79,7 +79,6 @@ def insert(module: fx.GraphModule, decided: Decided) -> NewVariant:
     share = [ShareInputs(least=MIN_SHARED_ENTRIES)] if plan.spec.placement == "auto" else []
     adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(module).graph_module
     record = record_of(adapted)
-    assert record.plan is not None
     variant = Variant(adapted, GRAPH_BREAKS, placements=placements_of(adapted))
     return NewVariant(record.plan, branches_in(adapted) or {}, record.refusals, record.unreached, variant)
 

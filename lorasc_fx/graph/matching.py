@@ -270,7 +270,7 @@ def survey(
 
     Args:
         graph_modules: the graphs, which read one live model.
-        record: their record. Its plan is followed, if it has one.
+        record: their record. Its plan is followed.
         spec: the user's spec.
         outside: kind of each weight that a run of the model used, in graphs or in Python code between them. The kind is
             "" if the weight was used in an unknown way.
@@ -312,7 +312,7 @@ def _classify(
     uses_by_weight: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec
 ) -> Matching:
     """Make each weight matrix a site, a refusal or unreached, from its uses. No node is marked."""
-    plan = record.plan if record.plan is not None else Plan(spec)
+    plan = record.plan
     planned = plan.by_weight
     earlier = {refusal.weight: refusal for refusal in record.refusals}
     sites: list[Site] = []

@@ -15,12 +15,15 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.plan import Plan, Refusal
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import SlowWeights
 
 _RECORD = "lorasc_fx"
 USE = "lorasc_fx.use"
 MADE_BY = "lorasc_fx.made_by"
 REPLACED_CALL = "lorasc_fx.replaced_call"
+NO_SITES = Plan(CascadeSpec())
+"""The plan of a graph before `MatchSites`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Record:
         facts: facts that earlier passes provided, such as `sites-matched` and `branches-inserted`.
         owner: name of the child that owns the weights: `model` for a live model, whose weights the cascade changes. ""
             if the graph module owns its weights, so that a fold writes new constants.
-        plan: spec, sites and stage; None before `MatchSites`.
+        plan: spec, sites and stage. It has no sites before `MatchSites`.
         refusals: the weight matrices without a branch, with reasons.
         unreached: the weight matrices that the graph does not use.
         slow: slow state of the sites and of weights with noise, if the graph module owns its weights.
@@ -92,7 +95,7 @@ class Record:
 
     facts: frozenset[str] = frozenset()
     owner: str = ""
-    plan: Plan | None = None
+    plan: Plan = NO_SITES
     refusals: tuple[Refusal, ...] = ()
     unreached: tuple[str, ...] = ()
     slow: SlowWeights = field(default_factory=SlowWeights)
@@ -120,8 +123,7 @@ def set_record(graph_module: fx.GraphModule, record: Record) -> None:
 def at_stage(graph_module: fx.GraphModule, stage: int) -> None:
     """Set the stage of the plan in the record."""
     record = record_of(graph_module)
-    if record.plan is not None:
-        set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
+    set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
 
 
 def strip(graph_module: fx.GraphModule) -> None:

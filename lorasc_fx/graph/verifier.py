@@ -104,8 +104,6 @@ def _targets_exist(subject: Subject) -> Iterator[str]:
 
 def _plan_fits_weights(subject: Subject) -> Iterator[str]:
     """Each planned site exists once in the model, with the planned shape and tied names."""
-    if subject.record.plan is None:
-        return
     if subject.record.plan.stage < 1:
         yield f"the plan is in stage {subject.record.plan.stage}, but stages are counted from 1"
     weights, seen = named_weights(owner_of(subject.module, subject.record)), set()
@@ -132,7 +130,7 @@ def _uses_fit_plan(subject: Subject) -> Iterator[str]:
         use = use_of(node)
         if use is None:
             continue
-        site = plan.site(use.weight) if plan is not None else None
+        site = plan.site(use.weight)
         if site is None:
             yield f"node {node.name} is marked as a use of {use.weight}, which is not in the plan"
             continue
@@ -167,7 +165,7 @@ def _compatible(used: str, planned: str) -> bool:
 def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
     """Each node that computes with a site's weight is marked as a use, so that it gets the branch."""
     plan = subject.record.plan
-    if not subject.inserted or plan is None:
+    if not subject.inserted:
         return
     planned, constant = plan.by_weight, constants(subject.module.graph)
     for node in subject.module.graph.nodes:
@@ -221,7 +219,7 @@ def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
 def _slow_states_fit_plan(subject: Subject) -> Iterator[str]:
     """The record of a graph module that owns its weights has a valid slow state for each site."""
     plan = subject.record.plan
-    if not subject.inserted or plan is None or subject.record.owner:
+    if not subject.inserted or subject.record.owner:
         return
     for site in plan.sites:
         state = subject.record.slow.states.get(site.weight)
@@ -251,7 +249,7 @@ def _branches_are_at_uses(subject: Subject) -> Iterator[str]:
         if use is None or not isinstance(base, fx.Node):
             yield f"the first argument of branch node {node.name} is not marked as a use of a site"
             continue
-        site = plan.site(use.weight) if plan is not None else None
+        site = plan.site(use.weight)
         if site is None or node.target != f"{BRANCHES}.{site.key}":
             yield f"branch node {node.name} is at a use of {use.weight}, but calls {node.target}"
             continue
@@ -284,7 +282,7 @@ def _branches_are_at_uses(subject: Subject) -> Iterator[str]:
 def _merged_branch_fits(subject: Subject, node: fx.Node, branch: Branch) -> Iterator[str]:
     """A merged branch has the inputs and options of the op that it replaced and that a fold would restore."""
     plan, use, op = subject.record.plan, use_of(node), replaced_call(node)
-    site = plan.site(use.weight) if plan is not None and use is not None else None
+    site = plan.site(use.weight) if use is not None else None
     if op is None or op.form is None or op.reading is None or use is None or site is None:
         yield f"the op that branch node {node.name} replaced is not marked as a use of a site"
         return
@@ -336,7 +334,7 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
     """There is one branch per planned site, with the planned class, shapes, scale and options, and finite values."""
     holder = subject.module._modules.get(BRANCHES)
     plan = subject.record.plan
-    if not subject.inserted or plan is None or holder is None:
+    if not subject.inserted or holder is None:
         return
     for site in plan.sites:
         branch = holder._modules.get(site.key)
@@ -378,7 +376,7 @@ def _metadata_matches_op(subject: Subject) -> Iterator[str]:
             yield f"branch node {node.name} was not created by a pass of lorasc_fx"
         value, base_value = node.meta.get("val"), base.meta.get("val")
         use, plan = use_of(base), subject.record.plan
-        site = plan.site(use.weight) if plan is not None and use is not None else None
+        site = plan.site(use.weight) if use is not None else None
         # A merged branch has no op left to compare with, so its channels are compared with the weight.
         if site is not None and base is node and isinstance(value, torch.Tensor):
             axis = value.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
@@ -474,7 +472,7 @@ def _no_write_before_branch(subject: Subject) -> Iterator[str]:
 def _weights_are_unchanged(subject: Subject) -> Iterator[str]:
     """The weights have the values of the start of the stage. A fold starts from W0 and would lose any other change."""
     plan = subject.record.plan
-    if not subject.inserted or plan is None or subject.record.owner:
+    if not subject.inserted or subject.record.owner:
         return
     parameters = named_weights(owner_of(subject.module, subject.record)).parameters
     for weight, state in subject.record.slow.states.items():

@@ -50,7 +50,6 @@ def branches_of(graph_module: fx.GraphModule) -> dict[str, Branch]:
 def sites_of(graph_module: fx.GraphModule) -> dict[str, Site]:
     """The planned sites by weight name."""
     plan = record_of(graph_module).plan
-    assert plan is not None
     return dict(plan.by_weight)
 
 

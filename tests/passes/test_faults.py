@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lorasc_fx import CascadeSpec, Noise, UnknownTarget
 from lorasc_fx.branch import Branch
-from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, use_of
+from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights, use_of
 from lorasc_fx.passes import (
     CascadePass,
     FoldBranches,
@@ -54,7 +54,7 @@ class Wreck(CascadePass):
                 graph.insert_after(node, "nowhere", (node, node), {})
         graph.set_branches({})
         graph.mark({})
-        graph.record = replace(graph.record, plan=None, facts=frozenset(), slow={})
+        graph.record = Record()
         raise Stop
 
 

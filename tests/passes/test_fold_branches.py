@@ -253,7 +253,7 @@ def test_transition(case: Case) -> None:
     again = StageTransition()(after).graph_module  # 4 a second one, of branches that are zero, moves no weight
     assert all(same_bits(value, values[name]) for name, value in weights_of(again).items())
     assert text(again) == before
-    assert record_of(again).plan.stage == 3  # type: ignore[union-attr]
+    assert record_of(again).plan.stage == 3
     folded = FoldBranches()(again).graph_module  # 5 the inverse
     assert text(folded) == text(original)
     assert all(same_bits(value, values[name]) for name, value in weights_of(folded).items())

@@ -45,7 +45,6 @@ QUANTIZED = [form for form in FORMS if form.name == "quantized_linear"]
 def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tuple[str, ...]]:
     """Compare sites, refusals and unreached weights with the table."""
     record = record_of(graph_module)
-    assert record.plan is not None
     refused = {refusal.weight: refusal.reason for refusal in record.refusals}
     return {site.weight for site in record.plan.sites}, refused, record.unreached
 
@@ -63,7 +62,6 @@ def test_match(case: Case, mode: str) -> None:
     assert uses_of(matched) == case.sites  # 2 the intended nodes are marked
     assert parts(matched) == (set(case.sites), case.refusals, case.unreached)
     plan = record_of(matched).plan
-    assert plan is not None
     assert {site.weight: site.aliases for site in plan.sites if site.aliases} == case.aliases
     for site in plan.sites:
         assert site.shape == tuple(weights_of(matched)[site.weight].shape)
@@ -230,7 +228,7 @@ def test_an_unreached_weight_becomes_a_site_when_a_graph_uses_it() -> None:
     assert again.modified
     assert parts(again.graph_module)[0] == {*case.sites, "spare.weight"}
     assert record_of(again.graph_module).unreached == ()
-    assert record_of(again.graph_module).plan.sites[:5] == record_of(matched).plan.sites  # type: ignore[union-attr]
+    assert record_of(again.graph_module).plan.sites[:5] == record_of(matched).plan.sites
     assert weight in features.all_input_nodes
 
 
@@ -300,7 +298,6 @@ def test_after_a_fold_another_spec_keeps_the_experts() -> None:
     spec = CascadeSpec(targets=("0", "3"), train=("2",), rank=2, seed=4)
     inserted = Pipeline([MatchSites(spec), InsertBranches()])(folded).graph_module
     plan = record_of(inserted).plan
-    assert plan is not None
     assert [(site.weight, site.rank) for site in plan.sites] == [("0.weight", 2), ("3.weight", 2)]
     assert plan.stage == 2
     slow = weight_states(inserted)

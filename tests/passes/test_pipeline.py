@@ -60,7 +60,7 @@ def test_insertion_transition_and_fold_restore_the_graph() -> None:
     assert record_of(result.graph_module).facts == {"sites-matched", "branches-folded"}
     assert same_bits(run(result.graph_module, CASE), run(CASE.model, CASE))
     staged = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()])(CASE.own())
-    assert record_of(staged.graph_module).plan.stage == 3  # type: ignore[union-attr]
+    assert record_of(staged.graph_module).plan.stage == 3
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations([MatchSites(SPEC), InsertBranches(), FoldBranches()])])
@@ -108,12 +108,12 @@ def test_facts_of_the_graph_count() -> None:
     inserted = fill(insert(CASE.own(), SPEC))
     again = Pipeline([FoldBranches(), InsertBranches()])(inserted).graph_module
     assert text(again) == text(inserted)
-    assert record_of(again).plan.stage == 2  # type: ignore[union-attr]
+    assert record_of(again).plan.stage == 2
 
 
 def test_a_pass_that_occurs_twice_runs_as_given() -> None:
     pipeline = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), StageTransition(), FoldBranches()])
-    assert record_of(pipeline(CASE.own()).graph_module).plan.stage == 4  # type: ignore[union-attr]
+    assert record_of(pipeline(CASE.own()).graph_module).plan.stage == 4
     again = Pipeline([InsertBranches(), FoldBranches(), InsertBranches()])
     folded = again(MatchSites(SPEC)(CASE.own()).graph_module).graph_module
     assert record_of(folded).facts == {"sites-matched", "branches-inserted"}
@@ -148,7 +148,7 @@ def test_a_fact_that_an_earlier_pass_removes_is_reported() -> None:
 def test_an_order_is_checked_against_the_facts_of_the_graph() -> None:
     pipeline = Pipeline([FoldBranches(), InsertBranches(), FoldBranches()])
     inserted = fill(insert(CASE.own(), SPEC))
-    assert record_of(pipeline(inserted).graph_module).plan.stage == 3  # type: ignore[union-attr]
+    assert record_of(pipeline(inserted).graph_module).plan.stage == 3
     with raises(
         PassOrderError,
         "pass-order",

@@ -212,7 +212,6 @@ def swapped(graph_module: fx.GraphModule) -> None:
 
 def another_kind_of_branch(graph_module: fx.GraphModule) -> None:
     old, plan = branches_of(graph_module)["3.weight"], record_of(graph_module).plan
-    assert plan is not None
     site = dataclasses.replace(plan.by_weight["3.weight"], kind="linear")
     branch_dict(graph_module)["3/weight"] = LoraBranch(site, 0, 1, old.lora_A)
 
