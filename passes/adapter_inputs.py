@@ -79,7 +79,7 @@ class AdapterInputs(CascadePass):
     def done(self, graph_module: fx.GraphModule) -> bool:
         """Whether the pass has run already with this rank, and for all of these sites that the graph calls."""
         record = record_of(graph_module)
-        if not super().done(graph_module) or record.lifted is None or record.lifted.rank != self.max_rank:
+        if not super().done(graph_module) or record.lifted.rank != self.max_rank:
             return False
         inputs = {item.weight for item in record.lifted.inputs}
         called = {branch.weight_name for branch in branch_nodes(graph_module).values()}
@@ -156,7 +156,6 @@ class BindAdapter(CascadePass):
     def rewrite(self, graph: GraphEditor) -> None:
         """Remove the inputs and restore the branches."""
         lifted, plan = graph.record.lifted, graph.record.plan
-        assert lifted is not None
         branches = dict(lifted.branches)
         if self.tensors is not None:
             _check_tensors(lifted.inputs, self.tensors)
@@ -176,20 +175,17 @@ class BindAdapter(CascadePass):
                 graph.move_after(node, node.args[0])
         graph.remove_inputs([node for node in graph.nodes if node.op == "placeholder" and node.name in names])
         graph.set_branches({**graph.branches, **branches})
-        graph.record = replace(graph.record, lifted=None)
+        graph.record = replace(graph.record, lifted=Lifted())
 
 
 def adapter_inputs(graph_module: fx.GraphModule) -> tuple[AdapterInput, ...]:
     """Return the inputs that `AdapterInputs` added, in the order of the signature. An empty tuple if there are none."""
-    lifted = record_of(graph_module).lifted
-    return lifted.inputs if lifted is not None else ()
+    return record_of(graph_module).lifted.inputs
 
 
 def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Return the values, by input name, with which the graph computes the same as before `AdapterInputs`."""
     record = record_of(graph_module)
-    if record.lifted is None:
-        return {}
     inputs, branches, rank = record.lifted.inputs, record.lifted.branches, record.lifted.rank
     sites = [record.plan.by_weight[weight] for weight in dict.fromkeys(item.weight for item in inputs)]
     values = {site.weight: _values(site, branches[site.key], rank) for site in sites}

@@ -77,7 +77,7 @@ class InsertBranches(CascadePass):
     def check(self, graph_module: fx.GraphModule) -> None:
         """Raise PassError for a missing fact, or if the branches get their tensors as inputs."""
         super().check(graph_module)
-        if record_of(graph_module).lifted is not None:
+        if record_of(graph_module).lifted.branches:
             raise PassError(
                 f"{self.name}: the branches of this graph get their tensors as inputs; run bind-adapter first",
                 code="requirement-not-met",

@@ -71,9 +71,9 @@ class Lifted:
         branches: the branches before the pass, with their values, by key.
     """
 
-    rank: int
-    inputs: tuple[AdapterInput, ...]
-    branches: Mapping[str, Branch] = field(compare=False)
+    rank: int = 0
+    inputs: tuple[AdapterInput, ...] = ()
+    branches: Mapping[str, Branch] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Record:
         slow: slow state of the sites and of weights with noise, if the graph module owns its weights.
         branched: names of the weights whose branches this graph called after the insertion.
         frozen: the original of each Parameter that the insertion replaced by a frozen one, by name.
-        lifted: the adapter inputs; None if the branches hold their tensors.
+        lifted: the adapter inputs. It is empty if the branches hold their tensors.
     """
 
     facts: frozenset[str] = frozenset()
@@ -101,7 +101,7 @@ class Record:
     slow: SlowWeights = field(default_factory=SlowWeights)
     branched: frozenset[str] = frozenset()
     frozen: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
-    lifted: Lifted | None = None
+    lifted: Lifted = Lifted()
 
     @property
     def prefix(self) -> str:

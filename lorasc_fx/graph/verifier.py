@@ -79,8 +79,7 @@ class Subject:
 
     def has_inputs(self, weight: str) -> bool:
         """Whether the tensors of a weight's branch are graph inputs, so that the branch module holds no values."""
-        lifted = self.record.lifted
-        return lifted is not None and any(branch.weight_name == weight for branch in lifted.branches.values())
+        return any(branch.weight_name == weight for branch in self.record.lifted.branches.values())
 
 
 Check = Callable[[Subject], Iterator[str]]
@@ -428,8 +427,7 @@ def _factors_are_read_by_branches(subject: Subject) -> Iterator[str]:
 
 def _adapter_inputs_fit_record(subject: Subject) -> Iterator[str]:
     """The last placeholders are the adapter inputs of the record, and only the branch of their weight reads them."""
-    lifted = subject.record.lifted
-    inputs = lifted.inputs if lifted is not None else ()
+    inputs = subject.record.lifted.inputs
     last = [node for node in subject.module.graph.nodes if node.op == "placeholder"][-len(inputs) :] if inputs else []
     if [node.name for node in last] != [adapter_input.name for adapter_input in inputs]:
         recorded = [adapter_input.name for adapter_input in inputs]
