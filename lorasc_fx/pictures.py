@@ -112,7 +112,7 @@ def draw_steps(steps: Mapping[str, fx.GraphModule], plan: Plan, file: Path, site
     panels = {}
     for title, graph_module in steps.items():
         reads = [node for node in graph_module.graph.nodes if node.op == "get_attr" and _weight(node, plan) in weights]
-        panels[title] = Scene(*_boxes_and_arrows(graph_module, _around(reads, radius), plan))
+        panels[title] = _part(graph_module, _around(reads, radius), plan)
     _write(panels, file)
 
 
@@ -243,9 +243,9 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
             continue
         drawn.add(text(graph_module))
         prefix = f"{number}:" if len(graphs) > 1 else ""
-        new_boxes, new_arrows = _boxes_and_arrows(graph_module, _around(seeds, radius), plan, prefix)
-        boxes |= new_boxes
-        arrows += new_arrows
+        part = _part(graph_module, _around(seeds, radius), plan, prefix)
+        boxes |= part.boxes
+        arrows += part.arrows
     if not boxes:
         raise StateError(
             f"draw: no graph calls the branches of {', '.join(sorted(weights)[:3])}: Python code between the graphs "
@@ -255,10 +255,8 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     return Scene(boxes, tuple(arrows))
 
 
-def _boxes_and_arrows(
-    graph_module: fx.GraphModule, shown: Collection[fx.Node], plan: Plan, prefix: str = ""
-) -> tuple[dict[str, Box], tuple[tuple[str, str], ...]]:
-    """Return the boxes of the shown nodes by name, and the arrows between them. The prefix distinguishes graphs."""
+def _part(graph_module: fx.GraphModule, shown: Collection[fx.Node], plan: Plan, prefix: str = "") -> Scene:
+    """Return some nodes of a graph and the arrows between them. The prefix distinguishes nodes of several graphs."""
     branches, symbols = branch_nodes(graph_module), dict[str, str]()
     boxes: dict[str, Box] = {}
     nodes = [node for node in graph_module.graph.nodes if node in shown]
@@ -267,7 +265,7 @@ def _boxes_and_arrows(
         kind = _kind(node, branches, plan)
         boxes[prefix + node.name] = Box(kind, _lines(node, kind, branches, symbols, plan), cut)
     pairs = ((source, node) for node in nodes for source in node.all_input_nodes if source in shown)
-    return boxes, tuple((prefix + source.name, prefix + node.name) for source, node in pairs)
+    return Scene(boxes, tuple((prefix + source.name, prefix + node.name) for source, node in pairs))
 
 
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
