@@ -16,8 +16,6 @@ from lorasc_fx.branch import Decided
 from lorasc_fx.capture import (
     GRAPH_BREAKS,
     Axis,
-    Captured,
-    Conditions,
     GraphBreakFallback,
     capture,
     forget,
@@ -127,13 +125,11 @@ class Compiler:
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.fallback is not None:
-            return _of_fallback(captured, decided, args, kwargs)
+            return make_fallback(captured, decided, args, kwargs)
         new: NewVariant | None = None
         fault: PassError | None = None
         try:
-            new = insert(captured.module, decided)
-            variant = replace(new.variant, frontend=captured.frontend, conditions=captured.conditions)
-            new = replace(new, variant=variant, refused_frontends=captured.refused)
+            new = insert(captured, decided)
             # If a weight is refused for one of these reasons, a graph that traces into modules might adapt it.
             reasons = (Reason.OPAQUE, Reason.MIXED_USES)
             hidden = next((str(refusal) for refusal in new.refusals if refusal.node and refusal.reason in reasons), "")
@@ -143,7 +139,7 @@ class Compiler:
             # A symbolic graph calls each module as one node. The front end `graph-breaks` traces into modules.
             try:
                 fallback = capture(model, args, kwargs, GRAPH_BREAKS.name, dynamic, trained)
-                with_breaks = _of_fallback(fallback, decided, args, kwargs)
+                with_breaks = make_fallback(fallback, decided, args, kwargs)
                 return replace(with_breaks, refused_frontends=(*captured.refused, (captured.frontend.name, hidden)))
             except (CaptureError, PassError):  # keep the first result
                 pass
@@ -246,14 +242,3 @@ def _trained(model: nn.Module, decided: Decided) -> set[str]:
     """Return the parameters that training may change, directly or by a branch. The capture may refuse some of them."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trainable | (candidates(model, decided.plan.spec) - {refusal.weight for refusal in decided.refusals})
-
-
-def _of_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Any) -> NewVariant:
-    """Return the variant of a model with graph breaks."""
-    # If only gradient checkpointing prevents a full graph, calls in eval mode should get a full graph.
-    universal = not captured.only_recomputes
-    new = make_fallback(captured.fallback, decided, args, kwargs, swap_all=captured.own_backward, universal=universal)
-    variant = new.variant
-    if not variant.universal:  # guard the Python state only: dynamo guards the inputs
-        variant = replace(variant, conditions=Conditions(state=captured.conditions.state))
-    return replace(new, variant=variant, refused_frontends=captured.refused)

@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, Decided
-from lorasc_fx.capture import GRAPH_BREAKS, OWNER, GraphBreakFallback, eager_trace
+from lorasc_fx.capture import GRAPH_BREAKS, OWNER, Captured, Conditions, GraphBreakFallback, eager_trace
 from lorasc_fx.check.isolation import isolation
 from lorasc_fx.check.observe import Difference, attempt, one_line
 from lorasc_fx.check.preflight import Disagreement, first_difference, run_preflight
@@ -65,22 +65,24 @@ only, but a use of a weight without its branch shows with every delta. So a diff
 it."""
 
 
-def insert(module: fx.GraphModule, decided: Decided) -> NewVariant:
+def insert(captured: Captured, decided: Decided) -> NewVariant:
     """Match sites and insert branches in one captured graph.
 
     Args:
-        module: the graph, which reads the weights as `model.NAME`.
+        captured: the graph, which is changed.
         decided: the plan to follow, the existing branches, and the refusals so far.
     """
-    plan = decided.plan
+    module, plan = captured.module, decided.plan
     if decided.branches:
         module._modules[BRANCHES] = nn.ModuleDict(dict(decided.branches))
     set_record(module, replace(record_of(module), plan=plan, refusals=decided.refusals))
     share = [ShareInputs(least=MIN_SHARED_ENTRIES)] if plan.spec.placement == "auto" else []
     adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(module).graph_module
     record = record_of(adapted)
-    variant = Variant(adapted, GRAPH_BREAKS, placements=placements_of(adapted))
-    return NewVariant(record.plan, branches_in(adapted) or {}, record.refusals, record.unreached, variant)
+    variant = Variant(adapted, captured.frontend, captured.conditions, placements=placements_of(adapted))
+    return NewVariant(
+        record.plan, branches_in(adapted) or {}, record.refusals, record.unreached, variant, captured.refused
+    )
 
 
 def with_sites(
@@ -100,28 +102,21 @@ def with_sites(
     return Decided(matching.plan, branches, matching.refusals, matching.unreached)
 
 
-def make_fallback(
-    fallback: GraphBreakFallback,
-    decided: Decided,
-    args: Any,
-    kwargs: Mapping[str, Any],
-    swap_all: bool,
-    universal: bool,
-) -> NewVariant:
+def make_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Mapping[str, Any]) -> NewVariant:
     """Insert branches into the subgraphs of a model, and swap the weights that its Python code uses.
 
     Args:
-        fallback: the subgraphs.
+        captured: the subgraphs. A model with a custom backward, which may run its code again, runs eagerly with all
+            weights swapped.
         decided: the plan to follow, the existing branches, and the refusals so far.
         args, kwargs: example inputs.
-        swap_all: run the model eagerly with all weights swapped, because a custom backward may run its code again.
-        universal: whether the variant serves all calls. A model that runs eagerly always does.
 
     Raises:
         NoSites: no weight can be adapted.
         CaptureError: with its branches, the model differs from the eager model with merged weights.
     """
     # Match sites over all subgraphs and the Python code at once, because a weight may be used in several of them.
+    fallback, swap_all = captured.fallback, captured.own_backward
     model, spec = fallback.model, decided.plan.spec
     decided = with_sites(decided, fallback.graphs, model, eager_trace(model, args, kwargs))
     sites = decided.plan.sites
@@ -160,10 +155,13 @@ def make_fallback(
         growing.run = ref(run)
         fallback.before_call = growing.before_call
 
+    # If only gradient checkpointing prevents a full graph, calls in eval mode should get a full graph.
+    universal = fallback.eager or not captured.only_recomputes
     variant = Variant(
         fallback,
         GRAPH_BREAKS,
-        universal=universal or fallback.eager,
+        Conditions(state=None if universal else captured.conditions.state),  # dynamo guards the inputs
+        universal,
         attach=attach,
         detach=fallback.detach,
         placements={**growing.placements, **dict.fromkeys(fallback.swapped, "weight")},
@@ -171,7 +169,7 @@ def make_fallback(
     result = growing.decided  # the runs above may have added sites
     reported = result.plan.by_weight.keys() | {refusal.weight for refusal in result.refusals}
     unreached = tuple(weight for weight in decided.unreached if weight not in reported)
-    return NewVariant(result.plan, result.branches, result.refusals, unreached, variant)
+    return NewVariant(result.plan, result.branches, result.refusals, unreached, variant, captured.refused)
 
 
 @dataclass
@@ -225,7 +223,7 @@ class Growing:
 
     def rewrite(self, module: fx.GraphModule) -> fx.GraphModule:
         """Insert branches into a subgraph, and return it. New sites are added to the run."""
-        new = insert(module, replace(self.decided, plan=self.plan))
+        new = insert(Captured(module, GRAPH_BREAKS), replace(self.decided, plan=self.plan))
         assert isinstance(new.variant.module, fx.GraphModule)
         self.placements |= new.variant.placements
         self._grow(Decided(new.plan, new.branches, new.refusals, new.unreached))
