@@ -54,12 +54,10 @@ class MatchSites(CascadePass):
                     code="spec-differs",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        matching = match(graph.module, record, self.spec)
+        matched, uses = match(graph.module, record)
         # Under a new spec, drop the slow states of weights that the new plan does not have.
         if record.plan is not plan:
-            sites = matching.plan.by_weight
+            sites = matched.plan.by_weight
             slow = replace(slow, states={weight: state for weight, state in slow.states.items() if weight in sites})
-        graph.mark(matching.uses)
-        graph.record = replace(
-            record, plan=matching.plan, refusals=matching.refusals, unreached=matching.unreached, slow=slow
-        )
+        graph.mark(uses)
+        graph.record = replace(matched, slow=slow)

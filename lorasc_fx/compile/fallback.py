@@ -96,10 +96,9 @@ def with_sites(
         model: the model.
         outside: kind of each weight that a run of the model used, see `survey`.
     """
-    record = Record(owner=OWNER, plan=decided.plan, refusals=decided.refusals)
-    matching = survey(graphs, record, decided.plan.spec, outside)
-    branches = all_branches(matching.plan, decided.branches, named_weights(model).parameters)
-    return Decided(matching.plan, branches, matching.refusals, matching.unreached)
+    record = survey(graphs, Record(owner=OWNER, plan=decided.plan, refusals=decided.refusals), outside)
+    branches = all_branches(record.plan, decided.branches, named_weights(model).parameters)
+    return Decided(record.plan, branches, record.refusals, record.unreached)
 
 
 def make_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Mapping[str, Any]) -> NewVariant:

@@ -34,6 +34,7 @@ from lorasc_fx.graph.forms import (
     ON_INDEXED_EXPERT,
     ON_WEIGHT,
     FunctionForm,
+    ModuleForm,
     form_of,
     registered_form,
     registered_named,
@@ -55,15 +56,13 @@ class BesideUse:
 
     Args:
         node: the op.
-        form: name of its form.
-        kind: kind of the site.
+        form: its form.
         layout: layout of the stored weight, `out_in` or `in_out`.
         mergeable: whether a merged branch can replace the op.
     """
 
     node: fx.Node
-    form: str
-    kind: str
+    form: FunctionForm | ModuleForm
     layout: str
     mergeable: bool = False
 
@@ -111,7 +110,7 @@ class WeightUses:
     @property
     def kinds(self) -> list[str]:
         """The kind of site of each use."""
-        return [use.kind for use in self.beside] + [kind for _, kind in self.contracted] + self.outside
+        return [use.form.kind for use in self.beside] + [kind for _, kind in self.contracted] + self.outside
 
     @property
     def all_beside(self) -> bool:
@@ -126,7 +125,7 @@ class WeightUses:
     @property
     def registered_form(self) -> str:
         """Name of the first form among the uses that `register_form` added, or ""."""
-        names = [use.form for use in self.beside if registered_named(use.form) is not None]
+        names = [use.form.name for use in self.beside if registered_named(use.form.name) is not None]
         forms = [form for node, _ in self.contracted if (form := registered_form(node.target)) is not None]
         return next(iter([*names, *(form.name for form in forms)]), "")
 
@@ -200,7 +199,7 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         return
     op = replaced_call(node)
     if op is not None and op.form is not None:  # a merged branch replaced the op in an earlier pass
-        uses.beside.append(BesideUse(node, op.form.name, op.form.kind, op.form.layout, mergeable=True))
+        uses.beside.append(BesideUse(node, op.form, op.form.layout, mergeable=True))
         return
     # A form requires that the op reads the weight itself, apart from transposes, which change the layout.
     form, layout = form_of(node, None), None
@@ -210,7 +209,7 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         if source is start and form.fits(node, read):
             layout = stored_layout(form.layout, transposed)
     if isinstance(form, FunctionForm) and layout is not None:
-        uses.beside.append(BesideUse(node, form.name, form.kind, layout, mergeable(node, form)))
+        uses.beside.append(BesideUse(node, form, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:
         uses.contracted.append((node, kind))
         uses.rows += [slice_read(source, start, shape) for source in consumer.reads]
@@ -227,30 +226,13 @@ def _read_module(node: fx.Node, record: Record, weights: Weights, uses: dict[str
     form = form_of(node, module)
     form_weight = weights.canonical.get(f"{name}.weight") if form is not None else None
     if form is not None and form_weight is not None:
-        uses[form_weight].beside.append(BesideUse(node, form.name, form.kind, form.layout, mergeable(node, form)))
+        uses[form_weight].beside.append(BesideUse(node, form, form.layout, mergeable(node, form)))
     for leaf, parameter in module.named_parameters(remove_duplicate=False):
         weight = weights.canonical.get(f"{name}.{leaf}")
         if weight is not None and weight != form_weight and parameter.dim() > 1:
             # An embedding with max_norm writes the renormalized rows into its weight.
             writes = leaf == "weight" and getattr(module, "max_norm", None) is not None
             (uses[weight].written if writes else uses[weight].opaque).append(node)
-
-
-@dataclass(frozen=True)
-class Matching:
-    """The result of a match.
-
-    Args:
-        plan: the plan with its sites.
-        uses: the mark of each node that uses a site.
-        refusals: the matrices without a branch, with reasons.
-        unreached: the matrices that the graph does not use.
-    """
-
-    plan: Plan
-    uses: dict[fx.Node, Use]
-    refusals: tuple[Refusal, ...]
-    unreached: tuple[str, ...]
 
 
 def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
@@ -260,18 +242,12 @@ def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
     return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, uses[name]) is None)
 
 
-def survey(
-    graph_modules: Sequence[fx.GraphModule],
-    record: Record,
-    spec: CascadeSpec,
-    outside: Mapping[str, str],
-) -> Matching:
-    """Classify the weights of a model that dynamo split into several graphs. No node is marked.
+def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Mapping[str, str]) -> Record:
+    """Return the record of a model that dynamo split into several graphs, with all weights classified.
 
     Args:
         graph_modules: the graphs, which read one live model.
         record: their record. Its plan is followed.
-        spec: the user's spec.
         outside: kind of each weight that a run of the model used, in graphs or in Python code between them. The kind is
             "" if the weight was used in an unknown way.
     """
@@ -288,32 +264,29 @@ def survey(
         if weight in weights.matrices and not uses[weight].kinds:
             uses[weight].touched = True
             uses[weight].outside += [kind] if kind else []
-    return _classify(uses, weights, record, spec)
+    return _classified(uses, weights, record)
 
 
-def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec) -> Matching:
-    """Classify every weight matrix of the graph module's owner.
+def match(graph_module: fx.GraphModule, record: Record) -> tuple[Record, dict[fx.Node, Use]]:
+    """Return the record with every weight matrix classified, and the mark of each node that uses a site.
 
-    A plan in the record is followed: its sites keep their branches, and refused weights stay refused. A weight that no
-    earlier graph used becomes a site if this graph uses it.
+    The plan of the record is followed: its sites keep their branches, and refused weights stay refused. A weight that
+    no earlier graph used becomes a site if this graph uses it.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
         PassError: the graph uses a planned site in a way that its branch cannot follow.
     """
     weights = named_weights(owner_of(graph_module, record))
-    check_patterns(spec, weights.matrices, weights.names)
+    check_patterns(record.plan.spec, weights.matrices, weights.names)
     uses = read(graph_module, record, weights)
-    matching = _classify(uses, weights, record, spec)
-    return replace(matching, uses=_marks(graph_module, uses, matching.plan))
+    record = _classified(uses, weights, record)
+    return record, _marks(graph_module, uses, record.plan)
 
 
-def _classify(
-    uses_by_weight: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec
-) -> Matching:
-    """Make each weight matrix a site, a refusal or unreached, from its uses. No node is marked."""
-    plan = record.plan
-    planned = plan.by_weight
+def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, record: Record) -> Record:
+    """Make each weight matrix a site, a refusal or unreached, from its uses."""
+    spec, planned = record.plan.spec, record.plan.by_weight
     earlier = {refusal.weight: refusal for refusal in record.refusals}
     sites: list[Site] = []
     refusals: list[Refusal] = []
@@ -340,7 +313,8 @@ def _classify(
             site = describe(spec, weight, kind_at(shape, uses), shape, names[1:], layout, uses.slices(shape))
             site = replace(site, form=uses.registered_form)
             sites.append(_with_placement(site, uses, weights.parameters[weight], spec))
-    return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
+    plan = record.plan.with_sites(tuple(sites))
+    return replace(record, plan=plan, refusals=tuple(refusals), unreached=tuple(unreached))
 
 
 def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
@@ -406,7 +380,7 @@ def _use_phrase(site: Site, uses: WeightUses, weight: torch.Tensor) -> str:
 
 def _beside(site: Site, uses: WeightUses) -> bool:
     """Whether a branch can be added to the output of every use. A stack of experts needs forms of kind `experts`."""
-    kinds = {use.kind for use in uses.beside}
+    kinds = {use.form.kind for use in uses.beside}
     return uses.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
 
@@ -432,7 +406,7 @@ def _marks(graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses
         at_op = at_op and _beside(site, uses) and uses.beside[0].layout == site.layout
         if at_op and (site.placement != "weight" or uses.called):
             merged = site.placement == "merged"
-            marks |= {use.node: Use(weight, use.form, merged and use.mergeable) for use in uses.beside}
+            marks |= {use.node: Use(weight, use.form.name, merged and use.mergeable) for use in uses.beside}
         elif uses.reached and not uses.called:
             for source in uses.sources:
                 experts = indexed_experts(source) if site.kind == "experts" else []
