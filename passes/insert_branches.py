@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, branch_class
+from lorasc_fx.branch import Branch, Decided, branch_class
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
     GraphEditor,
@@ -118,11 +118,11 @@ class InsertBranches(CascadePass):
         graph.record = replace(graph.record, branched=branched)
 
 
-def no_sites_message(record: Record) -> str:
+def no_sites_message(decided: Record | Decided) -> str:
     """Return the message of `NoSites`: why up to five candidates are not adapted."""
-    reasons = [str(refusal) for refusal in record.refusals if refusal.reason is not Reason.NOT_TARGETED]
-    reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
-    shown = reasons[:5] or [f"no weight that the graph uses matches targets={record.plan.spec.targets}"]
+    reasons = [str(refusal) for refusal in decided.refusals if refusal.reason is not Reason.NOT_TARGETED]
+    reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in decided.unreached]
+    shown = reasons[:5] or [f"no weight that the graph uses matches targets={decided.plan.spec.targets}"]
     return "the spec leaves no site to adapt:\n  " + "\n  ".join(shown)
 
 

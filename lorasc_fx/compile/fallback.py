@@ -120,8 +120,7 @@ def make_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Mappi
     decided = with_sites(decided, fallback.graphs, model, eager_trace(model, args, kwargs))
     sites = decided.plan.sites
     if not sites:
-        record = Record(plan=decided.plan, refusals=decided.refusals, unreached=decided.unreached)
-        raise NoSites(no_sites_message(record))
+        raise NoSites(no_sites_message(decided))
     scaled = next((site.weight for site in sites if "weight" not in site.options.method.placements), None)
     if scaled is not None:
         raise SpecError(

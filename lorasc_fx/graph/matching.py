@@ -41,7 +41,7 @@ from lorasc_fx.graph.forms import (
     stored_layout,
     without_transposes,
 )
-from lorasc_fx.graph.patterns import check_patterns, describe, matches, targeted
+from lorasc_fx.graph.patterns import check_patterns, matches, targeted
 from lorasc_fx.graph.placement import by_shape
 from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.weights import Weights, called_module, named_weights, owner_of, scripted_weights
@@ -308,13 +308,20 @@ def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, reco
         elif not uses.reached:
             unreached.append(weight)
         else:
-            layout = uses.beside[0].layout if uses.all_beside else "out_in"
-            shape = tuple(weights.parameters[weight].shape)
-            site = describe(spec, weight, kind_at(shape, uses), shape, names[1:], layout, uses.slices(shape))
-            site = replace(site, form=uses.registered_form)
-            sites.append(_with_placement(site, uses, weights.parameters[weight], spec))
+            sites.append(_site(names, weights.parameters[weight], uses, spec))
     plan = record.plan.with_sites(tuple(sites))
     return replace(record, plan=plan, refusals=tuple(refusals), unreached=tuple(unreached))
+
+
+def _site(names: tuple[str, ...], weight: torch.Tensor, uses: WeightUses, spec: CascadeSpec) -> Site:
+    """Return the site of a weight. Its options are from the first matching rule, or from the spec itself."""
+    shape = tuple(weight.shape)
+    kind = kind_at(shape, uses)
+    options = spec.site_options(next((rule for rule in spec.rules if targeted((rule.pattern,), kind, names)), None))
+    layout = uses.beside[0].layout if uses.all_beside else "out_in"
+    slices = uses.slices(shape) if options.method.slices_apart else ()
+    site = Site(names[0], kind, shape, options, names[1:], layout, slices, form=uses.registered_form)
+    return _with_placement(site, uses, weight, spec)
 
 
 def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from lorasc_fx.errors import UnknownTarget, listed, nearest
-from lorasc_fx.plan import Site
 from lorasc_fx.spec import KINDS, CascadeSpec, TrainRule
 
 
@@ -78,19 +77,3 @@ def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tupl
         if rule is not None:
             rules[name] = rule
     return rules
-
-
-def describe(
-    spec: CascadeSpec,
-    weight: str,
-    kind: str,
-    shape: Sequence[int],
-    aliases: tuple[str, ...],
-    layout: str,
-    slices: tuple[int, ...],
-) -> Site:
-    """Return the site of a weight. Its options are from the first matching rule, or from the spec itself."""
-    rule = next((rule for rule in spec.rules if targeted((rule.pattern,), kind, (weight, *aliases))), None)
-    options = spec.site_options(rule)
-    slices = slices if options.method.slices_apart else ()
-    return Site(weight, kind, tuple(shape), options, aliases, layout, slices)
