@@ -30,6 +30,7 @@ from lorasc_fx.cascade.views import FOLDED, VIEW_NAMES, check_view
 from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
+from lorasc_fx.signature import bind
 from lorasc_fx.state import ViewName
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.undo import commit
@@ -129,7 +130,7 @@ class CascadeModule(nn.Module):
         if run.placed is not None and graphs.split is None:
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo has its own guards on inputs, and cannot trace the hash of a call
-            bound, named = graphs.compiler.bind(args, kwargs)
+            bound, named = bind(graphs.compiler.calls.signature, args, kwargs)
             compiled = graphs.variants.compiled(self.training, pytree.tree_leaves((bound, named)))
             if compiled is None:
                 return graphs.variants.not_compiled(self, args, kwargs)

@@ -43,7 +43,7 @@ from lorasc_fx.passes import (
 )
 from lorasc_fx.pictures import Picture, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
-from lorasc_fx.signature import Calls, bind
+from lorasc_fx.signature import Calls
 from lorasc_fx.spec import CascadeSpec
 
 _FAULT = (
@@ -65,10 +65,6 @@ class Compiler:
     frontend: str
     calls: Calls
 
-    def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call in canonical form. Dynamo can trace this."""
-        return bind(self.calls.signature, args, kwargs)
-
     def decide(self, model: nn.Module, plan: Plan) -> Decided:
         """Make the branches of a saved plan without a capture. Refuses weights for shared memory, or by the spec."""
         decided = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model))
@@ -76,7 +72,7 @@ class Compiler:
 
     def faults(self, variant: Variant) -> list[str]:
         """Return the disagreements of a variant with its plan. Subgraphs of a fallback are verified when rewritten."""
-        return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
+        return faults(variant.module) if isinstance(variant.module, fx.GraphModule) else []
 
     def make(
         self,
