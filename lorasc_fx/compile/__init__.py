@@ -2,8 +2,8 @@
 
 from lorasc_fx.capture import Axis
 from lorasc_fx.compile.compiler import Compiler
-from lorasc_fx.compile.variants import Growable, NewVariant, Variant, Variants
+from lorasc_fx.compile.variants import NewVariant, Variant, Variants
 from lorasc_fx.pictures import Picture
 from lorasc_fx.signature import Call
 
-__all__ = ["Axis", "Call", "Compiler", "Growable", "NewVariant", "Picture", "Variant", "Variants"]
+__all__ = ["Axis", "Call", "Compiler", "NewVariant", "Picture", "Variant", "Variants"]

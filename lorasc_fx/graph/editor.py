@@ -574,12 +574,11 @@ def adjust(
     # Copy them to a new graph, with the new placeholders first and the new increments next.
     placeholders = [node for node in old if node.op == "placeholder"]
     new, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    leaves = [placeholders[index].name if index is not None else None for index in inputs]
-    for number, (index, name) in enumerate(zip(inputs, leaves, strict=True)):
-        placeholder = new.placeholder(name or f"unused_{number}")
-        if index is not None:
-            placeholder.meta = dict(placeholders[index].meta)
-            copied[placeholders[index]] = placeholder
+    for number, index in enumerate(inputs):
+        if index is None:
+            new.placeholder(f"unused_{number}")
+        else:
+            copied[placeholders[index]] = new.node_copy(placeholders[index])
     for name in sorted(started):
         new.call_function(torch.ops.aten.add_.Tensor, (new.get_attr(name), 1))
     for node in old[:-1]:
