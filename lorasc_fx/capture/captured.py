@@ -217,7 +217,6 @@ def with_owner(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.Graph
     holder._modules[OWNER] = model
     holder.training = model.training
     module = graph_module_like(holder, graph)
-    module.meta = {}
     set_record(module, Record(owner=OWNER))
     return module
 

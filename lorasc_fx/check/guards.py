@@ -30,6 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from lorasc_fx.graph.function import HOOKS
+
 MAX_ENTRIES = 256
 """Maximum number of guarded entries of a container. A larger one, such as a vocabulary, is guarded by its length."""
 MAX_DEPTH = 8
@@ -37,7 +39,6 @@ MAX_DEPTH = 8
 MAX_OBJECTS = 4096
 """Maximum number of containers and objects whose contents are guarded. All others are guarded by identity."""
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 STORES = {"_parameters", "_buffers", "_modules", *HOOKS}
 """Attributes of a module that are dicts with a special rule for their contents."""
 UNREAD = {

@@ -27,12 +27,8 @@ from lorasc_fx.graph.branch_calls import branch_nodes
 from lorasc_fx.graph.copies import copy_graph
 from lorasc_fx.graph.editor import call_directly
 
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_pre_hooks,
-    torch_module._global_backward_hooks,
-)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Names of the hook dictionaries of a module. `torch.nn` has global ones with the prefix `_global`."""
 MIN_ENTRIES = 1 << 16
 """Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
 
@@ -44,11 +40,8 @@ def takes_leaves(graph: fx.Graph) -> bool:
 
 def hooks_of(module: fx.GraphModule) -> list[Any]:
     """Return the hook dictionaries of all branches, and the global ones of `torch.nn.Module`."""
-    by_branch = [
-        [branch._forward_pre_hooks, branch._forward_hooks, branch._backward_pre_hooks, branch._backward_hooks]
-        for branch in branch_nodes(module).values()
-    ]
-    return [*_GLOBAL_HOOKS, *(hooks for of_branch in by_branch for hooks in of_branch)]
+    by_branch = [getattr(branch, name) for branch in branch_nodes(module).values() for name in HOOKS]
+    return [*(getattr(torch_module, f"_global{name}") for name in HOOKS), *by_branch]
 
 
 def as_function(module: fx.GraphModule) -> Callable[..., Any]:
