@@ -17,8 +17,7 @@ from transformers import Trainer, TrainingArguments
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
 from lorasc_fx.cli import main
-from tests.accelerator.kit import DEVICE, OTHER, Side, assert_same, compare, tensors, two_devices
-from tests.accelerator.models import MODELS, Mlp, loss_of
+from tests.accelerator.kit import DEVICE, MODELS, OTHER, Mlp, Side, assert_same, compare, loss_of, tensors, two_devices
 
 SPECS: dict[str, dict[str, Any]] = {
     "plain": {},

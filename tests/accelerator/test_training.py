@@ -17,17 +17,19 @@ from tests.accelerator.kit import (
     DEVICE,
     OTHER,
     SIMULATED,
+    Mlp,
     Side,
     assert_same,
     at_each_allocation,
+    build,
     compare,
     counted,
+    loss_of,
     simulated_only,
     tensors,
     two_devices,
     without_fp64,
 )
-from tests.accelerator.models import Mlp, build, loss_of
 from tests.kit.errors import raises
 from tests.kit.state import weight_states
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_manager import PassManager
 
 import lorasc_fx as lx
 from lorasc_fx.graph import branch_nodes, faults, text
@@ -310,17 +309,6 @@ def test_outside_a_pipeline_a_dropped_record_is_told() -> None:
     dropped = record_dropped_with_a_new_module(inserted)
     with raises(lx.PassError, "requirement-not-met", "fold-branches", "linear_lora", "graph_module.meta", "a Pipeline"):
         FoldBranches()(dropped)
-
-
-def test_torchs_manager_holds_ours_and_others() -> None:
-    inserted, x = make(Plain, "aten")
-    plain = FoldBranches()(inserted).graph_module
-    manager = PassManager(passes=[Pipeline([equal_uses_merged]), FoldBranches()])
-    result = manager(inserted)
-    assert result.modified
-    with torch.no_grad():
-        torch.testing.assert_close(result.graph_module(x), inserted(x), rtol=0, atol=1e-10)
-        assert calls(plain, "linear") == calls(result.graph_module, "linear") + 1
 
 
 def test_noise_is_no_other_weight() -> None:

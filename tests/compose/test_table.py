@@ -1,4 +1,4 @@
-"""Each cell of the table in rows.py is what happens; docs/composing.md is made of the same rows."""
+"""Each cell of the table in page.py is what happens; docs/composing.md is made of the same rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorasc_fx.graph import record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.compose import page
 from tests.compose.models import SPEC, eager, graph, inputs
-from tests.compose.rows import ROWS, Refused, Row, Yes, fuse
+from tests.compose.page import ROWS, Refused, Row, Yes, fuse
 from tests.passes.kit import deltas, fill, insert
 
 PARAMETRISED = pytest.mark.parametrize(

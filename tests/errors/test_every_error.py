@@ -10,7 +10,7 @@ from pathlib import Path
 import lorasc_fx as lx
 from lorasc_fx import errors
 from tests.errors import page
-from tests.errors.catalogue import ENTRIES
+from tests.errors.page import ENTRIES
 from tests.kit.errors import raises
 
 ROOT = Path(__file__).parents[2]

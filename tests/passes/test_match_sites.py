@@ -39,7 +39,7 @@ NARROW = [
 ]
 """Rows of ops without fp64 kernels. Their cases are in test_grouped."""
 QUANTIZED = [form for form in FORMS if form.name == "quantized_linear"]
-"""The row of quantized layers, which have no fp64 kernels either. Its cases are in tests/quantized/test_layers.py."""
+"""The row of quantized layers, which have no fp64 kernels either. Its cases are in tests/quantized."""
 
 
 def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tuple[str, ...]]:
