@@ -84,13 +84,7 @@ def run_fold(arguments: FoldArguments) -> int:
         )
     if arguments.base is None:
         output = arguments.output or folder.folded
-        check_output(output, folder=output.suffix != ".safetensors")
-        cascade, weights = open_run(arguments.run)
-        with reporting() as reporter:
-            reporter.begin(f"fold {arguments.run}")
-            lx.export.safetensors(cascade, output, view=arguments.view, progress=reporter.copied)
-        print(f"{output}: {arguments.view} {weights}")
-        return 0
+        return run_export(ExportArguments(arguments.run, "safetensors", output, view=arguments.view))
     path = folder.checkpoint if folder.config.is_file() else arguments.run
     single = arguments.base.is_file() and arguments.base.suffix != ".json"
     output = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
