@@ -70,7 +70,7 @@ def of_run(run: Run, call: str, view: str | Mapping[str, float]) -> FoldedWeight
     return FoldedWeights(call, run.fingerprints(), changes, full, buffers, names_of(run.model))
 
 
-def of_checkpoint(checkpoint: Checkpoint, view: ViewName = "slow") -> FoldedWeights:
+def of_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
     """Return the folded weights of a checkpoint. A running stage that has trained counts as ended.
 
     Raises:

@@ -27,7 +27,7 @@ from lorasc_fx.checkpoint.layout import DTYPES, refusing, sanitized, versions
 from lorasc_fx.checkpoint.manifest import Generators
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.errors import CheckpointError, warn
-from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
+from lorasc_fx.shards import ProcessGroup, dtensor_like
 from lorasc_fx.util.accelerator import generator_states, set_generator_states
 from lorasc_fx.util.decode import decode
 from lorasc_fx.util.files import parse_json
@@ -45,7 +45,7 @@ def resume(
     checkpoint: Checkpoint,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
-    group: ProcessGroup = ONE_PROCESS,
+    group: ProcessGroup,
 ) -> dict[str, Any]:
     """Restore optimizer, scheduler, gradients and random generators in one transaction, and return `extra`.
 

@@ -326,7 +326,7 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     return pixels, [dataset.classes[label] for label in dataset.targets]
 
 
-def read_image(path: str | Path, size: int | None = None) -> Tensor:
+def read_image(path: str | Path, size: int | None) -> Tensor:
     """Read an image as uint8 [3, height, width]. If a size is given, resize it to a square.
 
     Raises:

@@ -164,7 +164,7 @@ def fold_files(
     base: Path,
     out: Path,
     progress: Progress | None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None,
 ) -> Path:
     """Write copies of a base's files with the folded weights. A new head is added to the last file.
 
