@@ -107,6 +107,7 @@ class Branch(nn.Module, abc.ABC):
         self.kind = site.kind
         self.weight_name = site.weight
         self.weight_shape = tuple(site.shape)
+        self.rank = site.rank
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
         self.dropout = site.dropout
@@ -378,7 +379,7 @@ class Branch(nn.Module, abc.ABC):
         The Parameter objects stay the same, so that optimizers keep them. Parameters whose shape changes are set to
         zero, and lose their gradient.
         """
-        self.scale = site.scale
+        self.rank, self.scale = site.rank, site.scale
         for name, shape in self.shapes(site).items():
             parameter = self.get_parameter(name)
             if tuple(parameter.shape) != shape:

@@ -82,11 +82,6 @@ class DeloraBranch(LowRankBranch):
         factors: torch.Tensor = self.delora_B * (self.delora_lambda / self.rank / (rows * columns))
         return factors
 
-    @property
-    def rank(self) -> int:
-        """Number of rank-1 terms."""
-        return self.delora_A.shape[0]
-
     def start(self, weight: StartWeight) -> None:
         """Set w to the column norms of the weight."""
         with torch.no_grad():

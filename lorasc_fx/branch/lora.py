@@ -70,11 +70,6 @@ class LowRankBranch(Branch):
         return None
 
     @property
-    def rank(self) -> int:
-        """Number of columns of B."""
-        return self.up.shape[-1]
-
-    @property
     def drops(self) -> bool:
         """Whether dropout applies to the input of the branch in the current mode."""
         return self.training and self.dropout > 0
@@ -102,7 +97,7 @@ class LowRankBranch(Branch):
     def product(self) -> torch.Tensor:
         """Return the delta in the shape of the weight, without the scale."""
         if self.slices:
-            up, down = self.up.split(self.slices), self.down.split(self.rank)
+            up, down = self.up.split(self.slices), self.down.chunk(len(self.slices))
             indices = range(len(self.slices))  # a Proxy of torch.fx cannot be iterated
             return torch.cat([up[index] @ down[index] for index in indices]).view(self.weight_shape)
         b, a = self.oriented()
@@ -247,11 +242,6 @@ class LoraBranch(LowRankBranch):
         if self._inverses[0] != state:
             self._inverses = state, inverses(a, self.scale, len(slices))
         return with_corrected_gradient(self.lora_B, self._inverses[1], slices)
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of B."""
-        return self.lora_B.shape[-1]
 
     @property
     def shared_factor(self) -> str | None:

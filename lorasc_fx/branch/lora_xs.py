@@ -62,11 +62,6 @@ class LoraXsBranch(LowRankBranch):
         """`B R`."""
         return self.xs_B @ self.xs_R
 
-    @property
-    def rank(self) -> int:
-        """Number of rows of R."""
-        return self.xs_R.shape[-1]
-
     def start(self, weight: StartWeight) -> None:
         """Set A and B from the SVD of the weight. If the rank exceeds the sides of the matrix, the remainder is zero.
 

@@ -55,8 +55,3 @@ class MissBranch(LowRankBranch):
     def up(self) -> torch.Tensor:
         """D^T [out, rank]."""
         return self.miss_block.t()
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of D."""
-        return self.miss_block.shape[0]

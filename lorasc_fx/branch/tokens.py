@@ -59,8 +59,3 @@ class TokensBranch(LowRankBranch):
         """The factor E."""
         outputs = torch.arange(self.outputs, device=self.token_deltas.device)
         return (outputs.unsqueeze(1) == self.rows).to(self.token_deltas.dtype)
-
-    @property
-    def rank(self) -> int:
-        """Number of rows."""
-        return self.token_deltas.shape[0]

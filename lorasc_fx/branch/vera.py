@@ -71,11 +71,6 @@ class VeraBranch(LowRankBranch):
         """`diag(b) B`."""
         return self.vera_lambda_b.unsqueeze(-1) * self.vera_B.like(self.vera_lambda_b)
 
-    @property
-    def rank(self) -> int:
-        """Number of entries of d."""
-        return self.vera_lambda_d.shape[0]
-
     def resize(self, site: Site) -> None:
         """Change the rank of the shared tensors too."""
         super().resize(site)

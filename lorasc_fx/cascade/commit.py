@@ -202,7 +202,7 @@ def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
     """
     branches, trained = run.branches_by_weight(), run.slow.trained
     written = [branches[weight] for weight in planned.factors]
-    scales = [(branch, branch.scale) for branch in written]
+    sites = [run.plan.by_weight[weight] for weight in planned.factors]
     copied = [factor for branch in written for factor in branch.parameters()]
     copied += [
         parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.current
@@ -218,8 +218,8 @@ def _values_restorer(run: RunBase, planned: Planned) -> Callable[[], None]:
             fill(parameter, value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for branch, scale in scales:
-            branch.scale = scale
+        for branch, site in zip(written, sites, strict=True):
+            branch.resize(site)  # the values have this rank already
         with torch.no_grad():
             for tensor, value in tensors:
                 tensor.copy_(value)

@@ -374,11 +374,13 @@ class GraphEditor:
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
         with torch.no_grad(), commit() as undo:
             for key, old, new in moves:
-                undo(partial(setattr, old, "scale", old.scale))
+                # The rank, the scale and the shared tensors of VeRA may change too.
+                undo(partial(vars(old).update, vars(old).copy()))
+                attributes = {name: value for name, value in vars(new).items() if not name.startswith("_")}
+                vars(old).update(attributes, training=old.training)
                 for factor, value in zip(old.parameters(), new.parameters(), strict=True):
                     undo(partial(fill, factor, factor.detach().clone()))
                     fill(factor, value)
-                old.scale = new.scale
                 holder[key] = old
             return self.module
 

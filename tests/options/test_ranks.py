@@ -147,17 +147,18 @@ def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
     assert (cascade.plan.stage, cascade.plan.step) == (3, 2)
 
 
-def test_the_pass_in_a_graph_that_owns_its_weights() -> None:
-    spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=0.5)
+@pytest.mark.parametrize(("adapter", "zero"), [("lora", "lora_B"), ("vera", "vera_lambda_b")])
+def test_the_pass_in_a_graph_that_owns_its_weights(adapter: str, zero: str) -> None:
+    spec = lx.CascadeSpec(ranks=RANKS, adapter=adapter, pace=0.5)
     graph = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(mlp())).graph_module
-    cascade, _ = adapted("symbolic", pace=0.5)
+    cascade, _ = adapted("symbolic", adapter=adapter, lora_alpha=8.0, pace=0.5)
     held = [id(parameter) for parameter in graph.branches.parameters()]
     for seed in range(3):
         for branch, other in zip(graph.branches.children(), branches(cascade).values(), strict=True):
-            draw = torch.randn(branch.lora_B.shape, generator=torch.Generator().manual_seed(seed)).double()
+            parameter, twin = branch.get_parameter(zero), other.get_parameter(zero)
             with torch.no_grad():
-                branch.lora_B.copy_(draw)
-                other.lora_B.copy_(draw)
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)).double())
+                twin.copy_(parameter)
         graph = StageTransition()(graph).graph_module
         cascade.transition(None)
         torch.testing.assert_close(graph(X), cascade(X), rtol=0, atol=1e-12)

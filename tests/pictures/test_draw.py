@@ -97,6 +97,11 @@ def test_other_kinds_of_pictures(tmp_path: Path) -> None:
         assert adapted().draw(tmp_path / name, ["linear"]).read_bytes().startswith(start)
 
 
+def test_a_branch_that_is_no_low_rank_product(tmp_path: Path) -> None:
+    shown = texts(adapted(adapter="hira").draw(tmp_path / "graph.svg", ["q.weight"]))
+    assert "branch, rank 2, on the weight" in shown or "branch, rank 2, merged into the op" in shown
+
+
 def test_graph_breaks_are_drawn_side_by_side(tmp_path: Path) -> None:
     class Broken(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
