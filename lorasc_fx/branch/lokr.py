@@ -43,6 +43,11 @@ class LokrBranch(Branch):
     }
 
     @classmethod
+    def fault(cls, site: Site) -> str:
+        """Return why another rank in later stages is refused, or "". It may need other parameters."""
+        return "cannot have another rank in later stages. Remove ranks" if site.options.ranks else ""
+
+    @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
         """Return the shapes of w1, and of w2 or its factors."""
         factor = int(cls.options_at(site)["decompose_factor"])

@@ -16,7 +16,6 @@ from torch import nn
 
 from lorasc_fx.branch.contract import Branch
 from lorasc_fx.branch.products import PRODUCTS
-from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site
 from lorasc_fx.util.decode import Check
 
@@ -50,20 +49,19 @@ class OftBranch(Branch):
         self.register_buffer("positions", rows * self.size + columns, persistent=False)
 
     @classmethod
-    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the entries of Q.
+    def fault(cls, site: Site) -> str:
+        """Return why a single input, or another rank in later stages, is refused, or ""."""
+        if site.options.ranks:
+            return "cannot have blocks of another size in later stages. Remove ranks"
+        if site.matrix_shape[1] == 1:
+            return f"has a single input, which cannot be rotated. Exclude the weight (exclude=({site.weight!r},))"
+        return ""
 
-        Raises:
-            SpecError: the weight has a single input.
-        """
+    @classmethod
+    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the entries of Q."""
         columns = site.matrix_shape[1]
         size = block_size(columns, site.rank)
-        if size == 1:
-            raise SpecError(
-                f"{site.weight} has a single input, which adapter='oft' cannot rotate. Exclude the weight "
-                f"(exclude=({site.weight!r},))",
-                code="method-not-supported",
-            )
         return {"oft_R": (columns // size, size * (size - 1) // 2)}
 
     def rotation(self) -> torch.Tensor:
