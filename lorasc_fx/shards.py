@@ -366,7 +366,12 @@ class ShardSpec:
         return shard if self.axis is None else torch.Size((*shard[: self.axis], self.total, *shard[self.axis + 1 :]))
 
     def std(self, shard: torch.Tensor) -> float:
-        """Return the standard deviation of the full tensor, like `torch.std`. All-reduced, without a gather."""
+        """Return the standard deviation of the full tensor, like `torch.std`, or 0 if it has fewer than two entries.
+
+        All-reduced if the tensor is sharded, without a gather.
+        """
+        if self.axis is None:
+            return shard.std().item() if shard.numel() > 1 else 0.0
         count = self.group.sum(shard.numel())
         if count < 2:
             return 0.0

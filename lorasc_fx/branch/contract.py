@@ -24,14 +24,12 @@ from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.errors import PassError
 from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor, local, zeros_like
+from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
 
-
-def unchanged(value: torch.Tensor, side: Side) -> torch.Tensor:
-    """Return the value unchanged: `cut` and `gather` of a weight that is not sharded."""
-    return value
+Reshard = Callable[[torch.Tensor, Side], torch.Tensor]
+"""Returns this rank's slice of a tensor of a side, or gathers the full tensor from the slices."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,13 @@ class StartWeight:
         shard: which slice of the weight this rank holds.
         cut: returns this rank's slice of a full tensor.
         gather: gathers the full tensor from the slices on all ranks. Every rank must call it at the same point.
-        agreed: returns the tensor of rank 0 on all ranks. Use it for decompositions, whose bits depend on the machine.
     """
 
     exact: Callable[[], torch.Tensor]
     noisy: Callable[[], torch.Tensor]
-    shard: ShardSpec = UNSHARDED
-    cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
-    gather: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged
-    agreed: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+    shard: ShardSpec
+    cut: Reshard
+    gather: Reshard
 
 
 class Branch(nn.Module, abc.ABC):
@@ -205,11 +201,7 @@ class Branch(nn.Module, abc.ABC):
         """Return the factor [out] of each row of weight plus delta, for the rows on this rank. None means 1."""
         return None
 
-    def moved(
-        self,
-        initial: InitialFactors | None = None,
-        cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
-    ) -> bool:
+    def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether training has changed the slice of the delta on this rank since the start of the stage.
 
         Args:

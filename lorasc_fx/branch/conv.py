@@ -47,10 +47,24 @@ class ConvCall(NamedTuple):
         return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def geometry(self, x: torch.Tensor, kernel: Sequence[int]) -> ConvGeometry | None:
-        """Return the geometry for the autograd functions. None for an input without a batch axis or uneven padding."""
-        if x.dim() != 2 + len(kernel):
+        """Return the geometry for the autograd functions.
+
+        None for an input without a batch axis, or if `padding="same"` pads the two sides of an axis differently.
+        """
+        axes, padding = len(kernel), self.padding
+        if x.dim() != 2 + axes:
             return None
-        return ConvGeometry.of(kernel, self.stride, self.padding, self.dilation, self.groups)
+        dilations = _per_axis(self.dilation, axes)
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+            if any(size % 2 for size in total):
+                return None
+            padding = [size // 2 for size in total]
+        return ConvGeometry(_per_axis(self.stride, axes), _per_axis(padding, axes), dilations, self.groups)
+
+
+def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
 
 
 class ConvOps:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch.contract import Branch, StartWeight, unchanged
+from lorasc_fx.branch.contract import Branch, Reshard, StartWeight
 from lorasc_fx.branch.conv import ConvCall, low_rank_conv
 from lorasc_fx.branch.factors import InitialFactors, Side
 from lorasc_fx.branch.lora import LoraBranch
@@ -99,11 +99,7 @@ class DoraBranch(LoraBranch):
         magnitude = weight.cut(full_tensor(self.lora_magnitude_vector), Side.OUT)
         return (magnitude / self.norms(weight.noisy(), weight.shard)).cpu().double()
 
-    def moved(
-        self,
-        initial: InitialFactors | None = None,
-        cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
-    ) -> bool:
+    def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether the factors or the magnitudes have changed since the start of the stage."""
         moved = super().moved(initial, cut)  # not in an `or`: it gathers, so every rank must call it
         if initial is not None and initial.magnitude is not None:

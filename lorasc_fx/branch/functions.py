@@ -34,7 +34,7 @@ from lorasc_fx.branch.low_rank import (
     up,
     without_autocast,
 )
-from lorasc_fx.branch.products import product, times
+from lorasc_fx.branch.products import product
 from lorasc_fx.errors import StateError
 
 
@@ -59,8 +59,7 @@ class Beside(torch.autograd.Function):
     """`base + scale * x A^T B^T`: the output of an op plus the term of its branch.
 
     Arguments: base [..., out], x [..., in], lora_A [rank, in], lora_B [out, rank], scale, dropout probability p, seed
-        of
-    the dropout mask or None. All tensors have the same dtype.
+    of the dropout mask or None. All tensors have the same dtype.
     """
 
     @staticmethod
@@ -129,14 +128,9 @@ def plain_gradients(
     return (dx if mask is None else dx * mask), back.t() @ rows, grad_rows.t() @ (rows @ a.t())
 
 
-def merge(
-    weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Return `weight + scale * b @ a` for a matrix [rows, columns].
-
-    Computed in the dtype of the factors, and rounded once to `dtype` (default: the dtype of the weight).
-    """
-    return torch.addmm(weight.to(a.dtype), b, a, alpha=scale).to(weight.dtype if dtype is None else dtype)
+def merge(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return `weight + scale * b @ a` [rows, columns], computed in the dtype of the factors and rounded to `dtype`."""
+    return torch.addmm(weight.to(a.dtype), b, a, alpha=scale).to(dtype)
 
 
 class MergedProduct(torch.autograd.Function):
@@ -203,9 +197,9 @@ def _merged_gradients(
         da = factor_gradient(back, x_chunks, ctx.scale).to(a.dtype)
     if ctx.needs_input_grad[0]:
         if rows.shape[0] >= weight.shape[0]:
-            dx = times(grad_rows, merge(weight, b, a, ctx.scale, grad_rows.dtype))
+            dx = product("mm", grad_rows, merge(weight, b, a, ctx.scale, grad_rows.dtype), None)
         else:
-            dx = up(chunked(times(grad_rows, weight.to(grad_rows.dtype))), back, factor, ctx.scale)
+            dx = up(chunked(product("mm", grad_rows, weight.to(grad_rows.dtype), None)), back, factor, ctx.scale)
     return dx, da, db
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.contract import Branch, pad_to, unchanged
+from lorasc_fx.branch.contract import Branch, Reshard, pad_to
 from lorasc_fx.branch.conv import ConvCall, ConvOps
-from lorasc_fx.branch.factors import Factors, InitialFactors, Side
+from lorasc_fx.branch.factors import Factors, InitialFactors
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
 from lorasc_fx.branch.linear import MatrixOps
@@ -307,11 +307,7 @@ class LoraBranch(LowRankBranch):
             b, a = map(full_tensor, self.oriented())
             return Factors(b.cpu().double() * self.scale, a.cpu().double().clone())
 
-    def moved(
-        self,
-        initial: InitialFactors | None = None,
-        cut: Callable[[torch.Tensor, Side], torch.Tensor] = unchanged,
-    ) -> bool:
+    def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether B is nonzero, or if the stage started from other factors, whether they have changed."""
         if initial is None or initial.factors is None:
             return super().moved(initial, cut)

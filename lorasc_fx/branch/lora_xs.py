@@ -81,5 +81,6 @@ class LoraXsBranch(LowRankBranch):
         up[..., :count] = u[..., :count] * values[..., None, :count]
         down[..., :count, :] = vh[..., :count, :]
         with torch.no_grad():
-            self.xs_B.copy_(weight.agreed(up))
-            self.xs_A.copy_(weight.agreed(down))
+            # Broadcast the factors, because a decomposition does not have the same bits on all machines.
+            self.xs_B.copy_(weight.shard.group.broadcast(up))
+            self.xs_A.copy_(weight.shard.group.broadcast(down))

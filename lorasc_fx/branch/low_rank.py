@@ -3,8 +3,7 @@
 These products are memory bound. Two layouts make them faster than plain matmuls:
 
 1. Rows [tokens, features] are viewed as chunks [chunks, tokens/chunks, features]. A batched product of a few chunks
-uses
-   all cores, and a single product with a small rank does not.
+   uses all cores, and a single product with a small rank does not.
 2. The factor [rank, features] is the left operand, so that the large operand is read in the order of its memory.
 
 A 1x1 convolution is a product too: of each image if its memory is channels-first, and of all pixels if it is
@@ -134,25 +133,6 @@ class ConvGeometry:
     dilation: tuple[int, ...]
     groups: int = 1
 
-    @classmethod
-    def of(
-        cls,
-        kernel: Sequence[int],
-        stride: int | Sequence[int],
-        padding: int | str | Sequence[int],
-        dilation: int | Sequence[int],
-        groups: int,
-    ) -> ConvGeometry | None:
-        """Normalize the arguments of a call. None if `padding="same"` pads the two sides of an axis differently."""
-        axes = len(kernel)
-        dilations = _per_axis(dilation, axes)
-        if isinstance(padding, str):
-            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
-            if any(size % 2 for size in total):
-                return None
-            padding = [size // 2 for size in total]
-        return cls(_per_axis(stride, axes), _per_axis(padding, axes), dilations, groups)
-
     def is_product(self, kernel: Sequence[int]) -> bool:
         """Whether the convolution is one matrix product per pixel: kernel 1x1, stride 1, no padding, no groups."""
         return all(size == 1 for size in (*kernel, *self.stride)) and not any(self.padding) and self.groups == 1
@@ -182,10 +162,6 @@ class ConvGeometry:
             mask,
         )
         return gradients
-
-
-def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
 
 
 def _in_rows(x: torch.Tensor) -> bool:

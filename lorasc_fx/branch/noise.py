@@ -56,24 +56,13 @@ def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) 
 
     If the weight is sharded, this all-reduces, and every rank must call it at the same point.
     """
-    if noise.strength and shard.axis is not None:
-        return noise.strength * _sharded_std(weight, shard)
-    if noise.strength == 0 or weight.numel() < 2:
+    if noise.strength == 0:
         return 0.0
-    std = weight.std().item()
-    if not 0 < std < math.inf:  # all entries are equal, or their squares overflow or underflow
-        maximum = weight.abs().max().item()
-        std = maximum * (weight / maximum).std().item() if 0 < maximum < math.inf else maximum
-    return noise.strength * std
-
-
-def _sharded_std(weight: torch.Tensor, shard: ShardSpec) -> float:
-    """Return the standard deviation of a full weight, given this rank's slice."""
     std = shard.std(weight)
-    if 0 < std < math.inf:
-        return std
-    maximum = shard.group.max(weight.abs().max().item() if weight.numel() else 0.0)
-    return maximum * shard.std(weight / maximum) if 0 < maximum < math.inf else maximum
+    if not 0 < std < math.inf:  # all entries are equal, or their squares overflow or underflow
+        maximum = shard.group.max(weight.abs().max().item() if weight.numel() else 0.0)
+        std = maximum * shard.std(weight / maximum) if 0 < maximum < math.inf else maximum
+    return noise.strength * std
 
 
 def noise_size(

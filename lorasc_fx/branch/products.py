@@ -71,11 +71,6 @@ def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tens
     return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[2])])
 
 
-def times(grad_rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return `grad_rows @ matrix` for two matrices in a backward. In a double backward, this is a plain product."""
-    return product("mm", grad_rows, matrix, None)
-
-
 def _is_large(x: torch.Tensor, rows: torch.Tensor) -> bool:
     """Whether `x rows^T` is an fp32 product on the CPU that is large enough for oneDNN."""
     large = x.numel() * rows.shape[0] >= MIN_WORK and x.dtype == rows.dtype == torch.float32
@@ -119,7 +114,8 @@ class _FrozenProduct(torch.autograd.Function):
         """Return the gradient of x."""
         (weight,) = ctx.saved_tensors
         grad_rows = gradient.reshape(-1, gradient.shape[-1])
-        return times(grad_rows, weight if ctx.op == "linear" else weight.t()).view(ctx.shape), None, None, None
+        matrix = weight if ctx.op == "linear" else weight.t()
+        return product("mm", grad_rows, matrix, None).view(ctx.shape), None, None, None
 
 
 def _frozen(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -124,7 +124,6 @@ def start_weight_of(
         shard=state.shard,
         cut=state.cut,
         gather=state.whole,
-        agreed=state.shard.group.broadcast,
     )
 
 

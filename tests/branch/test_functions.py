@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
+from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct, SharedUp, shared_down
 from lorasc_fx.branch.low_rank import ConvGeometry
 from tests.kit.compare import saved_storages
@@ -173,7 +174,7 @@ def test_convolutions(name: str, last: bool) -> None:
         x, w = (each.contiguous(memory_format=torch.channels_last) for each in (x, w))
     x.requires_grad_()
     a, b = numbers(3, 4 // groups, *kernel, grad=True), numbers(8, 3, grad=True)
-    grid = ConvGeometry.of(kernel, stride, padding, dilation, groups)
+    grid = ConvCall(stride, padding, dilation, groups).geometry(x, kernel)
     assert grid is not None
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
 
@@ -195,8 +196,9 @@ def test_convolutions(name: str, last: bool) -> None:
 
 
 def test_uneven_same_padding_has_no_geometry() -> None:
-    assert ConvGeometry.of((2, 3), 1, "same", 1, 1) is None
-    assert ConvGeometry.of((2, 3), 1, "same", (2, 1), 1) == ConvGeometry((1, 1), (1, 1), (2, 1))
+    image = numbers(2, 4, 5, 4)
+    assert ConvCall(padding="same").geometry(image, (2, 3)) is None
+    assert ConvCall(padding="same", dilation=(2, 1)).geometry(image, (2, 3)) == ConvGeometry((1, 1), (1, 1), (2, 1))
 
 
 # --- adapter dropout -------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def test_gradients_with_dropout() -> None:
     assert gradcheck(ours, (x, a, b))
     assert gradgradcheck(ours, (x, a, b))
     image, kernel = numbers(2, 4, 5, 4, grad=True), numbers(3, 4, 3, 3, grad=True)
-    tall, base, grid = numbers(8, 3, grad=True), numbers(2, 8, 5, 4), ConvGeometry.of((3, 3), 1, 1, 1, 1)
+    tall, base, grid = numbers(8, 3, grad=True), numbers(2, 8, 5, 4), ConvGeometry((1, 1), (1, 1), (1, 1))
     conv = lambda x, a, b: BesideConv.apply(base, x, a, b, grid, SCALE, 0.4, 77)  # noqa: E731
     assert gradcheck(conv, (image, kernel, tall))
     assert gradgradcheck(conv, (image, kernel, tall))
