@@ -85,7 +85,7 @@ def _with_fast_weights(name: str) -> Any:
             run = cascade._run
             if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
                 kwargs["synced_gpus"] = True  # a rank that is done must keep calling until all ranks are done
-            placed = run.released or run.inside_weights
+            placed = run.released or run.placed is not None
             with nullcontext() if placed else cascade.weights("fast"), cascade._graphs.gathered():
                 return method(*args, **kwargs)
 
@@ -107,7 +107,7 @@ class Cascade(SavedCascade):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's model, except methods that save the model or add layers of peft to it."""
         value = super().__getattr__(name)
-        if name in ("save_pretrained", "push_to_hub") and not (self._run.inside_weights or self._run.released):
+        if name in ("save_pretrained", "push_to_hub") and not (self._run.placed is not None or self._run.released):
             raise AttributeError(
                 f"{name} would write the weights of the {type(self.model).__name__} without what the stage has "
                 'trained. Use lorasc_fx.save for a checkpoint, `with cascade.weights("slow"): '

@@ -175,24 +175,9 @@ PACES: Mapping[str, PaceRule] = {"mean": MeanPace(), "loss": LossPace()}
 """Strategies by the value of `CascadeSpec.pace`, if it is a name. For numbers see `GivenPace`."""
 
 
-class Scale:
-    """Scale s of a branch as in LoRA (`CascadeSpec.use_rslora` is False)."""
-
-    def scale(self, rank: int, lora_alpha: float) -> float:
-        """Return `lora_alpha / rank`."""
-        return lora_alpha / rank
-
-
-class RsloraScale(Scale):
-    """Scale s of a branch as in rsLoRA (2312.03732)."""
-
-    def scale(self, rank: int, lora_alpha: float) -> float:
-        """Return `lora_alpha / sqrt(rank)`."""
-        return lora_alpha / math.sqrt(rank)
-
-
-SCALES: Mapping[bool, Scale] = {False: Scale(), True: RsloraScale()}
-"""Strategies by the value of `CascadeSpec.use_rslora`."""
+def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:
+    """Return the scale s of a branch: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` as in rsLoRA (2312.03732)."""
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 ADAPTERS: dict[str, type[Any]] = {}

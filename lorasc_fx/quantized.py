@@ -325,8 +325,6 @@ class QuantizedLinear(nn.Linear):
         library = library_of(layer)
         assert library is not None
         layer.state_dict()  # has a side effect: bitsandbytes undoes its repacking for inference
-        # Written to __dict__, because the layer must not become a child module: its names are not the model's.
-        self.__dict__["layer"] = layer
         originals = {name: getattr(layer, name) for name in library.attributes if hasattr(layer, name)}
         self.__dict__["original_attributes"] = originals
         for name in originals:
@@ -341,6 +339,7 @@ class QuantizedLinear(nn.Linear):
 
     def set_layer(self, layer: nn.Module) -> None:
         """Wrap another layer of the same shape."""
+        # Written to __dict__, because the layer must not become a child module: its names are not the model's.
         self.__dict__["layer"] = layer
         self._parameters["weight"] = nn.Parameter(QuantizedWeight(layer), False)
 

@@ -19,12 +19,12 @@ from lorasc_fx.options import (
     NEXT_A,
     PACES,
     RESTARTS,
-    SCALES,
     STARTS,
     GivenPace,
     NextA,
     PaceRule,
     Start,
+    scale_of,
 )
 from lorasc_fx.spec_checks import (
     CONFLICTS,
@@ -203,7 +203,7 @@ class SiteOptions:
         """
         if "lora_alpha" not in self.method.options:
             return 1.0
-        return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
+        return scale_of(self.rank, self.lora_alpha, self.use_rslora)
 
     @property
     def method(self) -> type[Any]:
@@ -386,10 +386,6 @@ class CascadeSpec:
     def pace_at(self, stage: int, losses: Mapping[int, float]) -> float:
         """Return the pace of a stage (the first is 1). `losses` holds the loss of each stage if `pace` is "loss"."""
         return self.pace_rule.at(stage, losses, self.loss_penalty)
-
-    def rank_at(self, stage: int) -> int:
-        """Return the rank of branches without a rule in a stage (the first is 1)."""
-        return self.ranks[min(stage, len(self.ranks)) - 1] if self.ranks else self.rank
 
     def average_share(self, count: int) -> float | None:
         """Return the share of the slow weights in the average after `count` earlier stages. None without an average."""

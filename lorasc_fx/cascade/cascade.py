@@ -255,7 +255,7 @@ class CascadeModule(nn.Module):
             MissingExtra: the extra `report` is not installed.
         """
         self._run.check_alive("draw", on_meta=True)
-        return self._graphs.draw(file, sites, radius)
+        return self._graphs.compiler.draw(self._graphs.first("draw"), self.plan, file, sites, radius)
 
     def __str__(self) -> str:
         """Return a readable summary: sites, refusals, parameters and front end."""
@@ -438,7 +438,7 @@ class CascadeModule(nn.Module):
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)
-        return self._graphs.fold(variant, call, state)
+        return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
     def release(self, quantized: Requantize = None, *, view: str | Mapping[str, float] = "slow") -> nn.Module:
         """End the cascade and return the user's model with the slow weights, requires_grad flags and modes of before.

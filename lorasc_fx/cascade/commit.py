@@ -29,19 +29,6 @@ SPARE = 1 << 12
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """The gradients to set on the trained parameters. All other trained parameters get `grad = None`.
-
-    Args:
-        values: full gradients, by the names of `Run.trainable`.
-        pending: names of the gradients that no optimizer step has consumed.
-    """
-
-    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    pending: Collection[str] = ()
-
-
-@dataclass(frozen=True)
 class Planned:
     """The next state of a cascade, computed in full before the first write.
 
@@ -55,7 +42,9 @@ class Planned:
         factors: local values of the branches' parameters, by weight name and parameter name.
         tensors: pairs of a tensor to write and its value, for example buffers.
         buffers: pairs of a buffer's place in the model and the tensor to put there.
-        gradients: gradients of trained parameters; None to keep the current ones.
+        gradients: full gradients of trained parameters, by the names of `Run.trainable`. All other trained parameters
+            get `grad = None`. None to keep the current gradients.
+        pending: names of the gradients that no optimizer step has consumed.
         optimizer: the optimizer that gets `states`.
         states: the next optimizer state of some parameters. An empty state resets the parameter.
         current: copies of the current values of parameters trained in full, if the caller has them, for a rollback.
@@ -70,7 +59,8 @@ class Planned:
     factors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tensors: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     buffers: Sequence[tuple[Holder, torch.Tensor | None]] = ()
-    gradients: Gradients | None = None
+    gradients: Mapping[str, torch.Tensor] | None = None
+    pending: Collection[str] = ()
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
     current: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -107,11 +97,11 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
         for parameter in run.branches.parameters():
             parameter.grad = None
         for name, parameter in run.trainable().items():
-            gradient = planned.gradients.values.get(name)
+            gradient = planned.gradients.get(name)
             if gradient is not None:
                 gradient = dtensor_like(gradient.to(parameter.device, copy=True), parameter)
             parameter.grad = gradient
-            if name in planned.gradients.pending:
+            if name in planned.pending:
                 run.pending.note(parameter)
     run.plan, run.slow = planned.plan, planned.slow
     run.note_weights(planned.parameters)

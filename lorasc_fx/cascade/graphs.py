@@ -8,18 +8,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade.inputs import describe
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Picture, Variant, Variants
+from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
@@ -93,17 +91,13 @@ class Graphs:
         self.variants.detach()
         self.variants = Variants()
 
-    def draw(self, file: str | PathLike[str] | None, sites: Sequence[str], radius: int) -> Path | Picture:
-        """Draw the first graph around some sites; see `Cascade.draw`."""
-        return self.compiler.draw(self._first("draw"), self.run.plan, file, sites, radius)
-
     def unbroken_graph(self) -> fx.GraphModule:
         """Return the first graph as one GraphModule.
 
         Raises:
             StateError: there is no graph yet, or it is divided by graph breaks or shards.
         """
-        module = self._first("graph_module").module
+        module = self.first("graph_module").module
         if not isinstance(module, fx.GraphModule):
             raise StateError(
                 "graph_module: this cascade has no single graph, because graph breaks or shards divide it. "
@@ -112,7 +106,7 @@ class Graphs:
             )
         return module
 
-    def _first(self, name: str) -> Variant:
+    def first(self, name: str) -> Variant:
         """Return the first graph. Raise StateError if there is none; `name` is the caller."""
         if (oldest := self.variants.oldest) is None:
             raise StateError(
@@ -121,18 +115,6 @@ class Graphs:
                 code="not-available",
             )
         return oldest
-
-    def fold(
-        self, variant: Variant, call: Call, values: Mapping[str, torch.Tensor] | None
-    ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the graph of a call without branches, and the smallest accepted size of axes that have one.
-
-        Args:
-            variant: the graph.
-            call: the call.
-            values: values that become constants of the graph, by name. None for a graph that reads the live model.
-        """
-        return self.compiler.fold(variant, self.run.model, self.run.plan.stage, values, call.args, call.kwargs)
 
     def capture(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant:
         """Capture the graph of a call and return it. If another thread has captured it meanwhile, return that graph.

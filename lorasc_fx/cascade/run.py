@@ -213,7 +213,7 @@ class Run(RunBase):
         if self.slow.idle or not trains:
             return
         after = replace(self.plan, step=self.plan.step + 1)
-        if self.inside_weights:  # the end of the block restores W_t, with the noise of this step
+        if self.placed is not None:  # the end of the block restores W_t, with the noise of this step
             self.plan = after
             return
         with self.lock, commit() as undo:
@@ -234,7 +234,7 @@ class Run(RunBase):
         Hooks on parameters are removed, because FSDP does not call them.
         """
         self.slow = slow
-        self.warned.forget("model-called-inside-stage")  # from now on such a call raises, see `check_model_call`
+        self.warned.forget("model-called-inside-stage")  # from now on such a call raises, see `UsageWatch`
         self.pending.disarm()
         self.note_weights()
 
@@ -296,16 +296,6 @@ class Run(RunBase):
                 f"{call}: the model is on the meta device and has no values. Call "
                 "lorasc_fx.materialize(cascade, folder) first, with the folder of its safetensors files",
                 code="meta-model",
-            )
-
-    def check_model_call(self) -> None:
-        """Raise StateError if the user's model is called and its weights are sharded."""
-        if self.is_sharded and not self.exchanged():
-            raise StateError(
-                f"{type(self.model).__name__}: the model of a cascade, or a submodule, was called, but its weights are "
-                "sharded over several processes. Call the cascade, if you want other weights inside "
-                "`with cascade.weights(...)`, or a method that gathers them (cascade.generate, encode, predict)",
-                code="sharded",
             )
 
     def check_copy(self) -> None:
@@ -383,7 +373,7 @@ class Run(RunBase):
 
         False if the weights are sharded, because the answer would need communication.
         """
-        if self.released or self.inside_weights or self.is_sharded or self.meta is not None:
+        if self.released or self.placed is not None or self.is_sharded or self.meta is not None:
             return False
         if self.exchanged():  # torch.func.functional_call runs the model with other tensors
             return False

@@ -158,11 +158,6 @@ class RunBase:
         """Whether the weights of the model have noise now."""
         return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None
 
-    @property
-    def inside_weights(self) -> bool:
-        """Whether `weights` has put other weights in place."""
-        return self.placed is not None
-
     def faults(self) -> list[str]:
         """Return a sentence for each slow state with inf or nan.
 

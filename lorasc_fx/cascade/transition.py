@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.cascade.commit import Gradients, Planned, write_planned
+from lorasc_fx.cascade.commit import Planned, write_planned
 from lorasc_fx.cascade.optim import check_holds, kept_state, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
@@ -140,7 +140,7 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
     branches = run.branches_by_weight()
     resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
-    planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients=Gradients())
+    planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients={})
     write_planned(run, planned, undo)
     if resized:  # DistributedDataParallel has gradient buffers of the old shapes
         undo(run.replicas.restorer())

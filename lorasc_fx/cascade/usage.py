@@ -133,18 +133,26 @@ class UsageWatch(Fresh):
         """Warn if the user's model is called, read, copied or pickled while its outputs differ from the cascade's.
 
         Copies and pickles are reported each time, because a training loop may keep its best model that way.
+
+        Raises:
+            StateError: the model is called and its weights are sharded.
         """
         run = self._run()
         if run is None:
             return
-        if how != "called" and run.inside_weights and run.placed != "base":
+        if how != "called" and run.placed not in (None, "base"):
             run.note_kept()
         code = "model-called-inside-stage" if how == "called" else "model-saved-inside-stage"
         once = how in ("called", "read")
         if (once and code in run.warned) or _from_package():
             return
-        if how == "called":
-            run.check_model_call()
+        if how == "called" and run.is_sharded and not run.exchanged():
+            raise StateError(
+                f"{type(run.model).__name__}: the model of a cascade, or a submodule, was called, but its weights are "
+                "sharded over several processes. Call the cascade, if you want other weights inside "
+                "`with cascade.weights(...)`, or a method that gathers them (cascade.generate, encode, predict)",
+                code="sharded",
+            )
         if not run.differs_from_model():
             return
         message = (

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Factors, InitialFactors, Side, branch_class
-from lorasc_fx.cascade.commit import Gradients, Planned
+from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.layout import sanitized
 from lorasc_fx.checkpoint.manifest import EXPERT_FIELDS, VIEWS
@@ -464,4 +464,4 @@ def gradients_of(run: Run, manifest: Mapping[str, Any], tensors: Mapping[str, to
                 f"{parameter.dtype}: it is from another run"
             )
         values[name] = tensor
-    return Planned(run.plan, run.slow, gradients=Gradients(values, manifest.get("unapplied_gradients", ())))
+    return Planned(run.plan, run.slow, gradients=values, pending=manifest.get("unapplied_gradients", ()))

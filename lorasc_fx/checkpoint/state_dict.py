@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.cascade.commit import Gradients, Planned
+from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint import reader, writer
 from lorasc_fx.checkpoint.codec import gradients_of
@@ -112,7 +112,7 @@ def take_over(run: Run, checkpoint: reader.Checkpoint, undo: Undo) -> None:
             "example inputs, or create the cascade with lorasc_fx.load",
             code="sites-differ",
         )
-    run.commit(Planned(run.plan, run.slow, gradients=Gradients()), undo)
+    run.commit(Planned(run.plan, run.slow, gradients={}), undo)
     reader.restore(run, checkpoint, undo)
     with checkpoint.refusing():
         gradients = gradients_of(run, checkpoint.manifest, checkpoint.tensors)

@@ -45,7 +45,7 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
         )
         for rule in spec.rules
     )
-    summed = sum(spec.rank_at(stage) for stage in range(1, stages + 1))
+    summed = sum(spec.site_options().at_stage(stage).rank for stage in range(1, stages + 1))
     alpha = spec.lora_alpha * summed / spec.rank
     return replace(_plain(spec, 1), rank=summed, ranks=(), lora_alpha=alpha, rules=rules)
 

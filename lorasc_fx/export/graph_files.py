@@ -238,7 +238,8 @@ def _program(
         elif folded or variant.universal:  # for a model with graph breaks, this raises and names them
             module, least = cascade._folded(bound, named, None, view)
         else:
-            _, least = cascade._graphs.fold(variant, captured_call, None)
+            fold, model = cascade._graphs.compiler.fold, cascade.model
+            _, least = fold(variant, model, cascade.stage, None, captured_call.args, captured_call.kwargs)
         # Export it with the dynamic sizes of the captured graph, and with the user's split into keyword arguments.
         shapes = _dynamic_shapes(module, variant, bound, named, zeros)
         bound, named = _with_user_keywords(signature_of(cascade.model), bound, named, inputs[1])

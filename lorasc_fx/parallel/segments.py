@@ -30,20 +30,6 @@ from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.shards import local
 from lorasc_fx.util.undo import Block, isolated
 
-__all__ = [
-    "ROOT",
-    "Segment",
-    "SegmentedGraph",
-    "Shards",
-    "SplitGraph",
-    "Unit",
-    "gathered",
-    "inseparable",
-    "segmented",
-    "unit_of",
-]
-
-
 ROOT = ""
 """The root unit. Its weights stay gathered during the whole forward: vectors, and weights that several units read."""
 
@@ -116,24 +102,6 @@ class SegmentedGraph:
         self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         needed = [set(segment.inputs) for segment in segments]
         self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
-
-    def run(self, inputs: tuple[Any, ...], run_segment: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
-        """Return the value of the output node.
-
-        Args:
-            inputs: values of the placeholders. Missing ones at the end get their defaults.
-            run_segment: runs a segment, given the values of its inputs, and returns the values of its outputs.
-        """
-        arguments = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
-        values: dict[fx.Node, Any] = dict(zip(self.placeholders, arguments, strict=True))
-        for segment, later in zip(self.segments, self.later, strict=True):
-            outputs = run_segment(segment, [values[node] for node in segment.inputs])
-            if segment is self.segments[-1]:
-                return outputs[-1]
-            # Free the values that no later segment reads.
-            values = {**values, **dict(zip(segment.outputs, outputs, strict=True))}
-            values = {node: value for node, value in values.items() if node in later}
-        raise AssertionError("a graph has an output node")
 
 
 def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
@@ -275,15 +243,20 @@ class Shards(nn.Module):
         return self if name == ROOT else self.units[self.names[name]]
 
     def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
-        """Return the value of the output node of a graph."""
-
-        def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
+        """Return the value of the output node of a graph. Missing inputs at the end get their defaults."""
+        outputs: tuple[Any, ...] = ()
+        arguments = [*inputs, *(node.args[0] for node in graph.placeholders[len(inputs) :])]
+        values: dict[fx.Node, Any] = dict(zip(graph.placeholders, arguments, strict=True))
+        for segment, later in zip(graph.segments, graph.later, strict=True):
+            read = [values[node] for node in segment.inputs]
             if segment.unit == ROOT:
-                return segment.run(interpreter, values)
-            outputs: tuple[Any, ...] = self.unit(segment.unit)(segment, interpreter, *values)
-            return outputs
-
-        return graph.run(inputs, run_segment)
+                outputs = segment.run(interpreter, read)
+            else:
+                outputs = self.unit(segment.unit)(segment, interpreter, *read)
+            # Free the values that no later segment reads.
+            values |= zip(segment.outputs, outputs, strict=True)
+            values = {node: value for node, value in values.items() if node in later}
+        return outputs[-1]  # the last segment has the output node
 
 
 class SplitGraph:

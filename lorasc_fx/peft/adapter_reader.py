@@ -20,7 +20,7 @@ from lorasc_fx.checkpoint.layout import plain_bytes, refusing, sanitized
 from lorasc_fx.checkpoint.manifest import parsed
 from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.graph import matches, named_weights
-from lorasc_fx.options import SCALES
+from lorasc_fx.options import scale_of
 from lorasc_fx.peft.format import (
     CONFIG,
     EMBEDDING,
@@ -289,7 +289,7 @@ class _Reader:
         """Return the expert of a target from A, B and, for DoRA, the magnitudes."""
         lora_a, lora_b, *magnitudes = tensors
         rank, alpha = self.config.rank_of(target.pattern), self.config.alpha_of(target.pattern)
-        scale = SCALES[self.config.use_rslora].scale(rank, alpha)
+        scale = scale_of(rank, alpha, self.config.use_rslora)
         weight = self.parameters[target.name]
         for tensor in tensors:
             if not tensor.is_floating_point():

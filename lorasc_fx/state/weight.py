@@ -317,7 +317,7 @@ class WeightState(Tree):
             change = running.dense.reshape(self.matrix)
             change = change if gain is None else scale_rows(gain, change, self.transposed)
             delta = change if delta is None else delta.to(change) + change
-        if (rows := self._scale_since(0, self.row_scale, gain)) is not None:
+        if (rows := self.scale(gain)) is not None:
             base = scale_rows(rows, base.cpu().double(), self.transposed)
         return base, delta, pairs
 
