@@ -21,12 +21,11 @@ from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
 from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
 from lorasc_fx.cascade.moving import move
-from lorasc_fx.cascade.placed import placed
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.transition import Stage
 from lorasc_fx.cascade.usage import UsageWatch
-from lorasc_fx.cascade.views import FOLDED, VIEW_NAMES, check_view
+from lorasc_fx.cascade.views import FOLDED, VIEW_NAMES, check_view, placed
 from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site

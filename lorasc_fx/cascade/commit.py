@@ -1,6 +1,6 @@
 """Writes the next state of a cascade, all or nothing.
 
-Only this file and `placed` write to the user's model and to the branches.
+Only this file and `views.placed` write to the user's model and to the branches.
 """
 
 from __future__ import annotations

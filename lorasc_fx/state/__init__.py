@@ -1,6 +1,5 @@
 """The slow state of weights as immutable values, and the functions that start and end a stage. Knows no graphs."""
 
-from lorasc_fx.state.base_memory import Memory, host
 from lorasc_fx.state.engine import (
     Learner,
     all_finite,
@@ -13,7 +12,7 @@ from lorasc_fx.state.engine import (
     sums_are_finite,
 )
 from lorasc_fx.state.factor_products import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
-from lorasc_fx.state.model import Part, SlowWeights
+from lorasc_fx.state.model import Memory, Part, SlowWeights, host
 from lorasc_fx.state.weight import Expert, KeptNoise, View, ViewName, WeightState
 
 __all__ = [

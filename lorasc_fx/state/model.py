@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,10 +18,9 @@ from torch import nn
 from lorasc_fx.branch import Branch, Delta
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Plan
-from lorasc_fx.quantized import quantized_in
-from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local_like, shard_of
+from lorasc_fx.quantized import is_quantized, quantized_in
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state.base_memory import Memory, base_of, host
 from lorasc_fx.state.engine import (
     Learner,
     all_finite,
@@ -33,6 +32,9 @@ from lorasc_fx.state.engine import (
 )
 from lorasc_fx.state.factor_products import Scratch, arithmetic
 from lorasc_fx.state.weight import SlowRule, ViewName, WeightState
+
+Memory = Literal["memory", "pinned", "device"]
+"""Where W0 is kept: in host memory, in page-locked host memory, or in the memory of the weight's device."""
 
 MAX_FULL_ENTRIES = 1 << 20
 """Limit on the entries of all parameters trained in full together, up to which each stage keeps a copy of them. If the
@@ -292,3 +294,28 @@ class Part:
     plan: Plan
     slow: SlowWeights
     buffers: Mapping[str, torch.Tensor]
+
+
+def host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of the local tensor in host memory.
+
+    A quantized weight is not copied, because it is never written. A tensor on the meta device is not copied either.
+    """
+    if is_quantized(tensor) or tensor.is_meta:
+        return tensor.detach()
+    return local(tensor).detach().to("cpu", copy=True)
+
+
+def base_of(weight: torch.Tensor, memory: Memory = "memory") -> torch.Tensor:
+    """Return W0 of a weight in a kind of memory.
+
+    If the weight is in this kind of memory already, W0 shares its memory until the first write
+    (`WeightState.keep_base`). Otherwise W0 is a copy.
+    """
+    if is_quantized(weight) or weight.is_meta:
+        return host(weight)
+    if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
+        # Only a plain parameter shares its memory: the copy before a write replaces `data` of the shared tensor.
+        shared = type(weight) is nn.Parameter and not weight.is_inference()
+        return weight.data if shared else local(weight).detach().clone()
+    return host(weight).pin_memory() if memory == "pinned" else host(weight)
