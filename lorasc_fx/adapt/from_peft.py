@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import nn
 
 from lorasc_fx.adapt import adapt
 from lorasc_fx.capture import open_model
-from lorasc_fx.cascade.experts import install_experts
+from lorasc_fx.cascade.transition import install_slow
 from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
+from lorasc_fx.parameters import buffer_holders
 from lorasc_fx.peft.adapter_reader import Adapter, Pair, read_adapter, spec_of
 from lorasc_fx.spec import CascadeSpec
 
@@ -75,7 +77,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
     """
     run, canonical = cascade._run, named_weights(cascade.model).canonical
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
-    experts, left_out = {}, []
+    states, installed, left_out = dict(run.slow.states), [], []
     for name, pair in changes.items():
         weight = canonical[name]
         site = run.plan.site(weight)
@@ -84,19 +86,23 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         elif pair.expert.row_scale is not None and not site.options.method.scales_rows:
             left_out.append(f"{weight} has magnitudes of DoRA: set adapter='dora'")
         else:
-            experts[weight] = [(1.0, pair.expert)]
+            states[weight] = run.slow.states[weight].added(pair.expert)
+            installed.append(weight)
     # Values that the adapter stores in full: buffers of `modules_to_save`, and parameters.
-    trained, buffers = {}, {}
+    buffers, own_buffers = {}, buffer_holders(cascade.model)
     for name, value in adapter.full.items():
-        if name not in canonical:
+        weight = canonical.get(name, "")
+        if name in own_buffers:
             buffers[name] = value
-        elif canonical[name] in run.slow.trained:
-            trained[canonical[name]] = value
-        else:
+        elif weight in run.slow.trained:
+            states[weight] = states[weight].holding(value)
+            installed.append(weight)
+        elif weight:  # otherwise it is another name of a buffer
             left_out.append(f"{name} was trained in full: add it to spec.train")
     if left_out:
         raise CheckpointError(
             f"{adapter.folder}: the spec leaves out parts of the adapter: {'; '.join(left_out)}",
             code="conflicting-options",
         )
-    install_experts(run, experts, trained, buffers)
+    with run.exclusive("from_peft"):
+        install_slow(run, replace(run.slow, states=states), installed, buffers)

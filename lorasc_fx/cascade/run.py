@@ -190,7 +190,7 @@ class Run(RunBase):
             u, values, vh = torch.linalg.svd(original.double() - dense(value).cpu().double(), full_matrices=False)
             rank = self.plan.by_weight[name].rank
             b, a = (u[:, :rank] * values[:rank]).float(), vh[:rank].float()
-            states[name] = state.added([Expert(b.to(value.device), a.to(value.device))], [1.0])
+            states[name] = state.added(Expert(b, a))
         return replace(slow, states=states)
 
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:

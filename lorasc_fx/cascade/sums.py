@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from lorasc_fx.cascade.experts import install_slow
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.transition import install_slow
 from lorasc_fx.errors import SpecError, named, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense

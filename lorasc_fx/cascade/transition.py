@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from lorasc_fx.cascade.commit import Planned, write_planned
 from lorasc_fx.cascade.optim import check_holds, kept_state, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
+from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.checks import is_integer
@@ -164,6 +165,43 @@ def end_idle(run: Run) -> None:
             )
         after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
         run.commit(Planned(run.plan, after, run.present(after.states), factors=factors))
+
+
+def install_slow(
+    run: Run,
+    after: SlowWeights,
+    names: Sequence[str],
+    buffers: Mapping[str, torch.Tensor],
+    undo: Undo | None = None,
+) -> None:
+    """Replace the slow weights inside the running stage. Trained branches and the noise are kept.
+
+    Args:
+        run: the run of the cascade.
+        after: the new slow weights.
+        names: names of the weights and parameters trained in full that change. Only these are written, because the
+            first write to a weight copies its W0.
+        buffers: values of the model's buffers, by name.
+        undo: collects undo steps, if this is part of a larger transaction.
+    """
+    before, plan = run.slow, run.plan
+    branches = run.branches_by_weight()
+    # Branches whose initial values depend on the weight (PiSSA, DoRA) start again from the new one, if not yet trained.
+    untrained = {
+        name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})
+    }
+    after, factors = after.begin_stage(plan, untrained)
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    replaced: list[tuple[Holder, torch.Tensor | None]] = []
+    holders = buffer_holders(run.model)
+    for name, value in buffers.items():
+        buffer = holders[name].value
+        if buffer is not None and value.shape == buffer.shape:
+            tensors.append((buffer, value))
+        else:  # the model has no buffer of this shape to write to, so it gets a new tensor
+            replaced.append((holders[name], value.to(holders[name].device, copy=True)))
+    written = run.present(names)
+    run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
 
 def has_begun(run: Run) -> bool:

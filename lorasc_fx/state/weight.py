@@ -459,13 +459,11 @@ class WeightState(Tree):
             views["average"] = self.views["average"]
         return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(rule.carry_rank)
 
-    def added(self, experts: Sequence[Expert], coefficients: Sequence[float]) -> WeightState:
-        """Return the state with experts from another run or tool added. The ends of earlier stages do not get them."""
-        views = {name: view.extended(coefficients) for name, view in self.views.items() if "/" not in name}
-        views |= {name: view for name, view in self.views.items() if "/" in name}
-        if "velocity" in self.views:  # the new experts are not an update of this run, so they add no velocity
-            views["velocity"] = self.views["velocity"].extended([0.0] * len(coefficients))
-        return replace(self, experts=(*self.experts, *experts), views=views).compact()
+    def added(self, expert: Expert) -> WeightState:
+        """Return the state with an expert from another run or tool. No stage may have ended yet."""
+        expert = expert.map(lambda value, _: value.to(self.base.device))
+        views = {name: view.extended((1.0,)) for name, view in self.views.items()}
+        return replace(self, experts=(*self.experts, expert), views=views).compact()
 
     def at(self, stage: int) -> WeightState | None:
         """Return the state at the end of a stage, as both slow and start. Stage 0 is W0.
