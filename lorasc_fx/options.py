@@ -1,7 +1,7 @@
 """Strategy objects for the options of `CascadeSpec`, and one table per option from its values to the objects.
 
-Engine, passes and checkpoints call methods of these objects and never compare option values. To add a value, add a
-class and a row in the table of the option (CONTRIBUTING.md, "Add an option"). docs/method.md lists the formulas.
+Engine, passes and checkpoints call methods of these objects. To add a value, add a class and a row in the table of the
+option (CONTRIBUTING.md, "Add an option"). docs/method.md lists the formulas.
 
 Notation (docs/algorithm.md, "One site"): W0 is the pretrained weight, t = 1, 2, ... the stage, S_t the slow delta, and
 F_t the fast delta. A branch has the scale s, the rank r, and the factors B [out, r] and A [r, in].
@@ -12,13 +12,9 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
-
-from lorasc_fx.shards import full_tensor
-
-Value = TypeVar("Value")
 
 
 class Start(abc.ABC):
@@ -186,61 +182,6 @@ ADAPTERS: dict[str, type[Any]] = {}
 `lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
 checks names before the branches, which need the spec, can be imported.
 """
-
-
-class NextA:
-    """Initial A of the next stage (`CascadeSpec.restart_A`): fresh random values."""
-
-    def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return the initial A [rank, in] of a stage.
-
-        Args:
-            previous: A at the end of the previous stage. It may have another rank.
-            fresh: random A for the next stage.
-        """
-        return fresh
-
-
-class KeptA(NextA):
-    """A of the previous stage if it has the same rank and is finite, otherwise fresh values."""
-
-    def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        """Return a copy of `previous`, or `fresh`. With shards, every rank must call this."""
-        if previous.shape != fresh.shape or not bool(torch.isfinite(full_tensor(previous)).all()):
-            return fresh
-        return previous.detach().clone()
-
-
-NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA()}
-"""Strategies by the value of `CascadeSpec.restart_A`."""
-
-
-class Restart(abc.ABC):
-    """Selects the weights from which the next stage starts (`CascadeSpec.restart`)."""
-
-    @abc.abstractmethod
-    def start(self, slow: Value, fast: Value) -> Value:
-        """Return one of the two values. They are coefficients of experts, or tensors."""
-
-
-class FromSlow(Restart):
-    """The next stage starts from the slow weights `W0 + S_t`."""
-
-    def start(self, slow: Value, fast: Value) -> Value:
-        """Return the slow value."""
-        return slow
-
-
-class FromFast(Restart):
-    """The next stage continues from the fast weights `W0 + F_t`. S_t is then an average over the trajectory."""
-
-    def start(self, slow: Value, fast: Value) -> Value:
-        """Return the fast value."""
-        return fast
-
-
-RESTARTS: Mapping[str, Restart] = {"slow": FromSlow(), "fast": FromFast()}
-"""Strategies by the value of `CascadeSpec.restart`."""
 
 
 class Average:

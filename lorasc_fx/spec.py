@@ -16,12 +16,9 @@ from lorasc_fx.options import (
     ADAPTERS,
     AVERAGES,
     DISTRIBUTIONS,
-    NEXT_A,
     PACES,
-    RESTARTS,
     STARTS,
     GivenPace,
-    NextA,
     PaceRule,
     Start,
     scale_of,
@@ -46,6 +43,8 @@ PLACEMENTS = ("beside", "merged", "weight")
 
 Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
+Restart = Literal["slow", "fast"]
+RestartA = Literal["fresh", "kept"]
 OnNonFinite = Literal["raise", "skip"]
 Placement = Literal["auto", "beside", "merged", "weight"]
 Adapter = Annotated[
@@ -320,9 +319,9 @@ class CascadeSpec:
         DEFAULT_PENALTY
     )
     momentum: Annotated[float, Check(lambda m: 0 <= m < 1, "it is a momentum: give a number in [0, 1)")] = 0.0
-    restart: Annotated[str, choice(RESTARTS)] = "slow"
+    restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
-    restart_A: Annotated[str, choice(NEXT_A)] = "fresh"
+    restart_A: RestartA = "fresh"
     restart_pairs: Annotated[
         float, Check(lambda share: 0 <= share <= 1, "it is a share of the pairs of a branch: give a number in [0, 1]")
     ] = 1.0
@@ -360,11 +359,6 @@ class CascadeSpec:
     def factor_start(self) -> Start:
         """The strategy object of the option `start`."""
         return STARTS[self.start]
-
-    @property
-    def next_a(self) -> NextA:
-        """The strategy object of the option `restart_A`."""
-        return NEXT_A[self.restart_A]
 
     @property
     def method(self) -> type[Any]:

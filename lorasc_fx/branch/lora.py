@@ -285,11 +285,16 @@ class LoraBranch(LowRankBranch):
         return {"lora_A": kept.repeat(a.shape[-2] // self.rank).unsqueeze(-1), "lora_B": kept}
 
     def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
-        """Copy A from the previous stage if restart_A="kept", and the pairs that do not restart."""
+        """Copy A from the previous stage if restart_A="kept", and the pairs that do not restart.
+
+        A is random if it has another rank in this stage, or has become inf or nan.
+        """
         assert isinstance(previous, LoraBranch)
         kept = previous.kept_entries(spec) if pairs else {}
         with torch.no_grad():
-            self.lora_A.copy_(full_tensor(spec.next_a.next_a(previous.lora_A, self.lora_A.detach())))
+            if spec.restart_A == "kept" and previous.lora_A.shape == self.lora_A.shape:
+                a = full_tensor(previous.lora_A)
+                self.lora_A.copy_(torch.where(torch.isfinite(a).all(), a, self.lora_A))
             for name, mask in kept.items():
                 parameter, before = self.get_parameter(name), full_tensor(previous.get_parameter(name).detach())
                 parameter.copy_(torch.where(mask, before, parameter))

@@ -27,7 +27,6 @@ import torch
 
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
-from lorasc_fx.options import RESTARTS
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
@@ -440,7 +439,7 @@ class WeightState(Tree):
             velocity = step if velocity is None else step.plus(velocity, rule.momentum)
             slow = slow.plus(velocity, pace * rule.momentum)
         # Step 3: the start of the next stage.
-        start = RESTARTS[rule.restart].start(slow, fast)
+        start = fast if rule.restart == "fast" else slow
         if self.full:  # the parameter rounds its start to its own dtype
             start = start.to(running.dtype) if isinstance(running, torch.Tensor) else self.start
         views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
