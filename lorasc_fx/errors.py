@@ -212,9 +212,9 @@ class MissingExtra(LorascError, ImportError):
     code = "missing-extra"
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return "; nearest: 'a', 'b'" with the names most similar to `name`, or "" if none is similar."""
-    similar = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
+    similar = difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.5)
     return "; nearest: " + ", ".join(repr(name) for name in similar) if similar else ""
 
 

@@ -46,7 +46,6 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
         if run.digests or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
             run.fingerprints()
         changed_buffers = run.changed_buffers()
-        undo(partial(setattr, run, "_buffers", run._buffers))
         unmoved = [name for name, value in trained.items() if not run.slow.moved({name: value})]
         undo(partial(setattr, graphs, "example", graphs.example))
         undo(_tensors_restorer(run, cascade))

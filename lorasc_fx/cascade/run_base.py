@@ -341,11 +341,7 @@ class RunBase:
 
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores the fields of this run. `commit` restores the values of tensors."""
-        names = (
-            *("plan", "slow", "base_file", "released", "added", "refusals", "unreached", "meta", "placed"),
-            *("placed_checksums", "digests", "_frozen", "_checksums", "_objects"),
-        )
-        fields, branches = {name: getattr(self, name) for name in names}, set(self.branches)
+        fields, branches = dict(vars(self)), set(self.branches)
         restore_pending = self.pending.restorer()
 
         def restore() -> None:

@@ -306,7 +306,7 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     return local(tensor).detach().to("cpu", copy=True)
 
 
-def base_of(weight: torch.Tensor, memory: Memory = "memory") -> torch.Tensor:
+def base_of(weight: torch.Tensor, memory: Memory) -> torch.Tensor:
     """Return W0 of a weight in a kind of memory.
 
     If the weight is in this kind of memory already, W0 shares its memory until the first write
