@@ -10,7 +10,7 @@ rows [tokens, features], and da, db, dx, dw are gradients of lora_A, lora_B, x a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from lorasc_fx.branch.low_rank import (
     conv_input_gradient,
     conv_kernel_gradient,
     conv_up,
-    conv_up_backward,
     detached,
     down,
     factor_gradient,
+    low_rank_product,
     up,
     without_autocast,
 )
@@ -90,8 +90,11 @@ class Beside(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         no_gradients = (None, None, None)
         if torch.is_grad_enabled():  # create_graph=True
-            check_input_saved(x)
-            return gradient, *plain_gradients(ctx, gradient, x, a, b), *no_gradients
+
+            def term(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+                return F.linear(F.linear(drop(x, ctx.p, ctx.seed), a), b).mul(ctx.scale)
+
+            return gradient, *differentiable_gradients(term, gradient, x, a, b), *no_gradients
         grad_rows = chunked(gradient.reshape(-1, gradient.shape[-1]))
         back = down(b.t().contiguous(), grad_rows)
         dx = da = db = None
@@ -106,26 +109,33 @@ class Beside(torch.autograd.Function):
         return gradient, dx, da, db, *no_gradients
 
 
-def check_input_saved(x: torch.Tensor | None) -> None:
-    """Raise StateError if a double backward needs x, which forward did not save because lora_A is frozen."""
+def differentiable_gradients(
+    term: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    gradient: torch.Tensor,
+    x: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of x, lora_A and lora_B with an autograd graph, for a double backward.
+
+    Args:
+        term: computes the term of the branch from x, lora_A and lora_B.
+        gradient: gradient of the output.
+        x: input of the branch, or None if forward did not save it because lora_A is frozen.
+        a, b: lora_A and lora_B.
+
+    Raises:
+        StateError: x was not saved.
+    """
     if x is None:
         raise StateError(
             "a double backward needs the input of a branch, which is not saved with train_A=False. Set train_A=True "
             "in the spec",
             code="backward-not-supported",
         )
-
-
-def plain_gradients(
-    ctx: Any, gradient: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of x, lora_A and lora_B with differentiable operations, for a double backward."""
-    mask = None if ctx.seed is None else dropout_mask(x, ctx.p, ctx.seed)
-    rows = (x if mask is None else x * mask).reshape(-1, x.shape[-1])
-    grad_rows = gradient.reshape(-1, gradient.shape[-1]) * ctx.scale
-    back = grad_rows @ b
-    dx = (back @ a).view(x.shape)
-    return (dx if mask is None else dx * mask), back.t() @ rows, grad_rows.t() @ (rows @ a.t())
+    needed = [value for value in (x, a, b) if value.requires_grad]
+    gradients = iter(torch.autograd.grad(term(x, a, b), needed, gradient, create_graph=True))
+    return tuple([next(gradients) if value.requires_grad else None for value in (x, a, b)])
 
 
 def merge(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -329,10 +339,15 @@ class BesideConv(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         no_gradients = (None, None, None, None)
         if torch.is_grad_enabled():  # create_graph=True
-            check_input_saved(x)
-            return gradient, *_plain_conv_gradients(ctx, gradient, x, a, b), *no_gradients
+
+            def term(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+                kernel = (b @ a.flatten(1)).view(len(b), *a.shape[1:]) * ctx.scale
+                output: torch.Tensor = ctx.geometry.conv(drop(x, ctx.p, ctx.seed), kernel)
+                return output
+
+            return gradient, *differentiable_gradients(term, gradient, x, a, b), *no_gradients
         dx = da = db = None
-        back = conv_up_backward(b, gradient)
+        back = low_rank_product(b.t().contiguous(), gradient)
         if ctx.needs_input_grad[1]:
             image = torch.empty_like(ctx.like, device=gradient.device) if x is None else x
             dx = conv_input_gradient(back, image, a, ctx.geometry, ctx.scale)
@@ -381,7 +396,7 @@ class MergedConv(torch.autograd.Function):
         da = db = None
         if not projects:  # first, while the gradient is in the CPU cache
             kernel, columns = a.to(x.dtype), b.to(x.dtype)
-            back = conv_up_backward(columns, gradient)
+            back = low_rank_product(columns.t().contiguous(), gradient)
             if needs[4]:
                 db = conv_factor_gradient(conv_down(kernel, x, geometry), gradient, ctx.scale).t().to(b.dtype)
             if needs[3]:
@@ -392,21 +407,3 @@ class MergedConv(torch.autograd.Function):
             dense_gradient = dw.flatten(1).to(a.dtype) * ctx.scale
             da, db = (b.t() @ dense_gradient).view(a.shape), dense_gradient @ a.flatten(1).t()
         return dx, dw.to(weight.dtype) if dw is not None and needs[1] else None, dbias, da, db, None, None
-
-
-def _plain_conv_gradients(
-    ctx: Any, gradient: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Return the gradients of x, lora_A and lora_B with differentiable operations, for a double backward."""
-    mask = None if ctx.seed is None else dropout_mask(x, ctx.p, ctx.seed)
-    dropped = x if mask is None else x * mask
-    kernel = (b @ a.flatten(1)).view(len(b), *a.shape[1:]) * ctx.scale
-    dx, dense_gradient, _ = ctx.geometry.gradients(gradient, dropped, kernel, (True, True, False))
-    assert dx is not None
-    assert dense_gradient is not None
-    dense_gradient = dense_gradient.flatten(1) * ctx.scale
-    return (
-        (dx if mask is None else dx * mask),
-        (b.t() @ dense_gradient).view(a.shape),
-        dense_gradient @ a.flatten(1).t(),
-    )

@@ -180,34 +180,25 @@ def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.reshape(batch, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(2)
-
-
 def conv_down(a: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """Return the convolution A x [batch, rank, *space] of x [batch, in, *space] with A [rank, in, *kernel]."""
     if not geometry.is_product(a.shape[2:]):
         return geometry.conv(x, a)
-    return _low_rank_product(a.flatten(1), x)
+    return low_rank_product(a.flatten(1), x)
 
 
-def _low_rank_product(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def low_rank_product(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return the product [batch, rank, *space] of a factor [rank, channels] and x [batch, channels, *space]."""
     if _in_rows(x):
         return _images(down(factor, chunked(_pixels(x))).transpose(1, 2), x)
-    return torch.bmm(factor.expand(len(x), -1, -1), _flat(x)).view(len(x), len(factor), *x.shape[2:])
+    return torch.bmm(factor.expand(len(x), -1, -1), x.flatten(2)).view(len(x), len(factor), *x.shape[2:])
 
 
 def conv_up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `base + scale * B low` for base [batch, out, *space], low [batch, rank, *space] and b [out, rank]."""
     if _in_rows(base):
         return _images(torch.addmm(_pixels(base), _pixels(low), b.t(), alpha=scale), base)
-    return torch.baddbmm(_flat(base), b.expand(len(base), -1, -1), _flat(low), alpha=scale).view(base.shape)
-
-
-def conv_up_backward(b: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return `B^T gradient` [batch, rank, *space], the gradient of `low`, for gradient [batch, out, *space]."""
-    return _low_rank_product(b.t().contiguous(), gradient)
+    return torch.baddbmm(base.flatten(2), b.expand(len(base), -1, -1), low.flatten(2), alpha=scale).view(base.shape)
 
 
 def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -220,7 +211,7 @@ def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) 
     """
     if _in_rows(values):
         return factor_gradient(chunked(_pixels(low)).transpose(1, 2), chunked(_pixels(values)), scale)
-    return torch.bmm(_flat(low), _flat(values).transpose(1, 2)).sum(0).mul_(scale)
+    return torch.bmm(low.flatten(2), values.flatten(2).transpose(1, 2)).sum(0).mul_(scale)
 
 
 def conv_kernel_gradient(
@@ -245,4 +236,4 @@ def conv_input_gradient(
     factor = a.flatten(1)
     if _in_rows(x):
         return _images((_pixels(back) @ factor).mul_(scale), x)
-    return torch.bmm(factor.t().expand(len(x), -1, -1), _flat(back)).mul_(scale).view(x.shape)
+    return torch.bmm(factor.t().expand(len(x), -1, -1), back.flatten(2)).mul_(scale).view(x.shape)
