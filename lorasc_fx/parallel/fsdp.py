@@ -39,7 +39,6 @@ from lorasc_fx.parallel.segments import (
     unit_of,
 )
 from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local
-from lorasc_fx.signature import leaves
 from lorasc_fx.util.undo import AllOrNothing, Block, Undo, isolated
 
 __all__ = ["folded_state_dict", "shard"]
@@ -117,7 +116,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
                 graph = _late_graph(
                     variant, {id(value): unit_names[name] for name, value in cascade.named_parameters()}
                 )
-            return replace(variant, module=SplitGraph(shards, graph, leaves, before_call))
+            return replace(variant, module=SplitGraph(shards, graph, before_call))
 
         @isolated
         def gather_model(undo: Block) -> None:

@@ -28,6 +28,7 @@ from lorasc_fx.branch.low_rank import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.shards import local
+from lorasc_fx.signature import leaves
 from lorasc_fx.util.undo import Block, isolated
 
 ROOT = ""
@@ -265,19 +266,12 @@ class SplitGraph:
     Args:
         shards: the units.
         graph: the graph in segments of these units.
-        leaves: returns the pytree leaves of the arguments of a call, in the order of the placeholders.
         before_call: runs before each call. Returns whether the call is inside a `cascade.weights(...)` block, where
             branches must add nothing.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        graph: SegmentedGraph,
-        leaves: Callable[[Any, Any], list[Any]],
-        before_call: Callable[[], bool],
-    ) -> None:
-        self.shards, self.graph, self.leaves, self.before_call = shards, graph, leaves, before_call
+    def __init__(self, shards: Shards, graph: SegmentedGraph, before_call: Callable[[], bool]) -> None:
+        self.shards, self.graph, self.before_call = shards, graph, before_call
         self.branches = [module for module in graph.module.modules() if isinstance(module, Branch)]
 
     @property
@@ -295,7 +289,7 @@ class SplitGraph:
             raise StateError(
                 "torch.compile: a cascade with sharded weights cannot be compiled. Call it uncompiled", code="sharded"
             )
-        return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *self.leaves(args, kwargs)))
+        return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *leaves(args, kwargs)))
 
     def run(self, interpreter: fx.Interpreter, *inputs: Any) -> Any:
         """Return the value of the output node for the leaves of the arguments of a call."""
