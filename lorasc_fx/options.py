@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -130,17 +130,6 @@ class PaceRule(abc.ABC):
         """
 
 
-class GivenPace(PaceRule):
-    """Shares given as numbers, one per stage. The last one repeats."""
-
-    def __init__(self, shares: Sequence[float]) -> None:
-        self.shares = shares
-
-    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the entry for the stage."""
-        return self.shares[min(stage, len(self.shares)) - 1]
-
-
 class MeanPace(PaceRule):
     """1/t in stage t. With restart="fast", S_t is the mean of F_1, ..., F_t (docs/algorithm.md, "slow update")."""
 
@@ -168,7 +157,7 @@ class LossPace(PaceRule):
 
 
 PACES: Mapping[str, PaceRule] = {"mean": MeanPace(), "loss": LossPace()}
-"""Strategies by the value of `CascadeSpec.pace`, if it is a name. For numbers see `GivenPace`."""
+"""Strategies by the value of `CascadeSpec.pace`, if it is a name."""
 
 
 def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:

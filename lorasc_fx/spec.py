@@ -18,8 +18,6 @@ from lorasc_fx.options import (
     DISTRIBUTIONS,
     PACES,
     STARTS,
-    GivenPace,
-    PaceRule,
     Start,
     scale_of,
 )
@@ -371,15 +369,16 @@ class CascadeSpec:
         return AVERAGES[self.average].kept
 
     @property
-    def pace_rule(self) -> PaceRule:
-        """The strategy object of the option `pace`."""
-        if isinstance(self.pace, str):
-            return PACES[self.pace]
-        return GivenPace(self.pace if isinstance(self.pace, tuple) else (self.pace,))
+    def needs_loss(self) -> bool:
+        """Whether the pace depends on the losses of the stages."""
+        return isinstance(self.pace, str) and PACES[self.pace].needs_loss
 
     def pace_at(self, stage: int, losses: Mapping[int, float]) -> float:
-        """Return the pace of a stage (the first is 1). `losses` holds the loss of each stage if `pace` is "loss"."""
-        return self.pace_rule.at(stage, losses, self.loss_penalty)
+        """Return the pace of a stage (the first is 1). `losses` holds the loss of each stage if `needs_loss`."""
+        if isinstance(self.pace, str):
+            return PACES[self.pace].at(stage, losses, self.loss_penalty)
+        shares = self.pace if isinstance(self.pace, tuple) else (self.pace,)
+        return shares[min(stage, len(shares)) - 1]
 
     def average_share(self, count: int) -> float | None:
         """Return the share of the slow weights in the average after `count` earlier stages. None without an average."""

@@ -128,7 +128,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": trained, "slow": weights}
     if spec.keeps_average:
         manifest["averaged"] = slow.averaged
-    if spec.pace_rule.needs_loss:
+    if spec.needs_loss:
         manifest["losses"] = [[stage, loss] for stage, loss in slow.losses.items()]
     axes = {name: shard_axis(tensor) for name, tensor in tensors.items()} | axes
     copies = {name: local(tensor).clone() for name, tensor in tensors.items()}

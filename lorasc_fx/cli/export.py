@@ -48,7 +48,7 @@ def open_run(run: Path) -> tuple[lx.Cascade, str]:
 
 def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
     """Warn that a fold counts a running stage as ended."""
-    if plan.spec.pace_rule.needs_loss:  # the fold will raise an error
+    if plan.spec.needs_loss:  # the fold will raise an error
         return
     pace = plan.spec.pace_at(stage, {})
     warn(

@@ -196,7 +196,7 @@ class SlowWeights:
         Raises:
             SpecError: the loss is missing, or is not a finite number above 0.
         """
-        if not plan.spec.pace_rule.needs_loss:
+        if not plan.spec.needs_loss:
             return {}
         try:
             number = float(loss)

@@ -304,9 +304,9 @@ def test_a_transition_and_other_weights_run_few_functions() -> None:
 
     functions = functions_in(look)
     assert len(functions) <= 67, functions
-    assert len({name.split()[0] for name in functions}) <= 18
+    assert len({name.split()[0] for name in functions}) <= 17
     functions = functions_in(lambda: cascade.transition(optimizer))
-    assert len(functions) <= 144, functions
+    assert len(functions) <= 138, functions
     assert len({name.split()[0] for name in functions}) <= 22
 
 
