@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, Decided, branch_class
+from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
     GraphEditor,
@@ -140,7 +140,7 @@ def all_branches(
     for site in plan.sites:
         if site.key not in branches:
             like = parameters[site.weight]
-            branches[site.key] = branch_class(site)(site, plan.spec.seed, plan.stage, like)
+            branches[site.key] = site.options.method(site, plan.spec.seed, plan.stage, like)
     return branches
 
 

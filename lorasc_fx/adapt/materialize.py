@@ -14,7 +14,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt.start import Start, check_loaded
-from lorasc_fx.branch import branch_class
 from lorasc_fx.check.isolation import device_of
 from lorasc_fx.checkpoint.base_file import open_base
 from lorasc_fx.checkpoint.deferred import DeferredValues, with_values
@@ -131,7 +130,7 @@ def _into_shards(
         spec, stage = run.plan.spec, run.plan.stage
         new = {}
         for site in run.plan.sites:
-            initial = branch_class(site).initial_values(site, spec.seed, stage)
+            initial = site.options.method.initial_values(site, spec.seed, stage)
             for name, parameter in cascade.branches[site.key].named_parameters(recurse=False):
                 new[id(parameter)] = with_values(parameter, local_like(initial[name], parameter), device)
         exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)

@@ -4,7 +4,7 @@ from lorasc_fx.branch.contract import Branch, Decided, StartWeight, fill
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.functions import shared_down
 from lorasc_fx.branch.lora import LowRankBranch, ops_of
-from lorasc_fx.branch.methods import METHODS, branch_class, register_branch
+from lorasc_fx.branch.methods import METHODS, register_branch
 from lorasc_fx.branch.noise import amplitude, draw, generator
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "StartWeight",
     "Tree",
     "amplitude",
-    "branch_class",
     "draw",
     "fill",
     "generator",

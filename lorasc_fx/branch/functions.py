@@ -38,11 +38,6 @@ from lorasc_fx.branch.products import product
 from lorasc_fx.errors import StateError
 
 
-def draw_seed() -> int:
-    """Draw a seed from torch's generator, so that dropout follows manual_seed and activation checkpointing."""
-    return int(torch.randint(2**62, ()).item())
-
-
 def dropout_mask(like: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """Return the dropout mask of a seed: 0 with probability p, otherwise 1 / (1 - p)."""
     source = torch.Generator(like.device).manual_seed(seed)

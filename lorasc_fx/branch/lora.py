@@ -19,7 +19,6 @@ from torch.func import functional_call
 from lorasc_fx.branch.contract import Branch, Reshard, pad_to
 from lorasc_fx.branch.conv import ConvCall, ConvOps
 from lorasc_fx.branch.factors import Factors, InitialFactors
-from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
 from lorasc_fx.branch.linear import MatrixOps
 from lorasc_fx.branch.low_rank import allows_custom_backward
@@ -75,8 +74,11 @@ class LowRankBranch(Branch):
         return self.training and self.dropout > 0
 
     def dropout_seed(self) -> int | None:
-        """Draw a seed for the dropout mask of this call. None without dropout."""
-        return draw_seed() if self.drops else None
+        """Draw a seed for the dropout mask of this call. None without dropout.
+
+        torch's generator draws it, so that dropout follows manual_seed and activation checkpointing.
+        """
+        return int(torch.randint(2**62, ()).item()) if self.drops else None
 
     def delta(self, weight: torch.Tensor | None = None) -> Factors:
         """Return the factors in the layout of the weight, with the scale in the left one."""

@@ -16,7 +16,6 @@ from lorasc_fx.branch.tokens import TokensBranch
 from lorasc_fx.branch.vera import VeraBranch
 from lorasc_fx.errors import SpecError
 from lorasc_fx.options import ADAPTERS
-from lorasc_fx.plan import Site
 
 METHODS: dict[str, type[Branch]] = {
     "lora": LoraBranch,
@@ -62,9 +61,3 @@ def register_branch(name: str, cls: type[Branch]) -> None:
             f"register_branch: the name {name!r} belongs to the adapter {ADAPTERS[name].__name__}; give another name"
         )
     ADAPTERS[name] = cls
-
-
-def branch_class(site: Site) -> type[Branch]:
-    """Return the branch class of a site."""
-    cls: type[Branch] = site.options.method
-    return cls

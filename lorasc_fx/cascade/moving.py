@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.graphs import Graphs
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.quantized import QuantizedLinear, is_quantized
+from lorasc_fx.quantized import QuantizedLinear, quantized_in
 from lorasc_fx.util.undo import AllOrNothing
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -129,8 +129,10 @@ def _replace_quantized(model: nn.Module, fn: Change) -> None:
     """
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in () if isinstance(module, QuantizedLinear) else [*module._parameters.items()]:
-            if parameter is not None and is_quantized(parameter):
-                if id(parameter) not in new:  # tied weights stay tied
-                    new[id(parameter)] = nn.Parameter(fn(parameter.detach()), False)
-                module._parameters[name] = new[id(parameter)]
+        if isinstance(module, QuantizedLinear):
+            continue
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        for name, parameter in quantized_in(own).items():
+            if id(parameter) not in new:  # tied weights stay tied
+                new[id(parameter)] = nn.Parameter(fn(parameter.detach()), False)
+            module._parameters[name] = new[id(parameter)]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, Factors, InitialFactors, Side, branch_class
+from lorasc_fx.branch import Branch, Factors, InitialFactors, Side
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.layout import sanitized
@@ -85,7 +85,7 @@ class RunState:
         for site in self.plan.sites:
             factors = self.branches[site.weight]
             like = next(iter(factors.values())).new_zeros(()).expand(site.shape)
-            branches[site.weight] = branch_class(site)(site, self.plan.spec.seed, self.plan.stage, like)
+            branches[site.weight] = site.options.method(site, self.plan.spec.seed, self.plan.stage, like)
             for name, value in factors.items():
                 setattr(branches[site.weight], name, nn.Parameter(value, False))
         return {**branches, **self.values}

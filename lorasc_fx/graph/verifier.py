@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, branch_class, ops_of, shared_down
+from lorasc_fx.branch import Branch, ops_of, shared_down
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import (
     INPUT_OPTIONS,
@@ -340,7 +340,7 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
         if not isinstance(branch, Branch):
             yield f"{site.weight} is in the plan, but has no branch"
             continue
-        fits = type(branch) is branch_class(site) and _compatible(branch.kind, site.kind)
+        fits = type(branch) is site.options.method and _compatible(branch.kind, site.kind)
         if not fits or branch.weight_shape != site.shape:
             actual = f"{type(branch).__name__} for {branch.kind} of shape {branch.weight_shape}"
             yield f"the branch of {site.weight} is a {actual}, but the plan says {site.kind} of shape {site.shape}"
