@@ -273,14 +273,15 @@ def strike(name: str, spec: str, place: str, folder: Path, most: int) -> None:
     call, things = CALLS[name](SPECS[spec], folder / "run")
     before, every = of(*things), max(1, counter.count // most)
     for at in range(1 + zlib.crc32(name.encode()) % every, counter.count + 1, every):
+        mode = at_place(at)
         with python_answers():
             try:
-                with at_place(at):
+                with mode:
                     kept.append(call())
             except (KeyboardInterrupt, MemoryError):
                 struck += 1
-            except (RuntimeError, lx.LorascError) as fault:  # torch, readers and front ends report what they caught
-                if "no more" not in f"{fault}{fault.__cause__}":
+            except (RuntimeError, lx.LorascError):  # torch, readers and front ends report what they caught
+                if mode.count < at:
                     raise
                 struck += 1
             else:  # what the first call has found out, later ones know
