@@ -401,7 +401,7 @@ class Branch(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Return the text for `print`."""
         entries = sum(math.prod(value.shape) for value in self.trainable().values())
-        return f"{self.weight_name}, {entries} trained, scale={self.scale:g}"
+        return f"{self.weight_name}, rank={self.rank}, {entries} trained, scale={self.scale:g}"
 
 
 def pad_to(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

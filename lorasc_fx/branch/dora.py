@@ -157,7 +157,14 @@ class DoraBranch(LoraBranch):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
         """Return `g (op(x, W) + s B A x) + bias`. The arguments are as in `Branch.in_place`."""
-        total = self._conv(x, weight, ConvCall(**options)) if op == "conv" else self._product(x, weight, op)
+        if op == "conv":
+            call = ConvCall(**options)
+            image = call.padded(x)
+            base, term = call.conv(len(self.weight_shape) - 2, image, weight), low_rank_conv(self, image, call)
+        else:  # the weight is [out, in] for the op `linear`, and [in, out] for the others
+            base, low = F.linear(x, weight) if op == "linear" else x @ weight, F.linear(x, self.lora_A.to(x.dtype))
+            term = F.linear(low, self.lora_B.to(low.dtype))
+        total = plus(base, term, self.scale)
         broadcast_shape = (-1, *(1 for _ in self.weight_shape[2:])) if op == "conv" else (-1,)
         # The scale is 0 inside `cascade.weights(...)`, where branches change nothing.
         gain = (
@@ -169,15 +176,3 @@ class DoraBranch(LoraBranch):
         if bias is None:
             return total
         return total + (bias.view(broadcast_shape) if op == "conv" else bias).to(total.dtype)
-
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, op: str) -> torch.Tensor:
-        """Return `x (W + s B A)^T`. The weight is [out, in] for the op `linear`, and [in, out] for the others."""
-        base = F.linear(x, weight) if op == "linear" else x @ weight
-        low = F.linear(x, self.lora_A.to(x.dtype))
-        return plus(base, F.linear(low, self.lora_B.to(low.dtype)), self.scale)
-
-    def _conv(self, x: torch.Tensor, weight: torch.Tensor, call: ConvCall) -> torch.Tensor:
-        """Return the convolution of x with `W + s B A`, without a bias."""
-        image = call.padded(x)
-        base = call.conv(len(self.weight_shape) - 2, image, weight)
-        return plus(base, low_rank_conv(self, image, call), self.scale)

@@ -353,10 +353,6 @@ class LoraBranch(LowRankBranch):
             axes |= {name: 1 for name, tensor in tensors.items() if tensor.shape[1] % parts == 0}
         return axes
 
-    def extra_repr(self) -> str:
-        """Return the text for `print`."""
-        return f"{self.weight_name}, rank={self.rank}, scale={self.scale:g}"
-
 
 def ops_of(kind: str) -> type[MatrixOps | ConvOps]:
     """Return the class with the placements of low-rank branches, for a kind of weights."""
