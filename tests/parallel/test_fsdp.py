@@ -213,7 +213,8 @@ def test_a_graph_is_split_where_the_block_changes() -> None:
     assert [each.unit for each in graph.segments] == ["table", "layers.0", "layers.1", "layers.2", "head", "table"]
     nodes = [node for each in graph.segments for node in each.nodes]
     assert len(set(nodes)) == len(nodes)
-    found = graph.run((tokens,), lambda segment, values: segment.run(graph.interpreter, values))
+    units = segments.Shards({each.unit: segments.Unit([]) for each in graph.segments}, [])
+    found = units(graph, graph.interpreter, tokens)
     assert torch.equal(module.graph.process_outputs(found), cascade(tokens))
     inputs = [len(each.inputs) for each in graph.segments[1:]]
     assert inputs == [1, 1, 1, 1, 2]  # the residual stream, and the tokens' sum
