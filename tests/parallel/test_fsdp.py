@@ -28,6 +28,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
 from lorasc_fx.parallel import dcp, fsdp, segments
 from tests.errors.inject import LineAt, in_turn, sigint
+from tests.errors.models import Late
 from tests.kit.errors import raises
 from tests.kit.models import Breaking
 from tests.kit.state import canonical, file_digest, text_digest, variant_for
@@ -250,21 +251,9 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
 }
 
 
-class Later(nn.Module):
-    """A model that uses a second layer only in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.second(x) if self.training else x
-
-
 @pytest.mark.usefixtures("group")
 def test_a_late_call_that_adapts_another_weight_is_refused() -> None:
-    cascade = fsdp.shard(small({}, Later().eval()))
+    cascade = fsdp.shard(small({}, Late().eval()))
     cascade.train()
     with raises(lx.StateError, "sharded", "second.weight"):
         cascade(torch.randn(2, 5))
