@@ -54,7 +54,7 @@ def _no_masks() -> Any:
 def _no_reuse() -> Any:
     from lorasc_fx.capture import torch_export
 
-    return mock.patch.object(torch_export, "cached", return_value=None)
+    return mock.patch.object(torch_export.Trace, "of", return_value=None)
 
 
 def _no_function() -> Any:
