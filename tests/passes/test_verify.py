@@ -436,7 +436,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
             "branch 0/weight does not belong to a site of the plan")),
         "site planned twice": (plan(lambda current: replace(current, sites=(current.sites[0], *current.sites))),
             ("0.weight is in the plan twice",)),
-        "plan lost": (plan(lambda current: None),
+        "plan lost": (plan(lambda current: replace(current, sites=())),
             ("node linear is marked as a use of 0.weight, which is not in the plan",)),
         "plan before its first stage": (plan(lambda current: replace(current, stage=0)),
             ("the plan is in stage 0, but stages are counted from 1",)),
