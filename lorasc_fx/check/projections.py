@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -108,10 +109,14 @@ def projected(value: torch.Tensor) -> torch.Tensor:
         value = value.to_dense()
     if value.is_complex():
         value = torch.view_as_real(value)
-    matrix = value.reshape(value.shape[0] if value.dim() > 1 else 1, -1) if value.numel() else value.new_zeros(1, 1)
+    if not value.numel():
+        value = value.new_zeros(1)
+    # The matrix [rows, columns] that needs the fewest random numbers. For stacked experts, [experts * out, in].
+    sizes = (math.prod(value.shape[:axis]) for axis in range(value.dim() + 1))
+    matrix = value.reshape(min(sizes, key=lambda rows: rows + value.numel() // rows), -1)
     matrix = matrix if matrix.dtype is torch.float64 else matrix.float()
-    rows, columns = (_normal((PROJECTIONS, size), size).to(matrix) for size in matrix.shape)
-    return ((rows @ matrix) * columns).sum(1).cpu().double()
+    left, right = (_normal((PROJECTIONS, size), size).to(matrix) for size in matrix.shape)
+    return ((left @ matrix) * right).sum(1).cpu().double()
 
 
 def _normal(shape: Sequence[int], key: int) -> torch.Tensor:
