@@ -31,12 +31,6 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_imports_run_one_way() -> None:
-    tool = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([tool, "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_the_linter_sees_passes_through_the_link() -> None:
     """Or the contracts on passes would hold of nothing."""
     import grimp
