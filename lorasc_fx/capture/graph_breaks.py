@@ -81,17 +81,17 @@ class GraphBreakFallback:
         model: the user's model.
         swapped: a function f for each swapped weight, by name. While the model runs, graphs and Python code read
             `f(weight)` instead of the weight. It is needed for weights that Python uses outside of the subgraphs.
-        before_call: called with the arguments before each call, if set.
+        before_call: called with the arguments before each call.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._rewrite: Rewrite | None = None
+        self._rewrite: Rewrite = lambda graph: graph
         self._subgraphs: list[_Subgraph] = []
         self._names = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self.swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._effective: EffectiveWeights | None = None
-        self.before_call: Callable[[Any, Mapping[str, Any]], None] | None = None
+        self.before_call: Callable[[Any, Mapping[str, Any]], None] = lambda args, kwargs: None
         self._discovering = False
         compiler = inspect.unwrap(torch.compile)  # Lightning Fabric wraps it, and would copy the backend
         # Dynamo keeps the backend in the cache of the code object. That must not keep the model alive.
@@ -132,8 +132,7 @@ class GraphBreakFallback:
         Raises:
             CaptureError: too many subgraphs. Dynamo would continue eagerly, and so without branches.
         """
-        if self.before_call is not None:
-            self.before_call(args, kwargs)
+        self.before_call(args, kwargs)
         return self.compute(args, kwargs)
 
     @_disable_dynamo  # torch.compile around a cascade would otherwise trace the model itself, without branches
@@ -151,10 +150,10 @@ class GraphBreakFallback:
             raise
 
     def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        """Set `swapped`."""
-        self.swapped = dict(swapped)
+        """Add weights to `swapped`."""
+        self.swapped = {**self.swapped, **swapped}
         if self._effective is not None:
-            self._effective.read_as(swapped)
+            self._effective.read_as(self.swapped)
 
     @property
     def eager(self) -> bool:
@@ -286,7 +285,7 @@ class GraphBreakFallback:
         # Checkpointed regions get branches too, so each becomes a subgraph that can be rewritten.
         regions_as_modules(graph, weights.values(), region)
         module = read_live(holder, graph, self.model)
-        running = module if self._rewrite is None else self._rewrite(module)
+        running = self._rewrite(module)
         subgraph.graphs[names], subgraph.running[names] = module, running
         return running
 

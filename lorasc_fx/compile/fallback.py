@@ -138,7 +138,7 @@ def make_fallback(captured: Captured, decided: Decided, args: Any, kwargs: Mappi
     plain = {branch.weight_name: branch.on_weight for branch in comparison.branches}
     fallback.swap({name: branch for name, branch in plain.items() if name not in reached})
     if not (swap_all or fallback.eager):
-        fallback.swap({**fallback.swapped, **{name: plain[name] for name in comparison.hidden(SUSPECT)}})
+        fallback.swap({name: plain[name] for name in comparison.hidden(SUSPECT)})
     growing.settle(args, kwargs, eager=swap_all)
     # Check that swapping was enough. Forward may use an alias of a weight, such as a tensor in a closure.
     if fallback.swapped:
@@ -256,7 +256,7 @@ class Growing:
             return
         self._grow(with_sites(replace(self.decided, plan=self.plan), fallback.graphs, model, kinds))
         added = {branch.weight_name: branch.on_weight for branch in self.branches if branch.weight_name in kinds}
-        fallback.swap({**fallback.swapped, **added})
+        fallback.swap(added)
 
     def settle(self, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
         """Choose how the model runs: as subgraphs if their branches get the right gradients, otherwise eagerly.
