@@ -65,12 +65,7 @@ def from_peft(
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
-    """Make an adapter the first expert of a new cascade.
-
-    Args:
-        cascade: the cascade, before its first stage.
-        adapter: the adapter.
-        changes: its factors for each weight, by name.
+    """Make an adapter the first expert of a new cascade. `changes` has its factors for each weight, by name.
 
     Raises:
         CheckpointError: the spec leaves out a part of the adapter.

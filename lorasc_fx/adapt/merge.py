@@ -108,9 +108,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
 def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
     """Return the plan of the first run with the sites of all runs added, at a stage after the stages of all runs.
 
-    Args:
-        parts: the runs.
-        names: all names of each parameter of the model.
+    `names` has all names of each parameter of the model.
     """
     spec = parts[0].plan.spec
     # A parameter that any run trained in full is trained in full, and cannot be a site.

@@ -82,15 +82,10 @@ _Place = tuple[int, str]
 
 @dataclass(frozen=True)
 class _Tie:
-    """A parameter with several places in a model.
-
-    Args:
-        parameter: the parameter.
-        places: the full names of each place. A place has several names if its module is registered more than once.
-    """
+    """A parameter with several places in a model."""
 
     parameter: nn.Parameter
-    places: dict[_Place, tuple[str, ...]]
+    places: dict[_Place, tuple[str, ...]]  # the full names of each place: several if its module is registered twice
 
 
 def _ties(model: nn.Module) -> list[_Tie]:

@@ -144,12 +144,9 @@ def add_noise(out: torch.Tensor, pieces: Iterable[tuple[Region, torch.Tensor]], 
 
 
 class _UniformNumbers:
-    """The uniform random numbers of all entries of one weight, computed on request.
+    """The uniform random numbers of all entries of a full weight, computed on request.
 
-    Args:
-        source: generator of the keys of the blocks. It is seeded by the key of the weight.
-        shape: shape of the full weight.
-        device: device that computes.
+    `source` draws the keys of the blocks. It is seeded by the key of the weight.
     """
 
     def __init__(self, source: torch.Generator, shape: torch.Size, device: torch.device) -> None:
@@ -209,13 +206,7 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def _block_regions(offsets: list[int], shape: torch.Size, block: tuple[int, ...]) -> Iterator[Region]:
-    """Yield the intersections of all blocks with a slice of the weight.
-
-    Args:
-        offsets: index of the first entry of the slice along each axis of the full weight.
-        shape: shape of the slice.
-        block: shape of a block.
-    """
+    """Yield the intersections of all blocks with a slice of the weight, which starts at `offsets` in the full one."""
     axes = []
     for offset, length, size in zip(offsets, shape, block, strict=True):
         ends = [*range((offset // size + 1) * size, offset + length, size), offset + length]

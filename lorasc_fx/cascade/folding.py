@@ -130,10 +130,7 @@ def check_quantized(call: str, slow: SlowWeights, how: Requantize, modules: bool
 def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
     """Quantize dense weights again unless `how` is "dequantize", and log the change of each weight.
 
-    Args:
-        holders: the places of dense weights in the model. Their `value` is the quantized weight of before.
-        how: the argument `quantized` of the call.
-        undo: collects the undo steps for layers of libraries.
+    `holders` are the places of the dense weights in the model. Their `value` is the quantized weight of before.
 
     Raises:
         StateError: the callable does not quantize its module.

@@ -193,14 +193,7 @@ def _units(cascade: Cascade) -> dict[int, str]:
 
 
 def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
-    """Check that the cascade can be sharded, and split the graph of each variant.
-
-    Returns:
-        Split graphs by the id of their variant.
-
-    Raises:
-        StateError: names the problem.
-    """
+    """Return the split graph of each variant by its id. Raise StateError if the cascade cannot be sharded."""
     run = cascade._run
     if not dist.is_initialized():
         raise StateError(
@@ -277,12 +270,7 @@ def _fully_sharded(
 ) -> Shards:
     """Shard the parameters of each unit with `fully_shard`, and the others with the root unit.
 
-    Args:
-        cascade: the cascade.
-        units: name of the unit of each parameter, by the id of the parameter.
-        axes: sharded axis of parameters, by id, if it is not axis 0.
-        mesh: the mesh.
-        undo: receives the steps that restore the parameters.
+    `units` and `axes` are the results of `_units` and `_axes`. `undo` receives the steps that restore the parameters.
     """
     for module in cascade.modules():
         undo(partial(module._parameters.update, dict(module._parameters)))

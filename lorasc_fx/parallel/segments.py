@@ -138,15 +138,10 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
 
 @dataclass(frozen=True)
 class _Reads:
-    """Which parameters the nodes of a graph read.
+    """Which parameters the nodes of a graph read, by id."""
 
-    Args:
-        lazy: nodes that compute only from weights.
-        direct: ids of the parameters that each node reads directly.
-    """
-
-    lazy: frozenset[fx.Node]
-    direct: Mapping[fx.Node, set[int]]
+    lazy: frozenset[fx.Node]  # nodes that compute only from weights
+    direct: Mapping[fx.Node, set[int]]  # the parameters that each node reads directly
 
     def of(self, node: fx.Node) -> set[int]:
         """Return the ids of the parameters that a node reads, directly or through nodes in `lazy`."""
@@ -186,12 +181,9 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
 
 
 def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Return for each node the values that can be freed after it, because no later node reads them.
+    """Return for each node of a segment the values that can be freed after it, because no later node reads them.
 
-    Args:
-        nodes: nodes of a segment.
-        needed: outputs of the segment, which are not freed.
-        lazy: nodes that compute only from weights.
+    Outputs of the segment are `needed` and never freed. `lazy` nodes compute only from weights.
     """
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -360,11 +352,8 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 def _not_a_view(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """Return an output as a tensor that is not a view of a weight, and not a view for autograd.
 
-    FSDP frees the memory of the weights, and registers hooks on the outputs.
-
-    Args:
-        value: an output of a unit.
-        storages: addresses of the storages of the weights. Storages of fake tensors have no data pointer.
+    FSDP frees the memory of the weights, and registers hooks on the outputs. `storages` has the addresses of the
+    storages of the weights, because storages of fake tensors have no data pointer.
     """
     if local(value).untyped_storage()._cdata in storages:
         return value.clone()
