@@ -133,13 +133,7 @@ def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
     Raises:
         StateError: the graph cannot be split into segments of these units.
     """
-    graph = variant.module
-    if not isinstance(graph, fx.GraphModule):
-        raise StateError(
-            "forward: the model has graph breaks in this call, but only a single graph can be split into blocks. "
-            "Adapt the model with another front end",
-            code="no-whole-graph",
-        )
+    graph = _single_graph(variant, "forward")
     if sets := inseparable(graph, units):
         names = named(sorted({units[number] or "the root" for number in sets[0]}))
         raise StateError(
@@ -148,6 +142,17 @@ def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
             code="sharded",
         )
     return segmented(graph, units)
+
+
+def _single_graph(variant: Variant, call: str) -> fx.GraphModule:
+    """Return the graph of a variant. Raise StateError if it has graph breaks."""
+    if not isinstance(variant.module, fx.GraphModule):
+        raise StateError(
+            f"{call}: the model has graph breaks, but only a single graph can be split into blocks. Adapt the model "
+            "with another front end",
+            code="no-whole-graph",
+        )
+    return variant.module
 
 
 def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
@@ -219,13 +224,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "shard: the cascade has no graph yet, or none since it was moved to a device. Call the cascade once before",
             code="not-available",
         )
-    graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
-    if len(graphs) < len(variants):
-        raise StateError(
-            "shard: the model has graph breaks, but only a single graph can be split into blocks. "
-            "Adapt the model with another front end",
-            code="no-whole-graph",
-        )
+    graphs = {id(variant): _single_graph(variant, "shard") for variant in variants}
     if run.slow.quantized:
         raise StateError(
             f"shard: {run.slow.quantized[0]} is quantized, but FSDP cannot shard quantized weights. Exclude the weight",
