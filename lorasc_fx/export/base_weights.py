@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -84,7 +84,7 @@ def _is_new_head(weights: FoldedWeights, name: str, entry: Entry) -> bool:
     return name in weights.full and entry.name == name and entry.shape != tuple(weights.full[name].shape)
 
 
-def _dtype_of(entry: Entry, file: BinaryIO, fingerprint: str) -> torch.dtype | None:
+def _dtype_of(entry: Entry, file: BufferedReader, fingerprint: str) -> torch.dtype | None:
     """Return the dtype in which a tensor of a file has this fingerprint: its own or a wider one. None if no dtype."""
     for dtype in (DTYPES.get(entry.dtype), *_WIDER.get(entry.dtype, ())):
         if dtype is not None and entry.fingerprint(file, dtype) == fingerprint:
@@ -97,7 +97,7 @@ def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Te
     return change(base.to(dtype)).to(base.dtype)
 
 
-def _buffer(buffer: torch.Tensor, entry: Entry, file: BinaryIO) -> Change | None:
+def _buffer(buffer: torch.Tensor, entry: Entry, file: BufferedReader) -> Change | None:
     """Return a change that sets a buffer to its value in the model. None if the value has not changed."""
     if DTYPES.get(entry.dtype) is None or entry.shape != tuple(buffer.shape):
         return None

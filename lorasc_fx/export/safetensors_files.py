@@ -10,9 +10,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from io import BufferedReader
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -237,7 +238,7 @@ def _write_like(
 ) -> None:
     """Write a copy of a base's file, in which the changed and added tensors have their new values."""
 
-    def content(entry: Entry, source: BinaryIO) -> Iterable[Buffer]:
+    def content(entry: Entry, source: BufferedReader) -> Iterable[Buffer]:
         if entry.name in added:
             return bytes_of(added[entry.name])
         if entry.name not in changes:

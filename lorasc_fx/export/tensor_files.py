@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -61,28 +61,25 @@ class Entry:
         """Number of bytes."""
         return self.end - self.begin
 
-    def blocks(self, file: BinaryIO) -> Iterator[Buffer]:
+    def blocks(self, file: BufferedReader) -> Iterator[Buffer]:
         """Yield the tensor's bytes in blocks. All blocks share one buffer, so use each block before the next one."""
         buffer = memoryview(bytearray(min(_BLOCK, self.size)))
         file.seek(self.begin)
-        remaining = self.size
-        while remaining:
-            count = file.readinto(buffer[: min(remaining, len(buffer))])  # type: ignore[attr-defined]  # of a file that is read
-            if not count:
+        for start in range(0, self.size, _BLOCK):
+            block = buffer[: self.size - start]
+            if file.readinto(block) < len(block):
                 raise OSError(f"{self.name} ends early")
-            remaining -= count
-            yield buffer[:count]
+            yield block
 
-    def read(self, file: BinaryIO) -> torch.Tensor:
+    def read(self, file: BufferedReader) -> torch.Tensor:
         """Read the tensor into new memory."""
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        view, offset = memoryview(data_of(tensor)).cast("B"), 0
-        for block in self.blocks(file):
-            view[offset : offset + len(block)] = block
-            offset += len(block)
+        file.seek(self.begin)
+        if file.readinto(data_of(tensor)) < self.size:
+            raise OSError(f"{self.name} ends early")
         return tensor
 
-    def fingerprint(self, file: BinaryIO, dtype: torch.dtype) -> str:
+    def fingerprint(self, file: BufferedReader, dtype: torch.dtype) -> str:
         """Return the fingerprint (`util.fingerprint`) of the tensor converted to this dtype."""
         stored = DTYPES[self.dtype]
         blocks = (data_of(torch.frombuffer(block, dtype=stored).to(dtype)) for block in self.blocks(file))
