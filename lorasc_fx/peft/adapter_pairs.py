@@ -113,7 +113,7 @@ def low_rank_pairs(
         NonFiniteBranch: a running branch holds inf or nan.
     """
     tensors = {} if model is None else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if not isinstance(source, Cascade) and isinstance(source, (str, PathLike)) and (Path(source) / CONFIG).is_file():
+    if isinstance(source, (str, PathLike)) and (Path(source) / CONFIG).is_file():
         if model is None:
             raise SpecError(
                 f"{call}: {name}, {source}, is an adapter of peft. Give the model that it was trained on too"
