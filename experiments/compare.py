@@ -63,8 +63,7 @@ def prove(config_file: str, weights: str, result: str) -> int:
     setup = Setup.of(load_config(Path(config_file)))
     model = original_class(setup.config.model.name, len(setup.splits.classes)).eval()
     model.load_state_dict(load_file(weights), strict=True)
-    if setup.splits.train.images:
-        channels_last(model)  # as in training, so that torch uses the same kernels
+    channels_last(model)  # as in training, so that torch uses the same kernels
     saved = json.loads(Path(result).read_text(encoding="utf-8"))
     all_equal = True
     for part, examples in setup.splits.test_sets.items():

@@ -69,11 +69,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def images(self) -> bool:
-        """Whether the inputs are images."""
-        return isinstance(self.inputs, Tensor)
-
     def take(self, index: Tensor) -> Examples:
         """Return the examples at these positions."""
         inputs = self.inputs[index] if isinstance(self.inputs, Tensor) else [self.inputs[i] for i in index.tolist()]

@@ -70,7 +70,7 @@ def run_predict(arguments: PredictArguments) -> int:
     device = config.train.device
     check_device(device)
     batches = _images(arguments.inputs, classes) if images else _texts(arguments.inputs, config.data, arguments.data)
-    model = _folded_model(config, folder.folded, len(classes), images=images)
+    model = _folded_model(config, folder.folded, len(classes))
     labels_seen: list[str] = []
     correct = 0
     for names, inputs, labels in batches:
@@ -102,7 +102,7 @@ def run_predict(arguments: PredictArguments) -> int:
     return 0
 
 
-def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) -> nn.Module:
+def _folded_model(config: Config, weights: Path, classes: int) -> nn.Module:
     """Return the original model with the folded weights, in eval mode."""
     model = build_model(replace(config.model, weights=""), classes).to(config.train.device)
     values = {name: value.to(config.train.device) for name, value in read_weights(weights).items()}
@@ -114,7 +114,7 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
             f"{config.model.name} ties it. Untie it in the model, or train without spec.untie",
             code="base-differs",
         )
-    return set_mode(channels_last(model) if images else model, False)
+    return set_mode(channels_last(model), False)
 
 
 def _files(path: Path, endings: Collection[str], content: str) -> list[Path]:

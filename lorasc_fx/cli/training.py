@@ -81,8 +81,7 @@ class Setup:
         """Build the model with a new head from this seed, in the mode in which it is trained."""
         classes = self.splits.classes
         model = name_classes(build_model(self.config.model, len(classes), seed), classes).to(self.config.train.device)
-        if self.splits.train.images:
-            channels_last(model)
+        channels_last(model)
         has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         return set_mode(model, not (self.config.train.frozen_norm and has_norm))
 
