@@ -27,7 +27,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def capture_symbolic(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis] = ()
 ) -> Captured:
     """Trace the model into a graph of functions and leaf modules. Raises any exception of torch.fx.
 

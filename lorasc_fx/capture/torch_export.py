@@ -38,7 +38,7 @@ def _export(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    dynamic: Collection[Axis],
+    dynamic: Collection[Axis] = (),
     *,
     strict: bool,
 ) -> Captured:
@@ -112,8 +112,8 @@ def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str
     return guards
 
 
-EXPORT = FrontEnd("export", partial(_export, strict=False))
-DYNAMO = FrontEnd("dynamo", partial(_export, strict=True))
+capture_export, capture_dynamo = partial(_export, strict=False), partial(_export, strict=True)
+EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_dynamo)
 
 
 @isolated
