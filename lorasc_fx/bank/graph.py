@@ -38,7 +38,7 @@ class BankGraph:
         self.splits = False  # whether `check_splits` has accepted a batch of this kind
         self._layout: Layout | None = None
         self._probes, self._lock = 0, Lock()  # batches that `layout` has examined, and its lock
-        self._function = as_function(module)
+        self._function = as_function(module, same_bits=False)
         self._compiled: Callable[..., Any] | None = None
         self._options: Mapping[str, Any] = {}
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -97,7 +97,7 @@ class BankGraph:
                 editor.set_arguments(node, node.args, {**node.kwargs, "rows": tuple(layout.places[node.name])})
         if editor.modified:
             self.module = editor.finish()
-            self._function = as_function(self.module)
+            self._function = as_function(self.module, same_bits=False)
             if self._compiled is not None:
                 self.compile(self._options)
 

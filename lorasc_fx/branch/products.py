@@ -1,8 +1,8 @@
 """Large fp32 products on the CPU with oneDNN instead of torch's BLAS, in forward and backward.
 
 torch computes them with MKL, which uses AVX-512 only on processors of Intel. oneDNN, which torch uses for convolutions
-and other dtypes, uses AVX-512 on all processors. The results are equal up to rounding. So this is used only if
-gradients are enabled: without gradients, a graph computes the same bits as the ops of the model.
+and other dtypes, uses AVX-512 on all processors. The results are equal up to rounding. So cascades use it only if
+gradients are enabled: without gradients, they compute the same bits as the ops of the model. Banks always use it.
 """
 
 from __future__ import annotations
@@ -118,8 +118,12 @@ class _FrozenProduct(torch.autograd.Function):
         return product("mm", grad_rows, matrix, None).view(ctx.shape), None, None, None
 
 
-def _frozen(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _frozen(
+    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, same_bits: bool = True
+) -> torch.Tensor:
     """Return `op(x, weight, bias)`, with oneDNN in forward and backward if weight and bias are frozen and large."""
+    if not (same_bits or torch.is_grad_enabled()):
+        return product(op, x, weight, bias)
     large = _is_large(x, weight if op == "linear" else weight.t())
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not large or trained or torch.is_autocast_enabled("cpu") or not allows_custom_backward(x, weight):
@@ -149,12 +153,14 @@ class FrozenGrouped(torch.autograd.Function):
         return None, grouped(ctx.op, gradients[0], weight.transpose(-2, -1), offs), None, None, None
 
 
-def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _frozen("addmm", x, weight, bias)
+def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, same_bits: bool = True) -> torch.Tensor:
+    return _frozen("addmm", x, weight, bias, same_bits)
 
 
-def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, same_bits: bool = True) -> torch.Tensor:
     op: Callable[..., torch.Tensor] = torch.ops.transformers.grouped_mm_fallback
+    if not (same_bits or torch.is_grad_enabled()):
+        return grouped(op, x, weight, offs)
     if weight.requires_grad or torch.is_autocast_enabled("cpu") or not allows_custom_backward(x, weight):
         return op(x, weight, offs)
     with torch.no_grad():
@@ -170,12 +176,15 @@ _FROZEN: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def for_frozen(target: Any) -> Callable[..., torch.Tensor] | None:
+def for_frozen(target: Any, same_bits: bool = True) -> Callable[..., torch.Tensor] | None:
     """Return a faster function for nodes with this target, whose weights are usually frozen, or None.
 
-    The function has the arguments of the target. Only graphs that run eagerly use it.
+    Args:
+        target: the target of a node. The function has its arguments. Only graphs that run eagerly use it.
+        same_bits: whether the function computes the same bits as the target if gradients are disabled.
     """
     is_op = isinstance(target, torch._ops.OpOverload) or target is F.linear
     if not is_op or not onednn_is_faster():
         return None
-    return _FROZEN.get("aten.linear.default" if target is F.linear else str(target))
+    function = _FROZEN.get("aten.linear.default" if target is F.linear else str(target))
+    return function if same_bits or function is None else partial(function, same_bits=False)

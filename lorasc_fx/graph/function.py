@@ -44,14 +44,20 @@ def hooks_of(module: fx.GraphModule) -> list[Any]:
     return [*(getattr(torch_module, f"_global{name}") for name in HOOKS), *by_branch]
 
 
-def as_function(module: fx.GraphModule) -> Callable[..., Any]:
+def as_function(module: fx.GraphModule, same_bits: bool = True) -> Callable[..., Any]:
     """Return a function that computes the same as the graph module.
 
-    It takes flattened arguments if `takes_leaves(module.graph)`. Later changes of the graph have no effect on it.
+    Args:
+        module: the graph module. Later changes of it have no effect on the function.
+        same_bits: whether the function computes the same bits as the graph if gradients are disabled, and not only the
+            same values up to rounding.
+
+    Returns:
+        The function. It takes flattened arguments if `takes_leaves(module.graph)`.
     """
     graph, codegen = copy_graph(module.graph), module.graph._codegen
     branches = {node.name for node in branch_nodes(module)}
-    call_directly(graph, lambda node: _target(module, node, node.name in branches))
+    call_directly(graph, lambda node: _target(module, node, node.name in branches, same_bits))
     graph.set_codegen(CodeGen())
     code = graph.python_code("self")
     names = {name: value.unwrapped if isinstance(value, _Call) else value for name, value in code.globals.items()}
@@ -70,10 +76,10 @@ class _Call(functools.partial[Any]):
     @property
     def unwrapped(self) -> Callable[..., Any]:
         """The function itself if it has no bound arguments. This avoids the overhead of a partial."""
-        return self if self.args else self.func
+        return self if self.args or self.keywords else self.func
 
 
-def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[..., Any] | None:
+def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: bool) -> Callable[..., Any] | None:
     """Return the function that a node calls in the generated code, or None to keep an input, output or method call.
 
     The keyword `at` of a branch node, which chooses the function, is removed.
@@ -98,7 +104,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool) -> Callable[
         return _Call(method)
     if node.op != "call_function":
         return None
-    if (frozen := for_frozen(target)) is not None and not node.kwargs and _reads_large_matrix(module, node):
+    if (frozen := for_frozen(target, same_bits)) is not None and not node.kwargs and _reads_large_matrix(module, node):
         return _Call(frozen)
     return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # skips OpOverload.__call__
 

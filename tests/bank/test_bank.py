@@ -569,10 +569,10 @@ def test_the_first_mixed_calls_may_run_in_several_threads(monkeypatch: pytest.Mo
     writing, outputs = threading.Event(), []
     original = bank_graph.as_function  # type: ignore[attr-defined]
 
-    def slow(module: Any) -> Any:
+    def slow(module: Any, **options: Any) -> Any:
         writing.set()
         thread.join(0.5)
-        return original(module)
+        return original(module, **options)
 
     def call() -> None:
         writing.wait(30)
