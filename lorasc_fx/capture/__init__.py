@@ -30,6 +30,7 @@ from lorasc_fx.check.preflight import RECOMPUTES, Disagreement, Preflight, check
 from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.errors import CaptureError, nearest
 from lorasc_fx.signature import copy_inputs, leaves, register_cache_pytrees, requires_grad
+from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 
 __all__ = [
     "FRONTENDS",
@@ -147,7 +148,7 @@ class _Example:
                 captured = self._captured(front_end)
                 log.info("%s captured by %s, in %.2f s", name, front_end.name, time.monotonic() - start)
                 return replace(captured, refused=tuple((failed, reason) for failed, reason, _ in failures))
-            except MemoryError:  # the next front end would not need less memory
+            except OUT_OF_MEMORY:  # the next front end would not need less memory
                 raise
             except Exception as fault:  # tracers raise exceptions of any type
                 failures.append((front_end.name, one_line(fault), fault))

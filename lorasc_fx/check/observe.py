@@ -25,6 +25,7 @@ from lorasc_fx.check.process_state import ObserverMode, seed
 from lorasc_fx.check.projections import PROJECTIONS, backward_nodes, projected_gradients
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
+from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 from lorasc_fx.util.fingerprint import checksum
 from lorasc_fx.util.undo import Block, isolated
 
@@ -109,11 +110,11 @@ class Observed:
 def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
     """Call a function that may raise. Return its result and None, or None and the exception.
 
-    A MemoryError is raised, because what the caller would try next needs memory too.
+    OUT_OF_MEMORY is raised, because what the caller would try next needs memory too.
     """
     try:
         return call(*args, **kwargs), None
-    except MemoryError:
+    except OUT_OF_MEMORY:
         raise
     except Exception as fault:
         return None, fault

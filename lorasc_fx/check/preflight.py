@@ -36,6 +36,7 @@ from lorasc_fx.check.process_state import eager, quiet, seed
 from lorasc_fx.check.projections import projected
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.signature import copy_inputs
+from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 from lorasc_fx.util.undo import Block, isolated
 
 MAX_MODULE_ERROR = 1e-3
@@ -168,7 +169,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 seen = flipped  # the run with gradients
             mode = grad if depends else None
             return Preflight(seen, tuple(changing), draws, frozenset(assigned), tuple(written), mode)
-    except (MemoryError, CaptureError):
+    except (*OUT_OF_MEMORY, CaptureError):
         raise
     except Exception as fault:
         if not has_run:  # the first run has stopped early, and may have missed parameters that forward writes into
@@ -198,7 +199,7 @@ def check_agrees(
 
     try:
         computed = run(graph, preflight.seen.has_all_values, reference=preflight.seen)
-    except MemoryError:
+    except OUT_OF_MEMORY:
         raise
     except Exception as fault:
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault

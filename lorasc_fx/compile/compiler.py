@@ -45,6 +45,7 @@ from lorasc_fx.pictures import Picture, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
@@ -101,7 +102,7 @@ class Compiler:
             forget()
         try:
             return self._make(model, decided, args, kwargs, dynamic)
-        except (MemoryError, torch.OutOfMemoryError):
+        except OUT_OF_MEMORY:
             raise
         except LorascError as fault:
             # With sites in the plan, the graph does not fit a saved plan, and the error of the verifier says why.

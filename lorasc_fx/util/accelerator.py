@@ -10,6 +10,8 @@ import torch
 
 RNG = "rng/torch"
 """Key of the CPU generator in a table of generator states. The key of a device is like `rng/cuda/0`."""
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Exceptions for too little memory on the host and on a device. Callers that try something else must raise them."""
 
 
 def in_use() -> tuple[str, ModuleType] | None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
+from lorasc_fx.capture import forget
 from lorasc_fx.plan import Reason
 from lorasc_fx.util.finalizers import POSTPONED
 from tests.kit import tiny
@@ -385,3 +386,14 @@ def test_the_symbolic_graph_is_kept_if_the_fallback_fails() -> None:
     cascade = lx.adapt(build(Clock), (X,), spec=SPEC)
     assert cascade.frontend == "symbolic"
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_does_not_try_the_next_front_end(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*args: Any, **kwargs: Any) -> Any:
+        raise error("no more")
+
+    forget()
+    monkeypatch.setattr(torch.export, "export", export)
+    with pytest.raises(error, match="no more"):
+        lx.adapt(nn.Sequential(nn.Linear(2, 3)), (torch.randn(4, 2),), spec=lx.CascadeSpec(("linear",)))
