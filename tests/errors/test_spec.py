@@ -314,7 +314,6 @@ def test_there_and_back(spec: lx.CascadeSpec, tmp_path: Path) -> None:
 def test_the_first_of_ranks_is_the_rank() -> None:
     spec = lx.CascadeSpec(ranks=[6, 3])  # type: ignore[arg-type]
     assert (spec.rank, spec.ranks) == (6, (6, 3))
-    assert [spec.rank_at(stage) for stage in (1, 2, 3)] == [6, 3, 3]
     assert lx.CascadeSpec(rank=6, ranks=(6, 3)) == spec
 
 

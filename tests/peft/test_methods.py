@@ -151,10 +151,7 @@ def test_a_merge_in_bf16_is_rounded_once(method: str) -> None:
     assert share > ROUNDED_TWICE[method] if method in ROUNDED_TWICE else share < 0.002
 
 
-pytestmark = [
-    pytest.mark.skipif(is_missing("bitsandbytes") != "", reason="bitsandbytes is missing"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
-]
+NEEDS_BITSANDBYTES = pytest.mark.skipif(is_missing("bitsandbytes") != "", reason="bitsandbytes is missing")
 CASES = pytest.mark.parametrize("case", [name for name in LAYERS if name.startswith("bitsandbytes")])
 SPEC = lx.CascadeSpec(rank=4, lora_alpha=8.0, pace=1.0, targets=("up", "down"))
 
@@ -177,6 +174,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return loss.item()
 
 
+@NEEDS_BITSANDBYTES
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @CASES
 def test_losses_equal_qloras(case: str, tmp_path: Path) -> None:
     cascade = lx.adapt(net(case), (inputs(),), spec=SPEC)
@@ -195,6 +194,8 @@ def test_losses_equal_qloras(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(inputs()), cascade(inputs()), rtol=0, atol=1e-6)
 
 
+@NEEDS_BITSANDBYTES
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_loftq_starts_from_the_pair_of_peft(iterations: int, tmp_path: Path) -> None:
     """peft's loftq_init itself needs a GPU. Its second iteration quantizes another weight than the first one."""
