@@ -27,7 +27,9 @@ cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2), frontend="symb
 optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
 for stage in cascade.stages(2, optimizer):
     if {trains}:
-        train(cascade, optimizer, [x])
+        cascade(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 """
 
 
