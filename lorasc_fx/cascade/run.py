@@ -284,7 +284,8 @@ class Run(RunBase):
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and while the model is on the meta device unless `on_meta` allows it."""
-        if POSTPONED:
+        # Dynamo would guard on whether finalizers wait, and compile again when they have run.
+        if not torch.compiler.is_compiling() and POSTPONED:
             run_postponed()
         if self.released:
             raise StateError(

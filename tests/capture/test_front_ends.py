@@ -261,13 +261,15 @@ def test_a_compiled_cascade_works_in_another_mode() -> None:
 
 
 def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
-    """It is postponed while dynamo traces the call, and runs at the next call."""
+    """It is postponed while dynamo traces the call, and runs at the next call. The call does not compile again."""
     cascade, x, ran = lx.adapt(build(Net), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
     cascade.eval()(x)
     POSTPONED.append(lambda: ran.append(1))
-    computed = torch.compile(cascade, backend="eager", fullgraph=True)(x)
-    assert torch.equal(computed, cascade(x))
+    compiled = torch.compile(cascade, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), cascade(x))
     assert ran == [1]
+    compiled(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 X = batches(1, 2, 4, 5)[0]
