@@ -22,6 +22,7 @@ from torch.fx.graph_module import _method_from_src
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.branch.products import for_frozen
 from lorasc_fx.graph.branch_calls import branch_nodes
 from lorasc_fx.graph.copies import copy_graph
@@ -96,7 +97,8 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
         called: Any = module.get_submodule(target)
         if not is_branch:
             return _Call(called)
-        if "tensors" in node.kwargs:
+        # A class or a user may replace `forward`, which otherwise calls the method of the placement.
+        if "tensors" in node.kwargs or getattr(called.forward, "__func__", None) is not Branch.forward:
             return _Call(called.forward)
         options = dict(node.kwargs)
         method = called.placement(options.pop("at"))

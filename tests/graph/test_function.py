@@ -78,6 +78,15 @@ def test_a_replaced_parameter_is_used_in_the_next_call() -> None:
     assert torch.equal(cascade(x), before)
 
 
+def test_a_replaced_forward_of_a_branch_is_called() -> None:
+    (x,), model = batches(1, 4, 5), mlp()
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    branch = next(iter(cascade.branches.values()))
+    branch.forward = lambda *args, **kwargs: type(branch).forward(branch, *args, **kwargs) + 1.0  # type: ignore[method-assign]
+    module = cascade.graph_module
+    assert torch.equal(as_function(module)(x), module(x))
+
+
 def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
     cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
     randomize(cascade)
