@@ -21,6 +21,13 @@ _SMALL = 1 << 15
 """Maximum number of entries of input and output for which plain operations are faster than an autograd.Function."""
 
 
+def _can_merge(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `W + s B A` costs nothing but operations: no rounding in a narrow dtype, and no x kept for a frozen A."""
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, weight))
+    same_dtype = x.dtype == weight.dtype == a.dtype == b.dtype == compute_dtype(x)
+    return plain and same_dtype and a.requires_grad and x.dtype in (torch.float32, torch.float64)
+
+
 class MatrixOps:
     """The placements of a low-rank branch (docs/design.md, "Placements"), as functions of the branch.
 
@@ -59,6 +66,20 @@ class MatrixOps:
         """Return B A of one expert in the layout of its matrix, without the scale."""
         delta = branch.up[expert] @ branch.down[expert]
         return delta.transpose(-2, -1) if branch.transposed else delta
+
+    @staticmethod
+    def on_small_linear(
+        branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return `x W^T + bias + s B A x` [..., out] for x [..., in] and a small weight [out, in].
+
+        If gradients are enabled, merge the branch into the weight if possible: it takes fewer operations than `beside`.
+        """
+        if torch.is_grad_enabled() and not branch.drops and branch.unmerged_A is None:
+            a, b = branch.down, branch.up
+            if _can_merge(x, weight, a, b):
+                return F.linear(x, torch.addmm(weight, b, a, alpha=branch.scale), bias)
+        return MatrixOps.beside(branch, F.linear(x, weight, bias), x)
 
     @staticmethod
     def in_place(

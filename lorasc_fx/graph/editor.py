@@ -465,6 +465,12 @@ def regions_as_modules(
                 graph.erase_node(weight)
 
 
+def take_inputs(node: fx.Node, op: fx.Node, **options: Any) -> None:
+    """Give a node the inputs of an op whose output only this node reads, and these options. Erase the op."""
+    node.args, node.kwargs = op.args, options
+    op.graph.erase_node(op)
+
+
 def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:
     """Replace each node by a call of the function that `function_of` returns for it. None keeps the node."""
     functions = {node: function for node in graph.nodes if (function := function_of(node)) is not None}

@@ -5,6 +5,7 @@ A GraphModule resolves the path of each weight, flattens its arguments, and call
 
 - a weight is read from the `_parameters` dictionary of its module, so that a replaced Parameter is seen;
 - a branch is called by the method of its placement. The caller checks that no branch has hooks;
+- a small linear and the branch beside it are one call, which with gradients merges the branch into the weight;
 - products with large frozen weights are computed by `for_frozen`.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.fx.graph_module import _method_from_src
@@ -23,13 +25,18 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.products import for_frozen
 from lorasc_fx.graph.branch_calls import branch_nodes
 from lorasc_fx.graph.copies import copy_graph
-from lorasc_fx.graph.editor import call_directly
+from lorasc_fx.graph.editor import call_directly, take_inputs
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Names of the hook dictionaries of a module. `torch.nn` has global ones with the prefix `_global`."""
+LINEARS = (F.linear, torch.ops.aten.linear.default)
+"""Targets of linears that are fused with their branch if the weight has at most MAX_FUSED entries."""
+MAX_FUSED = 1 << 14
+"""Maximum entries of a weight to merge its branch into it. For larger weights, the dense gradient costs more."""
 MIN_ENTRIES = 1 << 16
 """Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
 
@@ -57,7 +64,8 @@ def as_function(module: fx.GraphModule, same_bits: bool = True) -> Callable[...,
         The function. It takes flattened arguments if `takes_leaves(module.graph)`.
     """
     graph, codegen = copy_graph(module.graph), module.graph._codegen
-    branches = {node.name for node in branch_nodes(module)}
+    branches = {node.name: branch for node, branch in branch_nodes(module).items()}
+    _fuse_small_linears(module, graph, branches)
     call_directly(graph, lambda node: _target(module, node, node.name in branches, same_bits))
     graph.set_codegen(CodeGen())
     code = graph.python_code("self")
@@ -97,8 +105,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
         called: Any = module.get_submodule(target)
         if not is_branch:
             return _Call(called)
-        # A class or a user may replace `forward`, which otherwise calls the method of the placement.
-        if "tensors" in node.kwargs or getattr(called.forward, "__func__", None) is not Branch.forward:
+        if "tensors" in node.kwargs or not _keeps_forward(called):
             return _Call(called.forward)
         options = dict(node.kwargs)
         method = called.placement(options.pop("at"))
@@ -109,6 +116,24 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
     if (frozen := for_frozen(target, same_bits)) is not None and not node.kwargs and _reads_large_matrix(module, node):
         return _Call(frozen)
     return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # skips OpOverload.__call__
+
+
+def _fuse_small_linears(module: fx.GraphModule, graph: fx.Graph, branches: dict[str, Branch]) -> None:
+    """Replace each small linear and its branch, the only reader of its output, by one call."""
+    for node in list(graph.nodes):
+        branch = branches.get(node.name)
+        if not isinstance(branch, LowRankBranch) or node.kwargs != {"at": "beside"} or not _keeps_forward(branch):
+            continue
+        base, x = node.args
+        if base.target in LINEARS and not base.kwargs and base.args[0] is x and list(base.users) == [node]:
+            weight = base.args[1]
+            if weight.op == "get_attr" and getattr(*_holder_of(module, weight.target)).numel() <= MAX_FUSED:
+                take_inputs(node, base, at="on_small_linear")
+
+
+def _keeps_forward(branch: Branch) -> bool:
+    """Whether no class and no user replaced `forward`, which otherwise calls the method of the placement."""
+    return getattr(branch.forward, "__func__", None) is Branch.forward
 
 
 def _read(attributes: dict[str, Any], store: str, leaf: str) -> Any:

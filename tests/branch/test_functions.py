@@ -277,13 +277,13 @@ def test_checkpointing_draws_the_same_mask_again() -> None:
 def test_tensors_saved_for_backward(placement: str, dropout: float) -> None:
     """For a linear layer: x, and A x if forward computes it, but no mask and no merged weight."""
     torch.manual_seed(0)
-    model, x = nn.Linear(96, 80), torch.randn(64, 96)
+    model, x = nn.Linear(196, 180), torch.randn(64, 196)
     if dropout and placement == "merged":
         pytest.skip("a spec that asks for both is refused")
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, placement=placement, dropout=dropout)).train()
     own = {parameter.data_ptr() for parameter in cascade.parameters()}
     found = [size for address, size in saved_storages(lambda: cascade(x)).items() if address not in own]
-    assert sum(found) == 4 * (64 * 96 + (64 * 4 if placement == "beside" else 0))
+    assert sum(found) == 4 * (64 * 196 + (64 * 4 if placement == "beside" else 0))
 
 
 # --- other people's machinery ----------------------------------------------------------------------------------------

@@ -87,6 +87,21 @@ def test_a_replaced_forward_of_a_branch_is_called() -> None:
     assert torch.equal(as_function(module)(x), module(x))
 
 
+def test_a_branch_is_merged_into_a_small_linear_if_gradients_are_enabled() -> None:
+    (x,), model = batches(1, 4, 5), mlp()
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    randomize(cascade)
+    module = cascade.graph_module
+    function, factors = as_function(module), list(cascade.branches.parameters())
+    expected, actual = module(x), function(x)
+    assert not torch.equal(actual, expected)  # the merged weight is rounded
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
+    gradients = [torch.autograd.grad(output.square().sum(), factors) for output in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
+    with torch.no_grad():
+        assert torch.equal(function(x), module(x))
+
+
 def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
     cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
     randomize(cascade)
@@ -97,7 +112,7 @@ def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
     for register in (branch.register_forward_hook, nn.modules.module.register_module_forward_hook):
         called.clear()
         handle = register(lambda module, args, output: called.append(module))
-        assert torch.equal(cascade(x), before)
+        torch.testing.assert_close(cascade(x), before, rtol=0, atol=1e-14)
         assert branch in called
         handle.remove()
     called.clear()

@@ -478,7 +478,8 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
     optimizer.step()
     optimizer.zero_grad()
     state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 3})
-    wanted = cascade(x)
+    with torch.no_grad():  # with gradients, branches that have no hooks are merged into small weights
+        wanted = cascade(x)
     folders = {name: str(tmp_path / name) for name in ("good", "damaged", "other", "empty")}
     changed = {**state, LORA_B: state[LORA_B] + 1}
     written = {"good": state, "damaged": changed, "other": {"weight": torch.ones(2)}}
@@ -494,7 +495,8 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
     loaded = dcp.load(HuggingFaceStorageReader(folders["good"]), base(), (x,))
     resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
     assert loaded.resume(resumed) == {"steps": 3}
-    torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=0)
     apart = dcp.state_dict(loaded, optimizer=resumed)  # of one process, without the generators of each rank
     assert state.keys() - apart.keys() == {"reference/0"}
     assert not any(isinstance(value, DTensor) for value in apart.values())
