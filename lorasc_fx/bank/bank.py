@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -292,6 +292,18 @@ class AdapterBank:
         """
         stop_serving(self._parameters, self)
         return self.model
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies and pickles.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(
+            "bank: a bank cannot be copied or pickled, because its graphs belong to this model. Build another bank for "
+            "a copy of the model, from the same adapters",
+            code="not-serializable",
+        )
 
     def __repr__(self) -> str:
         """Return a summary: the model, the number of sites, the rank and the names of adapters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +398,14 @@ def test_a_model_in_a_bank_cannot_be_adapted(tmp_path: Path) -> None:
         lx.adapt(bank.model, args=(X,))
     del other  # without `release`
     lx.adapt(bank.model, args=(X,)).release()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_bank_cannot_be_copied(copied: Callable[[lx.AdapterBank], object]) -> None:
+    bank = bank_of("a")
+    with raises(lx.StateError, "not-serializable", "Build another bank"):
+        copied(bank)
+    bank(X, adapter="a")
 
 
 @pytest.mark.parametrize("write", ["load_state_dict", "data"])
