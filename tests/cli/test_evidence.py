@@ -111,7 +111,9 @@ def test_methods_that_train_alike_share_a_run() -> None:
 
 
 @pytest.mark.slow
-def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_go_on_after_a_stop_and_repeat_their_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "results.jsonl"
     lines = runner.Lines(path, TINY)
     grid = list(runner.cells_of(TINY, lines))
@@ -142,9 +144,13 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
         if again.found[other] is not entry:
             del again.found[other]
     assert runner.check(TINY, again) == 1
+    monkeypatch.setitem(runner.LANGUAGE_TASKS, "teacher-4", runner.TASKS["teacher-4"])
+    for key, value in (("cell", {**entry["cell"], "version": 6}), ("processor", "another")):
+        with monkeypatch.context() as patch:
+            patch.setitem(entry, key, value)
+            assert runner.check(TINY, again) == 0  # losses to a tolerance there, but accuracies to the bit
+        assert "rounded otherwise" in capsys.readouterr().out
     entry["processor"] = "another"
-    assert runner.check(TINY, again) == 0  # losses to a tolerance there, but accuracies to the bit
-    assert "another processor" in capsys.readouterr().out
     entry["result"]["test"]["accuracy"] += 1e-9
     assert runner.check(TINY, again) == 1
 
