@@ -48,11 +48,12 @@ def lora(steps: int, adapter: str = "lora", **options: Any) -> Recipe:
 
     Evidence (docs/evidence.md): this is the baseline of the other recipes. It is better than them by about 2 points on
     images, and by up to 1 point on sentiment. Under distribution shift it is 3.2 and 2.6 points better than
-    `long_training`, averaged over tasks.
+    `long_training`, averaged over tasks. On a language model (six tasks, 200 examples, 40 steps) adapter="shira" gains
+    +2.80 [0.70, 5.20] over it; both forget much at the rates of the lowest validation loss.
 
     Args:
         steps: optimizer steps of the training.
-        adapter: adapter method (docs/method.md). Only `lora` was measured.
+        adapter: adapter method (docs/method.md). `lora` and `shira` were measured with 10 seeds, others with fewer.
         options: other fields of CascadeSpec.
 
     Raises:
@@ -93,12 +94,14 @@ def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: An
     10 seeds, after 60 and after 300 steps. R8 +2.3 and +1.2, 20 Newsgroups +3.7 and +2.8, authors of tweets -0.1 and
     +3.0, Rotten Tomatoes -0.3 and -0.5, IMDB -1.2 and -0.4, characters of tales +0.2 and +0.1, MNIST -2.4 and -2.1,
     digits -1.8 and -2.6, a synthetic teacher of rank 4 +0.6 and +1.5. The mean over these nine tasks is
-    +0.13 [-0.43, 0.61] and +0.22 [-0.04, 0.47], which does not decide the sign.
+    +0.13 [-0.43, 0.61] and +0.22 [-0.04, 0.47], which does not decide the sign. On a language model (six tasks, 200
+    examples, 40 steps) it is -1.80 [-3.93, 0.03], and +2.97 [1.00, 5.50] with adapter="shira". The loss on general text
+    rises by 0.02 to 0.22 and by 0.06 to 0.25 there, and by 0.17 to 6.17 with LoRA.
 
     Args:
         steps: optimizer steps of the training.
         stages: number of stages. Each has `steps / stages` steps.
-        adapter: adapter method (docs/method.md). Only `lora` was measured.
+        adapter: adapter method (docs/method.md). `lora` and `shira` were measured with 10 seeds, others with fewer.
         options: other fields of CascadeSpec.
 
     Raises:
