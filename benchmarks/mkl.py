@@ -21,7 +21,8 @@ from .rivals import make_all
 
 SOURCE = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 PAIRS = (("ours", "frozen"), ("peft", "frozen"), ("ours", "peft"))
-PRELOADED = "LD_PRELOAD"
+PRELOADED = "preloaded"
+"""Argument of the process in which the library is preloaded."""
 
 
 def table(rounds: int, threads: int) -> None:
@@ -40,7 +41,7 @@ def table(rounds: int, threads: int) -> None:
 
 def main() -> None:
     """Compile and preload the library, and print the table in a process of its own."""
-    if PRELOADED in os.environ:
+    if PRELOADED in sys.argv[1:]:
         with mock.patch.object(products, "onednn_is_faster", return_value=False):
             table(rounds=5, threads=2)
         return
@@ -48,8 +49,9 @@ def main() -> None:
         library = Path(folder) / "library.so"
         compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(compiler, input=SOURCE, text=True, check=True)
-        environment = {**os.environ, PRELOADED: str(library), "HF_HUB_OFFLINE": "1"}
-        subprocess.run([sys.executable, "-m", "benchmarks.mkl"], env=environment, check=True)
+        preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
+        environment = {**os.environ, "LD_PRELOAD": preload, "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-m", "benchmarks.mkl", PRELOADED], env=environment, check=True)
 
 
 if __name__ == "__main__":
