@@ -102,6 +102,15 @@ def test_a_branch_is_merged_into_a_small_linear_if_gradients_are_enabled() -> No
         assert torch.equal(function(x), module(x))
 
 
+def test_no_branch_is_merged_under_autocast() -> None:
+    (x,), model = batches(1, 4, 5), mlp().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        cascade = lx.adapt(model, (x.float(),), spec=lx.CascadeSpec(rank=2))
+        randomize(cascade)
+        module = cascade.graph_module
+        assert torch.equal(as_function(module)(x.float()), module(x.float()))  # bf16 would round W + s B A
+
+
 def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
     cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
     randomize(cascade)
