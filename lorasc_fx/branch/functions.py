@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from lorasc_fx.branch.low_rank import (
     ConvGeometry,
+    add_up,
     allows_custom_backward,
     apply,
     chunked,
@@ -102,6 +103,61 @@ class Beside(torch.autograd.Function):
             dx = up(None, back, a, ctx.scale).view(ctx.shape)
             dx = dx if ctx.seed is None else dx.mul_(dropout_mask(dx, ctx.p, ctx.seed))
         return gradient, dx, da, db, *no_gradients
+
+
+class FrozenBeside(torch.autograd.Function):
+    """`op(x, weight, bias) + scale * x A^T B^T` for a frozen weight and bias.
+
+    It reads and writes less memory than the op and `Beside`: the term of the branch is added to the output in place,
+    and to the gradient of x too. The arguments are those of `MergedProduct`, all tensors of the same dtype.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        op: str,
+    ) -> torch.Tensor:
+        """Return the sum [..., out]."""
+        ctx.scale, ctx.op, ctx.shape = scale, op, x.shape
+        low = down(a, chunked(x.reshape(-1, x.shape[-1])))
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, a, b, low)
+        output = product(op, x, weight, bias)
+        add_up(chunked(output.view(-1, output.shape[-1])), low, b.t().contiguous(), scale)
+        return detached(output)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        """Return the gradients of x, lora_A and lora_B."""
+        x, weight, a, b, low = ctx.saved_tensors
+        matrix = weight if ctx.op == "linear" else weight.t()
+        if torch.is_grad_enabled():  # create_graph=True
+
+            def term(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+                return F.linear(x, matrix) + F.linear(F.linear(x, a), b).mul(ctx.scale)
+
+            dx, da, db = differentiable_gradients(term, gradient, x, a, b)
+            return dx, None, None, da, db, None, None
+        grad_rows = gradient.reshape(-1, gradient.shape[-1])
+        grad_chunks = chunked(grad_rows)
+        back = down(b.t().contiguous(), grad_chunks)
+        dx = da = db = None
+        if ctx.needs_input_grad[4]:
+            db = factor_gradient(low, grad_chunks, ctx.scale).t()
+        if ctx.needs_input_grad[3]:
+            da = factor_gradient(back, chunked(x.reshape(-1, x.shape[-1])), ctx.scale)
+        if ctx.needs_input_grad[0]:
+            dx = product("mm", grad_rows, matrix, None)
+            add_up(chunked(dx), back, a, ctx.scale)
+            dx = dx.view(ctx.shape)
+        return dx, None, None, da, db, None, None
 
 
 def differentiable_gradients(
@@ -245,17 +301,26 @@ class _SharedDown(torch.autograd.Function):
 
 
 class SharedUp(torch.autograd.Function):
-    """`base + scale * low B^T` for base [..., out], low = A x [..., rank], lora_B [out, rank], in one dtype."""
+    """`base + scale * low B^T` for base [..., out], low = A x [..., rank], lora_B [out, rank], in one dtype.
+
+    If `writes` is true, the term is added to `base` in place.
+    """
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, writes: bool
+    ) -> torch.Tensor:
         """Return the sum [..., out]."""
         ctx.scale = scale
         ctx.save_for_backward(low, b)
         rows, low_rows = base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
-        term = up(chunked(rows), chunked(low_rows).transpose(1, 2), b.t().contiguous(), scale)
-        return detached(term.view(base.shape))
+        term = chunked(low_rows).transpose(1, 2), b.t().contiguous(), scale
+        if writes:
+            ctx.mark_dirty(base)
+            add_up(chunked(rows), *term)
+            return base
+        return detached(up(chunked(rows), *term).view(base.shape))
 
     @staticmethod
     @without_autocast
@@ -269,7 +334,7 @@ class SharedUp(torch.autograd.Function):
             back = (down(b.t().contiguous(), grad_chunks).transpose(1, 2) * ctx.scale).reshape(low.shape)
         if ctx.needs_input_grad[2]:
             db = factor_gradient(chunked(low_rows).transpose(1, 2), grad_chunks, ctx.scale).t()
-        return gradient, back, db, None
+        return gradient, back, db, None, None
 
 
 class DenseGradient(torch.autograd.Function):
@@ -320,7 +385,7 @@ class BesideConv(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the sum [batch, out, *space]."""
         ctx.geometry, ctx.scale, ctx.p, ctx.seed = geometry, scale, p, seed
-        low = conv_down(a, drop(x, p, seed), geometry)
+        low = conv_down(a, *geometry.dense(drop(x, p, seed), a.shape[2:]))
         saves_x = ctx.needs_input_grad[2]
         # The gradient of x needs the shape and memory format of x, but not its values.
         ctx.like = None if saves_x else torch.empty_like(x, device="meta")
@@ -345,10 +410,12 @@ class BesideConv(torch.autograd.Function):
         back = low_rank_product(b.t().contiguous(), gradient)
         if ctx.needs_input_grad[1]:
             image = torch.empty_like(ctx.like, device=gradient.device) if x is None else x
-            dx = conv_input_gradient(back, image, a, ctx.geometry, ctx.scale)
+            used, geometry = ctx.geometry.dense(image, a.shape[2:])
+            dx = ctx.geometry.spread(conv_input_gradient(back, used, a, geometry, ctx.scale), image)
             dx = dx if ctx.seed is None else dx.mul_(dropout_mask(dx, ctx.p, ctx.seed))
         if ctx.needs_input_grad[2]:
-            da = conv_kernel_gradient(back, drop(x, ctx.p, ctx.seed), a, ctx.geometry, ctx.scale)
+            used, geometry = ctx.geometry.dense(drop(x, ctx.p, ctx.seed), a.shape[2:])
+            da = conv_kernel_gradient(back, used, a, geometry, ctx.scale)
         if ctx.needs_input_grad[3]:
             db = conv_factor_gradient(low, gradient, ctx.scale).t()
         return gradient, dx, da, db, *no_gradients
@@ -378,14 +445,15 @@ class MergedConv(torch.autograd.Function):
         """Return the convolution with the merged kernel."""
         ctx.geometry, ctx.scale = geometry, scale
         ctx.save_for_backward(x, weight, a, b)
-        return geometry.conv(x, merged_kernel(weight, a, b, scale, x.dtype), bias)
+        image, dense = geometry.dense(x, weight.shape[2:])
+        return dense.conv(image, merged_kernel(weight, a, b, scale, x.dtype), bias)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         """Return the gradients of all tensors. None for a weight or bias that does not need one."""
         x, weight, a, b = ctx.saved_tensors
-        geometry, needs = ctx.geometry, ctx.needs_input_grad
+        (image, geometry), needs = ctx.geometry.dense(x, weight.shape[2:]), ctx.needs_input_grad
         projects = geometry.groups > 1 or needs[1]
         merged = merged_kernel(weight, a, b, ctx.scale, x.dtype)
         da = db = None
@@ -393,10 +461,11 @@ class MergedConv(torch.autograd.Function):
             kernel, columns = a.to(x.dtype), b.to(x.dtype)
             back = low_rank_product(columns.t().contiguous(), gradient)
             if needs[4]:
-                db = conv_factor_gradient(conv_down(kernel, x, geometry), gradient, ctx.scale).t().to(b.dtype)
+                db = conv_factor_gradient(conv_down(kernel, image, geometry), gradient, ctx.scale).t().to(b.dtype)
             if needs[3]:
-                da = conv_kernel_gradient(back, x, kernel, geometry, ctx.scale).to(a.dtype)
-        dx, dw, dbias = geometry.gradients(gradient, x, merged, (needs[0], projects, needs[2]))
+                da = conv_kernel_gradient(back, image, kernel, geometry, ctx.scale).to(a.dtype)
+        dx, dw, dbias = geometry.gradients(gradient, image, merged, (needs[0], projects, needs[2]))
+        dx = dx if dx is None else ctx.geometry.spread(dx, x)
         if projects:
             assert dw is not None
             dense_gradient = dw.flatten(1).to(a.dtype) * ctx.scale

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.functions import Beside, DenseGradient, MergedProduct, SharedUp
+from lorasc_fx.branch.functions import Beside, DenseGradient, FrozenBeside, MergedProduct, SharedUp
 from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, plus
-from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped
+from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped, frozen_product
 
 if TYPE_CHECKING:
     from lorasc_fx.branch.lora import LowRankBranch
 
 _ALIGNED = 8
 """torch's grouped matmul needs strides that are multiples of 16 bytes: 8 entries of 2 bytes."""
+
+_MAX_MERGED = 1 << 14
+"""Maximum entries of a weight to merge its branch into it. For larger weights, the dense gradient costs more."""
 
 _SMALL = 1 << 15
 """Maximum number of entries of input and output for which plain operations are faster than an autograd.Function."""
@@ -26,6 +29,14 @@ def _can_merge(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.
     plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, weight))
     same_dtype = x.dtype == weight.dtype == a.dtype == b.dtype == compute_dtype(x)
     return plain and same_dtype and a.requires_grad and x.dtype in (torch.float32, torch.float64)
+
+
+def _fusable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether FrozenBeside computes the op and its branch: large tensors, a frozen weight and bias, and no autocast."""
+    if not (x.numel() > _SMALL and x.dim() > 1 and x.dtype == weight.dtype == compute_dtype(x)):
+        return False
+    trained = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
+    return not trained and allows_custom_backward(x, weight)
 
 
 class MatrixOps:
@@ -68,18 +79,35 @@ class MatrixOps:
         return delta.transpose(-2, -1) if branch.transposed else delta
 
     @staticmethod
-    def on_small_linear(
-        branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    def fused(
+        branch: LowRankBranch,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        low: torch.Tensor | None = None,
+        *,
+        op: str,
     ) -> torch.Tensor:
-        """Return `x W^T + bias + s B A x` [..., out] for x [..., in] and a small weight [out, in].
+        """Return `op(x, W, bias) + s B A x` [..., out] for x [..., in], with fewer reads and writes than two calls.
 
-        If gradients are enabled, merge the branch into the weight if possible: it takes fewer operations than `beside`.
+        Args:
+            branch: the branch.
+            x, weight, bias: arguments of the op.
+            low: A x [..., rank] from a shared product, or None.
+            op: key of PRODUCTS.
         """
         if torch.is_grad_enabled() and not branch.drops and branch.unmerged_A is None:
             a, b = branch.down, branch.up
-            if _can_merge(x, weight, a, b):
-                return F.linear(x, torch.addmm(weight, b, a, alpha=branch.scale), bias)
-        return MatrixOps.beside(branch, F.linear(x, weight, bias), x)
+            if low is None and weight.numel() <= _MAX_MERGED and _can_merge(x, weight, a, b):
+                factors = (b, a) if op == "linear" else (a.t(), b.t())
+                return PRODUCTS[op](x, torch.addmm(weight, *factors, alpha=branch.scale), bias)
+            if _fusable(x, weight, bias):
+                if low is None:
+                    return apply(FrozenBeside, x, weight, bias, a.to(x.dtype), b.to(x.dtype), branch.scale, op)
+                base = frozen_product(op, x, weight, bias)
+                return apply(SharedUp, base, low.to(base.dtype), b.to(base.dtype), branch.scale, True)
+        base = frozen_product(op, x, weight, bias)
+        return MatrixOps.beside(branch, base, x) if low is None else MatrixOps.after_shared(branch, base, low)
 
     @staticmethod
     def in_place(
@@ -112,7 +140,7 @@ class MatrixOps:
     def after_shared(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Return `base + s B low` for base [..., out] and low = A x [..., rank] from a shared product."""
         if allows_custom_backward(base, low):
-            return apply(SharedUp, base, low.to(base.dtype), branch.up.to(base.dtype), branch.scale)
+            return apply(SharedUp, base, low.to(base.dtype), branch.up.to(base.dtype), branch.scale, False)
         return MatrixOps._added(branch, base, low)
 
     @staticmethod

@@ -114,6 +114,11 @@ def up(rows: torch.Tensor | None, low: torch.Tensor, factor: torch.Tensor, scale
     return torch.baddbmm(rows, low.transpose(1, 2), factor, alpha=scale)
 
 
+def add_up(rows: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, scale: float) -> None:
+    """Add `scale * low^T @ factor` to rows in place, see `up`."""
+    rows.baddbmm_(low.transpose(1, 2), factor.expand(low.shape[0], -1, -1), alpha=scale)
+
+
 def factor_gradient(low: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Return `scale * low @ rows` summed over all tokens, [rank, features]."""
     product = torch.bmm(low, rows)
@@ -136,6 +141,28 @@ class ConvGeometry:
     def is_product(self, kernel: Sequence[int]) -> bool:
         """Whether the convolution is one matrix product per pixel: kernel 1x1, stride 1, no padding, no groups."""
         return all(size == 1 for size in (*kernel, *self.stride)) and not any(self.padding) and self.groups == 1
+
+    def dense(self, x: torch.Tensor, kernel: Sequence[int]) -> tuple[torch.Tensor, ConvGeometry]:
+        """Return an input and a geometry with the same result. If a 1x1 kernel skips pixels, omit them from the input.
+
+        The gradient of the smaller input and `spread` together cost half of torch's gradient of x.
+        """
+        steps = ConvGeometry((1,) * len(self.stride), self.padding, self.dilation, self.groups)
+        if self.stride == steps.stride or not steps.is_product(kernel):
+            return x, self
+        return x[self._pixels()].clone(), steps
+
+    def spread(self, pixels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x, given the gradient of the input that `dense` returned for x."""
+        if pixels.shape == x.shape:
+            return pixels
+        image = torch.zeros_like(x)
+        image[self._pixels()] = pixels
+        return image
+
+    def _pixels(self) -> tuple[Any, ...]:
+        """Return the index of the pixels [batch, channels, *space] that a 1x1 kernel reads."""
+        return (..., *(slice(None, None, step) for step in self.stride))
 
     def conv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return the convolution of x with a weight."""

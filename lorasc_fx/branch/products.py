@@ -131,6 +131,15 @@ def _frozen(
     return apply(_FrozenProduct, x, weight, bias, op)
 
 
+def frozen_product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `op(x, weight, bias)` for a weight and bias that are usually frozen, see `for_frozen`."""
+    return (_frozen if onednn_is_faster() else _plain)(op, x, weight, bias)
+
+
+def _plain(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return PRODUCTS[op](x, weight, bias)
+
+
 class FrozenGrouped(torch.autograd.Function):
     """Identity on `base`, the grouped product of x and a frozen weight, with a backward for x only.
 

@@ -465,9 +465,9 @@ def regions_as_modules(
                 graph.erase_node(weight)
 
 
-def take_inputs(node: fx.Node, op: fx.Node, **options: Any) -> None:
-    """Give a node the inputs of an op whose output only this node reads, and these options. Erase the op."""
-    node.args, node.kwargs = op.args, options
+def take_inputs(node: fx.Node, op: fx.Node, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Give a node other arguments instead of the output of an op, which only this node reads. Erase the op."""
+    node.args, node.kwargs = args, options
     op.graph.erase_node(op)
 
 

@@ -5,7 +5,7 @@ A GraphModule resolves the path of each weight, flattens its arguments, and call
 
 - a weight is read from the `_parameters` dictionary of its module, so that a replaced Parameter is seen;
 - a branch is called by the method of its placement. The caller checks that no branch has hooks;
-- a small linear and the branch beside it are one call, which with gradients merges the branch into the weight;
+- a linear and the branch beside it are one call, which with gradients reads and writes less memory;
 - products with large frozen weights are computed by `for_frozen`.
 """
 
@@ -33,10 +33,13 @@ from lorasc_fx.graph.editor import call_directly, take_inputs
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Names of the hook dictionaries of a module. `torch.nn` has global ones with the prefix `_global`."""
-LINEARS = (F.linear, torch.ops.aten.linear.default)
-"""Targets of linears that are fused with their branch if the weight has at most MAX_FUSED entries."""
-MAX_FUSED = 1 << 14
-"""Maximum entries of a weight to merge its branch into it. For larger weights, the dense gradient costs more."""
+LINEARS: dict[Any, tuple[str, tuple[int, ...]]] = {
+    F.linear: ("linear", (0, 1, 2)),
+    torch.ops.aten.linear.default: ("linear", (0, 1, 2)),
+    torch.ops.aten.addmm.default: ("addmm", (1, 2, 0)),
+    torch.ops.aten.mm.default: ("mm", (0, 1, 2)),
+}
+"""Targets that are fused with their branch: name of the op, and positions of x, weight and bias in its arguments."""
 MIN_ENTRIES = 1 << 16
 """Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
 
@@ -65,7 +68,7 @@ def as_function(module: fx.GraphModule, same_bits: bool = True) -> Callable[...,
     """
     graph, codegen = copy_graph(module.graph), module.graph._codegen
     branches = {node.name: branch for node, branch in branch_nodes(module).items()}
-    _fuse_small_linears(module, graph, branches)
+    _fuse_linears(graph, branches)
     call_directly(graph, lambda node: _target(module, node, node.name in branches, same_bits))
     graph.set_codegen(CodeGen())
     code = graph.python_code("self")
@@ -118,17 +121,22 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
     return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # skips OpOverload.__call__
 
 
-def _fuse_small_linears(module: fx.GraphModule, graph: fx.Graph, branches: dict[str, Branch]) -> None:
-    """Replace each small linear and its branch, the only reader of its output, by one call."""
+def _fuse_linears(graph: fx.Graph, branches: dict[str, Branch]) -> None:
+    """Replace each linear and its branch, the only reader of its output, by one call."""
     for node in list(graph.nodes):
         branch = branches.get(node.name)
-        if not isinstance(branch, LowRankBranch) or node.kwargs != {"at": "beside"} or not _keeps_forward(branch):
+        if not isinstance(branch, LowRankBranch) or not _keeps_forward(branch):
             continue
-        base, x = node.args
-        if base.target in LINEARS and not base.kwargs and base.args[0] is x and list(base.users) == [node]:
-            weight = base.args[1]
-            if weight.op == "get_attr" and getattr(*_holder_of(module, weight.target)).numel() <= MAX_FUSED:
-                take_inputs(node, base, at="on_small_linear")
+        shared = node.kwargs == {"at": "after_shared"}
+        if not shared and node.kwargs != {"at": "beside"}:
+            continue
+        base, given = node.args  # given: the input of the op, or a shared product with it
+        if base.target not in LINEARS or base.kwargs or list(base.users) != [node]:
+            continue
+        op, positions = LINEARS[base.target]
+        x, weight, bias = (base.args[index] if index < len(base.args) else None for index in positions)
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and (shared or given is x):
+            take_inputs(node, base, (x, weight, bias, given if shared else None), {"at": "fused", "op": op})
 
 
 def _keeps_forward(branch: Branch) -> bool:

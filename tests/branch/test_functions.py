@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from lorasc_fx.branch.conv import ConvCall
-from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct, SharedUp, shared_down
+from lorasc_fx.branch.functions import (
+    Beside,
+    BesideConv,
+    FrozenBeside,
+    MergedConv,
+    MergedProduct,
+    SharedUp,
+    shared_down,
+)
 from lorasc_fx.branch.low_rank import ConvGeometry
 from tests.kit.compare import saved_storages
 from tests.kit.models import loss_of, randomize
@@ -89,6 +97,25 @@ def test_merged_with_a_product(op: str, rows: tuple[int, ...]) -> None:
         assert gradgradcheck(ours, inputs)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("op", ["linear", "addmm", "mm"])
+@pytest.mark.parametrize("rows", [(2,), (256,), (131,)], ids=str)
+def test_with_a_frozen_product(op: str, rows: tuple[int, ...]) -> None:
+    x, (a, b) = numbers(*rows, 6, grad=True), factors()
+    w, bias = numbers(5, 6), None if op == "mm" else numbers(5)
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return FrozenBeside.apply(x, w if op == "linear" else w.t().contiguous(), bias, a, b, SCALE, op)
+
+    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, w + SCALE * b @ a, bias)
+
+    same(ours, plain, x, a, b)
+    if x.numel() < 200:
+        assert gradcheck(ours, (x, a, b))
+        assert gradgradcheck(ours, (x, a, b))
+
+
 def test_a_merged_weight_that_requires_grad_gets_a_gradient() -> None:
     x, w, (a, b) = numbers(3, 6, grad=True), numbers(5, 6, grad=True), factors()
     same(
@@ -118,11 +145,12 @@ def test_one_input_for_several_branches(rows: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [(2, 5), (2, 64)], ids=str)
-def test_after_a_shared_product(rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("writes", [False, True], ids=["new tensor", "in place"])
+def test_after_a_shared_product(writes: bool, rows: tuple[int, ...]) -> None:
     base, low, b = numbers(*rows, 5, grad=True), numbers(*rows, 2, grad=True), numbers(5, 2, grad=True)
 
     def ours(base: Tensor, low: Tensor, b: Tensor) -> Tensor:
-        return SharedUp.apply(base * 1, low, b, SCALE)
+        return SharedUp.apply(base * 1, low, b, SCALE, writes)
 
     same(ours, lambda base, low, b: base + SCALE * low @ b.t(), base, low, b)
     if base.numel() < 200:

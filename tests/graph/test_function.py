@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from lorasc_fx.graph.function import as_function
@@ -102,6 +103,42 @@ def test_a_branch_is_merged_into_a_small_linear_if_gradients_are_enabled() -> No
         assert torch.equal(function(x), module(x))
 
 
+class Widened(nn.Module):
+    """Two linears with the same input, and a product whose weight is stored as [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(128, 256, bias=False), nn.Linear(128, 256), Conv1D(128, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo"])
+def test_a_large_linear_and_its_branch_are_one_call(frontend: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 200, 128, dtype=torch.float64)
+    spec = lx.CascadeSpec(rank=2, placement="beside")
+    cascade = lx.adapt(Widened().double(), (x,), spec=spec, frontend=frontend)  # type: ignore[arg-type]
+    randomize(cascade)
+    module = cascade.graph_module
+    function, factors = as_function(module), list(cascade.branches.parameters())
+    results = []
+    for call in (function, module):
+        inputs = x.clone().requires_grad_()
+        with torch.profiler.profile() as profile:
+            output = call(inputs)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        copies, writes = (0, 3) if call is function else (3, 0)  # ops that add a branch to the output of a linear
+        assert counts.get("aten::baddbmm", 0) == copies
+        assert counts.get("aten::baddbmm_", 0) == writes
+        results.append((output, *torch.autograd.grad(output.square().sum(), [inputs, *factors])))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        assert torch.equal(function(x), module(x))
+
+
 def test_no_branch_is_merged_under_autocast() -> None:
     (x,), model = batches(1, 4, 5), mlp().float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -130,20 +167,18 @@ def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
     assert called == [branch]
 
 
-ENOUGH = 512  # a product of 512 x 512 with 512 rows has 2^27 multiply-adds
-
-
 @pytest.mark.parametrize(
     ("model", "shape", "dtype", "placement"),
     [
-        (nn.Linear(512, 512), (ENOUGH, 512), torch.float32, "merged"),  # 2 * 512 * 512 entries over 512 * 512: 2.0
-        (nn.Linear(512, 512), (2, ENOUGH, 512), torch.float64, "merged"),
-        (nn.Linear(512, 512), (380, 512), torch.float32, "beside"),  # 1.48
-        (nn.Linear(512, 512), (390, 512), torch.float32, "merged"),  # 1.52
-        (nn.Linear(512, 512), (ENOUGH, 512), torch.bfloat16, "beside"),  # W + s B A would be rounded
-        (nn.Linear(64, 64), (ENOUGH, 64), torch.float32, "beside"),  # 2^21 multiply-adds
+        (nn.Linear(256, 256), (1024, 256), torch.float32, "merged"),  # 2 * 1024 * 256 entries over 256 * 256: 8.0
+        (nn.Linear(256, 256), (2, 512, 256), torch.float64, "merged"),
+        (nn.Linear(512, 512), (1020, 512), torch.float32, "beside"),  # 3.98
+        (nn.Linear(512, 512), (1030, 512), torch.float32, "merged"),  # 4.02
+        (nn.Linear(256, 256), (1024, 256), torch.bfloat16, "beside"),  # W + s B A would be rounded
+        (nn.Linear(64, 64), (512, 64), torch.float32, "beside"),  # 2^21 multiply-adds
         (nn.Conv2d(32, 64, 3, padding=1), (4, 32, 32, 32), torch.float32, "merged"),
-        (nn.Conv2d(512, 512, 3, padding=1), (2, 512, 4, 4), torch.float32, "beside"),  # 0.01
+        (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 28, 28), torch.float32, "beside"),  # 1.36
+        (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 32, 32), torch.float32, "merged"),  # 1.78
     ],
 )
 def test_placement_by_shape(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, placement: str) -> None:
@@ -153,5 +188,5 @@ def test_placement_by_shape(model: nn.Module, shape: tuple[int, ...], dtype: tor
 
 def test_under_autocast_the_placement_is_beside() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        cascade = lx.adapt(nn.Sequential(nn.Linear(512, 512)), (torch.randn(ENOUGH, 512),), spec=lx.CascadeSpec(rank=2))
+        cascade = lx.adapt(nn.Sequential(nn.Linear(256, 256)), (torch.randn(1024, 256),), spec=lx.CascadeSpec(rank=2))
     assert cascade.placements == {"0.weight": "beside"}
