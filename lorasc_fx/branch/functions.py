@@ -128,7 +128,7 @@ class FrozenBeside(torch.autograd.Function):
         ctx.scale, ctx.op, ctx.shape = scale, op, x.shape
         low = down(a, chunked(x.reshape(-1, x.shape[-1])))
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, a, b, low)
-        output = product(op, x, weight, bias)
+        output = product(op, x, weight, bias).contiguous()
         add_up(chunked(output.view(-1, output.shape[-1])), low, b.t().contiguous(), scale)
         return detached(output)
 
@@ -154,7 +154,7 @@ class FrozenBeside(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             da = factor_gradient(back, chunked(x.reshape(-1, x.shape[-1])), ctx.scale)
         if ctx.needs_input_grad[0]:
-            dx = product("mm", grad_rows, matrix, None)
+            dx = product("mm", grad_rows, matrix, None).contiguous()
             add_up(chunked(dx), back, a, ctx.scale)
             dx = dx.view(ctx.shape)
         return dx, None, None, da, db, None, None
@@ -316,7 +316,7 @@ class SharedUp(torch.autograd.Function):
         ctx.save_for_backward(low, b)
         rows, low_rows = base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
         term = chunked(low_rows).transpose(1, 2), b.t().contiguous(), scale
-        if writes:
+        if writes and base.is_contiguous():  # otherwise `rows` is a copy
             ctx.mark_dirty(base)
             add_up(chunked(rows), *term)
             return base
