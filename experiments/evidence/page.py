@@ -274,9 +274,9 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "`make evidence-check` makes one run again and compares it. Everything below is computed from",
         "`experiments/evidence/results.jsonl`.",
         "",
-        f"Protocol version {protocol['version']}; {done:,} of {len(cells):,} runs that are known so far are made"
+        f"Protocol version {protocol['version']}; {done:,} of {len(cells):,} runs are made"
         + (f", with {len(codes)} versions of the code, which each line names." if codes else "."),
-        "A comparison is shown once all its seeds are there.",
+        *(["A comparison is shown once all its seeds are there."] if done < len(cells) else []),
         "",
         *_recommendations(results),
         *_in_short(results),
@@ -403,7 +403,7 @@ def _recommendations(results: Results) -> list[str]:
         "([2602.04998](https://arxiv.org/abs/2602.04998), [2601.22708](https://arxiv.org/abs/2601.22708))."
     )
     if missing:
-        text += " Other rows, such as those on a language model, have no runs yet."
+        text += " Other rows have no runs yet."
     names = [name for name in METHODS if any(f"`{name}`" in row[4] for row in rows) and name not in RECIPES]
     legend = [f"- `{name}`: {METHODS[name].about}" for name in names]
     table = _section("Which should I use?", text, ["task", "examples", "steps", "use", "best", "its gain"], rows)
@@ -466,9 +466,8 @@ def _language_finalists(results: Results) -> list[str]:
             )
     about = (
         "SmolLM2-135M-Instruct, its last layers trained, 10 seeds: test accuracy (of whole answers), the gain over "
-        "LoRA as above, and the change of the loss on general text, by task (more is forgotten). All tasks share a "
-        "rate for each method and number of steps. It was chosen on two tasks with one seed, so a part of a difference "
-        "may be that of rates."
+        "LoRA as above, and the change of the loss on general text, by task (more is forgotten). The rate of a method "
+        "was chosen on two tasks with one seed, so a part of a difference may come from rates."
     )
     header = ["examples", "steps", "method", "accuracy", "less LoRA", "general loss", "tasks"]
     return _section("Language model", about, header, rows) if rows else []
