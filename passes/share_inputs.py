@@ -78,7 +78,7 @@ class SplitInputs(CascadePass):
 
 def _can_share(node: fx.Node, branch: Branch) -> bool:
     """Whether a branch node computes `A x` from the input of a linear, without dropout or another change of x."""
-    has_factor = isinstance(branch, LowRankBranch) and branch.shared_factor is not None
+    has_factor = isinstance(branch, LowRankBranch) and branch.shared_factor is not None and branch.kind != "conv"
     has_factor = has_factor and not branch.dropout and branch.unmerged_A is None
     is_beside = len(node.args) == 2 and node.kwargs == {"at": "beside"} and isinstance(node.args[1], fx.Node)
     return has_factor and is_beside

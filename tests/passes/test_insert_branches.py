@@ -537,5 +537,24 @@ def test_branches_with_dropout_are_not_shared() -> None:
     assert not ShareInputs()(graph_module).modified
 
 
+class TwoPointwise(torch.nn.Module):
+    """Two 1x1 convolutions with the same input, as in the first block of a ResNet-50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.downsample = torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.downsample(x)
+
+
+def test_branches_of_convolutions_are_not_shared() -> None:
+    exported = torch.export.export(TwoPointwise(), (torch.randn(2, 4, 5, 5),)).module()
+    spec = CascadeSpec(("conv",), rank=2, placement="beside")
+    graph_module = Pipeline([MatchSites(spec), InsertBranches()])(exported).graph_module
+    assert [dict(node.kwargs) for node in branch_nodes(graph_module)] == [{"at": "beside"}] * 2
+    assert not ShareInputs()(graph_module).modified
+
+
 def merged_graph() -> torch.fx.GraphModule:
     return insert(attention("export"), replace(SHARED, placement="merged"))
