@@ -128,7 +128,7 @@ def main() -> int:
     counts = [f"{correct} of {TESTED}" for correct in (base.correct, lora, lorasc.correct)]
     table.add_row(f"{STAGES * STEPS} steps each, one seed", *counts)
     screen.print(table)
-    screen.print("One seed proves little. docs/evidence.md has nine tasks with ten seeds each.")
+    screen.print("One seed proves little. docs/evidence.md has 15 tasks with ten seeds each.")
     status = fold(cascade, task, lorasc.tokens, nodes, gguf)
     python = os.path.relpath(sys.executable)
     screen.print(

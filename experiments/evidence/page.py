@@ -555,19 +555,18 @@ def _at_shared_rate(results: Results, phase: dict[str, Any], method: str) -> lis
 
 def _in_short(results: Results) -> list[str]:
     """Return a row for each claim, with its budgets as columns."""
-    columns, rows = ("short", "long"), dict[tuple[str, str], list[str]]()
+    steps, rows = results.protocol["budgets"], dict[tuple[str, str], list[str]]()
+    columns = list(dict.fromkeys(budget.removeprefix("lm-") for budget in steps))
     for entry in _decided(results):
         if entry.by == "loss":
             methods = f"{results.method(entry.claim)} - {entry.claim['against']}"
-            row = rows.setdefault((entry.claim["name"], methods), ["", ""])
+            row = rows.setdefault((entry.claim["name"], methods), [""] * len(columns))
             row[columns.index(entry.budget.removeprefix("lm-"))] = f"{entry.difference}: {entry.verdict}"
-    steps = results.protocol["budgets"]
     about = (
         "The claims of the protocol: interquartile mean over tasks of paired differences, in points of accuracy, or of "
         "loss with the sign turned so that more is better, with 95 % bootstrap intervals over seeds. Supported or "
         "refuted: p is below 0.05 after Holm's correction. "
-        f"*Short* is {steps['short']} steps and *long* {steps['long']}, on the language model {steps['lm-short']} and "
-        f"{steps['lm-long']}."
+        f"Steps: {', '.join(f'{budget} {count}' for budget, count in steps.items())} (lm: the language model)."
     )
     return _section("In short", about, ["claim", "methods", *columns], [[*key, *row] for key, row in rows.items()])
 

@@ -134,7 +134,7 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(
     page.write(TINY, runner.Lines(path, TINY), tmp_path)
     written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     assert f"{len(again.found)} of {len(again.found)} runs" in written
-    assert "- better (recipe - lora, short): " in written
+    assert "| better | recipe - lora | " in written
     assert "| recipe - lora | loss, test | short |" in (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "| noisy labels | 16 | 6 |" in written
 
