@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lorasc_fx.branch.functions import Beside, DenseGradient, FrozenBeside, MergedProduct, SharedUp
 from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, plus
-from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped, frozen_product
+from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped, FrozenProduct, frozen_product
 
 if TYPE_CHECKING:
     from lorasc_fx.branch.lora import LowRankBranch
@@ -32,7 +32,7 @@ def _can_merge(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.
 
 
 def _fusable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether FrozenBeside computes the op and its branch: large tensors, a frozen weight and bias, and no autocast."""
+    """Whether the op and its branch can be fused: large tensors, a frozen weight and bias, and no autocast."""
     if not (x.numel() > _SMALL and x.dim() > 1 and x.dtype == weight.dtype == compute_dtype(x)):
         return False
     trained = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
@@ -104,7 +104,7 @@ class MatrixOps:
             if _fusable(x, weight, bias):
                 if low is None:
                     return apply(FrozenBeside, x, weight, bias, a.to(x.dtype), b.to(x.dtype), branch.scale, op)
-                base = frozen_product(op, x, weight, bias)
+                base = apply(FrozenProduct, x, weight, bias, op)  # F.linear can return a view
                 return apply(SharedUp, base, low.to(base.dtype), b.to(base.dtype), branch.scale, True)
         base = frozen_product(op, x, weight, bias)
         return MatrixOps.beside(branch, base, x) if low is None else MatrixOps.after_shared(branch, base, low)

@@ -97,7 +97,7 @@ def _onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> t
     return output
 
 
-class _FrozenProduct(torch.autograd.Function):
+class FrozenProduct(torch.autograd.Function):
     """`op(x, weight, bias)` for x [..., in] and a frozen weight and bias."""
 
     @staticmethod
@@ -128,7 +128,7 @@ def _frozen(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not large or trained or torch.is_autocast_enabled("cpu") or not allows_custom_backward(x, weight):
         return PRODUCTS[op](x, weight, bias)
-    return apply(_FrozenProduct, x, weight, bias, op)
+    return apply(FrozenProduct, x, weight, bias, op)
 
 
 def frozen_product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

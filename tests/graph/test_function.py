@@ -106,9 +106,10 @@ def test_a_branch_is_merged_into_a_small_linear_if_gradients_are_enabled() -> No
 class Widened(nn.Module):
     """Two linears with the same input, and a product whose weight is stored as [in, out]."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 256) -> None:
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(128, 256, bias=False), nn.Linear(128, 256), Conv1D(128, 256)
+        self.gate, self.up = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, 2 * width)
+        self.down = Conv1D(width, 2 * width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
@@ -117,9 +118,8 @@ class Widened(nn.Module):
 @pytest.mark.parametrize("frontend", ["export", "dynamo"])
 def test_a_large_linear_and_its_branch_are_one_call(frontend: str) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 200, 128, dtype=torch.float64)
-    spec = lx.CascadeSpec(rank=2, placement="beside")
-    cascade = lx.adapt(Widened().double(), (x,), spec=spec, frontend=frontend)  # type: ignore[arg-type]
+    x = torch.randn(2, 300, 256, dtype=torch.float64)
+    cascade = lx.adapt(Widened().double(), (x,), spec=lx.CascadeSpec(rank=2), frontend=frontend)  # type: ignore[arg-type]
     randomize(cascade)
     module = cascade.graph_module
     function, factors = as_function(module), list(cascade.branches.parameters())
@@ -135,8 +135,35 @@ def test_a_large_linear_and_its_branch_are_one_call(frontend: str) -> None:
         results.append((output, *torch.autograd.grad(output.square().sum(), [inputs, *factors])))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+    assert {"FrozenBesideBackward", "SharedUpBackward"} <= backwards(function(x))
+    assert "torch::autograd::CopySlices" not in backwards(function(x))  # it would copy the gradient
     with torch.no_grad():
         assert torch.equal(function(x), module(x))
+
+
+def backwards(output: torch.Tensor) -> set[str]:
+    """The names of all nodes of the autograd graph of an output."""
+    found, todo = set[Any](), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo.extend(following for following, _ in node.next_functions)
+    return {node.name() for node in found}
+
+
+def test_branches_are_merged_into_small_products_of_all_kinds() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    cascade = lx.adapt(Widened(8).double(), (x,), spec=lx.CascadeSpec(rank=2))
+    randomize(cascade)
+    module, inputs = cascade.graph_module, [x, *cascade.branches.parameters()]
+    outputs = [call(x) for call in (as_function(module), module)]
+    gradients = [torch.autograd.grad(output.square().sum(), inputs, retain_graph=True) for output in outputs]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert not {"FrozenBesideBackward", "SharedUpBackward", "BesideBackward"} & backwards(outputs[0])
+    assert len([name for name in module.state_dict() if "lora_A" in name]) == 3
 
 
 def test_no_branch_is_merged_under_autocast() -> None:
