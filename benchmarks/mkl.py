@@ -21,29 +21,24 @@ from .rivals import make_all
 
 SOURCE = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 PAIRS = (("ours", "frozen"), ("peft", "frozen"), ("ours", "peft"))
-PRELOADED = "preloaded"
-"""Argument of the process in which the library is preloaded."""
 
 
-def table(rounds: int, threads: int) -> None:
-    """Print the ratios of the minima (median of the ratios within a round) of CPU seconds of a step, by model."""
+def row(name: str, rounds: int, threads: int) -> None:
+    """Print the ratios of the minima (median of the ratios within a round) of CPU seconds of a step of a model."""
     pin(threads)
     keep_freed()
-    print("| model | ours / frozen | peft / frozen | ours / peft |\n|---|---|---|---|")
-    for name, work in WORKS.items():
-        if name != "tiny":
-            rivals = {key: rival for key, rival in make_all(work).items() if key in ("frozen", "peft", "ours")}
-            times = alternate({key: Turn(rival.prepare, rival.step) for key, rival in rivals.items()}, rounds)
-            ratios = [ratio(times[one], times[other]) for one, other in PAIRS]
-            cells = [f"{each['minimum']:.2f} ({each['paired']:.2f})" for each in ratios]
-            print("|", " | ".join((work.title, *cells)), "|", flush=True)
+    rivals = {key: rival for key, rival in make_all(WORKS[name]).items() if key in ("frozen", "peft", "ours")}
+    times = alternate({key: Turn(rival.prepare, rival.step) for key, rival in rivals.items()}, rounds)
+    ratios = [ratio(times[one], times[other]) for one, other in PAIRS]
+    cells = [f"{each['minimum']:.2f} ({each['paired']:.2f})" for each in ratios]
+    print("|", " | ".join((WORKS[name].title, *cells)), "|", flush=True)
 
 
 def main() -> None:
-    """Compile and preload the library, and print the table in a process of its own."""
-    if PRELOADED in sys.argv[1:]:
+    """Compile and preload the library, and print the table. Each model has a process of its own."""
+    if names := sys.argv[1:]:
         with mock.patch.object(products, "onednn_is_faster", return_value=False):
-            table(rounds=5, threads=2)
+            row(names[0], rounds=5, threads=2)
         return
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "library.so"
@@ -51,7 +46,10 @@ def main() -> None:
         subprocess.run(compiler, input=SOURCE, text=True, check=True)
         preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
         environment = {**os.environ, "LD_PRELOAD": preload, "HF_HUB_OFFLINE": "1"}
-        subprocess.run([sys.executable, "-m", "benchmarks.mkl", PRELOADED], env=environment, check=True)
+        print("| model | ours / frozen | peft / frozen | ours / peft |\n|---|---|---|---|", flush=True)
+        for name in WORKS:
+            if name != "tiny":
+                subprocess.run([sys.executable, "-m", "benchmarks.mkl", name], env=environment, check=True)
 
 
 if __name__ == "__main__":

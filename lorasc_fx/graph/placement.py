@@ -16,8 +16,8 @@ from lorasc_fx.plan import Site
 
 MIN_WORK = 1 << 25
 """Minimum multiply-adds of an op for the placement `merged`."""
-MIN_RATIO = {"linear": 4.0, "conv": 1.5}
-"""Minimum of (input entries + output entries) / weight entries for the placement `merged`, by kind of op."""
+MIN_RATIO = 2.0
+"""Minimum of (input entries + output entries) / weight entries for the placement `merged`."""
 
 
 def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
@@ -43,8 +43,7 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
         # Multiply-adds of the op, and entries that a branch with placement `beside` reads and writes again.
         work = math.prod(written) * (read[-1] if len(site.shape) == 2 else math.prod(site.shape[1:]))
         moved = math.prod(read) + math.prod(written)
-        ratio = MIN_RATIO["linear" if len(site.shape) == 2 else "conv"]
-        if work < MIN_WORK or moved < ratio * math.prod(site.shape):
+        if work < MIN_WORK or moved < MIN_RATIO * math.prod(site.shape):
             return "beside"
     return "merged"
 
