@@ -147,20 +147,20 @@ class ConvGeometry:
 
         The gradient of the smaller input and `spread` together cost half of torch's gradient of x.
         """
-        steps = ConvGeometry((1,) * len(self.stride), self.padding, self.dilation, self.groups)
-        if self.stride == steps.stride or not steps.is_product(kernel):
+        unit = ConvGeometry((1,) * len(self.stride), self.padding, self.dilation, self.groups)
+        if self.stride == unit.stride or not unit.is_product(kernel):
             return x, self
-        return x[self._pixels()].clone(), steps
+        return x[self._read_pixels()].clone(), unit
 
     def spread(self, pixels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x, given the gradient of the input that `dense` returned for x."""
         if pixels.shape == x.shape:
             return pixels
         image = torch.zeros_like(x)
-        image[self._pixels()] = pixels
+        image[self._read_pixels()] = pixels
         return image
 
-    def _pixels(self) -> tuple[Any, ...]:
+    def _read_pixels(self) -> tuple[Any, ...]:
         """Return the index of the pixels [batch, channels, *space] that a 1x1 kernel reads."""
         return (..., *(slice(None, None, step) for step in self.stride))
 

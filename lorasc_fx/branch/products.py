@@ -133,11 +133,7 @@ def _frozen(
 
 def frozen_product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return `op(x, weight, bias)` for a weight and bias that are usually frozen, see `for_frozen`."""
-    return (_frozen if onednn_is_faster() else _plain)(op, x, weight, bias)
-
-
-def _plain(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return PRODUCTS[op](x, weight, bias)
+    return _frozen(op, x, weight, bias) if onednn_is_faster() else PRODUCTS[op](x, weight, bias)
 
 
 class FrozenGrouped(torch.autograd.Function):

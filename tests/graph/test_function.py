@@ -152,6 +152,33 @@ def backwards(output: torch.Tensor) -> set[str]:
     return {node.name() for node in found}
 
 
+def test_dropout_of_a_large_linear_is_applied() -> None:
+    x = torch.randn(2, 180, 384, dtype=torch.float64)
+    cascade = lx.adapt(Widened(384).double(), (x,), spec=lx.CascadeSpec(rank=2, dropout=0.5))
+    randomize(cascade)
+    module = cascade.train().graph_module
+    results = []
+    for call in (as_function(module), module):
+        torch.manual_seed(0)
+        results.append(call(x))
+    assert torch.equal(*results)
+
+
+def test_a_linear_whose_output_or_input_a_pass_rewired_is_not_fused() -> None:
+    x = torch.randn(2, 180, 384, dtype=torch.float64)
+    cascade = lx.adapt(Widened(384).double(), (x,), spec=lx.CascadeSpec(rank=2, placement="beside"))
+    randomize(cascade)
+    module = cascade.graph_module
+    first, second, _ = (node for node in module.graph.nodes if node.kwargs.get("at") == "beside")
+    with module.graph.inserting_after(first):
+        total = module.graph.call_function(torch.add, (first, first.args[0]))  # a second reader of the output
+        first.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    with module.graph.inserting_before(second):
+        second.args = (second.args[0], module.graph.call_function(torch.neg, (second.args[1],)))  # another input
+    module.recompile()
+    torch.testing.assert_close(as_function(module)(x), module(x), rtol=0, atol=1e-12)
+
+
 def test_branches_are_merged_into_small_products_of_all_kinds() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
