@@ -396,8 +396,8 @@ def _recommendations(results: Results) -> list[str]:
                 steps = str(results.protocol["budgets"][budget])
                 rows.append([about["type"], str(size or "all"), steps, *row])
     text = (
-        "Of the finalists the one with the best validation accuracy is compared with LoRA on the test examples, in as "
-        "many steps, each at its rate of the lowest validation loss. If the 95 % interval of its gain is not above 0, "
+        "The finalist with the best validation accuracy is compared with LoRA on the test examples. Both have as many "
+        "steps, and their rates of the lowest validation loss. If the 95 % interval of its gain is not above 0, "
         "use LoRA. Gains are in points of test accuracy. Two studies of language models "
         "found that LoRA at a well chosen rate is within 1 to 2 % of its variants "
         "([2602.04998](https://arxiv.org/abs/2602.04998), [2601.22708](https://arxiv.org/abs/2601.22708))."
