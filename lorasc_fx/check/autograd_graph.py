@@ -1,9 +1,9 @@
 """A description of the autograd graph of a run as plain data. Runs with equal descriptions have equal gradients.
 
 The gradients are determined by the nodes of the graph, their saved tensors, and their edges. So if two descriptions are
-equal, the gradients are equal bit for bit, and no backward pass needs to run. A graph has no description if it contains
-a node of a custom class, or a node with saved values that Python cannot read. A description does not contain hooks: the
-caller has to check for them.
+equal, the gradients are equal (bit for bit, except for grouped products), and no backward pass needs to run. A graph
+has no description if it contains an autograd.Function of the user, or a node with saved values that Python cannot read.
+A description does not contain hooks: the caller has to check for them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lorasc_fx.util.fingerprint import checksum
@@ -26,6 +27,12 @@ _SAME_SHAPE = {f"{name}Backward0" for name in ("Expand", "ReshapeAlias", "Slice"
 _SAME_BACKWARD = {"ReshapeAliasBackward0": "ViewBackward0"}
 """Nodes to rename, because their backward is the same. Under a dispatch mode, torch records `reshape` as a view."""
 _SIZES = "_saved_self_sym_sizes"
+CUSTOM_OP = "GeneratedBackwardFor_"
+"""Prefix of the names of the nodes of ops defined by `torch.library`. Each op has one class of nodes."""
+_GROUPED = "GroupedMmBackward0"
+_GROUPED_FALLBACK = f"{CUSTOM_OP}transformers_grouped_mm_fallback_defaultBackward"
+"""Nodes of grouped products. transformers replaces the op of torch by an op of its own while a model is exported, whose
+gradients are the same up to rounding."""
 _ALIAS = "AliasBackward0"
 
 
@@ -85,25 +92,40 @@ class _Describer:
             roots.append(edge(node, output.output_nr) if node is not None else self._names.get(id(output)))
         while waiting:
             node = waiting.pop()
-            edges = tuple([edge(*after) for after in node.next_functions])
-            described.append((numbers[node], *self._node(node), edges))
+            edges = [edge(*after) for after in node.next_functions]
+            while edges and edges[-1] is None:  # the last arguments are constants; nodes of custom ops list them too
+                edges.pop()
+            described.append((numbers[node], *self._node(node), tuple(edges)))
         return tuple(roots), tuple(described)
 
     def _node(self, node: Any) -> tuple[Any, ...]:
         """Describe a node: its name, the shapes of incoming gradients, and its saved values or the name of its leaf."""
         kind = type(node)
         name = kind.__name__
+        if name == _GROUPED:
+            saved = node._saved_self, node._saved_mat2, node._saved_offs
+            return _GROUPED, _gradients(node), self._value(saved)
+        if name == _GROUPED_FALLBACK:
+            return _GROUPED, _gradients(node), self._value((*node.saved_tensors, node.offs))
+        if name.startswith(CUSTOM_OP) and issubclass(kind, BackwardCFunction):
+            return self._custom_op(node)
         if getattr(torch._C._functions, name, None) is not kind or name.startswith(_OPAQUE):
             raise _NotReadable(name)
         if name.startswith("Cat") and any(after is None for after, _ in node.next_functions):
             raise _NotReadable(name)  # Python cannot read the size of an input that needs no gradient
-        gradients = tuple([(tuple(grad.shape), grad.dtype, grad.device) for grad in node._input_metadata])
+        gradients = _gradients(node)
         if (variable := getattr(node, "variable", None)) is not None:  # AccumulateGrad, the node of a leaf
             if variable._backward_hooks:
                 raise _NotReadable("a hook")
             return name, gradients, self._names.get(id(variable))
         saved = tuple([self._value(getattr(node, key)) for key in dir(kind) if key.startswith("_saved_")])
         return _SAME_BACKWARD.get(name, name), gradients, saved
+
+    def _custom_op(self, node: Any) -> tuple[Any, ...]:
+        """Describe the node of an op of `torch.library`: its class, and what its backward reads from the context."""
+        attributes = [(name, self._value(value)) for name, value in sorted(vars(node).items())]
+        saved = self._value(node.saved_tensors)
+        return type(node), _gradients(node), saved, tuple(attributes), tuple(node.needs_input_grad)
 
     def _value(self, value: Any) -> Any:
         """Describe a saved value. A tensor is described by its layout, and the name or checksum of its memory."""
@@ -126,6 +148,11 @@ class _Describer:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _gradients(node: Any) -> tuple[Any, ...]:
+    """Return shape, dtype and device of the gradients that a node gets."""
+    return tuple([(tuple(grad.shape), grad.dtype, grad.device) for grad in node._input_metadata])
 
 
 def _after_no_op(node: Any) -> tuple[Any, int] | None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorasc_fx.check.autograd_graph import Description, describe
+from lorasc_fx.check.autograd_graph import CUSTOM_OP, Description, describe
 from lorasc_fx.check.guards import attribute_tensors
 from lorasc_fx.check.isolation import detached_in_place, restored_values, written_by
 from lorasc_fx.check.process_state import ObserverMode, seed
@@ -252,7 +252,7 @@ def _custom_functions(nodes: set[Any]) -> tuple[set[str], bool]:
     custom = [node for node in custom if not modules[node].startswith("torch._higher_order_ops.")]
     reentrant = [node for node in custom if getattr(node, "_forward_cls", None) is CheckpointFunction]
     names = {type(node).__name__.removesuffix("Backward") for node in custom if node not in reentrant}
-    names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}  # of torch.library.custom_op
+    names = {name for name in names if not name.startswith(CUSTOM_OP)}
     phrases = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
     return phrases, bool(reentrant)
 

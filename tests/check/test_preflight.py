@@ -6,6 +6,8 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers.integrations import moe
 
 import lorasc_fx as lx
 from lorasc_fx.check import observe, preflight
@@ -507,6 +510,25 @@ def test_digests_of_large_outputs_are_compared_first(factor: float, monkeypatch:
     assert runs[:3] == (["graph"] if factor == 1 else ["graph", "model", "graph"])
 
 
+@torch.library.custom_op("preflight_tests::steeper", mutates_args=())
+def steeper(x: Tensor, factor: float) -> Tensor:
+    """Return a copy of x, with a gradient that is `factor` times as large."""
+    return x.clone()
+
+
+def keep_factor(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    ctx.factor = inputs[1] if inputs[1] < 4 else Fraction(inputs[1])  # not plain data
+
+
+steeper.register_autograd(lambda ctx, slope: (slope * float(ctx.factor), None), setup_context=keep_factor)
+
+
+def experts(op: Callable[..., Tensor], v: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    """Return x times the product of its first row and one matrix, and of the others and another."""
+    weights = torch.stack([torch.diag(v), torch.diag(3 * w)])
+    return x * op(x, weights, offs=torch.tensor([1, 3], dtype=torch.int32))
+
+
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -532,6 +554,11 @@ ALIKE: dict[str, tuple[Run, Run]] = {
         lambda v, w, x: F.layer_norm(F.linear(x, torch.diag(v)), (4,), w, v),
         lambda v, w, x: F.layer_norm(F.linear(x.expand(3, 4), torch.diag(v)), (4,), w, v),
     ),
+    "an op of torch.library": (lambda v, w, x: steeper(x * v, 2.0), lambda v, w, x: steeper((x * v)[:], 2.0)),
+    "products of experts": (
+        partial(experts, torch._grouped_mm),
+        lambda v, w, x: experts(torch.ops.transformers.grouped_mm_fallback, v, w, x),
+    ),
 }
 DIFFERENT: dict[str, tuple[Run, Run]] = {
     "a factor that values do not show": (
@@ -548,12 +575,14 @@ DIFFERENT: dict[str, tuple[Run, Run]] = {
     "a place": (lambda v, w, x: v[0:2], lambda v, w, x: v[1:3]),
     "an exponent": (lambda v, w, x: v**2, lambda v, w, x: v**3),
     "a bound": (lambda v, w, x: v.clamp(max=2.0), lambda v, w, x: v.clamp(max=0.5) + 0.5),
+    "a constant of an op of torch.library": (lambda v, w, x: steeper(v, 2.0), lambda v, w, x: steeper(v, 3.0)),
     "one output of several": (lambda v, w, x: (v * w).unbind()[0], lambda v, w, x: (v * w).unbind()[1]),
 }
 HIDDEN: dict[str, Run] = {
     "a constant before it": lambda v, w, x: torch.cat([torch.zeros(3), v]),
     "strides of its own": lambda v, w, x: v.as_strided((2, 2), (2, 1)),
     "a write into a part": lambda v, w, x: (x * v)[:1].mul_(w)._base,  # type: ignore[return-value]
+    "an object that an op of torch.library keeps": lambda v, w, x: steeper(v, 5.0),
     "an autograd.Function": lambda v, w, x: Triples.apply(v),  # type: ignore[no-untyped-call]
 }
 
@@ -626,17 +655,34 @@ class Slices(TwoLayers):
         return x[:, :]
 
 
+class Experts(TwoLayers):
+    """Computes products of experts by an op of torch, for which transformers has another op while it is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+
+    def between(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([1, 4], dtype=torch.int32)
+        rows = F.pad(x.float(), (0, 1))  # the op takes rows of a multiple of 16 bytes
+        return moe._grouped_mm(rows, self.experts.float(), ends)[:, :7].double()
+
+
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
 def test_a_hook_on_a_node_is_kept(frontend: str) -> None:
     with raises(lx.CaptureError, "not-captured", f"{frontend}: "):
         lx.adapt(build(Turns), (batches(1, 4, 5)[0],), spec=SPEC, frontend=frontend)
 
 
-@pytest.mark.parametrize("make", [TwoLayers, Slices])
-def test_no_backward_runs_where_graphs_are_the_same(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("make", "frontend"),
+    [(TwoLayers, "export"), (TwoLayers, "symbolic"), (Slices, "export"), (Slices, "symbolic"), (Experts, "export")],
+)
+def test_no_backward_runs_where_graphs_are_the_same(
+    make: type[nn.Module], frontend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = []
     before = seam("backward")
     monkeypatch.setattr(*SEAMS["backward"], lambda *args: called.append(1) or before(*args))
-    for frontend in ("export", "symbolic"):
-        lx.adapt(build(make), (batches(1, 4, 5)[0],), spec=SPEC, frontend=frontend)
+    lx.adapt(build(make), (batches(1, 4, 5)[0],), spec=SPEC, frontend=frontend)
     assert not called
