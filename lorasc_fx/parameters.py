@@ -73,10 +73,9 @@ def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: group for group in names.values() for name in group}
 
 
-def holders_of(model: nn.Module, names: Iterable[str]) -> list[Holder]:
-    """Return every reference to the parameters with these names."""
-    parameters = dict(model.named_parameters())
-    ids = {id(parameters[name]) for name in names}
+def holders_of(model: nn.Module, tensors: Iterable[torch.Tensor]) -> list[Holder]:
+    """Return every reference to one of these tensors."""
+    ids = {id(tensor) for tensor in tensors}
     return [holder for holder in holders(model) if id(holder.value) in ids]
 
 

@@ -81,7 +81,8 @@ def release(run: Run, quantized: Requantize, view: str | Mapping[str, float], un
     weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
     dense = weights.dense(check_quantized("release", weights.slow, quantized, modules=True), parameters)
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
-    holders, written = holders_of(run.model, dense), run.present(weights.slow.states)
+    holders = holders_of(run.model, [parameters[name] for name in dense])
+    written = run.present(weights.slow.states)
     buffers = weights.buffer_values(run)
     run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, tensors=buffers, current=trained), undo)
     _requantize(holders, quantized, undo)

@@ -216,14 +216,14 @@ class Before:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.plan = run, run.plan
         self.parameters = run.present(run.slow.states)
         self.trained = {name: local(self.parameters[name]).detach().clone() for name in run.slow.trained}
         dense = writable(self.parameters)
         self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
         # FSDP itself replaces sharded parameters and their memory, so only the values of those are restored.
         self.owned = {} if run.is_sharded else self.parameters
-        self.places = holders_of(run.model, self.owned)
+        self.places = holders_of(run.model, self.owned.values())
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)
         self.changed: str | None = None  # the first weight that was written inside the `with`
@@ -278,7 +278,8 @@ class Before:
                     raise
         for buffer, value in self.buffers:
             buffer.copy_(value)
-        run.note_weights(self.parameters)
+        if run.plan is not self.plan:  # a step inside the block has changed the noise
+            run.note_weights(self.parameters)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:
             self.set_versions()  # the weights are the same again, so autograd graphs that saved them are valid

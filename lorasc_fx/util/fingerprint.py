@@ -42,30 +42,34 @@ def checksum(tensor: torch.Tensor) -> int:
     The bits are read once, without a large temporary copy. The checksum of a tensor subclass (DTensor, quantized
     weight) combines the checksums of its local tensors. For a tensor on the meta device, only dtype and shape count.
     """
+    with _disable_current_modes():  # modes must not observe or replace these operations
+        return _checksum(tensor)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
     total = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     plain = local(tensor.detach())
     if is_traceable_wrapper_subclass(plain):
         for name in plain.__tensor_flatten__()[0]:
-            total = total * MULTIPLIER + checksum(getattr(plain, name))
+            total = total * MULTIPLIER + _checksum(getattr(plain, name))
         return total % (1 << 64)
     if plain.is_meta or not plain.numel():
         return total
     plain = plain.reshape(1) if plain.dim() == 0 else plain
     if plain.device.type != "cpu":
         return (total * MULTIPLIER + device_sum(plain)) % (1 << 64)
-    with _disable_current_modes():  # modes must not observe or replace these operations
-        keys = _keys(HOST_BLOCK // 8, plain.device)
-        for vector in _blocks(plain, HOST_BLOCK // plain.element_size()):
-            block = vector.contiguous()
-            data = data_of(block if block.data_ptr() % 8 == 0 else block.clone())
-            part = zlib.crc32(data[len(data) // 8 * 8 :])  # the last bytes, which fill no word
-            # Words of 64 bits are multiplied by odd keys and summed, as in `device_sum`. The highest bits of two words
-            # can cancel out, so there is a second sum of words that start four bytes later.
-            for start in (0, 4):
-                if (count := (len(data) - start) // 8) > 0:
-                    words = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start)
-                    part = part * MULTIPLIER + int(torch.dot(words, keys[:count]))
-            total = (total * MULTIPLIER + part) % (1 << 64)
+    keys = _keys(HOST_BLOCK // 8, plain.device)
+    for vector in _blocks(plain, HOST_BLOCK // plain.element_size()):
+        block = vector.contiguous()
+        data = data_of(block if block.data_ptr() % 8 == 0 else block.clone())
+        part = zlib.crc32(data[len(data) // 8 * 8 :])  # the last bytes, which fill no word
+        # Words of 64 bits are multiplied by odd keys and summed, as in `device_sum`. The highest bits of two words
+        # can cancel out, so there is a second sum of words that start four bytes later.
+        for start in (0, 4):
+            if (count := (len(data) - start) // 8) > 0:
+                words = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start)
+                part = part * MULTIPLIER + int(torch.dot(words, keys[:count]))
+        total = (total * MULTIPLIER + part) % (1 << 64)
     return total
 
 
@@ -90,6 +94,9 @@ def device_sum(tensor: torch.Tensor) -> int:
 
 def _blocks(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
     """Yield the entries in logical order, in vectors of at most `limit` entries. Only the shape decides the split."""
+    if tensor.numel() <= limit:
+        yield tensor.reshape(-1)
+        return
     row = tensor.numel() // len(tensor)
     if row > limit:
         for index in range(len(tensor)):
@@ -132,7 +139,8 @@ def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Return the checksum of each tensor, by name."""
-    return _map_tensors(checksum, tensors)
+    with _disable_current_modes():  # for all tensors at once
+        return _map_tensors(_checksum, tensors)
 
 
 def _map_tensors(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
