@@ -233,6 +233,10 @@ class RunBase:
         self._checksums = {**self._checksums, **checksums(weights)}
         self._objects = {**self._objects, **{name: id(weight) for name, weight in weights.items()}}
 
+    def recorded(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the recorded checksums of weights, by name."""
+        return {name: self._checksums[name] for name in names}
+
     def exchanged(self) -> bool:
         """Whether the model has other Parameter objects than recorded, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())

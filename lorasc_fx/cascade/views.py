@@ -25,6 +25,7 @@ from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Learner, Part, Scratch, SlowWeights, ViewName, arithmetic, host
+from lorasc_fx.util.accelerator import free_memory
 from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import AllOrNothing, Block, isolated
@@ -34,6 +35,9 @@ Value = TypeVar("Value")
 VIEW_NAMES: tuple[ViewName, ...] = ("slow", "fast", "base", "averaged")
 FOLDED: tuple[ViewName, ...] = ("slow", "averaged")
 """The views that a fold can write."""
+
+COPIED = 0.25
+"""Part of the free memory of an accelerator for copies of weights, while others are in place."""
 
 _VERSIONS = itertools.count(1 << 24)
 """Version counters for parameters whose weights are replaced. torch counts writes from 0 and does not reach these."""
@@ -76,6 +80,19 @@ class Weights:
     def write(self, name: str, out: torch.Tensor) -> None:
         """Write the weight of this name into a local tensor of its shape."""
         self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan)
+
+    def matches(self, name: str, weight: torch.Tensor, noisy: bool) -> bool:
+        """Whether the weight in the model has this value already. Without noise, slow weights usually do.
+
+        Args:
+            name: name of the weight.
+            weight: the local tensor in the model.
+            noisy: whether the weights of the model have noise now.
+        """
+        state = self.slow.started(name)
+        own = self.plan is not None and self.view in FOLDED and state.view(self.view) is state.slow
+        same_dtype = weight.dtype == state.base.dtype
+        return own and same_dtype and not state.full and not state.differs_from_slow(noisy)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the values of quantized weights as dense tensors, by name."""
@@ -195,15 +212,19 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
         before.keep_buffers(buffer for buffer, _ in buffers)
+        before.keep_weights(weights)
         for holder in before.places:
             if id(holder.value) in replaced:
                 holder.put(replaced[id(holder.value)])
         for name, out in weights_to_write(run, before.parameters):
-            weights.write(name, out)
+            if name not in before.matching:
+                weights.write(name, out)
         for buffer, statistics in buffers:
             buffer.copy_(statistics)
         run.placed = stage if stage is not None else str(view)
-        run.placed_checksums = checksums(run.present(run.slow.states))
+        written = run.present(name for name in run.slow.states if name not in before.matching)
+        found = run.recorded(before.matching) | checksums(written)
+        run.placed_checksums = {name: found[name] for name in run.slow.states if name in found}
         # With another version, autograd raises for a graph that saved W_t, instead of computing with other weights.
         before.set_versions(next(_VERSIONS))
     return value
@@ -212,7 +233,8 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
 class Before:
     """Snapshot of a run's parameters before other weights replace them, which can be restored.
 
-    It has copies of parameters trained in full and of running statistics. All other weights are computed again.
+    It has copies of parameters trained in full, of running statistics, and of weights on an accelerator whose W0 is in
+    host memory, as far as they fit into a part of its free memory. All other weights are computed again.
     """
 
     def __init__(self, run: Run) -> None:
@@ -226,7 +248,10 @@ class Before:
         self.places = holders_of(run.model, self.owned.values())
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)
+        self.matching: set[str] = set()  # weights that have their new values already
+        self.copies: dict[str, torch.Tensor] = {}  # copies of weights on accelerators
         self.changed: str | None = None  # the first weight that was written inside the `with`
+        self.intact = False  # whether no weight was written there
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # with their values from before
         norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
         self.keep_buffers(buffer for norm in norms for buffer in norm.buffers(recurse=False))
@@ -235,6 +260,20 @@ class Before:
         """Copy buffers, to restore them with the weights. A buffer that was copied before is skipped."""
         copied = {id(buffer) for buffer, _ in self.buffers}
         self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in copied]
+
+    def keep_weights(self, weights: Weights) -> None:
+        """Find the weights that need not be written, and copy others on accelerators, to restore them from there."""
+        run, budgets = self.run, dict[torch.device, int]()
+        for name, parameter in writable(self.parameters).items():
+            weight, base = local(parameter), run.slow.states[name].base
+            if weights.matches(name, weight, run.is_noisy):
+                self.matching.add(name)
+            elif name not in self.trained and weight.device not in (torch.device("cpu"), base.device):
+                if weight.device not in budgets:
+                    budgets[weight.device] = int(COPIED * free_memory(weight.device))
+                if weight.nbytes <= budgets[weight.device]:
+                    budgets[weight.device] -= weight.nbytes
+                    self.copies[name] = weight.detach().clone()
 
     def restore(self) -> None:
         """Restore the weights of the running stage. If that raises, try once more.
@@ -247,6 +286,7 @@ class Before:
         with torch.inference_mode(False), torch.no_grad(), run.lock, AllOrNothing() as again:
             again(self._write)
             self.changed = run.changed(run.placed_checksums)
+            self.intact = self.changed is None
             self._write()
         if self.changed is not None:
             raise StateError(
@@ -260,6 +300,8 @@ class Before:
     def _write(self) -> None:
         """Write the weights of the running stage. Safe to call again after it has raised."""
         run, scratch = self.run, Scratch()
+        same_noise = run.plan is self.plan  # a step inside the block may change it
+        kept = self.trained | (self.copies if same_noise else {})
         for holder in self.places:
             if holder.exists:
                 holder.put(holder.value)
@@ -268,8 +310,10 @@ class Before:
                 parameter.data = memory
 
         for name, out in weights_to_write(run, self.parameters):
-            if name in self.trained:
-                out.copy_(self.trained[name])
+            if name in self.matching and self.intact:
+                continue
+            if name in kept:
+                out.copy_(kept[name])
                 continue
             try:
                 run.slow.write_resting(name, run.plan, out, scratch)
@@ -278,7 +322,7 @@ class Before:
                     raise
         for buffer, value in self.buffers:
             buffer.copy_(value)
-        if run.plan is not self.plan:  # a step inside the block has changed the noise
+        if not same_noise:
             run.note_weights(self.parameters)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:

@@ -128,13 +128,14 @@ def assigned_by_state_dict(model: nn.Module) -> None:
 INSIDE = WRITES | {"cast": cast, "assigned by state dict": assigned_by_state_dict}
 
 
+@pytest.mark.parametrize("view", ["fast", "slow"])
 @pytest.mark.parametrize("write", INSIDE)
-def test_a_write_inside_weights_is_told_and_dropped(write: str) -> None:
+def test_a_write_inside_weights_is_told_and_dropped(write: str, view: str) -> None:
     """The oracle is a cascade without such a write."""
     cascade, twin = ended(), ended()
     original = cascade.model.get_parameter("2.weight")
     memory = original.data_ptr()
-    block = cascade.weights("fast")
+    block = cascade.weights(view)
     block.__enter__()
     INSIDE[write](cascade.model)
     with raises(lx.StateError, "inside-weights"):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.cascade import views
 from tests.checkpoint.test_resume import Teacher
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
@@ -288,3 +289,30 @@ def test_a_sum_beyond_the_dtype_of_a_weight(kind: str) -> None:
         host.release(view={name: 30 * weight for name, weight in huge.items()})
     with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "overflows the dtype", "4.weight"):
         lx.merge([guest, host], model, (X,), weights=[9e39, 3e39])
+
+
+PLAIN = replace(SPEC, noise=lx.Noise(), train=())
+WRITTEN: dict[str, tuple[lx.CascadeSpec, str, bool]] = {
+    "slow": (PLAIN, "slow", False),
+    "fast": (PLAIN, "fast", True),
+    "slow, noise": (replace(PLAIN, noise=lx.Noise(0.1)), "slow", True),
+    "slow, from the fast weights": (replace(PLAIN, restart="fast"), "slow", True),
+    "slow, pissa": (replace(PLAIN, start="pissa"), "slow", True),
+    "averaged": (replace(PLAIN, average="ema"), "averaged", True),
+    "slow, noise kept": (replace(PLAIN, noise=lx.Noise(0.1, keep=True)), "slow", True),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_weights_with_the_right_values_are_not_written(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, view, writes = WRITTEN[case]
+    cascade = trained(lx.adapt(base(), (X,), spec=spec, frontend="symbolic"), 1)
+    written: list[str] = []
+    write = views.Weights.write
+    monkeypatch.setattr(views.Weights, "write", lambda self, name, out: (written.append(name), write(self, name, out)))
+    before = {name: value.clone() for name, value in cascade.model.state_dict().items()}
+    with cascade.weights(view):
+        same = [torch.equal(value, before[name]) for name, value in cascade.model.named_parameters()]
+    assert all(same) == (not writes)
+    assert written == (["0.weight", "3.weight"] if writes else [])
+    assert all(torch.equal(value, before[name]) for name, value in cascade.model.state_dict().items())
