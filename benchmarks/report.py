@@ -83,7 +83,6 @@ def section(results: Mapping[str, Any]) -> str:
 CPU seconds of a training step divided by the seconds of the frozen model (forward, and the gradient of the input):
 ratio of the minima (median of the ratios within a round). *Folded* is the released model; its
 deviation from 1.00 is measurement noise. *Floor* counts flops: the frozen step plus the low-rank products.
-In all variants, freed memory stays in the process (`benchmarks/measure.py`).
 
 {step_table(results["steps"])}
 
@@ -92,6 +91,7 @@ MiB that autograd keeps between forward and backward, without parameters and buf
 frozen model plus the inputs of the branches. Two columns have adapter dropout of {DROPOUT:g}. *Resident* is the
 peak of a process that trains only this model, including interpreter and libraries. lorasc-fx copies W0
 when the first stage ends, so *ours* is measured in the second stage. *base=FOLDER* is lorasc-fx with W0 in files.
+Mapped pages of files count here and below; the system drops them when memory is short.
 
 {memory_table(results["steps"])}
 
