@@ -212,7 +212,7 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
         before.keep_buffers(buffer for buffer, _ in buffers)
-        before.keep_weights(weights)
+        weights = before.keep_weights(weights)
         for holder in before.places:
             if id(holder.value) in replaced:
                 holder.put(replaced[id(holder.value)])
@@ -261,19 +261,26 @@ class Before:
         copied = {id(buffer) for buffer, _ in self.buffers}
         self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in copied]
 
-    def keep_weights(self, weights: Weights) -> None:
-        """Find the weights that need not be written, and copy others on accelerators, to restore them from there."""
-        run, budgets = self.run, dict[torch.device, int]()
+    def keep_weights(self, weights: Weights) -> Weights:
+        """Find the weights that need not be written, and copy others on accelerators, to restore them from there.
+
+        Returns:
+            `weights`, with W0 on the accelerator if the model's own weight is W0.
+        """
+        run, budgets, states = self.run, dict[torch.device, int](), dict(weights.slow.states)
         for name, parameter in writable(self.parameters).items():
-            weight, base = local(parameter), run.slow.states[name].base
+            weight, state = local(parameter), run.slow.started(name)
             if weights.matches(name, weight, run.is_noisy):
                 self.matching.add(name)
-            elif name not in self.trained and weight.device not in (torch.device("cpu"), base.device):
+            elif name not in self.trained and weight.device not in (torch.device("cpu"), state.base.device):
                 if weight.device not in budgets:
                     budgets[weight.device] = int(COPIED * free_memory(weight.device))
                 if weight.nbytes <= budgets[weight.device]:
                     budgets[weight.device] -= weight.nbytes
                     self.copies[name] = weight.detach().clone()
+                if state.starts_at_base(run.is_noisy) and weight.dtype == state.base.dtype and name in states:
+                    states[name] = replace(states[name], base=weight.detach())
+        return replace(weights, slow=replace(weights.slow, states=states))
 
     def restore(self) -> None:
         """Restore the weights of the running stage. If that raises, try once more.

@@ -222,6 +222,11 @@ class WeightState(Tree):
         """Whether the parameter differs from the slow weights during the stage. `noisy`: whether it has noise."""
         return noisy or self.initial is not None or self.start_differs
 
+    def starts_at_base(self, noisy: bool) -> bool:
+        """Whether the parameter holds W0 during the stage. `noisy`: whether it has noise."""
+        changes = self.experts or self.noises or self.start.dense is not None or self.scale() is not None
+        return not (changes or self.differs_from_slow(noisy))
+
     def view(self, name: ViewName) -> View:
         """Return the stored view for slow, fast or averaged weights.
 

@@ -235,12 +235,14 @@ ACTIONS: dict[str, Callable[[Side], object]] = {
 }
 
 
-def traffic(spec: dict[str, Any], base: str, action: str, dtype: torch.dtype) -> tuple[dict[str, int], int, int, int]:
-    """What an action of the third stage copies; the bytes of W0, those of the factors, and the number of sites."""
+def traffic(
+    spec: dict[str, Any], base: str, action: str, dtype: torch.dtype, stage: int = 3
+) -> tuple[dict[str, int], int, int, int]:
+    """What an action of a stage copies; the bytes of W0, those of the factors, and the number of sites."""
     side = Side("llama", DEVICE, lx.CascadeSpec(rank=2, **spec), dtype, adapted=False)
     side.adopt(lx.adapt(*side.inputs, spec=side.spec, base=base))
-    side.transition()
-    side.transition()
+    for _ in range(1, stage):
+        side.transition()
     side.step()
     weights = [state.base.nbytes for state in weight_states(side.cascade).values()]
     factors = sum(factor.nbytes for branch in side.cascade.branches.values() for factor in branch.parameters())
@@ -265,6 +267,14 @@ def test_weights_travel_once_in_their_own_dtype(action: str, options: dict[str, 
     assert found.get("to_device_bytes", 0) <= ways * (weights + stages * factors + SMALL * sites), found
     assert found.get("to_device", 0) <= ways * sites * (2 + 2 * stages), found
     assert found.get("to_host_bytes", 0) <= 2 * factors + SMALL * sites, found
+
+
+@simulated_only
+@pytest.mark.parametrize("action", ["slow weights", "fast weights"])
+def test_in_the_first_stage_without_noise_nothing_travels(action: str) -> None:
+    found, _, factors, sites = traffic({}, "memory", action, torch.bfloat16, stage=1)
+    assert found.get("to_device_bytes", 0) <= SMALL * sites, found
+    assert found.get("to_host_bytes", 0) <= factors + SMALL * sites, found
 
 
 @simulated_only
