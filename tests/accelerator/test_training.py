@@ -287,11 +287,36 @@ def test_without_room_for_copies_weights_travel_twice(monkeypatch: pytest.Monkey
 @simulated_only
 @pytest.mark.parametrize("options", [{}, NOISE, EACH_STEP], ids=["plain", "noise", "noise each step"])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_with_the_base_on_the_device_nothing_travels(action: str, options: dict[str, Any]) -> None:
+def test_with_the_base_on_the_device_nothing_travels(
+    action: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "free_memory", lambda device: pytest.fail("weights need no copies"))
     found, _, factors, sites = traffic(options, "device", action, torch.bfloat16)
     new = factors if action == "transition" else 0  # the host draws the next ones, and compares the old ones
     assert found.get("to_device_bytes", 0) <= new + SMALL * sites, found
     assert found.get("to_host_bytes", 0) <= new + SMALL * sites, found
+
+
+def step_inside(side: Side) -> None:
+    side.transition()
+    side.step()
+    with side.cascade.weights("fast"):
+        side.optimizer.step()  # the end of the block restores the weights with the noise of this step
+    side.show("restored", tensors(side.cascade))
+
+
+def cast_before(side: Side) -> None:
+    side.step()
+    side.cascade.to(torch.bfloat16)
+    with side.cascade.weights("fast"):
+        side.show("fast weights", tensors(side.cascade))
+
+
+@pytest.mark.parametrize(
+    ("run", "options"), [(step_inside, EACH_STEP), (cast_before, {})], ids=["noise each step", "cast"]
+)
+def test_weights_that_cannot_come_from_copies(run: Callable[[Side], None], options: dict[str, Any]) -> None:
+    compare("mlp", lx.CascadeSpec(rank=2, **options), run)
 
 
 @simulated_only

@@ -17,6 +17,7 @@ from lorasc_fx.cascade import views
 from tests.checkpoint.test_resume import Teacher
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
+from tests.kit.models import randomize
 from tests.kit.state import weight_states
 
 X = torch.randn(6, 14, generator=torch.Generator().manual_seed(2))
@@ -316,3 +317,19 @@ def test_weights_with_the_right_values_are_not_written(case: str, monkeypatch: p
     assert all(same) == (not writes)
     assert written == (["0.weight", "3.weight"] if writes else [])
     assert all(torch.equal(value, before[name]) for name, value in cascade.model.state_dict().items())
+
+
+def test_slow_weights_after_a_cast_to_a_wider_dtype() -> None:
+    """The weights of the stage were rounded to the dtype of W0, and slow weights are not."""
+    model = base().bfloat16()
+    cascade = lx.adapt(model, (X.bfloat16(),), spec=PLAIN, frontend="symbolic")
+    randomize(cascade, 1)
+    cascade.transition(None)
+    cascade.float()
+    weight = cascade.model.get_parameter("0.weight")
+    start = weight.clone()
+    with cascade.weights("slow"):
+        slow = weight.clone()
+    assert torch.equal(slow.bfloat16().float(), start)
+    assert not torch.equal(slow, start)
+    assert torch.equal(slow, cascade.release().get_parameter("0.weight"))
