@@ -56,8 +56,8 @@ def bind(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments in canonical form: positional if possible, the others in the order of the signature.
 
-    An argument is dropped if its default is None and its value is None, so that `f(x)` and `f(x, mask=None)` are the
-    same call.
+    Arguments that go to `**kwargs` come last, sorted by name. An argument is dropped if its default is None and its
+    value is None, so that `f(x)` and `f(x, mask=None)` are the same call.
 
     Raises:
         TypeError: the signature does not accept these arguments.
@@ -69,7 +69,7 @@ def bind(
 def _without_nones(
     signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[Any] | None = None
 ) -> inspect.BoundArguments:
-    """Drop arguments whose default and value are None.
+    """Drop arguments whose default and value are None, and sort those that go to `**kwargs` by name.
 
     Args:
         signature: signature of forward.
@@ -81,6 +81,8 @@ def _without_nones(
         kinds[name] is inspect.Parameter.VAR_POSITIONAL and value for name, value in bound.arguments.items()
     )
     for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name in bound.arguments:
+            bound.arguments[name] = dict(sorted(bound.arguments[name].items()))
         # Dropping an argument before `*args` would shift the values of `*args`.
         if has_varargs and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue

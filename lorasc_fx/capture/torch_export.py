@@ -52,10 +52,11 @@ def _export(
     if trace is not None and (derived := derive(model, args, kwargs, trace)) is not None:
         graph, conditions = derived
         return Captured(graph, frontend, conditions, drop_cached=forget)
-    root = _wrapped(model)
+    signature = _explicit(signature_of(model), kwargs) if dynamic else signature_of(model)
+    root = _wrapped(model, signature)
     with quiet(grad=torch.is_grad_enabled()):
         generators = generator_states()
-        shapes = _dynamic_shapes(signature_of(model), args, kwargs, dynamic)
+        shapes = _dynamic_shapes(signature, args, kwargs, dynamic)
         # Quantized weights are traced as plain tensors, and quantized layers as opaque ops.
         with substituted(model, _plain_weights(model)), as_opaque_products(), _export_settings():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
@@ -146,7 +147,7 @@ def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Wrapper(nn.Module):
-    """Wraps a model that has children with reserved names, such as `code` and `graph`."""
+    """Wraps a model for torch.export, which then sees other names of children or another signature."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -154,16 +155,29 @@ class _Wrapper(nn.Module):
         self.training = model.training
 
 
-def _wrapped(model: nn.Module) -> nn.Module:
-    """Return the model, wrapped if one of its names is reserved."""
-    if _RESERVED.isdisjoint({*model._modules, *model._parameters, *model._buffers}):
+def _explicit(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> inspect.Signature:
+    """Return the signature with the arguments of a call that go to `**kwargs` as parameters of their own.
+
+    torch 2.13 cannot match a tree of shapes with `**kwargs`.
+    """
+    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = kwargs.keys() - signature.parameters.keys() if len(named) < len(signature.parameters) else ()
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name in more]
+    return signature.replace(parameters=[*named, *added]) if added else signature
+
+
+def _wrapped(model: nn.Module, signature: inspect.Signature) -> nn.Module:
+    """Return the model, wrapped if one of its names is reserved, or if it has another signature."""
+    reserved = not _RESERVED.isdisjoint({*model._modules, *model._parameters, *model._buffers})
+    if not reserved and signature == signature_of(model):
         return model
 
     def forward(self: _Wrapper, *args: Any, **kwargs: Any) -> Any:
         return self.inside(*args, **kwargs)
 
-    # torch.export names the inputs by the signature of forward, so the wrapper's must be the model's.
-    vars(forward)["__signature__"] = inspect.signature(type(model).forward)
+    # torch.export names the inputs by the signature of forward.
+    of_self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    vars(forward)["__signature__"] = signature.replace(parameters=[of_self, *signature.parameters.values()])
     return cast("nn.Module", type("_Wrapper", (_Wrapper,), {"forward": forward})(model))
 
 
@@ -171,9 +185,9 @@ def _dynamic_shapes(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
 ) -> Any:
     """Return the argument `dynamic_shapes` of torch.export.export. None makes every size constant."""
+    if not dynamic:
+        return None
     arguments = signature.bind(*args, **kwargs).arguments
-    if not dynamic or any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in arguments):
-        return None  # torch 2.13 cannot match a tree of shapes with **kwargs
     indices = itertools.count()  # tree_map visits the leaves in order
 
     def dimensions(leaf: Any) -> Any:

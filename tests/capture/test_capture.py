@@ -99,6 +99,43 @@ def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
     assert total - initial == 5 + (frontend == "export")
 
 
+class Gathers(nn.Module):
+    """Takes a total and a bias by `**kwargs`, as models of transformers take `num_items_in_batch`."""
+
+    def __init__(self, child: str) -> None:
+        super().__init__()
+        self.child = child
+        self.add_module(child, nn.Linear(5, 3))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: torch.Tensor) -> dict[str, Any]:
+        logits = self.get_submodule(self.child)(x) + kwargs["bias"]
+        logits = logits if mask is None else logits * mask[:, None]
+        return {"logits": logits, "loss": logits.square().sum() / kwargs["total"]}
+
+
+@pytest.mark.parametrize("child", ["body", "code"])  # torch.export reserves the name `code`
+@pytest.mark.parametrize("frontend", ["export", "dynamo"])
+def test_sizes_are_dynamic_beside_gathered_keywords(frontend: str, child: str, made: Any) -> None:
+    torch.manual_seed(2)
+    model = Gathers(child).double()
+    eager = copy.deepcopy(model)
+
+    def call(size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x, mask = batches(1, size, 5)[0], torch.ones(size, dtype=torch.float64)
+        return (x, mask), {"total": torch.tensor(2.0 * size), "bias": x.new_ones(3)}
+
+    cascade = lx.adapt(model, *call(4), frontend=frontend)
+    initial = made()
+    for size, new in ((9, 1), (7, 0), (4, 0), (30, 0)):
+        args, kwargs = call(size)
+        before = made()
+        same(cascade(*args, **kwargs), eager(*args, **kwargs), rtol=1e-12, atol=1e-12)
+        assert made() == before + new
+        same(cascade(*args, **dict(reversed(kwargs.items()))), eager(*args, **kwargs), rtol=1e-12, atol=1e-12)
+    assert made() == initial + 1
+    assert [site.weight for site in cascade.sites] == [f"{child}.weight"]
+
+
 @BOTH
 def test_train_and_eval_mode_have_separate_graphs(frontend: str, made: Any) -> None:
     """Switch from eval to train mode and back. The branches stay the same."""
