@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import lorasc_fx as lx
 import lorasc_fx.integrations.transformers
@@ -59,17 +60,25 @@ def calls(build: Callable[[], nn.Module], batch: Callable[..., dict[str, Any]]) 
     yield "its last batch"
 
 
-def trainer(build: Callable[[], nn.Module], batch: Callable[..., dict[str, Any]]) -> Iterator[str]:
-    """As `calls`, in a Trainer of transformers: 19 rows in batches of 8, and `generate`."""
+def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Collate rows of tokens, padded to the longest row."""
+    return {name: pad_sequence([row[name] for row in rows], batch_first=True) for name in rows[0]}
+
+
+def trainer(
+    build: Callable[[], nn.Module], batch: Callable[..., dict[str, Any]], lengths: Sequence[int]
+) -> Iterator[str]:
+    """As `calls`, in a Trainer of transformers: batches of 8 rows of these lengths, and `generate`."""
     model: Any = build().eval()
-    rows = [{name: value[0] for name, value in batch(model, 1, 16, True).items()} for _ in range(19)]
+    rows = [{name: value[0] for name, value in batch(model, 1, length, True).items()} for length in lengths]
     cascade = lx.adapt(model, (), batch(model, 2, 16, True))
     yield "adapt, with labels"
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
         arguments = transformers.TrainingArguments(folder, num_train_epochs=1, **options)
         callback = lx.integrations.transformers.CascadeCallback(cascade)
-        run = transformers.Trainer(cascade, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+        data = {"train_dataset": rows, "eval_dataset": rows, "data_collator": padded}
+        run = transformers.Trainer(cascade, arguments, callbacks=[callback], **data)
         run.train()
         yield "train"
         run.evaluate()
@@ -111,7 +120,8 @@ def main() -> None:
     llama = partial(transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES, vocab_size=100))
     print("| model | exports | CPU seconds | of each call |\n| --- | --- | --- | --- |")
     print(row("BERT", calls(bert, text)), row("ViT", calls(vit, images)), row("Llama", calls(llama, text)), sep="\n")
-    print(row("Trainer, Llama", trainer(llama, text)))
+    print(row("Trainer, Llama", trainer(llama, text, [16] * 19)))
+    print(row("Trainer, Llama, lengths of 5 to 68", trainer(llama, text, range(5, 69))))
 
 
 if __name__ == "__main__":
