@@ -147,7 +147,7 @@ def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Wrapper(nn.Module):
-    """Wraps a model for torch.export, which then sees other names of children or another signature."""
+    """Wraps a model that torch.export cannot take as it is: because of names of its children, or its signature."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -156,18 +156,21 @@ class _Wrapper(nn.Module):
 
 
 def _explicit(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> inspect.Signature:
-    """Return the signature with the arguments of a call that go to `**kwargs` as parameters of their own.
+    """Return the signature with a keyword-only parameter for each argument of a call that goes to `**kwargs`.
 
     torch 2.13 cannot match a tree of shapes with `**kwargs`.
     """
-    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    more = kwargs.keys() - signature.parameters.keys() if len(named) < len(signature.parameters) else ()
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name in more]
-    return signature.replace(parameters=[*named, *added]) if added else signature
+    named = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in named]
+    return signature.replace(parameters=[*named.values(), *added]) if added else signature
 
 
 def _wrapped(model: nn.Module, signature: inspect.Signature) -> nn.Module:
-    """Return the model, wrapped if one of its names is reserved, or if it has another signature."""
+    """Return the model, wrapped if one of its names is reserved, or if `signature` differs from that of its forward."""
     reserved = not _RESERVED.isdisjoint({*model._modules, *model._parameters, *model._buffers})
     if not reserved and signature == signature_of(model):
         return model

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -90,9 +90,9 @@ class Weights:
             noisy: whether the weights of the model have noise now.
         """
         state = self.slow.started(name)
-        own = self.plan is not None and self.view in FOLDED and state.view(self.view) is state.slow
+        is_slow = self.plan is not None and self.view in FOLDED and state.view(self.view) is state.slow
         same_dtype = weight.dtype == state.base.dtype
-        return own and same_dtype and not state.full and not state.differs_from_slow(noisy)
+        return is_slow and same_dtype and not state.full and not state.differs_from_slow(noisy)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the values of quantized weights as dense tensors, by name."""
@@ -223,8 +223,8 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
             buffer.copy_(statistics)
         run.placed = stage if stage is not None else str(view)
         written = run.present(name for name in run.slow.states if name not in before.matching)
-        found = run.recorded(before.matching) | checksums(written)
-        run.placed_checksums = {name: found[name] for name in run.slow.states if name in found}
+        by_name = run.recorded(before.matching) | checksums(written)
+        run.placed_checksums = {name: by_name[name] for name in run.slow.states if name in by_name}
         # With another version, autograd raises for a graph that saved W_t, instead of computing with other weights.
         before.set_versions(next(_VERSIONS))
     return value
@@ -233,8 +233,8 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
 class Before:
     """Snapshot of a run's parameters before other weights replace them, which can be restored.
 
-    It has copies of parameters trained in full, of running statistics, and of weights on an accelerator whose W0 is in
-    host memory, as far as they fit into a part of its free memory. All other weights are computed again.
+    It has copies of parameters trained in full and of running statistics. It also copies weights on an accelerator, if
+    W0 is in host memory and part of the free memory suffices. All other weights are computed again.
     """
 
     def __init__(self, run: Run) -> None:
@@ -251,7 +251,6 @@ class Before:
         self.matching: set[str] = set()  # weights that have their new values already
         self.copies: dict[str, torch.Tensor] = {}  # copies of weights on accelerators
         self.changed: str | None = None  # the first weight that was written inside the `with`
-        self.intact = False  # whether no weight was written there
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # with their values from before
         norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
         self.keep_buffers(buffer for norm in norms for buffer in norm.buffers(recurse=False))
@@ -293,8 +292,7 @@ class Before:
         with torch.inference_mode(False), torch.no_grad(), run.lock, AllOrNothing() as again:
             again(self._write)
             self.changed = run.changed(run.placed_checksums)
-            self.intact = self.changed is None
-            self._write()
+            self._write(self.matching if self.changed is None else ())
         if self.changed is not None:
             raise StateError(
                 f"weights: {self.changed} was written inside the with block (by a training step, load_state_dict, "
@@ -304,11 +302,11 @@ class Before:
                 code="inside-weights",
             )
 
-    def _write(self) -> None:
-        """Write the weights of the running stage. Safe to call again after it has raised."""
+    def _write(self, unchanged: Collection[str] = ()) -> None:
+        """Write the weights of the running stage, except unchanged ones. Safe to call again after it has raised."""
         run, scratch = self.run, Scratch()
-        same_noise = run.plan is self.plan  # a step inside the block may change it
-        kept = self.trained | (self.copies if same_noise else {})
+        same_plan = run.plan is self.plan  # a step inside the block may have changed the noise
+        kept = self.trained | (self.copies if same_plan else {})
         for holder in self.places:
             if holder.exists:
                 holder.put(holder.value)
@@ -317,7 +315,7 @@ class Before:
                 parameter.data = memory
 
         for name, out in weights_to_write(run, self.parameters):
-            if name in self.matching and self.intact:
+            if name in unchanged:
                 continue
             if name in kept:
                 out.copy_(kept[name])
@@ -329,7 +327,7 @@ class Before:
                     raise
         for buffer, value in self.buffers:
             buffer.copy_(value)
-        if not same_noise:
+        if not same_plan:
             run.note_weights(self.parameters)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:

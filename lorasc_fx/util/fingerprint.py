@@ -47,6 +47,7 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
+    """Return the checksum of a tensor. No mode may be active."""
     total = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     plain = local(tensor.detach())
     if is_traceable_wrapper_subclass(plain):

@@ -523,10 +523,10 @@ def keep_factor(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 steeper.register_autograd(lambda ctx, slope: (slope * float(ctx.factor), None), setup_context=keep_factor)
 
 
-def experts(op: Callable[..., Tensor], v: Tensor, w: Tensor, x: Tensor) -> Tensor:
-    """Return x times the product of its first row and one matrix, and of the others and another."""
-    weights = torch.stack([torch.diag(v), torch.diag(3 * w)])
-    return x * op(x, weights, offs=torch.tensor([1, 3], dtype=torch.int32))
+def experts(op: Callable[..., Tensor], v: Tensor, w: Tensor, x: Tensor, rows: int = 1) -> Tensor:
+    """Return x times the product of its first rows and one matrix, and of the others and another."""
+    weights = torch.stack([torch.diag(v), torch.diag(w)])
+    return x * op(x, weights, offs=torch.tensor([rows, 3], dtype=torch.int32))
 
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -575,6 +575,7 @@ DIFFERENT: dict[str, tuple[Run, Run]] = {
     "a place": (lambda v, w, x: v[0:2], lambda v, w, x: v[1:3]),
     "an exponent": (lambda v, w, x: v**2, lambda v, w, x: v**3),
     "a bound": (lambda v, w, x: v.clamp(max=2.0), lambda v, w, x: v.clamp(max=0.5) + 0.5),
+    "rows of an expert": (partial(experts, torch._grouped_mm), partial(experts, torch._grouped_mm, rows=2)),
     "a constant of an op of torch.library": (lambda v, w, x: steeper(v, 2.0), lambda v, w, x: steeper(v, 3.0)),
     "one output of several": (lambda v, w, x: (v * w).unbind()[0], lambda v, w, x: (v * w).unbind()[1]),
 }
