@@ -125,7 +125,7 @@ class _Describer:
         """Describe the node of an op of `torch.library`: its class, and what its backward reads from the context."""
         attributes = [(name, self._value(value)) for name, value in sorted(vars(node).items())]
         saved = self._value(node.saved_tensors)
-        return type(node), _gradients(node), saved, tuple(attributes), tuple(node.needs_input_grad)
+        return type(node), _gradients(node), saved, tuple(attributes)
 
     def _value(self, value: Any) -> Any:
         """Describe a saved value. A tensor is described by its layout, and the name or checksum of its memory."""
