@@ -21,6 +21,7 @@ from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
 from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
 from lorasc_fx.cascade.moving import move
+from lorasc_fx.cascade.optim import Optimizers, optimizers_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.transition import Stage
@@ -279,7 +280,7 @@ class CascadeModule(nn.Module):
         """
         return self._run.param_groups(lr, options)
 
-    def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
+    def stages(self, count: int, optimizer: Optimizers, scheduler: Any = None) -> Iterator[Stage]:
         """Yield `count` stages. Between stages a transition runs, and after the last one the weights are folded.
 
         After the loop the parameters hold the slow weights, without noise. If the loop is left early, its stage keeps
@@ -287,20 +288,25 @@ class CascadeModule(nn.Module):
 
         Args:
             count: number of stages, 1 or more.
-            optimizer: the optimizer of the branches. A transition treats its state as `optimizer_state` of the spec
-                says.
-            scheduler: a torch learning rate scheduler, which is stepped once per transition.
+            optimizer: the optimizer of all trained parameters, or a list of several that share them, such as
+                `torch.optim.Muon` for matrices and AdamW for the rest. A transition treats their state as
+                `optimizer_state` of the spec says.
+            scheduler: a torch learning rate scheduler, or a list of several. Each is stepped once per transition.
 
         Raises:
-            SpecError: `count` is not an integer of 1 or more, or the optimizer ignores the learning rates of the spec.
-            StateError: the optimizer does not hold the branches, or weights must not change now, as for `transition`.
+            SpecError: `count` is not an integer of 1 or more, or `optimizer` is no optimizer, has one twice, or ignores
+                the learning rates of the spec.
+            StateError: a trained parameter is in no optimizer or in two, or weights must not change now, as for
+                `transition`.
         """
         if not is_integer(count, 1):
             raise SpecError(f"stages({count!r}): the number of stages must be an integer of 1 or more")
-        self._run.begin_loop(optimizer)
-        return transition.loop(self._run, count, optimizer, scheduler)
+        optimizers = optimizers_of("stages", optimizer)
+        self._run.begin_loop(optimizers)
+        schedulers = scheduler if isinstance(scheduler, (list, tuple)) else () if scheduler is None else (scheduler,)
+        return transition.loop(self._run, count, optimizers, schedulers)
 
-    def transition(self, optimizer: torch.optim.Optimizer | None, loss: Any = None) -> None:
+    def transition(self, optimizer: Optimizers | None, loss: Any = None) -> None:
         """End the running stage and start the next one (docs/algorithm.md, "One site").
 
         The slow weights become `S_t = S_{t-1} + pace * (F_t - S_{t-1})`. The parameters get the weights of the next
@@ -315,19 +321,19 @@ class CascadeModule(nn.Module):
         change shapes, compiled code is compiled again and the optimizer's state is reset.
 
         Args:
-            optimizer: the optimizer of the branches; None if there is none.
+            optimizer: the optimizer of all trained parameters, or a list of several; None if there is none.
             loss: loss of the stage, a number above 0 or a tensor with one. pace="loss" computes the pace from it. Other
                 paces ignore it. If the weights are sharded, the loss on the first rank counts.
 
         Raises:
-            StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if the
-                optimizer does not hold the branches, or training has made a buffer inf or nan.
+            StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if a
+                trained parameter is in no optimizer or in two, or training has made a buffer inf or nan.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
             SpecError: the pace is "loss", and the loss is missing or is not a finite number above 0.
         """
-        transition.next_stage(self._run, optimizer, loss=loss)
+        transition.next_stage(self._run, optimizers_of("transition", optimizer), loss=loss)
 
-    def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def rewind(self, stage: int, optimizer: Optimizers | None) -> None:
         """Go back to the slow weights at the end of an earlier stage and start a new stage from them.
 
         All later stages are dropped, including the training of the running one. The new stage has a new number, so it
@@ -337,13 +343,13 @@ class CascadeModule(nn.Module):
 
         Args:
             stage: number of a stage that has ended. 0 is the base, W0.
-            optimizer: the optimizer of the branches; None if there is none.
+            optimizer: as for `transition`.
 
         Raises:
             StateError: the stage has not ended or is no longer available, or weights must not change now, as for
                 `transition`.
         """
-        transition.rewind(self._run, stage, optimizer)
+        transition.rewind(self._run, stage, optimizers_of("rewind", optimizer))
 
     # ---- weights
 

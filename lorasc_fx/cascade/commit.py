@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasc_fx.branch import fill
 from lorasc_fx.branch.noise import PIECE, WORKSPACE
-from lorasc_fx.cascade.optim import put_state, stepping
+from lorasc_fx.cascade.optim import put_state
 from lorasc_fx.cascade.run_base import RunBase
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
@@ -45,7 +45,7 @@ class Planned:
         gradients: full gradients of trained parameters, by the names of `Run.trainable`. All other trained parameters
             get `grad = None`. None to keep the current gradients.
         pending: names of the gradients that no optimizer step has consumed.
-        optimizer: the optimizer that gets `states`.
+        optimizers: the optimizers that get `states`.
         states: the next optimizer state of some parameters. An empty state resets the parameter.
         current: copies of the current values of parameters trained in full, if the caller has them, for a rollback.
             Otherwise copies are made.
@@ -61,7 +61,7 @@ class Planned:
     buffers: Sequence[tuple[Holder, torch.Tensor | None]] = ()
     gradients: Mapping[str, torch.Tensor] | None = None
     pending: Collection[str] = ()
-    optimizer: torch.optim.Optimizer | None = None
+    optimizers: Sequence[torch.optim.Optimizer] = ()
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
     current: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -87,10 +87,7 @@ def write_planned(run: RunBase, planned: Planned, undo: Undo) -> None:
         for holder, buffer in planned.buffers:
             undo(partial(holder.put, holder.value) if holder.exists else partial(holder.store.pop, holder.key, 0))
             holder.put(buffer)
-        if (optimizer := planned.optimizer) is not None:
-            table = stepping(optimizer).state
-            undo(partial(put_state, optimizer, {parameter: table[parameter] for parameter in planned.states}))
-            put_state(optimizer, planned.states)
+        put_state(planned.optimizers, planned.states, undo)
         _write_parameters(run, planned, undo)
     if planned.gradients is not None:
         # Frozen factors may have a gradient from the stage before too.

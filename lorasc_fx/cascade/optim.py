@@ -1,9 +1,10 @@
-"""The optimizer of the user: its parameter groups, checks of it, and its state at a transition."""
+"""The optimizers of the user: their parameter groups, checks of them, and their state at a transition."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.shards import dtensor_like, full_tensor, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
+from lorasc_fx.util.undo import Undo
 
 _COPIES = {"lookahead_slow_buff"}
 """Entries of an optimizer state that are copies of the parameter. They are stale after a transition."""
@@ -34,33 +36,66 @@ def check_numbers(state: Any, path: str) -> None:
             raise ValueError(f"{path} holds NaN")
 
 
-def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise StateError if the optimizer does not hold all of these parameters, given by name."""
-    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in parameters.items() if id(parameter) not in ids]
-    if missing:
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+"""One optimizer, or several that train one cascade together, such as Muon for matrices and AdamW for the rest."""
+
+
+def optimizers_of(call: str, optimizer: Optimizers | None) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers of an argument `optimizer`, which is one optimizer, several, or None.
+
+    Raises:
+        SpecError: something else is given, an empty sequence, or an optimizer twice.
+    """
+    if optimizer is None:
+        return ()
+    optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    for item in optimizers:
+        if not (hasattr(item, "param_groups") and hasattr(item, "state")):
+            raise SpecError(
+                f"{call}: optimizer is a {type(item).__name__}, not a torch optimizer. Give one optimizer, or a list "
+                "of several"
+            )
+    if len({id(item) for item in optimizers}) < max(1, len(optimizers)):
+        fault = "the same optimizer is given twice" if optimizers else "optimizer is an empty list"
+        raise SpecError(f"{call}: {fault}. Give each optimizer of the training once", code="conflicting-options")
+    return optimizers
+
+
+def check_holds(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise StateError unless each of these parameters, given by name, is in exactly one of the optimizers."""
+    held = [{id(parameter) for group in item.param_groups for parameter in group["params"]} for item in optimizers]
+    owners = {name: sum(id(parameter) in ids for ids in held) for name, parameter in parameters.items()}
+    if missing := [name for name, count in owners.items() if count == 0]:
         raise StateError(
-            f"the optimizer does not hold {named(missing)}. Build it from cascade.param_groups(lr=...). If a later "
-            "call of the cascade has added these branches, add them by optimizer.add_param_group",
+            f"no optimizer of this call holds {named(missing)}. Build it from cascade.param_groups(lr=...). With "
+            "several, give all of them. If a later call of the cascade has added these branches, add them by "
+            "optimizer.add_param_group",
             code="optimizer-lacks-parameters",
+        )
+    if repeated := [name for name, count in owners.items() if count > 1]:
+        raise StateError(
+            f"two optimizers hold {named(repeated)}, and both would train it. Give each group of "
+            "cascade.param_groups(lr=...) to one optimizer",
+            code="conflicting-options",
         )
 
 
 def check_rates(
-    optimizer: torch.optim.Optimizer, expected_groups: Callable[[float], Sequence[Mapping[str, Any]]]
+    optimizers: Sequence[torch.optim.Optimizer], expected_groups: Callable[[float], Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Raise SpecError if the optimizer has one learning rate for all trained parameters and the spec has several.
+    """Raise SpecError if the optimizers have one learning rate for all trained parameters and the spec has several.
 
     Then the user has built the optimizer from `parameters()`, and the rates of the spec (lr_ratio, train_rules) would
-    be ignored. An optimizer with several rates is not checked: the user has chosen them.
+    be ignored. Several rates are not checked: the user has chosen them.
 
     Args:
-        optimizer: the optimizer. Its initial rates count, from before a scheduler changed them.
+        optimizers: the optimizers. Their initial rates count, from before a scheduler changed them.
         expected_groups: returns the groups of the spec for a learning rate of A (`groups`).
     """
     trained = {id(parameter) for group in expected_groups(0.0) for parameter in group["params"]}
     rates = {
         float(group.get("initial_lr", group["lr"]))
+        for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
         if id(parameter) in trained
@@ -85,25 +120,33 @@ def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return inner
 
 
-def treated_state(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
-) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for these parameters after a transition, as new tensors.
+def state_of(optimizers: Iterable[torch.optim.Optimizer]) -> dict[nn.Parameter, Any]:
+    """Return the state of each parameter that one of the optimizers has stepped."""
+    held: dict[Any, Any] = {}
+    for optimizer in optimizers:
+        held |= {parameter: state for parameter, state in stepping(optimizer).state.items() if state}
+    return held
 
-    Does not change the optimizer. Parameters whose state does not change are left out, and so are parameters without a
-    state. Copies of the parameter are never kept.
+
+def treated_state(
+    states: Mapping[nn.Parameter, Any], parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
+) -> dict[nn.Parameter, Any]:
+    """Return the optimizer state of these parameters after a transition, as new tensors.
+
+    Parameters whose state does not change are left out, and so are parameters without a state. Copies of the parameter
+    are never kept.
 
     Args:
-        optimizer: the optimizer.
+        states: the optimizer state of each parameter, which is not changed.
         parameters: parameters to treat.
         how: `reset` for the state of a parameter that was never stepped, `kept` for the current state. A number in
             (0, 1) is the share of entries to prune by magnitude (ReLoRA, 2307.05695).
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter in parameters:
-        state = stepping(optimizer).state.get(parameter)
-        if not state:
+        if parameter not in states:
             continue
+        state = states[parameter]
         entries = {name: value for name, value in state.items() if name not in _COPIES}
         if how == "reset":
             treated[parameter] = {}
@@ -114,35 +157,43 @@ def treated_state(
     return treated
 
 
-def kept_state(optimizer: torch.optim.Optimizer, masks: Mapping[nn.Parameter, torch.Tensor]) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for these parameters, set to zero where their masks are False, as new tensors.
+def kept_state(
+    states: Mapping[nn.Parameter, Any], masks: Mapping[nn.Parameter, torch.Tensor]
+) -> dict[nn.Parameter, Any]:
+    """Return the optimizer state of these parameters, set to zero where their masks are False, as new tensors.
 
     A state with tensors of another shape is reset, because a mask in the shape of the parameter cannot be applied to
     it. An example are the factored moments of Adafactor.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter, mask in masks.items():
-        state = stepping(optimizer).state.get(parameter, {})
-        entries = {name: value for name, value in state.items() if name not in _COPIES}
+        if parameter not in states:
+            continue
+        entries = {name: value for name, value in states[parameter].items() if name not in _COPIES}
         tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor) and value.dim()}
         if any(value.shape != parameter.shape for value in tensors.values()):
             entries, tensors = {}, {}
         for name, value in tensors.items():
             full = full_tensor(value.detach())
             entries[name] = dtensor_like(torch.where(mask.to(full.device), full, 0), value)
-        if state:
-            treated[parameter] = entries
+        treated[parameter] = entries
     return treated
 
 
-def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Any]) -> None:
-    """Set the optimizer's state for these parameters. An empty state is removed: the next step initializes it."""
-    table = stepping(optimizer).state
-    for parameter, state in states.items():
-        if state:
-            table[parameter] = state
-        else:
-            table.pop(parameter, None)
+def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, Any], undo: Undo) -> None:
+    """Set the state of these parameters in the optimizer that has one. An empty state is removed.
+
+    The next step initializes a removed state. `undo` collects the undo steps.
+    """
+    for optimizer in optimizers:
+        table = stepping(optimizer).state
+        before = {parameter: table[parameter] for parameter in states if parameter in table}
+        undo(partial(table.update, before))
+        for parameter in before:
+            if states[parameter]:
+                table[parameter] = states[parameter]
+            else:
+                del table[parameter]
 
 
 def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -269,11 +269,11 @@ class Run(RunBase):
         trained = [(parameter, states[name].rule) for name, parameter in self.present(states).items()]
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
-    def begin_loop(self, optimizer: torch.optim.Optimizer, call: str = "stages") -> None:
+    def begin_loop(self, optimizers: Sequence[torch.optim.Optimizer], call: str = "stages") -> None:
         """Check that a loop over stages can start, and record that this run has one. `call` names it in messages."""
         self.check_ready(call, sharded=True)
-        check_holds(optimizer, self.trainable())
-        check_rates(optimizer, lambda lr: self._groups(lr, {}))
+        check_holds(optimizers, self.trainable())
+        check_rates(optimizers, lambda lr: self._groups(lr, {}))
         self.looped = True
 
     # ---- checks before a call

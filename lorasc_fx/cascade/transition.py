@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from lorasc_fx.cascade.commit import Planned, write_planned
-from lorasc_fx.cascade.optim import check_holds, kept_state, treated_state
+from lorasc_fx.cascade.optim import check_holds, kept_state, state_of, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
@@ -49,84 +48,84 @@ class Stage:
     loss: Any = None
 
 
-def loop(run: Run, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
+def loop(
+    run: Run, count: int, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]
+) -> Iterator[Stage]:
     """Yield the stages of a loop, with a transition after each; see `Cascade.stages`."""
     end_idle(run)
     for index in range(1, count + 1):
         stage = Stage(run.plan.stage, index, count)
         yield stage
         # After the last stage the run is idle: nobody trains on noisy weights, and callers evaluate the slow ones.
-        next_stage(run, optimizer, idle=index == count, scheduler=scheduler, loss=stage.loss)
+        next_stage(run, optimizers, idle=index == count, schedulers=schedulers, loss=stage.loss)
 
 
 def next_stage(
     run: Run,
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: Sequence[torch.optim.Optimizer],
     idle: bool = False,
-    scheduler: Any = None,
+    schedulers: Sequence[Any] = (),
     loss: Any = None,
 ) -> None:
     """End the running stage and start the next one; see `Cascade.transition`.
 
     Args:
         run: the run of the cascade.
-        optimizer: the optimizer of the branches; None if there is none.
+        optimizers: the optimizers that together hold all trained parameters; empty if there are none.
         idle: whether the next stage waits. Then the parameters hold the slow weights, without noise.
-        scheduler: a learning rate scheduler, stepped at the end. If it raises, the transition is rolled back.
+        schedulers: learning rate schedulers, stepped at the end. If one raises, the transition is rolled back.
         loss: loss of the stage, for pace="loss".
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, start_time = run.plan, run.slow, time.monotonic()
         branches, trained = run.branches_by_weight(), run.present(run.slow.trained)
-        if optimizer is not None:
-            check_holds(optimizer, run.trainable())
+        if optimizers:
+            check_holds(optimizers, run.trainable())
         run.check_buffers("transition")
         # Fold the branches: compute the slow state after this stage.
         after = replace(before.after_stage(plan, {**branches, **trained}, loss), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
-        moved, state = before.moved(branches), dict[nn.Parameter, Any]()
+        moved, states = before.moved(branches), state_of(optimizers)
         # Compute the optimizer's state for the next stage. Parameters trained in full continue, so they keep theirs.
-        if optimizer is not None:
-            state |= treated_state(optimizer, trained.values(), "kept")
-            for branch in branches.values():
-                state |= treated_state(optimizer, branch.parameters(), plan.spec.optimizer_state)
-                if kept := {} if idle else branch.kept_entries(plan.spec):
-                    state |= kept_state(optimizer, {branch.get_parameter(name): mask for name, mask in kept.items()})
-            # Reset the state of factors with a new shape, and of factors that became inf or nan.
-            reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
-            for name in after.left_out:
-                reset += branches[name].parameters() if name in branches else [trained[name]]
-            state |= treated_state(optimizer, reset, "reset")
+        state = treated_state(states, trained.values(), "kept")
+        for branch in branches.values():
+            state |= treated_state(states, branch.parameters(), plan.spec.optimizer_state)
+            if kept := {} if idle else branch.kept_entries(plan.spec):
+                state |= kept_state(states, {branch.get_parameter(name): mask for name, mask in kept.items()})
+        # Reset the state of factors with a new shape, and of factors that became inf or nan.
+        reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
+        for name in after.left_out:
+            reset += branches[name].parameters() if name in branches else [trained[name]]
+        state |= treated_state(states, reset, "reset")
         # Write everything, or nothing.
         with commit() as undo:
-            begin(run, Planned(planned, after, optimizer=optimizer, states=state), undo)
+            begin(run, Planned(planned, after, optimizers=optimizers, states=state), undo)
             experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - start_time
             log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
-            if not moved and (optimizer is not None or before.moved(trained)):
+            if not moved and (optimizers or before.moved(trained)):
                 run.warned.once(
                     "no-branch-moved",
                     f"stage {plan.stage} ended, and no branch has moved, so the weights are unchanged. In the training "
                     "loop call the cascade, not the model that you adapted, and check that optimizer.step() runs with "
                     "learning rates above 0",
                 )
-            if scheduler is not None:
+            for scheduler in schedulers:
                 scheduler.step()
 
 
-def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
+def restart(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Drop the training of the running stage, and start a new stage from the same weights."""
     planned = run.plan.at_stage(run.plan.stage + 1)  # a stage number draws its noise only once
-    _begin_reset(run, optimizer, planned, run.slow)
+    _begin_reset(run, optimizers, planned, run.slow)
 
 
-def _begin_reset(run: Run, optimizer: torch.optim.Optimizer | None, planned: Plan, slow: SlowWeights) -> None:
+def _begin_reset(run: Run, optimizers: Sequence[torch.optim.Optimizer], planned: Plan, slow: SlowWeights) -> None:
     """Start a stage from these slow weights, with new initial values of the branches and a reset optimizer state."""
-    state: dict[nn.Parameter, Any] = {}
-    if optimizer is not None:
-        check_holds(optimizer, run.trainable())
-        state = treated_state(optimizer, run.trainable().values(), "reset")
+    if optimizers:
+        check_holds(optimizers, run.trainable())
+    state = treated_state(state_of(optimizers), run.trainable().values(), "reset")
     with commit() as undo:
-        begin(run, Planned(planned, replace(slow, idle=False), optimizer=optimizer, states=state), undo, keep=False)
+        begin(run, Planned(planned, replace(slow, idle=False), optimizers=optimizers, states=state), undo, keep=False)
 
 
 def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
@@ -240,14 +239,14 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     return SlowWeights(at_end, averaged=min(stage, slow.averaged, 1), losses=losses, group=slow.group)
 
 
-def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
+def rewind(run: Run, stage: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Start a stage from the slow weights at the end of an earlier one; see `Cascade.rewind`."""
     with run.exclusive("rewind", sharded=True):
         after = at_stage(run.slow, stage, "rewind")
         unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
         # Two stages with one number would draw the same noise, so only a stage that has not run keeps its number.
         planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)
-        _begin_reset(run, optimizer, planned, after)
+        _begin_reset(run, optimizers, planned, after)
         log.info("rewound to the end of stage %d; stage %d starts", stage, planned.stage)
 
 

@@ -12,7 +12,6 @@ import random
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,7 +76,7 @@ def resume(
                 code="optimizer-differs",
             )
     if optimizer is not None:
-        check_holds(optimizer, run.trainable())
+        check_holds([optimizer], run.trainable())
     same_way = "build optimizer and scheduler the same way"
     optimizer_state: dict[str, Any] = {}
     with refusing(where, same_way, code="optimizer-differs"):
@@ -114,7 +113,7 @@ def resume(
             saved_as |= {value: tensors.get(f"value/{name}") for name, value in run.present(run.slow.trained).items()}
             dtypes = {parameter: tensor.dtype for parameter, tensor in saved_as.items() if tensor is not None}
             keep_as_saved(optimizer, optimizer_state["state"], host, dtypes)
-            run.commit(replace(gradients_of(run, manifest, tensors), optimizer=optimizer), undo)
+            run.commit(gradients_of(run, manifest, tensors), undo)
         if scheduler is not None:
             undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
             scheduler.load_state_dict(scheduler_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     them. If a stage is still running when the training ends, it is folded. The stage of each batch is logged as
     `stage`. With pace="loss", the loss of a stage is the loss of its last batch.
 
+    A LightningModule with several optimizers steps each of them once per step: its steps are Lightning's `global_step`
+    divided by their number.
+
     Args:
         cascade: the cascade in the LightningModule.
         stages: number of stages. The steps of the training are divided evenly among them.
@@ -38,8 +42,8 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             including noise).
 
     Raises:
-        SpecError: two rules that end stages, a count below 1, or several optimizers.
-        StateError: the LightningModule has no such cascade, or the optimizer does not have the branches' parameters.
+        SpecError: two rules that end stages, or a count below 1.
+        StateError: the LightningModule has no such cascade, or a trained parameter is in no optimizer or in two.
     """
 
     def __init__(
@@ -69,11 +73,12 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
                 code="trainer-not-supported",
             )
         if self.stages is not None:
-            self._divide(self.stages, trainer.estimated_stepping_batches)
-        run, optimizer = self.cascade._run, self._optimizer(trainer)
-        run.begin_loop(optimizer, "CascadeCallback")
+            limit = trainer.max_steps / len(trainer.optimizers) if trainer.max_steps > 0 else math.inf
+            self._divide(self.stages, min(trainer.estimated_stepping_batches, limit))
+        run = self.cascade._run
+        run.begin_loop(trainer.optimizers, "CascadeCallback")
         transition.end_idle(run)
-        self._steps_done = trainer.global_step
+        self._steps_done = self._steps(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         """End the stage if this was its last batch."""
@@ -82,17 +87,17 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             self._batch_loss = loss if loss is None else trainer.strategy.reduce(loss, reduce_op="mean")
         self.log("stage", float(self.cascade.stage))
         # With gradient accumulation, most batches make no optimizer step and must not end a stage a second time.
-        stepped, self._steps_done = trainer.global_step > self._steps_done, trainer.global_step
-        by_steps = stepped and self._is_last_step(trainer.global_step)
+        before, self._steps_done = self._steps_done, self._steps(trainer)
+        by_steps = self._steps_done > before and self._is_last_step(self._steps_done)
         last_batch = self.epochs is not None and trainer.is_last_batch
         if by_steps or (last_batch and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
-            self.cascade.transition(self._optimizer(trainer), loss=self._batch_loss)
+            self.cascade.transition(trainer.optimizers, loss=self._batch_loss)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold the stage that is still running."""
         run = self.cascade._run
         if transition.has_begun(run):
-            transition.next_stage(run, self._optimizer(trainer), idle=True, loss=self._batch_loss)
+            transition.next_stage(run, trainer.optimizers, idle=True, loss=self._batch_loss)
 
     def _place_evaluated(self, *args: Any) -> None:
         """Place the weights for an evaluation in the model, unless the user has placed some."""
@@ -106,11 +111,5 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     on_validation_start = on_test_start = on_predict_start = _place_evaluated
     on_validation_end = on_test_end = on_predict_end = on_exception = _restore_trained
 
-    def _optimizer(self, trainer: Any) -> Any:
-        if len(trainer.optimizers) != 1:
-            raise SpecError(
-                f"CascadeCallback: the LightningModule has {len(trainer.optimizers)} optimizers. Return exactly one "
-                "from configure_optimizers: torch.optim.AdamW(cascade.param_groups(lr=...))",
-                code="conflicting-options",
-            )
-        return trainer.optimizers[0]
+    def _steps(self, trainer: Any) -> int:
+        return int(trainer.global_step) // len(trainer.optimizers)

@@ -165,8 +165,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             )
         if self.stages is not None:
             self._divide(self.stages, state.max_steps)
-        run, optimizer = self.cascade._run, kwargs["optimizer"]
-        run.begin_loop(optimizer, "CascadeCallback")
+        run = self.cascade._run
+        run.begin_loop([kwargs["optimizer"]], "CascadeCallback")
         transition.end_idle(run)
         if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
             self.plateau.load_state_dict(saved["plateau"])
@@ -224,7 +224,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         If the best model was loaded by its slow weights, the running stage is restarted instead: its branches were not
         evaluated.
         """
-        run, optimizer = self.cascade._run, kwargs["optimizer"]
+        run, optimizers = self.cascade._run, [kwargs["optimizer"]]
         if not transition.has_begun(run):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -232,9 +232,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             best = next((view for view in get_args(Evaluated) if f"_{view}_" in metric), self._evaluated[0])
             if best == "slow":
                 with run.lock:
-                    transition.restart(run, optimizer)
+                    transition.restart(run, optimizers)
         else:
-            transition.next_stage(run, optimizer, idle=True, loss=self._loss())
+            transition.next_stage(run, optimizers, idle=True, loss=self._loss())
 
     def _store_plateau(self, state: Any) -> None:
         """Store the plateau in the Trainer's state, which is part of its checkpoints."""

@@ -85,9 +85,14 @@ class AllOrNothing(Block):
 @contextmanager
 def commit() -> Iterator[Undo]:
     """`with commit() as undo:` rolls back if the block raises, or if SIGINT arrived during the block."""
-    with interrupts_deferred() as handle_now, AllOrNothing() as undo:
-        yield undo
-        handle_now()
+    undo = Block()
+    with interrupts_deferred() as handle_now:
+        try:
+            yield undo
+            handle_now()
+        except BaseException as fault:
+            undo.roll_back(fault)
+            raise
 
 
 @contextmanager

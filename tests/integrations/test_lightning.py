@@ -113,6 +113,41 @@ def test_a_number_of_stages_divides_the_steps(tmp_path: Path) -> None:
         trainer_of(other, tmp_path / "other", epochs=2, stages=20).fit(other, data(20), data(8))
 
 
+class Manual(Module):
+    """One optimizer for each factor, stepped by hand, as Lightning wants it of several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        loss = super().training_step(batch, index)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW([group], lr=0.02) for group in self.net.param_groups(lr=0.02)]
+
+
+@pytest.mark.parametrize("how", [{"steps": 4}, {"stages": 3}, {"stages": 3, "max_steps": 20}])
+def test_several_optimizers_are_as_one(how: dict[str, Any], tmp_path: Path) -> None:
+    losses = []
+    for kind in (Module, Manual):
+        module: Any = kind()
+        module.net = module.cascade = lx.adapt(module.net, (X, LABELS), spec=SPEC)
+        rule = {name: value for name, value in how.items() if name != "max_steps"}
+        trainer = trainer_of(module, tmp_path / kind.__name__, epochs=2, **rule)
+        if kind is Manual and "max_steps" in how:  # Lightning counts the steps of each optimizer
+            trainer.fit_loop.epoch_loop.max_steps = how["max_steps"]
+        trainer.fit(module, data(20), data(8))
+        losses.append((module.losses, module.cascade.stage))
+    assert losses[0] == losses[1]
+    assert losses[0][1] == 4
+
+
 @pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "WeightAveraging"])
 def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) -> None:
     module = module_with_cascade()
@@ -134,7 +169,7 @@ def test_unsupported_modules_and_arguments(tmp_path: Path) -> None:
         trainer_of(module, tmp_path).fit(module, data(8), data(8))
     module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
     module.automatic_optimization = False
-    with raises(lx.SpecError, "conflicting-options", "2"):
+    with raises(lx.StateError, "conflicting-options", "two optimizers hold"):
         trainer_of(module, tmp_path).fit(module, data(8), data(8))
     rates = Module()
     rates.net = lx.adapt(rates.net, (X, LABELS), spec=lx.CascadeSpec(rank=2, lr_ratio=4.0))
