@@ -87,8 +87,8 @@ format: $(STAMP) ## what ruff can mend by itself
 types: $(STAMP) ## mypy --strict on lorasc_fx and passes
 	$(BIN)/mypy
 
-bench: $(STAMP) ## costs beside peft, written to docs/costs.md and benchmarks/; DEVICE=cuda: steps and memory on a GPU
-	$(BIN)/python -m benchmarks $(if $(DEVICE),--device $(DEVICE))
+bench: $(STAMP) ## costs beside peft, written to docs/costs.md; DEVICE=cuda: steps, memory and costs on a GPU
+	$(BIN)/python -m benchmarks --write $(if $(DEVICE),--device $(DEVICE))
 
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
 	JOBS=$(JOBS) $(BIN)/python -m benchmarks.coverage

@@ -1,17 +1,21 @@
-"""The benchmark: `python -m benchmarks [names] [--only PART] [--rounds N] [--quick] [--write]`.
+"""Measure the tables of docs/costs.md: `python -m benchmarks [TABLE ...] [--models NAME ...] [--rounds N] [--write]`.
 
-A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of docs/costs.md. A
-part of it prints what it found, and writes it only with --write, in place of what the files hold of it. With --device
-cuda it measures steps and memory on a GPU, and writes cuda.json and a section of its own.
+Every model of a table runs in a process of its own. `--write` stores the rows in benchmarks/results/ and puts the table
+into the page; rows of models that were not measured now stay. `--device cuda` measures on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import logging
 import os
+import platform
+import subprocess
+import sys
 import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,158 +23,117 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations;
 
 import torch
 
-from . import curves, report, start
-from .compiled import can_compile, compiled
-from .costs import costs
-from .files import write
 from .measure import keep_freed, pin
-from .models import COMPILED, STARTED, WORKS, works
-from .placement_oracle import oracle
-from .resident import STARTS, can_measure, resident_all
-from .steps import measured
+from .models import CUDA, by_name
+from .tables import TABLES, Row, can_compile
 
-HERE = Path(__file__).parent
-PARTS = ("table", "placement", "costs", "start", "curves", "compiled")
-PARTS_OF = {"cpu": PARTS, "cuda": ("table", "costs")}
-"""Parts that are measured on a device."""
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what was asked for, print it, and write it."""
-    options = _options(arguments)
+def machine(device: str, threads: int, rounds: int) -> str:
+    """Return what the numbers depend on."""
+    if device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; bf16"
+    else:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+        family = f" (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else ""
+        name = f"{facts.get('model name', platform.processor())}{family}, {os.cpu_count()} cores; {threads} threads"
+    return f"{name}; torch {version('torch')}, peft {version('peft')}; {rounds} rounds"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return a stored table as text: its paragraph, the machine, and its rows with the columns of all of them."""
+    rows: Sequence[Row] = list(found["rows"].values())
+    rows = [row for group in rows for row in group]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "-") for name in columns] for row in rows)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{found['text']}\n\n{found['machine']}:\n\n{table}"
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return the page with the text between the markers of a table.
+
+    Raises:
+        ValueError: the page does not have both markers once, in order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"docs/costs.md needs {begin!r} and {end!r}, once each and in this order")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def write(name: str, found: Mapping[str, Any], results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Store a table and put it into the page; rows of other models stay if they are from the same machine."""
+    path = results / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}, "machine": None}
+    kept = before["rows"] if before["machine"] == found["machine"] else {}
+    stored = {**found, "rows": {**kept, **found["rows"]}}
+    text = put(page.read_text(encoding="utf-8"), name, markdown(stored))
+    path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+
+
+def measured(name: str, model: str, rounds: int) -> list[Row]:
+    """Return the rows of a model, measured in this process."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("lorasc_fx").setLevel(logging.ERROR)
-    whole = not options.names and options.only is None and not options.quick
-    names = options.names or [name for name in works(options.device) if name != "tiny"]
-    parts = [part for part in PARTS_OF[options.device] if options.only in (None, part)]
-    if options.names and options.only is None:
-        parts = [part for part in parts if part != "curves"]  # they have models of their own
-    pin(options.threads)
+    pin(TABLES[name].threads)
     keep_freed()
-    measured_now: dict[str, Any] = {"about": report.about(options.threads, options.rounds, options.device)}
-    if "table" in parts:
-        measured_now["steps"] = {name: _steps(name, options) for name in names}
-    if "placement" in parts:
-        measured_now["placement"] = {name: _placement(name, options.rounds) for name in names}
-    if "costs" in parts:
-        costs(WORKS["tiny"], 1)  # imports, and what is done once in a process
-        measured_now["costs"] = {name: _costs(name, options) for name in names}
-    if "start" in parts:
-        more = [] if options.names or options.quick else list(STARTED)
-        measured_now["start"] = _start([*names, *more], options)
-    if "curves" in parts:
-        measured_now["curves"] = _curves(options.rounds, options.quick)
-    if "compiled" in parts:
-        compiled(WORKS["tiny"], 1)  # imports, and what is done once in a process
-        measured_now["compiled"] = {name: _compiled(name, options.rounds) for name in options.names or COMPILED}
-    if whole or options.write:
-        write(measured_now, HERE, HERE.parent / "docs" / "costs.md", whole, options.device)
+    return list(TABLES[name].measure(by_name(model), rounds))
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="names",
-        help=f"models, of {', '.join(WORKS)}; all of them by default. With --only start also {', '.join(STARTED)}; "
-        f"with --only compiled also {', '.join(COMPILED.keys() - WORKS.keys())}, by default {', '.join(COMPILED)}",
-    )
-    parser.add_argument("--only", choices=PARTS)
-    parser.add_argument(
-        "--device",
-        choices=PARTS_OF,
-        default="cpu",
-        help="cuda: steps, memory, transitions and the like on a GPU, in bf16",
-    )
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; all of them by default")
+    parser.add_argument("--models", nargs="+", help="instead of those of the table")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=2, help="fresh models for the costs")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--placement", action="append", default=[], help="force it in one more rival; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="one round of each, to see that it runs")
-    parser.add_argument("--write", action="store_true", help="write a part into the files as well")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--write", action="store_true", help="store the rows, and put them into docs/costs.md")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)  # one table and model, in this process
     options = parser.parse_args(arguments)
+    options.tables = options.tables or [name for name, table in TABLES.items() if options.device in table.devices]
+    for name in options.tables:
+        if name not in TABLES or options.device not in TABLES[name].devices:
+            known = ", ".join(key for key, table in TABLES.items() if options.device in table.devices)
+            parser.error(f"there is no table {name!r} for {options.device}; there are {known}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            f"--device cuda: torch {torch.__version__} finds no GPU here; use a machine with one, or --device cpu"
-        )
-    if options.only not in (None, *PARTS_OF[options.device]):
-        parser.error(f"--only {options.only} is not measured on {options.device}; leave it out")
-    known = list(works(options.device) | {"start": STARTED, "compiled": COMPILED}.get(options.only, {}))
-    unknown = [name for name in options.names if name not in known]
-    if unknown:
-        parser.error(f"no model {unknown[0]!r}; there are {', '.join(known)}")
-    if options.device == "cpu" and options.only in (None, "compiled") and not can_compile():
-        parser.error("torch.compile needs a C++ compiler: install g++, or measure one other part with --only")
-    if options.quick:
-        options.rounds, options.repeats = 1, 1
+        parser.error(f"torch {torch.__version__} finds no GPU here: use a machine with one, or --device cpu")
+    if "compiled" in options.tables and not can_compile():
+        parser.error("torch.compile needs a C++ compiler: install g++, or name the other tables")
+    for model in options.models or ():
+        try:
+            by_name(model)
+        except KeyError:
+            parser.error(f"there is no model {model!r}; see benchmarks/models.py")
     return options
 
 
-def _steps(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    forced = {each: {"placement": each} for each in options.placement}
-    row = measured(works(options.device)[name], options.rounds, forced, options.device)
-    gc.collect()
-    torch.cuda.empty_cache()  # for the processes that follow
-    can = options.device == "cuda" or can_measure()
-    row["resident"] = resident_all(name, options.threads, device=options.device) if can else {}
-    print(f"\n{report.step_table({name: row})}\n\n{report.memory_table({name: row}, options.device)}", flush=True)
-    for each in options.placement:
-        ratio = row["ratios"][f"ours/{each}"]
-        print(f"\nours / {each} forced: {ratio['minimum']:.2f} ({ratio['paired']:.2f})", flush=True)
-    return row
-
-
-def _placement(name: str, rounds: int) -> dict[str, Any]:
-    row = oracle(WORKS[name], rounds)
-    gc.collect()
-    print(f"\n{report.placement_table({name: row})}", flush=True)
-    return row
-
-
-def _compiled(name: str, rounds: int) -> dict[str, Any]:
-    row = compiled((WORKS | COMPILED)[name], rounds)
-    gc.collect()
-    print(f"\n{report.compiled_table({name: row})}", flush=True)
-    return row
-
-
-def _costs(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    row = costs(works(options.device)[name], options.repeats, device=options.device)
-    gc.collect()
-    print(f"\n{report.cost_table({name: row}, options.device)}", flush=True)
-    return row
-
-
-def _start(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what comes before the first step; what needs no model of the table stands under `once`."""
-    pin(1)
-    imports, calls = start.import_seconds(max(options.repeats, 2)), start.call(options.rounds)
-    found: dict[str, Any] = {"once": {"import": imports, "call": calls}}
-    print(f"\n{report.call_table(found['once'])}", flush=True)
-    found["once"]["graph breaks"] = {name: start.graph_breaks(name, options.repeats) for name in start.BROKEN}
-    print(f"\n{report.graph_breaks_table(found['once'])}", flush=True)
-    for name in names:
-        found[name] = start.apart(name, options.repeats)
-        found[name]["memory"] = resident_all(name, options.threads, STARTS) if can_measure() else {}
-        print(f"\n{report.start_table({name: found[name]})}", flush=True)
-    pin(options.threads)
-    return found
-
-
-def _curves(rounds: int, quick: bool) -> dict[str, Any]:
-    rounds = min(rounds, 5)
-    found = {
-        "rank": curves.by_rank(rounds, curves.RANKS[3::4] if quick else curves.RANKS),
-        "sites": curves.by_sites(rounds, curves.topmost(curves.BLOCKS[::4], WORKS["vit-s"]) if quick else None),
-        "stages": curves.by_stages(rounds, 1 if quick else 6),
-        "state": curves.state_size(2 if quick else 14),
-    }
-    for name, rows in found.items():
-        print(f"\n{name}")
-        for row in rows:
-            print("  " + ", ".join(f"{key} {value:.6g}" for key, value in row.items()), flush=True)
-    return {"rounds": rounds, **found}
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and store."""
+    options = _options(arguments)
+    if options.json:
+        print(json.dumps(measured(options.tables[0], options.models[0], options.rounds)))
+        return
+    for name in options.tables:
+        table = TABLES[name]
+        models = options.models or (table.models if options.device == "cpu" else tuple(CUDA))
+        rows: dict[str, list[Row]] = {}
+        for model in models:
+            command = [sys.executable, "-m", "benchmarks", name, "--models", model, "--rounds", str(options.rounds)]
+            command += ["--device", options.device, "--json"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=PAGE.parents[1])
+            rows[model] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}: {model} is measured", file=sys.stderr, flush=True)
+        key = name if options.device == "cpu" else f"{name}-cuda"
+        about = machine(options.device, table.threads, options.rounds)
+        found = {"text": table.text, "machine": about, "rows": rows}
+        print(f"{markdown(found)}\n", flush=True)
+        if options.write:
+            write(key, found)
 
 
 if __name__ == "__main__":

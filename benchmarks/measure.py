@@ -1,4 +1,4 @@
-"""The clock: rivals take turns, round by round, so that what the machine does meets all of them."""
+"""Clocks and memory counters. Compared variants take turns, so that a change of the machine's speed affects all."""
 
 from __future__ import annotations
 
@@ -6,55 +6,45 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["Turn", "Turns", "alternate", "keep_freed", "pin", "ratio"]
+__all__ = [
+    "Turn",
+    "alternate",
+    "keep_freed",
+    "least",
+    "peak_memory",
+    "pin",
+    "ratios",
+    "reset_peak_memory",
+    "saved_bytes",
+]
 
-WARM = 1
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a rival does in a round: `prepare` is not timed, `run` is."""
+    """What a variant does in a round: `prepare` is not timed, `run` is."""
 
-    prepare: Callable[[], None]
-    run: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Seconds of one rival, by round: those that are compared, and of wall time.
-
-    Args:
-        busy: of the CPU (all threads together), or of the device.
-        wall: wall time, with the wait for the device.
-        clock: of CLOCKS, by which `busy` was measured.
-    """
-
-    busy: tuple[float, ...]
-    wall: tuple[float, ...]
-    clock: str = "cpu"
-
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """Return minimum and median of both."""
-        return {
-            clock: {"minimum": min(seconds), "median": statistics.median(seconds)}
-            for clock, seconds in ((self.clock, self.busy), ("wall", self.wall))
-        }
+    prepare: Callable[[], object]
+    run: Callable[[], object]
 
 
-def _cpu_seconds(run: Callable[[], None]) -> float:
+def _cpu_seconds(run: Callable[[], object]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
-def _cuda_seconds(run: Callable[[], None]) -> float:
-    """Return the seconds between two events on the stream, where the device waits for launches too."""
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    """Return the seconds between two events on the stream; waiting for kernel launches counts."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -65,23 +55,21 @@ def _cuda_seconds(run: Callable[[], None]) -> float:
 
 
 CLOCKS = {"cpu": _cpu_seconds, "cuda": _cuda_seconds}
-"""By device: seconds of a run."""
+"""By device: the seconds of a run, on a CPU those of all threads together."""
 
 
-def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> dict[str, Turns]:
-    """Return the seconds of each rival over rounds that run every one once, in turning order.
+def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Return the seconds of each variant, by round. Every round runs all of them, in alternating order.
 
     Args:
-        turns: by rival. Each runs `WARM` times before.
-        rounds: 1 or more. Garbage is collected between them, never within.
+        turns: by variant. Each runs once before the first round.
+        rounds: 1 or more. Garbage is collected between rounds, never within one.
         device: whose clock is read.
     """
-    busy: dict[str, list[float]] = {name: [] for name in turns}
-    wall: dict[str, list[float]] = {name: [] for name in turns}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
-        for _ in range(WARM):
-            turn.prepare()
-            turn.run()
+        turn.prepare()
+        turn.run()
     names = list(turns)
     for index in range(rounds):
         gc.collect()
@@ -89,39 +77,90 @@ def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> di
         try:
             for name in names if index % 2 == 0 else reversed(names):
                 turns[name].prepare()
-                wall_start = time.perf_counter()
-                busy[name].append(CLOCKS[device](turns[name].run))
-                wall[name].append(time.perf_counter() - wall_start)
+                seconds[name].append(CLOCKS[device](turns[name].run))
         finally:
             gc.enable()
-    return {name: Turns(tuple(busy[name]), tuple(wall[name]), device) for name in turns}
+    return seconds
 
 
-def ratio(one: Turns, other: Turns) -> dict[str, float]:
-    """Return `one / other` in the seconds of `busy`: of the minima, of the medians, and `paired`, the median over
-    rounds of the ratio within a round, which a machine that drifts leaves alone; and `wall`, paired as well.
-    """
+def ratios(seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return a cell for each pair of variants: ratio of the minima (median of the ratios within a round)."""
+
+    def cell(one: list[float], other: list[float]) -> str:
+        paired = statistics.median(a / b for a, b in zip(one, other, strict=True))
+        return f"{min(one) / min(other):.2f} ({paired:.2f})"
+
     return {
-        "minimum": min(one.busy) / min(other.busy),
-        "median": statistics.median(one.busy) / statistics.median(other.busy),
-        "paired": statistics.median(a / b for a, b in zip(one.busy, other.busy, strict=True)),
-        "wall": statistics.median(a / b for a, b in zip(one.wall, other.wall, strict=True)),
+        f"{one} / {other}": cell(seconds[one], seconds[other]) for one, other in pairs if {one, other} <= seconds.keys()
     }
 
 
+def least(into: dict[str, float], name: str, run: Callable[[], Any], wall: bool = False) -> Any:
+    """Run once, keep the smallest seconds under this name, and return the result.
+
+    Args:
+        into: seconds by name. CPU seconds, or wall seconds with `wall`.
+        name: of the run.
+        run: what is timed. No garbage is collected within it.
+        wall: measure wall time, and wait for the accelerator.
+    """
+    gc.collect()
+    gc.disable()
+    clock = time.perf_counter if wall else time.process_time
+    try:
+        _synchronize(wall)
+        start = clock()
+        result = run()
+        _synchronize(wall)
+        into[name] = min(clock() - start, into.get(name, float("inf")))
+    finally:
+        gc.enable()
+    return result
+
+
+def _synchronize(wall: bool) -> None:
+    if wall and torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def pin(threads: int) -> None:
-    """Use so many threads, and the same random numbers every time."""
+    """Set the number of threads and the seed."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
 
 
 def keep_freed() -> None:
-    """Keep freed memory in the process (glibc), for every rival alike.
-
-    By default it goes back to the system where it lies at the end of the heap, and the next step pays for new pages.
-    Which rival's does depends on what the others hold, as all are in one process.
-    """
+    """Keep freed memory in the process (glibc), so that no variant pays for the pages that another one freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
+    """Return the bytes of the distinct storages that autograd saves, without the model's parameters and buffers."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    @torch.compiler.disable
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()  # kept alive, so that no address is used twice
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in owned)
+
+
+def reset_peak_memory() -> None:
+    """Give free memory back to the system, and let `peak_memory` start from the present size (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process since the last reset, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024

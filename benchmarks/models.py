@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["COMPILED", "STACK", "STARTED", "WORKS", "Work", "classes", "hidden", "on", "works"]
+__all__ = ["COMPILED", "CUDA", "STARTED", "WORKS", "Work", "by_name", "classes", "decoder", "hidden", "narrow"]
 
 
 def classes(output: Any) -> torch.Tensor:
@@ -34,6 +34,7 @@ class Work:
     """A model and a step's input.
 
     Args:
+        name: by which a command asks for it.
         title: for the table.
         build: returns the model in train mode, its own dropout off.
         batch: returns keyword arguments of its forward, floating point.
@@ -43,6 +44,7 @@ class Work:
         dropout: whether both libraries can be asked for adapter dropout here.
     """
 
+    name: str
     title: str
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, torch.Tensor]]
@@ -119,6 +121,17 @@ def _llama_1b() -> nn.Module:
         torch.set_default_dtype(before)
 
 
+def _smollm2() -> nn.Module:
+    """Return a model of the sizes of SmolLM2-135M, in fp32."""
+    import transformers
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(
+        **sizes, num_hidden_layers=30, vocab_size=49152, tie_word_embeddings=True, use_cache=False
+    )
+    return transformers.LlamaForCausalLM(config).train()
+
+
 def _mixtral() -> nn.Module:
     import transformers
 
@@ -144,7 +157,8 @@ _ATTENTION = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj")
 _LLAMA = (*_ATTENTION, "*.gate_proj", "*.up_proj", "*.down_proj")
 _LLAMA_PEFT = {"target_modules": r".*\.(q|k|v|o|gate|up|down)_proj"}
 
-STACK = Work(
+_STACK = Work(
+    "stack",
     "Llama-like, 2 layers, 2 x 256",
     _llama(2),
     _batch("inputs_embeds", 2, 256, 1024, scale=0.02),
@@ -152,10 +166,11 @@ STACK = Work(
     _LLAMA_PEFT,
     hidden,
 )
-"""A medium model for the curves."""
+
 
 WORKS = {
     "vit-s": Work(
+        "vit-s",
         "ViT-S, batch 8, linears",
         _vit,
         _batch("x", 8, 3, 224, 224),
@@ -163,6 +178,7 @@ WORKS = {
         {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
     ),
     "bert-base": Work(
+        "bert-base",
         "BERT-base, 8 x 128, linears of the layers",
         _bert,
         _batch("inputs_embeds", 8, 128, 768, scale=0.02),
@@ -170,6 +186,7 @@ WORKS = {
         {"target_modules": r".*\.layer\..*(query|key|value|dense)"},
     ),
     "gpt2": Work(
+        "gpt2",
         "GPT-2 small, 2 x 256, blocks",
         _gpt2,
         _batch("inputs_embeds", 2, 256, 768, scale=0.02),
@@ -177,6 +194,7 @@ WORKS = {
         {"target_modules": r".*\.(c_attn|c_proj|c_fc)", "fan_in_fan_out": True},
     ),
     "resnet-50": Work(
+        "resnet-50",
         "ResNet-50, batch 4, convs",
         _resnet,
         _batch("x", 4, 3, 224, 224),
@@ -184,6 +202,7 @@ WORKS = {
         {"target_modules": r"(.*\.)?(conv\d|downsample\.0)"},
     ),
     "llama": Work(
+        "llama",
         "Llama-like, 4 layers, 2 x 256",
         _llama(4),
         _batch("inputs_embeds", 2, 256, 1024, scale=0.02),
@@ -192,6 +211,7 @@ WORKS = {
         hidden,
     ),
     "mixtral": Work(
+        "mixtral",
         "Mixtral-like, 2 layers, 4 experts, 2 x 256",
         _mixtral,
         _batch("inputs_embeds", 2, 256, 512, scale=0.02),
@@ -205,8 +225,9 @@ WORKS = {
     ),
     "tiny": Work(
         "tiny",
+        "tiny",
         _tiny,
-        _batch("input", 3, 3, 8, 8),
+        _batch("input", 8, 3, 8, 8),
         ("conv", "fc", "head"),
         {"target_modules": ["conv", "fc", "head"]},
     ),
@@ -215,13 +236,23 @@ WORKS = {
 
 STARTED = {
     "vit-b": Work(
+        "vit-b",
         "ViT-B, linears",
         lambda: _vit("vit_base_patch16_224"),
         _batch("x", 2, 3, 224, 224),
         ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
         {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
     ),
+    "smollm2-135m": Work(
+        "smollm2-135m",
+        "SmolLM2-135M",
+        _smollm2,
+        lambda: {"input_ids": torch.randint(0, 49152, (2, 32))},
+        _LLAMA,
+        _LLAMA_PEFT,
+    ),
     "llama-1b": Work(
+        "llama-1b",
         "Llama 1.1B, bf16",
         _llama_1b,
         lambda: {"input_ids": torch.randint(0, 32000, (2, 32))},
@@ -231,37 +262,69 @@ STARTED = {
 }
 """Models of which only the start is measured: their steps take long on a CPU."""
 
-COMPILED = {"vit-s": WORKS["vit-s"], "stack": STACK}
+COMPILED = {"vit-s": WORKS["vit-s"], "stack": _STACK}
 """Models whose steps are compiled: inductor takes a minute for each, or more."""
 
 
-def on(work: Work, device: str, dtype: torch.dtype) -> Work:
-    """Return the work with its model and batch on this device, in this dtype."""
+def _on_cuda(work: Work) -> Work:
+    """Return the work with its model and batch on the GPU, in bfloat16."""
     return replace(
         work,
-        build=lambda: work.build().to(device, dtype),
-        batch=lambda: {name: value.to(device, dtype) for name, value in work.batch().items()},
+        build=lambda: work.build().to("cuda", torch.bfloat16),
+        batch=lambda: {name: value.to("cuda", torch.bfloat16) for name, value in work.batch().items()},
     )
 
 
-ON_CUDA = {
-    "vit-l": Work(
-        "ViT-L, batch 32, linears",
-        lambda: _vit("vit_large_patch16_224"),
-        _batch("x", 32, 3, 224, 224),
-        ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
-        {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
+CUDA = {
+    "vit-l": _on_cuda(
+        replace(
+            STARTED["vit-b"],
+            name="vit-l",
+            title="ViT-L, batch 32, linears",
+            build=lambda: _vit("vit_large_patch16_224"),
+            batch=_batch("x", 32, 3, 224, 224),
+        )
     ),
-    "llama-1b": replace(
-        STARTED["llama-1b"],
-        title="Llama 1.1B, 4 x 512",
-        batch=_batch("inputs_embeds", 4, 512, 2048, scale=0.02),
+    "llama-1b-cuda": _on_cuda(
+        replace(
+            STARTED["llama-1b"],
+            name="llama-1b-cuda",
+            title="Llama 1.1B, 4 x 512",
+            batch=_batch("inputs_embeds", 4, 512, 2048, scale=0.02),
+        )
     ),
-    "tiny": WORKS["tiny"],
 }
-"""Models whose steps are measured on a GPU; `tiny` is in no table."""
+"""Models whose steps are measured on a GPU."""
 
 
-def works(device: str) -> dict[str, Work]:
-    """Return the models whose steps are measured on a device, by name: on `cuda` in bfloat16."""
-    return WORKS if device == "cpu" else {name: on(work, device, torch.bfloat16) for name, work in ON_CUDA.items()}
+def by_name(name: str) -> Work:
+    """Return the work of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return (CUDA | STARTED | COMPILED | WORKS)[name]
+
+
+def narrow() -> nn.Module:
+    """Return a BERT of 12 layers and width 64, without dropout."""
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        intermediate_size=128,
+        vocab_size=100,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertModel(config)
+
+
+def decoder() -> nn.Module:
+    """Return a Llama of 8 layers and width 64, in eval mode."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=8, vocab_size=100)).eval()

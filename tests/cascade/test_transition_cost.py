@@ -1,6 +1,6 @@
 """Limits on a transition: no replaced tensors or state, little memory, few functions, no capture and no compilation.
 
-These tests count and do not measure time: `benchmarks/transitions.py` does.
+These tests count and do not measure time: `python -m benchmarks costs` does.
 """
 
 from __future__ import annotations

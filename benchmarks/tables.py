@@ -1,0 +1,515 @@
+"""The tables of docs/costs.md. A table is a function `(model, rounds) -> rows`; a row is cells by column.
+
+A function runs in a process of its own for each model (see `__main__`), so that peaks of memory and first calls are
+those of this table alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.branch import METHODS
+
+from .measure import Turn, alternate, least, peak_memory, ratios, reset_peak_memory, saved_bytes
+from .models import COMPILED, STARTED, WORKS, Work, by_name, decoder, narrow
+from .rivals import RANK, Rival, adapted, check_same_work, entries, make, make_all, optimizer_of, train, wrapped
+
+__all__ = ["TABLES", "Row", "Table"]
+
+Row = dict[str, str]
+Rows = Iterator[Row]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A function that measures, and what it measures.
+
+    Args:
+        measure: yields the rows of a model.
+        text: the paragraph above the table.
+        models: names of models that are measured by default.
+        threads: of torch.
+        devices: on which it can be measured.
+    """
+
+    measure: Callable[[Work, int], Rows]
+    text: str
+    models: tuple[str, ...]
+    threads: int = 2
+    devices: tuple[str, ...] = ("cpu",)
+
+
+TABLES: dict[str, Table] = {}
+SIX = tuple(name for name in WORKS if name != "tiny")
+
+
+def _table(text: str, models: tuple[str, ...] = SIX, **options: Any) -> Callable[..., Callable[[Work, int], Rows]]:
+    """Add a function to the tables, under its name."""
+
+    def add(measure: Callable[[Work, int], Rows]) -> Callable[[Work, int], Rows]:
+        TABLES[measure.__name__] = Table(measure, text, models, **options)
+        return measure
+
+    return add
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.0f}"
+
+
+def _device(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
+@_table(
+    "Seconds of a training step (forward, and backward to the input) over the seconds of the frozen model: CPU seconds"
+    " of all threads, or on a GPU those between two CUDA events. Ratio of the minima (median of the ratios within a"
+    " round). *Folded* is the released model; its deviation from 1.00 is measurement noise.",
+    devices=("cpu", "cuda"),
+)
+def steps(work: Work, rounds: int) -> Rows:
+    """Compare steps."""
+    rivals = make_all(work)
+    turns = {name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}
+    seconds = alternate(turns, rounds, _device(rivals["ours"].model))
+    pairs = [*((name, "frozen") for name in ("ours", "peft", "full", "folded")), ("ours", "peft")]
+    yield {"model": work.title, **ratios(seconds, pairs)}
+
+
+@_table(
+    "MiB that autograd keeps between forward and backward, without parameters and buffers; two columns have adapter"
+    " dropout. *Peak* is that of a process that trains only this model, with interpreter and libraries (on a GPU:"
+    " memory that torch allocates). lorasc-fx copies W0 when the first stage ends, so *ours* is measured in the second"
+    " stage. *base=FOLDER* is lorasc-fx with W0 in files, whose mapped pages count.",
+    devices=("cpu", "cuda"),
+)
+def memory(work: Work, rounds: int) -> Rows:
+    """Count what autograd keeps, and the peak of each variant in a child process."""
+    names = ["frozen", "full", "peft", "ours", *(("peft, dropout", "ours, dropout") if work.dropout else ())]
+    rivals = make_all(work, tuple(names))
+    row = {name: _mib(saved_bytes(rival.loss, rival.model)) for name, rival in rivals.items()}
+    del rivals
+    found: dict[str, int] = {}
+    for name in ("frozen", "full", "peft", "ours", "ours, base=FOLDER"):
+        found |= _in_child("peaks", work.name, name)
+    yield {"model": work.title, **row, **{f"peak: {name}": _mib(size) for name, size in found.items()}}
+
+
+def peaks(name: str, variant: str) -> dict[str, int]:
+    """Return the peak bytes of three steps of a variant; of ours, in the first stage and in the second."""
+    from safetensors.torch import save_model
+
+    work = by_name(name)
+    model, batch, found = work.build(), work.batch(), dict[str, int]()
+    on_gpu = _device(model) == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        kind, _, in_files = variant.partition(", ")
+        if in_files:
+            save_model(model, f"{folder}/model.safetensors")
+        rival = make(kind, work, model, batch, folder if in_files else "memory")
+
+        def peak() -> int:
+            torch.cuda.reset_peak_memory_stats() if on_gpu else reset_peak_memory()
+            for _ in range(3):
+                rival.prepare()
+                rival.step()
+            return torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+
+        found[variant] = peak()
+        if isinstance(rival.model, lx.Cascade):
+            first = found.pop(variant)
+            rival.model.zero_grad(set_to_none=True)
+            rival.model.transition(None)
+            found = {variant: peak(), **({} if in_files else {"ours, first stage": first})}
+    return found
+
+
+_CHILD = (
+    "import json, sys; from benchmarks import tables as t; print(json.dumps(getattr(t, sys.argv[1])(*sys.argv[2:])))"
+)
+
+
+def _in_child(function: str, *arguments: str) -> dict[str, Any]:
+    """Return the result of a function of this file in a process of its own."""
+    import json
+    import os
+
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, function, *arguments]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # large blocks leave no holes in the heap
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=environment)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def can_compile() -> bool:
+    """Return whether there is the C++ compiler that inductor needs on a CPU."""
+    from torch._inductor.config import cpp
+
+    names = cpp.cxx if isinstance(cpp.cxx, tuple | list) else [cpp.cxx]
+    return any(name is not None and shutil.which(name) is not None for name in names)
+
+
+@_table(
+    "`torch.compile` with inductor and empty caches. *First step* includes the compilation, in wall seconds. Then each"
+    " variant trains and ends a stage: ours by `transition`, peft's by `merge_and_unload`, `get_peft_model` and another"
+    " `torch.compile`; the next columns count recompiled graphs and time the first step after it. Steps as above.",
+    tuple(COMPILED),
+)
+def compiled(work: Work, rounds: int) -> Rows:
+    """Compare compiled models; a compilation in a timed step is an error."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    def graphs() -> int:
+        return int(counters["stats"]["unique_graphs"])
+
+    def first_step(rival: Rival) -> tuple[float, int]:
+        seconds, before = dict[str, float](), graphs()
+        rival.prepare()
+        least(seconds, "step", rival.step, wall=True)
+        rival.prepare()
+        rival.step()
+        return seconds["step"], graphs() - before
+
+    torch._dynamo.reset()
+    model, batch, rivals, row = work.build(), work.batch(), dict[str, Rival](), {"model": work.title}
+    with config.patch(compile_threads=1):
+        for name in ("frozen", "peft", "ours"):
+            eager = make(name, work, copy.deepcopy(model), batch)
+            with fresh_cache():
+                rivals[name] = replace(eager, model=torch.compile(eager.model))
+                row[f"first step, s: {name}"] = f"{first_step(rivals[name])[0]:.1f}"
+                if name != "frozen":
+                    optimizer = optimizer_of(eager.model)
+                    train(optimizer)
+                    if isinstance(eager.model, lx.Cascade):
+                        eager.model.transition(optimizer)
+                    else:
+                        after: Any = eager.model
+                        rivals[name] = replace(eager, model=torch.compile(wrapped(work, after.merge_and_unload())))
+                    seconds, count = first_step(rivals[name])
+                    row |= {f"recompiled: {name}": str(count), f"first step after it, s: {name}": f"{seconds:.2f}"}
+        before = graphs()
+        seconds = alternate({name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}, rounds)
+    if graphs() != before:
+        raise RuntimeError(f"{work.title}: the timed steps compiled {graphs() - before} more graphs")
+    yield row | ratios(seconds, [("ours", "frozen"), ("peft", "frozen"), ("ours", "peft")])
+
+
+def _prompt(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments of `generate` for eight tokens after eight positions of a batch."""
+    begun = {name: value[:, :8] for name, value in batch.items()}
+    return {**begun, "min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+@_table(
+    "Seconds, ours / peft's, for the same task; on a CPU those of all threads. `transition` is compared with"
+    " `merge_and_unload`, `get_peft_model` and a new optimizer; `fold` (`folded_state_dict`) with a copy of the state"
+    " dict between `merge_adapter` and `unmerge_adapter`; `release` with `merge_and_unload`; `save` with"
+    ' `save_pretrained`; `load` with `from_pretrained`; `weights` (into `weights("slow")` and back) with'
+    " `merge_adapter` and `unmerge_adapter`; `generate` makes eight tokens.",
+    devices=("cpu", "cuda"),
+)
+def costs(work: Work, rounds: int) -> Rows:
+    """Compare what is paid once, or once a stage."""
+    model, batch = work.build(), work.batch()
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    wall = _device(model) == "cuda"
+    timed = partial(least, wall=wall)
+
+    def through_slow(cascade: lx.Cascade) -> None:
+        with cascade.weights("slow"):
+            pass
+
+    def merged_state(wrapper: Any) -> dict[str, torch.Tensor]:
+        wrapper.merge_adapter()
+        state = {name: value.clone() for name, value in wrapper.state_dict().items()}
+        wrapper.unmerge_adapter()
+        return state
+
+    def next_wrapper(wrapper: Any) -> tuple[Any, torch.optim.Optimizer]:
+        after = wrapped(work, wrapper.merge_and_unload())
+        return after, optimizer_of(after)
+
+    for _ in range(rounds):
+        cascade = timed(ours, "adapt", partial(adapted, work, copy.deepcopy(model), batch))
+        wrapper = timed(theirs, "adapt", partial(wrapped, work, copy.deepcopy(model)))
+        check_same_work(work.title, cascade, wrapper)
+        optimizer, their_optimizer = optimizer_of(cascade), optimizer_of(wrapper)
+        for _ in range(3):
+            train(optimizer)
+            timed(ours, "transition", partial(cascade.transition, optimizer))
+            train(their_optimizer)
+            wrapper, their_optimizer = timed(theirs, "transition", partial(next_wrapper, wrapper))
+        train(optimizer)
+        train(their_optimizer)
+        timed(ours, "fold", cascade.folded_state_dict)
+        timed(theirs, "fold", partial(merged_state, wrapper))
+        timed(ours, "weights", partial(through_slow, cascade))
+        timed(theirs, "weights", lambda wrapper=wrapper: (wrapper.merge_adapter(), wrapper.unmerge_adapter()))
+        if hasattr(model, "generate"):
+            timed(ours, "generate", partial(cascade.generate, **_prompt(batch)))
+            timed(theirs, "generate", partial(wrapper.generate, **_prompt(batch)))
+        with tempfile.TemporaryDirectory() as folder:
+            one, other = Path(folder, "ours"), Path(folder, "peft")
+            timed(ours, "save", partial(lx.save, cascade, one))
+            timed(theirs, "save", partial(wrapper.save_pretrained, other))
+            timed(ours, "load", partial(lx.load, one, copy.deepcopy(model), kwargs=dict(batch))).release()
+            timed(theirs, "load", partial(peft.PeftModel.from_pretrained, copy.deepcopy(model), other))
+        timed(ours, "release", cascade.release)
+        timed(theirs, "release", wrapper.merge_and_unload)
+    yield {"model": work.title, **{name: f"{ours[name]:.2f} / {theirs[name]:.2f}" for name in ours}}
+
+
+_IMPORT = "import time, torch; s = time.process_time(); import lorasc_fx; print(s, time.process_time() - s)"
+
+
+@_table(
+    "CPU seconds of what comes before the first step, on one thread, with two examples as inputs. *Forward*,"
+    " *backward* and *export* (`torch.export.export`) are for comparison. `load` has no inputs, and the first call"
+    " after it captures the graph. *First evaluation* is the first call of an adapted model in eval mode without"
+    " gradients. *MiB added* is the peak memory that `adapt` adds to the process.",
+    (*SIX, *STARTED),
+    threads=1,
+)
+def start(work: Work, rounds: int) -> Rows:
+    """Measure `adapt`, `load`, and the first calls of a kind."""
+    model = work.build()
+    batch = {name: value[:2] for name, value in work.batch().items()}
+    adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()  # imports, and what is done once
+    work.loss(model(**batch)).backward()
+    seconds: dict[str, float] = {}
+    added = 0
+    for index in range(rounds):
+        loss = least(seconds, "forward", lambda: work.loss(model(**batch)))
+        least(seconds, "backward", loss.backward)
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            least(seconds, "export", lambda: torch.export.export(model, (), batch, strict=False))
+        twin = copy.deepcopy(model)
+        if index == 0:
+            reset_peak_memory()
+            before = peak_memory()
+        cascade = least(seconds, "adapt", partial(adapted, work, twin, batch))
+        added = added or peak_memory() - before
+        with torch.no_grad():
+            least(seconds, "first evaluation", lambda cascade=cascade: cascade.eval()(**batch))
+        cascade.train(model.training)
+        with tempfile.TemporaryDirectory() as folder:
+            lx.save(cascade, Path(folder))
+            del cascade
+            loaded = least(seconds, "load", partial(lx.load, folder, copy.deepcopy(model)))
+            least(seconds, "first call after load", partial(loaded, **batch))
+        del loaded
+        least(seconds, "adapt by peft", partial(wrapped, work, copy.deepcopy(model)))
+    bound = 1.4 * seconds["export"] + 3 * seconds["forward"] + seconds["backward"]
+    cells = {name: f"{value:.2f}" for name, value in seconds.items()}
+    yield {
+        "model": work.title, **cells, "adapt / (1.4 export + 3 forward + backward)": f"{seconds['adapt'] / bound:.2f}",
+        "MiB added": _mib(added),
+    }  # fmt: skip
+
+
+@_table(
+    "CPU milliseconds of calls that spend most of their time in Python: a BERT of 12 layers and width 64, and a token"
+    " that a Llama of 8 layers and the same width generates with its cache. *Eager* is the model without branches.",
+    ("tiny",),
+    threads=1,
+)
+def calls(work: Work, rounds: int) -> Rows:
+    """Compare calls of narrow models."""
+    repeats, x = 20, torch.randint(0, 100, (2, 16))
+
+    def variants(model: nn.Module, leaves: list[str]) -> dict[str, Any]:
+        narrow_work = replace(work, targets=tuple(f"*.{leaf}" for leaf in leaves), peft={"target_modules": leaves})
+        theirs, ours = (
+            wrapped(narrow_work, copy.deepcopy(model)),
+            adapted(narrow_work, copy.deepcopy(model), {"input_ids": x}),
+        )
+        return {"eager": model, "peft": theirs.train(model.training), "ours": ours.train(model.training)}
+
+    def call(model: nn.Module, backward: bool) -> None:
+        for _ in range(repeats):
+            output = model(input_ids=x)
+            if backward:
+                output[0].sum().backward()
+
+    @torch.no_grad()
+    def tokens(model: Any) -> None:
+        model.generate(input_ids=x, max_new_tokens=repeats, min_new_tokens=repeats, do_sample=False, pad_token_id=0)
+
+    def row(name: str, models: dict[str, Any], run: Callable[[Any], None]) -> Row:
+        seconds = alternate({key: Turn(lambda: None, partial(run, model)) for key, model in models.items()}, rounds)
+        cells = {key: f"{1e3 * min(found) / repeats:.2f}" for key, found in seconds.items()}
+        return {"call": name, **cells, **ratios(seconds, [("ours", "eager"), ("ours", "peft")])}
+
+    encoders = variants(narrow(), ["query", "key", "value", "dense"])
+    yield row("forward", encoders, partial(call, backward=False))
+    yield row("forward and backward", encoders, partial(call, backward=True))
+    decoders = variants(decoder(), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    yield row("token of generate", decoders, tokens)
+    with decoders["ours"].weights("slow"):
+        yield row("token inside weights('slow')", decoders, tokens)
+
+
+@_table(
+    "Exports (`torch.export.export`) and CPU seconds of a series of calls of narrow models (4 layers, width 64), where"
+    " captures are nearly all of the time, on one thread.",
+    ("tiny",),
+    threads=1,
+)
+def captures(work: Work, rounds: int) -> Rows:
+    """Count exports."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=100))
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=100))
+    export, exports = torch.export.export, list[object]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        exports.append(args[0])
+        return export(*args, **kwargs)
+
+    def batch(rows: int, length: int, causal: bool) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 100, (rows, length))
+        return {"input_ids": ids, "labels": ids if causal else torch.zeros(rows, dtype=torch.long)}
+
+    def series(model: nn.Module, causal: bool) -> Iterator[str]:
+        cascade = lx.adapt(model.eval(), kwargs=batch(2, 16, causal))
+        yield "adapt, with labels"
+        cascade(batch(2, 16, causal)["input_ids"])
+        yield "no labels"
+        cascade.train()(**batch(2, 16, causal))
+        yield "train mode"
+        cascade(**batch(8, 20, causal))
+        yield "another size"
+        cascade(**batch(3, 20, causal))
+        yield "last batch"
+        with torch.no_grad():
+            cascade.eval()(**batch(8, 20, causal))
+        yield "evaluate"
+
+    torch.export.export = counted
+    try:
+        for title, model, causal in (("BERT", bert, False), ("Llama", llama, True)):
+            begun = time.process_time()
+            cells, total, start = list[str](), 0, begun
+            for name in series(model, causal):
+                now = time.process_time()
+                cells.append(f"{name}: {len(exports)}, {now - start:.1f} s")
+                total += len(exports)
+                exports.clear()
+                start = time.process_time()
+            seconds = f"{time.process_time() - begun:.1f}"
+            yield {"model": title, "exports": str(total), "CPU seconds": seconds, "of each call": "; ".join(cells)}
+    finally:
+        torch.export.export = export
+
+
+_BY_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"r": RANK, "lora_alpha": RANK}),
+    "dora": ("LoraConfig", {"r": RANK, "lora_alpha": RANK, "use_dora": True}),
+    "vera": ("VeraConfig", {"r": RANK}),
+    "hira": ("HiraConfig", {"r": RANK}),
+    "shira": ("ShiraConfig", {"r": RANK}),
+    "miss": ("MissConfig", {"r": RANK}),
+    "oft": ("OFTConfig", {"r": 0, "oft_block_size": RANK}),
+    "lokr": ("LoKrConfig", {"r": RANK, "alpha": RANK}),
+    "delora": ("DeloraConfig", {"r": RANK}),
+}
+"""peft's configuration of each method. It has no LoRA-XS."""
+
+
+@_table(
+    "A training step of each adapter method, beside peft's layers with the same method and size; ratios as above.",
+    ("bert-base",),
+)
+def methods(work: Work, rounds: int) -> Rows:
+    """Compare adapter methods."""
+    model, batch = work.build(), work.batch()
+
+    def rival(made: Any) -> Rival:
+        return Rival(made, work, {name: value.clone().requires_grad_(True) for name, value in batch.items()})
+
+    for name, method in METHODS.items():
+        alpha = {"lora_alpha": float(RANK)} if "lora_alpha" in method.options else {}
+        spec = lx.CascadeSpec(adapter=name, targets=work.targets, rank=RANK, **alpha)
+        rivals = {
+            "frozen": rival(copy.deepcopy(model).requires_grad_(False)),
+            "ours": rival(lx.adapt(copy.deepcopy(model), kwargs=dict(batch), spec=spec)),
+        }
+        if name in _BY_PEFT:
+            config, options = _BY_PEFT[name]
+            theirs = peft.get_peft_model(copy.deepcopy(model), getattr(peft, config)(**work.peft, **options))
+            rivals["peft"] = rival(theirs)
+            check_same_work(name, rivals["ours"].model, theirs)
+        seconds = alternate({key: Turn(each.prepare, each.step) for key, each in rivals.items()}, rounds)
+        pairs = [("ours", "frozen"), ("peft", "frozen"), ("ours", "peft")]
+        yield {
+            "adapter": f"`{name}`", "trained entries": f"{entries(rivals['ours'].model):,}", **ratios(seconds, pairs)
+        }  # fmt: skip
+
+
+@_table(
+    "A forward of 8 rows without gradients by a bank of adapters (`lx.AdapterBank`), compared with a model with one"
+    " folded adapter, and with peft (`set_adapter`, `adapter_names`): one adapter, or 1, 2 or 8 different ones in the"
+    " rows. Ratios as above.",
+    ("vit-s", "bert-base", "gpt2"),
+)
+def serving(work: Work, rounds: int) -> Rows:
+    """Compare a bank with peft."""
+    names = [f"adapter{index}" for index in range(8)]
+    model = work.build().eval()
+    batch = {name: value.reshape(8, -1, *value.shape[2:]) for name, value in work.batch().items()}
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, **work.peft)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for name, parameter in theirs.eval().named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+        theirs.save_pretrained(folder)
+        adapters = {name: Path(folder, name) for name in names}
+        bank = lx.AdapterBank(copy.deepcopy(model), adapters, kwargs=batch, max_rank=RANK)
+        folded = copy.deepcopy(theirs).merge_and_unload()
+        turns = {
+            "folded": Turn(lambda: None, lambda: folded(**batch)),
+            "one, ours": Turn(lambda: None, lambda: bank(**batch, adapter=names[0])),
+            "one, peft": Turn(lambda: theirs.set_adapter(names[0]), lambda: theirs(**batch)),
+        }
+        for count in (1, 2, 8):
+            rows = [name for _, name in zip(range(8), cycle(names[:count]), strict=False)]
+            _check_same_output(work.title, bank(**batch, adapter=rows), theirs(**batch, adapter_names=rows))
+            turns[f"{count}, ours"] = Turn(lambda: None, partial(bank, **batch, adapter=rows))
+            turns[f"{count}, peft"] = Turn(lambda: None, partial(theirs, **batch, adapter_names=rows))
+        pairs = [("one, ours", "folded"), ("one, peft", "folded")]
+        pairs += [(f"{count}, ours", other) for count in (1, 2, 8) for other in ("folded", f"{count}, peft")]
+        yield {"model": work.title.replace("2 x 256", "8 x 64"), **ratios(alternate(turns, rounds), pairs)}
+
+
+def _check_same_output(title: str, ours: Any, theirs: Any) -> None:
+    """Raise RuntimeError if outputs differ by more than 1e-4 of the largest entry."""
+    one, other = (output if isinstance(output, torch.Tensor) else output[0] for output in (ours, theirs))
+    if (gap := float((one - other).abs().max() / other.abs().max())) > 1e-4:
+        raise RuntimeError(f"{title}: ours and peft differ by {gap:.1e} of the output")
