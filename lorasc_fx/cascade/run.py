@@ -310,10 +310,17 @@ class Run(RunBase):
 
     @contextmanager
     def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
-        """Context manager around changes of weights: take the lock and call `check_ready` with these arguments."""
+        """Context manager around changes of weights: take the lock and call `check_ready` with these arguments.
+
+        Restores the grad mode, which Ctrl-C at the end of a `torch.no_grad` block would leave off.
+        """
+        grad_mode = torch.is_grad_enabled()
         with self.lock:
-            self.check_ready(call, **allowed)
-            yield
+            try:
+                self.check_ready(call, **allowed)
+                yield
+            finally:
+                torch.set_grad_enabled(grad_mode)
 
     def check_ready(
         self,

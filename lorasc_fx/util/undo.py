@@ -135,7 +135,7 @@ def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractC
             with interrupts_deferred():
                 value = setup(undo, *args, **kwargs)
             yield value
-        undo.roll_back()
+            undo.roll_back()  # inside the block, so that an interrupt before its first step rolls back as well
 
     return block
 

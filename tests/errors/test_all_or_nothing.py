@@ -11,11 +11,13 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -481,3 +483,72 @@ def test_ctrl_c_at_any_moment() -> None:
         step(cascade, optimizer, X)
         everything = of(cascade, optimizer)
     assert struck > 50
+
+
+def interrupted_in_turn(act: Callable[[], object], files: tuple[str, ...]) -> Iterator[str]:
+    """Call `act` again and again, with SIGINT at the first, second, ... line that it runs in these files.
+
+    Yields the file and line of each. Unlike `LineAt`, this has the lines that end a `with` block.
+    """
+    for at in range(1, EVERY):
+        count, place = 0, ""
+
+        def trace(frame: FrameType, event: str, _: object, at: int = at) -> Any:
+            nonlocal count, place
+            name = frame.f_code.co_filename
+            if not name.endswith(files) and not name.startswith(files):
+                return None
+            count += event == "line"
+            if count == at and not place:
+                place = f"{Path(name).name}:{frame.f_lineno}"
+                sys.settrace(None)
+                sigint()
+            return trace
+
+        with python_answers():
+            sys.settrace(trace)
+            try:
+                act()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+        if not place:
+            return
+        yield place
+
+
+PACKAGE = str(Path(lx.__file__).parent)
+
+
+def test_ctrl_c_at_each_line_of_the_exit_of_weights() -> None:
+    cascade, optimizer = made()
+    step(cascade, optimizer, X)
+    before = of(cascade, optimizer)
+
+    def act() -> None:
+        block = cascade.weights("base")
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        block.__enter__()
+        sys.settrace(tracer)
+        block.__exit__(None, None, None)
+
+    places = []
+    for place in interrupted_in_turn(act, (PACKAGE, "contextlib.py")):
+        places.append(place)
+        assert_same(of(cascade, optimizer), before)
+    assert len(places) > 40
+    assert {place.partition(":")[0] for place in places} >= {"undo.py", "views.py", "contextlib.py"}
+    cascade.transition(optimizer)
+
+
+def test_ctrl_c_leaves_the_grad_mode_on() -> None:
+    """Also at the end of a `torch.no_grad` block, whose exit is a function in Python."""
+    cascade, optimizer = made()
+    step(cascade, optimizer, X)
+    places = []
+    for place in interrupted_in_turn(lambda: cascade.transition(optimizer), ("grad_mode.py", "_contextlib.py")):
+        places.append(place)
+        assert torch.is_grad_enabled(), place
+    assert len(places) > 20
