@@ -115,7 +115,6 @@ SAMPLED = {
     "checkpoint/test_damage.py::test_a_forged_tensor": 2,
     "checkpoint/test_damage.py::test_a_file": 3,
     "checkpoint/test_damage.py::test_a_forged_manifest": 3,
-    "passes/test_attention_masks.py::test_inferred_values_are_the_computed_ones": 3,
     "errors/test_adapt.py::test_inputs_that_the_model_refuses": 3,
     "export/test_weights.py::test_the_fold_of_a_checkpoint_is_that_of_its_cascade": 3,
     "state/test_slow_fast.py::test_four_stages_are_the_formulas": 2,
