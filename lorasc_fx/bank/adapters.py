@@ -24,6 +24,8 @@ from lorasc_fx.util.checks import is_integer, is_number
 _LOSSLESS = 1e-10
 """Relative error up to which an adapter is reduced to a smaller rank. The factors of a run with many stages often have
 more columns than the rank of their product."""
+_MAX_ROUNDING = 0.05
+"""Largest accepted error of an entry in the dtype of the bank, relative to the largest entry of its factor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +163,7 @@ class Adapters:
                     code="rank-too-large",
                 )
             values |= {(site.weight, key): tensors[key] for key in (DOWN, UP)}
+        self._check_fits_dtypes(name, values)
         self._occupy(name, values)
 
     def start(self, name: str, rank: int, lora_alpha: float, seed: int) -> None:
@@ -240,6 +243,19 @@ class Adapters:
         self.slots.write(slot.index, values)
         self._by_name = {**self._by_name, name: _Adapter(slot, trained)}
 
+    def _check_fits_dtypes(self, name: str, values: Mapping[Key, torch.Tensor]) -> None:
+        """Raise SpecError if factors overflow or vanish in the dtype of the bank."""
+        dtypes = {key: view.dtype for key, view in self.slots.of(0).items()}
+        for (weight, factor), value in values.items():
+            dtype = dtypes[weight, factor]
+            if (value.to(dtype).double() - value).abs().amax() > _MAX_ROUNDING * value.abs().amax():
+                raise SpecError(
+                    f"bank: {name!r} has values in {factor} of {weight} that {dtype} cannot hold; the largest is "
+                    f"{value.abs().max():.3g}. Multiply one factor by a number and divide the other one by it, or give "
+                    "a base with a wider dtype",
+                    code="non-finite",
+                )
+
     def _trained_from(self, values: Mapping[Key, torch.Tensor], scale: float) -> Trained:
         """Return trainable copies of these factors, in fp32, or in fp64 for fp64 weights."""
         weights = named_weights(self.model).parameters
@@ -255,6 +271,20 @@ def check_name(name: Any) -> None:
     if not isinstance(name, str) or not name:
         hint = ". None is the base, which a bank always has" if name is None else ""
         raise SpecError(f"bank: the name of an adapter is {name!r}; give a string{hint}")
+
+
+def checked_factors(name: str, weight: str, pair: Any) -> Factors:
+    """Return the factors of a user in fp64 on the CPU. Raise SpecError unless they are dense real matrices."""
+    if not (isinstance(pair, Factors) and isinstance(pair.b, torch.Tensor) and isinstance(pair.a, torch.Tensor)):
+        raise SpecError(f"bank: {name!r} has {pair!r:.60} for {weight}; give lorasc_fx.branch.Factors(b, a) of tensors")
+    for factor in (pair.b, pair.a):
+        has_values = factor.layout is torch.strided and not factor.is_meta
+        if not (has_values and factor.is_floating_point() and factor.dim() > 1):
+            raise SpecError(
+                f"bank: {name!r} has a factor for {weight} with {factor.dim()} axes, of {factor.dtype}, "
+                f"{factor.layout}, on {factor.device}. Give dense matrices of floating-point numbers, not on meta"
+            )
+    return Factors(pair.b.detach().cpu().double(), pair.a.detach().cpu().double())
 
 
 def bank_full(capacity: int, in_use: int = 0) -> SpecError:

@@ -15,11 +15,19 @@ from torch import fx, nn
 
 from lorasc_fx.adapt.served import serve, stop_serving
 from lorasc_fx.adapt.start import check_new
-from lorasc_fx.bank.adapters import Adapters, bank_full, check_name
+from lorasc_fx.bank.adapters import Adapters, bank_full, check_name, checked_factors
 from lorasc_fx.bank.graph import BankGraph
 from lorasc_fx.bank.hooked import hooked
 from lorasc_fx.bank.pair import pair_plan
-from lorasc_fx.bank.rows import by_group, check_splits, not_independent, row_count, segments, tensors_in
+from lorasc_fx.bank.rows import (
+    by_group,
+    check_batch_norm,
+    check_splits,
+    not_independent,
+    row_count,
+    segments,
+    tensors_in,
+)
 from lorasc_fx.bank.slots import Key
 from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.given import FIRST_AXIS, Pair
@@ -325,16 +333,13 @@ class AdapterBank:
         if adapter is None or isinstance(adapter, str):
             return graph(call, graph.tensors_of(adapters, adapter))
         # Several adapters: run them in one pass if all branches support it, otherwise one batch for each adapter.
+        check_batch_norm(self.model)
         layout = graph.layout(call)
-        if layout is not None and not layout.independent:
-            raise not_independent("a row of the output depends on other rows")
-        if layout is not None and layout.mixed:
+        if layout.mixed:
             # A compiled graph has one shape of factors for all batches, so that other segments do not compile again.
             shared = layout.contiguous and self._compile is None
             return graph(call, graph.tensors_from(*adapters.factors(segments(adapter) if shared else adapter)))
-        if not graph.splits and not self.model.training:
-            check_splits(self.model, call.args, call.kwargs, len(adapter))
-            graph.splits = True
+        check_splits(self.model, call.args, call.kwargs, len(adapter), graph.splits)
         return by_group(partial(self._group, adapters), adapter, call.args, call.kwargs)
 
     def _group(self, adapters: Adapters, name: str | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -360,11 +365,7 @@ class AdapterBank:
         call = self._example
         graph = self._graph(call)
         if not self._generates and not self.model.training:  # in train mode dropout would make the outputs differ
-            generator = torch.Generator().manual_seed(0)
-            values = {
-                key: (0.1 * torch.randn(zero.shape, generator=generator) * zero.shape[-1] ** -0.5).to(zero)
-                for key, zero in self._adapters.slots.of(0).items()
-            }
+            values = {key: both[0] for key, both in graph.random_factors().items()}
             with torch.no_grad():
                 hooked_outputs = tensors_in(self._hooked(values, 1.0)(*call.args, **call.kwargs))
                 base_outputs = tensors_in(self.model(*call.args, **call.kwargs))
@@ -383,13 +384,13 @@ class AdapterBank:
             self._generates = True
         if not mixed:
             return
-        layout = graph.layout(call) if row_count(call.leaves) != 1 else None
-        if layout is None or not layout.determined:
+        if row_count(call.leaves) == 1:
             raise StateError(
                 "bank: generate with an adapter for each row must know where the rows are in the model. Build the bank "
-                "with example inputs of two or more rows that differ",
+                "with example inputs of two or more rows",
                 code="not-available",
             )
+        layout = graph.layout(call)
         if not layout.mixed or any(rows != FIRST_AXIS for rows in layout.places.values()):
             raise not_independent("its modules get rows of several prompts in another order")
 
@@ -456,14 +457,8 @@ class AdapterBank:
         if isinstance(source, LowRankAdapter):
             return source
         if isinstance(source, Mapping):
-            for weight, pair in source.items():
-                if not isinstance(pair, Factors) or not all(
-                    isinstance(factor, torch.Tensor) for factor in (pair.a, pair.b)
-                ):
-                    raise SpecError(
-                        f"bank: {name!r} has {pair!r:.60} for {weight}; give lorasc_fx.branch.Factors(b, a) of tensors"
-                    )
-            return LowRankAdapter(repr(name), dict(source), {})
+            pairs = {weight: checked_factors(name, weight, pair) for weight, pair in source.items()}
+            return LowRankAdapter(repr(name), pairs, {})
         adapter = low_rank_pairs(source, self.model, name=repr(name), call="bank")
         if adapter.base:
             adapter.check_base(self._fingerprints(), "bank")

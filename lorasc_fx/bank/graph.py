@@ -12,15 +12,14 @@ from lorasc_fx.bank.adapters import Adapters, Trained
 from lorasc_fx.bank.rows import Layout, layout_of, row_count
 from lorasc_fx.bank.slots import Key
 from lorasc_fx.branch.given import FIRST_AXIS
+from lorasc_fx.branch.lora import UP
 from lorasc_fx.compile import Call
 from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.function import as_function, takes_leaves
 from lorasc_fx.passes import adapter_inputs
 from lorasc_fx.passes.adapter_inputs import SCALE
+from lorasc_fx.quantized import dense
 from lorasc_fx.util.undo import PROCESS, Lock
-
-_MAX_PROBES = 3
-"""Number of batches to examine for the places of the rows."""
 
 
 class BankGraph:
@@ -35,9 +34,9 @@ class BankGraph:
         self.module, self.model = module, model
         self.inputs = adapter_inputs(module)
         self.cached: dict[int | Trained, list[torch.Tensor]] = {}  # input tensors by `Adapters.cache_key`
-        self.splits = False  # whether `check_splits` has accepted a batch of this kind
+        self.splits: set[tuple[int, ...]] = set()  # see `check_splits`
         self._layout: Layout | None = None
-        self._probes, self._lock = 0, Lock()  # batches that `layout` has examined, and its lock
+        self._lock = Lock()
         self._function = as_function(module, same_bits=False)
         self._compiled: Callable[..., Any] | None = None
         self._options: Mapping[str, Any] = {}
@@ -65,29 +64,37 @@ class BankGraph:
         values = {**dict(zip(positional, call.args, strict=True)), **call.kwargs}
         return [values[str(node.target)] if node.target in values else node.args[0] for node in self._model_inputs]
 
-    def layout(self, call: Call) -> Layout | None:
-        """Return where the rows of a batch are, or None if all rows of this batch are equal.
+    def layout(self, call: Call) -> Layout:
+        """Return where the rows of a batch are. The first batch of several rows shows it for all."""
+        if row_count(call.leaves) == 1:
+            return Layout(True)
+        if self._layout is None:
+            with PROCESS, self._lock:
+                if self._layout is None:  # otherwise another thread has found it
+                    both = self.random_factors()
 
-        The layout is cached when a batch has determined it. After `_MAX_PROBES` batches that do not, the graph is
-        treated as one that cannot use separate factors for each row, which is slower but correct.
-        """
-        count = row_count(call.leaves)
-        if self._layout is not None or count == 1:
-            return self._layout
-        with PROCESS, self._lock:
-            if self._layout is not None:  # another thread has found it
-                return self._layout
-            zeros = [
-                torch.zeros(item.shape, dtype=item.dtype, device=self._device(item.weight)) for item in self.inputs
-            ]
-            layout = layout_of(self.module, self.model, self._model_values(call), zeros)
-            if layout is None:
-                return None
-            self._probes += 1
-            if layout.determined or self._probes == _MAX_PROBES:
-                self._write_places(layout)
-                self._layout = layout  # last, because other threads read it without the lock
-            return layout
+                    def tensors(adapter: int | Sequence[int]) -> list[torch.Tensor]:
+                        scale = 1.0 if isinstance(adapter, int) else [1.0] * len(adapter)
+                        return self.tensors_from({key: value[adapter] for key, value in both.items()}, scale)
+
+                    layout = layout_of(self.module, self.model, self._model_values(call), tensors)
+                    self._write_places(layout)
+                    self._layout = layout  # last, because other threads read it without the lock
+        return self._layout
+
+    def random_factors(self) -> dict[Key, torch.Tensor]:
+        """Return the factors of two random adapters, stacked. Their deltas are half as large as the weights."""
+        source, sizes, factors = torch.Generator().manual_seed(0), dict[str, float](), dict[Key, torch.Tensor]()
+        for item in self.inputs:
+            if item.weight not in sizes:
+                weight = dense(self.model.get_parameter(item.weight).detach())
+                sizes[item.weight] = max(1e-2, float(weight.float().square().mean().sqrt()))
+            if item.tensor != SCALE:
+                rank = item.shape[-1 if item.tensor == UP else -2]
+                size = (0.5 * sizes[item.weight] / rank**0.5) ** 0.5
+                value = size * torch.randn(2, *item.shape, generator=source)
+                factors[item.weight, item.tensor] = value.to(self._device(item.weight), item.dtype)
+        return factors
 
     def _write_places(self, layout: Layout) -> None:
         """Tell the branches whose rows are not on axis 0 where they are."""

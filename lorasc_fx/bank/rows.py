@@ -1,27 +1,35 @@
-"""Finds where the rows of a batch are inside a graph, and runs a batch as one group of rows for each adapter."""
+"""Finds where the rows of a batch are inside a graph, and runs a batch as one group of rows for each adapter.
+
+The places of the rows are found by trying two random adapters. If each row of a batch has one of them, then its entries
+in the input of every branch, and in the outputs, must equal those of a batch in which all rows have that adapter.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.branch.given import Rows
-from lorasc_fx.check.isolation import isolated_model
+from lorasc_fx.branch.given import FIRST_AXIS, Rows
+from lorasc_fx.check.isolation import isolated_model, isolation
 from lorasc_fx.errors import StateError
-from lorasc_fx.signature import is_opaque_leaf
+from lorasc_fx.signature import is_opaque_leaf, leaves
+from lorasc_fx.util.fingerprint import checksums
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Limit for rounding errors, by dtype: the change of other rows relative to the change of the row that is changed."""
+"""Limit for rounding errors, by dtype, relative to the change that an adapter makes."""
 _COARSE_TOLERANCE = 0.05
 """Tolerance for all other dtypes."""
+_PREFERENCES = (FIRST_AXIS, Rows(1), Rows(0, inner=True), Rows(1, inner=True))
+"""The places to try first for branches whose input does not show the place, because no adapter affects it."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +37,12 @@ class Layout:
     """How a graph treats the rows of a batch.
 
     Args:
-        places: where the rows are in the input of each branch node, by node name. Branches without rows are left out.
         mixed: whether every branch can use separate factors for each row.
-        independent: whether each row of the output depends only on the same row of the input. Outputs without one row
-            for each row of the batch on axis 0 are not considered.
-        determined: whether another batch cannot change `mixed`. False if too few entries of this batch differ.
+        places: where the rows are in the input of each branch node, by node name.
     """
 
-    places: Mapping[str, Rows]
     mixed: bool
-    independent: bool
-    determined: bool = True
+    places: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def contiguous(self) -> bool:
@@ -56,206 +59,166 @@ def segments(adapters: Sequence[str | None]) -> Sequence[str | None]:
     return adapters[:: math.gcd(*(len(list(run)) for _, run in itertools.groupby(adapters)))]
 
 
-def row_count(leaves: Sequence[Any]) -> int | None:
+def row_count(values: Sequence[Any]) -> int | None:
     """Return the number of rows of a call: the size of axis 0 of its first tensor."""
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    return next((len(leaf) for leaf in values if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
 
 
 def layout_of(
-    graph: fx.GraphModule, model: nn.Module, inputs: Sequence[Any], tensors: Sequence[torch.Tensor]
-) -> Layout | None:
-    """Find the rows in a graph: change some rows of the inputs, and observe which entries of tensors change.
+    graph: fx.GraphModule,
+    model: nn.Module,
+    inputs: Sequence[Any],
+    tensors: Callable[[int | Sequence[int]], list[torch.Tensor]],
+) -> Layout:
+    """Find the rows in a graph. The values and the Python state of the model are restored.
 
-    Each run replaces the rows that have the same value in one bit of their index. So 2 log2(rows) runs identify the
-    row on which an entry depends, or show that it depends on several rows. A place must agree with all entries that
-    have changed, and no other place may agree. A batch with few differences, such as short texts with padding, can
-    agree with several places.
+    One run for each bit of the row indices, with an adapter by this bit, identifies each row. A branch may have several
+    places that agree with its input. Then only one of them may agree with everything that is computed from the branch.
 
     Args:
         graph: the graph after the pass `AdapterInputs`.
-        model: the model that the graph reads. Its values and Python state are restored.
-        inputs: values of the placeholders for the model's inputs, in order. A tensor has the rows of the batch if the
-            size of its axis 0 is the number of rows.
-        tensors: values of the placeholders for the adapter.
-
-    Returns:
-        The layout, or None if all rows have equal values, so that no change can be observed.
+        model: the model that the graph reads.
+        inputs: values of the placeholders for the model's inputs, in order.
+        tensors: returns the values of the placeholders for the adapter: random adapter 0 or 1 for all rows, or one of
+            them for each row.
     """
     count = row_count(inputs)
     assert count is not None
     if count == 1:
-        return Layout({}, mixed=True, independent=True)
-    sources = _sources(inputs, count)
-    if sources is None:
-        return None
+        return Layout(True)
 
-    # Step 1: run the graph on the batch, then twice for each bit of the row indices.
-    def run(replaced: Sequence[int]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None], dict[str, int]]:
-        """Run the graph on copies of the inputs in which some rows are copies of another row."""
-        order = [sources[row] if row in replaced else row for row in range(count)]
+    def run(adapter: int | Sequence[int], place_of: PlaceOf) -> list[_Projection]:
+        """Run the graph, and return projections of the outputs that have the rows on axis 0."""
         values = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
-        values = [
-            value[torch.tensor(order, device=value.device)] if _has_rows(value, count) else value for value in values
-        ]  # rows of the batch are always valid inputs
-        recorder = _InputRecorder(graph)
         with isolated_model(model), torch.random.fork_rng():
             torch.manual_seed(0)  # all runs need the same dropout
-            output = recorder.run(*values, *tensors, enable_io_processing=False)
-        return tensors_in(output), recorder.inputs, recorder.axes
+            output = _Trial(graph, place_of).run(*values, *tensors(adapter), enable_io_processing=False)
+        return [_projected(leaf, max(1, leaf.dim() - 1)) for leaf in tensors_in(output) if _has_rows(leaf, count)]
+
+    def tried(bit: int, known: Mapping[str, Rows], preferred: Rows = FIRST_AXIS) -> dict[str, list[Rows]] | None:
+        """Run rows with two adapters. Return the places that agree with each branch, or None if a tensor has none."""
+        chosen, fitting = [row >> bit & 1 for row in range(count)], dict[str, list[Rows]]()
+
+        def find(name: str, x: _Projection | None) -> Rows:
+            assert x is not None
+            places = [known[name]] if name in known else _places(x.values.shape, count)
+            fitting[name] = [place for place in places if alone[name].fits(x, place, chosen)]
+            fitting[name].sort(key=lambda place: place != preferred)
+            if not fitting[name]:
+                raise _NoPlace
+            return fitting[name][0]
+
+        try:
+            mixed = run(chosen, find)
+        except _NoPlace:
+            return None
+        return fitting if all(map(lambda one, x: one.fits(x, FIRST_AXIS, chosen), outputs, mixed)) else None
+
+    def agree(places: Mapping[str, Rows]) -> bool:
+        return all(tried(bit, places) is not None for bit in range((count - 1).bit_length()))
 
     with torch.inference_mode(False), torch.no_grad():
-        outputs, site_inputs, axes = run([])
-        output_changes = [_Changes(x, 1) for x in outputs if _has_rows(x, count)]
-        changes = {name: _Changes(x, axes[name]) for name, x in site_inputs.items() if x is not None}
-        for bit in range((count - 1).bit_length()):
-            for value in (0, 1):
-                changed_outputs, changed_inputs, _ = run([row for row in range(count) if row >> bit & 1 == value])
-                with_rows = [x for x, y in zip(changed_outputs, outputs, strict=True) if _has_rows(y, count)]
-                for change, x in zip(output_changes, with_rows, strict=True):
-                    change.observe(x)
-                for name, change in changes.items():
-                    change.observe(changed_inputs[name])
-    # Step 2: find the places that agree with all runs. An input that does not depend on the batch, such as positions,
-    # has no rows in any batch. Other inputs without changes may have some in another batch.
-    dependent = _dependent_nodes(graph, [_has_rows(leaf, count) for leaf in inputs])
-    places: dict[str, Rows] = {}
-    undetermined, refused = False, len(changes) < len(site_inputs)
-    for name, change in changes.items():
-        fitting = change.fitting(count)
-        if name in dependent and (len(fitting) > 1 or (fitting and not fitting[0].proven)):
-            undetermined = True
-        elif len(fitting) == 1 and fitting[0].proven and fitting[0].rows is not None:
-            places[name] = fitting[0].rows
-        else:
-            refused = True
-    independent = all(change.fits(_row_map(change.shape, 0, 1, 1, count)) for change in output_changes)
-    return Layout(
-        places, mixed=len(places) == len(site_inputs), independent=independent, determined=refused or not undetermined
-    )
+        inputs_of: dict[str, list[_Projection | None]] = {}  # of each branch, with adapter 0 and with adapter 1
+
+        def record(name: str, x: _Projection | None) -> None:
+            inputs_of.setdefault(name, []).append(x)
+
+        outputs = [_Alone(*each) for each in zip(run(0, record), run(1, record), strict=True)]
+        alone = {name: _Alone(*each) for name, each in inputs_of.items() if None not in each}  # type: ignore[arg-type]
+        if not outputs or len(alone) < len(inputs_of):
+            return Layout(False)
+        for preferred in _PREFERENCES:
+            fitting = tried(0, {}, preferred)
+            places = {name: rows[0] for name, rows in fitting.items()} if fitting is not None else {}
+            if fitting is not None and agree(places):
+                others = ({**places, name: place} for name, rows in fitting.items() for place in rows[1:])
+                return Layout(False) if any(map(agree, others)) else Layout(True, places)
+    return Layout(False)
 
 
-def _sources(inputs: Sequence[Any], count: int) -> list[int] | None:
-    """Return, for each row of the inputs, the index of a row that differs from it. None if all rows are equal."""
-    differs = torch.zeros(count, dtype=torch.bool)  # from row 0
-    for leaf in inputs:
-        if _has_rows(leaf, count):
-            differs |= (leaf != leaf[:1]).reshape(count, -1).any(1).cpu()
-    if not differs.any():
-        return None
-    different = int(differs.nonzero()[0])
-    return [0 if differs[row] else different for row in range(count)]
+PlaceOf = Callable[[str, "_Projection | None"], Rows | None]
+"""Gets the name of a branch node and the projection of its input, or None if the branch has no rows. Returns the place
+of the rows that the branch must use, or None for one adapter."""
 
 
-def _dependent_nodes(graph: fx.GraphModule, has_rows: Sequence[bool]) -> set[str]:
-    """Return the names of the nodes that depend on an input that has the rows of the batch.
+class _NoPlace(Exception):
+    """The input of a branch agrees with no place of the rows."""
+
+
+class _Projection(NamedTuple):
+    """A random projection of a tensor to some of its axes, which needs little memory.
 
     Args:
-        graph: the graph.
-        has_rows: whether each placeholder of the model's inputs has the rows, in order.
-    """
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    names = {node.name for node, rows in zip(placeholders, has_rows, strict=False) if rows}
-    for node in graph.graph.nodes:
-        if any(argument.name in names for argument in node.all_input_nodes):
-            names.add(node.name)
-    return names
-
-
-class _Changes:
-    """Which entries of a tensor change when rows of the batch are replaced.
-
-    Args:
-        x: the tensor in the run with the original batch.
-        axes: number of leading axes that may have the rows. Entries along the other axes are merged.
+        values: tensor with the leading axes of the original one.
+        tolerance: limit for rounding errors, relative to the change that an adapter makes.
     """
 
-    def __init__(self, x: torch.Tensor, axes: int) -> None:
-        self.x, self.shape = x, x.shape[:axes]
-        self.sizes: list[torch.Tensor | None] = []  # largest change for each index of the leading axes, by run
+    values: torch.Tensor
+    tolerance: float
 
-    def observe(self, changed: torch.Tensor | None) -> None:
-        """Add a run with replaced rows. The order of runs is bit 0 with value 0, bit 0 with value 1, and so on."""
-        if changed is None or changed.shape != self.x.shape:
-            self.sizes.append(None)
-            return
-        size = torch.nan_to_num((changed.double() - self.x.double()).abs()).reshape(*self.shape, -1)
-        self.sizes.append(size.amax(-1) if size.shape[-1] else size.new_zeros(self.shape))
 
-    def fits(self, rows: torch.Tensor | None) -> bool:
-        """Whether each entry that has changed depends on one row only, which is the row in `rows` (of `shape`)."""
-        if rows is None or any(size is None for size in self.sizes):
+class _Alone(NamedTuple):
+    """Projections of a tensor in batches in which all rows have adapter 0, or all have adapter 1."""
+
+    zero: _Projection
+    one: _Projection
+
+    def fits(self, mixed: _Projection, place: Rows, chosen: Sequence[int]) -> bool:
+        """Return whether a projection for a batch with both adapters has the entries of each row's own adapter."""
+        x, zero, one = mixed.values, self.zero.values, self.one.values
+        if not x.shape == zero.shape == one.shape:
             return False
-        sizes = torch.stack([size for size in self.sizes if size is not None])
-        # An entry changes by the same amount in each run that replaces its row. Smaller changes are rounding errors.
-        largest = sizes.amax(0)
-        hits = sizes > _TOLERANCE.get(self.x.dtype, _COARSE_TOLERANCE) * largest
-        rows = rows.to(self.x.device)
-        expected = torch.stack([rows >> run // 2 & 1 == run % 2 for run in range(len(sizes))])
-        return bool(((hits == expected) | (largest == 0)).all())
-
-    def fitting(self, count: int) -> list[_Place]:
-        """Return all places of `count` rows that agree with the changes."""
-        fitting = []
-        for axis, length in enumerate(self.shape):
-            if not length or length % count:
-                continue
-            size = length // count
-            for inner in (divisor for divisor in range(1, size + 1) if size % divisor == 0):
-                rows = _row_map(self.shape, axis, inner, size // inner, count)
-                if rows is not None and self.fits(rows):
-                    changed = torch.stack([size for size in self.sizes if size is not None]).amax(0).cpu() > 0
-                    place = Rows(axis, inner=inner < size) if inner in (1, size) else None
-                    fitting.append(_Place(place, proven=len(rows[changed].unique()) == count))
-        return fitting
+        expected, mask = zero.clone(), torch.tensor(chosen, dtype=torch.bool, device=x.device)
+        place.first(expected, len(chosen))[mask] = place.first(one, len(chosen))[mask]  # a view of `expected`
+        return bool((x - expected).norm() <= mixed.tolerance * (one - zero).norm())
 
 
-class _Place(NamedTuple):
-    """A possible place of the rows in a tensor.
-
-    Args:
-        rows: the place, or None if `Rows` cannot express it: the rows are in the middle of a flattened axis.
-        proven: whether an entry of each row has changed.
-    """
-
-    rows: Rows | None
-    proven: bool
+def _projected(x: torch.Tensor, axes: int) -> _Projection:
+    """Return the projection of a tensor to its first axes."""
+    width = torch.promote_types(x.dtype, torch.float32)
+    values = torch.nan_to_num(x.detach().to(width), 0.0, 0.0, 0.0)
+    if x.dim() > axes:
+        values = values.flatten(axes)
+        values = values @ torch.randn(values.shape[-1], generator=torch.Generator().manual_seed(0)).to(values)
+    return _Projection(values, _TOLERANCE.get(x.dtype, _COARSE_TOLERANCE))
 
 
-def _row_map(shape: Sequence[int], axis: int, inner: int, outer: int, count: int) -> torch.Tensor | None:
-    """Return the row of each entry of a tensor whose axis is [outer, count, inner], flattened. None if sizes differ."""
-    if not shape or shape[axis] != outer * count * inner:
-        return None
-    rows = torch.arange(shape[axis]) // inner % count
-    return rows.view(-1, *[1] * (len(shape) - axis - 1)).expand(*shape)
+def _places(shape: Sequence[int], count: int) -> list[Rows]:
+    """Return the places where a tensor with these leading axes can have `count` rows."""
+    axes = [axis for axis, length in enumerate(shape) if length and length % count == 0]
+    return [Rows(axis, inner) for inner in (False, True) for axis in axes if not inner or shape[axis] > count]
 
 
-class _InputRecorder(fx.Interpreter):
-    """Runs a graph and records the input of each branch node.
+class _Trial(fx.Interpreter):
+    """Runs a graph, and asks for the place of the rows before each branch."""
 
-    The input is None for branches without rows: branches on a weight, and stacked experts, whose tokens are sorted by
-    expert.
-    """
-
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, place_of: PlaceOf) -> None:
         super().__init__(graph)
-        self.inputs: dict[str, torch.Tensor | None] = {}
-        self.axes: dict[str, int] = {}  # number of leading axes of the input that may be the axis of rows
+        self._place_of = place_of
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, and record its input if it is a branch."""
-        if n.op == "call_module" and "tensors" in n.kwargs:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            branch = self.fetch_attr(str(n.target))
-            assert isinstance(branch, Branch)
-            beside = kwargs["at"] in ("beside", "at_lookup") or (
-                kwargs["at"] == "in_place" and branch.kind != "experts"
-            )
-            x = args[0 if kwargs["at"] == "in_place" else 1] if beside else None
-            if branch.kind == "conv" and x is not None and x.dim() != len(branch.weight_shape):
-                x = None  # a single image without the axis of the batch
-            self.axes[n.name] = 1 if branch.kind == "conv" or x is None else x.dim() - (kwargs["at"] != "at_lookup")
-            self.inputs[n.name] = x.detach().clone() if x is not None else None
-        return super().run_node(n)
+        """Run a node. A branch computes with the rows at their place."""
+        if n.op != "call_module" or "tensors" not in n.kwargs:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        branch = self.fetch_attr(str(n.target))
+        assert isinstance(branch, Branch)
+        place = self._place_of(n.name, _branch_input(branch, args, kwargs["at"]))
+        return self.call_module(str(n.target), args, kwargs if place is None else {**kwargs, "rows": tuple(place)})
+
+
+def _branch_input(branch: Branch, args: Sequence[Any], at: str) -> _Projection | None:
+    """Return the projection of a branch's input to the axes that may have the rows.
+
+    None for branches without rows: on a weight, for stacked experts, whose tokens are sorted by expert, and for a
+    convolution of a single image.
+    """
+    if at not in ("beside", "at_lookup", "in_place") or (at == "in_place" and branch.kind == "experts"):
+        return None
+    x = args[0 if at == "in_place" else 1]
+    if branch.kind == "conv":
+        return _projected(x, 1) if x.dim() == len(branch.weight_shape) else None
+    return _projected(x, x.dim() - (at != "at_lookup"))
 
 
 def _has_rows(leaf: Any, count: int) -> bool:
@@ -268,27 +231,58 @@ def tensors_in(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)]
 
 
-def check_splits(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> None:
-    """Raise StateError if the model computes something else for a part of the batch than for the full batch.
+def check_batch_norm(model: nn.Module) -> None:
+    """Raise StateError if a batch norm of the model computes over the batch because it is in train mode."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise not_independent(f"{name} is a {type(module).__name__} in train mode, which mixes the rows")
 
-    The part is the batch without row 0.
+
+def check_splits(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int, accepted: set[tuple[int, ...]]
+) -> None:
+    """Raise StateError if the model computes something else for a part of the rows than for the full batch.
+
+    Args:
+        model: the model.
+        args, kwargs: arguments of a call.
+        count: number of rows.
+        accepted: the arguments that were cut into parts in calls that passed this check. Calls that cut the same
+            arguments are not checked again, unless the rows of such an argument were all equal.
     """
+    tensors = {index: leaf for index, leaf in enumerate(leaves(args, kwargs)) if _has_rows(leaf, count)}
+    if tuple(tensors) in accepted:
+        return
+    order = [*range(1, count)] if count > 2 else [1, 1, 1]  # a part of one row could be broadcast
 
-    def without_row_0(leaf: Any) -> Any:
-        return leaf[1:] if _has_rows(leaf, count) else leaf
+    def part_of(leaf: Any) -> Any:
+        return leaf[torch.tensor(order, device=leaf.device)] if _has_rows(leaf, count) else leaf
 
-    part_args, part_kwargs = pytree.tree_map(without_row_0, (args, dict(kwargs)))
-    with isolated_model(model), torch.random.fork_rng(), torch.no_grad():
-        try:
-            full_outputs = tensors_in(model(*args, **kwargs))
-            part_outputs = tensors_in(model(*part_args, **part_kwargs))
-        except (AssertionError, RuntimeError, ValueError, IndexError) as fault:
-            raise not_independent(f"the model cannot compute a part of the rows ({fault})") from fault
+    def run(args: Any, kwargs: Mapping[str, Any], *, evaluate: bool) -> tuple[list[torch.Tensor], list[str]]:
+        """Return the outputs, and the names of the buffers that forward writes."""
+        with isolation(model, args, kwargs, grad=False) as (inputs, named):
+            if evaluate:
+                model.eval()  # dropout would draw other numbers for a part
+            before = checksums(dict(model.named_buffers()))
+            outputs = tensors_in(model(*inputs, **named))
+            after = checksums(dict(model.named_buffers()))
+        return outputs, [name for name in after if after[name] != before.get(name)]
+
+    if written := run(args, kwargs, evaluate=False)[1]:
+        raise not_independent(f"forward writes into the buffer {written[0]}, once for each adapter")
+    full_outputs, _ = run(args, kwargs, evaluate=True)
+    part_args, part_kwargs = pytree.tree_map(part_of, (args, dict(kwargs)), is_leaf=is_opaque_leaf)
+    try:
+        part_outputs, _ = run(part_args, part_kwargs, evaluate=True)
+    except (AssertionError, RuntimeError, ValueError, IndexError) as fault:
+        raise not_independent(f"the model cannot compute a part of the rows ({fault})") from fault
     for full, part in zip(full_outputs, part_outputs, strict=True):
         tolerance = _TOLERANCE.get(full.dtype, _COARSE_TOLERANCE)
-        alike = full.dim() > 0 and full[1:].shape == part.shape
-        if not alike or (full[1:].double() - part.double()).norm() > tolerance * part.double().norm():
+        alike = _has_rows(full, count) and full[order].shape == part.shape
+        if not alike or (full[order].double() - part.double()).norm() > tolerance * part.double().norm():
             raise not_independent("the model computes something else for a part of the rows")
+    if all(bool((leaf != leaf[:1]).any()) for leaf in tensors.values()):
+        accepted.add(tuple(tensors))
 
 
 def by_group(
@@ -336,6 +330,8 @@ def by_group(
 
     def joined(leaves: tuple[Any, ...]) -> Any:
         if not isinstance(leaves[0], torch.Tensor):
+            if any(leaf != leaves[0] for leaf in leaves):
+                raise not_independent(f"an output is {leaves[0]!r} for one part of the rows, and differs for another")
             return leaves[0]
         return torch.cat(leaves)[torch.tensor(positions, device=leaves[0].device)]
 

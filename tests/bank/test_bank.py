@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,137 @@ def test_rows_that_depend_on_each_other() -> None:
     assert distance(mixed, bank(X), 1, len(X)) < 1e-13
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_batch_norm_in_train_mode_is_refused_also_for_equal_rows(traced: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double().eval()
+    model = torch.fx.symbolic_trace(model) if traced else model
+    x = X[:1].expand(4, 6).clone()
+    bank = lx.AdapterBank(model, {"a": {"0.weight": pairs(1)["0.weight"]}}, args=(x,))
+    mix = ["a", None, "a", None]
+    assert distance(bank(x, adapter=mix), bank(x, adapter="a"), 2, 4) < 1e-13
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    with raises(lx.StateError, "rows-not-independent", "1 is a BatchNorm1d in train mode"):
+        bank(x, adapter=mix)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Weighted(nn.Module):
+    """Normalizes its weight, so that each adapter has its own batch, and adds an argument to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, more: Tensor) -> Tensor:
+        return (x + more).tanh() @ (self.linear.weight / self.linear.weight.norm()).t()
+
+
+class Masked(nn.Module):
+    """Attention with a mask [sequence, sequence] or [batch, sequence, sequence]."""
+
+    def __init__(self, weighted: bool) -> None:
+        super().__init__()
+        self.weighted, self.linear = weighted, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = torch.softmax(x @ x.mT + mask, -1) @ x
+        return y @ (self.linear.weight / self.linear.weight.norm()).t() if self.weighted else self.linear(y)
+
+
+def sequences(rows: int, length: int, *shape: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(rows)
+    return torch.randn(rows, length, 6).double(), torch.randn(*shape).double()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("first", ["other sizes", "zeros"])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_an_argument_without_rows_is_not_cut(rows: int, first: str, train: bool) -> None:
+    """Whether rows can be cut out of an argument is not known from other arguments, nor from equal rows."""
+    bank = lx.AdapterBank(Weighted().double().train(train), args=sequences(2, 5, 5, 1), targets=("linear.weight",))
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed))
+    mix = [*"ab"] * (rows // 2)
+    if first == "zeros" and rows == 2:
+        x, more = sequences(2, 2, 2, 1)
+        with raises(lx.StateError, "rows-not-independent"):
+            bank(x, 0 * more, adapter=mix)
+    elif first == "other sizes":
+        x, more = sequences(rows, 7, 7, 1)
+        assert distance(bank(x, more, adapter=mix), bank(x, more, adapter="b"), 1, rows) < 1e-12
+    with raises(lx.StateError, "rows-not-independent"):
+        bank(*sequences(rows, rows, rows, 1), adapter=mix)
+
+
+def test_equal_rows_do_not_show_that_an_argument_can_be_cut() -> None:
+    class Mean(Weighted):
+        def forward(self, x: Tensor, more: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x, more.mean(0)), training=self.training)
+
+    x, more = sequences(5, 1, 5, 6)
+    bank = lx.AdapterBank(Mean().double().train(), args=(x[:, 0], more), targets=("linear.weight",))
+    bank.add("a", random_pairs(bank.sites, 2, 0))
+    mix = ["a", None, "a", None, "a"]
+    assert bank(x[:, 0], more[:1].expand(5, 6), adapter=mix).shape == (5, 6)  # right for any part of the rows
+    with raises(lx.StateError, "rows-not-independent", "something else for a part of the rows"):
+        bank(x[:, 0], more, adapter=mix)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_mask_with_as_many_rows_as_the_batch(rows: int) -> None:
+    """It is right in one pass, and refused if each adapter needs its own batch."""
+    for weighted in (False, True):
+        x, mask = sequences(rows, rows, rows, rows)
+        bank = lx.AdapterBank(Masked(weighted).double().eval(), args=(x, mask), targets=("linear.weight",))
+        for seed, name in enumerate("ab"):
+            bank.add(name, random_pairs(bank.sites, 2, seed))
+        mix = [*"ab"] * (rows // 2)
+        if weighted:
+            with raises(lx.StateError, "rows-not-independent"):
+                bank(x, mask, adapter=mix)
+        else:
+            assert distance(bank(x, mask, adapter=mix), bank(x, mask, adapter="b"), rows - 1, rows) < 1e-12
+
+
+def test_buffers_that_forward_writes_are_written_once() -> None:
+    class Counts(nn.Module):
+        def __init__(self, weighted: bool) -> None:
+            super().__init__()
+            self.weighted, self.linear = weighted, nn.Linear(6, 6)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x @ (self.linear.weight / self.linear.weight.norm()).t() if self.weighted else self.linear(x)
+
+    for weighted in (False, True):
+        model = Counts(weighted).double()
+        bank = lx.AdapterBank(model, args=(X,), targets=("linear.weight",))
+        bank.add("a", random_pairs(bank.sites, 2, 0))
+        if weighted:
+            with raises(lx.StateError, "rows-not-independent", "writes into the buffer calls, once for each adapter"):
+                bank(X, adapter=["a", None, "a", None, "a"])
+        else:
+            bank(X, adapter=["a", None, "a", None, "a"])
+        assert model.calls == (0 if weighted else 1)
+
+
+def test_dropout_in_train_mode_is_one_pass() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
+    bank = lx.AdapterBank(model.train(), args=(X,), targets=("linear",), max_rank=2)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed))
+    mix, outputs = ["a", "b", "b", None, "a"], {}
+    for adapter in ("a", "b", None, mix):
+        torch.manual_seed(3)
+        outputs[str(adapter)] = bank(X, adapter=adapter) if adapter else model(X)
+    for row, name in enumerate(mix):
+        assert distance(outputs[str(mix)], outputs[str(name)], row, len(X)) < 1e-12
+
+
 def test_refusals() -> None:
     bank = bank_of("a")
     with raises(lx.StateError, "unknown-name", "no adapter 'aa'"):
@@ -360,6 +492,39 @@ def test_factors_must_be_finite(factor: str, value: float) -> None:
     with raises(lx.SpecError, "non-finite", "'b' has inf or nan in its factors for 2.weight"):
         bank.add("b", broken)
     assert bank.names == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "b", "a"),
+    [(torch.float16, 1e5, 1e-5), (torch.float16, 6e4, 1e-8), (torch.float32, 1e300, 1e-300)],
+    ids=["overflow", "vanishes", "fp32"],
+)
+def test_factors_must_fit_the_dtype_of_the_bank(dtype: torch.dtype, b: float, a: float) -> None:
+    bank = lx.AdapterBank(mlp().to(dtype), args=(X.to(dtype),), targets=("linear",), max_rank=1)
+    pair = Factors(torch.full((4, 1), b, dtype=torch.float64), torch.full((1, 8), a, dtype=torch.float64))
+    with raises(lx.SpecError, "non-finite", "'b' has values in lora_", f"of 2.weight that {dtype} cannot hold"):
+        bank.add("b", {"2.weight": pair})
+    assert bank.names == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda factor: factor > 0, "torch.bool"),
+        (lambda factor: factor + 0j, "torch.complex128"),
+        (lambda factor: factor.to("meta"), "on meta"),
+        (lambda factor: factor.to_sparse(), "torch.sparse_coo"),
+        (lambda factor: factor[0], "with 1 axes"),
+        (lambda factor: factor.round().int(), "torch.int32"),
+    ],
+    ids=["bool", "complex", "meta", "sparse", "vector", "integers"],
+)
+def test_factors_are_dense_real_matrices(change: Callable[[Tensor], Tensor], text: str) -> None:
+    for factor in ("a", "b"):
+        broken = pairs(1)
+        broken["2.weight"] = replace(broken["2.weight"], **{factor: change(getattr(broken["2.weight"], factor))})
+        with raises(lx.SpecError, "invalid-value", "'b' has a factor for 2.weight", text, "Give dense matrices"):
+            lx.AdapterBank(mlp(), {"b": broken}, args=(X,))
 
 
 def test_targets_are_a_tuple() -> None:
@@ -567,6 +732,81 @@ def test_a_permutation_of_the_rows_is_not_one_pass() -> None:
         assert distance(mixed, bank(X, adapter=adapter), row, len(X)) < 1e-13
 
 
+@pytest.mark.parametrize("rows", [2, 4, 5, 8])
+def test_reversed_rows_are_not_one_pass(rows: int) -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.flip(0)).flip(0)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x = torch.randn(rows, 6).double()
+    bank = lx.AdapterBank(Reversed().double(), args=(x,), targets=("linear.weight",), max_rank=2)
+    bank.add("a", random_pairs(bank.sites, 2, 0))
+    mix = ["a" if row < rows // 2 else None for row in range(rows)]
+    mixed = bank(x, adapter=mix)
+    for row, adapter in enumerate(mix):
+        assert distance(mixed, bank(x, adapter=adapter), row, rows) < 1e-13
+
+
+def test_a_branch_without_effect_in_the_first_batch() -> None:
+    """The gate hides the layer whose input is [T, B, in] in the first batch, so this batch does not show its rows."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.hidden = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            hidden = self.hidden(x.transpose(0, 1)).transpose(0, 1)
+            return self.first(x) + gate * hidden  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x, gate = torch.randn(2, 4, 6).double(), torch.tensor(0.0).double()
+    bank = lx.AdapterBank(Gated().double(), args=(x, gate), targets=("linear",), max_rank=2)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed))
+    for value in (gate, gate + 1):
+        for row, name in enumerate("ab"):
+            assert distance(bank(x, value, adapter=["a", "b"]), bank(x, value, adapter=name), row, 2) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_positions_have_no_rows(dtype: torch.dtype) -> None:
+    """The positions [T] of a learned embedding have as many entries as the batch has rows."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions, self.head = nn.Embedding(20, 16), nn.Embedding(8, 16), nn.Linear(16, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+            return self.head(x.tanh())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    ids = torch.randint(20, (4, 4))
+    bank = lx.AdapterBank(Positions().to(dtype).eval(), args=(ids,), targets=("linear", "embedding"), max_rank=2)
+    for seed, name in enumerate("ab"):
+        bank.add(name, random_pairs(bank.sites, 2, seed, size=3.0))
+    mixed = bank(ids, adapter=[*"abba"])
+    for row, name in enumerate("abba"):
+        assert distance(mixed, bank(ids, adapter=name), row, 4) < (1e-12 if dtype is torch.float64 else 0.03)
+
+
+def test_a_model_that_returns_only_a_loss_is_not_mixed() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
+    loss = type("Loss", (nn.Module,), {"forward": lambda self, x: self.model(x).square().mean()})()
+    loss.model = model
+    bank = lx.AdapterBank(loss, args=(X,), targets=("linear",))
+    bank.add("a", random_pairs(bank.sites, 2, 0))
+    with raises(lx.StateError, "rows-not-independent"):
+        bank(X, adapter=["a", None, "a", None, "a"])
+
+
 def test_the_first_mixed_calls_may_run_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that reads the layout must find the graph that uses it."""
     torch.manual_seed(0)
@@ -744,8 +984,9 @@ def test_a_batch_for_each_adapter_writes_into_arguments() -> None:
     counts = torch.zeros(5, 6).double()
     bank = lx.AdapterBank(Counts().double(), args=(X, counts), targets=("linear.weight",))
     bank.add("a", random_pairs(bank.sites, 2, 3))
-    for inference in (False, True):
+    for inference, train in ((False, True), (True, True), (False, False), (True, False)):
         counts = torch.zeros(5, 6).double()
+        bank.model.train(train)
         with torch.inference_mode(inference):
             mixed = bank(X, counts, adapter=["a", None, "a", None, "a"])
         torch.testing.assert_close(counts, X.square())
