@@ -4,7 +4,7 @@ In a round two fresh processes run at the same time, each on one thread and one 
 some. The cores are exchanged from round to round. A ratio is `without / with`, the median over rounds of the ratio
 within a round: above 1.00, the part saves time or memory.
 
-- `adapt`: CPU seconds of `lorasc_fx.adapt`, the first one in the process; `again`: of another model of the same state.
+- `adapt`: CPU seconds of `lorasc_fx.adapt`, the first one in the process.
 - `step`: CPU seconds of forward and backward; `call`: of a forward without gradients, in training mode as the step.
 - `memory`: peak resident memory of the process.
 """
@@ -12,7 +12,6 @@ within a round: above 1.00, the part saves time or memory.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import resource
@@ -34,7 +33,7 @@ from .rivals import Rival, adapted
 
 __all__ = ["MEASURES", "PARTS", "measured", "without"]
 
-MEASURES = ("adapt", "again", "step", "call", "memory")
+MEASURES = ("adapt", "step", "call", "memory")
 STEPS = 3
 """Steps, and calls, of which the median counts, after one that warms up."""
 NOTHING = "nothing"
@@ -51,12 +50,6 @@ def _no_masks() -> Any:
     return mock.patch.object(compiler, "capture", capture)
 
 
-def _no_reuse() -> Any:
-    from lorasc_fx.capture import torch_export
-
-    return mock.patch.object(torch_export.Trace, "of", return_value=None)
-
-
 def _no_function() -> Any:
     from lorasc_fx.compile.variants import Variant
 
@@ -66,7 +59,7 @@ def _no_function() -> Any:
     return mock.patch.object(Variant, "run", property(run))
 
 
-PARTS: dict[str, Callable[[], Any]] = {"masks": _no_masks, "reuse": _no_reuse, "function": _no_function}
+PARTS: dict[str, Callable[[], Any]] = {"masks": _no_masks, "function": _no_function}
 """By name of a part: what takes it away, as a context manager."""
 
 
@@ -90,7 +83,6 @@ def _clocked(run: Callable[[], Any]) -> tuple[float, Any]:
 def measured(work: Work) -> dict[str, float]:
     """Return MEASURES of one model in this process: CPU seconds, and MiB."""
     model, batch = work.build(), work.batch()
-    twin = copy.deepcopy(model)
     adapt, cascade = _clocked(partial(adapted, work, model, batch))
     rival = Rival(cascade, work, {name: value.detach() for name, value in batch.items()})
     steps, calls = [], []
@@ -100,9 +92,8 @@ def measured(work: Work) -> dict[str, float]:
         with torch.no_grad():
             calls.append(_clocked(lambda: cascade(**rival.inputs))[0])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    again, _ = _clocked(partial(adapted, work, twin, batch))
     step, call = statistics.median(steps[1:]), statistics.median(calls[1:])
-    return {"adapt": adapt, "again": again, "step": step, "call": call, "memory": memory}
+    return {"adapt": adapt, "step": step, "call": call, "memory": memory}
 
 
 def _pair(name: str, choices: tuple[str, str]) -> list[dict[str, float]]:

@@ -98,16 +98,6 @@ def signature_of(model: nn.Module) -> inspect.Signature:
     return inspect.signature(model.forward)
 
 
-def argument_names(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return a name for each argument of a call in canonical form. Values of `*args` are numbered: `args_0`, ..."""
-    names: list[str] = []
-    for name, parameter in signature.parameters.items():
-        variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        count = len(args) - len(names)
-        names += [f"{name}_{index}" for index in range(count)] if variadic else [name] * (count > 0)
-    return [*names, *kwargs]
-
-
 def bind_inputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -47,7 +47,7 @@ def adapt(
             compared with its graph. These runs have no side effects.
         spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
             configuration, the other options have the defaults of `CascadeSpec`.
-        frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto` for the first one that works.
+        frontend: `export`, `graph-breaks`, or `auto` for the first one that works.
         base: where the original values W0 of the adapted weights are stored:
 
             - `memory`: a copy on the host. A weight on the host is copied just before it is first written (by noise, at

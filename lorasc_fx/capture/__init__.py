@@ -1,7 +1,7 @@
 """Capture a model as a graph: try the front ends in order, and compare each graph with the eager model.
 
-A front end is one way to trace a model: torch.export, torch.fx.symbolic_trace, or dynamo with graph breaks. If every
-front end fails, the error lists their reasons.
+A front end is one way to trace a model: torch.export, or dynamo with graph breaks. If both fail, the error lists their
+reasons.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import fx, nn
@@ -20,9 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from lorasc_fx.capture.captured import GRAPH_MODULE, OWNER, Axis, Captured, Conditions, FrontEnd, read_live
 from lorasc_fx.capture.graph_breaks import GRAPH_BREAKS, GraphBreakFallback, eager_trace
 from lorasc_fx.capture.least_sizes import least_sizes
-from lorasc_fx.capture.reuse import forget
-from lorasc_fx.capture.symbolic import SYMBOLIC
-from lorasc_fx.capture.torch_export import DYNAMO, EXPORT
+from lorasc_fx.capture.torch_export import EXPORT
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import has_values, isolated_model, with_fake_tensors
 from lorasc_fx.check.observe import one_line
@@ -43,7 +40,6 @@ __all__ = [
     "GraphBreakFallback",
     "capture",
     "eager_trace",
-    "forget",
     "least_sizes",
     "open_model",
     "read_live",
@@ -53,7 +49,7 @@ log = logging.getLogger("lorasc_fx")
 
 Rewrite = Callable[[fx.GraphModule], PassResult]
 
-FRONTENDS: dict[str, FrontEnd] = {row.name: row for row in (EXPORT, DYNAMO, SYMBOLIC, GRAPH_BREAKS)}
+FRONTENDS: dict[str, FrontEnd] = {row.name: row for row in (EXPORT, GRAPH_BREAKS)}
 """The front ends for eager models, in the order in which `auto` tries them."""
 
 
@@ -101,8 +97,6 @@ def capture(
             captured = example.first_that_agrees(tuple(tried))
     # Guard the Python state only now: a first run may fill caches in the model's attributes.
     state = Guards(model, preflight.assigned, preflight.written)
-    if captured.cached is not None:
-        captured.cached.state = ref(state)
     return replace(
         captured,
         own_backward=bool(preflight.seen.functions),
@@ -173,15 +167,8 @@ class _Example:
                 return front_end.trace(self.model, self.args, self.kwargs, self.dynamic)
         self.preflight.check()
         captured = self._traced(front_end)
-        try:
-            with requiring_grad(self.model, self.trained):
-                check_agrees(captured.module, self.preflight, self.model, self.args, self.kwargs)
-        except Disagreement:
-            if captured.drop_cached is None:
-                raise
-            # The graph came from the cache, and something that its key does not cover has changed. Capture again.
-            captured.drop_cached()
-            return self._captured(front_end)
+        with requiring_grad(self.model, self.trained):
+            check_agrees(captured.module, self.preflight, self.model, self.args, self.kwargs)
         return captured
 
     def _traced(self, front_end: FrontEnd) -> Captured:

@@ -36,14 +36,12 @@ class FrontEnd:
         trace: traces a call (model, args, kwargs, dynamic). It may raise any exception.
         full_graph: whether it returns one graph of the full model, which is compared with the model. Otherwise it
             returns a `GraphBreakFallback`: several graphs with Python in between.
-        sees_inside: whether it traces into modules of torch.nn. If not, it may miss a weight in one of them.
         serves_all_calls: whether one graph is valid for every call, whatever its inputs.
     """
 
     name: str
     trace: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Collection[Axis]], Captured]
     full_graph: bool = True
-    sees_inside: bool = True
     serves_all_calls: bool = False
 
 
@@ -151,8 +149,6 @@ class Captured:
         own_backward: whether the model runs a custom backward, such as the backward of an autograd.Function.
         only_recomputes: whether gradient checkpointing alone ruled out a full graph. In eval mode it may be off, and a
             full graph possible.
-        drop_cached: clears the graph cache, if the graph came from it. None for a new graph.
-        cached: the new entry in the graph cache. None if the graph was not cached.
     """
 
     module: fx.GraphModule
@@ -162,8 +158,6 @@ class Captured:
     fallback: Any = None
     own_backward: bool = False
     only_recomputes: bool = False
-    drop_cached: Callable[[], None] | None = None
-    cached: Any = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

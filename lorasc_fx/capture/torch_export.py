@@ -1,4 +1,4 @@
-"""Front ends `export` and `dynamo`: torch.export in non-strict and in strict mode.
+"""The front end `export`: torch.export in non-strict mode.
 
 Only the axes that the caller names are dynamic, because symbolic sizes make torch.export two to seven times slower.
 """
@@ -19,7 +19,6 @@ from torch.fx import config
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_no_random_draws, read_live
-from lorasc_fx.capture.reuse import Trace, derive, forget, store
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_directly, drop_nodes
 from lorasc_fx.parameters import substituted
@@ -34,24 +33,13 @@ _RESERVED = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(n
 """Attributes of a GraphModule that a child of the exported model must not shadow."""
 
 
-def _export(
+def capture_export(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     dynamic: Collection[Axis] = (),
-    *,
-    strict: bool,
 ) -> Captured:
-    """Return the model's ATen graph. Raises any exception of torch.export.
-
-    If `strict`, dynamo traces the model's Python code. Otherwise the code runs on fake tensors.
-    """
-    frontend = DYNAMO if strict else EXPORT
-    # If an earlier call had the same trace, copy its graph. Not in strict mode, where dynamo decides what is traced.
-    trace = None if strict else Trace.of(model, args, kwargs)
-    if trace is not None and (derived := derive(model, args, kwargs, trace)) is not None:
-        graph, conditions = derived
-        return Captured(graph, frontend, conditions, drop_cached=forget)
+    """Return the model's ATen graph. Raises any exception of torch.export."""
     signature = _explicit(signature_of(model), kwargs) if dynamic else signature_of(model)
     root = _wrapped(model, signature)
     with quiet(grad=torch.is_grad_enabled()):
@@ -59,7 +47,7 @@ def _export(
         shapes = _dynamic_shapes(signature, args, kwargs, dynamic)
         # Quantized weights are traced as plain tensors, and quantized layers as opaque ops.
         with substituted(model, _plain_weights(model)), as_opaque_products(), _export_settings():
-            program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
+            program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
         check_no_random_draws(generators)
         program._guards_code = _name_arguments(program._guards_code, inspect.signature(root.forward))
         exported: Any = program.module()
@@ -91,8 +79,7 @@ def _export(
         call_directly(module.graph, lambda node: F.linear if node in linears else None)
         module.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
-    cached = store(trace, model, module, conditions) if trace is not None and not quantized else None
-    return Captured(module, frontend, conditions, cached=cached)
+    return Captured(module, EXPORT, conditions)
 
 
 def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str]:
@@ -113,8 +100,7 @@ def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str
     return guards
 
 
-capture_export, capture_dynamo = partial(_export, strict=False), partial(_export, strict=True)
-EXPORT, DYNAMO = FrontEnd("export", capture_export), FrontEnd("dynamo", capture_dynamo)
+EXPORT = FrontEnd("export", capture_export)
 
 
 @isolated

@@ -14,11 +14,9 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Decided
 from lorasc_fx.capture import (
-    GRAPH_BREAKS,
     Axis,
     GraphBreakFallback,
     capture,
-    forget,
     least_sizes,
     read_live,
 )
@@ -26,7 +24,7 @@ from lorasc_fx.check.isolation import written_by
 from lorasc_fx.check.observe import one_line
 from lorasc_fx.compile.fallback import insert, make_fallback, with_sites
 from lorasc_fx.compile.variants import NewVariant, Variant
-from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
+from lorasc_fx.errors import CaptureError, LorascError, VerifyError
 from lorasc_fx.graph import faults, matches, named_weights, record_of, shared_memory
 from lorasc_fx.graph.copies import standalone_copy
 from lorasc_fx.graph.editor import assert_min_sizes
@@ -82,7 +80,6 @@ class Compiler:
         args: Any,
         kwargs: Any,
         dynamic: Collection[Axis] = (),
-        required: bool = False,
     ) -> NewVariant:
         """Capture a call, insert the branches, and return the new variant.
 
@@ -91,15 +88,11 @@ class Compiler:
             decided: the plan to follow, the existing branches, and the refusals so far.
             args, kwargs: arguments of the call, in canonical form.
             dynamic: axes to make dynamic, see `capture`.
-            required: whether the graph must be dynamic in these axes. Otherwise it may come from the cache, and be
-                valid for the sizes of this call only.
 
         Raises:
             CaptureError: no front end works, or torch or the model raises.
             PassError: the graph cannot follow the plan.
         """
-        if required:
-            forget()
         try:
             return self._make(model, decided, args, kwargs, dynamic)
         except OUT_OF_MEMORY:
@@ -123,27 +116,7 @@ class Compiler:
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.fallback is not None:
             return make_fallback(captured, decided, args, kwargs)
-        new: NewVariant | None = None
-        fault: PassError | None = None
-        try:
-            new = insert(captured, decided)
-            # If a weight is refused for one of these reasons, a graph that traces into modules might adapt it.
-            reasons = (Reason.OPAQUE, Reason.MIXED_USES)
-            hidden = next((str(refusal) for refusal in new.refusals if refusal.node and refusal.reason in reasons), "")
-        except PassError as raised:  # no sites, or an existing branch cannot be placed in this graph
-            hidden, fault = str(raised).splitlines()[-1].strip(), raised
-        if hidden and self.frontend == "auto" and not captured.frontend.sees_inside:
-            # A symbolic graph calls each module as one node. The front end `graph-breaks` traces into modules.
-            try:
-                fallback = capture(model, args, kwargs, GRAPH_BREAKS.name, dynamic, trained)
-                with_breaks = make_fallback(fallback, decided, args, kwargs)
-                return replace(with_breaks, refused_frontends=(*captured.refused, (captured.frontend.name, hidden)))
-            except (CaptureError, PassError):  # keep the first result
-                pass
-        if new is None:
-            assert fault is not None
-            raise fault
-        return new
+        return insert(captured, decided)
 
     def fold(
         self,

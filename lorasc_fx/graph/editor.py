@@ -33,7 +33,6 @@ from lorasc_fx.graph.branch_calls import (
     use_of,
 )
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
-from lorasc_fx.graph.flow import reached
 from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, Memory, branches_in, named_weights, owner_of
@@ -523,88 +522,3 @@ def assert_min_sizes(graph: fx.Graph, inputs: Sequence[str], minimum: Mapping[tu
             graph.call_function(torch.ops.aten._assert_scalar.default, (condition, message)).meta["val"] = None
         actual.meta["val"] = source.meta["val"].shape[axis]
         condition.meta["val"] = actual.meta["val"] >= size
-
-
-def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Rename the inputs, in order, unless their number differs."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) == len(names):
-        for node, name in zip(inputs, names, strict=True):
-            node.target = name
-
-
-def adjust(
-    graph: fx.Graph,
-    inputs: Sequence[int | None],
-    outputs: Sequence[int | tuple[Any]],
-    flags: Mapping[Any, tuple[int, list[tuple[Any, Any]]]],
-    counters: tuple[Collection[str], Collection[str]],
-    names: list[str],
-    specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
-) -> fx.Graph | None:
-    """Return a copy of a graph for another call of the model, or None if the graph cannot be adjusted.
-
-    The calls may differ in flags such as `training`, in the counters of batch norms, in unused inputs and in outputs.
-
-    Args:
-        graph: takes flattened arguments.
-        inputs: for each leaf of the new arguments, the index of the old leaf, or None for a new one.
-        outputs: for each leaf of the new output, the index of the old leaf, or a tuple with a constant.
-        flags: for each op, the position of the argument to change, and its value before and after at each node.
-        counters: names of the buffers whose increment is removed, and names of the buffers that get one.
-        names: names of the new arguments.
-        specs: pytree structures of the new arguments and of the new output.
-    """
-    old, (stopped, started) = list(graph.nodes), counters
-    # Set the flags. Each node must have the expected value before.
-    for target, (position, values) in flags.items():
-        nodes = [node for node in old if node.target is target]
-        if len(nodes) != len(values):
-            return None
-        for node, (before, after) in zip(nodes, values, strict=True):
-            default = node.target._schema.arguments[position].default_value
-            missing = [argument.default_value for argument in node.target._schema.arguments[len(node.args) : position]]
-            if (node.args[position] if len(node.args) > position else default) != before:
-                return None
-            if before != after:
-                node.args = (*node.args[:position], *missing, after, *node.args[position + 1 :])
-    # Drop the increments of counters that the new call does not have.
-    additions = [node for node in old if node.target is torch.ops.aten.add_.Tensor and not node.users]
-    dropped = {node for node in additions if getattr(node.args[0], "target", None) in stopped}
-    if len(dropped) != len(stopped):
-        return None
-    # Keep the nodes that the new outputs and the side effects need.
-    effects = [node for node in old if _has_effect(node) and node not in dropped]
-    old_outputs = old[-1].args[0]
-    results = [old_outputs[index] if isinstance(index, int) else index[0] for index in outputs]
-    needed = [*effects, *(result for result in results if isinstance(result, fx.Node))]
-    kept = reached(needed, lambda node: node.all_input_nodes)
-    # Copy them to a new graph, with the new placeholders first and the new increments next.
-    placeholders = [node for node in old if node.op == "placeholder"]
-    new, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    for number, index in enumerate(inputs):
-        if index is None:
-            new.placeholder(f"unused_{number}")
-        else:
-            copied[placeholders[index]] = new.node_copy(placeholders[index])
-    for name in sorted(started):
-        new.call_function(torch.ops.aten.add_.Tensor, (new.get_attr(name), 1))
-    for node in old[:-1]:
-        if node in kept and node.op != "placeholder":
-            if any(source not in copied for source in node.all_input_nodes):
-                return None  # it reads an argument that the new call does not have
-            copied[node] = new.node_copy(node, copied.__getitem__)
-    if any(isinstance(result, fx.Node) and result not in copied for result in results):
-        return None
-    new.output([copied[result] if isinstance(result, fx.Node) else result for result in results])
-    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, *specs)))
-    return new
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """Whether a node may have a side effect: it writes in place, draws random numbers, or is not an ATen op."""
-    if node.op != "call_function":
-        return node.op == "call_module"
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is not operator.getitem
-    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
 
@@ -80,10 +80,3 @@ def seed_generators(value: int) -> None:
         _, module = accelerator
         seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed  # torch.mps has one device
         seed_all(value)
-
-
-def autocast_state() -> Hashable:
-    """Return for the CPU and the accelerator whether autocast is enabled, and its dtype."""
-    device = torch.accelerator.current_accelerator()
-    kinds = [kind for kind in ("cpu", device and device.type) if kind and torch.amp.is_autocast_available(kind)]
-    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)

@@ -66,7 +66,7 @@ def run(
     dtype: torch.dtype = torch.float64,
 ) -> Run:
     """A run whose last stage is still running."""
-    result = Run(lx.adapt(build(), call(dtype), spec=settings, frontend="symbolic"))
+    result = Run(lx.adapt(build(), call(dtype), spec=settings))
     for seed in seeds:
         if result.delta:
             result.cascade.transition(None)
@@ -301,7 +301,7 @@ def test_buffers_that_differ_keep_the_values_of_the_base_with_a_warning() -> Non
     x = (torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)),)
     runs = []
     for seed in (1, 2):
-        cascade = lx.adapt(Net(), x, spec=lx.CascadeSpec(targets=("body",), rank=1), frontend="symbolic")
+        cascade = lx.adapt(Net(), x, spec=lx.CascadeSpec(targets=("body",), rank=1))
         randomize(cascade, seed)
         cascade(torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)))
         runs.append(cascade)

@@ -38,42 +38,27 @@ RESNET = torchvision.models.resnet
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs for a batch size, the minimum number of sites, and the front ends that can capture it."""
+    """A model, its inputs for a batch size, the minimum number of sites, and its spec."""
 
     build: Callable[[], nn.Module]
     call: Callable[[int], dict[str, Any]]
     sites: int
-    frontends: tuple[str, ...] = ("export",)
     spec: lx.CascadeSpec = field(default_factory=lx.CascadeSpec)
 
 
-BOTH = ("export", "symbolic")
 CASES = {
-    "timm-resnet": Case(lambda: timm_model("resnet10t", **DROP), images, 15, BOTH),
+    "timm-resnet": Case(lambda: timm_model("resnet10t", **DROP), images, 15),
     "timm-efficientnet-lite": Case(lambda: timm_model("tf_efficientnet_lite0", **DROP), images, 50),
-    "timm-mobilenetv3": Case(lambda: timm_model("mobilenetv3_small_050", drop_rate=0.3), images, 54, ("symbolic",)),
-    "timm-vit": Case(lambda: timm_model("vit_tiny_patch16_224", **VIT), images, 10, BOTH),
+    "timm-mobilenetv3": Case(lambda: timm_model("mobilenetv3_small_050", drop_rate=0.3), images, 54),
+    "timm-vit": Case(lambda: timm_model("vit_tiny_patch16_224", **VIT), images, 10),
     "timm-convnext": Case(
-        lambda: timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), **DROP), images, 18, BOTH
+        lambda: timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), **DROP), images, 18
     ),
-    "torchvision-resnet": Case(lambda: RESNET.ResNet(RESNET.BasicBlock, [1, 1, 1, 1], num_classes=5), images, 13, BOTH),
-    "torchvision-mobilenet": Case(
-        lambda: torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5), images, 53, ("symbolic",)
-    ),
+    "torchvision-resnet": Case(lambda: RESNET.ResNet(RESNET.BasicBlock, [1, 1, 1, 1], num_classes=5), images, 13),
+    "torchvision-mobilenet": Case(lambda: torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5), images, 53),
 }
-SLOW = {
-    ("timm-resnet", "export"),
-    ("timm-convnext", "export"),
-    ("timm-vit", "symbolic"),
-    ("torchvision-resnet", "symbolic"),
-    ("timm-efficientnet-lite", "export"),
-}
-"""Those of which another pair has the library, the layers or the front end."""
-PAIRS = [
-    pytest.param(name, frontend, marks=pytest.mark.slow if (name, frontend) in SLOW else ())
-    for name, case in CASES.items()
-    for frontend in case.frontends
-]
+SLOW = {"timm-resnet", "timm-convnext", "timm-efficientnet-lite"}
+"""Those of which another case has the library and the layers."""
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -85,8 +70,10 @@ def run(model: nn.Module, call: dict[str, Any]) -> Any:
     return model(*call["args"], **call["kwargs"])
 
 
-@pytest.mark.parametrize(("name", "frontend"), PAIRS)
-def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in CASES]
+)
+def test_outputs_and_running_statistics_are_the_eager_models(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(31)
     model = case.build().train()
@@ -94,7 +81,7 @@ def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend
         False
     )  # as in the cascade: torch selects attention kernels by this flag
     example = case.call(2)
-    cascade = lx.adapt(model, **example, spec=case.spec, frontend=frontend)
+    cascade = lx.adapt(model, **example, spec=case.spec)
     assert len(cascade.sites) >= case.sites
     assert not any(branch.lora_B.any() for branch in branches(cascade).values())
     for training, size in ((True, 2), (True, 3), (False, 2), (False, 5)):
@@ -119,7 +106,7 @@ def test_outputs_and_running_statistics_are_the_eager_models(name: str, frontend
 def test_train_mode_is_random_if_the_model_is() -> None:
     """This shows that the test above, which sets seeds, does compare dropout."""
     model, call = CASES["timm-vit"].build().train(), images(3)
-    cascade = lx.adapt(model, **call, frontend="symbolic")
+    cascade = lx.adapt(model, **call)
     assert not torch.equal(cascade(*call["args"]), cascade(*call["args"]))
     cascade.eval()
     assert torch.equal(cascade(*call["args"]), cascade(*call["args"]))

@@ -17,8 +17,6 @@ from lorasc_fx.signature import Calls, bind
 from tests.kit.errors import raises, warns
 from tests.kit.models import batches, branches, by_hand, loss_of, optimizer_of, randomize
 
-BOTH = pytest.mark.parametrize("frontend", ["export", "symbolic"])
-
 
 @pytest.fixture
 def made(caplog: pytest.LogCaptureFixture) -> Any:
@@ -67,21 +65,20 @@ def same(computed: dict[str, Any], expected: dict[str, Any], **close: float) -> 
         torch.testing.assert_close(computed[name], value, **{"rtol": 0, "atol": 0, **close})
 
 
-@BOTH
-def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
+def test_every_signature_is_the_eager_model(made: Any) -> None:
     """Arguments by position or keyword, in any batch size. A known signature captures no new graph."""
     model = choosy().eval()
     eager = copy.deepcopy(model)
     x, big = batches(1, 4, 5)[0], batches(1, 9, 5)[0]
     labels, mask = torch.tensor([0, 2, 1, 1]), (batches(1, 4, 7)[0] > 0).double()
-    cascade = lx.adapt(model, (x,), frontend=frontend)
+    cascade = lx.adapt(model, (x,))
     initial = made()
     calls: list[tuple[tuple[Any, ...], dict[str, Any], int]] = [
         ((x,), {}, 0),
         ((), {"x": x}, 0),
         ((x, None), {}, 0),
         ((x,), {"labels": None, "mask": None}, 0),
-        ((big,), {}, int(frontend == "export")),  # the second size makes the batch axis dynamic
+        ((big,), {}, 1),  # the second size makes the batch axis dynamic
         ((batches(1, 7, 5)[0],), {}, 0),
         ((x, labels), {}, 1),
         ((), {"labels": labels, "x": x}, 0),
@@ -96,7 +93,7 @@ def test_every_signature_is_the_eager_model(frontend: str, made: Any) -> None:
         same(cascade(*args, **kwargs), eager(*args, **kwargs))
         total += new
         assert made() == total, kwargs
-    assert total - initial == 5 + (frontend == "export")
+    assert total - initial == 6
 
 
 class Gathers(nn.Module):
@@ -114,8 +111,7 @@ class Gathers(nn.Module):
 
 
 @pytest.mark.parametrize("child", ["body", "code"])  # torch.export reserves the name `code`
-@pytest.mark.parametrize("frontend", ["export", "dynamo"])
-def test_sizes_are_dynamic_beside_gathered_keywords(frontend: str, child: str, made: Any) -> None:
+def test_sizes_are_dynamic_beside_gathered_keywords(child: str, made: Any) -> None:
     torch.manual_seed(2)
     model = Gathers(child).double()
     eager = copy.deepcopy(model)
@@ -124,7 +120,7 @@ def test_sizes_are_dynamic_beside_gathered_keywords(frontend: str, child: str, m
         x, mask = batches(1, size, 5)[0], torch.ones(size, dtype=torch.float64)
         return (x, mask), {"total": torch.tensor(2.0 * size), "bias": x.new_ones(3)}
 
-    cascade = lx.adapt(model, *call(4), frontend=frontend)
+    cascade = lx.adapt(model, *call(4))
     initial = made()
     for size, new in ((9, 1), (7, 0), (4, 0), (30, 0)):
         args, kwargs = call(size)
@@ -136,13 +132,12 @@ def test_sizes_are_dynamic_beside_gathered_keywords(frontend: str, child: str, m
     assert [site.weight for site in cascade.sites] == [f"{child}.weight"]
 
 
-@BOTH
-def test_train_and_eval_mode_have_separate_graphs(frontend: str, made: Any) -> None:
+def test_train_and_eval_mode_have_separate_graphs(made: Any) -> None:
     """Switch from eval to train mode and back. The branches stay the same."""
     model = choosy().eval()
     eager = copy.deepcopy(model)
     x = batches(1, 4, 5)[0]
-    cascade = lx.adapt(model, (x,), frontend=frontend)
+    cascade = lx.adapt(model, (x,))
     kept = list(cascade.branches.parameters())
     initial = made()
     for training, new in ((True, 1), (False, 1), (True, 1)):
@@ -161,14 +156,13 @@ def test_train_and_eval_mode_have_separate_graphs(frontend: str, made: Any) -> N
     assert made() - initial == 1
 
 
-@BOTH
-def test_a_layer_of_another_mode_becomes_a_site(frontend: str) -> None:
+def test_a_layer_of_another_mode_becomes_a_site() -> None:
     """A weight that was not reached gets a branch, a param group, noise, and the formulas of its own stages."""
     model = choosy().eval()
     original = copy.deepcopy(model)
     x = batches(1, 4, 5)[0]
     spec = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
-    cascade = lx.adapt(model, (x,), spec=spec, frontend=frontend)
+    cascade = lx.adapt(model, (x,), spec=spec)
     assert cascade.unreached == ("aux.weight",)
     assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
     assert torch.equal(model.aux.weight, original.aux.weight)
@@ -257,7 +251,7 @@ def test_no_more_graphs_than_the_limit() -> None:
     """Forty signatures work. A warning says that graphs are dropped. No branch is dropped."""
     model = choosy().eval()
     x = batches(1, 4, 5)[0]
-    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    cascade = lx.adapt(model, (x,))
     randomize(cascade)
     expected = cascade(x)["logits"]
     for index in range(1, 32):
@@ -287,15 +281,13 @@ class Counts(nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_symbolic_refuses_what_it_would_leave_out(in_place: bool) -> None:
-    """A buffer that Python code assigns is written once by the trace, and not by the graph. The model is unchanged."""
+def test_a_buffer_that_counts_calls(in_place: bool) -> None:
+    """The graph writes a buffer that Python code changes in place or assigns. The capture leaves it unchanged."""
     model, x = Counts(in_place).double(), batches(1, 4, 5)[0]
     calls = model.calls
-    with raises(lx.CaptureError, "not-captured", "buffer calls"):
-        lx.adapt(model, (x,), frontend="symbolic")
-    assert model.calls is calls
-    assert int(model.calls) == 0
     cascade = lx.adapt(model, (x,))
+    assert model.calls is calls
+    assert int(calls) == 0
     assert cascade.frontend == "export"
     for count in (1, 2, 3):
         cascade(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
-from lorasc_fx.capture import forget
 from lorasc_fx.plan import Reason
 from lorasc_fx.util.finalizers import POSTPONED
 from tests.kit import tiny
@@ -26,7 +24,7 @@ from tests.kit.errors import raises
 from tests.kit.models import assert_merged, batches, branches, build, loss_of, merged, randomize, seeded
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-NAMES = ("export", "dynamo", "symbolic", "graph-breaks")
+NAMES = ("export", "graph-breaks")
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 
 
@@ -42,13 +40,6 @@ class Net(nn.Module):
         return self.head(hidden if shift is None else hidden + shift)
 
 
-class Unrolled(Net):
-    """Reads sizes in Python, which export can trace and torch.fx.symbolic_trace cannot."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self.head(self.body(x[:, index])) for index in range(x.shape[1])])
-
-
 class Steps(Net):
     """Branches on values."""
 
@@ -56,12 +47,10 @@ class Steps(Net):
         return self.head(self.body(x)) if x.sum() > 0 else self.head(-self.body(x))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
-def test_no_other_front_end_is_tried_if_one_is_named(name: str, kind: type[Net]) -> None:
-    shape = (4, 2, 5) if kind is Unrolled else (4, 5)
-    with raises(lx.CaptureError, "not-captured", kind.__name__, name):
-        lx.adapt(build(kind), batches(1, *shape), frontend=name)
-    assert lx.adapt(build(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "graph-breaks")
+def test_no_other_front_end_is_tried_if_one_is_named() -> None:
+    with raises(lx.CaptureError, "not-captured", "Steps", "export"):
+        lx.adapt(build(Steps), batches(1, 4, 5), frontend="export")
+    assert lx.adapt(build(Steps), batches(1, 4, 5)).frontend == "graph-breaks"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,7 +120,7 @@ def test_a_symbolic_trace_does_not_affect_other_threads() -> None:
 
     torch.manual_seed(3)
     model = Meanwhile(work).double()
-    cascade = lx.adapt(model, batches(1, 4, 5), frontend="symbolic")
+    cascade = lx.adapt(model, batches(1, 4, 5))
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
     assert process_wide() == unpatched
     assert all("_compiled_call_impl" not in vars(module) for module in model.children())
@@ -272,130 +261,11 @@ def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-X = batches(1, 2, 4, 5)[0]
-
-
-def by_sign(x: torch.Tensor) -> torch.Tensor:
-    """Branches on values, which export and dynamo refuse. For torch.fx it is one node."""
-    return x if x.sum() > 0 else -x
-
-
-def by_clock(x: torch.Tensor) -> torch.Tensor:
-    """Returns another result in each call."""
-    return by_sign(x) * (1.0 + os.urandom(1)[0] / 256 + os.urandom(1)[0])
-
-
-torch.fx.wrap("by_sign")
-torch.fx.wrap("by_clock")
-
-
-class Plain(nn.Module):
-    """A symbolic trace sees all weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 6), nn.Linear(4, 3)
-        self.mid = nn.Linear(6, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(by_sign(self.mid(torch.tanh(self.body(x)))))
-
-
-class Recurrent(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mid = nn.LSTM(6, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(by_sign(self.mid(torch.tanh(self.body(x)))[0]))
-
-
-class Alone(nn.Module):
-    """A symbolic graph has no site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mid = nn.LSTM(5, 4, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return by_sign(self.mid(x)[0])
-
-
-class Mixed(Plain):
-    """The weight of a leaf module is also standardized by another module."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.mid(torch.tanh(self.body(x)))
-        return self.head(by_sign(hidden) + F.linear(hidden.sin() @ self.mid.weight, self.mid.weight.tanh()))
-
-
-class Clock(Recurrent):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(by_clock(self.mid(torch.tanh(self.body(x)))[0]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "hidden", "reason"),
-    [
-        (Recurrent, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
-        (Alone, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
-        (Mixed, ("mid.weight",), lx.plan.Reason.MIXED_USES),
-    ],
-)
-def test_graph_breaks_before_a_graph_that_hides_weights(
-    kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.plan.Reason
-) -> None:
-    if kind is Alone:
-        with raises(lx.passes.NoSites, "no-sites", reason.value):
-            lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
-    else:
-        named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
-        assert named.frontend == "symbolic"  # if it is selected by name, it is used all the same
-        assert {refusal.weight: refusal.reason for refusal in named.refusals} == dict.fromkeys(hidden, reason)
-
-    model = build(kind)
-    cascade = lx.adapt(model, (X,), spec=SPEC)
-    assert cascade.frontend == "graph-breaks"
-    assert [name for name, _ in cascade.refused_frontends] == ["export", "dynamo", "symbolic"]
-    message = cascade.refused_frontends[-1][1]
-    assert any(weight in message for weight in hidden)
-    assert reason.value in message
-    assert "\n" not in message
-    assert {site.weight for site in cascade.sites} == {
-        name for name, value in model.named_parameters() if value.dim() > 1
-    }
-    assert cascade.refusals == ()
-    randomize(cascade)
-    assert_merged(cascade, build(kind), X)
-
-
-def test_a_graph_that_hides_nothing_is_taken() -> None:
-    cascade = lx.adapt(build(Plain), (X,), spec=SPEC)
-    assert cascade.frontend == "symbolic"
-    assert len(cascade.sites) == 3
-
-
-def test_weights_that_the_spec_refuses_do_not_count_as_hidden() -> None:
-    spec = lx.CascadeSpec(rank=2, exclude=("mid",))
-    cascade = lx.adapt(build(Recurrent), (X,), spec=spec)
-    assert cascade.frontend == "symbolic"
-    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
-
-
-def test_the_symbolic_graph_is_kept_if_the_fallback_fails() -> None:
-    with raises(lx.CaptureError, "not-captured", "Clock"):
-        lx.adapt(build(Clock), (X,), spec=SPEC, frontend="graph-breaks")
-    cascade = lx.adapt(build(Clock), (X,), spec=SPEC)
-    assert cascade.frontend == "symbolic"
-    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
-
-
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_out_of_memory_does_not_try_the_next_front_end(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*args: Any, **kwargs: Any) -> Any:
         raise error("no more")
 
-    forget()
     monkeypatch.setattr(torch.export, "export", export)
     with pytest.raises(error, match="no more"):
         lx.adapt(nn.Sequential(nn.Linear(2, 3)), (torch.randn(4, 2),), spec=lx.CascadeSpec(("linear",)))

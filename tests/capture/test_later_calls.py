@@ -157,8 +157,7 @@ USUAL = ("dict", "dataclass", "tensor", "hook")
     [
         ("export", USUAL),
         ("graph-breaks", USUAL),
-        ("symbolic", tuple(CHANGES)),
-        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "dynamo", "graph-breaks")),
+        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "graph-breaks")),
     ],
 )
 def test_changes_of_state_by_the_user_are_noticed(
@@ -254,7 +253,7 @@ def test_what_forward_sets_before_it_reads_it_costs_no_graph() -> None:
 def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lower(monkeypatch, "changes of a setting", 2)
     model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    cascade = lx.adapt(model, (x,))
     model.options.gain = 0.9
     cascade(x)
     model.options.gain = 0.8
@@ -265,7 +264,7 @@ def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.Monkey
 def test_replaced_state_is_not_kept_alive_for_ever() -> None:
     """Old state is freed together with the variants that refer to it."""
     model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    cascade = lx.adapt(model, (x,))
     gone = weakref.ref(model.options)
     model.options = Options(2.0)
     cascade(x)

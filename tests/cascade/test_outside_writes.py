@@ -28,7 +28,7 @@ REFUSED = ("weights-changed-outside", "2.weight")
 
 def adapted(**options: object) -> lx.Cascade:
     spec = lx.CascadeSpec(**{"rank": 2, "pace": 1.0, "targets": ("linear",), **options})
-    return lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    return lx.adapt(mlp(), (X,), spec=spec)
 
 
 def ended(seed: int = 1) -> lx.Cascade:
@@ -205,7 +205,7 @@ def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
     """A graph for another mode adds a site. Its current weight becomes W0, and the checksums of other weights stay."""
 
     def late() -> lx.Cascade:
-        cascade = lx.adapt(Late().double().eval(), (X,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+        cascade = lx.adapt(Late().double().eval(), (X,), spec=lx.CascadeSpec(rank=2))
         assert [site.weight for site in cascade.sites] == ["first.weight"]
         return cascade
 
@@ -226,7 +226,7 @@ def test_a_tie_that_was_cut_is_refused() -> None:
     model.append(nn.Linear(2, 6, bias=False).double())
     model.append(nn.Linear(6, 2, bias=False).double())
     model[6].weight = model[4].weight
-    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, pace=1.0), frontend="symbolic")
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, pace=1.0))
     randomize(cascade)
     wanted, shared = cascade(X), model[4].weight
     model[6].weight = nn.Parameter(shared.detach().clone(), requires_grad=False)

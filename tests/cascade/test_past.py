@@ -28,7 +28,7 @@ def wide() -> nn.Module:
 def cascade_of(restart: str = "slow", **options: object) -> lx.Cascade:
     spec = lx.CascadeSpec(exclude=("3.weight",), train=("3.*",), rank=1, lora_alpha=1.5, pace=PACE, restart=restart,
                           **options)  # type: ignore[arg-type]  # fmt: skip
-    return lx.adapt(wide(), (X,), spec=spec, frontend="symbolic")
+    return lx.adapt(wide(), (X,), spec=spec)
 
 
 def stage(cascade: lx.Cascade, seed: int) -> dict[str, torch.Tensor]:

@@ -65,8 +65,7 @@ def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make:
     return expected
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_release_is_the_users_object(frontend: str) -> None:
+def test_release_is_the_users_object() -> None:
     model, x = stated(), batches(1, 2, 3, 5, 4)[0]
     before = copy.deepcopy(model.state_dict())
     calls: list[int] = []
@@ -77,7 +76,7 @@ def test_release_is_the_users_object(frontend: str) -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
 
-    cascade = trained_cascade(model, x, frontend=frontend)
+    cascade = trained_cascade(model, x)
     cascade.eval()
     released = cascade.release()
 
@@ -122,10 +121,9 @@ def test_a_released_model_is_free() -> None:
 
 # torch's own, of a copy of any exported graph
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_folded_state_dict_and_graph_are_the_release(frontend: str) -> None:
+def test_folded_state_dict_and_graph_are_the_release() -> None:
     model, x = stated(), batches(1, 2, 3, 5, 4)[0]
-    cascade = trained_cascade(model, x, frontend=frontend)
+    cascade = trained_cascade(model, x)
     running = {name: value.clone() for name, value in model.state_dict().items()}
     state = cascade.folded_state_dict()
     cascade.eval()

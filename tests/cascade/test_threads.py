@@ -21,7 +21,7 @@ def moved_cascade(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 5))
     base = model[0].weight.detach().clone()
     spec = lx.CascadeSpec(rank=2, pace=1.0)
-    cascade = lx.adapt(model, args=(torch.randn(2, 9),), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(model, args=(torch.randn(2, 9),), spec=spec)
     with torch.no_grad():
         for branch in cascade.branches.values():
             branch.lora_B.normal_()

@@ -125,8 +125,7 @@ def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options:
     assert peak.most <= NARROW[dtype] * unit + 6 * factors
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_stages_replace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameter objects and addresses stay the same. No graph is captured, and the optimizer gets no new entry."""
     captures = 0
     real = seam("capture")
@@ -138,7 +137,7 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(*SEAMS["capture"], counted)
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("conv.bias",))
-    cascade = lx.adapt(Wide().eval(), (X,), spec=spec, frontend=frontend)
+    cascade = lx.adapt(Wide().eval(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     assert captures == 1
 

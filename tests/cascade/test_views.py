@@ -57,7 +57,7 @@ def trained(cascade: lx.Cascade, seed: int, stages: int = 2, last: bool = True) 
 
 
 def run(kind: str, seed: int, **more: Any) -> lx.Cascade:
-    return trained(lx.adapt(base(), (X,), spec=SPECS[kind], frontend="symbolic"), seed, **more)
+    return trained(lx.adapt(base(), (X,), spec=SPECS[kind]), seed, **more)
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_a_view_is_the_fold_of_its_run(kind: str, given: str, tmp_path: Path) ->
 
 
 def test_a_site_that_the_host_trains_in_full_is_rounded_once() -> None:
-    host = lx.adapt(base(), (X,), spec=replace(SPEC, targets=("0.weight",), train=("3.*", "4.*")), frontend="symbolic")
+    host = lx.adapt(base(), (X,), spec=replace(SPEC, targets=("0.weight",), train=("3.*", "4.*")))
     for seed in (2, 3, 4):
         host.add("legal", guest := run("kept noise", seed))
         with host.weights("legal"):
@@ -198,7 +198,7 @@ def test_sums_are_those_of_merge_and_of_the_formula() -> None:
 def test_the_own_run_by_itself_is_the_slow_weights(slow_train: bool) -> None:
     """Parameters trained in full that do not follow the slow rule have their current values."""
     spec = replace(SPEC, slow_train=slow_train, pace=0.5)
-    host = trained(lx.adapt(base(), (X,), spec=spec, frontend="symbolic"), 1)
+    host = trained(lx.adapt(base(), (X,), spec=spec), 1)
     current = values(host.model)["4.weight"]
     with host.weights("slow"):
         slow = values(host.model)
@@ -231,8 +231,8 @@ def test_what_cannot_be_added() -> None:
     host = run("plain", 1)
     changed = base()
     nn.init.ones_(changed[3].weight)
-    guest = trained(lx.adapt(changed, (X,), spec=SPEC, frontend="symbolic"), 2)
-    more = trained(lx.adapt(base(), (X,), spec=replace(SPEC, train=("0.bias", "4.*")), frontend="symbolic"), 2)
+    guest = trained(lx.adapt(changed, (X,), spec=SPEC), 2)
+    more = trained(lx.adapt(base(), (X,), spec=replace(SPEC, train=("0.bias", "4.*"))), 2)
     with unchanged(host):
         with raises(lx.CheckpointError, "base-differs", "'legal'", "3.weight"):
             host.add("legal", guest)
@@ -307,7 +307,7 @@ WRITTEN: dict[str, tuple[lx.CascadeSpec, str, bool]] = {
 @pytest.mark.parametrize("case", WRITTEN)
 def test_weights_with_the_right_values_are_not_written(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, view, writes = WRITTEN[case]
-    cascade = trained(lx.adapt(base(), (X,), spec=spec, frontend="symbolic"), 1)
+    cascade = trained(lx.adapt(base(), (X,), spec=spec), 1)
     written: list[str] = []
     write = views.Weights.write
     monkeypatch.setattr(views.Weights, "write", lambda self, name, out: (written.append(name), write(self, name, out)))
@@ -322,7 +322,7 @@ def test_weights_with_the_right_values_are_not_written(case: str, monkeypatch: p
 def test_slow_weights_after_a_cast_to_a_wider_dtype() -> None:
     """The weights of the stage were rounded to the dtype of W0, and slow weights are not."""
     model = base().bfloat16()
-    cascade = lx.adapt(model, (X.bfloat16(),), spec=PLAIN, frontend="symbolic")
+    cascade = lx.adapt(model, (X.bfloat16(),), spec=PLAIN)
     randomize(cascade, 1)
     cascade.transition(None)
     cascade.float()

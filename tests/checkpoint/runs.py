@@ -34,7 +34,7 @@ class Run:
     x: torch.Tensor = field(default_factory=lambda: X)
     optimizer: Callable[[lx.Cascade], torch.optim.Optimizer] = adamw
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
-    frontend: str = "symbolic"
+    frontend: str = "auto"
     keep: int = 1
     waits: bool = False  # loaded without inputs
 

@@ -146,7 +146,7 @@ def test_a_gradient_that_no_file_holds(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(6, 5, sparse=True), nn.Linear(5, 4))
     x = torch.tensor([[0, 3], [5, 3]])
     spec = lx.CascadeSpec(targets=("1",), train=("0.*",), rank=1)
-    cascade = lx.adapt(model, args=(x,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(model, args=(x,), spec=spec)
     cascade(x).square().sum().backward()
     with raises(lx.CheckpointError, "not-serializable", "gradient/model.0.weight", "Tensor", "float32"):
         lx.save(cascade, tmp_path / "run")

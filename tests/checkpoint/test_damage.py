@@ -60,7 +60,7 @@ def optimizers(cascade: lx.Cascade) -> tuple[torch.optim.Optimizer, Any]:
 
 def written(folder: Path, stages: int, spec: lx.CascadeSpec = SPEC) -> dict[str, bytes]:
     """Return the files of a version after some stages, with a running stage."""
-    cascade = lx.adapt(Small(), args=(X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(Small(), args=(X,), spec=spec)
     optimizer, scheduler = optimizers(cascade)
     for stage in range(stages + 1):
         loss_of(cascade(X)).backward()
@@ -765,14 +765,14 @@ def test_an_optimizer_without_the_branches(version: Path) -> None:
 
 @pytest.mark.parametrize("what", ["optimizer", "scheduler"])
 def test_saved_without(what: str, tmp_path: Path) -> None:
-    cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(Small(), args=(X,), spec=SPEC)
     version = lx.save(cascade, tmp_path, optimizer=None if what == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
     refuse_resume(version, ("not-available", what), cascade, optimizer, scheduler if what == "scheduler" else None)
 
 
 def test_another_bit_generator_of_numpy_is_not_saved(tmp_path: Path) -> None:
-    cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(Small(), args=(X,), spec=SPEC)
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(0))
     try:
@@ -788,7 +788,7 @@ def test_a_random_state_of_a_rank(tmp_path: Path) -> None:
     state = json.loads(bytes(training_state.random_bytes().tolist()))
     state["meta"]["numpy"]["state"]["pos"] = 10**6
     stream = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(Small(), args=(X,), spec=SPEC)
     version = lx.save(cascade, tmp_path, optimizer=optimizers(cascade)[0], extra={training_state.RANKS: [stream]})
     cascade, optimizer, _ = resumed(version)
     refuse_resume(version, ("optimizer-differs", "numpy.state.pos", 10**6), cascade, optimizer, None)

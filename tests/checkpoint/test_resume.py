@@ -106,7 +106,7 @@ def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Pa
             deepcopy(base),
             lx.CascadeSpec(rank=rank, pace=0.4, adapter="dora" if setting == "dora" and len(kind) == 3 else "lora"),
         )
-        cascade = lx.adapt(model, args=(x,), spec=spec, frontend="symbolic")
+        cascade = lx.adapt(model, args=(x,), spec=spec)
         for stage in range(2):
             generator = torch.Generator().manual_seed(stage)
             for factor in cascade.branches.parameters():
@@ -482,7 +482,7 @@ def test_a_newly_drawn_head_is_replaced_by_the_checkpoints(waits: bool, tmp_path
 
 
 def test_a_state_dict_contains_its_head(tmp_path: Path) -> None:
-    cascade, other = (lx.adapt(with_head(seed), (X,), spec=SPECS["train"], frontend="symbolic") for seed in (1, 2))
+    cascade, other = (lx.adapt(with_head(seed), (X,), spec=SPECS["train"]) for seed in (1, 2))
     first, second = (lx.save(each, tmp_path / name) for name, each in (("a", cascade), ("b", other)))
     other.load_state_dict(cascade.state_dict())
     assert_same(of_slow(other), of_slow(cascade))

@@ -157,7 +157,7 @@ def test_a_state_of_another_cascade() -> None:
     model = adapted(spec, 0.0).release()
     with torch.no_grad():
         model.first.weight[0, 0] += 1  # type: ignore[union-attr, index, operator]
-    moved = lx.adapt(model, (X,), {"labels": LABELS}, spec=spec, frontend="symbolic")
+    moved = lx.adapt(model, (X,), {"labels": LABELS}, spec=spec)
     fewer = adapted(spec, 0.0)
     replace_plan(fewer, fewer.plan.__class__(spec, fewer.plan.sites[:1], 1))
     for other, code, name, given in (

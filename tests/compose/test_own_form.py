@@ -84,7 +84,7 @@ def adapted(frontend: str = "auto") -> lx.Cascade:
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 def test_its_weight_is_a_site(frontend: str) -> None:
     cascade = adapted(frontend)
     assert {site.weight: site.form for site in cascade.sites} == {
@@ -250,7 +250,6 @@ class Between(Skewed):
     ("layer", "frontend", "placement", "share"),
     [
         (Halved, "export", "weight", 0.5),
-        (Packet, "symbolic", "beside", 1.0),
         (Packet, "export", "beside", 1.0),
         (Between, "graph-breaks", "weight", 1.0),
     ],

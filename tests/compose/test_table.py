@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.graph import record_of, text
@@ -156,8 +156,8 @@ def test_computes_the_same_between(row: Row) -> None:
 @PARAMETRISED
 def test_after(row: Row) -> None:
     assert isinstance(row.after, Yes)
-    frontend = "export" if row.dialect == "aten" else "symbolic"
-    cascade = lx.adapt(eager(row.dtype), inputs(row.dtype), spec=SPEC, frontend=frontend)
+    model = eager(row.dtype) if row.dialect != "modules" else fx.symbolic_trace(eager(row.dtype))
+    cascade = lx.adapt(model, inputs(row.dtype), spec=SPEC)
     added = train(cascade)
     values = dict(merged(eager(row.dtype), added).state_dict())
     if row.dtype != torch.float64:  # a last bit may fall on the other side of a step of the quantizer

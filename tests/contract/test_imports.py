@@ -151,7 +151,6 @@ SURGEONS: dict[str, set[str]] = {
     "lorasc_fx/graph/editor.py": SURGERY | ON_A_GRAPH | FIELDS,
     "lorasc_fx/graph/copies.py": {"graph_copy", "target"},
     "lorasc_fx/graph/function.py": {"kwargs"},  # of a copy, from which code is generated
-    "lorasc_fx/capture/symbolic.py": {"create_node"},  # a tracer of fx, whose nodes these are
 }
 
 

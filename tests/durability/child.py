@@ -46,7 +46,7 @@ def started(folder: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any, int]:
     if on:
         cascade = lx.load(folder, Net(), args=(inputs(4, 3, 4, 4),))
     else:
-        cascade = lx.adapt(Net(), args=(inputs(4, 3, 4, 4),), spec=SPEC, frontend="symbolic")
+        cascade = lx.adapt(Net(), args=(inputs(4, 3, 4, 4),), spec=SPEC)
         torch.manual_seed(7)
         random.seed(7)
         np.random.seed(7)

@@ -175,7 +175,7 @@ OBSTACLES: dict[str, Callable[[Path, Path], None]] = {
 def test_links_are_not_followed_where_files_are_written(writer: str, tmp_path: Path) -> None:
     """The names are ours, and so the user did not choose to write to where a link points."""
     name, kind, write = WRITERS[writer]
-    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1))
     (tmp_path / "outside").mkdir()
     target = tmp_path / "outside" / "precious"
     target.write_text("years of work")
@@ -204,7 +204,7 @@ def held(lock: Path) -> Iterator[None]:
 
 def test_an_export_has_one_writer_and_clears_what_killed_ones_left(tmp_path: Path) -> None:
     """One that was killed between two renames has left the old folder under another name: it comes back."""
-    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1))
     cascade.branches["0/weight"].lora_B.data.fill_(0.1)
     out, file = tmp_path / "adapter", tmp_path / "folded.safetensors"
     lx.export.peft(cascade, out)
@@ -227,7 +227,7 @@ def test_an_export_has_one_writer_and_clears_what_killed_ones_left(tmp_path: Pat
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path) -> None:
-    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1))
     cascade.branches["0/weight"].lora_B.data.fill_(0.1)
     run = RunFolder(tmp_path / "run")
     before = os.umask(umask)

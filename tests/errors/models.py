@@ -43,7 +43,7 @@ def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def adapted(
-    spec: lx.CascadeSpec = SPEC, model: nn.Module | None = None, frontend: str = "symbolic"
+    spec: lx.CascadeSpec = SPEC, model: nn.Module | None = None, frontend: str = "auto"
 ) -> tuple[lx.Cascade, torch.optim.Optimizer]:
     """A cascade of the mlp (or of a model for [2, 5]) and an AdamW that holds its branches."""
     cascade = lx.adapt(mlp() if model is None else model, args=(inputs(2, 5),), spec=spec, frontend=frontend)

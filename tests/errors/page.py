@@ -89,39 +89,37 @@ def an_edited_graph(model: nn.Module, x: Tensor) -> None:
 
 
 def released(model: nn.Module, x: Tensor) -> None:
-    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    cascade = lx.adapt(model, args=(x,))
     cascade.release()
     cascade(x)
 
 
 def unused_gradients(model: nn.Module, x: Tensor) -> None:
-    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    cascade = lx.adapt(model, args=(x,))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     cascade(x).square().mean().backward()
     cascade.transition(optimizer)
 
 
 def twice(model: nn.Module, x: Tensor) -> None:
-    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
-    lx.adapt(cascade.model, args=(x,), frontend="symbolic")
+    cascade = lx.adapt(model, args=(x,))
+    lx.adapt(cascade.model, args=(x,))
 
 
 def diverged(model: nn.Module, x: Tensor) -> None:
-    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    cascade = lx.adapt(model, args=(x,))
     torch.nn.init.constant_(cascade.branches["2/weight"].lora_B, float("nan"))
     cascade.transition(torch.optim.AdamW(cascade.param_groups(lr=1e-3)))
 
 
 def another_base(model: nn.Module, x: Tensor) -> None:
-    lx.save(lx.adapt(model, args=(x,), frontend="symbolic"), "run")
+    lx.save(lx.adapt(model, args=(x,)), "run")
     other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.Linear(6, 2))
     lx.load("run", other, args=(x,))
 
 
 def no_adapter(model: nn.Module, x: Tensor) -> None:
-    cascade = lx.adapt(
-        model, args=(x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1, keep=True)), frontend="symbolic"
-    )
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1, keep=True)))
     cascade.transition(None)
     lx.export.peft(cascade, "adapter")
 

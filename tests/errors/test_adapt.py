@@ -58,8 +58,6 @@ class Odd(nn.Module):
     ("frontend", "node"),
     [
         ("export", "torch.ops.aten.add.Tensor"),
-        ("dynamo", "torch.ops.aten.add.Tensor"),
-        ("symbolic", "_operator.add"),
         ("graph-breaks", "_operator.add"),
     ],
 )
@@ -68,7 +66,7 @@ def test_no_sites_by_the_model(frontend: str, node: str) -> None:
     refuse(lx.passes.NoSites, ("no-sites", *names), Odd(), frontend=frontend)
 
 
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) -> None:
     """What is told of them is so: both multiply, and both have gradients."""
 
@@ -123,7 +121,7 @@ def test_torchscript() -> None:
             lx.adapt(given, (X,))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+@pytest.mark.parametrize("frontend", ["auto", "export"])
 def test_inputs_of_a_wrong_number(frontend: str) -> None:
     expected = ("invalid-value", "Sequential.forward", "too many positional arguments", "(input)")
     refuse(lx.CaptureError, expected, mlp(), X, X, frontend=frontend)
@@ -131,13 +129,13 @@ def test_inputs_of_a_wrong_number(frontend: str) -> None:
         lx.adapt(model, frontend=frontend)
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+@pytest.mark.parametrize("frontend", ["auto", "export"])
 def test_kwargs_that_the_forward_does_not_take(frontend: str) -> None:
     expected = ("invalid-value", "Sequential.forward", "'mask'", "(input)")
     refuse(lx.CaptureError, expected, mlp(), kwargs={"mask": X}, frontend=frontend)
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+@pytest.mark.parametrize("frontend", ["auto", "export"])
 @pytest.mark.parametrize(
     ("build", "value", "reason"),
     [
@@ -202,10 +200,7 @@ def test_a_model_that_runs_without_gradients_only() -> None:
 
 def test_a_model_that_no_front_end_takes() -> None:
     Once.calls.clear()
-    reasons = (
-        "\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
-        "  symbolic: ValueError: once is enough\n  graph-breaks: ValueError: once is enough"
-    )
+    reasons = "\n  export: ValueError: once is enough\n  graph-breaks: ValueError: once is enough"
     refuse(lx.CaptureError, ("not-captured", "Once", reasons), Once())
 
 
@@ -213,10 +208,8 @@ def test_a_model_that_no_single_graph_holds_has_graph_breaks() -> None:
     cascade = lx.adapt(Branchy(), args=(X,))
     assert cascade.frontend == "graph-breaks"
     refused = dict(cascade.refused_frontends)
-    assert list(refused) == ["export", "dynamo", "symbolic"]
+    assert list(refused) == ["export"]
     assert refused["export"].startswith("GuardOnDataDependentSymNode: Could not guard on data-dependent")
-    assert refused["dynamo"] == "Unsupported: Data-dependent branching"
-    assert refused["symbolic"] == "TraceError: symbolically traced variables cannot be used as inputs to control flow"
 
 
 class Uncopied(Branchy):
@@ -278,7 +271,7 @@ def test_a_model_that_is_none() -> None:
 
 def twice(model: nn.Module, name: str) -> None:
     with unchanged(model), raises(lx.StateError, "already-adapted", name):
-        lx.adapt(model, args=(X,), frontend="symbolic")
+        lx.adapt(model, args=(X,))
 
 
 def test_adapting_twice() -> None:
@@ -292,7 +285,7 @@ def test_adapting_twice() -> None:
     twice(shared, "bias")
     for holder, held in ((cascade, "This model"), (nn.Sequential(cascade), "This model")):
         with unchanged(cascade), raises(lx.StateError, "already-adapted", held):
-            lx.adapt(holder, args=(X,), frontend="symbolic")
+            lx.adapt(holder, args=(X,))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +322,7 @@ def test_a_fault_after_the_capture_is_a_capture_error(fault: Exception, monkeypa
         raise fault
 
     monkeypatch.setattr(*SEAMS["insert"], fail)
-    refuse(lx.CaptureError, ("not-captured", "Sequential was captured", "too deep"), mlp(), frontend="symbolic")
+    refuse(lx.CaptureError, ("not-captured", "Sequential was captured", "too deep"), mlp())
 
 
 def test_integers_cannot_be_trained_in_full() -> None:
@@ -337,4 +330,4 @@ def test_integers_cannot_be_trained_in_full() -> None:
     model.register_parameter("count", nn.Parameter(torch.tensor([3]), requires_grad=False))
     refuse_flags = lx.CascadeSpec(train=("count",))
     with unchanged(model), raises(lx.SpecError, "not-trainable", "count", "torch.int64"):
-        lx.adapt(model, args=(X,), spec=refuse_flags, frontend="symbolic")
+        lx.adapt(model, args=(X,), spec=refuse_flags)

@@ -68,7 +68,7 @@ SPEC = SPECS["noise, train"]
 
 def made(spec: lx.CascadeSpec = SPEC, stages: int = 1) -> tuple[lx.Cascade, torch.optim.Optimizer]:
     """A cascade that has ended some stages and trains the next one."""
-    cascade = lx.adapt(Net(), args=(X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(Net(), args=(X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     torch.manual_seed(7)
     for _ in range(stages):
@@ -132,13 +132,13 @@ def half(spec: lx.CascadeSpec, _: Path) -> Call:
 
 def adapt(spec: lx.CascadeSpec, _: Path) -> Call:
     model = prepared()
-    return lambda: lx.adapt(model, args=(X,), spec=spec, frontend="symbolic"), (model,)
+    return lambda: lx.adapt(model, args=(X,), spec=spec), (model,)
 
 
 def adapt_untied(_: lx.CascadeSpec, __: Path) -> Call:
     model, ids = build(Tied), torch.tensor([[1, 2, 3]])
     spec = lx.CascadeSpec(rank=2, untie=("head.weight",), noise=lx.Noise(0.1))
-    return lambda: lx.adapt(model, args=(ids,), spec=spec, frontend="symbolic"), (model,)
+    return lambda: lx.adapt(model, args=(ids,), spec=spec), (model,)
 
 
 def load(spec: lx.CascadeSpec, folder: Path) -> Call:
@@ -153,14 +153,12 @@ def from_peft(_: lx.CascadeSpec, folder: Path) -> Call:
     spec = lx.CascadeSpec(targets=("conv.weight", "body"), train=("head.*",), pace=1.0, noise=lx.Noise(0.1))
     lx.export.peft(made(spec, 0)[0], folder)
     model = prepared()
-    return lambda: lx.from_peft(folder, model, args=(X,), spec=spec, frontend="symbolic"), (model,)
+    return lambda: lx.from_peft(folder, model, args=(X,), spec=spec), (model,)
 
 
 def late_site(_: lx.CascadeSpec, __: Path) -> Call:
     """A call that brings a new graph with a new site, whose weight then gets noise."""
-    cascade = lx.adapt(
-        Late().eval(), args=(SMALL,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), frontend="symbolic"
-    )
+    cascade = lx.adapt(Late().eval(), args=(SMALL,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     step(cascade, optimizer, SMALL)
     cascade.train()
@@ -229,7 +227,7 @@ def capture_by(name: str) -> Callable[[lx.CascadeSpec, Path], Call]:
 def weights_and_statistics(_: lx.CascadeSpec, __: Path) -> Call:
     model = Normed()
     model.drop.p = 0.0  # what is drawn is drawn in the loop, and is not given back
-    cascade = lx.adapt(model, args=(SMALL,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+    cascade = lx.adapt(model, args=(SMALL,), spec=lx.CascadeSpec(rank=2))
     step(cascade, torch.optim.SGD(cascade.param_groups(lr=0.02)))
 
     def call() -> None:
@@ -244,7 +242,7 @@ CALLS: dict[str, Callable[[lx.CascadeSpec, Path], Call]] = {
     for each in (
         transition, stage_of_a_loop, rewind, release, release_of_a_first_stage, load_state_dict, half,
         adapt, adapt_untied, load, from_peft, late_site, weights, folded, save, weights_and_statistics,
-        *map(capture_by, ("export", "symbolic", "graph-breaks")),
+        *map(capture_by, ("export", "graph-breaks")),
     )
 }  # fmt: skip
 LONG = {"load", "from_peft", "late_site", "adapt", "adapt_untied", "folded", "capture_export", "capture_graph-breaks"}
@@ -342,7 +340,7 @@ def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) 
     layers = nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 9, bias=False), nn.Linear(9, 11)
     spec = lx.CascadeSpec(rank=1, noise=lx.Noise(0.2, keep=keep))
     x = inputs(4, 5).to(dtype)
-    cascade = lx.adapt(nn.Sequential(*layers).to(dtype), args=(x,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(nn.Sequential(*layers).to(dtype), args=(x,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     for _ in range(2):
         step(cascade, optimizer, x)
@@ -375,7 +373,7 @@ def test_a_file_call_that_fails(name: str, fault: BaseException, tmp_path: Path)
 
     def call() -> Any:
         if name == "adapt_by_file":
-            return lx.adapt(model, args=(X,), spec=SPEC, frontend="symbolic", base=base)
+            return lx.adapt(model, args=(X,), spec=SPEC, base=base)
         return lx.load(folder, model, args=(X,), base=base if name == "load_by_file" else "memory")
 
     def place(at: int) -> FileCallAt:
@@ -405,7 +403,7 @@ def test_load_holds_the_graph_against_its_plan(what: str, tmp_path: Path, monkey
     monkeypatch.setattr(*SEAMS["load into a cascade"], spoiled)
     with unchanged(model), raises(lx.CheckpointError, "sites-differ", told):
         lx.load(tmp_path, model, args=(X,))
-    assert lx.adapt(model, args=(X,), frontend="symbolic").sites
+    assert lx.adapt(model, args=(X,)).sites
 
 
 def test_a_late_site_that_the_base_file_lacks(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_weights_and_flags_are_as_before_the_stage(name: str, stages: int, train
     assert same(model, expected)
     assert flags == {key: value.requires_grad for key, value in model.named_parameters()}
     assert not model._state_dict_pre_hooks
-    lx.adapt(model, (X,), spec=QUIET, frontend="symbolic").release()
+    lx.adapt(model, (X,), spec=QUIET).release()
 
 
 KEEPS: dict[str, Callable[[lx.Cascade, Path], Any]] = {

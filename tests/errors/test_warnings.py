@@ -32,7 +32,7 @@ def net() -> nn.Sequential:
 
 
 def adapted(spec: lx.CascadeSpec = QUIET, model: nn.Module | None = None) -> tuple[lx.Cascade, torch.optim.Optimizer]:
-    cascade = lx.adapt(model if model is not None else net(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(model if model is not None else net(), (X,), spec=spec)
     return cascade, torch.optim.SGD(cascade.param_groups(lr=0.1))
 
 

@@ -246,7 +246,7 @@ class Foreign(nn.Linear):
 
 def test_a_graph_that_torch_cannot_export(tmp_path: Path) -> None:
     spec, x = lx.CascadeSpec(rank=1), torch.randn(2, 3)
-    leaf = lx.adapt(nn.Sequential(Leaf(3, 4)), (x,), spec=spec, frontend="symbolic")
+    leaf = lx.adapt(fx.symbolic_trace(nn.Sequential(Leaf(3, 4))), (x,), spec=spec)
     with raises(lx.CaptureError, "not-exportable", "export.pt2", "Could"):
         lx.export.pt2(leaf, tmp_path / "model.pt2")
     foreign = lx.adapt(nn.Sequential(Foreign(3, 4)), (x,), spec=spec)
@@ -259,7 +259,7 @@ def test_other_front_ends_and_inputs(tmp_path: Path) -> None:
     """A symbolic graph of modules becomes ATen; a graph is made for the inputs that are given."""
     case = CASES["stated"]
     (x,), _ = case.inputs(2)
-    cascade = trained_cascade(case, frontend="symbolic")
+    cascade = trained_cascade(case)
     program = torch.export.load(lx.export.pt2(cascade, tmp_path / "symbolic.pt2"))
     assert_close(program.module()(x).detach(), released(cascade)(x))
     cascade = trained_cascade(case)

@@ -442,7 +442,7 @@ for path in sorted(set(index["weight_map"].values())):
         state |= {name: file.get_tensor(name) for name in file.keys()}
 model.load_state_dict(state, assign=True)  # mapped, not read
 spec = lx.CascadeSpec(rank=2, pace=0.5, placement="beside", exclude=tuple(f"net.{n}.*" for n in range(0, LAYERS, 2)))
-cascade = lx.adapt(model, (torch.randn(2, WIDTH, dtype=torch.bfloat16),), spec=spec, base=base, frontend="symbolic")
+cascade = lx.adapt(model, (torch.randn(2, WIDTH, dtype=torch.bfloat16),), spec=spec, base=base)
 assert len(cascade.sites) == LAYERS // 2
 with torch.no_grad():
     for branch in cascade.branches.values():

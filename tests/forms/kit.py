@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.plan import Reason
 from tests.kit.compare import Call, assert_buffers, assert_same, loss_of, quietly, run, seed
 from tests.kit.models import branches, delta, randomize
 from tests.kit.operators.case import Case
@@ -60,7 +59,7 @@ def untouched(model: nn.Module, base: Mapping[str, tuple[torch.Tensor, torch.Ten
 def same_at_first(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
     """B = 0: outputs and buffers are those of the frozen eager model, under the same seed."""
     follow(twin, cascade.model)
-    expected = run(twin.train(training), case.call(), fused=bool(case.opaque) and cascade.frontend == "symbolic")
+    expected = run(twin.train(training), case.call(), fused=False)
     found = run(cascade.train(training), case.call())
     assert_same(found, expected, case.close)
     assert_buffers(cascade.model, twin, case.close)
@@ -99,14 +98,11 @@ def covered(case: Case, cascade: lx.Cascade, model: nn.Module) -> None:
     refused = {refusal.weight: refusal.reason for refusal in cascade.refusals}
     told = [*found, *refused, *cascade.unreached]
     assert sorted(told) == sorted(name for name, value in model.named_parameters() if value.dim() > 1)
-    opaque = case.opaque if cascade.frontend == "symbolic" else ()
-    expected = {name: kind for name, kind in case.sites.items() if name not in opaque}
     assert cascade.unreached == case.unreached
-    assert found == expected, [str(refusal) for refusal in cascade.refusals]
-    assert refused.keys() == {*case.refused, *opaque}
+    assert found == dict(case.sites), [str(refusal) for refusal in cascade.refusals]
+    assert refused.keys() == case.refused.keys()
     for name, reason in case.refused.items():
         assert refused[name] in (reason if isinstance(reason, tuple) else (reason,)), str(cascade.refusals)
-    assert {refused[name] for name in opaque} <= {Reason.OPAQUE, Reason.MIXED_USES}
     for name, shape in case.shapes.items():
         assert tuple(branches(cascade)[name].lora_A.shape) == shape
 

@@ -49,12 +49,11 @@ def on_one_array() -> Net:
     return net
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("make", [on_one_storage, on_one_array])
-def test_equal_views_are_one_weight(make: Callable[[], Net], frontend: str) -> None:
+def test_equal_views_are_one_weight(make: Callable[[], Net]) -> None:
     net, original = make(), make()
     one, two = net.one.weight, net.two.weight
-    cascade = lx.adapt(net, (X,), spec=SPEC, frontend=frontend)
+    cascade = lx.adapt(net, (X,), spec=SPEC)
     assert {site.weight: site.aliases for site in cascade.sites} == {"one.weight": ("two.weight",), "last.weight": ()}
     randomize(cascade)
     branch = cascade.branches["one/weight"]
@@ -78,7 +77,7 @@ def test_equal_views_are_one_weight(make: Callable[[], Net], frontend: str) -> N
 
 def test_release_keeps_a_moved_tie() -> None:
     net = on_one_storage()
-    cascade = lx.adapt(net, (X,), spec=SPEC, frontend="symbolic").float()
+    cascade = lx.adapt(net, (X,), spec=SPEC).float()
     randomize(cascade)
     wanted = cascade(X.float())
     cascade.release()
@@ -88,7 +87,7 @@ def test_release_keeps_a_moved_tie() -> None:
 
 
 def test_a_checkpoint_of_equal_views_loads(tmp_path: Path) -> None:
-    cascade = lx.adapt(on_one_storage(), (X,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(on_one_storage(), (X,), spec=SPEC)
     randomize(cascade)
     cascade.transition(None)
     randomize(cascade, 2)
@@ -101,7 +100,7 @@ def test_a_checkpoint_of_equal_views_loads(tmp_path: Path) -> None:
 def test_equal_views_are_trained_in_full_as_one() -> None:
     net = on_one_storage()
     spec = lx.CascadeSpec(rank=2, targets=("last.*",), train=("two.weight",))
-    cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(net, (X,), spec=spec)
     assert list(trained_in_full(cascade)) == ["one.weight"]
     cascade(X).sum().backward()
     plain = on_one_storage()
@@ -113,7 +112,7 @@ def test_equal_views_are_trained_in_full_as_one() -> None:
 def test_equal_views_can_be_untied() -> None:
     net = on_one_storage()
     spec = lx.CascadeSpec(rank=2, untie=("two.weight",), pace=1.0)
-    cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(net, (X,), spec=spec)
     assert [site.weight for site in cascade.sites] == ["one.weight", "two.weight", "last.weight"]
     randomize(cascade)
     wanted = cascade(X)
@@ -193,7 +192,7 @@ def test_other_overlaps_are_refused(case: str) -> None:
     spec = lx.CascadeSpec(rank=2, pace=1.0, noise=lx.Noise(0.1, where="all"), targets=("linear",))
     net = make()
     before = {name: net.get_parameter(name).detach().clone() for name in expected}
-    cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(net, (X,), spec=spec)
     refusals = {
         refusal.weight: refusal for refusal in cascade.refusals if refusal.reason is lx.plan.Reason.SHARED_MEMORY
     }
@@ -217,7 +216,7 @@ def test_overlaps_are_not_trained_in_full(case: str) -> None:
     net = make()
     before = [(value, value.requires_grad) for value in net.parameters()]
     with raises(lx.SpecError, "not-trainable", name, expected[name]):
-        lx.adapt(net, (X,), spec=spec, frontend="symbolic")
+        lx.adapt(net, (X,), spec=spec)
     assert all(
         one is two and flag == one.requires_grad for one, (two, flag) in zip(net.parameters(), before, strict=True)
     )
@@ -227,7 +226,7 @@ def test_overlaps_are_not_trained_in_full(case: str) -> None:
 def test_neighbours_in_one_memory_are_sites(case: str) -> None:
     net = NEIGHBOURS[case]()
     assert shared_memory(net) == {}
-    cascade = lx.adapt(net, (X,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(net, (X,), spec=SPEC)
     assert [site.weight for site in cascade.sites] == ["one.weight", "two.weight", "last.weight"]
     randomize(cascade)
     cascade.transition(None)
@@ -240,6 +239,6 @@ def test_a_plan_with_an_overlapping_site_is_refused(tmp_path: Path) -> None:
     make, _ = OVERLAPS["shifted"]
     apart = make()
     apart.two.weight.data = apart.two.weight.data.clone()
-    lx.save(lx.adapt(apart, (X,), spec=SPEC, frontend="symbolic"), tmp_path)
+    lx.save(lx.adapt(apart, (X,), spec=SPEC), tmp_path)
     with raises(lx.CheckpointError, "sites-differ", "one.weight", "two"):
         lx.load(tmp_path, make(), (X,))

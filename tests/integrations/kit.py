@@ -47,7 +47,7 @@ def rows(count: int = 20, dtype: torch.dtype = torch.float32, **more: Any) -> li
 def adapted(spec: lx.CascadeSpec, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> lx.Cascade:
     x = torch.zeros(3, 6, dtype=dtype)
     kwargs = {"labels": torch.zeros(3, dtype=torch.long)}
-    return lx.adapt(net(dropout, dtype), args=(x,), kwargs=kwargs, spec=spec, frontend="symbolic")
+    return lx.adapt(net(dropout, dtype), args=(x,), kwargs=kwargs, spec=spec)
 
 
 def llama(**more: Any) -> LlamaForCausalLM:

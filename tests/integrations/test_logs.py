@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 ENDS = """
 import torch, lorasc_fx as lx
 model, x = torch.nn.Linear(5, 3), torch.ones(2, 5)
-cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2))
 optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
 for stage in cascade.stages(2, optimizer):
     if {trains}:

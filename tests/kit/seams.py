@@ -10,7 +10,7 @@ from typing import Any
 
 import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
-from lorasc_fx.capture import graph_breaks, reuse
+from lorasc_fx.capture import graph_breaks
 from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
@@ -30,7 +30,6 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
     "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
-    "kept graphs": (reuse, "_CACHE"),
     "backward": (observe, "projected_gradients"),
     "outside use": (_MODULES["lorasc_fx.compile.fallback"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
@@ -64,7 +63,6 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "block of a sum": ((factor_products, "BLOCK"),),
     "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),
-    "graphs that are kept": ((reuse, "MAX_GRAPHS"),),
     "captures of the fallback": ((graph_breaks, "MAX_CAPTURES"),),
 }
 

@@ -88,7 +88,7 @@ def test_folds_of_tiny_and_huge_weights_are_the_formula(size: float, dtype: torc
     """And the noise has their size: squares of such weights leave their dtype."""
     model = scaled(size, dtype)
     base = {name: value.detach().clone().double() for name, value in model.named_parameters()}
-    cascade = lx.adapt(model, (randn(2, 5, dtype=dtype),), spec=spec(noise=lx.Noise(0.2)), frontend="symbolic")
+    cascade = lx.adapt(model, (randn(2, 5, dtype=dtype),), spec=spec(noise=lx.Noise(0.2)))
     room = torch.finfo(dtype).eps
     for name in ("0.weight", "2.weight", "4.weight"):
         noise = model.get_parameter(name).detach().double() - base[name]
@@ -147,14 +147,13 @@ class Mixed(nn.Module):
         return self.head(x.transpose(1, 2))
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_batch_of_none(placement: Any, frontend: str) -> None:
+def test_a_batch_of_none(placement: Any) -> None:
     """Its gradients are zero, and a stage that saw nothing else moves no weight."""
     model = Mixed().double()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     ids = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(0))
-    cascade = lx.adapt(model, (ids,), spec=spec(placement=placement), frontend=frontend)
+    cascade = lx.adapt(model, (ids,), spec=spec(placement=placement))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     for empty in (ids[:0], ids[:0, :3]):
         output = cascade(empty)
@@ -181,12 +180,11 @@ class Hollow(nn.Module):
         return self.some(x) + nn.functional.linear(y, self.none_in)
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_weights_without_entries_are_refused_by_name(placement: Any, frontend: str) -> None:
+def test_weights_without_entries_are_refused_by_name(placement: Any) -> None:
     model, x = Hollow(), randn(4, 5)
     expected = model(x)
-    cascade = lx.adapt(model, (x,), spec=spec(placement=placement, noise=lx.Noise(0.1, where="all")), frontend=frontend)
+    cascade = lx.adapt(model, (x,), spec=spec(placement=placement, noise=lx.Noise(0.1, where="all")))
     assert [site.weight for site in cascade.sites] == ["some.weight"]
     assert [str(refusal) for refusal in cascade.refusals] == [
         "none_in: empty (its shape is (3, 0), so it has no entries)",
@@ -210,7 +208,7 @@ def test_a_rank_above_what_the_shape_can_have(placement: Any, caplog: pytest.Log
     base = {name: value.detach().clone() for name, value in model.named_parameters()}
     x = randn(4, 5, dtype=torch.float64)
     with caplog.at_level(logging.INFO, logger="lorasc_fx"):
-        cascade = lx.adapt(model, (x,), spec=spec(rank=9, placement=placement), frontend="symbolic")
+        cascade = lx.adapt(model, (x,), spec=spec(rank=9, placement=placement))
         deltas = put_factors(cascade)
         torch.testing.assert_close(cascade(x), eager(model, x, deltas), rtol=1e-12, atol=1e-12)
         cascade.eval()
@@ -227,7 +225,7 @@ def test_a_rank_above_what_the_shape_can_have(placement: Any, caplog: pytest.Log
 
 def test_a_rank_that_the_shape_can_have_is_no_matter(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="lorasc_fx"):
-        lx.adapt(nn.Linear(5, 7), (randn(2, 5),), spec=spec(rank=5), frontend="symbolic")
+        lx.adapt(nn.Linear(5, 7), (randn(2, 5),), spec=spec(rank=5))
     assert "Rank 5 is too large" not in caplog.text
 
 
@@ -258,7 +256,7 @@ NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_fold_that_leaves_the_dtype_is_refused(dtype: torch.dtype) -> None:
     model, x = near_the_end(dtype)
-    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0), frontend="symbolic")
+    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     push(cascade, float(torch.finfo(dtype).max) * 0.01)
     for call in (lambda: cascade.transition(optimizer), cascade.release, cascade.folded_state_dict):
@@ -275,7 +273,7 @@ def test_what_stays_inside_the_dtype_is_folded(dtype: torch.dtype) -> None:
     for share, by in ((0.5, limits.max * 0.25), (1.0, limits.max * limits.eps / 8), (1.0, limits.max * limits.eps / 5)):
         model, x = near_the_end(dtype, share)
         expected = (model[0].weight[0, 0].double() + by).to(dtype)
-        cascade = lx.adapt(model, (x,), spec=spec(pace=1.0), frontend="symbolic")
+        cascade = lx.adapt(model, (x,), spec=spec(pace=1.0))
         push(cascade, by)
         cascade.transition(None)
         assert bool(model[0].weight.isfinite().all())
@@ -286,7 +284,7 @@ def test_what_stays_inside_the_dtype_is_folded(dtype: torch.dtype) -> None:
 
 def test_a_product_that_overflows_is_refused_though_its_factors_are_finite() -> None:
     model, x = near_the_end(torch.float32, 1e-38)
-    cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
+    cascade = lx.adapt(model, (x,), spec=spec())
     branch = branches_of(cascade)["0.weight"]
     with torch.no_grad():
         branch.lora_A.fill_(1e30)
@@ -299,7 +297,7 @@ def test_a_product_that_overflows_is_refused_though_its_factors_are_finite() -> 
 def test_the_usual_fold_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound says that it fits: no weight is made for it."""
     model, x = near_the_end(torch.float16, 0.9)
-    cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
+    cascade = lx.adapt(model, (x,), spec=spec())
     push(cascade, 1.0)
 
     def made(*_: Any, **__: Any) -> None:
@@ -317,14 +315,14 @@ def test_noise_that_leaves_the_dtype_is_refused(dtype: torch.dtype) -> None:
         model[0].weight.copy_((torch.rand(30, 40) - 0.5).sign().double() * torch.finfo(dtype).max * 0.9)
     x = torch.zeros(2, 40, dtype=dtype)
     with unchanged(model), raises(lx.SpecError, "invalid-value", "noise.strength", "1.0", "1"):
-        lx.adapt(model, (x,), spec=spec(noise=lx.Noise(1.0)), frontend="symbolic")
+        lx.adapt(model, (x,), spec=spec(noise=lx.Noise(1.0)))
 
 
 def test_a_weight_that_is_not_finite_has_no_noise_but_can_be_adapted() -> None:
     model, x = near_the_end(torch.float32, math.inf)
     with unchanged(model), raises(lx.SpecError, "invalid-value", "noise.strength", "0.1", "0.weight"):
-        lx.adapt(model, (x,), spec=spec(noise=lx.Noise(0.1)), frontend="symbolic")
-    cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
+        lx.adapt(model, (x,), spec=spec(noise=lx.Noise(0.1)))
+    cascade = lx.adapt(model, (x,), spec=spec())
     put_factors(cascade, 1e35)
     cascade.transition(None)
     weight = cascade.release()[0].weight
@@ -341,7 +339,7 @@ def test_a_head_that_is_not_finite(slow_train: bool) -> None:
     for how in ("raise", "skip"):
         model, x = near_the_end(torch.float32, 1e-38)
         options = {"targets": ("0",), "train": ("1.*",), "slow_train": slow_train, "on_nonfinite": how}
-        cascade = lx.adapt(model, (x,), spec=spec(**options), frontend="symbolic")
+        cascade = lx.adapt(model, (x,), spec=spec(**options))
         optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
         train(cascade, optimizer, [x.add(1.0)])
         cascade.transition(optimizer)
@@ -483,7 +481,7 @@ def train_stage(
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 def test_skipped_steps_are_those_of_a_loop_by_hand(placement: Any, how: dict[str, Any]) -> None:
     spec = replace(SPEC, placement=placement)
-    cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=spec)
 
     def starts() -> dict[str, torch.Tensor]:
         return {n: b.lora_A.detach().clone() for n, b in branches_of(cascade).items()}

@@ -36,7 +36,7 @@ def cascade_of(average: str, restart: str = "slow", **options: Any) -> lx.Cascad
         | KINDS[average]
         | options
     )
-    return lx.adapt(wide(), (X,), spec=spec, frontend="symbolic")
+    return lx.adapt(wide(), (X,), spec=spec)
 
 
 def stage(cascade: lx.Cascade, seed: int) -> None:
@@ -179,7 +179,7 @@ def test_a_pace_of_mean_is_the_mean_of_the_ends_of_stages() -> None:
     spec = lx.CascadeSpec(
         exclude=("3.weight",), train=("3.*",), rank=1, lora_alpha=1.5, pace="mean", restart="fast", slow_train=True
     )
-    cascade = lx.adapt(wide(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(wide(), (X,), spec=spec)
     ends, mean = wide(), AveragedModel(wide())
     for seed in range(5):
         stage(cascade, seed)
@@ -254,9 +254,8 @@ def test_update_bn_inside_weights_counts_until_its_end(view: Any) -> None:
             assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_update_bn_of_the_released_model(frontend: str) -> None:
-    cascade = adapted(frontend)
+def test_update_bn_of_the_released_model() -> None:
+    cascade = adapted("export")
     model = cascade.release()
     expected = net()
     expected(IMAGES[0])

@@ -46,7 +46,7 @@ def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
     spec = lx.CascadeSpec(
         **PLAIN, use_rslora=use_rslora, train_A=False, nearest_full_gradient=True, placement=placement
     )
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
     before = {name: branch.lora_A.detach().clone() for name, branch in branches(cascade).items()}
     theirs = lora_of(cascade, original, LINEARS, use_rslora=use_rslora)
     made = create_lorafa_optimizer(theirs, r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], lr=LR)

@@ -18,13 +18,13 @@ X = batches(1, 4, 5)[0]
 RANKS = (4, 2, 3, 1)
 
 
-def adapted(frontend: str = "symbolic", **options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
+def adapted(frontend: str = "auto", **options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
     spec = lx.CascadeSpec(**{"ranks": RANKS, "lora_alpha": 4.5, "pace": 1.0} | options)
     cascade = lx.adapt(mlp(), (X,), spec=spec, frontend=frontend)
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-2))
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> None:
     theirs: nn.Module = copy.deepcopy(mlp())
     cascade, optimizer = adapted(frontend)
@@ -151,7 +151,7 @@ def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
 def test_the_pass_in_a_graph_that_owns_its_weights(adapter: str, zero: str) -> None:
     spec = lx.CascadeSpec(ranks=RANKS, adapter=adapter, pace=0.5)
     graph = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(mlp())).graph_module
-    cascade, _ = adapted("symbolic", adapter=adapter, lora_alpha=8.0, pace=0.5)
+    cascade, _ = adapted(adapter=adapter, lora_alpha=8.0, pace=0.5)
     held = [id(parameter) for parameter in graph.branches.parameters()]
     for seed in range(3):
         for branch, other in zip(graph.branches.children(), branches(cascade).values(), strict=True):

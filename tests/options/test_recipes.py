@@ -38,7 +38,7 @@ def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
     fields = ("pace", "restart", "rank", "lora_alpha", "train", "noise", "restart_A", "optimizer_state", "seed")
     assert [getattr(spec, field) for field in fields] == [getattr(measured, field) for field in fields]
 
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
     scheduler = schedule(optimizer, cascade)
     seen: list[float] = []
@@ -60,7 +60,7 @@ def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], ad
         return
     spec, schedule = recipe(6, adapter=adapter, rank=2)
     assert spec.adapter == adapter
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-4))
     scheduler = schedule(optimizer, cascade)
     before = train(cascade, optimizer, [X])
@@ -72,8 +72,8 @@ def test_cycles_are_those_of_one_branch() -> None:
     """In fp64, like LoRA of one stage with the same rates, averaged over the ends of the cycles."""
     rank, calls = {"rank": 2, "lora_alpha": 4.0, "targets": ("linear",)}, batches(STEPS, 4, 5)
     spec, schedule = lx.recipes.lora_cycles(STEPS, 3, **rank)
-    cycles = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
-    alone = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(pace=1.0, **rank), frontend="symbolic")
+    cycles = lx.adapt(mlp(), (X,), spec=spec)
+    alone = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(pace=1.0, **rank))
     ours, theirs = (torch.optim.AdamW(each.param_groups(lr=0.1)) for each in (cycles, alone))
     scheduler, ends = schedule(ours, cycles), list[dict[str, torch.Tensor]]()
 
@@ -95,7 +95,7 @@ def test_cycles_are_those_of_one_branch() -> None:
 
 
 def test_warm_up_and_decay_fit_into_short_stages() -> None:
-    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.long_training(7, 3)[0], frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.long_training(7, 3)[0])
     optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
     scheduler = lx.recipes.long_training(7, 3).schedule(optimizer, cascade)
     assert scheduler.steps == [2, 3, 2]

@@ -202,7 +202,7 @@ def made(options: dict[str, Any]) -> tuple[lx.Cascade, torch.optim.Optimizer]:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 9)).double()
     spec = lx.CascadeSpec(**{"lora_alpha": 3.0, "pace": PACES} | options)
-    cascade = lx.adapt(model, (INPUT,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(model, (INPUT,), spec=spec)
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=3e-2))
 
 

@@ -26,7 +26,7 @@ WARMUP = 3
 
 def adapted(**options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
     spec = lx.CascadeSpec(rank=2, targets=("0.weight", "2.weight"), train=("4.*",), lr_ratio=8.0, **options)
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=0.1))
 
 
@@ -325,7 +325,7 @@ def test_lora_plus_is_pefts(optimizer: Any) -> None:
 def test_rates_of_groups() -> None:
     rules = (lx.TrainRule("4.bias", lr=0.5), lx.TrainRule("4.*", slow=False), lx.TrainRule("*", lr=0.25))
     spec = lx.CascadeSpec(targets=("0.weight",), train=("4.*", "0.bias"), lr_ratio=4.0, train_rules=rules)
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
     groups = cascade.param_groups(lr=0.1, betas=(0.8, 0.9))
     assert [(group["name"], group["lr"]) for group in groups] == [
         ("lora_A", 0.1),
@@ -350,7 +350,7 @@ def test_a_rule_says_who_has_a_slow_copy(slow_train: bool) -> None:
     spec = lx.CascadeSpec(
         targets=("0.weight",), train=("4.*", "0.bias"), pace=0.3, slow_train=slow_train, train_rules=rules
     )
-    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     named = dict(cascade.model.named_parameters())
     slow = {name: named[name].detach().clone() for name in ("4.weight", "4.bias", "0.bias")}

@@ -1,7 +1,7 @@
 """The table of operators as graphs: each row is traced in its dialects, and says which sites a match must find.
 
-ATen comes from the project's own `export` front end, functions and modules from its `symbolic` one, or from a
-tracer with other leaf modules. All in fp64, no weight square, no batch of one.
+ATen comes from the project's own `export` front end, functions and modules from the tracer of torch.fx. All in fp64,
+no weight square, no batch of one.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ class Case:
     @functools.cached_property
     def _graph(self) -> fx.Graph:
         model = copy.deepcopy(self.model)
-        if self.row.leaves and self.dialect != "aten":
+        if self.dialect != "aten":
             return _tracer(self.row.leaves).trace(model)
-        graph = capture(model, self.args, {}, "export" if self.dialect == "aten" else "symbolic").module.graph
+        graph = capture(model, self.args, {}, "export").module.graph
         retarget(graph, lambda node: str(node.target).removeprefix(f"{OWNER}."))
         return graph
 

@@ -16,8 +16,7 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import Captured
-from lorasc_fx.capture.reuse import forget
-from lorasc_fx.capture.torch_export import capture_dynamo, capture_export
+from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.graph import text
 from lorasc_fx.passes import AttentionMasks
 from lorasc_fx.signature import leaves
@@ -27,17 +26,12 @@ from tests.kit.state import variant_for
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def simplified(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, by: Any = capture_export
-) -> Captured:
+def simplified(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Capture with dynamic sizes, and run AttentionMasks."""
     inputs = enumerate(leaves(args, kwargs or {}))
     axes = {(index, axis) for index, leaf in inputs if isinstance(leaf, Tensor) for axis in range(leaf.dim())}
-    captured = by(model, args, kwargs or {}, axes)
+    captured = capture_export(model, args, kwargs or {}, axes)
     return replace(captured, module=AttentionMasks()(captured.module).graph_module)
-
-
-FRONT_ENDS = [capture_export, capture_dynamo]
 
 
 def attention(graph_module: Any) -> list[str]:
@@ -183,12 +177,11 @@ def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("name", ALWAYS)
-def test_a_redundant_mask_is_removed(name: str, front_end: Any) -> None:
+def test_a_redundant_mask_is_removed(name: str) -> None:
     mask, expected = ALWAYS[name]
     model = Masked(mask).double()
-    captured = simplified(model, (batch(2, 5),), by=front_end)
+    captured = simplified(model, (batch(2, 5),))
     assert attention(captured.module) == [expected]
     assert captured.conditions.sizes == ((None, None, None),)
     for size, length in ((2, 5), (3, 2), (1, 7), (4, 19)):
@@ -208,7 +201,6 @@ def test_a_mask_that_matters_at_some_size_is_kept(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOMETIMES)
 def test_a_graph_of_one_size_has_the_values_of_its_mask(name: str) -> None:
-    forget()
     model, x = Masked(SOMETIMES[name]).double(), batch(2, 5)
     module = AttentionMasks()(capture_export(model, (x,), {}).module).graph_module
     mask = SOMETIMES[name](model, x)
@@ -322,8 +314,8 @@ def graph_of(cascade: lx.Cascade, kwargs: dict[str, Tensor]) -> fx.GraphModule:
 
 @pytest.fixture
 def new_variants(caplog: pytest.LogCaptureFixture) -> Any:
-    """Counts the new variants in the log. No graph of an earlier test is used again."""
-    forget()
+    """Counts the new variants in the log."""
+
     caplog.set_level("INFO", logger="lorasc_fx")
     return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
 
@@ -404,12 +396,11 @@ def embedded(size: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"inputs_embeds": torch.randn(size, length, 16, dtype=dtype, requires_grad=True)}
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
-def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, front_end: Any) -> None:
+def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype) -> None:
     """Outputs and gradients have equal bits, and the saved tensors equal bytes."""
     model = build("LlamaForCausalLM", LLAMA, training=True).to(dtype)
-    captured = simplified(model, (), embedded(2, 7, dtype), front_end)
+    captured = simplified(model, (), embedded(2, 7, dtype))
     assert shared(captured.module) == [True, True]
     assert attention(captured.module) == ["causal", "causal"]
     for size, length in ((2, 7), (3, 33), (1, 4)):

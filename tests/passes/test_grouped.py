@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import moe
@@ -57,13 +57,13 @@ def reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 ROWS = {
-    ("torch._grouped_mm", torch.float32): (GROUPED, "symbolic"),  # which no tracer keeps
-    ("torch._grouped_mm", torch.bfloat16): (torch._grouped_mm, "symbolic"),
-    ("aten._grouped_mm", torch.bfloat16): (GROUPED, "export"),
-    ("transformers::grouped_mm_fallback", torch.float32): (FALLBACK, "export"),
-    ("transformers::grouped_mm_fallback", torch.float64): (FALLBACK, "symbolic"),
+    ("torch._grouped_mm", torch.float32): (GROUPED, fx.symbolic_trace),  # which torch.export does not keep
+    ("torch._grouped_mm", torch.bfloat16): (torch._grouped_mm, fx.symbolic_trace),
+    ("aten._grouped_mm", torch.bfloat16): (GROUPED, nn.Module.eval),
+    ("transformers::grouped_mm_fallback", torch.float32): (FALLBACK, nn.Module.eval),
+    ("transformers::grouped_mm_fallback", torch.float64): (FALLBACK, fx.symbolic_trace),
 }
-"""Row of the table and dtype, with the function that the model calls and the front end that captures it."""
+"""Row of the table and dtype, with the function that the model calls, and what makes the model that is captured."""
 
 
 def test_every_row_of_experts_has_a_case() -> None:
@@ -72,9 +72,9 @@ def test_every_row_of_experts_has_a_case() -> None:
 
 @pytest.mark.parametrize(("row", "dtype"), ROWS, ids=str)
 def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
-    product, frontend = ROWS[row, dtype]
+    product, traced = ROWS[row, dtype]
     model, x = Grouped(product).to(dtype).requires_grad_(False), rows(dtype)
-    captured = capture(model, (x,), {}, frontend).module
+    captured = capture(traced(model), (x,), {}).module
     inserted = insert(captured, SPEC)
     assert {weight: form for weight, ((_, form),) in uses_of(inserted).items()} == {"up": row, "down": row}
     assert {weight: site.layout for weight, site in sites_of(inserted).items()} == {"up": "in_out", "down": "out_in"}
@@ -116,7 +116,8 @@ class Calls(TorchDispatchMode):
 
 def test_no_gradient_of_a_frozen_stack_is_computed() -> None:
     """The backward of the op would compute it. The gradient of x has the same bits as from that backward."""
-    captured = capture(Grouped(FALLBACK).double().requires_grad_(False), (rows(torch.float64),), {}, "symbolic").module
+    model = Grouped(FALLBACK).double().requires_grad_(False)
+    captured = capture(fx.symbolic_trace(model), (rows(torch.float64),), {}).module
     gradients, shapes = [], []
     for graph_module in (captured, insert(captured, SPEC)):
         x = rows(torch.float64).requires_grad_()

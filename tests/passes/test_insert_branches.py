@@ -464,17 +464,17 @@ class Attention(torch.nn.Module):
 SHARED = CascadeSpec(rank=2, lora_alpha=3.0, placement="beside")
 
 
-def attention(frontend: str) -> torch.fx.GraphModule:
+def attention(dialect: str) -> torch.fx.GraphModule:
     torch.manual_seed(0)
     model = Attention().double()
-    if frontend == "symbolic":
+    if dialect == "modules":
         return torch.fx.symbolic_trace(model)
     return torch.export.export(model, (torch.randn(3, 8, 6, dtype=torch.float64),)).module()
 
 
-@pytest.mark.parametrize("frontend", ["symbolic", "export"])
-def test_branches_that_read_one_node_share_it(frontend: str) -> None:
-    graph_module = attention(frontend)
+@pytest.mark.parametrize("dialect", ["modules", "aten"])
+def test_branches_that_read_one_node_share_it(dialect: str) -> None:
+    graph_module = attention(dialect)
     apart = Pipeline([MatchSites(SHARED), InsertBranches()])(graph_module).graph_module
     result = ShareInputs()(apart)
     together = result.graph_module
@@ -515,25 +515,25 @@ def fill_alike(*graph_modules: torch.fx.GraphModule) -> None:
 
 
 def test_zero_b_changes_no_bit_with_a_shared_input() -> None:
-    graph_module = attention("export")
+    graph_module = attention("aten")
     shared = Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(graph_module).graph_module
     x = torch.randn(3, 8, 6, dtype=torch.float64)
     assert same_bits(shared(x).detach(), graph_module(x).detach())
 
 
 def test_small_inputs_are_not_shared() -> None:
-    apart = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("export")).graph_module
+    apart = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("aten")).graph_module
     assert ShareInputs(least=3 * 8 * 6)(apart).modified
     few = ShareInputs(least=3 * 8 * 6 + 1)(apart)
     assert not few.modified
     assert few.graph_module is apart
-    unknown = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("symbolic")).graph_module
+    unknown = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("modules")).graph_module
     assert not ShareInputs(least=1)(unknown).modified
 
 
 def test_branches_with_dropout_are_not_shared() -> None:
     spec = replace(SHARED, dropout=0.5)
-    graph_module = Pipeline([MatchSites(spec), InsertBranches()])(attention("export")).graph_module
+    graph_module = Pipeline([MatchSites(spec), InsertBranches()])(attention("aten")).graph_module
     assert not ShareInputs()(graph_module).modified
 
 
@@ -557,4 +557,4 @@ def test_branches_of_convolutions_are_not_shared() -> None:
 
 
 def merged_graph() -> torch.fx.GraphModule:
-    return insert(attention("export"), replace(SHARED, placement="merged"))
+    return insert(attention("aten"), replace(SHARED, placement="merged"))

@@ -168,18 +168,13 @@ INPUTS: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
 }
 
 
-def frontend_of(name: str) -> str:
-    """Return the fastest front end that can capture a model."""
-    return "auto" if name in ("llama", "gpt2", "bert") else "symbolic"
-
-
 def cascade_of(name: str, stages: int = 2, running: bool = True, **spec: Any) -> lx.Cascade:
     """A cascade with an expert per stage, made by values in lora_B; `running`: the last stage is not folded yet.
 
     What is trained in full has moved.
     """
     given = {"rank": 2, "lora_alpha": 3.0, "pace": 0.5, **spec}
-    cascade = lx.adapt(made(BUILD[name]), INPUTS[name](), spec=lx.CascadeSpec(**given), frontend=frontend_of(name))
+    cascade = lx.adapt(made(BUILD[name]), INPUTS[name](), spec=lx.CascadeSpec(**given))
     for stage in range(stages):
         randomize(cascade, seed=10 + stage)
         with torch.no_grad():

@@ -337,8 +337,6 @@ CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
 # fmt: on
 
 
-TRACED = ("packed projection", "an encoder that is never fused", "weight norm", "a bag", "parametrized")
-"""Cases whose weights symbolic tracing does not see."""
 SLOW = pytest.mark.slow
 
 
@@ -348,11 +346,17 @@ def built(build: Build) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # peft's, of a model that has both
-@pytest.mark.parametrize("case", [pytest.param(each, marks=SLOW) if each in TRACED[:2] else each for each in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(each, marks=SLOW) if each in ("packed projection", "an encoder that is never fused") else each
+        for each in CASES
+    ],
+)
 def test_adapted_modules_and_parameters(case: str, tmp_path: Path) -> None:
     build, inputs, spec, parameters = CASES[case]
-    args, frontend = inputs(), "auto" if case in TRACED else "symbolic"
-    cascade = lx.adapt(built(build), args, spec=lx.CascadeSpec(rank=2, pace=1.0, **spec), frontend=frontend)
+    args = inputs()
+    cascade = lx.adapt(built(build), args, spec=lx.CascadeSpec(rank=2, pace=1.0, **spec))
     randomize(cascade)
     lx.export.peft(cascade, tmp_path)
     config = peft.PeftConfig.from_pretrained(tmp_path)
@@ -383,8 +387,7 @@ ODD: dict[str, tuple[Build, str, str]] = {
 @pytest.mark.parametrize("case", ODD)
 def test_adapters_that_peft_could_not_load(case: str, tmp_path: Path) -> None:
     build, name, reason = ODD[case]
-    frontend = "auto" if case in TRACED else "symbolic"
-    cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2))
     modules = dict(cascade.model.named_modules())
     randomize(cascade)
     with raises(lx.export.ExportError, "not-exportable", name, reason):
@@ -501,18 +504,13 @@ UNEXPRESSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 # fmt: on
 
 
-UNSEEN = ("attention", "encoder", "recurrent", "transposed")
-"""Cases whose weights symbolic tracing does not see."""
-
-
 @pytest.mark.parametrize(
     "case", [pytest.param(each, marks=pytest.mark.slow) if each == "encoder" else each for each in UNEXPRESSED]
 )
 def test_changes_that_no_adapter_expresses(case: str, tmp_path: Path) -> None:
     build, reasons = UNEXPRESSED[case]
     args = (normal(2, 4, 6),)
-    frontend = "auto" if case in UNSEEN else "symbolic"
-    cascade = lx.adapt(made(build), args, spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    cascade = lx.adapt(made(build), args, spec=lx.CascadeSpec(rank=2))
     randomize(cascade)
     with pytest.raises(ExportError) as caught:
         lx.export.peft(cascade, tmp_path / "adapter")

@@ -26,7 +26,6 @@ from tests.peft.models import (
     cascade_of,
     close,
     folded,
-    frontend_of,
     gap,
     loaded,
     made,
@@ -93,7 +92,7 @@ def test_an_imported_adapter_is_exported_unchanged(case: str, tmp_path: Path) ->
     args = INPUTS[name]()
     model = made(BUILD[name])
     base = seeded(model, args)
-    cascade = lx.from_peft(tmp_path / "in", model, args, frontend=frontend_of(name))
+    cascade = lx.from_peft(tmp_path / "in", model, args)
 
     right = merged(theirs).state_dict()
     with torch.no_grad(), cascade.weights("slow"):
@@ -114,7 +113,7 @@ def test_an_imported_adapter_is_exported_unchanged(case: str, tmp_path: Path) ->
     changed = {key for key in first if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
     assert changed == {key for key in second if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
     assert all(first[key].shape == second[key].shape for key in changed)
-    again = lx.from_peft(tmp_path / "out", made(BUILD[name]), args, frontend=frontend_of(name))
+    again = lx.from_peft(tmp_path / "out", made(BUILD[name]), args)
     for key, value in again.folded_state_dict().items():
         torch.testing.assert_close(value, ours[key], rtol=0, atol=1e-10, msg=key)
 
@@ -140,7 +139,7 @@ def test_the_spec_of_an_adapter(tmp_path: Path) -> None:
     model = made(BUILD["suffixes"])
     spec = lx.export.peft_spec(tmp_path, model)
     assert (spec.rank, spec.lora_alpha, spec.dropout, spec.use_rslora) == (3, 5.0, 0.25, False)
-    cascade = lx.from_peft(tmp_path, model, INPUTS["suffixes"](), spec=replace(spec, pace=0.25), frontend="symbolic")
+    cascade = lx.from_peft(tmp_path, model, INPUTS["suffixes"](), spec=replace(spec, pace=0.25))
     assert cascade.plan.spec.pace == 0.25
     assert {site.weight: (site.rank, site.options.lora_alpha) for site in cascade.sites} == {
         "1.lin.weight": (2, 5.0),
@@ -161,7 +160,7 @@ def test_training_continues(tmp_path: Path) -> None:
     """The first expert keeps its coefficient, and the next stages add theirs."""
     trained_by_peft("words", tmp_path / "in", r=1, target_modules=["up"], modules_to_save=["head"])
     model, args = made(BUILD["words"]), INPUTS["words"]()
-    cascade = lx.from_peft(tmp_path / "in", model, args, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path / "in", model, args)
     before = cascade.folded_state_dict()
     optimizer = optimizer_of(cascade)
     for _ in cascade.stages(2, optimizer):
@@ -180,7 +179,7 @@ def test_an_imported_expert_survives_a_checkpoint(case: str, tmp_path: Path) -> 
     name, config = ADAPTERS[case]
     trained_by_peft(name, tmp_path / "in", **config)
     args = INPUTS[name]()
-    cascade = lx.from_peft(tmp_path / "in", made(BUILD[name]), args, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path / "in", made(BUILD[name]), args)
     assert (cascade.plan.spec.adapter == "dora") == cascade.plan.spec.use_rslora == (case != "plain")
     optimizer = optimizer_of(cascade, "sgd")
     train(cascade, optimizer, [args[0]])
@@ -194,7 +193,7 @@ def test_an_imported_expert_survives_a_checkpoint(case: str, tmp_path: Path) -> 
 def test_magnitudes_need_a_spec_that_has_them(tmp_path: Path) -> None:
     trained_by_peft("words", tmp_path, target_modules=["up"], use_dora=True)
     with raises(lx.CheckpointError, "conflicting-options", "up.weight", "dora"):
-        lx.from_peft(tmp_path, made(BUILD["words"]), INPUTS["words"](), spec=lx.CascadeSpec(), frontend="symbolic")
+        lx.from_peft(tmp_path, made(BUILD["words"]), INPUTS["words"](), spec=lx.CascadeSpec())
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
@@ -207,10 +206,10 @@ def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
     )
     theirs.save_pretrained(tmp_path)
     with raises(lx.CheckpointError, "tied-weights-differ", "head.weight"):
-        lx.from_peft(tmp_path, model, (ids,), frontend="symbolic")
+        lx.from_peft(tmp_path, model, (ids,))
     untied = copy.deepcopy(model)
     spec = replace(lx.export.peft_spec(tmp_path, model), untie=("head.weight",))
-    cascade = lx.from_peft(tmp_path, model, (ids,), spec=spec, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path, model, (ids,), spec=spec)
     with torch.no_grad(), cascade.weights("slow"):
         close(cascade.model(ids), theirs.eval()(ids))
     # A bank has no spec, so the model itself must be untied.
@@ -225,14 +224,14 @@ def test_import_with_a_user_spec(tmp_path: Path) -> None:
     trained_by_peft("words", tmp_path, target_modules=["up"], modules_to_save=["head"])
     model, args = made(BUILD["words"]), INPUTS["words"]()
     spec = lx.CascadeSpec(rank=5, train=("head", "norm"), noise=lx.Noise(0.1))
-    cascade = lx.from_peft(tmp_path, model, args, spec=spec, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path, model, args, spec=spec)
     assert {site.rank for site in cascade.sites} == {5}
     with torch.no_grad(), cascade.weights("slow"):
         close(cascade.model(*args), loaded("words", tmp_path)(*args))
     before = made(BUILD["words"]).state_dict()
     model = made(BUILD["words"])
     with raises(lx.CheckpointError, "conflicting-options", "up.weight", "not-targeted", "head.0.weight", "spec.train"):
-        lx.from_peft(tmp_path, model, args, spec=lx.CascadeSpec(targets=("emb",)), frontend="symbolic")
+        lx.from_peft(tmp_path, model, args, spec=lx.CascadeSpec(targets=("emb",)))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     lx.adapt(model, args)  # nobody holds it
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3

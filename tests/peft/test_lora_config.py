@@ -61,7 +61,7 @@ def test_the_same_weights_as_in_peft_are_adapted(name: str) -> None:
     if name == "patterns":
         cascade = lx.adapt(model, kwargs={"input_ids": IDS}, spec=spec)
     else:
-        cascade = lx.adapt(Traceable(model.config), (torch.ones(2, 24),), spec=spec, frontend="symbolic")
+        cascade = lx.adapt(Traceable(model.config), (torch.ones(2, 24),), spec=spec)
     layers = {
         path.removeprefix(PREFIX): module
         for path, module in theirs.named_modules()

@@ -57,7 +57,7 @@ def test_a_cascade_and_its_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_a_method_whose_delta_is_dense() -> None:
     spec = lx.CascadeSpec(adapter="hira", rank=2, pace=0.5)
-    cascade = lx.adapt(made(BUILD["suffixes"]), INPUTS["suffixes"](), spec=spec, frontend="symbolic")
+    cascade = lx.adapt(made(BUILD["suffixes"]), INPUTS["suffixes"](), spec=spec)
     with torch.no_grad():
         for parameter in cascade.branches.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))

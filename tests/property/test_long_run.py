@@ -60,7 +60,7 @@ def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
 def test_two_thousand_transitions(dtype: torch.dtype) -> None:
     """Each stage trains one step; the reference adds pace * s * B A in fp64 from the factors that were trained."""
     x = inputs(4, 5, seed=3).to(dtype)
-    cascade = lx.adapt(model_of(dtype), (x,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(model_of(dtype), (x,), spec=SPEC)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
     branches = {site.weight: cascade.branches[site.key] for site in cascade.sites}
     parameters = dict(cascade.model.named_parameters())
@@ -99,7 +99,7 @@ def test_two_thousand_transitions(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_saving_a_long_run_leaves_nothing_open(tmp_path: Path) -> None:
     """200 checkpoints, each loaded: handles, folders and live cascades stay as many as they were."""
-    cascade = lx.adapt(model_of(torch.float32), (inputs(4, 5),), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(model_of(torch.float32), (inputs(4, 5),), spec=SPEC)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
     census = Census()
     for count in range(1, 201):

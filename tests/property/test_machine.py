@@ -116,18 +116,16 @@ class Machine(RuleBasedStateMachine):
     """A cascade, its optimizer, and the plain reference."""
 
     cascade: lx.Cascade
-    frontends = ("symbolic",)
 
     @initialize(
         build=BUILDS,
         spec=specs(),
         with_y=st.booleans(),
-        frontend=st.sampled_from(["symbolic", "symbolic", "export"]),
         train=st.booleans(),
     )
-    def start(self, build: Build, spec: lx.CascadeSpec, with_y: bool, frontend: str, train: bool) -> None:
+    def start(self, build: Build, spec: lx.CascadeSpec, with_y: bool, train: bool) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="lorasc-fx-")
-        self.build, self.frontend, self.with_y, self.near = build, frontend, with_y, EXACT
+        self.build, self.with_y, self.near = build, with_y, EXACT
         self.dtype = torch.float64
         self.adapt(Net(build).double().train(train), spec)
 
@@ -152,7 +150,7 @@ class Machine(RuleBasedStateMachine):
             noisy = [n for n, axes in held.items() if axes > 1 and n not in trained]
             noisy = [n for n in noisy if n.rpartition(".")[0] not in spec.exclude]
         self.plain = Plain(model, law_of(spec), noisy, trained)
-        self.cascade = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=spec, frontend=self.frontend)
+        self.cascade = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=spec)
         self.optimizer = self.fresh_optimizer()
         self.know(self.with_y)
 
@@ -330,7 +328,7 @@ class Machine(RuleBasedStateMachine):
         """Go on in a new cascade that takes the state dict, by way of bytes."""
         state = safetensors.torch.load(safetensors.torch.save(self.cascade.state_dict()))
         model = copy.deepcopy(self.untouched).train(self.cascade.training)
-        fresh = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=self.spec, frontend=self.frontend)
+        fresh = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=self.spec)
         if len(fresh.sites) < len(self.cascade.sites):  # the other kind of call brought the rest
             fresh(*self.inputs(3, 0, not self.with_y))
         fresh.load_state_dict(state)

@@ -402,7 +402,7 @@ def types(model: nn.Module) -> list[type]:
 
 
 @ALL
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 def test_branches_train_beside_layers(case: str, frontend: str) -> None:
     model, eager = layered_net(case).train(), layered_net(case).train()
     layers = list(model.children())

@@ -121,8 +121,7 @@ class Named(nn.Module):
         return torch.cat([torch.tanh(getattr(self, name)(x)) for name in sorted(self._modules)], dim=1)
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_noise_does_not_depend_on_other_sites(frontend: str) -> None:
+def test_noise_does_not_depend_on_other_sites() -> None:
     """The noise is equal for any order or subset of sites, when computed twice, for any rank and for any front end."""
     x = batches(1, 4, 5)[0].float()
     right = noise_of(Named("abc"), x)
@@ -138,9 +137,7 @@ def test_noise_does_not_depend_on_other_sites(frontend: str) -> None:
     ):
         model = Named(names)
         before = values(model)
-        cascade = lx.adapt(
-            model, (x,), spec=lx.CascadeSpec(**{"rank": 2, "noise": lx.Noise(STRENGTH), **options}), frontend=frontend
-        )
+        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(**{"rank": 2, "noise": lx.Noise(STRENGTH), **options}))
         for view in ("slow", "base", "fast"):
             with cascade.weights(view):
                 pass
@@ -294,8 +291,7 @@ def test_weights_without_spread_get_no_noise() -> None:
         cascade.transition(None)
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
-def test_no_global_generator_is_read_or_advanced(frontend: str) -> None:
+def test_no_global_generator_is_read_or_advanced() -> None:
     """In adapt, transition, a new graph, weights and release. So results do not depend on global generators."""
     released = []
     for seed in (1, 2):
@@ -305,7 +301,7 @@ def test_no_global_generator_is_read_or_advanced(frontend: str) -> None:
         random.seed(seed)
         np.random.seed(seed)
         before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
-        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.3)), frontend=frontend)
+        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.3)))
         randomize(cascade)
         cascade.transition(torch.optim.SGD(cascade.param_groups(lr=0.1)))
         cascade.eval()

@@ -44,7 +44,6 @@ class Case:
     calls: Callable[[], list[Any]]
     targets: tuple[str, ...]
     sites: int
-    frontends: tuple[str, ...] = ("export", "symbolic")
     train: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,26 +84,25 @@ CASES = {
     "mlp": Case(mlp, lambda: batches(STEPS, 4, 5), ("0", "2", "4"), 3),
     "conv": Case(conv_net, lambda: batches(STEPS, 3, 3, 8, 7), ("0", "3", "5", "7"), 4),
     "vit": Case(vit, lambda: batches(STEPS, 3, 3, 16, 16), ("proj", "qkv", "fc1", "fc2", "head"), 10),
-    "bert": Case(bert, sentences, ("query", "value", "dense"), 10, ("export",)),
+    "bert": Case(bert, sentences, ("query", "value", "dense"), 10),
 }
-PAIRS = [(name, frontend) for name, case in CASES.items() for frontend in case.frontends]
 
 
-def adapted(case: Case, model: nn.Module, call: Any, frontend: str) -> lx.Cascade:
+def adapted(case: Case, model: nn.Module, call: Any) -> lx.Cascade:
     modules = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
     meant = tuple(name for name in sorted(modules) if name.split(".")[-1] in case.targets)
     inputs = {"kwargs": call} if isinstance(call, dict) else {"args": (call,)}
-    return lx.adapt(model, **inputs, spec=lx.CascadeSpec(targets=meant, **PLAIN), frontend=frontend)
+    return lx.adapt(model, **inputs, spec=lx.CascadeSpec(targets=meant, **PLAIN))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("name", "frontend"), PAIRS)
-def test_one_stage_is_pefts_lora(name: str, frontend: str, optimizer: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_one_stage_is_pefts_lora(name: str, optimizer: str) -> None:
     case, make = CASES[name], OPTIMIZERS[optimizer]
     calls = case.calls()
     model = case.build().train()
     original = copy.deepcopy(model)
-    cascade = adapted(case, model, calls[0], frontend)
+    cascade = adapted(case, model, calls[0])
     assert len(cascade.sites) == case.sites
     assert cascade.sites[0].scale == SCALE
     theirs = lora_of(cascade, original, case.targets).train()

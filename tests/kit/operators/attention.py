@@ -55,8 +55,7 @@ DROPS = {"dropout": 0.3}
 
 
 def attention(name: str, build: Any, inputs: Any, sites: dict[str, str] | None = None, **more: Any) -> Case:
-    found = PACKED if sites is None else sites
-    return row(name, build, inputs, found, opaque=tuple(each for each in found if "att" in each), **more)
+    return row(name, build, inputs, PACKED if sites is None else sites, **more)
 
 
 def layer_sites(*prefixes: str, cross: bool = False) -> dict[str, str]:
@@ -111,15 +110,13 @@ ATTENTION = [
         exact=False),
     attention("encoder_layer_first", encoder(norm_first=True, activation="gelu"), SEQUENCE, layer_sites("")),
     attention("encoder_layer_masks", encoder(batch_first=True, bias=False),
-        lambda: (SEQUENCE(), {"src_mask": CAUSAL.isinf(), "src_key_padding_mask": padding()}), layer_sites(""),
-        refuses=("symbolic",)),
+        lambda: (SEQUENCE(), {"src_mask": CAUSAL.isinf(), "src_key_padding_mask": padding()}), layer_sites("")),
     attention("encoder", lambda: nn.TransformerEncoder(encoder(batch_first=True)(), 2),
-        lambda: (SEQUENCE(), {"src_key_padding_mask": padding()}), layer_sites("layers.0.", "layers.1."),
-        refuses=("symbolic",)),
+        lambda: (SEQUENCE(), {"src_key_padding_mask": padding()}), layer_sites("layers.0.", "layers.1.")),
     attention("decoder_layer", lambda: nn.TransformerDecoderLayer(6, 2, 10, batch_first=True),
         lambda: (rand((3, 4, 6), (3, 5, 6))(), {"tgt_mask": CAUSAL}), layer_sites("", cross=True)),
     attention("transformer", lambda: nn.Transformer(6, 2, 1, 1, 10, batch_first=True), rand((3, 5, 6), (3, 4, 6)),
-        layer_sites("encoder.layers.0.") | layer_sites("decoder.layers.0.", cross=True), refuses=("symbolic",)),
+        layer_sites("encoder.layers.0.") | layer_sites("decoder.layers.0.", cross=True)),
     Case("attention_fused", Fused, SEQUENCE, linear("qkv.weight", "out.weight")),
 ]
 # fmt: on

@@ -15,7 +15,6 @@ from torch import nn
 from lorasc_fx.plan import Reason
 from tests.kit.compare import Call, seed
 
-NAMED = ("export", "dynamo", "symbolic", "graph-breaks")
 DIALECTS = ("aten", "functional", "module")
 Uses = tuple[tuple[str, str], ...]
 
@@ -30,8 +29,7 @@ class Case:
         inputs: makes a call's positional arguments, or those and keywords as (tuple, dict), from torch's generator.
         sites: kind by weight name: what every front end must adapt.
         refused: reason by weight name: what no front end can adapt.
-        opaque: weights of modules that a symbolic trace calls whole (and there alone); sites for the others.
-        refuses: front ends that cannot take the model, and say so.
+        has_graph: whether torch.export can trace the model.
         unreached: weights that no call of the row uses.
         shapes: of lora_A, where a case tells it.
         modes: in which the model is compared.
@@ -49,8 +47,7 @@ class Case:
     inputs: Callable[[], Any]
     sites: Mapping[str, str]
     refused: Mapping[str, Reason | tuple[Reason, ...]] = field(default_factory=dict)
-    opaque: tuple[str, ...] = ()
-    refuses: tuple[str, ...] = ()
+    has_graph: bool = True
     unreached: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     modes: tuple[bool, ...] = (True, False)
@@ -72,14 +69,8 @@ class Case:
 
     @property
     def taken_by(self) -> str:
-        """The front end that auto shall use: the first that takes the model and sees into all of it."""
-        blind = ("symbolic",) if self.opaque else ()
-        return next(name for name in NAMED if name not in self.refuses + blind)
-
-    @property
-    def invisible(self) -> bool:
-        """Whether a symbolic trace sees none of the sites."""
-        return set(self.opaque) == set(self.sites)
+        """The front end that auto uses."""
+        return "export" if self.has_graph else "graph-breaks"
 
     def model(self) -> nn.Module:
         """Return the model in fp64, without the zeros and ones that biases and gains start with."""
@@ -109,9 +100,6 @@ def row(
     """Return a case. `aten`, `functional` and `module` are the sites in a graph of that dialect, with their kinds."""
     graphs = {key: text for key, text in zip(DIALECTS, (aten, functional, module), strict=True) if text}
     told = {weight: kind_in(text, weight) for text in graphs.values() for weight in sites_in(text)}
-    symbolic = functional or module
-    if symbolic and not more.get("leaves"):
-        more.setdefault("opaque", tuple(weight for weight in sites or told if weight not in sites_in(symbolic)))
     return Case(name, build, inputs, told if sites is None else sites, refused or {}, graphs=graphs, **more)
 
 

@@ -24,15 +24,14 @@ class Bank(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-def bank(name: str, layer: type[nn.Module], inputs: Callable[[], Any], *options: Options, opaque: bool = False) -> Case:
+def bank(name: str, layer: type[nn.Module], inputs: Callable[[], Any], *options: Options) -> Case:
     """Return a case of layers from 4 channels to 6, kernel 3 unless an option says else."""
 
     def build() -> nn.Module:
         given = ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, **option} for option in options)
         return Bank(*(layer(**each) for each in given))
 
-    sites = {f"layers.{index}.weight": "conv" for index in range(len(options))}
-    return Case(name, build, inputs, sites, opaque=tuple(sites) if opaque else ())
+    return Case(name, build, inputs, {f"layers.{index}.weight": "conv" for index in range(len(options))})
 
 
 def modes(**options: Any) -> tuple[Options, ...]:
@@ -79,7 +78,6 @@ CONVS = [
         {},
         {"stride": 3, "output_padding": 2, "padding": 1},
         {"groups": 2, "dilation": 2, "bias": False},
-        opaque=True,
     ),
     bank(
         "conv_transpose2d",
@@ -88,7 +86,6 @@ CONVS = [
         {"stride": 2},
         {"stride": (2, 1), "output_padding": (1, 0)},
         {"groups": 4, "out_channels": 8, "padding": 1},
-        opaque=True,
     ),
-    bank("conv_transpose3d", nn.ConvTranspose3d, VIDEO, {"stride": 2}, {"groups": 2}, opaque=True),
+    bank("conv_transpose3d", nn.ConvTranspose3d, VIDEO, {"stride": 2}, {"groups": 2}),
 ]

@@ -86,7 +86,7 @@ def lengths() -> tuple[Tensor, Tensor]:
 
 
 def recurs(name: str, build: Any, inputs: Any, sites: dict[str, str], **more: Any) -> Case:
-    return row(name, build, inputs, sites, opaque=tuple(site for site in sites if "head" not in site), **more)
+    return row(name, build, inputs, sites, **more)
 
 
 HEAD = linear("head.weight")
@@ -104,12 +104,11 @@ RECURRENT = [
     recurs("rnn_relu", layered(lambda: nn.RNN(6, 5, nonlinearity="relu", bias=False), 5), SEQUENCE, HEAD | recurrent()),
     recurs("lstm_state", Stateful, rand((4, 6), (2, 5), (2, 5)), recurrent(2)),
     recurs("lstm_packed", lambda: Packed(nn.LSTM(6, 5, batch_first=True, bidirectional=True), 10), lengths,
-        HEAD | recurrent(both=True), refuses=("export", "dynamo", "symbolic")),
+        HEAD | recurrent(both=True), has_graph=False),
     recurs("gru_packed", lambda: Packed(nn.GRU(6, 5, 2, dropout=0.2, batch_first=True), 5), lengths,
-        HEAD | recurrent(2), refuses=("export", "dynamo", "symbolic")),
+        HEAD | recurrent(2), has_graph=False),
     recurs("cells", Cells, SEQUENCE,
-        {f'{cell}.weight_{kind}': "recurrent" for cell in ("first", "second", "third") for kind in ("ih", "hh")},
-        refuses=("symbolic",)),
+        {f'{cell}.weight_{kind}': "recurrent" for cell in ("first", "second", "third") for kind in ("ih", "hh")}),
 ]
 # fmt: on
 
@@ -152,7 +151,7 @@ EMBEDDINGS = [
     Case("embedding", embedding(), ids(3, 4), TABLE),
     Case("embedding_padding", embedding(padding_idx=2), ids(3, 4), TABLE),
     Case("embedding_padding_from_end", embedding(padding_idx=-1), ids(3, 4), TABLE),
-    Case("embedding_by_frequency", embedding(scale_grad_by_freq=True), ids(3, 4), TABLE, opaque=("0.weight",)),
+    Case("embedding_by_frequency", embedding(scale_grad_by_freq=True), ids(3, 4), TABLE),
     Case("embedding_max_norm", embedding(max_norm=1.0), ids(3, 4), linear("1.weight"),
         {"0.weight": (Reason.MUTATED, Reason.OPAQUE)}),
     Case("F_embedding", of(lambda x, w: F.embedding(x, w, padding_idx=-2), (9, 5)), ids(3, 4), LOOKUP),
@@ -163,11 +162,10 @@ EMBEDDINGS = [
     Case("positions", Positions, ids(3, 4),
         {"tokens.weight": "embedding", "places.weight": "embedding", "head.weight": "linear"},
         {"added": Reason.NO_FORM}),
-    Case("bag_mean", lambda: Bags("mean"), ids(3, 4), BAG, opaque=("bag.weight",)),
-    Case("bag_max", lambda: Bags("max", padding_idx=1), ids(3, 4), BAG, opaque=("bag.weight",)),
+    Case("bag_mean", lambda: Bags("mean"), ids(3, 4), BAG),
+    Case("bag_max", lambda: Bags("max", padding_idx=1), ids(3, 4), BAG),
     Case("bag_sum_weighted", lambda: Bags("sum", include_last_offset=True),
-        lambda: (torch.randint(0, 9, (6,)), torch.tensor([0, 2, 6]), torch.rand(6, dtype=torch.float64)), BAG,
-        opaque=("bag.weight",)),
+        lambda: (torch.randint(0, 9, (6,)), torch.tensor([0, 2, 6]), torch.rand(6, dtype=torch.float64)), BAG),
     Case("bag_function", of(lambda x, w: F.embedding_bag(x, w, mode="sum"), (9, 5)), ids(3, 4), LOOKUP),
 ]
 # fmt: on
@@ -214,7 +212,7 @@ SHARED = [
     Case("names_of_graph_modules", Named, rand((4, 5)),
         linear(*(f'{name}.weight' for name in ("code", "graph", "model", "branches")))),
     Case("repeated", Repeated, rand((4, 5)),
-        linear("block.0.weight", "block.2.weight", "twice.0.weight", "encode.weight"), opaque=("encode.weight",)),
+        linear("block.0.weight", "block.2.weight", "twice.0.weight", "encode.weight")),
     Case("twice", Twice, rand((4, 5)), linear("0.weight", "3.weight")),
 ]
 # fmt: on

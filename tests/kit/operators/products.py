@@ -94,10 +94,9 @@ PRODUCTS = [
     Case("inner", of(torch.inner, (7, 5)), X3, ONE),
     Case("tensordot", of(lambda x, w: torch.tensordot(x, w, dims=([2], [1])), (7, 5)), X3, ONE),
     Case("tensordot_number", of(lambda x, w: torch.tensordot(x, w, 1), (5, 7)), X3, ONE),
-    Case("bilinear", Bilinear, rand((4, 5), (4, 4)), linear("head.weight") | {"pair.weight": "experts"},
-        opaque=("pair.weight",)),
+    Case("bilinear", Bilinear, rand((4, 5), (4, 4)), linear("head.weight") | {"pair.weight": "experts"}),
     Case("vmap", of(lambda x, w: torch.vmap(lambda row: w @ row)(x), (7, 5)), X, ONE,
-        refuses=("symbolic",) if VMAP_IN_EXPORT else ("export", "symbolic")),
+        has_graph=VMAP_IN_EXPORT),
     Case("einsum", of(lambda x, w: torch.einsum("bi,oi->bo", x, w), (7, 5)), X, ONE),
     Case("einsum_left", of(lambda x, w: torch.einsum("oi,bti->bto", w, x), (7, 5)), X3, ONE),
     Case("einsum_dots", of(lambda x, w: torch.einsum("...i,io->...o", x, w), (5, 7)), X3, ONE),
@@ -140,7 +139,7 @@ EXPERTS = [
     Case("experts_turned", of(lambda x, w: x @ w.transpose(1, 2), (2, 7, 5)), X3, {"w0": "experts"}),
     Case("experts_einsum", of(lambda x, w: torch.einsum("ebi,eoi->ebo", x, w), (3, 7, 5)), rand((3, 4, 5)),
         {"w0": "experts"}, shapes={"w0": (3, 2, 5)}),
-    Case("experts_unbound", of(_unbound, (3, 7, 5)), X, {"w0": "experts"}, refuses=("symbolic",)),
+    Case("experts_unbound", of(_unbound, (3, 7, 5)), X, {"w0": "experts"}),
 ]
 # fmt: on
 
@@ -258,7 +257,7 @@ EXPERTS += [
         rand((8, 16)),
         {"experts": "experts"},
         tolerance=1e-6,
-        refuses=() if traces_fp32() else ("export", "dynamo"),
+        has_graph=traces_fp32(),
     ),
     Case("experts_sorted", lambda: Sorted(transposed=False), rand((9, 5)), _ROUTED),
     Case("experts_sorted_turned", lambda: Sorted(transposed=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),

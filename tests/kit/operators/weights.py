@@ -196,9 +196,8 @@ def whole(
     refused: dict[str, tuple[Reason, ...]] | None = None,
     **more: Any,
 ) -> Case:
-    """Return a row whose first layer computes its weight in a hook or a property: a symbolic trace calls it whole."""
-    opaque = tuple(name for name in sites if not name.startswith("2."))
-    return row(name, build, inputs, sites, refused, opaque=opaque, **more)
+    """Return a row whose first layer computes its weight in a hook or a property."""
+    return row(name, build, inputs, sites, refused, **more)
 
 
 GAIN = (Reason.VECTOR, Reason.NO_FORM, Reason.OPAQUE)
