@@ -3,7 +3,8 @@
 A pass is a frozen dataclass with a kebab-case name. Its fields are its options. It is a callable from a GraphModule to
 a torch.fx `PassResult`, so that the `PassManager` of torch.fx can run it too.
 
-A pass edits a copy of the graph. The graph is verified before and after. If anything raises, the input is unchanged.
+A pass edits a copy of the graph. A graph with a record is verified before, and the result after the pass; a `Pipeline`
+verifies once for all passes of this package. If anything raises, the input is unchanged.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class CascadePass(abc.ABC):
         self.apply(editor)
         if not editor.modified:
             return PassResult(graph_module, False)
+        verify(editor.module, f"after {self.name}")
         return PassResult(editor.finish(), True)
 
     def done(self, graph_module: fx.GraphModule) -> bool:
@@ -80,13 +82,11 @@ class CascadePass(abc.ABC):
             )
 
     def apply(self, editor: GraphEditor) -> None:
-        """Rewrite the graph, update its facts, and verify the result."""
+        """Rewrite the graph and update its facts."""
         editor.name = self.name
         self.rewrite(editor)
         facts = (editor.record.facts - self.removes) | self.provides
         editor.record = replace(editor.record, facts=facts)
-        if editor.modified:  # otherwise the graph was verified before the pass
-            verify(editor.module, f"after {self.name}")
 
 
 def _advice(graph_module: fx.GraphModule) -> str:

@@ -40,9 +40,7 @@ from lorasc_fx.graph import (
     trained_by,
     use_of,
 )
-from lorasc_fx.graph.flow import expert_index
-from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT, form_named
-from lorasc_fx.graph.weights import called_module
+from lorasc_fx.graph.matching import branch_call
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.state import start_weight
 
@@ -97,19 +95,9 @@ class InsertBranches(CascadePass):
             use = use_of(base)
             if use is None or base in done or not base.users:  # a node without users is dead code
                 continue
-            site = plan.by_weight[use.weight]
-            # Placement `weight`: the node is the weight, or one expert of it.
-            if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-                expert = {} if use.form == ON_WEIGHT else {"expert": expert_index(base)}
-                graph.insert_after(base, site.key, (base,), {"at": "on_weight", **expert})
-                continue
-            # Placements `merged` and `beside`: the node is the op.
-            form = form_named(use.form)
-            reading = form.reads(base, called_module(base))
-            if use.merged:
-                graph.replace_op(base, site.key, reading, form.product)
-            else:
-                graph.insert_after(base, site.key, (base, reading.x), {"at": "beside", **reading.options})
+            args, options = branch_call(use, base)
+            insert = graph.replace_op if use.merged else graph.insert_after
+            insert(base, plan.by_weight[use.weight].key, args, options)
         if not graph.record.owner:
             new_weights = [branch.weight_name for key, branch in branches.items() if key not in existing]
             _start_values(graph, plan, new_weights)

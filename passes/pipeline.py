@@ -56,7 +56,8 @@ class Pipeline:
             PassOrderError: a pass requires a fact that an earlier one removes, or that only a later one provides. The
                 message lists every such pair.
             PassError: a fact that a pass requires is missing, or a foreign pass did not return a graph module.
-            VerifyError: the graph does not agree with its plan, before or after a pass.
+            VerifyError: the graph does not agree with its plan, before the first pass, after one that this package does
+                not define, or after the last pass.
         """
         _check_order(self.passes, record_of(graph_module).facts)
         # Check the contract of the first pass before the graph: a missing fact is the clearer error.
@@ -72,10 +73,17 @@ class Pipeline:
                 elif not pass_.done(editor.module):
                     pass_.check(editor.module)
                     pass_.apply(editor)
+                    if editor.modified and (number == len(self.passes) or not _is_own(pass_)):
+                        verify(editor.module, f"after {name_of(pass_)}")
             except Exception as fault:
                 fault.add_note(f"in the pass {name_of(pass_)}, number {number} of {len(self.passes)} of a Pipeline")
                 raise
         return PassResult(editor.finish(), True) if editor.modified else PassResult(graph_module, False)
+
+
+def _is_own(pass_: AnyPass) -> bool:
+    """Whether this package defines a pass, so that its result need not be verified before the next one."""
+    return type(pass_).__module__.startswith(f"{__package__}.")
 
 
 def name_of(pass_: AnyPass) -> str:

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lorasc_fx.branch import Branch, shared_down
-from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, StoredCall, form_of, registered_named
+from lorasc_fx.graph.forms import FunctionForm, ModuleForm, StoredCall, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
 from lorasc_fx.graph.weights import BRANCHES, called_module, module_at
 
@@ -93,12 +93,12 @@ class ReplacedCall(StoredCall):
     """A stored call with the current arguments of the branch node.
 
     Args:
+        module: the module that the op called, or None.
         form: form of the op, or None if the branch node was damaged.
-        reading: its arguments by role.
     """
 
+    module: nn.Module | None = None
     form: FunctionForm | ModuleForm | None = None
-    reading: Reading | None = None
 
 
 def call_template(node: fx.Node) -> CallTemplate | None:
@@ -118,13 +118,10 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
         (template.args, template.kwargs),
         lambda argument: current.get(argument.index) if isinstance(argument, Input) else argument,
     )
-    op = ReplacedCall(template.name, template.op, template.target, args, kwargs)
     owner = node.graph.owning_module
     module = module_at(owner, template.target) if owner is not None and template.op == "call_module" else None
-    form = form_of(op, module)
-    if form is None or len(node.args) != template.inputs:
-        return op
-    return replace(op, form=form, reading=form.reads(op, module))
+    op = ReplacedCall(template.name, template.op, template.target, args, kwargs, module)
+    return replace(op, form=form_of(op, module)) if len(node.args) == template.inputs else op
 
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:

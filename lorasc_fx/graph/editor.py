@@ -33,7 +33,6 @@ from lorasc_fx.graph.branch_calls import (
     use_of,
 )
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
-from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, Memory, branches_in, named_weights, owner_of
 from lorasc_fx.parameters import shallow
@@ -133,22 +132,19 @@ class GraphEditor:
         self.modified = True
         return node
 
-    def replace_op(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
-        """Replace `base` by `branches.KEY(x, weight, bias, at="in_place", op=product)`.
+    def replace_op(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
+        """Replace an op by `branches.KEY(x, weight, bias, at="in_place", op=...)`. A name reads the attribute.
 
         The call of `base` is stored in the metadata of the new node, from which a fold restores it.
         """
-        graph = self.module.graph
-        inputs: list[Any] = [reading.x]
-        for name, tensor in (("weight", reading.weight), ("bias", reading.bias)):
-            if isinstance(tensor, str):  # an attribute of the module that `base` calls
+        graph, inputs = self.module.graph, [*args]
+        for index, name in enumerate(args):
+            if isinstance(name, str):  # an attribute of the module that `base` calls
                 with graph.inserting_before(base):
-                    inputs.append(self._create("get_attr", tensor, (), f"{base.name}_{name}"))
-            elif tensor is not None:
-                inputs.append(tensor)
+                    inputs[index] = self._create("get_attr", name, (), f"{base.name}_{name.rpartition('.')[2]}")
         # The new node keeps the mark of `base`, because it is the use of the site now.
         replaced = CallTemplate.of(base, inputs)
-        node = self.insert_after(base, key, tuple(inputs), {"at": "in_place", **reading.options, "op": product})
+        node = self.insert_after(base, key, tuple(inputs), options)
         node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
         graph.erase_node(base)
         self._names.discard(base.name)

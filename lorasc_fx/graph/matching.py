@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError, SpecError
-from lorasc_fx.graph.branch_calls import call_template, mergeable, replaced_call
+from lorasc_fx.graph.branch_calls import ReplacedCall, call_template, mergeable, replaced_call
 from lorasc_fx.graph.flow import (
     Consumer,
     Slice,
     constants,
+    expert_index,
     indexed_experts,
     kind_of,
     mutates,
@@ -35,6 +37,7 @@ from lorasc_fx.graph.forms import (
     ON_WEIGHT,
     FunctionForm,
     ModuleForm,
+    form_named,
     form_of,
     registered_form,
     registered_named,
@@ -426,6 +429,23 @@ def _marks(graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses
             )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))
+
+
+def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments and options of the branch node at a use.
+
+    Args:
+        use: the mark of the node.
+        base: the marked node. If the branch has replaced the op, the op.
+    """
+    if isinstance(base, fx.Node) and use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
+        return (base,), {"at": "on_weight", **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
+    form = form_named(use.form)
+    reading = form.reads(base, called_module(base) if isinstance(base, fx.Node) else base.module)
+    if not use.merged:
+        return (base, reading.x), {"at": "beside", **reading.options}
+    tensors = (reading.weight,) if reading.bias is None else (reading.weight, reading.bias)
+    return (reading.x, *tensors), {"at": "in_place", **reading.options, "op": form.product}
 
 
 _UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"

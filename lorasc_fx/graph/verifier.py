@@ -1,7 +1,8 @@
-"""Check a graph against its plan, with a table of rules that runs before and after each pass.
+"""Check a graph against its plan, with a table of rules.
 
-The rules share no code with the passes and the editor. A rule yields one sentence per fault, with the name of the node
-or weight. `verify` raises one error that lists every fault.
+The rules derive uses and branch calls again with the functions of the passes (`read`, `branch_call`), and compare. A
+rule yields one sentence per fault, with the name of the node or weight. `verify` raises one error that lists every
+fault.
 
 The rules also detect edits by foreign passes that a fold could not undo. A fold erases the branch nodes and recomputes
 the weights. It is correct only if:
@@ -14,9 +15,9 @@ the weights. It is correct only if:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lorasc_fx.branch import Branch, ops_of, shared_down
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import (
     INPUT_OPTIONS,
+    ReplacedCall,
     branch_nodes,
     call_template,
     made_by,
@@ -34,19 +36,10 @@ from lorasc_fx.graph.branch_calls import (
     use_of,
 )
 from lorasc_fx.graph.flow import constants, expert_index, indexed_experts, uses_of, written_between
-from lorasc_fx.graph.forms import (
-    ON_INDEXED_EXPERT,
-    ON_WEIGHT,
-    FunctionForm,
-    ModuleForm,
-    form_named,
-    form_of,
-    is_form,
-    stored_layout,
-    without_transposes,
-)
+from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT, form_of, is_form
+from lorasc_fx.graph.matching import BesideUse, WeightUses, branch_call, read
 from lorasc_fx.graph.record import Record, record_of
-from lorasc_fx.graph.weights import BRANCHES, called_module, module_at, named_weights, owner_of
+from lorasc_fx.graph.weights import BRANCHES, Weights, called_module, module_at, named_weights, owner_of
 from lorasc_fx.quantized import same_quantized
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import WeightState, start_weight
@@ -60,22 +53,35 @@ class Subject:
         module: the graph module.
         record: its record.
         branches: the branch of each branch node.
-        canonical: the first name of a parameter, by each of its names.
+        weights: the parameters of the model.
     """
 
     module: fx.GraphModule
     record: Record
     branches: dict[fx.Node, Branch]
-    canonical: dict[str, str]
+    weights: Weights
+
+    @cached_property
+    def uses(self) -> dict[str, WeightUses]:
+        """The uses of each weight, as `MatchSites` reads them."""
+        return read(self.module, self.record, self.weights)
+
+    @cached_property
+    def use_at(self) -> dict[fx.Node, tuple[str, BesideUse | None]]:
+        """The weight that each node reads, and its use if it has a form."""
+        found: dict[fx.Node, tuple[str, BesideUse | None]] = {}
+        for weight, uses in self.uses.items():
+            found |= dict.fromkeys(
+                (*uses.sources, *(node for s in uses.sources for node in indexed_experts(s))), (weight, None)
+            )
+            found |= dict.fromkeys((node for node, _ in uses.contracted), (weight, None))
+            found |= {use.node: (weight, use) for use in uses.beside}
+        return found
 
     @property
     def inserted(self) -> bool:
         """Whether branches were inserted, with parameters or with tensors that are graph inputs."""
         return not self.record.facts.isdisjoint(("branches-inserted", "adapter-inputs"))
-
-    def options(self, node: fx.Node) -> dict[str, Any]:
-        """Return the keyword arguments of a branch node, without the ones that read graph inputs."""
-        return {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
 
     def has_inputs(self, weight: str) -> bool:
         """Whether the tensors of a weight's branch are graph inputs, so that the branch module holds no values."""
@@ -87,15 +93,11 @@ Check = Callable[[Subject], Iterator[str]]
 
 
 def _graph_is_well_formed(subject: Subject) -> Iterator[str]:
-    """The graph passes `fx.Graph.lint`."""
+    """The graph passes `fx.Graph.lint`, and each `call_module` node names a submodule that exists."""
     try:
         subject.module.graph.lint()
     except (RuntimeError, ValueError) as fault:
         yield f"the graph is malformed: {fault}"
-
-
-def _targets_exist(subject: Subject) -> Iterator[str]:
-    """Each `call_module` node names a submodule that exists."""
     for node in subject.module.graph.nodes:
         if node.op == "call_module" and called_module(node) is None:
             yield f"node {node.name} calls {node.target}, which the module does not have"
@@ -105,7 +107,7 @@ def _plan_fits_weights(subject: Subject) -> Iterator[str]:
     """Each planned site exists once in the model, with the planned shape and tied names."""
     if subject.record.plan.stage < 1:
         yield f"the plan is in stage {subject.record.plan.stage}, but stages are counted from 1"
-    weights, seen = named_weights(owner_of(subject.module, subject.record)), set()
+    weights, seen = subject.weights, set()
     for site in subject.record.plan.sites:
         if site.weight in seen:
             yield f"{site.weight} is in the plan twice"
@@ -124,36 +126,33 @@ def _plan_fits_weights(subject: Subject) -> Iterator[str]:
 
 def _uses_fit_plan(subject: Subject) -> Iterator[str]:
     """Each node that is marked as a use has the form, weight, kind and layout that its mark and the plan say."""
-    plan = subject.record.plan
     for node in subject.module.graph.nodes:
         use = use_of(node)
         if use is None:
             continue
-        site = plan.site(use.weight)
+        site, op = subject.record.plan.site(use.weight), replaced_call(node)
+        weight, found = subject.use_at.get(node, ("", None))
+        on_weight = ON_WEIGHT if node.op == "get_attr" else ON_INDEXED_EXPERT if expert_index(node) is not None else ""
+        name = found.form.name if found is not None else on_weight or "an op without a form"
         if site is None:
             yield f"node {node.name} is marked as a use of {use.weight}, which is not in the plan"
-            continue
-        op = replaced_call(node)
-        form = op.form if op is not None else form_of(node, called_module(node))
-        if form is not None:
-            name = form.name
-        elif expert_index(node) is not None:
-            name = ON_INDEXED_EXPERT
-        else:
-            name = ON_WEIGHT if node.op == "get_attr" else "an op without a form"
-        if op is not None and not use.merged:
+        elif op is not None and not use.merged:
             yield f"node {node.name} is a merged branch that replaced {op.name}, but is not marked as merged"
         elif use.merged and site.placement != "merged":
             yield f"node {node.name} is marked as merged, but the plan has placement {site.placement} for {use.weight}"
+        elif weight != use.weight:
+            yield f"node {node.name} is marked as a use of {use.weight}, but reads {weight or 'no weight of the model'}"
+        elif found is None and form_of(node, called_module(node)) is not None:
+            yield (
+                f"node {node.name} is marked as a use of {use.weight}, but reads no weight of the model directly; run "
+                "fold-branches before a pass that inserts nodes between them, such as observers"
+            )
         elif name != use.form:
             yield f"node {node.name} is marked as {use.form}, but is {name}"
-        elif (weight := _weight_of(subject, node)) != use.weight:
-            actual = weight or "no weight of the model"
-            yield f"node {node.name} is marked as a use of {use.weight}, but reads {actual}"
-        elif form is not None and not _compatible(form.kind, site.kind):
-            yield f"node {node.name} is of kind {form.kind}, but {use.weight} is planned as {site.kind}"
-        elif form is not None and _layout_of(node, form) != site.layout:
-            yield f"node {node.name} reads {use.weight} as {_layout_of(node, form)}, but the plan says {site.layout}"
+        elif found is not None and not _compatible(found.form.kind, site.kind):
+            yield f"node {node.name} is of kind {found.form.kind}, but {use.weight} is planned as {site.kind}"
+        elif found is not None and found.layout != site.layout:
+            yield f"node {node.name} reads {use.weight} as {found.layout}, but the plan says {site.layout}"
 
 
 def _compatible(used: str, planned: str) -> bool:
@@ -163,56 +162,19 @@ def _compatible(used: str, planned: str) -> bool:
 
 def _readers_of_sites_are_marked(subject: Subject) -> Iterator[str]:
     """Each node that computes with a site's weight is marked as a use, so that it gets the branch."""
-    plan = subject.record.plan
-    if not subject.inserted:
-        return
-    planned, constant = plan.by_weight, constants(subject.module.graph)
-    for node in subject.module.graph.nodes:
-        name = str(node.target).removeprefix(subject.record.prefix)
-        if node.op == "get_attr" and subject.canonical.get(name) in planned:
-            experts = indexed_experts(node)
-            if use_of(node) is not None:
-                readers = []
-            elif any(use_of(expert) is not None for expert in experts):
-                readers = experts
-            else:
-                readers = [use.node for use in uses_of(node, constant)]
-            weight = subject.canonical[name]
-        elif node.op == "call_module" and node not in subject.branches:
-            module = called_module(node)
-            names = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(remove_duplicate=False)] if module else []
-            sites = [subject.canonical[name] for name in names if subject.canonical.get(name) in planned]
-            readers, weight = [node] if sites else [], sites[0] if sites else ""
-        else:
-            continue
+    constant = constants(subject.module.graph) if subject.inserted else set()
+    for weight in subject.record.plan.by_weight if subject.inserted else ():
+        uses = subject.uses.get(weight, WeightUses())
+        readers = [node for node in (*uses.called, *uses.opaque, *uses.written) if node.op == "call_module"]
+        for source in uses.sources:
+            experts = indexed_experts(source)
+            if any(use_of(expert) is not None for expert in experts):
+                readers += experts
+            elif use_of(source) is None:
+                readers += [use.node for use in uses_of(source, constant)]
         for reader in readers:  # _branches_are_at_uses checks what a branch reads
             if use_of(reader) is None and reader not in subject.branches:
                 yield f"node {reader.name} reads {weight}, a site, but no pass has marked it as a use"
-
-
-def _weight_of(subject: Subject, node: fx.Node) -> str | None:
-    """Return the first name of the weight that a use reads, or None if it reads none."""
-    op = replaced_call(node)
-    if op is None and node.op == "call_module":
-        return subject.canonical.get(f"{str(node.target).removeprefix(subject.record.prefix)}.weight")
-    form = form_of(node, None)
-    source: Any = node
-    if isinstance(form, FunctionForm):
-        source, _ = without_transposes(form.argument(node, form.weight), form.dims)
-    if form is None and expert_index(node) is not None:
-        source = node.args[0]
-    if op is not None:
-        source = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
-        return None
-    return subject.canonical.get(str(source.target).removeprefix(subject.record.prefix))
-
-
-def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
-    """Return the layout in which a use reads its weight, including transposes between the weight and the op."""
-    if replaced_call(node) is not None or isinstance(form, ModuleForm):
-        return form.layout
-    return stored_layout(form.layout, without_transposes(form.argument(node, form.weight), form.dims)[1])
 
 
 def _slow_states_fit_plan(subject: Subject) -> Iterator[str]:
@@ -233,87 +195,51 @@ def _slow_states_fit_plan(subject: Subject) -> Iterator[str]:
 
 
 def _branches_are_at_uses(subject: Subject) -> Iterator[str]:
-    """Each branch node is at a use of its site, reads the input of the op, and is the only user of its output."""
-    plan = subject.record.plan
+    """Each branch node has the arguments that InsertBranches would write now, and is the only user of its op."""
     for node, branch in subject.branches.items():
+        op = replaced_call(node)
+        base: Any = node if op is not None else next(iter(node.args), None)
+        use = use_of(base) if isinstance(base, fx.Node) else None
+        site = subject.record.plan.site(use.weight) if use is not None else None
         if not subject.inserted:
             yield f"node {node.name} calls a branch, but no pass has inserted any"
-            continue
-        if call_template(node) is not None:
-            yield from _merged_branch_fits(subject, node, branch)
-            continue
-        # The first argument is the output of the op, or the weight.
-        base = node.args[0] if node.args else None
-        use = use_of(base) if isinstance(base, fx.Node) else None
-        if use is None or not isinstance(base, fx.Node):
+        elif op is not None and (op.form is None or site is None):
+            yield f"the op that branch node {node.name} replaced is not marked as a use of a site"
+        elif use is None:
             yield f"the first argument of branch node {node.name} is not marked as a use of a site"
-            continue
-        site = plan.site(use.weight)
-        if site is None or node.target != f"{BRANCHES}.{site.key}":
+        elif site is None or node.target != f"{BRANCHES}.{site.key}":
             yield f"branch node {node.name} is at a use of {use.weight}, but calls {node.target}"
-            continue
-        if branch.weight_name != use.weight:
+        elif branch.weight_name != use.weight:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} at a use of {use.weight}"
-        if not is_form(use.form):
-            continue  # _uses_fit_plan reports it
-        # Compare the inputs and options with what InsertBranches would write for this op now.
-        reading = _reading(use.form, base)
-        if reading is None:
-            yield f"node {base.name} does not have the arguments of {use.form}"
-            continue
-        inputs, options = reading
-        shared = shared_input(node)
-        if shared is not None:
-            options |= {"at": "after_shared"}
-            if shared.factor != site.key:
-                yield f"branch node {node.name} reads the shared product of {shared.factor} instead of {site.key}"
-        if ((shared.x,) if shared is not None else node.args[1:]) != inputs:
-            yield f"branch node {node.name} does not read the input of {base.name}"
-        if subject.options(node) != options:
-            yield f"branch node {node.name} has options {subject.options(node)}, but {base.name} needs {options}"
-        bypassing = [user.name for user in base.users if user is not node]
+        elif is_form(use.form):  # _uses_fit_plan reports another one
+            yield from _call_fits(subject, node, op or base, *branch_call(use, op or base))
+        bypassing = (
+            [user.name for user in base.users if user is not node] if base is not node and use is not None else []
+        )
         if bypassing:
             yield f"node {base.name} has a branch, but is also read without it, by {', '.join(bypassing)}"
         if not node.users:
             yield f"branch node {node.name} has no users"
 
 
-def _merged_branch_fits(subject: Subject, node: fx.Node, branch: Branch) -> Iterator[str]:
-    """A merged branch has the inputs and options of the op that it replaced and that a fold would restore."""
-    plan, use, op = subject.record.plan, use_of(node), replaced_call(node)
-    site = plan.site(use.weight) if use is not None else None
-    if op is None or op.form is None or op.reading is None or use is None or site is None:
-        yield f"the op that branch node {node.name} replaced is not marked as a use of a site"
-        return
-    if node.target != f"{BRANCHES}.{site.key}" or branch.weight_name != use.weight:
-        yield f"branch node {node.name} reads {use.weight}, but calls {node.target}"
-    reading = op.reading
-    expected = [argument for argument in (reading.x, reading.weight, reading.bias) if argument is not None]
-    # For a replaced module call, weight and bias are expected as names of attributes.
-    actual = [
-        argument.target if isinstance(argument, fx.Node) and isinstance(wanted, str) else argument
-        for argument, wanted in zip_longest(node.args, expected)
-    ]
-    if actual != expected:
-        yield f"branch node {node.name} does not have the arguments of {op.name}, the op that it replaced"
-    if subject.options(node) != {"at": "in_place", **reading.options, "op": op.form.product}:
-        yield (
-            f"branch node {node.name} has options {subject.options(node)}, but {op.name} needs {dict(reading.options)}"
-        )
-    if not node.users:
-        yield f"branch node {node.name} has no users"
-
-
-def _reading(form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the inputs and options that a branch at this use must have, or None if the op has no input."""
-    if form == ON_WEIGHT:
-        return (), {"at": "on_weight"}
-    if form == ON_INDEXED_EXPERT:
-        return (), {"at": "on_weight", "expert": expert_index(base)}
-    if base.op == "call_module" and not (base.args or "input" in base.kwargs):
-        return None
-    reading = form_named(form).reads(base, called_module(base))
-    return (reading.x,), {"at": "beside", **reading.options}
+def _call_fits(
+    subject: Subject, node: fx.Node, op: fx.Node | ReplacedCall, args: tuple[Any, ...], options: Mapping[str, Any]
+) -> Iterator[str]:
+    """The arguments and options of a branch node are these, apart from a shared product and tensors from inputs."""
+    shared = shared_input(node)
+    actual: tuple[Any, ...] = node.args
+    if shared is not None:
+        options, actual = {**options, "at": "after_shared"}, (actual[0], shared.x, *actual[2:])
+        if f"{BRANCHES}.{shared.factor}" != node.target:
+            key = str(node.target).removeprefix(f"{BRANCHES}.")
+            yield f"branch node {node.name} reads the shared product of {shared.factor} instead of {key}"
+    # A call of a module reads weight and bias by name.
+    named = [str(one.target) if isinstance(wanted, str) else one for one, wanted in zip(actual, args, strict=False)]
+    if (*named, *actual[len(named) :]) != args:
+        yield f"branch node {node.name} does not read the input of {op.name}"
+    given = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
+    if given != options:
+        yield f"branch node {node.name} has options {given}, but {op.name} needs {dict(options)}"
 
 
 def _every_use_has_a_branch(subject: Subject) -> Iterator[str]:
@@ -366,24 +292,19 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
 def _metadata_matches_op(subject: Subject) -> Iterator[str]:
     """A branch node has the stamp of a pass, and the shape and dtype of its op in its metadata."""
     for node in subject.branches:
-        base = node.args[0] if node.args else None
-        if not isinstance(base, fx.Node):
-            continue
-        if call_template(node) is not None:
-            base = node
         if not made_by(node):
             yield f"branch node {node.name} was not created by a pass of lorasc_fx"
-        value, base_value = node.meta.get("val"), base.meta.get("val")
-        use, plan = use_of(base), subject.record.plan
-        site = plan.site(use.weight) if use is not None else None
+        base, value, use = next(iter(node.args), None), node.meta.get("val"), use_of(node)
+        site = subject.record.plan.site(use.weight) if use is not None else None
+        if call_template(node) is None:
+            if isinstance(base, fx.Node) and _shape(value) != _shape(base.meta.get("val")):
+                expected = _shape(base.meta.get("val"))
+                yield f"branch node {node.name} has metadata {_shape(value)}, but {base.name} has {expected}"
         # A merged branch has no op left to compare with, so its channels are compared with the weight.
-        if site is not None and base is node and isinstance(value, torch.Tensor):
-            axis = value.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
-            if not 0 <= axis < value.dim() or value.shape[axis] != site.matrix_shape[0]:
-                outputs = f"{site.weight} has {site.matrix_shape[0]} outputs"
-                yield f"branch node {node.name} has metadata {_shape(value)}, but {outputs}"
-        if value is not base_value and _shape(value) != _shape(base_value):
-            yield f"branch node {node.name} has metadata {_shape(value)}, but {base.name} has {_shape(base_value)}"
+        elif site is not None and isinstance(value, torch.Tensor):
+            outputs, axis = site.matrix_shape[0], len(site.shape) - 1 if site.kind == "conv" else 1
+            if value.dim() < axis or value.shape[-axis] != outputs:
+                yield f"branch node {node.name} has metadata {_shape(value)}, but {site.weight} has {outputs} outputs"
 
 
 def _helper_nodes_are_read(subject: Subject) -> Iterator[str]:
@@ -472,9 +393,8 @@ def _weights_are_unchanged(subject: Subject) -> Iterator[str]:
     plan = subject.record.plan
     if not subject.inserted or subject.record.owner:
         return
-    parameters = named_weights(owner_of(subject.module, subject.record)).parameters
     for weight, state in subject.record.slow.states.items():
-        parameter = parameters.get(weight)
+        parameter = subject.weights.parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
         fits = fits and not state.faults()  # _slow_states_fit_plan reports these
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
@@ -500,7 +420,6 @@ def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, st
 
 RULES: tuple[Check, ...] = (
     _graph_is_well_formed,
-    _targets_exist,
     _plan_fits_weights,
     _uses_fit_plan,
     _readers_of_sites_are_marked,
@@ -522,8 +441,7 @@ RULES: tuple[Check, ...] = (
 def faults(graph_module: fx.GraphModule) -> list[str]:
     """Return one sentence per fault of a graph. An empty list means that the graph agrees with its plan."""
     record = record_of(graph_module)
-    canonical = named_weights(owner_of(graph_module, record)).canonical
-    subject = Subject(graph_module, record, branch_nodes(graph_module), canonical)
+    subject = Subject(graph_module, record, branch_nodes(graph_module), named_weights(owner_of(graph_module, record)))
     return [fault for rule in RULES for fault in rule(subject)]
 
 
