@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from functools import wraps
@@ -19,6 +19,7 @@ from typing import Any, Self
 from torch import nn
 
 from lorasc_fx.cascade.usage import callers
+from lorasc_fx.cascade.views import fast_parameters
 from lorasc_fx.checkpoint.saved_cascade import SavedCascade
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of
@@ -67,6 +68,25 @@ _REFUSED = {
 """Error messages for refused callers, with the keys of `_CALLERS`."""
 
 
+SENDS_WEIGHTS = (
+    "trl.generation.vllm_generation",
+    "trl.generation.vllm_client",
+    "trl.experimental.online_dpo.online_dpo_trainer",
+)
+"""Modules that call `named_parameters` of a model to send its weights to vLLM, which samples from them."""
+
+_NEEDS_WEIGHTS = {
+    "save_pretrained": "it would write the weights without what the stage has trained. Use lorasc_fx.save for a "
+    'checkpoint, `with cascade.weights("slow"): cascade.model.save_pretrained(...)` for the folded model, or '
+    "lorasc_fx.export.peft for an adapter",
+    "init_continuous_batching": "its thread would sample without the branches. Use cascade.generate_batch, or keep the "
+    'manager inside `with cascade.weights("fast"):`',
+}
+_NEEDS_WEIGHTS["push_to_hub"] = _NEEDS_WEIGHTS["save_pretrained"]
+_NEEDS_WEIGHTS["continuous_batching_context_manager"] = _NEEDS_WEIGHTS["init_continuous_batching"]
+"""Methods of the model that are available only inside `weights(...)`, with the reason and the remedy."""
+
+
 def _with_fast_weights(name: str) -> Any:
     """Return a property for a method of the user's model that computes with the fast weights.
 
@@ -105,14 +125,10 @@ class Cascade(SavedCascade):
     """
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model, except methods that save the model or add layers of peft to it."""
+        """Return an attribute of the user's model, except methods that need other weights or add layers of peft."""
         value = super().__getattr__(name)
-        if name in ("save_pretrained", "push_to_hub") and not (self._run.placed is not None or self._run.released):
-            raise AttributeError(
-                f"{name} would write the weights of the {type(self.model).__name__} without what the stage has "
-                'trained. Use lorasc_fx.save for a checkpoint, `with cascade.weights("slow"): '
-                f"cascade.model.{name}(...)` for the folded model, or lorasc_fx.export.peft for an adapter"
-            )
+        if name in _NEEDS_WEIGHTS and self._run.placed is None and not self._run.released:
+            raise AttributeError(f"{name} is not available outside `weights(...)`: {_NEEDS_WEIGHTS[name]}")
         if name == "push_to_hub":
             return uploading(value)
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
@@ -152,11 +168,20 @@ class Cascade(SavedCascade):
     # ---- Methods of models of transformers and sentence-transformers that compute
 
     generate = _with_fast_weights("generate")
+    generate_batch = _with_fast_weights("generate_batch")
     encode = _with_fast_weights("encode")
     encode_query = _with_fast_weights("encode_query")
     encode_document = _with_fast_weights("encode_document")
     predict = _with_fast_weights("predict")
     rank = _with_fast_weights("rank")
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """Return an iterator over the parameters. Trainers that send them to vLLM get `fast_parameters`."""
+        if sys._getframe(1).f_globals.get("__name__") in SENDS_WEIGHTS:
+            return fast_parameters(self._run, "named_parameters")
+        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     @property
     def _no_split_modules(self) -> Any:

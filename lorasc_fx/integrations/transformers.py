@@ -10,14 +10,16 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import torch
 
 from lorasc_fx.cascade import transition
+from lorasc_fx.cascade.views import fast_parameters
 from lorasc_fx.errors import SpecError, StateError
-from lorasc_fx.facade import Cascade
+from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.schedules import Plateau
@@ -117,8 +119,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the Trainer's arguments, and wrap its methods."""
         self._check_model(kwargs["model"])
-        self._check_arguments(args)
         self._trainer, arguments = _calling_trainer()
+        self._check_arguments(args)
         trainer = self._trainer
         if trainer.is_fsdp_enabled:
             raise _sharded("accelerate launch --use_fsdp")
@@ -304,6 +306,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         result: Any = None
         for view, loss_only in views.items():
             sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
+            self._send_weights()
             with self._placing(view):
                 output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
             if result is None:
@@ -315,7 +318,13 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             prefix = f"{metric_key_prefix}_"
             metrics = {f"{prefix}{view}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
             result.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
+        self._send_weights()
         return result
+
+    def _send_weights(self) -> None:
+        """Make a trainer of TRL send the weights to vLLM before the next sample. By itself it does so once per step."""
+        if hasattr(self._trainer, "_last_loaded_step"):
+            self._trainer._last_loaded_step = -1
 
     def _log(self, original: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log, and add the stage to training logs."""
@@ -385,6 +394,19 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                     "model, but not the captured graphs. Remove it from the training arguments",
                     code="trainer-not-supported",
                 )
+        if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
+            self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        """Raise an error if vLLM would not get the fast weights of `Cascade.named_parameters`, or cannot use them."""
+        kinds = [getattr(sys.modules[kind.__module__], "VLLMGeneration", kind) for kind in type(self._trainer).__mro__]
+        if not any(kind.__module__ in SENDS_WEIGHTS for kind in kinds):
+            raise SpecError(
+                f"CascadeCallback: {type(self._trainer).__name__} would send weights without the branches to vLLM, and "
+                "sample from them. Set use_vllm=False, or use TRL's GRPOTrainer",
+                code="trainer-not-supported",
+            )
+        fast_parameters(self.cascade._run, "CascadeCallback")
 
 
 @contextlib.contextmanager
