@@ -135,11 +135,18 @@ class UsageWatch(Fresh):
         Copies and pickles are reported each time, because a training loop may keep its best model that way.
 
         Raises:
-            StateError: the model is called and its weights are sharded.
+            StateError: the model is called and its weights are sharded, or by a Trainer that trains it.
         """
         run = self._run()
         if run is None:
             return
+        if how == "called" and torch.is_grad_enabled() and _in_training_step() and not _from_package():
+            raise StateError(
+                f"a Trainer trains the {type(run.model).__name__} that was given to adapt, whose weights are frozen. "
+                "Give it the cascade: Trainer(model=cascade, "
+                "callbacks=[lorasc_fx.integrations.transformers.CascadeCallback(cascade)], ...)",
+                code="trainer-not-supported",
+            )
         if how != "called" and run.placed not in (None, "base"):
             run.note_kept()
         code = "model-called-inside-stage" if how == "called" else "model-saved-inside-stage"
@@ -250,6 +257,14 @@ def _from_package() -> bool:
     """Whether the caller of the model, at any depth, is this package itself."""
     files = (frame.f_code.co_filename for frame in callers())
     return any(file.startswith(_PACKAGE) and file != __file__ for file in files)
+
+
+def _in_training_step() -> bool:
+    """Whether a Trainer of transformers is the caller, at any depth."""
+    trainer = sys.modules.get("transformers.trainer")
+    return trainer is not None and any(
+        frame.f_code.co_name == "training_step" and frame.f_globals is vars(trainer) for frame in callers()
+    )
 
 
 def _detach(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:

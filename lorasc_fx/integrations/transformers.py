@@ -121,7 +121,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._check_model(kwargs["model"])
         self._trainer, arguments = _calling_trainer()
         self._check_arguments(args)
-        trainer = self._trainer
+        if (trainer := self._trainer) is None:
+            raise StateError(
+                "CascadeCallback: on_init_end was not called by a transformers.Trainer. Pass the callback to one: "
+                "Trainer(..., callbacks=[callback])",
+                code="trainer-not-supported",
+            )
         if trainer.is_fsdp_enabled:
             raise _sharded("accelerate launch --use_fsdp")
         if args.label_names is None:
@@ -521,7 +526,7 @@ def _sharded(fault: str) -> SpecError:
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:
-    """Return the Trainer that has called the callback, and the local variables of its constructors.
+    """Return the Trainer that has called the callback, or None, and the local variables of its constructors.
 
     A callback does not get the Trainer as an argument, so it is found on the call stack. The variables include the
     arguments of `__init__`, also of subclasses.
@@ -533,10 +538,4 @@ def _calling_trainer() -> tuple[Any, dict[str, Any]]:
             trainer = caller
             arguments |= frame.f_locals if frame.f_code.co_name == "__init__" else {}
         frame = frame.f_back
-    if trainer is not None:
-        return trainer, arguments
-    raise StateError(
-        "CascadeCallback: on_init_end was not called by a transformers.Trainer. Pass the callback to one: "
-        "Trainer(..., callbacks=[callback])",
-        code="trainer-not-supported",
-    )
+    return trainer, arguments

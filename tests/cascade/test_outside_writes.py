@@ -271,6 +271,18 @@ def test_a_head_that_was_replaced_by_one_of_another_size_is_refused() -> None:
             call()
 
 
+def test_an_adapted_head_that_was_replaced_by_one_of_another_size() -> None:
+    """The next call that needs a graph names the weight and the remedy. With the old head the run goes on."""
+    cascade = adapted(targets=("0.weight", "4.weight"))
+    head, x = cascade.model[4], batches(1, 3, 2, 5)[0]
+    cascade.model[4] = nn.Linear(6, 3).double()
+    with raises(lx.StateError, "weights-changed-outside", "4.weight", "(2, 6)", "(3, 6)", "adapt"):
+        cascade(x)
+    cascade.model[4] = head
+    assert cascade(x).shape == (3, 2, 2)
+    cascade.transition(None)
+
+
 def test_a_copy_is_watched_as_the_original_is() -> None:
     cascade = ended()
     wanted, twin, written = cascade(X), copy.deepcopy(cascade), copy.deepcopy(cascade)

@@ -423,6 +423,14 @@ def test_an_unknown_integration() -> None:
         _ = lx.integrations.trasnformers
 
 
+def test_a_trainer_of_the_model_that_was_adapted(tmp_path: Path) -> None:
+    """Its weights are frozen. torch would only say that a tensor does not require grad."""
+    cascade = adapted(PLAIN)
+    with raises(lx.StateError, "trainer-not-supported", "Trainer(model=cascade", "CascadeCallback"):
+        Trainer(model=cascade.model, args=arguments(tmp_path), train_dataset=rows()).train()
+    Trainer(model=cascade.model, args=arguments(tmp_path), eval_dataset=rows(7)).evaluate()
+
+
 def test_a_loop_without_the_callback_warns_of_an_unfolded_save(tmp_path: Path) -> None:
     """By `save_model` and in a checkpoint. With the callback neither warns, as the other tests show."""
     trainer = Trainer(model=adapted(PLAIN), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
