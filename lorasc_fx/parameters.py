@@ -139,15 +139,3 @@ def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Hold
         if name not in references and path in modules and not hasattr(modules[path], leaf):
             references[name] = Holder(modules[path], leaf, modules[path]._buffers, leaf, None, device)
     return references
-
-
-def buffer_layout(model: nn.Module) -> dict[str, Any]:
-    """Return which buffers are None, and which are the same tensor as an earlier one, as plain data for JSON."""
-    names: dict[int, str] = {}
-    empty, shared = [], {}
-    for name, holder in buffer_holders(model).items():
-        if holder.value is None:
-            empty.append(name)
-        elif (earlier := names.setdefault(id(holder.value), name)) != name:
-            shared[name] = earlier
-    return {key: value for key, value in (("empty_buffers", empty), ("shared_buffers", shared)) if value}

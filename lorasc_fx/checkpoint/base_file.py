@@ -19,8 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lorasc_fx.checkpoint.layout import plain_bytes, refusing
-from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed
+from lorasc_fx.checkpoint.layout import MAX_MANIFEST_BYTES, parsed, plain_bytes, refusing
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
 from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import writable

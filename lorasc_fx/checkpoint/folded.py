@@ -101,9 +101,10 @@ def of_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
     }
     full = {name: folded(name, value) for name, value in state.values.items()}
     changes |= {name: partial(_cast, value) for name, value in full.items()}
+    buffers = {name: value for name, value in state.buffers.items() if value is not None}
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
-    base, running = dict(checkpoint.manifest["base"]), plan.stage if has_trained else None
-    return FoldedWeights(str(checkpoint.path), base, changes, full, state.buffers, aliases, running)
+    base, running = dict(checkpoint.content.base), plan.stage if has_trained else None
+    return FoldedWeights(str(checkpoint.path), base, changes, full, buffers, aliases, running)
 
 
 def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ killed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -28,11 +29,17 @@ import torch
 from safetensors import SafetensorError
 
 from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
+from lorasc_fx.util.files import parse_json
+from lorasc_fx.util.fingerprint import fingerprint, text_digest
 from lorasc_fx.util.version import version
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
+KEY = "lorasc_fx.manifest"
+"""Name of the tensor with the manifest, in a state dict."""
+MAX_MANIFEST_BYTES = 1 << 26
+"""Largest accepted manifest. Parsed JSON needs about twenty times as much memory."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -95,6 +102,23 @@ def file_names(count: int) -> list[str]:
 def canonical(manifest: Mapping[str, Any]) -> str:
     """Return the text from which the digest of a manifest is computed: all fields except the digest."""
     return json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
+
+
+def parsed(data: bytes) -> Any:
+    """Parse a JSON text. All numbers must be finite. Raises ValueError."""
+    return parse_json(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{sanitized(text)} is not a number in JSON")
+    return value
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the names and fingerprints of tensors."""
+    return text_digest(json.dumps({name: fingerprint(tensors[name]) for name in sorted(tensors)}))
 
 
 def list_versions(root: Path) -> list[Path]:

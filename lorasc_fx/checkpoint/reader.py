@@ -7,31 +7,55 @@ than its tensors. Names in a file are not used as paths, and nothing in a file i
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load
 
+from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.codec import RunState, TensorTable, decode, install
-from lorasc_fx.checkpoint.layout import MANIFEST, list_versions, plain_bytes, recovery_advice, refusing, sanitized
-from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed, plan_of
+from lorasc_fx.checkpoint.content import (
+    Content,
+    Count,
+    Digest,
+    RunState,
+    check_branches,
+    decoded,
+    gradients_of,
+    install,
+)
+from lorasc_fx.checkpoint.layout import (
+    FORMAT,
+    KEY,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    canonical,
+    digest_of,
+    file_names,
+    list_versions,
+    parsed,
+    plain_bytes,
+    recovery_advice,
+    refusing,
+    sanitized,
+)
+from lorasc_fx.checkpoint.tree import Tensors, unpack
 from lorasc_fx.errors import CheckpointError, named, path_of
 from lorasc_fx.plan import Plan
+from lorasc_fx.shards import chunk_of
 from lorasc_fx.state import Learner
-from lorasc_fx.util.accelerator import RNG
-from lorasc_fx.util.fingerprint import fingerprints
+from lorasc_fx.util.decode import decode
+from lorasc_fx.util.fingerprint import data_of, fingerprints, text_digest
 from lorasc_fx.util.undo import Undo
 
-_GENERATOR = re.compile(rf"{RNG}|rng/[a-z0-9_]{{1,32}}/\d{{1,4}}")
 _MIN_BRANCH_LIMIT = 1 << 18
 """Number of elements that a branch may always have, even if its weight is small."""
 
@@ -42,54 +66,83 @@ class Checkpoint:
 
     Args:
         path: path of the version. For a state dict, its name in messages.
-        manifest, tensors, plan: its content.
+        content, plan: its content.
         advice: what the user can do if it cannot be used, for messages.
     """
 
     path: Path
-    manifest: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    content: Content = field(repr=False)
     plan: Plan
     advice: str
 
     @property
     def frontend(self) -> str:
         """The front end that the user has chosen."""
-        return str(self.manifest["frontend"])
+        return self.content.frontend
 
     @property
     def moved(self) -> set[str]:
         """Names of the model's buffers, and of the parameters that forward writes."""
-        return {name.removeprefix("buffer/") for name in self.tensors if name.startswith("buffer/")}
+        return set(self.content.buffer)
 
     @property
     def bases(self) -> dict[str, torch.Tensor]:
         """W0 of the parameters trained in full, by name."""
-        values = {name: self.tensors.get(f"base/{name}") for name in self.manifest["trained"]}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: stored.base for name, stored in self.content.slow.items() if stored.base is not None}
 
     def refusing(self) -> AbstractContextManager[None]:
         """Convert errors inside the block to CheckpointErrors that name this checkpoint."""
         return refusing(self.path, self.advice)
 
     def decoded(self, taker: RunState | None = None) -> RunState:
-        """Return the state in this checkpoint. See `codec.decode` for `taker`.
-
-        Raises:
-            CheckpointError: the tensors do not fit the plan.
-        """
+        """Return the state in this checkpoint, see `content.decoded`. Raises CheckpointError if it does not fit."""
         with self.refusing():
-            return decode(self.manifest, self.tensors, self.plan, taker)
+            return decoded(self.content, self.plan, taker)
 
     def with_learners(self) -> tuple[RunState, dict[str, Learner]]:
-        """Return the state in this checkpoint, and the learners of its running stage by weight, without a model.
-
-        Raises:
-            CheckpointError: the tensors do not fit the plan.
-        """
+        """Return the state in this checkpoint, and the learners of its running stage by weight, without a model."""
         state = self.decoded()
         with self.refusing():
             return state, state.learners()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The text file of a version.
+
+    Args:
+        format: number of the format.
+        content: the content without tensors (`tree.pack`).
+        shards: axis of each sharded tensor, by name.
+        files: digest of each tensor file, by name.
+        digest: digest of all other fields.
+    """
+
+    format: int
+    content: dict[str, Any]
+    shards: dict[str, Count]
+    files: dict[str, Digest]
+    digest: str
+
+    @classmethod
+    def of(cls, data: bytes, path: Path, advice: str) -> Self:
+        """Return the manifest of the version at a path, from the bytes of the file. Raises CheckpointError."""
+        with refusing(path / MANIFEST, advice, code="unreadable-file"):
+            manifest = parsed(data)
+        with refusing(path / MANIFEST, advice):
+            written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+            if type(written) is not int or written != FORMAT:
+                raise CheckpointError(
+                    f"has format {sanitized(repr(written))}, but this version of lorasc-fx reads format {FORMAT}: load "
+                    "it with the version that wrote it",
+                    code="format-not-supported",
+                )
+            if manifest.get("digest") != text_digest(canonical(manifest)):
+                raise ValueError("differs from its own digest: the file is damaged, or was edited")
+            checked: Self = decode(cls, manifest)
+            if list(checked.files) != file_names(max(len(checked.files), 1)):
+                raise ValueError(f"files names {sanitized(', '.join(checked.files))}")
+            return checked
 
 
 def read(folder: str | PathLike[str]) -> Checkpoint:
@@ -107,9 +160,8 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     advice = recovery_advice(path)
     with refusing(path / MANIFEST, advice, code="unreadable-file"):
         data = plain_bytes(path / MANIFEST, MAX_MANIFEST_BYTES)
-    manifest, plan = read_manifest(data, path, advice)
-    files = []
-    for name, digest in manifest["files"].items():
+    manifest, files = Manifest.of(data, path, advice), []
+    for name, digest in manifest.files.items():
         # torch raises RuntimeError or AssertionError for a dtype or a size that it does not support.
         with refusing(path / name, advice, also=(RuntimeError, AssertionError, MemoryError)):
             data = plain_bytes(path / name)
@@ -118,81 +170,72 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
             files.append(dict(sorted(load(data).items())))  # the order of safetensors differs between processes
     with refusing(path, advice):
         with os.scandir(path) as entries:
-            odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, *manifest["files"])), None)
+            odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, *manifest.files)), None)
         if odd is not None:
             raise ValueError(f"contains {sanitized(odd)}, which is not part of a checkpoint: move it away")
-        tensors = _joined(files, manifest.get("shards", {}))
-    return checked(Checkpoint(path, manifest, tensors, plan, advice))
+        tensors = _joined(files, manifest.shards)
+    return _checkpoint(path, manifest, tensors, advice)
 
 
-def read_manifest(data: bytes, path: Path, advice: str) -> tuple[dict[str, Any], Plan]:
-    """Parse and check the manifest of a version, and return it with its plan.
+def _checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor], advice: str) -> Checkpoint:
+    """Return the checkpoint of a manifest and its tensors, if a cascade can safely be built from it.
 
     Raises:
-        CheckpointError: the manifest is damaged.
+        CheckpointError: a field or tensor is missing, unexpected or invalid.
     """
-    with refusing(path / MANIFEST, advice, code="unreadable-file"):
-        manifest = parsed(data)
     with refusing(path / MANIFEST, advice):
-        return manifest, plan_of(manifest)
-
-
-def checked(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint if a cascade can safely be built from its tensors.
-
-    Its branches have the sizes in the plan. So the plan cannot request more memory than the file has bytes.
-
-    Raises:
-        CheckpointError: a tensor is missing or unexpected, or has another shape.
-    """
-    plan, tensors, bases = checkpoint.plan, checkpoint.tensors, checkpoint.manifest["base"]
+        content: Content = decode(Content, unpack(manifest.content, tensors))
+        plan = Plan.from_json(json.dumps(content.plan))
+    checkpoint = Checkpoint(path, content, plan, advice)
     with checkpoint.refusing():
-        state = tensors.get(RNG)
-        if state is None:
-            raise ValueError(f"has no tensor {RNG!r}")
-        try:
-            if state.dtype != torch.uint8 or state.shape != torch.get_rng_state().shape:
-                raise RuntimeError("another dtype or shape")
-            torch.Generator().set_state(state)
-        except RuntimeError as fault:
-            raise ValueError(f"{RNG!r} is not a state of torch's random generator") from fault
-        # Compare the names and shapes of the branches with the plan.
-        shapes = {
-            f"branch/{site.weight}/{name}": shape
-            for site in plan.sites
-            for name, shape in site.parameter_shapes.items()
-        }
-        for name in tensors:
-            if name.startswith("rng/") and not _GENERATOR.fullmatch(name):
-                raise ValueError(f"has the unexpected tensor {sanitized(repr(name))}: it is not a random generator")
-            if name.startswith("branch/") and name not in shapes:
-                raise ValueError(f"has the unexpected tensor {sanitized(repr(name))}: the plan has no such branch")
-        table = TensorTable(tensors)
-        for name, shape in shapes.items():
-            table.take(name, shape)
-        # Compare the saved W0 of parameters trained in full with their fingerprints.
-        base_values = {name: value for name, value in tensors.items() if name.startswith("base/")}
-        for key, digest in fingerprints(base_values).items():
-            name = key.removeprefix("base/")
-            if name not in checkpoint.manifest["trained"]:
-                raise ValueError(
-                    f"has the unexpected tensor {sanitized(repr(key))}: this parameter was not trained in full"
-                )
-            if bases.get(name, digest) != digest:
-                raise ValueError(f"{sanitized(repr(key))} differs from its fingerprint in {MANIFEST}")
+        check_branches(content, plan)
+        for name, digest in fingerprints(checkpoint.bases).items():
+            if content.base.get(name, digest) != digest:
+                raise ValueError(f"{sanitized(repr(f'slow/{name}/base'))} differs from its fingerprint in {MANIFEST}")
     return checkpoint
 
 
-def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> Checkpoint:
+    """Return the checkpoint in a state dict: the tensors of a version, and its manifest as a tensor of bytes.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    packed, advice, path = table.get(KEY), "use another checkpoint", Path(where)
+    if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
+        names = ", ".join(sanitized(name) for name in list(table)[:2]) or "nothing"
+        raise CheckpointError(
+            f"{where}: this is not the state of a cascade: it has no {KEY}, but {names}. Load weights of the model "
+            "itself before you adapt it"
+        )
+    foreign = next((name for name in table if name != KEY and "/" not in name), None)
+    if foreign is not None:  # for example, a weight of the model
+        raise CheckpointError(f"{where}: {sanitized(repr(foreign))} is not a tensor of a cascade; remove it")
+    tensors = {name: tensor.cpu() for name, tensor in table.items()}  # experts are kept in host memory
+    manifest = Manifest.of(bytes(data_of(tensors.pop(KEY).contiguous())), path, advice)
+    with refusing(path, advice):
+        axes = {name: axis for name, axis in manifest.shards.items() if name in tensors}
+        for rank, digest in enumerate(manifest.files.values()):
+            # Each rank has written its shards. The first rank has also written all other tensors.
+            written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
+            for name, axis in axes.items():
+                if axis < tensors[name].dim():
+                    part = chunk_of(tensors[name].shape[axis], len(manifest.files), rank)
+                    written[name] = tensors[name].narrow(axis, *part)
+            if digest_of(written) != digest:
+                raise ValueError(f"its tensors differ from the digest in {KEY}: the state is damaged")
+    return _checkpoint(path, manifest, tensors, advice)
+
+
+def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, int]) -> Tensors:
     """Concatenate the shards in the files of several ranks, and return all tensors.
 
     `shards` has the axis of each sharded tensor. Only the first file also has the unsharded tensors.
     """
     tensors = dict(files[0])
-    for file in files if shards else files[1:]:
-        odd = sorted(shards.keys() - file.keys() if file is files[0] else shards.keys() ^ file.keys())
-        if odd:
-            raise ValueError(f"its files disagree about the shards of {sanitized(repr(odd[0]))}")
+    odd = shards.keys() - tensors.keys() | {name for file in files[1:] for name in file.keys() ^ shards.keys()}
+    if odd:
+        raise ValueError(f"its files disagree about the shards of {sanitized(repr(min(odd)))}")
     for name, axis in shards.items():
         parts = [file[name] for file in files]
         kinds = {(part.dtype, part.dim(), part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
@@ -224,7 +267,7 @@ def check_base(
     Raises:
         CheckpointError: parameters are missing, unexpected or different. The message names them.
     """
-    base: Mapping[str, str] = checkpoint.manifest["base"]
+    base: Mapping[str, str] = checkpoint.content.base
     replaced = {}
     for name, value in checkpoint.bases.items():
         parameter = parameters.get(name)
@@ -323,6 +366,39 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
     with checkpoint.refusing():
         install(run, state, undo)
     if run.digests:
-        base = checkpoint.manifest["base"]
+        base = checkpoint.content.base
         # Assign a new dict, because a rollback restores the old one.
         run.digests = {**run.digests, **{name: base[name] for name in checkpoint.bases}}
+
+
+def take_over(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
+    """Replace the state of a cascade by a checkpoint of the same base and spec, as part of a transaction.
+
+    Gradients that no optimizer step has used are replaced too.
+
+    Raises:
+        CheckpointError: the checkpoint has another base, another spec, other sites, or values that do not fit.
+    """
+    advice = "adapt a model with the same weights as the saved run"
+    check_base(checkpoint, run.parameters_by_name(), run.fingerprints(), run.moved_parameters(), advice)
+    ours, theirs = run.plan.spec.to_dict(), checkpoint.plan.spec.to_dict()
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{checkpoint.path}: was saved with {name} = {sanitized(theirs.get(name))}, but this cascade has "
+                f"{sanitized(ours.get(name))}; adapt with the same spec",
+                code="spec-differs",
+            )
+    sites, saved_sites = run.plan.by_weight, checkpoint.plan.by_weight
+    if odd := sorted(sites.keys() ^ saved_sites.keys()):
+        where = "only in the checkpoint" if odd[0] in saved_sites else "only in this cascade"
+        raise CheckpointError(
+            f"{checkpoint.path}: {sanitized(odd[0])} is adapted {where}; adapt in the same mode and with the same "
+            "example inputs, or create the cascade with lorasc_fx.load",
+            code="sites-differ",
+        )
+    run.commit(Planned(run.plan, run.slow, gradients={}), undo)
+    restore(run, checkpoint, undo)
+    with checkpoint.refusing():
+        gradients = gradients_of(run, checkpoint.content)
+    run.commit(gradients, undo)

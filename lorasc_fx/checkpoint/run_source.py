@@ -45,8 +45,8 @@ class RunSource:
         elif isinstance(source, (str, PathLike)):
             self.run = read(source)
             self.name = f"{name}, {self.run.path}"
-            self.base, self.moved = self.run.manifest["base"], self.run.moved
-            self.changed_buffers = self.run.manifest.get("changed_buffers", [])
+            self.base, self.moved = self.run.content.base, self.run.moved
+            self.changed_buffers = list(self.run.content.changed_buffers)
         else:
             raise SpecError(f"{call}: {name} is a {type(source).__name__}; give a checkpoint folder or a cascade")
         self.plan, self.frontend = self.run.plan, self.run.frontend
@@ -81,7 +81,8 @@ class RunSource:
                 )
             states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
             slow = replace(slow, states=states).after_stage(state.plan, learners)
-        return Part(self.name, state.plan, slow.without_base(), state.buffers)
+        buffers = {name: value for name, value in state.buffers.items() if value is not None}
+        return Part(self.name, state.plan, slow.without_base(), buffers)
 
 
 def add(run: Run, name: str, added: RunSource) -> None:

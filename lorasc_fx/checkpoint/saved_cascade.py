@@ -8,15 +8,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade import CascadeModule
+from lorasc_fx.cascade.optim import Optimizers, optimizers_of
 from lorasc_fx.cascade.views import VIEW_NAMES
-from lorasc_fx.checkpoint import reader, run_source, training_state, writer
-from lorasc_fx.checkpoint.state_dict import KEY, from_state_dict, take_over, to_state_dict
+from lorasc_fx.checkpoint import content, reader, run_source, writer
+from lorasc_fx.checkpoint.layout import KEY
+from lorasc_fx.checkpoint.training import several
 from lorasc_fx.errors import SpecError, StateError, nearest, path_of
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.util.undo import Undo, commit
@@ -35,7 +36,7 @@ class SavedCascade(CascadeModule):
 
     def resume(
         self,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         scheduler: Any = None,
         *,
         group: dist.ProcessGroup | None = None,
@@ -48,7 +49,7 @@ class SavedCascade(CascadeModule):
         derived from the first rank's stream, the rank and the number of ranks.
 
         Args:
-            optimizer, scheduler: built in the same way as the saved ones.
+            optimizer, scheduler: built in the same way as the saved ones, in the same order if there are several.
             group: the ranks that resume. The default is all ranks.
 
         Raises:
@@ -60,6 +61,7 @@ class SavedCascade(CascadeModule):
         if ranks.is_alone:  # not sharded: the ranks are replicas, as under DDP
             ranks = ProcessGroup.of(group)
         with ranks.agreed("resume"):
+            optimizers = optimizers_of("resume", optimizer)
             self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
@@ -75,7 +77,7 @@ class SavedCascade(CascadeModule):
                 code="ranks-differ",
             )
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
-            return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
+            return content.resume(self._run, loaded.path, loaded.content, optimizers, several(scheduler), ranks)
 
     def add(self, name: str, run: CascadeModule | str | PathLike[str]) -> None:
         """Add another run on the same base under a name, for use with `weights(name)` and `release(view=name)`.
@@ -142,7 +144,7 @@ class SavedCascade(CascadeModule):
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
         with self._run.exclusive("state_dict"):
-            state.update({prefix + name: tensor for name, tensor in to_state_dict(self._run).items()})
+            state.update({prefix + name: tensor for name, tensor in writer.to_state_dict(self._run).items()})
         for hook in self._state_dict_hooks.values():
             hook(self, state, prefix, {})
         return state
@@ -172,7 +174,7 @@ class SavedCascade(CascadeModule):
         is_present = bool(table) or not prefix
         if not is_present:
             missing_keys.append(prefix + KEY)
-        checkpoint = from_state_dict(table, "load_state_dict") if is_present else None
+        checkpoint = reader.from_state_dict(table, "load_state_dict") if is_present else None
         self._to_load = checkpoint, len(missing_keys), error_msgs
 
     def _load_state(self, keys: Any) -> None:
@@ -188,7 +190,7 @@ class SavedCascade(CascadeModule):
         run = self._run
         with run.exclusive("load_state_dict"), commit() as undo:
             placements = {site.weight: site.placement for site in run.plan.sites}
-            take_over(run, checkpoint, undo)
+            reader.take_over(run, checkpoint, undo)
             # Placements can differ if they were chosen on another machine. The graphs must then be built again.
             if placements != {site.weight: site.placement for site in run.plan.sites}:
                 self._graphs.drop(undo)
@@ -203,14 +205,14 @@ class SavedCascade(CascadeModule):
         self._loaded, self._graphs.origin = checkpoint, str(checkpoint.path)
         self._run.note_kept()
         if self._run.inputs is None:  # no graph was captured here yet
-            self._run.inputs = checkpoint.manifest.get("inputs")
+            self._run.inputs = checkpoint.content.inputs
 
 
 def save(
     cascade: nn.Module,
     folder: str | PathLike[str],
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 1,
@@ -229,9 +231,10 @@ def save(
         cascade: the cascade, or the DistributedDataParallel that wraps it. Its branches, experts, coefficients, trained
             parameters and buffers are saved.
         folder: the checkpoint folder. Every rank must be able to access it.
-        optimizer, scheduler: are saved with the cascade, if they are given.
-        extra: values that JSON can store, and tensors. Examples: the number of steps done (which determines the
-            position in the stage and in `shuffled_batches`), the state of a GradScaler, averaged weights.
+        optimizer, scheduler: are saved with the cascade, if they are given. One, or a list of several.
+        extra: numbers, texts, lists, tuples, dicts and tensors, in any nesting. Examples: the number of steps done
+            (which determines the position in the stage and in `shuffled_batches`), the state of a GradScaler, averaged
+            weights.
         keep: number of versions to keep.
 
     Returns:
@@ -256,4 +259,5 @@ def save(
         )
     run = model._run
     group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group
-    return writer.write_version(run, path_of(folder), optimizer, scheduler, dict(extra or {}), keep, group)
+    optimizers, schedulers = optimizers_of("save", optimizer), several(scheduler)
+    return writer.write_version(run, path_of(folder), optimizers, schedulers, extra or {}, keep, group)

@@ -12,7 +12,7 @@ import json
 import re
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,26 @@ from safetensors.torch import save_file
 
 from lorasc_fx.cascade.optim import check_numbers
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint import training_state
-from lorasc_fx.checkpoint.codec import RunState, Tensors, encode, gradients_in
+from lorasc_fx.checkpoint.content import Content
 from lorasc_fx.checkpoint.layout import (
     FORMAT,
+    KEY,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     canonical,
+    digest_of,
     file_names,
     is_our_file,
     list_versions,
     next_name,
+    parsed,
     plain_bytes,
-    versions,
 )
-from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES, parsed
+from lorasc_fx.checkpoint.training import gathered_random_states
+from lorasc_fx.checkpoint.tree import Tensors, pack
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, reason_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import ProcessGroup, local, shard_axis
+from lorasc_fx.shards import ProcessGroup, local
 from lorasc_fx.state.engine import all_finite
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.files import make_folder, one_writer, sync
@@ -53,8 +56,8 @@ _PARTIAL = re.compile(r"\.tmp\w{6}")
 def write_version(
     run: Run,
     root: Path,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    schedulers: Sequence[Any],
     extra: Mapping[str, Any],
     keep: int,
     group: ProcessGroup,
@@ -81,12 +84,11 @@ def write_version(
                 if takes_part:
                     stack.enter_context(run.exclusive("save", sharded=True))
                     check_finite(run)
-            if not group.is_alone:
-                extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
+            rng = gathered_random_states(group, "save")
             # Copy the state into host memory. The first rank locks the folder and creates a temporary one.
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
                 if takes_part:
-                    tensors, manifest = contents(run, optimizer, scheduler, extra)
+                    tensors, manifest = contents(Content.of(run, optimizers, schedulers, extra, rng), run)
                 if is_first:
                     make_folder(root)
                     if stack.enter_context(one_writer(root / ".lock", root)):
@@ -101,7 +103,7 @@ def write_version(
             names, digest = file_names(len(order)), ""
             with group.agreed("save"), _as_checkpoint_error(root):
                 if group.rank in order:
-                    shards = manifest.get("shards", {})
+                    shards = manifest["shards"]
                     to_write = {name: value for name, value in tensors.items() if is_first or name in shards}
                     path = temporary / names[order.index(group.rank)]
                     write_tensors(to_write, path)
@@ -154,77 +156,52 @@ def check_finite(run: Run) -> None:
         )
 
 
-def contents(
-    run: Run,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
-    extra: Mapping[str, Any],
-) -> tuple[Tensors, dict[str, Any]]:
-    """Return the tensors of a version and its manifest. Of a sharded tensor, the local shard is returned."""
-    meta, tensors, axes = encode(RunState.of(run))
-    gradients, meta["unapplied_gradients"] = gradients_in(run)
-    if changed := run.changed_buffers():
-        meta["changed_buffers"] = changed
-    streams, meta["rng"] = training_state.random_state()
-    parts: dict[str, Any] = {"extra": extra}
+def contents(content: Content, run: Run) -> tuple[Tensors, dict[str, Any]]:
+    """Return copies of the tensors of a version, and its manifest. Of a sharded tensor, the local shard is copied."""
     try:
-        if optimizer is not None and run.plan.spec.on_nonfinite == "raise":
-            check_numbers(optimizer.state_dict(), "optimizer")
+        if run.plan.spec.on_nonfinite == "raise":
+            for owner in content.optimizers:
+                check_numbers(owner.state, "optimizer")
     except ValueError as fault:
         raise CheckpointError(
             f"save: {fault}; nothing was written, and the last version is unchanged. Load it, and continue with a "
             "lower learning rate or with clipped gradients",
             code="non-finite",
         ) from fault
-    if optimizer is not None:
-        moments, parts["optimizer"] = training_state.optimizer_state(optimizer)
-        tensors |= moments
-    if scheduler is not None:
-        parts["scheduler"] = {"class": type(scheduler).__name__, "state": scheduler.state_dict()}
+    axes = content.axes(run.slow)
     try:
-        plain, references, extracted = training_state.extract_tensors(parts)
-        manifest = {
-            "format": FORMAT,
-            "plan": json.loads(run.plan.to_json()),
-            "frontend": run.frontend,
-            **({} if run.inputs is None else {"inputs": run.inputs}),
-            "versions": versions(),
-            "base": run.fingerprints(),
-            **meta,
-            **plain,
-            "tensor_references": references,
-        }
-        manifest = json.loads(json.dumps(manifest, allow_nan=False))
-        _check_keys(extra)
-    except (TypeError, ValueError) as fault:
+        plain, tensors = pack(content)
+        manifest = json.loads(json.dumps({"format": FORMAT, "content": plain}, allow_nan=False))
+    except (RecursionError, TypeError, ValueError) as fault:
         raise CheckpointError(
-            "save: extra, or the state of the optimizer or scheduler, contains a value that neither JSON nor "
-            f"safetensors can store: {fault}; use numbers, strings, lists, dicts with strings as keys, and dense "
-            "tensors",
+            "save: a buffer, a gradient, extra, or the state of the optimizer or scheduler contains a value that "
+            f"neither JSON nor safetensors can store: {fault}; use numbers, strings, lists, dicts and dense tensors",
             code="not-serializable",
         ) from fault
-    tensors |= gradients | streams | extracted
-    axes |= {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
-    if axes:
-        manifest["shards"] = axes
-        tensors = {name: local(tensor) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not training_state.is_storable(tensor):
-            raise CheckpointError(
-                f"{name} is a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}, "
-                "which safetensors cannot store; make it dense, or convert it to another dtype",
-                code="not-serializable",
-            )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
+    shards = {name: axes[id(tensor)] for name, tensor in tensors.items() if id(tensor) in axes}
+    copies = {
+        name: local(tensor.detach()).clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return copies, {**manifest, "shards": shards}
 
 
-def _check_keys(value: Any) -> None:
-    """Raise ValueError for a key that JSON would convert to a string."""
-    for key in value if isinstance(value, Mapping) else ():
-        if not isinstance(key, str):
-            raise ValueError(f"extra has the key {key!r}, but keys in JSON are strings: use str(key)")
-    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
-        _check_keys(item)
+def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
+    """Return copies of the state of a cascade, without optimizer and scheduler, as tensors by name.
+
+    Raises:
+        NonFiniteBranch: a branch holds inf or nan.
+    """
+    check_finite(run)
+    tensors, manifest = contents(Content.of(run), run)
+    return {**tensors, KEY: packed(manifest, [digest_of(tensors)])}
+
+
+def packed(manifest: dict[str, Any], digests: Sequence[str]) -> torch.Tensor:
+    """Add the digest of each rank's tensors (`digest_of`) to a manifest, and return its bytes as a tensor."""
+    manifest["files"] = dict(zip(file_names(len(digests)), digests, strict=True))
+    manifest["digest"] = text_digest(canonical(manifest))
+    text = json.dumps(manifest, allow_nan=False).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 @contextlib.contextmanager
@@ -290,7 +267,8 @@ def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
         older = parsed(plain_bytes(version / MANIFEST, MAX_MANIFEST_BYTES))
         if older["digest"] != text_digest(canonical(older)):
             return False
-        old_spec, new_spec = (Plan.from_json(json.dumps(item["plan"])).spec for item in (older, manifest))
-        return bool(older["base"] == manifest["base"] and old_spec == new_spec)
+        old, new = older["content"], manifest["content"]
+        specs = [Plan.from_json(json.dumps(item["plan"])).spec for item in (old, new)]
+        return bool(old["base"] == new["base"] and specs[0] == specs[1])
     except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):  # damaged, or not a manifest
         return False

@@ -23,8 +23,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load as load_checkpoint
-from lorasc_fx.checkpoint import training_state, writer
-from lorasc_fx.checkpoint.state_dict import KEY, digest_of, from_state_dict, packed
+from lorasc_fx.cascade.optim import Optimizers, optimizers_of
+from lorasc_fx.checkpoint import writer
+from lorasc_fx.checkpoint.content import Content
+from lorasc_fx.checkpoint.layout import KEY, digest_of
+from lorasc_fx.checkpoint.reader import from_state_dict
+from lorasc_fx.checkpoint.training import gathered_random_states, several
+from lorasc_fx.checkpoint.writer import packed
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.facade import Cascade
 
@@ -34,7 +39,7 @@ __all__ = ["load", "state_dict"]
 def state_dict(
     cascade: Cascade,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -56,18 +61,17 @@ def state_dict(
     """
     run, call = cascade._run, "state_dict"
     group = run.slow.group
-    extras = dict(extra or {})
     # Check everything before any rank copies or sends tensors.
     with group.agreed(call):
         run.check_ready(call, sharded=True)
         if not group.is_alone:
             writer.check_between_steps(run, call)
         writer.check_finite(run)
-    if not group.is_alone:
-        extras[training_state.RANKS] = group.gather(training_state.random_bytes(), call)
+    rng = gathered_random_states(group, call)
     with group.agreed(call):
-        tensors, manifest = writer.contents(run, optimizer, scheduler, extras)
-    axes: dict[str, int] = manifest.get("shards", {})
+        saved = Content.of(run, optimizers_of(call, optimizer), several(scheduler), extra, rng)
+        tensors, manifest = writer.contents(saved, run)
+    axes: dict[str, int] = manifest["shards"]
     # Unsharded tensors are equal on all ranks, so rank 0 writes them.
     local_tensors = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: local_tensors[name].shape[axis] for name, axis in axes.items()}

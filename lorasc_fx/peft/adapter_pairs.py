@@ -151,7 +151,7 @@ def branch_dtypes(run: Run | Checkpoint) -> dict[str, torch.dtype]:
     if isinstance(run, Run):
         return {branch.weight_name: next(branch.parameters()).dtype for branch in run.by_key.values()}
     names = {site.weight: next(iter(site.parameter_shapes)) for site in run.plan.sites}
-    return {weight: run.tensors[f"branch/{weight}/{name}"].dtype for weight, name in names.items()}
+    return {weight: run.content.branch[weight][name].dtype for weight, name in names.items()}
 
 
 def _change_of_run(source_run: RunSource, part: Part, tensors: Mapping[str, torch.Tensor]) -> Change:

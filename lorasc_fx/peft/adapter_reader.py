@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lorasc_fx.branch import Factors
-from lorasc_fx.checkpoint.layout import plain_bytes, refusing, sanitized
-from lorasc_fx.checkpoint.manifest import parsed
+from lorasc_fx.checkpoint.layout import parsed, plain_bytes, refusing, sanitized
 from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.options import scale_of

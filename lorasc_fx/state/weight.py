@@ -624,34 +624,41 @@ class WeightState(Tree):
 
     def faults(self) -> list[str]:
         """Return the problems of a state from a checkpoint, each as a predicate to "the slow state of NAME"."""
-        sentences = []
-        counts = {name: len(view.coefficients) for name, view in self.views.items() if "/" not in name}
-        if not len(self.experts) == counts["slow"] == counts["start"]:
-            coefficients = f"{counts['slow']} slow and {counts['start']} start coefficients"
-            sentences.append(f"has {len(self.experts)} experts, but {coefficients}")
-        for name in ("average", "velocity"):
-            if counts.get(name, len(self.experts)) != len(self.experts):
-                sentences.append(f"has {len(self.experts)} experts, but {counts[name]} coefficients of the {name}")
-        for expert in self.experts:
+        sentences, count = [], len(self.experts)
+        for name, view in self.views.items():
+            found = len(view.coefficients)
+            if found > count or (found < count and "/" not in name):  # the end of a stage lacks later experts
+                sentences.append(f"has {count} experts, but {found} coefficients of the view {name}")
+            if self.full and view.dense is None:
+                sentences.append(f"has no value of the view {name}")
+        sentences += [f"has no view {name}" for name in ("slow", "start") if name not in self.views]
+        initial = self.initial.factors if self.initial is not None else None
+        pairs = [*self.experts, *(() if initial is None else (initial,))]
+        for pair in pairs:
             *stack, rows, columns = self.matrix
-            b, a = tuple(expert.b.shape), tuple(expert.a.shape)
+            b, a = tuple(pair.b.shape), tuple(pair.a.shape)
             rank = a[-2] if len(a) > 1 else 0
             if b != (*stack, rows, rank) or a != (*stack, rank, columns):
-                sentences.append(
-                    f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
-                )
-        deltas = [view.dense for view in self.views.values() if view.dense is not None]
-        for delta in {id(delta): delta for delta in deltas}.values():
+                sentences.append(f"has factors of {b} and {a}, which are no delta of {self.matrix}")
+        deltas = {id(view.dense): view.dense for view in self.views.values() if view.dense is not None}.values()
+        for delta in deltas:
             if tuple(delta.shape) != self.matrix:
                 sentences.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
-        scales = [self.row_scale, *(expert.row_scale for expert in self.experts)]
+        magnitude = self.initial.magnitude if self.initial is not None else None
+        scales = [self.row_scale, magnitude, *(expert.row_scale for expert in self.experts)]
         lengths = [scale for scale in scales if scale is not None]
-        sentences += [
-            f"scales {tuple(scale.shape)} rows, not {self.out}"
-            for scale in lengths
-            if tuple(scale.shape) != (self.out,)
+        for scale in lengths:
+            if tuple(scale.shape) != (self.out,):
+                sentences.append(f"scales {tuple(scale.shape)} rows, not {self.out}")
+        tensors = [factor for pair in pairs for factor in (pair.b, pair.a)] + lengths
+        is_complex = self.full and self.base.is_complex()
+        odd = [value.dtype for value in tensors if not value.is_floating_point()]
+        odd += [
+            value.dtype for value in deltas if not (value.is_complex() if is_complex else value.is_floating_point())
         ]
-        tensors = [factor for expert in self.experts for factor in (expert.b, expert.a)] + lengths
+        sentences += [f"has a tensor of {dtype}" for dtype in odd]
+        if sentences:  # values of another shape cannot be compared with W0
+            return sentences
         numbers = [number for view in self.views.values() for number in view.coefficients]
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors) and all(map(math.isfinite, numbers))
         if not finite or any(self.broken(delta) if self.full else not torch.isfinite(delta).all() for delta in deltas):

@@ -8,8 +8,6 @@ from types import ModuleType
 
 import torch
 
-RNG = "rng/torch"
-"""Key of the CPU generator in a table of generator states. The key of a device is like `rng/cuda/0`."""
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Exceptions for too little memory on the host and on a device. Callers that try something else must raise them."""
 
@@ -54,11 +52,11 @@ def has_fp64(device: torch.device) -> bool:
 
 
 def generator_states() -> dict[str, torch.Tensor]:
-    """Return the states of torch's default generators: of the CPU, and of each device of the accelerator in use."""
-    states = {RNG: torch.get_rng_state()}
+    """Return the states of torch's default generators: `torch` of the CPU, and `cuda/0` of a device in use."""
+    states = {"torch": torch.get_rng_state()}
     if (accelerator := in_use()) is not None:
         kind, module = accelerator
-        states |= {f"rng/{kind}/{index}": module.get_rng_state(index) for index in range(module.device_count())}
+        states |= {f"{kind}/{index}": module.get_rng_state(index) for index in range(module.device_count())}
     return states
 
 
@@ -68,9 +66,9 @@ def set_generator_states(states: Mapping[str, torch.Tensor]) -> None:
     if device is not None:
         module = torch.get_device_module(device)
         for index in range(module.device_count()):
-            if (state := states.get(f"rng/{device.type}/{index}")) is not None:
+            if (state := states.get(f"{device.type}/{index}")) is not None:
                 module.set_rng_state(state, index)
-    torch.set_rng_state(states[RNG])
+    torch.set_rng_state(states["torch"])
 
 
 def seed_generators(value: int) -> None:

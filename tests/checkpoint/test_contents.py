@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
 from lorasc_fx.schedules import shuffled_batches
-from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, interrupted, whole
+from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net
-from tests.errors.state import assert_same, raw, unchanged
+from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
 from tests.kit.devices import pretend_accelerator
 from tests.kit.errors import raises, warns
 from tests.kit.models import loss_of
@@ -65,6 +66,61 @@ OPTIMIZERS: dict[str, Callable[[lx.Cascade], torch.optim.Optimizer]] = {
 def test_optimizers(name: str, tmp_path: Path) -> None:
     run = Run(TRAIN, optimizer=OPTIMIZERS[name], scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
     assert_same(interrupted(run, THREE_STAGES, (2, 4, 9), tmp_path), whole(run, THREE_STAGES))
+
+
+def several(cascade: lx.Cascade) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    """Return SGD for the first group of parameters and AdamW for the rest, each with a scheduler."""
+    first, *rest = cascade.param_groups(lr=0.02)
+    built = [torch.optim.SGD([first], momentum=0.9), torch.optim.AdamW(rest, betas=(0.8, 0.99))]
+    return built, [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in built]
+
+
+def test_several_optimizers(tmp_path: Path) -> None:
+    """They resume with the same bits, by `save` and `resume`, in the order in which they were saved."""
+
+    def train(cascade: lx.Cascade, owners: tuple[list[torch.optim.Optimizer], list[Any]]) -> None:
+        optimizers, schedulers = owners
+        for each in ("step", "fold", "step"):
+            if each == "fold":
+                cascade.transition(optimizers)
+                continue
+            loss_of(cascade(X)).backward()
+            for owner in (*optimizers, *schedulers):
+                owner.step()
+            cascade.zero_grad()
+
+    cascade = lx.adapt(Net(), args=(X,), spec=TRAIN)
+    owners = several(cascade)
+    train(cascade, owners)
+    lx.save(cascade, tmp_path, optimizer=owners[0], scheduler=owners[1])
+    train(cascade, owners)
+    again = lx.load(tmp_path, Net(), args=(X,))
+    resumed = several(again)
+    again.resume(*resumed)
+    train(again, resumed)
+    for one, other in zip(owners[0], resumed[0], strict=True):
+        assert_same(of_optimizer(other), of_optimizer(one))
+    assert_same(of_slow(again), of_slow(cascade))
+    assert [owner.state_dict() for owner in resumed[1]] == [owner.state_dict() for owner in owners[1]]
+
+
+@pytest.mark.parametrize("change", ["order", "fewer", "one", "schedulers", "twice"])
+def test_other_optimizers_than_the_saved_ones(change: str, tmp_path: Path) -> None:
+    cascade = lx.adapt(Net(), args=(X,), spec=TRAIN)
+    optimizers, schedulers = several(cascade)
+    lx.save(cascade, tmp_path, optimizer=optimizers, scheduler=schedulers)
+    again = lx.load(tmp_path, Net(), args=(X,))
+    optimizers, schedulers = several(again)
+    given: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
+        "order": (optimizers[::-1], schedulers, "optimizer-differs", ("SGD, AdamW", "AdamW, SGD")),
+        "fewer": (optimizers[:1], None, "optimizer-differs", ("SGD, AdamW",)),
+        "one": (optimizers[1], None, "optimizer-differs", ("SGD, AdamW",)),
+        "schedulers": (optimizers, schedulers[0], "optimizer-differs", ("StepLR, StepLR",)),
+        "twice": ([optimizers[0], optimizers[0]], None, "conflicting-options", ("twice",)),
+    }
+    optimizer, scheduler, code, names = given[change]
+    with unchanged(again, *optimizers), raises((lx.CheckpointError, lx.SpecError), code, *names):
+        again.resume(optimizer, scheduler)
 
 
 class Worse(torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -153,6 +209,47 @@ def test_a_gradient_that_no_file_holds(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+# ---- buffers that no file holds
+
+
+class WithHeads(nn.Module):
+    """Has a sparse mask, like openai-whisper, which no forward reads."""
+
+    def __init__(self, persistent: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("heads", torch.eye(3, dtype=torch.bool).to_sparse(), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def test_a_sparse_buffer_belongs_to_the_model_if_it_is_not_persistent(tmp_path: Path) -> None:
+    x = torch.ones(2, 4)
+    cascade = lx.adapt(WithHeads(), args=(x,), spec=lx.CascadeSpec(rank=1))
+    optimizer = adamw(cascade)
+    for _ in cascade.stages(2, optimizer):
+        loss_of(cascade(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    version, expected = lx.save(cascade, tmp_path, optimizer=optimizer), cascade(x)
+    assert not [name for name in load_file(version / "state.safetensors") if "heads" in name]
+    model = WithHeads()
+    heads, again = model.heads, lx.load(tmp_path, model, args=(x,))
+    again.resume(adamw(again))
+    assert torch.equal(again(x), expected)
+    again.load_state_dict(cascade.state_dict())
+    assert again.model.heads is heads
+
+
+def test_a_persistent_sparse_buffer_is_not_saved(tmp_path: Path) -> None:
+    cascade = lx.adapt(WithHeads(persistent=True), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=1))
+    with raises(lx.CheckpointError, "not-serializable", "buffer/heads", "torch.sparse_coo"):
+        lx.save(cascade, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- generators
 
 
@@ -222,7 +319,7 @@ def test_extra_with_tensors_and_numbers_outside_of_json(tmp_path: Path) -> None:
     found["average"]["a"].zero_()
     assert raw(cascade.resume()["average"]["a"]) == raw(shared)
     manifest = json.loads(next(tmp_path.glob("version-*/manifest.json")).read_text(), parse_constant=pytest.fail)
-    assert manifest["extra"]["best"] is None
+    assert manifest["content"]["extra"]["best"] == {"$float": "inf"}
 
 
 # ---- versions
@@ -231,7 +328,7 @@ def test_extra_with_tensors_and_numbers_outside_of_json(tmp_path: Path) -> None:
 def test_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(PLAIN)
     version = run.started().save(tmp_path)
-    manifest = json.loads((version / "manifest.json").read_text())
+    manifest = json.loads((version / "manifest.json").read_text())["content"]
     assert set(manifest["versions"]) == {"torch", "lorasc-fx", "python"}
     assert manifest["versions"]["torch"] == torch.__version__
     run.resumed(tmp_path)

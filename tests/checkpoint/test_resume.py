@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.training_state import keep_as_saved, optimizer_state
+from lorasc_fx.checkpoint.training import Owner, keep_as_saved
 from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, of_slow, raw, unchanged
@@ -281,11 +281,10 @@ def test_optimizer_states_on_the_cpu_stay_there() -> None:
     optimizer, other = torch.optim.NAdam([parameter]), torch.optim.NAdam([parameter])
     entries = {"step": torch.tensor(1.0), "mu_product": torch.tensor(0.5), "exp_avg": torch.zeros(2, device="meta")}
     optimizer.state[parameter] = entries
-    tensors, meta = optimizer_state(optimizer)
-    assert meta["host"] == ["0/step", "0/mu_product"]
-    loaded = {"state": {0: {name: tensors[f"optimizer/0/{name}"] for name in entries}}, "param_groups": meta["groups"]}
-    other.load_state_dict(loaded)
-    keep_as_saved(other, loaded["state"], meta["host"], {})
+    saved = Owner.of(optimizer)
+    assert saved.host == ("0/step", "0/mu_product")
+    other.load_state_dict(saved.state)
+    keep_as_saved(other, saved.state["state"], saved.host, {})
     assert {name: value.device for name, value in other.state[parameter].items()} == {
         name: value.device for name, value in entries.items()
     }
@@ -489,7 +488,7 @@ def test_a_state_dict_contains_its_head(tmp_path: Path) -> None:
     with other.weights("base"):
         assert torch.equal(other.model.head.weight, with_head(1).head.weight)
     third = lx.save(other, tmp_path / "c")
-    of = {version: json.loads((version / MANIFEST).read_text())["base"] for version in (first, second, third)}
+    of = {path: json.loads((path / MANIFEST).read_text())["content"]["base"] for path in (first, second, third)}
     assert of[third] == of[first] != of[second]
     grown = with_head(3)
     grown.head = nn.Linear(7, 5)
@@ -595,9 +594,8 @@ def test_an_export_to_peft_runs_on_the_shapes_of_the_checkpoint(tmp_path: Path) 
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     lx.save(loaded, tmp_path / "again")
-    described = [
-        json.loads((next((tmp_path / each).glob("*/manifest.json"))).read_text())["inputs"] for each in ("run", "again")
-    ]
+    manifests = [next((tmp_path / each).glob("*/manifest.json")).read_text() for each in ("run", "again")]
+    described = [json.loads(text)["content"]["inputs"] for text in manifests]
     assert described[0] == described[1]
     assert described[0]["tuple"][0]["tuple"][0] == {"tensor": [2, 3], "dtype": "int64", "fill": 6}
 

@@ -60,8 +60,8 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 def test_stages_are_weighted_by_the_losses_at_their_ends(place: Path) -> None:
     assert main(["train", "tiny.toml", "--spec.pace", "loss"]) == 0
     run = place / "runs" / "tiny"
-    saved = read(run / "checkpoint").manifest["losses"]
-    assert saved == [[stage, pytest.approx(losses(run)[4 * stage])] for stage in (1, 2, 3)]
+    saved = read(run / "checkpoint").content.losses
+    assert saved == {stage: pytest.approx(losses(run)[4 * stage]) for stage in (1, 2, 3)}
 
 
 def test_the_files_of_a_run_folder(

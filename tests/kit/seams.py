@@ -14,7 +14,7 @@ from lorasc_fx.capture import graph_breaks
 from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
-from lorasc_fx.checkpoint import reader, state_dict, writer
+from lorasc_fx.checkpoint import reader, writer
 from lorasc_fx.cli import progress
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
@@ -40,7 +40,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "remove a folder": (writer, "remove"),
     "read tensors": (reader, "load"),
     "unpack": (reader, "install"),
-    "unpack gradients": (state_dict, "gradients_of"),
+    "unpack gradients": (reader, "gradients_of"),
     "load into a cascade": (lx.Cascade, "_take_over"),
     "write an adapter": (peft_writer, "write_tensors"),
     "write a tensor": (safetensors_files, "bytes_of"),

@@ -6,7 +6,9 @@ The slow state is given as this file's own classes, of plain tensors and tuples;
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,9 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.commit import SPARE
-from lorasc_fx.checkpoint.layout import MANIFEST, TENSORS, canonical
-from lorasc_fx.checkpoint.manifest import MAX_MANIFEST_BYTES
+from lorasc_fx.checkpoint.layout import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, canonical
 from lorasc_fx.checkpoint.reader import read
+from lorasc_fx.checkpoint.tree import pack
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.state import Expert as StageExpert
@@ -28,12 +30,26 @@ from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_dig
 
 # fmt: off
 __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
-    "TrainedState", "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums",
-    "device_sum", "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings",
-    "graphs_of", "is_idle", "is_released", "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant",
-    "placed_weights", "read", "replace_plan", "resting_value", "slow_values", "stage_losses", "text_digest",
-    "trainable", "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
+    "TrainedState", "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
+    "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_idle", "is_released",
+    "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant", "placed_weights", "read",
+    "replace_plan", "resting_value", "slow_values", "stage_losses", "stored_values", "text_digest", "trainable",
+    "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
+
+
+# ---- checkpoints
+
+
+def stored_values(folder: Path) -> tuple[str, dict[str, object]]:
+    """Return what a checkpoint says, as text and tensors, without omitted defaults and without derived fields."""
+    checkpoint = read(folder)
+    plan = json.loads(checkpoint.plan.to_json())
+    plain, tensors = pack(dataclasses.replace(checkpoint.content, plan=plan, versions={}, changed_buffers=()))
+    return json.dumps(plain, sort_keys=True), {
+        name: (tensor.dtype, tensor.shape, tensor.flatten().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
 
 
 # ---- the slow state

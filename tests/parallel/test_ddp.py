@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint import training_state
 from tests.kit.errors import raises, warns
 from tests.kit.models import train
 from tests.parallel import training
@@ -157,23 +156,6 @@ def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
     optimizer.zero_grad()
     with raises(lx.SpecError, "invalid-value", "keep", "0"):
         lx.save(wrapper, tmp_path / "run", optimizer=optimizer, keep=0)
-
-
-@pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("streams", [[], ["x"], [torch.zeros(2, dtype=torch.uint8)], 3])
-def test_forged_random_generators_of_ranks(tmp_path: Path, streams: object) -> None:
-    """Nothing is loaded, and the optimizer is unchanged."""
-    cascade = training.adapted("fresh")
-    lx.save(cascade, tmp_path, optimizer=training.optimizer_of(cascade), extra={training_state.RANKS: streams})
-    loaded = lx.load(tmp_path, training.net(), args=(training.data()[0][0][None],))
-    optimizer, before = training.optimizer_of(loaded), torch.get_rng_state()
-    if streams == []:
-        assert loaded.resume(optimizer) == {}
-        return
-    with raises(lx.CheckpointError, "optimizer-differs"):
-        loaded.resume(optimizer)
-    assert not optimizer.state
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def fails_on_one(rank: int, count: int, folder: str) -> None:

@@ -1,0 +1,508 @@
+"""The content of a checkpoint, as one dataclass. `Content.of` makes it; `install` and `resume` restore it in a run.
+
+Folders of one or several ranks, state dicts, and folds of saved runs all use it. `tree` converts it to JSON and
+tensors, and `util.decode` checks the types of all fields on the way back. Conditions on several fields are checked
+once: by `WeightState.faults`, and here by `decoded`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Annotated, Any, Self
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Branch, InitialFactors, Side
+from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.inputs import is_description
+from lorasc_fx.cascade.optim import check_holds, stepping
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.checkpoint import training
+from lorasc_fx.checkpoint.layout import refusing, sanitized, versions
+from lorasc_fx.checkpoint.training import Owner
+from lorasc_fx.checkpoint.tree import Tensors, is_storable
+from lorasc_fx.errors import CheckpointError, warn
+from lorasc_fx.parameters import Holder, buffer_holders
+from lorasc_fx.plan import Plan
+from lorasc_fx.shards import UNSHARDED, ProcessGroup, local, local_like, shard_axis
+from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import Expert, KeptNoise, Learner, SlowWeights, View, WeightState
+from lorasc_fx.util.decode import Check
+from lorasc_fx.util.undo import Undo, commit
+
+Count = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
+Digest = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "a digest has 64 hexadecimal digits")]
+Loss = Annotated[float, Check(lambda loss: loss > 0, "give a number above 0")]
+Inputs = Annotated[dict[str, Any], Check(is_description, "give the shapes of the arguments, see cascade/inputs.py")]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The slow state of a weight without W0, which the model has. See `WeightState` for the other fields.
+
+    Args:
+        base: W0 of a parameter trained in full.
+        rule: index of its rule in the spec's train_rules.
+    """
+
+    views: dict[str, View]
+    experts: tuple[Expert, ...] = ()
+    gone: Count = 0
+    row_scale: torch.Tensor | None = None
+    noises: tuple[KeptNoise, ...] = ()
+    initial: InitialFactors | None = None
+    base: torch.Tensor | None = None
+    rule: Count | None = None
+
+    @classmethod
+    def of(cls, state: WeightState, spec: CascadeSpec) -> Self:
+        """Return the stored fields of a state. Its tensors are not copied."""
+        values = {name: getattr(state, name) for name in _STATE_FIELDS}
+        base = state.base if state.full else None
+        return cls(**values, base=base, rule=None if state.rule is None else spec.train_rules.index(state.rule))
+
+    def on(self, bare: WeightState) -> WeightState:
+        """Return the state of a weight without changes (`bare`) with these changes."""
+        values = {name: getattr(self, name) for name in _STATE_FIELDS}
+        return replace(bare, **values, base=bare.base if self.base is None else self.base)
+
+
+_STATE_FIELDS = [item.name for item in fields(Stored) if item.name not in ("base", "rule")]
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that a version stores.
+
+    Args:
+        plan: the plan in the running stage, as `Plan.to_json` writes it.
+        frontend: the front end that the user has chosen.
+        inputs: description of the example inputs.
+        versions: versions of libraries.
+        base: fingerprint of each parameter of the base.
+        slow: the slow state of each weight.
+        branch: parameters of the running branches, by weight and name.
+        value: current values of the parameters trained in full.
+        buffer: buffers of the model (perhaps None), and parameters that forward writes.
+        changed_buffers: names of these that differ from the base.
+        idle, averaged, losses: see `SlowWeights`.
+        gradient: gradients of trained parameters.
+        pending: names of the gradients that no optimizer step has consumed.
+        rng: the random generators of each rank (`training.random_state`).
+        optimizers, schedulers: their states.
+        extra: values of the user.
+    """
+
+    plan: dict[str, Any]
+    frontend: str
+    versions: dict[str, str]
+    base: dict[str, Digest]
+    slow: dict[str, Stored]
+    branch: dict[str, Tensors]
+    idle: bool
+    rng: Annotated[tuple[Tensors, ...], Check(bool, "give the generators of at least one rank")]
+    value: Tensors = field(default_factory=dict)
+    buffer: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    changed_buffers: tuple[str, ...] = ()
+    averaged: Count = 0
+    losses: dict[Count, Loss] = field(default_factory=dict)
+    gradient: Tensors = field(default_factory=dict)
+    pending: tuple[str, ...] = ()
+    inputs: Inputs | None = None
+    optimizers: tuple[Owner, ...] = ()
+    schedulers: tuple[Owner, ...] = ()
+    extra: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        schedulers: Sequence[Any] = (),
+        extra: Mapping[str, Any] | None = None,
+        rng: tuple[Tensors, ...] | None = None,
+    ) -> Self:
+        """Return the content of a checkpoint of a run. Its tensors are not copied.
+
+        `rng` has the generators of each rank. The default is this process alone.
+        """
+        state, slow, trainable = RunState.of(run), run.slow, run.trainable()
+        return cls(
+            plan=json.loads(run.plan.to_json()),
+            frontend=run.frontend,
+            inputs=run.inputs,
+            versions=versions(),
+            base=run.fingerprints(),
+            slow={name: Stored.of(weight, run.plan.spec) for name, weight in slow.states.items()},
+            branch={weight: dict(factors) for weight, factors in state.branches.items()},
+            value=dict(state.values),
+            buffer=dict(state.buffers),
+            changed_buffers=tuple(run.changed_buffers()),
+            idle=slow.idle,
+            averaged=slow.averaged,
+            losses=dict(slow.losses),
+            # So a run that is saved between backward and step, or while it accumulates gradients, loses none.
+            gradient={name: value.grad.detach() for name, value in trainable.items() if value.grad is not None},
+            pending=tuple(run.pending.waiting(trainable)),
+            rng=(training.random_state(),) if rng is None else rng,
+            optimizers=tuple(map(Owner.of, optimizers)),
+            schedulers=tuple(map(Owner.of, schedulers)),
+            extra=dict(extra or {}),
+        )
+
+    def axes(self, slow: SlowWeights) -> dict[int, int]:
+        """Return the axis along which each sharded tensor is sharded, by the id of the tensor."""
+        axes: dict[int, int | None] = {}
+        for state in slow.states.values():
+
+            def note(value: torch.Tensor, side: Side, state: WeightState = state) -> torch.Tensor:
+                axes[id(value)] = state.axis(side)
+                return value
+
+            state.map(note)
+        moments = [entries for owner in self.optimizers for entries in owner.state["state"].values()]
+        for table in (self.value, self.buffer, self.gradient, *self.branch.values(), *moments):
+            axes |= {id(value): shard_axis(value) for value in table.values() if isinstance(value, torch.Tensor)}
+        return {key: axis for key, axis in axes.items() if axis is not None}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The part of a run that training changes, without optimizers and generators.
+
+    Args:
+        plan, slow: the plan in the running stage, and the slow state.
+        branches: parameters of the running branches, by weight and name.
+        values: current values of the parameters trained in full, by name.
+        buffers: buffers of the model (or None), and parameters that forward writes, by name.
+    """
+
+    plan: Plan
+    slow: SlowWeights
+    branches: Mapping[str, Mapping[str, torch.Tensor]]
+    values: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor | None]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the state of a cascade. Its tensors are not copied."""
+        parameters = run.parameters_by_name()
+        branches = {
+            weight: {name: value.detach() for name, value in branch.named_parameters()}
+            for weight, branch in run.branches_by_weight().items()
+        }
+        values = {name: parameters[name].detach() for name in run.slow.trained}
+        buffers = {name: holder.value for name, holder in buffer_holders(run.model).items() if is_saved(holder)}
+        return cls(run.plan, run.slow, branches, values, {**buffers, **run.moved_parameters()})
+
+    def learners(self) -> dict[str, Learner]:
+        """Return the learners of the running stage by weight: branches, and values of parameters trained in full."""
+        branches: dict[str, Branch] = {}
+        for site in self.plan.sites:
+            factors = self.branches[site.weight]
+            like = next(iter(factors.values())).new_zeros(()).expand(site.shape)
+            branches[site.weight] = site.options.method(site, self.plan.spec.seed, self.plan.stage, like)
+            for name, value in factors.items():
+                setattr(branches[site.weight], name, nn.Parameter(value, False))
+        return {**branches, **self.values}
+
+    def placed_like(self, taker: RunState) -> RunState:
+        """Return this state with the W0, the shards and the dtypes of another state of the same weights.
+
+        For a parameter trained in full, the W0 of this state is kept if it is known.
+        """
+        slow, states = taker.slow, {}
+        for name, state in self.slow.states.items():
+            states[name] = state.to_shard(slow.states[name].shard)
+            if not state.full or state.base.is_meta:
+                states[name] = replace(states[name], base=slow.states[name].base)
+        branches = {
+            weight: {name: local_like(value, taker.branches[weight][name]) for name, value in factors.items()}
+            for weight, factors in self.branches.items()
+        }
+        values = {name: local_like(value, taker.values[name]) for name, value in self.values.items()}
+        placed = replace(self.slow, states=states, group=slow.group)
+        return replace(self, slow=placed, branches=branches, values=values)
+
+
+def is_saved(holder: Holder) -> bool:
+    """Return whether a buffer belongs to a checkpoint.
+
+    A buffer that safetensors cannot store does not, if it is not persistent: building the model gives it its value.
+    """
+    is_persistent = holder.leaf not in holder.module._non_persistent_buffers_set
+    return holder.value is None or is_persistent or is_storable(holder.value)
+
+
+# ---- from a file to a state
+
+
+def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunState:
+    """Return the state in a checkpoint.
+
+    Args:
+        content: the content.
+        plan: its plan.
+        taker: state of the cascade that is restored, with the same weights. The result gets its W0, shards and dtypes.
+            Without it, W0 is on the meta device, with the shapes in the plan.
+
+    Raises:
+        ValueError, CheckpointError: weights are missing or unexpected, or a tensor is not finite or does not fit.
+    """
+    bare = {state.name: state for state in _bare(content, plan, taker)}
+    if odd := sorted((content.slow.keys() ^ bare.keys()) | (plan.by_weight.keys() - content.slow.keys())):
+        raise ValueError(f"the slow state and the plan disagree about {sanitized(odd[0])}")
+    trained = {name for name, stored in content.slow.items() if stored.base is not None}
+    if trained != content.value.keys() or trained != {name for name, state in bare.items() if state.full}:
+        raise ValueError("the parameters that were trained in full differ from the spec")
+    finite = plan.spec.on_nonfinite == "raise"  # otherwise, inf and nan are valid: the fold skips such a branch
+    check_branches(content, plan, finite)
+    states = {name: _decoded(name, stored, bare[name], content) for name, stored in content.slow.items()}
+    for site in plan.sites:
+        initial = states[site.weight].initial
+        for name in site.options.method.starts_from(plan.spec, not content.idle):
+            if name != "weight" and getattr(initial, name, None) is None:
+                raise ValueError(f"has no initial {name} of {sanitized(site.weight)}")
+    slow = SlowWeights(states, content.idle, averaged=content.averaged, losses=content.losses)
+    values = dict(content.value)
+    for name in trained:
+        start = slow.started(name).start.dense
+        if start is not None and not slow.moved({name: values[name]}):
+            values[name] = start  # the value only differs by rounding: the cascade was saved in another dtype
+    state = RunState(plan, slow, content.branch, values, content.buffer)
+    return state if taker is None else state.placed_like(taker)
+
+
+def _decoded(name: str, stored: Stored, bare: WeightState, content: Content) -> WeightState:
+    """Return the slow state of one weight, after all checks."""
+    state = stored.on(bare)
+    if state.full:
+        fit(f"slow/{name}/base", state.base, state.matrix, bare.base.dtype)
+        fit(f"value/{name}", content.value[name], state.matrix, state.base.dtype)
+    if faults := state.faults():
+        raise CheckpointError(
+            f"slow/{sanitized(name)} {faults[0]}", code="non-finite" if "inf or nan" in faults[0] else None
+        )
+    return state
+
+
+def check_branches(content: Content, plan: Plan, finite: bool = False) -> None:
+    """Check that branches have the shapes in the plan. So the plan cannot request more memory than the file has."""
+    shapes = {(site.weight, name): shape for site in plan.sites for name, shape in site.parameter_shapes.items()}
+    found = {(weight, name): value for weight, factors in content.branch.items() for name, value in factors.items()}
+    if odd := sorted(found.keys() ^ shapes.keys()):
+        raise ValueError(f"the branches and the plan disagree about {sanitized('branch/' + '/'.join(odd[0]))}")
+    for key, shape in shapes.items():
+        fit(f"branch/{'/'.join(key)}", found[key], shape, torch.float32, finite)
+
+
+def fit(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.dtype, finite: bool = False
+) -> torch.Tensor:
+    """Return a tensor if it has this shape, and a dtype like another one: floating-point, complex, or the same."""
+    shown = sanitized(repr(name))
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{shown} is {tuple(tensor.shape)}, but must be {tuple(shape)}")
+    same_kind = (tensor.dtype.is_floating_point, tensor.dtype.is_complex) == (like.is_floating_point, like.is_complex)
+    if not same_kind or (tensor.dtype != like and not like.is_floating_point and not like.is_complex):
+        raise ValueError(f"{shown} is {tensor.dtype}, not {like}")
+    if finite and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{shown} holds inf or nan, which save never writes", code="non-finite")
+    return tensor
+
+
+def _bare(content: Content, plan: Plan, taker: RunState | None) -> list[WeightState]:
+    """Return the states of full weights without experts or values, for the weights of `taker`, otherwise of the plan.
+
+    A parameter trained in full has no shape in the plan. Without `taker`, its shape is the shape of its tensor.
+    """
+    if taker is not None:
+        states = taker.slow.states.values()
+        shapes = [state.shard.full_shape(state.base.shape) for state in states]
+        bases = [
+            torch.empty(shape, dtype=state.base.dtype, device="meta")
+            for shape, state in zip(shapes, states, strict=True)
+        ]
+        return [replace(state, shard=UNSHARDED).bare(base) for state, base in zip(states, bases, strict=True)]
+    bare = []
+    for name, stored in content.slow.items():
+        if stored.base is not None:
+            rule = None if stored.rule is None else plan.spec.train_rules[stored.rule]
+            bare.append(WeightState(name, stored.base, full=True, rule=rule).bare())
+        elif (site := plan.by_weight.get(name)) is not None:
+            base = torch.empty(site.shape, device="meta")
+            bare.append(WeightState(name, base, site.experts is not None, site.layout == "in_out"))
+        else:
+            bare.append(WeightState(name, torch.empty((0,), device="meta")))
+    return bare
+
+
+# ---- restore a run
+
+
+def install(run: Run, state: RunState, undo: Undo) -> None:
+    """Restore a decoded state in a cascade with the same sites, as part of a transaction, with its plan.
+
+    Raises:
+        ValueError, CheckpointError: the buffers do not fit the model. The cascade is unchanged.
+    """
+    tensors, buffers = _model_state(run, state.buffers)
+
+    def write(name: str, out: torch.Tensor) -> None:
+        if name in state.values:
+            out.copy_(state.values[name])
+        else:
+            state.slow.write_resting(name, state.plan, out)
+
+    # A rollback can restore untrained parameters from their start, so they need no copy. In `load`, all are untrained.
+    parameters = run.parameters_by_name()
+    untrained = {
+        name: start
+        for name in run.slow.trained
+        if (start := run.slow.started(name).start.dense) is not None and not run.slow.moved({name: parameters[name]})
+    }
+    written = run.present(state.slow.states)
+    planned = Planned(state.plan, state.slow, written, write, factors=state.branches, current=untrained)
+    run.commit(replace(planned, tensors=tensors, buffers=buffers), undo)
+
+
+def _model_state(
+    run: Run, saved: Mapping[str, torch.Tensor | None]
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[Holder, torch.Tensor | None]]]:
+    """Return the tensors of the model that get new values in place, and the buffers that are replaced.
+
+    Buffers whose shape and ties are unchanged, and parameters that forward writes, are written in place. Any other
+    buffer is replaced by the tensor from the file, or by None. Its shape is not checked, because the tensor cannot be
+    larger than the file.
+    """
+    places, parameters = buffer_holders(run.model, run.written()), run.parameters_by_name()
+    written = {
+        name: local(value)
+        for name, value in parameters.items()
+        if name in saved and name not in places and name not in run.slow.states
+    }
+    if odd := sorted(saved.keys() - places.keys() - written.keys()):
+        raise ValueError(f"has the buffer {sanitized(repr(odd[0]))}, but the model has no such buffer")
+    needed = [name for name, place in places.items() if place.value is not None and is_saved(place)]
+    if missing := [name for name in needed if name not in saved]:
+        raise ValueError(f"has no tensor {sanitized(repr('buffer/' + missing[0]))}")
+    in_place, replaced = [], list[tuple[Holder, torch.Tensor | None]]()
+    groups: dict[int, tuple[torch.Tensor, list[str]]] = {}  # names of the buffers that share a tensor in the file
+    for name, value in saved.items():
+        if name in written:
+            out = written[name]
+            if value is None:
+                raise ValueError(f"has no tensor {sanitized(repr('buffer/' + name))}")
+            in_place.append((out, fit(f"buffer/{name}", value, tuple(out.shape), out.dtype)))
+        elif value is None:
+            replaced.append((places[name], None))
+        else:
+            groups.setdefault(id(value), (value, []))[1].append(name)
+    for value, names in groups.values():
+        current = places[names[0]].value
+        together = [name for name, place in places.items() if place.value is current]
+        if current is not None and value.shape == current.shape and sorted(together) == sorted(names):
+            finite = any(run.started_finite(name, current.shape) for name in names)
+            in_place.append((current, fit(f"buffer/{names[0]}", value, tuple(current.shape), current.dtype, finite)))
+        else:
+            new = value.to(places[names[0]].device, copy=True)
+            replaced += [(places[name], new) for name in names]
+    return in_place, replaced
+
+
+def gradients_of(run: Run, content: Content) -> Planned:
+    """Return a commit that restores the gradients of a checkpoint, for a cascade that already has its state.
+
+    Raises:
+        CheckpointError: a gradient belongs to no trained parameter, or has another shape or dtype.
+    """
+    parameters = run.trainable()
+    for name, tensor in content.gradient.items():
+        parameter, key = parameters.get(name), f"gradient/{sanitized(name)}"
+        if parameter is None:
+            raise CheckpointError(f"{key!r} belongs to no trained parameter")
+        if parameter.shape != tensor.shape or parameter.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{key!r} is {tuple(tensor.shape)} {tensor.dtype}, but its parameter is {tuple(parameter.shape)} "
+                f"{parameter.dtype}: it is from another run"
+            )
+    if odd := [name for name in content.pending if name not in content.gradient]:
+        raise CheckpointError(f"has no gradient of {sanitized(odd[0])}, which waits for an optimizer step")
+    return Planned(run.plan, run.slow, gradients=content.gradient, pending=content.pending)
+
+
+def resume(
+    run: Run,
+    path: object,
+    content: Content,
+    optimizers: Sequence[torch.optim.Optimizer],
+    schedulers: Sequence[Any],
+    group: ProcessGroup,
+) -> dict[str, Any]:
+    """Restore optimizers, schedulers, gradients and random generators in one transaction, and return `extra`.
+
+    `group` has the ranks that resume. Each rank gets separate random generators.
+
+    Raises:
+        CheckpointError: the checkpoint has no state of an optimizer or scheduler, or it is from another class. Nothing
+            is changed.
+        StateError: the optimizers do not have the branches' parameters.
+    """
+    # Check everything before anything is changed.
+    now, finite = versions(), run.plan.spec.on_nonfinite == "raise"
+    changed = [f"{name} {then} (now {now[name]})" for name, then in content.versions.items() if now.get(name) != then]
+    same_torch, same_way = content.versions.get("torch") == now["torch"], "build optimizer and scheduler the same way"
+    with_optimizer = training.matched(path, "optimizer", optimizers, content.optimizers)
+    with_scheduler = training.matched(path, "scheduler", schedulers, content.schedulers)
+    if optimizers:
+        check_holds(optimizers, run.trainable())
+    with refusing(path, same_way, code="optimizer-differs"):
+        for optimizer, saved in with_optimizer:
+            training.check_optimizer(optimizer, saved.state, finite, same_torch)
+        for scheduler, saved in with_scheduler:
+            training.check_scheduler(scheduler, saved.state, same_torch)
+    # Restore everything in one transaction: optimizers and schedulers by their own methods, the gradients as a commit
+    # of the run, and the random generators, which belong to the process.
+    with (
+        refusing(path, f"{same_way}, or resume without them", code="optimizer-differs", also=(RuntimeError,)),
+        run.lock,
+        commit() as undo,
+    ):
+        dtypes = _saved_dtypes(run, content)
+        for optimizer, saved in with_optimizer:
+            for holder in (optimizer, stepping(optimizer)):
+                for name in ("state", "param_groups"):
+                    undo(partial(setattr, holder, name, getattr(holder, name)))
+            optimizer.load_state_dict(saved.state)
+            training.keep_as_saved(optimizer, saved.state["state"], saved.host, dtypes)
+        if with_optimizer:
+            run.commit(gradients_of(run, content), undo)
+        for scheduler, saved in with_scheduler:
+            undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
+            scheduler.load_state_dict(saved.state)
+        undo(partial(training.set_random_state, training.random_state()))
+        training.set_rank_random_state(content.rng, group, run.plan.stage)
+    if changed:
+        names = sanitized(", ".join(changed), 300)
+        warn(
+            f"{path}: was written with {names}. The run can continue, but may not give bit-identical results",
+            "other-versions",
+        )
+    return deepcopy(content.extra)
+
+
+def _saved_dtypes(run: Run, content: Content) -> dict[nn.Parameter, torch.dtype]:
+    """Return the dtype that each trained parameter had when the checkpoint was written."""
+    saved = {
+        parameter: content.branch[weight][name]
+        for weight, branch in run.branches_by_weight().items()
+        for name, parameter in branch.named_parameters()
+    }
+    saved |= {parameter: content.value[name] for name, parameter in run.present(run.slow.trained).items()}
+    return {parameter: tensor.dtype for parameter, tensor in saved.items()}
