@@ -109,7 +109,7 @@ CODES = {
     "tied-weights-differ": "the names of a tied weight have different values, or are no longer tied",
     "too-many-variants": "(warning) graphs are captured repeatedly: constants change, or there are many kinds of calls",
     "trainer-not-supported": "the Trainer, one of its options, or how the callback was added does not suit a cascade",
-    "training-not-kept": "(warning) the cascade was garbage collected, and what it trained is lost",
+    "training-not-kept": "(warning) the cascade was garbage collected without release: training is lost or noise stays",
     "unfolded-save": "(warning) a trainer saves the state dict of an unfolded cascade",
     "unknown-name": "a name (of an option, a field, a device, a front end, ...) is unknown",
     "unknown-stage": "a stage has not ended in this cascade, or its weights are no longer stored",

@@ -56,7 +56,7 @@ _CALLERS = {
 _REFUSED = {
     "copy": "an average of parameters ({caller}) copies a cascade: it would average W_t with its noise, and B and A "
     "separately. Give it cascade.model, and update it from cascade.model inside "
-    '`with cascade.weights("slow"):` or "fast". Or set average="ema" or "swa" in the spec',
+    '`with cascade.weights("slow"):` or "fast". Or set average=True in the spec',
     "shard": "accelerator.prepare: accelerate's FSDP plugin would shard modules that the cascade's graphs never call, "
     "and parameters that a transition must write. Create the Accelerator without fsdp_plugin, call "
     "lorasc_fx.parallel.fsdp.shard(cascade), then accelerator.prepare_model(cascade, evaluation_mode=True), which adds "
@@ -134,8 +134,8 @@ class Cascade(SavedCascade):
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "
-                "not call. Use cascade.add(name, folder) to read another run, `with cascade.weights(name):` to compute "
-                "with its weights, and lorasc_fx.from_peft to create a cascade from an adapter"
+                "not call. Use lorasc_fx.from_peft to create a cascade from an adapter, and lorasc_fx.AdapterBank to "
+                "serve several adapters on one model"
             )
         return value
 

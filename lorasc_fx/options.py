@@ -23,9 +23,6 @@ class Start(abc.ABC):
     from_weight: ClassVar[bool] = True
     """Whether the factors are computed from the weight. It then holds the residual `W - s B_0 A_0` during the stage."""
 
-    of_delta: ClassVar[bool] = False
-    """Whether the factors are computed from the slow delta `W - W0` instead of the weight W."""
-
     @abc.abstractmethod
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return B_0 [..., out, k] and A_0 [..., k, in], with k at most `rank`.
@@ -34,7 +31,7 @@ class Start(abc.ABC):
         B are zero.
 
         Args:
-            matrix: the weight or the delta [..., out, in]. Leading axes are independent matrices (stacked experts).
+            matrix: the weight [..., out, in]. Leading axes are independent matrices (stacked experts).
             rank: rank of the branch.
             scale: scale s of the branch. The branch adds `s B_0 A_0`.
         """
@@ -77,24 +74,6 @@ class OloraStart(Start):
         return q[..., :rank], r[..., :rank, :]
 
 
-class LoftqStart(Start):
-    """LoftQ (2310.08659) with one iteration: the r largest singular triplets of the quantization error.
-
-    W0 is the quantized weight Q, which is never changed. W is the weight before quantization. The slow delta is
-    initialized to the nearest matrix of rank r to `W - Q`, and the first branch starts from this delta. Later stages
-    start from the r largest triplets of the current slow delta. A weight without a delta starts as in LoRA.
-    """
-
-    of_delta: ClassVar[bool] = True
-
-    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors like `PissaStart`, with fewer than r pairs if the delta has a smaller rank."""
-        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        # Smaller singular values are rounding errors. Stacked matrices share one count, so take the smallest.
-        count = min(rank, int((values > 1e-5 * values[..., :1]).sum(-1).min()))
-        return split_evenly(u[..., :count], values[..., :count], vh[..., :count, :], scale)
-
-
 def split_evenly(
     u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,56 +87,8 @@ STARTS: Mapping[str, Start] = {
     "pissa": PissaStart(),
     "olora": OloraStart(),
     "milora": MiloraStart(),
-    "loftq": LoftqStart(),
 }
 """Strategies by the value of `CascadeSpec.start`."""
-
-
-class PaceRule(abc.ABC):
-    """Computes the share of the fast weights that a transition merges into the slow ones (`CascadeSpec.pace`)."""
-
-    needs_loss: ClassVar[bool] = False
-    """Whether `at` reads the losses of the stages."""
-
-    @abc.abstractmethod
-    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return the share for the transition at the end of a stage.
-
-        Args:
-            stage: number of the stage; the first is 1.
-            losses: losses of this stage and of all earlier ones, by stage number. Empty unless `needs_loss`.
-            penalty: value of `CascadeSpec.loss_penalty`.
-        """
-
-
-class MeanPace(PaceRule):
-    """1/t in stage t. With restart="fast", S_t is the mean of F_1, ..., F_t (docs/algorithm.md, "slow update")."""
-
-    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return `1 / stage`."""
-        return 1 / stage
-
-
-class LossPace(PaceRule):
-    """Mean of the fast weights of all stages, weighted by their losses (metrics-weighted averaging, 2504.18580).
-
-    Stage k has the weight `w_k = L_k^-p`, where L_k is its loss and p is `CascadeSpec.loss_penalty`. The share of stage
-    t is `w_t / (w_1 + ... + w_t)`, so `S_t = sum_k w_k F_k / sum_k w_k`. p = 0 gives the plain mean. A large p selects
-    the stage with the smallest loss.
-    """
-
-    needs_loss: ClassVar[bool] = True
-
-    def at(self, stage: int, losses: Mapping[int, float], penalty: float) -> float:
-        """Return `w_t / (w_1 + ... + w_t)` for stage t."""
-        smallest = math.log(min(losses.values()))
-        # w_k relative to the stage with the smallest loss, so that no power overflows.
-        weights = {number: math.exp(penalty * (smallest - math.log(loss))) for number, loss in losses.items()}
-        return weights[stage] / math.fsum(weights.values())
-
-
-PACES: Mapping[str, PaceRule] = {"mean": MeanPace(), "loss": LossPace()}
-"""Strategies by the value of `CascadeSpec.pace`, if it is a name."""
 
 
 def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -171,46 +102,6 @@ ADAPTERS: dict[str, type[Any]] = {}
 `lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
 checks names before the branches, which need the spec, can be imported.
 """
-
-
-class Average:
-    """Average of the slow weights at the ends of stages (`CascadeSpec.average`). The base class keeps no average."""
-
-    kept: ClassVar[bool] = False
-    """Whether an average is kept."""
-
-    def share(self, count: int, decay: float) -> float:
-        """Return c in `M_t = M_{t-1} + c (S_t - M_{t-1})`.
-
-        Args:
-            count: number of earlier stages in the average M, 1 or more.
-            decay: value of `CascadeSpec.average_decay`.
-        """
-        return 1.0
-
-
-class Exponential(Average):
-    """Exponential average: `M_t = decay * M_{t-1} + (1 - decay) * S_t`."""
-
-    kept: ClassVar[bool] = True
-
-    def share(self, count: int, decay: float) -> float:
-        """Return `1 - decay`."""
-        return 1 - decay
-
-
-class Mean(Average):
-    """Mean of the slow weights at the ends of all stages, as in SWA (1803.05407)."""
-
-    kept: ClassVar[bool] = True
-
-    def share(self, count: int, decay: float) -> float:
-        """Return `1 / (count + 1)`."""
-        return 1 / (count + 1)
-
-
-AVERAGES: Mapping[str, Average] = {"off": Average(), "ema": Exponential(), "swa": Mean()}
-"""Strategies by the value of `CascadeSpec.average`."""
 
 
 class Distribution(abc.ABC):

@@ -18,7 +18,7 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.decode import check_names
 
-__all__ = ["Recipe", "long_training", "lora", "lora_cycles", "small_data"]
+__all__ = ["Recipe", "lora", "lora_cycles", "small_data"]
 
 WARMUP = 5
 """Optimizer steps of each learning rate warm-up, as in the measurements."""
@@ -47,8 +47,7 @@ def lora(steps: int, adapter: str = "lora", **options: Any) -> Recipe:
     """Plain LoRA, or another adapter method: a single stage with a learning rate that decays to 0.
 
     Evidence (docs/evidence.md): this is the baseline of the other recipes. It is better than them by about 2 points on
-    images, and by up to 1 point on sentiment. Under distribution shift it is 3.2 and 2.6 points better than
-    `long_training`, averaged over tasks. On a language model with 200 examples, adapter="shira" gains
+    images, and by up to 1 point on sentiment. On a language model with 200 examples, adapter="shira" gains
     +2.80 [0.70, 5.20] over it in 40 steps (six tasks) and +1.90 [1.10, 3.05] in 100 steps (four tasks). Both forget
     much at the rates of the lowest validation loss: the loss on general text rises by up to 6.17 and up to 0.64, with
     "shira" by up to 4.83 and up to 1.16.
@@ -83,7 +82,7 @@ def lora_cycles(steps: int, stages: int = 3, **options: Any) -> Recipe:
     Raises:
         SpecError: an option that the recipe sets, or a value that the spec refuses.
     """
-    fixed = {"pace": "mean", "restart": "fast", "restart_pairs": 0.0}
+    fixed = {"pace": "mean", "restart": "fast", "restart_pairs": False}
     return _recipe("lora_cycles", fixed, "lora", options, steps, stages, decays=True)
 
 
@@ -111,29 +110,6 @@ def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: An
         SpecError: an option is set by the recipe, or has an invalid value.
     """
     return _recipe("small_data", {"pace": 0.5, "restart": "slow"}, adapter, options, steps, stages, decays=False)
-
-
-def long_training(steps: int, stages: int = 3, adapter: str = "lora", **options: Any) -> Recipe:
-    """Each stage continues from the fast weights, and the slow weights are the mean over the ends of stages.
-
-    The learning rate decays to 0 in each stage, after a warm-up.
-
-    Evidence (docs/evidence.md, `recipe`): test accuracy minus that of LoRA, in points, with 500 examples, 3 stages of
-    100 steps and 10 seeds. R8 +0.3, 20 Newsgroups +1.6, authors of tweets +0.4, characters of tales +0.2, Rotten
-    Tomatoes -0.1, IMDB -0.3, digits -1.5, MNIST -2.2, a synthetic teacher of rank 4 -3.3. The mean over these nine
-    tasks is -0.27 [-0.44, -0.10]. The test loss is lower on the six text tasks. Stages of 20 steps lose up to 6 points
-    (MNIST).
-
-    Args:
-        steps: optimizer steps of the training.
-        stages: number of stages. Each has `steps / stages` steps.
-        adapter: adapter method (docs/method.md). Only `lora` was measured.
-        options: other fields of CascadeSpec.
-
-    Raises:
-        SpecError: an option is set by the recipe, or has an invalid value.
-    """
-    return _recipe("long_training", {"pace": "mean", "restart": "fast"}, adapter, options, steps, stages, decays=True)
 
 
 def _recipe(

@@ -12,19 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from lorasc_fx.options import (
-    ADAPTERS,
-    AVERAGES,
-    DISTRIBUTIONS,
-    PACES,
-    STARTS,
-    Start,
-    scale_of,
-)
+from lorasc_fx.options import ADAPTERS, DISTRIBUTIONS, STARTS, Start, scale_of
 from lorasc_fx.spec_checks import (
     CONFLICTS,
-    DEFAULT_DECAY,
-    DEFAULT_PENALTY,
     DEFAULT_RANK,
     NOISE_CONFLICTS,
     PEFT_OPTIONS,
@@ -65,8 +55,8 @@ Tokens = Annotated[
 ]
 Share = Annotated[float, Check(lambda p: 0 < p <= 1, "it is a share of the fast weights: give a number in (0, 1]")]
 Pace = Annotated[
-    Share | tuple[Share, ...] | Annotated[str, choice(PACES)],
-    Check(lambda pace: pace != (), "give a number in (0, 1], one for each stage, 'mean' or 'loss'"),
+    Share | tuple[Share, ...] | Literal["mean"],
+    Check(lambda pace: pace != (), "give a number in (0, 1], one for each stage, or 'mean'"),
 ]
 
 
@@ -174,7 +164,6 @@ class SiteOptions:
         adapter_options: options of the method, as (name, value) pairs.
         ranks: rank in stage 1, 2, ...; the last entry repeats. Empty if the rank is the same in all stages.
         train_A: whether A is trained.
-        nearest_full_gradient: whether the gradient of B is corrected (see CascadeSpec).
         tokens: indices of the trained rows. Empty unless a rule gives them.
     """
 
@@ -185,7 +174,6 @@ class SiteOptions:
     adapter_options: AdapterOptions = ()
     ranks: tuple[Rank, ...] = ()
     train_A: bool = True
-    nearest_full_gradient: bool = False
     tokens: Tokens = ()
 
     def at_stage(self, stage: int) -> SiteOptions:
@@ -213,8 +201,8 @@ class SiteOptions:
 class CascadeSpec:
     """Configuration of `lorasc_fx.adapt`: what is adapted, how branches train, and how stages are merged.
 
-    Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, nearest_full_gradient,
-    lr_ratio, restart_A, restart_pairs and start. With another method they must keep their defaults.
+    Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, lr_ratio, restart_A,
+    restart_pairs and start. With another method they must keep their defaults.
 
     Args:
         targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, experts), or globs on weight
@@ -227,7 +215,7 @@ class CascadeSpec:
         rules: other ranks or lora_alpha, or rows to train, by pattern (see Rule). The first match counts. Default:
             none.
         adapter: adapter method: `lora` (default), `dora` (2402.09353), another row of docs/method.md, or a name given
-            to `register_branch`. `dora` cannot be combined with restart="fast", momentum, average, noise.keep or
+            to `register_branch`. `dora` cannot be combined with restart="fast", average, noise.keep or
             noise.redraw="step".
         adapter_options: options of the adapter method by name (docs/method.md), as a mapping. Stored as sorted pairs.
             Default: none.
@@ -240,41 +228,30 @@ class CascadeSpec:
             with another `rank` than the first entry. Default: empty, every stage has `rank`.
         train_A: whether A is trained. If False, only the product A x is saved for the backward (LoRA-FA, 2308.03303).
             Default: True.
-        nearest_full_gradient: multiply the gradient of B by `(A A^T)^-1 / s^2`, so that a step on B is the nearest one
-            to a step of full fine-tuning (LoRA-Pro, 2407.18242). Requires train_A=False. Default: False.
         lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, which suggests about 16).
             Cannot be combined with train_A=False. Default: 1.0.
         train_rules: learning rate and slow rule by pattern, for parameters under `train` (see TrainRule). The first
             match counts. Requires train. Default: none.
-        average: average of the slow weights at the ends of stages, for `Cascade.weights("averaged")`: `off` (default),
-            `ema` (exponential, with average_decay) or `swa` (the mean, 1803.05407). Cannot be combined with noise.keep.
-        average_decay: factor by which each stage multiplies the exponential average, in (0, 1). Requires average="ema".
-            Default: 0.9.
+        average: keep the mean of the slow weights at the ends of stages (SWA, 1803.05407), for
+            `Cascade.weights("averaged")`. Cannot be combined with noise.keep. Default: False.
         placement: where branches compute: `beside` the op, `merged` into it, on the `weight`, or `auto` (default) to
             let a cost model choose. A site whose op does not allow the placement gets another one. The `auto` choice
             is made at the first capture. See docs/design.md, "Placements".
         pace: share of the fast weights that a transition merges into the slow ones, in (0, 1]; alpha in the paper.
             A sequence has one share per stage; its last entry repeats. 1.0 merges whole stages (COLA, 2401.04151).
-            `mean` is 1/t in stage t: with restart="fast", the slow weights are then the mean of the weights at the ends
-            of stages. `loss` weights each stage in this mean by `L_t^-loss_penalty`, with L_t the loss given to
-            `Cascade.transition(optimizer, loss=...)` (2504.18580). Default: 0.5.
-        loss_penalty: exponent p of pace="loss", 0 or more. 0 is the plain mean; a larger p prefers stages with a small
-            loss. Requires pace="loss". Default: 1.0.
-        momentum: Nesterov momentum m over stages, in [0, 1) (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`,
-            `v_t = m v_{t-1} + d_t`, `S_t = S_{t-1} + pace (d_t + m v_t)`. Default: 0.0, the rule of LoRASC.
+            `mean` is 1/n for the n-th of the stages that the slow weights are made of (n = t without a rewind): with
+            restart="fast", the slow weights are then the mean of the weights at the ends of these stages. Default: 0.5.
         restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
         noise: noise on the frozen weights (see Noise). Default: off.
         restart_A: A at the start of the next stage: `fresh` random values (default), or `kept` from the previous stage
             if the rank is the same. `kept` requires start="lora".
-        restart_pairs: share of the rank-1 pairs `b_i a_i` of each branch that restart at a transition, in [0, 1]
-            (SRLoRA, 2505.12433). The pairs with the smallest norms restart, and what they have learned stays in the
-            weight. The other pairs continue to train with their optimizer state; with 0 no pair restarts. A share below
-            1 requires start="lora", optimizer_state="reset" and no ranks. Default: 1.0.
+        restart_pairs: whether the factors restart at a transition. If False, A and B continue to train with their
+            optimizer state, and a stage only ends a cycle of the slow rule. Then start="lora", optimizer_state="reset"
+            and no ranks are required. Default: True.
         start: factors at the start of a stage. `lora` (default): A by restart_A, and B = 0. The others compute the
             factors from the weight W, and the weight holds the residual `W - s B A` while the stage trains: the largest
             singular triplets (`pissa`, 2404.02948), the smallest ones (`milora`, 2406.09044), or the first columns and
-            rows of the QR decomposition (`olora`, 2406.01775). `loftq` (2310.08659) is for quantized weights: the
-            factors approximate the quantization error. Then give `adapt` the files of the unquantized model by `base`.
+            rows of the QR decomposition (`olora`, 2406.01775).
         carry_rank: maximum rank of the unmerged delta of earlier stages, which is computed beside a quantized weight. A
             delta of a higher rank is replaced by the nearest one of this rank. Default: None, no limit.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
@@ -304,25 +281,15 @@ class CascadeSpec:
     dropout: Dropout = 0.0
     ranks: tuple[Rank, ...] = ()
     train_A: bool = True
-    nearest_full_gradient: bool = False
     lr_ratio: Rate = 1.0
     train_rules: tuple[TrainRule, ...] = ()
-    average: Annotated[str, choice(AVERAGES)] = "off"
-    average_decay: Annotated[
-        float, Check(lambda decay: 0 < decay < 1, "it multiplies the average at each stage: give a number in (0, 1)")
-    ] = DEFAULT_DECAY
+    average: bool = False
     placement: Placement = "auto"
     pace: Pace = 0.5
-    loss_penalty: Annotated[float, Check(lambda p: p >= 0, "it is an exponent: give a number of 0 or more")] = (
-        DEFAULT_PENALTY
-    )
-    momentum: Annotated[float, Check(lambda m: 0 <= m < 1, "it is a momentum: give a number in [0, 1)")] = 0.0
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: RestartA = "fresh"
-    restart_pairs: Annotated[
-        float, Check(lambda share: 0 <= share <= 1, "it is a share of the pairs of a branch: give a number in [0, 1]")
-    ] = 1.0
+    restart_pairs: bool = True
     start: Annotated[str, choice(STARTS)] = "lora"
     carry_rank: Rank | None = None
     optimizer_state: (
@@ -363,29 +330,16 @@ class CascadeSpec:
         """The branch class of `adapter`."""
         return ADAPTERS[self.adapter]
 
-    @property
-    def keeps_average(self) -> bool:
-        """Whether an average of the slow weights is kept."""
-        return AVERAGES[self.average].kept
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the pace depends on the losses of the stages."""
-        return isinstance(self.pace, str) and PACES[self.pace].needs_loss
-
-    def pace_at(self, stage: int, losses: Mapping[int, float]) -> float:
-        """Return the pace of a stage (the first is 1). `losses` holds the loss of each stage if `needs_loss`."""
-        if isinstance(self.pace, str):
-            return PACES[self.pace].at(stage, losses, self.loss_penalty)
+    def pace_at(self, stage: int, ended: int) -> float:
+        """Return the pace of a stage (the first is 1). `ended`: how many stages the slow weights are made of."""
+        if self.pace == "mean":
+            return 1 / (ended + 1)
         shares = self.pace if isinstance(self.pace, tuple) else (self.pace,)
         return shares[min(stage, len(shares)) - 1]
 
     def average_share(self, count: int) -> float | None:
         """Return the share of the slow weights in the average after `count` earlier stages. None without an average."""
-        average = AVERAGES[self.average]
-        if not average.kept:
-            return None
-        return 1.0 if count == 0 else average.share(count, self.average_decay)
+        return 1 / (count + 1) if self.average else None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""

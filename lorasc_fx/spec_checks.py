@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.options import ADAPTERS, AVERAGES, STARTS
+from lorasc_fx.options import ADAPTERS, STARTS
 from lorasc_fx.util.decode import Conflict
 
-DEFAULT_RANK, DEFAULT_DECAY, DEFAULT_PENALTY = 8, 0.9, 1.0
-"""Defaults of `rank`, `average_decay` and `loss_penalty`. The checks below need them to see that an option was set."""
+DEFAULT_RANK = 8
+"""Default of `rank`. A check below needs it to see that the option was set."""
 
 PEFT_OPTIONS = {
     "r": "rank",
@@ -72,9 +72,8 @@ METHOD_OPTIONS: dict[str, Any] = {
     "use_rslora": False,
     "start": "lora",
     "restart_A": "fresh",
-    "restart_pairs": 1.0,
+    "restart_pairs": True,
     "train_A": True,
-    "nearest_full_gradient": False,
     "lr_ratio": 1.0,
     "dropout": 0.0,
 }
@@ -100,12 +99,6 @@ CONFLICTS = (
         "Set lr_ratio=1 and pass the learning rate of B to param_groups",
     ),
     Conflict(
-        ("nearest_full_gradient", "train_A"),
-        lambda nearest, train_a: nearest and train_a,
-        "the correction is exact only if A is frozen (LoRA-FA)",
-        "Set train_A=False",
-    ),
-    Conflict(
         ("train_rules", "train"),
         lambda rules, train: rules and not train,
         "train_rules apply only to parameters that train names",
@@ -113,21 +106,9 @@ CONFLICTS = (
     ),
     Conflict(
         ("average", "noise.keep"),
-        lambda average, keep: AVERAGES[average].kept and keep,
+        lambda average, keep: average and keep,
         "the average would contain a share of the noise of each stage, and only experts have coefficients for shares",
-        "Set average='off' or noise.keep=False",
-    ),
-    Conflict(
-        ("average_decay", "average"),
-        lambda decay, average: decay != DEFAULT_DECAY and average != "ema",
-        "only the exponential average has a decay",
-        "Set average='ema' or remove average_decay",
-    ),
-    Conflict(
-        ("loss_penalty", "pace"),
-        lambda penalty, pace: penalty != DEFAULT_PENALTY and pace != "loss",
-        "this pace does not depend on losses",
-        "Set pace='loss' or remove loss_penalty",
+        "Set average=False or noise.keep=False",
     ),
     Conflict(
         ("start", "restart_A"),
@@ -137,33 +118,27 @@ CONFLICTS = (
     ),
     Conflict(
         ("restart_pairs", "start"),
-        lambda share, start: share < 1 and start != "lora",
-        "this start computes all pairs of a branch from the weight at each stage",
-        "Set restart_pairs=1 or start='lora'",
+        lambda restarts, start: not restarts and start != "lora",
+        "this start computes the factors of a branch from the weight at each stage",
+        "Set restart_pairs=True or start='lora'",
     ),
     Conflict(
         ("restart_pairs", "ranks"),
-        lambda share, ranks: share < 1 and ranks,
-        "pairs that do not restart need the same rank in all stages",
-        "Set restart_pairs=1 or remove ranks",
+        lambda restarts, ranks: not restarts and ranks,
+        "factors that do not restart need the same rank in all stages",
+        "Set restart_pairs=True or remove ranks",
     ),
     Conflict(
         ("restart_pairs", "optimizer_state"),
-        lambda share, state: share < 1 and state != "reset",
-        "restart_pairs already decides which state is kept: the state of the pairs that do not restart",
-        "Set restart_pairs=1 or optimizer_state='reset'",
+        lambda restarts, state: not restarts and state != "reset",
+        "restart_pairs already decides that the state is kept",
+        "Set restart_pairs=True or optimizer_state='reset'",
     ),
     Conflict(
         ("adapter", "restart"),
         lambda adapter, restart: ADAPTERS[adapter].scales_rows and restart != "slow",
         "slow and fast weights would have different row scales, which one list of experts cannot represent",
         "Set restart='slow' or adapter='lora'",
-    ),
-    Conflict(
-        ("adapter", "momentum"),
-        lambda adapter, momentum: ADAPTERS[adapter].scales_rows and momentum,
-        "momentum subtracts weights with different row scales, which one list of experts cannot represent",
-        "Set momentum=0 or adapter='lora'",
     ),
     Conflict(
         ("adapter", "noise.keep", "noise.strength"),
@@ -179,9 +154,9 @@ CONFLICTS = (
     ),
     Conflict(
         ("adapter", "average"),
-        lambda adapter, average: ADAPTERS[adapter].scales_rows and AVERAGES[average].kept,
+        lambda adapter, average: ADAPTERS[adapter].scales_rows and average,
         "the averaged weights have different row scales, which one list of experts cannot represent",
-        "Set average='off' or adapter='lora'",
+        "Set average=False or adapter='lora'",
     ),
     Conflict(
         ("adapter", "placement"),

@@ -26,13 +26,7 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class EndsStage(CascadePass):
-    """Base class of the passes that end the current stage.
-
-    Args:
-        loss: loss of the stage. Required if the pace of the spec is "loss".
-    """
-
-    loss: float | None = None
+    """Base class of the passes that end the current stage."""
 
     def check(self, graph_module: fx.GraphModule) -> None:
         """Raise PassError for a missing fact.
@@ -72,7 +66,7 @@ class FoldBranches(EndsStage):
         plan = graph.record.plan
         if not graph.record.owner:
             named = named_weights(graph.owner)
-            slow = absorb_branches(graph, plan, self.loss)
+            slow = absorb_branches(graph, plan)
             # Compute in at least fp32, and round once to the dtype of the weight.
             for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))
@@ -83,7 +77,7 @@ class FoldBranches(EndsStage):
         graph.set_branches({})
 
 
-def absorb_branches(graph: GraphEditor, plan: Plan, loss: float | None) -> SlowWeights:
+def absorb_branches(graph: GraphEditor, plan: Plan) -> SlowWeights:
     """Return the slow weights after the current stage, from the branches of the graph."""
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
-    return graph.record.slow.after_stage(plan, branches, loss)
+    return graph.record.slow.after_stage(plan, branches)

@@ -45,7 +45,7 @@ class StageTransition(EndsStage):
                 f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
                 code="requirement-not-met",
             )
-        named, slow = named_weights(graph.owner), absorb_branches(graph, plan, self.loss)
+        named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:

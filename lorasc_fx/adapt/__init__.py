@@ -182,7 +182,7 @@ def _warn_about_frozen_sites(cascade: Cascade) -> None:
     No warning is given for a weight that a target names in full. Nor is one given if at least half of the adapted
     weights were frozen, by number or by entries: then the user has frozen a backbone to adapt it.
     """
-    trainable, sites = cascade._guard.flags.requires_grad, cascade.sites
+    trainable, sites = cascade._flags.requires_grad, cascade.sites
     frozen = [site for site in sites if not trainable.get(site.weight, True)]
     few = 2 * len(frozen) < len(sites)
     few = few and 2 * sum(math.prod(site.shape) for site in frozen) < sum(math.prod(site.shape) for site in sites)

@@ -91,14 +91,14 @@ def materialize(
         else:
             # Load the values, and start the same cascade object again, as `adapt` or `load` would have done.
             DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
-            checkpoint, flags = meta.checkpoint, cascade._guard.flags
+            checkpoint, flags = meta.checkpoint, cascade._flags
             source = open_base(path if meta.base == "file" else meta.base, model)
             start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source, run.memory)
             if checkpoint is not None:
                 check_base(checkpoint, named_weights(model).parameters)
                 start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.moved)
             start.cascade(undo, into=cascade)
-            cascade._guard.flags = flags
+            cascade._flags = flags
         if meta.checkpoint is not None:
             cascade._take_over(meta.checkpoint, undo)
             check_loaded(cascade, meta.checkpoint.path)

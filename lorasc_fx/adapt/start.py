@@ -37,7 +37,6 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import wrap_layers
 from lorasc_fx.signature import Calls, bind_inputs, signature_of
 from lorasc_fx.state import Memory
-from lorasc_fx.util.finalizers import run_postponed
 from lorasc_fx.util.undo import PROCESS, Undo
 
 log = logging.getLogger("lorasc_fx")
@@ -155,14 +154,9 @@ class Start:
             kind = cascade_class(model, compiler.calls.signature)
             cascade = kind(run, compiler, decided, example, flags, self.joined)
         else:
-            # The guard belongs to the run on the meta device, which ends here.
-            undo(into._guard.arm)
-            into._guard.disarm()
             Cascade.__init__(cascade := into, run, compiler, decided, example, flags, self.joined)
         undo(cascade._usage.disarm)
         cascade._usage.arm(run, cascade)
-        undo(cascade._guard.disarm)
-        cascade._guard.arm()
         run.start(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
         for parameter in weights.parameters.values():
             undo(partial(_ADAPTED.pop, parameter, None))
@@ -246,7 +240,6 @@ def check_new(model: nn.Module, on_meta: bool = False, in_bank: bool = False) ->
         CaptureError: a tensor has no values, or cannot be trained.
         StateError: the model is sharded, is a cascade, is already adapted, or is in use by a bank.
     """
-    run_postponed()  # if an earlier cascade of the model was dropped during a trace, its finalizer must run first
     # accelerate's offload hooks keep the weights of a module on the meta device between calls.
     hooks = {name: getattr(module, "_hf_hook", None) for name, module in model.named_modules()}
     offloaded = [

@@ -28,7 +28,7 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
         strict: whether each pattern must match a tied parameter.
 
     Returns:
-        Module, attribute name and original parameter of each place that was tied. `DropGuard` restores them at the end.
+        Module, attribute name and original parameter of each place that was tied. `release` restores them.
 
     Raises:
         SpecError: a pattern matches no tied parameter, and `strict` is set.

@@ -165,12 +165,9 @@ class Branch(nn.Module, abc.ABC):
 
     # ---- Stages
 
-    def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
-        """Return masks of the entries that do not restart at a transition, by parameter name (`restart_pairs`).
-
-        An empty mapping means that all entries restart.
-        """
-        return {}
+    def restarts(self, spec: CascadeSpec) -> bool:
+        """Whether the trained parameters get new initial values at a transition (`restart_pairs`)."""
+        return True
 
     def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
         """Copy from the branch of the previous stage what the spec keeps (`restart_A`, `restart_pairs`).
@@ -178,7 +175,7 @@ class Branch(nn.Module, abc.ABC):
         Args:
             previous: the branch at the end of the previous stage.
             spec: the spec.
-            pairs: whether pairs of factors may be kept.
+            pairs: whether both factors may be kept.
 
         Returns:
             Whether the delta is now nonzero. The slow weights already include this delta, so the caller subtracts it.

@@ -62,7 +62,7 @@ class DoraBranch(LoraBranch):
     lora_magnitude_vector: nn.Parameter
     kinds = frozenset({"linear", "conv"})
     placements = frozenset({"merged"})
-    options = LoraBranch.options - {"nearest_full_gradient", "dropout", "restart_pairs"}
+    options = LoraBranch.options - {"dropout", "restart_pairs"}
     scales_rows = True
     beside_quantized = False
 

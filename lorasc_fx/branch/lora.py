@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.func import functional_call
 
 from lorasc_fx.branch.contract import Branch, Reshard, pad_to
@@ -21,7 +21,6 @@ from lorasc_fx.branch.conv import ConvCall, ConvOps
 from lorasc_fx.branch.factors import Factors, InitialFactors
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
 from lorasc_fx.branch.linear import MatrixOps
-from lorasc_fx.branch.low_rank import allows_custom_backward
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
@@ -193,12 +192,6 @@ class LoraBranch(LowRankBranch):
     pads_with_zeros = True
     options = frozenset(METHOD_OPTIONS)
 
-    def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
-        super().__init__(site, seed, stage, like)
-        self.nearest = site.options.nearest_full_gradient
-        # Cache of `inverses`, with the state of lora_A for which they were computed.
-        self._inverses: tuple[object, list[torch.Tensor]] = (None, [])
-
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A and B."""
@@ -232,18 +225,8 @@ class LoraBranch(LowRankBranch):
 
     @property
     def up(self) -> torch.Tensor:
-        """B. With nearest_full_gradient, its gradient is corrected (see `nearest_full`)."""
-        if not self.nearest or not torch.is_grad_enabled():
-            return self.lora_B
-        slices = self.slices or (self.lora_B.shape[-2],)
-        if not allows_custom_backward(self.lora_A):
-            return nearest_full(self.lora_B, self.lora_A, self.scale, slices)
-        # lora_A is frozen during a stage, so compute the inverses once and not in each forward.
-        a = self.lora_A
-        state = (a.data_ptr(), a._version, a.device, a.dtype, self.scale)
-        if self._inverses[0] != state:
-            self._inverses = state, inverses(a, self.scale, len(slices))
-        return with_corrected_gradient(self.lora_B, self._inverses[1], slices)
+        """B."""
+        return self.lora_B
 
     @property
     def shared_factor(self) -> str | None:
@@ -268,39 +251,25 @@ class LoraBranch(LowRankBranch):
         count = len(self.slices)
         return torch.cat([part[: shape[0] // count] for part in value.chunk(count)])
 
-    def kept_entries(self, spec: CascadeSpec) -> Mapping[str, torch.Tensor]:
-        """Return masks of the pairs that do not restart: those with the largest Frobenius norm of `b_i a_i`.
-
-        Pair i consists of column i of B and row i of A. Its norm is taken over all slices and experts. The masks are
-        full tensors, also if the parameters are sharded.
-        """
-        count = max(1, round(spec.restart_pairs * self.rank)) if spec.restart_pairs else 0
-        if count == self.rank:
-            return {}
-        with torch.no_grad():
-            a, b = full_tensor(self.lora_A).double(), full_tensor(self.lora_B).double()
-            columns = torch.stack([part.square().sum(-2) for part in b.split(self.slices or (b.shape[-2],), -2)], -2)
-            rows = a.square().sum(-1).unflatten(-1, (-1, self.rank))
-            kept = torch.ones(self.rank, dtype=torch.bool, device=a.device)
-            # The squared norm of b_i a_i is |b_i|^2 |a_i|^2.
-            kept[(rows * columns).flatten(0, -2).sum(0).argsort(stable=True)[:count]] = False
-        return {"lora_A": kept.repeat(a.shape[-2] // self.rank).unsqueeze(-1), "lora_B": kept}
+    def restarts(self, spec: CascadeSpec) -> bool:
+        """Whether the factors restart (`restart_pairs`)."""
+        return spec.restart_pairs
 
     def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
-        """Copy A from the previous stage if restart_A="kept", and the pairs that do not restart.
+        """Copy A from the previous stage if restart_A="kept", and both factors if restart_pairs is False.
 
         A is random if it has another rank in this stage, or has become inf or nan.
         """
         assert isinstance(previous, LoraBranch)
-        kept = previous.kept_entries(spec) if pairs else {}
+        kept = pairs and not self.restarts(spec)
         with torch.no_grad():
-            if spec.restart_A == "kept" and previous.lora_A.shape == self.lora_A.shape:
+            if kept:
+                self.lora_A.copy_(full_tensor(previous.lora_A))
+                self.lora_B.copy_(full_tensor(previous.lora_B))
+            elif spec.restart_A == "kept" and previous.lora_A.shape == self.lora_A.shape:
                 a = full_tensor(previous.lora_A)
                 self.lora_A.copy_(torch.where(torch.isfinite(a).all(), a, self.lora_A))
-            for name, mask in kept.items():
-                parameter, before = self.get_parameter(name), full_tensor(previous.get_parameter(name).detach())
-                parameter.copy_(torch.where(mask, before, parameter))
-        return bool(kept)
+        return kept
 
     def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
         """Write B and A that were computed from the weight (`CascadeSpec.start`)."""
@@ -368,46 +337,3 @@ def random_factor(seed: int, stage: int, purpose: str, weight: str, shape: tuple
     bound = shape[-1] ** -0.5 if shape[-1] else 0.0
     draw = torch.rand(shape, generator=generator(seed, stage, purpose, weight), dtype=torch.float32)
     return draw.mul_(2 * bound).sub_(bound)
-
-
-_DAMPING = 1e-8
-"""Added to the diagonal of A A^T before the inversion, as in peft."""
-
-
-@fx.wrap  # one node in a trace of torch.fx, which would not record autocast
-def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, slices: tuple[int, ...]) -> torch.Tensor:
-    """Identity on B whose backward multiplies the gradient by `(A A^T)^-1 / scale^2`.
-
-    A step dB changes the weight by `s dB A`. The dB for which this is nearest to the gradient G of the full weight, in
-    the Frobenius norm, is `G A^T (A A^T)^-1 / s`. The usual gradient of B is `s G A^T`, hence the factor. Source:
-    LoRA-Pro (2407.18242), for a fixed A. The optimizer of peft for LoRA-FA (2308.03303) takes the same step.
-
-    This uses plain operations, so that compilers and function transforms work: it adds a zero term to B.
-
-    Args:
-        b: B [out, rank], or [experts, out, rank].
-        a: A [rank, in], or [experts, rank, in]. With slices [slices * rank, in].
-        scale: scale s of the branch.
-        slices: number of rows of B for each slice. (out,) if the weight is not sliced.
-    """
-    if not torch.is_grad_enabled():
-        return b
-    return with_corrected_gradient(b, inverses(a, scale, len(slices)), slices)
-
-
-def inverses(a: torch.Tensor, scale: float, count: int) -> list[torch.Tensor]:
-    """Return `(A A^T)^-1 / scale^2` [rank, rank] for each of the `count` slices of A."""
-    factors = []
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        for part in a.chunk(count, -2):
-            gram = part @ part.transpose(-2, -1)
-            damped = gram + _DAMPING * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            factors.append(torch.linalg.pinv(damped) / scale**2)
-    return factors
-
-
-def with_corrected_gradient(b: torch.Tensor, factors: list[torch.Tensor], slices: tuple[int, ...]) -> torch.Tensor:
-    """Identity on B whose backward multiplies the gradient of each slice by its factor [rank, rank]."""
-    with torch.autocast(b.device.type, enabled=False):
-        pairs = zip((b - b.detach()).split(slices, -2), factors, strict=True)
-        return b.detach() + torch.cat([zero @ factor for zero, factor in pairs], -2)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade import folding, transition
-from lorasc_fx.cascade.dropped import DropGuard, Flags, Joined
+from lorasc_fx.cascade.dropped import DropWarning, Flags, Joined, restore_structure
 from lorasc_fx.cascade.folding import Requantize
 from lorasc_fx.cascade.graphs import Example, Graphs
 from lorasc_fx.cascade.moving import move
@@ -26,7 +26,7 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.transition import Stage
 from lorasc_fx.cascade.usage import UsageWatch
-from lorasc_fx.cascade.views import FOLDED, VIEW_NAMES, check_view, placed
+from lorasc_fx.cascade.views import VIEW_NAMES, check_view, placed
 from lorasc_fx.compile import Axis, Compiler, Picture
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -60,8 +60,9 @@ class CascadeModule(nn.Module):
         self.training = run.model.training
         self._run, self._usage = run, UsageWatch()
         self._graphs = Graphs(run, compiler, decided, example)
-        # Set last, so that it is finalized last: the guard checks whether anything but the cascade refers to the model.
-        self._guard = DropGuard(run, self._usage, flags, joined)
+        self._flags, self._joined = flags, joined
+        # Set last, so that it is finalized last: it checks whether anything but the cascade refers to the model.
+        self._drop_warning = DropWarning(run)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute.
@@ -306,7 +307,7 @@ class CascadeModule(nn.Module):
         schedulers = scheduler if isinstance(scheduler, (list, tuple)) else () if scheduler is None else (scheduler,)
         return transition.loop(self._run, count, optimizers, schedulers)
 
-    def transition(self, optimizer: Optimizers | None, loss: Any = None) -> None:
+    def transition(self, optimizer: Optimizers | None) -> None:
         """End the running stage and start the next one (docs/algorithm.md, "One site").
 
         The slow weights become `S_t = S_{t-1} + pace * (F_t - S_{t-1})`. The parameters get the weights of the next
@@ -322,16 +323,13 @@ class CascadeModule(nn.Module):
 
         Args:
             optimizer: the optimizer of all trained parameters, or a list of several; None if there is none.
-            loss: loss of the stage, a number above 0 or a tensor with one. pace="loss" computes the pace from it. Other
-                paces ignore it. If the weights are sharded, the loss on the first rank counts.
 
         Raises:
             StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if a
                 trained parameter is in no optimizer or in two, or training has made a buffer inf or nan.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
-            SpecError: the pace is "loss", and the loss is missing or is not a finite number above 0.
         """
-        transition.next_stage(self._run, optimizers_of("transition", optimizer), loss=loss)
+        transition.next_stage(self._run, optimizers_of("transition", optimizer))
 
     def rewind(self, stage: int, optimizer: Optimizers | None) -> None:
         """Go back to the slow weights at the end of an earlier stage and start a new stage from them.
@@ -355,13 +353,10 @@ class CascadeModule(nn.Module):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The names that `weights` accepts: `slow`, `fast`, `base`, `averaged` if kept, and the names of added runs."""
-        names = [name for name in VIEW_NAMES if name != "averaged" or self._run.plan.spec.keeps_average]
-        return (*names, *self._run.added)
+        """The names that `weights` accepts: `slow`, `fast`, `base`, and `averaged` if it is kept."""
+        return tuple(name for name in VIEW_NAMES if name != "averaged" or self._run.plan.spec.average)
 
-    def weights(
-        self, view: ViewName | str | Mapping[str, float] | None = None, *, stage: int | None = None
-    ) -> AbstractContextManager[Self]:
+    def weights(self, view: ViewName | str | None = None, *, stage: int | None = None) -> AbstractContextManager[Self]:
         """Return a context manager that replaces the weights inside the block and restores the previous ones exactly.
 
         Inside the block no branch computes. The cascade and the model give the same outputs, and methods of the model
@@ -370,25 +365,21 @@ class CascadeModule(nn.Module):
         - `slow`: W0 + S, as of the last transition.
         - `fast`: W0 + F, which includes the running branches.
         - `base`: W0.
-        - `averaged`: the average of the slow weights over stages, if the spec has `average`.
+        - `averaged`: the mean of the slow weights over stages, if the spec has `average`.
 
         Args:
-            view: one of these names, or the name of an added run. A mapping of names to numbers, such as
-                `{"legal": 0.7, "slow": 0.3}`, selects the sum `W0 + sum_i w_i S_i`. A single added run also puts its
-                buffers (running statistics) in place. A sum puts the buffers in place that are equal in all its runs.
+            view: one of these names.
             stage: the number of a stage that has ended, instead of `view`: the slow weights at its end. 0 is the base.
 
         Raises:
             StateError: when the block is entered: the name is unknown, the stage has not ended or is no longer
-                available, there is no average, or an added run is used with sharded weights. Also inside another
-                `weights`, inside a backward, or after `release`. At the end of the block: a weight was written inside
-                it. The write is dropped.
-            SpecError: a sum has no names or invalid numbers, overflows the dtype of a weight, or has a run with DoRA.
+                available, or there is no average. Also inside another `weights`, inside a backward, or after `release`.
+                At the end of the block: a weight was written inside it. The write is dropped.
         """
         return placed(self._run, view, stage, self)
 
     def folded_state_dict(
-        self, quantized: Literal["dequantize"] | None = None, *, view: str | Mapping[str, float] = "slow"
+        self, quantized: Literal["dequantize"] | None = None, *, view: ViewName = "slow"
     ) -> dict[str, torch.Tensor]:
         """Return a copy of the model's state dict with the slow weights.
 
@@ -398,7 +389,7 @@ class CascadeModule(nn.Module):
         Args:
             quantized: `dequantize` to return dense tensors for quantized weights that have trained. None raises for
                 them.
-            view: `slow`, `averaged`, the name of an added run, or a sum of runs, as in `weights`.
+            view: `slow` or `averaged`, as in `weights`.
 
         Returns:
             Tensors by name, in the shapes and dtypes of the model. Tied parameters share one tensor.
@@ -415,7 +406,7 @@ class CascadeModule(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
         quantized: Literal["dequantize"] | None = None,
         *,
-        view: str | Mapping[str, float] = "slow",
+        view: ViewName = "slow",
     ) -> nn.Module:
         """Return a plain GraphModule without branches, whose constants are the slow weights.
 
@@ -434,18 +425,18 @@ class CascadeModule(nn.Module):
         return self._folded(*self._inputs(args, kwargs), quantized, view)[0]
 
     def _folded(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, view: Any
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, view: str
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
         self._run.check_ready("folded_graph")
-        if isinstance(view, str):  # check before capturing, because a call that raises must not add a graph
-            check_view("folded_graph", view, self._run.plan.spec, (*FOLDED, *self._run.added))
+        # Check before capturing, because a call that raises must not add a graph.
+        check_view("folded_graph", view, self._run.plan.spec)
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)
         return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
-    def release(self, quantized: Requantize = None, *, view: str | Mapping[str, float] = "slow") -> nn.Module:
+    def release(self, quantized: Requantize = None, *, view: ViewName = "slow") -> nn.Module:
         """End the cascade and return the user's model with the slow weights, requires_grad flags and modes of before.
 
         If the running stage has trained, its slow update is included: with a pace below 1 the model gets that share of
@@ -456,12 +447,12 @@ class CascadeModule(nn.Module):
                 quantizes them again with the settings of their layer (bitsandbytes, HQQ, quanto). A callable gets each
                 module with its dense weight and quantizes it in place, for example torchao's
                 `lambda module: quantize_(module, config)`. The relative rounding error is logged. None raises.
-            view: `slow`, `averaged`, the name of an added run, or a sum of runs, as in `weights`.
+            view: `slow` or `averaged`, as in `weights`.
 
         Raises:
             StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if training has
                 made a buffer inf or nan, or quantized weights have trained and `quantized` is None.
-            SpecError: `quantized` or a sum is invalid.
+            SpecError: `quantized` is invalid.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
         """
         with self._run.exclusive("release", ends_stage=True), commit() as undo:
@@ -469,13 +460,11 @@ class CascadeModule(nn.Module):
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run, self))
-            undo(self._guard.arm)
             folding.release(self._run, quantized, view, undo)
-            self._guard.flags.restore(self.model)
-            self._guard.restore_structure(self.model, undo)
+            self._flags.restore(self.model)
+            restore_structure(self.model, self._joined, undo)
             self._graphs.drop(undo)
             self._usage.disarm()
-            self._guard.disarm()
             self._run.detach()
             return self.model
 

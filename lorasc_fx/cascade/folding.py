@@ -6,7 +6,7 @@ A quantized weight cannot hold a delta. Its folded value is dense, or is quantiz
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -24,9 +24,7 @@ from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.undo import Undo
 
 
-def folded_state(
-    run: Run, call: str, quantized: Requantize, view: str | Mapping[str, float]
-) -> dict[str, torch.Tensor]:
+def folded_state(run: Run, call: str, quantized: Requantize, view: str) -> dict[str, torch.Tensor]:
     """Return a copy of the model's state dict with the folded weights. Tied parameters share one tensor.
 
     Arguments and errors are those of `Cascade.folded_state_dict`; `call` names the caller in messages.
@@ -44,14 +42,13 @@ def folded_state(
 
 
 def folded_each(
-    run: Run, call: str, quantized: Requantize = None, view: str | Mapping[str, float] = "slow"
+    run: Run, call: str, quantized: Requantize = None, view: str = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: name, current value, and a function that returns the folded value.
 
     Values are computed lazily, so that a caller who writes them to a file needs memory for one at a time.
     """
     weights, parameters = folded_weights(run, view, call), run.parameters_by_name()
-    buffers = weights.buffers
     names = {name: parameters[name] for name in check_quantized(call, weights.slow, quantized)}
     # Quantized weights that become dense are represented by placeholders in `changed`.
     changed = {
@@ -63,7 +60,7 @@ def folded_each(
     names_by_id = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
     for key, value in entries.items():
         name = names_by_id.get(id(value), "")
-        current = buffers[key].to(value) if key in buffers else parameters[name] if name in changed else value
+        current = parameters[name] if name in changed else value
         yield key, current, partial(_folded, weights, name, current)
 
 
@@ -76,15 +73,14 @@ def _folded(weights: Weights, name: str, value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(run: Run, quantized: Requantize, view: str | Mapping[str, float], undo: Undo) -> None:
+def release(run: Run, quantized: Requantize, view: str, undo: Undo) -> None:
     """Write the folded weights into the user's parameters for good, and drop W0; see `Cascade.release`."""
     weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
     dense = weights.dense(check_quantized("release", weights.slow, quantized, modules=True), parameters)
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders = holders_of(run.model, [parameters[name] for name in dense])
     written = run.present(weights.slow.states)
-    buffers = weights.buffer_values(run)
-    run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, tensors=buffers, current=trained), undo)
+    run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, current=trained), undo)
     _requantize(holders, quantized, undo)
 
 

@@ -157,29 +157,6 @@ def treated_state(
     return treated
 
 
-def kept_state(
-    states: Mapping[nn.Parameter, Any], masks: Mapping[nn.Parameter, torch.Tensor]
-) -> dict[nn.Parameter, Any]:
-    """Return the optimizer state of these parameters, set to zero where their masks are False, as new tensors.
-
-    A state with tensors of another shape is reset, because a mask in the shape of the parameter cannot be applied to
-    it. An example are the factored moments of Adafactor.
-    """
-    treated: dict[nn.Parameter, Any] = {}
-    for parameter, mask in masks.items():
-        if parameter not in states:
-            continue
-        entries = {name: value for name, value in states[parameter].items() if name not in _COPIES}
-        tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor) and value.dim()}
-        if any(value.shape != parameter.shape for value in tensors.values()):
-            entries, tensors = {}, {}
-        for name, value in tensors.items():
-            full = full_tensor(value.detach())
-            entries[name] = dtensor_like(torch.where(mask.to(full.device), full, 0), value)
-        treated[parameter] = entries
-    return treated
-
-
 def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, Any], undo: Undo) -> None:
     """Set the state of these parameters in the optimizer that has one. An empty state is removed.
 

@@ -17,18 +17,17 @@ from lorasc_fx.cascade.optim import check_holds, check_rates, groups
 from lorasc_fx.cascade.run_base import BaseValues, RunBase
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.plan import Reason
-from lorasc_fx.quantized import dense, quantized_in
+from lorasc_fx.quantized import quantized_in
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Expert, SlowWeights
-from lorasc_fx.util.finalizers import POSTPONED, run_postponed
+from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import Undo, commit
 
 log = logging.getLogger("lorasc_fx")
 
 _KEEPS_NOTHING = {
-    "add", "load_state_dict", "resume", "rewind", "shard", "stages", "to", "transition", "weights",
+    "load_state_dict", "resume", "rewind", "shard", "stages", "to", "transition", "weights",
 }  # fmt: skip
 """Calls after which the training of the running stage is still only in the branches. All others save or fold it."""
 
@@ -91,6 +90,7 @@ class Run(RunBase):
             SpecError: an option cannot be used with a new weight, for example noise with a quantized weight.
         """
         undo(self.pending.restorer())
+        unsaved = self.has_unsaved_training
         self.note_finite()
         if not self._buffers:  # on the meta device the first call finds no values
             self.note_buffers()
@@ -106,33 +106,25 @@ class Run(RunBase):
         self._check_quantized(new)
         self._warn_of_hooks(new)
         # Step 3: compute the state of the stage, then write it.
-        factor_start = self.plan.spec.factor_start
         mapped = self.base_file.mapped(new) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(new, self.plan, mapped, self.memory), self.branches_by_weight()
-        if factor_start.of_delta and not empty:
-            if not slow.quantized:
-                raise SpecError(
-                    f"start is {self.plan.spec.start!r}, which needs quantized weights, but no site has one. "
-                    "Give start='lora'",
-                    code="conflicting-options",
-                )
-            slow = self._with_corrections(slow, new)
         starting = {name: branches[name] for name in new if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
         written = new if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # a loader writes the weights next, and records them then
             self.note_weights({name: new[name] for name in new if name not in written})
+        if not unsaved:
+            self.note_kept()
         self._watch()
         self.replicas.check(self.trainable)
 
     def _check_quantized(self, new: Mapping[str, nn.Parameter]) -> None:
         """Raise SpecError if the spec writes noise or residuals into weights, and a new weight is quantized."""
         spec, quantized = self.plan.spec, next(iter(quantized_in(new)), None)
-        writes_residual = spec.factor_start.from_weight and not spec.factor_start.of_delta
         for is_used, option, value, advice in (
             (spec.noise.is_on, f"noise.strength is {spec.noise.strength}", "noise", "noise.strength=0"),
-            (writes_residual, f"start is {spec.start!r}", "the residual", "start='lora' or start='loftq'"),
+            (spec.factor_start.from_weight, f"start is {spec.start!r}", "the residual", "start='lora'"),
         ):
             if is_used and quantized is not None:
                 raise SpecError(
@@ -169,30 +161,6 @@ class Run(RunBase):
         if self.meta is None and not self.released:
             self._watch()
 
-    def _with_corrections(self, slow: SlowWeights, new: Mapping[str, nn.Parameter]) -> SlowWeights:
-        """Return slow weights with an expert that corrects the quantization error of each weight (LoftQ, 2310.08659).
-
-        The expert is the best approximation of the error by the rank of the site.
-
-        Raises:
-            SpecError: there is no file with the values before quantization.
-            CheckpointError: the file does not have a weight.
-        """
-        states = dict(slow.states)
-        for name, value in quantized_in(new).items():
-            if self.base_file is None:
-                raise SpecError(
-                    f"start is 'loftq', which needs the values of {name} before it was quantized. Give base=..., the "
-                    "safetensors file or folder of the original model",
-                    code="no-base",
-                )
-            original, state = self.base_file.read(name, value.shape), states[name]
-            u, values, vh = torch.linalg.svd(original.double() - dense(value).cpu().double(), full_matrices=False)
-            rank = self.plan.by_weight[name].rank
-            b, a = (u[:, :rank] * values[:rank]).float(), vh[:rank].float()
-            states[name] = state.added(Expert(b, a))
-        return replace(slow, states=states)
-
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:
         """Write a planned state, all or nothing. With `undo` this is part of a larger transaction."""
         if undo is not None:
@@ -223,8 +191,8 @@ class Run(RunBase):
             self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
 
     def detach(self) -> None:
-        """End the run: remove all hooks, and drop the references to base files and added runs."""
-        self.released, self.base_file, self.added = True, None, {}
+        """End the run: remove all hooks, and drop the reference to base files."""
+        self.released, self.base_file = True, None
         self.pending.disarm()
         self.steps.disarm()
 
@@ -284,9 +252,6 @@ class Run(RunBase):
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and while the model is on the meta device unless `on_meta` allows it."""
-        # Dynamo would guard on whether finalizers wait, and compile again when they have run.
-        if not torch.compiler.is_compiling() and POSTPONED:
-            run_postponed()
         if self.released:
             raise StateError(
                 f"{call}: this cascade was released. Call lorasc_fx.adapt(model, ...) to train its model further",
@@ -372,10 +337,6 @@ class Run(RunBase):
         if call not in _KEEPS_NOTHING:
             self.note_kept()
 
-    def note_kept(self) -> None:
-        """Record that the current training is saved or folded, so that no warning is needed if the run is dropped."""
-        self._kept = sum(parameter._version for parameter in self.branches.parameters())
-
     def differs_from_model(self) -> bool:
         """Whether the user's model computes something else than the cascade, because of branches or noise.
 
@@ -388,15 +349,16 @@ class Run(RunBase):
         residual = any(state.residual is not None for state in self.slow.states.values())
         return self.is_noisy or residual or self.branches_add()
 
-    def loses_training(self) -> bool:
-        """Whether garbage collection of the run would lose training that was neither saved nor folded.
+    def loss_if_dropped(self) -> str | None:
+        """Return what is lost if the cascade is garbage collected now, with "{model}" for the class of its model.
 
-        If the weights are sharded this is a guess, because the answer would need communication.
+        Reads counters and flags only. None if nothing is lost, because the model has the slow weights.
         """
-        if self.meta is not None:
-            return False
-        if self.is_sharded:
-            return self.grouped and self._kept is None
-        if self._kept == sum(parameter._version for parameter in self.branches.parameters()):
-            return False
-        return self.branches_add()
+        if self.released or self.meta is not None:
+            return None
+        losses = [f"the training of stage {self.plan.stage} is lost"] if self.has_unsaved_training else []
+        if self.is_noisy:
+            losses.append("the weights of {model} keep the noise of the stage")
+        if any(state.residual is not None for state in self.slow.states.values()):
+            losses.append("the weights of {model} lack the initial factors of their branches")
+        return ", and ".join(losses) or None

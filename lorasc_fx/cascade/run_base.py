@@ -15,7 +15,7 @@ from lorasc_fx.cascade.inputs import Description
 from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.errors import StateError
 from lorasc_fx.shards import local
-from lorasc_fx.state import Learner, Memory, Part, SlowWeights, sums_are_finite
+from lorasc_fx.state import Learner, Memory, SlowWeights, sums_are_finite
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import Lock
 from lorasc_fx.util.version import source_digest, version
@@ -26,9 +26,6 @@ class BaseValues(Protocol):
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W0 of these parameters as memory-mapped tensors, by name."""
-
-    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return the values of a weight before it was quantized, in this shape."""
 
     def check(self, call: str) -> None:
         """Raise StateError if a file was changed since it was opened."""
@@ -89,10 +86,9 @@ class RunBase:
         self.base_file, self.memory, self.meta, self.written = base_file, memory, meta, written
         self.grouped = False  # whether param_groups was called, so that an optimizer has the current branches
         self.looped = False  # whether stages was called
-        self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`checkpoint.run_source.add`)
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
         self._buffers: dict[str, int] = {}  # checksums of the base's buffers, see `note_buffers`
-        self._kept: int | None = None  # sum of the branches' version counters when they were last saved or folded
+        self._kept: int | None = None  # sum of the branches' version counters when they were started, saved or folded
         self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
         self._frozen: dict[str, int] = {}  # checksums of untrained parameters when their fingerprint was computed
         self._checksums: dict[str, int] = {}  # checksums of the weights after the last write by this package
@@ -241,10 +237,6 @@ class RunBase:
         """Whether the model has other Parameter objects than recorded, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
-    def not_written_here(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names of the weights that were written by something other than this package."""
-        return [name for name, value in checksums(parameters).items() if value != self._checksums.get(name)]
-
     def changed(self, recorded: Mapping[str, int]) -> str | None:
         """Return the name of the first parameter that is missing or has another checksum than recorded, or None."""
         current = checksums(self.present(recorded))
@@ -343,9 +335,21 @@ class RunBase:
         """Return the model's buffers, and the parameters that forward writes."""
         return {**dict(self.model.named_buffers()), **self.moved_parameters()}
 
+    def note_kept(self) -> None:
+        """Record that the current training is saved or folded, so that no warning is needed if the run is dropped."""
+        self._kept = self._branch_versions()
+
+    @property
+    def has_unsaved_training(self) -> bool:
+        """Whether the branches were written since they were started, saved or folded, as by an optimizer step."""
+        return self._kept is not None and self._kept != self._branch_versions()
+
+    def _branch_versions(self) -> int:
+        return sum(parameter._version for parameter in self.branches.parameters())
+
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores the fields of this run. `commit` restores the values of tensors."""
-        fields, branches = dict(vars(self)), set(self.branches)
+        fields, branches, unsaved = dict(vars(self)), set(self.branches), self.has_unsaved_training
         restore_pending = self.pending.restorer()
 
         def restore() -> None:
@@ -354,6 +358,8 @@ class RunBase:
                 del self.branches[key]
             restore_pending()
             self.set_unmerged()
+            if not unsaved and self._kept is not None:  # the rollback has written the branches
+                self.note_kept()
 
         return restore
 

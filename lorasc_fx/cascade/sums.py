@@ -69,7 +69,7 @@ def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[fl
                 "with noise.where='all' first",
                 code="sites-differ",
             )
-    return SlowWeights({name: _summed(state, terms, stage) for name, state in fresh.states.items()})
+    return SlowWeights({name: _summed(state, terms, stage) for name, state in fresh.states.items()}, ended=(stage,))
 
 
 def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lorasc_fx.cascade.commit import Planned, write_planned
-from lorasc_fx.cascade.optim import check_holds, kept_state, state_of, treated_state
+from lorasc_fx.cascade.optim import check_holds, state_of, treated_state
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
@@ -31,7 +31,7 @@ from lorasc_fx.util.undo import Undo, commit
 log = logging.getLogger("lorasc_fx")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
     """One stage of the loop `for stage in cascade.stages(...)`.
 
@@ -39,13 +39,11 @@ class Stage:
         number: number of the stage in the cascade, from 1. The seed of its noise depends on it.
         index: number of the stage in the loop, from 1 to `count`.
         count: number of stages of the loop.
-        loss: loss of the stage, a number above 0 or a tensor with one. Under pace="loss", set it before the stage ends.
     """
 
     number: int
     index: int
     count: int
-    loss: Any = None
 
 
 def loop(
@@ -54,10 +52,9 @@ def loop(
     """Yield the stages of a loop, with a transition after each; see `Cascade.stages`."""
     end_idle(run)
     for index in range(1, count + 1):
-        stage = Stage(run.plan.stage, index, count)
-        yield stage
+        yield Stage(run.plan.stage, index, count)
         # After the last stage the run is idle: nobody trains on noisy weights, and callers evaluate the slow ones.
-        next_stage(run, optimizers, idle=index == count, schedulers=schedulers, loss=stage.loss)
+        next_stage(run, optimizers, idle=index == count, schedulers=schedulers)
 
 
 def next_stage(
@@ -65,7 +62,6 @@ def next_stage(
     optimizers: Sequence[torch.optim.Optimizer],
     idle: bool = False,
     schedulers: Sequence[Any] = (),
-    loss: Any = None,
 ) -> None:
     """End the running stage and start the next one; see `Cascade.transition`.
 
@@ -74,7 +70,6 @@ def next_stage(
         optimizers: the optimizers that together hold all trained parameters; empty if there are none.
         idle: whether the next stage waits. Then the parameters hold the slow weights, without noise.
         schedulers: learning rate schedulers, stepped at the end. If one raises, the transition is rolled back.
-        loss: loss of the stage, for pace="loss".
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, start_time = run.plan, run.slow, time.monotonic()
@@ -83,15 +78,14 @@ def next_stage(
             check_holds(optimizers, run.trainable())
         run.check_buffers("transition")
         # Fold the branches: compute the slow state after this stage.
-        after = replace(before.after_stage(plan, {**branches, **trained}, loss), idle=idle)
+        after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
         moved, states = before.moved(branches), state_of(optimizers)
         # Compute the optimizer's state for the next stage. Parameters trained in full continue, so they keep theirs.
         state = treated_state(states, trained.values(), "kept")
         for branch in branches.values():
-            state |= treated_state(states, branch.parameters(), plan.spec.optimizer_state)
-            if kept := {} if idle else branch.kept_entries(plan.spec):
-                state |= kept_state(states, {branch.get_parameter(name): mask for name, mask in kept.items()})
+            how = plan.spec.optimizer_state if idle or branch.restarts(plan.spec) else "kept"
+            state |= treated_state(states, branch.parameters(), how)
         # Reset the state of factors with a new shape, and of factors that became inf or nan.
         reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
         for name in after.left_out:
@@ -135,13 +129,14 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
         run: the run of the cascade.
         planned: plan, slow weights and optimizer state of the stage.
         undo: collects the undo steps.
-        keep: whether branches keep the factors that the spec says (A, the largest pairs).
+        keep: whether branches keep the factors that the spec says (A, or both).
     """
     branches = run.branches_by_weight()
     resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
     planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients={})
     write_planned(run, planned, undo)
+    run.note_kept()
     if resized:  # DistributedDataParallel has gradient buffers of the old shapes
         undo(run.replicas.restorer())
         run.replicas.outdate()
@@ -234,9 +229,9 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             code="unknown-stage",
         )
     at_end = {name: state for name, state in states.items() if state is not None}
-    losses = {end: loss for end, loss in slow.losses.items() if end <= stage}
+    lineage = tuple(end for end in slow.ended if end <= stage)
     # The average of that time is not kept, so it starts again with these slow weights as its first stage.
-    return SlowWeights(at_end, averaged=min(stage, slow.averaged, 1), losses=losses, group=slow.group)
+    return SlowWeights(at_end, averaged=min(stage, slow.averaged, 1), ended=lineage, group=slow.group)
 
 
 def rewind(run: Run, stage: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -265,7 +260,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     if not slow.moved(learners):
         return slow
     after = slow.after_stage(run.plan, learners)
-    pace = run.plan.spec.pace_at(run.plan.stage, after.losses)
+    pace = run.plan.spec.pace_at(run.plan.stage, len(slow.ended))
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

@@ -1,4 +1,4 @@
-"""The weights that `Cascade.weights` puts in place and that folds write: views of the run, or sums with added runs.
+"""The weights that `Cascade.weights` puts in place and that folds write.
 
 `placed` puts weights in place of W_t, and restores W_t at the end of the block.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,17 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasc_fx.cascade.commit import reserve, weights_to_write
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.sums import agree, check_fits, check_summable, weighted_sum
 from lorasc_fx.cascade.transition import at_stage, ended
-from lorasc_fx.errors import SpecError, StateError, nearest
+from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.parameters import holders_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Learner, Part, Scratch, SlowWeights, ViewName, arithmetic, host
+from lorasc_fx.state import Learner, Scratch, SlowWeights, ViewName
 from lorasc_fx.util.accelerator import free_memory
-from lorasc_fx.util.checks import is_number
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 
@@ -50,30 +48,28 @@ def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = F
             f"{call}: {view!r} is not a view of the weights. Give one of {', '.join(names)}{nearest(str(view), names)}",
             code="unknown-name",
         )
-    if view == "averaged" and not spec.keeps_average:
+    if view == "averaged" and not spec.average:
         raise StateError(
-            f"{call}: the spec keeps no average of the slow weights. Give it average='ema' or average='swa'",
+            f"{call}: the spec keeps no average of the slow weights. Give it average=True",
             code="not-available",
         )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights to put in place or to fold: of the run itself, of an earlier stage, or of added runs.
+    """Weights to put in place or to fold: of the running stage, or of an earlier one.
 
     Args:
         slow: the slow state.
         view: the view of the state.
-        buffers: buffers of the model, and parameters that its forward writes, by name. Empty to keep the current ones.
         learners: branches, and current values of parameters trained in full, by weight name, if the view includes the
             running stage.
-        plan: plan of the running stage, for weights of the run itself. Then parameters that do not follow the slow rule
-            have their current values.
+        plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
+            None for an earlier stage.
     """
 
     slow: SlowWeights
     view: ViewName = "slow"
-    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     learners: Mapping[str, Learner] = field(default_factory=dict)
     plan: Plan | None = None
 
@@ -101,89 +97,19 @@ class Weights:
             for name in names
         }
 
-    def buffer_values(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return pairs of a buffer of the run's model and its value for these weights. Other shapes are skipped."""
-        current = run.model_state() if self.buffers else {}
-        pairs = [(current[name], value) for name, value in self.buffers.items() if name in current]
-        return [(buffer, value) for buffer, value in pairs if buffer.shape == value.shape]
 
-
-def folded_weights(run: Run, view: str | Mapping[str, float], call: str) -> Weights:
+def folded_weights(run: Run, view: str, call: str) -> Weights:
     """Return the weights that a fold writes. If the running stage has trained, its slow update is included.
 
     Raises:
         StateError, SpecError, NonFiniteBranch: as for `Cascade.weights` and `Cascade.release`.
     """
-    if (weights := added_weights(run, view, call, folded=True)) is not None:
-        return weights
-    check_view(call, str(view), run.plan.spec, (*FOLDED, *run.added))
+    check_view(call, view, run.plan.spec)
     return Weights(ended(run, call), "averaged" if view == "averaged" else "slow")
 
 
-def added_weights(run: Run, view: Any, call: str, folded: bool = False) -> Weights | None:
-    """Return the weights of an added run, or the sum `W0 + sum_i w_i S_i` of several. None for any other view.
-
-    The weights of a single run have the same bits as its own fold.
-
-    Args:
-        run: the run to which other runs were added.
-        view: the name of an added run, or a mapping of such names to numbers. `slow` is the run itself.
-        call: name of the caller, for messages.
-        folded: whether the slow update of the running stage is included for the run itself.
-
-    Raises:
-        StateError: an unknown name.
-        SpecError: an empty mapping, a number that is inf or nan, a sum that overflows the dtype of a weight, or a sum
-            with DoRA.
-    """
-    weights: Mapping[str, float] = {view: 1} if isinstance(view, str) and view in run.added else view
-    if not isinstance(weights, Mapping):
-        return None
-    if not weights:
-        raise SpecError(
-            f"{call}: the mapping of runs is empty. Give numbers by names of added runs, such as "
-            "{'legal': 0.7, 'slow': 0.3}"
-        )
-    for name in weights:
-        check_view(call, name, run.plan.spec, ("slow", *run.added))
-    for name, weight in weights.items():
-        if not is_number(weight):
-            raise SpecError(f"{call}: {name!r} has the weight {weight!r}. Give a finite number")
-    slow = run.slow
-    parts = [run.added[name] if name in run.added else _as_part(run, call, folded) for name in weights]
-    is_single = [*weights.values()] == [1]
-    if not is_single:
-        check_summable(call, {part.name: part.plan for part in parts}, "Give a single run by its name")
-    after = weighted_sum(slow, parts, [*weights.values()], 1)
-    if is_single:  # use the state of the run itself: a sum would round in another order
-        states = dict(after.states)
-        for name, state in slow.states.items():
-            added = parts[0].slow.states.get(name)
-            if added is None or (added.full and not state.full):
-                continue
-            added = replace(added, base=state.base)
-            exact = arithmetic(state.base.dtype)
-            states[name] = state.bare().holding(added.exact("slow", exact)) if state.full else added
-        after = replace(after, states=states)
-    else:
-        check_fits(after, call)
-    return Weights(after, buffers={name: value for name, value in parts[0].buffers.items() if agree(name, parts)})
-
-
-def _as_part(run: Run, call: str, folded: bool) -> Part:
-    """Return the run itself as a part of a sum. Parameters that do not follow the slow rule have current values."""
-    slow, trained = (ended(run, call), {}) if folded else (run.slow, run.present(run.slow.trained))
-    current = {
-        name: state.holding(host(trained[name]))
-        for name, state in slow.trained.items()
-        if name in trained and not state.follows(run.plan.spec)
-    }
-    slow = replace(slow, states={**slow.states, **current})
-    return Part("slow", run.plan, slow.without_base(), run.model_state())
-
-
 @isolated
-def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage: int | None, value: Value) -> Value:
+def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Value) -> Value:
     """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds.
 
     `isolated` makes this a context manager: the steps in `undo` run when the block ends.
@@ -193,25 +119,21 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
         raise StateError(
             f"weights({view!r}, stage={stage!r}): give either a view or a stage, not both", code="conflicting-options"
         )
-    added = isinstance(view, Mapping) or (isinstance(view, str) and view in run.added)
-    if stage is None and not added:
-        check_view(f"weights({view!r})", str(view), run.plan.spec, (*VIEW_NAMES, *run.added))
+    if stage is None:
+        check_view(f"weights({view!r})", str(view), run.plan.spec, VIEW_NAMES)
     # Leave inference mode: DTensors cannot be read or written in it.
-    with torch.inference_mode(False), torch.no_grad(), run.exclusive("weights", sharded=not added):
+    with torch.inference_mode(False), torch.no_grad(), run.exclusive("weights", sharded=True):
         before = Before(run)
-        weights = added_weights(run, view, f"weights({view!r})")
         if stage is not None:
             weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
-        elif weights is None:
+        else:
             checked: ViewName = next(name for name in VIEW_NAMES if name == view)
             weights = Weights(run.slow, checked, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
         # Compute everything that needs memory before the first write.
-        buffers = weights.buffer_values(run) if weights.buffers else []
         quantized = run.slow.quantized if weights.view != "base" else ()
         dense = weights.dense(quantized, before.parameters) if quantized else {}
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
-        before.keep_buffers(buffer for buffer, _ in buffers)
         weights = before.keep_weights(weights)
         for holder in before.places:
             if id(holder.value) in replaced:
@@ -219,8 +141,6 @@ def placed(undo: Block, run: Run, view: str | Mapping[str, float] | None, stage:
         for name, out in weights_to_write(run, before.parameters):
             if name not in before.matching:
                 weights.write(name, out)
-        for buffer, statistics in buffers:
-            buffer.copy_(statistics)
         run.placed = stage if stage is not None else str(view)
         written = run.present(name for name in run.slow.states if name not in before.matching)
         by_name = run.recorded(before.matching) | checksums(written)
@@ -283,14 +203,9 @@ class Before:
         self.matching: set[str] = set()  # weights that have their new values already
         self.copies: dict[str, torch.Tensor] = {}  # copies of weights on accelerators
         self.changed: str | None = None  # the first weight that was written inside the `with`
-        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # with their values from before
         norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
-        self.keep_buffers(buffer for norm in norms for buffer in norm.buffers(recurse=False))
-
-    def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
-        """Copy buffers, to restore them with the weights. A buffer that was copied before is skipped."""
-        copied = {id(buffer) for buffer, _ in self.buffers}
-        self.buffers += [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in copied]
+        statistics = {id(buffer): buffer for norm in norms for buffer in norm.buffers(recurse=False)}
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in statistics.values()]
 
     def keep_weights(self, weights: Weights) -> Weights:
         """Find the weights that need not be written, and copy others on accelerators, to restore them from there.

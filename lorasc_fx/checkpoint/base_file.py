@@ -86,22 +86,6 @@ class BaseFile:
                 tensors[name] = shard
         return tensors
 
-    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return the unquantized values of a weight.
-
-        Raises:
-            CheckpointError: the files have no such weight, or it has another shape.
-        """
-        key = self._key(name)
-        entry = self.tensors[key]
-        if entry.shape != tuple(shape):
-            raise CheckpointError(
-                f"base: {key} of {entry.path} is {list(entry.shape)}, but {name} is {list(shape)}. Give the files of "
-                "the model that was quantized",
-                code="base-differs",
-            )
-        return mapped_tensors(entry.path, [key])[0]
-
     def check(self, call: str) -> None:
         """Raise StateError if a file was written to.
 

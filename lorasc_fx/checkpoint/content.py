@@ -38,7 +38,6 @@ from lorasc_fx.util.undo import Undo, commit
 
 Count = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
 Digest = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "a digest has 64 hexadecimal digits")]
-Loss = Annotated[float, Check(lambda loss: loss > 0, "give a number above 0")]
 Inputs = Annotated[dict[str, Any], Check(is_description, "give the shapes of the arguments, see cascade/inputs.py")]
 
 
@@ -91,7 +90,7 @@ class Content:
         value: current values of the parameters trained in full.
         buffer: buffers of the model (perhaps None), and parameters that forward writes.
         changed_buffers: names of these that differ from the base.
-        idle, averaged, losses: see `SlowWeights`.
+        idle, averaged, ended: see `SlowWeights`.
         gradient: gradients of trained parameters.
         pending: names of the gradients that no optimizer step has consumed.
         rng: the random generators of each rank (`training.random_state`).
@@ -111,7 +110,7 @@ class Content:
     buffer: dict[str, torch.Tensor | None] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
     averaged: Count = 0
-    losses: dict[Count, Loss] = field(default_factory=dict)
+    ended: tuple[Count, ...] = ()
     gradient: Tensors = field(default_factory=dict)
     pending: tuple[str, ...] = ()
     inputs: Inputs | None = None
@@ -146,7 +145,7 @@ class Content:
             changed_buffers=tuple(run.changed_buffers()),
             idle=slow.idle,
             averaged=slow.averaged,
-            losses=dict(slow.losses),
+            ended=slow.ended,
             # So a run that is saved between backward and step, or while it accumulates gradients, loses none.
             gradient={name: value.grad.detach() for name, value in trainable.items() if value.grad is not None},
             pending=tuple(run.pending.waiting(trainable)),
@@ -269,7 +268,7 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
         for name in site.options.method.starts_from(plan.spec, not content.idle):
             if name != "weight" and getattr(initial, name, None) is None:
                 raise ValueError(f"has no initial {name} of {sanitized(site.weight)}")
-    slow = SlowWeights(states, content.idle, averaged=content.averaged, losses=content.losses)
+    slow = SlowWeights(states, content.idle, averaged=content.averaged, ended=content.ended)
     values = dict(content.value)
     for name in trained:
         start = slow.started(name).start.dense

@@ -44,7 +44,7 @@ class FoldedWeights:
     running: int | None = None
 
 
-def of_run(run: Run, call: str, view: str | Mapping[str, float]) -> FoldedWeights:
+def of_run(run: Run, call: str, view: str) -> FoldedWeights:
     """Return the folded weights of a cascade. A running stage that has trained counts as ended.
 
     Args:
@@ -55,7 +55,7 @@ def of_run(run: Run, call: str, view: str | Mapping[str, float]) -> FoldedWeight
     Raises:
         StateError: a quantized weight has trained. Files in the layout of the base cannot store it.
     """
-    check_view(call, str(view), run.plan.spec)
+    check_view(call, view, run.plan.spec)
     view_name: ViewName = "averaged" if view == "averaged" else "slow"
     slow, parameters = ended(run, call), run.parameters_by_name()
     check_quantized(f"{call} into the files of a base", slow, None)
@@ -83,7 +83,6 @@ def of_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
     state, learners = checkpoint.with_learners()
     slow, has_trained = state.slow, state.slow.moved(learners)
     if has_trained:
-        slow.losses_with(None, plan)  # raises if the pace depends on a loss
         for learner in learners.values():
             if isinstance(learner, Branch):
                 check_finite(learner, plan.spec, plan.stage)

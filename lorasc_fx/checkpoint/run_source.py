@@ -1,4 +1,4 @@
-"""Reads runs that are summed (`merge`) or added to a cascade (`add`): from a checkpoint folder, or from a cascade."""
+"""Reads runs that `merge` sums or a bank serves: from a checkpoint folder, or from a cascade."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from os import PathLike
 import torch
 
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.sums import check_same_kind
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.checkpoint.reader import Checkpoint, check_digests, read
-from lorasc_fx.errors import SpecError, StateError, named
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.state import Part, host
 
 
 class RunSource:
-    """A run that the user gives to `merge` or `add`: a cascade's run or a checkpoint folder.
+    """A run that the user gives to `merge` or to a bank: a cascade's run or a checkpoint folder.
 
     Args:
         source: the run, or the folder.
@@ -83,27 +82,3 @@ class RunSource:
             slow = replace(slow, states=states).after_stage(state.plan, learners)
         buffers = {name: value for name, value in state.buffers.items() if value is not None}
         return Part(self.name, state.plan, slow.without_base(), buffers)
-
-
-def add(run: Run, name: str, added: RunSource) -> None:
-    """Store the changes of another run on the same base under a name. Nothing is written to the model.
-
-    Raises:
-        CheckpointError: the run has another base.
-        SpecError: the run has changed weights that this cascade does not adapt.
-    """
-    slow, parameters = run.slow, run.parameters_by_name()
-    added.check_base(run.fingerprints(), "add")
-    sites = slow.states
-    bases = {key: sites[key].base if key in sites else parameter for key, parameter in parameters.items()}
-    part = added.part(bases)
-    if foreign := [key for key, state in part.slow.states.items() if state.changed and key not in sites]:
-        raise SpecError(
-            f"add: {added.name}, has changed {named(foreign)}, which this cascade does not adapt. Adapt with a spec "
-            "whose targets include these weights, or load that run with lorasc_fx.load and add this one to it",
-            code="sites-differ",
-        )
-    states = {key: state for key, state in part.slow.states.items() if key in sites}
-    for key, state in states.items():
-        check_same_kind("add", added.name, state, sites[key])
-    run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=states))}

@@ -1,4 +1,4 @@
-"""Adds saving and restoring to the cascade: state dicts, checkpoint folders, and added runs."""
+"""Adds saving and restoring to the cascade: state dicts and checkpoint folders."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade import CascadeModule
 from lorasc_fx.cascade.optim import Optimizers, optimizers_of
-from lorasc_fx.cascade.views import VIEW_NAMES
-from lorasc_fx.checkpoint import content, reader, run_source, writer
+from lorasc_fx.checkpoint import content, reader, writer
 from lorasc_fx.checkpoint.layout import KEY
 from lorasc_fx.checkpoint.training import several
-from lorasc_fx.errors import SpecError, StateError, nearest, path_of
+from lorasc_fx.errors import StateError, path_of
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.util.undo import Undo, commit
 
@@ -78,49 +77,6 @@ class SavedCascade(CascadeModule):
             )
         with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
             return content.resume(self._run, loaded.path, loaded.content, optimizers, several(scheduler), ranks)
-
-    def add(self, name: str, run: CascadeModule | str | PathLike[str]) -> None:
-        """Add another run on the same base under a name, for use with `weights(name)` and `release(view=name)`.
-
-        In this way several runs share one model in memory. At each switch, the weights are computed from W0. A running
-        stage of the other run that has trained counts as ended, as in `release`. This cascade trains and saves only its
-        own run. After a load, the other runs must be added again.
-
-        Args:
-            name: a new name, different from the names of views such as `slow`. To replace a run, `remove` it first.
-            run: a checkpoint folder (its newest version is used), or a cascade on a copy of the base. It may have
-                changed only weights that this cascade adapts or trains in full too.
-
-        Raises:
-            SpecError: the name is invalid or in use, or the other run has changed other weights.
-            CheckpointError: the folder has no complete checkpoint, or the run has another base.
-            StateError: the cascade was released, the weights are sharded, or the call is inside
-                `with cascade.weights(...)` or inside a backward.
-            NonFiniteBranch: a running branch of the other run holds inf or nan.
-        """
-        self._run.check_ready("add")
-        if not isinstance(name, str) or not name or name in (*VIEW_NAMES, "stage"):
-            raise SpecError(
-                f"add: the name is {name!r}; give a text other than the names of views: {', '.join(VIEW_NAMES)}"
-            )
-        if name in self._run.added:
-            raise SpecError(f"add: there is already a run {name!r}. Give another name, or call remove({name!r}) first")
-        added = run_source.RunSource(run._run if isinstance(run, CascadeModule) else run, repr(name), "add")
-        with self._run.exclusive("add"):
-            run_source.add(self._run, name, added)
-
-    def remove(self, name: str) -> None:
-        """Remove a run that `add` has added, and free its memory.
-
-        Raises:
-            StateError: there is no added run of this name, the cascade was released, or the call is inside
-                `with cascade.weights(...)` or inside a backward.
-        """
-        with self._run.exclusive("remove"):
-            added = self._run.added
-            if name not in added:
-                raise StateError(f"remove: no run {name!r} was added{nearest(str(name), added)}", code="unknown-name")
-            self._run.added = {key: part for key, part in added.items() if key != name}
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return copies of the cascade's state, from which `load_state_dict` resumes the training.

@@ -227,7 +227,7 @@ def _make(run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Repor
             return None
         trained = model
         if cascade is not None:
-            trained = cascade.release(view="averaged" if cascade.plan.spec.keeps_average else "slow")
+            trained = cascade.release(view="averaged" if cascade.plan.spec.average else "slow")
     except (Diverged, NonFiniteBranch) as fault:
         reporter.say(f"{title}: diverged ({fault})")
         seconds = time.monotonic() - start

@@ -31,8 +31,7 @@ class Method:
 
 def _plain(spec: CascadeSpec, stages: int) -> CascadeSpec:
     del stages
-    spec = replace(spec, pace=1.0, loss_penalty=CascadeSpec.loss_penalty, momentum=0.0, restart="slow")
-    return replace(spec, noise=Noise(), average="off", average_decay=CascadeSpec.average_decay)
+    return replace(spec, pace=1.0, restart="slow", noise=Noise(), average=False)
 
 
 def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
@@ -75,30 +74,14 @@ METHODS: dict[str, Method] = {
     "rslora": Method("LoRA with the scale lora_alpha / sqrt(rank)", _plain_with(use_rslora=True)),
     "lora-cycles": Method(
         "LoRA with a cycle of the learning rate per stage, mean of the weights at their ends (recipes.lora_cycles)",
-        _plain_with(pace="mean", restart="fast", restart_pairs=0.0),
+        _plain_with(pace="mean", restart="fast", restart_pairs=False),
         staged=True,
     ),
     "mean": Method(
-        "restarts from the fast weights, mean of the weights at the ends of stages (recipes.long_training)",
+        "restarts from the fast weights, mean of the weights at the ends of stages",
         _plain_with(pace="mean", restart="fast"),
         staged=True,
     ),
-    "loss-average": Method(
-        "as mean, weighted by 1 / the loss of the stage", _plain_with(pace="loss", restart="fast"), staged=True
-    ),
-    "partial-restart": Method(
-        "restarts of half of the pairs, from the fast weights",
-        _plain_with(restart="fast", restart_pairs=0.5),
-        staged=True,
-    ),
-    **{
-        f"momentum-{momentum}": Method(
-            f"LoRASC with Nesterov momentum {momentum} over stages, pace 0.5, no noise",
-            _plain_with(pace=0.5, momentum=momentum),
-            staged=True,
-        )
-        for momentum in (0.3, 0.6, 0.9)
-    },
     **{name: Method(f"adapter={name!r} in one stage", _adapter(name, pace=1.0)) for name in ADAPTERS if name != "lora"},
     **{
         f"{name}-stages": Method(

@@ -48,9 +48,7 @@ def open_run(run: Path) -> tuple[lx.Cascade, str]:
 
 def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
     """Warn that a fold counts a running stage as ended."""
-    if plan.spec.needs_loss:  # the fold will raise an error
-        return
-    pace = plan.spec.pace_at(stage, {})
+    pace = plan.spec.pace_at(stage, stage - 1)
     warn(
         f"{source}: stage {stage} has not ended. It is folded in its current state, and {pace:g} of its change is "
         "kept (the pace of the spec). To end the stage first, continue the run (lorasc-fx train RUN/config.toml "

@@ -296,7 +296,7 @@ def train_steps(
     stages: Iterator[Any] = itertools.repeat(None)
     if isinstance(model, lx.Cascade) and start < ends[-1]:
         stages = model.stages(len(ends) - stage + 1, optimizer)
-    running = next(stages)
+    next(stages)
     for done, batch in zip(range(start + 1, ends[-1] + 1), setup.batches(seed, start), strict=False):
         if interrupt.is_set():
             return
@@ -319,9 +319,7 @@ def train_steps(
         step = Step(done, stage, value, rate, time.monotonic() - start_time, ends_stage=done == ends[stage - 1])
         yield step
         if step.ends_stage:
-            if running is not None:
-                running.loss = value
-            running = next(stages, None)
+            next(stages, None)
             yield replace(step, seconds=time.monotonic() - start_time, ends_stage=False, folded=True)
             stage += 1
 

@@ -47,7 +47,7 @@ def safetensors(
     path: str | PathLike[str],
     *,
     base: str | PathLike[str] | None = None,
-    view: str | Mapping[str, float] = "slow",
+    view: str = "slow",
     quantized: Literal["dequantize"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
@@ -62,8 +62,7 @@ def safetensors(
             index, in the layout of transformers.
         base: the safetensors file or folder that the model was loaded from. If it is given, the output has its files,
             names, dtypes and metadata, and all unchanged tensors are copied from it.
-        view: the weights to write: `slow`, or their average over stages (`averaged`). Without `base` also an added run
-            or a weighted sum, as in `Cascade.weights`.
+        view: the weights to write: `slow`, or their average over stages (`averaged`).
         quantized: `dequantize` to write quantized weights as dense tensors. By default, quantized weights that have
             trained, or that safetensors cannot store, are an error. Cannot be combined with `base`.
         max_shard_bytes: maximum size of a file in a folder, without `base`.

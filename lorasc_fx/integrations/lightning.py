@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from lorasc_fx.cascade import transition
@@ -28,7 +27,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
     Pass it to the Trainer: `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction
     use the slow weights. Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` resumes from
     them. If a stage is still running when the training ends, it is folded. The stage of each batch is logged as
-    `stage`. With pace="loss", the loss of a stage is the loss of its last batch.
+    `stage`.
 
     A LightningModule with several optimizers steps each of them once per step: its steps are Lightning's `global_step`
     divided by their number.
@@ -62,7 +61,6 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             )
         super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, evaluate=evaluate)
         self._steps_done = 0
-        self._batch_loss: Any = None  # set only if the pace needs it
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training can run as configured."""
@@ -82,22 +80,19 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         """End the stage if this was its last batch."""
-        if self._needs_loss:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            self._batch_loss = loss if loss is None else trainer.strategy.reduce(loss, reduce_op="mean")
         self.log("stage", float(self.cascade.stage))
         # With gradient accumulation, most batches make no optimizer step and must not end a stage a second time.
         before, self._steps_done = self._steps_done, self._steps(trainer)
         by_steps = self._steps_done > before and self._is_last_step(self._steps_done)
         last_batch = self.epochs is not None and trainer.is_last_batch
         if by_steps or (last_batch and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
-            self.cascade.transition(trainer.optimizers, loss=self._batch_loss)
+            self.cascade.transition(trainer.optimizers)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold the stage that is still running."""
         run = self.cascade._run
         if transition.has_begun(run):
-            transition.next_stage(run, trainer.optimizers, idle=True, loss=self._batch_loss)
+            transition.next_stage(run, trainer.optimizers, idle=True)
 
     def _place_evaluated(self, *args: Any) -> None:
         """Place the weights for an evaluation in the model, unless the user has placed some."""

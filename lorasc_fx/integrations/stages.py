@@ -62,7 +62,6 @@ class StageEnds:
         self.epochs, self.steps, self.stages = epochs if chosen else 1, steps, stages
         self._last_steps: set[int] = set()
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
-        self._needs_loss = cascade.plan.spec.needs_loss
         self._view: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in views:

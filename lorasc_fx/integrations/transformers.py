@@ -40,9 +40,6 @@ _PLATEAU = "lorasc_fx.plateau"
 _TIME = "_model_preparation_time"
 """Suffix of an entry in `output.metrics` that is a duration and not a metric of the weights."""
 
-_REFERENCE = "reference"
-"""Name of the view with the reference weights of a preference training, such as DPO."""
-
 _MODEL_CHANGES = (
     *("neftune_noise_alpha", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval"),
     *("cast_lm_head_to_fp32", "sync_ref_model"),
@@ -61,8 +58,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     the best ones.
 
     Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`. Evaluations also report each
-    metric under the name of the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`. With pace="loss", the
-    loss of a stage is the loss of its last optimizer step.
+    metric under the name of the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`.
 
     Args:
         cascade: the Trainer's model.
@@ -94,7 +90,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._trainer: Any = None
         self._reached_plateau = False
         self._stage = cascade.stage
-        self._step_losses: list[torch.Tensor] = []
         self._reference: _Reference | None = None
         self._user_reference = False  # whether the user has given another reference model
         vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by this name whether to shift labels
@@ -103,12 +98,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
 
     @property
     def reference(self) -> torch.nn.Module:
-        """The reference model of a preference training: the cascade before the training, without a copy of W0.
+        """The reference model of a preference training: the base model, without a copy of W0.
 
-        Pass it as `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. It computes with the added run
-        `reference`. If the cascade has no run of this name when the training starts, the callback calls
-        `cascade.add("reference", cascade)`. For a new cascade, this run is the base. For a loaded one, it is the loaded
-        run.
+        Pass it as `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. To compare with another model, such
+        as the released model of a loaded run, pass that model.
         """
         if self._reference is None:
             self._reference = _Reference(self)
@@ -142,8 +135,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         }
         if hasattr(trainer, "compute_ref_log_probs"):
             wrappers["compute_ref_log_probs"] = self._compute_ref_log_probs
-        if self._needs_loss:
-            wrappers["training_step"] = self._training_step
         self._save_state_dicts(trainer)
         trainer.push_to_hub = uploading(trainer.push_to_hub)
         for name, wrapper in wrappers.items():
@@ -185,11 +176,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         This waits for the next step, so that the Trainer first saves the weights that it has evaluated.
         """
         if self._reached_plateau:
-            self.cascade.transition(kwargs["optimizer"], loss=self._loss())
+            self.cascade.transition(kwargs["optimizer"])
             self._reached_plateau = False
             self._store_plateau(state)
         self._stage = self.cascade.stage
-        self._step_losses.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the stage if this was its last step, before an evaluation or a checkpoint of the same step."""
@@ -197,19 +187,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if self._is_last_step(state.global_step) or (
             self.epochs is not None and epoch_ends and int(state.epoch) % self.epochs == 0
         ):
-            self.cascade.transition(kwargs["optimizer"], loss=self._loss())
-
-    def _training_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Record the loss of a micro-batch. The Trainer has divided it by the number of micro-batches."""
-        loss = original(*args, **kwargs)
-        self._step_losses.append(loss)
-        return loss
-
-    def _loss(self) -> Any:
-        """Return the loss of the last optimizer step, averaged over all processes, or None if the pace ignores it."""
-        if not self._step_losses:
-            return None
-        return self._trainer.accelerator.reduce(torch.stack(self._step_losses).sum(), reduction="mean")
+            self.cascade.transition(kwargs["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any) -> None:
         """Pass the loss of the fast weights to the plateau rule."""
@@ -241,7 +219,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 with run.lock:
                     transition.restart(run, optimizers)
         else:
-            transition.next_stage(run, optimizers, idle=True, loss=self._loss())
+            transition.next_stage(run, optimizers, idle=True)
 
     def _store_plateau(self, state: Any) -> None:
         """Store the plateau in the Trainer's state, which is part of its checkpoints."""
@@ -266,8 +244,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         reference = getattr(trainer, "ref_model", None)
         if self._user_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
             return
-        if _REFERENCE not in self.cascade.views:
-            self.cascade.add(_REFERENCE, self.cascade)
         if reference is not None:
             vars(self.reference).pop("forward", None)  # TRL may have patched it
             trainer.ref_model = self.reference
@@ -283,7 +259,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
         """Compute the reference log-probabilities. Without a reference model, TRL calls this with the trained one."""
         self._replace_references()
-        with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
+        with self._placing("base") if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -503,7 +479,7 @@ def _remove_hook_on_disable(cascade: Cascade) -> None:
 
 
 class _Reference(torch.nn.Module):
-    """The cascade with its reference weights."""
+    """The cascade with the weights of its base."""
 
     def __init__(self, callback: CascadeCallback) -> None:
         super().__init__()
@@ -511,8 +487,8 @@ class _Reference(torch.nn.Module):
         self._callback = callback
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the cascade while the reference weights are placed in the model."""
-        with self._callback._placing(_REFERENCE):
+        """Call the cascade while the weights of the base are placed in the model."""
+        with self._callback._placing("base"):
             return self._callback.cascade(*args, **kwargs)
 
 

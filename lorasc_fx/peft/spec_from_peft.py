@@ -129,13 +129,8 @@ def _lora_spec_of(config: Any, values: Mapping[str, Any], model: nn.Module) -> C
     refused = _refused(config, values, {*_UNUSED, *READ})
     start = values["init_lora_weights"]
     initial = start.partition("_niter_")[0] if isinstance(start, str) else "lora"
-    if start == "loftq":
-        loftq = dict(values["loftq_config"])
-        refused = [option for option in refused if not option.startswith("loftq_config=")]
-        if loftq.get("loftq_iter", 1) != 1:
-            refused.append(f"loftq_config={loftq!r} (adapt gets quantized weights, so only loftq_iter=1 is possible)")
-    if start is not True and initial not in ("pissa", "olora", "loftq"):
-        refused.append(f"init_lora_weights={start!r} (give True, 'pissa', 'olora' or 'loftq')")
+    if start is not True and initial not in ("pissa", "olora"):
+        refused.append(f"init_lora_weights={start!r} (give True, 'pissa' or 'olora')")
     _check(refused, values, config)
     train, names = _parts(config, values, model)
     names += values["target_parameters"] or []

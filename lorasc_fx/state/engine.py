@@ -21,7 +21,6 @@ from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
-from lorasc_fx.quantized import dense
 from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.factor_products import Scratch, arithmetic, cast, exact_products
@@ -145,9 +144,9 @@ def begin_stage(
         state: state of the weight after the stage before.
         branch: branch of the stage before.
         site, spec, stage: of the plan of the new stage. The new branch has the rank of this site.
-        keep: whether the new branch keeps the factors that the spec says (A, the largest pairs).
+        keep: whether the new branch keeps the factors that the spec says (A, or both).
         noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
-        left_out: whether the fold before left the weight out. Then no pairs of its branch are kept.
+        left_out: whether the fold before left the weight out. Then its branch does not keep both factors.
 
     Raises:
         SpecError: the branch starts from a decomposition, and the weight holds inf or nan.
@@ -156,15 +155,13 @@ def begin_stage(
     started = type(branch)(site, spec.seed, stage, parameter)
     initial = InitialFactors()
     with torch.no_grad():
-        # The fold has added the kept pairs to the weight, so they are subtracted from it like other initial factors.
+        # The fold has added the kept factors to the weight, so they are subtracted from it like other initial factors.
         if keep and started.follow(branch, spec, pairs=noisy and not left_out):
             assert isinstance(started, LoraBranch)
             initial = InitialFactors(started.exact_factors().map(state.cut))
         if "factors" in started.starts_from(spec, noisy):
             assert isinstance(started, LoraBranch)
             exact = state.exact("fast", arithmetic(state.base.dtype), device=parameter.device)
-            if spec.factor_start.of_delta:  # LoftQ: the factors approximate the quantization error
-                exact = exact - dense(state.base).to(exact)
             a, b = decomposed(state.whole(exact, Side.WEIGHT), started, spec)
             # Broadcast the factors, because a decomposition does not have the same bits on all machines.
             started.set_factors(state.shard.group.broadcast(b), state.shard.group.broadcast(a))
@@ -234,7 +231,7 @@ def end_stage(
     """
     stage, on_all = rule.stage, state.shard.group.all
     if not state.follows(spec):
-        rule = replace(rule, pace=1.0, momentum=0.0)
+        rule = replace(rule, pace=1.0)
     after, fault = None, ""
     if isinstance(learner, torch.Tensor):
         value = local(learner).detach().to("cpu", copy=True)

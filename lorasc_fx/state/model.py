@@ -6,17 +6,15 @@ its values, and then stores it in the run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Delta
-from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import is_quantized, quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, local, local_like, shard_of
@@ -50,7 +48,7 @@ class SlowWeights:
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
         left_out: names of the weights that the last fold did not change, because the result was not finite.
         averaged: number of stages in the average.
-        losses: losses of the stages that have ended, by stage number, if the pace depends on them.
+        ended: numbers of the stages that the slow weights are made of, in their order. A rewind removes some.
         group: the process group that holds the shards of the weights.
     """
 
@@ -58,7 +56,7 @@ class SlowWeights:
     idle: bool = False
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
-    losses: Mapping[int, float] = field(default_factory=dict)
+    ended: tuple[int, ...] = ()
     group: ProcessGroup = ONE_PROCESS
 
     @cached_property
@@ -184,46 +182,16 @@ class SlowWeights:
         trained = [has_trained(learner, self.started(name)) for name, learner in learners.items()]
         return self.group.any(any(trained))  # not lazily: every rank must make the same collective calls
 
-    def losses_with(self, loss: Any, plan: Plan) -> Mapping[int, float]:
-        """Return the losses of the stages by number, with `loss` for the running stage.
-
-        The result is empty if the pace does not depend on losses.
-
-        Args:
-            loss: a number, or a tensor with one number. If the weights are sharded, the value on the first rank counts.
-            plan: plan of the running stage.
-
-        Raises:
-            SpecError: the loss is missing, or is not a finite number above 0.
-        """
-        if not plan.spec.needs_loss:
-            return {}
-        try:
-            number = float(loss)
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor with several numbers
-            number = math.nan
-        number = self.group.broadcast(torch.tensor(number, dtype=torch.float64)).item()
-        if not 0 < number < math.inf:
-            raise SpecError(
-                f"the loss of stage {plan.stage} is {'missing' if loss is None else repr(loss)}, but "
-                f"pace={plan.spec.pace!r} weights the stages by their losses. Give a finite number above 0: "
-                "cascade.transition(optimizer, loss=...), or set stage.loss in `for stage in cascade.stages(...)`"
-            )
-        return {**self.losses, plan.stage: number}
-
-    def after_stage(self, plan: Plan, learners: Mapping[str, Learner], loss: Any = None) -> SlowWeights:
+    def after_stage(self, plan: Plan, learners: Mapping[str, Learner]) -> SlowWeights:
         """Return the state after the slow update of the running stage (docs/algorithm.md, row "slow update").
 
         Args:
             plan: plan of the stage that ends.
             learners: branches, and parameters trained in full, by weight name.
-            loss: loss of the stage, see `losses_with`.
 
         Raises:
             NonFiniteBranch: a learner is not finite, or its weight would overflow, and spec.on_nonfinite is "raise".
-            SpecError: the pace depends on losses, and the loss is missing or invalid.
         """
-        losses = self.losses_with(loss, plan)
         spec, noisy = plan.spec, not self.idle
         branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
         # Check all factors in one pass. `end_stage` checks each branch only if this fails.
@@ -231,8 +199,8 @@ class SlowWeights:
         # Small parameters trained in full keep a copy per stage, so that `rewind` can restore them.
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
-        share, pace = spec.average_share(self.averaged), spec.pace_at(plan.stage, losses)
-        rule = SlowRule(plan.stage, pace, spec.restart, spec.momentum, spec.carry_rank, share, keeps)
+        share, pace = spec.average_share(self.averaged), spec.pace_at(plan.stage, len(self.ended))
+        rule = SlowRule(plan.stage, pace, spec.restart, spec.carry_rank, share, keeps)
         ended = {
             name: end_stage(self.started(name), learners.get(name), spec, rule, noisy, finite) for name in self.states
         }
@@ -242,7 +210,7 @@ class SlowWeights:
             idle=False,
             left_out=frozenset(name for name, (_, left_out) in ended.items() if left_out),
             averaged=self.averaged if share is None else self.averaged + 1,
-            losses=losses,
+            ended=(*self.ended, plan.stage),
         )
 
     def begin_stage(
@@ -255,7 +223,7 @@ class SlowWeights:
             branches: branches of the model, by weight name.
             restart: whether all branches get new initial values. Otherwise only branches whose initial values depend on
                 the weight (PiSSA, DoRA) get them.
-            keep: whether branches keep the factors that the spec says (A, the largest pairs).
+            keep: whether branches keep the factors that the spec says (A, or both).
 
         Returns:
             The state, and local tensors by weight name and parameter name.

@@ -122,12 +122,9 @@ class KeptNoise:
 class SlowRule:
     """The slow update at the end of a stage: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (docs/algorithm.md).
 
-    With momentum m it is Nesterov's (SNOO, 2510.15830): `d_t = F_t - S_{t-1}`, `v_t = m v_{t-1} + d_t` and
-    `S_t = S_{t-1} + pace * (d_t + m v_t)`.
-
     Args:
         stage: number of the stage that ends.
-        pace, restart, momentum, carry_rank: values of the spec for this stage.
+        pace, restart, carry_rank: values of the spec for this stage.
         share: weight of S_t in the average over stages, in (0, 1]; None if no average is kept.
         keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
     """
@@ -135,7 +132,6 @@ class SlowRule:
     stage: int
     pace: float
     restart: str = "slow"
-    momentum: float = 0.0
     carry_rank: int | None = None
     share: float | None = None
     keeps: bool = False
@@ -152,8 +148,8 @@ class WeightState(Tree):
         transposed: whether the weight is stored as [in, out].
         experts: the deltas of the stages, oldest first.
         views: by name. `slow`: the slow weights. `start`: the weights that the running stage started from. `average`:
-            the average over stages, unless it equals the slow weights. `velocity`: v of the slow rule with momentum.
-            `stage/K`: the slow weights at the end of stage K.
+            the average over stages, unless it equals the slow weights. `stage/K`: the slow weights at the end of stage
+            K.
         gone: number of the last stage whose `stage/K` was dropped, because its experts were summed into a dense delta.
         row_scale: [out] in fp64, under DoRA: the row scale of W0 by experts that were summed since.
         noises: the noise that stays in the weight.
@@ -437,12 +433,8 @@ class WeightState(Tree):
         elif running is not None and running.dense is not None:
             change = running.dense.reshape(self.matrix).to(summing(self.base.dtype))
             fast = fast.plus(View(dense=change), 1.0)
-        # Step 2: the slow update. The velocity of a rule with momentum is one more view.
-        slow, velocity = old.toward(fast, pace), self.views.get("velocity")
-        if rule.momentum:
-            step = fast.plus(old, -1.0)
-            velocity = step if velocity is None else step.plus(velocity, rule.momentum)
-            slow = slow.plus(velocity, pace * rule.momentum)
+        # Step 2: the slow update.
+        slow = old.toward(fast, pace)
         # Step 3: the start of the next stage.
         start = fast if rule.restart == "fast" else slow
         if self.full:  # the parameter rounds its start to its own dtype
@@ -455,8 +447,6 @@ class WeightState(Tree):
                 gone = max(gone, end)
                 del ends[end]
         views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
-        if velocity is not None:
-            views["velocity"] = velocity
         if rule.share is not None and rule.share != 1:  # with a share of 1 the average is S_t, and needs no view
             views["average"] = self.view("averaged").toward(slow, rule.share)
         elif rule.share is None and "average" in self.views:

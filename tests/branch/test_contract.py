@@ -275,7 +275,7 @@ def test_runs_are_merged_by_their_deltas(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lora", "hira"])
 def test_an_average_counts_a_stage_that_trained_nothing(name: str) -> None:
     """The first stage has no delta, so the mean over two stages is half of the second."""
-    model, cascade, _ = adapted(name, "linear", pace=1.0, average="swa")
+    model, cascade, _ = adapted(name, "linear", pace=1.0, average=True)
     with pytest.warns(lx.errors.LorascWarning, match="no branch has moved"):
         cascade.transition(torch.optim.SGD(cascade.param_groups(lr=0.1)))
     train(cascade)

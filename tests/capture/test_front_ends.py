@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
-from lorasc_fx.util.finalizers import POSTPONED
 from tests.kit import tiny
 from tests.kit.compare import assert_same
 from tests.kit.errors import raises
@@ -247,18 +246,6 @@ def test_a_compiled_cascade_works_in_another_mode() -> None:
     cascade.eval()
     assert torch.equal(compiled(x), cascade(x))
     assert torch.equal(compiled(x), model(x))
-
-
-def test_a_postponed_finalizer_does_not_break_a_compiled_call() -> None:
-    """It is postponed while dynamo traces the call, and runs at the next call. The call does not compile again."""
-    cascade, x, ran = lx.adapt(build(Net), batches(1, 4, 5), spec=SPEC), batches(1, 4, 5)[0], list[int]()
-    cascade.eval()(x)
-    POSTPONED.append(lambda: ran.append(1))
-    compiled = torch.compile(cascade, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), cascade(x))
-    assert ran == [1]
-    compiled(x)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

@@ -41,7 +41,7 @@ class Loop:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if batch % 6 == 5:
-                self.cascade.transition(self.optimizer, loss=self.losses[-1])
+                self.cascade.transition(self.optimizer)
 
 
 class Holder(nn.Module):

@@ -370,9 +370,9 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 def test_the_page_names_every_key_and_method() -> None:
     page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
     tables = (ModelConfig, DataConfig, TrainConfig, CompareConfig)
-    # The page describes momentum and the adapter methods in one row each.
+    # The page describes the adapter methods in one row.
     adapters = {*ADAPTERS, *(f"{name}-stages" for name in ADAPTERS)} - {"lora"}
-    methods = [name for name in METHODS if name not in adapters and not name.startswith("momentum-")]
+    methods = [name for name in METHODS if name not in adapters]
     names = [field.name for table in tables for field in dataclasses.fields(table)] + [*methods, *COMMANDS]
     assert [name for name in names if not re.search(rf"`[^`]*(?<![\w-]){name}(?![\w-])[^`]*`", page)] == []
     assert [name for name in (*DATA, *get_args(Format)) if f"`{name}`" not in page] == []

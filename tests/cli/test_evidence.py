@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments.evidence import language, page, runner
 from experiments.evidence.data import Part, Task, measure
-from experiments.evidence.methods import METHODS
+from experiments.evidence.methods import METHODS, RECORDED
 from experiments.evidence.train import Training, run
 from tests.kit import tiny
 
@@ -88,8 +88,8 @@ def test_the_protocol_names_what_is_there() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    # The option of recipe-gradient-A was removed, and base is the untrained model.
-    [name for name in METHODS if "+" not in name and name not in {"recipe-gradient-A", "base"}]
+    # base is the untrained model.
+    [name for name in METHODS if "+" not in name and name not in {*RECORDED, "base"}]
     + ["design+restart+cycles+average+noise", "map+pace=mean+stages=6+noise=0.3", "map+pace=0.5+stages=2+noise=0.0"],
 )
 def test_every_method_trains(name: str) -> None:

@@ -33,7 +33,6 @@ from tests.cli.conftest import CONFIG
 from tests.kit import tiny
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
-from tests.kit.state import read
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
 Alone = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -55,13 +54,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_stages_are_weighted_by_the_losses_at_their_ends(place: Path) -> None:
-    assert main(["train", "tiny.toml", "--spec.pace", "loss"]) == 0
-    run = place / "runs" / "tiny"
-    saved = read(run / "checkpoint").content.losses
-    assert saved == {stage: pytest.approx(losses(run)[4 * stage]) for stage in (1, 2, 3)}
 
 
 def test_the_files_of_a_run_folder(
@@ -401,7 +393,7 @@ slow = false
 
 [spec.noise]
 """
-ASKED = ("--spec.ranks", "3", "1", "--spec.pace", "1.0", "0.5", "--spec.average", "swa", "--spec.lr-ratio", "4")
+ASKED = ("--spec.ranks", "3", "1", "--spec.pace", "1.0", "0.5", "--spec.average", "--spec.lr-ratio", "4")
 
 
 @pytest.mark.slow
@@ -411,7 +403,7 @@ def test_a_run_with_options_is_resumed_and_folded(
     (place / "tiny.toml").write_text(CONFIG.replace("\nrank = 2", "").replace("[spec.noise]\n", OPTIONS.lstrip()))
     assert main(["train", "tiny.toml", "--output", "whole", *ASKED]) == 0
     spec = load_config(place / "whole" / "config.toml").spec
-    assert (spec.ranks, spec.pace, spec.average, spec.lr_ratio) == ((3, 1), (1.0, 0.5), "swa", 4.0)
+    assert (spec.ranks, spec.pace, spec.average, spec.lr_ratio) == ((3, 1), (1.0, 0.5), True, 4.0)
     assert spec.train_rules == (lx.TrainRule("7.bias", lr=0.002, slow=False),)
     with stop_after(6):
         assert main(["train", "tiny.toml", "--output", "parts", *ASKED]) == 130

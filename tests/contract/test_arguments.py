@@ -45,7 +45,7 @@ def loop(cascade: lx.Cascade, **call: Tensor) -> tuple[torch.optim.Optimizer, St
 @pytest.fixture(scope="module")
 def run() -> tuple[lx.Cascade, torch.optim.Optimizer, StepLR]:
     """A cascade whose slow and averaged weights differ, with its optimizer and scheduler."""
-    cascade = lx.adapt(Net(), args=(X,), spec=lx.CascadeSpec(rank=2, average="swa"))
+    cascade = lx.adapt(Net(), args=(X,), spec=lx.CascadeSpec(rank=2, average=True))
     return cascade, *loop(cascade, x=X)
 
 

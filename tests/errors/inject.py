@@ -77,8 +77,8 @@ class LineAt:
     def called(self, frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
         by_weakref = frame.f_back is not None and frame.f_back.f_code.co_filename == weakref.__file__
-        # Python drops what is raised in a finalizer or a callback of the garbage collector, or below one.
-        if frame.f_code.co_name in ("__del__", "_after_collection") or by_weakref:
+        # Python drops what is raised in a finalizer, or below one.
+        if frame.f_code.co_name == "__del__" or by_weakref:
             self.finalizers += 1
             return self.finalizer
         # torch aborts the process if an exception leaves this call, which asks a fake tensor for its device.

@@ -308,8 +308,8 @@ WARNINGS = {
     "makes no optimizer step",
     "running-stage-folded": "The running stage was folded, and only the share `pace` of its change is kept. It was the "
     "first stage and neither `stages` nor `transition` was called, or `lorasc-fx` folded a run inside a stage",
-    "training-not-kept": "A cascade was garbage collected while its model is alive, so the training of its running "
-    "stage is lost. Call `release` or `lx.save` before",
+    "training-not-kept": "A cascade was garbage collected while its model is alive. The training of its running stage "
+    "is lost, or the model keeps the noise of the stage. Call `release` or `lx.save` before",
     "unfolded-save": "A trainer, or accelerate's `save_model`, wrote the state dict of a cascade as if it were the "
     "model's state dict",
 }

@@ -47,8 +47,6 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "forward": lambda cascade, _, __: cascade(X),
     "variant": lambda cascade, _, __: variant_for(cascade, (X,), {}),
     "weights": lambda cascade, _, __: cascade.weights("slow").__enter__(),
-    "add": lambda cascade, _, path: cascade.add("legal", path),
-    "remove": lambda cascade, _, __: cascade.remove("legal"),
     "folded_state_dict": lambda cascade, _, __: cascade.folded_state_dict(),
     "folded_graph": lambda cascade, _, __: cascade.folded_graph(),
     "release": lambda cascade, _, __: cascade.release(),

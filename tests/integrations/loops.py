@@ -29,9 +29,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
     "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
     "dora": {"adapter": "dora"},
-    "pairs": {"restart_pairs": 0.5, "pace": 1.0},
-    "loss": {"pace": "loss", "restart": "fast"},
-    "pissa, average": {"start": "pissa", "average": "ema"},
+    "pairs": {"restart_pairs": False, "pace": 1.0},
+    "mean": {"pace": "mean", "restart": "fast"},
+    "pissa, average": {"start": "pissa", "average": True},
 }
 STOPS = (4, 5, 6, 7)
 """After how many batches of `Steps`, or steps of another loop, a run is saved: also between two batches of a step."""
@@ -80,7 +80,7 @@ class Steps:
                 self.save(folder / str(number))
             self.losses.append(self.batch(*data(number), number).item())
             if number % self.stage == self.stage - 1:
-                self.cascade.transition(self.optimizer, loss=self.losses[-1])
+                self.cascade.transition(self.optimizer)
 
 
 def data(number: int) -> tuple[Tensor, Tensor]:

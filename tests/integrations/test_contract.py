@@ -13,7 +13,6 @@ import lorasc_fx as lx
 from tests.integrations.kit import net
 from tests.integrations.loops import END, LOOPS, SPECS, STOPS, Accelerated, AcceleratedHalf, Steps, data
 from tests.kit.models import lora_of, trainable_parameters
-from tests.kit.state import stage_losses
 
 QUICK = [*(("plain", spec) for spec in SPECS), ("accelerate", "noise"), ("accelerate, bf16", "fast")]
 QUICK += [("timm", "noise"), ("trainer, epochs", "noise")]
@@ -44,19 +43,6 @@ def test_a_resumed_run_has_the_same_bits(loop: str, fields: str, tmp_path: Path)
             with whole.weights(view), resumed.weights(view):  # type: ignore[arg-type]
                 ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
                 assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-@pytest.mark.parametrize(("loop", "ends"), [
-    ("lightning", (4, 8, 12, 14)), ("trainer, epochs", (5, 10)), ("trainer, accumulated", (2, 4, 6, 8, 9)),
-    ("trainer, plateau", ()),
-])  # fmt: skip
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of lightning, about itself
-def test_the_loss_of_a_stage_is_the_loss_of_its_last_step(loop: str, ends: tuple[int, ...], tmp_path: Path) -> None:
-    losses, cascade = LOOPS[loop](lx.CascadeSpec(rank=2, pace="loss"), tmp_path, 0)
-    found = list(stage_losses(cascade).values())
-    assert len(found) > 1
-    if ends:
-        assert found == pytest.approx([losses[end - 1] for end in ends], abs=1e-4)
 
 
 @pytest.mark.parametrize("loop", ["accelerate", "trainer"])

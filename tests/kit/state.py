@@ -33,7 +33,7 @@ __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "SPARE", "TENSORS", "Expert", "Fact
     "TrainedState", "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
     "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_idle", "is_released",
     "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant", "placed_weights", "read",
-    "replace_plan", "resting_value", "slow_values", "stage_losses", "stored_values", "text_digest", "trainable",
+    "replace_plan", "resting_value", "slow_values", "stored_values", "text_digest", "trainable",
     "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
 
@@ -285,8 +285,3 @@ def noise_drawn(
         out[places] = values
     assert not out.isnan().any()
     return out
-
-
-def stage_losses(cascade: lx.Cascade) -> dict[int, float]:
-    """The losses by which pace="loss" has weighted the stages, by number."""
-    return dict(cascade._run.slow.losses)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import lorasc_fx as lx
 from tests.errors.state import unchanged
@@ -21,7 +21,6 @@ from tests.kit.state import weight_state, weight_states
 
 X = batches(1, 6, 20)[0]
 EXACT = {"rtol": 0, "atol": 1e-12}
-KINDS = {"swa": {"average": "swa"}, "ema": {"average": "ema", "average_decay": 0.7}}
 
 
 def wide() -> nn.Module:
@@ -30,12 +29,9 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 2, bias=False), nn.Linear(2, 3)).double()
 
 
-def cascade_of(average: str, restart: str = "slow", **options: Any) -> lx.Cascade:
-    spec = lx.CascadeSpec(
-        **{"exclude": ("3.weight",), "train": ("3.*",), "rank": 1, "lora_alpha": 1.5, "pace": 0.4, "restart": restart}
-        | KINDS[average]
-        | options
-    )
+def cascade_of(restart: str = "slow", **options: Any) -> lx.Cascade:
+    given = {"exclude": ("3.weight",), "train": ("3.*",), "rank": 1, "lora_alpha": 1.5, "pace": 0.4, "restart": restart}
+    spec = lx.CascadeSpec(**{**given, "average": True, **options})
     return lx.adapt(wide(), (X,), spec=spec)
 
 
@@ -49,10 +45,9 @@ def stage(cascade: lx.Cascade, seed: int) -> None:
 class Averaged:
     """Return torch's average of the models with the slow weights of each stage."""
 
-    def __init__(self, average: str) -> None:
+    def __init__(self) -> None:
         self.model = wide()
-        rule = get_ema_avg_fn(0.7) if average == "ema" else None
-        self.mean = AveragedModel(self.model, avg_fn=rule)
+        self.mean = AveragedModel(self.model)
 
     def take(self, cascade: lx.Cascade) -> None:
         with cascade.weights("slow"):
@@ -73,9 +68,8 @@ def assert_averaged(cascade: lx.Cascade, expected: Averaged) -> None:
 
 @pytest.mark.parametrize("slow_train", [True, False])
 @pytest.mark.parametrize("restart", ["slow", "fast"])
-@pytest.mark.parametrize("average", KINDS)
-def test_the_average_is_torchs(average: str, restart: str, slow_train: bool, tmp_path: Path) -> None:
-    cascade, expected = cascade_of(average, restart, slow_train=slow_train, noise=lx.Noise(0.1)), Averaged(average)
+def test_the_average_is_torchs(restart: str, slow_train: bool, tmp_path: Path) -> None:
+    cascade, expected = cascade_of(restart, slow_train=slow_train, noise=lx.Noise(0.1)), Averaged()
     for seed in range(5):
         stage(cascade, seed)
         cascade.transition(None)
@@ -94,10 +88,9 @@ def test_the_average_is_torchs(average: str, restart: str, slow_train: bool, tmp
                    for name in ("0.weight", "2.weight", "3.bias"))  # fmt: skip
 
 
-@pytest.mark.parametrize("average", KINDS)
-def test_folds_can_choose_it(average: str, tmp_path: Path) -> None:
+def test_folds_can_choose_it(tmp_path: Path) -> None:
     """A running stage that has trained counts as ended, as in every release."""
-    cascade, expected = cascade_of(average, exclude=("3.weight", "2.weight")), Averaged(average)
+    cascade, expected = cascade_of(exclude=("3.weight", "2.weight")), Averaged()
     for seed in range(3):
         stage(cascade, seed)
         cascade.transition(None)
@@ -126,7 +119,7 @@ def test_folds_can_choose_it(average: str, tmp_path: Path) -> None:
 
 
 def test_a_rewind_restarts_the_average() -> None:
-    cascade, expected = cascade_of("swa", exclude=("3.weight", "2.weight")), Averaged("swa")
+    cascade, expected = cascade_of(exclude=("3.weight", "2.weight")), Averaged()
     for seed in range(3):
         stage(cascade, seed)
         cascade.transition(None)
@@ -142,7 +135,7 @@ def test_a_rewind_restarts_the_average() -> None:
 
 
 def test_before_a_stage_has_ended_it_is_the_base() -> None:
-    cascade = cascade_of("ema")
+    cascade = cascade_of()
     stage(cascade, 1)
     with cascade.weights("averaged"):
         for name, value in wide().named_parameters():

@@ -20,7 +20,6 @@ STEPS = 24
 RECIPES = {
     "lora": (lx.recipes.lora, 1),
     "paper": (lx.recipes.small_data, 3),
-    "recipe": (lx.recipes.long_training, 3),
     "lora-cycles": (lx.recipes.lora_cycles, 3),
 }
 """Recipes with their name in the evidence and their number of stages."""
@@ -52,12 +51,8 @@ def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("recipe", [lx.recipes.lora, lx.recipes.small_data, lx.recipes.long_training])
+@pytest.mark.parametrize("recipe", [lx.recipes.lora, lx.recipes.small_data])
 def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], adapter: str) -> None:
-    if adapter == "dora" and recipe is lx.recipes.long_training:
-        with raises(lx.SpecError, "conflicting-options", "adapter='dora'", "restart='fast'"):
-            recipe(6, adapter=adapter)
-        return
     spec, schedule = recipe(6, adapter=adapter, rank=2)
     assert spec.adapter == adapter
     cascade = lx.adapt(mlp(), (X,), spec=spec)
@@ -95,9 +90,9 @@ def test_cycles_are_those_of_one_branch() -> None:
 
 
 def test_warm_up_and_decay_fit_into_short_stages() -> None:
-    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.long_training(7, 3)[0])
+    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.lora_cycles(7, 3)[0])
     optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
-    scheduler = lx.recipes.long_training(7, 3).schedule(optimizer, cascade)
+    scheduler = lx.recipes.lora_cycles(7, 3).schedule(optimizer, cascade)
     assert scheduler.steps == [2, 3, 2]
     assert scheduler.warmup == 1
     assert scheduler.factor(2, 1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
@@ -113,6 +108,6 @@ def test_options_that_a_recipe_sets_are_refused() -> None:
     with raises(lx.SpecError, "invalid-value", "lora", "steps"):
         lx.recipes.lora(0)
     with raises(lx.SpecError, "invalid-value", "stages"):
-        lx.recipes.long_training(10, 0)
+        lx.recipes.lora_cycles(10, 0)
     with raises(lx.SpecError, "invalid-value", "steps", "2 stages"):
         lx.recipes.small_data(1, 2)

@@ -129,7 +129,7 @@ def test_losses_and_merged_weights_are_those_of_peft(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("more", [{}, {"restart": "fast", "average": "swa"}, {"noise": lx.Noise(0.1)}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"restart": "fast", "average": True}, {"noise": lx.Noise(0.1)}], ids=str)
 def test_stages_and_a_resume(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     """`S_t = S_{t-1} + pace (F_t - S_{t-1})` of the rows, other rows keep their bits, and a resume has the same."""
     model, _ = made(name)

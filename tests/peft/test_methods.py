@@ -15,13 +15,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.utils.loftq_utils import _low_rank_decomposition
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
-from tests.kit.errors import raises
 from tests.kit.models import lora_of, loss_of, trainable_parameters
 from tests.quantized.layers import LAYERS, is_missing
 from tests.quantized.test_quantized import Net, inputs
@@ -192,30 +189,3 @@ def test_losses_equal_qloras(case: str, tmp_path: Path) -> None:
     lx.export.peft(cascade, tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(net(case), tmp_path / "adapter").train()
     torch.testing.assert_close(loaded(inputs()), cascade(inputs()), rtol=0, atol=1e-6)
-
-
-@NEEDS_BITSANDBYTES
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-@pytest.mark.parametrize("iterations", [1, 2])
-def test_loftq_starts_from_the_pair_of_peft(iterations: int, tmp_path: Path) -> None:
-    """peft's loftq_init itself needs a GPU. Its second iteration quantizes another weight than the first one."""
-    torch.manual_seed(3)
-    full = Net()
-    save_file(full.state_dict(), tmp_path / "model.safetensors")
-    config: Any = peft.LoraConfig(
-        r=4, lora_alpha=4, target_modules=["up", "down"], init_lora_weights="loftq",
-        loftq_config={"loftq_bits": 4, "loftq_iter": iterations},
-    )  # fmt: skip
-    model = net("bitsandbytes nf4")
-    if iterations == 2:
-        with raises(lx.SpecError, "adapter-not-supported", "loftq_iter", "one iteration"):
-            lx.adapt(model, (inputs(),), spec=config, base=tmp_path)
-        return
-    cascade = lx.adapt(model, (inputs(),), spec=config, base=tmp_path)
-    assert {site.weight for site in cascade.sites} == {"up.weight", "down.weight"}
-    for site in cascade.sites:
-        quantized = model.get_parameter(site.weight).dequantize()
-        pair = _low_rank_decomposition(full.get_parameter(site.weight).detach() - quantized, reduced_rank=4)
-        branch = cascade.branches[site.key]
-        torch.testing.assert_close(branch.lora_B @ branch.lora_A, pair["L"] @ pair["R"], rtol=0, atol=1e-5)
-        assert pair["L"].abs().max() > 1e-2
