@@ -31,6 +31,7 @@ from lorasc_fx.errors import (
 )
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import register_form
+from lorasc_fx.passes.backend import backend
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
@@ -58,6 +59,7 @@ __all__ = [
     "TrainRule",
     "UnknownTarget",
     "adapt",
+    "backend",
     "export",
     "from_peft",
     "integrations",

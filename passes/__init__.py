@@ -19,6 +19,7 @@ from .match_sites import MatchSites
 from .pipeline import Pipeline
 from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
+from .weights_as_attributes import weights_as_attributes
 
 __all__ = [
     "AdapterInputs",
@@ -37,4 +38,5 @@ __all__ = [
     "VerifyError",
     "adapter_inputs",
     "adapter_values",
+    "weights_as_attributes",
 ]

@@ -13,10 +13,11 @@ becomes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
+from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, record_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import SlowWeights, arithmetic, check_finite
@@ -41,17 +42,27 @@ class EndsStage(CascadePass):
 
 @dataclass(frozen=True)
 class FoldBranches(EndsStage):
-    """Erase every branch node and compute the slow weights that include its delta. The inverse of `InsertBranches`.
+    """Erase every branch node and add its delta to the weight. The inverse of `InsertBranches`.
 
-    If the graph module owns its weights, this pass computes the slow update of the spec: pace, restart and noise. The
-    results are new Parameters. Weights that the insertion froze are trainable again, and the plan moves to the
-    next stage.
+    If the graph module owns its weights, the results are new Parameters. Noise of the stage is removed, unless
+    `noise.keep` is set. Weights that the insertion froze are trainable again, and the plan moves to the next stage.
 
     If the graph module reads a live model, only nodes are erased, because the cascade changes the weights.
 
+    Args:
+        view: `fast` folds the running branches in full: the folded graph computes what this graph computes, apart from
+            noise. `slow` applies the slow update of the spec, as `StageTransition` does.
+
     Raises:
+        SpecError: the view is neither.
         NonFiniteBranch: a branch holds inf or nan.
     """
+
+    view: Literal["fast", "slow"] = "fast"
+
+    def __post_init__(self) -> None:
+        if self.view not in ("fast", "slow"):
+            raise SpecError(f"{self.name}: view is {self.view!r}; give 'fast' or 'slow'")
 
     name: ClassVar[str] = "fold-branches"
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
@@ -66,7 +77,9 @@ class FoldBranches(EndsStage):
         plan = graph.record.plan
         if not graph.record.owner:
             named = named_weights(graph.owner)
-            slow = absorb_branches(graph, plan)
+            # With pace 1, the slow update adds the whole delta.
+            spec = plan.spec if self.view == "slow" else replace(plan.spec, pace=1.0)
+            slow = absorb_branches(graph, replace(plan, spec=spec))
             # Compute in at least fp32, and round once to the dtype of the weight.
             for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))

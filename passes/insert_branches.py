@@ -111,6 +111,11 @@ def no_sites_message(decided: Record | Decided) -> str:
     reasons = [str(refusal) for refusal in decided.refusals if refusal.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in decided.unreached]
     shown = reasons[:5] or [f"no weight that the graph uses matches targets={decided.plan.spec.targets}"]
+    if not decided.refusals and not decided.unreached:
+        shown = [
+            "the graph has no weight matrices as attributes. If they are inputs of the graph, as in "
+            "ExportedProgram.graph_module, run lorasc_fx.passes.weights_as_attributes first"
+        ]
     return "the spec leaves no site to adapt:\n  " + "\n  ".join(shown)
 
 

@@ -31,14 +31,16 @@ class MatchSites(CascadePass):
 
     Args:
         spec: selects the weights and their options.
+        partial: whether the graph is a part of a model, so that patterns of the spec may match nothing in it.
 
     Raises:
-        UnknownTarget: a pattern of the spec matches nothing.
+        UnknownTarget: a pattern of the spec matches nothing, and `partial` is False.
         SpecError: the graph has branches that were planned with another spec.
         PassError: the graph uses a planned weight in a way that its branch cannot follow.
     """
 
     spec: CascadeSpec = field(default_factory=CascadeSpec)
+    partial: bool = False
 
     name: ClassVar[str] = "match-sites"
     provides: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
@@ -54,7 +56,7 @@ class MatchSites(CascadePass):
                     code="spec-differs",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        matched, uses = match(graph.module, record)
+        matched, uses = match(graph.module, record, self.partial)
         # Under a new spec, drop the slow states of weights that the new plan does not have.
         if record.plan is not plan:
             sites = matched.plan.by_weight

@@ -23,7 +23,9 @@ from .fold_branches import EndsStage, absorb_branches
 
 @dataclass(frozen=True)
 class StageTransition(EndsStage):
-    """Fold the branches and start the next stage. The same values as `FoldBranches` and then `InsertBranches`.
+    """Fold the branches by the slow update of the spec, and start the next stage.
+
+    The values are those of `FoldBranches(view="slow")` and then `InsertBranches`.
 
     The weights are replaced by new Parameters. The Parameters of the branches are reset in place, so that an optimizer
     stays valid. Therefore this pass, unlike all others, changes tensors that its input shares with its result.

@@ -421,7 +421,8 @@ def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
     for placeholder, name in names.items():
         with graph.inserting_after(last):
             node = graph.create_node("get_attr", name)
-        node.meta = {"val": value} if (value := placeholder.meta.get("example_value")) is not None else {}
+        value = placeholder.meta.get("example_value", placeholder.meta.get("val"))
+        node.meta = {} if value is None else {"val": value}
         placeholder.replace_all_uses_with(node)
 
 

@@ -270,7 +270,7 @@ def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Map
     return _classified(uses, weights, record)
 
 
-def match(graph_module: fx.GraphModule, record: Record) -> tuple[Record, dict[fx.Node, Use]]:
+def match(graph_module: fx.GraphModule, record: Record, partial: bool = False) -> tuple[Record, dict[fx.Node, Use]]:
     """Return the record with every weight matrix classified, and the mark of each node that uses a site.
 
     The plan of the record is followed: its sites keep their branches, and refused weights stay refused. A weight that
@@ -281,7 +281,8 @@ def match(graph_module: fx.GraphModule, record: Record) -> tuple[Record, dict[fx
         PassError: the graph uses a planned site in a way that its branch cannot follow.
     """
     weights = named_weights(owner_of(graph_module, record))
-    check_patterns(record.plan.spec, weights.matrices, weights.names)
+    if not partial:
+        check_patterns(record.plan.spec, weights.matrices, weights.names)
     uses = read(graph_module, record, weights)
     record = _classified(uses, weights, record)
     return record, _marks(graph_module, uses, record.plan)

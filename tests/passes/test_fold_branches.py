@@ -41,7 +41,7 @@ def test_fold(case: Case) -> None:
     before = text(original)
     inserted = fill(insert(original, case.spec))
     inserted_text, added, photograph = text(inserted), deltas(inserted), Photograph(inserted, case)
-    result = FoldBranches()(inserted)
+    result = FoldBranches(view="slow")(inserted)
     folded = result.graph_module
     assert result.modified  # 1 truthful
     photograph.assert_unchanged()
@@ -64,7 +64,7 @@ def test_fold(case: Case) -> None:
     assert_close(run(folded, case), run_eager(case, slow))
     assert_differ(run(folded, case), run(inserted, case))
 
-    again = FoldBranches()(folded)
+    again = FoldBranches(view="slow")(folded)
     assert not again.modified  # 4 a fixed point
     assert again.graph_module is folded
     back = InsertBranches()(folded)  # 5 the inverse
@@ -79,22 +79,41 @@ def test_fold_of_a_live_graph_only_erases_nodes(case: Case) -> None:
     before, output = text(graph_module), run(graph_module, case)
     inserted = fill(insert(graph_module, case.spec))
     photograph = Photograph(inserted, case)
-    result = FoldBranches()(inserted)
+    result = FoldBranches(view="slow")(inserted)
     assert result.modified
     photograph.assert_unchanged()
     assert text(result.graph_module) == before
     assert same_bits(run(result.graph_module, case), output)
     assert all(value is weights_of(graph_module)[name] for name, value in weights_of(result.graph_module).items())
-    assert not FoldBranches()(result.graph_module).modified
+    assert not FoldBranches(view="slow")(result.graph_module).modified
     assert text(InsertBranches()(result.graph_module).graph_module) == text(inserted)
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_pace_one_folds_to_the_trained_graph(case: Case) -> None:
-    inserted = fill(insert(case.own(), replace(case.spec, pace=1.0)))
+def test_a_fold_computes_what_the_graph_computed(case: Case) -> None:
+    """The pace is 0.5, and the fold adds the whole branch."""
+    original = case.own()
+    inserted = fill(insert(original, case.spec))
     folded = FoldBranches()(inserted).graph_module
+    assert text(folded) == text(original)
+    for name, added in deltas(inserted).items():
+        assert_close(weights_of(folded)[name].detach(), weights_of(original)[name].detach() + added, **NEAR)
     assert_close(run(folded, case), run(inserted, case))
     assert_differ(run(folded, case), run(case.model, case))
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_a_fold_in_a_later_stage_does_not_depend_on_the_rule(restart: str) -> None:
+    case = BY_NAME["aten_conv2d"]
+    graph = fill(insert(case.own(), replace(case.spec, pace=(0.5, 0.2), restart=restart)))
+    second = fill(StageTransition()(graph).graph_module, seed=2)
+    assert_close(run(FoldBranches()(second).graph_module, case), run(second, case))
+    assert_differ(run(FoldBranches(view="slow")(second).graph_module, case), run(second, case))
+
+
+def test_another_view_is_an_error() -> None:
+    with raises(SpecError, "invalid-value", "fold-branches: view is 'base'; give 'fast' or 'slow'"):
+        FoldBranches(view="base")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -104,8 +123,8 @@ def test_noise_at_a_fold(case: Case, keep: bool) -> None:
     original = case.own()
     inserted = fill(insert(original, spec))
     quiet = fill(insert(original, replace(case.spec, noise=Noise(0.0))))
-    folded = weights_of(FoldBranches()(inserted).graph_module)
-    clean = weights_of(FoldBranches()(quiet).graph_module)
+    folded = weights_of(FoldBranches(view="slow")(inserted).graph_module)
+    clean = weights_of(FoldBranches(view="slow")(quiet).graph_module)
     for name in sites_of(inserted):
         if not keep:
             assert same_bits(folded[name], clean[name])  # no noise remains
@@ -123,14 +142,14 @@ def test_restart(restart: str) -> None:
     original = case.own()
     stage_one = fill(insert(original, spec), seed=1)
     delta = deltas(stage_one)
-    folded = FoldBranches()(stage_one).graph_module
+    folded = FoldBranches(view="slow")(stage_one).graph_module
     stage_two = InsertBranches()(folded).graph_module
     for name, value in delta.items():
         base = weights_of(original)[name].detach()
         assert_close(weights_of(folded)[name].detach(), base + spec.pace * value, **NEAR)
         share = 1.0 if restart == "fast" else spec.pace
         assert_close(weights_of(stage_two)[name].detach(), base + share * value, **NEAR)
-    folded_twice = FoldBranches()(fill(stage_two, seed=2)).graph_module
+    folded_twice = FoldBranches(view="slow")(fill(stage_two, seed=2)).graph_module
     for name, value in delta.items():
         base, new = weights_of(original)[name].detach(), deltas(stage_two)[name]
         slow = spec.pace * value  # S_1; then S_2 = S_1 + pace * (F_2 - S_1), where F_2 starts from `restart`
@@ -150,7 +169,7 @@ def test_narrow_weights_are_rounded_once() -> None:
             for branch in branches_of(current).values():
                 branch.lora_B.normal_(std=2e-3, generator=torch.Generator().manual_seed(stage))
                 exact = exact + branch.scale * branch.lora_B @ branch.lora_A
-        folded = FoldBranches()(current).graph_module
+        folded = FoldBranches(view="slow")(current).graph_module
         current = InsertBranches()(folded).graph_module
     assert torch.equal(weights_of(folded)["0.weight"], exact.to(torch.bfloat16))
     assert not torch.equal(weights_of(folded)["0.weight"], base.weight)
@@ -159,8 +178,8 @@ def test_narrow_weights_are_rounded_once() -> None:
 # --- non-finite branches --------------------------------------------------------------------------------------------
 
 ENDS = {
-    "fold": FoldBranches(),
-    "fold and insert": Pipeline([FoldBranches(), InsertBranches()]),
+    "fold": FoldBranches(view="slow"),
+    "fold and insert": Pipeline([FoldBranches(view="slow"), InsertBranches()]),
     "transition": StageTransition(),
 }
 """Passes that end a stage."""
@@ -205,7 +224,7 @@ def test_tied_weights_stay_tied() -> None:
         ("module_two_names", ("one.weight", "other.weight")),
     ):
         inserted = fill(insert(BY_NAME[name].own(), replace(SPEC, noise=Noise(0.4))))
-        folded = FoldBranches()(inserted).graph_module
+        folded = FoldBranches(view="slow")(inserted).graph_module
         for graph_module in (inserted, folded):
             assert graph_module.get_parameter(pair[0]) is graph_module.get_parameter(pair[1])
             assert not same_bits(graph_module.get_parameter(pair[0]), BY_NAME[name].model.get_parameter(pair[0]))
@@ -254,7 +273,7 @@ def test_transition(case: Case) -> None:
     assert all(same_bits(value, values[name]) for name, value in weights_of(again).items())
     assert text(again) == before
     assert record_of(again).plan.stage == 3
-    folded = FoldBranches()(again).graph_module  # 5 the inverse
+    folded = FoldBranches(view="slow")(again).graph_module  # 5 the inverse
     assert text(folded) == text(original)
     assert all(same_bits(value, values[name]) for name, value in weights_of(folded).items())
 
@@ -275,15 +294,15 @@ def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) ->
         fill(transitioned, seed=stage)
         fill(reinserted, seed=stage)
         transitioned = StageTransition()(transitioned).graph_module
-        reinserted = Pipeline([FoldBranches(), InsertBranches()])(reinserted).graph_module
+        reinserted = Pipeline([FoldBranches(view="slow"), InsertBranches()])(reinserted).graph_module
         assert text(transitioned) == text(reinserted)
         mine, theirs = dict(transitioned.named_parameters()), dict(reinserted.named_parameters())
         assert list(mine) == list(theirs)
         assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
         assert same_bits(run(transitioned, case), run(reinserted, case))
         assert record_of(transitioned).plan == record_of(reinserted).plan
-    mine = weights_of(FoldBranches()(transitioned).graph_module)
-    theirs = weights_of(FoldBranches()(reinserted).graph_module)
+    mine = weights_of(FoldBranches(view="slow")(transitioned).graph_module)
+    theirs = weights_of(FoldBranches(view="slow")(reinserted).graph_module)
     assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
 
 
@@ -313,7 +332,7 @@ def test_a_stage_without_a_restart_changes_no_output(name: str) -> None:
     for branch in branches_of(after).values():
         assert branch.lora_B.any(0).all()
     assert_close(run(after, case), before)
-    assert_close(run(FoldBranches()(after).graph_module, case), before)
+    assert_close(run(FoldBranches(view="slow")(after).graph_module, case), before)
 
 
 def test_a_live_graph_is_an_error() -> None:

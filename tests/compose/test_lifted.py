@@ -1,0 +1,209 @@
+"""Graphs that take weights as inputs, and graphs of torch.compile: branches are in them as in any other graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import lorasc_fx as lx
+from lorasc_fx.graph import record_of, text
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, NoSites, Pipeline, weights_as_attributes
+from tests.kit.errors import raises
+from tests.passes.kit import deltas, fill
+
+# of dynamo itself, for the output of the first graph
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, seed=5)
+INSERT = Pipeline([MatchSites(SPEC), InsertBranches()])
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double().eval()
+
+
+X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Lifted = Callable[[nn.Module], tuple[fx.GraphModule, list[Any]]]
+
+
+def exported(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
+    program = torch.export.export(module, (X,))
+    return program.graph_module, [*module.parameters(), X]
+
+
+def functional(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
+    weights = dict(module.named_parameters())
+    traced = make_fx(lambda weights, x: torch.func.functional_call(module, weights, (x,)))(weights, X)
+    traced.graph.set_codegen(fx.graph.CodeGen())  # flat inputs
+    traced.recompile()
+    return traced, [*weights.values(), X]
+
+
+def closed(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
+    return make_fx(module)(X), [X]
+
+
+KINDS: dict[str, Lifted] = {"ExportedProgram": exported, "make_fx over weights": functional, "make_fx": closed}
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sites_have_the_names_of_the_model(kind: str) -> None:
+    module = model()
+    lifted, inputs = KINDS[kind](module)
+    before = text(lifted)
+    named = weights_as_attributes(lifted, inputs if len(inputs) > 1 else (), module)
+    assert text(lifted) == before
+    assert torch.equal(first(named(*inputs)), module(X))
+    inserted = fill(INSERT(named).graph_module)
+    added = deltas(inserted)
+    assert set(added) == {"0.weight", "2.weight"}
+    expected = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, value in added.items():
+            expected.get_parameter(name).add_(value)
+    torch.testing.assert_close(first(inserted(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
+    folded = FoldBranches()(inserted).graph_module
+    assert text(folded) == text(named)
+    torch.testing.assert_close(first(folded(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ExportedProgram", "make_fx over weights"])
+def test_the_error_names_the_cause(kind: str) -> None:
+    lifted, _ = KINDS[kind](model())
+    with raises(NoSites, "no-sites", "weights_as_attributes", "inputs of the graph"):
+        INSERT(lifted)
+
+
+def test_wrong_inputs_are_errors() -> None:
+    module = model()
+    lifted, inputs = exported(module)
+    with raises(lx.PassError, "input-not-supported", "4 inputs were given, but the graph has 5 placeholders"):
+        weights_as_attributes(lifted, inputs[1:], module)
+    with raises(lx.PassError, "input-not-supported", "no input and no attribute"):
+        weights_as_attributes(lifted, inputs, model())
+
+
+def test_tied_and_existing_modules_keep_the_graph_module_unchanged() -> None:
+    module = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double()
+    module[1].weight = module[0].weight
+    traced, _ = closed(module)
+    inserted = INSERT(weights_as_attributes(traced, (), module)).graph_module
+    assert [site.weight for site in record_of(inserted).plan.sites] == ["0.weight"]
+    assert not [name for name in dict(traced.named_parameters()) if name.startswith("0")]
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+class Broken(nn.Module):
+    """A graph break between two linears, and a number in Python that a graph depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 4)
+        self.factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.tanh(self.first(x)))
+        torch._dynamo.graph_break()
+        return self.second(y) * self.factor
+
+
+@pytest.fixture
+def compiled() -> Any:
+    torch._dynamo.reset()
+    torch.manual_seed(4)
+    module = Broken().double()
+    backend = lx.backend(SPEC, inner="eager")
+    yield module, backend, torch.compile(module, backend=backend)
+    torch._dynamo.reset()
+
+
+def trained(backend: Any, call: Any) -> list[float]:
+    target = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.Adam([p for p in backend.parameters() if p.requires_grad], 0.02)
+    losses = []
+    for _ in range(20):
+        loss = (call(X) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_branches_train_on_both_sides_of_a_break(compiled: Any) -> None:
+    module, backend, call = compiled
+    before = copy.deepcopy(module)
+    assert torch.equal(call(X), module(X))
+    losses = trained(backend, call)
+    assert losses[-1] < 0.7 * losses[0]
+    assert sorted(backend.branches) == ["first/weight", "second/weight"]
+    assert all(branch.lora_B.abs().max() > 0 for branch in backend.branches.values())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in module.parameters())
+    folded = backend.fold(call)
+    assert type(folded) is Broken
+    torch.testing.assert_close(folded(X), call(X), rtol=1e-12, atol=1e-12)
+
+
+def test_another_compilation_shares_the_branches(compiled: Any) -> None:
+    module, backend, call = compiled
+    call(X)
+    trained(backend, call)
+    parameters, output = list(backend.parameters()), call(X)
+    module.factor = 2.0
+    torch.testing.assert_close(call(X), 2 * output)
+    with torch.no_grad():
+        call(torch.cat([X, X]))
+    assert list(map(id, backend.parameters())) == list(map(id, parameters))
+    state = {name: value.clone() for name, value in backend.state_dict().items()}
+    backend.branches["second/weight"].lora_B.data.zero_()
+    assert not torch.allclose(call(X), 2 * output)
+    backend.load_state_dict(state)
+    torch.testing.assert_close(call(X), 2 * output)
+
+
+def test_patterns_may_match_in_one_graph_only() -> None:
+    torch._dynamo.reset()
+    module = Broken().double()
+    for targets, found in ((("second",), ["second/weight"]), (("missing",), [])):
+        backend = lx.backend(lx.CascadeSpec(rank=2, targets=targets), inner=lambda graph, inputs: graph)
+        torch.compile(module, backend=backend)(X)
+        assert list(backend.branches) == found
+        if found:
+            backend.fold(module)
+        else:
+            with pytest.raises(lx.UnknownTarget, match="missing"):
+                backend.fold(module)
+
+
+def test_two_parameters_of_one_name_are_an_error(compiled: Any) -> None:
+    _, backend, call = compiled
+    call(X)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"two parameters are called first\.weight"):
+        torch.compile(Broken().double(), backend=backend)(X)
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    module = Broken().double()
+    backend = lx.backend(SPEC)
+    call = torch.compile(module, backend=backend)
+    torch.testing.assert_close(call(X), module(X), rtol=1e-12, atol=1e-12)
+    losses = trained(backend, call)
+    assert losses[-1] < 0.7 * losses[0]
+    torch.testing.assert_close(backend.fold(module)(X), call(X), rtol=1e-12, atol=1e-12)
