@@ -196,8 +196,8 @@ def test_the_public_face_is_small() -> None:
         "AdapterBank",
         "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
         "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError", "TrainRule",
-        "UnknownTarget", "adapt", "backend", "export", "from_peft", "integrations", "load", "materialize", "merge", "parallel",
-        "passes", "recipes", "register_branch", "register_form", "save",
+        "UnknownTarget", "adapt", "backend", "export", "from_peft", "integrations", "load", "materialize", "merge",
+        "parallel", "passes", "recipes", "register_branch", "register_form", "save",
     ]  # fmt: skip
     public = {name for name, value in vars(lorasc_fx).items() if not name.startswith("_") and callable(value)}
     assert public <= set(lorasc_fx.__all__)
