@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
+from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError, SpecError
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
