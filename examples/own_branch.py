@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import LowRankBranch
+from lorasc_fx.branch import Declared, LowRankBranch
 from lorasc_fx.branch.lora import random_factor
 from lorasc_fx.plan import Site
 
@@ -14,19 +14,12 @@ from lorasc_fx.plan import Site
 class GainBranch(LowRankBranch):
     """A [rank, in] is random, B [out, rank] zero, and c [rank] one: a stage starts at its weight."""
 
-    zeros = ("gain_B",)  # while these are zero, the delta is zero
     options = frozenset({"lora_alpha", "use_rslora"})  # the method has LoRA's scale
 
     @classmethod
-    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
+    def table(cls, site: Site) -> Mapping[str, Declared]:
         a, b = site.factor_shapes
-        return {"gain_A": a, "gain_B": b, "gain_c": (site.rank,)}
-
-    @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, Tensor]:
-        values = super().initial_values(site, seed, stage)  # zeros
-        a = random_factor(seed, stage, "gain_A", site.weight, site.factor_shapes[0])
-        return {**values, "gain_A": a, "gain_c": torch.ones(site.rank)}
+        return {"gain_A": Declared(a, random_factor), "gain_B": Declared(b), "gain_c": Declared((site.rank,), 1.0)}
 
     @property
     def down(self) -> Tensor:

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, Decided
+from lorasc_fx.branch import Branch, Decided, check_registered
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
     GraphEditor,
@@ -128,12 +128,16 @@ def all_branches(
         plan: sites and stage.
         existing: branches to use again, by key.
         parameters: weights by name. A new branch has the device of its weight.
+
+    Raises:
+        SpecError: a branch of a registered class does not keep the contract of `Branch`.
     """
     branches = dict(existing)
     for site in plan.sites:
         if site.key not in branches:
             like = parameters[site.weight]
-            branches[site.key] = site.options.method(site, plan.spec.seed, plan.stage, like)
+            branches[site.key] = branch = site.options.method(site, plan.spec.seed, plan.stage, like)
+            check_registered(branch, site, like.detach)
     return branches
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 
-import torch
-
-from lorasc_fx.branch.lora import LoraBranch
+from lorasc_fx.branch import Declared
+from lorasc_fx.branch.lora import DOWN, UP, LoraBranch
 from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.spec import CascadeSpec, Rule
 
@@ -17,9 +17,9 @@ class PairBranch(LoraBranch):
     slices_apart = False
 
     @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return zeros for both factors."""
-        return dict(super(LoraBranch, cls).initial_values(site, seed, stage))
+    def table(cls, site: Site) -> Mapping[str, Declared]:
+        """Return both factors, which are zero."""
+        return {name: Declared(shape) for name, shape in zip((DOWN, UP), site.factor_shapes, strict=True)}
 
 
 class PairOptions(SiteOptions):

@@ -1,16 +1,17 @@
 """Branches: trainable modules that adapt one weight each, with their deltas and the noise. Independent of graphs."""
 
-from lorasc_fx.branch.contract import Branch, Decided, StartWeight, fill
+from lorasc_fx.branch.contract import Branch, Decided, Declared, StartWeight, fill
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.functions import shared_down
 from lorasc_fx.branch.lora import LowRankBranch, ops_of
-from lorasc_fx.branch.methods import METHODS, register_branch
+from lorasc_fx.branch.methods import METHODS, check_registered, register_branch
 from lorasc_fx.branch.noise import amplitude, draw, generator
 
 __all__ = [
     "METHODS",
     "Branch",
     "Decided",
+    "Declared",
     "Delta",
     "Factors",
     "InitialFactors",
@@ -19,6 +20,7 @@ __all__ = [
     "StartWeight",
     "Tree",
     "amplitude",
+    "check_registered",
     "draw",
     "fill",
     "generator",

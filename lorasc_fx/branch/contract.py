@@ -1,7 +1,7 @@
 """The base class of branches: trainable modules that add a delta to one weight during a stage.
 
 Engine, optimizer groups, checkpoints, sharding, passes and exports use only the methods of `Branch`. So an adapter
-method is one subclass in one file, and one row of `methods.METHODS` (CONTRIBUTING.md, "Add an adapter method").
+method is one subclass, and one row of `methods.METHODS` (CONTRIBUTING.md, "Add an adapter method").
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.func import functional_call
 
 from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.factors import Factors, InitialFactors, Side
+from lorasc_fx.branch.low_rank import with_strides
 from lorasc_fx.branch.products import PRODUCTS
-from lorasc_fx.errors import PassError
+from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
@@ -51,6 +52,22 @@ class StartWeight:
     gather: Reshard
 
 
+@dataclass(frozen=True)
+class Declared:
+    """A parameter of a branch, as a row of `Branch.table`.
+
+    Args:
+        shape: its shape at the site.
+        initial: the number that all entries have at the start of a stage, or a function that returns the values in
+            fp32 from (seed, stage, name, name of the weight, shape), such as `lora.random_factor`.
+        trained: whether it is trained. A frozen parameter keeps its initial values, or those that `Branch.start` sets.
+    """
+
+    shape: tuple[int, ...]
+    initial: float | Callable[[int, int, str, str, tuple[int, ...]], torch.Tensor] = 0.0
+    trained: bool = True
+
+
 class Branch(nn.Module, abc.ABC):
     """The trainable parameters of a site, with one method for each placement.
 
@@ -65,8 +82,8 @@ class Branch(nn.Module, abc.ABC):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "recurrent", "experts"})
     """Kinds of weights (`spec.KINDS`) that the method can adapt."""
 
-    zeros: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters that are zero at the start of a stage. The delta is zero while all of these are zero."""
+    zeros: tuple[str, ...]
+    """Names of the trained parameters that start at zero. The delta is zero while all of these are zero."""
 
     placements: ClassVar[frozenset[str]] = frozenset({"merged", "weight"})
     """Placements (`spec.PLACEMENTS`) that the method supports."""
@@ -109,16 +126,28 @@ class Branch(nn.Module, abc.ABC):
         self.dropout = site.dropout
         self._trainable = frozenset(self.trainable_names(site))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        for name, value in self.initial_values(site, seed, stage).items():
+        values = self.initial_values(site, seed, stage)
+        self.zeros = tuple(name for name, value in values.items() if name in self._trainable and not value.any())
+        for name, value in values.items():
+            if hasattr(self, name):
+                raise SpecError(
+                    f"{type(self).__name__} declares a parameter {name!r}, but Branch has an attribute of this name. "
+                    "Give another name"
+                )
             placed = value.to(device=like.device, dtype=dtype)
             setattr(self, name, nn.Parameter(placed, requires_grad=name in self._trainable))
 
     # ---- Parameters
 
     @classmethod
-    @abc.abstractmethod
+    def table(cls, site: Site) -> Mapping[str, Declared]:
+        """Return the parameters of the branch of a site, by name. A parameter without a row starts at zero."""
+        return {}
+
+    @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all parameters, by name. Checkpoints store every parameter."""
+        return {name: row.shape for name, row in cls.table(site).items()}
 
     @classmethod
     def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
@@ -126,7 +155,14 @@ class Branch(nn.Module, abc.ABC):
 
         `start` is called afterwards if the method initializes parameters from the weight.
         """
-        return {name: torch.zeros(shape) for name, shape in cls.shapes(site).items()}
+        table, values = cls.table(site), {}
+        for name, shape in cls.shapes(site).items():
+            initial = table[name].initial if name in table else 0.0
+            if callable(initial):
+                values[name] = initial(seed, stage, name, site.weight, shape)
+            else:
+                values[name] = torch.full(shape, float(initial))
+        return values
 
     @classmethod
     def options_at(cls, site: Site) -> dict[str, float]:
@@ -141,7 +177,8 @@ class Branch(nn.Module, abc.ABC):
     @classmethod
     def trainable_names(cls, site: Site) -> Collection[str]:
         """Return the names of the trainable parameters. The others are frozen."""
-        return cls.shapes(site).keys()
+        frozen = {name for name, row in cls.table(site).items() if not row.trained}
+        return [name for name in cls.shapes(site) if name not in frozen]
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
@@ -153,7 +190,7 @@ class Branch(nn.Module, abc.ABC):
             spec: the spec.
             running: whether the stage trains. An idle stage follows the last transition.
         """
-        return ()
+        return () if cls.start is Branch.start else ("weight",)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name. `param_groups` has one group for each name."""
@@ -246,7 +283,7 @@ class Branch(nn.Module, abc.ABC):
         """Return weight plus delta, in the layout and dtype of the weight."""
         if not self.scale:  # inside `cascade.weights(...)`, branches add nothing
             return weight
-        return weight + self.dense_delta(weight).to(weight.dtype)
+        return with_strides(weight + self.dense_delta(weight).to(weight.dtype), weight)
 
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any

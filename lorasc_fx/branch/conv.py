@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.functions import BesideConv, MergedConv
-from lorasc_fx.branch.low_rank import CONV, ConvGeometry, allows_custom_backward, apply, compute_dtype, plus
+from lorasc_fx.branch.low_rank import (
+    CONV,
+    ConvGeometry,
+    allows_custom_backward,
+    apply,
+    compute_dtype,
+    plus,
+    with_strides,
+)
 
 if TYPE_CHECKING:
     from lorasc_fx.branch.lora import LowRankBranch
@@ -77,7 +85,7 @@ class ConvOps:
     @staticmethod
     def on_weight(branch: LowRankBranch, weight: torch.Tensor) -> torch.Tensor:
         """Return `W + s B A` for a kernel W [out, in/groups, *kernel]."""
-        return plus(weight, branch.product().to(weight.dtype), branch.scale)
+        return with_strides(plus(weight, branch.product().to(weight.dtype), branch.scale), weight)
 
     @staticmethod
     def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch.contract import Branch, Reshard, StartWeight
+from lorasc_fx.branch.contract import Branch, Declared, Reshard, StartWeight
 from lorasc_fx.branch.conv import ConvCall, low_rank_conv
 from lorasc_fx.branch.factors import InitialFactors, Side
 from lorasc_fx.branch.lora import LoraBranch
-from lorasc_fx.branch.low_rank import plus
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor
@@ -67,15 +66,9 @@ class DoraBranch(LoraBranch):
     beside_quantized = False
 
     @classmethod
-    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of A, B and m."""
-        return {**super().shapes(site), "lora_magnitude_vector": (site.matrix_shape[0],)}
-
-    @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return a random A, zeros for B, and ones for m, which `start` replaces by the norms of the weight."""
-        values = super().initial_values(site, seed, stage)
-        return {**values, "lora_magnitude_vector": torch.ones(site.matrix_shape[0])}
+    def table(cls, site: Site) -> Mapping[str, Declared]:
+        """Return A and B of LoRA, and m, which `start` sets to the norms of the weight."""
+        return {**super().table(site), "lora_magnitude_vector": Declared(site.matrix_shape[:1], initial=1.0)}
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
@@ -156,23 +149,21 @@ class DoraBranch(LoraBranch):
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return `g (op(x, W) + s B A x) + bias`. The arguments are as in `Branch.in_place`."""
+        """Return `g (op(x, W) + s B A x) + bias`. The arguments are as in `Branch.in_place`.
+
+        Computed as `y + (g - 1) (y - bias) + g s B A x` with the output y of the op, which stays the same, bit for bit,
+        while g is 1 and B is 0.
+        """
+        output = self.product_with(x, weight, bias, op, **options)
+        if not self.scale:  # inside `cascade.weights(...)`, branches change nothing
+            return output
+        gain = self.lora_magnitude_vector / self.norms(weight)
         if op == "conv":
-            call = ConvCall(**options)
-            image = call.padded(x)
-            base, term = call.conv(len(self.weight_shape) - 2, image, weight), low_rank_conv(self, image, call)
-        else:  # the weight is [out, in] for the op `linear`, and [in, out] for the others
-            base, low = F.linear(x, weight) if op == "linear" else x @ weight, F.linear(x, self.lora_A.to(x.dtype))
+            call, per_channel = ConvCall(**options), (-1, *(1 for _ in self.weight_shape[2:]))
+            term, gain = low_rank_conv(self, call.padded(x), call), gain.view(per_channel)
+            bias = None if bias is None else bias.view(per_channel)
+        else:
+            low = F.linear(x, self.lora_A.to(x.dtype))
             term = F.linear(low, self.lora_B.to(low.dtype))
-        total = plus(base, term, self.scale)
-        broadcast_shape = (-1, *(1 for _ in self.weight_shape[2:])) if op == "conv" else (-1,)
-        # The scale is 0 inside `cascade.weights(...)`, where branches change nothing.
-        gain = (
-            self.lora_magnitude_vector / self.norms(weight)
-            if self.scale
-            else torch.ones_like(self.lora_magnitude_vector)
-        )
-        total = total * gain.to(total.dtype).view(broadcast_shape)
-        if bias is None:
-            return total
-        return total + (bias.view(broadcast_shape) if op == "conv" else bias).to(total.dtype)
+        product = output if bias is None else output - bias.to(output.dtype)
+        return output + ((gain - 1) * product + gain * self.scale * term).to(output.dtype)

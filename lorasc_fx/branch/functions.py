@@ -32,7 +32,9 @@ from lorasc_fx.branch.low_rank import (
     down,
     factor_gradient,
     low_rank_product,
+    merged_matrix,
     up,
+    with_strides,
     without_autocast,
 )
 from lorasc_fx.branch.products import product
@@ -191,7 +193,7 @@ def differentiable_gradients(
 
 def merge(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """Return `weight + scale * b @ a` [rows, columns], computed in the dtype of the factors and rounded to `dtype`."""
-    return torch.addmm(weight.to(a.dtype), b, a, alpha=scale).to(dtype)
+    return merged_matrix(weight.to(a.dtype), b, a, scale).to(dtype)
 
 
 class MergedProduct(torch.autograd.Function):
@@ -357,9 +359,9 @@ class DenseGradient(torch.autograd.Function):
 def merged_kernel(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return `weight + scale * B A` [out, in/groups, *kernel], in `dtype` and in the memory format of the weight."""
+    """Return `weight + scale * B A` [out, in/groups, *kernel], in `dtype` and with the strides of the weight."""
     if weight.is_contiguous():
-        return merge(weight.flatten(1), b, a.flatten(1), scale, dtype).view(weight.shape)
+        return with_strides(merge(weight.flatten(1), b, a.flatten(1), scale, dtype).view(weight.shape), weight)
     return torch.add(weight.to(a.dtype), (b @ a.flatten(1)).view(weight.shape), alpha=scale).to(dtype)
 
 
@@ -445,8 +447,8 @@ class MergedConv(torch.autograd.Function):
         """Return the convolution with the merged kernel."""
         ctx.geometry, ctx.scale = geometry, scale
         ctx.save_for_backward(x, weight, a, b)
-        image, dense = geometry.dense(x, weight.shape[2:])
-        return dense.conv(image, merged_kernel(weight, a, b, scale, x.dtype), bias)
+        # Not with `dense`: the convolution of fewer pixels may be rounded in another way than that of the op.
+        return geometry.conv(x, merged_kernel(weight, a, b, scale, x.dtype), bias)
 
     @staticmethod
     @without_autocast

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.functions import Beside, DenseGradient, FrozenBeside, MergedProduct, SharedUp
-from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, plus
+from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, merged_matrix, plus
 from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped, FrozenProduct, frozen_product
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class MatrixOps:
             a, b = branch.down, branch.up
             if low is None and weight.numel() <= _MAX_MERGED and _can_merge(x, weight, a, b):
                 factors = (b, a) if op == "linear" else (a.t(), b.t())
-                return PRODUCTS[op](x, torch.addmm(weight, *factors, alpha=branch.scale), bias)
+                return PRODUCTS[op](x, merged_matrix(weight, *factors, branch.scale), bias)
             if _fusable(x, weight, bias):
                 if low is None:
                     return apply(FrozenBeside, x, weight, bias, a.to(x.dtype), b.to(x.dtype), branch.scale, op)

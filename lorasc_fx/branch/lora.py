@@ -8,7 +8,7 @@ is stored as [in, out] is transposed.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.contract import Branch, Reshard, pad_to
+from lorasc_fx.branch.contract import Branch, Declared, Reshard, pad_to
 from lorasc_fx.branch.conv import ConvCall, ConvOps
 from lorasc_fx.branch.factors import Factors, InitialFactors
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
@@ -187,27 +187,15 @@ class LoraBranch(LowRankBranch):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    zeros: ClassVar[tuple[str, ...]] = ("lora_B",)
     slices_apart = True
     pads_with_zeros = True
     options = frozenset(METHOD_OPTIONS)
 
     @classmethod
-    def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of A and B."""
+    def table(cls, site: Site) -> Mapping[str, Declared]:
+        """Return A, which is random and frozen if train_A is False, and B, which is zero."""
         a, b = site.factor_shapes
-        return {"lora_A": a, "lora_B": b}
-
-    @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return a random A, and zeros for B."""
-        values = super().initial_values(site, seed, stage)
-        return {**values, "lora_A": random_factor(seed, stage, "lora_A", site.weight, site.factor_shapes[0])}
-
-    @classmethod
-    def trainable_names(cls, site: Site) -> Collection[str]:
-        """Return the names of A and B, or only of B if train_A is False."""
-        return [name for name in cls.shapes(site) if site.options.train_A or name != "lora_A"]
+        return {"lora_A": Declared(a, random_factor, site.options.train_A), "lora_B": Declared(b)}
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:

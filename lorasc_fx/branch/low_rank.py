@@ -31,10 +31,17 @@ def allows_custom_backward(*tensors: torch.Tensor) -> bool:
     Otherwise use plain operations. Compilers plan the backward themselves, and function transforms, forward-mode
     autograd, tracers and tensor subclasses only have rules for plain operations.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or not is_eager(*tensors):
         return False
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_nested for t in tensors)
-    return plain and not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+    return not any(tensor.is_nested for tensor in tensors) and torch.autograd.forward_ad._current_level < 0
+
+
+def is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether these are plain tensors outside compilers, tracers and function transforms."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and not torch._C._are_functorch_transforms_active()
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -57,6 +64,27 @@ def plus(base: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return base + term * scale
     return torch.add(base, term, alpha=scale)
+
+
+def merged_matrix(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `weight + scale * b @ a` [rows, columns], with the memory order of the weight.
+
+    A product chooses its algorithm by the order.
+    """
+    if weight.is_contiguous() or not weight.t().is_contiguous():
+        return torch.addmm(weight, b, a, alpha=scale)
+    return torch.addmm(weight.t(), a.t(), b.t(), alpha=scale).t()
+
+
+def with_strides(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return an adapted weight with the strides of the weight, if both are contiguous and it runs eagerly.
+
+    The strides of a 1x1 kernel are those of channels-first or channels-last memory, which differ only along axes of
+    length 1. A convolution chooses its algorithm by them.
+    """
+    if total.stride() == weight.stride() or not (total.is_contiguous() and weight.is_contiguous()):
+        return total
+    return total.as_strided(weight.shape, weight.stride()) if is_eager(total, weight) else total
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

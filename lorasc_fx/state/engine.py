@@ -16,7 +16,17 @@ from dataclasses import replace
 
 import torch
 
-from lorasc_fx.branch import Branch, Delta, Factors, InitialFactors, Side, StartWeight, amplitude, draw
+from lorasc_fx.branch import (
+    Branch,
+    Delta,
+    Factors,
+    InitialFactors,
+    Side,
+    StartWeight,
+    amplitude,
+    check_registered,
+    draw,
+)
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
@@ -149,7 +159,8 @@ def begin_stage(
         left_out: whether the fold before left the weight out. Then its branch does not keep both factors.
 
     Raises:
-        SpecError: the branch starts from a decomposition, and the weight holds inf or nan.
+        SpecError: the branch starts from a decomposition, and the weight holds inf or nan, or the branch is of a
+            registered class and does not keep the contract of `Branch`.
     """
     parameter = next(branch.parameters()).detach()
     started = type(branch)(site, spec.seed, stage, parameter)
@@ -170,6 +181,8 @@ def begin_stage(
         initial = replace(
             initial, magnitude=started.start(start_weight_of(state, spec, stage, noisy, parameter.device))
         )
+        if initial.factors is None:
+            check_registered(started, site, lambda: state.exact("fast", arithmetic(state.base.dtype)))
     unchanged = initial.factors is None and initial.magnitude is None
     return replace(state, initial=None if unchanged else initial), started
 

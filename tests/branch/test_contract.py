@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS, Branch, LowRankBranch
+from lorasc_fx.branch import METHODS, Branch, Declared, LowRankBranch, StartWeight
+from lorasc_fx.branch.lora import random_factor
 
 SEED = 5
 
@@ -115,11 +117,8 @@ def merged(model: nn.Module, cascade: lx.Cascade, share: float = 1.0) -> nn.Modu
 def test_an_untrained_branch_changes_no_bit(name: str, kind: str) -> None:
     model, cascade, x = adapted(name, kind)
     assert cascade.sites
-    if name == "dora":  # its product is scaled before the bias is added
-        torch.testing.assert_close(cascade(x), model(x), rtol=1e-13, atol=1e-13)
-    else:
-        with torch.no_grad():
-            assert torch.equal(cascade(x), model(x))
+    with torch.no_grad():
+        assert torch.equal(cascade(x), model(x))
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)
@@ -228,12 +227,11 @@ def test_vera_shares_its_frozen_pair() -> None:
 
 def test_a_registered_class() -> None:
     class Scale(Branch):
-        zeros = ("change",)
         uses_weight = True
 
         @classmethod
-        def shapes(cls, site: lx.Site) -> dict[str, tuple[int, ...]]:
-            return {"change": (1,)}
+        def table(cls, site: lx.Site) -> dict[str, Declared]:
+            return {"change": Declared((1,))}
 
         def delta(self, weight: Tensor | None = None) -> Tensor:
             assert weight is not None
@@ -251,6 +249,131 @@ def test_a_registered_class() -> None:
             lx.register_branch("other", incomplete)  # type: ignore[arg-type]
     with pytest.raises(lx.SpecError, match="nearest: 'dora'"):
         lx.CascadeSpec(adapter="doar")
+
+
+class Pair(LowRankBranch):
+    """A correct branch of a user: LoRA with factors under other names."""
+
+    @classmethod
+    def table(cls, site: lx.Site) -> dict[str, Declared]:
+        a, b = site.factor_shapes
+        return {"own_A": Declared(a, random_factor), "own_B": Declared(b)}
+
+    @property
+    def down(self) -> Tensor:
+        return self.get_parameter("own_A")
+
+    @property
+    def up(self) -> Tensor:
+        return self.get_parameter("own_B")
+
+
+class MovesAtTheStart(Pair):
+    @property
+    def up(self) -> Tensor:
+        return self.get_parameter("own_B") + 0.1
+
+
+class MovesWithA(Pair):
+    """Its delta is zero before training, but not while B is zero."""
+
+    @property
+    def up(self) -> Tensor:
+        moved = self.get_parameter("own_A").mean() - self.get_parameter("own_c")
+        return self.get_parameter("own_B") + moved
+
+    @classmethod
+    def table(cls, site: lx.Site) -> dict[str, Declared]:
+        a, b = site.factor_shapes
+        return {"own_A": Declared(a, 1.0), "own_B": Declared(b), "own_c": Declared((1,), 1.0, trained=False)}
+
+
+class MovesFromItsWeight(Pair):
+    """It is correct until `start`, in which a method may read the weight."""
+
+    def start(self, weight: StartWeight) -> None:
+        with torch.no_grad():
+            self.get_parameter("own_B").fill_(weight.exact().std())
+
+
+class Narrow(Pair):
+    @property
+    def up(self) -> Tensor:
+        return self.get_parameter("own_B")[:1]
+
+
+class Undeclared(Pair):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.extra = nn.Parameter(torch.ones(1))
+
+
+class OtherShape(Pair):
+    @classmethod
+    def initial_values(cls, site: lx.Site, seed: int, stage: int) -> Mapping[str, Tensor]:
+        return {**super().initial_values(site, seed, stage), "own_A": torch.ones(site.rank, 1)}
+
+
+class NothingAtZero(Pair):
+    @classmethod
+    def table(cls, site: lx.Site) -> dict[str, Declared]:
+        return {name: Declared(shape, 1.0) for name, shape in zip(("own_A", "own_B"), site.factor_shapes, strict=True)}
+
+
+class TakenName(Pair):
+    @classmethod
+    def table(cls, site: lx.Site) -> dict[str, Declared]:
+        return {**super().table(site), "rank": Declared((1,))}
+
+
+class WrongTensor(Branch):
+    @classmethod
+    def table(cls, site: lx.Site) -> dict[str, Declared]:
+        return {"change": Declared(site.shape[1:])}
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        return self.get_parameter("change")
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (
+            MovesAtTheStart,
+            r"branch of 0\.weight \(adapter='own-MovesAtTheStart', class MovesAtTheStart\) changes the weight before "
+            r"training, by up to 0\.\d+\. The delta must be zero while own_B",
+        ),
+        (MovesWithA, "changes the weight before training, by up to"),
+        (MovesFromItsWeight, "changes the weight before training, by up to"),
+        (Narrow, r"delta of shape \(\(1, 2\), \(2, 10\)\), but the weight needs \(\(6, 2\), \(2, 10\)\)"),
+        (Undeclared, r"has the parameter extra of shape \(1,\), but declares None"),
+        (OtherShape, r"has the parameter own_A of shape \(2, 1\), but declares \(2, 10\)"),
+        (TakenName, "declares a parameter 'rank', but Branch has an attribute of this name"),
+        (NothingAtZero, "no trained parameter that starts at zero"),
+        (WrongTensor, r"delta of shape \(10,\), but the weight needs \(6, 10\)"),
+    ],
+)
+def test_a_registered_class_that_breaks_the_contract_is_refused(cls: type[Branch], message: str) -> None:
+    lx.register_branch(f"own-{cls.__name__}", cls)
+    model, x = linear()
+    before = copy.deepcopy(model)
+    with pytest.raises(lx.SpecError, match=message):
+        lx.adapt(model, (x,), spec=lx.CascadeSpec(adapter=f"own-{cls.__name__}", rank=2))
+    assert torch.equal(model(x), before(x))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_registered_class_with_every_kind_of_weight(kind: str) -> None:
+    lx.register_branch("own-pair", Pair)
+    model, cascade, x = adapted("own-pair", kind, pace=1.0)
+    with torch.no_grad():
+        assert torch.equal(cascade(x), model(x))
+    for _ in range(2):
+        train(cascade)
+        model = merged(model, cascade)
+        cascade.transition(None)
+    torch.testing.assert_close(cascade.release()(x), model(x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dora"])
