@@ -17,8 +17,9 @@ from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
 from lorasc_fx.parameters import buffer_holders
-from lorasc_fx.peft.adapter_reader import Adapter, Pair, read_adapter, spec_of
+from lorasc_fx.peft.adapter_reader import Adapter, read_adapter, spec_of
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import Expert
 
 
 def from_peft(
@@ -34,7 +35,8 @@ def from_peft(
     """Adapt a model that already has a LoRA adapter trained by peft. The adapter becomes the first expert.
 
     Supports LoRA, rsLoRA, DoRA, `rank_pattern` and `alpha_pattern`, linears, transformers' Conv1D, convolutions,
-    embeddings, `target_parameters`, `modules_to_save` and biases. Reads only JSON and safetensors.
+    embeddings, `target_parameters`, `modules_to_save` and biases. Reads only JSON and safetensors. Needs peft
+    (`pip install 'lorasc-fx[peft]'`).
 
     Args:
         folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -50,6 +52,7 @@ def from_peft(
     Raises:
         CheckpointError: the adapter is damaged, belongs to another model, or is not LoRA; or the spec leaves out a part
             of it. All errors of `adapt` are raised too. The model is left unchanged.
+        MissingExtra: peft is not installed.
     """
     opened = open_model(model)
     adapter = read_adapter(path_of(folder), opened)
@@ -64,8 +67,8 @@ def from_peft(
     return cascade
 
 
-def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
-    """Make an adapter the first expert of a new cascade. `changes` has its factors for each weight, by name.
+def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Expert]) -> None:
+    """Make an adapter the first expert of a new cascade. `changes` has an expert for each weight, by name.
 
     Raises:
         CheckpointError: the spec leaves out a part of the adapter.
@@ -73,15 +76,15 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
     run, canonical = cascade._run, named_weights(cascade.model).canonical
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
     states, installed, left_out = dict(run.slow.states), [], []
-    for name, pair in changes.items():
+    for name, expert in changes.items():
         weight = canonical[name]
         site = run.plan.site(weight)
         if site is None:
             left_out.append(f"{weight} is not adapted: {reasons.get(weight, 'no call has used it yet')}")
-        elif pair.expert.row_scale is not None and not site.options.method.scales_rows:
+        elif expert.row_scale is not None and not site.options.method.scales_rows:
             left_out.append(f"{weight} has magnitudes of DoRA: set adapter='dora'")
         else:
-            states[weight] = run.slow.states[weight].added(pair.expert)
+            states[weight] = run.slow.states[weight].added(expert)
             installed.append(weight)
     # Values that the adapter stores in full: buffers of `modules_to_save`, and parameters.
     buffers, own_buffers = {}, buffer_holders(cascade.model)

@@ -155,6 +155,8 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     with refusing(root, advice):
         versions = list_versions(root) or list_versions(root / "checkpoint")
     if not versions:
+        if (root / "adapter_config.json").is_file():
+            advice = "it is an adapter of peft: call lorasc_fx.from_peft(folder, model, ...) instead"
         raise CheckpointError(f"{root}: no checkpoint in this folder; {advice}", code="no-checkpoint")
     path = versions[-1]
     advice = recovery_advice(path)

@@ -20,7 +20,7 @@ from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.adapter_reader import read_adapter
 from lorasc_fx.peft.change import KEEPS_NOISE, Change, CutOff, compressed, padded, pair_of
-from lorasc_fx.peft.format import CONFIG
+from lorasc_fx.peft.mirror import CONFIG
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.state import Part
 from lorasc_fx.util.fingerprint import fingerprint
@@ -183,11 +183,11 @@ def _change_of_peft(folder: Path, model: nn.Module) -> Change:
     """Return the pairs of an adapter of peft. Changes that a pair cannot express are in `refused`."""
     adapter, change = read_adapter(folder, model), Change()
     canonical, tensors = named_weights(model).canonical, model.state_dict(keep_vars=True)
-    for name, pair in adapter.by_weight(model).items():
-        if pair.expert.row_scale is not None:
+    for name, expert in adapter.by_weight(model).items():
+        if expert.row_scale is not None:
             change.refused[canonical[name]] = _SCALES_ROWS
         else:
-            change.pairs[canonical[name]] = Factors(pair.expert.b.double().cpu(), pair.expert.a.double().cpu())
+            change.pairs[canonical[name]] = Factors(expert.b.double().cpu(), expert.a.double().cpu())
     for name, value in adapter.full.items():
         if not torch.equal(value.to(tensors[name]), tensors[name]):
             change.refused[name] = _TRAINED_IN_FULL

@@ -1,95 +1,108 @@
-"""Reads and checks a LoRA or DoRA adapter that peft saved.
+"""Reads a LoRA or DoRA adapter that peft saved. peft builds its layers on a copy of the model and loads the tensors.
 
-The header of the safetensors file is checked against the model before a tensor is read. A damaged file therefore cannot
-cause an allocation that is larger than the shapes of the model justify.
+The values of the configuration are checked before peft gets them: peft would import a module that an option names, and
+match names by any regular expression.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
-from lorasc_fx.branch import Factors
 from lorasc_fx.checkpoint.layout import parsed, plain_bytes, refusing, sanitized
 from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.graph import matches, named_weights
-from lorasc_fx.options import scale_of
-from lorasc_fx.peft.format import (
+from lorasc_fx.peft.mirror import (
+    ADAPTER,
     CONFIG,
-    EMBEDDING,
-    ENDS,
     IGNORED,
-    LINEAR,
-    PREFIX,
-    READ,
-    TASKS,
     TENSORS,
-    TOKENS,
-    UNSUPPORTED,
-    AdapterConfig,
-    Target,
-    keys_of,
-    layout_of,
-    lora_spec,
-    parameter_layout,
+    Mirror,
+    is_transposed,
+    pair_in,
     rows_with,
-    ties_heads,
-    token_rows,
+    spec_for,
 )
 from lorasc_fx.quantized import dense
-from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Tokens
 from lorasc_fx.state import Expert, scaled
-from lorasc_fx.util.decode import decode
+from lorasc_fx.util.decode import Check, decode
+from lorasc_fx.util.extras import module_of
 
 MAX_CONFIG_BYTES = 1 << 24
 """Largest accepted configuration. Configurations of large models have a few hundred thousand bytes."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
+"""Keys of factors in a file. The group is the path of peft's layer."""
+
+
+def _is_safe(pattern: str) -> bool:
+    """Return whether a pattern is a valid regular expression that cannot backtrack exponentially."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(re.findall(r"(?<!\\)[*+{]", pattern)) <= 3 and not re.search(r"\)[*+{]", pattern)
+
+
+Pattern = Annotated[str, Check(_is_safe, "give a regular expression with few repetitions, which is matched quickly")]
+Alpha = Annotated[float, Check(lambda alpha: 0 < alpha < 1e30, "it scales the factors: give a number above 0")]
+Name = Annotated[
+    str, Check(lambda name: bool(re.fullmatch(r"[\w.-]+", name)), "give the name of a module or parameter")
+]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The change that an adapter makes to one target.
+class AdapterConfig:
+    """The keys of `adapter_config.json` that peft gets, under peft's names. Lists and tables may be null."""
 
-    Args:
-        target: the adapted parameter.
-        rank, lora_alpha: its values in the configuration.
-        expert: the change as an expert, with the scale folded into `b`.
-        tokens: indices of the trained rows, if the adapter trained rows instead of factors.
-    """
-
-    target: Target
-    rank: int
-    lora_alpha: float
-    expert: Expert
-    tokens: tuple[int, ...] = ()
+    r: Rank = 8
+    lora_alpha: Alpha = 8.0
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, Alpha] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: Dropout = 0.0
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    modules_to_save: tuple[Name, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[Name, ...] | Name | None = None
+    target_parameters: tuple[Name, ...] | None = None
+    trainable_token_indices: dict[str, Tokens] | Tokens | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter whose tensors have the shapes of a model.
+    """An adapter that fits a model.
 
     Args:
         folder: the folder of the adapter.
-        config: its configuration.
-        pairs: the adapted weights, by parameter name.
+        mirror: what peft makes of the model, with the tensors of the adapter.
+        changes: the changes by parameter name, as experts with the scale folded into `b`.
         full: values of parameters and buffers that were trained in full, by name.
     """
 
     folder: Path
-    config: AdapterConfig
-    pairs: Mapping[str, Pair]
+    mirror: Mirror
+    changes: Mapping[str, Expert]
     full: Mapping[str, torch.Tensor]
 
-    def by_weight(self, model: nn.Module, untie: Iterable[str] = ()) -> dict[str, Pair]:
-        """Return one pair for each weight, under the first of its tied names.
+    def by_weight(self, model: nn.Module, untie: Iterable[str] = ()) -> dict[str, Expert]:
+        """Return one change for each weight, under the first of its tied names.
 
         Args:
             model: the model that the adapter was read for.
@@ -98,34 +111,38 @@ class Adapter:
         Raises:
             CheckpointError: the adapter changes only one name of a tied weight, or each name differently.
         """
-        pairs = {}
+        changes = {}
         groups: list[list[str]] = []
         for names in named_weights(model).names.values():
             untied = [name for name in names if any(matches(pattern, (name,)) for pattern in untie)]
             tied = [name for name in names if name not in untied]
             groups += [[name] for name in untied] + ([tied] if tied else [])
         for group in groups:
-            changes = [self.pairs[name] for name in group if name in self.pairs]
-            if not changes:
-                continue
-            if len(changes) < len(group) or any(not _equal(changes[0], pair) for pair in changes[1:]):
-                raise CheckpointError(
-                    f"{self.folder}: {' and '.join(group)} are names of one tied weight, but the adapter changes "
-                    f"{' and '.join(pair.target.name for pair in changes)} separately. Untie them: for from_peft by "
-                    f"CascadeSpec(untie=({group[-1]!r},)), otherwise in the model, by "
-                    f"{group[-1]} = torch.nn.Parameter({group[-1]}.detach().clone())",
-                    code="tied-weights-differ",
-                )
-            pairs[group[0]] = changes[0]
-        return pairs
+            self._check_tied(group, self.full, torch.equal)
+            if self._check_tied(group, self.changes, _equal):
+                changes[group[0]] = self.changes[group[0]]
+        return changes
+
+    def _check_tied(self, group: list[str], values: Mapping[str, Value], equal: Callable[[Value, Value], bool]) -> bool:
+        """Return whether a tied weight has a value. Raise CheckpointError unless all its names have the same one."""
+        named = [name for name in group if name in values]
+        if named and (named != group or not all(equal(values[named[0]], values[name]) for name in named[1:])):
+            raise CheckpointError(
+                f"{self.folder}: {' and '.join(group)} are names of one tied weight, but the adapter changes "
+                f"{' and '.join(named)} separately. Untie them: for from_peft by CascadeSpec(untie=({group[-1]!r},)), "
+                f"otherwise in the model, by {group[-1]} = torch.nn.Parameter({group[-1]}.detach().clone())",
+                code="tied-weights-differ",
+            )
+        return bool(named)
 
 
-def _equal(pair: Pair, other: Pair) -> bool:
-    """Return whether two pairs have equal tensors."""
-    tensors, others = ((item.expert.b, item.expert.a, item.expert.row_scale) for item in (pair, other))
-    return all(
-        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(tensors, others, strict=True)
-    )
+Value = TypeVar("Value")
+
+
+def _equal(one: Expert, other: Expert) -> bool:
+    """Return whether two experts have equal tensors."""
+    pairs = ((one.b, other.b), (one.a, other.a), (one.row_scale, other.row_scale))
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
@@ -135,18 +152,19 @@ def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
 
     Raises:
         CheckpointError: the adapter is damaged, not a LoRA, or for another model.
+        MissingExtra: peft is not installed.
     """
     return spec_of(read_adapter(path_of(folder), model), model)
 
 
 def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
     """Return a spec that trains the same parameters as an adapter, with its ranks, scales and dropout."""
-    config, canonical = adapter.config, named_weights(model).canonical
-    return lora_spec(
-        {name: (pair.rank, pair.lora_alpha) for name, pair in adapter.pairs.items() if not pair.tokens},
+    config = adapter.mirror.config
+    return spec_for(
+        adapter.mirror,
+        model,
+        {name: (layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER])) for name, layer in adapter.mirror.layers.items()},
         (config.r, float(config.lora_alpha)),
-        (canonical[name] for name in adapter.full if name in canonical),
-        {canonical[name]: pair.tokens for name, pair in adapter.pairs.items() if pair.tokens},
         use_rslora=config.use_rslora,
         adapter="dora" if config.use_dora else "lora",
         dropout=float(config.lora_dropout),
@@ -154,13 +172,15 @@ def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:
-    """Read the folder of an adapter and check that it fits a model.
+    """Read the folder of an adapter and check that it fits a model, which is not changed.
 
     Raises:
         CheckpointError: the adapter is damaged, not a LoRA, or for another model. The message names file and tensor.
+        MissingExtra: peft is not installed.
     """
+    peft = module_of("peft", "peft")
     with refusing(folder / CONFIG, _ADVICE, code="invalid-adapter"):
-        config = _config(parsed(plain_bytes(folder / CONFIG, MAX_CONFIG_BYTES, links=True)))
+        config = _config(parsed(plain_bytes(folder / CONFIG, MAX_CONFIG_BYTES, links=True)), peft.LoraConfig)
     path = folder / TENSORS
     # safetensors raises RuntimeError for a dtype that torch lacks.
     with refusing(path, _ADVICE, code="invalid-adapter", also=(RuntimeError,)):
@@ -168,239 +188,152 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
             others = sorted(file.name for file in folder.glob("adapter_model.*"))
             hint = f"; {others[0]} is a pickle, which can run code: convert it to safetensors" if others else ""
             raise CheckpointError(f"does not exist{hint}", code="unreadable-file")
-        with safe_open(path, framework="pt") as handle:
-            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
-            reader = _Reader(config, model, shapes)
-            factors, trained, copies = reader.sorted()
-            pairs = {
-                target.name: reader.pair(target, [handle.get_tensor(keys[index]) for index in sorted(keys)])
-                for target, keys in factors.items()
-            }
-            pairs |= reader.tokens(handle.get_tensor)
-            values = {name: handle.get_tensor(key) for key, name in trained.items()}
-            # The copies show whether the adapter was trained on this base.
-            for key, name in copies.items():
-                weight, value = dense(reader.tensors[name].detach()), handle.get_tensor(key)
-                if not torch.equal(value.to(weight.device, weight.dtype), weight):
-                    raise CheckpointError(
-                        f"{key!r} differs from the model, so the adapter was trained on another base",
-                        code="base-differs",
-                    )
-    return Adapter(folder, config, pairs, values)
+        tensors = load_file(path)
+        for key, value in tensors.items():
+            if "lora_" in key and not value.is_floating_point():
+                raise ValueError(f"{key!r} is {value.dtype}, not floating-point numbers")
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise CheckpointError(f"{key!r} holds inf or nan", code="non-finite")
+        options = {**vars(config), **_exact_targets(config, tensors, model)}
+        mirror = _mirror(model, peft.LoraConfig(**{key: _plain(value) for key, value in options.items()}))
+        expected = {key: value.shape for key, value in mirror.state_dict().items()}
+        try:
+            result = peft.set_peft_model_state_dict(mirror.wrapped, tensors, low_cpu_mem_usage=True)
+        except _ERRORS as fault:
+            raise _mismatch(tensors, expected, fault) from fault
+        if result.unexpected_keys:
+            key = result.unexpected_keys[0].replace(f".{ADAPTER}", "")
+            raise _does_not_fit(f"{key!r} is no tensor of peft's model{nearest(key, expected)}")
+        if missing := [key for key, value in mirror.state_dict().items() if value.is_meta]:
+            raise ValueError(f"has no {missing[0]!r}, which the configuration requires")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        changes = {name: _expert(name, layer, parameters) for name, layer in mirror.layers.items()}
+        changes |= {name: _rows(layer, parameters[name]) for name, layer in mirror.tokens.items()}
+        return Adapter(folder, mirror, changes, _full(mirror, model))
 
 
-def _config(data: object) -> AdapterConfig:
+def _config(data: object, known: type) -> AdapterConfig:
     """Check and decode the configuration of an adapter. It must be of a LoRA with supported options only."""
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a JSON object")
-    known_keys, unsupported = {*IGNORED, *READ, *UNSUPPORTED}, "adapter-not-supported"
+    unsupported, read = "adapter-not-supported", {field.name for field in fields(AdapterConfig)}
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
             f"peft_type is {data.get('peft_type')!r}, but only adapters of type LORA can be read", code=unsupported
         )
-    for key, value in data.items():
-        if value and key in UNSUPPORTED:
-            raise CheckpointError(f"{key} is {sanitized(value)}: {UNSUPPORTED[key]}", code=unsupported)
-        if value and key not in known_keys:
-            raise CheckpointError(
-                f"{key!r} is an unknown key with the value {sanitized(value)}, which may change what the adapter "
-                f"computes{nearest(key, known_keys)}",
-                code=unsupported,
-            )
     start = data.get("init_lora_weights", True)
     if start not in _STARTS:
         raise CheckpointError(
             f"init_lora_weights is {sanitized(start)}, which changes the base weights themselves", code=unsupported
         )
-    fields = READ - {"init_lora_weights"}
-    config: AdapterConfig = decode(AdapterConfig, {key: value for key, value in data.items() if key in fields})
+    names = {field.name for field in fields(known)}
+    for key, value in data.items():
+        if value and key not in read | IGNORED | {"init_lora_weights"}:
+            problem = "is not supported" if key in names else f"is an unknown key{nearest(key, names)}"
+            raise CheckpointError(f"{key!r} {problem}; its value is {sanitized(value)}", code=unsupported)
+    config: AdapterConfig = decode(AdapterConfig, {key: value for key, value in data.items() if key in read})
     return config
 
 
-class _Reader:
-    """Matches the keys of an adapter file with the parameters of a model. The caller adds the path to its errors."""
+def _exact_targets(config: AdapterConfig, keys: Iterable[str], model: nn.Module) -> dict[str, Any]:
+    """Return options that name the modules by the keys of the file, instead of by regular expressions of the file."""
+    if not isinstance(config.target_modules, str) and not isinstance(config.exclude_modules, str):
+        return {}
+    ends = tuple(f".{name}" for name in config.target_parameters or ())
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if f".{name}".endswith(ends)}
+    paths = {match[1].replace(".base_layer", "") for key in keys if (match := _FACTOR.fullmatch(key))}
+    exact = "|".join(re.escape(path) for path in sorted(paths - owners))
+    return {
+        "target_modules": exact or None,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
-    def __init__(self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.config, self.shapes = config, shapes
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.tensors = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.modules_to_save or ())]
-        self.token_keys = {
-            f"{PREFIX}{path}.{TOKENS}": (path, rows)
-            for path, rows in token_rows(config.trainable_token_indices, model).items()
-        }
-        self.tied = named_weights(model).names if ties_heads(model) else {}
-        self.targets = [target for path, module in self.modules.items() for target in self._targets(path, module)]
-        self.factors = {
-            key: (target, index)
-            for target, keys in keys_of(model, self.targets).items()
-            for index, key in enumerate(keys[: 3 if config.use_dora else 2])
-        }
 
-    def _targets(self, path: str, module: nn.Module) -> list[Target]:
-        """Return the parameters of a module that peft may adapt with this configuration."""
-        parameters = dict(module.named_parameters(recurse=False))
-        ends = tuple(f".{name}" for name in self.config.target_parameters or ())
-        named = [leaf for leaf in parameters if f".{path}.{leaf}".endswith(ends)]
-        if named:
-            return [Target(path, leaf, parameter_layout(module, parameters[leaf].dim())) for leaf in named]
-        weight = parameters.get("weight")
-        layout = layout_of(module, weight.dim()) if weight is not None else None
-        return [Target(path, "weight", layout)] if layout is not None else []
+def _plain(value: Any) -> Any:
+    """Return tuples as lists, which peft expects, and anything else unchanged."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
-    def sorted(self) -> tuple[dict[Target, dict[int, str]], dict[str, str], dict[str, str]]:
-        """Sort the keys of the file by their meaning, and check their shapes.
 
-        Returns:
-            The keys of A, B and the magnitudes (0, 1 and 2) of each target. Then, by key, the names of the tensors that
-            were trained in full, and the names of tensors that are copies of the base.
-        """
-        factors: dict[Target, dict[int, str]] = {}
-        full: dict[str, str] = {}
-        copies: dict[str, str] = {}
-        for key, shape in self.shapes.items():
-            if key in self.token_keys:
-                continue
-            if key in self.factors:
-                target, index = self.factors[key]
-                factors.setdefault(target, {})[index] = key
-                continue
-            plain = key.removeprefix(PREFIX)
-            names = (plain, _unwrapped(plain)) if key.startswith(PREFIX) else ()
-            name = next((name for name in names if name in self.tensors), None)
-            if name is None:
-                raise self._unknown(key)
-            expected = tuple(self.tensors[name].shape)
-            if shape != expected:
-                raise _does_not_fit(f"{key!r} is {list(shape)}, but {name} of the model is {list(expected)}")
-            is_bias = self.config.bias != "none" and name.endswith("bias")
-            in_saved = any(name.startswith(f"{module}.") for module in self.saved)
-            (full if is_bias or in_saved else copies)[key] = name
-        for target, keys in factors.items():
-            self._check(target, keys)
-        if not factors and not self.token_keys:
-            raise ValueError("has no LoRA factors")
-        self._check_saved(set(full.values()))
-        return factors, full, copies
+_ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError)
+"""What peft raises for an adapter that does not fit the model."""
 
-    def pair(self, target: Target, tensors: list[torch.Tensor]) -> Pair:
-        """Return the expert of a target from A, B and, for DoRA, the magnitudes."""
-        lora_a, lora_b, *magnitudes = tensors
-        rank, alpha = self.config.rank_of(target.pattern), self.config.alpha_of(target.pattern)
-        scale = scale_of(rank, alpha, self.config.use_rslora)
-        weight = self.parameters[target.name]
-        for tensor in tensors:
-            if not tensor.is_floating_point():
-                raise ValueError(f"the factors of {target.path} are {tensor.dtype}, not floating-point numbers")
-        width = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
-        factors = target.layout.from_peft(lora_a.to(width), lora_b.to(width), weight.shape)
-        if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
-            raise CheckpointError(f"the factors of {target.path} hold inf or nan", code="non-finite")
-        factors = Factors(factors.b * scale, factors.a)
-        if not magnitudes:
-            return Pair(target, rank, alpha, Expert(factors.b, factors.a))
-        # DoRA (2402.09353): diag(m / |W0 + s B A|) (W0 + s B A) = diag(g) W0 + diag(g) s B A.
-        norms = rows_with(weight, factors, target.layout.transposed).norm(dim=1)
-        row_scale = magnitudes[0].double().flatten() / norms
-        if not torch.isfinite(row_scale).all():
-            raise CheckpointError(
-                f"DoRA's magnitudes of {target.path} hold inf or nan, or belong to a row of zeros", code="non-finite"
+
+def _mirror(model: nn.Module, config: Any) -> Mirror:
+    """Return what peft makes of the model with the configuration of an adapter."""
+    try:
+        return Mirror(model, config)
+    except _ERRORS as fault:
+        raise _does_not_fit(sanitized(" ".join(str(fault).split()), 300)) from fault
+
+
+def _mismatch(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], fault: Exception
+) -> CheckpointError | ValueError:
+    """Return the error for tensors that peft has refused."""
+    for key, shape in expected.items():
+        if key not in tensors:
+            return ValueError(f"has no {key!r}, which the configuration requires")
+        if tensors[key].shape != shape:
+            return _does_not_fit(
+                f"{key!r} is {list(tensors[key].shape)}, and must be {list(shape)} for this model and configuration"
             )
-        pair = scaled(factors, row_scale, target.layout.transposed)
-        return Pair(target, rank, alpha, Expert(pair.b.to(width), pair.a.to(width), row_scale=row_scale))
+    return _does_not_fit(sanitized(" ".join(str(fault).split()), 300))
 
-    def tokens(self, read: Callable[[str], torch.Tensor]) -> dict[str, Pair]:
-        """Return the experts of trained rows. Their delta is the difference between the trained and the base rows."""
-        pairs = {}
-        for key, (path, rows) in self.token_keys.items():
-            layout, weight = layout_of(self.modules[path], 2), self.parameters.get(f"{path}.weight")
-            if weight is None or layout not in (LINEAR, EMBEDDING):
-                raise _does_not_fit(f"trainable_token_indices: {path} is neither an embedding nor a linear layer")
-            if key not in self.shapes:
-                raise ValueError(f"has no {key!r}, but trainable_token_indices says that these rows were trained")
-            if max(rows, default=0) >= len(weight) or self.shapes[key] != (len(rows), weight.shape[1]):
-                raise _does_not_fit(
-                    f"{key!r} is {list(self.shapes[key])}, which does not fit the rows {sanitized(list(rows))} of "
-                    f"{path}.weight {list(weight.shape)}"
-                )
-            values, base = read(key), dense(weight.detach())
-            width = torch.float64 if torch.float64 in (values.dtype, base.dtype) else torch.float32
-            if not (values.is_floating_point() and bool(torch.isfinite(values).all())):
-                raise CheckpointError(f"{key!r} holds inf, nan or integers", code="non-finite")
-            # b [rows of the weight, count] selects the trained rows, so that b @ a is their change.
-            b = torch.zeros(len(base), len(rows), dtype=width)
-            b[list(rows), range(len(rows))] = 1
-            expert = Expert(b, values.to(width) - base[list(rows)].cpu().to(width))
-            name = f"{path}.weight"
-            for alias in next((names for names in self.tied.values() if name in names), (name,)):
-                pairs[alias] = Pair(Target(path, "weight", layout), len(rows), 1.0, expert, rows)
-        return pairs
 
-    def _unknown(self, key: str) -> Exception:
-        """Return the error for a key that peft does not write for this model."""
-        if not key.startswith(PREFIX):
-            return ValueError(f"{key!r} does not start with {PREFIX!r}, as all keys of peft do")
-        name = key.removeprefix(PREFIX)
-        end = next((end for end in ENDS if name.endswith(f".{end}")), None)
-        if end is None:
-            magnitudes = "a DoRA magnitude, but its module is not adapted with use_dora"
-            meaning = magnitudes if "lora_magnitude_vector" in name else "neither a tensor of the model nor a factor"
-            return _does_not_fit(f"{key!r} is {meaning}{nearest(name, self.tensors)}")
-        path = _unwrapped(name.removesuffix(f".{end}"))
-        module, parent = self.modules.get(path), self.modules.get(path.rpartition(".")[0])
-        if module is None:
-            return _does_not_fit(f"{key!r}: the model has no module {path}{nearest(path, self.modules)}")
-        if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
-            return CheckpointError(
-                f"{key!r} adapts a complete nn.MultiheadAttention, where peft merges the change of out_proj twice. "
-                "Train its parameters with target_parameters instead",
-                code="adapter-not-supported",
-            )
-        if any(target.path == path for target in self.targets):
-            return ValueError(f"{key!r} is not a key that peft uses for the factors of {path}")
-        grouped = (
-            " (peft's change of a grouped convolution mixes the groups)" if getattr(module, "groups", 1) > 1 else ""
+def _expert(name: str, layer: Any, parameters: Mapping[str, torch.Tensor]) -> Expert:
+    """Return the change of a LoRA layer. DoRA: diag(m / |W0 + s B A|) (W0 + s B A) = diag(g) W0 + diag(g) s B A."""
+    base = layer.get_base_layer()
+    if getattr(base, "groups", 1) != 1 or isinstance(base, nn.MultiheadAttention):
+        raise CheckpointError(
+            f"{name}: peft's adapter of a {type(base).__name__} with groups, or of a complete attention, is not a "
+            "change of its weight",
+            code="adapter-not-supported",
         )
-        return _does_not_fit(f"{key!r}: {path} is a {type(module).__name__}, which cannot have this adapter{grouped}")
+    weight = parameters[name]
+    width = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    factors = pair_in(layer, weight.shape, width)
+    if ADAPTER not in layer.lora_magnitude_vector:
+        return Expert(factors.b, factors.a)
+    norms = rows_with(weight, factors, is_transposed(layer)).norm(dim=1)
+    row_scale = layer.lora_magnitude_vector[ADAPTER].weight.detach().double().flatten() / norms
+    if not torch.isfinite(row_scale).all():
+        raise CheckpointError(f"DoRA's magnitudes of {name} belong to a row of zeros", code="non-finite")
+    pair = scaled(factors, row_scale, is_transposed(layer))
+    return Expert(pair.b.to(width), pair.a.to(width), row_scale=row_scale)
 
-    def _check(self, target: Target, keys: Mapping[int, str]) -> None:
-        """Check the number, rank and shapes of the factors of a target."""
-        if len(keys) != (3 if self.config.use_dora else 2):
-            parts = "two factors and DoRA's magnitudes" if self.config.use_dora else "two factors"
-            raise ValueError(f"{target.path} has only {' and '.join(map(repr, keys.values()))}, but needs {parts}")
-        shape = tuple(self.parameters[target.name].shape)
-        rank = self.config.rank_of(target.pattern)
-        if target.is_parameter and len(shape) not in (2, 3):
-            raise CheckpointError(
-                f"{keys[0]!r}: {target.name} has {len(shape)} axes, but peft adapts only parameters with 2 or 3",
-                code="adapter-not-supported",
-            )
-        shapes = (*target.layout.shapes(shape, rank), target.layout.magnitude_shape(shape))
-        for index, key in keys.items():
-            if self.shapes[key] != shapes[index]:
-                raise _does_not_fit(
-                    f"{key!r} is {list(self.shapes[key])}. It must be {list(shapes[index])} for {target.name} "
-                    f"{list(shape)} and the rank {rank} of the configuration"
+
+def _rows(layer: Any, weight: torch.Tensor) -> Expert:
+    """Return the change of trained rows: `b` [rows of the weight, count] selects them, and `a` is their change."""
+    rows, base = list(layer.token_indices[ADAPTER]), dense(weight.detach()).cpu()
+    width = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    b = torch.zeros(len(base), len(rows), dtype=width)
+    b[rows, range(len(rows))] = 1
+    return Expert(b, layer.trainable_tokens_delta[ADAPTER].detach().to(width) - base[rows].to(width))
+
+
+def _full(mirror: Mirror, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the values that were trained in full, by name. Other tensors of the file must equal the model's."""
+    full = {name: value.detach() for name, value in mirror.saved_tensors().items()}
+    canonical = named_weights(model).canonical
+    for path, module in mirror.modules.items():
+        original = model.get_submodule(path)
+        for leaf, value in (*module._parameters.items(), *module._buffers.items()):
+            before = getattr(original, leaf)
+            if value is None or value is before:
+                continue  # peft has not loaded it
+            name = f"{path}.{leaf}".lstrip(".")
+            if canonical.get(name) in mirror.biases:
+                full[name] = value.detach()
+            elif not torch.equal(value.detach().to(before), dense(before.detach())):
+                raise CheckpointError(
+                    f"{name!r} differs from the model, so the adapter was trained on another base", code="base-differs"
                 )
-
-    def _check_saved(self, names: set[str]) -> None:
-        """Raise if the file lacks a parameter that was trained in full according to modules_to_save."""
-        for end in self.config.modules_to_save or ():
-            modules = [path for path in self.saved if path.endswith(end)]
-            if not modules and not any(end in heads for _, heads in TASKS.values()):
-                raise _does_not_fit(f"modules_to_save: the model has no module {end}{nearest(end, self.modules)}")
-            for path in modules:
-                expected = [name for name in self.parameters if name.startswith(f"{path}.")]
-                missing = next((name for name in expected if name not in names), None)
-                if missing is not None:
-                    raise ValueError(f"has no {missing}, but modules_to_save says that it was trained in full")
+    return full
 
 
 def _does_not_fit(problem: str) -> CheckpointError:
     return CheckpointError(problem, code="adapter-does-not-fit")
-
-
-def _unwrapped(name: str) -> str:
-    """Remove the parts `base_layer`, which peft adds for wrapped modules, from a name."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")

@@ -1,13 +1,12 @@
 """Writes a cascade as one LoRA adapter of peft: all stages become one pair of factors per site, with scale 1.
 
 The change of a site is the sum of its experts. Its A and B are therefore the factors of all experts, concatenated, with
-the coefficients and scales folded in (docs/algorithm.md, "The slow state is small"). The files are JSON and
-safetensors, and are written without importing peft.
+the coefficients and scales folded in (docs/algorithm.md, "The slow state is small"). peft builds its layers on a copy
+of the model, names the tensors and writes the configuration.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -30,18 +29,8 @@ from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.change import Change, CutOff, change_of, merged, nothing
-from lorasc_fx.peft.format import (
-    CONFIG,
-    CONV1D,
-    PREFIX,
-    TASKS,
-    TENSORS,
-    TOKENS,
-    Target,
-    keys_of,
-    wrap_counts,
-)
-from lorasc_fx.peft.targets import SavedModules, saved_modules, targets_of
+from lorasc_fx.peft.mirror import ADAPTER, CONFIG, TENSORS, Mirror, put
+from lorasc_fx.peft.targets import Target, targets_of
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.state import arithmetic
@@ -123,6 +112,7 @@ def peft(
         StateError: nothing was trained, the cascade was released, or the call is inside `with cascade.weights(...)`.
         NonFiniteBranch: a branch holds inf or nan.
         SpecError: an argument is invalid.
+        MissingExtra: peft is not installed.
     """
     run, model = cascade._run, cascade.model
     if max_rank is not None and not is_integer(max_rank, 1):
@@ -154,43 +144,43 @@ def peft(
             code="method-not-supported",
         )
 
-    # Find out where peft can adapt each weight, and which heads it saves completely instead.
+    # Find out where peft can adapt each weight, and let peft build the adapter on a copy of the model.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
-    by_weight, unreached = _targets(cascade, sites)
-    task = task_type if task_type is not None else _task_of(model)
-    heads = _heads_of(run, task, change, by_weight)
-    for name, value in heads.items():
-        change.trained[name] = value
-        change.pairs.pop(name, None)
-        change.magnitudes.pop(name, None)
-        by_weight.pop(name, None)
+    targets, unreached = _targets(cascade, sites)
     if max_rank is not None:
         change.limit_rank(max_rank)
     if uniform_rank:
         change.pad_to_uniform_rank()
+    task = task_type if task_type is not None else _task_of(model)
+    mirror, problems = _mirror(run, change, targets, task)
+    if mirror is not None and (inside := _saved_weights(mirror, targets)):
+        if _merge_saved(run, change, targets, inside, change.refused | unreached):
+            mirror, problems = _mirror(run, change, targets, task)
+        elif task_type is not None:
+            raise SpecError(
+                f"export.peft: task_type is {task!r}, and peft's class for this task reads the module of {inside[0]} "
+                "from the adapter, which cannot store it here. Omit task_type, or train the head in full (train=...)",
+                code="conflicting-options",
+            )
+        else:
+            task = None
+            mirror, problems = _mirror(run, change, targets, task)
 
     # Report all changes that an adapter cannot express in one error.
-    targets = [target for group in by_weight.values() for target in group]
-    saved, unsaved = saved_modules(model, change.trained, targets)
-    unreached = {name: reason for name, reason in unreached.items() if name not in heads}
-    refused = change.refused | unreached | _not_addressable(model, targets) | unsaved
-    if refused:
+    refused = change.refused | unreached | problems
+    if refused or mirror is None:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
         raise ExportError(
             "export.peft: an adapter of peft cannot express the change of these weights; nothing was written. Exclude "
             f"them, or export the weights with lorasc_fx.export.safetensors:{reasons}"
         )
-
-    # Make the configuration and the tensors.
-    ranks, tokens = change.ranks, _tokens(run, change)
-    config = _config(model, {target: ranks[name] for name, group in by_weight.items() for target in group}, saved)
-    config |= _auto_class(model, task, task_type is not None, saved.modules)
-    config |= {"trainable_token_indices": {path: list(rows) for path, rows, _ in tokens} or None}
-    config |= {"base_model_name_or_path": base_model or _name_of(model), "use_dora": bool(change.magnitudes)}
-    tensors = _saved_tensors(run, saved, change) | _factors(run, by_weight, change, dtype)
-    for path, _, values in tokens:
-        width = arithmetic(model.get_parameter(f"{path}.weight").dtype)
-        tensors[f"{PREFIX}{path}.{TOKENS}"] = values.to(dtype or width)
+    tensors = _tensors(run, mirror, targets, change, dtype)
+    config = mirror.config
+    config.task_type, config.inference_mode = task, True
+    config.base_model_name_or_path = base_model or _name_of(model)
+    library = type(model).__module__
+    if task is None and library.startswith("transformers."):  # so that AutoPeftModel can build the base
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": library}
 
     # Write them next to the folder, and replace the folder at the end.
     out = path_of(folder)
@@ -209,11 +199,11 @@ def peft(
         for name in (CONFIG, TENSORS, "adapter_model.bin"):
             (new / name).unlink(missing_ok=True)
         write_tensors(tensors, new / TENSORS, {"format": "pt"})
-        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    written = PeftAdapter(out, ranks, change.cut, saved.modules)
+        config.save_pretrained(new)
+    written = PeftAdapter(out, change.ranks, change.cut, tuple(mirror.saved))
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
-    for name, group in by_weight.items():
+    for name, group in targets.items():
         if len(group) > 1:
             warn(
                 f"{name} is tied, so the adapter has one pair for each of "
@@ -240,143 +230,143 @@ def _targets(cascade: Cascade, sites: Sequence[Site]) -> tuple[dict[str, tuple[T
         ) from fault
 
 
-def _factors(
-    run: Run, by_weight: Mapping[str, Sequence[Target]], change: Change, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """Return the factors and magnitudes of all pairs, by their keys in the file."""
-    keys = keys_of(run.model, [target for targets in by_weight.values() for target in targets])
-    tensors: dict[str, torch.Tensor] = {}
-    for name, targets in by_weight.items():
-        base = run.slow.states[name].base
-        for target in targets:
-            parts = [*target.layout.to_peft(change.pairs[name], base.shape)]
-            if name in change.magnitudes:
-                parts.append(change.magnitudes[name].view(target.layout.magnitude_shape(base.shape)))
-            for key, tensor in zip(keys[target], parts, strict=False):
-                tensors[key] = tensor.to(dtype or arithmetic(base.dtype)).clone(memory_format=torch.contiguous_format)
-    return tensors
+def _mirror(
+    run: Run, change: Change, targets: Mapping[str, Sequence[Target]], task: str | None
+) -> tuple[Mirror | None, dict[str, str]]:
+    """Let peft build the adapter. Return it, and the reason for each change that it does not have, or has in addition.
 
-
-def _tokens(run: Run, change: Change) -> list[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """Return path, row indices and values for each module with trained rows. A tied weight has several modules."""
-    names = named_weights(run.model).names
-    return [
-        (name.rpartition(".")[0], rows, values.clone())
-        for weight, (rows, values) in change.rows.items()
-        for name in names[weight]
-    ]
-
-
-def _saved_tensors(run: Run, saved: SavedModules, change: Change) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers of completely saved modules, by their keys in the file."""
-    current: dict[str, torch.Tensor] = {**run.parameters_by_name(), **dict(run.model.named_buffers())}
-    tensors = {}
-    for key, name in saved.keys.items():
-        if name in change.trained:
-            value = change.trained[name]
-        elif name in run.slow.states:  # the parameter itself holds noise
-            value = run.slow.value(name, "slow", current[name])
-        else:
-            value = current[name].detach()
-        tensors[key] = value.to("cpu", copy=True).contiguous()
-    return tensors
-
-
-def _not_addressable(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
-    """Return the `target_parameters` that peft does not find, or whose name also matches others, with the reason."""
-    wraps = wrap_counts(targets)
-    parameters = {target.name: target for target in targets if target.is_parameter}
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    reasons = {}
-    for name, target in parameters.items():
-        wrapped = next((path for path in wraps if target.path.startswith(f"{path}.")), None)
-        confused = next((other for other in names if other.endswith(f".{name}") and other not in parameters), None)
-        if wrapped is not None:
-            reasons[name] = f"peft wraps {wrapped} for its own parameters, and then does not find {target.path} in it"
-        elif confused is not None:  # peft compares the suffixes of names
-            reasons[name] = f"peft would also adapt {confused} under its name"
-    return reasons
-
-
-def _head_paths(model: nn.Module, task: str | None) -> list[str]:
-    """Return the paths of the modules that peft's class for a task saves completely."""
-    _, heads = TASKS.get(task or "", ("", ()))
-    return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in heads]
-
-
-def _heads_of(
-    run: Run, task: str | None, change: Change, by_weight: Mapping[str, Sequence[Target]]
-) -> dict[str, torch.Tensor]:
-    """Return the merged parameters of the heads that peft's class for a task saves completely, by name.
-
-    The result is empty if only heads are adapted, or if an adapter cannot store a head completely.
+    The adapter is None if peft refuses the configuration.
     """
-    parameters = run.parameters_by_name()
-    paths = tuple(f"{path}." for path in _head_paths(run.model, task))
-    inside = [name for name in parameters if name.startswith(paths) and name not in change.trained]
-    others = [target for name, group in by_weight.items() if name not in inside for target in group]
-    _, unsaved = saved_modules(run.model, [*change.trained, *inside], others)
-    not_plain = {*unsaved, *change.refused, *quantized_in(parameters)}
-    if not others or any(name in not_plain for name in inside):
-        return {}
-    states = run.slow.states
-    return {name: merged(change, states[name]) if name in states else parameters[name].detach() for name in inside}
+    model, names = run.model, named_weights(run.model).names
+    trained = [name for weight in change.trained for name in names[weight]]
+    top = "it is a parameter of the top module, and peft saves only modules inside it"
+    if inside_top := {name: top for name in trained if "." not in name}:
+        return None, inside_top
+    wanted = {target.name: weight for weight, group in targets.items() for target in group}
+    try:
+        mirror = Mirror(model, _config(model, change, targets, trained, task))
+    except Exception as fault:  # peft raises errors of many types
+        reason = f"peft refuses this adapter: {' '.join(str(fault).split())[:300]}"
+        return None, dict.fromkeys([*trained, *wanted.values()], reason)
+    saved = tuple(f"{path}." for path in mirror.saved)
+    problems = {f"{name}": f"peft would adapt {name} too" for name in mirror.layers.keys() - wanted.keys()}
+    for name in wanted.keys() - mirror.layers.keys():
+        if not name.startswith(saved):
+            problems[wanted[name]] = f"peft does not adapt {name} if it saves {', '.join(mirror.saved) or 'no module'}"
+    for name in trained:
+        if not name.startswith(saved) and name not in mirror.biases:
+            problems[name] = "peft would not save it"
+    return mirror, problems
 
 
-def _auto_class(model: nn.Module, task: str | None, given_by_user: bool, saved: Sequence[str]) -> dict[str, Any]:
-    """Return the keys of a configuration from which peft's Auto classes build the base.
-
-    A task for which peft reads a head that is not in `saved` is an error if the user gave it, and is omitted otherwise.
-    """
-    lacking = next((path for path in _head_paths(model, task) if path not in saved), None)
-    if lacking is not None and given_by_user:
-        raise SpecError(
-            f"export.peft: task_type is {task!r}, and peft's class for this task reads {lacking} from the adapter, "
-            "which cannot store it here. Omit task_type, or train the head in full (train=...)",
-            code="conflicting-options",
-        )
-    task = None if lacking is not None else task
-    library = type(model).__module__
-    if task is not None or not library.startswith("transformers."):
-        return {"task_type": task}
-    return {"auto_mapping": {"base_model_class": type(model).__name__, "parent_library": library}}
-
-
-def _config(model: nn.Module, ranks: Mapping[Target, int], saved: SavedModules) -> dict[str, Any]:
+def _config(
+    model: nn.Module, change: Change, targets: Mapping[str, Sequence[Target]], trained: Sequence[str], task: str | None
+) -> Any:
     """Return the configuration of an adapter. lora_alpha equals the rank everywhere, so the scale is 1.
 
     A pattern is `^` and the escaped path. peft matches `(.*\\.)?(PATTERN)$`. Because of the `^`, a pattern does not
     match a longer path with the same suffix.
     """
-    default = Counter(ranks.values()).most_common(1)[0][0]
-    patterns = {f"^{re.escape(target.pattern)}": rank for target, rank in ranks.items() if rank != default}
-    paths = [target.path for target in ranks if not target.is_parameter]
-    suffixes = tuple(f".{path}" for path in paths)
+    ranks, by_path, by_name = change.ranks, dict[str, int](), dict[str, int]()
+    for weight, group in targets.items():
+        for target in group:
+            (by_name if target.named else by_path)[target.name if target.named else target.path] = ranks[weight]
+    conv1d = [path for path in by_path if type(model.get_submodule(path)).__name__ == "Conv1D"]
+    if by_name:  # peft does not accept target_parameters together with fan_in_fan_out, which Conv1D needs
+        by_name |= {f"{path}.weight": by_path.pop(path) for path in conv1d}
+    every = {**by_path, **by_name}
+    default = Counter(every.values()).most_common(1)[0][0] if every else 8
+    patterns = {f"^{re.escape(name)}": rank for name, rank in every.items() if rank != default}
     # peft compares suffixes of paths if target_modules is a list. A string is a regular expression for the full path.
-    ambiguous = paths and any(name.endswith(suffixes) and name not in paths for name, _ in model.named_modules())
-    config: dict[str, Any] = {
-        "auto_mapping": None,
-        "bias": "lora_only" if saved.biases else "none",
-        "fan_in_fan_out": any(target.layout is CONV1D for target in ranks),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": default,
-        "lora_dropout": 0.0,
-        "modules_to_save": list(saved.modules) or None,
-        "peft_type": "LORA",
-        "r": default,
-        "rank_pattern": patterns,
-        "alpha_pattern": dict(patterns),
-        "revision": None,
-        "target_modules": "|".join(map(re.escape, paths)) if ambiguous else paths,
-        "task_type": None,
-        "use_rslora": False,
+    suffixes = tuple(f".{path}" for path in by_path)
+    ambiguous = by_path and any(path.endswith(suffixes) and path not in by_path for path, _ in model.named_modules())
+    biases = [name for name in trained if name.endswith(".bias") and name.removesuffix(".bias") in by_path]
+    modules = sorted({name.rpartition(".")[0] for name in trained if name not in biases})
+    outermost = [path for path in modules if not path.startswith(tuple(f"{outer}." for outer in modules))]
+    names = named_weights(model).names
+    rows = {name.rpartition(".")[0]: list(rows) for weight, (rows, _) in change.rows.items() for name in names[weight]}
+    return module_of("peft", "peft").LoraConfig(
+        r=default,
+        lora_alpha=default,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        target_modules="|".join(map(re.escape, by_path)) if ambiguous else list(by_path) or None,
+        target_parameters=list(by_name) or None,
+        fan_in_fan_out=bool(conv1d) and not by_name,
+        modules_to_save=outermost or None,
+        bias="lora_only" if biases else "none",
+        use_dora=bool(change.magnitudes),
+        trainable_token_indices=rows or None,
+        task_type=task,
+    )
+
+
+def _saved_weights(mirror: Mirror, targets: Mapping[str, Sequence[Target]]) -> list[str]:
+    """Return the adapted weights in modules that peft saves completely, such as the head of a classifier."""
+    saved = tuple(f"{path}." for path in mirror.saved)
+    return [
+        weight
+        for weight, group in targets.items()
+        if any(target.name.startswith(saved) and target.name not in mirror.layers for target in group)
+    ]
+
+
+def _merge_saved(
+    run: Run, change: Change, targets: dict[str, tuple[Target, ...]], weights: Sequence[str], refused: Mapping[str, str]
+) -> bool:
+    """Store the merged values of these weights instead of factors. Return False, without a change, if that fails.
+
+    An adapter needs another weight with factors. Quantized weights and kept noise cannot be stored.
+    """
+    states = {name: run.slow.states[name] for name in weights}
+    quantized = quantized_in({name: state.base for name, state in states.items()})
+    if len(weights) == len(targets) or quantized or refused.keys() & states.keys():
+        return False
+    for name, state in states.items():
+        change.trained[name] = merged(change, state)
+        change.pairs.pop(name)
+        change.magnitudes.pop(name, None)
+        targets.pop(name)
+    return True
+
+
+def _tensors(
+    run: Run, mirror: Mirror, targets: Mapping[str, Sequence[Target]], change: Change, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the adapter on the CPU, by their keys in the file."""
+    parameters, canonical = run.parameters_by_name(), named_weights(run.model).canonical
+    # Write the factors and the rows into peft's layers.
+    for weight, group in targets.items():
+        width = dtype or arithmetic(parameters[weight].dtype)
+        for target in group:
+            put(mirror.layers[target.name], change.pairs[weight], width, change.magnitudes.get(weight))
+    for name, layer in mirror.tokens.items():
+        weight = canonical[name]
+        rows = change.rows[weight][1].to(dtype or arithmetic(parameters[weight].dtype))
+        layer.trainable_tokens_delta[ADAPTER] = nn.Parameter(rows)
+    # Other tensors of the file are copies of the model's, which get the values that were trained in full.
+    names = {id(value): name for name, value in (*parameters.items(), *mirror.saved_tensors().items())}
+    current = {**parameters, **dict(run.model.named_buffers(remove_duplicate=False))}
+
+    def exported(value: torch.Tensor) -> torch.Tensor:
+        name = names.get(id(value), "")
+        weight = canonical.get(name, name)
+        if weight in change.trained:
+            return change.trained[weight]
+        if weight in run.slow.states:  # the parameter itself holds noise
+            return run.slow.value(weight, "slow", current[weight])
+        return current.get(weight, value)
+
+    return {
+        key: exported(value).detach().to("cpu", copy=True).contiguous() for key, value in mirror.state_dict().items()
     }
-    if parameters := [target.name for target in ranks if target.is_parameter]:
-        config["target_parameters"] = parameters
-    return config
+
+
+TASKS = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION", "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM": "CAUSAL_LM",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION", "QUESTION_ANS": "QUESTION_ANSWERING",
+}  # fmt: skip
+"""For each task of peft: the part of transformers' MODEL_FOR_..._MAPPING_NAMES that lists its models."""
 
 
 def _name_of(model: nn.Module) -> str | None:
@@ -397,7 +387,7 @@ def _task_of(model: nn.Module) -> str | None:
     if not type(model).__module__.startswith("transformers."):
         return None
     tables = module_of("text", "transformers.models.auto.modeling_auto")
-    for task, (table, _) in TASKS.items():
+    for task, table in TASKS.items():
         if type(model).__name__ in getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
             return task
     return "FEATURE_EXTRACTION" if type(model).__name__ in tables.MODEL_MAPPING_NAMES.values() else None

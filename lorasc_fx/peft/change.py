@@ -15,7 +15,7 @@ import torch
 from lorasc_fx.branch import Branch, Delta, Factors
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.peft.format import RANKS, rows_with
+from lorasc_fx.peft.mirror import rows_with
 from lorasc_fx.quantized import dense
 from lorasc_fx.state import (
     ViewName,
@@ -27,6 +27,9 @@ from lorasc_fx.state import (
     svd_of,
     truncated,
 )
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts as max_lora_rank, except 1."""
 
 KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which is not low-rank"
 """The reason why the change of a weight with kept noise is not a pair of factors."""

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama
@@ -94,11 +105,102 @@ def test_options_without_a_counterpart_are_one_error() -> None:
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", **odd)
     model = llama()
     before = [parameter.requires_grad for parameter in model.parameters()]
-    names = ("init_lora_weights='gaussian'", "use_qalora", "layer_replication", "repeats layers")
+    names = ("init_lora_weights='gaussian'", "use_qalora", "layer_replication")
     with raises(lx.SpecError, "adapter-not-supported", *names):
         lx.adapt(model, kwargs={"input_ids": IDS}, spec=config)
     with raises(lx.SpecError, "adapter-not-supported", "target_modules=None"):
         lx.adapt(model, kwargs={"input_ids": IDS}, spec=LoraConfig())
     with raises(lx.UnknownTarget, "unknown-target", "q_porj"):
         lx.adapt(model, kwargs={"input_ids": IDS}, spec=LoraConfig(target_modules=["q_porj"]))
+    with raises(lx.UnknownTarget, "unknown-target", "modules_to_save", "lm_haed", "lm_head"):
+        lx.adapt(
+            model,
+            kwargs={"input_ids": IDS},
+            spec=LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "lm_haed"]),
+        )
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def trained_by_peft(model: nn.Module, config: LoraConfig) -> set[str]:
+    """Return the names of the model's parameters that peft trains in full."""
+    theirs = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+    return {
+        name.removeprefix(PREFIX).replace("modules_to_save.default.", "")
+        for name, parameter in theirs.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and "lora_" not in name
+    }
+
+
+SIZES = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLASSIFIERS = {
+    "score": (lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, pad_token_id=0, num_labels=3)), "q_proj"),
+    "classifier": (lambda: BertForSequenceClassification(BertConfig(**SIZES, pad_token_id=0, num_labels=3)), "query"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("head", CLASSIFIERS)
+def test_the_head_of_a_classifier_is_trained(head: str) -> None:
+    build, target = CLASSIFIERS[head]
+    model, config = build().train(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=[target])
+    expected = trained_by_peft(model, config)
+    batch = {"input_ids": torch.randint(1, 48, (3, 6)), "labels": torch.tensor([0, 1, 2])}
+    cascade = lx.adapt(model, kwargs=batch, spec=config)
+    assert set(cascade.plan.spec.train) == expected
+    assert all(name.startswith(f"{head}.") for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], "tied"], ids=str)
+def test_saved_modules_of_tied_embeddings(modules: Any, tied: bool, tmp_path: Path) -> None:
+    """peft trains a copy of each saved module, so a tied weight becomes separate ones, unless peft ties the copies."""
+
+    def build() -> LlamaForCausalLM:
+        return llama(tie_word_embeddings=tied)
+
+    if ensure := modules == "tied":
+        modules = ["lm_head", "embed_tokens"]
+    if ensure and not tied:
+        return
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=modules, ensure_weight_tying=ensure, task_type="CAUSAL_LM"
+    )
+    theirs, batch = get_peft_model(build().train(), copy.deepcopy(config)), {"input_ids": IDS, "labels": IDS}
+    cascade = lx.adapt(build(), kwargs=batch, spec=config)
+    expected = {"model.embed_tokens.weight"} if ensure else trained_by_peft(build(), config)
+    assert set(cascade.plan.spec.train) == expected
+    assert (cascade.model.lm_head.weight is cascade.model.model.embed_tokens.weight) == ensure
+    optimizer = torch.optim.SGD([each for each in theirs.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(3):
+        theirs(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.save_pretrained(tmp_path)
+    read = lx.from_peft(tmp_path, build(), kwargs=batch)
+    assert set(read.plan.spec.train) == expected
+    with torch.no_grad(), read.weights("slow"):
+        torch.testing.assert_close(read(**batch).logits, theirs.eval()(**batch).logits, rtol=0, atol=1e-10)
+    if tied and not ensure:
+        with raises(lx.CheckpointError, "tied-weights-differ", "model.embed_tokens.weight and lm_head.weight"):
+            lx.from_peft(tmp_path, build(), kwargs=batch, spec=replace(read.plan.spec, untie=()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_only_parameters_are_targets(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        return MixtralForCausalLM(MixtralConfig(**sizes))
+
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=[], target_parameters=parameters, init_lora_weights=False)
+    theirs = get_peft_model(build(), copy.deepcopy(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    config.init_lora_weights = True
+    names = [f"model.layers.0.{name}" for name in parameters]
+    assert [site.weight for site in lx.adapt(build(), kwargs={"input_ids": IDS}, spec=config).sites] == names
+    read = lx.from_peft(tmp_path, build(), kwargs={"input_ids": IDS}).eval()
+    assert [site.weight for site in read.sites] == names
+    with torch.no_grad():
+        torch.testing.assert_close(read(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0, atol=1e-5)

@@ -1,0 +1,226 @@
+"""What peft makes of a model: peft wraps a copy that shares the model's tensors, and its layers are observed.
+
+So peft's rules for finding modules, naming keys and storing factors are not repeated here. Source: peft 0.21.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Factors
+from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.graph import named_weights
+from lorasc_fx.graph.copies import unshared
+from lorasc_fx.quantized import dense
+from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.util.extras import module_of
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""Names of the files in an adapter's folder."""
+ADAPTER = "default"
+"""The name of the adapter in peft's layers."""
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "task_type",
+}  # fmt: skip
+"""Options of a configuration that do not affect the values, or only the initial ones."""
+_HEADS = {"classifier", "score", "qa_outputs"}
+"""Modules that peft saves completely for some tasks, if the model has them (`peft_model.py`)."""
+
+
+class Mirror:
+    """A copy of a model that peft has wrapped. It shares all tensors with the model, and its factors have no values.
+
+    Args:
+        model: the model, which is not changed.
+        config: a configuration of peft.
+
+    Attributes:
+        wrapped: peft's model.
+        config: peft's configuration, which lists the modules that peft has found.
+        modules: the copies of the model's own modules, by path.
+        layers: peft's layer by the name of the parameter that it adapts.
+        tokens: peft's layer of trained rows, by the name of the parameter.
+        saved: peft's wrapper of each module that is saved completely, by path.
+        biases: names of the biases that peft trains.
+
+    Raises:
+        MissingExtra: peft is not installed.
+        ValueError: the configuration does not fit the model. peft raises other types, too.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        peft = module_of("peft", "peft")
+        config = copy.deepcopy(config)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # the others compute with the weights
+        if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            config.task_type = None  # peft's classes for these tasks require methods of transformers
+        config.inference_mode = False  # so that peft marks the biases that it trains
+        copies: dict[nn.Module, nn.Module] = {}
+        skeleton = unshared(model, copies)
+        for module in copies.values():  # the model must not get the hooks that peft registers
+            module._forward_hooks = module._forward_hooks.copy()
+        self.modules = {path: copies[module] for path, module in model.named_modules()}
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            # A rank in a file may be huge. Other methods compute when their layers are built.
+            meta = torch.device("meta") if config.peft_type == "LORA" else nullcontext()
+            with warnings.catch_warnings(), torch.random.fork_rng(), meta:
+                warnings.simplefilter("ignore")
+                self.wrapped: Any = peft.get_peft_model(
+                    skeleton, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+                )
+            self.biases = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+        self.config = self.wrapped.peft_config[ADAPTER]
+        self.layers: dict[str, Any] = {}
+        self.tokens: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
+        self._sort_layers()
+        for name in getattr(config, "modules_to_save", None) or ():
+            if name not in _HEADS and not any(path.endswith(name) for path in self.saved):
+                raise ValueError(f"modules_to_save: the model has no module {name}{nearest(name, self.modules)}")
+
+    def _sort_layers(self) -> None:
+        """Sort peft's layers by their kind."""
+        tuners, other = module_of("peft", "peft.tuners.tuners_utils"), module_of("peft", "peft.utils.other")
+        rows = module_of("peft", "peft.tuners.trainable_tokens.layer").TrainableTokensLayer
+        paths = {id(module): path for path, module in self.modules.items()}
+        for module in self.wrapped.modules():
+            if isinstance(module, other.ModulesToSaveWrapper):
+                self.saved[paths[id(module.original_module)]] = module
+            elif isinstance(module, tuners.BaseTunerLayer):
+                name = f"{paths[id(module.get_base_layer())]}.{getattr(module, 'parameter_name', 'weight')}"
+                (self.tokens if isinstance(module, rows) else self.layers)[name] = module
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the adapter by their keys in a file. They are the parameters themselves."""
+        save = module_of("peft", "peft").get_peft_model_state_dict
+        everything = self.wrapped.state_dict(keep_vars=True)
+        found: dict[str, torch.Tensor] = save(self.wrapped, everything, save_embedding_layers=False)
+        return found
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the modules that peft saves completely, by their names in the model."""
+        return {
+            f"{path}.{name}": value
+            for path, wrapper in self.saved.items()
+            for name, value in wrapper.modules_to_save[ADAPTER].state_dict(keep_vars=True).items()
+        }
+
+    def trained(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """Return the names of the parameters that peft trains in full, and the tied ones that peft unties.
+
+        peft trains a copy of a module that it saves completely, so the copy is no longer tied to the model's weight.
+        """
+        copies, train, untie = self.saved_tensors(), list[str](), list[str]()
+        tied = getattr(self.config, "modules_to_tie", None) or ()  # by ensure_weight_tying
+        for canonical, names in named_weights(model).names.items():
+            together = any(name.rpartition(".")[0] in tied for name in names)
+            groups: dict[str, list[str]] = {}  # names that are one tensor in peft
+            for name in names:
+                group = "model" if name not in copies else "together" if together else name
+                groups.setdefault(group, []).append(name)
+            saved = [group for group in groups.values() if group[0] in copies]
+            if canonical in self.biases or (saved and len(groups) == 1):
+                train.append(canonical)
+                continue
+            apart = saved[1:] if len(saved) == len(groups) else saved
+            if any(len(group) > 1 for group in apart):
+                raise SpecError(
+                    f"spec: {' and '.join(names)} are names of one tied weight, and peft trains a separate copy of "
+                    f"{' and '.join(apart[-1])}, which a cascade cannot do. Name all of their modules in "
+                    "modules_to_save, with ensure_weight_tying=True",
+                    code="tied-weights-differ",
+                )
+            train += [group[0] for group in saved]
+            untie += [group[0] for group in apart]
+        return train, untie
+
+
+def spec_for(
+    mirror: Mirror, model: nn.Module, sizes: Mapping[str, tuple[int, float]], default: tuple[int, float], **options: Any
+) -> CascadeSpec:
+    """Return a spec that adapts and trains what peft would.
+
+    Args:
+        mirror: what peft makes of the model.
+        model: the model.
+        sizes: rank and lora_alpha by name of an adapted parameter.
+        default: rank and lora_alpha of the spec. Weights with other values get a rule.
+        options: other fields of the spec.
+    """
+    tokens = {name: tuple(layer.token_indices[ADAPTER]) for name, layer in mirror.tokens.items()}
+    train, untie = mirror.trained(model)
+    return CascadeSpec(
+        targets=tuple(map(glob.escape, (*sizes, *tokens))),
+        train=tuple(map(glob.escape, train)),
+        untie=tuple(map(glob.escape, untie)),
+        rules=(
+            *(Rule(glob.escape(name), tokens=rows) for name, rows in tokens.items()),
+            *(Rule(glob.escape(name), *size) for name, size in sizes.items() if size != default),
+        ),
+        rank=default[0],
+        lora_alpha=default[1],
+        **options,
+    )
+
+
+# ---- the factors of one layer of peft
+
+
+def is_transposed(layer: Any) -> bool:
+    """Return whether the weight of a layer is [in, out], or a stack of experts [experts, in, out]."""
+    kind = type(layer).__name__
+    if kind == "ParamWrapper":
+        return layer.num_experts > 1 and not layer._did_swap_in_out_features
+    return kind == "Embedding" or bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def _holders(layer: Any) -> list[tuple[Any, str]]:
+    """Return the dictionaries of parameters that hold A and B of a LoRA layer, and their keys in these."""
+    if ADAPTER in layer.lora_embedding_A:
+        return [(each._parameters, ADAPTER) for each in (layer.lora_embedding_A, layer.lora_embedding_B)]
+    return [(each[ADAPTER]._parameters, "weight") for each in (layer.lora_A, layer.lora_B)]
+
+
+def put(layer: Any, pair: Factors, dtype: torch.dtype, magnitudes: torch.Tensor | None) -> None:
+    """Write a pair of factors, and DoRA's magnitudes, into a LoRA layer. The scale of the layer must be 1."""
+    a, b = (pair.b.mT, pair.a.mT) if is_transposed(layer) else (pair.a, pair.b)
+    b = b.permute(1, 2, 0) if b.dim() == 3 else b
+    places = [(holder, key, value) for (holder, key), value in zip(_holders(layer), (a, b), strict=True)]
+    if magnitudes is not None:
+        places.append((layer.lora_magnitude_vector[ADAPTER]._parameters, "weight", magnitudes))
+    for holder, key, value in places:
+        new = value.reshape(holder[key].shape).to(dtype).clone(memory_format=torch.contiguous_format)
+        holder[key] = nn.Parameter(new)
+
+
+def pair_in(layer: Any, shape: Sequence[int], dtype: torch.dtype) -> Factors:
+    """Return the factors of a LoRA layer for a weight of this shape, with the scale in `b`. The inverse of `put`."""
+    a, b = (holder[key].detach().to(dtype).flatten(1) for holder, key in _holders(layer))
+    if type(layer).__name__ == "ParamWrapper" and len(shape) == 3:
+        a = a.reshape(shape[0], -1, a.shape[-1])
+        b = b.reshape(b.shape[0], -1, shape[0]).permute(2, 0, 1)
+    if is_transposed(layer):
+        a, b = b.mT, a.mT
+    return Factors(b.contiguous() * layer.scaling[ADAPTER], a.contiguous())
+
+
+def rows_with(weight: torch.Tensor, pair: Factors, transposed: bool) -> torch.Tensor:
+    """Return a weight plus the delta of a pair, as a new fp64 tensor [out, in] on the CPU."""
+    values = dense(weight.detach()).cpu().double()
+    total = values + (pair.b.double() @ pair.a.double()).view_as(values)
+    return total.mT if transposed else total.flatten(1)
