@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -67,8 +67,8 @@ class Run(RunBase):
         self.plan, self.refusals = decided.plan, decided.refusals
         reached = decided.plan.by_weight.keys() | {refusal.weight for refusal in decided.refusals}
         self.unreached = tuple(name for name in self.unreached if name in decided.unreached and name not in reached)
-        self.register_sites(undo)
         weights = [branch.weight_name for branch in new.values()]
+        self.register_sites(undo, adapted=weights)
         if new and not self.grouped and not self.pending.accumulated:
             log.info("%d sites were added by a new graph: %s", len(new), weights)
         elif new:  # an optimizer probably exists already
@@ -79,12 +79,13 @@ class Run(RunBase):
                 "late-sites",
             )
 
-    def register_sites(self, undo: Undo, empty: bool = False) -> None:
+    def register_sites(self, undo: Undo, empty: bool = False, adapted: Collection[str] = ()) -> None:
         """Keep W0 of new sites and start their stage. `adapt` and each new graph end with this.
 
         Args:
             undo: collects undo steps.
             empty: as for `start`.
+            adapted: weights with a new branch, some of which may have had noise already.
 
         Raises:
             SpecError: an option cannot be used with a new weight, for example noise with a quantized weight.
@@ -102,15 +103,16 @@ class Run(RunBase):
         matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
         names += [name for name in noise.on_others(matrices) if name not in skipped]
         new = {name: parameters[name] for name in names if name not in self.slow.states}
+        started = new | {name: parameters[name] for name in adapted}
         # Step 2: check them.
         self._check_quantized(new)
-        self._warn_of_hooks(new)
+        self._warn_of_hooks(started)
         # Step 3: compute the state of the stage, then write it.
         mapped = self.base_file.mapped(new) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(new, self.plan, mapped, self.memory), self.branches_by_weight()
-        starting = {name: branches[name] for name in new if name in branches and not empty}
+        starting = {name: branches[name] for name in started if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
-        written = new if (noise.is_on or factors) and not slow.idle else {}
+        written = started if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # a loader writes the weights next, and records them then
             self.note_weights({name: new[name] for name in new if name not in written})

@@ -23,6 +23,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import noise
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
+from tests.errors.models import Late
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, by_hand, loss_of, mlp, optimizer_of, randomize, train, values
 from tests.kit.seams import SEAMS, seam
@@ -606,3 +607,23 @@ def test_a_graph_of_its_own_has_no_steps() -> None:
     pipeline = Pipeline([MatchSites(lx.CascadeSpec(noise=BY_STEP)), InsertBranches()])
     with raises(lx.PassError, "requirement-not-met"):
         pipeline(torch.fx.symbolic_trace(mlp()))
+
+
+@pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
+@pytest.mark.parametrize(
+    "options", [{"start": "pissa"}, {"adapter": "dora"}, {"adapter": "delora"}, {"adapter": "lora-xs"}]
+)
+def test_a_late_site_whose_weight_had_noise_starts_as_an_early_one(options: dict[str, Any]) -> None:
+    """The oracle is a cascade whose first call has all sites. Values of these branches come from the weight."""
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(STRENGTH, where="all"), **options)
+    x = torch.randn(6, 5)
+    early, late = lx.adapt(Late().train(), (x,), spec=spec), lx.adapt(Late().eval(), (x,), spec=spec)
+    assert [site.weight for site in late.sites] == ["first.weight"]
+    late.train()
+    assert torch.equal(late(x), early(x))
+    found, expected = dict(late.branches.named_parameters()), dict(early.branches.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    same = early.model.state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in late.model.state_dict().items())
