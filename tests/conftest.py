@@ -60,7 +60,6 @@ SAMPLED = {
     "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
     "checkpoint/test_resume.py::test_optimizers": 3,
     "checkpoint/test_resume.py::test_three_stages": 3,
-    "cli/test_evidence.py::test_every_method_trains": 5,
     "compose/test_table.py::test_computes_the_same_between": 3,
     "errors/test_dropped.py::test_lost_training_and_noise_are_told": 4,
     "errors/test_dropped.py::test_what_was_kept_is_not_lost": 4,

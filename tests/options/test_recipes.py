@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 
 import lorasc_fx as lx
-from experiments.evidence.methods import METHODS, rate_factor, spec_of
 from lorasc_fx.branch import METHODS as ADAPTERS
 from tests.kit.errors import raises
 from tests.kit.models import batches, mlp, train
@@ -18,24 +16,26 @@ from tests.kit.models import batches, mlp, train
 X = batches(1, 4, 5)[0]
 STEPS = 24
 RECIPES = {
-    "lora": (lx.recipes.lora, 1),
-    "paper": (lx.recipes.small_data, 3),
-    "lora-cycles": (lx.recipes.lora_cycles, 3),
+    "lora": (lx.recipes.lora, 1, {"pace": 1.0, "restart": "slow", "restart_pairs": True}),
+    "small_data": (lx.recipes.small_data, 3, {"pace": 0.5, "restart": "slow", "restart_pairs": True}),
+    "lora_cycles": (lx.recipes.lora_cycles, 3, {"pace": "mean", "restart": "fast", "restart_pairs": False}),
 }
-"""Recipes with their name in the evidence and their number of stages."""
+"""Recipes with their number of stages and the options that they set."""
+
+
+def rate_factor(name: str, step: int, cycles: int) -> float:
+    """The rate by the formula: a warm-up of 5 steps, then one cosine decay, one for each cycle, or none."""
+    length = STEPS // cycles if name == "lora_cycles" else STEPS
+    warm = min(1.0, (step % length + 1) / 6)
+    return warm if name == "small_data" else warm * 0.5 * (1 + math.cos(math.pi * (step % length) / length))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
-    recipe, stages = RECIPES[name]
-    spec, schedule = recipe(STEPS, rank=2, targets=("0.weight", "2.weight"), train=("4.*",), lora_alpha=4.0, seed=3)
-    measured = spec_of(METHODS[name], 2, 3, ("4.*",), 3)
-    if METHODS[name].average == "ends":  # the evidence takes the mean over the ends of stages itself
-        assert measured.pace == 1.0
-        assert METHODS[name].stages == (measured.restart == "fast")
-        measured = replace(measured, pace="mean", restart="fast")
-    fields = ("pace", "restart", "rank", "lora_alpha", "train", "noise", "restart_A", "optimizer_state", "seed")
-    assert [getattr(spec, field) for field in fields] == [getattr(measured, field) for field in fields]
+def test_a_recipe_sets_options_and_the_rate_of_each_step(name: str) -> None:
+    recipe, stages, options = RECIPES[name]
+    given = {"rank": 2, "targets": ("0.weight", "2.weight"), "train": ("4.*",), "lora_alpha": 4.0, "seed": 3}
+    spec, schedule = recipe(STEPS, **given)
+    assert spec == lx.CascadeSpec(**given, **options)
 
     cascade = lx.adapt(mlp(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
@@ -46,7 +46,7 @@ def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
         for _ in range(STEPS // stages):
             train(cascade, optimizer, [X])
             scheduler.step()
-    expected = [rate_factor(METHODS[name], step, STEPS, 3, 5) for step in range(STEPS)]
+    expected = [rate_factor(name, step, stages) for step in range(STEPS)]
     assert seen == pytest.approx([0.1 * factor for factor in expected], rel=1e-12)
 
 
