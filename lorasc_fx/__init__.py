@@ -18,7 +18,7 @@ from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.bank import AdapterBank
 from lorasc_fx.branch import register_branch
-from lorasc_fx.checkpoint.saved_cascade import save
+from lorasc_fx.checkpoint.saved import save
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,

@@ -20,7 +20,7 @@ from torch import nn
 
 from lorasc_fx.cascade.usage import callers
 from lorasc_fx.cascade.views import fast_parameters
-from lorasc_fx.checkpoint.saved_cascade import SavedCascade
+from lorasc_fx.checkpoint.saved import SavedCascade
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of
 from lorasc_fx.util.hub import uploading

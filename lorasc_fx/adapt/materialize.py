@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt.start import Start, check_loaded
 from lorasc_fx.check.isolation import device_of
-from lorasc_fx.checkpoint.base_file import open_base
-from lorasc_fx.checkpoint.deferred import DeferredValues, with_values
+from lorasc_fx.checkpoint.base import DeferredValues, open_base, with_values
 from lorasc_fx.checkpoint.reader import check_base
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.facade import Cascade

@@ -13,7 +13,7 @@ from torch import nn
 from lorasc_fx.adapt.start import Start, check_new
 from lorasc_fx.capture import open_model
 from lorasc_fx.cascade.sums import check_summable, install_sum, weighted_sum
-from lorasc_fx.checkpoint.run_source import RunSource
+from lorasc_fx.checkpoint.reader import RunSource
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights

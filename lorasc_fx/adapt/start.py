@@ -24,8 +24,7 @@ from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import MetaModel
 from lorasc_fx.check.isolation import is_on_meta, written_by
-from lorasc_fx.checkpoint.base_file import MEMORIES, BaseFile, open_base
-from lorasc_fx.checkpoint.deferred import check_attributes, groups_of
+from lorasc_fx.checkpoint.base import MEMORIES, BaseFile, check_attributes, groups_of, open_base
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named

@@ -22,7 +22,7 @@ from lorasc_fx.util.version import source_digest, version
 
 
 class BaseValues(Protocol):
-    """Files with the values of W0, if it is not kept in memory. Implemented by `checkpoint.base_file.BaseFile`."""
+    """Files with the values of W0, if it is not kept in memory. Implemented by `checkpoint.base.BaseFile`."""
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return W0 of these parameters as memory-mapped tensors, by name."""

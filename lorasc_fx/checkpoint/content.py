@@ -8,7 +8,6 @@ once: by `WeightState.faults`, and here by `decoded`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -24,8 +23,8 @@ from lorasc_fx.cascade.inputs import is_description
 from lorasc_fx.cascade.optim import check_holds, stepping
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint import training
-from lorasc_fx.checkpoint.layout import refusing, sanitized, versions
-from lorasc_fx.checkpoint.training import Owner
+from lorasc_fx.checkpoint.files import Count, Digest, refusing, sanitized, versions
+from lorasc_fx.checkpoint.training import Owner, Stateful
 from lorasc_fx.checkpoint.tree import Tensors, is_storable
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.parameters import Holder, buffer_holders
@@ -36,8 +35,6 @@ from lorasc_fx.state import Expert, KeptNoise, Learner, SlowWeights, View, Weigh
 from lorasc_fx.util.decode import Check
 from lorasc_fx.util.undo import Undo, commit
 
-Count = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
-Digest = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "a digest has 64 hexadecimal digits")]
 Inputs = Annotated[dict[str, Any], Check(is_description, "give the shapes of the arguments, see cascade/inputs.py")]
 
 
@@ -123,7 +120,7 @@ class Content:
         cls,
         run: Run,
         optimizers: Sequence[torch.optim.Optimizer] = (),
-        schedulers: Sequence[Any] = (),
+        schedulers: Sequence[Stateful] = (),
         extra: Mapping[str, Any] | None = None,
         rng: tuple[Tensors, ...] | None = None,
     ) -> Self:
@@ -441,7 +438,7 @@ def resume(
     path: object,
     content: Content,
     optimizers: Sequence[torch.optim.Optimizer],
-    schedulers: Sequence[Any],
+    schedulers: Sequence[Stateful],
     group: ProcessGroup,
 ) -> dict[str, Any]:
     """Restore optimizers, schedulers, gradients and random generators in one transaction, and return `extra`.

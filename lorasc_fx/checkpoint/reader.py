@@ -1,4 +1,6 @@
-"""Reads and checks a checkpoint. It is not trusted: it is either restored completely, or rejected with one error.
+"""Reads and checks a checkpoint, restores it, and computes the folded weights of a checkpoint or a cascade.
+
+A checkpoint is not trusted: it is either restored completely, or rejected with one error.
 
 Sizes are checked before anything is allocated: a tensor cannot be larger than its file, and a branch cannot be larger
 than its tensors. Names in a file are not used as paths, and nothing in a file is executed.
@@ -10,50 +12,43 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 from safetensors.torch import load
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.folding import check_quantized
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.content import (
-    Content,
-    Count,
-    Digest,
-    RunState,
-    check_branches,
-    decoded,
-    gradients_of,
-    install,
-)
-from lorasc_fx.checkpoint.layout import (
-    FORMAT,
+from lorasc_fx.cascade.transition import ended
+from lorasc_fx.cascade.views import check_view
+from lorasc_fx.checkpoint.content import Content, RunState, check_branches, decoded, gradients_of, install
+from lorasc_fx.checkpoint.files import (
     KEY,
     MANIFEST,
     MAX_MANIFEST_BYTES,
-    canonical,
+    Manifest,
     digest_of,
-    file_names,
     list_versions,
-    parsed,
     plain_bytes,
     recovery_advice,
     refusing,
     sanitized,
 )
 from lorasc_fx.checkpoint.tree import Tensors, unpack
-from lorasc_fx.errors import CheckpointError, named, path_of
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, path_of
+from lorasc_fx.parameters import names_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import chunk_of
-from lorasc_fx.state import Learner
+from lorasc_fx.state import Learner, Part, ViewName, check_finite, host
 from lorasc_fx.util.decode import decode
-from lorasc_fx.util.fingerprint import data_of, fingerprints, text_digest
+from lorasc_fx.util.fingerprint import data_of, fingerprints
 from lorasc_fx.util.undo import Undo
 
 _MIN_BRANCH_LIMIT = 1 << 18
@@ -104,45 +99,6 @@ class Checkpoint:
         state = self.decoded()
         with self.refusing():
             return state, state.learners()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The text file of a version.
-
-    Args:
-        format: number of the format.
-        content: the content without tensors (`tree.pack`).
-        shards: axis of each sharded tensor, by name.
-        files: digest of each tensor file, by name.
-        digest: digest of all other fields.
-    """
-
-    format: int
-    content: dict[str, Any]
-    shards: dict[str, Count]
-    files: dict[str, Digest]
-    digest: str
-
-    @classmethod
-    def of(cls, data: bytes, path: Path, advice: str) -> Self:
-        """Return the manifest of the version at a path, from the bytes of the file. Raises CheckpointError."""
-        with refusing(path / MANIFEST, advice, code="unreadable-file"):
-            manifest = parsed(data)
-        with refusing(path / MANIFEST, advice):
-            written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-            if type(written) is not int or written != FORMAT:
-                raise CheckpointError(
-                    f"has format {sanitized(repr(written))}, but this version of lorasc-fx reads format {FORMAT}: load "
-                    "it with the version that wrote it",
-                    code="format-not-supported",
-                )
-            if manifest.get("digest") != text_digest(canonical(manifest)):
-                raise ValueError("differs from its own digest: the file is damaged, or was edited")
-            checked: Self = decode(cls, manifest)
-            if list(checked.files) != file_names(max(len(checked.files), 1)):
-                raise ValueError(f"files names {sanitized(', '.join(checked.files))}")
-            return checked
 
 
 def read(folder: str | PathLike[str]) -> Checkpoint:
@@ -404,3 +360,165 @@ def take_over(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
     with checkpoint.refusing():
         gradients = gradients_of(run, checkpoint.content)
     run.commit(gradients, undo)
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""A function from W0 to the folded weight, with the same shape, dtype and device."""
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """The changes that a fold makes to a base.
+
+    Args:
+        where: the run or checkpoint, for messages.
+        base: fingerprint of each base parameter, by its first name.
+        changes: a function for each changed parameter, by its first name.
+        full: folded values of the parameters trained in full, by first name. They do not depend on the base.
+        buffers: current buffers of the model, by name.
+        aliases: all names of a tied parameter, by each of its names.
+        running: number of the running stage if it has trained and therefore counts as ended, otherwise None.
+    """
+
+    where: str
+    base: Mapping[str, str]
+    changes: Mapping[str, Change]
+    full: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    running: int | None = None
+
+
+def folded_run(run: Run, call: str, view: str) -> FoldedWeights:
+    """Return the folded weights of a cascade. A running stage that has trained counts as ended.
+
+    Args:
+        run: the run of the cascade.
+        call: name of the user's call, for messages.
+        view: `slow` or `averaged`.
+
+    Raises:
+        StateError: a quantized weight has trained. Files in the layout of the base cannot store it.
+    """
+    check_view(call, view, run.plan.spec)
+    view_name: ViewName = "averaged" if view == "averaged" else "slow"
+    slow, parameters = ended(run, call), run.parameters_by_name()
+    check_quantized(f"{call} into the files of a base", slow, None)
+    changes: dict[str, Change] = {
+        name: partial(slow.value, name, view_name)
+        for name, state in slow.states.items()
+        if state.changed and name not in slow.quantized
+    }
+    full = {name: slow.value(name, view_name, parameters[name]) for name in slow.trained}
+    changes |= {name: partial(_cast, value) for name, value in full.items()}
+    buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
+    return FoldedWeights(call, run.fingerprints(), changes, full, buffers, names_of(run.model))
+
+
+def folded_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
+    """Return the folded weights of a checkpoint. A running stage that has trained counts as ended.
+
+    Raises:
+        CheckpointError: the tensors do not fit the plan.
+        StateError: view is `averaged`, but the spec keeps no average.
+        NonFiniteBranch: a running branch holds inf or nan.
+    """
+    plan = checkpoint.plan
+    check_view(f"fold {checkpoint.path}", view, plan.spec)
+    state, learners = checkpoint.with_learners()
+    slow, has_trained = state.slow, state.slow.moved(learners)
+    if has_trained:
+        for learner in learners.values():
+            if isinstance(learner, Branch):
+                check_finite(learner, plan.spec, plan.stage)
+
+    def folded(name: str, base: torch.Tensor) -> torch.Tensor:
+        # A checkpoint has no W0, so take it from the caller, for this weight only.
+        weight = slow.states[name]
+        single = replace(slow, states={name: weight if weight.full else replace(weight, base=base)})
+        if has_trained:
+            single = single.after_stage(plan, {name: learners[name]} if name in learners else {})
+        return single.value(name, view, base)
+
+    changes: dict[str, Change] = {
+        name: partial(folded, name) for name, weight in slow.states.items() if has_trained or weight.changed
+    }
+    full = {name: folded(name, value) for name, value in state.values.items()}
+    changes |= {name: partial(_cast, value) for name, value in full.items()}
+    buffers = {name: value for name, value in state.buffers.items() if value is not None}
+    aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
+    base, running = dict(checkpoint.content.base), plan.stage if has_trained else None
+    return FoldedWeights(str(checkpoint.path), base, changes, full, buffers, aliases, running)
+
+
+def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return value.detach().to(device=base.device, dtype=base.dtype)
+
+
+class RunSource:
+    """A run that the user gives to `merge` or to a bank: a cascade's run or a checkpoint folder.
+
+    Args:
+        source: the run, or the folder.
+        name: name of the run, for messages.
+        call: name of the user's call, for messages.
+
+    Attributes:
+        run: the run, or the checkpoint that was read.
+        plan, frontend: the plan of the run, and the front end that captured its model.
+        base: fingerprints of its base by parameter name.
+        moved: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        changed_buffers: names of these tensors that differ from the base.
+    """
+
+    def __init__(self, source: Run | str | PathLike[str], name: str, call: str) -> None:
+        self.base: Mapping[str, str]
+        self.moved: Collection[str]
+        self.run: Run | Checkpoint
+        if isinstance(source, Run):
+            source.check_ready(call)
+            source.note_kept()
+            self.run, self.name = source, f"{name}, a cascade"
+            self.base, self.moved = source.fingerprints(), source.moved_parameters()
+            self.changed_buffers = source.changed_buffers()
+        elif isinstance(source, (str, PathLike)):
+            self.run = read(source)
+            self.name = f"{name}, {self.run.path}"
+            self.base, self.moved = self.run.content.base, self.run.moved
+            self.changed_buffers = list(self.run.content.changed_buffers)
+        else:
+            raise SpecError(f"{call}: {name} is a {type(source).__name__}; give a checkpoint folder or a cascade")
+        self.plan, self.frontend = self.run.plan, self.run.frontend
+
+    def check_base(self, digests: Mapping[str, str], call: str) -> None:
+        """Raise CheckpointError if the fingerprints differ from the base of this run."""
+        advice = "give runs that all adapted the same base"
+        check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
+
+    def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
+        """Return the run as one summand. A running stage that has trained counts as ended, as in `release`.
+
+        Args:
+            bases: W0 by name. Required if the source is a checkpoint in the middle of a stage.
+
+        Raises:
+            StateError: the checkpoint is in the middle of a stage, and W0 of a weight is missing.
+            CheckpointError: the tensors of the checkpoint do not fit its plan.
+            NonFiniteBranch: a running branch holds inf or nan.
+        """
+        if isinstance(self.run, Run):
+            buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
+            return Part(self.name, self.plan, ended(self.run, "merge").without_base(), buffers)
+        state, learners = self.run.with_learners()
+        slow = state.slow
+        if slow.moved(learners):
+            if slow.states.keys() - bases.keys():
+                raise StateError(
+                    f"{self.name}, is in the middle of stage {state.plan.stage}. To end the stage, the weights of the "
+                    "base are needed: give the model too",
+                    code="stage-not-ended",
+                )
+            states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
+            slow = replace(slow, states=states).after_stage(state.plan, learners)
+        buffers = {name: value for name, value in state.buffers.items() if value is not None}
+        return Part(self.name, state.plan, slow.without_base(), buffers)

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import generator
 from lorasc_fx.cascade.optim import check_numbers, stepping
-from lorasc_fx.checkpoint.layout import sanitized
+from lorasc_fx.checkpoint.files import sanitized
 from lorasc_fx.checkpoint.tree import Tensors
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.shards import ProcessGroup, dtensor_like
@@ -38,11 +38,23 @@ _NUMPY = tuple[str, _Words, _Position, int, float]
 """States of Mersenne twisters. numpy reads at the position without a check."""
 
 
-def several(scheduler: object) -> tuple[Any, ...]:
+class Stateful(Protocol):
+    """An optimizer or scheduler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> object:
+        """Restore a state."""
+        ...
+
+
+def several(scheduler: Stateful | Sequence[Stateful] | None) -> tuple[Stateful, ...]:
     """Return the schedulers of an argument `scheduler`, which is one scheduler, several, or None."""
     if scheduler is None:
         return ()
-    return tuple(scheduler) if isinstance(scheduler, (list, tuple)) else (scheduler,)
+    return tuple(scheduler) if isinstance(scheduler, Sequence) else (scheduler,)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Owner:
     host: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, owner: Any) -> Self:
+    def of(cls, owner: Stateful) -> Self:
         """Return the state of an optimizer or scheduler. Its tensors are not copied."""
         state = owner.state_dict()
         if not isinstance(owner, torch.optim.Optimizer):
@@ -147,7 +159,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], fin
                 entries[name] = dtensor_like(value, parameters[index])
 
 
-def check_scheduler(scheduler: Any, saved: dict[str, Any], complete: bool) -> None:
+def check_scheduler(scheduler: Stateful, saved: dict[str, Any], complete: bool) -> None:
     """Check that a saved state fits a scheduler, and restore the types of its tables (a Counter of MultiStepLR).
 
     `complete`: see `check_optimizer`.
@@ -165,7 +177,7 @@ def check_scheduler(scheduler: Any, saved: dict[str, Any], complete: bool) -> No
             saved[name] = type(current[name])(value)
 
 
-def check_kinds(path: str, saved: Any, current: Any, needed: Iterable[str] = ()) -> None:
+def check_kinds(path: str, saved: Any, current: object, needed: Iterable[str] = ()) -> None:
     """Check that saved values are flags, texts, numbers, lists and tables where the current ones are.
 
     Args:
@@ -219,7 +231,7 @@ def keep_as_saved(
             loaded[key] = _as_saved(loaded[key], entries[key], converted, on_host)
 
 
-def _as_saved(loaded: Any, saved: Any, converted: torch.dtype | None, on_host: bool) -> Any:
+def _as_saved(loaded: object, saved: object, converted: torch.dtype | None, on_host: bool) -> object:
     """Return loaded values in their saved dtypes. Tensors with the saved dtype `converted` keep their new dtype."""
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor) and loaded.shape == saved.shape:
         dtype = loaded.dtype if saved.dtype == converted else saved.dtype

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.checkpoint.layout import DTYPES
+from lorasc_fx.checkpoint.files import DTYPES
 from lorasc_fx.shards import local
 
 Tensors = dict[str, torch.Tensor]

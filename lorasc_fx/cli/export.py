@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.folded import of_checkpoint
-from lorasc_fx.checkpoint.layout import list_versions
-from lorasc_fx.checkpoint.reader import read
+from lorasc_fx.checkpoint.files import list_versions
+from lorasc_fx.checkpoint.reader import folded_checkpoint, read
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.progress import reporting
 from lorasc_fx.cli.run_folder import RunFolder, check_output
@@ -95,7 +94,7 @@ def run_fold(arguments: FoldArguments) -> int:
     checkpoint = read(path)
     with reporting() as reporter:
         reporter.begin(f"fold {path}")
-        folded = of_checkpoint(checkpoint, arguments.view)
+        folded = folded_checkpoint(checkpoint, arguments.view)
         classes = folder.read_classes() if folder.cascade.is_file() else None
         fold_files(folded, arguments.base, output, reporter.copied, classes)
     if folded.running is not None:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import lorasc_fx as lx
 from lorasc_fx.branch import Delta
-from lorasc_fx.checkpoint.layout import list_versions
-from lorasc_fx.checkpoint.writer import write_tensors
+from lorasc_fx.checkpoint.files import list_versions
+from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, with_paths, write_config
 from lorasc_fx.cli.progress import FILE, append
 from lorasc_fx.errors import SpecError, StateError

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lorasc_fx.checkpoint.writer import write_tensors
+from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes, low_rank_pairs

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lorasc_fx.checkpoint.base_file import keys_of
-from lorasc_fx.checkpoint.folded import Change, FoldedWeights
-from lorasc_fx.checkpoint.layout import DTYPES
+from lorasc_fx.checkpoint.base import keys_of
+from lorasc_fx.checkpoint.files import DTYPES
+from lorasc_fx.checkpoint.reader import Change, FoldedWeights
 from lorasc_fx.errors import CheckpointError, nearest
 from lorasc_fx.export.tensor_files import Entry, TensorFile
 

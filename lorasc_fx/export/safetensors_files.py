@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 
 from lorasc_fx.cascade.folding import folded_each
-from lorasc_fx.checkpoint.base_file import INDEX, SINGLE, shards_of
-from lorasc_fx.checkpoint.folded import Change, FoldedWeights, of_run
-from lorasc_fx.checkpoint.layout import refusing
+from lorasc_fx.checkpoint.base import INDEX, SINGLE, shards_of
+from lorasc_fx.checkpoint.files import refusing
+from lorasc_fx.checkpoint.reader import Change, FoldedWeights, folded_run
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_weights import matched
 from lorasc_fx.export.tensor_files import Entry, TensorFile, bytes_of, extended
@@ -90,7 +90,7 @@ def safetensors(
                 )
             labels = getattr(getattr(cascade.model, "config", None), "id2label", None)
             classes = list(labels.values()) if isinstance(labels, dict) else None
-            return fold_files(of_run(cascade._run, call, view), path_of(base), out, progress, classes)
+            return fold_files(folded_run(cascade._run, call, view), path_of(base), out, progress, classes)
         if not is_integer(max_shard_bytes, 1):
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give an integer of 1 or more")
         _check_free(out)

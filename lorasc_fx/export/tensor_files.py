@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.checkpoint.layout import DTYPES, refusing
+from lorasc_fx.checkpoint.files import DTYPES, refusing
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import Buffer, data_of, fingerprint_of

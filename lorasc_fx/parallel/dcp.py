@@ -24,12 +24,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load as load_checkpoint
 from lorasc_fx.cascade.optim import Optimizers, optimizers_of
-from lorasc_fx.checkpoint import writer
+from lorasc_fx.checkpoint import saved
 from lorasc_fx.checkpoint.content import Content
-from lorasc_fx.checkpoint.layout import KEY, digest_of
+from lorasc_fx.checkpoint.files import KEY, digest_of, packed
 from lorasc_fx.checkpoint.reader import from_state_dict
-from lorasc_fx.checkpoint.training import gathered_random_states, several
-from lorasc_fx.checkpoint.writer import packed
+from lorasc_fx.checkpoint.training import Stateful, gathered_random_states, several
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.facade import Cascade
 
@@ -40,7 +39,7 @@ def state_dict(
     cascade: Cascade,
     *,
     optimizer: Optimizers | None = None,
-    scheduler: Any = None,
+    scheduler: Stateful | Sequence[Stateful] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the state dict of a cascade, for `torch.distributed.checkpoint.save` or `async_save`.
@@ -65,12 +64,12 @@ def state_dict(
     with group.agreed(call):
         run.check_ready(call, sharded=True)
         if not group.is_alone:
-            writer.check_between_steps(run, call)
-        writer.check_finite(run)
+            saved.check_between_steps(run, call)
+        saved.check_finite(run)
     rng = gathered_random_states(group, call)
     with group.agreed(call):
-        saved = Content.of(run, optimizers_of(call, optimizer), several(scheduler), extra, rng)
-        tensors, manifest = writer.contents(saved, run)
+        content = Content.of(run, optimizers_of(call, optimizer), several(scheduler), extra, rng)
+        tensors, manifest = saved.contents(content, run)
     axes: dict[str, int] = manifest["shards"]
     # Unsharded tensors are equal on all ranks, so rank 0 writes them.
     local_tensors = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lorasc_fx.checkpoint.layout import parsed, plain_bytes, refusing, sanitized
+from lorasc_fx.checkpoint.files import parsed, plain_bytes, refusing, sanitized
 from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.peft.mirror import (

@@ -23,8 +23,8 @@ from torch import nn
 from lorasc_fx.cascade.inputs import stand_ins
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.views import check_view
-from lorasc_fx.checkpoint.base_file import name_or_path
-from lorasc_fx.checkpoint.writer import write_tensors
+from lorasc_fx.checkpoint.base import name_or_path
+from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights

@@ -14,7 +14,7 @@ from lorasc_fx.capture import graph_breaks
 from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
-from lorasc_fx.checkpoint import reader, writer
+from lorasc_fx.checkpoint import reader, saved
 from lorasc_fx.cli import progress
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
@@ -34,10 +34,10 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "outside use": (_MODULES["lorasc_fx.compile.fallback"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
-    "write tensors": (writer, "save_file"),
-    "digest": (writer, "file_digest"),
-    "sync": (writer, "sync"),
-    "remove a folder": (writer, "remove"),
+    "write tensors": (saved, "save_file"),
+    "digest": (saved, "file_digest"),
+    "sync": (saved, "sync"),
+    "remove a folder": (saved, "remove"),
     "read tensors": (reader, "load"),
     "unpack": (reader, "install"),
     "unpack gradients": (reader, "gradients_of"),
@@ -59,7 +59,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "manifest bytes": ((writer, "MAX_MANIFEST_BYTES"), (reader, "MAX_MANIFEST_BYTES")),
+    "manifest bytes": ((saved, "MAX_MANIFEST_BYTES"), (reader, "MAX_MANIFEST_BYTES")),
     "block of a sum": ((factor_products, "BLOCK"),),
     "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),

@@ -20,15 +20,17 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
 from safetensors import SafetensorError
 
 from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
+from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import fingerprint, text_digest
 from lorasc_fx.util.version import version
@@ -200,3 +202,54 @@ def sanitized(name: object, max_length: int = 80) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of torch, this package and Python. A resume is bit-identical only with equal versions."""
     return {"torch": str(torch.__version__), "lorasc-fx": version(), "python": platform.python_version()}
+
+
+Count = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
+Digest = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "a digest has 64 hexadecimal digits")]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The text file of a version.
+
+    Args:
+        format: number of the format.
+        content: the content without tensors (`tree.pack`).
+        shards: axis of each sharded tensor, by name.
+        files: digest of each tensor file, by name.
+        digest: digest of all other fields.
+    """
+
+    format: int
+    content: dict[str, Any]
+    shards: dict[str, Count]
+    files: dict[str, Digest]
+    digest: str
+
+    @classmethod
+    def of(cls, data: bytes, path: Path, advice: str) -> Self:
+        """Return the manifest of the version at a path, from the bytes of the file. Raises CheckpointError."""
+        with refusing(path / MANIFEST, advice, code="unreadable-file"):
+            manifest = parsed(data)
+        with refusing(path / MANIFEST, advice):
+            written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+            if type(written) is not int or written != FORMAT:
+                raise CheckpointError(
+                    f"has format {sanitized(repr(written))}, but this version of lorasc-fx reads format {FORMAT}: load "
+                    "it with the version that wrote it",
+                    code="format-not-supported",
+                )
+            if manifest.get("digest") != text_digest(canonical(manifest)):
+                raise ValueError("differs from its own digest: the file is damaged, or was edited")
+            checked: Self = decode(cls, manifest)
+            if list(checked.files) != file_names(max(len(checked.files), 1)):
+                raise ValueError(f"files names {sanitized(', '.join(checked.files))}")
+            return checked
+
+
+def packed(manifest: dict[str, Any], digests: Sequence[str]) -> torch.Tensor:
+    """Add the digest of each rank's tensors (`digest_of`) to a manifest, and return its bytes as a tensor."""
+    manifest["files"] = dict(zip(file_names(len(digests)), digests, strict=True))
+    manifest["digest"] = text_digest(canonical(manifest))
+    text = json.dumps(manifest, allow_nan=False).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
