@@ -127,7 +127,9 @@ class Branch(nn.Module, abc.ABC):
         self._trainable = frozenset(self.trainable_names(site))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         values = self.initial_values(site, seed, stage)
-        self.zeros = tuple(name for name, value in values.items() if name in self._trainable and not value.any())
+        table = self.table(site)
+        at_zero = [name for name in values if (table[name].initial == 0 if name in table else not values[name].any())]
+        self.zeros = tuple(name for name in at_zero if name in self._trainable)
         for name, value in values.items():
             if hasattr(self, name):
                 raise SpecError(
