@@ -1,8 +1,9 @@
 """The whole of LoRASC by hand, in fp64, from docs/algorithm.md alone: nothing of lorasc_fx is in here.
 
 A weight is a dense matrix: W0, S, what its running stage started from, and N. The model is called with
-`W0 + start + N + s B A`, so that autograd differentiates the formula. SGD with momentum is written out. A stage's fresh
-A and noise come from their documented address.
+`W0 + start + N + delta`, so that autograd differentiates the formula of the adapter method. SGD with momentum is
+written out. A stage's fresh lora_A and noise come from their documented address; the random start of other methods is
+taken from the branch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tests.property.methods import DELTAS, ZEROS, Tensors
 from tests.property.nets import loss_of
 
 
@@ -34,6 +36,7 @@ class Law:
     strength: float
     distribution: str
     keep: bool
+    adapter: str
     lr: float = 0.05
     momentum: float = 0.5
 
@@ -48,11 +51,11 @@ class Delta:
 
 
 @dataclass
-class Pair:
-    """A [r, columns] and B [out, r] of a site, and its scale."""
+class Adapter:
+    """What is trained for a site, what is fixed in a stage, and the scale; None where a stage begins."""
 
-    a: Tensor
-    b: Tensor
+    trained: dict[str, Tensor] | None
+    fixed: Tensors
     scale: float
 
 
@@ -82,16 +85,25 @@ class Plain:
     Args:
         matrices: names of the weights that carry noise or a branch.
         trained: names of what is trained in full.
+        taken: returns what a method other than lora has drawn or decomposed at the start of a stage, by weight name.
     """
 
-    def __init__(self, model: nn.Module, law: Law, matrices: Sequence[str], trained: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        law: Law,
+        matrices: Sequence[str],
+        trained: Sequence[str],
+        taken: Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]],
+    ) -> None:
         self.model, self.law = copy.deepcopy(model).double().requires_grad_(False), law
         self.frozen = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.original = dict(self.frozen)
         self.deltas = {name: self.begin(name) for name in matrices}
         self.trained = {name: Delta(self.frozen[name], self.frozen[name], self.frozen[name]) for name in trained}
         self.values = {name: self.frozen[name].clone() for name in trained}
-        self.pairs: dict[str, Pair] = {}
+        self.adapters: dict[str, Adapter] = {}
+        self.taken = taken
         self.velocity: dict[tuple[str, str], Tensor] = {}
         self.stage, self.idle, self.moved = 1, False, False
 
@@ -101,10 +113,34 @@ class Plain:
         return Delta(self.original[name], zero, zero)
 
     def add_site(self, name: str, rank: int, scale: float) -> None:
-        """A branch for a weight, as the running stage starts it: A from its address, B = 0."""
+        """A branch for a weight, as the running stage starts it."""
         self.deltas.setdefault(name, self.begin(name))
-        rows = self.matrix(name)[0]
-        self.pairs[name] = Pair(self.fresh(name, rank), torch.zeros(rows, rank, dtype=torch.float64), scale)
+        self.adapters[name] = Adapter(None, {}, scale)
+        if self.law.adapter == "lora":
+            zero = torch.zeros(self.matrix(name)[0], rank, dtype=torch.float64)
+            self.adapters[name].trained = {"lora_A": self.fresh(name, rank), "lora_B": zero}
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of a site. At the start of a stage it is taken from the branch, if the method is not lora."""
+        found = self.adapters[name]
+        if found.trained is None:
+            found.trained, found.fixed = self.taken(name)
+            assert not found.trained[ZEROS[self.law.adapter]].any()
+            weight = (self.deltas[name].base + self.started(name)).flatten(1)
+            if self.law.adapter == "delora":
+                found.fixed = {"w": weight.norm(dim=0)}
+            elif self.law.adapter == "lora-xs":  # the nearest matrix of this rank is unique, its factors are not
+                u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+                rank = len(found.fixed["A"])
+                nearest = u[:, :rank] @ torch.diag(values[:rank]) @ vh[:rank]
+                torch.testing.assert_close(found.fixed["B"] @ found.fixed["A"], nearest, rtol=1e-5, atol=1e-5)
+        return found
+
+    @property
+    def begun(self) -> bool:
+        """Whether the stage has trained."""
+        zeros = [(self.adapter(name).trained or {})[ZEROS[self.law.adapter]] for name in self.adapters]
+        return self.moved or any(bool(value.any()) for value in zeros)
 
     def matrix(self, name: str) -> tuple[int, int]:
         """[out, in / groups * prod(kernel)]."""
@@ -134,10 +170,14 @@ class Plain:
             unit = torch.erfinv(unit * (2 - 2**-23)) * 2**0.5 * 12**-0.5
         return law.strength * (delta.base + delta.start).std() * unit.double()
 
-    def live(self, name: str) -> Tensor | float:
-        """s B A, as the weight is stored."""
-        pair = self.pairs.get(name)
-        return 0.0 if pair is None else pair.scale * (pair.b @ pair.a).view(self.original[name].shape)
+    def live(self, name: str, noise: Tensor | float = 0.0) -> Tensor | float:
+        """The delta of the branch, as the weight is stored. Some methods multiply the weight, in a call with noise."""
+        if name not in self.adapters:
+            return 0.0
+        adapter, delta = self.adapter(name), self.deltas[name]
+        assert adapter.trained is not None
+        weight = (delta.base + self.started(name) + noise).flatten(1)
+        return DELTAS[self.law.adapter](adapter.trained, adapter.fixed, weight, adapter.scale).view(delta.base.shape)
 
     def present(self) -> dict[str, Tensor]:
         """What the parameters hold: W_t, what is trained in full as it is, and the rest as it was."""
@@ -158,7 +198,8 @@ class Plain:
     def __call__(self, *args: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The model with W_t and its branches, or with other weights."""
         if weights is None:
-            weights = self.present() | {n: self.present()[n] + self.live(n) for n in self.pairs}
+            present = self.present()
+            weights = present | {n: present[n] + self.live(n, self.noise(n)) for n in self.adapters}
         wide = [
             argument.double() if argument is not None and argument.is_floating_point() else argument
             for argument in args
@@ -169,8 +210,7 @@ class Plain:
 
     def leaves(self) -> dict[tuple[str, str], Tensor]:
         """What an optimizer holds."""
-        found = {(name, "A"): pair.a for name, pair in self.pairs.items()}
-        found |= {(name, "B"): pair.b for name, pair in self.pairs.items()}
+        found = {(n, key): value for n in self.adapters for key, value in (self.adapter(n).trained or {}).items()}
         return found | {(name, "value"): value for name, value in self.values.items()}
 
     def step(self, *args: Any) -> Tensor:
@@ -206,9 +246,12 @@ class Plain:
         law = self.law
         self.slow_update()
         self.stage, self.idle, self.moved = self.stage + 1, idle, False
-        for name, pair in self.pairs.items():
-            a = self.fresh(name, pair.a.shape[0]) if law.restart_A == "fresh" else pair.a
-            self.pairs[name] = Pair(a, torch.zeros_like(pair.b), pair.scale)
+        for name, adapter in self.adapters.items():
+            last, adapter.trained = adapter.trained, None
+            if law.adapter == "lora":
+                assert last is not None
+                a = self.fresh(name, len(last["lora_A"])) if law.restart_A == "fresh" else last["lora_A"]
+                adapter.trained = {"lora_A": a, "lora_B": torch.zeros_like(last["lora_B"])}
         for key in [key for key in self.velocity if key[1] != "value"] if told else ():
             if law.optimizer_state == "reset":
                 del self.velocity[key]
@@ -219,6 +262,8 @@ class Plain:
     def end_idle(self) -> None:
         """Start the stage that comes after a loop's last one."""
         self.idle = False
+        for adapter in self.adapters.values() if self.law.adapter != "lora" else ():
+            adapter.trained = None  # the start of a stage may differ from the slow weights
         self.rest()
 
     def rest(self) -> None:
@@ -237,9 +282,9 @@ class Plain:
 
     def released(self) -> dict[str, Tensor]:
         """The slow weights; a stage that has trained is folded first."""
-        begun = self.moved or any(bool(pair.b.any()) for pair in self.pairs.values())
-        ended = copy.deepcopy(self)
-        if begun:
+        ended = copy.copy(self)
+        ended.deltas, ended.trained = dict(self.deltas), dict(self.trained)
+        if self.begun:
             ended.slow_update()
         slow = {name: delta.base + delta.slow for name, delta in ended.deltas.items()}
         return self.frozen | slow | {name: each.slow for name, each in ended.trained.items()}

@@ -34,6 +34,7 @@ from lorasc_fx.graph import text
 from lorasc_fx.passes import AdapterInputs, BindAdapter, adapter_values
 from tests.kit.errors import raises
 from tests.kit.state import graphs_of
+from tests.property.methods import DELTAS
 from tests.property.nets import Build, Net, inputs, loss_of
 from tests.property.plain import Law, Plain
 
@@ -52,20 +53,35 @@ BUILDS = st.builds(
 STRENGTH = st.sampled_from([0.0, 0.3])
 
 
+WEIGHT_ONLY = {"hira", "shira", "oft", "lokr"}
+"""Methods whose delta has no low rank."""
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> lx.CascadeSpec:
+    """Half of them have a method other than lora, which has fewer options."""
+    adapter = draw(st.sampled_from(["lora"] * 8 + [name for name in DELTAS if name != "lora"]))
+    lora, scaled = adapter == "lora", adapter in ("lora", "lora-xs", "lokr")
+    targets = list(TARGETS) if adapter != "lokr" else [("first", "mix", "other")]  # lokr is not for embeddings
+    options: dict[str, Any] = {}
+    if scaled:
+        options = {"lora_alpha": draw(st.sampled_from([1.0, 3.0])), "use_rslora": draw(st.booleans())}
+    if lora:
+        options |= {
+            "rules": draw(st.sampled_from([(), (lx.Rule("mix", rank=1, lora_alpha=1.5),)])),
+            "restart_A": draw(st.sampled_from(["fresh", "kept"])),
+        }
     return lx.CascadeSpec(
-        targets=draw(st.sampled_from([("linear", "conv", "embedding"), ("first", "mix", "other"), ("mix*", "*o*r*")])),
+        adapter=adapter,
+        targets=draw(st.sampled_from(targets)),
         exclude=draw(st.sampled_from([(), (), ("first",)])),
         train=draw(st.sampled_from([(), ("head",), ("head", "*.bias")])),
-        rules=draw(st.sampled_from([(), (lx.Rule("mix", rank=1, lora_alpha=1.5),)])),
-        rank=draw(st.integers(1, 3)),
-        lora_alpha=draw(st.sampled_from([1.0, 3.0])),
-        use_rslora=draw(st.booleans()),
-        placement=draw(st.sampled_from(["auto", "beside", "merged", "weight"])),
+        rank=draw(st.integers(1, 2 if adapter == "miss" else 3)),  # MiSS has at most as many rows as inputs
+        placement=draw(
+            st.sampled_from(["auto", "merged", "weight", *(["beside"] if adapter not in WEIGHT_ONLY else [])])
+        ),
         pace=draw(st.sampled_from([0.3, 0.5, 1.0])),
         restart=draw(st.sampled_from(["slow", "fast"])),
-        restart_A=draw(st.sampled_from(["fresh", "kept"])),
         optimizer_state=draw(st.sampled_from(["reset", "kept", 0.5])),
         slow_train=draw(st.booleans()),
         noise=lx.Noise(
@@ -75,6 +91,7 @@ def specs(draw: st.DrawFn) -> lx.CascadeSpec:
             where=draw(st.sampled_from(["sites", "all"])),
         ),
         seed=draw(st.integers(0, 2**63 - 1)),
+        **options,
     )
 
 
@@ -93,8 +110,9 @@ def sites_of(spec: lx.CascadeSpec, model: Net, with_y: bool) -> list[str]:
 
 
 def scaling(spec: lx.CascadeSpec, name: str) -> tuple[int, float]:
-    """Rank, and s = lora_alpha / r, or under rsLoRA / sqrt(r)."""
+    """Rank, and s = lora_alpha / r, or under rsLoRA / sqrt(r); 1 by default."""
     rank, alpha = (1, 1.5) if spec.rules and name == "mix.weight" else (spec.rank, spec.lora_alpha)
+    alpha = rank if alpha is None else alpha
     return rank, alpha / (math.sqrt(rank) if spec.use_rslora else rank)
 
 
@@ -109,6 +127,7 @@ def law_of(spec: lx.CascadeSpec) -> Law:
         strength=spec.noise.strength,
         distribution=spec.noise.distribution,
         keep=spec.noise.keep,
+        adapter=spec.adapter,
     )
 
 
@@ -149,7 +168,7 @@ class Machine(RuleBasedStateMachine):
         if spec.noise.strength and spec.noise.where == "all":
             noisy = [n for n, axes in held.items() if axes > 1 and n not in trained]
             noisy = [n for n in noisy if n.rpartition(".")[0] not in spec.exclude]
-        self.plain = Plain(model, law_of(spec), noisy, trained)
+        self.plain = Plain(model, law_of(spec), noisy, trained, self.taken)
         self.cascade = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=spec)
         self.optimizer = self.fresh_optimizer()
         self.know(self.with_y)
@@ -163,10 +182,12 @@ class Machine(RuleBasedStateMachine):
 
     def know(self, with_y: bool) -> None:
         """Sites that came with a call: branches of both, and a new optimizer that goes on with the old one's state."""
-        new = [name for name in sites_of(self.spec, self.untouched, with_y) if name not in self.plain.pairs]
+        new = [name for name in sites_of(self.spec, self.untouched, with_y) if name not in self.plain.adapters]
         for name in new:
             self.plain.add_site(name, *scaling(self.spec, name))
-        assert {site.weight for site in self.cascade.sites} == set(self.plain.pairs)
+        assert {site.weight for site in self.cascade.sites} == set(self.plain.adapters)
+        for name in self.plain.adapters:  # before a step changes them
+            self.plain.adapter(name)
         if new:
             old, self.optimizer = self.optimizer, self.fresh_optimizer()
             for parameter, state in old.state.items():
@@ -187,9 +208,22 @@ class Machine(RuleBasedStateMachine):
     def leaves(self) -> dict[tuple[str, str], nn.Parameter]:
         branches = {site.weight: self.cascade.branches[site.key] for site in self.cascade.sites}
         held = dict(self.cascade.model.named_parameters())
-        found = {(name, "A"): branch.lora_A for name, branch in branches.items()}
-        found |= {(name, "B"): branch.lora_B for name, branch in branches.items()}
+        found = {(name, key): value for name, each in branches.items() for key, value in each.trainable().items()}
         return found | {(name, "value"): held[name] for name in self.plain.values}
+
+    def taken(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the branch of a weight starts with: trained, and fixed."""
+        branch: Any = next(self.cascade.branches[site.key] for site in self.cascade.sites if site.weight == name)
+        trained = {key: value.detach().to(torch.float64, copy=True) for key, value in branch.trainable().items()}
+        fixed: dict[str, Tensor] = {}
+        if self.spec.adapter == "vera":
+            like = torch.zeros(1, dtype=torch.float64)
+            fixed = {"A": branch.vera_A.like(like), "B": branch.vera_B.like(like)}
+        elif self.spec.adapter == "lora-xs":
+            fixed = {"A": branch.xs_A.detach().double(), "B": branch.xs_B.detach().double()}
+        elif self.spec.adapter == "shira":
+            fixed = {"places": branch.positions[: len(branch.shira_values)]}
+        return trained, fixed
 
     def velocity(self, leaf: nn.Parameter) -> Tensor:
         return self.optimizer.state.get(leaf, {}).get("momentum_buffer", torch.zeros_like(leaf)).detach()
@@ -250,7 +284,7 @@ class Machine(RuleBasedStateMachine):
         self.plain.transition(told=told)
 
     def trained_since_idle(self) -> bool:
-        return self.plain.idle and (self.plain.moved or any(bool(pair.b.any()) for pair in self.plain.pairs.values()))
+        return self.plain.idle and self.plain.begun
 
     @rule(count=st.integers(1, 2), steps=st.integers(0, 2), leave=st.booleans())
     def loop(self, count: int, steps: int, leave: bool) -> None:
@@ -283,6 +317,7 @@ class Machine(RuleBasedStateMachine):
     def call(self, batch: int, with_y: bool) -> None:
         self.both(self.inputs(batch, 6, with_y))
 
+    @precondition(lambda self: self.spec.adapter == "lora")
     @rule(rank=st.integers(3, 5))
     def lift(self, rank: int) -> None:
         """A graph with its adapters as inputs, bound to the values that it had, is the graph before, node for node."""
