@@ -243,13 +243,15 @@ def _mirror(
     if inside_top := {name: top for name in trained if "." not in name}:
         return None, inside_top
     wanted = {target.name: weight for weight, group in targets.items() for target in group}
+    config = _config(model, change, targets, trained, task)
     try:
-        mirror = Mirror(model, _config(model, change, targets, trained, task))
+        mirror = Mirror(model, config)
     except Exception as fault:  # peft raises errors of many types
         reason = f"peft refuses this adapter: {' '.join(str(fault).split())[:300]}"
         return None, dict.fromkeys([*trained, *wanted.values()], reason)
+    mirror.config.fan_in_fan_out = config.fan_in_fan_out  # peft resets it if a linear layer is adapted too
     saved = tuple(f"{path}." for path in mirror.saved)
-    problems = {f"{name}": f"peft would adapt {name} too" for name in mirror.layers.keys() - wanted.keys()}
+    problems = {name: f"peft would adapt {name} too" for name in mirror.layers.keys() - wanted.keys()}
     for name in wanted.keys() - mirror.layers.keys():
         if not name.startswith(saved):
             problems[wanted[name]] = f"peft does not adapt {name} if it saves {', '.join(mirror.saved) or 'no module'}"
