@@ -19,6 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, record_of, verify
 from lorasc_fx.graph.branch_calls import calls_branches
+from lorasc_fx.graph.matching import recover
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class CascadePass(abc.ABC):
             PassError: a required fact is missing.
             VerifyError: the graph does not agree with its plan, before or after the pass.
         """
+        recover(graph_module)
         if self.done(graph_module):
             return PassResult(graph_module, False)
         self.check(graph_module)
@@ -95,6 +97,6 @@ def _advice(graph_module: fx.GraphModule) -> str:
     if caller is None or record_of(graph_module).facts:
         return "; run a pass that provides it first"
     return (
-        f", although its node {caller.name} calls a branch. A pass returned a new graph module without the metadata "
-        "(graph_module.meta). Run that pass inside a Pipeline, which copies the metadata"
+        f", although its node {caller.name} calls a module that contains a branch, where no pass reaches it. Run this "
+        "pass before the one that moved the branch into a module"
     )

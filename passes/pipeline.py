@@ -17,6 +17,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from lorasc_fx.errors import PassError, PassOrderError
 from lorasc_fx.graph import GraphEditor, record_of, set_record, verify
+from lorasc_fx.graph.branch_calls import Kept
+from lorasc_fx.graph.matching import recover
 
 from .base import CascadePass
 
@@ -59,6 +61,7 @@ class Pipeline:
             VerifyError: the graph does not agree with its plan, before the first pass, after one that this package does
                 not define, or after the last pass.
         """
+        recover(graph_module)
         _check_order(self.passes, record_of(graph_module).facts)
         # Check the contract of the first pass before the graph: a missing fact is the clearer error.
         start = self.passes[0]
@@ -97,6 +100,7 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     The pass may return a GraphModule, a PassResult, or None after an edit in place.
     """
     before, record = editor.release_module(), editor.record
+    kept = Kept.of(before, record)
     result = pass_(before)
     changed = True
     if isinstance(result, PassResult):
@@ -110,6 +114,7 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     # A new graph module has no record. After a fold, none is needed.
     if not record_of(result).facts and "branches-folded" not in record.facts:
         set_record(result, record)
+        recover(result, kept)
     verify(result, f"after {name_of(pass_)}")
     after = editor.resume(result)
     after.modified |= changed

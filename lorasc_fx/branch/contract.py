@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.func import functional_call
 
 from lorasc_fx.branch.conv import ConvCall
@@ -108,6 +108,9 @@ class Branch(nn.Module, abc.ABC):
 
     pads_with_zeros: ClassVar[bool] = False
     """Whether padding the parameters with zeros to a larger rank does not change the delta."""
+
+    kept: Any = None
+    """What a graph module that owns its weights loses if other code rebuilds it, a `graph.branch_calls.Kept`."""
 
     slices: tuple[int, ...] = ()
     """Number of rows of each slice of a fused weight (such as q, k and v), which has separate factors."""
@@ -270,6 +273,13 @@ class Branch(nn.Module, abc.ABC):
             at: name of this method, such as `beside`, `in_place` or `on_weight`.
             tensors, scale: use these instead of the parameters and the scale of the branch (see `computed_with`).
         """
+        first: Any = args[0]
+        if isinstance(first, fx.Proxy):  # symbolic_trace keeps a branch as one node
+            given = {"tensors": tensors, "scale": scale} if tensors is not None else {}
+            path, tracer = first.tracer.path_of_module(self), first.tracer  # type: ignore[attr-defined]
+            return tracer.create_proxy(  # type: ignore[return-value]
+                "call_module", path, args, {"at": at, **options, **given}
+            )
         if tensors is not None:
             assert scale is not None
             return self.computed_with(tensors, scale, *args, at=at, **options)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from lorasc_fx.branch.low_rank import (
     ConvGeometry,
@@ -268,6 +269,9 @@ def _merged_gradients(
 
 def shared_down(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Return `x A^T` [..., rank] for each factor A [rank, in], computed as one product. x is [..., in]."""
+    traced: Any = x
+    if isinstance(traced, fx.Proxy):  # symbolic_trace keeps it as one node
+        return traced.tracer.create_proxy("call_function", shared_down, (x, factors), {})  # type: ignore[return-value]
     ranks = [a.shape[0] for a in factors]
     if allows_custom_backward(x):
         x = x.to(compute_dtype(x))

@@ -17,15 +17,18 @@ If the tensors of a branch are inputs of the graph, its node also has `tensors={
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from lorasc_fx.branch import Branch, shared_down
 from lorasc_fx.graph.forms import FunctionForm, ModuleForm, StoredCall, form_of, registered_named
-from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use
 from lorasc_fx.graph.weights import BRANCHES, called_module, module_at
 
 INPUT_OPTIONS = ("tensors", "scale", "rows")
@@ -87,6 +90,17 @@ class CallTemplate(StoredCall):
         args, kwargs = fx.node.map_arg(node.args, numbered), fx.node.map_arg(node.kwargs, numbered)
         return cls(node.name, node.op, node.target, args, kwargs, len(inputs))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An OpOverload cannot be pickled, so that its name is.
+        is_op = isinstance(self.target, OpOverload)
+        values = (self.name, self.op, str(self.target) if is_op else self.target, self.args, self.kwargs, self.inputs)
+        return _template, (is_op, *values)
+
+
+def _template(is_op: bool, name: str, op: str, target: Any, *values: Any) -> CallTemplate:
+    """Return an unpickled template. If `is_op`, its target is the name of an op, such as `aten.linear.default`."""
+    return CallTemplate(name, op, operator.attrgetter(target)(torch.ops) if is_op else target, *values)
+
 
 @dataclass(frozen=True)
 class ReplacedCall(StoredCall):
@@ -122,6 +136,31 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
     module = module_at(owner, template.target) if owner is not None and template.op == "call_module" else None
     op = ReplacedCall(template.name, template.op, template.target, args, kwargs, module)
     return replace(op, form=form_of(op, module)) if len(node.args) == template.inputs else op
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a graph module loses if other code rebuilds it, kept by its branches. Copies of a branch share it.
+
+    Args:
+        record: the record of the graph module.
+        templates: the templates of the calls that branches replaced, by weight, in the order of the graph.
+    """
+
+    record: Record
+    templates: Mapping[str, tuple[CallTemplate, ...]]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, record: Record) -> Kept:
+        """Return what the branches of a graph module keep."""
+        templates: dict[str, tuple[CallTemplate, ...]] = defaultdict(tuple)
+        for node, branch in branch_nodes(graph_module).items():
+            if (template := call_template(node)) is not None:
+                templates[branch.weight_name] += (template,)
+        return cls(record, dict(templates))
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return self
 
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:

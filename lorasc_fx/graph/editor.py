@@ -25,6 +25,7 @@ from lorasc_fx.branch import Branch, fill, shared_down
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph.branch_calls import (
     CallTemplate,
+    Kept,
     ReplacedCall,
     branch_nodes,
     made_by,
@@ -364,6 +365,10 @@ class GraphEditor:
         holder = self.module._modules.get(BRANCHES)
         if not isinstance(holder, nn.ModuleDict):
             return self.module
+        if not self.record.owner:
+            kept = Kept.of(self.module, self.record)
+            for branch in branch_nodes(self.module).values():
+                branch.kept = kept
         # Write the new values into the old Parameters. On an exception, `commit` rolls back what was written.
         pairs = [(key, old, holder._modules.get(key)) for key, old in self._renewed.items()]
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]

@@ -19,7 +19,16 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError, SpecError
-from lorasc_fx.graph.branch_calls import ReplacedCall, call_template, mergeable, replaced_call
+from lorasc_fx.graph.branch_calls import (
+    Kept,
+    ReplacedCall,
+    branch_nodes,
+    call_template,
+    made_by,
+    mergeable,
+    replaced_call,
+    shared_input,
+)
 from lorasc_fx.graph.flow import (
     Consumer,
     Slice,
@@ -46,7 +55,7 @@ from lorasc_fx.graph.forms import (
 )
 from lorasc_fx.graph.patterns import check_patterns, matches, targeted
 from lorasc_fx.graph.placement import by_shape
-from lorasc_fx.graph.record import Record, Use
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import Weights, called_module, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import is_quantized
@@ -447,6 +456,36 @@ def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...]
         return (base, reading.x), {"at": "beside", **reading.options}
     tensors = (reading.weight,) if reading.bias is None else (reading.weight, reading.bias)
     return (reading.x, *tensors), {"at": "in_place", **reading.options, "op": form.product}
+
+
+def recover(graph_module: fx.GraphModule, kept: Kept | None = None) -> None:
+    """Restore the record and the marks of a graph module that other code rebuilt without the metadata.
+
+    Args:
+        graph_module: gets the record if it has none, and the marks if no branch node has one.
+        kept: what it had before. By default what its branches keep.
+    """
+    nodes = branch_nodes(graph_module)
+    kept = kept or next((branch.kept for branch in nodes.values() if isinstance(branch.kept, Kept)), None)
+    if kept is None or not nodes:
+        return
+    if not record_of(graph_module).facts:
+        set_record(graph_module, kept.record)
+    if any(made_by(node) for node in nodes):
+        return
+    templates = {weight: iter(calls) for weight, calls in kept.templates.items()}
+    for node, branch in nodes.items():
+        helpers = [node]
+        if node.kwargs.get("at") == "in_place":
+            node.meta[REPLACED_CALL] = template = next(templates.get(branch.weight_name, iter(())), None)
+            reads_names = template is not None and template.op == "call_module"
+            helpers += [source for source in node.all_input_nodes if reads_names and source.op == "get_attr"]
+        elif (shared := shared_input(node)) is not None:
+            helpers += [*node.all_input_nodes[1:], shared.group, *shared.group.all_input_nodes[1:]]
+        for helper in helpers:
+            helper.meta[MADE_BY] = "insert-branches"
+    for node, use in match(graph_module, kept.record, partial=True)[1].items():
+        node.meta[USE] = use
 
 
 _UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"

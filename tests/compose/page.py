@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
+from tests.compose.kinds import table
 from tests.compose.models import calls
 
 Run = Callable[[Any, tuple[Tensor, ...]], Any]
@@ -174,9 +175,8 @@ UNMARKED = "no pass has marked it as a use"
 # fmt: off
 ROWS: tuple[Row, ...] = (
     Row("conv-bn fusion", "torch.fx.experimental.optimization.fuse", "modules", fuse,
-        lambda module: not calls(module, "BatchNorm2d"), Yes("the fused weights are W0"), Refused(UNMARKED,
-        "it traces the branches again; with `no_trace=True` it is followed, and fuses no site"), Yes(),
-        computes=True),
+        lambda module: not calls(module, "BatchNorm2d"), Yes("the fused weights are W0"),
+        Yes("it fuses no site, because a branch is in between"), Yes(), computes=True),
     Row("constant folding", "torch.fx.experimental.const_fold.split_const_subgraphs", "modules", fold_constants,
         lambda module: not calls(module, "exp"), Yes(), Yes("branches are not folded"), Yes()),
     Row("Inductor's constant folding", "torch._inductor.constant_folding.constant_fold", "aten", freeze,
@@ -221,6 +221,80 @@ PAGE = Path(__file__).parents[2] / "docs" / "composing.md"
 ABOUT = """\
 # Other people's passes
 
+{kinds}
+
+"Branches" says what `Pipeline([MatchSites(spec), InsertBranches()])` does with such a graph. "Another pass" is
+`ShapeProp`, between insertion and fold. `FoldBranches()` adds the whole branch to the weight, so the folded graph
+computes what the graph with branches computed. `tests/compose/test_lifted.py` and `test_rebuilt.py` run every
+cell.
+
+torch.compile needs no pass of yours. `lx.backend` inserts branches into every graph that dynamo makes, shares them
+between recompilations and across graph breaks, and compiles the result by inductor or another backend:
+
+```python
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+lorasc = lx.backend(lx.CascadeSpec(rank=2), inner="eager")
+compiled = torch.compile(model, backend=lorasc)
+compiled(torch.ones(1, 6))  # creates the branches
+optimizer = torch.optim.AdamW([p for p in lorasc.parameters() if p.requires_grad])
+torch.save(lorasc.state_dict(), "branches.pt")  # the branches only
+folded = lorasc.fold(model)  # a copy, not compiled
+```
+
+Quantization and QAT of torchao (`prepare_pt2e`, `prepare_qat_pt2e`) put observers between weights and ops. Fold first:
+`prepare_qat_pt2e(FoldBranches()(adapted).graph_module, quantizer)`. A fold after them raises and names the nodes.
+
+A pass of your own is a `CascadePass`: `examples/own_pass.py` in 20 lines limits the norm of each branch. A branch of
+your own at an op of your own is a method (`register_branch`) and a form (`register_form`):
+
+```python
+import torch
+from torch import fx, nn
+
+import lorasc_fx as lx
+from lorasc_fx.branch import Branch
+from lorasc_fx.graph import WeightForm, register_form
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+
+
+class RowShift(Branch):
+    zeros = ("shift",)  # while it is zero, the delta is zero
+
+    @classmethod
+    def shapes(cls, site):
+        return {"shift": (site.shape[0], 1)}
+
+    def delta(self, weight=None):
+        return self.scale * self.shift.expand(self.weight_shape)
+
+
+def cosine(x, weight):
+    return torch.cos(x @ weight.T)  # not linear in its weight, so the branch is added to the weight
+
+
+class Features(nn.Linear):
+    def forward(self, x):
+        return cosine(x, self.weight)
+
+
+model = nn.Sequential(Features(4, 6, bias=False), nn.ReLU())
+traced = fx.GraphModule(model, fx.Tracer(autowrap_functions=(cosine,)).trace(model))
+form = WeightForm("my.cosine", "linear", (cosine,), ("x", "weight"))
+lx.register_branch("row-shift", RowShift)
+with register_form(form):
+    adapted = Pipeline([MatchSites(lx.CascadeSpec(adapter="row-shift")), InsertBranches()])(traced).graph_module
+    nn.init.ones_(adapted.branches.get_submodule("0/weight").shift)  # your training goes here
+    folded = FoldBranches()(adapted).graph_module
+assert torch.allclose(folded.get_parameter("0.weight"), model[0].weight + 1)
+```
+
+## In a Pipeline
+
 A `Pipeline` accepts any callable that takes a GraphModule, before, between and after the passes of lorasc-fx. The
 callable returns a GraphModule or a PassResult, or None if it changed the module in place:
 
@@ -254,13 +328,13 @@ The insertion freezes all weights of its result, as peft does, except those unde
 `[p for p in adapted.parameters() if p.requires_grad]` to the optimizer. The Parameters of the traced model keep their
 flags; the frozen ones are new and share their memory. A fold makes them trainable again.
 
-A pass that builds a new graph module loses the metadata of lorasc-fx. A Pipeline restores it; in torch's PassManager,
-wrap the pass: `Pipeline([it])`. A Pipeline runs passes in the given order;
+The branches of a graph module keep what other code loses if it builds the module again, such as `torch.load`,
+`deepcopy` and `symbolic_trace`, so a fold works on the result too. A Pipeline runs passes in the given order;
 `Pipeline(passes, order="solved")` sorts them by what they require, provide and remove.
 
-The table shows three orders. *Before*: the pass, the insertion, the fold. *Between*: the insertion, the pass, the fold.
-*After*: `cascade.folded_graph()` or `release()`, then the pass. *Yes* means that the pass changed the graph, and
-that outputs agree with the same pass on the plain model with `W + s B A` for W (fp64: 1e-10 of their scale;
+The last table shows three orders. *Before*: the pass, the insertion, the fold. *Between*: the insertion, the pass,
+the fold. *After*: `cascade.folded_graph()` or `release()`, then the pass. *Yes* means that the pass changed the graph,
+and that outputs agree with the same pass on the plain model with `W + s B A` for W (fp64: 1e-10 of their scale;
 quantization in fp32: 1e-5). `tests/compose/test_table.py` runs every cell, and `python -m tests.compose.page` writes
 this page.
 
@@ -271,7 +345,7 @@ def text() -> str:
     """Return the whole page."""
     head = ["| pass | before the insertion | between insertion and fold | after the fold |", "|---|---|---|---|"]
     rows = [f"| {row.name} (`{row.source}`) | {row.before} | {row.between} | {row.after} |" for row in ROWS]
-    return ABOUT + "\n".join([*head, *rows]) + "\n"
+    return ABOUT.replace("{kinds}", table()) + "\n".join([*head, *rows]) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 
 import lorasc_fx as lx
 from lorasc_fx.graph import branch_nodes, faults, text
@@ -304,11 +305,17 @@ def test_followed_or_refused(case: Case) -> None:
 # --- outside a Pipeline, and in torch's own manager -----------------------------------------------------------------
 
 
-def test_outside_a_pipeline_a_dropped_record_is_told() -> None:
-    inserted, _ = make(Plain, "aten")
+def test_outside_a_pipeline_a_dropped_record_is_recovered() -> None:
+    inserted, x = make(Plain, "aten")
     dropped = record_dropped_with_a_new_module(inserted)
-    with raises(lx.PassError, "requirement-not-met", "fold-branches", "linear_lora", "graph_module.meta", "a Pipeline"):
-        FoldBranches()(dropped)
+    torch.testing.assert_close(FoldBranches()(dropped).graph_module(x), inserted(x), rtol=1e-12, atol=1e-12)
+
+
+def test_branches_in_a_module_are_told() -> None:
+    inserted, _ = make(Plain, "aten")
+    parts = split_module(inserted, inserted, lambda node: 0)
+    with raises(lx.PassError, "requirement-not-met", "fold-branches", "submod_0 calls a module that contains a branch"):
+        FoldBranches()(parts)
 
 
 def test_noise_is_no_other_weight() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
 from lorasc_fx.graph import record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, NoSites, Pipeline, weights_as_attributes
+from tests.compose.kinds import WITH_NAMES, WITHOUT_NAMES, X, lifted, model
+from tests.compose.page import shapes
 from tests.kit.errors import raises
 from tests.passes.kit import deltas, fill
 
@@ -24,48 +26,20 @@ SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, seed=5)
 INSERT = Pipeline([MatchSites(SPEC), InsertBranches()])
 
 
-def model() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double().eval()
-
-
-X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-Lifted = Callable[[nn.Module], tuple[fx.GraphModule, list[Any]]]
-
-
-def exported(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
-    program = torch.export.export(module, (X,))
-    return program.graph_module, [*module.parameters(), X]
-
-
-def functional(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
-    weights = dict(module.named_parameters())
-    traced = make_fx(lambda weights, x: torch.func.functional_call(module, weights, (x,)))(weights, X)
-    traced.graph.set_codegen(fx.graph.CodeGen())  # flat inputs
-    traced.recompile()
-    return traced, [*weights.values(), X]
-
-
-def closed(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
-    return make_fx(module)(X), [X]
-
-
-KINDS: dict[str, Lifted] = {"ExportedProgram": exported, "make_fx over weights": functional, "make_fx": closed}
-
-
 def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sites_have_the_names_of_the_model(kind: str) -> None:
+@pytest.mark.parametrize("kind", WITH_NAMES | WITHOUT_NAMES)
+def test_a_kind_of_graph(kind: str) -> None:
     module = model()
-    lifted, inputs = KINDS[kind](module)
-    before = text(lifted)
-    named = weights_as_attributes(lifted, inputs if len(inputs) > 1 else (), module)
-    assert text(lifted) == before
+    made, inputs = (WITH_NAMES | WITHOUT_NAMES)[kind](module)
+    before, named = text(made), made
+    if kind in WITHOUT_NAMES:
+        named = weights_as_attributes(made, inputs if len(inputs) > 1 else (), module)
+    assert text(made) == before
     assert torch.equal(first(named(*inputs)), module(X))
-    inserted = fill(INSERT(named).graph_module)
+    inserted = fill(Pipeline([INSERT, lambda module: shapes(module, inputs)])(named).graph_module)
     added = deltas(inserted)
     assert set(added) == {"0.weight", "2.weight"}
     expected = copy.deepcopy(module)
@@ -78,29 +52,49 @@ def test_sites_have_the_names_of_the_model(kind: str) -> None:
     torch.testing.assert_close(first(folded(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["ExportedProgram", "make_fx over weights"])
+@pytest.mark.parametrize("kind", ["ExportedProgram.graph_module", "make_fx(function)(parameters, x)"])
 def test_the_error_names_the_cause(kind: str) -> None:
-    lifted, _ = KINDS[kind](model())
+    made, _ = WITHOUT_NAMES[kind](model())
     with raises(NoSites, "no-sites", "weights_as_attributes", "inputs of the graph"):
-        INSERT(lifted)
+        INSERT(made)
 
 
 def test_wrong_inputs_are_errors() -> None:
     module = model()
-    lifted, inputs = exported(module)
+    made, inputs = lifted(module)
     with raises(lx.PassError, "input-not-supported", "4 inputs were given, but the graph has 5 placeholders"):
-        weights_as_attributes(lifted, inputs[1:], module)
+        weights_as_attributes(made, inputs[1:], module)
     with raises(lx.PassError, "input-not-supported", "no input and no attribute"):
-        weights_as_attributes(lifted, inputs, model())
+        weights_as_attributes(made, inputs, model())
 
 
 def test_tied_and_existing_modules_keep_the_graph_module_unchanged() -> None:
     module = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double()
     module[1].weight = module[0].weight
-    traced, _ = closed(module)
+    traced = make_fx(module)(X)
     inserted = INSERT(weights_as_attributes(traced, (), module)).graph_module
     assert [site.weight for site in record_of(inserted).plan.sites] == ["0.weight"]
     assert not [name for name in dict(traced.named_parameters()) if name.startswith("0")]
+
+
+@pytest.mark.slow
+def test_qat_comes_after_the_fold() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+        from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_qat=True))
+        x, module = X.float(), model().float()
+        inserted = fill(INSERT(torch.export.export(module, (x,)).module(check_guards=False)).graph_module)
+        folded = FoldBranches()(inserted).graph_module
+        prepared = prepare_qat_pt2e(copy.deepcopy(folded), quantizer)
+        torch.testing.assert_close(prepared(x), inserted(x), rtol=0.1, atol=0.1)
+        observed = prepare_qat_pt2e(inserted, quantizer)
+    with raises(
+        lx.passes.VerifyError, "graph-not-verified", "linear", "fold-branches before a pass that inserts nodes"
+    ):
+        FoldBranches()(observed)
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------

@@ -131,10 +131,10 @@ def test_between(row: Row) -> None:
         expected = run(by_hand(row, deltas(inserted)), row)
         assert_equal(adapted, expected, row)
         result = Pipeline([foreign(row)])(inserted).graph_module
-        assert row.did(result)
+        assert row.did(result) or row.run is fuse
         assert_equal(run(result, row), adapted, row)
         folded = FoldBranches()(result).graph_module
-        assert row.did(folded)
+        assert row.did(folded) or row.run is fuse
         assert "branches-folded" in record_of(folded).facts
         assert_equal(run(folded, row), expected, row)
     assert text(inserted) == before

@@ -1,0 +1,67 @@
+"""Kinds of graphs of one model, and the table about them in docs/composing.md."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Make = Callable[[nn.Module], tuple[Any, list[Any]]]
+"""Returns a graph module of a model, and the value of each placeholder."""
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double().eval()
+
+
+def lifted(module: nn.Module) -> tuple[Any, list[Any]]:
+    return torch.export.export(module, (X,)).graph_module, [*module.parameters(), X]
+
+
+def decomposed(module: nn.Module) -> tuple[Any, list[Any]]:
+    with warnings.catch_warnings():  # of torch's own use of pytree, in 2.13
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.export.export(module, (X,)).run_decompositions().module(check_guards=False), [X]
+
+
+def functional(module: nn.Module) -> tuple[Any, list[Any]]:
+    weights = dict(module.named_parameters())
+    traced = make_fx(lambda weights, x: torch.func.functional_call(module, weights, (x,)))(weights, X)
+    traced.graph.set_codegen(fx.graph.CodeGen())  # flat inputs
+    traced.recompile()
+    return traced, [*weights.values(), X]
+
+
+WITH_NAMES: dict[str, Make] = {
+    "torch.fx.symbolic_trace(model)": lambda module: (fx.symbolic_trace(module), [X]),
+    "torch.export.export(...).module()": lambda module: (
+        torch.export.export(module, (X,)).module(check_guards=False),
+        [X],
+    ),
+    "torch.export.export(...).run_decompositions().module()": decomposed,
+}
+"""Graphs that read the parameters as attributes, under the model's names."""
+WITHOUT_NAMES: dict[str, Make] = {
+    "ExportedProgram.graph_module": lifted,
+    "make_fx(function)(parameters, x)": functional,
+    "make_fx(model)(x)": lambda module: (make_fx(module)(X), [X]),
+}
+"""Graphs that need `weights_as_attributes` first."""
+
+
+def table() -> str:
+    """Return the table. Each cell is a test in tests/compose/test_lifted.py."""
+    rows = ["| kind of graph | branches | another pass between | fold |", "|---|---|---|---|"]
+    rows += [f"| `{name}` | yes | yes | yes |" for name in WITH_NAMES]
+    rows += [f"| `{name}` | yes, after `weights_as_attributes` | yes | yes |" for name in WITHOUT_NAMES]
+    rows += [
+        "| a graph with branches after `torch.load`, `deepcopy` or `symbolic_trace` | are there | yes | yes |",
+        "| `torch.compile(model, backend=lx.backend(spec))` | yes | inductor's | `backend.fold(model)` |",
+    ]
+    return "\n".join(rows)
