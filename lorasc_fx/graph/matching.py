@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Placement
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph.branch_calls import ReplacedCall, call_template, mergeable, replaced_call
 from lorasc_fx.graph.flow import (
@@ -440,13 +440,13 @@ def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...]
         base: the marked node. If the branch has replaced the op, the op.
     """
     if isinstance(base, fx.Node) and use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-        return (base,), {"at": "on_weight", **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
+        return (base,), {"at": Placement.WEIGHT, **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
     form = form_named(use.form)
     reading = form.reads(base, called_module(base) if isinstance(base, fx.Node) else base.module)
     if not use.merged:
-        return (base, reading.x), {"at": "beside", **reading.options}
+        return (base, reading.x), {"at": Placement.BESIDE, **reading.options}
     tensors = (reading.weight,) if reading.bias is None else (reading.weight, reading.bias)
-    return (reading.x, *tensors), {"at": "in_place", **reading.options, "op": form.product}
+    return (reading.x, *tensors), {"at": Placement.MERGED, **reading.options, "op": form.product}
 
 
 _UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"
