@@ -59,7 +59,32 @@ def _no_function() -> Any:
     return mock.patch.object(Variant, "run", property(run))
 
 
-PARTS: dict[str, Callable[[], Any]] = {"masks": _no_masks, "function": _no_function}
+def _no_onednn() -> Any:
+    from lorasc_fx.branch import products
+
+    return mock.patch.object(products, "onednn_is_faster", return_value=False)
+
+
+@contextmanager
+def _no_grouped() -> Iterator[None]:
+    from lorasc_fx.branch import products
+    from lorasc_fx.branch.linear import MatrixOps
+
+    def grouped(*args: Any, weight: Any = None, **options: Any) -> torch.Tensor:
+        return with_frozen_weight(*args, **options)
+
+    with_frozen_weight = MatrixOps.grouped
+    table = {name: function for name, function in products._FROZEN.items() if "grouped" not in name}
+    with mock.patch.object(products, "_FROZEN", table), mock.patch.object(MatrixOps, "grouped", staticmethod(grouped)):
+        yield
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "masks": _no_masks,
+    "function": _no_function,
+    "onednn": _no_onednn,
+    "grouped": _no_grouped,
+}
 """By name of a part: what takes it away, as a context manager."""
 
 

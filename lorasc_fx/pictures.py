@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import fx
 
-from lorasc_fx.branch import shared_down
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
 from lorasc_fx.graph import branch_nodes, text
 from lorasc_fx.graph.patterns import targeted
@@ -40,7 +39,6 @@ STYLES = {
     "beside": ("#0969b3", "#dcecf9", "branch beside its op"),
     "merged": ("#b5480b", "#fbe6d8", "branch merged into its op"),
     "weight": ("#7a3fa8", "#efe3f8", "branch on the weight"),
-    "shared": ("#00727d", "#d9f1f2", "A x of several branches at once"),
     "site": ("#16784a", "#dcf3e6", "adapted weight"),
     "parameter": (MUTED, "#eef0f3", "other parameter"),
     "input": (INK, "#ffffff", "input or output"),
@@ -287,8 +285,6 @@ def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
     """Return the kind of a node's box, a key of `STYLES`."""
     if node in branches:
         return placement_of(node)
-    if node.target is shared_down:
-        return "shared"
     if node.op == "get_attr":
         return "site" if _weight(node, plan) in plan.by_weight else "parameter"
     return "input" if node.op in ("placeholder", "output") else "op"

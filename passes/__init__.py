@@ -17,7 +17,6 @@ from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
 from .pipeline import Pipeline
-from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
 from .weights_as_attributes import weights_as_attributes
 
@@ -32,8 +31,6 @@ __all__ = [
     "NoSites",
     "PassOrderError",
     "Pipeline",
-    "ShareInputs",
-    "SplitInputs",
     "StageTransition",
     "VerifyError",
     "adapter_inputs",

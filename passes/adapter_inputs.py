@@ -23,10 +23,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lorasc_fx.branch import Branch, fill
+from lorasc_fx.branch import Branch, Placement, fill
 from lorasc_fx.errors import PassError, SpecError, UnknownTarget, listed
 from lorasc_fx.graph import GraphEditor, branch_nodes, matches, record_of
-from lorasc_fx.graph.branch_calls import INPUT_OPTIONS, shared_input
+from lorasc_fx.graph.branch_calls import INPUT_OPTIONS
 from lorasc_fx.graph.record import AdapterInput, Lifted
 from lorasc_fx.plan import Site
 from lorasc_fx.util.checks import is_integer
@@ -97,13 +97,6 @@ class AdapterInputs(CascadePass):
                 names = [site.weight for site in plan.sites]
                 raise UnknownTarget(f"{self.name}: sites: {pattern!r} matches no site{listed(names)}")
         weights, branches = {site.weight for site in sites}, graph.branches
-        for node, branch in branch_nodes(graph.module).items():
-            if branch.weight_name in weights and shared_input(node) is not None:
-                raise PassError(
-                    f"{self.name}: the branch of {branch.weight_name} reads a product that several branches share; run "
-                    "split-inputs first",
-                    code="requirement-not-met",
-                )
         # Add one placeholder per tensor.
         values = {site.weight: _values(site, branches[site.key], self.max_rank) for site in sites}
         order = [(weight, name, value) for weight, tensors in values.items() for name, value in tensors.items()]
@@ -171,7 +164,7 @@ class BindAdapter(CascadePass):
             kwargs = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
             graph.set_arguments(node, node.args, kwargs)
             # AdapterInputs moved branches of weights after the placeholders.
-            if kwargs["at"] == "on_weight" and isinstance(node.args[0], fx.Node):
+            if kwargs["at"] is Placement.WEIGHT and isinstance(node.args[0], fx.Node):
                 graph.move_after(node, node.args[0])
         graph.remove_inputs([node for node in graph.nodes if node.op == "placeholder" and node.name in names])
         graph.set_branches({**graph.branches, **branches})

@@ -11,11 +11,11 @@ becomes, with placement `beside` (the branch is added to the output of the op),
 
 with placement `merged` (the branch replaces the op),
 
-    %fc_lora = branches.fc/weight(%x, %weight, %bias, at="in_place", op="linear")
+    %fc_lora = branches.fc/weight(%x, %weight, %bias, at="merged", op="linear")
 
 and with placement `weight` (the branch is added to the weight before the op),
 
-    %weight_lora = branches.fc/weight(%weight, at="on_weight")
+    %weight_lora = branches.fc/weight(%weight, at="weight")
     %fc = linear(%x, %weight_lora, %bias)
 """
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Placement
 from lorasc_fx.branch.given import FIRST_AXIS, Rows
 from lorasc_fx.check.isolation import isolated_model, isolation
 from lorasc_fx.errors import StateError
@@ -207,18 +207,19 @@ class _Trial(fx.Interpreter):
         return self.call_module(str(n.target), args, kwargs if place is None else {**kwargs, "rows": tuple(place)})
 
 
-def _branch_input(branch: Branch, args: Sequence[Any], at: str) -> _Projection | None:
+def _branch_input(branch: Branch, args: Sequence[Any], at: Placement) -> _Projection | None:
     """Return the projection of a branch's input to the axes that may have the rows.
 
     None for branches without rows: on a weight, for stacked experts, whose tokens are sorted by expert, and for a
     convolution of a single image.
     """
-    if at not in ("beside", "at_lookup", "in_place") or (at == "in_place" and branch.kind == "experts"):
+    placements = (Placement.BESIDE, Placement.LOOKUP, Placement.MERGED)
+    if at not in placements or (at is Placement.MERGED and branch.kind == "experts"):
         return None
-    x = args[0 if at == "in_place" else 1]
+    x = args[0 if at is Placement.MERGED else 1]
     if branch.kind == "conv":
         return _projected(x, 1) if x.dim() == len(branch.weight_shape) else None
-    return _projected(x, x.dim() - (at != "at_lookup"))
+    return _projected(x, x.dim() - (at is not Placement.LOOKUP))
 
 
 def _has_rows(leaf: Any, count: int) -> bool:

@@ -1,8 +1,7 @@
 """Branches: trainable modules that adapt one weight each, with their deltas and the noise. Independent of graphs."""
 
-from lorasc_fx.branch.contract import Branch, Decided, Declared, StartWeight, fill
+from lorasc_fx.branch.contract import Branch, Decided, Declared, Placement, StartWeight, fill
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
-from lorasc_fx.branch.functions import shared_down
 from lorasc_fx.branch.lora import LowRankBranch, ops_of
 from lorasc_fx.branch.methods import METHODS, check_registered, register_branch
 from lorasc_fx.branch.noise import amplitude, draw, generator
@@ -16,6 +15,7 @@ __all__ = [
     "Factors",
     "InitialFactors",
     "LowRankBranch",
+    "Placement",
     "Side",
     "StartWeight",
     "Tree",
@@ -26,5 +26,4 @@ __all__ = [
     "generator",
     "ops_of",
     "register_branch",
-    "shared_down",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import enum
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -50,6 +51,28 @@ class StartWeight:
     shard: ShardSpec
     cut: Reshard
     gather: Reshard
+
+
+class Placement(enum.StrEnum):
+    """What a branch node computes: the value of its option `at`. docs/design.md, "Placements"."""
+
+    BESIDE = "beside"
+    """Adds the term of the branch to the output of an op."""
+    LOOKUP = "lookup"
+    """The same beside the lookup of an embedding."""
+    GROUPED = "grouped"
+    """The same beside a product of experts with sorted rows."""
+    MERGED = "merged"
+    """Replaces the op by the op with the adapted weight."""
+    WEIGHT = "weight"
+    """Returns the adapted weight."""
+    ADAPTED = "adapted"
+    """The same with a scale that is an input of the graph. Only `Branch.computed_with` uses it."""
+    FACTORS = "factors"
+    """Returns A and B. Only `LowRankBranch.computed_with` uses it."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 @dataclass(frozen=True)
@@ -261,7 +284,7 @@ class Branch(nn.Module, abc.ABC):
     def forward(
         self,
         *args: Any,
-        at: str,
+        at: Placement,
         tensors: Mapping[str, torch.Tensor] | None = None,
         scale: torch.Tensor | None = None,
         **options: Any,
@@ -270,7 +293,7 @@ class Branch(nn.Module, abc.ABC):
 
         Args:
             args, options: arguments of the method for the placement.
-            at: name of this method, such as `beside`, `in_place` or `on_weight`.
+            at: the placement.
             tensors, scale: use these instead of the parameters and the scale of the branch (see `computed_with`).
         """
         first: Any = args[0]
@@ -286,10 +309,14 @@ class Branch(nn.Module, abc.ABC):
         output: torch.Tensor = self.placement(at)(*args, **options)
         return output
 
-    def placement(self, at: str) -> Callable[..., torch.Tensor]:
-        """Return the method for a placement."""
-        method: Callable[..., torch.Tensor] = getattr(self, at)
-        return method
+    def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
+        """Return the function for a placement. `entries` is the larger number of entries of input and output."""
+        functions: dict[Placement, Callable[..., Any]] = {
+            Placement.MERGED: self.merged,
+            Placement.WEIGHT: self.on_weight,
+            Placement.ADAPTED: self.adapted,
+        }
+        return functions[at]
 
     def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return weight plus delta, in the layout and dtype of the weight."""
@@ -297,7 +324,7 @@ class Branch(nn.Module, abc.ABC):
             return weight
         return with_strides(weight + self.dense_delta(weight).to(weight.dtype), weight)
 
-    def in_place(
+    def merged(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
         """Return the output of the op with the adapted weight, and its bias.
@@ -312,7 +339,7 @@ class Branch(nn.Module, abc.ABC):
     def product_with(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return the output of an op with any weight. The arguments are as in `in_place`."""
+        """Return the output of an op with any weight. The arguments are as in `merged`."""
         if op != "conv":
             return PRODUCTS[op](x, weight, bias)
         call = ConvCall(**options)
@@ -366,7 +393,7 @@ class Branch(nn.Module, abc.ABC):
         tensors: Mapping[str, torch.Tensor],
         scale: torch.Tensor,
         *args: Any,
-        at: str,
+        at: Placement,
         rows: Any = None,
         **options: Any,
     ) -> torch.Tensor:
@@ -378,10 +405,10 @@ class Branch(nn.Module, abc.ABC):
             args, at, options: as for `forward`.
             rows: fields of `given.Rows`, if each row of the batch has its own tensors. Only for low-rank branches.
         """
-        adapted = {"at": "adapted", **({"expert": options.pop("expert")} if "expert" in options else {})}
-        weight = args[0] if at == "on_weight" else args[1]
+        adapted = {"at": Placement.ADAPTED, **({"expert": options.pop("expert")} if "expert" in options else {})}
+        weight = args[0] if at is Placement.WEIGHT else args[1]
         changed: torch.Tensor = functional_call(self, dict(tensors), (weight, scale), adapted)
-        if at == "on_weight":
+        if at is Placement.WEIGHT:
             return changed
         return self.product_with(args[0], changed, args[2] if len(args) > 2 else None, **options)
 

@@ -79,7 +79,7 @@ class ConvOps:
     """The placements of a low-rank branch of a convolution (docs/design.md, "Placements"), as functions of the branch.
 
     The formula is in docs/algorithm.md, "Conv". `A * x` is the convolution of x with A. The options of `beside` and
-    `in_place` are the fields of a `ConvCall`.
+    `merged` are the fields of a `ConvCall`.
     """
 
     @staticmethod
@@ -96,7 +96,7 @@ class ConvOps:
         return ConvOps._beside(branch, base, image, call, geometry)
 
     @staticmethod
-    def in_place(
+    def merged(
         branch: LowRankBranch,
         x: torch.Tensor,
         weight: torch.Tensor,

@@ -7,6 +7,7 @@ constants in the backward. The branch replaces its op, so that the product is sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch.contract import Branch, Declared, Reshard, StartWeight
+from lorasc_fx.branch.contract import Branch, Declared, Placement, Reshard, StartWeight
 from lorasc_fx.branch.conv import ConvCall, low_rank_conv
 from lorasc_fx.branch.factors import InitialFactors, Side
 from lorasc_fx.branch.lora import LoraBranch
@@ -75,11 +76,6 @@ class DoraBranch(LoraBranch):
         """Return what LoRA needs, and `magnitude`. An idle stage needs it too, because m must fit its weight."""
         return (*super().starts_from(spec, running), "magnitude")
 
-    @property
-    def shared_factor(self) -> str | None:
-        """None: A x cannot be shared, because the branch replaces its op."""
-        return None
-
     def start(self, weight: StartWeight) -> torch.Tensor | None:
         """Set m to the row norms of the weight, and return the norms of this rank's rows."""
         norms = self.norms(weight.noisy(), weight.shard)
@@ -116,13 +112,13 @@ class DoraBranch(LoraBranch):
         b, a = (shard.take(b), a) if shard.axis == 0 else (b, shard.take(a))
         return row_norms(weight, b, a, self.scale, axis, shard.group.sum_tensor if shard.axis == axis else None)
 
-    def placement(self, at: str) -> Callable[..., torch.Tensor]:
-        """Return the method for a placement. A DoRA branch can only replace its op (`in_place`).
+    def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
+        """Return the method for a placement. A DoRA branch can only replace its op (`merged`).
 
         Raises:
             StateError: the node has another placement.
         """
-        if at not in ("in_place", "adapted"):
+        if at not in (Placement.MERGED, Placement.ADAPTED):
             raise StateError(
                 f"the branch of {self.weight_name} has the placement {at!r}, but DoRA can only replace its op. "
                 f"Exclude the weight (exclude=({self.weight_name!r},)), or set adapter='lora'",
@@ -131,7 +127,7 @@ class DoraBranch(LoraBranch):
         return Branch.placement(self, at)
 
     def computed_with(
-        self, tensors: Mapping[str, torch.Tensor], scale: torch.Tensor, *args: Any, at: str, **options: Any
+        self, tensors: Mapping[str, torch.Tensor], scale: torch.Tensor, *args: Any, at: Placement, **options: Any
     ) -> torch.Tensor:
         """Compute with the merged weight, see `Branch.computed_with`."""
         return Branch.computed_with(self, tensors, scale, *args, at=at, **options)
@@ -146,10 +142,10 @@ class DoraBranch(LoraBranch):
         gain = self.lora_magnitude_vector / torch.where(norms == 0, 1.0, norms)
         return torch.where(scale == 0, weight, (total * gain.view(broadcast_shape)).to(weight.dtype))
 
-    def in_place(
+    def merged(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return `g (op(x, W) + s B A x) + bias`. The arguments are as in `Branch.in_place`.
+        """Return `g (op(x, W) + s B A x) + bias`. The arguments are as in `Branch.merged`.
 
         Computed as `y + (g - 1) (y - bias) + g s B A x` with the output y of the op, which stays the same, bit for bit,
         while g is 1 and B is 0.

@@ -1,4 +1,4 @@
-"""Autograd functions of the branches: beside an op, merged into an op, and after a shared product `A x`.
+"""Autograd functions of the branches: beside an op, and merged into an op.
 
 They compute the formulas of docs/algorithm.md (rows "training" and "Conv") in faster memory layouts (see `low_rank`).
 One fused product adds the term of the branch to the output of the op. They save only A x, and x if lora_A needs a
@@ -10,20 +10,15 @@ rows [tokens, features], and da, db, dx, dw are gradients of lora_A, lora_B, x a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
 
 from lorasc_fx.branch.low_rank import (
     ConvGeometry,
-    add_up,
-    allows_custom_backward,
-    apply,
     chunked,
-    compute_dtype,
     conv_down,
     conv_factor_gradient,
     conv_input_gradient,
@@ -106,61 +101,6 @@ class Beside(torch.autograd.Function):
             dx = up(None, back, a, ctx.scale).view(ctx.shape)
             dx = dx if ctx.seed is None else dx.mul_(dropout_mask(dx, ctx.p, ctx.seed))
         return gradient, dx, da, db, *no_gradients
-
-
-class FrozenBeside(torch.autograd.Function):
-    """`op(x, weight, bias) + scale * x A^T B^T` for a frozen weight and bias.
-
-    It reads and writes less memory than the op and `Beside`: the term of the branch is added to the output in place,
-    and to the gradient of x too. The arguments are those of `MergedProduct`, all tensors of the same dtype.
-    """
-
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
-        op: str,
-    ) -> torch.Tensor:
-        """Return the sum [..., out]."""
-        ctx.scale, ctx.op, ctx.shape = scale, op, x.shape
-        low = down(a, chunked(x.reshape(-1, x.shape[-1])))
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, a, b, low)
-        output = product(op, x, weight, bias).contiguous()
-        add_up(chunked(output.view(-1, output.shape[-1])), low, b.t().contiguous(), scale)
-        return detached(output)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of x, lora_A and lora_B."""
-        x, weight, a, b, low = ctx.saved_tensors
-        matrix = weight if ctx.op == "linear" else weight.t()
-        if torch.is_grad_enabled():  # create_graph=True
-
-            def term(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-                return F.linear(x, matrix) + F.linear(F.linear(x, a), b).mul(ctx.scale)
-
-            dx, da, db = differentiable_gradients(term, gradient, x, a, b)
-            return dx, None, None, da, db, None, None
-        grad_rows = gradient.reshape(-1, gradient.shape[-1])
-        grad_chunks = chunked(grad_rows)
-        back = down(b.t().contiguous(), grad_chunks)
-        dx = da = db = None
-        if ctx.needs_input_grad[4]:
-            db = factor_gradient(low, grad_chunks, ctx.scale).t()
-        if ctx.needs_input_grad[3]:
-            da = factor_gradient(back, chunked(x.reshape(-1, x.shape[-1])), ctx.scale)
-        if ctx.needs_input_grad[0]:
-            dx = product("mm", grad_rows, matrix, None).contiguous()
-            add_up(chunked(dx), back, a, ctx.scale)
-            dx = dx.view(ctx.shape)
-        return dx, None, None, da, db, None, None
 
 
 def differentiable_gradients(
@@ -265,82 +205,6 @@ def _merged_gradients(
         else:
             dx = up(chunked(product("mm", grad_rows, weight.to(grad_rows.dtype), None)), back, factor, ctx.scale)
     return dx, da, db
-
-
-def shared_down(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return `x A^T` [..., rank] for each factor A [rank, in], computed as one product. x is [..., in]."""
-    traced: Any = x
-    if isinstance(traced, fx.Proxy):  # symbolic_trace keeps it as one node
-        return traced.tracer.create_proxy("call_function", shared_down, (x, factors), {})  # type: ignore[return-value]
-    ranks = [a.shape[0] for a in factors]
-    if allows_custom_backward(x):
-        x = x.to(compute_dtype(x))
-        low = apply(_SharedDown, x, *(a.to(x.dtype) for a in factors))
-    else:
-        low = F.linear(x, torch.cat([a.to(x.dtype) for a in factors]))
-    return tuple(torch.split(low, ranks, -1))
-
-
-class _SharedDown(torch.autograd.Function):
-    """`x A^T` [..., sum of ranks] for x [..., in] and stacked lora_A [rank, in] of several branches, in one dtype."""
-
-    @staticmethod
-    @without_autocast
-    def forward(ctx: Any, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-        """Return the stacked product."""
-        ctx.shape = x.shape
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *factors)
-        low = down(torch.cat(factors), chunked(x.reshape(-1, x.shape[-1])))
-        return detached(low.transpose(1, 2).reshape(*x.shape[:-1], -1))
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of x and of each lora_A."""
-        x, *factors = ctx.saved_tensors
-        stacked, grad_rows = torch.cat(factors), gradient.reshape(-1, gradient.shape[-1])
-        dx = (grad_rows @ stacked).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        if x is None:
-            return dx, *(None for _ in factors)
-        total = factor_gradient(chunked(grad_rows).transpose(1, 2), chunked(x.reshape(-1, x.shape[-1])))
-        return dx, *total.split([len(a) for a in factors])
-
-
-class SharedUp(torch.autograd.Function):
-    """`base + scale * low B^T` for base [..., out], low = A x [..., rank], lora_B [out, rank], in one dtype.
-
-    If `writes` is true, the term is added to `base` in place.
-    """
-
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any, base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, writes: bool
-    ) -> torch.Tensor:
-        """Return the sum [..., out]."""
-        ctx.scale = scale
-        ctx.save_for_backward(low, b)
-        rows, low_rows = base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
-        term = chunked(low_rows).transpose(1, 2), b.t().contiguous(), scale
-        if writes and base.is_contiguous():  # otherwise `rows` is a copy
-            ctx.mark_dirty(base)
-            add_up(chunked(rows), *term)
-            return base
-        return detached(up(chunked(rows), *term).view(base.shape))
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of base, low and lora_B."""
-        low, b = ctx.saved_tensors
-        low_rows, grad_rows = low.reshape(-1, low.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        grad_chunks = chunked(grad_rows)
-        back = db = None
-        if ctx.needs_input_grad[1]:
-            back = (down(b.t().contiguous(), grad_chunks).transpose(1, 2) * ctx.scale).reshape(low.shape)
-        if ctx.needs_input_grad[2]:
-            db = factor_gradient(chunked(low_rows).transpose(1, 2), grad_chunks, ctx.scale).t()
-        return gradient, back, db, None, None
 
 
 class DenseGradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from lorasc_fx.branch.contract import Placement
 from lorasc_fx.branch.conv import ConvCall
 
 
@@ -106,11 +107,11 @@ def grouped(
     return base + term.to(base.dtype)
 
 
-BESIDE: dict[str, Callable[..., torch.Tensor]] = {
-    "beside": beside,
-    "in_place": beside,
-    "at_lookup": at_lookup,
-    "grouped": grouped,
+BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
+    Placement.BESIDE: beside,
+    Placement.MERGED: beside,
+    Placement.LOOKUP: at_lookup,
+    Placement.GROUPED: grouped,
 }
 """Functions for the placements of matrices. Their arguments are (base, x, pair, rows) and the options of the node."""
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.functions import Beside, DenseGradient, FrozenBeside, MergedProduct, SharedUp
-from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, merged_matrix, plus
-from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped, FrozenProduct, frozen_product
+from lorasc_fx.branch.functions import Beside, DenseGradient, MergedProduct
+from lorasc_fx.branch.low_rank import allows_custom_backward, apply, compute_dtype, plus
+from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped
 
 if TYPE_CHECKING:
     from lorasc_fx.branch.lora import LowRankBranch
@@ -17,26 +17,8 @@ if TYPE_CHECKING:
 _ALIGNED = 8
 """torch's grouped matmul needs strides that are multiples of 16 bytes: 8 entries of 2 bytes."""
 
-_MAX_MERGED = 1 << 14
-"""Maximum entries of a weight to merge its branch into it. For larger weights, the dense gradient costs more."""
-
-_SMALL = 1 << 15
+SMALL = 1 << 15
 """Maximum number of entries of input and output for which plain operations are faster than an autograd.Function."""
-
-
-def _can_merge(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `W + s B A` costs nothing but operations: no rounding in a narrow dtype, and no x kept for a frozen A."""
-    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, weight))
-    same_dtype = x.dtype == weight.dtype == a.dtype == b.dtype == compute_dtype(x)
-    return plain and same_dtype and a.requires_grad and x.dtype in (torch.float32, torch.float64)
-
-
-def _fusable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the op and its branch can be fused: large tensors, a frozen weight and bias, and no autocast."""
-    if not (x.numel() > _SMALL and x.dim() > 1 and x.dtype == weight.dtype == compute_dtype(x)):
-        return False
-    trained = weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype != x.dtype))
-    return not trained and allows_custom_backward(x, weight)
 
 
 class MatrixOps:
@@ -56,6 +38,15 @@ class MatrixOps:
                 base.dtype
             )
         return MatrixOps._beside(branch, base, x)
+
+    @staticmethod
+    def beside_small(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return what `beside` returns for small tensors, for which plain operations take less time. No dropout."""
+        if branch.unmerged_A is not None:
+            return MatrixOps.beside(branch, base, x)
+        a, b = branch.down, branch.up
+        low = F.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))
+        return torch.add(base, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
 
     @staticmethod
     def on_weight(
@@ -79,38 +70,7 @@ class MatrixOps:
         return delta.transpose(-2, -1) if branch.transposed else delta
 
     @staticmethod
-    def fused(
-        branch: LowRankBranch,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        low: torch.Tensor | None = None,
-        *,
-        op: str,
-    ) -> torch.Tensor:
-        """Return `op(x, W, bias) + s B A x` [..., out] for x [..., in], with fewer reads and writes than two calls.
-
-        Args:
-            branch: the branch.
-            x, weight, bias: arguments of the op.
-            low: A x [..., rank] from a shared product, or None.
-            op: key of PRODUCTS.
-        """
-        if torch.is_grad_enabled() and not branch.drops and branch.unmerged_A is None:
-            a, b = branch.down, branch.up
-            if low is None and weight.numel() <= _MAX_MERGED and _can_merge(x, weight, a, b):
-                factors = (b, a) if op == "linear" else (a.t(), b.t())
-                return PRODUCTS[op](x, merged_matrix(weight, *factors, branch.scale), bias)
-            if _fusable(x, weight, bias):
-                if low is None:
-                    return apply(FrozenBeside, x, weight, bias, a.to(x.dtype), b.to(x.dtype), branch.scale, op)
-                base = apply(FrozenProduct, x, weight, bias, op)  # F.linear can return a view
-                return apply(SharedUp, base, low.to(base.dtype), b.to(base.dtype), branch.scale, True)
-        base = frozen_product(op, x, weight, bias)
-        return MatrixOps.beside(branch, base, x) if low is None else MatrixOps.after_shared(branch, base, low)
-
-    @staticmethod
-    def in_place(
+    def merged(
         branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
     ) -> torch.Tensor:
         """Return `op(x, W + s B A, bias)`, the product with the merged weight. `op` is a key of PRODUCTS.
@@ -135,13 +95,6 @@ class MatrixOps:
         delta = (low @ branch.down.to(low.dtype)).to(base.dtype)  # autocast does not change the dtype of a lookup
         total = plus(base, delta, branch.scale)
         return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
-
-    @staticmethod
-    def after_shared(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Return `base + s B low` for base [..., out] and low = A x [..., rank] from a shared product."""
-        if allows_custom_backward(base, low):
-            return apply(SharedUp, base, low.to(base.dtype), branch.up.to(base.dtype), branch.scale, False)
-        return MatrixOps._added(branch, base, low)
 
     @staticmethod
     def grouped(
@@ -183,14 +136,8 @@ class MatrixOps:
 
     @staticmethod
     def _beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        # Do not compare sizes under a tracer, which would specialize the graph on them.
-        traced = type(base) is not torch.Tensor or torch.compiler.is_compiling()
-        if not traced and not branch.drops and base.numel() <= _SMALL and x.numel() <= _SMALL:
-            # For small tensors, the overhead of views and `addmm` exceeds the cost of the products.
-            a, b = branch.down, branch.up
-            low = F.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))
-            return torch.add(base, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
-        if allows_custom_backward(base, x):
+        # Tracers must not compare sizes, which would specialize the graph on them.
+        if allows_custom_backward(base, x) and max(base.numel(), x.numel()) > SMALL:
             a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
             return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)
         x = F.dropout(x, branch.dropout) if branch.drops else x

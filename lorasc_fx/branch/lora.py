@@ -8,6 +8,7 @@ is stored as [in, out] is transposed.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -16,11 +17,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.contract import Branch, Declared, Reshard, pad_to
+from lorasc_fx.branch.contract import Branch, Declared, Placement, Reshard, pad_to
 from lorasc_fx.branch.conv import ConvCall, ConvOps
 from lorasc_fx.branch.factors import Factors, InitialFactors
 from lorasc_fx.branch.given import BESIDE, FIRST_AXIS, Pair, Rows, beside_conv
-from lorasc_fx.branch.linear import MatrixOps
+from lorasc_fx.branch.linear import SMALL, MatrixOps
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
@@ -61,11 +62,6 @@ class LowRankBranch(Branch):
     @abc.abstractmethod
     def up(self) -> torch.Tensor:
         """B [out, rank]. [experts, out, rank] for stacked experts."""
-
-    @property
-    def shared_factor(self) -> str | None:
-        """Name of the parameter that is A, if branches with the same input may compute A x as one stacked product."""
-        return None
 
     @property
     def drops(self) -> bool:
@@ -113,11 +109,22 @@ class LowRankBranch(Branch):
         like = next(self.parameters()).detach()
         self.unmerged_B, self.unmerged_A = (None, None) if pair is None else (pair.b.to(like), pair.a.to(like))
 
-    def placement(self, at: str) -> Callable[..., torch.Tensor]:
-        """Return the function for a placement."""
-        if at in ("adapted", "factors"):
-            return super().placement(at)
-        return partial(getattr(self.ops, at), self)
+    def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
+        """Return the function for a placement. It is another one for small tensors, see `MatrixOps.beside_small`."""
+        if at is Placement.ADAPTED:
+            return self.adapted
+        if at is Placement.FACTORS:
+            return self.factors
+        if at is Placement.BESIDE and self.kind != "conv" and entries <= SMALL and not self.dropout:
+            return partial(MatrixOps.beside_small, self)
+        functions: dict[Placement, Callable[..., torch.Tensor]] = {
+            Placement.BESIDE: self.ops.beside,
+            Placement.MERGED: self.ops.merged,
+            Placement.WEIGHT: self.ops.on_weight,
+            Placement.LOOKUP: MatrixOps.at_lookup,
+            Placement.GROUPED: MatrixOps.grouped,
+        }
+        return partial(functions[at], self)
 
     def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
         """Return the padded values of all parameters, see `Branch.padded`."""
@@ -134,7 +141,7 @@ class LowRankBranch(Branch):
         tensors: Mapping[str, torch.Tensor],
         scale: torch.Tensor,
         *args: Any,
-        at: str,
+        at: Placement,
         rows: Sequence[Any] = FIRST_AXIS,
         **options: Any,
     ) -> torch.Tensor:
@@ -143,10 +150,10 @@ class LowRankBranch(Branch):
         Each row of the batch has its own factors if they are [rows, rank, in] and [rows, out, rank], with scale [rows].
         """
         batch_rows = Rows(*rows)
-        if at == "on_weight":
+        if at is Placement.WEIGHT:
             return super().computed_with(tensors, scale, *args, at=at, **options)
         pair = Pair(*self.factors_from(tensors), scale)
-        if at == "in_place":
+        if at is Placement.MERGED:
             x, weight, *bias = args
             op = options.pop("op")
             # Compute beside the op instead: factors that are inputs are never merged.
@@ -158,7 +165,7 @@ class LowRankBranch(Branch):
 
     def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B for given values of the parameters."""
-        factors: tuple[torch.Tensor, torch.Tensor] = functional_call(self, dict(tensors), (), {"at": "factors"})
+        factors: tuple[torch.Tensor, torch.Tensor] = functional_call(self, dict(tensors), (), {"at": Placement.FACTORS})
         return factors
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,11 +222,6 @@ class LoraBranch(LowRankBranch):
     def up(self) -> torch.Tensor:
         """B."""
         return self.lora_B
-
-    @property
-    def shared_factor(self) -> str | None:
-        """A can be stacked with the A of other branches."""
-        return "lora_A"
 
     def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the given A and B."""

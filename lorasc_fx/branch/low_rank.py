@@ -142,11 +142,6 @@ def up(rows: torch.Tensor | None, low: torch.Tensor, factor: torch.Tensor, scale
     return torch.baddbmm(rows, low.transpose(1, 2), factor, alpha=scale)
 
 
-def add_up(rows: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, scale: float) -> None:
-    """Add `scale * low^T @ factor` to rows in place, see `up`."""
-    rows.baddbmm_(low.transpose(1, 2), factor.expand(low.shape[0], -1, -1), alpha=scale)
-
-
 def factor_gradient(low: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Return `scale * low @ rows` summed over all tokens, [rank, features]."""
     product = torch.bmm(low, rows)

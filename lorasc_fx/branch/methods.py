@@ -485,7 +485,7 @@ class OftBranch(Branch):
         moved = (blocks @ rotation.transpose(-2, -1)).transpose(0, 1).reshape(matrix.shape)
         return (moved.t() if self.transposed else moved).reshape(weight.shape)
 
-    def in_place(
+    def merged(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
         """Return the output of the op with the adapted weight.
@@ -494,7 +494,7 @@ class OftBranch(Branch):
         weight. Not if x is not contiguous: torch multiplies `x R`, which is contiguous, with another rounding.
         """
         if op == "conv" or not self.scale or (is_eager(x) and not x.is_contiguous()):
-            return super().in_place(x, weight, bias, op=op, **options)
+            return super().merged(x, weight, bias, op=op, **options)
         blocks = x.unflatten(-1, (-1, self.size))
         moved = torch.einsum("...bi,bij->...bj", blocks, self.rotation().to(x.dtype))
         return PRODUCTS[op](x + moved.reshape(x.shape).to(x.dtype), weight, bias)

@@ -131,11 +131,6 @@ def _frozen(
     return apply(FrozenProduct, x, weight, bias, op)
 
 
-def frozen_product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `op(x, weight, bias)` for a weight and bias that are usually frozen, see `for_frozen`."""
-    return _frozen(op, x, weight, bias) if onednn_is_faster() else PRODUCTS[op](x, weight, bias)
-
-
 class FrozenGrouped(torch.autograd.Function):
     """Identity on `base`, the grouped product of x and a frozen weight, with a backward for x only.
 

@@ -37,7 +37,7 @@ from lorasc_fx.graph import Record, named_weights, record_of, set_record
 from lorasc_fx.graph.matching import survey
 from lorasc_fx.graph.placement import placements_of
 from lorasc_fx.graph.weights import BRANCHES, branches_in
-from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from lorasc_fx.passes.insert_branches import all_branches, no_sites_message
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import quantized_in, writable
@@ -50,8 +50,6 @@ PROBE = 0.1
 """Norm of the deltas used in comparisons, relative to the norms of their weights."""
 SUSPECT = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Fraction of the effect of a delta that may be missing before its weight is swapped, by dtype of the outputs."""
-MIN_SHARED_ENTRIES = 1 << 17
-"""Minimum number of entries of an input for which one stacked product `A x` is faster than one product per branch."""
 CERTAIN = 0.05
 """Missing fraction that cannot be a rounding error, for any dtype."""
 FLOOR = 1e-2
@@ -76,8 +74,7 @@ def insert(captured: Captured, decided: Decided) -> NewVariant:
     if decided.branches:
         module._modules[BRANCHES] = nn.ModuleDict(dict(decided.branches))
     set_record(module, replace(record_of(module), plan=plan, refusals=decided.refusals))
-    share = [ShareInputs(least=MIN_SHARED_ENTRIES)] if plan.spec.placement == "auto" else []
-    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(module).graph_module
+    adapted = Pipeline([MatchSites(plan.spec), InsertBranches()])(module).graph_module
     record = record_of(adapted)
     variant = Variant(adapted, captured.frontend, captured.conditions, placements=placements_of(adapted))
     return NewVariant(

@@ -3,11 +3,9 @@
 A branch node has one of these forms:
 
 - added to the output of an op (placement `beside`): `%out = branches.KEY(%base, %x, at="beside")`;
-- the same with a shared product: `%low = shared_down(%x, (A, ...))`, then
-  `branches.KEY(%base, %low[i], at="after_shared")`;
-- instead of the op (placement `merged`): `%out = branches.KEY(%x, %weight, %bias, at="in_place", op=...)`. The call of
+- instead of the op (placement `merged`): `%out = branches.KEY(%x, %weight, %bias, at="merged", op=...)`. The call of
   the op is stored in the metadata of the node, so that a fold can restore it;
-- added to a weight (placement `weight`): `%adapted = branches.KEY(%weight, at="on_weight")`.
+- added to a weight (placement `weight`): `%adapted = branches.KEY(%weight, at="weight")`.
 
 If the tensors of a branch are inputs of the graph, its node also has `tensors={NAME: %input}` and `scale=%input`.
 
@@ -26,10 +24,10 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from lorasc_fx.branch import Branch, shared_down
+from lorasc_fx.branch import Branch
 from lorasc_fx.graph.forms import FunctionForm, ModuleForm, StoredCall, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use
-from lorasc_fx.graph.weights import BRANCHES, called_module, module_at
+from lorasc_fx.graph.weights import called_module, module_at
 
 INPUT_OPTIONS = ("tensors", "scale", "rows")
 """Keyword arguments of a branch node whose tensors are inputs of the graph. `rows` maps inputs to rows of the batch."""
@@ -173,36 +171,3 @@ def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
     weight = reading.weight
     inputs = {reading.x, weight, reading.bias}
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and set(node.all_input_nodes) <= inputs
-
-
-@dataclass(frozen=True)
-class SharedInput:
-    """The slice of a shared product that a branch reads.
-
-    Args:
-        group: the `shared_down` node.
-        x: the input of the product.
-        factor: key of the branch whose A made this slice.
-    """
-
-    group: fx.Node
-    x: fx.node.Argument
-    factor: str
-
-
-def shared_input(node: fx.Node) -> SharedInput | None:
-    """Return the slice of a shared product that a branch node reads, or None if it reads something else."""
-    if node.kwargs.get("at") != "after_shared" or len(node.args) < 2:
-        return None
-    part = node.args[1]
-    if not isinstance(part, fx.Node) or part.target is not operator.getitem:
-        return None
-    group, index = part.args
-    if not isinstance(group, fx.Node) or group.target is not shared_down or not isinstance(index, int):
-        return None
-    x, factors = group.args
-    if not isinstance(factors, (tuple, list)) or not 0 <= index < len(factors):
-        return None
-    factor = factors[index]
-    name = str(factor.target) if isinstance(factor, fx.Node) else ""
-    return SharedInput(group, x, name.removeprefix(f"{BRANCHES}.").rpartition(".")[0])

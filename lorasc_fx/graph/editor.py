@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Branch, fill, shared_down
+from lorasc_fx.branch import Branch, fill
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph.branch_calls import (
     CallTemplate,
@@ -30,7 +30,6 @@ from lorasc_fx.graph.branch_calls import (
     branch_nodes,
     made_by,
     replaced_call,
-    shared_input,
     use_of,
 )
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
@@ -134,7 +133,7 @@ class GraphEditor:
         return node
 
     def replace_op(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
-        """Replace an op by `branches.KEY(x, weight, bias, at="in_place", op=...)`. A name reads the attribute.
+        """Replace an op by `branches.KEY(x, weight, bias, at="merged", op=...)`. A name reads the attribute.
 
         The call of `base` is stored in the metadata of the new node, from which a fold restores it.
         """
@@ -150,37 +149,6 @@ class GraphEditor:
         graph.erase_node(base)
         self._names.discard(base.name)
         return node
-
-    def share(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """Make branch nodes with the same input read the slices of one stacked product `x [A_1; A_2; ...]^T`."""
-        graph, x, branches = self.module.graph, nodes[0].args[1], branch_nodes(self.module)
-        assert isinstance(x, fx.Node)
-        with graph.inserting_before(nodes[0]):
-            factors = tuple(
-                self._create("get_attr", f"{node.target}.{branches[node].shared_factor}", (), f"{node.name}_A")
-                for node in nodes
-            )
-            group = self._create("call_function", shared_down, (x, factors), f"{x.name}_shared")
-            products = [
-                self._create("call_function", operator.getitem, (group, index), f"{x.name}_shared_{index}")
-                for index in range(len(nodes))
-            ]
-        for node, low in zip(nodes, products, strict=True):
-            node.args, node.kwargs = (node.args[0], low, *node.args[2:]), {**node.kwargs, "at": "after_shared"}
-        self.modified = True
-        return group
-
-    def unshare(self, node: fx.Node) -> None:
-        """Make a branch node of a shared product read its input directly again."""
-        shared = shared_input(node)
-        assert shared is not None
-        low = node.args[1]
-        assert isinstance(low, fx.Node)
-        node.args = (node.args[0], shared.x, *node.args[2:])
-        node.kwargs = {**node.kwargs, "at": "beside"}
-        if not low.users:
-            self._erase(low)
-        self.modified = True
 
     def _create(self, op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
         """Create a helper node at the insert point. `_erase` removes it with its last user."""
@@ -464,12 +432,6 @@ def regions_as_modules(
         for weight in read:
             if not weight.users and not weight._erased:
                 graph.erase_node(weight)
-
-
-def take_inputs(node: fx.Node, op: fx.Node, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Give a node other arguments instead of the output of an op, which only this node reads. Erase the op."""
-    node.args, node.kwargs = args, options
-    op.graph.erase_node(op)
 
 
 def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:

@@ -28,6 +28,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.hooks import RemovableHandle
 
+from lorasc_fx.branch import Placement
 from lorasc_fx.errors import PassError, SpecError, nearest
 from lorasc_fx.quantized import quantized_linear
 from lorasc_fx.spec import KINDS
@@ -203,7 +204,7 @@ class ModuleForm(Form):
         weights = (f"{node.target}.weight", bias)
         if isinstance(module, nn.Embedding):
             return Reading(
-                x, {"at": "at_lookup", "padding_idx": -1 if module.padding_idx is None else module.padding_idx}
+                x, {"at": Placement.LOOKUP, "padding_idx": -1 if module.padding_idx is None else module.padding_idx}
             )
         if not isinstance(module, nn.modules.conv._ConvNd):
             return Reading(x, {}, *weights)
@@ -277,7 +278,7 @@ def _lookup(name: str, target: Any) -> FunctionForm:
         2,
         repeats=("padding_idx",),
         plain=_EVENLY,
-        options=(("at", "at_lookup"),),
+        options=(("at", Placement.LOOKUP),),
     )
 
 
@@ -293,7 +294,7 @@ def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str, *more
         repeats=("offs", *more),
         needs=("offs",),  # without offsets, the op is a batched product of two 3-d tensors
         plain=(("bias", None), ("out_dtype", None)),
-        options=(("at", "grouped"), ("by", by)),
+        options=(("at", Placement.GROUPED), ("by", by)),
         layout="in_out",
     )
 
@@ -329,7 +330,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
         repeats=("padding_idx",),
         plain=(("max_norm", None), *_EVENLY),
         counted=("padding_idx",),  # F.embedding counts a negative index from the end, torch.embedding ignores it
-        options=(("at", "at_lookup"),),
+        options=(("at", Placement.LOOKUP),),
     ),
     ModuleForm("nn.Linear", "linear", nn.Linear),
     ModuleForm("nn.Conv1d", "conv", nn.Conv1d),

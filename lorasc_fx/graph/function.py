@@ -5,19 +5,18 @@ A GraphModule resolves the path of each weight, flattens its arguments, and call
 
 - a weight is read from the `_parameters` dictionary of its module, so that a replaced Parameter is seen;
 - a branch is called by the method of its placement. The caller checks that no branch has hooks;
-- a linear and the branch beside it are one call, which with gradients reads and writes less memory;
 - products with large frozen weights are computed by `for_frozen`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.fx.graph_module import _method_from_src
@@ -25,21 +24,13 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.products import for_frozen
 from lorasc_fx.graph.branch_calls import branch_nodes
 from lorasc_fx.graph.copies import copy_graph
-from lorasc_fx.graph.editor import call_directly, take_inputs
+from lorasc_fx.graph.editor import call_directly
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Names of the hook dictionaries of a module. `torch.nn` has global ones with the prefix `_global`."""
-LINEARS: dict[Any, tuple[str, tuple[int, ...]]] = {
-    F.linear: ("linear", (0, 1, 2)),
-    torch.ops.aten.linear.default: ("linear", (0, 1, 2)),
-    torch.ops.aten.addmm.default: ("addmm", (1, 2, 0)),
-    torch.ops.aten.mm.default: ("mm", (0, 1, 2)),
-}
-"""Targets that are fused with their branch: name of the op, and positions of x, weight and bias in its arguments."""
 MIN_ENTRIES = 1 << 16
 """Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
 
@@ -67,14 +58,18 @@ def as_function(module: fx.GraphModule, same_bits: bool = True) -> Callable[...,
         The function. It takes flattened arguments if `takes_leaves(module.graph)`.
     """
     graph, codegen = copy_graph(module.graph), module.graph._codegen
-    branches = {node.name: branch for node, branch in branch_nodes(module).items()}
-    _fuse_linears(graph, branches)
+    branches = {node.name for node in branch_nodes(module)}
     call_directly(graph, lambda node: _target(module, node, node.name in branches, same_bits))
+    _read_attributes(graph, module)
     graph.set_codegen(CodeGen())
+    tree = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
+    if tree is not None and tree.is_leaf():  # the graph returns a list with one tensor
+        output = graph.output_node()
+        outputs: Any = output.args[0]
+        output.args, tree = (outputs[0],), None
     code = graph.python_code("self")
     names = {name: value.unwrapped if isinstance(value, _Call) else value for name, value in code.globals.items()}
     function: Callable[..., Any] = _method_from_src("forward", code.src, names)
-    tree = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
     if tree is None:
         return functools.partial(function, None)
     return lambda *leaves: pytree.tree_unflatten(function(None, *leaves), tree)
@@ -92,18 +87,11 @@ class _Call(functools.partial[Any]):
 
 
 def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: bool) -> Callable[..., Any] | None:
-    """Return the function that a node calls in the generated code, or None to keep an input, output or method call.
+    """Return the function that a node calls in the generated code, or None to keep the node.
 
     The keyword `at` of a branch node, which chooses the function, is removed.
     """
     target: Any = node.target
-    if node.op == "get_attr":
-        holder, leaf = _holder_of(module, target)
-        if isinstance(holder, nn.Module):
-            for store in ("_parameters", "_buffers", "_modules"):
-                if leaf in vars(holder).get(store, ()):  # TorchScript modules have no such dictionaries
-                    return _Call(_read, vars(holder), store, leaf)
-        return _Call(getattr, holder, leaf)
     if node.op == "call_module":
         called: Any = module.get_submodule(target)
         if not is_branch:
@@ -111,7 +99,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
         if "tensors" in node.kwargs or not _keeps_forward(called):
             return _Call(called.forward)
         options = dict(node.kwargs)
-        method = called.placement(options.pop("at"))
+        method = called.placement(options.pop("at"), max(map(_entries, node.args)))
         node.kwargs = options
         return _Call(method)
     if node.op != "call_function":
@@ -121,31 +109,34 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
     return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # skips OpOverload.__call__
 
 
-def _fuse_linears(graph: fx.Graph, branches: dict[str, Branch]) -> None:
-    """Replace each linear and its branch, the only reader of its output, by one call."""
-    for node in list(graph.nodes):
-        branch = branches.get(node.name)
-        if not isinstance(branch, LowRankBranch) or not _keeps_forward(branch):
-            continue
-        shared = node.kwargs == {"at": "after_shared"}
-        if not shared and node.kwargs != {"at": "beside"}:
-            continue
-        base, given = node.args  # given: the input of the op, or a shared product with it
-        if base.target not in LINEARS or base.kwargs or list(base.users) != [node]:
-            continue
-        op, positions = LINEARS[base.target]
-        x, weight, bias = (base.args[index] if index < len(base.args) else None for index in positions)
-        if isinstance(weight, fx.Node) and weight.op == "get_attr" and (shared or given is x):
-            take_inputs(node, base, (x, weight, bias, given if shared else None), {"at": "fused", "op": op})
-
-
 def _keeps_forward(branch: Branch) -> bool:
     """Whether no class and no user replaced `forward`, which otherwise calls the method of the placement."""
     return getattr(branch.forward, "__func__", None) is Branch.forward
 
 
-def _read(attributes: dict[str, Any], store: str, leaf: str) -> Any:
-    return attributes[store][leaf]
+def _entries(argument: Any) -> float:
+    """Return the number of entries of a node's tensor, or inf if it is unknown or differs between calls."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    static = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+    return value.numel() if static and value is not None else math.inf
+
+
+def _read_attributes(graph: fx.Graph, module: fx.GraphModule) -> None:
+    """Make each node that reads an attribute of a module read `store[name]`, with the store from its `__dict__`.
+
+    This calls no Python function, and sees a Parameter that was replaced.
+    """
+    for node in graph.find_nodes(op="get_attr"):
+        holder, leaf = _holder_of(module, str(node.target))
+        stores = ("_parameters", "_buffers", "_modules") if isinstance(holder, nn.Module) else ()
+        store = next((name for name in stores if leaf in vars(holder).get(name, ())), "")  # TorchScript has none
+        node.op, node.args = "call_function", ()
+        if not store:
+            node.target = _Call(getattr, holder, leaf)
+            continue
+        with graph.inserting_before(node):
+            values = graph.call_function(_Call(operator.getitem, vars(holder), store))
+        node.target, node.args = operator.getitem, (values, leaf)
 
 
 def _reads_large_matrix(module: fx.GraphModule, node: fx.Node) -> bool:

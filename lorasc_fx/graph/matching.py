@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Placement
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph.branch_calls import (
     Kept,
@@ -27,7 +27,6 @@ from lorasc_fx.graph.branch_calls import (
     made_by,
     mergeable,
     replaced_call,
-    shared_input,
 )
 from lorasc_fx.graph.flow import (
     Consumer,
@@ -449,13 +448,13 @@ def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...]
         base: the marked node. If the branch has replaced the op, the op.
     """
     if isinstance(base, fx.Node) and use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-        return (base,), {"at": "on_weight", **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
+        return (base,), {"at": Placement.WEIGHT, **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
     form = form_named(use.form)
     reading = form.reads(base, called_module(base) if isinstance(base, fx.Node) else base.module)
     if not use.merged:
-        return (base, reading.x), {"at": "beside", **reading.options}
+        return (base, reading.x), {"at": Placement.BESIDE, **reading.options}
     tensors = (reading.weight,) if reading.bias is None else (reading.weight, reading.bias)
-    return (reading.x, *tensors), {"at": "in_place", **reading.options, "op": form.product}
+    return (reading.x, *tensors), {"at": Placement.MERGED, **reading.options, "op": form.product}
 
 
 def recover(graph_module: fx.GraphModule, kept: Kept | None = None) -> None:
@@ -476,12 +475,10 @@ def recover(graph_module: fx.GraphModule, kept: Kept | None = None) -> None:
     templates = {weight: iter(calls) for weight, calls in kept.templates.items()}
     for node, branch in nodes.items():
         helpers = [node]
-        if node.kwargs.get("at") == "in_place":
+        if node.kwargs.get("at") == Placement.MERGED:
             node.meta[REPLACED_CALL] = template = next(templates.get(branch.weight_name, iter(())), None)
             reads_names = template is not None and template.op == "call_module"
             helpers += [source for source in node.all_input_nodes if reads_names and source.op == "get_attr"]
-        elif (shared := shared_input(node)) is not None:
-            helpers += [*node.all_input_nodes[1:], shared.group, *shared.group.all_input_nodes[1:]]
         for helper in helpers:
             helper.meta[MADE_BY] = "insert-branches"
     for node, use in match(graph_module, kept.record, partial=True)[1].items():

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, ops_of, shared_down
+from lorasc_fx.branch import Branch, ops_of
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import (
     INPUT_OPTIONS,
@@ -32,7 +32,6 @@ from lorasc_fx.graph.branch_calls import (
     call_template,
     made_by,
     replaced_call,
-    shared_input,
     use_of,
 )
 from lorasc_fx.graph.flow import constants, expert_index, indexed_experts, uses_of, written_between
@@ -225,14 +224,8 @@ def _branches_are_at_uses(subject: Subject) -> Iterator[str]:
 def _call_fits(
     subject: Subject, node: fx.Node, op: fx.Node | ReplacedCall, args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Iterator[str]:
-    """The arguments and options of a branch node are these, apart from a shared product and tensors from inputs."""
-    shared = shared_input(node)
+    """The arguments and options of a branch node are these, apart from tensors from inputs."""
     actual: tuple[Any, ...] = node.args
-    if shared is not None:
-        options, actual = {**options, "at": "after_shared"}, (actual[0], shared.x, *actual[2:])
-        if f"{BRANCHES}.{shared.factor}" != node.target:
-            key = str(node.target).removeprefix(f"{BRANCHES}.")
-            yield f"branch node {node.name} reads the shared product of {shared.factor} instead of {key}"
     # A call of a module reads weight and bias by name.
     named = [str(one.target) if isinstance(wanted, str) else one for one, wanted in zip(actual, args, strict=False)]
     if (*named, *actual[len(named) :]) != args:
@@ -336,12 +329,12 @@ def _branches_are_called_here(subject: Subject) -> Iterator[str]:
 
 
 def _factors_are_read_by_branches(subject: Subject) -> Iterator[str]:
-    """No node reads the parameters of a branch, except the shared product of several branches."""
+    """No node reads the parameters of a branch."""
     for node in subject.module.graph.nodes:
         if node.op != "get_attr" or not str(node.target).startswith(f"{BRANCHES}."):
             continue
         branch = module_at(subject.module, str(node.target).rpartition(".")[0])
-        readers = [user.name for user in node.users if user.target is not shared_down]
+        readers = [user.name for user in node.users]
         if isinstance(branch, Branch) and readers:
             yield f"node {readers[0]} reads {node.target} directly; only the branch of {branch.weight_name} may read it"
 
@@ -374,18 +367,13 @@ def _no_write_before_branch(subject: Subject) -> Iterator[str]:
         base = node.args[0] if node.args else None
         if call_template(node) is not None or not isinstance(base, fx.Node):
             continue
-        shared = shared_input(node)
-        x = shared.x if shared is not None else node.args[1] if len(node.args) > 1 else None
-        inputs = [node for node in (x, base) if isinstance(node, fx.Node)]
-        # A shared product may come before or after the op.
-        for start, end in ((base, node),) if shared is None else ((base, node), sorted((base, shared.group))):
-            writer = written_between(start, end, inputs)
-            if writer is not None:
-                yield (
-                    f"node {writer.name} writes in place into a tensor that branch node {node.name} reads, "
-                    f"after {base.name} was computed"
-                )
-                break
+        inputs = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+        writer = written_between(base, node, inputs)
+        if writer is not None:
+            yield (
+                f"node {writer.name} writes in place into a tensor that branch node {node.name} reads, "
+                f"after {base.name} was computed"
+            )
 
 
 def _weights_are_unchanged(subject: Subject) -> Iterator[str]:

@@ -18,11 +18,8 @@ from lorasc_fx.branch.conv import ConvCall
 from lorasc_fx.branch.functions import (
     Beside,
     BesideConv,
-    FrozenBeside,
     MergedConv,
     MergedProduct,
-    SharedUp,
-    shared_down,
 )
 from lorasc_fx.branch.low_rank import ConvGeometry
 from tests.kit.compare import saved_storages
@@ -97,25 +94,6 @@ def test_merged_with_a_product(op: str, rows: tuple[int, ...]) -> None:
         assert gradgradcheck(ours, inputs)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("op", ["linear", "addmm", "mm"])
-@pytest.mark.parametrize("rows", [(2,), (256,), (131,)], ids=str)
-def test_with_a_frozen_product(op: str, rows: tuple[int, ...]) -> None:
-    x, (a, b) = numbers(*rows, 6, grad=True), factors()
-    w, bias = numbers(5, 6), None if op == "mm" else numbers(5)
-
-    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return FrozenBeside.apply(x, w if op == "linear" else w.t().contiguous(), bias, a, b, SCALE, op)
-
-    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(x, w + SCALE * b @ a, bias)
-
-    same(ours, plain, x, a, b)
-    if x.numel() < 200:
-        assert gradcheck(ours, (x, a, b))
-        assert gradgradcheck(ours, (x, a, b))
-
-
 def test_a_merged_weight_that_requires_grad_gets_a_gradient() -> None:
     x, w, (a, b) = numbers(3, 6, grad=True), numbers(5, 6, grad=True), factors()
     same(
@@ -123,39 +101,6 @@ def test_a_merged_weight_that_requires_grad_gets_a_gradient() -> None:
         lambda x, w, a, b: F.linear(x, w + SCALE * b @ a),
         *(x, w, a, b),
     )
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", [(2, 5), (2, 64)], ids=str)
-def test_one_input_for_several_branches(rows: tuple[int, ...]) -> None:
-    x, a, c = numbers(*rows, 6, grad=True), numbers(2, 6, grad=True), numbers(3, 6, grad=True, seed=9)
-
-    def ours(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-        low, other = shared_down(x, (a, c))
-        return low.sin().sum() + (other * other).sum()
-
-    def plain(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-        return (x @ a.t()).sin().sum() + (x @ c.t()).square().sum()
-
-    same(ours, plain, x, a, c)
-    if x.numel() < 200:
-        assert gradcheck(ours, (x, a, c))
-        assert gradgradcheck(ours, (x, a, c))
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("rows", [(2, 5), (2, 64)], ids=str)
-@pytest.mark.parametrize("writes", [False, True], ids=["new tensor", "in place"])
-def test_after_a_shared_product(writes: bool, rows: tuple[int, ...]) -> None:
-    base, low, b = numbers(*rows, 5, grad=True), numbers(*rows, 2, grad=True), numbers(5, 2, grad=True)
-
-    def ours(base: Tensor, low: Tensor, b: Tensor) -> Tensor:
-        return SharedUp.apply(base * 1, low, b, SCALE, writes)
-
-    same(ours, lambda base, low, b: base + SCALE * low @ b.t(), base, low, b)
-    if base.numel() < 200:
-        assert gradcheck(ours, (base, low, b))
-        assert gradgradcheck(ours, (base, low, b))
 
 
 def same(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:

@@ -19,8 +19,8 @@ from torch.fx.passes.split_module import split_module
 
 import lorasc_fx as lx
 from lorasc_fx.graph import branch_nodes, faults, text
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, StageTransition
-from tests.compose.models import SPEC, calls, plainly
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+from tests.compose.models import calls, plainly
 from tests.kit.errors import raises
 from tests.kit.state import weight_state
 from tests.passes.kit import deltas, fill, insert
@@ -330,30 +330,3 @@ def test_noise_is_no_other_weight() -> None:
     with torch.no_grad():
         other.get_parameter("third.weight")[0, 0] += 1e-9  # no site, but it carries noise that a fold takes out
     assert [fault.partition(";")[0] for fault in faults(other)] == ["third.weight was changed after stage 4 started"]
-
-
-def test_a_shared_input_is_shared_only_while_it_stays_the_same() -> None:
-    class Written(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.v = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(4, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = x * 2
-            q, k = self.q(y), self.k(y)
-            y.add_(1.0)
-            return q * k + self.v(y)
-
-    torch.manual_seed(0)
-    x = torch.randn(3, 4, dtype=torch.float64)
-    inserted = fill(insert(fx.symbolic_trace(Written().double()), SPEC))
-    with torch.no_grad():
-        before = inserted(x)
-        shared = ShareInputs()(inserted).graph_module
-        assert [len(node.args[1]) for node in shared.graph.nodes if calls_shared(node)] == [2]
-        torch.testing.assert_close(shared(x), before, rtol=0, atol=1e-12)
-        torch.testing.assert_close(FoldBranches()(shared).graph_module(x), before, rtol=0, atol=1e-12)
-
-
-def calls_shared(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "shared_down"

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.graph import branch_nodes, faults, record_of
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, StageTransition
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.kit.errors import raises
 from tests.passes.kit import branches_of, fill
 
@@ -37,15 +37,13 @@ class Net(nn.Module):
         return torch.relu(self.out(y)) + self.out(y * 2)
 
 
-def adapted(dialect: str, placement: Any, share: bool = False) -> fx.GraphModule:
+def adapted(dialect: str, placement: Any) -> fx.GraphModule:
     model = Net().double()
     module: Any = fx.symbolic_trace(model)
     if dialect == "aten":
         module = torch.export.export(model, (X,)).module(check_guards=False)
     spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, seed=5, placement=placement)
-    return fill(
-        Pipeline([MatchSites(spec), InsertBranches(), *([ShareInputs()] if share else [])])(module).graph_module
-    )
+    return fill(Pipeline([MatchSites(spec), InsertBranches()])(module).graph_module)
 
 
 def saved(module: fx.GraphModule) -> fx.GraphModule:
@@ -65,11 +63,10 @@ WAYS: dict[str, Callable[[fx.GraphModule], fx.GraphModule]] = {
 }
 
 
-@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("dialect", ["modules", "aten"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_rebuilt_graph_is_folded(way: str, dialect: str, share: bool) -> None:
-    module = adapted(dialect, "beside", share)
+def test_a_rebuilt_graph_is_folded(way: str, dialect: str) -> None:
+    module = adapted(dialect, "beside")
     expected, before = module(X), FoldBranches()(module).graph_module
     rebuilt = WAYS[way](module)
     assert torch.equal(rebuilt(X), expected)

@@ -88,21 +88,6 @@ def test_a_replaced_forward_of_a_branch_is_called() -> None:
     assert torch.equal(as_function(module)(x), module(x))
 
 
-def test_a_branch_is_merged_into_a_small_linear_if_gradients_are_enabled() -> None:
-    (x,), model = batches(1, 4, 5), mlp()
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
-    randomize(cascade)
-    module = cascade.graph_module
-    function, factors = as_function(module), list(cascade.branches.parameters())
-    expected, actual = module(x), function(x)
-    assert not torch.equal(actual, expected)  # the merged weight is rounded
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
-    gradients = [torch.autograd.grad(output.square().sum(), factors) for output in (actual, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
-    with torch.no_grad():
-        assert torch.equal(function(x), module(x))
-
-
 class Widened(nn.Module):
     """Two linears with the same input, and a product whose weight is stored as [in, out]."""
 
@@ -115,42 +100,6 @@ class Widened(nn.Module):
         return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
 
 
-def test_a_large_linear_and_its_branch_are_one_call() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 180, 384, dtype=torch.float64)
-    cascade = lx.adapt(Widened(384).double(), (x,), spec=lx.CascadeSpec(rank=2))  # type: ignore[arg-type]
-    randomize(cascade)
-    module = cascade.graph_module
-    function, factors = as_function(module), list(cascade.branches.parameters())
-    results = []
-    for call in (function, module):
-        inputs = x.clone().requires_grad_()
-        with torch.profiler.profile() as profile:
-            output = call(inputs)
-        counts = {event.key: event.count for event in profile.key_averages()}
-        copies, writes = (0, 3) if call is function else (3, 0)  # ops that add a branch to the output of a linear
-        assert counts.get("aten::baddbmm", 0) == copies
-        assert counts.get("aten::baddbmm_", 0) == writes
-        results.append((output, *torch.autograd.grad(output.square().sum(), [inputs, *factors])))
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
-    assert {"FrozenBesideBackward", "SharedUpBackward"} <= backwards(function(x))
-    assert "torch::autograd::CopySlices" not in backwards(function(x))  # it would copy the gradient
-    with torch.no_grad():
-        assert torch.equal(function(x), module(x))
-
-
-def backwards(output: torch.Tensor) -> set[str]:
-    """The names of all nodes of the autograd graph of an output."""
-    found, todo = set[Any](), [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo.extend(following for following, _ in node.next_functions)
-    return {node.name() for node in found}
-
-
 def test_dropout_of_a_large_linear_is_applied() -> None:
     x = torch.randn(2, 180, 384, dtype=torch.float64)
     cascade = lx.adapt(Widened(384).double(), (x,), spec=lx.CascadeSpec(rank=2, dropout=0.5))
@@ -161,44 +110,6 @@ def test_dropout_of_a_large_linear_is_applied() -> None:
         torch.manual_seed(0)
         results.append(call(x))
     assert torch.equal(*results)
-
-
-def test_a_linear_whose_output_or_input_a_pass_rewired_is_not_fused() -> None:
-    x = torch.randn(2, 180, 384, dtype=torch.float64)
-    cascade = lx.adapt(Widened(384).double(), (x,), spec=lx.CascadeSpec(rank=2, placement="beside"))
-    randomize(cascade)
-    module = cascade.graph_module
-    first, second, _ = (node for node in module.graph.nodes if node.kwargs.get("at") == "beside")
-    with module.graph.inserting_after(first):
-        total = module.graph.call_function(torch.add, (first, first.args[0]))  # a second reader of the output
-        first.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    with module.graph.inserting_before(second):
-        second.args = (second.args[0], module.graph.call_function(torch.neg, (second.args[1],)))  # another input
-    module.recompile()
-    torch.testing.assert_close(as_function(module)(x), module(x), rtol=0, atol=1e-12)
-
-
-def test_branches_are_merged_into_small_products_of_all_kinds() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    cascade = lx.adapt(Widened(8).double(), (x,), spec=lx.CascadeSpec(rank=2))
-    randomize(cascade)
-    module, inputs = cascade.graph_module, [x, *cascade.branches.parameters()]
-    outputs = [call(x) for call in (as_function(module), module)]
-    gradients = [torch.autograd.grad(output.square().sum(), inputs, retain_graph=True) for output in outputs]
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-13)
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-    assert not {"FrozenBesideBackward", "SharedUpBackward", "BesideBackward"} & backwards(outputs[0])
-    assert len([name for name in module.state_dict() if "lora_A" in name]) == 3
-
-
-def test_no_branch_is_merged_under_autocast() -> None:
-    (x,), model = batches(1, 4, 5), mlp().float()
-    with torch.autocast("cpu", torch.bfloat16):
-        cascade = lx.adapt(model, (x.float(),), spec=lx.CascadeSpec(rank=2))
-        randomize(cascade)
-        module = cascade.graph_module
-        assert torch.equal(as_function(module)(x.float()), module(x.float()))  # bf16 would round W + s B A
 
 
 def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:

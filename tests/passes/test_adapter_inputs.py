@@ -18,8 +18,6 @@ from lorasc_fx.passes import (
     InsertBranches,
     MatchSites,
     Pipeline,
-    ShareInputs,
-    SplitInputs,
     adapter_inputs,
     adapter_values,
 )
@@ -227,24 +225,6 @@ def test_errors() -> None:
         with raises(lx.PassError, "non-finite", "first_weight_lora_a contains inf or nan"):
             broken = values["first_weight_lora_a"].clone().index_fill_(0, torch.tensor(0), value)
             BindAdapter({**values, "first_weight_lora_a": broken})(lifted)
-
-
-def test_shared_inputs_must_be_split_first() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.other = nn.Linear(6, 8), nn.Linear(6, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.one(x) * self.other(x)
-
-    inserted, x = insert(fx.symbolic_trace(Twice().double()), lx.CascadeSpec(rank=2)), torch.randn(4, 6).double()
-    fill(inserted)
-    shared = ShareInputs()(inserted).graph_module
-    with raises(lx.PassError, "requirement-not-met", "run split-inputs first"):
-        AdapterInputs(4)(shared)
-    lifted = Pipeline([SplitInputs(), AdapterInputs(4)])(shared).graph_module
-    torch.testing.assert_close(lifted(x, **adapter_values(lifted)), inserted(x))
 
 
 def test_the_verifier_reports_wrong_inputs() -> None:

@@ -17,14 +17,11 @@ from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph import branch_nodes, call_template, text, use_of
-from lorasc_fx.graph.branch_calls import made_by, shared_input
+from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import (
     FoldBranches,
     InsertBranches,
     MatchSites,
-    Pipeline,
-    ShareInputs,
-    SplitInputs,
     StageTransition,
 )
 from tests.kit.errors import raises
@@ -368,9 +365,7 @@ def test_golden(case: Case) -> None:
     inserted = insert(graph_module, case.spec)
     folded = FoldBranches()(inserted).graph_module
     merged = insert(graph_module, replace(case.spec, placement="merged"))
-    shared = ShareInputs()(inserted).graph_module
-    others = {"merged": text(merged), "shared": text(shared)}
-    differ = {title: body for title, body in others.items() if body != text(inserted)}
+    differ = {"merged": text(merged)} if text(merged) != text(inserted) else {}
     golden(case.name, captured=captured, inserted=text(inserted), folded=text(folded), **differ)
     assert text(folded) == captured
 
@@ -470,90 +465,6 @@ def attention(dialect: str) -> torch.fx.GraphModule:
     if dialect == "modules":
         return torch.fx.symbolic_trace(model)
     return torch.export.export(model, (torch.randn(3, 8, 6, dtype=torch.float64),)).module()
-
-
-@pytest.mark.parametrize("dialect", ["modules", "aten"])
-def test_branches_that_read_one_node_share_it(dialect: str) -> None:
-    graph_module = attention(dialect)
-    apart = Pipeline([MatchSites(SHARED), InsertBranches()])(graph_module).graph_module
-    result = ShareInputs()(apart)
-    together = result.graph_module
-    assert result.modified
-    groups = {shared_input(node).group for node in branch_nodes(together) if shared_input(node) is not None}
-    assert len(groups) == 1
-    assert sorted(shared_input(node).factor for node in branch_nodes(together) if shared_input(node) is not None) == [
-        "k/weight",
-        "q/weight",
-        "v/weight",
-    ]
-    fill_alike(apart, together)
-    x = torch.randn(3, 8, 6, dtype=torch.float64)
-    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    shared_loss, loss = together(mine), apart(theirs)
-    assert_close(shared_loss, loss)
-    shared_loss.backward()
-    loss.backward()
-    assert_close(mine.grad, theirs.grad)
-    for ours, alone in zip(together.branches.parameters(), apart.branches.parameters(), strict=True):
-        assert_close(ours.grad, alone.grad)
-    with torch.no_grad():
-        assert_close(together(x), apart(x))
-
-    assert not ShareInputs()(together).modified
-    assert not MatchSites(SHARED)(together).modified
-    assert not InsertBranches()(together).modified
-    assert text(SplitInputs()(together).graph_module) == text(apart)
-    assert not SplitInputs()(SplitInputs()(together).graph_module).modified
-    assert text(FoldBranches()(together).graph_module) == text(graph_module)
-
-
-def fill_alike(*graph_modules: torch.fx.GraphModule) -> None:
-    for graph_module in graph_modules:
-        fill(graph_module)
-        for parameter in graph_module.branches.parameters():
-            parameter.grad = None
-
-
-def test_zero_b_changes_no_bit_with_a_shared_input() -> None:
-    graph_module = attention("aten")
-    shared = Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(graph_module).graph_module
-    x = torch.randn(3, 8, 6, dtype=torch.float64)
-    assert same_bits(shared(x).detach(), graph_module(x).detach())
-
-
-def test_small_inputs_are_not_shared() -> None:
-    apart = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("aten")).graph_module
-    assert ShareInputs(least=3 * 8 * 6)(apart).modified
-    few = ShareInputs(least=3 * 8 * 6 + 1)(apart)
-    assert not few.modified
-    assert few.graph_module is apart
-    unknown = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("modules")).graph_module
-    assert not ShareInputs(least=1)(unknown).modified
-
-
-def test_branches_with_dropout_are_not_shared() -> None:
-    spec = replace(SHARED, dropout=0.5)
-    graph_module = Pipeline([MatchSites(spec), InsertBranches()])(attention("aten")).graph_module
-    assert not ShareInputs()(graph_module).modified
-
-
-class TwoPointwise(torch.nn.Module):
-    """Two 1x1 convolutions with the same input, as in the first block of a ResNet-50."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.downsample = torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(4, 6, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x) + self.downsample(x)
-
-
-def test_branches_of_convolutions_are_not_shared() -> None:
-    exported = torch.export.export(TwoPointwise(), (torch.randn(2, 4, 5, 5),)).module()
-    spec = CascadeSpec(("conv",), rank=2, placement="beside")
-    graph_module = Pipeline([MatchSites(spec), InsertBranches()])(exported).graph_module
-    assert [dict(node.kwargs) for node in branch_nodes(graph_module)] == [{"at": "beside"}] * 2
-    assert not ShareInputs()(graph_module).modified
 
 
 def merged_graph() -> torch.fx.GraphModule:

@@ -21,16 +21,13 @@ from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of,
 from lorasc_fx.passes import (
     FoldBranches,
     InsertBranches,
-    MatchSites,
-    Pipeline,
-    ShareInputs,
     StageTransition,
     VerifyError,
 )
 from tests.kit.state import change_state, drop_state, weight_state, weight_states
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import branches_of, fill, insert
-from tests.passes.test_insert_branches import SHARED, attention, merged_graph
+from tests.passes.test_insert_branches import merged_graph
 
 Damage = Callable[[fx.GraphModule], Any]
 
@@ -50,9 +47,6 @@ def in_stage_two() -> fx.GraphModule:
 
 OTHER_GRAPHS: dict[str, Callable[[], fx.GraphModule]] = {
     "merged": lambda: fill(merged_graph()),
-    "shared": lambda: fill(
-        Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(attention("export")).graph_module
-    ),
     "stage two": in_stage_two,
 }
 """Graphs that `of_case` does not make."""
@@ -273,16 +267,6 @@ def larger_factors(matrix: Any) -> None:
     matrix.lora_A, matrix.lora_B = nn.Parameter(torch.ones(4, 24)), nn.Parameter(torch.ones(6, 4))
 
 
-def relu_between(graph: fx.Graph, part: fx.Node) -> None:
-    (lora,) = part.users
-    lora.args = (lora.args[0], graph.call_function(torch.relu, (part,)))
-
-
-def swapped_parts(graph_module: fx.GraphModule) -> None:
-    part_0, part_1 = (at(graph_module, f"relu_shared_{index}") for index in (0, 1))
-    part_0.args, part_1.args = part_1.args, part_0.args
-
-
 def lost_fact(graph_module: fx.GraphModule) -> None:
     record = record_of(graph_module)
     set_record(graph_module, replace(record, facts=record.facts - {"branches-inserted"}))
@@ -473,8 +457,8 @@ DAMAGE: dict[str, dict[str, Row]] = {
             (no_use("w1_lora"), f"w1 is used at node w1 {NO_BRANCH}")),
         "input of a branch on a weight": (args("w0_lora", lambda old, at: (at("w0"), at("w1"))),
             ("branch node w0_lora does not read the input of w0",)),
-        "option of a branch on a weight": (kwargs("w0_lora", lambda old: {"at": "at_lookup"}),
-            ("branch node w0_lora has options {'at': 'at_lookup'}, but w0 needs {'at': 'on_weight'}",)),
+        "option of a branch on a weight": (kwargs("w0_lora", lambda old: {"at": "lookup"}),
+            ("branch node w0_lora has options {'at': 'lookup'}, but w0 needs {'at': 'weight'}",)),
         "second read of a weight": (second_call("w0", "linear", "mul"), (f"node linear_default reads w0, {NO_MARK}",)),
         "another weight under a branch": (target("w1", "w0"),
             ("node w1 is marked as a use of w1, but reads w0",)),
@@ -488,8 +472,8 @@ DAMAGE: dict[str, dict[str, Row]] = {
     },
     "aten_lookups": {
         "lost padding row": (args("embedding", lambda old, at: old[:2]),
-            ("branch node embedding_lora has options {'at': 'at_lookup', 'padding_idx': 1}, but "
-            "embedding needs {'at': 'at_lookup'}",)),
+            ("branch node embedding_lora has options {'at': 'lookup', 'padding_idx': 1}, but "
+            "embedding needs {'at': 'lookup'}",)),
     },
     "aten_routed": {
         "transposed experts": (branch("w1", turned_factors),
@@ -519,7 +503,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "with another weight": (args("linear_lora", lambda old, at: (old[0], at("linear_1_lora").args[1], *old[2:])),
             ("node linear_lora is marked as a use of q.weight, but reads k.weight",)),
         "into another product": (kwargs("linear_lora", lambda old: {"op": "matmul"}),
-            ("branch node linear_lora has options {'op': 'matmul'}, but linear needs {'at': 'in_place', 'op': ",)),
+            ("branch node linear_lora has options {'op': 'matmul'}, but linear needs {'at': 'merged', 'op': ",)),
         "branch of another site": (target("linear_lora", "branches.k/weight"),
             ("branch node linear_lora is at a use of q.weight, but calls branches.k/weight",)),
         "without its replaced call": (unmark("linear_lora", "replaced_call"), (no_use("linear_lora"),)),
@@ -533,24 +517,6 @@ DAMAGE: dict[str, dict[str, Row]] = {
             "linear_3_lora")).replace_all_uses_with(node.args[0]), (f"branch node linear_3_lora {NO_USERS}",)),
         "planned beside": (site("q.weight", placement="beside"),
             ("node linear_lora is marked as merged, but the plan has placement beside for q.weight",)),
-    },
-    # %relu_shared_0 = shared_down(%relu, (q.A, k.A, v.A))[0]; branches.q(%linear, %relu_shared_0, at="after_shared")
-    "shared": {
-        "parts swapped": (swapped_parts, ("branch node linear_lora reads the shared product of k/weight instead of",
-            "branch node linear_1_lora reads the shared product of q/weight instead of")),
-        "product of another input": (args("relu_shared", lambda old, at: (old[0].args[0], *old[1:])), (OTHER_INPUT,)),
-        "factor of another": (args("relu_shared", lambda old, at: (old[0], (old[1][1], old[1][1], old[1][2]))),
-            ("branch node linear_lora reads the shared product of k/weight instead of",)),
-        "factor missing": (args("relu_shared", lambda old, at: (old[0], old[1][:2])),
-            ("branch node linear_2_lora does not read the input of linear_2",)),
-        "part out of range": (args("relu_shared_0", lambda old, at: (old[0], 7)), (OTHER_INPUT,)),
-        "node between product and branch": (after("relu_shared_0", relu_between), (OTHER_INPUT,)),
-        "option lost": (kwargs("linear_lora", lambda old: {"at": "beside"}), (OTHER_INPUT,)),
-        "part left over": (both(args("linear_lora", lambda old, at: (old[0], at("relu"))),
-            kwargs("linear_lora", lambda old: {"at": "beside"})),
-            ("node relu_shared_0 was created by share-inputs for a branch, but has no users",)),
-        "product after its branch": (lambda graph_module: at(graph_module,
-            "linear_lora").append(at(graph_module, "relu_shared_0")), (MALFORMED,)),
     },
     "stage two": {
         "expert that is not finite": (expert(lambda only: only._replace(b=only.b / 0)),

@@ -324,7 +324,7 @@ def test_graph_breaks_are_refused() -> None:
 
 def test_a_branch_beside_its_op_is_an_error() -> None:
     branch = branches(adapted(mlp(), batches(1, 4, 5)[0]))["0.weight"]
-    for at, given in {"on_weight": (torch.zeros(7, 5),), "beside": (torch.zeros(4, 7), torch.zeros(4, 5))}.items():
+    for at, given in {"weight": (torch.zeros(7, 5),), "beside": (torch.zeros(4, 7), torch.zeros(4, 5))}.items():
         with raises(lx.StateError, "method-not-supported", "0.weight", at):
             branch(*given, at=at)
 
